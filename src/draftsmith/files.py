@@ -1,0 +1,266 @@
+"""Files that are whole or absent: atomic writes, line-by-line JSON, resumable logs, one writer at a time.
+
+Owns how bytes reach the disk. Knows nothing of prompts, tensors or models; every stage builds on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+def _partial(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial-{os.getpid()}"
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a rename inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes `data` (text as UTF-8) to `path`: a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `path` is then as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A folder already at `path` is replaced, and put back if the exchange itself fails. What killed writers of the same
+    `path` left beside it is cleared away at the end.
+
+    Raises:
+        ValueError: `path` is a file.
+        OSError: the disk is full or the parent cannot be written; what was at `path` is untouched.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, but a folder is to be written there; remove it or name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _sync_directory(partial)
+        _exchange(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+    _clear_leftovers(path)
+
+
+def _clear_leftovers(path: Path) -> None:
+    for kind in ("partial", "replaced"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
+            owner = leftover.name.rpartition("-")[2]
+            if owner.isdigit() and not _alive(int(owner)):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _exchange(partial: Path, path: Path) -> None:
+    if not path.exists():
+        os.replace(partial, path)
+        return
+    replaced = path.parent / f".{path.name}.replaced-{os.getpid()}"
+    os.replace(path, replaced)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        os.replace(replaced, path)
+        raise
+    shutil.rmtree(replaced)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Gives `(line number from 1, row)` for each line of a JSON-lines file; blank lines are passed over.
+
+    The path is checked at the call, the lines as they are read.
+
+    Raises:
+        ValueError: the path is missing or a folder, the file is empty, or a line (named `FILE:LINE`) is no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; check the path (relative paths start at {Path.cwd()})")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but a JSON-lines file is expected; name a file inside it")
+    return _rows(path)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    empty = True
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                empty = False
+                yield number, _parse(path, number, line)
+    if empty:
+        raise ValueError(f"{path} is empty; one JSON object a line is expected")
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}; one object a line is expected")
+    return row
+
+
+class JsonlAppender:
+    """A JSON-lines file that grows row by row and survives being killed at any byte.
+
+    Opening cuts off a torn last line (one without its newline), reads what is there into `rows`, and appends after it.
+    Rows reach the disk at the latest every `sync_rows` rows or `sync_seconds` seconds, and at `close`.
+
+    Raises:
+        ValueError: a whole line of the existing file is not a JSON object (named `FILE:LINE`).
+    """
+
+    def __init__(self, path: Path, sync_rows: int = 32, sync_seconds: float = 2.0) -> None:
+        self.path = Path(path)
+        self.sync_rows = sync_rows
+        self.sync_seconds = sync_seconds
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = self._recover()
+        self._file = open(self.path, "ab")  # noqa: SIM115  (closed by `close`)
+        self._unsynced = 0
+        self._last_sync = time.monotonic()
+
+    def _recover(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+        lines = content[:whole].split(b"\n")
+        return [_parse(self.path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row, in one write call so that a kill tears at most this line."""
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+        self.rows.append(row)
+        self._unsynced += 1
+        if self._unsynced >= self.sync_rows or time.monotonic() - self._last_sync >= self.sync_seconds:
+            self.sync()
+
+    def sync(self) -> None:
+        """Forces the rows written so far onto the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+        self._last_sync = time.monotonic()
+
+    def close(self) -> None:
+        """Syncs and closes; closing twice is harmless."""
+        if not self._file.closed:
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the right to write `path` (a file or folder, there already or not) against other processes.
+
+    The lock is a flock on the sibling `.NAME.lock`, so the system drops it when its owner dies, however it dies.
+
+    Raises:
+        ValueError: another process holds it; its process id is named.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    handle = _acquire(lock, path)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(lock: Path, path: Path) -> int:
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise ValueError(
+                f"{path} is being written by another process (pid {owner}); wait for it, end it, or name another path"
+            ) from error
+        # The last owner may have unlinked the file between our open and our lock: then we hold a ghost.
+        if lock.exists() and os.fstat(handle).st_ino == lock.stat().st_ino:
+            return handle
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        ValueError: there is no file at `path`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file, so it has no fingerprint; check the path")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

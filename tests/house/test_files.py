@@ -1,0 +1,206 @@
+"""What `draftsmith.files` promises: whole or absent, resumable, one writer."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from draftsmith.files import JsonlAppender, atomic_directory, atomic_write, exclusive, read_jsonl, sha256_file
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def raise_full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_atomic_write_replaces_the_content_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    atomic_write(path, "first")
+    atomic_write(path, "zweite Fassung: ü".encode())
+    assert path.read_text(encoding="utf-8") == "zweite Fassung: ü"
+    assert names(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "a.txt"
+    atomic_write(path, "old")
+    monkeypatch.setattr(os, call, raise_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_appears_only_when_its_block_ended_well(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    with atomic_directory(path) as partial:
+        (partial / "a").write_text("1")
+        assert not path.exists()
+    assert names(tmp_path) == ["cache"]
+    assert (path / "a").read_text() == "1"
+
+
+def test_a_failed_block_keeps_the_old_directory_and_removes_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    with atomic_directory(path) as partial:
+        (partial / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_directory(path) as partial:
+        (partial / "a").write_text(str((partial / "missing").stat()))
+    assert names(tmp_path) == ["cache"]
+    assert (path / "a").read_text() == "old"
+
+
+def test_a_second_directory_replaces_the_first_entirely(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    for name in ("old", "new"):
+        with atomic_directory(path) as partial:
+            (partial / name).touch()
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["cache"]
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (tmp_path / f".cache.partial-{killed.pid}").mkdir()
+    (tmp_path / f".cache.partial-{os.getppid()}").mkdir()  # that one is alive
+    with atomic_directory(tmp_path / "cache"):
+        pass
+    assert names(tmp_path) == [f".cache.partial-{os.getppid()}", "cache"]
+
+
+def test_a_failed_exchange_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache"
+    with atomic_directory(path) as partial:
+        (partial / "a").write_text("old")
+    real_replace = os.replace
+
+    def refuse_the_new(source: Path, target: Path) -> None:
+        if "partial" in Path(source).name:
+            raise_full_disk()
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_the_new)
+    with pytest.raises(OSError, match="No space left"), atomic_directory(path) as partial:
+        (partial / "a").write_text("new")
+    assert names(tmp_path) == ["cache"]
+    assert (path / "a").read_text() == "old"
+
+
+def test_a_directory_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match="is a file"), atomic_directory(tmp_path / "cache"):
+        pass
+    assert (tmp_path / "cache").read_text() == "a file"
+
+
+def test_read_jsonl_counts_lines_from_one_and_passes_over_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
+        (b'{"a": 1}\n[1]\n', r"a\.jsonl:2: not a JSON object but list"),
+        (b'{"a": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
+    ],
+)
+def test_read_jsonl_names_the_line_that_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_jsonl(tmp_path / "a.jsonl"))
+
+
+def test_read_jsonl_refuses_a_missing_path_at_the_call(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing\.jsonl does not exist"):
+        read_jsonl(tmp_path / "missing.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_jsonl(tmp_path)
+
+
+def test_an_appender_cuts_a_torn_line_and_goes_on_after_the_whole_ones(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"id": 1}\n{"id": 2}\n{"id": 3, "te')
+    with JsonlAppender(path) as log:
+        assert log.rows == [{"id": 1}, {"id": 2}]
+        log.write({"id": 3})
+    assert path.read_text() == '{"id": 1}\n{"id": 2}\n{"id": 3}\n'
+
+
+def test_an_appender_refuses_a_file_spoilt_in_its_middle(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"id": 1}\n{"id": \n{"id": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl:2: not valid JSON"):
+        JsonlAppender(path)
+
+
+def test_an_appender_brings_its_rows_to_the_disk_without_being_closed(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonlAppender(path, sync_rows=2, sync_seconds=3600)
+    log.write({"id": 1})
+    assert path.read_bytes() == b""
+    log.write({"id": 2})
+    assert len(path.read_bytes().splitlines()) == 2
+    log.close()
+    log.close()
+
+
+def test_a_killed_appender_resumes_to_the_rows_of_an_undisturbed_one(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    script = (
+        "import sys, time; from pathlib import Path; from draftsmith.files import JsonlAppender\n"
+        "log = JsonlAppender(Path(sys.argv[1]), sync_rows=1)\n"
+        "for i in range(len(log.rows), 10**6): log.write({'id': i, 'text': 'x' * 5000})\n"
+    )
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", script, str(path)])
+        size, start = path.stat().st_size if path.exists() else 0, time.monotonic()
+        while (not path.exists() or path.stat().st_size <= size + 50_000) and time.monotonic() - start < 60:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with JsonlAppender(path) as log:
+        assert len(log.rows) > 20
+        assert [row["id"] for row in log.rows] == list(range(len(log.rows)))
+
+
+def test_a_second_writer_is_refused_with_the_first_ones_process_id(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from draftsmith.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    path = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"pid {process.pid}"), exclusive(path):
+        pass
+    process.kill()  # kill -9: the lock must go with its owner
+    process.communicate()
+    with exclusive(path):
+        assert names(tmp_path) == [".cache.lock"]
+    assert names(tmp_path) == []
+
+
+def test_sha256_of_a_file_is_the_standard_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(ValueError, match="is not a file"):
+        sha256_file(tmp_path / "b")
