@@ -1,0 +1,1 @@
+"""Text in, cached features out: prompts, the target's own replies, token masks, and the hidden-state cache."""

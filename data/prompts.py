@@ -1,0 +1,228 @@
+"""Prompts: rows of any known format in, `{id, messages, split, source}` out, with a record of what was dropped.
+
+Owns: ids, splits, duplicates, the prompt file. Does not know: the formats (`formats.py`), tokenizers, models.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from draftsmith import provenance
+from draftsmith.data.formats import Conversation, Format, Message, UnusableRow, detect_format, to_conversation
+from draftsmith.data.sources import Row, read_rows, source_name
+from draftsmith.files import atomic_directory, read_jsonl, sha256_file
+
+SPLITS = ("train", "validation", "test")
+PROMPT_FILE = "prompts.jsonl"
+DROPPED_FILE = "dropped.jsonl"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to ask a target.
+
+    `messages` are the user's turns, after an optional system turn. `reference[i]` is the data set's own answer to
+    user turn i (possibly fewer, possibly none): the text that the target's own replies are compared with. A base
+    model's prompt has `text`, a whole document, of which the first `prefix_words` words are the prompt.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    split: str
+    source: str
+    reference: tuple[str, ...] = ()
+    text: str | None = None
+    prefix_words: int | None = None
+
+    def user_turns(self) -> list[list[Message]]:
+        """The messages that come before each reply: turn 0 includes the system turn."""
+        turns: list[list[Message]] = []
+        waiting: list[Message] = []
+        for message in self.messages:
+            waiting.append(message)
+            if message["role"] == "user":
+                turns.append(waiting)
+                waiting = []
+        return turns
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that became no prompt: where it was, why, and what it held (shortened)."""
+
+    place: str
+    reason: str
+    row: str
+
+
+def prompts(
+    source: str,
+    out: Path,
+    format: Format = "auto",
+    validation: float = 0.05,
+    test: float = 0.05,
+    seed: int = 0,
+    limit: int | None = None,
+    prefix_words: int = 8,
+    hub_config: str | None = None,
+    hub_split: str = "train",
+) -> None:
+    """Turns a prompt set into this project's prompt file.
+
+    Reads JSONL, JSON, Parquet and plain text files, or a hub id. Writes OUT/prompts.jsonl, OUT/dropped.jsonl (each
+    row left out, with the reason) and OUT/provenance.json. The same text always gets the same id and split.
+
+    Args:
+        source: a file (.jsonl, .json, .parquet, .txt) or the id of a data set on the hub.
+        out: the folder to write; replaced as a whole when it exists.
+        format: how a row is read; `auto` decides from the fields of the first row.
+        validation: share of the prompts for the validation split.
+        test: share of the prompts for the test split.
+        seed: another seed gives another split.
+        limit: stop after this many prompts.
+        prefix_words: words of a plain document that serve as its prompt.
+        hub_config: configuration name, for a hub id.
+        hub_split: split to read, for a hub id.
+    """
+    _check_shares(validation, test)
+    if prefix_words < 1:
+        raise ValueError(f"prefix_words is {prefix_words}; a document's prompt needs at least one word")
+    found: list[Prompt] = []
+    dropped: list[Dropped] = []
+    seen: dict[str, str] = {}
+    row_format = format
+    for place, row in read_rows(source, hub_config=hub_config, hub_split=hub_split):
+        if limit is not None and len(found) >= limit:
+            break
+        if row_format == "auto":
+            row_format = _detect(place, row)
+        try:
+            conversation = to_conversation(row, row_format)
+            _check_new(conversation, place, seen)
+        except UnusableRow as error:
+            dropped.append(Dropped(place, str(error), json.dumps(row, ensure_ascii=False, default=str)[:200]))
+            continue
+        split = _given_split(row) or _hashed_split(conversation, validation, test, seed)
+        found.append(_prompt(conversation, row, source, split, prefix_words))
+    if not found:
+        raise ValueError(f"no usable prompt in {source}: {_reasons(dropped)}; name the format with --format")
+    config = {"source": source, "out": out, "format": row_format, "validation": validation, "test": test, "seed": seed}
+    config |= {"limit": limit, "prefix_words": prefix_words, "hub_config": hub_config, "hub_split": hub_split}
+    _write(out, found, dropped, config, source)
+    print(f"{len(found)} prompts in {out} ({_split_counts(found)}); {len(dropped)} rows dropped ({_reasons(dropped)})")
+
+
+def read_prompts(path: Path, split: str | None = None) -> list[Prompt]:
+    """Reads a prompt file, or the one in a folder that `prompts` wrote; optionally one split of it.
+
+    Raises ValueError naming file and line for a malformed row, and when the split holds nothing.
+    """
+    file = path / PROMPT_FILE if path.is_dir() else path
+    found = [_parse(f"{file}:{line}", row) for line, row in read_jsonl(file)]
+    chosen = [prompt for prompt in found if split is None or prompt.split == split]
+    if not chosen:
+        raise ValueError(f"{file} has no prompt in split {split!r}; it has {_split_counts(found)}")
+    return chosen
+
+
+def write_prompts(path: Path, found: list[Prompt]) -> None:
+    """Writes prompts as JSONL, one a line, without the fields that are empty."""
+    with open(path, "w", encoding="utf-8") as file:
+        for prompt in found:
+            row = {key: value for key, value in asdict(prompt).items() if value not in (None, ()) or key == "messages"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _parse(place: str, row: Row) -> Prompt:
+    missing = [key for key in ("id", "messages", "split", "source") if key not in row]
+    if missing:
+        raise ValueError(f"{place}: a prompt row needs {missing}; make the file with `draftsmith data prompts`")
+    turns: list[Message] = []
+    for turn in row["messages"]:
+        if turn.get("role") not in ("system", "user") or not isinstance(turn.get("content"), str):
+            raise ValueError(
+                f"{place}: {str(turn)[:80]} is no system or user turn; run `draftsmith data prompts` on it"
+            )
+        turns.append(Message(role=turn["role"], content=turn["content"]))
+    if not turns and not isinstance(row.get("text"), str):
+        raise ValueError(f"{place}: neither messages nor text; there is nothing to ask")
+    reference = tuple(row.get("reference") or ())
+    given = (str(row["id"]), tuple(turns), str(row["split"]), str(row["source"]), reference)
+    return Prompt(*given, text=row.get("text"), prefix_words=row.get("prefix_words"))
+
+
+def _detect(place: str, row: Row) -> Format:
+    try:
+        return detect_format(row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _prompt(conversation: Conversation, row: Row, source: str, split: str, prefix_words: int) -> Prompt:
+    name = source_name(source)
+    category = row.get("category")
+    own = row.get("source")
+    label = own if isinstance(own, str) and own else f"{name}/{category}" if isinstance(category, str) else name
+    digest = hashlib.sha256(_normalised(conversation).encode()).hexdigest()[:16]
+    words = prefix_words if conversation.text is not None else None
+    given = (f"{name}-{digest}", conversation.messages, split, label, conversation.reference)
+    return Prompt(*given, text=conversation.text, prefix_words=words)
+
+
+def _normalised(conversation: Conversation) -> str:
+    """What two prompts share when they ask the same: case, width variants and spacing do not count."""
+    parts = [conversation.text] if conversation.text is not None else [m["content"] for m in conversation.messages]
+    text = unicodedata.normalize("NFKC", "\0".join(part or "" for part in parts)).casefold()
+    return re.sub(r"[^\S\0]+", " ", text).strip()
+
+
+def _check_new(conversation: Conversation, place: str, seen: dict[str, str]) -> None:
+    key = _normalised(conversation)
+    first = seen.setdefault(key, place)
+    if first != place:
+        raise UnusableRow(f"the same prompt as {first}")
+
+
+def _check_shares(validation: float, test: float) -> None:
+    if not (0 <= validation <= 1 and 0 <= test <= 1 and validation + test <= 1):
+        raise ValueError(
+            f"validation {validation} and test {test} are shares of all prompts: 0 to 1, together at most 1"
+        )
+
+
+def _given_split(row: Row) -> str | None:
+    split = row.get("split")
+    return split if isinstance(split, str) and split in SPLITS else None
+
+
+def _hashed_split(conversation: Conversation, validation: float, test: float, seed: int) -> str:
+    """Split by the text's hash, so that adding rows never moves one from training to test."""
+    digest = hashlib.sha256(f"{seed}\0{_normalised(conversation)}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < test:
+        return "test"
+    return "validation" if position < test + validation else "train"
+
+
+def _write(out: Path, found: list[Prompt], dropped: list[Dropped], config: dict[str, Any], source: str) -> None:
+    fingerprint = sha256_file(Path(source)) if Path(source).is_file() else "hub"
+    with atomic_directory(out) as folder:
+        write_prompts(folder / PROMPT_FILE, found)
+        with open(folder / DROPPED_FILE, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in dropped)
+        provenance.write(folder, provenance.record("data prompts", config, {source: fingerprint}))
+
+
+def _split_counts(found: list[Prompt]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in Counter(prompt.split for prompt in found).items())
+
+
+def _reasons(dropped: list[Dropped]) -> str:
+    """Counts of the reasons, places left out: `2 the same prompt, 1 no user turn`."""
+    counts = Counter(re.sub(r" as .*", "", row.reason) for row in dropped)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common(5)) or "none"
