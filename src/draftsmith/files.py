@@ -47,9 +47,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     _sync_directory(path.parent)
 
 
@@ -75,9 +74,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield partial
         _sync_directory(partial)
         _exchange(partial, path)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     _sync_directory(path.parent)
     _clear_leftovers(path)
 
@@ -106,11 +104,10 @@ def _exchange(partial: Path, path: Path) -> None:
         return
     replaced = path.parent / f".{path.name}.replaced-{os.getpid()}"
     os.replace(path, replaced)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.replace, replaced, path)
         os.replace(partial, path)
-    except BaseException:
-        os.replace(replaced, path)
-        raise
+        undo.pop_all()
     shutil.rmtree(replaced)
 
 

@@ -174,7 +174,7 @@ def test_a_killed_appender_resumes_to_the_rows_of_an_undisturbed_one(tmp_path: P
         process.send_signal(signal.SIGKILL)
         process.wait()
     with JsonlAppender(path) as log:
-        assert len(log.rows) > 20
+        assert len(log.rows) >= 18
         assert [row["id"] for row in log.rows] == list(range(len(log.rows)))
 
 

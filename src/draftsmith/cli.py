@@ -1,0 +1,144 @@
+"""The one command, `draftsmith`: which subcommand is which function, and how a failure is told.
+
+Owns names and exit codes: 0 done, 1 the data or a file is at fault, 2 the command line or its YAML is. Knows nothing
+of what the subcommands do, and imports one only when it is called, so that `draftsmith --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from draftsmith import __version__
+
+PROG = "draftsmith"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: where its function is, and what it does in a line.
+
+    `reads_arguments` marks a function that takes the list of arguments itself instead of parsed values.
+    """
+
+    module: str
+    function: str
+    summary: str
+    reads_arguments: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """Imports the function."""
+        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return found
+
+
+GROUPS = {
+    "embedded": "The small world that ships with the package: word problems and a target that solves them.",
+    "data": "From prompts to the target's own replies to cached hidden states.",
+}
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("embedded", "prompts"): Command(
+        "draftsmith.embedded.commands", "prompts", "Write word problems of the sums corpus as prompts."
+    ),
+    ("embedded", "build"): Command(
+        "draftsmith.embedded.build", "build", "Train the embedded target and draft LM from scratch."
+    ),
+    ("data", "prompts"): Command(
+        "draftsmith.data.prompts", "prompts", "Read prompts from files or the hub; detect, dedupe and split them."
+    ),
+    ("data", "respond"): Command("draftsmith.data.responses", "respond", "Let the target answer the prompts itself."),
+    ("data", "extract"): Command(
+        "draftsmith.data.hidden_states", "extract", "Cache the target's hidden states over its replies."
+    ),
+    ("data", "verify"): Command(
+        "draftsmith.data.hidden_states", "verify", "Check a cache: checksums, and samples run through the target again."
+    ),
+    ("data", "show"): Command(
+        "draftsmith.data.show", "show", "Print samples with the tokens no loss is taken on dimmed."
+    ),
+    ("train",): Command(
+        "draftsmith.train.cli", "main", "Train from a YAML file: train fit --config FILE (Lightning's own CLI).", True
+    ),
+    ("export",): Command(
+        "draftsmith.export.command", "export", "Write a trained drafter as safetensors, with its card."
+    ),
+    ("decode",): Command("draftsmith.decode.command", "decode", "Decode with a drafter and show what was accepted."),
+    ("evaluate",): Command(
+        "draftsmith.evaluate.command", "evaluate", "Measure exactness, acceptance and speed; write a report."
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `draftsmith ARGUMENTS` (those of the process when None) and gives the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"{PROG} {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(overview(words[0]))
+        return 0
+    name = tuple(words[:2]) if words[0] in GROUPS else (words[0],)
+    if name not in COMMANDS:
+        return _unknown(name)
+    return _run(name, words[len(name) :])
+
+
+def overview(group: str | None = None) -> str:
+    """The list of subcommands, or of those in one group."""
+    lines = [
+        f"usage: {' '.join(filter(None, [PROG, group]))} COMMAND [options]",
+        "",
+        GROUPS[group] if group else "Train draft heads for speculative decoding, prove them lossless, and export them.",
+        "",
+        "commands, in the order of the work:",
+    ]
+    chosen = {name: command for name, command in COMMANDS.items() if group is None or name[0] == group}
+    width = max(len(" ".join(name)) for name in chosen)
+    lines += [f"  {' '.join(name):<{width}}  {command.summary}" for name, command in chosen.items()]
+    lines += ["", f"'{PROG} COMMAND --help' lists the options of a command; --config FILE reads them from YAML."]
+    return "\n".join(lines if group else [*lines, f"'{PROG} --version' prints the version."])
+
+
+def _unknown(name: tuple[str, ...]) -> int:
+    from draftsmith.arguments import suggestion
+
+    known = {" ".join(command) for command in COMMANDS} | set(GROUPS)
+    word = " ".join(name)
+    print(f"{PROG}: error: unknown command '{word}'.{suggestion(word, known)}", file=sys.stderr)
+    print(f"Run '{PROG} --help' to see every command.", file=sys.stderr)
+    return 2
+
+
+def _run(name: tuple[str, ...], arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    prog = " ".join([PROG, *name])
+    try:
+        if command.reads_arguments:
+            command.load()(arguments)
+        else:
+            from draftsmith.arguments import call
+
+            call(command.load(), prog, arguments)
+    except BrokenPipeError:
+        # The reader (`| head`) has left; what Python still holds for it must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; the same command goes on from here where it can", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The command `draftsmith` as a stranger meets it."""
+
+import errno
+import inspect
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import docstring_parser
+import pytest
+
+import draftsmith
+from draftsmith import cli
+from draftsmith.arguments import parser_for
+
+PARSED = [name for name, command in cli.COMMANDS.items() if not command.reads_arguments]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    """Puts a function in the place of `draftsmith export`."""
+
+    def replace(function: Callable[..., None]) -> None:
+        module = types.ModuleType("draftsmith_fake_command")
+        module.run = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(cli.COMMANDS, ("export",), cli.Command(module.__name__, "run", "Fake."))
+
+    return replace
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert " ".join(name) in text
+        assert command.summary in text
+
+
+def test_help_of_a_group_lists_that_group_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data"]) == 0
+    text = capsys.readouterr().out
+    assert "data extract" in text
+    assert "evaluate" not in text
+
+
+def test_the_overview_loads_neither_torch_nor_jsonargparse_and_is_quick() -> None:
+    script = (
+        "import sys; from draftsmith.cli import main\n"
+        "code = main(['--help'])\n"
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers', 'jsonargparse')))"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 5  # a tenth of a second on an idle machine
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"draftsmith {draftsmith.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [(["evalute"], "evaluate"), (["data", "extrct"], "data extract"), (["extract"], "data extract"), (["dat"], "data")],
+)
+def test_an_unknown_command_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], words: list[str], hint: str
+) -> None:
+    assert cli.main(words) == 2
+    assert hint in capsys.readouterr().err.partition("Did you mean ")[2].splitlines()[0]
+
+
+def test_a_users_mistake_is_one_message_without_a_traceback(
+    install: Callable[[Callable[..., None]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(width: int) -> None:
+        raise ValueError(f"width {width} is below 1; give 1 or more")
+
+    install(refuse)
+    assert cli.main(["export", "--width", "0"]) == 1
+    assert capsys.readouterr().err == "draftsmith export: error: width 0 is below 1; give 1 or more\n"
+
+
+def test_a_full_disk_is_told_in_one_line(
+    install: Callable[[Callable[..., None]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "cache/shard-00000.safetensors")
+
+    install(fill)
+    assert cli.main(["export"]) == 1
+    assert "No space left on device: 'cache/shard-00000.safetensors'" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(install: Callable[[Callable[..., None]], None]) -> None:
+    def break_down() -> None:
+        raise RuntimeError("ours")
+
+    install(break_down)
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(["export"])
+
+
+def test_an_interrupt_ends_with_the_shells_code(install: Callable[[Callable[..., None]], None]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    install(interrupt)
+    assert cli.main(["export"]) == 130
+
+
+def test_arguments_of_train_are_handed_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[list[str]] = []
+    module = types.ModuleType("draftsmith_fake_train")
+    module.main = got.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, ("train",), cli.Command(module.__name__, "main", "Fake.", True))
+    assert cli.main(["train", "fit", "--config", "x.yaml"]) == 0
+    assert got == [["fit", "--config", "x.yaml"]]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS, ids=" ".join)
+def test_every_command_can_be_imported(name: tuple[str, ...]) -> None:
+    assert callable(cli.COMMANDS[name].load())
+
+
+@pytest.mark.parametrize("name", PARSED, ids=" ".join)
+def test_every_option_is_explained_in_the_docstring_of_its_function(name: tuple[str, ...]) -> None:
+    function = cli.COMMANDS[name].load()
+    described = docstring_parser.parse(inspect.getdoc(function) or "")
+    explained = {parameter.arg_name for parameter in described.params if parameter.description}
+    assert explained >= set(inspect.signature(function).parameters)
+    assert described.short_description
+    assert "usage: draftsmith" in parser_for(function, " ".join(["draftsmith", *name])).format_help()
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text("def run() -> None:\n    for i in range(100000):\n        print(i, flush=True)\n")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from draftsmith import cli\n"
+        "cli.COMMANDS[('export',)] = cli.Command('loud', 'run', '')\n"
+        "sys.exit(cli.main(['export']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, b"")
