@@ -1,0 +1,191 @@
+"""The draft tree: proposed tokens, their parents, and how trees are built and pruned.
+
+Owns the one shape in which every drafter family proposes: a chain, a beam and an n-gram are all trees. Knows nothing of the
+target's cache, of verification or of any drafter.
+
+Shape legend: B batch rows, N tree nodes (the root included), M paths or beams, L drafted depth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Proposed tokens as a tree in topological order: a parent always has a smaller index than its children.
+
+    Node 0 is the *root*: the last emitted token, already decided and not yet in the target's cache. Invalid nodes are padding
+    behind the valid ones of a row; they are never accepted.
+
+    Attributes:
+        tokens_BN: target token ids, int64.
+        parents_BN: index of each node's parent, int64; -1 at the root, 0 at padding.
+        depths_BN: distance from the root, int64; 0 at padding.
+        valid_BN: bool, True at real nodes.
+        max_depth: largest depth that any row can have (a host number, so that shapes stay static).
+        scores_BN: cumulative draft log-probability of the path to a node, float; None where the drafter gives none.
+    """
+
+    tokens_BN: Tensor
+    parents_BN: Tensor
+    depths_BN: Tensor
+    valid_BN: Tensor
+    max_depth: int
+    scores_BN: Tensor | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """N, padding included."""
+        return self.tokens_BN.shape[1]
+
+    def ancestors(self) -> Tensor:
+        """bool [B, N, N]: ``[b, i, j]`` is True where node j is node i itself or one of its ancestors."""
+        eye_NN = torch.eye(self.num_nodes, dtype=torch.bool, device=self.tokens_BN.device)
+        if self.num_nodes == 1:
+            return eye_NN[None].expand(self.tokens_BN.shape[0], 1, 1)
+        reach_BNN = torch.zeros(*self.tokens_BN.shape, self.num_nodes, device=self.tokens_BN.device)
+        reach_BNN.scatter_(2, self.parents_BN.clamp(min=0)[..., None], 1.0)
+        reach_BNN.masked_fill_(eye_NN, 1.0)
+        # Each squaring doubles the reach of "self or parent"; the root's own parent entry is itself, so it adds nothing.
+        for _ in range(math.ceil(math.log2(max(self.max_depth, 1)))):
+            reach_BNN = (reach_BNN @ reach_BNN).clamp_(max=1.0)
+        return reach_BNN.bool()
+
+    def select_rows(self, rows: Tensor) -> DraftTree:
+        """The tree of some batch rows only. ``rows``: int64 [B']."""
+        return replace(
+            self,
+            tokens_BN=self.tokens_BN[rows],
+            parents_BN=self.parents_BN[rows],
+            depths_BN=self.depths_BN[rows],
+            valid_BN=self.valid_BN[rows],
+            scores_BN=None if self.scores_BN is None else self.scores_BN[rows],
+        )
+
+
+def root_tree(root_B: Tensor) -> DraftTree:
+    """The tree of plain decoding: nothing proposed, one node a row. ``root_B``: int64 [B]."""
+    zeros_B1 = torch.zeros_like(root_B)[:, None]
+    return DraftTree(root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0)
+
+
+def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None = None) -> DraftTree:
+    """Merge paths that share a prefix into one tree (ReDrafter's dynamic tree attention, arXiv:2403.09919 section 3.3).
+
+    Two path elements are one node where their whole prefixes agree, that is, nodes are distinct by (parent node, token).
+
+    Args:
+        root_B: int64 [B], the root tokens.
+        paths_BML: int64 [B, M, L], tokens of M drafted paths below the root.
+        scores_BML: optional float [B, M, L], cumulative log-probability of each path's prefix.
+
+    Example:
+        paths ``[[5, 6], [5, 7]]`` give the nodes root, 5, 6, 7 with parents -1, 0, 1, 1.
+    """
+    B, M, L = paths_BML.shape
+    agree_BMML = (paths_BML[:, :, None, :] == paths_BML[:, None, :, :]).int().cumprod(-1)
+    first_BML = agree_BMML.argmax(dim=2)  # the earliest path with the same prefix owns the node
+    column_L = torch.arange(L, device=paths_BML.device)
+    slot_BML = 1 + first_BML * L + column_L
+    own_BML = first_BML == torch.arange(M, device=paths_BML.device)[:, None]
+    above_BML = torch.cat([torch.zeros_like(slot_BML[..., :1]), slot_BML[..., :-1]], dim=-1)
+    flat = (B, M * L)
+    tree = DraftTree(
+        tokens_BN=_under(root_B[:, None], paths_BML.reshape(flat)),
+        parents_BN=_under(torch.full_like(root_B, -1)[:, None], above_BML.reshape(flat)),
+        depths_BN=_under(torch.zeros_like(root_B)[:, None], (column_L + 1).expand(B, M, L).reshape(flat)),
+        valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], own_BML.reshape(flat)),
+        max_depth=L,
+        scores_BN=None if scores_BML is None else _under(scores_BML.new_zeros(B, 1), scores_BML.reshape(flat)),
+    )
+    return pack(tree)
+
+
+def tree_from_layers(
+    root_B: Tensor, tokens_BLM: Tensor, above_BLM: Tensor, scores_BLM: Tensor, keep_BLM: Tensor | None = None
+) -> DraftTree:
+    """A tree from the layers of a beam search or a dynamic tree: every expanded candidate becomes a node.
+
+    Candidates of a layer must be distinct by (parent, token), which any top-M over a flattened [M * V] gives by construction.
+
+    Args:
+        root_B: int64 [B], the root tokens.
+        tokens_BLM: int64 [B, L, M], tokens of the M candidates kept in each layer.
+        above_BLM: int64 [B, L, M], which candidate (0..M-1) of the layer above each continues; ignored in the first layer.
+        scores_BLM: float [B, L, M], cumulative log-probabilities.
+        keep_BLM: optional bool [B, L, M]; a candidate that is not kept must have no kept descendant.
+    """
+    B, L, M = tokens_BLM.shape
+    offset_L = 1 + (torch.arange(L, device=tokens_BLM.device) - 1)[:, None] * M
+    parents_BLM = torch.where(offset_L > 0, above_BLM + offset_L, 0)
+    depths_LM = torch.arange(1, L + 1, device=tokens_BLM.device)[:, None].expand(L, M)
+    if keep_BLM is None:
+        keep_BLM = torch.ones_like(tokens_BLM, dtype=torch.bool)
+    flat = (B, L * M)
+    return DraftTree(
+        tokens_BN=_under(root_B[:, None], tokens_BLM.reshape(flat)),
+        parents_BN=_under(torch.full_like(root_B, -1)[:, None], parents_BLM.reshape(flat)),
+        depths_BN=_under(torch.zeros_like(root_B)[:, None], depths_LM.expand(B, L, M).reshape(flat)),
+        valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], keep_BLM.reshape(flat)),
+        max_depth=L,
+        scores_BN=_under(scores_BLM.new_zeros(B, 1), scores_BLM.reshape(flat)),
+    )
+
+
+def prune(tree: DraftTree, node_budget: int) -> DraftTree:
+    """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (EAGLE-2's rerank, arXiv:2406.16858 section 4).
+
+    A parent never scores below its child and precedes it; the sort is stable, so ties go to the parent and what is kept is
+    connected. The root is kept beside the budget.
+
+    Raises:
+        ValueError: ``node_budget`` is below 1, or the tree carries no scores.
+    """
+    if node_budget < 1:
+        raise ValueError(f"node_budget is {node_budget}; it must be at least 1 (or null for every node)")
+    if tree.scores_BN is None:
+        raise ValueError("this drafter gives no scores, so its tree cannot be pruned; set node_budget to null")
+    scores_BN = tree.scores_BN.masked_fill(~tree.valid_BN, -torch.inf)
+    scores_BN[:, 0] = torch.inf
+    order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
+    kept_BN = torch.zeros_like(tree.valid_BN).scatter_(1, order_BN[:, : node_budget + 1], True)
+    return pack(replace(tree, valid_BN=tree.valid_BN & kept_BN), width=min(node_budget + 1, tree.num_nodes))
+
+
+def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
+    """Move the valid nodes of each row to the front, in order, and cut the padding off.
+
+    Args:
+        width: static number of nodes to keep. None keeps as many as the fullest row has where that number is free to read
+            (on a CPU), and all of them elsewhere, since reading it would synchronise the host with the device.
+    """
+    if tree.tokens_BN.device.type == "cpu":
+        fullest = int(tree.valid_BN.sum(1).max())
+        if fullest == tree.num_nodes:
+            return tree
+        width = fullest if width is None else min(width, fullest)
+    elif width is None:
+        width = tree.num_nodes
+    order_BN = (~tree.valid_BN).to(torch.int8).argsort(dim=1, stable=True)
+    place_BN = torch.empty_like(order_BN).scatter_(1, order_BN, torch.arange(tree.num_nodes, device=order_BN.device).expand_as(order_BN))
+    order_BN = order_BN[:, :width]
+    valid_BN = tree.valid_BN.gather(1, order_BN)
+    parents_BN = tree.parents_BN.gather(1, order_BN)
+    moved_BN = place_BN.gather(1, parents_BN.clamp(min=0))
+    return DraftTree(
+        tokens_BN=tree.tokens_BN.gather(1, order_BN),
+        parents_BN=torch.where(parents_BN < 0, parents_BN, moved_BN).masked_fill(~valid_BN, 0),
+        depths_BN=tree.depths_BN.gather(1, order_BN).masked_fill(~valid_BN, 0),
+        valid_BN=valid_BN,
+        max_depth=tree.max_depth,
+        scores_BN=None if tree.scores_BN is None else tree.scores_BN.gather(1, order_BN),
+    )
+
+
+def _under(root_B1: Tensor, rest_BN: Tensor) -> Tensor:
+    return torch.cat([root_B1, rest_BN.to(root_B1.dtype)], dim=1)
