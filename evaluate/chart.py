@@ -1,0 +1,114 @@
+"""The report's picture: what each drafter gains beside what it could gain, and how acceptance falls with depth.
+
+Owns the look of the chart. Does not know how a row was measured. Draws without a display.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+from draftsmith.evaluate.records import Row
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK, SOFT, GRID = "#22262e", "#6b7280", "#e5e7eb"
+LOOKS = (("#2563eb", "o"), ("#d97706", "s"), ("#059669", "D"), ("#7c3aed", "^"), ("#dc2626", "v"), ("#0891b2", "P"))
+
+
+def draw(rows: Sequence[Row]) -> bytes:
+    """PNG bytes. Left: speed-up (bar, with its interval) and tokens per step (diamond); right: acceptance by depth."""
+    figure = Figure(figsize=(11.5, max(3.8, 1.9 + 0.42 * len(rows))), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    deep = any(row.acceptance_by_depth for row in rows)
+    axes = figure.subplots(1, 2, width_ratios=(1.45, 1)) if deep else [figure.subplots()]
+    several = len({row.temperature for row in rows}) > 1
+    names = [f"{row.label}  T={row.temperature:g}" if several else row.label for row in rows]
+    looks = _looks(rows)
+    _draw_gains(axes[0], rows, names, [look[0] for look in looks])
+    if deep:
+        _draw_depths(axes[1], rows, names, looks)
+    first = rows[0]
+    figure.suptitle(
+        f"{first.target}: {first.prompts} prompts, batch {first.batch_size}, {first.dtype} on {first.device}",
+        fontsize=12,
+        color=INK,
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+    )
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": ""})
+    return out.getvalue()
+
+
+def _looks(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """One colour and marker for each row that drafts; grey for those that do not."""
+    looks, drafting = [], 0
+    for row in rows:
+        looks.append(LOOKS[drafting % len(LOOKS)] if row.acceptance_by_depth else ("#9ca3af", "o"))
+        drafting += bool(row.acceptance_by_depth)
+    return looks
+
+
+def _plain_axes(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#d1d5db")
+    axes.tick_params(colors=SOFT, labelsize=9, length=0)
+
+
+def _draw_gains(axes: Axes, rows: Sequence[Row], names: list[str], colours: list[str]) -> None:
+    places = range(len(rows))
+    speedups = [row.speedup for row in rows]
+    errors = [
+        [max(row.speedup - row.speedup_interval[0], 0.0) for row in rows],
+        [max(row.speedup_interval[1] - row.speedup, 0.0) for row in rows],
+    ]
+    axes.barh(places, speedups, height=0.58, color=colours, alpha=0.85)
+    axes.errorbar(speedups, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+    stepped = [(row.tokens_per_step, place) for place, row in zip(places, rows, strict=True) if row.tokens_per_step]
+    axes.plot(
+        *zip(*stepped, strict=True), "D", color=INK, markersize=6, markerfacecolor="white", label="tokens per step"
+    )
+    widest = 1.2 * max(max(row.speedup_interval[1], row.tokens_per_step or 0.0) for row in rows)
+    axes.set_xlim(0, widest)
+    for place, row in zip(places, rows, strict=True):
+        _label_row(axes, place, row, fits=row.speedup > 0.1 * widest)
+    axes.axvline(1.0, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_yticks(list(places), names)
+    axes.invert_yaxis()
+    _plain_axes(axes, "Speed-up over plain decoding (bar) and tokens per step (diamond)", "x")
+    axes.tick_params(axis="y", labelcolor=INK)
+
+
+def _label_row(axes: Axes, place: int, row: Row, fits: bool) -> None:
+    """The speed-up inside its bar, or after it where the bar is too short; tokens per step beside its diamond."""
+    speedup, far = f"{row.speedup:.2f}x", max(row.speedup_interval[1], row.tokens_per_step or 0.0)
+    if fits:
+        axes.annotate(
+            speedup, (0, place), (6, 0), textcoords="offset points", va="center", color="white", weight="bold"
+        )
+    else:
+        axes.annotate(speedup, (row.speedup_interval[1], place), (6, 0), textcoords="offset points", va="center")
+    steps = "" if row.tokens_per_step is None else f"{row.tokens_per_step:.2f}"
+    note, colour = (f"{steps}  suspicious", "#b91c1c") if row.suspicious else (steps, SOFT)
+    axes.annotate(note, (far, place), (9, 0), textcoords="offset points", va="center", fontsize=9.5, color=colour)
+
+
+def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[tuple[str, str]]) -> None:
+    deepest = 1
+    for row, name, (colour, marker) in zip(rows, names, looks, strict=True):
+        if row.acceptance_by_depth:
+            depths = [one.depth for one in row.acceptance_by_depth]
+            deepest = max(deepest, *depths)
+            shares = [100 * one.conditional for one in row.acceptance_by_depth]
+            axes.plot(depths, shares, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=name)
+    axes.set_xticks(range(1, deepest + 1))
+    axes.set_xlim(0.8, deepest + 0.2)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("draft depth", fontsize=9, color=SOFT)
+    _plain_axes(axes, "Accepted, % of drafts whose parent was", "y")
+    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="lower left")

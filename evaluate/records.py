@@ -1,0 +1,140 @@
+"""What an evaluation passes from stage to stage: prompts, what each contender emitted, and rows of the report.
+
+Owns the data and its small invariants. Does not know how anything is decoded, timed, or printed.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt as token ids, ready to decode. `source` is the category that results are split by."""
+
+    id: str
+    source: str
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one contender emitted for one prompt.
+
+    token_ids: the reply, EOS included when it was produced.
+    accepted: accepted draft tokens of each decode cycle. The prefill emits the first token outside of any cycle.
+    drafted: depth of the draft tree of each cycle; empty when the contender does not say.
+    """
+
+    token_ids: tuple[int, ...]
+    accepted: tuple[int, ...]
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def stepped_tokens(self) -> int:
+        """Tokens emitted by decode cycles, i.e. all but the prefill's."""
+        return max(len(self.token_ids) - 1, 0)
+
+    @property
+    def cycles(self) -> int:
+        """Target forwards after the prefill."""
+        return len(self.accepted)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One timed call: a batch of prompts decoded by one contender. `samples` index the evaluation's prompt list."""
+
+    samples: tuple[int, ...]
+    repeat: int
+    seconds: float
+    decoded: tuple[Decoded, ...]
+
+
+@dataclass(frozen=True)
+class DepthAcceptance:
+    """Acceptance at one draft depth (1 = the first drafted token after the root).
+
+    conditional: accepted at this depth / cycles whose previous depth was accepted and that drafted this deep.
+    marginal: accepted at this depth / all cycles.
+    """
+
+    depth: int
+    reached: int
+    accepted: int
+    conditional: float
+    marginal: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where a contender's reply departs from plain decoding.
+
+    `gap` is the target's logit of plain's token minus its logit of the contender's: near zero means a tie that rounding
+    decided, anything else means a bug. None when it was not computed (temperature above 0).
+    """
+
+    prompt_id: str
+    position: int
+    plain_token: int | None
+    contender_token: int | None
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The same measures over part of the prompts: one source, or looping and other replies apart."""
+
+    by: str
+    value: str
+    prompts: int
+    tokens: int
+    tokens_per_step: float | None
+    tokens_per_step_interval: tuple[float, float] | None
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: one drafter with one beam shape at one temperature, against plain decoding.
+
+    Rates are wall-clock and include the prefill. `speedup` is the pooled ratio of tokens/s over the very same prompts,
+    `speedup_median` the median of the per-prompt ratios. `tokens_per_step` is pooled and counts the bonus token.
+    """
+
+    target: str
+    drafter: str
+    temperature: float
+    prompts: int
+    exact_share: float
+    tokens_per_step: float | None
+    tokens_per_step_interval: tuple[float, float] | None
+    speedup: float
+    tokens_per_second: float
+    baseline_tokens_per_second: float
+    transformers_tokens_per_second: float | None
+    speedup_interval: tuple[float, float]
+    speedup_median: float
+    speedup_over_transformers: float | None
+    engine_vs_transformers: float | None
+    transformers_exact_share: float | None
+    suspicious: bool
+    beam_width: int | None
+    draft_length: int | None
+    node_budget: int | None
+    parameters: int
+    dtype: str
+    device: str
+    batch_size: int
+    max_new_tokens: int
+    repeats: int
+    tokens: int
+    looping_share: float
+    acceptance_by_depth: tuple[DepthAcceptance, ...] = ()
+    accepted_lengths: tuple[int, ...] = ()
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    slices: tuple[Slice, ...] = ()
+    divergences: tuple[Divergence, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and charts, e.g. `redrafter 10x4` (beam width x drafted tokens)."""
+        return self.drafter if self.beam_width is None else f"{self.drafter} {self.beam_width}x{self.draft_length}"

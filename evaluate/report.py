@@ -1,0 +1,224 @@
+"""The report's files: report.json, report.md and TensorBoard scalars, each written whole or not at all.
+
+Owns the format of the report and the words of its tables. Does not know how a row was measured.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from draftsmith.evaluate.records import Row, Slice
+
+from draftsmith.files import atomic_write
+
+HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
+MEANING = """\
+- *Tokens per step*: emitted tokens per target forward after the prefill, pooled over prompts, the bonus token counted.
+  Plain decoding is 1.
+- *Speed-up*: tokens/s over plain decoding in the same engine, interleaved prompt by prompt; wall-clock, prefill
+  included, warm-up excluded.
+- *Identical*: share of prompts whose token ids equal plain decoding's, all of them, EOS included.
+- *Looping*: share of replies that end by repeating one phrase, which any drafter guesses: see the parts below.
+- Intervals are percentile bootstraps over prompts: they say how much the prompts matter, not how much the speed of the
+  machine wanders.
+"""
+
+
+def to_json(command: str, machine: dict, versions: dict, rows: Sequence[Row]) -> str:
+    """The text of report.json: command, machine, versions, rows. NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(
+        {"command": command, "machine": machine, "versions": versions, "rows": [_finite(asdict(row)) for row in rows]},
+        indent=2,
+        allow_nan=False,
+    )
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a report.json. Raises ValueError for a missing file, what is not JSON, and JSON that is no report."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such report; make one with `draftsmith evaluate --out {path.parent}`")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not valid JSON: {error}; make the report again with `draftsmith evaluate`"
+        ) from error
+    if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
+        raise ValueError(f"{path}: not a report: it has no list of rows; give the report.json of `draftsmith evaluate`")
+    return report["rows"]
+
+
+def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row], chart: str | None = None) -> str:
+    """The text of report.md: table, what its words mean, parts of the prompts, acceptance by depth, where time went."""
+    first = rows[0]
+    runs = f"{first.repeats} timed run{'s' if first.repeats > 1 else ''} a prompt"
+    setting = (
+        f"Target `{first.target}`, {first.dtype} on {first.device}, batch {first.batch_size}, {first.prompts} prompts, "
+        f"at most {first.max_new_tokens} new tokens, {runs}."
+    )
+    parts = ["# Evaluation", setting, _main_table(rows), *_warnings(rows), *_baseline(rows)]
+    if chart:
+        parts.append(f"![Speed-up, tokens per step and acceptance by depth]({chart})")
+    parts += [MEANING.rstrip(), _slice_table(rows), _depth_table(rows), _stage_table(rows), _divergence_list(rows)]
+    parts.append(_made_by(command, machine, versions))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _main_table(rows: Sequence[Row]) -> str:
+    lines = [HEADER, "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        steps = _ranged(row.tokens_per_step, row.tokens_per_step_interval)
+        speedup = _ranged(row.speedup, row.speedup_interval) + (" (suspicious)" if row.suspicious else "")
+        lines.append(
+            f"| {row.label} | {row.temperature:g} | {steps} | {speedup} | {row.tokens_per_second:.0f} "
+            f"| {_percent(row.exact_share)} | {_percent(row.looping_share)} |"
+        )
+    return "\n".join(lines)
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"**Suspicious:** `{row.label}` at T = {row.temperature:g} is {row.speedup:.2f} times faster with only "
+        f"{row.tokens_per_step or 0:.2f} tokens per step. A drafter cannot save more forwards than that: look for a "
+        "slow baseline or a busy machine before believing this row."
+        for row in rows
+        if row.suspicious
+    ]
+
+
+def _baseline(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row.drafter == "plain" and row.engine_vs_transformers is not None:
+            share = row.transformers_exact_share
+            same = "" if share is None else f", the same tokens on {_percent(share)}"
+            lines.append(
+                f"The baseline at T = {row.temperature:g}: the engine decodes plainly at "
+                f"{row.engine_vs_transformers:.2f} times the speed of `transformers.generate` "
+                f"({row.transformers_tokens_per_second:.0f} tokens/s on the same prompts{same})."
+            )
+    return lines
+
+
+def _slice_table(rows: Sequence[Row]) -> str:
+    found = [(row, part) for row in rows for part in row.slices if row.beam_width is not None]
+    if not found:
+        return ""
+    head = (
+        "| drafter | T | part | prompts | tokens | tokens per step (95 %) | speed-up |\n|---|---|---|---|---|---|---|"
+    )
+    return "## By part of the prompts\n\n" + "\n".join([head, *(_slice_line(row, part) for row, part in found)])
+
+
+def _slice_line(row: Row, part: Slice) -> str:
+    steps = _ranged(part.tokens_per_step, part.tokens_per_step_interval)
+    speedup = "-" if part.speedup is None else f"{part.speedup:.2f}"
+    name = f"{part.by}: {part.value}"
+    return f"| {row.label} | {row.temperature:g} | {name} | {part.prompts} | {part.tokens} | {steps} | {speedup} |"
+
+
+def _depth_table(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row.acceptance_by_depth]
+    if not found:
+        return ""
+    deepest = max(len(row.acceptance_by_depth) for row in found)
+    lines = [
+        "| drafter | T | " + " | ".join(f"depth {depth + 1}" for depth in range(deepest)) + " |",
+        "|---" * (deepest + 2) + "|",
+    ]
+    for row in found:
+        cells = [f"{one.conditional:.2f} / {one.marginal:.2f}" for one in row.acceptance_by_depth]
+        lines.append(
+            f"| {row.label} | {row.temperature:g} | " + " | ".join(cells + ["-"] * (deepest - len(cells))) + " |"
+        )
+    return "## Acceptance by depth\n\nConditional (given the depth before was accepted) / marginal.\n\n" + "\n".join(
+        lines
+    )
+
+
+def _stage_table(rows: Sequence[Row]) -> str:
+    stages = list(dict.fromkeys(stage for row in rows for stage in row.stage_seconds))
+    if not stages:
+        return ""
+    lines = ["| drafter | T | " + " | ".join(stages) + " |", "|---" * (len(stages) + 2) + "|"]
+    for row in rows:
+        total = sum(row.stage_seconds.values())
+        cells = [_percent(row.stage_seconds.get(stage, 0.0) / total) if total else "-" for stage in stages]
+        lines.append(f"| {row.label} | {row.temperature:g} | " + " | ".join(cells) + " |")
+    note = "Share of the wall-clock, from a separate run with the ledger on: its clock does not slow the figures above."
+    return f"## Where the time goes\n\n{note}\n\n" + "\n".join(lines)
+
+
+def _divergence_list(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        for one in row.divergences:
+            gap = "" if one.gap is None else f"; the target's logits are {one.gap:.2g} apart"
+            lines.append(
+                f"- {row.label}, T = {row.temperature:g}, prompt `{one.prompt_id}`, token {one.position}: plain "
+                f"{one.plain_token}, got {one.contender_token}{gap}"
+            )
+    return "## Replies that differ from plain decoding\n\n" + "\n".join(lines) if lines else ""
+
+
+def _made_by(command: str, machine: dict, versions: dict) -> str:
+    facts = [f"- {key}: {value}" for key, value in machine.items() if value not in (None, "", [])]
+    facts += [f"- {key} {value}" for key, value in versions.items() if value]
+    return f"## How it was made\n\n```sh\n{command}\n```\n\n" + "\n".join(facts)
+
+
+def _ranged(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+
+
+def _percent(share: float) -> str:
+    """A share in percent that says 100 only when it is all, and 0 only when it is none."""
+    rounded = f"{100 * share:.1f}"
+    if rounded == "100.0":
+        return "100 %" if share >= 1 else "99.9 %"
+    if rounded == "0.0":
+        return "0 %" if share <= 0 else "< 0.1 %"
+    return f"{rounded} %"
+
+
+def write_scalars(directory: Path, rows: Sequence[Row]) -> None:
+    """TensorBoard scalars of every row under `directory`; the step is 1000 x temperature."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(log_dir=str(directory)) as writer:
+        for row in rows:
+            step, name = round(1000 * row.temperature), row.label.replace(" ", "_")
+            scalars = {
+                "tokens_per_step": row.tokens_per_step,
+                "speedup": row.speedup,
+                "tokens_per_second": row.tokens_per_second,
+                "exact_share": row.exact_share,
+                "looping_share": row.looping_share,
+            }
+            scalars |= {f"acceptance/depth{one.depth}": one.conditional for one in row.acceptance_by_depth}
+            for key, value in scalars.items():
+                if value is not None:
+                    writer.add_scalar(f"evaluate/{name}/{key}", value, step)
+
+
+def write_report(
+    out: Path, command: str, machine: dict, versions: dict, rows: Sequence[Row], chart: bytes | None = None
+) -> None:
+    """Write report.json, report.md and, where given, report.png into `out`; the JSON last, so it means all is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    if chart is not None:
+        atomic_write(out / "report.png", chart)
+    atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, "report.png" if chart else None))
+    atomic_write(out / "report.json", to_json(command, machine, versions, rows) + "\n")
