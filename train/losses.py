@@ -1,0 +1,317 @@
+"""Losses of draft heads: plain functions from tensors to sums, with an eager twin beside each fast one.
+
+Owns: the output head's matrix product and what follows it (cross-entropy, Kullback-Leibler divergence, top-k counts),
+computed chunk by chunk so that no tensor larger than chunk x draft vocabulary ever exists, forward or backward.
+Does not know: drafters, batches, devices of a run, Lightning, where teachers' probabilities come from.
+
+Why gradients are computed in the forward pass: the loss is a weighted sum over rows with weights known beforehand, so
+d(loss)/d(logits) of a chunk is at hand as soon as its logits are; keeping the logits for a backward pass would cost
+K x A x Vd floats (64 GB for 5 steps of 25k anchors at a vocabulary of 128k).
+
+Shape legend: K draft steps, A anchors, E head inputs, V target vocabulary, Vd draft vocabulary, R rows = (step, anchor)
+pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+OUTSIDE = -1
+"""Draft id of a target token that the draft vocabulary does not hold."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the rows of each draft step; divide by the counts of all ranks to get means.
+
+    total: [] differentiable, sum over k of step_weights[k] * loss_sum[k]; loss_sum [K] (detached, nats);
+    loss_rows [K] rows in the loss; rows [K] valid rows, those outside the draft vocabulary included: what the
+    accuracies are relative to; top1, top5 [K] rows whose target is among the 1 or 5 best, or None when not asked for.
+    """
+
+    total: Tensor
+    loss_sum: Tensor
+    loss_rows: Tensor
+    rows: Tensor
+    top1: Tensor | None
+    top5: Tensor | None
+
+
+def default_chunk_rows(draft_vocab_size: int) -> int:
+    """Rows of a chunk: about a million logits, but at least 512 rows (thinner matrix products waste the machine)."""
+    return max(512, min(4096, 2**20 // max(1, draft_vocab_size)))
+
+
+def head_cross_entropy(
+    head_inputs: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    step_weights: Tensor,
+    chunk_rows: int | None = None,
+    metrics: bool = True,
+) -> StepSums:
+    """Teacher-forced cross-entropy of every draft step (ReDrafter, arXiv 2403.09919, section 4; Apple's training loss).
+
+    head_inputs [K, A, E] float; head_weight [Vd, E] float; targets [A, K] int64 draft ids, OUTSIDE where the draft
+    vocabulary lacks the token; valid [A, K] bool; step_weights [K] float. A target outside the draft vocabulary adds
+    nothing to the loss and counts as a miss in top-1 and top-5: a drafter can never propose it.
+    Raises ValueError on shapes that do not fit.
+    """
+    _check_shapes(head_inputs, head_weight, targets, valid, step_weights)
+    flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
+    row_ids = torch.nonzero(flat_valid & (flat_targets != OUTSIDE)).squeeze(1)
+    job = _CrossEntropyJob(
+        row_ids=row_ids,
+        row_targets=flat_targets[row_ids],
+        num_anchors=head_inputs.shape[1],
+        chunk_rows=chunk_rows or default_chunk_rows(head_weight.shape[0]),
+        metrics=metrics,
+        grad_enabled=torch.is_grad_enabled(),
+    )
+    return _run(job, head_inputs, head_weight, valid, step_weights)
+
+
+def head_distillation(
+    head_inputs: Tensor,
+    head_weight: Tensor,
+    teacher_logits: Callable[[Tensor], Tensor],
+    teacher_rows: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    step_weights: Tensor,
+    chunk_rows: int | None = None,
+    metrics: bool = True,
+) -> StepSums:
+    """KL(target_probs || draft_probs) of every draft step, the target's distribution taken along its own path.
+
+    As head_cross_entropy, with teacher_rows [A, K] int64: which teacher distribution row (a, k) is to match, and
+    teacher_logits(ids [n] int64) -> [n, Vd]: the target's logits of these rows over the draft vocabulary. Their softmax
+    is the target's distribution renormalised over the draft vocabulary, and the divergence is exact with respect to it;
+    mass outside is not counted. targets serve the accuracies only. Rows that share a teacher row are computed
+    together, so each teacher distribution is computed once.
+    (Local distillation of arXiv 2403.09919, section 4.2, is head_cross_entropy on another rollout.)
+    """
+    _check_shapes(head_inputs, head_weight, targets, valid, step_weights)
+    flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
+    teacher_ids, grid = group_by_teacher(teacher_rows.T.reshape(-1), flat_valid)
+    num_grouped = max(1, grid.shape[1])
+    job = _DistillationJob(
+        teacher_logits=teacher_logits,
+        teacher_ids=teacher_ids,
+        grid=grid,
+        flat_targets=flat_targets,
+        num_anchors=head_inputs.shape[1],
+        chunk_positions=max(1, (chunk_rows or default_chunk_rows(head_weight.shape[0])) // num_grouped),
+        metrics=metrics,
+        grad_enabled=torch.is_grad_enabled(),
+    )
+    return _run(job, head_inputs, head_weight, valid, step_weights)
+
+
+def group_by_teacher(teacher_rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Gathers the rows that share a teacher: teacher_rows [R] int64, valid [R] bool -> teacher ids [U], grid [U, G].
+
+    grid[u, g] is the g-th valid row whose teacher is ids[u], -1 where there are fewer than G.
+    Example: teacher_rows (7, 8, 7), all valid -> ids (7, 8), grid ((0, 2), (1, -1)).
+    """
+    row_ids = torch.nonzero(valid).squeeze(1)
+    sorted_rows, order = torch.sort(teacher_rows[row_ids], stable=True)
+    teacher_ids, group_sizes = torch.unique_consecutive(sorted_rows, return_counts=True)
+    starts = group_sizes.cumsum(0) - group_sizes
+    group_of_row = torch.repeat_interleave(torch.arange(len(teacher_ids), device=row_ids.device), group_sizes)
+    slots = torch.arange(len(row_ids), device=row_ids.device) - starts[group_of_row]
+    width = int(group_sizes.max()) if len(teacher_ids) else 0
+    grid = torch.full((len(teacher_ids), width), -1, dtype=torch.int64, device=row_ids.device)
+    grid[group_of_row, slots] = row_ids[order]
+    return teacher_ids, grid
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """row_ids [C] flat rows (step * A + anchor), row_mask [C] bool | None: rows that count (None: all do)."""
+
+    row_ids: Tensor
+    row_mask: Tensor | None
+    payload: Tensor
+
+
+@dataclass(frozen=True)
+class _CrossEntropyJob:
+    row_ids: Tensor
+    row_targets: Tensor
+    num_anchors: int
+    chunk_rows: int
+    metrics: bool
+    grad_enabled: bool
+
+    def chunks(self) -> Iterator[_Chunk]:
+        pairs = zip(self.row_ids.split(self.chunk_rows), self.row_targets.split(self.chunk_rows), strict=True)
+        return (_Chunk(ids, None, row_targets) for ids, row_targets in pairs)
+
+    def targets_of(self, chunk: _Chunk) -> Tensor:
+        return chunk.payload
+
+    def loss_and_grad(self, chunk: _Chunk, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """log_probs [C, Vd], overwritten -> loss [C], d(loss)/d(logits) [C, Vd] = draft_probs - one_hot(target)."""
+        picked = chunk.payload[:, None]
+        loss = -log_probs.gather(1, picked).squeeze(1)
+        if self.grad_enabled:
+            log_probs.exp_().scatter_add_(1, picked, log_probs.new_full((), -1.0).expand(picked.shape))
+        return loss, log_probs
+
+
+@dataclass(frozen=True)
+class _DistillationJob:
+    teacher_logits: Callable[[Tensor], Tensor]
+    teacher_ids: Tensor
+    grid: Tensor
+    flat_targets: Tensor
+    num_anchors: int
+    chunk_positions: int
+    metrics: bool
+    grad_enabled: bool
+
+    def chunks(self) -> Iterator[_Chunk]:
+        for ids, grid in zip(
+            self.teacher_ids.split(self.chunk_positions), self.grid.split(self.chunk_positions), strict=True
+        ):
+            flat = grid.reshape(-1)
+            yield _Chunk(flat.clamp(min=0), flat >= 0, ids)
+
+    def targets_of(self, chunk: _Chunk) -> Tensor:
+        return self.flat_targets[chunk.row_ids]
+
+    def loss_and_grad(self, chunk: _Chunk, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """log_probs [U * G, Vd], overwritten -> KL [U * G], d(KL)/d(logits) = draft_probs - target_probs."""
+        logits = self.teacher_logits(chunk.payload)
+        target_log_probs = torch.log_softmax(logits, dim=-1, dtype=log_probs.dtype)
+        target_probs = target_log_probs.exp()
+        # A logit of -inf (a token the target can never say) has probability 0 and adds 0, not 0 * -inf.
+        negative_entropy = torch.special.entr(target_probs).sum(-1).neg()
+        grouped = log_probs.view(len(chunk.payload), -1, log_probs.shape[-1])
+        cross = torch.bmm(grouped, target_probs[:, :, None]).squeeze(-1)
+        loss = (negative_entropy[:, None] - cross).reshape(-1)
+        if self.grad_enabled:
+            grouped.exp_().sub_(target_probs[:, None])
+        return loss, log_probs
+
+
+_Job = _CrossEntropyJob | _DistillationJob
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Sums over chunks of rows; gradients are made beside the loss and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, head_inputs: Tensor, head_weight: Tensor, step_weights: Tensor, job: _Job) -> tuple:
+        num_steps, num_anchors, width = head_inputs.shape
+        device_type = head_inputs.device.type
+        compute_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        flat_inputs = head_inputs.reshape(num_steps * num_anchors, width)
+        compute_dtype = compute_dtype or torch.promote_types(head_inputs.dtype, head_weight.dtype)
+        weight = head_weight.to(compute_dtype)
+        sum_dtype = torch.promote_types(torch.float32, head_weight.dtype)
+        sums = torch.zeros(4, num_steps, dtype=sum_dtype, device=head_inputs.device)
+        grad_inputs = torch.zeros_like(flat_inputs) if job.grad_enabled and head_inputs.requires_grad else None
+        grad_weight = (
+            torch.zeros_like(head_weight, dtype=sum_dtype) if job.grad_enabled and head_weight.requires_grad else None
+        )
+        with torch.autocast(device_type, enabled=False):
+            for chunk in job.chunks():
+                if not len(chunk.row_ids):  # splitting nothing gives one empty piece
+                    continue
+                inputs = flat_inputs.index_select(0, chunk.row_ids).to(compute_dtype)
+                _one_chunk(job, chunk, inputs, weight, step_weights.to(sum_dtype), sums, grad_inputs, grad_weight)
+        total = (step_weights.to(sum_dtype) * sums[0]).sum()
+        ctx.has_grads = (grad_inputs is not None, grad_weight is not None)
+        ctx.shape = head_inputs.shape
+        ctx.weight_dtype = head_weight.dtype
+        ctx.save_for_backward(*[grad for grad in (grad_inputs, grad_weight) if grad is not None])
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _grad_sums: Tensor) -> tuple:
+        saved = list(ctx.saved_tensors)
+        has_inputs, has_weight = ctx.has_grads
+        grad_inputs = (saved.pop(0) * grad_total).view(ctx.shape) if has_inputs else None
+        grad_weight = (saved.pop(0) * grad_total).to(ctx.weight_dtype) if has_weight else None
+        return grad_inputs, grad_weight, None, None
+
+
+def _one_chunk(
+    job: _Job,
+    chunk: _Chunk,
+    inputs: Tensor,
+    weight: Tensor,
+    step_weights: Tensor,
+    sums: Tensor,
+    grad_inputs: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Adds one chunk to sums [4, K] (loss, loss rows, top-1, top-5) and, scaled by step weights, to the gradients."""
+    steps = torch.div(chunk.row_ids, job.num_anchors, rounding_mode="floor")
+    logits = inputs @ weight.T
+    # Softmax in float32 (or better) whatever the matrix product's dtype: bf16 has 8 bits and a vocabulary has 2^17.
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=sums.dtype)
+    keep = torch.ones_like(steps, dtype=sums.dtype) if chunk.row_mask is None else chunk.row_mask.to(sums.dtype)
+    if job.metrics:
+        ranks = _ranks(log_probs, job.targets_of(chunk))
+        sums[2].index_add_(0, steps, keep * (ranks < 1))
+        sums[3].index_add_(0, steps, keep * (ranks < 5))
+    loss, grad_logits = job.loss_and_grad(chunk, log_probs)
+    sums[0].index_add_(0, steps, loss * keep)
+    sums[1].index_add_(0, steps, keep)
+    if grad_inputs is None and grad_weight is None:
+        return
+    scales = (keep * step_weights[steps])[:, None]
+    grad_logits = grad_logits.to(weight.dtype)
+    if grad_weight is not None:
+        scaled_inputs = inputs * scales.to(inputs.dtype)
+        if grad_weight.dtype == grad_logits.dtype:
+            grad_weight.addmm_(grad_logits.T, scaled_inputs)
+        else:
+            grad_weight += grad_logits.T @ scaled_inputs
+    if grad_inputs is not None:
+        chunk_grad = ((grad_logits @ weight) * scales).to(grad_inputs.dtype)
+        grad_inputs.index_add_(0, chunk.row_ids, chunk_grad)  # masked slots add exact zeros to row 0
+
+
+def _ranks(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """How many draft ids come before the target: log_probs [C, Vd], targets [C] -> [C] int64; OUTSIDE -> Vd.
+
+    Ties go to the smaller id, as argmax does; without that a head of zeros would score 100 %.
+    """
+    picked = targets.clamp(min=0)[:, None]
+    target_scores = log_probs.gather(1, picked)
+    better = (log_probs > target_scores).sum(-1)
+    tied = (log_probs == target_scores).sum(-1) > 1
+    if bool(tied.any()):
+        ids = torch.arange(log_probs.shape[-1], device=log_probs.device)
+        better[tied] += ((log_probs[tied] == target_scores[tied]) & (ids < picked[tied])).sum(-1)
+    return torch.where(targets == OUTSIDE, log_probs.shape[-1], better)
+
+
+def _run(job: _Job, head_inputs: Tensor, head_weight: Tensor, valid: Tensor, step_weights: Tensor) -> StepSums:
+    total, sums = _ChunkedHead.apply(head_inputs, head_weight, step_weights, job)
+    top1, top5 = (sums[2], sums[3]) if job.metrics else (None, None)
+    return StepSums(total, sums[0], sums[1], valid.sum(0).to(sums.dtype), top1, top5)
+
+
+def _check_shapes(
+    head_inputs: Tensor, head_weight: Tensor, targets: Tensor, valid: Tensor, step_weights: Tensor
+) -> None:
+    num_steps, num_anchors, width = head_inputs.shape
+    expected = {"targets": (num_anchors, num_steps), "valid": (num_anchors, num_steps), "step_weights": (num_steps,)}
+    given = {"targets": targets.shape, "valid": valid.shape, "step_weights": step_weights.shape}
+    for name, shape in expected.items():
+        if tuple(given[name]) != shape:
+            raise ValueError(f"{name} has shape {tuple(given[name])}; head_inputs {num_steps, num_anchors} ask {shape}")
+    if head_weight.shape[1] != width:
+        raise ValueError(f"head_weight takes {head_weight.shape[1]} inputs, head_inputs have {width}")
