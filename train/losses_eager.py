@@ -7,8 +7,9 @@ Shape legend: K draft steps, A anchors, E head inputs, Vd draft vocabulary, R te
 """
 
 import torch
-from draftsmith.train.losses import OUTSIDE, StepSums
 from torch import Tensor
+
+from draftsmith.train.losses import OUTSIDE, StepSums
 
 
 def head_cross_entropy_eager(

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from draftsmith.train.losses import (
     OUTSIDE,
     StepSums,
@@ -12,8 +15,6 @@ from draftsmith.train.losses import (
     head_distillation,
 )
 from draftsmith.train.losses_eager import head_cross_entropy_eager, head_distillation_eager
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS, ANCHORS, WIDTH, VOCAB = 3, 11, 6, 17
 
