@@ -1,0 +1,1 @@
+"""Exactness, acceptance and speed, measured and reported."""

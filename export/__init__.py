@@ -1,0 +1,1 @@
+"""Trained drafters as files that others read: one module a serving format."""

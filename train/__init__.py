@@ -1,0 +1,1 @@
+"""Losses, modules, data loading and callbacks: the one package that knows Lightning."""
