@@ -1,0 +1,118 @@
+"""`manifest.json` of a hidden-state cache: what the features are, whose they are, and what each shard must look like.
+
+Owns: the manifest's fields and their checks. Does not know: tensors, targets, how shards are made.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from draftsmith.files import atomic_write
+
+SCHEMA = "draftsmith.hidden_states/1"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    """Everything that must agree for two extractions to give the same cache.
+
+    `layers` are names (`last.pre_norm`, `layer.12.output`). `dtype` is the stored one, `target_dtype` the one the target
+    ran in. `source` is the sha256 of the texts, `mask` says how the loss mask was found, `local_horizon` is the number
+    of greedy tokens kept after each position (0: none). Whatever fixes which samples share a batch is here too, since
+    rounding depends on it.
+    """
+
+    target: str
+    target_revision: str | None
+    target_fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    layers: tuple[str, ...]
+    hidden_size: int
+    dtype: str
+    target_dtype: str
+    source: str
+    split: str | None
+    mask: str
+    max_length: int
+    local_horizon: int
+    shard_mib: float
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard file: its name, its sha256, its size in bytes, and how much is in it."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+    num_samples: int
+    num_tokens: int
+    num_labelled: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A cache as a whole; `complete` turns True with the last shard."""
+
+    identity: CacheIdentity
+    num_samples: int
+    num_tokens: int
+    num_labelled: int
+    num_dropped: int
+    num_cut: int
+    complete: bool = False
+    shards: tuple[ShardRecord, ...] = field(default=())
+
+    def with_shard(self, shard: ShardRecord) -> "Manifest":
+        """The manifest after one more shard."""
+        shards = (*self.shards, shard)
+        return replace(self, shards=shards, complete=sum(s.num_samples for s in shards) == self.num_samples)
+
+    def save(self, folder: Path) -> None:
+        """Writes the manifest, atomically. It holds no time and no path of this run: the same input gives the same bytes."""
+        atomic_write(folder / MANIFEST_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Reads and checks the manifest of a cache.
+
+        Raises ValueError for a missing folder or manifest, bad JSON, another schema, and missing or unknown fields.
+        """
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} is no hidden-state cache: it has no {MANIFEST_FILE}; make one with `draftsmith data extract`"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); extract the cache again") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path} has the schema {found!r}, this version reads {SCHEMA!r}; extract the cache again")
+        del content["schema"]
+        identity = _build(CacheIdentity, content.get("identity"), path)
+        shards = tuple(_build(ShardRecord, shard, path) for shard in content.get("shards", ()))
+        manifest = _build(cls, content, path)
+        return replace(manifest, identity=replace(identity, layers=tuple(identity.layers)), shards=shards)
+
+    def differences(self, wanted: CacheIdentity) -> list[str]:
+        """Which settings of this cache differ from the wanted ones, as `name: here 'a', wanted 'b'`."""
+        pairs = [(f.name, getattr(self.identity, f.name), getattr(wanted, f.name)) for f in fields(CacheIdentity)]
+        return [f"{name}: here {here!r}, wanted {want!r}" for name, here, want in pairs if here != want]
+
+
+def _build(kind: type, content: Any, path: Path) -> Any:
+    names = {f.name for f in fields(kind)}
+    if not isinstance(content, Mapping) or set(content) != names:
+        given = set(content) if isinstance(content, Mapping) else set()
+        raise ValueError(
+            f"{path}: {kind.__name__} lacks {sorted(names - given)} and has unknown {sorted(given - names)}; "
+            "extract the cache again"
+        )
+    return kind(**content)

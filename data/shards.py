@@ -1,0 +1,150 @@
+"""One shard of a hidden-state cache: several samples end to end in a safetensors file.
+
+Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (sample i is `offsets[i]:offsets[i + 1]`),
+`input_ids` int32 [T], `loss_mask` bool [T], `hidden.<layer>` [T, D] for each layer, and where greedy continuations were
+asked for `greedy_ids` int32 [T, G].
+
+Owns: this layout. Does not know: manifests, targets, training.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from draftsmith.data.manifest import ShardRecord
+from draftsmith.files import atomic_write, sha256_file
+
+_HIDDEN = "hidden."
+# A single metadata entry: with several, safetensors writes them in an order that changes from run to run.
+_IDS = "ids"
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """One sample as it comes out of a cache.
+
+    `input_ids` int64 [T], `loss_mask` bool [T] (True: trained on), `hidden` layer name -> [T, D] in the stored dtype
+    (a view of the file, not a copy), `greedy_ids` int64 [T, G] or None: row t holds the target's G greedy tokens after
+    tokens 0..t.
+    """
+
+    id: str
+    input_ids: Tensor
+    loss_mask: Tensor
+    hidden: dict[str, Tensor]
+    greedy_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """Tensors of one shard before it is written; shapes as in the module's docstring, ids one a sample."""
+
+    ids: Sequence[str]
+    offsets: Tensor
+    input_ids: Tensor
+    loss_mask: Tensor
+    hidden: dict[str, Tensor]
+    greedy_ids: Tensor | None
+
+
+def bytes_per_token(hidden_size: int, num_layers: int, dtype: torch.dtype, horizon: int) -> int:
+    """Bytes that one token takes on disk."""
+    return hidden_size * num_layers * dtype.itemsize + 5 + 4 * horizon
+
+
+def write_shard(path: Path, content: ShardContent) -> ShardRecord:
+    """Writes a shard atomically; the same content gives the same bytes.
+
+    Raises OSError when the disk does not take it; no partial file stays behind.
+    """
+    tensors = {
+        "offsets": content.offsets.to(torch.int64),
+        "input_ids": content.input_ids.to(torch.int32),
+        "loss_mask": content.loss_mask.to(torch.bool),
+        **{_HIDDEN + name: states for name, states in content.hidden.items()},
+    }
+    if content.greedy_ids is not None:
+        tensors["greedy_ids"] = content.greedy_ids.to(torch.int32)
+    payload = safetensors.torch.save(tensors, metadata={_IDS: json.dumps(list(content.ids), ensure_ascii=False)})
+    atomic_write(path, payload)
+    return ShardRecord(
+        name=path.name,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        num_bytes=len(payload),
+        num_samples=len(content.ids),
+        num_tokens=int(content.input_ids.shape[0]),
+        num_labelled=int(content.loss_mask.sum()),
+    )
+
+
+class ShardReader:
+    """Reads one shard through a memory map: states of a sample are views, nothing is copied until it is used.
+
+    Raises ValueError when the file is missing, cut off, of another size than its record, or laid out differently.
+    """
+
+    def __init__(self, path: Path, record: ShardRecord, layers: Sequence[str]) -> None:
+        self.path = path
+        self.record = record
+        check_size(path, record)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                missing = {"offsets", "input_ids", "loss_mask", *(_HIDDEN + layer for layer in layers)} - names
+                if missing:
+                    raise ValueError(f"{path} lacks the tensors {sorted(missing)}; extract the cache again")
+                self.ids: list[str] = json.loads((file.metadata() or {}).get(_IDS, "[]"))
+                self.offsets: list[int] = file.get_tensor("offsets").tolist()
+                self._input_ids = file.get_tensor("input_ids")
+                self._loss_mask = file.get_tensor("loss_mask")
+                self._hidden = {layer: file.get_tensor(_HIDDEN + layer) for layer in layers}
+                self._greedy_ids = file.get_tensor("greedy_ids") if "greedy_ids" in names else None
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run the extraction again") from error
+        counts = (len(self.ids), self.offsets[-1] if self.offsets else -1)
+        if counts != (record.num_samples, record.num_tokens) or len(self.offsets) != record.num_samples + 1:
+            raise ValueError(
+                f"{path} holds {counts} samples and tokens, its record says otherwise; extract the cache again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> CachedSample:
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        greedy = self._greedy_ids
+        return CachedSample(
+            id=self.ids[index],
+            input_ids=self._input_ids[start:stop].long(),
+            loss_mask=self._loss_mask[start:stop],
+            hidden={layer: states[start:stop] for layer, states in self._hidden.items()},
+            greedy_ids=None if greedy is None else greedy[start:stop].long(),
+        )
+
+
+def check_size(path: Path, record: ShardRecord) -> None:
+    """Raises ValueError when a shard is missing or has another size than its record says."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run the extraction again, it makes only what is not there")
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        raise ValueError(
+            f"{path} has {size} bytes, its record says {record.num_bytes}: it was cut off or changed; "
+            "delete it and run the extraction again"
+        )
+
+
+def check_digest(path: Path, record: ShardRecord) -> None:
+    """Raises ValueError when one byte of a shard differs from what was written."""
+    check_size(path, record)
+    if sha256_file(path) != record.sha256:
+        raise ValueError(
+            f"{path} was altered: its sha256 is not the recorded one; delete it and run the extraction again"
+        )
