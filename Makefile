@@ -26,7 +26,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 test: install-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 check: install-dev
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ check: install-dev
 	$(BIN)/mypy
 
 wheel: install-dev
-	rm -rf dist
+	rm -rf dist build/lib build/bdist*
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:

@@ -1,0 +1,68 @@
+"""The installed wheel, tried outside of the checkout: everything a user needs must have come with it."""
+
+import importlib.metadata
+import importlib.resources
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import draftsmith
+from draftsmith import cli, embedded
+
+PACKAGE = Path(draftsmith.__file__).resolve().parent
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.wheel,
+    pytest.mark.skipif(PACKAGE.is_relative_to(CHECKOUT), reason="draftsmith is the checkout here, not a wheel"),
+]
+
+
+def draftsmith_command(*words: str, cwd: Path) -> str:
+    command = Path(sys.executable).parent / "draftsmith"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run(
+        [command, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_is_installed_and_shows_its_help(tmp_path: Path) -> None:
+    assert "data extract" in draftsmith_command("--help", cwd=tmp_path)
+    assert draftsmith_command("--version", cwd=tmp_path) == f"draftsmith {draftsmith.__version__}\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS, ids=" ".join)
+def test_every_command_comes_with_the_wheel(name: tuple[str, ...]) -> None:
+    assert callable(cli.COMMANDS[name].load())
+
+
+def test_the_configs_are_those_of_the_checkout() -> None:
+    shipped = {entry.name for entry in importlib.resources.files("draftsmith.configs").iterdir()}
+    assert {path.name for path in (CHECKOUT / "configs").glob("*.yaml")} <= shipped
+    assert "quickstart.yaml" in shipped
+
+
+def test_the_licence_and_the_type_marker_are_there() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    listed = {str(path) for path in importlib.metadata.files("draftsmith") or []}
+    assert any(path.endswith("licenses/LICENSE") for path in listed)
+    assert not any(path.startswith("tests") or ("__pycache__/" in path and "draftsmith" not in path) for path in listed)
+
+
+@pytest.mark.parametrize("name", ["target", "draft_lm"])
+def test_the_embedded_models_load(name: embedded.ModelName) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(embedded.path(name))
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path(name))
+    assert model.config.vocab_size >= len(tokenizer)
+
+
+def test_prompts_are_written_and_answered(tmp_path: Path) -> None:
+    draftsmith_command("embedded", "prompts", "--path", "p.jsonl", "--split", "test", "--count", "3", cwd=tmp_path)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
