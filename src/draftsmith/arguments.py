@@ -76,7 +76,7 @@ class CommandParser(Suggesting, jsonargparse.ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """The help text, with `Path` for `<class 'Path'>`."""
         text: str = super().format_help() if formatter is None else super().format_help(formatter)
-        return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+        return re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
 def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:

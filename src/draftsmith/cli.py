@@ -42,10 +42,13 @@ GROUPS = {
 }
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("embedded", "prompts"): Command(
-        "draftsmith.embedded.commands", "prompts", "Write word problems of the sums corpus as prompts."
+        "draftsmith.embedded", "write_prompts", "Write word problems of the sums corpus as prompts."
     ),
     ("embedded", "build"): Command(
-        "draftsmith.embedded.build", "build", "Train the embedded target and draft LM from scratch."
+        "draftsmith.train.lm_build", "build", "Train the embedded target and draft LM from scratch."
+    ),
+    ("embedded", "accuracy"): Command(
+        "draftsmith.embedded.accuracy", "accuracy", "Count how many problems an embedded model solves."
     ),
     ("data", "prompts"): Command(
         "draftsmith.data.prompts", "prompts", "Read prompts from files or the hub; detect, dedupe and split them."
