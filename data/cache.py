@@ -1,7 +1,7 @@
 """Reading a hidden-state cache: refuses what is incomplete, altered or foreign before it serves anything.
 
-Owns: opening, checking and indexing a cache. Does not know: how it is made (`hidden_states.py`), how samples are batched
-(`packing.py`).
+Owns: opening, checking and indexing a cache. Does not know: how it is made (`hidden_states.py`), how samples are
+batched (`packing.py`).
 """
 
 import bisect

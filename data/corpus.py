@@ -4,6 +4,7 @@ Owns: which kind a row is and how it becomes a sample. Does not know: caches, ta
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,20 @@ class Corpus:
         """How masks were found in the rows read so far."""
         return "token ids as generated" if self._chat is None else self._chat.mask_recipe
 
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Refuses replies in another tokenizer's ids. Raises ValueError naming both."""
+        for file in self.files:
+            own = (_run_settings(file) or {}).get("tokenizer_fingerprint", fingerprint)
+            if own != fingerprint:
+                raise ValueError(
+                    f"{file} holds token ids of the tokenizer {own[:16]}, this target's is {fingerprint[:16]}; "
+                    "make replies with this target"
+                )
+
     def __iter__(self) -> Iterator[TokenizedSample]:
         """Samples that have something to train on, cut to `max_length`."""
-        return (sample for sample in self._cut_samples() if sample.num_labelled)
+        short = (cut(sample, self.max_length) for sample in self.all_samples())
+        return (sample for sample in short if sample.num_labelled)
 
     def survey(self) -> Survey:
         """Reads everything once.
@@ -77,7 +89,7 @@ class Corpus:
         skipped: list[Skipped] = []
         num_labelled = num_cut = 0
         first: TokenizedSample | None = None
-        for sample in self._samples():
+        for sample in self.all_samples():
             short = cut(sample, self.max_length)
             num_cut += short is not sample
             first = first or sample
@@ -101,10 +113,8 @@ class Corpus:
             self._chat = self._make_chat()
         return self._chat
 
-    def _cut_samples(self) -> Iterator[TokenizedSample]:
-        return (cut(sample, self.max_length) for sample in self._samples())
-
-    def _samples(self) -> Iterator[TokenizedSample]:
+    def all_samples(self) -> Iterator[TokenizedSample]:
+        """Every sample of the split, whole, whether it has something to train on or not."""
         for file in self.files:
             for line, row in read_jsonl(file):
                 if self.split is None or row.get("split") == self.split:
@@ -133,10 +143,45 @@ def source_files(source: Path) -> list[Path]:
             raise ValueError(
                 f"{source} has neither {RESPONSE_GLOB} nor {PROMPT_FILE}; run `draftsmith data respond` first"
             )
+        for file in files:
+            _check_finished(file)
+        _check_all_ranks(files)
         return files
     if not source.is_file():
         raise ValueError(f"no such file: {source}; check the path")
     return [source]
+
+
+def _run_settings(file: Path) -> dict[str, Any] | None:
+    """What `data respond` wrote beside its replies; None for any other file."""
+    settings = file.with_name(file.name.replace("responses", "settings").replace(".jsonl", ".json"))
+    if settings == file or not settings.is_file():
+        return None
+    found: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    return found
+
+
+def _check_finished(file: Path) -> None:
+    """Refuses replies of a run that was stopped, whose rows are fewer than it set out to write."""
+    settings = _run_settings(file)
+    if settings is None:
+        return
+    planned = settings["num_rows"]
+    with open(file, "rb") as lines:
+        there = sum(1 for _ in lines)
+    if there < planned:
+        raise ValueError(
+            f"{file} has {there} of {planned} replies; run the same `draftsmith data respond` again to finish it"
+        )
+
+
+def _check_all_ranks(files: list[Path]) -> None:
+    """Refuses a folder to which some ranks have not written."""
+    ranked = [file.stem.rpartition("-of-") for file in files if "-of-" in file.stem]
+    if ranked and len(ranked) < int(ranked[0][2]):
+        raise ValueError(
+            f"{files[0].parent} has the replies of {len(ranked)} of {int(ranked[0][2])} ranks; run the others too"
+        )
 
 
 def turns_of(row: Mapping[str, Any]) -> list[Turn] | None:
@@ -150,7 +195,7 @@ def turns_of(row: Mapping[str, Any]) -> list[Turn] | None:
 
 
 def conversation_of(row: Mapping[str, Any]) -> list[Message]:
-    """A data set's own conversation: `messages` with assistant turns, or user turns with `reference` answers between."""
+    """A data set's own conversation: `messages` with assistant turns, or user turns and `reference` answers."""
     messages = [Message(role=str(m["role"]), content=str(m["content"])) for m in row["messages"]]
     if "reference" not in row:
         return messages

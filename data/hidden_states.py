@@ -1,26 +1,26 @@
 """Making and checking hidden-state caches: chosen layers of a frozen target over tokenized samples.
 
-Owns: the forward over length buckets, the resumable writing, and the recomputing check. Does not know: how samples are
-made (`corpus.py`), the files' layout (`shards.py`, `manifest.py`), training.
+Owns: the two commands, the resumable writing and the recomputing check. Does not know: how samples are made
+(`corpus.py`), the forward (`features.py`), the files' layout (`shards.py`, `manifest.py`), training.
 
-Shape legend: B rows of a forward, T tokens, D hidden, G greedy tokens a position.
+Shape legend: T tokens, D hidden.
 """
 
 import errno
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from draftsmith import provenance
 from draftsmith.data.cache import Check, HiddenStateCache
 from draftsmith.data.corpus import Corpus, Survey
+from draftsmith.data.features import features
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.packing import plan_batches
 from draftsmith.data.progress import progress
@@ -84,6 +84,7 @@ def extract(
         tokenizer = load_tokenizer(target, revision)
         length = _max_length(max_length, loaded)
         corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template), split, length)
+        corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         survey = corpus.survey()
         identity = CacheIdentity(
             target=target,
@@ -110,128 +111,6 @@ def extract(
         f"{finished.num_samples} samples, {finished.num_tokens} tokens ({share:.0%} trained on) in "
         f"{len(finished.shards)} shards: {out}; {finished.num_dropped} samples dropped, {finished.num_cut} cut"
     )
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """A forward whose states may still be on their way to the host."""
-
-    rows: list[int]
-    states: dict[str, Tensor]
-    greedy_ids: Tensor | None
-    arrived: torch.cuda.Event | None
-
-
-@torch.inference_mode()
-def features(
-    target: Target,
-    samples: Sequence[TokenizedSample],
-    identity: CacheIdentity,
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> ShardContent:
-    """States of some samples, end to end: `hidden[layer]` is [sum of lengths, D] in the stored dtype.
-
-    Samples of similar length share a forward. On a GPU the copy to the host runs behind the next forward.
-
-    Raises ValueError naming sample, layer and position of the first state that is not finite.
-    """
-    lengths = [len(sample.input_ids) for sample in samples]
-    ends = list(itertools.accumulate(lengths, initial=0))
-    dtype = as_dtype(identity.dtype)
-    horizon = identity.local_horizon
-    hidden = {layer: torch.empty(ends[-1], identity.hidden_size, dtype=dtype) for layer in identity.layers}
-    greedy = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
-    content = ShardContent(
-        ids=[sample.id for sample in samples],
-        offsets=torch.tensor(ends),
-        input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.int32),
-        loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
-        hidden=hidden,
-        greedy_ids=greedy,
-    )
-    waiting: _Forward | None = None
-    for rows in length_batches(lengths, identity.batch_tokens):
-        launched = _launch(target, [samples[row] for row in rows], rows, identity)
-        if waiting is not None:
-            advance(_store(waiting, content))
-        waiting = launched
-    if waiting is not None:
-        advance(_store(waiting, content))
-    return content
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Groups samples of similar length, longest first, so that rows times longest stays within `batch_tokens`.
-
-    Example: lengths `[2, 9, 8, 3]` and 18 tokens give `[[1, 2], [3, 0]]`.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def padded_ids(samples: Sequence[TokenizedSample]) -> Tensor:
-    """int64 [B, T]: ids padded on the right with 0, which causal attention keeps from every real token."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    return torch.tensor([sample.input_ids + [0] * (longest - len(sample.input_ids)) for sample in samples])
-
-
-def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], identity: CacheIdentity) -> _Forward:
-    ids_BT = padded_ids(samples).to(target.device, non_blocking=True)
-    output = target.prefix(ids_BT, layers=identity.layers)
-    dtype = as_dtype(identity.dtype)
-    states = {layer: _to_host(output.feature(layer).to(dtype)) for layer in identity.layers}
-    greedy = None
-    if identity.local_horizon:
-        from draftsmith.decode.local import greedy_continuations
-
-        lengths = torch.tensor([len(sample.input_ids) for sample in samples], device=target.device)
-        greedy = greedy_continuations(target, ids_BT, lengths, identity.local_horizon).to("cpu", torch.int32)
-    arrived = None
-    if target.device.type == "cuda":
-        arrived = torch.cuda.Event()
-        arrived.record()
-    return _Forward(rows, states, greedy, arrived)
-
-
-def _to_host(states: Tensor) -> Tensor:
-    if states.device.type != "cuda":
-        return states.cpu()
-    pinned = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
-    return pinned.copy_(states, non_blocking=True)
-
-
-def _store(forward: _Forward, content: ShardContent) -> int:
-    """Moves the real tokens of a forward to their places; gives how many there are."""
-    if forward.arrived is not None:
-        forward.arrived.synchronize()
-    stored = 0
-    for row, index in enumerate(forward.rows):
-        start, stop = int(content.offsets[index]), int(content.offsets[index + 1])
-        for layer, states_BTD in forward.states.items():
-            kept = states_BTD[row, : stop - start]
-            if not torch.isfinite(kept.sum(dtype=torch.float32)):
-                _refuse_non_finite(kept, content.ids[index], layer)
-            content.hidden[layer][start:stop] = kept
-        if forward.greedy_ids is not None and content.greedy_ids is not None:
-            content.greedy_ids[start:stop] = forward.greedy_ids[row, : stop - start]
-        stored += stop - start
-    return stored
-
-
-def _refuse_non_finite(states_TD: Tensor, sample_id: str, layer: str) -> None:
-    """The sum that led here may overflow on its own; only a state that is not finite is an error."""
-    bad = (~torch.isfinite(states_TD)).any(dim=-1).nonzero()
-    if bad.numel():
-        raise ValueError(
-            f"sample {sample_id}: {layer} at position {int(bad[0])} is NaN or infinite as {states_TD.dtype}; "
-            "store it with --dtype bfloat16 or float32, or run the target with --target_dtype float32"
-        )
 
 
 def _max_length(asked: int | None, target: Target) -> int:
@@ -329,8 +208,11 @@ def _settle(pending: Future[Manifest], out: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cached sample against its recomputation: largest absolute difference, and the largest one of a token's state
-    relative to that state's length; `greedy_agreement` is the share of equal greedy tokens (1 where none are stored)."""
+    """A cached sample against its recomputation.
+
+    `max_difference` is the largest of a single number, `relative_difference` the largest of a token's state relative to
+    that state's length; `greedy_agreement` is the share of equal greedy tokens (1 where none are stored).
+    """
 
     sample: str
     layer: str
@@ -369,15 +251,15 @@ def verify(
     opened.check_target(loaded.fingerprint)
     worst = list(compare(opened, loaded, samples, seed))
     for row in worst:
-        print(
-            f"{row.sample}  {row.layer}  max difference {row.max_difference:.3e}  relative {row.relative_difference:.3e}"
-            + (f"  greedy tokens equal {row.greedy_agreement:.1%}" if identity.local_horizon else "")
-        )
+        differences = f"max difference {row.max_difference:.3e}  relative {row.relative_difference:.3e}"
+        greedy = f"  greedy tokens equal {row.greedy_agreement:.1%}" if identity.local_horizon else ""
+        print(f"{row.sample}  {row.layer}  {differences}{greedy}")
     failed = [row for row in worst if not row.relative_difference <= tolerance or row.greedy_agreement < 1 - tolerance]
     if failed:
         raise ValueError(
-            f"{cache}: {len(failed)} of {len(worst)} comparisons differ by more than {tolerance} (first: {failed[0].sample}, "
-            f"{failed[0].layer}, {failed[0].relative_difference:.3e}); the cache does not hold this target's states"
+            f"{cache}: {len(failed)} of {len(worst)} comparisons differ by more than {tolerance} "
+            f"(first: {failed[0].sample}, {failed[0].layer}, {failed[0].relative_difference:.3e}); "
+            "the cache does not hold this target's states"
         )
     print(f"{cache}: {min(samples, len(opened))} samples recomputed, all within {tolerance}")
 

@@ -13,16 +13,18 @@ from draftsmith.files import atomic_write
 
 SCHEMA = "draftsmith.hidden_states/1"
 MANIFEST_FILE = "manifest.json"
+# How the target was spelled does not matter where its fingerprint agrees.
+_NAMES_ONLY = ("target", "target_revision")
 
 
 @dataclass(frozen=True)
 class CacheIdentity:
     """Everything that must agree for two extractions to give the same cache.
 
-    `layers` are names (`last.pre_norm`, `layer.12.output`). `dtype` is the stored one, `target_dtype` the one the target
-    ran in. `source` is the sha256 of the texts, `mask` says how the loss mask was found, `local_horizon` is the number
-    of greedy tokens kept after each position (0: none). Whatever fixes which samples share a batch is here too, since
-    rounding depends on it.
+    `layers` are names (`last.pre_norm`, `layer.12.output`). `dtype` is the stored one, `target_dtype` the one the
+    target ran in. `source` is the sha256 of the texts, `mask` says how the loss mask was found, `local_horizon` is the
+    number of greedy tokens kept after each position (0: none). Whatever fixes which samples share a batch is here too,
+    since rounding depends on it.
     """
 
     target: str
@@ -74,7 +76,7 @@ class Manifest:
         return replace(self, shards=shards, complete=sum(s.num_samples for s in shards) == self.num_samples)
 
     def save(self, folder: Path) -> None:
-        """Writes the manifest, atomically. It holds no time and no path of this run: the same input gives the same bytes."""
+        """Writes the manifest, atomically. It holds nothing of this run (no time): the same input, the same bytes."""
         atomic_write(folder / MANIFEST_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -103,7 +105,8 @@ class Manifest:
 
     def differences(self, wanted: CacheIdentity) -> list[str]:
         """Which settings of this cache differ from the wanted ones, as `name: here 'a', wanted 'b'`."""
-        pairs = [(f.name, getattr(self.identity, f.name), getattr(wanted, f.name)) for f in fields(CacheIdentity)]
+        names = [f.name for f in fields(CacheIdentity) if f.name not in _NAMES_ONLY]
+        pairs = [(name, getattr(self.identity, name), getattr(wanted, name)) for name in names]
         return [f"{name}: here {here!r}, wanted {want!r}" for name, here, want in pairs if here != want]
 
 

@@ -1,8 +1,8 @@
 """One shard of a hidden-state cache: several samples end to end in a safetensors file.
 
-Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (sample i is `offsets[i]:offsets[i + 1]`),
-`input_ids` int32 [T], `loss_mask` bool [T], `hidden.<layer>` [T, D] for each layer, and where greedy continuations were
-asked for `greedy_ids` int32 [T, G].
+Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (sample i is
+`offsets[i]:offsets[i + 1]`), `input_ids` int32 [T], `loss_mask` bool [T], `hidden.<layer>` [T, D] for each layer, and
+where greedy continuations were asked for `greedy_ids` int32 [T, G].
 
 Owns: this layout. Does not know: manifests, targets, training.
 """

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from draftsmith.data.formats import Message
 
 NO_TEMPLATE = "none"
-# Stands for the earlier reply while the turn after it is rendered; plain letters, so that no template trims or escapes it.
+# Stands for the earlier reply while the next turn is rendered; plain letters, which no template trims or escapes.
 _SENTINEL = "draftsmithreplygoeshere"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 
@@ -130,13 +130,13 @@ class ChatTemplate:
 
     def plain_ids(self, text: str) -> list[int]:
         """A plain text's ids with the tokenizer's own first token, if any, and no end token."""
-        ids = self.tokenizer.encode(text)
+        ids = _encoded(self.tokenizer, text, special=True)
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+                _plain(messages), chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise _template_failure(messages, error) from error
@@ -144,12 +144,12 @@ class ChatTemplate:
 
     def _encode(self, rendered: str) -> list[int]:
         """Special tokens are in the rendered text already."""
-        return self.tokenizer.encode(rendered, add_special_tokens=False)
+        return _encoded(self.tokenizer, rendered, special=False)
 
     def _mask_from_generation_block(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         try:
             encoded = self.tokenizer.apply_chat_template(
-                list(messages),
+                _plain(messages),
                 chat_template=self.text,
                 tokenize=True,
                 return_dict=True,
@@ -157,6 +157,8 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise _template_failure(messages, error) from error
+        if not isinstance(encoded, BatchEncoding):
+            raise TypeError(f"the tokenizer gave {type(encoded).__name__} where a BatchEncoding was asked for")
         return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
 
     def _mask_from_prefixes(self, sample_id: str, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -168,7 +170,7 @@ class ChatTemplate:
                 after = self._render(messages[: index + 1], add_generation_prompt=False)
                 if not (after.startswith(before) and whole.startswith(after.rstrip())):
                     raise ValueError(
-                        f"sample {sample_id}: the chat template renders turn {index} differently once more turns follow, "
+                        f"sample {sample_id}: the chat template renders turn {index} differently once more follow, "
                         "so the assistant's part cannot be told apart; give a template with a {% generation %} block"
                     )
                 spans.append((len(before), len(after)))
@@ -185,7 +187,7 @@ class ChatTemplate:
             replying = message["role"] == "assistant"
             after_reply = number > 0 and messages[number - 1]["role"] == "assistant"
             text = message["content"] if replying else ("\n" if after_reply else "") + message["content"] + "\n"
-            part = self.tokenizer.encode(text, add_special_tokens=False) if ids else self.plain_ids(text)
+            part = _encoded(self.tokenizer, text, special=False) if ids else self.plain_ids(text)
             ids += part
             mask += [replying] * len(part)
         return TokenizedSample(sample_id, ids, mask)
@@ -230,13 +232,21 @@ def require_labels(samples: Iterable[TokenizedSample], tokenizer: PreTrainedToke
 
 def no_labels(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> ValueError:
     """The error for a data set whose labelled fraction is 0, with the sample that shows why."""
-    text = tokenizer.decode(sample.input_ids)
+    text = str(tokenizer.decode(sample.input_ids))
     shown = text if len(text) <= 600 else text[:400] + " [...] " + text[-200:]
     return ValueError(
         "no token of the data set is trained on (labelled fraction 0): no sample has an assistant turn, or the chat "
         f"template hides it. Sample {sample.id}, {len(sample.input_ids)} tokens, all masked, reads: {shown!r}. "
         "Make replies with `draftsmith data respond`, or give a template with a {% generation %} block"
     )
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:

@@ -1,0 +1,61 @@
+"""What can generate replies: an interface, and the bundled decoder behind it.
+
+Owns: that interface. Does not know: prompts' files, batches, resuming.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.target import Target
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One generated reply: ids with the end token if it was produced, and why it ended (`eos`, `stop`, `length`)."""
+
+    token_ids: list[int]
+    finish: str
+
+
+class ResponseEngine(Protocol):
+    """Whatever can generate: the bundled decoder here, a serving engine elsewhere."""
+
+    def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+        """One reply a prompt, in order, each within the model's context.
+
+        A reply must depend on its prompt, the settings and its request id alone, not on its neighbours in the batch:
+        else a run that was killed would not continue to the same replies.
+        """
+
+
+class BundledEngine:
+    """The bundled decoder as a response engine; the replies are the same with a drafter as without.
+
+    Args:
+        target: the model that replies.
+        drafter: the folder of a trained drafter.
+        limits: how much it drafts.
+        tokenizer: the target's.
+
+    Raises ValueError when the drafter belongs to another target or tokenizer.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: str | None = None,
+        limits: DraftLimits | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        loaded = None if drafter is None else AutoModel.from_pretrained(drafter).to(target.device)
+        self._engine = Engine(target, loaded, limits, tokenizer)
+
+    def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+        """See `ResponseEngine.reply`."""
+        generations = self._engine.generate(prompts, settings, request_ids=request_ids)
+        return [Reply(generation.token_ids, generation.finish) for generation in generations]

@@ -1,0 +1,72 @@
+"""The settings a model's maker ships for generation, and what a run changes about them.
+
+Owns: reading `generation_config.json` into `GenerationSettings`. Does not know: how tokens are drawn.
+"""
+
+from dataclasses import dataclass, replace
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.target import resolve
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Settings of a run; None leaves the model's own. `temperature` 0 is greedy."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def reply_settings(
+    target: str,
+    tokenizer: PreTrainedTokenizerBase,
+    overrides: Overrides,
+    max_new_tokens: int,
+    seed: int = 0,
+    stop_strings: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> GenerationSettings:
+    """The target's own settings with a run's changes.
+
+    A target whose generation config does not sample is greedy. Only settings it names are taken: defaults that
+    `transformers` would fill in (such as top-k 50) are not the model's. A run that sets a temperature for such a target
+    samples from its plain distribution.
+
+    Raises ValueError when the target names no end token, or a setting is out of range.
+    """
+    folder = resolve(target, revision)
+    config = AutoConfig.from_pretrained(folder)
+    if (folder / "generation_config.json").is_file():
+        own = GenerationConfig.from_pretrained(folder)
+    else:
+        own = GenerationConfig.from_model_config(config)
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=own.repetition_penalty or 1.0,
+        seed=seed,
+        eos_token_ids=_end_tokens(own, tokenizer, target),
+        stop_strings=stop_strings,
+    )
+    if own.do_sample:
+        settings = replace(
+            settings,
+            temperature=1.0 if own.temperature is None else own.temperature,
+            top_k=own.top_k or 0,
+            top_p=1.0 if own.top_p is None else own.top_p,
+            min_p=own.min_p or 0.0,
+        )
+    return replace(settings, **{name: value for name, value in vars(overrides).items() if value is not None})
+
+
+def _end_tokens(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, target: str) -> tuple[int, ...]:
+    named = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    if named is None:
+        raise ValueError(
+            f"{target} names no end token, so no reply would ever end; set eos_token_id in its generation config"
+        )
+    return tuple(named) if isinstance(named, list | tuple) else (int(named),)
