@@ -1,0 +1,237 @@
+"""What training watches and keeps: real tree decoding as the validation metric, throughput, the best drafter on disk.
+
+Owns: decoding held-out prompts with the current weights, tokens per second, the exported drafter folder. Does not know:
+losses, optimisers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+
+from draftsmith import provenance
+from draftsmith.decode.batch import Generation
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.files import atomic_directory
+from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.target import Target, load_tokenizer
+from draftsmith.train.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.draft_module import DraftModule
+
+TOKENS_PER_STEP = "val/tokens_per_step"
+
+
+class TreeDecodeValidation(pl.Callback):
+    """Decodes held-out prompts with the real engine and the current weights, greedily, at every validation.
+
+    Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over the
+    prompts: what ModelCheckpoint should monitor, mode max) and `val/accept_depth{d}` (share of cycles that accept at least d
+    draft tokens). The prompts are those of the validation samples; each rank decodes its share.
+
+    Args:
+        num_prompts: how many prompts.
+        max_new_tokens: budget of each.
+        draft_length: drafted tokens a cycle; null takes the module's num_steps.
+        beam_width: beams.
+        node_budget: at most so many drafted nodes are verified; null for no limit.
+        batch_size: prompts decoded together.
+        dtype: of the target.
+
+    Raises ValueError at the start of a fit when no held-out sample has a prompt.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int = 16,
+        max_new_tokens: int = 64,
+        draft_length: int | None = None,
+        beam_width: int = 1,
+        node_budget: int | None = None,
+        batch_size: int = 8,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        if min(num_prompts, batch_size) < 1:
+            raise ValueError(f"num_prompts is {num_prompts} and batch_size {batch_size}; both must be at least 1")
+        self.num_prompts, self.max_new_tokens, self.batch_size = num_prompts, max_new_tokens, batch_size
+        self.draft_length, self.beam_width, self.node_budget = draft_length, beam_width, node_budget
+        self.dtype = dtype
+        self.target: Target | None = None
+        self._prompts: list[list[int]] = []
+        self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Loads the whole target (its trunk is needed here, and only here) and picks the prompts."""
+        if self.target is not None:
+            return
+        module, data = _expect(trainer, pl_module)
+        self._prompts = data.val_prompts(self.num_prompts)
+        if not self._prompts:
+            raise ValueError("no held-out sample has a prompt to decode; give val_cache or a val_fraction above 0")
+        self.target = Target.load(module.target, dtype=self.dtype, revision=module.revision, adapter=module.adapter)
+        eos = load_tokenizer(module.target, module.revision).eos_token_id
+        self._settings = GenerationSettings(
+            max_new_tokens=self.max_new_tokens, eos_token_ids=() if eos is None else (int(eos),)
+        )
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decodes and logs."""
+        module, _ = _expect(trainer, pl_module)
+        assert self.target is not None
+        self.target.to(module.device)
+        length = self.draft_length or module.objective.num_steps
+        limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
+        drafter = module.evaluated
+        was_training = drafter.training
+        engine = Engine(self.target, drafter.eval(), limits)
+        own = self._prompts[trainer.global_rank :: trainer.world_size]
+        generations: list[Generation] = []
+        for start in range(0, len(own), self.batch_size):
+            generations += engine.generate(own[start : start + self.batch_size], self._settings)
+        drafter.train(was_training).attach(module.ends)
+        sums = acceptance_sums(generations, length).to(module.device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        emitted, cycles, *reached = sums.tolist()
+        values = {TOKENS_PER_STEP: emitted / max(1.0, cycles)}
+        values |= {f"val/accept_depth{depth}": count / max(1.0, cycles) for depth, count in enumerate(reached, 1)}
+        module.log_dict(values, batch_size=1)
+        module.log(TOKENS_PER_STEP, values[TOKENS_PER_STEP], prog_bar=True, logger=False, batch_size=1)
+
+
+def acceptance_sums(generations: Sequence[Generation], draft_length: int) -> torch.Tensor:
+    """float64 [2 + draft_length]: emitted tokens after the prefill's, cycles, cycles that accepted at least 1, 2, ... .
+
+    Example: one generation of 6 tokens in cycles that accepted 2 and 1 -> (5, 2, 2, 1) for a draft length of 2.
+    """
+    sums = torch.zeros(2 + draft_length, dtype=torch.float64)
+    for generation in generations:
+        sums[0] += len(generation.token_ids) - 1
+        sums[1] += len(generation.accepted)
+        for accepted in generation.accepted:
+            sums[2 : 2 + accepted] += 1
+    return sums
+
+
+class Throughput(pl.Callback):
+    """Shows and logs labelled (assistant) tokens trained on per second, over all ranks, validation time left out."""
+
+    def __init__(self, every: int = 10) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1")
+        self.every = every
+        self._tokens = 0
+        self._seconds = 0.0
+        self._started = 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts the clock unless it runs on from the last batch, whose loading time counts too."""
+        if not self._started:
+            self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CacheBatch, batch_idx: int
+    ) -> None:
+        """Adds the batch, and reports once enough have come together."""
+        self._tokens += batch.num_labelled
+        if (batch_idx + 1) % self.every:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        now = time.perf_counter()
+        rate = trainer.world_size * self._tokens / max(1e-9, now - self._started)
+        pl_module.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
+        self._tokens, self._started = 0, now
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drops a window that validation would fall into."""
+        self._tokens, self._started = 0, 0.0
+
+
+class KeepBestDrafter(pl.Callback):
+    """Keeps the best drafter so far as an ordinary saved model, ready for `draftsmith export`.
+
+    The folder holds `config.json`, `model.safetensors` and `provenance.json`, and is replaced as a whole. Best is judged by
+    `monitor`; where no such metric is logged, the latest counts as best.
+
+    Args:
+        directory: where; null takes `drafter` in the trainer's default_root_dir.
+        monitor: a logged metric.
+        mode: whether more of it is better.
+    """
+
+    def __init__(
+        self, directory: Path | None = None, monitor: str = TOKENS_PER_STEP, mode: Literal["max", "min"] = "max"
+    ) -> None:
+        self.directory, self.monitor, self.mode = directory, monitor, mode
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value, so that a resumed run does not replace a better drafter."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See state_dict."""
+        self.best = state_dict["best"]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves if the metric has improved."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            self._save(trainer, pl_module)
+            return
+        sign = 1.0 if self.mode == "max" else -1.0
+        if self.best is None or sign * float(value) > sign * self.best:
+            self.best = float(value)
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the last weights of a run that never validated or has no metric."""
+        if self.best is None:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module, data = _expect(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        directory = self.directory or Path(trainer.default_root_dir) / "drafter"
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        config = {**module.settings(), "step": trainer.global_step, "metrics": metrics, **_data_settings(data)}
+        identity = data.open_cache().manifest.identity
+        inputs = {str(data.cache_path): identity.source, module.target: identity.target_fingerprint}
+        with atomic_directory(directory) as partial:
+            module.evaluated.save_pretrained(partial)
+            provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
+
+
+def _data_settings(data: CacheDataModule) -> dict[str, Any]:
+    manifest = data.open_cache().manifest
+    return {
+        "data": {
+            "cache": str(data.cache_path),
+            "samples": manifest.num_samples,
+            "tokens": manifest.num_tokens,
+            "labelled_tokens": manifest.num_labelled,
+            "tokens_per_batch": data.tokens_per_batch,
+            "seed": data.seed,
+        }
+    }
+
+
+def _expect(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[DraftModule, CacheDataModule]:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(pl_module, DraftModule) or not isinstance(data, CacheDataModule):
+        raise ValueError(
+            f"this callback serves DraftModule with CacheDataModule, not {type(pl_module).__name__} with "
+            f"{type(data).__name__}; remove it from trainer.callbacks"
+        )
+    return pl_module, data

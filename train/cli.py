@@ -1,0 +1,57 @@
+"""The training command: Lightning's own CLI over this project's modules.
+
+Owns: which base classes a run's YAML may name, and how mistakes in it are told. Does not know: any one run.
+
+Model and data are named by class_path in the YAML (`draftsmith.train.draft_module.DraftModule`, or just `DraftModule`), so
+the same command trains drafters and language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from draftsmith.arguments import Suggesting
+from draftsmith.train import callbacks, data_module, draft_module
+
+# Imported so that a YAML can name their classes without the full path.
+KNOWN = (callbacks, data_module, draft_module)
+
+
+class TrainingParser(Suggesting, LightningArgumentParser):
+    """Lightning's parser, which answers a misspelt key with the nearest known one."""
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with the parser above."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Called by LightningCLI for itself and for each of its subcommands."""
+        kwargs.setdefault("dump_header", [f"pytorch_lightning=={pl.__version__}"])
+        parser = TrainingParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
+        return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
+    """Runs `fit`, `validate` or another of Lightning's subcommands; None reads the process's arguments.
+
+    Raises ValueError for settings that do not work together or on this machine (a device that is not there); a mistake in
+    the arguments or in the YAML ends the process with code 2.
+    """
+    try:
+        return TrainingCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # A resumed run writes the same folder again.
+            save_config_kwargs={"overwrite": True},
+            args=None if arguments is None else list(arguments),
+        )
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,313 @@
+"""Training a drafter against a frozen target, for any family.
+
+Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, the running average of weights,
+teacher-forced metrics, refusal of what is not finite. Does not know: how samples are stored or batched, real decoding (a
+callback's business), files of a run.
+
+Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from draftsmith.data.cache import HiddenStateCache
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.target import TargetEnds, as_dtype, load_tokenizer
+from draftsmith.train.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.families import DrafterFamily, most_frequent
+from draftsmith.train.losses import StepSums
+from draftsmith.train.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
+
+
+class DraftModule(pl.LightningModule):
+    """A drafter in training.
+
+    Args:
+        target: the frozen target: a model directory, a hub id, or `embedded:target`.
+        drafter: which family to train, with its settings.
+        num_steps: draft steps K trained on; drafting longer than this is untrained.
+        distillation: what teaches. `none`: the tokens of the text. `path`: the target's own distribution at each
+            position of the text, free from the cached states. `local`: the target's greedy continuation from every
+            position; needs a cache made with --local-horizon num_steps + 1.
+        horizon_decay: step k (from 0) weighs horizon_decay ** k.
+        lr: peak learning rate.
+        betas: AdamW's.
+        weight_decay: AdamW's, on matrices only.
+        warmup_ratio: share of all steps over which the rate rises linearly.
+        min_lr_ratio: the rate falls on a cosine to this share of its peak.
+        ema_decay: validate and save a running average of the weights with this decay; null uses the weights themselves.
+        chunk_rows: rows of logits in memory at a time; null chooses.
+        metrics_every: compute top-1 and top-5 of the training batch every so many steps.
+        ends_dtype: dtype of the target's ends.
+        revision: of the target on the hub.
+        adapter: a PEFT adapter on top of the target.
+
+    Raises ValueError for settings out of range; in setup() for a cache of another target or tokenizer, or without the
+    layers that the drafter reads; in training for a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        drafter: DrafterFamily,
+        num_steps: int = 5,
+        distillation: Distillation = "none",
+        horizon_decay: float = 1.0,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.05,
+        min_lr_ratio: float = 0.0,
+        ema_decay: float | None = None,
+        chunk_rows: int | None = None,
+        metrics_every: int = 10,
+        ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        revision: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective = Objective(num_steps, distillation, horizon_decay, chunk_rows)
+        self.val_objective = Objective(num_steps, "none", 1.0, chunk_rows)
+        for name, value in {"warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+            raise ValueError(f"ema_decay is {ema_decay}; it must be between 0 and 1, or null for no average")
+        if metrics_every < 1:
+            raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
+        self.target, self.revision, self.adapter = target, revision, adapter
+        self.family, self.ends_dtype = drafter, ends_dtype
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
+        self.metrics_every = metrics_every
+        self.drafter: Drafter | None = None
+        self.average: Drafter | None = None
+        # In a list, so that the frozen ends are neither parameters nor part of a checkpoint.
+        self._ends: list[TargetEnds] = []
+        self._to_draft = torch.empty(0, dtype=torch.int64)
+        self._val_sums: list[Tensor] = []
+
+    @property
+    def ends(self) -> TargetEnds:
+        """The target's frozen ends. Raises ValueError before setup()."""
+        if not self._ends:
+            raise ValueError("the module is not set up; call setup() first")
+        return self._ends[0]
+
+    @property
+    def evaluated(self) -> Drafter:
+        """The drafter that is validated, decoded with and saved: the running average where there is one."""
+        chosen = self.average if self.average is not None else self.drafter
+        if chosen is None:
+            raise ValueError("the module is not set up; call setup() first")
+        return chosen
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the run that concerns the drafter, for provenance."""
+        names = (
+            "target",
+            "revision",
+            "adapter",
+            "lr",
+            "betas",
+            "weight_decay",
+            "warmup_ratio",
+            "min_lr_ratio",
+            "ema_decay",
+        )
+        chosen = {name: getattr(self, name) for name in names}
+        return {**chosen, "drafter": self.family.settings(), "objective": vars(self.objective)}
+
+    def setup(self, stage: str) -> None:
+        """Loads the target's ends, checks the cache against them, builds the drafter."""
+        if self.drafter is not None:
+            return
+        data = self._data()
+        ends = TargetEnds.load(
+            self.target, as_dtype(self.ends_dtype), "cpu", revision=self.revision, adapter=self.adapter
+        )
+        self._ends = [ends]
+        own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision))
+        cache = data.open_cache()
+        cache.check_target(ends.fingerprint)
+        cache.check_tokenizer(own_tokenizer)
+        wanted = self.family.draft_vocab_size
+        draft_token_ids = None
+        if wanted is not None:
+            draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
+        build = (ends, draft_token_ids, self.objective.num_steps, own_tokenizer)
+        self.drafter = self.family.build(*build)
+        _check_layers(self.drafter, cache)
+        if self.ema_decay is not None:
+            self.average = self.family.build(*build).requires_grad_(False)
+            self.average.load_state_dict(self.drafter.state_dict())
+        self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
+
+    def on_fit_start(self) -> None:
+        """Brings what Lightning does not manage to the run's device."""
+        self._to_device()
+
+    def on_validation_start(self) -> None:
+        """As on_fit_start, for a run that only validates."""
+        self._to_device()
+
+    def _to_device(self) -> None:
+        self.ends.to(self.device)
+        self._to_draft = self._to_draft.to(self.device)
+
+    def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
+        """Weighted mean loss of one batch; see _step_weights for what the mean is over."""
+        assert self.drafter is not None
+        lesson = prepare(self.objective, batch.packed, self._to_draft)
+        metrics = (self.global_step + 1) % self.metrics_every == 0
+        sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
+        self._refuse_not_finite(sums.total, batch)
+        self.log("loss", sums.total.detach(), prog_bar=True, logger=False, batch_size=1)
+        if metrics:
+            self._log_scalars(self._means(_pool(sums), "train"))
+        return sums.total
+
+    def _step_weights(self, lesson: Lesson) -> Tensor:
+        """float32 [K]: horizon weight of a step / rows of that step over all ranks, horizon weights scaled to sum to 1.
+
+        So each step's loss is a mean over the rows of the joint batch of all ranks, however unequal their shares; the
+        number of ranks in front undoes the mean that DDP takes over gradients.
+        """
+        rows = self._sum_over_ranks(lesson.loss_rows.float())
+        horizon = self.objective.horizon_weights(rows.device)
+        return self._world_size() * (horizon / horizon.sum()) / rows.clamp(min=1.0)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After the optimiser's step, the running average follows."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is None or self.drafter is None or self.ema_decay is None:
+            return
+        with torch.no_grad():
+            for mean, weight in zip(self.average.parameters(), self.drafter.parameters(), strict=True):
+                mean.lerp_(weight, 1.0 - self.ema_decay)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the sums of the last validation."""
+        self._val_sums = []
+
+    def validation_step(self, batch: CacheBatch, batch_idx: int) -> None:
+        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation."""
+        lesson = prepare(self.val_objective, batch.packed, self._to_draft)
+        weights = torch.zeros(self.val_objective.num_steps, device=self.device)
+        self._val_sums.append(_pool(run(self.val_objective, lesson, self.evaluated, self.ends, weights, True)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all ranks."""
+        if self._val_sums:
+            means = self._means(torch.stack(self._val_sums).sum(0), "val")
+            self.log_dict(means, batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, decay on matrices only; linear warm-up, then cosine."""
+        assert self.drafter is not None
+        trained = [weight for weight in self.drafter.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_share(step, int(total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_share(self, step: int, total: int) -> float:
+        warmup = max(1, round(self.warmup_ratio * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def _means(self, pooled: Tensor, stage: str) -> dict[str, float]:
+        """pooled [5, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""
+        loss_sum, loss_rows, rows, top1, top5 = self._sum_over_ranks(pooled)
+        losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
+        horizon = self.objective.horizon_weights(losses.device)
+        means = {f"{stage}/loss": float((losses * horizon).sum() / horizon.sum())}
+        for step in range(len(losses)):
+            means[f"{stage}/step{step}/loss"] = float(losses[step])
+            means[f"{stage}/step{step}/top1"] = float(accuracies[step])
+            means[f"{stage}/step{step}/top5"] = float(top5[step] / rows[step].clamp(min=1))
+        means[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
+        return means
+
+    def _log_scalars(self, means: dict[str, float]) -> None:
+        # Straight to the loggers: Lightning would drop values of steps that are not on its own logging interval.
+        for logger in self.loggers:
+            logger.log_metrics(means, step=self.global_step)
+
+    def _refuse_not_finite(self, loss: Tensor, batch: CacheBatch) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        culprits = _samples_not_finite(batch)
+        found = (
+            f"features of {culprits} hold NaN or infinity"
+            if culprits
+            else f"samples: {', '.join(batch.sample_ids[:8])}"
+        )
+        raise ValueError(
+            f"the loss is {loss.item()} at step {self.global_step}; {found}; if the features are sound, lower lr "
+            "or set trainer.gradient_clip_val"
+        )
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self._world_size() > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def _world_size(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def _data(self) -> CacheDataModule:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, CacheDataModule):
+            raise ValueError(
+                f"DraftModule trains from a hidden-state cache: give it CacheDataModule, not {type(data).__name__}"
+            )
+        return data
+
+
+def proxy_tokens_per_step(accuracies: Tensor) -> float:
+    """1 + the sum of products of teacher-forced top-1 accuracies [K], as if steps were right independently.
+
+    Reported because everybody reports it; real decoding differs. Example: (0.5, 0.5) -> 1 + 0.5 + 0.25.
+    """
+    return 1.0 + float(accuracies.cumprod(0).sum())
+
+
+def _pool(sums: StepSums) -> Tensor:
+    """[5, K]: loss_sum, loss_rows, rows, top1, top5."""
+    assert sums.top1 is not None
+    assert sums.top5 is not None
+    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5])
+
+
+def _samples_not_finite(batch: CacheBatch) -> str:
+    bad = torch.zeros_like(batch.packed.loss_mask)
+    for states in batch.packed.hidden.values():
+        bad |= ~torch.isfinite(states).all(-1)
+    return ", ".join(batch.sample_ids[number] for number in batch.packed.document_ids[bad].unique().tolist()[:8])
+
+
+def _check_layers(drafter: Drafter, cache: HiddenStateCache) -> None:
+    missing = [name for name in drafter.features if name not in cache.manifest.identity.layers]
+    if missing:
+        raise ValueError(
+            f"{type(drafter).__name__} reads the layers {missing}, {cache.path} holds "
+            f"{list(cache.manifest.identity.layers)}; extract a cache with them"
+        )

@@ -1,0 +1,96 @@
+"""Which drafter a training run makes: one small settings class per family, named by class_path in a run's YAML.
+
+Owns: how a family's settings become a fresh drafter, and how its draft vocabulary is chosen. Does not know: training.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.redrafter import ReDrafter
+from draftsmith.models.target import TargetEnds
+
+
+class DrafterFamily(ABC):
+    """Makes fresh drafters of one family for any target."""
+
+    draft_vocab_size: int | None
+
+    @abstractmethod
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> Drafter:
+        """A new drafter attached to ends; draft_token_ids int64 [Vd] increasing, or None for the full vocabulary."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, object]:
+        """Every setting by name, for provenance."""
+
+
+class ReDrafterFamily(DrafterFamily):
+    """ReDrafter's recurrent head (arXiv 2403.09919).
+
+    Args:
+        exit_dim: width of the residual blocks and of the head's input; null takes the target's hidden size, Apple's
+            checkpoints have twice that.
+        num_draft_layers: residual blocks before the head.
+        rnn: the gated recurrence; false sums embeddings instead.
+        draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps all.
+        head_init: start the output head from the target's own head, or at random.
+        freeze_head: leave the output head as it starts.
+    """
+
+    def __init__(
+        self,
+        exit_dim: int | None = None,
+        num_draft_layers: int = 2,
+        rnn: bool = True,
+        draft_vocab_size: int | None = None,
+        head_init: Literal["random", "target"] = "target",
+        freeze_head: bool = False,
+    ) -> None:
+        self.exit_dim = exit_dim
+        self.num_draft_layers = num_draft_layers
+        self.rnn = rnn
+        self.draft_vocab_size = draft_vocab_size
+        self.head_init = head_init
+        self.freeze_head = freeze_head
+
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> ReDrafter:
+        """See DrafterFamily.build. Raises ValueError for sizes that do not fit the target."""
+        return ReDrafter.for_target(
+            ends,
+            exit_dim=self.exit_dim,
+            num_draft_layers=self.num_draft_layers,
+            rnn=self.rnn,
+            draft_token_ids=draft_token_ids,
+            head_init=self.head_init,
+            freeze_head=self.freeze_head,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+    def settings(self) -> dict[str, object]:
+        """See DrafterFamily.settings."""
+        return {"family": "redrafter", **vars(self)}
+
+
+def most_frequent(token_counts: Tensor, draft_vocab_size: int) -> Tensor:
+    """The draft vocabulary: token_counts int64 [V] -> int64 [Vd] increasing, the most frequent tokens, ties to small ids.
+
+    Raises ValueError when draft_vocab_size is below 1 or not below V.
+    """
+    if not 1 <= draft_vocab_size < len(token_counts):
+        raise ValueError(
+            f"draft_vocab_size is {draft_vocab_size}; it must be at least 1 and below the target's vocabulary of "
+            f"{len(token_counts)}, or null for the full vocabulary"
+        )
+    order = torch.sort(token_counts, descending=True, stable=True).indices
+    return order[:draft_vocab_size].sort().values
