@@ -149,6 +149,12 @@ class DraftLimits:
         if not 0.0 <= self.min_probability < 1.0:
             raise ValueError(f"min_probability is {self.min_probability}; it must be in [0, 1)")
 
+    @property
+    def max_nodes(self) -> int:
+        """The largest tree these limits allow, the root included."""
+        drafted = self.beam_width * self.draft_length
+        return 1 + (drafted if self.node_budget is None else min(drafted, self.node_budget))
+
 
 @dataclass(frozen=True)
 class Emitted:

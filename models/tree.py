@@ -29,6 +29,7 @@ class DraftTree:
         valid_BN: bool, True at real nodes.
         max_depth: largest depth that any row can have (a host number, so that shapes stay static).
         scores_BN: cumulative draft log-probability of the path to a node, float; None where the drafter gives none.
+        chain: True where node i is known to be the parent of node i + 1 in every row, so that an accepted path needs no compaction.
     """
 
     tokens_BN: Tensor
@@ -37,6 +38,7 @@ class DraftTree:
     valid_BN: Tensor
     max_depth: int
     scores_BN: Tensor | None = None
+    chain: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -71,7 +73,7 @@ class DraftTree:
 def root_tree(root_B: Tensor) -> DraftTree:
     """The tree of plain decoding: nothing proposed, one node a row. ``root_B``: int64 [B]."""
     zeros_B1 = torch.zeros_like(root_B)[:, None]
-    return DraftTree(root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0)
+    return DraftTree(root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0, chain=True)
 
 
 def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None = None) -> DraftTree:
@@ -102,6 +104,7 @@ def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None
         valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], own_BML.reshape(flat)),
         max_depth=L,
         scores_BN=None if scores_BML is None else _under(scores_BML.new_zeros(B, 1), scores_BML.reshape(flat)),
+        chain=M == 1,
     )
     return pack(tree)
 
@@ -134,6 +137,7 @@ def tree_from_layers(
         valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], keep_BLM.reshape(flat)),
         max_depth=L,
         scores_BN=_under(scores_BLM.new_zeros(B, 1), scores_BLM.reshape(flat)),
+        chain=M == 1,
     )
 
 
@@ -184,6 +188,7 @@ def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
         valid_BN=valid_BN,
         max_depth=tree.max_depth,
         scores_BN=None if tree.scores_BN is None else tree.scores_BN.gather(1, order_BN),
+        chain=tree.chain,
     )
 
 

@@ -1,0 +1,148 @@
+"""The state of one batch in flight, and the host's record of each request.
+
+Owns the tensors that change from cycle to cycle, their growth, and the retirement of finished rows. Knows no model.
+
+Shape legend: B batch rows, P output positions, V vocabulary, E emitted tokens of a cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.decode.cache import SlotCache
+from draftsmith.models.drafter import DraftState
+
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass
+class Generation:
+    """What one request produced.
+
+    Attributes:
+        token_ids: emitted tokens, the end-of-sequence token included where one was produced.
+        finish: why it ended: ``eos``, ``stop`` (a stop string) or ``length`` (the budget or the context's end).
+        accepted: accepted draft tokens of each cycle, after cutting at the end; the first token comes from the prefill and
+            belongs to no cycle. Tokens per step of a request is ``(len(token_ids) - 1) / len(accepted)``.
+        depths: the deepest draft proposed in each cycle.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    finish: Finish = "length"
+    accepted: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """Tensors of the rows still decoding.
+
+    Attributes:
+        requests: index of each row's request.
+        cache: the target's keys and values.
+        lengths_B: int64, cached tokens of each row; the root is not among them.
+        host_lengths: the same numbers on the host.
+        root_B: int64, the last emitted token.
+        num_emitted_B: int64, emitted tokens so far.
+        budget_B: int64, emitted tokens at which a row ends.
+        noise_BP: float64 uniforms by output position, or None at temperature 0.
+        seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
+        draft: the drafter's state, or None in plain decoding.
+    """
+
+    requests: list[int]
+    cache: SlotCache
+    lengths_B: Tensor
+    host_lengths: list[int]
+    root_B: Tensor
+    num_emitted_B: Tensor
+    budget_B: Tensor
+    noise_BP: Tensor | None
+    seen_BV: Tensor | None
+    draft: DraftState | None = None
+
+    def retire(self, keep: list[int]) -> None:
+        """Drop the rows that are not in ``keep`` (row numbers)."""
+        if len(keep) == len(self.requests):
+            return
+        self.requests = [self.requests[row] for row in keep]
+        self.host_lengths = [self.host_lengths[row] for row in keep]
+        if not keep:
+            return
+        rows = torch.tensor(keep, device=self.root_B.device)
+        self.cache.select_rows(rows)
+        self.lengths_B, self.root_B = self.lengths_B[rows], self.root_B[rows]
+        self.num_emitted_B, self.budget_B = self.num_emitted_B[rows], self.budget_B[rows]
+        self.noise_BP = None if self.noise_BP is None else self.noise_BP[rows]
+        self.seen_BV = None if self.seen_BV is None else self.seen_BV[rows]
+        self.draft = None if self.draft is None else self.draft.select_rows(rows)
+
+
+class Recorder:
+    """The host's side: collects emitted tokens, watches for stop strings and streams.
+
+    Args:
+        num_requests: how many generations to keep.
+        stop_strings: see the settings.
+        tokenizer: needed with stop strings.
+        on_tokens: called with (request, tokens) as soon as tokens are final.
+
+    Raises:
+        ValueError: stop strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        num_requests: int,
+        stop_strings: tuple[str, ...],
+        tokenizer: PreTrainedTokenizerBase | None,
+        on_tokens: Callable[[int, list[int]], None] | None,
+    ) -> None:
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop strings need the text of tokens; give the engine a tokenizer")
+        self.generations = [Generation() for _ in range(num_requests)]
+        self._stops = stop_strings
+        self._tokenizer = tokenizer
+        self._on_tokens = on_tokens
+        # A stop of n characters ends within the last 4 n byte-level tokens; a few more give the decoder its context.
+        self._tail = 4 * max(map(len, stop_strings), default=0) + 4
+
+    def add(self, request: int, tokens: list[int], ended: Literal["", "eos", "length"], drafted: int | None) -> bool:
+        """Append a cycle's tokens to a request; True when it is finished.
+
+        Args:
+            request: which one.
+            tokens: emitted tokens, already cut at EOS and budget.
+            ended: why the device side ended the row, if it did.
+            drafted: depth of the cycle's tree; None for the prefill's token.
+        """
+        generation = self.generations[request]
+        cut = self._stop_at(generation.token_ids, tokens) if self._stops else None
+        kept = tokens if cut is None else tokens[:cut]
+        generation.token_ids.extend(kept)
+        if drafted is not None:
+            generation.accepted.append(len(kept) - 1)
+            generation.depths.append(drafted)
+        if self._on_tokens is not None and kept:
+            self._on_tokens(request, kept)
+        if cut is not None and not (ended == "eos" and cut == len(tokens)):
+            generation.finish = "stop"
+            return True
+        if ended:
+            generation.finish = "eos" if ended == "eos" else "length"
+        return bool(ended)
+
+    def _stop_at(self, before: list[int], tokens: list[int]) -> int | None:
+        """How many of ``tokens`` to keep so that the last one kept completes a stop string; None where none is completed."""
+        assert self._tokenizer is not None
+        for kept in range(1, len(tokens) + 1):
+            text = self._tokenizer.decode((before + tokens[:kept])[-self._tail :])
+            if any(stop in text for stop in self._stops):
+                return kept
+        return None

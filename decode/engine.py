@@ -1,0 +1,282 @@
+"""The decoder: draft, verify, accept, record, until every row has ended.
+
+Owns the loop and the order of things. Plain decoding is the same loop with a tree of one node. Knows no drafter family: what a
+drafter proposes goes through :mod:`draftsmith.decode.verify`, which alone decides what is emitted.
+
+Inside a cycle the host waits for the device once, in :meth:`Engine._record`, to read what was emitted.
+
+Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache slots, P output positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.decode.batch import Batch, Generation, Recorder
+from draftsmith.decode.cache import SlotCache
+from draftsmith.decode.ledger import Ledger, phase
+from draftsmith.decode.mask import tree_mask
+from draftsmith.decode.sampling import GenerationSettings, choose, process, request_noise
+from draftsmith.decode.verify import Walk, walk
+from draftsmith.models.drafter import Drafter, DraftLimits, Emitted
+from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.target import Target, TargetOutput
+from draftsmith.models.tree import DraftTree, root_tree
+
+_ENDS: tuple[Literal["", "eos", "length"], ...] = ("", "eos", "length")
+
+
+class Engine:
+    """Decodes with one target and, if given, one drafter; losslessly.
+
+    Args:
+        target: the frozen model.
+        drafter: proposes; None decodes plainly.
+        limits: how much to draft a cycle.
+        tokenizer: needed for stop strings only; must be the drafter's.
+        ledger: where time is charged, or None.
+        prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts.
+
+    Raises:
+        ValueError: the drafter belongs to another target or tokenizer.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        limits: DraftLimits | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ledger: Ledger | None = None,
+        prefill_chunk: int = 1024,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.limits = limits or DraftLimits()
+        self.tokenizer = tokenizer
+        self.ledger = ledger
+        self._prefill_chunk = prefill_chunk
+        # On a GPU the visible slots grow in steps, so that few shapes occur and graphs can be captured.
+        self._slot_step = 64 if target.device.type == "cuda" else 1
+        if drafter is not None:
+            drafter.attach(target.ends)
+            if tokenizer is not None:
+                drafter.check_tokenizer(tokenizer_fingerprint(tokenizer))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        settings: GenerationSettings,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+        request_ids: list[int] | None = None,
+    ) -> list[Generation]:
+        """Decode a batch of prompts of any lengths.
+
+        Args:
+            prompts: token ids, one list a request.
+            settings: shared by the batch.
+            on_tokens: called with (index of the prompt, tokens) as soon as tokens are final.
+            request_ids: which noise each prompt draws; its index by default.
+
+        Raises:
+            ValueError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
+        """
+        self._check(prompts)
+        recorder = Recorder(len(prompts), settings.stop_strings, self.tokenizer, on_tokens)
+        if not prompts:
+            return []
+        eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=self.target.device)
+        with phase(self.ledger, "prefill"):
+            batch = self._prefill(prompts, settings, request_ids or list(range(len(prompts))), eos, recorder)
+        while batch.requests:
+            with phase(self.ledger, "draft"):
+                tree = self._draft(batch)
+            with phase(self.ledger, "verify"):
+                ancestors_BNN = tree.ancestors()
+                output = self._verify(batch, tree, ancestors_BNN)
+                choices_BN = self._choose(batch, tree, ancestors_BNN, output, settings)
+            with phase(self.ledger, "accept"):
+                steps = walk(tree, ancestors_BNN, choices_BN)
+                counts_B, ended_B = self._cut(batch, steps, eos)
+                self._advance(batch, tree, steps, output)
+            with phase(self.ledger, "host"):
+                self._record(batch, recorder, steps.emitted_BE, counts_B, ended_B, steps.counts_B, tree.max_depth)
+            if self.ledger is not None:
+                self.ledger.count(tree.num_nodes)
+        return recorder.generations
+
+    def _draft(self, batch: Batch) -> DraftTree:
+        if self.drafter is None or batch.draft is None:
+            return root_tree(batch.root_B)
+        return self.drafter.propose(batch.draft, self.limits)
+
+    def _verify(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
+        """One target forward over the packed tree, written behind each row's cached tokens."""
+        nodes = tree.num_nodes
+        window = self._window(max(batch.host_lengths) + nodes, batch.cache.capacity)
+        slots_BN = batch.lengths_B[:, None] + torch.arange(nodes, device=batch.lengths_B.device)
+        first = batch.host_lengths[0] if len(batch.host_lengths) == 1 else None
+        batch.cache.aim(slots_BN, window, first)
+        mask, key_positions = tree_mask(ancestors_BNN, tree.depths_BN, batch.lengths_B, window)
+        positions_BN = batch.lengths_B[:, None] + tree.depths_BN
+        if self.target.max_positions is not None:
+            # Nodes past the context are never emitted; their position only has to be one that the model has.
+            positions_BN = positions_BN.clamp(max=self.target.max_positions - 1)
+        return self.target(tree.tokens_BN, cache=batch.cache, positions=positions_BN, mask=mask, key_positions=key_positions)
+
+    def _choose(
+        self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
+    ) -> Tensor:
+        """The target's chosen next token at every node, int64 [B, N]."""
+        seen_BNV = noise_BN = None
+        if batch.seen_BV is not None:
+            seen_BNV = batch.seen_BV[:, None].repeat(1, tree.num_nodes, 1)
+            own_BNN = tree.tokens_BN[:, None, :].expand_as(ancestors_BNN)
+            # A node that is no ancestor contributes the root's token, which every node has seen.
+            seen_BNV.scatter_(2, torch.where(ancestors_BNN, own_BNN, tree.tokens_BN[:, :1, None]), True)
+        if batch.noise_BP is not None:
+            place_BN = batch.num_emitted_B[:, None] + tree.depths_BN
+            noise_BN = batch.noise_BP.gather(1, place_BN.clamp(max=batch.noise_BP.shape[1] - 1))
+        return choose(process(self.target.logits(output.normed), settings, seen_BNV), settings, noise_BN)
+
+    def _cut(self, batch: Batch, steps: Walk, eos: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut emitted tokens at the first EOS and at the budget: counts and why a row ends (index into ``_ENDS``), int64 [B]."""
+        place_E = torch.arange(steps.emitted_BE.shape[1], device=eos.device)
+        is_eos_BE = torch.isin(steps.emitted_BE, eos) & (place_E < steps.counts_B[:, None])
+        until_eos_B = torch.where(is_eos_BE, place_E + 1, place_E.shape[0] + 1).amin(1)
+        room_B = batch.budget_B - batch.num_emitted_B
+        counts_B = torch.minimum(torch.minimum(steps.counts_B, until_eos_B), room_B)
+        ended_B = torch.where(counts_B >= room_B, 2, 0)
+        return counts_B, torch.where(counts_B >= until_eos_B, 1, ended_B)
+
+    def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
+        """Compact the accepted path in the cache and move every row's root; rows that end are retired right after."""
+        if not tree.chain:
+            place_E = torch.arange(steps.path_BE.shape[1], device=steps.path_BE.device)
+            batch.cache.move(batch.lengths_B[:, None] + steps.path_BE, batch.lengths_B[:, None] + place_E)
+        batch.lengths_B = batch.lengths_B + steps.counts_B
+        batch.num_emitted_B = batch.num_emitted_B + steps.counts_B
+        batch.root_B = steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1)
+        if batch.seen_BV is not None:
+            place_E = torch.arange(steps.emitted_BE.shape[1], device=steps.emitted_BE.device)
+            real_BE = torch.where(place_E < steps.counts_B[:, None], steps.emitted_BE, batch.root_B[:, None])
+            batch.seen_BV.scatter_(1, real_BE, True)
+        if self.drafter is not None and batch.draft is not None:
+            features = {
+                name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
+                for name in self.drafter.features
+            }
+            batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
+
+    def _record(
+        self, batch: Batch, recorder: Recorder, emitted_BE: Tensor, counts_B: Tensor, ended_B: Tensor, walked_B: Tensor, drafted: int
+    ) -> None:
+        """Read the cycle back in one transfer, hand tokens to the host's records and retire the rows that ended."""
+        rows = torch.cat([counts_B[:, None], ended_B[:, None], walked_B[:, None], emitted_BE], dim=1).tolist()
+        keep = []
+        for row, (count, ended, walked, *tokens) in enumerate(rows):
+            batch.host_lengths[row] += walked
+            if not recorder.add(batch.requests[row], tokens[:count], _ENDS[ended], drafted):
+                keep.append(row)
+        batch.retire(keep)
+
+    def _prefill(
+        self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int], eos: Tensor, recorder: Recorder
+    ) -> Batch:
+        """Cache the prompts, choose each row's first token and start the drafter."""
+        device = self.target.device
+        host_lengths = [len(prompt) for prompt in prompts]
+        longest = max(host_lengths)
+        tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        lengths_B = torch.tensor(host_lengths, device=device)
+        context = self.target.max_positions or 2**62
+        budgets = [min(settings.max_new_tokens, context - length) for length in host_lengths]
+        batch = Batch(
+            requests=list(range(len(prompts))),
+            cache=SlotCache(longest + settings.max_new_tokens + self.limits.max_nodes + self._slot_step),
+            lengths_B=lengths_B,
+            host_lengths=list(host_lengths),
+            root_B=tokens_BT[:, 0],
+            num_emitted_B=torch.zeros_like(lengths_B),
+            budget_B=torch.tensor(budgets, device=device),
+            noise_BP=self._noise(settings, request_ids),
+            seen_BV=self._seen(tokens_BT, lengths_B, settings),
+        )
+        states = self._read_prompts(batch.cache, tokens_BT)
+        last_B1 = lengths_B[:, None] - 1
+        last_normed_B1D = self.target.ends.final_norm(states.gather(1, last_B1[..., None].expand(-1, -1, states.shape[-1])))
+        first = root_tree(batch.root_B)
+        output = TargetOutput(states, last_normed_B1D)
+        seen_ancestors = torch.zeros(len(prompts), 1, 1, dtype=torch.bool, device=device)
+        choices_B1 = self._choose(batch, first, seen_ancestors, output, settings)
+        steps = Walk(torch.zeros_like(choices_B1), choices_B1, torch.ones_like(lengths_B))
+        counts_B, ended_B = self._cut(batch, steps, eos)
+        batch.root_B = choices_B1[:, 0]
+        batch.num_emitted_B = steps.counts_B
+        if batch.seen_BV is not None:
+            batch.seen_BV.scatter_(1, choices_B1, True)
+        if self.drafter is not None:
+            emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1).scatter_(1, last_B1, choices_B1)
+            batch.draft = self.drafter.start(Emitted(emitted_BE, {name: states for name in self.drafter.features}, lengths_B))
+        self._record(batch, recorder, choices_B1, counts_B, ended_B, torch.zeros_like(lengths_B), drafted=0)
+        for generation in recorder.generations:  # the prefill's token belongs to no cycle
+            generation.accepted.clear()
+            generation.depths.clear()
+        return batch
+
+    def _read_prompts(self, cache: SlotCache, tokens_BT: Tensor) -> Tensor:
+        """Run prompts, padded on the right, through the target in chunks: pre-norm states [B, T, D]."""
+        B, T = tokens_BT.shape
+        chunks = []
+        for begin in range(0, T, self._prefill_chunk):
+            end = min(begin + self._prefill_chunk, T)
+            window = self._window(end, cache.capacity)
+            positions = torch.arange(begin, end, device=tokens_BT.device).expand(B, -1)
+            key_positions = torch.arange(window, device=tokens_BT.device).expand(B, -1)
+            cache.aim(positions, window, first=begin)
+            mask = key_positions[:, None, None, :] <= positions[:, None, :, None]
+            chunks.append(
+                self.target(
+                    tokens_BT[:, begin:end], cache=cache, positions=positions, mask=mask, key_positions=key_positions
+                ).pre_norm
+            )
+        return torch.cat(chunks, dim=1)
+
+    def _noise(self, settings: GenerationSettings, request_ids: list[int]) -> Tensor | None:
+        if settings.temperature == 0.0:
+            return None
+        rows = [request_noise(settings.seed, request, settings.max_new_tokens) for request in request_ids]
+        return torch.stack(rows).to(self.target.device)
+
+    def _seen(self, tokens_BT: Tensor, lengths_B: Tensor, settings: GenerationSettings) -> Tensor | None:
+        if settings.repetition_penalty == 1.0:
+            return None
+        place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        real_BT = torch.where(place_T < lengths_B[:, None], tokens_BT, tokens_BT[:, :1])
+        seen_BV = torch.zeros(tokens_BT.shape[0], self.target.ends.vocab_size, dtype=torch.bool, device=tokens_BT.device)
+        return seen_BV.scatter_(1, real_BT, True)
+
+    def _window(self, needed: int, capacity: int) -> int:
+        return min(-(-needed // self._slot_step) * self._slot_step, capacity)
+
+    def _check(self, prompts: list[list[int]]) -> None:
+        context = self.target.max_positions
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; give at least one token (a BOS token, for instance)")
+            if context is not None and len(prompt) >= context:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens, the context of {self.target.name} is {context} and needs room for a reply; "
+                    "shorten the prompt"
+                )
+            if min(prompt) < 0 or max(prompt) >= self.target.ends.vocab_size:
+                raise ValueError(
+                    f"prompt {index} holds token id {max(prompt)}, the vocabulary of {self.target.name} ends at "
+                    f"{self.target.ends.vocab_size - 1}; is the tokenizer the target's?"
+                )

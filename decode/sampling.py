@@ -1,0 +1,112 @@
+"""From logits to one chosen token a node: processors, and draws whose noise belongs to the output position.
+
+Owns the settings of a request and everything between logits and tokens. Knows nothing of trees beyond "a node has ancestors", nor of
+caches and drafters.
+
+The noise: the uniform number that decides output position i of request r under seed s is a function of (s, r, i) alone. All nodes that
+compete for one position share it, only one of them is ever visited, and no drafter sees it. So plain and speculative decoding draw
+the very same tokens at every temperature, and a batch draws what its rows would alone.
+
+Shape legend: B batch rows, N tree nodes, V vocabulary, P output positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a request asks for.
+
+    Attributes:
+        max_new_tokens: budget, at least 1.
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set whose probability reaches this; 1 keeps all.
+        min_p: drop tokens below this share of the most likely one's probability.
+        repetition_penalty: divide (multiply, where negative) the logits of tokens already in the text; 1 is off. It also applies
+            at temperature 0.
+        seed: of the noise.
+        eos_token_ids: any of these ends a row; it is emitted.
+        stop_strings: a row ends with the first token whose text completes one of these.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0.0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
+            "top_k": (self.top_k >= 0, "0 (all) or a positive count"),
+            "top_p": (0.0 < self.top_p <= 1.0, "in (0, 1]"),
+            "min_p": (0.0 <= self.min_p < 1.0, "in [0, 1)"),
+            "repetition_penalty": (self.repetition_penalty > 0.0, "positive"),
+            "stop_strings": (all(self.stop_strings), "non-empty strings"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+
+
+def request_noise(seed: int, request: int, num_positions: int) -> Tensor:
+    """float64 [P] uniforms in [0, 1) of one request, on the CPU, the same whatever else is in its batch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + request * 7_919 + 17) % 2**63)
+    return torch.rand(num_positions, generator=generator, dtype=torch.float64)
+
+
+def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor | None = None) -> Tensor:
+    """Logits after the request's processors, float32 [B, N, V], in Transformers' order (penalty, temperature, top-k, top-p, min-p).
+
+    Args:
+        logits_BNV: float.
+        settings: at temperature 0 only the penalty applies, since none of the others moves the maximum.
+        seen_BNV: bool, tokens already in each node's text (prompt, emitted and its own ancestors); needed with a penalty.
+    """
+    logits_BNV = logits_BNV.float()
+    if settings.repetition_penalty != 1.0 and seen_BNV is not None:
+        penalty = settings.repetition_penalty
+        weakened_BNV = torch.where(logits_BNV > 0, logits_BNV / penalty, logits_BNV * penalty)
+        logits_BNV = torch.where(seen_BNV, weakened_BNV, logits_BNV)
+    if settings.temperature == 0.0:
+        return logits_BNV
+    logits_BNV = logits_BNV / settings.temperature
+    if 0 < settings.top_k < logits_BNV.shape[-1]:
+        kth_BN1 = logits_BNV.topk(settings.top_k, dim=-1).values[..., -1:]
+        logits_BNV = logits_BNV.masked_fill(logits_BNV < kth_BN1, -torch.inf)
+    if settings.top_p < 1.0:
+        ordered_BNV, order_BNV = logits_BNV.sort(dim=-1)
+        drop_BNV = ordered_BNV.softmax(-1).cumsum(-1) <= 1.0 - settings.top_p
+        drop_BNV[..., -1] = False
+        logits_BNV = logits_BNV.masked_fill(torch.zeros_like(drop_BNV).scatter_(-1, order_BNV, drop_BNV), -torch.inf)
+    if settings.min_p > 0.0:
+        probs_BNV = logits_BNV.softmax(-1)
+        logits_BNV = logits_BNV.masked_fill(probs_BNV < settings.min_p * probs_BNV.amax(-1, keepdim=True), -torch.inf)
+    return logits_BNV
+
+
+def choose(processed_BNV: Tensor, settings: GenerationSettings, noise_BN: Tensor | None) -> Tensor:
+    """int64 [B, N]: each node's chosen next token; the most likely one, or a draw by inverting the cumulative distribution.
+
+    Args:
+        processed_BNV: logits out of :func:`process`.
+        settings: its temperature decides.
+        noise_BN: float64 uniforms of the output positions that the nodes compete for; None at temperature 0.
+    """
+    if settings.temperature == 0.0 or noise_BN is None:
+        return processed_BNV.argmax(-1)
+    cumulative_BNV = processed_BNV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # Scaling by the last entry makes rounding in the sum harmless: the threshold is always below the total.
+    threshold_BN1 = noise_BN[..., None] * cumulative_BNV[..., -1:]
+    return torch.searchsorted(cumulative_BNV, threshold_BN1, right=True).squeeze(-1).clamp_(max=processed_BNV.shape[-1] - 1)
