@@ -70,7 +70,7 @@ def features(
 
 
 def _check_vocabulary(content: ShardContent, target: Target) -> None:
-    size = target.ends.embedding.weight.shape[0]
+    size = int(target.model.get_input_embeddings().weight.shape[0])
     outside = ((content.input_ids < 0) | (content.input_ids >= size)).nonzero()
     if outside.numel():
         place = int(outside[0])
