@@ -41,10 +41,11 @@ class Suggesting:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one message and exits with code 2; a nested parser raises it to its parent instead."""
         parser = typing.cast(jsonargparse.ArgumentParser, self)
-        message = explain(message, [action.dest for action in parser._actions])
+        at_fault = getattr(ex, "subcommand_parser", None) or parser
+        message = explain(message, [action.dest for action in at_fault._actions])
         if not parser.exit_on_error:
             jsonargparse.ArgumentParser.error(parser, message, ex)
-        prog = parser.prog.removesuffix(" [options]")
+        prog = at_fault.prog.replace(" [options]", "")
         sys.stderr.write(f"{prog}: error: {message}\nRun '{prog} --help' to see every option.\n")
         sys.exit(2)
 
@@ -58,10 +59,11 @@ def explain(message: str, known: Iterable[str]) -> str:
         flags = [word for word in words if word.startswith("--")] or words[:1]
         hints = [suggestion(_key(flag), known).replace("mean ", "mean --").replace(" or ", " or --") for flag in flags]
         return f"unknown option {', '.join(flags)}.{''.join(dict.fromkeys(hints))}"
-    found = re.search(r"Group '(?P<group>[^']*)' does not accept option '(?P<key>[^']*)'", message)
+    found = re.search(r"(?P<group>Group '[^']*'|Subcommand '[^']*') does not accept option '(?P<key>[^']*)'", message)
     found = found or re.search(r"(?P<group>)Option '(?P<key>[^']*)' is not accepted", message)
     if found:
-        key = f"{found['group']}.{found['key']}".removeprefix(".")
+        group = found["group"].removeprefix("Group ").strip("'")
+        key = f"{group}.{found['key']}" if found["group"].startswith("Group") else found["key"]
         return f"{message} (unknown key).{suggestion(key, known)}"
     return message
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from draftsmith.arguments import call, explain, gather_lists, parser_for, suggestion
+from draftsmith.arguments import CommandParser, call, explain, gather_lists, parser_for, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +134,21 @@ def test_a_mistyped_key_in_yaml_is_answered_with_the_nearest_one(
 ) -> None:
     (tmp_path / "c.yaml").write_text(yaml)
     assert hint in refused(capsys, "--config", str(tmp_path / "c.yaml"), "--out", "o", "--flour", "f")
+
+
+def test_a_mistyped_key_below_a_subcommand_is_answered_by_that_subcommand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser, below = CommandParser(prog="draftsmith"), CommandParser()
+    below.add_argument("--config", action="config")
+    below.add_argument("--trainer.max_steps", type=int)
+    parser.add_subcommands().add_subcommand("fit", below)
+    (tmp_path / "c.yaml").write_text("trainer:\n  max_stepz: 1\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["fit", "--config", str(tmp_path / "c.yaml")])
+    message = capsys.readouterr().err
+    assert "Did you mean trainer.max_steps?" in message
+    assert "Run 'draftsmith fit --help'" in message
 
 
 def test_a_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
