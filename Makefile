@@ -6,10 +6,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN := runs/quickstart
+DRAFTSMITH := HF_HUB_OFFLINE=1 $(BIN)/draftsmith
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check bench embedded wheel clean install install-dev
+.PHONY: install install-dev quickstart decode-example test check bench embedded wheel clean
 
 # torch goes first: on a machine that offers a CPU build of the pinned version, the rest then settles on that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,54 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
+# ---- the quickstart ------------------------------------------------------------------------------------------------
+# A stage is done when its stamp is there. An interrupted stage goes on where it was; `rm -r runs/quickstart` starts anew.
+
+RUN := runs/quickstart
+DONE := $(RUN)/.done
+TARGET := embedded:target
+TRAIN_PROMPTS ?= 1600
+TEST_PROMPTS ?= 200
+SHAPE ?= 1x5
+
+quickstart: $(DONE)/evaluate
+	@$(MAKE) --no-print-directory decode-example
+	@echo "The whole report: $(RUN)/report.md"
+
+decode-example: $(DONE)/export
+	$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --prompts $(RUN)/test.jsonl --limit 1
+
+$(DONE)/prompts: | install
+	mkdir -p $(DONE)
+	$(DRAFTSMITH) embedded prompts --path $(RUN)/train.jsonl --split train --count $(TRAIN_PROMPTS)
+	$(DRAFTSMITH) embedded prompts --path $(RUN)/test.jsonl --split test --count $(TEST_PROMPTS)
+	touch $@
+
+$(DONE)/respond: $(DONE)/prompts
+	$(DRAFTSMITH) data respond --target $(TARGET) --prompts $(RUN)/train.jsonl --out $(RUN)/replies \
+	  --max-new-tokens 160 --batch-rows 64
+	touch $@
+
+$(DONE)/extract: $(DONE)/respond
+	$(DRAFTSMITH) data extract --target $(TARGET) --source $(RUN)/replies --out $(RUN)/cache
+	touch $@
+
+$(DONE)/train: $(DONE)/extract
+	$(DRAFTSMITH) train fit --config configs/quickstart.yaml \
+	  $$(test -e $(RUN)/train/checkpoints/last.ckpt && echo --ckpt_path $(RUN)/train/checkpoints/last.ckpt)
+	touch $@
+
+$(DONE)/export: $(DONE)/train
+	$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter
+	touch $@
+
+$(DONE)/evaluate: $(DONE)/export
+	$(DRAFTSMITH) evaluate --target $(TARGET) --prompts $(RUN)/test.jsonl --drafters redrafter=$(RUN)/drafter \
+	  --shapes $(SHAPE) --out $(RUN)
+	touch $@
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
 test: install-dev
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PYTEST_ARGS)
 
@@ -33,6 +81,14 @@ check: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/link_packages.py
 	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/chat6m.py
+
+embedded: install
+	$(DRAFTSMITH) embedded build
+	$(DRAFTSMITH) embedded accuracy --model target --problems 500
+	$(DRAFTSMITH) embedded accuracy --model draft_lm --problems 500
 
 wheel: install-dev
 	rm -rf dist build/lib build/bdist*

@@ -100,7 +100,7 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
     parser.add_argument("--config", action="config", metavar="FILE", help="Read options from this YAML file.")
     parser.add_function_arguments(function, as_group=False)
     for action in parser._actions:
-        if action.dest in _list_options(function):
+        if action.dest in list_options(function):
             action.metavar = f"{action.dest.upper()}[,...]"
             action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
     return parser
@@ -109,12 +109,12 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
 def call(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> Any:
     """Calls `function` with what `arguments` say; a mistake in them ends the process with code 2."""
     parser = parser_for(function, prog)
-    parsed = parser.parse_args(gather_lists([_with_underscores(word) for word in arguments], _list_options(function)))
+    parsed = parser.parse_args(gather_lists([with_underscores(word) for word in arguments], list_options(function)))
     values = parser.instantiate(parsed)
     return function(**{name: values[name] for name in inspect.signature(function).parameters})
 
 
-def _with_underscores(word: str) -> str:
+def with_underscores(word: str) -> str:
     """`--max-new-tokens=8` and `--max_new_tokens=8` are one option."""
     if not word.startswith("--"):
         return word
@@ -153,7 +153,7 @@ def _json_list(values: list[str], text: bool) -> str:
     return f"[{', '.join(json.dumps(value) if text else value for value in values)}]"
 
 
-def _list_options(function: Callable[..., Any]) -> dict[str, bool]:
+def list_options(function: Callable[..., Any]) -> dict[str, bool]:
     """Names of the list and tuple parameters; True where the elements are text or paths."""
     found = {}
     for name, hint in typing.get_type_hints(function).items():

@@ -1,0 +1,104 @@
+"""What the pages promise: their commands parse, their links lead somewhere, their configurations exist."""
+
+import itertools
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from draftsmith import cli
+from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    """Commands in the page's ```sh blocks, continued lines joined, comments cut."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield line.strip()
+
+
+COMMANDS = [(page.relative_to(ROOT), line) for page in PAGES for line in shell_lines(page)]
+
+
+def make_recipes() -> list[str]:
+    """The draftsmith commands of `make quickstart`, as make itself would run them from nothing."""
+    asked = ["make", "--always-make", "--dry-run", "RUN=runs/none", "quickstart", "embedded"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [line.partition("/bin/")[2] for line in lines if "/bin/draftsmith " in line]
+
+
+def check_command(line: str) -> None:
+    words = [word for word in shlex.split(line, comments=True) if word != "…"]
+    if words[:2] == ["python", "train.py"]:
+        words = ["draftsmith", "train", *words[2:]]
+    if words[0] == "make":
+        goals = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+        rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{re.escape(goal)}:", rules, re.MULTILINE) for goal in goals), line
+    elif words[0] == "draftsmith":
+        check_draftsmith(words[1:])
+
+
+def check_draftsmith(words: list[str]) -> None:
+    if words[0].startswith("--"):
+        assert words[0] in ("--help", "--version")
+        return
+    name = tuple(words[:2]) if words[0] in cli.GROUPS else (words[0],)
+    assert name in cli.COMMANDS, f"there is no command {' '.join(name)}"
+    rest = words[len(name) :]
+    if cli.COMMANDS[name].reads_arguments:
+        configs = [value for option, value in itertools.pairwise(rest) if option in ("--config", "-c")]
+        assert all((ROOT / config).is_file() for config in configs), f"no such configuration: {configs}"
+        return
+    function = cli.COMMANDS[name].load()
+    if ">" in rest:
+        rest = rest[: rest.index(">")]
+    if "--config" in rest or "--help" in rest or "--print_config" in rest:
+        return
+    words = gather_lists([with_underscores(word) for word in rest], list_options(function))
+    parser_for(function, "draftsmith").parse_args(words)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line[:60]}" for page, line in COMMANDS])
+def test_every_command_on_a_page_is_one_that_exists(page: Path, line: str) -> None:
+    check_command(line)
+
+
+def test_every_command_that_make_runs_is_one_that_exists() -> None:
+    recipes = make_recipes()
+    assert len(recipes) >= 8
+    for line in recipes:
+        check_command(re.sub(r"\$\(.*\)", "", line))
+
+
+def test_the_quickstart_names_the_folders_that_its_configuration_names() -> None:
+    text = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+    recipes = "\n".join(make_recipes()).replace("runs/none", "runs/quickstart")
+    assert "--out runs/quickstart/cache" in recipes
+    assert "cache: runs/quickstart/cache" in text
+    assert "--drafter runs/quickstart/train/drafter" in recipes
+    assert "default_root_dir: runs/quickstart/train" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_link_on_a_page_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    broken = [link for link in links if link and not (page.parent / link).exists()]
+    assert broken == []
+
+
+def test_the_readme_names_every_folder() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.partition("## The tree")[2]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders = {name.partition("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
+    assert [name for name in sorted(folders) if not re.search(rf"^{name}/", tree, re.MULTILINE)] == []
