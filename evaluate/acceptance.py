@@ -3,9 +3,10 @@
 Owns the definitions of these measures. Does not know who decoded, on what, or how long it took.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from draftsmith.evaluate.records import Decoded, DepthAcceptance
 
 LOOP_MIN_REPEATS = 3
@@ -23,35 +24,42 @@ def tokens_per_step(decoded: Sequence[Decoded]) -> float | None:
     return sum(one.stepped_tokens for one in decoded) / cycles if cycles else None
 
 
-def ratio_interval(
-    numerators: Sequence[float],
-    denominators: Sequence[float],
+def bootstrap_interval(
+    columns: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], np.ndarray],
     *,
     confidence: float = 0.95,
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of sum(numerators) / sum(denominators), resampling the pairs (prompts) together.
+    """Percentile bootstrap interval of a statistic of column sums, resampling rows (prompts) whole.
 
-    numerators, denominators: one number a prompt.
+    columns: one row a prompt, [n][c]. statistic: sums [R, c] -> values [R]; values that are not finite are left out,
+    since a resample of nothing but zero-cycle prompts says nothing about the spread.
+    Raises ValueError without rows, or when no resample has a value.
+    """
+    table = np.asarray(columns, dtype=np.float64)
+    if len(table) == 0:
+        raise ValueError("no prompts to resample: give at least one")
+    picks = np.random.default_rng(seed).integers(0, len(table), size=(num_resamples, len(table)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic(table[picks].sum(axis=1))
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        raise ValueError("every denominator is 0: give prompts whose replies need a decode cycle")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of sum(numerators) / sum(denominators), one pair a prompt.
+
     Raises ValueError when they differ in length, are empty, or every denominator is 0.
     """
-    top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
-    if len(top) != len(bottom) or len(top) == 0:
-        raise ValueError(
-            f"{len(top)} numerators and {len(bottom)} denominators: give one of each per prompt, at least one"
-        )
-    if not bottom.any():
-        raise ValueError(
-            "every denominator is 0, the ratio has no value: give prompts whose replies need a decode cycle"
-        )
-    picks = np.random.default_rng(seed).integers(0, len(top), size=(num_resamples, len(top)))
-    resampled_bottom = bottom[picks].sum(axis=1)
-    # a resample of nothing but zero-cycle prompts has no ratio; it says nothing about the spread
-    ratios = top[picks].sum(axis=1)[resampled_bottom > 0] / resampled_bottom[resampled_bottom > 0]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return float(low), float(high)
+    pairs = list(zip(numerators, denominators, strict=True))
+    return bootstrap_interval(pairs, lambda sums: sums[:, 0] / sums[:, 1], num_resamples=num_resamples, seed=seed)
 
 
 def tokens_per_step_interval(decoded: Sequence[Decoded], seed: int = 0) -> tuple[float, float] | None:

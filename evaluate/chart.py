@@ -7,10 +7,11 @@ import io
 from collections.abc import Sequence
 from typing import Literal
 
-from draftsmith.evaluate.records import Row
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from draftsmith.evaluate.records import Row
 
 INK, SOFT, GRID = "#22262e", "#6b7280", "#e5e7eb"
 LOOKS = (("#2563eb", "o"), ("#d97706", "s"), ("#059669", "D"), ("#7c3aed", "^"), ("#dc2626", "v"), ("#0891b2", "P"))

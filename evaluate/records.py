@@ -22,16 +22,18 @@ class Decoded:
     token_ids: the reply, EOS included when it was produced.
     accepted: accepted draft tokens of each decode cycle. The prefill emits the first token outside of any cycle.
     drafted: depth of the draft tree of each cycle; empty when the contender does not say.
+    prefill_tokens: tokens that came with the prompt's own forward; more than one only where a prefill drafts.
     """
 
     token_ids: tuple[int, ...]
     accepted: tuple[int, ...]
     drafted: tuple[int, ...] = ()
+    prefill_tokens: int = 1
 
     @property
     def stepped_tokens(self) -> int:
         """Tokens emitted by decode cycles, i.e. all but the prefill's."""
-        return max(len(self.token_ids) - 1, 0)
+        return max(len(self.token_ids) - self.prefill_tokens, 0)
 
     @property
     def cycles(self) -> int:
@@ -44,6 +46,7 @@ class Timed:
     """One timed call: a batch of prompts decoded by one contender. `samples` index the evaluation's prompt list."""
 
     samples: tuple[int, ...]
+    batch: int
     repeat: int
     seconds: float
     decoded: tuple[Decoded, ...]
@@ -120,6 +123,8 @@ class Row:
     beam_width: int | None
     draft_length: int | None
     node_budget: int | None
+    min_probability: float
+    drafter_fingerprint: str
     parameters: int
     dtype: str
     device: str
@@ -131,6 +136,7 @@ class Row:
     acceptance_by_depth: tuple[DepthAcceptance, ...] = ()
     accepted_lengths: tuple[int, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_cycles: int = 0
     slices: tuple[Slice, ...] = ()
     divergences: tuple[Divergence, ...] = ()
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from draftsmith.evaluate.records import Row, Slice
-
 from draftsmith.files import atomic_write
 
 HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
@@ -66,7 +65,7 @@ def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row]
         f"Target `{first.target}`, {first.dtype} on {first.device}, batch {first.batch_size}, {first.prompts} prompts, "
         f"at most {first.max_new_tokens} new tokens, {runs}."
     )
-    parts = ["# Evaluation", setting, _main_table(rows), *_warnings(rows), *_baseline(rows)]
+    parts = ["# Evaluation", setting, main_table(rows), *_warnings(rows), *_baseline(rows)]
     if chart:
         parts.append(f"![Speed-up, tokens per step and acceptance by depth]({chart})")
     parts += [MEANING.rstrip(), _slice_table(rows), _depth_table(rows), _stage_table(rows), _divergence_list(rows)]
@@ -74,7 +73,8 @@ def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _main_table(rows: Sequence[Row]) -> str:
+def main_table(rows: Sequence[Row]) -> str:
+    """The table of all rows, in Markdown."""
     lines = [HEADER, "|---|---|---|---|---|---|---|"]
     for row in rows:
         steps = _ranged(row.tokens_per_step, row.tokens_per_step_interval)

@@ -1,11 +1,12 @@
 """ReDrafter on disk: our layout and Apple's, each held to a strict table of names, shapes and dtypes.
 
 Owns the two layouts, both ways, and the check that what was written is what was meant. Loaders elsewhere are lax (a
-missing tensor may load in silence), so nothing here is trusted because "it loads". Knows nothing of training or of how a
-drafter is measured.
+missing tensor may load in silence), so nothing here is trusted because "it loads". Knows nothing of training or of
+how a drafter is measured.
 
-Both layouts hold ``config.json`` and ``model.safetensors`` with the same tensor names. Ours adds to the config the bond to
-one target and may add a draft vocabulary (tensor ``d2t``); Apple's (github.com/apple/ml-recurrent-drafter) has neither.
+Both layouts hold ``config.json`` and ``model.safetensors`` with the same tensor names. Ours adds to the config the
+bond to one target and may add a draft vocabulary (tensor ``d2t``); Apple's (github.com/apple/ml-recurrent-drafter)
+has neither.
 
 Shape legend: D hidden, E exit dimension, V vocabulary, Vd draft vocabulary, K draft steps, A anchors.
 """
@@ -207,14 +208,15 @@ def write_apple(drafter: ReDrafter, folder: Path) -> None:
     """Write Apple's layout into an existing folder and read it back as :func:`write` does.
 
     Raises:
-        ValueError: the drafter has a draft vocabulary. Apple's head scores the whole vocabulary without a bias, so there is
+        ValueError: the drafter has a draft vocabulary. Apple's head scores the whole vocabulary without a bias, so
+            there is
             no row that would keep a token out: zero rows would score 0, not minus infinity.
     """
     config = drafter.config
     if drafter.d2t is not None:
         raise ValueError(
-            f"this drafter has a draft vocabulary of {config.draft_vocab_size} of {config.vocab_size} tokens, which Apple's "
-            "layout cannot express; export it with --layout draftsmith, or train it with draft_vocab_size null"
+            f"this drafter has a draft vocabulary of {config.draft_vocab_size} of {config.vocab_size} tokens, which "
+            "Apple's layout cannot express; export it with --layout draftsmith, or train it with draft_vocab_size null"
         )
     fields = {key: getattr(config, key) for key in APPLE_KEYS if key != "num_lookback_tokens"}
     fields |= {"model_type": config.model_type, "num_lookback_tokens": 1}

@@ -32,6 +32,8 @@ def make_row() -> RowMaker:
             "beam_width": 1,
             "draft_length": 4,
             "node_budget": None,
+            "min_probability": 0.0,
+            "drafter_fingerprint": "ab" * 32,
             "parameters": 600_000,
             "dtype": "float32",
             "device": "cpu",

@@ -1,0 +1,133 @@
+"""Who decodes: this project's engine, plainly or with a drafter, and `transformers.generate` on the very same modules.
+
+Owns how each is called so that all are given the same work. Does not know of clocks, orders or reports.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.evaluate.records import Decoded, Sample
+from draftsmith.models.target import Target
+
+
+class Contender(Protocol):
+    """Anything that decodes batches. `numbers` are the prompts' places in the evaluation: sampling noise is theirs."""
+
+    @property
+    def name(self) -> str:
+        """Under which its runs are kept."""
+        ...
+
+    def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
+        """What was emitted for each sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineContender:
+    """The engine with one drafter and beam shape, or plain."""
+
+    name: str
+    engine: Engine
+    settings: GenerationSettings
+
+    def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
+        """One batch of any lengths; under one seed a prompt draws the same noise whatever else is in its batch."""
+        prompts = [list(sample.prompt_ids) for sample in samples]
+        return tuple(map(_decoded, self.engine.generate(prompts, self.settings, request_ids=list(numbers))))
+
+
+def _decoded(generation: Generation) -> Decoded:
+    return Decoded(tuple(generation.token_ids), tuple(generation.accepted), tuple(generation.depths))
+
+
+@dataclass(frozen=True)
+class TransformersContender:
+    """`generate` of the target's own module with its own cache; `prompt_lookup` > 0 drafts so many tokens from n-grams.
+
+    Raises ValueError for prompt lookup over batches, which `generate` does not have.
+    """
+
+    name: str
+    target: Target
+    settings: GenerationSettings
+    prompt_lookup: int = 0
+
+    @torch.inference_mode()
+    def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
+        """One batch, padded on the left. Sampling draws from torch's global generator, reseeded here."""
+        if self.prompt_lookup and len(samples) > 1:
+            raise ValueError(f"prompt lookup decodes one prompt at a time, not {len(samples)}; set batch_size to 1")
+        torch.manual_seed(self.settings.seed + numbers[0])
+        longest = max(len(sample.prompt_ids) for sample in samples)
+        ids_BT = torch.tensor(
+            [[0] * (longest - len(sample.prompt_ids)) + list(sample.prompt_ids) for sample in samples],
+            device=self.target.device,
+        )
+        mask_BT = torch.tensor(
+            [[0] * (longest - len(sample.prompt_ids)) + [1] * len(sample.prompt_ids) for sample in samples],
+            device=self.target.device,
+        )
+        steps = _StepCounter() if self.prompt_lookup else None
+        output_BT = self.target.model.generate(
+            ids_BT,
+            attention_mask=mask_BT,
+            generation_config=generation_config(self.settings, self.target, longest, self.prompt_lookup),
+            streamer=steps,
+        )
+        replies = [_until_eos(row[longest:].tolist(), self.settings.eos_token_ids) for row in output_BT]
+        if steps is None:
+            return tuple(Decoded(reply, (0,) * (len(reply) - 1)) for reply in replies)
+        first, *later = steps.counts
+        return (Decoded(replies[0], tuple(count - 1 for count in later), prefill_tokens=first),)
+
+
+def generation_config(
+    settings: GenerationSettings, target: Target, prompt_length: int, prompt_lookup: int = 0
+) -> GenerationConfig:
+    """The engine's settings in the words of `generate`, with nothing left to the model's own defaults."""
+    room = settings.max_new_tokens if target.max_positions is None else target.max_positions - prompt_length
+    sampled = settings.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=min(settings.max_new_tokens, room),
+        do_sample=sampled,
+        temperature=settings.temperature if sampled else 1.0,
+        top_k=settings.top_k if sampled else 50,
+        top_p=settings.top_p if sampled else 1.0,
+        min_p=settings.min_p or None if sampled else None,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=list(settings.eos_token_ids) or None,
+        pad_token_id=settings.eos_token_ids[0] if settings.eos_token_ids else 0,
+        prompt_lookup_num_tokens=prompt_lookup or None,
+    )
+
+
+class _StepCounter(BaseStreamer):
+    """Counts the tokens of each step as `generate` hands them out; the prompt comes first and is not a step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_seen:
+            self.counts.append(value.numel())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def _until_eos(reply: list[int], eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Without what `generate` pads shorter rows of a batch with."""
+    for place, token in enumerate(reply):
+        if token in eos_token_ids:
+            return tuple(reply[: place + 1])
+    return tuple(reply)

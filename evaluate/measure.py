@@ -1,0 +1,133 @@
+"""One evaluation at one temperature: line up the contenders, race them, and turn their runs into rows.
+
+Owns who takes part. Does not read or write files, and does not know the measures' definitions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from draftsmith.data.progress import progress
+from draftsmith.decode import Engine, GenerationSettings, Ledger
+from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
+from draftsmith.evaluate.drafters import shape_name
+from draftsmith.evaluate.records import Row, Sample
+from draftsmith.evaluate.rows import PLAIN, TRANSFORMERS, Contestant, Setting, make_row
+from draftsmith.evaluate.speed import num_calls, race
+from draftsmith.models.drafter import Drafter, DraftLimits
+from draftsmith.models.target import Target
+
+LOOKUP = "transformers prompt lookup"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        batch_size: prompts decoded together.
+        repeats: timed runs of every prompt.
+        transformers_prompts: prompts on which `transformers.generate` runs too; 0 for none.
+        prompt_lookup: tokens that transformers' prompt lookup drafts, on the same prompts; 0 leaves it out.
+        ledger_prompts: prompts decoded once more with the ledger on; 0 for none.
+    """
+
+    batch_size: int = 1
+    repeats: int = 1
+    transformers_prompts: int = 40
+    prompt_lookup: int = 0
+    ledger_prompts: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("repeats", 1), ("transformers_prompts", 0), ("ledger_prompts", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.prompt_lookup < 0 or (self.prompt_lookup and (self.batch_size > 1 or not self.transformers_prompts)):
+            raise ValueError(
+                f"prompt_lookup is {self.prompt_lookup}; it must be at least 0, and above 0 it needs batch_size 1 and "
+                "transformers_prompts above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loaded drafter, attached to the target, with one beam shape. `name` is what the report calls the drafter."""
+
+    name: str
+    drafter: Drafter
+    limits: DraftLimits
+    fingerprint: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name and shape: distinct for each candidate."""
+        return f"{self.name} {shape_name(self.limits)}"
+
+
+def measure(
+    target: Target,
+    samples: Sequence[Sample],
+    candidates: Sequence[Candidate],
+    settings: GenerationSettings,
+    plan: Plan,
+) -> list[Row]:
+    """Rows for plain decoding, prompt lookup where asked for, and every candidate, in this order."""
+    engines = {PLAIN: Engine(target)} | {one.label: Engine(target, one.drafter, one.limits) for one in candidates}
+    contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
+    first_only: dict[str, int] = {}
+    if plan.transformers_prompts:
+        contenders.insert(1, TransformersContender(TRANSFORMERS, target, settings))
+        first_only[TRANSFORMERS] = -(-plan.transformers_prompts // plan.batch_size)
+    if plan.prompt_lookup:
+        contenders.insert(2, TransformersContender(LOOKUP, target, settings, plan.prompt_lookup))
+        first_only[LOOKUP] = first_only[TRANSFORMERS]
+    num_batches = -(-len(samples) // plan.batch_size)
+    calls = num_calls([one.name for one in contenders], num_batches, plan.repeats, first_only)
+    with progress(f"evaluate T={settings.temperature:g}", calls, "replies") as advance:
+        runs = race(
+            contenders,
+            samples,
+            batch_size=plan.batch_size,
+            repeats=plan.repeats,
+            first_only=first_only,
+            advance=advance,
+        )
+    setting = Setting(
+        target_name=target.name,
+        temperature=settings.temperature,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(target.device),
+        batch_size=plan.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        repeats=plan.repeats,
+        eos_token_ids=settings.eos_token_ids,
+        seed=settings.seed,
+    )
+    ledgers = _ledgers(engines, samples[: plan.ledger_prompts], settings, plan.batch_size)
+    chosen = [_contestant(PLAIN, PLAIN, None, ledgers)]
+    if plan.prompt_lookup:
+        chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.prompt_lookup}"))
+    chosen += [_contestant(one.label, one.name, one, ledgers) for one in candidates]
+    return [make_row(one, runs, samples, setting, target) for one in chosen]
+
+
+def _contestant(name: str, drafter: str, candidate: Candidate | None, ledgers: Mapping[str, Ledger]) -> Contestant:
+    one = Contestant(name, drafter, stage_seconds=ledgers[name].seconds, stage_cycles=ledgers[name].cycles)
+    if candidate is None:
+        return one
+    parameters = sum(parameter.numel() for parameter in candidate.drafter.parameters())
+    return replace(one, limits=candidate.limits, parameters=parameters, fingerprint=candidate.fingerprint)
+
+
+def _ledgers(
+    engines: Mapping[str, Engine], samples: Sequence[Sample], settings: GenerationSettings, batch_size: int
+) -> dict[str, Ledger]:
+    """Stage times of every engine over a few prompts, apart from the race since the ledger waits for the device."""
+    found = {}
+    for name, engine in engines.items():
+        found[name] = Ledger()
+        clocked = Engine(engine.target, engine.drafter, engine.limits, ledger=found[name])
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            numbers = list(range(start, start + len(batch)))
+            clocked.generate([list(sample.prompt_ids) for sample in batch], settings, request_ids=numbers)
+    return found

@@ -1,0 +1,126 @@
+"""Timing several contenders fairly: interleaved prompt by prompt, the order rotated, warm-up left out.
+
+Owns the clock and the order. A machine that slows down for a minute slows all contenders alike, and the caches that
+one leaves behind help each of the others equally often. Does not know what is decoded or reported.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from draftsmith.evaluate.acceptance import bootstrap_interval
+from draftsmith.evaluate.contenders import Contender
+from draftsmith.evaluate.records import Sample, Timed
+
+
+@dataclass(frozen=True)
+class Track:
+    """A contender's times: tokens and seconds of each batch it decoded, the seconds being the median over repeats."""
+
+    tokens: Mapping[int, int]
+    seconds: Mapping[int, float]
+
+    def rate(self, batches: Sequence[int]) -> float:
+        """Pooled tokens/s over some batches."""
+        return sum(self.tokens[batch] for batch in batches) / sum(self.seconds[batch] for batch in batches)
+
+
+def race(
+    contenders: Sequence[Contender],
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 1,
+    repeats: int = 1,
+    first_only: Mapping[str, int] | None = None,
+    clock: Callable[[], float] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, list[Timed]]:
+    """Decode all samples with all contenders, each batch by one after the other before the next batch comes.
+
+    Args:
+        contenders: who decodes. Batch b starts with contender b modulo their number, then goes round.
+        samples: prompts, cut into consecutive batches of `batch_size`.
+        repeats: how often the whole round is run.
+        first_only: contenders (by name) that decode only the first so many batches.
+        clock: seconds now; the device is waited for by the default one.
+        advance: told after each call that one more is done.
+
+    Every contender decodes the first batch once beforehand, untimed.
+    """
+    batches = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
+    limits, now = dict(first_only or {}), clock or seconds_now
+    runs: dict[str, list[Timed]] = {contender.name: [] for contender in contenders}
+    for contender in contenders:
+        contender.decode([samples[number] for number in batches[0]], list(batches[0]))
+    for repeat in range(repeats):
+        for index, batch in enumerate(batches):
+            chosen = [samples[number] for number in batch]
+            turn = (index + repeat) % len(contenders)
+            for contender in [*contenders[turn:], *contenders[:turn]]:
+                if index < limits.get(contender.name, len(batches)):
+                    started = now()
+                    decoded = contender.decode(chosen, list(batch))
+                    runs[contender.name].append(Timed(tuple(batch), index, repeat, now() - started, decoded))
+                    advance(1)
+    return runs
+
+
+def num_calls(contenders: Sequence[str], num_batches: int, repeats: int, first_only: Mapping[str, int]) -> int:
+    """How many timed calls `race` makes."""
+    return repeats * sum(min(first_only.get(name, num_batches), num_batches) for name in contenders)
+
+
+def seconds_now() -> float:
+    """A clock that waits for the device first: what was only queued is not yet done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def track(runs: Sequence[Timed]) -> Track:
+    """Tokens of each batch, and its seconds at the median pace of its repeats."""
+    tokens: dict[int, int] = {}
+    pace: dict[int, list[float]] = {}
+    for run in runs:
+        count = sum(len(one.token_ids) for one in run.decoded)
+        tokens.setdefault(run.batch, count)
+        pace.setdefault(run.batch, []).append(run.seconds / count)
+    return Track(tokens, {batch: statistics.median(found) * tokens[batch] for batch, found in pace.items()})
+
+
+def shared(one: Track, other: Track) -> list[int]:
+    """Batches that both decoded."""
+    return sorted(one.tokens.keys() & other.tokens.keys())
+
+
+def speedup(fast: Track, base: Track, batches: Sequence[int] | None = None) -> float:
+    """Pooled tokens/s of `fast` over that of `base`, on the batches that both decoded."""
+    common = shared(fast, base) if batches is None else batches
+    return fast.rate(common) / base.rate(common)
+
+
+def speedup_median(fast: Track, base: Track) -> float:
+    """Median over batches of the ratio of tokens/s."""
+    return statistics.median(fast.rate([batch]) / base.rate([batch]) for batch in shared(fast, base))
+
+
+def speedup_interval(fast: Track, base: Track, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the pooled speed-up over batches."""
+    columns = [
+        [fast.tokens[batch], fast.seconds[batch], base.tokens[batch], base.seconds[batch]]
+        for batch in shared(fast, base)
+    ]
+
+    def ratio_of_rates(sums: np.ndarray) -> np.ndarray:
+        return (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
+
+    return bootstrap_interval(columns, ratio_of_rates, seed=seed)
+
+
+def is_suspicious(faster_by: float, steps: float | None) -> bool:
+    """Whether a speed-up exceeds its tokens per step, which saving target forwards alone cannot give."""
+    return steps is not None and faster_by > steps
