@@ -1,0 +1,266 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from draftsmith.data.corpus import source_files
+from draftsmith.data.engines import Reply
+from draftsmith.data.formats import Message
+from draftsmith.data.prompts import Prompt, prompts
+from draftsmith.data.reply_settings import Overrides, reply_settings
+from draftsmith.data.responses import Share, make_plan, respond, write_replies
+from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.sampling import GenerationSettings
+
+EOS = 4
+
+
+class CountingEngine:
+    """Replies with one token a request that says how long the prompt was, then the end token."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.batches: list[list[list[int]]] = []
+        self.fail_after = fail_after
+
+    def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+        if self.fail_after is not None and len(self.batches) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.batches.append(prompts)
+        return [Reply([10 + len(prompt) % 200, EOS], "eos") for prompt in prompts]
+
+
+def asking(*turns: str, name: str = "p") -> Prompt:
+    return Prompt(name, tuple(Message(role="user", content=turn) for turn in turns), "train", "test")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def chat(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
+SETTINGS = GenerationSettings(max_new_tokens=8, eos_token_ids=(EOS,))
+MANY = [asking("word " * (n % 7 + 1) + str(n), name=f"p{n}") for n in range(20)]
+
+
+def test_each_prompt_gets_one_row_whatever_the_batches(tmp_path: Path, chat: ChatTemplate) -> None:
+    for rows in (1, 3, 100):
+        plan = make_plan(MANY, chat, SETTINGS, 128, batch_rows=rows, batch_tokens=10_000)
+        write_replies(tmp_path / str(rows), Share(), plan, chat, CountingEngine(), {})
+    written = [sorted(rows_of(tmp_path / str(rows) / "responses.jsonl"), key=lambda r: r["id"]) for rows in (1, 3, 100)]
+    assert {row["id"] for row in written[0]} == {p.id for p in MANY}
+    assert written[0] == written[1] == written[2]
+
+
+def test_batches_hold_the_row_and_token_budgets_longest_first(chat: ChatTemplate) -> None:
+    plan = make_plan(MANY, chat, SETTINGS, 128, batch_rows=4, batch_tokens=80)
+    sizes = [[len(ids) for _, ids in batch] for batch in plan.batches]
+    assert all(len(batch) <= 4 and len(batch) * (batch[0] + 8) <= 80 for batch in sizes)
+    flat = [size for batch in sizes for size in batch]
+    assert flat == sorted(flat, reverse=True)
+    assert len(flat) == len(MANY)
+
+
+def test_later_turns_stand_on_the_targets_own_replies_and_ids_are_never_encoded_again(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    tokenizer = chat.tokenizer
+    spelled = [tokenizer.convert_tokens_to_ids(letter) for letter in "apples"]
+    assert tokenizer.encode("apples") != spelled
+
+    class Speller:
+        def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+            return [Reply([*spelled, EOS], "eos") for _ in prompts]
+
+    plan = make_plan([asking("What?", "And?")], chat, SETTINGS, 128, 4, 1000)
+    write_replies(tmp_path, Share(), plan, chat, Speller(), {})
+    row = rows_of(tmp_path / "responses.jsonl")[0]
+    first, second = row["turns"]
+    start = len(first["prompt_ids"])
+    assert second["prompt_ids"][: start + 7] == [*first["prompt_ids"], *spelled, EOS]
+    assert [m["content"] for m in row["messages"]] == ["What?", "apples", "And?", "apples"]
+    assert tokenizer.decode(second["prompt_ids"][start:]) == "apples<|end|>\n<|user|>\nAnd?\n<|assistant|>\n"
+
+
+def test_a_prompt_longer_than_the_context_is_dropped_with_a_record(tmp_path: Path, chat: ChatTemplate) -> None:
+    long = asking("apples " * 100, name="long")
+    plan = make_plan([long, asking("Hi")], chat, SETTINGS, 64, 4, 1000)
+    write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {})
+    assert [row["id"] for row in rows_of(tmp_path / "responses.jsonl")] == ["p"]
+    dropped = rows_of(tmp_path / "dropped.jsonl")
+    assert dropped[0]["id"] == "long"
+    assert "context 64: no room for a reply" in dropped[0]["reason"]
+
+
+def test_nothing_but_prompts_too_long_is_an_error(chat: ChatTemplate) -> None:
+    with pytest.raises(ValueError, match="none of 1 prompts can be answered: the prompt has"):
+        make_plan([asking("apples " * 100)], chat, SETTINGS, 64, 4, 1000)
+
+
+def test_a_conversation_that_fills_the_context_ends_there(tmp_path: Path, chat: ChatTemplate) -> None:
+    plan = make_plan([asking("Hi", "apples " * 60)], chat, SETTINGS, 64, 4, 1000)
+    write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {})
+    turns = rows_of(tmp_path / "responses.jsonl")[0]["turns"]
+    assert [turn["finish"] for turn in turns] == ["context"]
+
+
+def test_an_interrupted_run_continues_to_the_same_rows_and_answers_nothing_twice(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    plan = make_plan(MANY, chat, SETTINGS, 128, 3, 10_000)
+    write_replies(tmp_path / "whole", Share(), plan, chat, CountingEngine(), {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        write_replies(tmp_path / "cut", Share(), plan, chat, CountingEngine(fail_after=3), {"a": 1})
+    path = tmp_path / "cut" / "responses.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])  # a row torn by the kill
+    engine = CountingEngine()
+    write_replies(tmp_path / "cut", Share(), plan, chat, engine, {"a": 1})
+    assert len(engine.batches) == len(plan.batches) - 2
+    assert path.read_bytes() == (tmp_path / "whole" / "responses.jsonl").read_bytes()
+
+
+def test_another_runs_folder_is_refused_with_the_difference(tmp_path: Path, chat: ChatTemplate) -> None:
+    plan = make_plan(MANY[:2], chat, SETTINGS, 128, 3, 1000)
+    write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"seed": 1})
+    with pytest.raises(ValueError, match=r"another run \(seed: there 1, now 2\)"):
+        write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"seed": 2})
+
+
+def test_ranks_share_the_prompts_and_a_missing_rank_is_noticed(tmp_path: Path, tiny_target: Path) -> None:
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(7)))
+    prompts(str(source), tmp_path / "prompts")
+    out = tmp_path / "replies"
+    respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=3, rank=0, world_size=2)
+    with pytest.raises(ValueError, match="1 of 2 ranks"):
+        source_files(out)
+    respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=3, rank=1, world_size=2)
+    ids = [row["id"] for file in source_files(out) for row in rows_of(file)]
+    assert len(ids) == len(set(ids)) == 7
+    with pytest.raises(ValueError, match="another world size"):
+        respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=3)
+
+
+def test_a_rank_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        respond("x", tmp_path, tmp_path, rank=2, world_size=2)
+
+
+def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path, chat: ChatTemplate) -> None:
+    plan = make_plan(MANY, chat, SETTINGS, 128, 3, 10_000)
+    with pytest.raises(KeyboardInterrupt):
+        write_replies(tmp_path, Share(), plan, chat, CountingEngine(fail_after=2), {})
+    with pytest.raises(ValueError, match="6 of 20 replies; run the same"):
+        source_files(tmp_path)
+
+
+def test_replies_are_the_targets_greedy_ones(tmp_path: Path, tiny_target: Path) -> None:
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"prompt": "How many apples" + "?" * n}) + "\n" for n in range(5)))
+    prompts(str(source), tmp_path / "prompts")
+    respond(str(tiny_target), tmp_path / "prompts", tmp_path / "out", max_new_tokens=6, batch_rows=2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    for row in rows_of(tmp_path / "out" / "responses.jsonl"):
+        turn = row["turns"][0]
+        expected = model.generate(torch.tensor([turn["prompt_ids"]]), max_new_tokens=6, do_sample=False)
+        assert turn["prompt_ids"] + turn["reply_ids"] == expected[0].tolist()
+
+
+def test_sampled_replies_do_not_depend_on_the_batch(tmp_path: Path, tiny_target: Path) -> None:
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(5)))
+    prompts(str(source), tmp_path / "prompts")
+    replies = []
+    for rows in (1, 5):
+        out = tmp_path / str(rows)
+        respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=6, temperature=1.0, batch_rows=rows)
+        replies.append({row["id"]: row["turns"] for row in rows_of(out / "responses.jsonl")})
+    assert replies[0] == replies[1]
+    assert len({json.dumps(turns[0]["reply_ids"]) for turns in replies[0].values()}) > 1
+
+
+def test_documents_are_continued_from_their_first_words(tmp_path: Path, save_target: Callable[..., Path]) -> None:
+    base = save_target(tmp_path / "base", seed=3, template=None)
+    (tmp_path / "s.txt").write_text("Tom has  three apples.\n\nHe has seven apples.")
+    prompts(str(tmp_path / "s.txt"), tmp_path / "prompts", prefix_words=3)
+    respond(str(base), tmp_path / "prompts", tmp_path / "out", max_new_tokens=3)
+    tokenizer = ChatTemplate(_tokenizer(base), "none").tokenizer
+    starts = {tokenizer.decode(row["turns"][0]["prompt_ids"]) for row in rows_of(tmp_path / "out" / "responses.jsonl")}
+    assert starts == {"Tom has  three", "He has seven"}
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    from draftsmith.models.target import load_tokenizer
+
+    return load_tokenizer(str(path))
+
+
+def test_the_models_own_settings_hold_unless_the_run_names_others(
+    tmp_path: Path, save_target: Callable[..., Path]
+) -> None:
+    folder = save_target(tmp_path / "m", seed=0)
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [4, 2], "repetition_penalty": 1.1}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    tokenizer = _tokenizer(folder)
+    own = reply_settings(str(folder), tokenizer, Overrides(), 16)
+    assert (own.temperature, own.top_p, own.top_k, own.repetition_penalty) == (0.6, 0.9, 0, 1.1)
+    assert own.eos_token_ids == (4, 2)
+    greedy = reply_settings(str(folder), tokenizer, Overrides(temperature=0.0), 16)
+    assert (greedy.temperature, greedy.repetition_penalty) == (0.0, 1.1)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
+    assert reply_settings(str(folder), tokenizer, Overrides(), 16).temperature == 0.0
+
+
+def test_two_processes_do_not_write_the_same_replies(tmp_path: Path, chat: ChatTemplate) -> None:
+    plan = make_plan(MANY, chat, SETTINGS, 128, 3, 10_000)
+
+    class Intruder(CountingEngine):
+        def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+            with pytest.raises(ValueError, match="written by another process"):
+                write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {})
+            return super().reply(prompts, settings, request_ids)
+
+    assert write_replies(tmp_path, Share(), plan, chat, Intruder(), {}) == len(MANY)
+
+
+SLOW_RESPOND = """
+import sys, time
+from pathlib import Path
+from draftsmith.data import responses
+class Slow(responses.BundledEngine):
+    def reply(self, *arguments):
+        time.sleep(float(sys.argv[4]))
+        return super().reply(*arguments)
+responses.BundledEngine = Slow
+responses.respond(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), max_new_tokens=4, temperature=1.0, batch_rows=2)
+"""
+
+
+def test_kill_9_while_replying_then_the_same_rows(tmp_path: Path, tiny_target: Path) -> None:
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(40)))
+    prompts(str(source), tmp_path / "prompts")
+    killed = tmp_path / "killed" / "responses.jsonl"
+    command = [sys.executable, "-c", SLOW_RESPOND, str(tiny_target), str(tmp_path / "prompts"), str(killed.parent)]
+    process = subprocess.Popen([*command, "0.5"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while (not killed.exists() or killed.stat().st_size == 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < killed.read_bytes().count(b"\n") < 40
+    for out in (killed.parent, tmp_path / "whole"):
+        respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=4, temperature=1.0, batch_rows=2)
+    assert killed.read_bytes() == (tmp_path / "whole" / "responses.jsonl").read_bytes()
