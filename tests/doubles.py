@@ -1,0 +1,144 @@
+"""Small targets and drafters for the decoder's tests: random models of many families, and drafters that mean harm.
+
+Shape legend: B batch rows, M paths, L drafted depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from draftsmith.models import Drafter, DrafterConfig, DraftLimits, DraftTree, Emitted, PackedBatch, Rollout, Target, tree_from_paths
+
+VOCAB = 61
+BOS = 1
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def family_configs() -> dict[str, transformers.PreTrainedConfig]:
+    """A tiny config of each supported family; windows are short enough to matter."""
+    t = transformers
+    return {
+        "llama": t.LlamaConfig(**_COMMON),
+        "qwen2": t.Qwen2Config(**_COMMON),
+        "qwen3": t.Qwen3Config(**_COMMON, head_dim=8),
+        "mistral": t.MistralConfig(**_COMMON, sliding_window=7),
+        "gemma2": t.Gemma2Config(**_COMMON, head_dim=8, sliding_window=7, query_pre_attn_scalar=8),
+        "gemma3": t.Gemma3TextConfig(**_COMMON, head_dim=8, sliding_window=7, sliding_window_pattern=2, query_pre_attn_scalar=8),
+        "phi3": t.Phi3Config(**_COMMON),
+        "gpt2": t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=96, **_ENDS),
+        "gpt_neox": t.GPTNeoXConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=96, **_ENDS,
+        ),
+    }  # fmt: skip
+
+
+def random_model(config: transformers.PreTrainedConfig, seed: int = 0) -> transformers.PreTrainedModel:
+    """A model with weights large enough that its choices vary from token to token."""
+    torch.manual_seed(seed)
+    soft_capped = getattr(config, "attn_logit_softcapping", None)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager" if soft_capped else "sdpa")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.25)
+            elif "bias" in name:
+                parameter.normal_(0.0, 0.1)
+    return model.eval()
+
+
+def random_target(family: str = "llama", seed: int = 0) -> Target:
+    """A tiny random target of a family."""
+    return Target.from_model(random_model(family_configs()[family], seed), name=f"tiny-{family}")
+
+
+@dataclass(frozen=True)
+class HistoryState:
+    """The text of each row so far: what an oracle needs."""
+
+    texts: list[list[int]]
+
+    def select_rows(self, rows: Tensor) -> HistoryState:
+        """Some rows only."""
+        return HistoryState([self.texts[row] for row in rows.tolist()])
+
+
+Manner = Literal["oracle", "random", "wrong", "same", "half", "late"]
+
+
+class PlannedDrafter(Drafter):
+    """Proposes paths by plan: the target's own greedy continuation (oracle), noise, always wrong tokens, all the same beam,
+    oracle paths that go wrong half way, or oracle paths hidden in the last of several random beams."""
+
+    config_class = DrafterConfig
+
+    def __init__(self, target: Target, manner: Manner, width: int = 3, depth: int = 4, seed: int = 0) -> None:
+        super().__init__(DrafterConfig(hidden_size=target.ends.hidden_size, vocab_size=target.ends.vocab_size))
+        self.plan = (target, manner, width, depth)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.post_init()
+
+    @property
+    def head_weight(self) -> Tensor:
+        raise ValueError("a planned drafter has no head")
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        raise ValueError("a planned drafter is not trained")
+
+    def start(self, prompt: Emitted) -> HistoryState:
+        # The first prompt token is in no (state, next token) pair; every prompt of these tests begins with BOS.
+        return _extended([[BOS] for _ in prompt.counts_B], prompt)
+
+    def advance(self, state: HistoryState, emitted: Emitted) -> HistoryState:  # type: ignore[override]
+        return _extended(state.texts, emitted)
+
+    def propose(self, state: HistoryState, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
+        target, manner, width, depth = self.plan
+        noise_BML = torch.randint(0, VOCAB, (len(state.texts), width, depth), generator=self.generator)
+        root_B = torch.tensor([text[-1] for text in state.texts])
+        if manner == "random":
+            return tree_from_paths(root_B, noise_BML)
+        best_BL = torch.tensor([greedy_by_hand(target, text, depth) for text in state.texts])
+        if manner == "oracle":
+            noise_BML[:, 0] = best_BL
+        elif manner == "late":
+            noise_BML[:, -1] = best_BL
+        elif manner == "half":
+            noise_BML[:, 0, : depth // 2] = best_BL[:, : depth // 2]
+            noise_BML[:, 1] = (best_BL + 1) % VOCAB
+        elif manner == "same":
+            noise_BML[:] = best_BL[:, None]
+        else:
+            noise_BML[:] = (best_BL[:, None] + 1 + torch.arange(width)[:, None] % 3) % VOCAB
+        return tree_from_paths(root_B, noise_BML)
+
+
+def _extended(texts: list[list[int]], emitted: Emitted) -> HistoryState:
+    rows = zip(texts, emitted.tokens_BE.tolist(), emitted.counts_B.tolist(), strict=True)
+    return HistoryState([text + tokens[:count] for text, tokens, count in rows])
+
+
+@torch.inference_mode()
+def greedy_by_hand(target: Target, text: list[int], num_tokens: int) -> list[int]:
+    """Greedy continuation by the model's own forward over the whole text, without any of our code."""
+    text = list(text)
+    for _ in range(num_tokens):
+        text.append(int(target.model(input_ids=torch.tensor([text[-95:]]), use_cache=False).logits[0, -1].argmax()))
+    return text[-num_tokens:]
