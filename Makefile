@@ -35,7 +35,7 @@ TRAIN_PROMPTS ?= 1600
 TEST_PROMPTS ?= 200
 SHAPE ?= 1x5
 
-quickstart: $(DONE)/evaluate
+quickstart: $(DONE)/card
 	@$(MAKE) --no-print-directory decode-example
 	@echo "The whole report: $(RUN)/report.md"
 
@@ -69,6 +69,11 @@ $(DONE)/export: $(DONE)/train
 $(DONE)/evaluate: $(DONE)/export
 	$(DRAFTSMITH) evaluate --target $(TARGET) --prompts $(RUN)/test.jsonl --drafters redrafter=$(RUN)/drafter \
 	  --shapes $(SHAPE) --out $(RUN)
+	touch $@
+
+# Once more, so that the model card holds what was measured.
+$(DONE)/card: $(DONE)/evaluate
+	$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter --report $(RUN)/report.json
 	touch $@
 
 # ---- the rest ------------------------------------------------------------------------------------------------------

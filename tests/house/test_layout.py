@@ -1,6 +1,8 @@
 """The shape of the tree: which folders are packages, who may import whom, and that nothing slips out of the wheel."""
 
 import ast
+import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 NOT_PACKAGES = {"src", "tests", "docs", "benchmarks", "build", "dist", "runs", "cache"}
 
 # Each package with all that it may import from; `root` is files, provenance and arguments. Only cli stands above all,
@@ -81,6 +84,17 @@ def test_only_train_knows_lightning() -> None:
         for path in sources(package):
             names = set(imported(ast.parse(path.read_text(encoding="utf-8"))))
             assert not any(name.split(".")[0] in ("pytorch_lightning", "lightning") for name in names), path
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in PYPROJECT["project"]["dependencies"]}
+    found = {
+        name.split(".")[0]
+        for package in BELOW
+        for path in sources(package)
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found - declared - set(sys.stdlib_module_names) - {"draftsmith"} == set()
 
 
 def test_every_module_says_what_it_owns() -> None:
