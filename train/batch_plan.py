@@ -34,9 +34,9 @@ def plan_epoch(
     """Cuts the epoch's order of samples into batches of nearly equal numbers of tokens.
 
     tokens_per_batch is what a batch holds on average; batch i ends at the sample nearest to (i + 1) / n of all tokens.
-    Equal cuts, instead of filling each batch to a limit, keep the number of batches the same in every epoch and on every
-    rank, and make the batches i * w to i * w + w - 1 of w ranks together the batch i of one process with w times the
-    tokens. Every sample is in exactly one batch and none is split.
+    Equal cuts, instead of filling each batch to a limit, keep the number of batches the same in every epoch and on
+    every rank, and make the batches i * w to i * w + w - 1 of w ranks together the batch i of one process with w times
+    the tokens. Every sample is in exactly one batch and none is split.
     Example: lengths (3, 3, 2, 4) without shuffle and 6 tokens a batch give [[0, 1], [2, 3]].
     """
     num_batches = count_batches(lengths, tokens_per_batch, world_size)

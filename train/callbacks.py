@@ -30,9 +30,9 @@ TOKENS_PER_STEP = "val/tokens_per_step"
 class TreeDecodeValidation(pl.Callback):
     """Decodes held-out prompts with the real engine and the current weights, greedily, at every validation.
 
-    Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over the
-    prompts: what ModelCheckpoint should monitor, mode max) and `val/accept_depth{d}` (share of cycles that accept at least d
-    draft tokens). The prompts are those of the validation samples; each rank decodes its share.
+    Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over
+    the prompts: what ModelCheckpoint should monitor, mode max) and `val/accept_depth{d}` (share of cycles that accept
+    at least d draft tokens). The prompts are those of the validation samples; each rank decodes its share.
 
     Args:
         num_prompts: how many prompts.
@@ -98,10 +98,10 @@ class TreeDecodeValidation(pl.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
         emitted, cycles, *reached = sums.tolist()
-        values = {TOKENS_PER_STEP: emitted / max(1.0, cycles)}
-        values |= {f"val/accept_depth{depth}": count / max(1.0, cycles) for depth, count in enumerate(reached, 1)}
-        module.log_dict(values, batch_size=1)
-        module.log(TOKENS_PER_STEP, values[TOKENS_PER_STEP], prog_bar=True, logger=False, batch_size=1)
+        cycles = max(1.0, cycles)
+        module.log(TOKENS_PER_STEP, emitted / cycles, prog_bar=True, batch_size=1)
+        by_depth = {f"val/accept_depth{depth}": count / cycles for depth, count in enumerate(reached, 1)}
+        module.log_dict(by_depth, batch_size=1)
 
 
 def acceptance_sums(generations: Sequence[Generation], draft_length: int) -> torch.Tensor:
@@ -158,8 +158,8 @@ class Throughput(pl.Callback):
 class KeepBestDrafter(pl.Callback):
     """Keeps the best drafter so far as an ordinary saved model, ready for `draftsmith export`.
 
-    The folder holds `config.json`, `model.safetensors` and `provenance.json`, and is replaced as a whole. Best is judged by
-    `monitor`; where no such metric is logged, the latest counts as best.
+    The folder holds `config.json`, `model.safetensors` and `provenance.json`, and is replaced as a whole. Best is
+    judged by `monitor`; where no such metric is logged, the latest counts as best.
 
     Args:
         directory: where; null takes `drafter` in the trainer's default_root_dir.

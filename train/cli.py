@@ -2,16 +2,18 @@
 
 Owns: which base classes a run's YAML may name, and how mistakes in it are told. Does not know: any one run.
 
-Model and data are named by class_path in the YAML (`draftsmith.train.draft_module.DraftModule`, or just `DraftModule`), so
-the same command trains drafters and language models.
+Model and data are named by class_path in the YAML (`draftsmith.train.draft_module.DraftModule`, or just
+`DraftModule`), so the same command trains drafters and language models.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -27,21 +29,35 @@ class TrainingParser(Suggesting, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with the parser above."""
+    """LightningCLI with the parser above, and without its remarks about how it was written or called."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Called by LightningCLI for itself and for each of its subcommands."""
         kwargs.setdefault("dump_header", [f"pytorch_lightning=={pl.__version__}"])
-        parser = TrainingParser(**kwargs)
+        # Without this, a misspelt flag that happens to be the start of a real one is taken for it.
+        parser = TrainingParser(allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning warns when arguments are passed on by a program that has arguments itself; ours does that."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
+            super().parse_arguments(parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Lightning calls functions that jsonargparse will rename; no user can do anything about it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
+            super().instantiate_classes()
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
     """Runs `fit`, `validate` or another of Lightning's subcommands; None reads the process's arguments.
 
-    Raises ValueError for settings that do not work together or on this machine (a device that is not there); a mistake in
-    the arguments or in the YAML ends the process with code 2.
+    Raises ValueError for settings that do not work together or on this machine (a device that is not there); a mistake
+    in the arguments or in the YAML ends the process with code 2.
     """
     try:
         return TrainingCLI(

@@ -55,7 +55,8 @@ class CacheDataModule(pl.LightningDataModule):
         num_workers: processes that read ahead; 0 reads in the training process.
         check: when the shards' sha256 are compared: at `open`, `lazy` before first use, or `off`.
 
-    Raises ValueError for a cache that is missing, unfinished or altered, and for settings that leave nothing to train on.
+    Raises ValueError for a cache that is missing, unfinished or altered, and for settings that leave nothing to train
+    on.
     """
 
     def __init__(

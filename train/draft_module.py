@@ -1,8 +1,8 @@
 """Training a drafter against a frozen target, for any family.
 
-Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, the running average of weights,
-teacher-forced metrics, refusal of what is not finite. Does not know: how samples are stored or batched, real decoding (a
-callback's business), files of a run.
+Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, the running average of
+weights, teacher-forced metrics, refusal of what is not finite. Does not know: how samples are stored or batched, real
+decoding (a callback's business), files of a run.
 
 Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache.
 """

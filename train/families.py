@@ -40,7 +40,8 @@ class ReDrafterFamily(DrafterFamily):
             checkpoints have twice that.
         num_draft_layers: residual blocks before the head.
         rnn: the gated recurrence; false sums embeddings instead.
-        draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps all.
+        draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps
+            all.
         head_init: start the output head from the target's own head, or at random.
         freeze_head: leave the output head as it starts.
     """
@@ -83,7 +84,8 @@ class ReDrafterFamily(DrafterFamily):
 
 
 def most_frequent(token_counts: Tensor, draft_vocab_size: int) -> Tensor:
-    """The draft vocabulary: token_counts int64 [V] -> int64 [Vd] increasing, the most frequent tokens, ties to small ids.
+    """The draft vocabulary: token_counts int64 [V] -> int64 [Vd] increasing, the most frequent tokens, ties to small
+    ids.
 
     Raises ValueError when draft_vocab_size is below 1 or not below V.
     """

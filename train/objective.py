@@ -1,7 +1,7 @@
 """From a packed batch to the sums that training adds up: rollout, teacher-forced run, loss of the chosen distillation.
 
-Owns: which positions teach which steps, the horizon weights, the map into the draft vocabulary. Does not know: optimisers,
-ranks, logging.
+Owns: which positions teach which steps, the horizon weights, the map into the draft vocabulary. Does not know:
+optimisers, ranks, logging.
 
 Shape legend: T packed tokens, A anchors, K draft steps, D hidden, V vocabulary, Vd draft vocabulary.
 """
@@ -57,7 +57,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Lesson:
-    """One batch made ready: rollout, its targets as draft ids [A, K] (OUTSIDE where there is none), rows per step [K]."""
+    """One batch made ready: its rollout, the targets as draft ids [A, K] (OUTSIDE: no such), rows per step [K]."""
 
     batch: PackedBatch
     rollout: Rollout

@@ -1,21 +1,18 @@
 """A tiny random target with a tokenizer, and hidden-state caches of its states."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from training import HIDDEN, PROMPT, VOCAB, MakeCache
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.data.manifest import CacheIdentity, Manifest
 from draftsmith.data.shards import ShardContent, write_shard
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target import PRE_NORM, Target, load_tokenizer
-
-VOCAB, HIDDEN, PROMPT = 37, 16, 3
-MakeCache = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +59,8 @@ def make_cache(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPa
         with torch.no_grad():
             states = [target.prefix(ids[None]).pre_norm[0] for ids in texts]
         if poison is not None:
-            states[poison][-2, 0] = float("nan")
+            states[poison] = states[poison].clone()
+            states[poison][-4, 0] = float("nan")
         masks = [torch.arange(length) >= PROMPT for length in lengths]
         content = ShardContent(
             ids=[f"s{index}" for index in range(len(lengths))],

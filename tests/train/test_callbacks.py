@@ -1,0 +1,74 @@
+"""Validation is real decoding, it picks what is kept, and what is kept is what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from training import MakeCache, make_module, make_trainer
+
+from draftsmith.decode.batch import Generation
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.redrafter import ReDrafter
+from draftsmith.models.target import Target
+from draftsmith.train.callbacks import TOKENS_PER_STEP, KeepBestDrafter, TreeDecodeValidation, acceptance_sums
+from draftsmith.train.data_module import CacheDataModule
+
+
+class SpoilLastEpoch(pl.Callback):
+    """Turns the drafter's head over before the last validation."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.values: list[float] = []
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            pl_module.drafter.lm_head[-1].weight.data.neg_()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.values.append(float(trainer.callback_metrics[TOKENS_PER_STEP]))
+
+
+def test_the_best_drafter_is_picked_by_real_tree_decoding_and_is_what_was_measured(
+    target: Target, target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    data = CacheDataModule(make_cache([12] * 20), val_fraction=0.2, tokens_per_batch=60)
+    spoil = SpoilLastEpoch(2)
+    best = ModelCheckpoint(tmp_path, filename="best", monitor=TOKENS_PER_STEP, mode="max")
+    decoding = TreeDecodeValidation(num_prompts=3, max_new_tokens=20, batch_size=2)
+    callbacks = [decoding, KeepBestDrafter(), best, spoil]
+    trainer = make_trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=callbacks)
+    trainer.fit(make_module(target_dir, lr=1e-4), data)
+    assert spoil.values[-1] < max(spoil.values), "turning the head over must cost acceptance"
+    kept = ReDrafter.from_pretrained(tmp_path / "drafter").eval()
+    in_checkpoint = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert torch.equal(kept.head_weight, in_checkpoint["drafter.lm_head.2.weight"])
+    settings = GenerationSettings(max_new_tokens=20, eos_token_ids=(1,))
+    generations = Engine(target, kept, DraftLimits(draft_length=3)).generate(data.val_prompts(3), settings)
+    emitted, cycles = acceptance_sums(generations, 3)[:2].tolist()
+    assert emitted / cycles == pytest.approx(max(spoil.values))
+
+
+def test_acceptance_is_counted_by_depth() -> None:
+    generation = Generation(token_ids=[5] * 6, accepted=[2, 1], depths=[2, 2])
+    assert acceptance_sums([generation], 2).tolist() == [5, 2, 2, 1]
+
+
+def test_without_prompts_to_decode_the_run_is_refused_at_its_start(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    data = CacheDataModule(make_cache([9] * 6), val_fraction=0.0)
+    with pytest.raises(ValueError, match="val_fraction above 0"):
+        make_trainer(tmp_path, callbacks=[TreeDecodeValidation()]).fit(make_module(target_dir), data)
+
+
+def test_without_a_metric_the_last_weights_are_kept(target_dir: Path, make_cache: MakeCache, tmp_path: Path) -> None:
+    module = make_module(target_dir)
+    data = CacheDataModule(make_cache([9] * 6), val_fraction=0.0)
+    make_trainer(tmp_path, callbacks=[KeepBestDrafter(tmp_path / "kept")]).fit(module, data)
+    assert torch.equal(ReDrafter.from_pretrained(tmp_path / "kept").head_weight, module.evaluated.head_weight)

@@ -1,0 +1,84 @@
+"""Training in processes of its own: two ranks against one, and a run that is killed and goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import MakeCache, tiny_config
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "fit", f"--config={config}", *arguments]
+
+
+def train(config: Path, *arguments: str) -> None:
+    done = subprocess.run(command(config, *arguments), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(run: Path) -> list[float]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_on_the_joint_batch(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    cache = make_cache([7, 12, 9, 15, 8, 11, 14, 9, 10, 13, 8, 12])
+    runs = {}
+    for devices, tokens in ((1, 40), (2, 20)):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        strategy = ["--trainer.strategy=ddp"] if devices > 1 else []
+        train(
+            tiny_config(folder, target_dir, cache),
+            f"--trainer.devices={devices}",
+            f"--data.init_args.tokens_per_batch={tokens}",
+            "--data.init_args.val_fraction=0.0",
+            "--trainer.callbacks=null",
+            "--trainer.enable_checkpointing=false",
+            *strategy,
+        )
+        runs[devices] = losses(folder / "run")
+    assert len(runs[1]) >= 6
+    assert runs[2] == pytest.approx(runs[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_drafter(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    cache = make_cache([9] * 20)
+    results = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = tiny_config(folder, target_dir, cache)
+        long = "--trainer.max_epochs=12"
+        if name == "killed":
+            process = subprocess.Popen(command(config, long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 250
+            checkpoint = folder / "run" / "checkpoints" / "last.ckpt"
+            while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert process.poll() is None, "the run was over before it could be killed"
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            assert torch.load(checkpoint, weights_only=True)["global_step"] < 48
+            train(config, long, "--ckpt_path=last")
+        else:
+            train(config, long)
+        results[name] = load_file(folder / "run" / "drafter" / "model.safetensors")
+    assert results["whole"].keys() == results["killed"].keys()
+    assert all(torch.equal(value, results["killed"][key]) for key, value in results["whole"].items())
