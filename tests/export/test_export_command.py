@@ -1,0 +1,169 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draftsmith import provenance
+from draftsmith.export.command import export
+from draftsmith.models.fingerprint import module_fingerprint
+from draftsmith.models.redrafter import ReDrafter
+
+
+def row_for(drafter: Path, **changes: object) -> dict:
+    fields = {
+        "target": "tiny",
+        "drafter": "mine",
+        "drafter_fingerprint": module_fingerprint(ReDrafter.from_pretrained(drafter)),
+        "temperature": 0.0,
+        "prompts": 200,
+        "exact_share": 1.0,
+        "tokens_per_step": 3.217,
+        "tokens_per_step_interval": [3.1, 3.3],
+        "speedup": 1.734,
+        "beam_width": 2,
+        "draft_length": 4,
+        "dtype": "float32",
+        "batch_size": 1,
+        "suspicious": False,
+    }
+    return fields | changes
+
+
+def write_report(path: Path, *rows: dict) -> Path:
+    report = {"command": "draftsmith evaluate --x", "machine": {"cpu": "Test CPU"}, "versions": {}, "rows": rows}
+    path.write_text(json.dumps(report))
+    return path
+
+
+def run_card_example(folder: Path) -> str:
+    """Executes the code block of a card as a reader would, in its folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["draftsmith", "apple"])
+def test_the_cards_example_runs(tmp_path: Path, drafter: Path, target: Path, layout) -> None:
+    export(drafter, tmp_path / "out", target=str(target), layout=layout)
+    assert re.search(r"\d+ tokens in \d+ target forwards", run_card_example(tmp_path / "out"))
+
+
+def test_our_layout_keeps_every_tensor_and_the_bond(tmp_path: Path, drafter: Path, target: Path) -> None:
+    export(drafter, tmp_path / "out", target=str(target))
+    before, after = load_file(drafter / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    bond = ReDrafter.from_pretrained(drafter).config.target_fingerprint
+    assert bond
+    assert ReDrafter.from_pretrained(tmp_path / "out").config.target_fingerprint == bond
+
+
+def test_apples_layout_and_back_is_the_same_drafter(tmp_path: Path, drafter: Path, target: Path) -> None:
+    export(drafter, tmp_path / "apple", target=str(target), layout="apple")
+    export(tmp_path / "apple", tmp_path / "back", target=str(target))
+    first, back = load_file(drafter / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert first.keys() == back.keys()
+    assert all(torch.equal(first[name], back[name]) for name in first)
+    own, config = ReDrafter.from_pretrained(drafter).config, ReDrafter.from_pretrained(tmp_path / "back").config
+    assert config.target_fingerprint == own.target_fingerprint
+    assert config.tokenizer_fingerprint == own.tokenizer_fingerprint
+
+
+def test_another_target_is_refused_in_both_layouts(
+    tmp_path: Path, drafter: Path, target: Path, other_target: Path
+) -> None:
+    with pytest.raises(ValueError, match="was trained for target"):
+        export(drafter, tmp_path / "out", target=str(other_target))
+    export(drafter, tmp_path / "apple", target=str(target), layout="apple")
+    with pytest.raises(ValueError, match="was exported for target"):
+        export(tmp_path / "apple", tmp_path / "back", target=str(other_target))
+
+
+def test_apples_layout_needs_a_target(tmp_path: Path, drafter: Path) -> None:
+    export(drafter, tmp_path / "apple", layout="apple")
+    with pytest.raises(ValueError, match="names no target; say which one it is for with --target"):
+        export(tmp_path / "apple", tmp_path / "back")
+
+
+def test_the_card_shows_what_the_report_measured(tmp_path: Path, drafter: Path) -> None:
+    report = write_report(tmp_path / "report.json", row_for(drafter), row_for(drafter, drafter_fingerprint="other"))
+    export(drafter, tmp_path / "out", report=report)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("| 2x4 | 0 | 3.22 (3.10 to 3.30) | 1.73 | all | 200 |") == 1
+    assert "Test CPU" in card
+    assert "draftsmith evaluate --x" in card
+
+
+def test_the_card_does_not_round_up_to_all(tmp_path: Path, drafter: Path) -> None:
+    report = write_report(tmp_path / "report.json", row_for(drafter, exact_share=0.9998))
+    export(drafter, tmp_path / "out", report=report)
+    assert "| 99.9 % | 200 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_invents_nothing(tmp_path: Path, drafter: Path) -> None:
+    export(drafter, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not measured with these weights" in card
+    assert "was not recorded" in card
+
+
+def test_a_report_of_other_weights_is_refused(tmp_path: Path, drafter: Path) -> None:
+    report = write_report(tmp_path / "report.json", row_for(drafter, drafter_fingerprint="0" * 64))
+    with pytest.raises(ValueError, match=r"holds no row of these weights.*only of mine"):
+        export(drafter, tmp_path / "out", report=report)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_report_is_refused(tmp_path: Path, drafter: Path) -> None:
+    with pytest.raises(ValueError, match="no such report"):
+        export(drafter, tmp_path / "out", report=tmp_path / "report.json")
+
+
+def test_the_training_record_is_handed_on(tmp_path: Path, drafter: Path) -> None:
+    record = provenance.record("draftsmith train fit", {"data": {"cache": "c", "tokens": 77}, "lr": 1e-3}, {"c": "ab"})
+    provenance.write(tmp_path / "run", record)
+    export(drafter, tmp_path / "once", training=tmp_path / "run")
+    export(tmp_path / "once", tmp_path / "twice")
+    for name in ("once", "twice"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "cache c, tokens 77" in card
+        assert "draftsmith train fit" in card
+        assert provenance.read(tmp_path / name)["training"]["config"]["lr"] == 1e-3
+
+
+def test_a_training_record_that_is_not_there_is_refused(tmp_path: Path, drafter: Path) -> None:
+    with pytest.raises(ValueError, match=r"provenance.json does not exist"):
+        export(drafter, tmp_path / "out", training=tmp_path)
+
+
+def test_an_export_replaces_an_earlier_one_but_nothing_else(tmp_path: Path, drafter: Path) -> None:
+    export(drafter, tmp_path / "out")
+    export(drafter, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes.txt, which an export would remove"):
+        export(drafter, tmp_path / "out")
+    with pytest.raises(ValueError, match="out is the drafter's own folder"):
+        export(drafter, drafter)
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(drafter, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("draftsmith.export.redrafter.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(drafter, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
