@@ -40,7 +40,8 @@ quickstart: $(DONE)/card
 	@echo "The whole report: $(RUN)/report.md"
 
 decode-example: $(DONE)/export
-	$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --prompts $(RUN)/test.jsonl --limit 1
+	$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --draft-length 5 --prompt \
+	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
 
 $(DONE)/prompts: | install
 	mkdir -p $(DONE)

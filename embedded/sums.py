@@ -36,6 +36,12 @@ def write_prompts(path: Path, split: Split, count: int, seed: int = 0) -> None:
 
     A row is ``{"id", "messages": [{"role": "user", "content"}], "split", "source": "sums/<template>", "answer"}``.
 
+    Args:
+        path: The JSON-lines file to write.
+        split: train, validation or test; no combination of numbers is in two of them.
+        count: How many.
+        seed: Another seed gives other problems of the split.
+
     Raises ValueError for an unknown split or a count below 1.
     """
     if count < 1:

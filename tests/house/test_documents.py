@@ -76,7 +76,7 @@ def test_every_command_that_make_runs_is_one_that_exists() -> None:
     recipes = make_recipes()
     assert len(recipes) >= 8
     for line in recipes:
-        check_command(re.sub(r"\$\(.*\)", "", line))
+        check_command(re.sub(r"\$\(.*\)", "x", line))
 
 
 def test_the_quickstart_names_the_folders_that_its_configuration_names() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.resources
+import json
 import os
 import subprocess
 import sys
@@ -67,6 +68,10 @@ def test_the_embedded_models_load(name: embedded.ModelName) -> None:
     assert model.config.vocab_size >= len(tokenizer)
 
 
-def test_prompts_are_written_and_answered(tmp_path: Path) -> None:
+def test_a_word_problem_is_written_and_answered(tmp_path: Path) -> None:
     draftsmith_command("embedded", "prompts", "--path", "p.jsonl", "--split", "test", "--count", "3", cwd=tmp_path)
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    question = rows[0]["messages"][0]["content"]
+    answer = draftsmith_command("decode", "--prompt", question, "--max-new-tokens", "8", cwd=tmp_path)
+    assert "tokens per step" in answer
