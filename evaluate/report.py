@@ -151,7 +151,7 @@ def _stage_table(rows: Sequence[Row]) -> str:
     if not stages:
         return ""
     lines = ["| drafter | T | " + " | ".join(stages) + " |", "|---" * (len(stages) + 2) + "|"]
-    for row in rows:
+    for row in (row for row in rows if row.stage_seconds):
         total = sum(row.stage_seconds.values())
         cells = [_percent(row.stage_seconds.get(stage, 0.0) / total) if total else "-" for stage in stages]
         lines.append(f"| {row.label} | {row.temperature:g} | " + " | ".join(cells) + " |")

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from draftsmith.evaluate.acceptance import (
     acceptance_by_depth,
     accepted_length_counts,

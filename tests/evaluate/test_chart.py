@@ -2,9 +2,10 @@ import io
 from collections.abc import Callable
 
 import pytest
+from matplotlib.image import imread
+
 from draftsmith.evaluate.chart import draw
 from draftsmith.evaluate.records import Row
-from matplotlib.image import imread
 
 RowMaker = Callable[..., Row]
 

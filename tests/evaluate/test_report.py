@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from draftsmith.evaluate.records import Divergence, Row, Slice
 from draftsmith.evaluate.report import read_rows, to_json, to_markdown, write_report, write_scalars
 

@@ -1,0 +1,123 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from draftsmith.decode import GenerationSettings
+from draftsmith.evaluate.command import evaluate
+from draftsmith.evaluate.contenders import TransformersContender, generation_config
+from draftsmith.evaluate.measure import Plan
+from draftsmith.evaluate.records import Sample
+from draftsmith.models.redrafter import ReDrafter
+from draftsmith.models.target import Target
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{n}", "prompt_ids": [4 + n, 9, 30, 5 + n], "source": "ab"[n % 2]} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_report_of_everything_is_written(tmp_path: Path, target: Path, drafter: Path, prompts: Path) -> None:
+    evaluate(
+        str(target),
+        prompts,
+        tmp_path / "out",
+        drafters=[f"mine={drafter}@1x2,3x2"],
+        temperatures=[0.0, 1.0],
+        max_new_tokens=12,
+        transformers_prompts=2,
+        prompt_lookup=3,
+        ledger_prompts=1,
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report) == ["command", "machine", "versions", "rows"]
+    found = [(row["drafter"], row["beam_width"], row["temperature"]) for row in report["rows"]]
+    names = [("plain", None), ("transformers prompt lookup 3", None), ("mine", 1), ("mine", 3)]
+    assert found == [(*name, temperature) for temperature in (0.0, 1.0) for name in names]
+    for row in report["rows"]:
+        assert row["target"] == str(target)
+        if row["drafter"] in ("plain", "mine"):
+            assert row["exact_share"] == 1.0
+            assert row["prompts"] == 4
+            assert row["stage_seconds"]["verify"] > 0
+    assert report["rows"][0]["tokens_per_step"] == 1.0
+    assert report["rows"][0]["transformers_exact_share"] == 1.0
+    assert report["rows"][2]["drafter_fingerprint"]
+    assert imread(tmp_path / "out" / "report.png").shape[0] > 300
+    assert "| mine 3x2 | 1 |" in (tmp_path / "out" / "report.md").read_text()
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert record["config"]["drafters"][0]["name"] == "mine"
+    assert record["inputs"][str(drafter)]
+
+
+def test_ragged_batches_give_the_same_replies(tmp_path: Path, target: Path, drafter: Path, prompts: Path) -> None:
+    evaluate(
+        str(target), prompts, tmp_path / "out", [str(drafter)], max_new_tokens=10, batch_size=3, transformers_prompts=3
+    )
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [row["exact_share"] for row in rows] == [1.0, 1.0]
+    assert rows[0]["transformers_exact_share"] == 1.0
+    assert all(part["speedup"] is None for row in rows for part in row["slices"])
+
+
+def test_a_drafter_of_another_target_is_refused_before_anything_is_decoded(
+    tmp_path: Path, other_target: Path, drafter: Path, prompts: Path
+) -> None:
+    with pytest.raises(ValueError, match="was trained for target"):
+        evaluate(str(other_target), prompts, tmp_path / "out", [str(drafter)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_drafter_of_another_tokenizer_is_refused(tmp_path: Path, target: Path, drafter: Path, prompts: Path) -> None:
+    changed = ReDrafter.from_pretrained(drafter)
+    changed.config.tokenizer_fingerprint = "0" * 64
+    changed.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
+        evaluate(str(target), prompts, tmp_path / "out", [str(tmp_path / "changed")])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"transformers_prompts": -1}, "transformers_prompts is -1"),
+        ({"prompt_lookup": 5, "batch_size": 2}, "needs batch_size 1"),
+        ({"prompt_lookup": 5, "transformers_prompts": 0}, "needs batch_size 1 and transformers_prompts above 0"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(plan: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(**plan)
+
+
+def test_generate_is_left_no_defaults_of_its_own(target: Path) -> None:
+    model = Target.load(str(target))
+    greedy = generation_config(GenerationSettings(max_new_tokens=500, eos_token_ids=(1,)), model, prompt_length=200)
+    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 56, [1])
+    sampled = generation_config(GenerationSettings(temperature=0.7, top_p=0.9), model, prompt_length=4)
+    assert (sampled.do_sample, sampled.temperature, sampled.top_k, sampled.top_p) == (True, 0.7, 0, 0.9)
+
+
+def test_generates_padded_batches_equal_single_prompts(target: Path) -> None:
+    model = Target.load(str(target))
+    contender = TransformersContender("transformers", model, GenerationSettings(max_new_tokens=8, eos_token_ids=(1,)))
+    samples = [Sample("a", "s", (5, 6, 7, 8, 9)), Sample("b", "s", (20, 21))]
+    together = contender.decode(samples, [0, 1])
+    assert together == contender.decode(samples[:1], [0]) + contender.decode(samples[1:], [1])
+
+
+def test_prompt_lookup_emits_the_same_tokens_and_counts_its_steps(target: Path) -> None:
+    model = Target.load(str(target))
+    settings, sample = GenerationSettings(max_new_tokens=24), Sample("a", "s", tuple([5, 6, 7, 8] * 6))
+    plain = TransformersContender("transformers", model, settings).decode([sample], [0])[0]
+    lookup = TransformersContender("lookup", model, settings, prompt_lookup=4).decode([sample], [0])[0]
+    assert lookup.token_ids == plain.token_ids
+    assert lookup.prefill_tokens + sum(count + 1 for count in lookup.accepted) == len(lookup.token_ids)
+    assert torch.all(torch.tensor(lookup.accepted) >= 0)

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from draftsmith.evaluate.records import Sample
+from draftsmith.evaluate.samples import read_samples, within_context
+from draftsmith.models.target import load_tokenizer
+
+
+def write_rows(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prompt_row(text: str, split: str = "test") -> dict:
+    return {"id": text, "messages": [{"role": "user", "content": text}], "split": split, "source": "mine"}
+
+
+def test_prompts_are_rendered_by_the_targets_template(tmp_path: Path, target: Path) -> None:
+    tokenizer = load_tokenizer(str(target))
+    file = write_rows(tmp_path / "p.jsonl", prompt_row("ab"), prompt_row("cd", "train"))
+    (sample,) = read_samples(file, tokenizer, split="test")
+    assert tokenizer.decode(list(sample.prompt_ids)).replace(" ", "") == "<u>ab<a>"
+    assert (sample.id, sample.source) == ("ab", "mine")
+
+
+def test_rows_with_ids_are_taken_as_they_are(tmp_path: Path, target: Path) -> None:
+    tokenizer = load_tokenizer(str(target))
+    file = write_rows(tmp_path / "p.jsonl", {"prompt_ids": [4, 5], "kind": "gsm"}, {"prompt_ids": [6], "id": "x"})
+    assert read_samples(file, tokenizer) == [Sample("line-1", "gsm", (4, 5)), Sample("x", "prompts", (6,))]
+    assert len(read_samples(file, tokenizer, limit=1)) == 1
+
+
+def test_replies_give_the_prompt_of_their_first_turn(tmp_path: Path, target: Path) -> None:
+    turns = [{"prompt_ids": [4, 5], "reply_ids": [6], "finish": "eos"}]
+    file = write_rows(tmp_path / "r.jsonl", {"id": "r", "source": "s", "turns": turns})
+    assert read_samples(file, load_tokenizer(str(target))) == [Sample("r", "s", (4, 5))]
+
+
+def test_bad_files_are_refused_by_name_and_line(tmp_path: Path, target: Path) -> None:
+    tokenizer = load_tokenizer(str(target))
+    with pytest.raises(ValueError, match="does not exist"):
+        read_samples(tmp_path / "nowhere.jsonl", tokenizer)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        read_samples(tmp_path / "empty.jsonl", tokenizer)
+    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1]}\n{"prompt_ids": [1}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: not valid JSON"):
+        read_samples(tmp_path / "bad.jsonl", tokenizer)
+    file = write_rows(tmp_path / "text.jsonl", {"prompt_ids": [1]}, {"prompt_ids": "one"})
+    with pytest.raises(ValueError, match=r"text.jsonl:2: prompt_ids must be a list of token ids"):
+        read_samples(file, tokenizer)
+
+
+def test_prompts_that_fill_the_context_are_set_aside() -> None:
+    short, full = Sample("a", "s", (1, 2)), Sample("b", "s", (1, 2, 3))
+    assert within_context([short, full], 3) == ([short], [full])
+    assert within_context([short, full], None) == ([short, full], [])
+    with pytest.raises(ValueError, match="none of the 1 prompts fits the target's context of 3 tokens"):
+        within_context([full], 3)
