@@ -49,7 +49,9 @@ class SlotCache(Cache):
             raise ValueError(f"{window} cache slots are needed, {self.capacity} were allocated")
         self._slots_BN, self.window, self._first = slots_BN, window, first
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, N, Dh]; return those of the visible slots."""
         if layer_idx == len(self._keys):
             self._keys.append(self._buffer(key_states))

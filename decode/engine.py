@@ -128,7 +128,9 @@ class Engine:
         if self.target.max_positions is not None:
             # Nodes past the context are never emitted; their position only has to be one that the model has.
             positions_BN = positions_BN.clamp(max=self.target.max_positions - 1)
-        return self.target(tree.tokens_BN, cache=batch.cache, positions=positions_BN, mask=mask, key_positions=key_positions)
+        return self.target(
+            tree.tokens_BN, cache=batch.cache, positions=positions_BN, mask=mask, key_positions=key_positions
+        )
 
     def _choose(
         self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
@@ -175,7 +177,14 @@ class Engine:
             batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
 
     def _record(
-        self, batch: Batch, recorder: Recorder, emitted_BE: Tensor, counts_B: Tensor, ended_B: Tensor, walked_B: Tensor, drafted: int
+        self,
+        batch: Batch,
+        recorder: Recorder,
+        emitted_BE: Tensor,
+        counts_B: Tensor,
+        ended_B: Tensor,
+        walked_B: Tensor,
+        drafted: int,
     ) -> None:
         """Read the cycle back in one transfer, hand tokens to the host's records and retire the rows that ended."""
         rows = torch.cat([counts_B[:, None], ended_B[:, None], walked_B[:, None], emitted_BE], dim=1).tolist()
@@ -187,7 +196,12 @@ class Engine:
         batch.retire(keep)
 
     def _prefill(
-        self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int], eos: Tensor, recorder: Recorder
+        self,
+        prompts: list[list[int]],
+        settings: GenerationSettings,
+        request_ids: list[int],
+        eos: Tensor,
+        recorder: Recorder,
     ) -> Batch:
         """Cache the prompts, choose each row's first token and start the drafter."""
         device = self.target.device
@@ -210,7 +224,9 @@ class Engine:
         )
         states = self._read_prompts(batch.cache, tokens_BT)
         last_B1 = lengths_B[:, None] - 1
-        last_normed_B1D = self.target.ends.final_norm(states.gather(1, last_B1[..., None].expand(-1, -1, states.shape[-1])))
+        last_normed_B1D = self.target.ends.final_norm(
+            states.gather(1, last_B1[..., None].expand(-1, -1, states.shape[-1]))
+        )
         first = root_tree(batch.root_B)
         output = TargetOutput(states, last_normed_B1D)
         seen_ancestors = torch.zeros(len(prompts), 1, 1, dtype=torch.bool, device=device)
@@ -223,7 +239,9 @@ class Engine:
             batch.seen_BV.scatter_(1, choices_B1, True)
         if self.drafter is not None:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1).scatter_(1, last_B1, choices_B1)
-            batch.draft = self.drafter.start(Emitted(emitted_BE, {name: states for name in self.drafter.features}, lengths_B))
+            batch.draft = self.drafter.start(
+                Emitted(emitted_BE, dict.fromkeys(self.drafter.features, states), lengths_B)
+            )
         self._record(batch, recorder, choices_B1, counts_B, ended_B, torch.zeros_like(lengths_B), drafted=0)
         for generation in recorder.generations:  # the prefill's token belongs to no cycle
             generation.accepted.clear()
@@ -259,7 +277,9 @@ class Engine:
             return None
         place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         real_BT = torch.where(place_T < lengths_B[:, None], tokens_BT, tokens_BT[:, :1])
-        seen_BV = torch.zeros(tokens_BT.shape[0], self.target.ends.vocab_size, dtype=torch.bool, device=tokens_BT.device)
+        seen_BV = torch.zeros(
+            tokens_BT.shape[0], self.target.ends.vocab_size, dtype=torch.bool, device=tokens_BT.device
+        )
         return seen_BV.scatter_(1, real_BT, True)
 
     def _window(self, needed: int, capacity: int) -> int:

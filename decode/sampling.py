@@ -109,4 +109,8 @@ def choose(processed_BNV: Tensor, settings: GenerationSettings, noise_BN: Tensor
     cumulative_BNV = processed_BNV.softmax(-1).cumsum(-1, dtype=torch.float64)
     # Scaling by the last entry makes rounding in the sum harmless: the threshold is always below the total.
     threshold_BN1 = noise_BN[..., None] * cumulative_BNV[..., -1:]
-    return torch.searchsorted(cumulative_BNV, threshold_BN1, right=True).squeeze(-1).clamp_(max=processed_BNV.shape[-1] - 1)
+    return (
+        torch.searchsorted(cumulative_BNV, threshold_BN1, right=True)
+        .squeeze(-1)
+        .clamp_(max=processed_BNV.shape[-1] - 1)
+    )

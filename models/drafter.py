@@ -90,7 +90,9 @@ def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
     ahead_AK = anchors[:, None] + 2 + torch.arange(num_steps, device=anchors.device)
     inside_AK = ahead_AK < total
     ahead_AK = ahead_AK.clamp(max=max(total - 1, 0))
-    supervised_AK = inside_AK & batch.loss_mask[ahead_AK] & (batch.document_ids[ahead_AK] == batch.document_ids[anchors, None])
+    supervised_AK = (
+        inside_AK & batch.loss_mask[ahead_AK] & (batch.document_ids[ahead_AK] == batch.document_ids[anchors, None])
+    )
     return Rollout(
         anchors=anchors,
         tokens=batch.input_ids[(ahead_AK - 1).clamp(min=0)],
@@ -221,7 +223,7 @@ class Drafter(PreTrainedModel):
     """
 
     config: DrafterConfig
-    config_class = DrafterConfig
+    config_class: type[DrafterConfig] = DrafterConfig
     base_model_prefix = ""
     features: ClassVar[tuple[str, ...]] = ("last.pre_norm",)
 
@@ -297,7 +299,11 @@ class Drafter(PreTrainedModel):
             raise ValueError("this drafter has the full vocabulary; set draft_vocab_size in its config first")
         if target_ids.shape != self.d2t.shape:
             raise ValueError(f"{tuple(target_ids.shape)} draft ids given, draft_vocab_size is {self.d2t.shape[0]}")
-        if bool((target_ids.diff() <= 0).any()) or int(target_ids[0]) < 0 or int(target_ids[-1]) >= self.config.vocab_size:
+        if (
+            bool((target_ids.diff() <= 0).any())
+            or int(target_ids[0]) < 0
+            or int(target_ids[-1]) >= self.config.vocab_size
+        ):
             raise ValueError(f"draft ids must be strictly increasing and within [0, {self.config.vocab_size})")
         self.d2t.copy_(target_ids.to(self.d2t.device) - torch.arange(target_ids.shape[0], device=self.d2t.device))
 

@@ -73,13 +73,15 @@ class ResidualBlock(nn.Module):
 class ReDrafter(Drafter):
     """The recurrent head: s' = SiLU(W e(token) + U s + b), logits = head(blocks([context; s']))."""
 
-    config_class = ReDrafterConfig
+    config_class: type[DrafterConfig] = ReDrafterConfig
     config: ReDrafterConfig
 
     def __init__(self, config: ReDrafterConfig) -> None:
         super().__init__(config)
         D, E = config.hidden_size, config.exit_dim
-        head_size = config.vocab_size if config.draft_vocab_size is None else min(config.draft_vocab_size, config.vocab_size)
+        head_size = (
+            config.vocab_size if config.draft_vocab_size is None else min(config.draft_vocab_size, config.vocab_size)
+        )
         if E != 2 * D:
             self.input_proj = nn.Linear(2 * D, E)
         self.lm_head = nn.Sequential(
@@ -146,7 +148,9 @@ class ReDrafter(Drafter):
     def _start_from_target(self, ends: TargetEnds) -> None:
         D, E = self.config.hidden_size, self.config.exit_dim
         if E not in (D, 2 * D):
-            raise ValueError(f"head_init 'target' needs exit_dim {D} or {2 * D} for this target, not {E}; use one, or head_init 'random'")
+            raise ValueError(
+                f"head_init 'target' needs exit_dim {D} or {2 * D} for this target, not {E}; use one, or head_init 'random'"
+            )
         rows_VD = ends.head_weight[self.draft_ids().to(ends.device)].to(self.lm_head[-1].weight.dtype)
         self.lm_head[-1].weight.zero_()[:, :D].copy_(rows_VD)
         for block in self.lm_head[:-1]:
@@ -210,7 +214,9 @@ class ReDrafter(Drafter):
             token_BM = self.to_target_ids(draft_BM)
             layers.append((token_BM, above_BM, score_BM))
         if layers[0][0].shape[1] < width:
-            raise ValueError(f"beam_width {width} is larger than the draft vocabulary of {self.head_weight.shape[0]}; narrow the beam")
+            raise ValueError(
+                f"beam_width {width} is larger than the draft vocabulary of {self.head_weight.shape[0]}; narrow the beam"
+            )
         tokens, above, scores = zip(*layers, strict=True)
         return torch.stack(tokens, 1), torch.stack(above, 1), torch.stack(scores, 1)
 

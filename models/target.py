@@ -72,7 +72,9 @@ class TargetEnds(nn.Module):
         self.vocab_size = int(self.head.weight.shape[0])
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
-        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         self.requires_grad_(False)
 
     @classmethod
@@ -93,14 +95,18 @@ class TargetEnds(nn.Module):
         """
         folder = resolve(path, revision)
         if adapter is not None:
-            return Target.load(path, dtype=str(dtype).removeprefix("torch."), device=device, revision=revision, adapter=adapter).ends
+            return Target.load(
+                path, dtype=str(dtype).removeprefix("torch."), device=device, revision=revision, adapter=adapter
+            ).ends
         config = AutoConfig.from_pretrained(folder)
         short = copy.deepcopy(config)
         text = short.get_text_config()
         text.num_hidden_layers = 1
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:1]
-        with _quiet("transformers.modeling_utils", "transformers.utils.loading_report"):  # the trunk is left out on purpose
+        with _quiet(
+            "transformers.modeling_utils", "transformers.utils.loading_report"
+        ):  # the trunk is left out on purpose
             model = AutoModelForCausalLM.from_pretrained(folder, config=short, dtype=dtype)
         return cls(model, name=path, fingerprint=checkpoint_fingerprint(folder)).to(device)
 
@@ -114,13 +120,18 @@ class TargetEnds(nn.Module):
         """Where the head lies."""
         return self.head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the norm's weights, and so of the states."""
+        return next(self.norm.parameters()).dtype
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [...] -> input embeddings [..., D]."""
         return self.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """Pre-norm states [..., D] -> normed [..., D]."""
-        return self.norm(hidden.to(self.norm.weight.dtype))
+        return self.norm(hidden.to(self.dtype))
 
     def logits(self, normed: Tensor) -> Tensor:
         """Normed states [..., D] -> logits [..., V], with the model's own bias, scale and soft-cap."""
@@ -149,7 +160,7 @@ class Target(nn.Module):
         self.config = model.config.get_text_config()
         self.ends = TargetEnds(model, name, fingerprint)
         self._base = _text_base(model)
-        self._blocks = _child(self._base, _BLOCKS, "decoder blocks")
+        self._blocks = list(_child(self._base, _BLOCKS, "decoder blocks").children())
         self._caught: dict[str, Tensor] = {}
         self.ends.norm.register_forward_pre_hook(self._catch_pre_norm)
         self._additive_mask = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
@@ -198,14 +209,16 @@ class Target(nn.Module):
         fingerprint = checkpoint_fingerprint(folder)
         if adapter is not None:
             if quantization is not None:
-                raise ValueError("an adapter is merged into the weights, which 8bit and 4bit weights do not allow; drop one of the two")
+                raise ValueError(
+                    "an adapter is merged into the weights, which 8bit and 4bit weights do not allow; drop one of the two"
+                )
             from peft import PeftModel
 
             adapter_folder = resolve(adapter, None)
             model = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
             fingerprint = f"{fingerprint[:32]}{checkpoint_fingerprint(adapter_folder)[:32]}"
         if device_map is None and quantization is None:
-            model = model.to(as_device(device))
+            model.to(device=as_device(device))
         return cls(model, name=path, fingerprint=fingerprint)
 
     @classmethod
@@ -216,12 +229,12 @@ class Target(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.ends.embedding.weight.device
+        return next(self.ends.embedding.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the states."""
-        return self.ends.norm.weight.dtype
+        return self.ends.dtype
 
     @property
     def max_positions(self) -> int | None:
@@ -272,7 +285,9 @@ class Target(nn.Module):
         return self._output(output.last_hidden_state, layers)
 
     def _output(self, normed: Tensor, layers: tuple[str, ...]) -> TargetOutput:
-        return TargetOutput(self._caught[PRE_NORM], normed, {name: self._caught[name] for name in layers if name != PRE_NORM})
+        return TargetOutput(
+            self._caught[PRE_NORM], normed, {name: self._caught[name] for name in layers if name != PRE_NORM}
+        )
 
     def _catch_pre_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._caught[PRE_NORM] = inputs[0]
@@ -280,7 +295,9 @@ class Target(nn.Module):
     @contextmanager
     def _catching(self, layers: tuple[str, ...]) -> Iterator[None]:
         handles = [
-            self._block(name).register_forward_hook(lambda _module, _inputs, output, name=name: self._keep(name, output))
+            self._block(name).register_forward_hook(
+                lambda _module, _inputs, output, name=name: self._keep(name, output)
+            )
             for name in layers
             if name != PRE_NORM
         ]
@@ -295,7 +312,13 @@ class Target(nn.Module):
 
     def _block(self, name: str) -> nn.Module:
         parts = name.split(".")
-        if len(parts) != 3 or parts[0] != "layer" or parts[2] != "output" or not parts[1].isdigit() or int(parts[1]) >= len(self._blocks):
+        if (
+            len(parts) != 3
+            or parts[0] != "layer"
+            or parts[2] != "output"
+            or not parts[1].isdigit()
+            or int(parts[1]) >= len(self._blocks)
+        ):
             raise ValueError(
                 f"unknown layer {name!r}; use {PRE_NORM!r} or 'layer.i.output' with i from 0 to {len(self._blocks) - 1} for {self.name}"
             )
@@ -342,7 +365,13 @@ class Target(nn.Module):
         cache, total = DynamicCache(), ids.shape[1]
         positions = torch.arange(total, device=ids.device)[None]
         causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()[None, None]
-        first = self.forward(ids[:, :2], cache=cache, positions=positions[:, :2], mask=causal[:, :, :2, :2], key_positions=positions[:, :2])
+        first = self.forward(
+            ids[:, :2],
+            cache=cache,
+            positions=positions[:, :2],
+            mask=causal[:, :, :2, :2],
+            key_positions=positions[:, :2],
+        )
         decoy = (ids[:, 2:3] + 1) % self.ends.vocab_size
         tree = torch.cat([decoy, ids[:, 2:]], dim=1)
         tree_positions = torch.cat([positions[:, 2:3], positions[:, 2:]], dim=1)
@@ -351,7 +380,11 @@ class Target(nn.Module):
         tree_mask[..., 0, 2] = True
         tree_mask[..., 1:, 3:] = causal[..., 2:, 2:]
         second = self.forward(
-            tree, cache=cache, positions=tree_positions, mask=tree_mask, key_positions=torch.cat([positions[:, :2], tree_positions], 1)
+            tree,
+            cache=cache,
+            positions=tree_positions,
+            mask=tree_mask,
+            key_positions=torch.cat([positions[:, :2], tree_positions], 1),
         )
         return torch.cat([self.logits(first.normed), self.logits(second.normed[:, 1:])], dim=1).float()
 
@@ -384,12 +417,18 @@ def resolve(path: str, revision: str | None = None) -> Path:
     local = Path(path)
     if local.is_dir():
         if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(f"{path} is a directory without config.json; give a Hugging Face model directory or a hub id")
+            raise ValueError(
+                f"{path} is a directory without config.json; give a Hugging Face model directory or a hub id"
+            )
         return local
     if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ValueError(f"model path {path!r} does not exist; give a Hugging Face model directory or a hub id such as org/name")
+        raise ValueError(
+            f"model path {path!r} does not exist; give a Hugging Face model directory or a hub id such as org/name"
+        )
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
+        return Path(
+            snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path!r} is neither a local directory nor a hub id that can be had: {error}") from error
 
@@ -418,7 +457,9 @@ def as_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not a device; use cpu, cuda, cuda:1, mps ...") from error
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "meta": 0}
     if (device.index or 0) >= there.get(device.type, 0):
-        raise ValueError(f"device {name!r} is not there: this machine has {there['cuda']} CUDA device(s); use --device cpu or one that it has")
+        raise ValueError(
+            f"device {name!r} is not there: this machine has {there['cuda']} CUDA device(s); use --device cpu or one that it has"
+        )
     return device
 
 
@@ -451,7 +492,9 @@ def _refuse_unsupported(model: PreTrainedModel, name: str) -> None:
         or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"}),
         "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "attends in chunks, which tree masks cannot follow": "chunked_attention" in kinds,
-        "adds a position bias to attention (ALiBi), which tree positions cannot express": getattr(config, "alibi", False)
+        "adds a position bias to attention (ALiBi), which tree positions cannot express": getattr(
+            config, "alibi", False
+        )
         or config.model_type in ("bloom", "mpt"),
         "runs flash attention, which takes no tree mask; load it with sdpa or eager": "flash"
         in str(getattr(config, "_attn_implementation", "")),

@@ -73,7 +73,9 @@ class DraftTree:
 def root_tree(root_B: Tensor) -> DraftTree:
     """The tree of plain decoding: nothing proposed, one node a row. ``root_B``: int64 [B]."""
     zeros_B1 = torch.zeros_like(root_B)[:, None]
-    return DraftTree(root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0, chain=True)
+    return DraftTree(
+        root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0, chain=True
+    )
 
 
 def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None = None) -> DraftTree:
@@ -176,7 +178,9 @@ def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
     elif width is None:
         width = tree.num_nodes
     order_BN = (~tree.valid_BN).to(torch.int8).argsort(dim=1, stable=True)
-    place_BN = torch.empty_like(order_BN).scatter_(1, order_BN, torch.arange(tree.num_nodes, device=order_BN.device).expand_as(order_BN))
+    place_BN = torch.empty_like(order_BN).scatter_(
+        1, order_BN, torch.arange(tree.num_nodes, device=order_BN.device).expand_as(order_BN)
+    )
     order_BN = order_BN[:, :width]
     valid_BN = tree.valid_BN.gather(1, order_BN)
     parents_BN = tree.parents_BN.gather(1, order_BN)

@@ -12,7 +12,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from draftsmith.models import Drafter, DrafterConfig, DraftLimits, DraftTree, Emitted, PackedBatch, Rollout, Target, tree_from_paths
+from draftsmith.models import (
+    Drafter,
+    DrafterConfig,
+    DraftLimits,
+    DraftTree,
+    Emitted,
+    PackedBatch,
+    Rollout,
+    Target,
+    tree_from_paths,
+)
 
 VOCAB = 61
 BOS = 1
@@ -54,7 +64,9 @@ def random_model(config: transformers.PreTrainedConfig, seed: int = 0) -> transf
     """A model with weights large enough that its choices vary from token to token."""
     torch.manual_seed(seed)
     soft_capped = getattr(config, "attn_logit_softcapping", None)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager" if soft_capped else "sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if soft_capped else "sdpa"
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

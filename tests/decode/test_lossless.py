@@ -41,7 +41,9 @@ def test_greedy_equals_the_models_own_greedy_for_every_family_with_ragged_batche
 
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["ragged", "single"])
-def test_greedy_is_the_same_whatever_the_drafter_proposes(target: Target, manner: Manner, prompts: list[list[int]]) -> None:
+def test_greedy_is_the_same_whatever_the_drafter_proposes(
+    target: Target, manner: Manner, prompts: list[list[int]]
+) -> None:
     request = GenerationSettings(max_new_tokens=17)
     expected = [greedy_by_hand(target, prompt, 17) for prompt in prompts]
     engine = Engine(target, PlannedDrafter(target, manner), DraftLimits(3, 4))
@@ -81,7 +83,9 @@ def test_sampling_emits_the_same_tokens_as_plain_sampling_under_one_seed(
 def test_a_row_of_a_batch_samples_what_it_would_alone(target: Target) -> None:
     request = GenerationSettings(max_new_tokens=12, temperature=1.0, seed=8)
     together = tokens(Engine(target), PROMPTS, request)
-    alone = [Engine(target).generate([prompt], request, request_ids=[i])[0].token_ids for i, prompt in enumerate(PROMPTS)]
+    alone = [
+        Engine(target).generate([prompt], request, request_ids=[i])[0].token_ids for i, prompt in enumerate(PROMPTS)
+    ]
     assert together == alone
 
 
@@ -102,7 +106,9 @@ def test_any_prompts_budget_and_eos_set_end_where_plain_decoding_ends(
     rows = [[BOS, *prompt] for prompt in prompts]
     width = max(width, 2) if manner == "half" else width
     plain = Engine(target).generate(rows, request)
-    drafted = Engine(target, PlannedDrafter(target, manner, width, depth), DraftLimits(width, depth)).generate(rows, request)
+    drafted = Engine(target, PlannedDrafter(target, manner, width, depth), DraftLimits(width, depth)).generate(
+        rows, request
+    )
     for row, one, other in zip(rows, plain, drafted, strict=True):
         assert (one.token_ids, one.finish) == (other.token_ids, other.finish)
         full = greedy_by_hand(target, row, budget)
@@ -115,7 +121,9 @@ def test_eos_inside_an_accepted_block_cuts_the_block(target: Target) -> None:
     full = greedy_by_hand(target, PROMPTS[0], 8)
     place = next(i for i in range(2, 8) if full[i] not in full[:i])
     request = GenerationSettings(max_new_tokens=40, eos_token_ids=(full[place],))
-    result = Engine(target, PlannedDrafter(target, "oracle", depth=8), DraftLimits(3, 8)).generate(PROMPTS[:1], request)[0]
+    result = Engine(target, PlannedDrafter(target, "oracle", depth=8), DraftLimits(3, 8)).generate(
+        PROMPTS[:1], request
+    )[0]
     assert result.token_ids == full[: place + 1]
     assert result.finish == "eos"
     assert sum(result.accepted) + len(result.accepted) + 1 == len(result.token_ids)

@@ -58,7 +58,13 @@ def test_the_walk_is_exact_by_enumeration_for_any_tree(seed: int) -> None:
     laws = []
     for node in range(tree.num_nodes):
         depth = int(tree.depths_BN[0, node])
-        laws.append(first if depth == 0 else second[int(tree.tokens_BN[0, node])] if depth == 1 else torch.full((vocab,), 1 / 3, dtype=torch.float64))
+        laws.append(
+            first
+            if depth == 0
+            else second[int(tree.tokens_BN[0, node])]
+            if depth == 1
+            else torch.full((vocab,), 1 / 3, dtype=torch.float64)
+        )
     emitted = torch.zeros(vocab, vocab, dtype=torch.float64)
     for draws in itertools.product(range(vocab), repeat=tree.num_nodes):
         weight = float(torch.stack([law[draw] for law, draw in zip(laws, draws, strict=True)]).prod())
@@ -107,14 +113,23 @@ def test_the_engines_joint_of_three_tokens_passes_a_chi_square_test() -> None:
     for generation in engine.generate([prompt] * draws, request):
         outcomes[tuple(generation.token_ids)] += 1
     likely = [text for text, weight in law.items() if weight * draws >= 5]
-    expected = np.array([law[text] * draws for text in likely] + [sum(w * draws for t, w in law.items() if t not in likely) + 1e-9])
+    expected = np.array(
+        [law[text] * draws for text in likely] + [sum(w * draws for t, w in law.items() if t not in likely) + 1e-9]
+    )
     observed = np.array([outcomes[text] for text in likely] + [sum(c for t, c in outcomes.items() if t not in likely)])
     assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -2), ("min_p", 1.0), ("repetition_penalty", 0.0)],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_k", -2),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.0),
+    ],
 )
 def test_settings_out_of_range_name_the_field_and_the_rule(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is .*; it must be"):

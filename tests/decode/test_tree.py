@@ -65,7 +65,11 @@ def test_rows_of_different_sizes_are_padded_behind_their_nodes() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=4, max_size=4), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=4, max_size=4), min_size=1, max_size=3
+    )
+)
 def test_merging_keeps_every_prefix_once(beams: list[list[list[int]]]) -> None:
     tree = tree_from_paths(torch.zeros(len(beams), dtype=torch.int64), torch.tensor(beams))
     check_shape(tree)
@@ -112,7 +116,9 @@ def test_a_budget_keeps_the_best_nodes_and_their_ancestors() -> None:
 def test_what_a_budget_keeps_is_connected_even_when_scores_tie(data: st.DataObject) -> None:
     depth, width = 4, 3
     drops = data.draw(st.lists(st.sampled_from([0.0, 0.0, -0.5, -1.0]), min_size=depth * width, max_size=depth * width))
-    above = torch.tensor([[data.draw(st.lists(st.integers(0, width - 1), min_size=width, max_size=width)) for _ in range(depth)]])
+    above = torch.tensor(
+        [[data.draw(st.lists(st.integers(0, width - 1), min_size=width, max_size=width)) for _ in range(depth)]]
+    )
     drop = torch.tensor(drops).reshape(1, depth, width)
     scores = drop.clone()
     for layer in range(1, depth):

@@ -1,0 +1,152 @@
+"""``draftsmith decode``: one reply, streamed, with the accepted runs coloured.
+
+Owns what a person sees of one decoded reply. Knows nothing of measuring; that is ``draftsmith evaluate``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from draftsmith.decode.batch import Generation
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models import Drafter, DraftLimits, Target, load_tokenizer
+
+
+def decode(
+    prompt: str,
+    target: str = "embedded:target",
+    drafter: Path | None = None,
+    beam_width: int = 1,
+    draft_length: int = 4,
+    node_budget: int | None = None,
+    min_probability: float = 0.0,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    chat: bool = True,
+    device: str = "cpu",
+    dtype: str = "float32",
+    adapter: str | None = None,
+) -> None:
+    """Decode one prompt and show which tokens were drafted and accepted.
+
+    Accepted draft tokens are printed in green, the target's own in bold white; the last line gives the tokens per step (bonus counted).
+    The text is the target's own, whatever the drafter.
+
+    Args:
+        prompt: the user's message, or the raw text to continue with --chat false.
+        target: model directory, hub id, embedded:target or embedded:draft_lm.
+        drafter: directory of an exported drafter; none decodes plainly.
+        beam_width: candidates kept in each layer of the draft.
+        draft_length: drafted tokens a cycle, along one path.
+        node_budget: verify at most so many drafted nodes; all of the surviving beams' by default.
+        min_probability: do not verify nodes whose path is less likely than this to the drafter.
+        max_new_tokens: length of the reply at most.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with this probability.
+        min_p: drop tokens below this share of the likeliest one's probability.
+        repetition_penalty: above 1 makes tokens already in the text less likely.
+        seed: of the sampling noise; with and without a drafter one seed gives one text.
+        stop: strings that end the reply.
+        chat: wrap the prompt in the model's chat template.
+        device: cpu, cuda, cuda:1 ...
+        dtype: float32, bfloat16 ...
+        adapter: a PEFT adapter of the target.
+    """
+    model = Target.load(target, dtype=dtype, device=device, adapter=adapter)
+    tokenizer = load_tokenizer(target)
+    head = None if drafter is None else load_drafter(drafter)
+    if head is not None:
+        head.to(model.device)  # type: ignore[arg-type]  # transformers wraps Module.to
+    limits = DraftLimits(beam_width, draft_length, node_budget, min_probability)
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        eos_token_ids=eos_token_ids(model),
+        stop_strings=stop,
+    )
+    engine = Engine(model, head, limits, tokenizer)
+    generation = engine.generate([prompt_ids(tokenizer, prompt, chat)], settings)[0]
+    console = Console(highlight=False)
+    console.print(coloured(tokenizer, generation))
+    if generation.accepted:
+        emitted, cycles = len(generation.token_ids) - 1, len(generation.accepted)
+        console.print(
+            f"[dim]{emitted} tokens in {cycles} target steps: {emitted / cycles:.2f} tokens per step; ended by {generation.finish}[/dim]"
+        )
+
+
+def load_drafter(path: Path) -> Drafter:
+    """A drafter saved with ``save_pretrained`` or ``draftsmith export``.
+
+    Raises:
+        ValueError: no such directory, or not a drafter of a family this version knows.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is not a drafter directory (no config.json); give what `draftsmith export` or training wrote"
+        )
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(f"{path} holds no model.safetensors; export the drafter again")
+    drafter = AutoModel.from_pretrained(path, use_safetensors=True)
+    if not isinstance(drafter, Drafter):
+        raise ValueError(f"{path} holds a {type(drafter).__name__}, which is no drafter; is it the target's directory?")
+    return drafter.eval()
+
+
+def eos_token_ids(target: Target) -> tuple[int, ...]:
+    """The target's end-of-sequence ids, from its generation config."""
+    eos = target.model.generation_config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
+    """Token ids of one user message under the chat template, or of raw text.
+
+    Raises:
+        ValueError: a chat is asked for and the tokenizer has no template.
+    """
+    if not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise ValueError("this target's tokenizer has no chat template; continue raw text with --chat false")
+    messages = [{"role": "user", "content": prompt}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+
+
+def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text:
+    """The reply with accepted draft tokens in green and the target's own in bold.
+
+    Text is decoded incrementally, so that characters of several tokens appear once, with the token that completes them.
+    """
+    own = {0}
+    place = 1
+    for accepted in generation.accepted:
+        place += accepted
+        own.add(place)
+        place += 1
+    text, shown = Text(), ""
+    for index in range(len(generation.token_ids)):
+        whole = str(tokenizer.decode(generation.token_ids[: index + 1]))
+        if whole.endswith("�"):
+            continue
+        text.append(whole[len(shown) :], style="bold" if index in own else "green")
+        shown = whole
+    return text
