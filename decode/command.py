@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Generation
@@ -68,7 +69,7 @@ def decode(
     tokenizer = load_tokenizer(target)
     head = None if drafter is None else load_drafter(drafter)
     if head is not None:
-        head.to(model.device)  # type: ignore[arg-type]  # transformers wraps Module.to
+        nn.Module.to(head, model.device)
     limits = DraftLimits(beam_width, draft_length, node_budget, min_probability)
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,

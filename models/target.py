@@ -218,7 +218,7 @@ class Target(nn.Module):
             model = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
             fingerprint = f"{fingerprint[:32]}{checkpoint_fingerprint(adapter_folder)[:32]}"
         if device_map is None and quantization is None:
-            model.to(device=as_device(device))
+            nn.Module.to(model, as_device(device))
         return cls(model, name=path, fingerprint=fingerprint)
 
     @classmethod
