@@ -1,0 +1,264 @@
+"""The real-target benchmark: cache, train, evaluate on `chat-6m`, then compare what teaches and on which text.
+
+    python benchmarks/chat6m.py                    # everything, about half an hour on two idle cores
+    python benchmarks/chat6m.py --stages train,evaluate --seconds 60
+
+Data: the folder that `--data` names, with models/chat-6m, replies/chat-6m_{train,test}.jsonl, prompts/gsm8k_train.jsonl and
+text/tinystories_valid.txt. Where it is absent the script says so and ends. What a stage left in `--work` is used again.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from draftsmith import provenance
+from draftsmith.data.hidden_states import extract
+from draftsmith.evaluate.command import evaluate
+from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.models.target import load_tokenizer
+from draftsmith.train.callbacks import KeepBestDrafter
+from draftsmith.train.data_module import CacheDataModule
+from draftsmith.train.draft_module import DraftModule
+from draftsmith.train.families import ReDrafterFamily
+from draftsmith.train.objective import Distillation
+
+STAGES = ("cache", "train", "evaluate", "distil")
+# Apple's 1x5, 10x4 and 45x5 count the root; ours count drafted tokens. The others are the narrow ones a CPU wants.
+SHAPES = ["1x4", "10x3", "45x4", "1x5", "2x4n6", "1x6p0.1"]
+REPLY_TOKENS = 160
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one training run did: optimiser steps, assistant tokens seen, wall-clock seconds from call to saved weights."""
+
+    steps: int
+    assistant_tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Assistant tokens a second."""
+        return self.assistant_tokens / self.seconds
+
+
+class Counter(pl.Callback):
+    """Counts steps and assistant tokens."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self.first = self.last = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        """Adds a batch."""
+        self.steps += 1
+        self.tokens += batch.num_labelled
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+
+
+def train(
+    options: argparse.Namespace, cache: Path, out: Path, distillation: Distillation, steps: int | None
+) -> Trained:
+    """Train for `steps`, or where None for `options.seconds` of wall-clock with a schedule that ends there."""
+    if (out / "trained.json").is_file():
+        return Trained(**json.loads((out / "trained.json").read_text()))
+    limit = None
+    if steps is None:
+        pilot = _fit(options, cache, out / "pilot", distillation, 10_000, min(20.0, options.seconds / 4))
+        pace = (pilot.last - pilot.first) / max(pilot.steps - 1, 1)
+        steps, limit = max(1, int(0.95 * options.seconds / pace)), options.seconds
+        shutil.rmtree(out / "pilot", ignore_errors=True)
+    started = time.perf_counter()
+    counted = _fit(options, cache, out, distillation, steps, limit)
+    result = Trained(counted.steps, counted.tokens, time.perf_counter() - started)
+    atomic_write(out / "trained.json", json.dumps(asdict(result)))
+    return result
+
+
+def _fit(
+    options: argparse.Namespace, cache: Path, out: Path, distillation: Distillation, steps: int, seconds: float | None
+) -> Counter:
+    pl.seed_everything(0)
+    counter = Counter()
+    family = ReDrafterFamily(exit_dim=options.exit_dim)
+    module = DraftModule(str(options.target), family, 5, distillation, lr=options.lr)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=steps,
+        max_time=None if seconds is None else {"seconds": max(1, int(seconds))},
+        default_root_dir=out,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[counter, KeepBestDrafter(out / "drafter")],
+    )
+    trainer.fit(
+        module, CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=options.tokens_per_batch, check="lazy")
+    )
+    return counter
+
+
+def make_cache(options: argparse.Namespace, rows: Path, out: Path, horizon: int = 0) -> float:
+    """Seconds of extraction; those of an earlier run where the cache is there already."""
+    note = out.parent / f"{out.name}-seconds.json"
+    if not note.is_file():
+        started = time.perf_counter()
+        extract(str(options.target), rows, out, local_horizon=horizon)
+        atomic_write(note, json.dumps(time.perf_counter() - started))
+    return float(json.loads(note.read_text()))
+
+
+def dataset_rows(data: Path, replies: Path, target: str) -> Iterator[dict[str, Any]]:
+    """The data sets' own answers to the prompts of `replies`: GSM8K solutions, and the stories that begin as asked."""
+    tokenizer = load_tokenizer(target)
+    answers = {}
+    for _, row in read_jsonl(data / "prompts" / "gsm8k_train.jsonl"):
+        answers[row["question"].strip()] = re.sub(r"<<.*?>>", "", row["answer"]).strip()
+    stories = [story.strip() for story in (data / "text" / "tinystories_valid.txt").read_text().split("<|endoftext|>")]
+    for _, row in read_jsonl(replies):
+        asked = row["messages"][0]["content"].strip()
+        opening = asked.partition("begins: ")[2]
+        found = answers.get(asked) or next((story for story in stories if opening and story.startswith(opening)), None)
+        if found is not None:
+            ids = [*tokenizer.encode(found, add_special_tokens=False), int(tokenizer.eos_token_id)]
+            yield {**row, "reply_ids": ids[:REPLY_TOKENS]}
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
+    """JSONL, written once."""
+    if not path.is_file():
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_evaluation(
+    options: argparse.Namespace, drafters: list[str], shapes: list[str], out: Path, lookup: int
+) -> list[dict]:
+    """Rows of the report on the 60 test prompts."""
+    prompts = options.work / "test.jsonl"
+    write_rows(
+        prompts,
+        (
+            {"id": f"{row['kind']}-{line}", "source": row["kind"], "prompt_ids": row["prompt_ids"]}
+            for line, row in read_jsonl(options.data / "replies" / "chat-6m_test.jsonl")
+        ),
+    )
+    if not (out / "report.json").is_file():
+        evaluate(
+            str(options.target),
+            prompts,
+            out,
+            drafters,
+            shapes,
+            limit=options.prompts,
+            transformers_prompts=options.prompts if lookup else 0,
+            prompt_lookup=lookup,
+            repeats=options.repeats,
+        )
+    rows: list[dict] = json.loads((out / "report.json").read_text())["rows"]
+    return rows
+
+
+def distillation_table(options: argparse.Namespace) -> list[str]:
+    """Tokens per step of the three teachings on both texts, each trained for the same number of steps."""
+    own = options.data / "replies" / "chat-6m_train.jsonl"
+    foreign = write_rows(options.work / "dataset.jsonl", dataset_rows(options.data, own, str(options.target)))
+    drafters = []
+    teachings: tuple[Distillation, ...] = ("none", "path", "local")
+    for text, rows in (("own", own), ("dataset", foreign)):
+        make_cache(options, rows, options.work / f"cache-{text}-local", horizon=6)
+        for teaching in teachings:
+            out = options.work / f"distil-{text}-{teaching}"
+            train(options, options.work / f"cache-{text}-local", out, teaching, options.steps)
+            drafters.append(f"{text}-{teaching}={out / 'drafter'}")
+    rows_found = run_evaluation(options, drafters, ["1x4", "10x3"], options.work / "report-distil", lookup=0)
+    lines = ["| text | distillation | shape | tokens per step (95 %) | GSM8K | without loops |", "|---" * 6 + "|"]
+    for row in rows_found:
+        if row["beam_width"] is not None:
+            text, teaching = row["drafter"].split("-")
+            parts = {(part["by"], part["value"]): part["tokens_per_step"] for part in row["slices"]}
+            gsm, straight = parts.get(("source", "gsm")), parts.get(("looping", "no"))
+            low, high = row["tokens_per_step_interval"]
+            lines.append(
+                f"| {'own replies' if text == 'own' else 'data sets'} | {teaching} | {row['beam_width']}x{row['draft_length']} "
+                f"| {row['tokens_per_step']:.2f} ({low:.2f} to {high:.2f}) | {_two(gsm)} | {_two(straight)} |"
+            )
+    return lines
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def main() -> int:
+    options = _options()
+    options.target = options.data / "models" / "chat-6m"
+    if not options.target.is_dir():
+        print(f"skipped: {options.target} is not there; name the data with --data")
+        return 0
+    options.work.mkdir(parents=True, exist_ok=True)
+    name = f"{date.today().isoformat()}-chat6m"
+    page = [f"# chat-6m, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    cache, out = options.work / "cache", options.work / "train"
+    if "cache" in options.stages or "train" in options.stages:
+        seconds = make_cache(options, options.data / "replies" / "chat-6m_train.jsonl", cache)
+    if "train" in options.stages:
+        done = train(options, cache, out, options.distillation, None)
+        page += [
+            f"Trained with `{options.distillation}` distillation for {done.seconds:.0f} s of wall-clock: {done.steps} steps, "
+            f"{done.assistant_tokens:,} assistant tokens, **{done.rate:,.0f} a second** from the cache, which took {seconds:.0f} s "
+            f"to extract ({done.assistant_tokens / (done.seconds + seconds):,.0f} a second with that included)."
+        ]
+    if "evaluate" in options.stages:
+        run_evaluation(options, [f"redrafter={out / 'drafter'}"], options.shapes, options.work / "report", lookup=5)
+        report = (options.work / "report" / "report.md").read_text().replace("](report.png)", f"]({name}.png)")
+        page += [report.replace("# Evaluation", "## Decoding")]
+        for ending in ("json", "png"):
+            shutil.copyfile(options.work / "report" / f"report.{ending}", options.out / f"{name}.{ending}")
+    if "distil" in options.stages:
+        heading = f"## What teaches, and on which text ({options.steps} steps each)"
+        page += [heading, "\n".join(distillation_table(options))]
+    atomic_write(options.out / f"{name}.md", "\n\n".join(page) + "\n")
+    print(f"{options.out / name}.md")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("runs/chat6m"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES), help=",".join(STAGES))
+    parser.add_argument("--seconds", type=float, default=360.0, help="wall-clock of the training that is evaluated")
+    parser.add_argument("--steps", type=int, default=800, help="steps of each training that is compared")
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=SHAPES)
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--distillation", choices=["none", "path"], default="path")
+    parser.add_argument("--exit-dim", type=int, default=None)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--tokens-per-batch", type=int, default=3072)
+    options = parser.parse_args()
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
