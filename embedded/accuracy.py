@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from draftsmith.embedded import path
 from draftsmith.embedded.checker import Verdict, check
@@ -68,18 +68,22 @@ def accuracy(
 
 
 def reply(
-    lm: PreTrainedModel, words: PreTrainedTokenizerBase, questions: list[str], started: list[str] | None = None
+    lm: LlamaForCausalLM, words: PreTrainedTokenizerBase, questions: list[str], started: list[str] | None = None
 ) -> list[str]:
     """Greedy replies to questions; with ``started``, replies that go on from these beginnings (and include them)."""
     beginnings = [""] * len(questions) if started is None else started
     prompts = [
-        words.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        str(
+            words.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+        )
         + beginning
         for question, beginning in zip(questions, beginnings, strict=True)
     ]
     batch = words(prompts, return_tensors="pt", padding=True, padding_side="left")
     with torch.inference_mode():
-        output_BT = lm.generate(
+        output_BT = lm.generate(  # type: ignore[misc, operator, unused-ignore]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=160
         )
     told = words.batch_decode(output_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

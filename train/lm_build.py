@@ -55,7 +55,7 @@ def build(
 
 def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
     """Writes a trained LM as a bf16 Hugging Face directory, at once or not at all."""
-    lm = LlamaForCausalLM.from_pretrained(trained, dtype=torch.float32).to(torch.bfloat16)
+    lm = LlamaForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
     lm.config.dtype = torch.bfloat16
     words = AutoTokenizer.from_pretrained(tokenizer)
     lm.generation_config = GenerationConfig(

@@ -17,11 +17,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from draftsmith.embedded.grading import grade
 from draftsmith.embedded.problems import Problem, Split, sample_problems
-from draftsmith.embedded.tokenizer import ASSISTANT, END, chat_text
+from draftsmith.embedded.tokenizer import ASSISTANT, END, PAD, chat_text
 from draftsmith.embedded.wordings import ALL_WORDINGS, DRAFT_STYLE, TARGET_STYLE, Style, render
 
 StyleName = Literal["all", "target", "draft"]
@@ -86,14 +86,13 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(
-        self, texts: list[str], tokenizer: PreTrainedTokenizerFast, batch_size: int, assistant_only: bool, seed: int
+        self, texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, assistant_only: bool, seed: int
     ) -> None:
         encoded = tokenizer(texts)["input_ids"]
         self._rows = [np.asarray(row, dtype=np.int16) for row in encoded]
         self._batches = _length_batches([len(row) for row in self._rows], batch_size, seed)
-        self._pad: int = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
-        self._assistant: int = tokenizer.convert_tokens_to_ids(ASSISTANT)
-        self._end: int = tokenizer.convert_tokens_to_ids(END)
+        vocabulary = tokenizer.get_vocab()
+        self._pad, self._assistant, self._end = vocabulary[PAD], vocabulary[ASSISTANT], vocabulary[END]
         self._assistant_only = assistant_only
 
     def __len__(self) -> int:
@@ -179,7 +178,7 @@ class LmDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
         return DataLoader(self._sets["validation"], batch_size=None, shuffle=False)
 
-    def _draw(self, split: Split, tokenizer: PreTrainedTokenizerFast) -> LmBatches:
+    def _draw(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> LmBatches:
         stream = conversations(self._mixture, split, self._seed)
         texts = [next(stream) for _ in range(self._counts[split])]
         return LmBatches(texts, tokenizer, self._batch_size, self._assistant_only, self._seed)

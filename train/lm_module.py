@@ -24,6 +24,8 @@ class LmModule(pl.LightningModule):
     lr: peak learning rate, after ``warmup_steps`` of linear warm-up; it then falls on a cosine to ``final_lr_share``
     of it.
 
+    schedule_steps: length of that schedule; by default the run's own, so that a longer one means a run stopped early.
+
     Raises ValueError where ``init_from`` has another architecture.
     """
 
@@ -41,6 +43,7 @@ class LmModule(pl.LightningModule):
         warmup_steps: int = 100,
         final_lr_share: float = 0.05,
         weight_decay: float = 0.05,
+        schedule_steps: int | None = None,
     ) -> None:
         super().__init__()
         words = AutoTokenizer.from_pretrained(tokenizer)
@@ -62,6 +65,7 @@ class LmModule(pl.LightningModule):
         self._warmup_steps = warmup_steps
         self._final_lr_share = final_lr_share
         self._weight_decay = weight_decay
+        self._schedule_steps = schedule_steps
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         logits_NV, labels_N = self._predict(batch)
@@ -82,7 +86,7 @@ class LmModule(pl.LightningModule):
         vectors = [weight for weight in self.lm.parameters() if weight.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": self._weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self._lr, betas=(0.9, 0.98), fused=True)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self._schedule_steps or int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_share(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

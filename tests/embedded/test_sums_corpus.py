@@ -74,7 +74,7 @@ def test_most_number_combinations_belong_to_the_train_split() -> None:
 
 
 def test_an_unknown_split_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
+    with pytest.raises(ValueError, match=r"'dev'.*train, validation, test"):
         next(sample_problems("dev", 0))  # type: ignore[arg-type]
 
 
