@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoModel
 
+from draftsmith.evaluate.records import shape_text
 from draftsmith.models.drafter import Drafter, DraftLimits
 from draftsmith.models.redrafter import ReDrafterConfig
 
@@ -51,9 +52,7 @@ def parse_shape(text: str) -> DraftLimits:
 
 def shape_name(limits: DraftLimits) -> str:
     """The text that `parse_shape` reads back."""
-    nodes = "" if limits.node_budget is None else f"n{limits.node_budget}"
-    floor = f"p{limits.min_probability:g}" if limits.min_probability else ""
-    return f"{limits.beam_width}x{limits.draft_length}{nodes}{floor}"
+    return shape_text(limits.beam_width, limits.draft_length, limits.node_budget, limits.min_probability)
 
 
 def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:

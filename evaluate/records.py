@@ -6,6 +6,11 @@ Owns the data and its small invariants. Does not know how anything is decoded, t
 from dataclasses import dataclass, field
 
 
+def shape_text(width: int, length: int, nodes: int | None, floor: float) -> str:
+    """A beam shape as the command line writes it: `10x4`, `10x4n16` with a node budget, `1x8p0.1` with a least probability."""
+    return f"{width}x{length}" + ("" if nodes is None else f"n{nodes}") + (f"p{floor:g}" if floor else "")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt as token ids, ready to decode. `source` is the category that results are split by."""
@@ -143,4 +148,8 @@ class Row:
     @property
     def label(self) -> str:
         """Short name for tables and charts, e.g. `redrafter 10x4` (beam width x drafted tokens)."""
-        return self.drafter if self.beam_width is None else f"{self.drafter} {self.beam_width}x{self.draft_length}"
+        if self.beam_width is None or self.draft_length is None:
+            return self.drafter
+        return (
+            f"{self.drafter} {shape_text(self.beam_width, self.draft_length, self.node_budget, self.min_probability)}"
+        )

@@ -58,6 +58,11 @@ def test_markdown_reports_looping_replies_apart(make_row: RowMaker) -> None:
     )
 
 
+def test_shapes_that_differ_in_their_budget_alone_have_names_of_their_own(make_row: RowMaker) -> None:
+    assert make_row(node_budget=16, beam_width=10).label == "redrafter 10x4n16"
+    assert make_row(min_probability=0.1).label == "redrafter 1x4p0.1"
+
+
 def test_markdown_names_replies_that_differ(make_row: RowMaker) -> None:
     text = to_markdown("", {}, {}, [make_row(divergences=(Divergence("p7", 12, 5, 6, 1e-6),))])
     assert "prompt `p7`, token 12: plain 5, got 6; the target's logits are 1e-06 apart" in text
