@@ -1,0 +1,149 @@
+"""The engine beyond losslessness: stop strings, streaming, refusals, the cache, the ledger, continuations from every position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from doubles import BOS, PlannedDrafter, greedy_by_hand, random_target
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from draftsmith.decode import Engine, GenerationSettings, Ledger, greedy_continuations
+from draftsmith.decode.batch import Batch
+from draftsmith.models import DraftLimits, ReDrafter, Target
+
+PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 30]]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return random_target()
+
+
+def letters() -> PreTrainedTokenizerBase:
+    """A tokenizer of 61 one-letter tokens; decoding joins them without spaces."""
+    vocabulary = {chr(ord("A") + token): token for token in range(61)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("manner", ["oracle", "random"])
+def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(target: Target, manner: str) -> None:
+    tokenizer = letters()
+    full = greedy_by_hand(target, PROMPTS[0], 16)
+    text = "".join(chr(ord("A") + token) for token in full)
+    assert tokenizer.decode(full) == text
+    stop = text[6:9]
+    drafter = PlannedDrafter(target, manner)  # type: ignore[arg-type]
+    request = GenerationSettings(max_new_tokens=30, stop_strings=("@@", stop))
+    plain = Engine(target, tokenizer=tokenizer).generate(PROMPTS[:1], request)[0]
+    drafted = Engine(target, drafter, DraftLimits(3, 4), tokenizer).generate(PROMPTS[:1], request)[0]
+    assert plain.token_ids == full[: text.index(stop) + 3]
+    assert (drafted.token_ids, drafted.finish) == (plain.token_ids, "stop")
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(target: Target) -> None:
+    with pytest.raises(ValueError, match="give the engine a tokenizer"):
+        Engine(target).generate(PROMPTS, GenerationSettings(stop_strings=("x",)))
+
+
+def test_streamed_tokens_are_the_generation_in_order(target: Target) -> None:
+    streamed: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
+    engine = Engine(target, PlannedDrafter(target, "half"), DraftLimits(3, 4))
+    results = engine.generate(
+        PROMPTS, GenerationSettings(max_new_tokens=13), lambda row, new: streamed[row].append(new)
+    )
+    for row, result in enumerate(results):
+        assert sum(streamed[row], start=[]) == result.token_ids  # noqa: RUF017
+        assert [len(new) for new in streamed[row]][1:] == [accepted + 1 for accepted in result.accepted]
+        assert len(streamed[row]) > 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rule"),
+    [([], "is empty"), ([BOS] * 96, "has 96 tokens, the context .* is 96"), ([BOS, 61], "token id 61, the vocabulary")],
+)
+def test_prompts_that_cannot_be_decoded_are_refused(target: Target, prompt: list[int], rule: str) -> None:
+    with pytest.raises(ValueError, match=f"prompt 1 .*{rule}|prompt 1 holds {rule}"):
+        Engine(target).generate([[BOS], prompt], GenerationSettings())
+
+
+def test_a_drafter_of_another_target_is_refused_by_the_engine(target: Target) -> None:
+    other = ReDrafter.for_target(random_target(seed=7).ends)
+    with pytest.raises(ValueError, match="was trained for target"):
+        Engine(target, other)
+
+
+def test_no_prompts_give_no_generations(target: Target) -> None:
+    assert Engine(target).generate([], GenerationSettings()) == []
+
+
+def test_cached_keys_equal_recomputed_ones_after_many_cycles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After many cycles of accepting scattered nodes, every cached key is the one that plain decoding computes."""
+    caught: list[Batch] = []
+    original = Engine._advance
+
+    def spy(self: Engine, batch: Batch, *rest: object) -> None:
+        original(self, batch, *rest)  # type: ignore[arg-type]
+        caught.append(batch)
+
+    monkeypatch.setattr(Engine, "_advance", spy)
+    engine = Engine(target, PlannedDrafter(target, "late"), DraftLimits(3, 4))
+    result = engine.generate(PROMPTS[:1], GenerationSettings(max_new_tokens=41))[0]
+    length = len(PROMPTS[0]) + len(result.token_ids) - 1
+    with torch.inference_mode():
+        text = torch.tensor([PROMPTS[0] + result.token_ids[:-1]])
+        fresh = target.model(input_ids=text, use_cache=True).past_key_values
+    assert sum(result.accepted) > 20
+    for layer in range(3):
+        keys, values = caught[-1].cache.layer(layer)
+        torch.testing.assert_close(keys[:, :, :length], fresh.layers[layer].keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(values[:, :, :length], fresh.layers[layer].values, rtol=1e-4, atol=1e-4)
+
+
+def test_the_ledger_charges_every_phase_and_counts_cycles(target: Target) -> None:
+    ledger = Ledger()
+    engine = Engine(target, ReDrafter.for_target(target.ends), DraftLimits(2, 3), ledger=ledger)
+    result = engine.generate(PROMPTS[:1], GenerationSettings(max_new_tokens=9))[0]
+    assert set(ledger.seconds) == {"prefill", "draft", "verify", "accept", "host"}
+    assert all(seconds > 0 for seconds in ledger.seconds.values())
+    assert ledger.cycles == len(result.accepted)
+    assert ledger.cycles * 2 <= ledger.nodes <= ledger.cycles * 7
+
+
+def test_continuations_from_every_position_are_the_targets_own(target: Target) -> None:
+    texts = [[BOS, 5, 9, 11, 4, 30], [BOS, 7, 8]]
+    padded = torch.tensor([texts[0], texts[1] + [0] * 3])
+    greedy = greedy_continuations(target, padded, num_tokens=4)
+    assert greedy.shape == (2, 6, 4)
+    for row, text in enumerate(texts):
+        for end in range(1, len(text) + 1):
+            assert greedy[row, end - 1].tolist() == greedy_by_hand(target, text[:end], 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cycle_waits_for_the_device_once() -> None:
+    target = random_target()
+    target = Target.from_model(target.model.cuda())
+    drafter = ReDrafter.for_target(target.ends).cuda()
+    engine = Engine(target, drafter, DraftLimits(4, 3, node_budget=6))
+    engine.generate(PROMPTS, GenerationSettings(max_new_tokens=4))
+    reads = 0
+    record = Engine._record
+
+    def allowed(self: Engine, *arguments: object) -> None:
+        nonlocal reads
+        torch.cuda.set_sync_debug_mode("default")
+        record(self, *arguments)  # type: ignore[arg-type]
+        reads += 1
+        torch.cuda.set_sync_debug_mode("error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_record", allowed)
+        try:
+            result = engine.generate(PROMPTS[:1], GenerationSettings(max_new_tokens=12))[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert reads == len(result.accepted) + 1
