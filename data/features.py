@@ -147,5 +147,5 @@ def _refuse_non_finite(states_TD: Tensor, sample_id: str, layer: str) -> None:
     if bad.numel():
         raise ValueError(
             f"sample {sample_id}: {layer} at position {int(bad[0])} is NaN or infinite as {states_TD.dtype}; "
-            "store it with --dtype bfloat16 or float32, or run the target with --target_dtype float32"
+            "store it with --dtype bfloat16 or float32, or run the target with --target-dtype float32"
         )

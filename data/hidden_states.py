@@ -120,7 +120,7 @@ def _max_length(asked: int | None, target: Target) -> int:
     if context is not None and asked is not None and asked > context:
         raise ValueError(f"max_length is {asked}, but {target.name} has a context of {context} tokens")
     if asked is None and context is None:
-        raise ValueError(f"{target.name} does not say how long its context is; set --max_length")
+        raise ValueError(f"{target.name} does not say how long its context is; set --max-length")
     return asked or context or 0
 
 

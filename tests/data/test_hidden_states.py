@@ -99,6 +99,15 @@ def flip_byte(path: Path, offset: int = -5) -> None:
     path.write_bytes(content)
 
 
+def test_a_lazy_check_hashes_a_shard_before_its_first_sample_and_no_other(cache: Path) -> None:
+    flip_byte(cache / "shard-00002.safetensors")
+    opened = HiddenStateCache(cache, check="lazy")
+    assert sum(opened.sample_lengths) == opened.manifest.num_tokens
+    assert opened[0].id == "s0"
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors was altered"):
+        opened[len(opened) // 2 + 1], opened[len(opened) // 2]
+
+
 @pytest.mark.parametrize("check", ["open", "lazy"])
 def test_one_altered_byte_is_refused(cache: Path, check: Any) -> None:
     flip_byte(cache / "shard-00001.safetensors")

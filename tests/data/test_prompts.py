@@ -146,6 +146,34 @@ def test_bad_input_names_the_place_and_the_remedy(tmp_path: Path, name: str, con
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hub_id_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[object, ...]] = []
+
+    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prompts("openai/gsm8k", tmp_path / "out", hub_config="main", hub_split="test")
+    assert asked == [("openai/gsm8k", "main", "test")]
+    assert read_prompts(tmp_path / "out")[0].source == "openai/gsm8k"
+
+
+def test_a_hub_id_that_cannot_be_had_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+        raise ConnectionError("offline\ndetails")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        ValueError, match="neither a file here nor a data set that could be loaded from the hub: offline$"
+    ):
+        prompts("some/set", tmp_path / "out")
+
+
 def test_shares_beyond_the_whole_are_refused(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="together at most 1"):
         prompts(str(write_jsonl([{"prompt": "a"}])), tmp_path / "out", validation=0.6, test=0.6)
