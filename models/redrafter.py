@@ -173,7 +173,7 @@ class ReDrafter(Drafter):
         for step in range(rollout.tokens.shape[1]):
             state_AD = self._recur(state_AD, self.ends.embed(rollout.tokens[:, step]).to(self.dtype))
             states.append(state_AD)
-        return self._exit(context_AD, torch.stack(states))
+        return self._exit(self._exit_context(context_AD), torch.stack(states))
 
     def start(self, prompt: Emitted) -> ReDrafterState:
         """The context and root after the prompt."""
@@ -201,35 +201,40 @@ class ReDrafter(Drafter):
     def _beam_search(self, state: ReDrafterState, width: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, continued candidate and cumulative log-probability of each kept candidate, [B, L, M] each."""
         B, D = state.context_BD.shape
-        context_B1D = state.context_BD[:, None]
-        state_BMD = torch.zeros_like(context_B1D)
+        size = self.head_weight.shape[0]
+        if width > size:
+            raise ValueError(f"beam_width {width} is larger than the draft vocabulary of {size}; narrow the beam")
+        shared_B1E = self._exit_context(state.context_BD[:, None])
+        state_BMD = state.context_BD.new_zeros(B, 1, D)
         token_BM = state.root_B[:, None]
         score_BM = torch.zeros(B, 1, dtype=torch.float32, device=token_BM.device)
         layers: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(length):
             state_BMD = self._recur(state_BMD, self.ends.embed(token_BM).to(self.dtype))
-            logits_BMV = self.lm_head[-1](self._exit(context_B1D, state_BMD)).float()
+            logits_BMV = self.lm_head[-1](self._exit(shared_B1E, state_BMD)).float()
             score_BM, above_BM, draft_BM = _best(score_BM, logits_BMV, width)
-            state_BMD = state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
+            if width > 1:
+                state_BMD = state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
             token_BM = self.to_target_ids(draft_BM)
             layers.append((token_BM, above_BM, score_BM))
-        if layers[0][0].shape[1] < width:
-            raise ValueError(
-                f"beam_width {width} is larger than the draft vocabulary of {self.head_weight.shape[0]}; narrow the beam"
-            )
         tokens, above, scores = zip(*layers, strict=True)
         return torch.stack(tokens, 1), torch.stack(above, 1), torch.stack(scores, 1)
 
     def _recur(self, state: Tensor, embedded: Tensor) -> Tensor:
         return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
 
-    def _exit(self, context: Tensor, state: Tensor) -> Tensor:
-        """Blocks over [context; state]; the context [..., D] broadcasts against the state [..., D] -> [..., E]."""
+    def _exit_context(self, context: Tensor) -> Tensor:
+        """The context's share of the projection, the same for every step of a draft: [..., D] -> [..., E] (or [..., D] without one)."""
         if self.config.exit_dim == 2 * self.config.hidden_size:
-            x = torch.cat([context.expand_as(state), state], dim=-1)
+            return context
+        return F.linear(context, self.input_proj.weight[:, : self.config.hidden_size], self.input_proj.bias)
+
+    def _exit(self, shared: Tensor, state: Tensor) -> Tensor:
+        """Blocks over [context; state]: what :meth:`_exit_context` gave broadcasts against the state [..., D] -> [..., E]."""
+        if self.config.exit_dim == 2 * self.config.hidden_size:
+            x = torch.cat([shared.expand_as(state), state], dim=-1)
         else:
-            of_context, of_state = self.input_proj.weight.split(self.config.hidden_size, dim=1)
-            x = F.linear(context, of_context, self.input_proj.bias) + F.linear(state, of_state)
+            x = shared + F.linear(state, self.input_proj.weight[:, self.config.hidden_size :])
         return self.lm_head[:-1](x)
 
 
@@ -239,7 +244,9 @@ def _best(score_BM: Tensor, logits_BMV: Tensor, width: int) -> tuple[Tensor, Ten
     normaliser_BM1 = logits_BMV.logsumexp(-1, keepdim=True)
     # The best of all lie among the best of each beam, so that no [M * V] sort is needed.
     top_BMk, token_BMk = logits_BMV.topk(size, dim=-1)
-    candidates = (score_BM[..., None] + (top_BMk - normaliser_BM1).clamp(max=0.0)).flatten(1)
+    candidates = (score_BM[..., None] + (top_BMk - normaliser_BM1).clamp_(max=0.0)).flatten(1)
+    if score_BM.shape[1] == 1:  # one beam to continue: its best are the best
+        return candidates, torch.zeros_like(token_BMk).flatten(1), token_BMk.flatten(1)
     score, flat = candidates.topk(size, dim=-1)
     return score, flat // size, token_BMk.flatten(1).gather(1, flat)
 

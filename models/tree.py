@@ -50,6 +50,8 @@ class DraftTree:
         eye_NN = torch.eye(self.num_nodes, dtype=torch.bool, device=self.tokens_BN.device)
         if self.num_nodes == 1:
             return eye_NN[None].expand(self.tokens_BN.shape[0], 1, 1)
+        if self.chain:
+            return torch.ones_like(eye_NN).tril()[None].expand(self.tokens_BN.shape[0], -1, -1)
         reach_BNN = torch.zeros(*self.tokens_BN.shape, self.num_nodes, device=self.tokens_BN.device)
         reach_BNN.scatter_(2, self.parents_BN.clamp(min=0)[..., None], 1.0)
         reach_BNN.masked_fill_(eye_NN, 1.0)

@@ -120,7 +120,7 @@ def test_the_beam_holds_the_likeliest_paths_among_all(target: Target) -> None:
     for node in range(tree.num_nodes):
         if tree.depths_BN[0, node] == 2:
             parent = int(tree.parents_BN[0, node])
-            leaves[(int(tree.tokens_BN[0, parent]), int(tree.tokens_BN[0, node]))] = float(tree.scores_BN[0, node])  # type: ignore[index]
+            leaves[(int(tree.tokens_BN[0, parent]), int(tree.tokens_BN[0, node]))] = tree.scores_BN[0, node].item()  # type: ignore[index]
     best = sorted(scores, key=scores.__getitem__, reverse=True)[:5]
     assert set(leaves) == set(best)
     for path, score in leaves.items():
@@ -148,7 +148,7 @@ def test_a_head_from_the_target_starts_as_its_next_token_guess(target: Target) -
             with torch.no_grad():
                 drafter.input_proj.weight[:, 32:].zero_()
         context = torch.randn(4, 1, 32)
-        got = drafter.lm_head[-1](drafter._exit(context, torch.randn(4, 3, 32)))
+        got = drafter.lm_head[-1](drafter._exit(drafter._exit_context(context), torch.randn(4, 3, 32)))
         torch.testing.assert_close(got, target.ends.head(context).expand(-1, 3, -1))
 
 
