@@ -5,6 +5,7 @@ Owns the look of the chart. Does not know how a row was measured. Draws without 
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -14,7 +15,28 @@ from matplotlib.figure import Figure
 from draftsmith.evaluate.records import Row
 
 INK, SOFT, GRID = "#22262e", "#6b7280", "#e5e7eb"
-LOOKS = (("#2563eb", "o"), ("#d97706", "s"), ("#059669", "D"), ("#7c3aed", "^"), ("#dc2626", "v"), ("#0891b2", "P"))
+LOOKS = (
+    ("#2563eb", "o"),
+    ("#d97706", "s"),
+    ("#059669", "D"),
+    ("#7c3aed", "^"),
+    ("#dc2626", "v"),
+    ("#0891b2", "P"),
+    ("#be185d", "X"),
+    ("#4d7c0f", "<"),
+    ("#1e3a8a", ">"),
+    ("#78350f", "h"),
+)
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a row is drawn: colour and marker say who and which shape, the dash which temperature."""
+
+    colour: str
+    marker: str = "o"
+    dash: str = "-"
 
 
 def draw(rows: Sequence[Row]) -> bytes:
@@ -26,7 +48,7 @@ def draw(rows: Sequence[Row]) -> bytes:
     several = len({row.temperature for row in rows}) > 1
     names = [f"{row.label}  T={row.temperature:g}" if several else row.label for row in rows]
     looks = _looks(rows)
-    _draw_gains(axes[0], rows, names, [look[0] for look in looks])
+    _draw_gains(axes[0], rows, names, [look.colour for look in looks])
     if deep:
         _draw_depths(axes[1], rows, names, looks)
     first = rows[0]
@@ -43,13 +65,16 @@ def draw(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
-def _looks(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """One colour and marker for each row that drafts; grey for those that do not."""
-    looks, drafting = [], 0
-    for row in rows:
-        looks.append(LOOKS[drafting % len(LOOKS)] if row.acceptance_by_depth else ("#9ca3af", "o"))
-        drafting += bool(row.acceptance_by_depth)
-    return looks
+def _looks(rows: Sequence[Row]) -> list[Look]:
+    """One colour and marker for each drafter and shape, one dash for each temperature; grey for rows that do not draft."""
+    labels = list(dict.fromkeys(row.label for row in rows if row.acceptance_by_depth))
+    warmths = list(dict.fromkeys(row.temperature for row in rows))
+    return [
+        Look(*LOOKS[labels.index(row.label) % len(LOOKS)], DASHES[warmths.index(row.temperature) % len(DASHES)])
+        if row.acceptance_by_depth
+        else Look("#9ca3af")
+        for row in rows
+    ]
 
 
 def _plain_axes(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:
@@ -99,14 +124,14 @@ def _label_row(axes: Axes, place: int, row: Row, fits: bool) -> None:
     axes.annotate(note, (far, place), (9, 0), textcoords="offset points", va="center", fontsize=9.5, color=colour)
 
 
-def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[tuple[str, str]]) -> None:
+def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[Look]) -> None:
     deepest = 1
-    for row, name, (colour, marker) in zip(rows, names, looks, strict=True):
+    for row, name, look in zip(rows, names, looks, strict=True):
         if row.acceptance_by_depth:
             depths = [one.depth for one in row.acceptance_by_depth]
             deepest = max(deepest, *depths)
             shares = [100 * one.conditional for one in row.acceptance_by_depth]
-            axes.plot(depths, shares, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=name)
+            axes.plot(depths, shares, look.dash, color=look.colour, marker=look.marker, markersize=5.5, label=name)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_xlim(0.8, deepest + 0.2)
     axes.set_ylim(0, 102)
