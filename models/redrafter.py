@@ -9,6 +9,7 @@ Shape legend: B batch rows, M beams, L drafted depth, A anchors, K draft steps, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -194,7 +195,7 @@ class ReDrafter(Drafter):
         else:
             tree = tree_from_layers(state.root_B, tokens_BLM, above_BLM, scores_BLM)
         if limits.min_probability > 0.0 and tree.scores_BN is not None:
-            likely_BN = tree.scores_BN >= torch.log(torch.tensor(limits.min_probability)).item()
+            likely_BN = tree.scores_BN >= math.log(limits.min_probability)
             tree = pack(replace(tree, valid_BN=tree.valid_BN & likely_BN))
         return tree if limits.node_budget is None else prune(tree, limits.node_budget)
 

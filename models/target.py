@@ -505,12 +505,11 @@ def _refuse_unsupported(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
-    for logger, _ in levels:
-        logger.setLevel(logging.ERROR)
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in levels:
-            logger.setLevel(level)
+        logger.setLevel(level)
