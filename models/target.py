@@ -104,9 +104,7 @@ class TargetEnds(nn.Module):
         text.num_hidden_layers = 1
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:1]
-        with _quiet(
-            "transformers.modeling_utils", "transformers.utils.loading_report"
-        ):  # the trunk is left out on purpose
+        with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
             model = AutoModelForCausalLM.from_pretrained(folder, config=short, dtype=dtype)
         return cls(model, name=path, fingerprint=checkpoint_fingerprint(folder)).to(device)
 
