@@ -26,7 +26,7 @@ def draftsmith_command(*words: str, cwd: Path) -> str:
     command = Path(sys.executable).parent / "draftsmith"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     done = subprocess.run(
-        [command, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [command, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
