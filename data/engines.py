@@ -4,10 +4,13 @@ Owns: that interface. Does not know: prompts' files, batches, resuming.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from transformers import AutoModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from draftsmith.decode.command import load_drafter
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafter import DraftLimits
@@ -48,11 +51,14 @@ class BundledEngine:
     def __init__(
         self,
         target: Target,
-        drafter: str | None = None,
+        drafter: Path | None = None,
         limits: DraftLimits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        loaded = None if drafter is None else AutoModel.from_pretrained(drafter).to(target.device)
+        loaded = None if drafter is None else load_drafter(drafter)
+        if loaded is not None:
+            # The base class's `to`: the one of transformers is not typed for a device alone.
+            nn.Module.to(loaded, target.device)
         self._engine = Engine(target, loaded, limits, tokenizer)
 
     def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:

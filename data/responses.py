@@ -65,7 +65,7 @@ def respond(
     batch_tokens: int = 16384,
     rank: int | None = None,
     world_size: int | None = None,
-    drafter: str | None = None,
+    drafter: Path | None = None,
     limits: DraftLimits | None = None,
     dtype: str = "float32",
     device: str = "cpu",

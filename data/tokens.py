@@ -218,18 +218,6 @@ def cut(sample: TokenizedSample, max_length: int) -> TokenizedSample:
     return replace(sample, input_ids=sample.input_ids[:max_length], loss_mask=sample.loss_mask[:max_length])
 
 
-def require_labels(samples: Iterable[TokenizedSample], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a data set in which no token is trained on, and shows its first sample."""
-    first: TokenizedSample | None = None
-    for sample in samples:
-        if sample.num_labelled:
-            return
-        first = first or sample
-    if first is None:
-        raise ValueError("the data set holds no sample")
-    raise no_labels(first, tokenizer)
-
-
 def no_labels(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> ValueError:
     """The error for a data set whose labelled fraction is 0, with the sample that shows why."""
     text = str(tokenizer.decode(sample.input_ids))

@@ -169,7 +169,7 @@ def test_a_hub_id_that_cannot_be_had_is_said_in_one_line(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
-        ValueError, match="neither a file here nor a data set that could be loaded from the hub: offline$"
+        ValueError, match=r"neither a file here nor a data set that could be loaded from the hub: offline$"
     ):
         prompts("some/set", tmp_path / "out")
 

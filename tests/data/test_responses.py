@@ -20,6 +20,7 @@ from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.responses import Share, make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint
 
 EOS = 4
 
@@ -189,6 +190,26 @@ def test_sampled_replies_do_not_depend_on_the_batch(tmp_path: Path, tiny_target:
         replies.append({row["id"]: row["turns"] for row in rows_of(out / "responses.jsonl")})
     assert replies[0] == replies[1]
     assert len({json.dumps(turns[0]["reply_ids"]) for turns in replies[0].values()}) > 1
+
+
+def test_a_drafter_changes_no_reply_and_a_missing_one_is_said(
+    tmp_path: Path, tiny_target: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(0)
+    ends = TargetEnds.load(str(tiny_target))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    ReDrafter.for_target(ends, tokenizer_fingerprint=fingerprint).save_pretrained(tmp_path / "drafter")
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(4)))
+    prompts(str(source), tmp_path / "prompts")
+    for name, drafter in (("plain", None), ("drafted", tmp_path / "drafter")):
+        respond(
+            str(tiny_target), tmp_path / "prompts", tmp_path / name, max_new_tokens=8, temperature=0.8, drafter=drafter
+        )
+    plain, drafted = (tmp_path / name / "responses.jsonl" for name in ("plain", "drafted"))
+    assert plain.read_bytes() == drafted.read_bytes()
+    with pytest.raises(ValueError, match="gone"):
+        respond(str(tiny_target), tmp_path / "prompts", tmp_path / "x", drafter=tmp_path / "gone")
 
 
 def test_documents_are_continued_from_their_first_words(tmp_path: Path, save_target: Callable[..., Path]) -> None:

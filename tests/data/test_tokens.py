@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.formats import Message
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns, require_labels
+from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerBase]
 GENERATION_TEMPLATE = (
@@ -111,15 +111,6 @@ def test_a_template_that_rewrites_history_is_refused_where_prefixes_are_needed(m
     template = "{{ messages | length }}" + PREFIX_TEMPLATE
     with pytest.raises(ValueError, match=r"renders turn 1 differently.*generation"):
         ChatTemplate(make_tokenizer(template)).conversation("a", CONVERSATION)
-
-
-def test_a_data_set_without_labels_is_refused_with_its_first_sample(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer()
-    chat = ChatTemplate(tokenizer)
-    samples = [chat.conversation(f"row{n}", CONVERSATION[:1]) for n in range(2)]
-    with pytest.raises(ValueError, match=r"labelled fraction 0.*Sample row0, .*How many apples"):
-        require_labels(samples, tokenizer)
-    require_labels([*samples, chat.conversation("b", CONVERSATION)], tokenizer)
 
 
 def test_cutting_keeps_ids_and_mask_together() -> None:
