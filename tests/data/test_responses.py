@@ -1,10 +1,12 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from draftsmith.data.corpus import source_files
 from draftsmith.data.engines import Reply
 from draftsmith.data.formats import Message
-from draftsmith.data.prompts import Prompt, prompts
+from draftsmith.data.prompts import Prompt, prompts, read_prompts
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.responses import Share, make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
@@ -254,6 +256,43 @@ def test_two_processes_do_not_write_the_same_replies(tmp_path: Path, chat: ChatT
             return super().reply(prompts, settings, request_ids)
 
     assert write_replies(tmp_path, Share(), plan, chat, Intruder(), {}) == len(MANY)
+
+
+@contextmanager
+def disk_full_after(num_bytes: int) -> Iterator[None]:
+    """The system itself refuses to let any file grow past this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_while_replying_loses_no_whole_row_and_the_next_run_finishes(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    many = [asking(f"Question {n}", name=f"p{n}") for n in range(120)]
+    plan = make_plan(many, chat, SETTINGS, 128, 3, 10_000)
+    write_replies(tmp_path / "whole", Share(), plan, chat, CountingEngine(), {})
+    with disk_full_after(20_000), pytest.raises(OSError, match="File too large"):
+        write_replies(tmp_path / "full", Share(), plan, chat, CountingEngine(), {})
+    engine = CountingEngine()
+    write_replies(tmp_path / "full", Share(), plan, chat, engine, {})
+    assert 0 < len(engine.batches) < len(plan.batches)
+    whole, full = (tmp_path / name / "responses.jsonl" for name in ("whole", "full"))
+    assert full.read_bytes() == whole.read_bytes()
+
+
+def test_a_full_disk_while_prompts_are_written_leaves_the_earlier_ones(
+    tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    prompts(str(write_jsonl([{"prompt": "a"}])), tmp_path / "out", test=0.0)
+    rows = write_jsonl([{"prompt": f"Question {n}"} for n in range(300)], "more.jsonl")
+    with disk_full_after(20_000), pytest.raises(OSError, match="File too large"):
+        prompts(str(rows), tmp_path / "out", test=0.0)
+    assert len(read_prompts(tmp_path / "out")) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 SLOW_RESPOND = """
