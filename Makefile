@@ -36,6 +36,7 @@ TEST_PROMPTS ?= 200
 SHAPE ?= 1x5
 
 quickstart: $(DONE)/card
+	@sed -n '/^| drafter |/,/^$$/p' $(RUN)/report.md
 	@$(MAKE) --no-print-directory decode-example
 	@echo "The whole report: $(RUN)/report.md"
 
