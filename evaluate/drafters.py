@@ -75,6 +75,8 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
         chosen = tuple(parse_shape(shape) for shape in (own.split(",") if own else shapes))
         if not chosen:
             raise ValueError(f"drafter {word!r} has no beam shape; give --shapes 1x4, or {word}@1x4")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"drafter {word!r} has one beam shape twice; give each once")
         entries.append(Entry(name if equals else folder.resolve().name, folder, chosen))
     names = [entry.name for entry in entries]
     for name in names:

@@ -72,14 +72,7 @@ def measure(
 ) -> list[Row]:
     """Rows for plain decoding, prompt lookup where asked for, and every candidate, in this order."""
     engines = {PLAIN: Engine(target)} | {one.label: Engine(target, one.drafter, one.limits) for one in candidates}
-    contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
-    first_only: dict[str, int] = {}
-    if plan.transformers_prompts:
-        contenders.insert(1, TransformersContender(TRANSFORMERS, target, settings))
-        first_only[TRANSFORMERS] = -(-plan.transformers_prompts // plan.batch_size)
-    if plan.prompt_lookup:
-        contenders.insert(2, TransformersContender(LOOKUP, target, settings, plan.prompt_lookup))
-        first_only[LOOKUP] = first_only[TRANSFORMERS]
+    contenders, first_only = _line_up(engines, target, settings, plan)
     num_batches = -(-len(samples) // plan.batch_size)
     calls = num_calls([one.name for one in contenders], num_batches, plan.repeats, first_only)
     with progress(f"evaluate T={settings.temperature:g}", calls, "replies") as advance:
@@ -91,7 +84,32 @@ def measure(
             first_only=first_only,
             advance=advance,
         )
-    setting = Setting(
+    setting = _setting(target, settings, plan)
+    ledgers = _ledgers(engines, samples[: plan.ledger_prompts], settings, plan.batch_size)
+    chosen = [_contestant(PLAIN, PLAIN, None, ledgers)]
+    if plan.prompt_lookup:
+        chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.prompt_lookup}"))
+    chosen += [_contestant(one.label, one.name, one, ledgers) for one in candidates]
+    return [make_row(one, runs, samples, setting, target) for one in chosen]
+
+
+def _line_up(
+    engines: Mapping[str, Engine], target: Target, settings: GenerationSettings, plan: Plan
+) -> tuple[list[Contender], dict[str, int]]:
+    """Everyone who decodes, and of whom only the first so many batches are asked."""
+    contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
+    first_only: dict[str, int] = {}
+    if plan.transformers_prompts:
+        contenders.insert(1, TransformersContender(TRANSFORMERS, target, settings))
+        first_only[TRANSFORMERS] = -(-plan.transformers_prompts // plan.batch_size)
+    if plan.prompt_lookup:
+        contenders.insert(2, TransformersContender(LOOKUP, target, settings, plan.prompt_lookup))
+        first_only[LOOKUP] = first_only[TRANSFORMERS]
+    return contenders, first_only
+
+
+def _setting(target: Target, settings: GenerationSettings, plan: Plan) -> Setting:
+    return Setting(
         target_name=target.name,
         temperature=settings.temperature,
         dtype=str(target.dtype).removeprefix("torch."),
@@ -102,12 +120,6 @@ def measure(
         eos_token_ids=settings.eos_token_ids,
         seed=settings.seed,
     )
-    ledgers = _ledgers(engines, samples[: plan.ledger_prompts], settings, plan.batch_size)
-    chosen = [_contestant(PLAIN, PLAIN, None, ledgers)]
-    if plan.prompt_lookup:
-        chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.prompt_lookup}"))
-    chosen += [_contestant(one.label, one.name, one, ledgers) for one in candidates]
-    return [make_row(one, runs, samples, setting, target) for one in chosen]
 
 
 def _contestant(name: str, drafter: str, candidate: Candidate | None, ledgers: Mapping[str, Ledger]) -> Contestant:

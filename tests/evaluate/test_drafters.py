@@ -50,6 +50,8 @@ def test_entries_that_cannot_be_told_apart_or_found_are_refused(drafter: Path) -
         parse_entries(["runs/nowhere"], ["1x4"])
     with pytest.raises(ValueError, match="has no beam shape"):
         parse_entries([str(drafter)], [])
+    with pytest.raises(ValueError, match="has one beam shape twice"):
+        parse_entries([str(drafter)], ["1x4", "1x4"])
 
 
 def test_a_whole_drafter_loads_and_one_that_lacks_a_tensor_does_not(tmp_path: Path, drafter: Path) -> None:
