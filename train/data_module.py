@@ -144,7 +144,7 @@ class CacheDataModule(pl.LightningDataModule):
         """Where in the data the run is; saved in every checkpoint."""
         assert self.trainer is not None
         return {
-            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
             "batches_per_epoch": self.trainer.num_training_batches,
             "layout": self._layout(),
         }

@@ -188,10 +188,8 @@ class _DistillationJob:
 
     def loss_and_grad(self, chunk: _Chunk, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """log_probs [U * G, Vd], overwritten -> KL [U * G], d(KL)/d(logits) = draft_probs - target_probs."""
-        logits = self.teacher_logits(chunk.payload)
-        target_log_probs = torch.log_softmax(logits, dim=-1, dtype=log_probs.dtype)
-        target_probs = target_log_probs.exp()
-        # A logit of -inf (a token the target can never say) has probability 0 and adds 0, not 0 * -inf.
+        target_probs = torch.softmax(self.teacher_logits(chunk.payload), dim=-1, dtype=log_probs.dtype)
+        # entr(0) is 0: a token the target can never say (a logit of -inf) adds nothing, not 0 * -inf.
         negative_entropy = torch.special.entr(target_probs).sum(-1).neg()
         grouped = log_probs.view(len(chunk.payload), -1, log_probs.shape[-1])
         cross = torch.bmm(grouped, target_probs[:, :, None]).squeeze(-1)
@@ -257,9 +255,8 @@ def _one_chunk(
 ) -> None:
     """Adds one chunk to sums [4, K] (loss, loss rows, top-1, top-5) and, scaled by step weights, to the gradients."""
     steps = torch.div(chunk.row_ids, job.num_anchors, rounding_mode="floor")
-    logits = inputs @ weight.T
     # Softmax in float32 (or better) whatever the matrix product's dtype: bf16 has 8 bits and a vocabulary has 2^17.
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=sums.dtype)
+    log_probs = torch.log_softmax(inputs @ weight.T, dim=-1, dtype=sums.dtype)
     keep = torch.ones_like(steps, dtype=sums.dtype) if chunk.row_mask is None else chunk.row_mask.to(sums.dtype)
     if job.metrics:
         ranks = _ranks(log_probs, job.targets_of(chunk))
