@@ -9,6 +9,7 @@ text/tinystories_valid.txt. Where it is absent the script says so and ends. What
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -215,6 +216,9 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     name = f"{date.today().isoformat()}-chat6m"
     page = [f"# chat-6m, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    page += [
+        f"Load average at the start: {os.getloadavg()[0]:.1f} (above 0.5, something else was running: mistrust speeds)."
+    ]
     cache, out = options.work / "cache", options.work / "train"
     if "cache" in options.stages or "train" in options.stages:
         seconds = make_cache(options, options.data / "replies" / "chat-6m_train.jsonl", cache)
@@ -228,7 +232,7 @@ def main() -> int:
     if "evaluate" in options.stages:
         run_evaluation(options, [f"redrafter={out / 'drafter'}"], options.shapes, options.work / "report", lookup=5)
         report = (options.work / "report" / "report.md").read_text().replace("](report.png)", f"]({name}.png)")
-        page += [report.replace("# Evaluation", "## Decoding")]
+        page += [report.replace("# Evaluation", "## Decoding").strip()]
         for ending in ("json", "png"):
             shutil.copyfile(options.work / "report" / f"report.{ending}", options.out / f"{name}.{ending}")
     if "distil" in options.stages:
