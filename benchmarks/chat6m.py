@@ -37,6 +37,7 @@ STAGES = ("cache", "train", "evaluate", "distil")
 # Apple's 1x5, 10x4 and 45x5 count the root; ours count drafted tokens. The others are the narrow ones a CPU wants.
 SHAPES = ["1x4", "10x3", "45x4", "1x5", "2x4n6", "1x6p0.1"]
 REPLY_TOKENS = 160
+PILOT_STEPS = 12  # a short run first, since the schedule must know how many steps fit into the time
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def train(
         return Trained(**json.loads((out / "trained.json").read_text()))
     limit = None
     if steps is None:
-        pilot = _fit(options, cache, out / "pilot", distillation, 10_000, min(20.0, options.seconds / 4))
-        pace = (pilot.last - pilot.first) / max(pilot.steps - 1, 1)
+        pilot = _fit(options, cache, out / "pilot", distillation, PILOT_STEPS, None)
+        pace = (pilot.last - pilot.first) / (pilot.steps - 1)
         steps, limit = max(1, int(0.95 * options.seconds / pace)), options.seconds
         shutil.rmtree(out / "pilot", ignore_errors=True)
     started = time.perf_counter()
