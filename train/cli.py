@@ -14,11 +14,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith.arguments import Suggesting
 from draftsmith.train import callbacks, data_module, draft_module
+from draftsmith.train.checkpoints import AtomicCheckpointIO
 
 # Imported so that a YAML can name their classes without the full path.
 KNOWN = (callbacks, data_module, draft_module)
@@ -51,6 +53,12 @@ class TrainingCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
             super().instantiate_classes()
+
+    def before_fit(self) -> None:
+        """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:

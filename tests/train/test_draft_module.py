@@ -183,3 +183,14 @@ def test_settings_out_of_range_are_refused(target_dir: Path, settings: dict[str,
 
 def test_the_proxy_multiplies_accuracies() -> None:
     assert proxy_tokens_per_step(torch.tensor([0.5, 0.5])) == 1.75
+
+
+def test_worker_processes_deliver_the_same_batches(target_dir: Path, make_cache: MakeCache, tmp_path: Path) -> None:
+    cache = make_cache([9] * 12)
+    losses: dict[int, list[float]] = {}
+    for num_workers in (0, 1):
+        losses[num_workers] = []
+        data = CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=30, num_workers=num_workers)
+        make_trainer(tmp_path, callbacks=[KeepLosses(losses[num_workers])]).fit(make_module(target_dir), data)
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 2
