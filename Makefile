@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 DRAFTSMITH := HF_HUB_OFFLINE=1 $(BIN)/draftsmith
 
 .DELETE_ON_ERROR:
-.PHONY: install install-dev quickstart decode-example test check bench embedded wheel clean
+.PHONY: install install-dev quickstart test check bench embedded wheel clean
 
 # torch goes first: on a machine that offers a CPU build of the pinned version, the rest then settles on that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,13 +36,10 @@ TEST_PROMPTS ?= 200
 SHAPE ?= 1x5
 
 quickstart: $(DONE)/card
-	@sed -n '/^| drafter |/,/^$$/p' $(RUN)/report.md
-	@$(MAKE) --no-print-directory decode-example
-	@echo "The whole report: $(RUN)/report.md"
-
-decode-example: $(DONE)/export
-	$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --draft-length 5 --prompt \
+	@awk '/^\| drafter/ { table = 1 } table && /^$$/ { exit } table' $(RUN)/report.md
+	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --draft-length 5 --prompt \
 	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
+	@echo "The whole report: $(RUN)/report.md"
 
 $(DONE)/prompts: | install
 	mkdir -p $(DONE)
