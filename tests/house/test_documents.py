@@ -11,6 +11,7 @@ import pytest
 
 from draftsmith import cli
 from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
+from draftsmith.models import ReDrafter, TargetEnds
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -102,3 +103,12 @@ def test_the_readme_names_every_folder() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     folders = {name.partition("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
     assert [name for name in sorted(folders) if not re.search(rf"^{name}/", tree, re.MULTILINE)] == []
+
+
+def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ends = TargetEnds.load("embedded:target")
+    ReDrafter.for_target(ends).save_pretrained(tmp_path / "drafter")
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "runs/quickstart/drafter" in code
+    exec(compile(code.replace("runs/quickstart/drafter", str(tmp_path / "drafter")), "README.md", "exec"), {})
+    assert "accepted in each cycle: [" in capsys.readouterr().out
