@@ -16,21 +16,26 @@ from transformers.cache_utils import Cache
 
 
 class SlotCache(Cache):
-    """Static buffers [B, H, S, Dh] a layer, written at row-specific slots.
+    """Static buffers of S slots a layer, written at row-specific slots.
 
-    Buffers are made at a layer's first write, on that layer's device and in its dtype, so that sharded targets and unusual head
-    shapes need no special case. Layers with a sliding window keep all slots too; the mask hides what is out of the window.
+    Layers of one shape and device, which is all of them in most models, share one buffer, so that an accepted path is compacted in two
+    operations. Buffers are made at a layer's first write, on its device and in its dtype; a layer of another shape gets its own. Layers
+    with a sliding window keep all slots too; the mask hides what is out of the window.
 
     Args:
         capacity: number of slots S of each row.
+        num_layers: how many layers the model has.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, num_layers: int) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
         self.window = 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._num_layers = num_layers
+        self._pools: list[Tensor] = []  # [P, B, H, S, Dh] each
+        self._places: list[
+            tuple[tuple[int, int], tuple[int, int]]
+        ] = []  # of a layer's keys and values: pool, row of it
         self._slots_BN = torch.empty(0, 0, dtype=torch.int64)
         self._first: int | None = None
 
@@ -53,10 +58,9 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, N, Dh]; return those of the visible slots."""
-        if layer_idx == len(self._keys):
-            self._keys.append(self._buffer(key_states))
-            self._values.append(self._buffer(value_states))
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        if layer_idx == len(self._places):
+            self._places.append(self._allocate(key_states, value_states))
+        keys, values = self.layer(layer_idx)
         if self._first is not None:
             last = self._first + key_states.shape[2]
             keys[:, :, self._first : last] = key_states
@@ -69,27 +73,42 @@ class SlotCache(Cache):
 
     def move(self, source_BE: Tensor, target_BE: Tensor) -> None:
         """Copy slots to other slots of the same row, in all layers: the compaction of an accepted path. int64 [B, E] each."""
-        for buffer in (*self._keys, *self._values):
-            shape = (-1, buffer.shape[1], -1, buffer.shape[3])
-            moved = buffer.gather(2, source_BE[:, None, :, None].to(buffer.device).expand(shape))
-            buffer.scatter_(2, target_BE[:, None, :, None].to(buffer.device).expand(shape), moved)
+        for pool in self._pools:
+            shape = (pool.shape[0], -1, pool.shape[2], -1, pool.shape[4])
+            moved = pool.gather(3, source_BE[None, :, None, :, None].to(pool.device).expand(shape))
+            pool.scatter_(3, target_BE[None, :, None, :, None].to(pool.device).expand(shape), moved)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep some batch rows only. ``rows``: int64 [B']."""
-        self._keys = [buffer[rows.to(buffer.device)] for buffer in self._keys]
-        self._values = [buffer[rows.to(buffer.device)] for buffer in self._values]
+        self._pools = [pool[:, rows.to(pool.device)] for pool in self._pools]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [B, H, S, Dh] each."""
-        return self._keys[index], self._values[index]
+        (key_pool, key_row), (value_pool, value_row) = self._places[index]
+        return self._pools[key_pool][key_row], self._pools[value_pool][value_row]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Visible slots; asked by models that were given no positions, which ours always are."""
         return self.window
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._places)
 
-    def _buffer(self, states: Tensor) -> Tensor:
+    def _allocate(self, key_states: Tensor, value_states: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        alike = key_states.shape == value_states.shape
+        if not self._pools and alike:
+            self._pools.append(self._buffer(key_states, 2 * self._num_layers))
+        layer = len(self._places)
+        if alike and layer < self._num_layers and self._fits(key_states):
+            return (0, 2 * layer), (0, 2 * layer + 1)
+        self._pools += [self._buffer(key_states, 1), self._buffer(value_states, 1)]
+        return (len(self._pools) - 2, 0), (len(self._pools) - 1, 0)
+
+    def _fits(self, states: Tensor) -> bool:
+        """Whether a layer's states have the shape and device of the shared buffer."""
+        pool, (B, H, _, Dh) = self._pools[0], states.shape
+        return pool.device == states.device and pool.shape[0] > 1 and pool.shape[1:3] == (B, H) and pool.shape[4] == Dh
+
+    def _buffer(self, states: Tensor, count: int) -> Tensor:
         B, H, _, Dh = states.shape
-        return states.new_zeros(B, H, self.capacity, Dh)
+        return states.new_zeros(count, B, H, self.capacity, Dh)

@@ -213,7 +213,10 @@ class Engine:
         budgets = [min(settings.max_new_tokens, context - length) for length in host_lengths]
         batch = Batch(
             requests=list(range(len(prompts))),
-            cache=SlotCache(longest + settings.max_new_tokens + self.limits.max_nodes + self._slot_step),
+            cache=SlotCache(
+                longest + settings.max_new_tokens + self.limits.max_nodes + self._slot_step,
+                self.target.config.num_hidden_layers,
+            ),
             lengths_B=lengths_B,
             host_lengths=list(host_lengths),
             root_B=tokens_BT[:, 0],

@@ -34,7 +34,7 @@ def greedy_continuations(target: Target, input_ids: Tensor, num_tokens: int) -> 
     diagonal_TT = torch.eye(T, dtype=torch.bool, device=input_ids.device)
     mask_TS = place_T[None, :] <= place_T[:, None]
     key_positions_S = place_T
-    cache = SlotCache(T * num_tokens)
+    cache = SlotCache(T * num_tokens, target.config.num_hidden_layers)
     tokens_BT, greedy = input_ids, []
     for step in range(num_tokens):
         if step > 0:

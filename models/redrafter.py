@@ -168,19 +168,19 @@ class ReDrafter(Drafter):
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """[K, A, E]: the head's inputs at every step of every anchor (Apple's training loop, at supervised anchors only)."""
-        context_AD = self.ends.final_norm(batch.hidden[PRE_NORM][rollout.anchors]).to(self.dtype)
+        context_AD = self.ends.final_norm(batch.hidden[PRE_NORM][rollout.anchors]).to(self.head_weight.dtype)
         state_AD = torch.zeros_like(context_AD)
         states = []
         for step in range(rollout.tokens.shape[1]):
-            state_AD = self._recur(state_AD, self.ends.embed(rollout.tokens[:, step]).to(self.dtype))
+            state_AD = self._recur(state_AD, self._embed(rollout.tokens[:, step]))
             states.append(state_AD)
-        return self._exit(self._exit_context(context_AD), torch.stack(states))
+        return self._exit(self._exit_context(context_AD), torch.stack(states), self._exit_parts())
 
     def start(self, prompt: Emitted) -> ReDrafterState:
         """The context and root after the prompt."""
         last_B = prompt.counts_B - 1
         rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        context_BD = self.ends.final_norm(prompt.features[PRE_NORM][rows_B, last_B]).to(self.dtype)
+        context_BD = self.ends.final_norm(prompt.features[PRE_NORM][rows_B, last_B]).to(self.head_weight.dtype)
         return ReDrafterState(context_BD, prompt.tokens_BE[rows_B, last_B])
 
     def advance(self, state: ReDrafterState, emitted: Emitted) -> ReDrafterState:  # type: ignore[override]
@@ -205,14 +205,15 @@ class ReDrafter(Drafter):
         size = self.head_weight.shape[0]
         if width > size:
             raise ValueError(f"beam_width {width} is larger than the draft vocabulary of {size}; narrow the beam")
+        parts = self._exit_parts()
         shared_B1E = self._exit_context(state.context_BD[:, None])
         state_BMD = state.context_BD.new_zeros(B, 1, D)
         token_BM = state.root_B[:, None]
         score_BM = torch.zeros(B, 1, dtype=torch.float32, device=token_BM.device)
         layers: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(length):
-            state_BMD = self._recur(state_BMD, self.ends.embed(token_BM).to(self.dtype))
-            logits_BMV = self.lm_head[-1](self._exit(shared_B1E, state_BMD)).float()
+            state_BMD = self._recur(state_BMD, self._embed(token_BM))
+            logits_BMV = parts.head(self._exit(shared_B1E, state_BMD, parts)).float()
             score_BM, above_BM, draft_BM = _best(score_BM, logits_BMV, width)
             if width > 1:
                 state_BMD = state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
@@ -220,6 +221,9 @@ class ReDrafter(Drafter):
             layers.append((token_BM, above_BM, score_BM))
         tokens, above, scores = zip(*layers, strict=True)
         return torch.stack(tokens, 1), torch.stack(above, 1), torch.stack(scores, 1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.ends.embed(tokens).to(self.head_weight.dtype)
 
     def _recur(self, state: Tensor, embedded: Tensor) -> Tensor:
         return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
@@ -230,26 +234,43 @@ class ReDrafter(Drafter):
             return context
         return F.linear(context, self.input_proj.weight[:, : self.config.hidden_size], self.input_proj.bias)
 
-    def _exit(self, shared: Tensor, state: Tensor) -> Tensor:
+    def _exit(self, shared: Tensor, state: Tensor, parts: _ExitParts) -> Tensor:
         """Blocks over [context; state]: what :meth:`_exit_context` gave broadcasts against the state [..., D] -> [..., E]."""
-        if self.config.exit_dim == 2 * self.config.hidden_size:
-            x = torch.cat([shared.expand_as(state), state], dim=-1)
-        else:
-            x = shared + F.linear(state, self.input_proj.weight[:, self.config.hidden_size :])
-        return self.lm_head[:-1](x)
+        x = (
+            torch.cat([shared.expand_as(state), state], -1)
+            if parts.of_state is None
+            else shared + F.linear(state, parts.of_state)
+        )
+        for block in parts.blocks:
+            x = block(x)
+        return x
+
+    def _exit_parts(self) -> _ExitParts:
+        of_state = None
+        if self.config.exit_dim != 2 * self.config.hidden_size:
+            of_state = self.input_proj.weight[:, self.config.hidden_size :]
+        *blocks, head = self.lm_head
+        return _ExitParts(of_state, tuple(blocks), head)
+
+
+@dataclass(frozen=True)
+class _ExitParts:
+    """What a draft step calls, looked up once a draft: on a small target each look-up costs as much as a product."""
+
+    of_state: Tensor | None
+    blocks: tuple[nn.Module, ...]
+    head: nn.Module
 
 
 def _best(score_BM: Tensor, logits_BMV: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``width`` best continuations: cumulative log-probability, candidate continued, draft token id, [B, width] each."""
-    size = min(width, logits_BMV.shape[-1])
-    normaliser_BM1 = logits_BMV.logsumexp(-1, keepdim=True)
     # The best of all lie among the best of each beam, so that no [M * V] sort is needed.
-    top_BMk, token_BMk = logits_BMV.topk(size, dim=-1)
-    candidates = (score_BM[..., None] + (top_BMk - normaliser_BM1).clamp_(max=0.0)).flatten(1)
+    top_BMk, token_BMk = logits_BMV.log_softmax(-1).topk(width, dim=-1)
     if score_BM.shape[1] == 1:  # one beam to continue: its best are the best
-        return candidates, torch.zeros_like(token_BMk).flatten(1), token_BMk.flatten(1)
-    score, flat = candidates.topk(size, dim=-1)
-    return score, flat // size, token_BMk.flatten(1).gather(1, flat)
+        token_Bk = token_BMk[:, 0]
+        return score_BM + top_BMk[:, 0], torch.zeros_like(token_Bk), token_Bk
+    score_Bk, flat_Bk = (score_BM[..., None] + top_BMk).flatten(1).topk(width, dim=-1)
+    return score_Bk, flat_Bk // width, token_BMk.flatten(1).gather(1, flat_Bk)
 
 
 def _surviving(root_B: Tensor, tokens_BLM: Tensor, above_BLM: Tensor, scores_BLM: Tensor) -> DraftTree:

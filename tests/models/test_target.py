@@ -41,7 +41,7 @@ def test_packed_tree_logits_equal_per_path_logits(family: str) -> None:
     prefix = [BOS, 11, 12, 13, 14, 15, 16, 17]
     paths = torch.tensor([[[20, 21, 22, 23], [20, 21, 24, 25], [30, 31, 32, 33]]])
     tree = tree_from_paths(torch.tensor([19]), paths)
-    cache = SlotCache(40)
+    cache = SlotCache(40, num_layers=3)
     positions = torch.arange(len(prefix))[None]
     cache.aim(positions, len(prefix), first=0)
     causal = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
