@@ -25,10 +25,10 @@ def train(config: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def losses(run: Path) -> list[float]:
+def scalars(run: Path, name: str) -> list[float]:
     events = EventAccumulator(str(run))
     events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
+    return [event.value for event in events.Scalars(name)]
 
 
 @pytest.mark.slow
@@ -45,14 +45,13 @@ def test_two_processes_train_as_one_does_on_the_joint_batch(
             tiny_config(folder, target_dir, cache),
             f"--trainer.devices={devices}",
             f"--data.init_args.tokens_per_batch={tokens}",
-            "--data.init_args.val_fraction=0.0",
-            "--trainer.callbacks=null",
-            "--trainer.enable_checkpointing=false",
             *strategy,
         )
-        runs[devices] = losses(folder / "run")
-    assert len(runs[1]) >= 6
-    assert runs[2] == pytest.approx(runs[1], rel=1e-4)
+        runs[devices] = folder / "run"
+    for name in ("train/loss", "train/step0/top1", "val/loss", "val/tokens_per_step", "val/accept_depth1"):
+        alone, together = scalars(runs[1], name), scalars(runs[2], name)
+        assert len(alone) >= 2
+        assert together == pytest.approx(alone, rel=1e-4), name
 
 
 @pytest.mark.slow
