@@ -78,9 +78,12 @@ class SlotCache(Cache):
             moved = pool.gather(3, source_BE[None, :, None, :, None].to(pool.device).expand(shape))
             pool.scatter_(3, target_BE[None, :, None, :, None].to(pool.device).expand(shape), moved)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep some batch rows only. ``rows``: int64 [B']."""
-        self._pools = [pool[:, rows.to(pool.device)] for pool in self._pools]
+    def shrink(self, num_rows: int, holes: list[int], movers: list[int]) -> None:
+        """Keep the first ``num_rows`` rows, after rows ``movers`` took the places of rows ``holes``; nothing else is copied."""
+        for index, pool in enumerate(self._pools):
+            if holes:
+                pool[:, holes] = pool[:, movers]
+            self._pools[index] = pool[:, :num_rows]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [B, H, S, Dh] each."""

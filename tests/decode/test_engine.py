@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from draftsmith.decode import Engine, GenerationSettings, Ledger, greedy_continuations
-from draftsmith.decode.batch import Batch
+from draftsmith.decode.batch import Batch, _closed_up
+from draftsmith.decode.cache import SlotCache
 from draftsmith.models import DraftLimits, ReDrafter, Target
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 30]]
@@ -120,6 +121,36 @@ def test_continuations_from_every_position_are_the_targets_own(target: Target) -
     for row, text in enumerate(texts):
         for end in range(1, len(text) + 1):
             assert greedy[row, end - 1].tolist() == greedy_by_hand(target, text[:end], 4)
+
+
+def test_retired_rows_leave_holes_that_the_last_rows_fill() -> None:
+    assert _closed_up([1, 2, 4]) == ([4, 1, 2], [0], [4])
+    assert _closed_up([0, 1]) == ([0, 1], [], [])
+    assert _closed_up([2, 3, 4]) == ([3, 4, 2], [0, 1], [3, 4])
+    assert _closed_up([]) == ([], [], [])
+
+
+def test_layers_of_other_shapes_get_buffers_of_their_own() -> None:
+    """Three layers: two alike, one whose keys and values differ in size, as multi-head latent attention has it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 8, 8), (3, 8, 4), (2, 8, 8)]
+    cache = SlotCache(capacity=9, num_layers=3)
+    slots = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]])
+    cache.aim(slots, window=6)
+    written = []
+    for layer, (heads, of_keys, of_values) in enumerate(shapes):
+        keys = torch.randn(2, heads, 4, of_keys, generator=generator)
+        values = torch.randn(2, heads, 4, of_values, generator=generator)
+        seen_keys, seen_values = cache.update(keys, values, layer)
+        assert seen_keys.shape == (2, heads, 6, of_keys)
+        assert torch.equal(seen_values[1, :, 2:6], values[1])
+        written.append((keys, values))
+    cache.move(torch.tensor([[0, 3], [2, 5]]), torch.tensor([[0, 1], [2, 3]]))
+    cache.shrink(1, holes=[0], movers=[1])
+    for layer, (keys, values) in enumerate(written):
+        moved_keys, moved_values = cache.layer(layer)
+        assert torch.equal(moved_keys[0, :, 2:4], keys[1][:, [0, 3]])
+        assert torch.equal(moved_values[0, :, 2:4], values[1][:, [0, 3]])
 
 
 @pytest.mark.gpu
