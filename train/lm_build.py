@@ -71,6 +71,7 @@ def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
         # The output matrix is the embedding; a file with both would double what ships.
         weights = {name: weight.contiguous() for name, weight in lm.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
 
 
 def _build_tokenizer(directory: Path, seed: int) -> Path:
