@@ -31,13 +31,13 @@ install-dev: $(VENV)/.installed-dev
 RUN := runs/quickstart
 DONE := $(RUN)/.done
 TARGET := embedded:target
-TRAIN_PROMPTS ?= 1600
+TRAIN_PROMPTS ?= 2400
 TEST_PROMPTS ?= 200
-SHAPE ?= 1x5
+SHAPE ?= 4x5n11
 
 quickstart: $(DONE)/card
 	@awk '/^\| drafter/ { table = 1 } table && /^$$/ { exit } table' $(RUN)/report.md
-	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --draft-length 5 --prompt \
+	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --beam-width 4 --draft-length 5 --node-budget 11 --prompt \
 	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
 	@echo "The whole report: $(RUN)/report.md"
 

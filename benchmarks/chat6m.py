@@ -35,7 +35,7 @@ from draftsmith.train.objective import Distillation
 
 STAGES = ("cache", "train", "evaluate", "distil")
 # Apple's 1x5, 10x4 and 45x5 count the root; ours count drafted tokens. The others are the narrow ones a CPU wants.
-SHAPES = ["1x4", "10x3", "45x4", "1x5", "2x4n6", "1x6p0.1"]
+SHAPES = ["1x4", "10x3", "45x4", "1x3", "4x4n7", "4x5n11"]
 REPLY_TOKENS = 160
 PILOT_STEPS = 12  # a short run first, since the schedule must know how many steps fit into the time
 
@@ -95,7 +95,7 @@ def _fit(
 ) -> Counter:
     pl.seed_everything(0)
     counter = Counter()
-    family = ReDrafterFamily(exit_dim=options.exit_dim)
+    family = ReDrafterFamily(exit_dim=options.exit_dim, draft_vocab_size=options.draft_vocab)
     module = DraftModule(str(options.target), family, 5, distillation, lr=options.lr)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -256,6 +256,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--distillation", choices=["none", "path"], default="path")
+    parser.add_argument("--draft-vocab", type=int, default=1024, help="the training replies hold 914 distinct tokens")
     parser.add_argument("--exit-dim", type=int, default=None)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens-per-batch", type=int, default=3072)

@@ -94,6 +94,14 @@ class SlotCache(Cache):
         """Visible slots; asked by models that were given no positions, which ours always are."""
         return self.window
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Visible slots and the first of them; asked by models that were given no mask."""
+        return self.window, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first new token; asked by models that were given no mask, which is with one new token only."""
+        return self.window - 1
+
     def __len__(self) -> int:
         return len(self._places)
 

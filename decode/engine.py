@@ -123,13 +123,24 @@ class Engine:
         slots_BN = batch.lengths_B[:, None] + torch.arange(nodes, device=batch.lengths_B.device)
         first = batch.host_lengths[0] if len(batch.host_lengths) == 1 else None
         batch.cache.aim(slots_BN, window, first)
-        mask, key_positions = tree_mask(ancestors_BNN, tree.depths_BN, batch.lengths_B, window)
+        mask = key_positions = None
+        if not self._sees_all(batch, nodes, window):
+            mask, key_positions = tree_mask(ancestors_BNN, tree.depths_BN, batch.lengths_B, window)
         positions_BN = batch.lengths_B[:, None] + tree.depths_BN
         if self.target.max_positions is not None:
             # Nodes past the context are never emitted; their position only has to be one that the model has.
             positions_BN = positions_BN.clamp(max=self.target.max_positions - 1)
         return self.target(
             tree.tokens_BN, cache=batch.cache, positions=positions_BN, mask=mask, key_positions=key_positions
+        )
+
+    def _sees_all(self, batch: Batch, nodes: int, window: int) -> bool:
+        """Whether no mask is needed: one node of one row, no slot of another's, no sliding window."""
+        return (
+            nodes == 1
+            and len(batch.host_lengths) == 1
+            and window == batch.host_lengths[0] + 1
+            and self.target.window is None
         )
 
     def _choose(

@@ -251,7 +251,7 @@ class Target(nn.Module):
         *,
         cache: Cache,
         positions: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         key_positions: Tensor | None = None,
         layers: tuple[str, ...] = (),
     ) -> TargetOutput:
@@ -261,7 +261,8 @@ class Target(nn.Module):
             input_ids: int64 [B, N].
             cache: where keys and values of the new tokens go, and those of S visible slots come from.
             positions: int64 [B, N].
-            mask: bool [B, 1, N, S], True where a new token sees a slot.
+            mask: bool [B, 1, N, S], True where a new token sees a slot; None for one new token that sees every slot, which attention
+                kernels do faster.
             key_positions: int64 [B, S], the position of each slot's token; needed where the target has a sliding window.
             layers: names of further layers to return.
         """
@@ -269,7 +270,7 @@ class Target(nn.Module):
             output = self._base(
                 input_ids=input_ids,
                 position_ids=positions,
-                attention_mask=self._masks(mask, positions, key_positions),
+                attention_mask=None if mask is None else self._masks(mask, positions, key_positions),
                 past_key_values=cache,
                 use_cache=True,
             )

@@ -35,6 +35,7 @@ def test_greedy_equals_the_models_own_greedy_for_every_family_with_ragged_batche
     drafter = ReDrafter.for_target(target.ends)
     for limits in (DraftLimits(1, 3), DraftLimits(4, 3), DraftLimits(4, 3, node_budget=5)):
         assert tokens(Engine(target, drafter, limits), PROMPTS, request) == expected
+    assert [tokens(Engine(target), [prompt], request)[0] for prompt in PROMPTS] == expected
     oracle = PlannedDrafter(target, "late")
     assert tokens(Engine(target, oracle, DraftLimits(3, 4)), PROMPTS, request) == expected
 
