@@ -35,7 +35,7 @@ from draftsmith.train.objective import Distillation
 
 STAGES = ("cache", "train", "evaluate", "distil")
 # Apple's 1x5, 10x4 and 45x5 count the root; ours count drafted tokens. The others are the narrow ones a CPU wants.
-SHAPES = ["1x4", "10x3", "45x4", "1x3", "4x4n7", "4x5n11"]
+SHAPES = ["1x4", "10x3", "45x4", "4x5n11", "4x5n15", "6x5n19"]
 REPLY_TOKENS = 160
 PILOT_STEPS = 12  # a short run first, since the schedule must know how many steps fit into the time
 
