@@ -50,7 +50,6 @@ class Batch:
         host_lengths: the same numbers on the host.
         root_B: int64, the last emitted token.
         num_emitted_B: int64, emitted tokens so far.
-        budget_B: int64, emitted tokens at which a row ends.
         noise_BP: float64 uniforms by output position, or None at temperature 0.
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
         draft: the drafter's state, or None in plain decoding.
@@ -62,7 +61,6 @@ class Batch:
     host_lengths: list[int]
     root_B: Tensor
     num_emitted_B: Tensor
-    budget_B: Tensor
     noise_BP: Tensor | None
     seen_BV: Tensor | None
     draft: DraftState | None = None
@@ -79,7 +77,7 @@ class Batch:
         self.cache.shrink(len(order), holes, movers)
         rows = torch.tensor(order, device=self.root_B.device)
         self.lengths_B, self.root_B = self.lengths_B[rows], self.root_B[rows]
-        self.num_emitted_B, self.budget_B = self.num_emitted_B[rows], self.budget_B[rows]
+        self.num_emitted_B = self.num_emitted_B[rows]
         self.noise_BP = None if self.noise_BP is None else self.noise_BP[rows]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[rows]
         self.draft = None if self.draft is None else self.draft.select_rows(rows)
@@ -100,10 +98,11 @@ def _closed_up(keep: list[int]) -> tuple[list[int], list[int], list[int]]:
 
 
 class Recorder:
-    """The host's side: collects emitted tokens, watches for stop strings and streams.
+    """The host's side: collects emitted tokens, ends requests and streams.
 
     Args:
-        num_requests: how many generations to keep.
+        budgets: of each request, how many tokens it may emit.
+        eos_token_ids: any of these ends a request; it is kept.
         stop_strings: see the settings.
         tokenizer: needed with stop strings.
         on_tokens: called with (request, tokens) as soon as tokens are final.
@@ -114,44 +113,55 @@ class Recorder:
 
     def __init__(
         self,
-        num_requests: int,
+        budgets: list[int],
+        eos_token_ids: tuple[int, ...],
         stop_strings: tuple[str, ...],
         tokenizer: PreTrainedTokenizerBase | None,
         on_tokens: Callable[[int, list[int]], None] | None,
     ) -> None:
         if stop_strings and tokenizer is None:
             raise ValueError("stop strings need the text of tokens; give the engine a tokenizer")
-        self.generations = [Generation() for _ in range(num_requests)]
+        self.generations = [Generation() for _ in budgets]
+        self._budgets = budgets
+        self._eos = frozenset(eos_token_ids)
         self._stops = stop_strings
         self._tokenizer = tokenizer
         self._on_tokens = on_tokens
         # A stop of n characters ends within the last 4 n byte-level tokens; a few more give the decoder its context.
         self._tail = 4 * max(map(len, stop_strings), default=0) + 4
 
-    def add(self, request: int, tokens: list[int], ended: Literal["", "eos", "length"], drafted: int | None) -> bool:
-        """Append a cycle's tokens to a request; True when it is finished.
+    def add(self, request: int, tokens: list[int], drafted: int | None) -> bool:
+        """Append a cycle's tokens to a request, cut where it ends; True when it is finished.
 
         Args:
             request: which one.
-            tokens: emitted tokens, already cut at EOS and budget.
-            ended: why the device side ended the row, if it did.
-            drafted: depth of the cycle's tree; None for the prefill's token.
+            tokens: what the walk emitted.
+            drafted: depth of the cycle's tree; None for the prefill's token, which belongs to no cycle.
         """
         generation = self.generations[request]
-        cut = self._stop_at(generation.token_ids, tokens) if self._stops else None
-        kept = tokens if cut is None else tokens[:cut]
+        kept, finish = self._cut(generation.token_ids, tokens, self._budgets[request])
         generation.token_ids.extend(kept)
         if drafted is not None:
             generation.accepted.append(len(kept) - 1)
             generation.depths.append(drafted)
-        if self._on_tokens is not None and kept:
+        if self._on_tokens is not None:
             self._on_tokens(request, kept)
-        if cut is not None and not (ended == "eos" and cut == len(tokens)):
-            generation.finish = "stop"
-            return True
-        if ended:
-            generation.finish = "eos" if ended == "eos" else "length"
-        return bool(ended)
+        if finish is not None:
+            generation.finish = finish
+        return finish is not None
+
+    def _cut(self, before: list[int], tokens: list[int], budget: int) -> tuple[list[int], Finish | None]:
+        """The tokens that count, and why the request ends with them, if it does."""
+        room = budget - len(before)
+        finish: Finish | None = "length" if len(tokens) >= room else None
+        kept = tokens[:room]
+        ends = next((place for place, token in enumerate(kept) if token in self._eos), None)
+        if ends is not None:
+            kept, finish = kept[: ends + 1], "eos"
+        stop = self._stop_at(before, kept) if self._stops else None
+        if stop is not None and not (finish == "eos" and stop == len(kept)):
+            kept, finish = kept[:stop], "stop"
+        return kept, finish
 
     def _stop_at(self, before: list[int], tokens: list[int]) -> int | None:
         """How many of ``tokens`` to keep so that the last one kept completes a stop string; None where none is completed."""

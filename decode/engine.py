@@ -11,7 +11,6 @@ Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +24,8 @@ from draftsmith.decode.sampling import GenerationSettings, choose, process, requ
 from draftsmith.decode.verify import Walk, walk
 from draftsmith.models.drafter import Drafter, DraftLimits, Emitted
 from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.target import Target, TargetOutput
+from draftsmith.models.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree import DraftTree, root_tree
-
-_ENDS: tuple[Literal["", "eos", "length"], ...] = ("", "eos", "length")
 
 
 class Engine:
@@ -64,6 +61,10 @@ class Engine:
         # On a GPU the visible slots grow in steps, so that few shapes occur and graphs can be captured.
         self._slot_step = 64 if target.device.type == "cuda" else 1
         if drafter is not None:
+            if drafter.features != (PRE_NORM,):
+                raise ValueError(
+                    f"{type(drafter).__name__} reads {drafter.features}; this engine gives drafters {PRE_NORM!r} only"
+                )
             drafter.attach(target.ends)
             if tokenizer is not None:
                 drafter.check_tokenizer(tokenizer_fingerprint(tokenizer))
@@ -88,12 +89,13 @@ class Engine:
             ValueError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
         """
         self._check(prompts)
-        recorder = Recorder(len(prompts), settings.stop_strings, self.tokenizer, on_tokens)
+        context = self.target.max_positions or 2**62
+        budgets = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        recorder = Recorder(budgets, settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens)
         if not prompts:
             return []
-        eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=self.target.device)
         with phase(self.ledger, "prefill"):
-            batch = self._prefill(prompts, settings, request_ids or list(range(len(prompts))), eos, recorder)
+            batch = self._prefill(prompts, settings, request_ids or list(range(len(prompts))), recorder)
         while batch.requests:
             with phase(self.ledger, "draft"):
                 tree = self._draft(batch)
@@ -103,10 +105,9 @@ class Engine:
                 choices_BN = self._choose(batch, tree, ancestors_BNN, output, settings)
             with phase(self.ledger, "accept"):
                 steps = walk(tree, ancestors_BNN, choices_BN)
-                counts_B, ended_B = self._cut(batch, steps, eos)
                 self._advance(batch, tree, steps, output)
             with phase(self.ledger, "host"):
-                self._record(batch, recorder, steps.emitted_BE, counts_B, ended_B, steps.counts_B, tree.max_depth)
+                self._record(batch, recorder, steps, tree.max_depth)
             if self.ledger is not None:
                 self.ledger.count(tree.num_nodes)
         return recorder.generations
@@ -158,16 +159,6 @@ class Engine:
             noise_BN = batch.noise_BP.gather(1, place_BN.clamp(max=batch.noise_BP.shape[1] - 1))
         return choose(process(self.target.logits(output.normed), settings, seen_BNV), settings, noise_BN)
 
-    def _cut(self, batch: Batch, steps: Walk, eos: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut emitted tokens at the first EOS and at the budget: counts and why a row ends (index into ``_ENDS``), int64 [B]."""
-        place_E = torch.arange(steps.emitted_BE.shape[1], device=eos.device)
-        is_eos_BE = torch.isin(steps.emitted_BE, eos) & (place_E < steps.counts_B[:, None])
-        until_eos_B = torch.where(is_eos_BE, place_E + 1, place_E.shape[0] + 1).amin(1)
-        room_B = batch.budget_B - batch.num_emitted_B
-        counts_B = torch.minimum(torch.minimum(steps.counts_B, until_eos_B), room_B)
-        ended_B = torch.where(counts_B >= room_B, 2, 0)
-        return counts_B, torch.where(counts_B >= until_eos_B, 1, ended_B)
-
     def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
         """Compact the accepted path in the cache and move every row's root; rows that end are retired right after."""
         if not tree.chain:
@@ -187,22 +178,13 @@ class Engine:
             }
             batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
 
-    def _record(
-        self,
-        batch: Batch,
-        recorder: Recorder,
-        emitted_BE: Tensor,
-        counts_B: Tensor,
-        ended_B: Tensor,
-        walked_B: Tensor,
-        drafted: int,
-    ) -> None:
+    def _record(self, batch: Batch, recorder: Recorder, steps: Walk, drafted: int | None) -> None:
         """Read the cycle back in one transfer, hand tokens to the host's records and retire the rows that ended."""
-        rows = torch.cat([counts_B[:, None], ended_B[:, None], walked_B[:, None], emitted_BE], dim=1).tolist()
         keep = []
-        for row, (count, ended, walked, *tokens) in enumerate(rows):
-            batch.host_lengths[row] += walked
-            if not recorder.add(batch.requests[row], tokens[:count], _ENDS[ended], drafted):
+        for row, (count, *tokens) in enumerate(torch.cat([steps.counts_B[:, None], steps.emitted_BE], dim=1).tolist()):
+            if drafted is not None:
+                batch.host_lengths[row] += count
+            if not recorder.add(batch.requests[row], tokens[:count], drafted):
                 keep.append(row)
         batch.retire(keep)
 
@@ -211,7 +193,6 @@ class Engine:
         prompts: list[list[int]],
         settings: GenerationSettings,
         request_ids: list[int],
-        eos: Tensor,
         recorder: Recorder,
     ) -> Batch:
         """Cache the prompts, choose each row's first token and start the drafter."""
@@ -220,8 +201,6 @@ class Engine:
         longest = max(host_lengths)
         tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         lengths_B = torch.tensor(host_lengths, device=device)
-        context = self.target.max_positions or 2**62
-        budgets = [min(settings.max_new_tokens, context - length) for length in host_lengths]
         batch = Batch(
             requests=list(range(len(prompts))),
             cache=SlotCache(
@@ -232,7 +211,6 @@ class Engine:
             host_lengths=list(host_lengths),
             root_B=tokens_BT[:, 0],
             num_emitted_B=torch.zeros_like(lengths_B),
-            budget_B=torch.tensor(budgets, device=device),
             noise_BP=self._noise(settings, request_ids),
             seen_BV=self._seen(tokens_BT, lengths_B, settings),
         )
@@ -246,7 +224,6 @@ class Engine:
         seen_ancestors = torch.zeros(len(prompts), 1, 1, dtype=torch.bool, device=device)
         choices_B1 = self._choose(batch, first, seen_ancestors, output, settings)
         steps = Walk(torch.zeros_like(choices_B1), choices_B1, torch.ones_like(lengths_B))
-        counts_B, ended_B = self._cut(batch, steps, eos)
         batch.root_B = choices_B1[:, 0]
         batch.num_emitted_B = steps.counts_B
         if batch.seen_BV is not None:
@@ -256,10 +233,7 @@ class Engine:
             batch.draft = self.drafter.start(
                 Emitted(emitted_BE, dict.fromkeys(self.drafter.features, states), lengths_B)
             )
-        self._record(batch, recorder, choices_B1, counts_B, ended_B, torch.zeros_like(lengths_B), drafted=0)
-        for generation in recorder.generations:  # the prefill's token belongs to no cycle
-            generation.accepted.clear()
-            generation.depths.clear()
+        self._record(batch, recorder, steps, drafted=None)
         return batch
 
     def _read_prompts(self, cache: SlotCache, tokens_BT: Tensor) -> Tensor:
