@@ -228,6 +228,11 @@ class ReDrafter(Drafter):
     def _recur(self, state: Tensor, embedded: Tensor) -> Tensor:
         return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
 
+    def step_logits(self, context: Tensor, state: Tensor) -> Tensor:
+        """Draft logits [..., Vd] of one step from the normed context [..., D] and the recurrent state [..., D]."""
+        parts = self._exit_parts()
+        return parts.head(self._exit(self._exit_context(context), state, parts))
+
     def _exit_context(self, context: Tensor) -> Tensor:
         """The context's share of the projection, the same for every step of a draft: [..., D] -> [..., E] (or [..., D] without one)."""
         if self.config.exit_dim == 2 * self.config.hidden_size:

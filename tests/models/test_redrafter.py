@@ -148,9 +148,7 @@ def test_a_head_from_the_target_starts_as_its_next_token_guess(target: Target) -
             with torch.no_grad():
                 drafter.input_proj.weight[:, 32:].zero_()
         context = torch.randn(4, 1, 32)
-        got = drafter.lm_head[-1](
-            drafter._exit(drafter._exit_context(context), torch.randn(4, 3, 32), drafter._exit_parts())
-        )
+        got = drafter.step_logits(context, torch.randn(4, 3, 32))
         torch.testing.assert_close(got, target.ends.head(context).expand(-1, 3, -1))
 
 
