@@ -1,6 +1,6 @@
 # make quickstart   prompts -> replies -> cache -> training -> export -> report, on the embedded target
 # make test         the test suite          make check     ruff and mypy
-# make bench        the dated benchmarks    make embedded  train the embedded models from scratch (over an hour)
+# make bench        compare all families    make embedded  train the embedded models from scratch (over an hour)
 # make wheel        dist/*.whl              make clean     remove what make built, but not runs/
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ SHAPE ?= 4x5n11
 
 quickstart: $(DONE)/card
 	@awk '/^\| drafter/ { table = 1 } table && /^$$/ { exit } table' $(RUN)/report.md
-	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --beam-width 4 --draft-length 5 --node-budget 11 --prompt \
+	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --shape $(SHAPE) --prompt \
 	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
 	@echo "The whole report: $(RUN)/report.md"
 
@@ -87,7 +87,7 @@ check: install-dev
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python benchmarks/chat6m.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/families.py
 
 embedded: install
 	$(DRAFTSMITH) embedded build

@@ -15,21 +15,18 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+from recipes import Recipe, Trained
+from recipes import train as train_recipe
 
 from draftsmith import provenance
 from draftsmith.data.hidden_states import extract
 from draftsmith.evaluate.command import evaluate
 from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.models.target import load_tokenizer
-from draftsmith.train.callbacks import KeepBestDrafter
-from draftsmith.train.data_module import CacheDataModule
-from draftsmith.train.draft_module import DraftModule
+from draftsmith.models.loading import load_tokenizer
 from draftsmith.train.families import ReDrafterFamily
 from draftsmith.train.objective import Distillation
 
@@ -37,83 +34,19 @@ STAGES = ("cache", "train", "evaluate", "distil")
 # Apple's 1x5, 10x4 and 45x5 count the root; ours count drafted tokens. The others are the narrow ones a CPU wants.
 SHAPES = ["1x4", "10x3", "45x4", "4x5n11", "4x5n15", "6x5n19"]
 REPLY_TOKENS = 160
-PILOT_STEPS = 12  # a short run first, since the schedule must know how many steps fit into the time
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What one training run did: optimiser steps, assistant tokens seen, wall-clock seconds from call to saved weights."""
-
-    steps: int
-    assistant_tokens: int
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Assistant tokens a second."""
-        return self.assistant_tokens / self.seconds
-
-
-class Counter(pl.Callback):
-    """Counts steps and assistant tokens."""
-
-    def __init__(self) -> None:
-        self.steps = self.tokens = 0
-        self.first = self.last = 0.0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, i: int
-    ) -> None:
-        """Adds a batch."""
-        self.steps += 1
-        self.tokens += batch.num_labelled
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
 
 
 def train(
     options: argparse.Namespace, cache: Path, out: Path, distillation: Distillation, steps: int | None
 ) -> Trained:
-    """Train for `steps`, or where None for `options.seconds` of wall-clock with a schedule that ends there."""
-    if (out / "trained.json").is_file():
-        return Trained(**json.loads((out / "trained.json").read_text()))
-    limit = None
-    if steps is None:
-        pilot = _fit(options, cache, out / "pilot", distillation, PILOT_STEPS, None)
-        pace = (pilot.last - pilot.first) / (pilot.steps - 1)
-        steps, limit = max(1, int(0.95 * options.seconds / pace)), options.seconds
-        shutil.rmtree(out / "pilot", ignore_errors=True)
-    started = time.perf_counter()
-    counted = _fit(options, cache, out, distillation, steps, limit)
-    result = Trained(counted.steps, counted.tokens, time.perf_counter() - started)
-    atomic_write(out / "trained.json", json.dumps(asdict(result)))
-    return result
-
-
-def _fit(
-    options: argparse.Namespace, cache: Path, out: Path, distillation: Distillation, steps: int, seconds: float | None
-) -> Counter:
-    pl.seed_everything(0)
-    counter = Counter()
-    family = ReDrafterFamily(exit_dim=options.exit_dim, draft_vocab_size=options.draft_vocab)
-    module = DraftModule(str(options.target), family, 5, distillation, lr=options.lr)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=steps,
-        max_time=None if seconds is None else {"seconds": max(1, int(seconds))},
-        default_root_dir=out,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[counter, KeepBestDrafter(out / "drafter")],
+    """ReDrafter with the options' settings, for `steps`, or where None for `options.seconds`."""
+    recipe = Recipe(
+        ReDrafterFamily,
+        {"num_steps": 5, "distillation": distillation, "lr": options.lr},
+        {"exit_dim": options.exit_dim, "draft_vocab_size": options.draft_vocab},
+        options.tokens_per_batch,
     )
-    trainer.fit(
-        module, CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=options.tokens_per_batch, check="lazy")
-    )
-    return counter
+    return train_recipe(recipe, str(options.target), cache, out, steps=steps, seconds=options.seconds)
 
 
 def make_cache(options: argparse.Namespace, rows: Path, out: Path, horizon: int = 0) -> float:

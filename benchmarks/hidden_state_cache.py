@@ -19,7 +19,8 @@ from draftsmith.data.hidden_states import HiddenStateCache, extract
 from draftsmith.data.packing import packed_batches
 from draftsmith.data.shards import write_shard
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
-from draftsmith.models.target import Target, load_tokenizer
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.target import Target
 
 
 def bare_forward(target: Target, samples: list[TokenizedSample], batch_tokens: int) -> None:

@@ -10,10 +10,10 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.decode.command import load_drafter
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.limits import DraftLimits
 from draftsmith.models.target import Target
 
 
@@ -55,7 +55,7 @@ class BundledEngine:
         limits: DraftLimits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        loaded = None if drafter is None else load_drafter(drafter)
+        loaded = None if drafter is None else load_drafter(drafter, str(target.dtype).removeprefix("torch."))
         if loaded is not None:
             # The base class's `to`: the one of transformers is not typed for a device alone.
             nn.Module.to(loaded, target.device)

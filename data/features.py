@@ -17,7 +17,8 @@ from draftsmith.data.manifest import CacheIdentity
 from draftsmith.data.shards import ShardContent
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.local import greedy_continuations
-from draftsmith.models.target import Target, as_dtype
+from draftsmith.models.loading import as_dtype
+from draftsmith.models.target import Target
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from draftsmith.data.shards import CachedSample, ShardContent, bytes_per_token, 
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 from draftsmith.files import atomic_write, exclusive
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
-from draftsmith.models.target import Target, as_dtype, load_tokenizer
+from draftsmith.models.loading import as_dtype, load_tokenizer
+from draftsmith.models.target import Target
 
 __all__ = ["CachedSample", "HiddenStateCache", "extract", "verify"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from draftsmith.data.shards import CachedSample
-from draftsmith.models.drafter import PackedBatch
+from draftsmith.models.rollout import PackedBatch
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int, order: Iterable[int] | None = None) -> list[list[int]]:
@@ -33,20 +33,21 @@ def plan_batches(lengths: Sequence[int], token_budget: int, order: Iterable[int]
     return batches
 
 
-def pack(samples: Sequence[CachedSample]) -> PackedBatch:
+def pack(samples: Sequence[CachedSample], layers: Sequence[str] | None = None) -> PackedBatch:
     """Lays samples end to end: T is the sum of their lengths.
 
     `document_ids` counts the samples from 0, `positions` starts at 0 in each. Greedy continuations are kept when every
-    sample has them.
+    sample has them. `layers` are those to lay out, all by default; others are not even read from the disk.
 
     Raises ValueError for no samples, or samples with different layers.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
-    layers = list(samples[0].hidden)
+    known = list(samples[0].hidden)
+    wanted = known if layers is None else layers
     for sample in samples:
-        if list(sample.hidden) != layers:
-            raise ValueError(f"sample {sample.id} has the layers {list(sample.hidden)}, the first one has {layers}")
+        if list(sample.hidden) != known:
+            raise ValueError(f"sample {sample.id} has the layers {list(sample.hidden)}, the first one has {known}")
     lengths = [sample.input_ids.shape[0] for sample in samples]
     greedy = [sample.greedy_ids for sample in samples if sample.greedy_ids is not None]
     return PackedBatch(
@@ -54,7 +55,7 @@ def pack(samples: Sequence[CachedSample]) -> PackedBatch:
         loss_mask=torch.cat([sample.loss_mask for sample in samples]),
         document_ids=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)),
         positions=torch.cat([torch.arange(length) for length in lengths]),
-        hidden={layer: torch.cat([sample.hidden[layer] for sample in samples]) for layer in layers},
+        hidden={layer: torch.cat([sample.hidden[layer] for sample in samples]) for layer in wanted},
         greedy_ids=torch.cat(greedy) if len(greedy) == len(samples) else None,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.target import resolve
+from draftsmith.models.loading import resolve
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from draftsmith import provenance
+from draftsmith.arguments import FLAT
 from draftsmith.data.engines import BundledEngine, Reply, ResponseEngine
 from draftsmith.data.formats import Message
 from draftsmith.data.progress import progress
@@ -21,9 +22,10 @@ from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate, Turn
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
-from draftsmith.models.drafter import DraftLimits
 from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.target import Target, load_tokenizer
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.options import DEFAULTS, TargetOptions
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
@@ -68,11 +70,7 @@ def respond(
     drafter: Path | None = None,
     limits: DraftLimits | None = None,
     dtype: str = "float32",
-    device: str = "cpu",
-    device_map: str | None = None,
-    revision: str | None = None,
-    adapter: str | None = None,
-    quantization: str | None = None,
+    where: Annotated[TargetOptions, FLAT] = DEFAULTS,
 ) -> None:
     """Lets the target answer the prompts itself.
 
@@ -102,20 +100,16 @@ def respond(
         drafter: a trained drafter that makes this faster; the replies stay the same.
         limits: how much the drafter drafts.
         dtype: dtype the target runs in.
-        device: device the target runs on.
-        device_map: spreads a large target over devices, as in `transformers`.
-        revision: revision of a hub id.
-        adapter: PEFT adapter on top of the target.
-        quantization: quantisation of the target's weights.
+        where: the target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
     share = _share(rank, world_size)
     chosen = read_prompts(prompts, split)[:limit]
-    tokenizer = load_tokenizer(target, revision)
+    tokenizer = load_tokenizer(target, where.revision)
     overrides = Overrides(temperature, top_k, top_p, min_p, repetition_penalty)
-    settings = reply_settings(target, tokenizer, overrides, max_new_tokens, seed, stop, revision)
+    settings = reply_settings(target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision)
     texts_only = all(prompt.text is not None for prompt in chosen)
     chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
-    loaded = Target.load(target, dtype, device, device_map, revision, adapter, quantization)
+    loaded = where.load(target, dtype)
     plan = make_plan(
         chosen[share.rank :: share.world_size], chat, settings, loaded.max_positions, batch_rows, batch_tokens
     )
@@ -130,9 +124,11 @@ def respond(
         "dtype": dtype,
     }
     engine = BundledEngine(loaded, drafter, limits, tokenizer)
-    written = write_replies(out, share, plan, chat, engine, identity)
     config = identity | {"target": target, "split": split, "limit": limit, "drafter": drafter}
-    provenance.write(out, provenance.record("data respond", config, {str(prompts): identity["prompts"]}))
+    inputs = {str(prompts): identity["prompts"]}
+    begun = provenance.record("data respond", config, inputs)
+    written = write_replies(out, share, plan, chat, engine, identity, begun)
+    provenance.write(out, provenance.record("data respond", config, inputs))
     print(f"{written} replies in {out}; {len(plan.dropped)} prompts dropped")
 
 
@@ -203,16 +199,25 @@ def first_prompt_ids(prompt: Prompt, chat: ChatTemplate) -> list[int]:
 
 
 def write_replies(
-    out: Path, share: Share, plan: Plan, chat: ChatTemplate, engine: ResponseEngine, identity: Mapping[str, Any]
+    out: Path,
+    share: Share,
+    plan: Plan,
+    chat: ChatTemplate,
+    engine: ResponseEngine,
+    identity: Mapping[str, Any],
+    begun: Mapping[str, Any] | None = None,
 ) -> int:
     """Answers what is not answered yet; gives the number of rows there are in the end.
 
-    `identity` is everything the replies depend on: a folder made with another one is refused.
+    `identity` is everything the replies depend on: a folder made with another one is refused. `begun` is a provenance
+    record, written before the first reply so that a killed run has said what it was.
     """
     path = out / f"responses{share.suffix}.jsonl"
     with exclusive(path):
         _check_other_shares(out, share)
         _begin(out, share, plan, identity)
+        if begun is not None:
+            provenance.write(out, begun)
         with (
             JsonlAppender(path) as appender,
             progress("respond", plan.num_prompts, "replies", done=len(appender.rows)) as advance,

@@ -15,7 +15,7 @@ from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
-from draftsmith.models.target import load_tokenizer
+from draftsmith.models.loading import load_tokenizer
 
 _NO_LIMIT = 2**31
 

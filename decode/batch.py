@@ -2,7 +2,7 @@
 
 Owns the tensors that change from cycle to cycle, their growth, and the retirement of finished rows. Knows no model.
 
-Shape legend: B batch rows, P output positions, V vocabulary, E emitted tokens of a cycle.
+Shape legend: B batch rows, P output positions, U uniforms of a cycle, V vocabulary, E emitted tokens of a cycle.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.decode.cache import SlotCache
+from draftsmith.decode.early_stop import StopState
+from draftsmith.models.cache import KeptRows, SlotCache
 from draftsmith.models.drafter import DraftState
 
 Finish = Literal["eos", "stop", "length"]
@@ -48,53 +48,55 @@ class Batch:
         cache: the target's keys and values.
         lengths_B: int64, cached tokens of each row; the root is not among them.
         host_lengths: the same numbers on the host.
+        host_fresh: how many of them the last cycle added.
         root_B: int64, the last emitted token.
         num_emitted_B: int64, emitted tokens so far.
         noise_BP: float64 uniforms by output position, or None at temperature 0.
+        cycle_noise_BPU: float64 uniforms of a sampled tree's cycle by the output position it starts at, or None without such trees.
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
         draft: the drafter's state, or None in plain decoding.
+        stop: the early stop's controller, or None without one.
     """
 
     requests: list[int]
     cache: SlotCache
     lengths_B: Tensor
     host_lengths: list[int]
+    host_fresh: list[int]
     root_B: Tensor
     num_emitted_B: Tensor
     noise_BP: Tensor | None
+    cycle_noise_BPU: Tensor | None
     seen_BV: Tensor | None
     draft: DraftState | None = None
+    stop: StopState | None = None
+
+    def cycle_noise(self) -> Tensor | None:
+        """float64 [B, U]: the uniforms of the cycle that begins, or None."""
+        if self.cycle_noise_BPU is None:
+            return None
+        U = self.cycle_noise_BPU.shape[2]
+        return self.cycle_noise_BPU.gather(1, self.num_emitted_B[:, None, None].expand(-1, -1, U)).squeeze(1)
 
     def retire(self, keep: list[int]) -> None:
         """Drop the rows that are not in ``keep`` (ascending row numbers); the last rows move into the holes they leave."""
         if len(keep) == len(self.requests):
             return
-        order, holes, movers = _closed_up(keep)
-        self.requests = [self.requests[row] for row in order]
-        self.host_lengths = [self.host_lengths[row] for row in order]
+        kept = KeptRows.of(keep, self.root_B.device)
+        self.requests = [self.requests[row] for row in kept.order]
+        self.host_lengths = [self.host_lengths[row] for row in kept.order]
+        self.host_fresh = [self.host_fresh[row] for row in kept.order]
         if not keep:
             return
-        self.cache.shrink(len(order), holes, movers)
-        rows = torch.tensor(order, device=self.root_B.device)
+        self.cache.shrink(kept)
+        rows = kept.index
         self.lengths_B, self.root_B = self.lengths_B[rows], self.root_B[rows]
         self.num_emitted_B = self.num_emitted_B[rows]
         self.noise_BP = None if self.noise_BP is None else self.noise_BP[rows]
+        self.cycle_noise_BPU = None if self.cycle_noise_BPU is None else self.cycle_noise_BPU[rows]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[rows]
-        self.draft = None if self.draft is None else self.draft.select_rows(rows)
-
-
-def _closed_up(keep: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """The rows to keep in an order that moves as few as possible, the holes among the first places, and who fills them.
-
-    Example: keeping 1, 2, 4 of five rows gives the order 4, 1, 2: row 4 moves into place 0.
-    """
-    kept = set(keep)
-    holes = [row for row in range(len(keep)) if row not in kept]
-    movers = [row for row in keep if row >= len(keep)]
-    order = list(range(len(keep)))
-    for hole, mover in zip(holes, movers, strict=True):
-        order[hole] = mover
-    return order, holes, movers
+        self.draft = None if self.draft is None else self.draft.select_rows(kept)
+        self.stop = None if self.stop is None else self.stop.select_rows(rows)
 
 
 class Recorder:

@@ -10,22 +10,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 from torch import nn
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models import Drafter, DraftLimits, Target, load_tokenizer
+from draftsmith.models import Target, load_tokenizer
+from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.shapes import parse_shape
 
 
 def decode(
     prompt: str,
     target: str = "embedded:target",
     drafter: Path | None = None,
-    beam_width: int = 1,
-    draft_length: int = 4,
-    node_budget: int | None = None,
-    min_probability: float = 0.0,
+    shape: str = "1x4",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -48,29 +47,27 @@ def decode(
         prompt: the user's message, or the raw text to continue with --chat false.
         target: model directory, hub id, embedded:target or embedded:draft_lm.
         drafter: directory of an exported drafter; none decodes plainly.
-        beam_width: candidates kept in each layer of the draft.
-        draft_length: drafted tokens a cycle, along one path.
-        node_budget: verify at most so many drafted nodes; all of the surviving beams' by default.
-        min_probability: do not verify nodes whose path is less likely than this to the drafter.
+        shape: how much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
+            static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early.
         max_new_tokens: length of the reply at most.
         temperature: 0 is greedy.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with this probability.
         min_p: drop tokens below this share of the likeliest one's probability.
         repetition_penalty: above 1 makes tokens already in the text less likely.
-        seed: of the sampling noise; with and without a drafter one seed gives one text.
+        seed: of the sampling noise; with and without a drafter one seed gives one text, but for sampled trees.
         stop: strings that end the reply.
         chat: wrap the prompt in the model's chat template.
         device: cpu, cuda, cuda:1 ...
         dtype: float32, bfloat16 ...
         adapter: a PEFT adapter of the target.
     """
+    limits = parse_shape(shape)
     model = Target.load(target, dtype=dtype, device=device, adapter=adapter)
     tokenizer = load_tokenizer(target)
-    head = None if drafter is None else load_drafter(drafter)
+    head = None if drafter is None else load_drafter(drafter, dtype)
     if head is not None:
         nn.Module.to(head, model.device)
-    limits = DraftLimits(beam_width, draft_length, node_budget, min_probability)
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -79,7 +76,7 @@ def decode(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        eos_token_ids=eos_token_ids(model),
+        eos_token_ids=model.eos_token_ids,
         stop_strings=stop,
     )
     engine = Engine(model, head, limits, tokenizer)
@@ -91,30 +88,6 @@ def decode(
         console.print(
             f"[dim]{emitted} tokens in {cycles} target steps: {emitted / cycles:.2f} tokens per step; ended by {generation.finish}[/dim]"
         )
-
-
-def load_drafter(path: Path) -> Drafter:
-    """A drafter saved with ``save_pretrained`` or ``draftsmith export``.
-
-    Raises:
-        ValueError: no such directory, or not a drafter of a family this version knows.
-    """
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} is not a drafter directory (no config.json); give what `draftsmith export` or training wrote"
-        )
-    if not (path / "model.safetensors").is_file():
-        raise ValueError(f"{path} holds no model.safetensors; export the drafter again")
-    drafter = AutoModel.from_pretrained(path, use_safetensors=True)
-    if not isinstance(drafter, Drafter):
-        raise ValueError(f"{path} holds a {type(drafter).__name__}, which is no drafter; is it the target's directory?")
-    return drafter.eval()
-
-
-def eos_token_ids(target: Target) -> tuple[int, ...]:
-    """The target's end-of-sequence ids, from its generation config."""
-    eos = target.model.generation_config.eos_token_id
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:

@@ -1,11 +1,13 @@
 """The decoder: draft, verify, accept, record, until every row has ended.
 
 Owns the loop and the order of things. Plain decoding is the same loop with a tree of one node. Knows no drafter family: what a
-drafter proposes goes through :mod:`draftsmith.decode.verify`, which alone decides what is emitted.
+drafter proposes goes through :mod:`draftsmith.decode.verify`, or :mod:`draftsmith.decode.candidates` where it was sampled, which alone
+decide what is emitted.
 
 Inside a cycle the host waits for the device once, in :meth:`Engine._record`, to read what was emitted.
 
-Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache slots, P output positions, D hidden, V vocabulary.
+Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache slots, P output positions, U uniforms of a cycle, D hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Batch, Generation, Recorder
-from draftsmith.decode.cache import SlotCache
+from draftsmith.decode.candidates import candidate_walk, num_uniforms
+from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.mask import tree_mask
-from draftsmith.decode.sampling import GenerationSettings, choose, process, request_noise
+from draftsmith.decode.sampling import GenerationSettings, choose, cycle_noise, process, request_noise
 from draftsmith.decode.verify import Walk, walk
-from draftsmith.models.drafter import Drafter, DraftLimits, Emitted
+from draftsmith.models.cache import SlotCache
+from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
 from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.mask import slot_mask, slot_positions
+from draftsmith.models.reading import CHUNK, read_prompts, within_context
+from draftsmith.models.search import Draws
 from draftsmith.models.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree import DraftTree, root_tree
 
@@ -50,7 +57,7 @@ class Engine:
         limits: DraftLimits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ledger: Ledger | None = None,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int = CHUNK,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -60,12 +67,10 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         # On a GPU the visible slots grow in steps, so that few shapes occur and graphs can be captured.
         self._slot_step = 64 if target.device.type == "cuda" else 1
+        self._layers: tuple[str, ...] = ()
         if drafter is not None:
-            if drafter.features != (PRE_NORM,):
-                raise ValueError(
-                    f"{type(drafter).__name__} reads {drafter.features}; this engine gives drafters {PRE_NORM!r} only"
-                )
             drafter.attach(target.ends)
+            self._layers = drafter.features
             if tokenizer is not None:
                 drafter.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
@@ -86,9 +91,10 @@ class Engine:
             request_ids: which noise each prompt draws; its index by default.
 
         Raises:
-            ValueError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
+            ValueError: an empty prompt, one that leaves no room in the context, ids outside the vocabulary, or sampled trees at
+                temperature 0.
         """
-        self._check(prompts)
+        self._check(prompts, settings)
         context = self.target.max_positions or 2**62
         budgets = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
         recorder = Recorder(budgets, settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens)
@@ -98,13 +104,13 @@ class Engine:
             batch = self._prefill(prompts, settings, request_ids or list(range(len(prompts))), recorder)
         while batch.requests:
             with phase(self.ledger, "draft"):
-                tree = self._draft(batch)
+                tree = self._draft(batch, settings)
             with phase(self.ledger, "verify"):
                 ancestors_BNN = tree.ancestors()
                 output = self._verify(batch, tree, ancestors_BNN)
-                choices_BN = self._choose(batch, tree, ancestors_BNN, output, settings)
+                logits_BNV = self._processed(batch, tree, ancestors_BNN, output, settings)
             with phase(self.ledger, "accept"):
-                steps = walk(tree, ancestors_BNN, choices_BN)
+                steps = self._walk(batch, tree, ancestors_BNN, logits_BNV, settings)
                 self._advance(batch, tree, steps, output)
             with phase(self.ledger, "host"):
                 self._record(batch, recorder, steps, tree.max_depth)
@@ -112,10 +118,27 @@ class Engine:
                 self.ledger.count(tree.num_nodes)
         return recorder.generations
 
-    def _draft(self, batch: Batch) -> DraftTree:
+    def _draft(self, batch: Batch, settings: GenerationSettings) -> DraftTree:
         if self.drafter is None or batch.draft is None:
             return root_tree(batch.root_B)
-        return self.drafter.propose(batch.draft, self.limits)
+        cycle = Cycle(
+            batch.lengths_B,
+            batch.host_lengths,
+            batch.host_fresh,
+            None if batch.stop is None else batch.stop.threshold_B,
+            self._draws(batch, settings),
+        )
+        return self.drafter.propose(batch.draft, cycle, self.limits)
+
+    def _draws(self, batch: Batch, settings: GenerationSettings) -> Draws | None:
+        """For a sampled tree: the first uniforms of the cycle, and the request's processors but for the penalty.
+
+        Any distribution is exact to draw from; one like the target's is accepted most.
+        """
+        noise_BU = batch.cycle_noise()
+        if noise_BU is None:
+            return None
+        return Draws(noise_BU[:, : self.limits.max_nodes - 1], lambda logits: process(logits, settings).softmax(-1))
 
     def _verify(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
         """One target forward over the packed tree, written behind each row's cached tokens."""
@@ -126,13 +149,15 @@ class Engine:
         batch.cache.aim(slots_BN, window, first)
         mask = key_positions = None
         if not self._sees_all(batch, nodes, window):
-            mask, key_positions = tree_mask(ancestors_BNN, tree.depths_BN, batch.lengths_B, window)
-        positions_BN = batch.lengths_B[:, None] + tree.depths_BN
-        if self.target.max_positions is not None:
-            # Nodes past the context are never emitted; their position only has to be one that the model has.
-            positions_BN = positions_BN.clamp(max=self.target.max_positions - 1)
+            mask = slot_mask(ancestors_BNN, batch.lengths_B, window)
+            key_positions = slot_positions(tree.depths_BN, batch.lengths_B, window)
         return self.target(
-            tree.tokens_BN, cache=batch.cache, positions=positions_BN, mask=mask, key_positions=key_positions
+            tree.tokens_BN,
+            cache=batch.cache,
+            positions=within_context(self.target, batch.lengths_B[:, None] + tree.depths_BN),
+            mask=mask,
+            key_positions=key_positions,
+            layers=self._layers,
         )
 
     def _sees_all(self, batch: Batch, nodes: int, window: int) -> bool:
@@ -144,20 +169,35 @@ class Engine:
             and self.target.window is None
         )
 
-    def _choose(
+    def _processed(
         self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
     ) -> Tensor:
-        """The target's chosen next token at every node, int64 [B, N]."""
-        seen_BNV = noise_BN = None
+        """The target's logits at every node after the request's processors, float32 [B, N, V]."""
+        seen_BNV = None
         if batch.seen_BV is not None:
             seen_BNV = batch.seen_BV[:, None].repeat(1, tree.num_nodes, 1)
             own_BNN = tree.tokens_BN[:, None, :].expand_as(ancestors_BNN)
             # A node that is no ancestor contributes the root's token, which every node has seen.
             seen_BNV.scatter_(2, torch.where(ancestors_BNN, own_BNN, tree.tokens_BN[:, :1, None]), True)
+        return process(self.target.logits(output.normed), settings, seen_BNV)
+
+    def _choose(self, batch: Batch, tree: DraftTree, logits_BNV: Tensor, settings: GenerationSettings) -> Tensor:
+        """The target's chosen next token at every node, int64 [B, N]."""
+        noise_BN = None
         if batch.noise_BP is not None:
             place_BN = batch.num_emitted_B[:, None] + tree.depths_BN
             noise_BN = batch.noise_BP.gather(1, place_BN.clamp(max=batch.noise_BP.shape[1] - 1))
-        return choose(process(self.target.logits(output.normed), settings, seen_BNV), settings, noise_BN)
+        return choose(logits_BNV, settings, noise_BN)
+
+    def _walk(
+        self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, logits_BNV: Tensor, settings: GenerationSettings
+    ) -> Walk:
+        """Rejection of candidates in a sampled tree, the target's own choices in any other."""
+        noise_BU = batch.cycle_noise()
+        if tree.draft_probs_BMV is None or noise_BU is None or self.limits.sampled is None:
+            return walk(tree, ancestors_BNN, self._choose(batch, tree, logits_BNV, settings))
+        unseen_BU = noise_BU[:, self.limits.max_nodes - 1 :]
+        return candidate_walk(tree, self.limits.sampled, logits_BNV.softmax(-1), unseen_BU)
 
     def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
         """Compact the accepted path in the cache and move every row's root; rows that end are retired right after."""
@@ -171,10 +211,12 @@ class Engine:
             place_E = torch.arange(steps.emitted_BE.shape[1], device=steps.emitted_BE.device)
             real_BE = torch.where(place_E < steps.counts_B[:, None], steps.emitted_BE, batch.root_B[:, None])
             batch.seen_BV.scatter_(1, real_BE, True)
+        if batch.stop is not None:
+            batch.stop = batch.stop.after(tree, steps.counts_B)
         if self.drafter is not None and batch.draft is not None:
             features = {
                 name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
-                for name in self.drafter.features
+                for name in self._layers
             }
             batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
 
@@ -184,6 +226,7 @@ class Engine:
         for row, (count, *tokens) in enumerate(torch.cat([steps.counts_B[:, None], steps.emitted_BE], dim=1).tolist()):
             if drafted is not None:
                 batch.host_lengths[row] += count
+                batch.host_fresh[row] = count
             if not recorder.add(batch.requests[row], tokens[:count], drafted):
                 keep.append(row)
         batch.retire(keep)
@@ -201,28 +244,30 @@ class Engine:
         longest = max(host_lengths)
         tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         lengths_B = torch.tensor(host_lengths, device=device)
+        room = longest + settings.max_new_tokens
         batch = Batch(
             requests=list(range(len(prompts))),
-            cache=SlotCache(
-                longest + settings.max_new_tokens + self.limits.max_nodes + self._slot_step,
-                self.target.config.num_hidden_layers,
-            ),
+            cache=SlotCache(room + self.limits.max_nodes + self._slot_step, self.target.config.num_hidden_layers),
             lengths_B=lengths_B,
             host_lengths=list(host_lengths),
+            host_fresh=list(host_lengths),
             root_B=tokens_BT[:, 0],
             num_emitted_B=torch.zeros_like(lengths_B),
             noise_BP=self._noise(settings, request_ids),
+            cycle_noise_BPU=self._cycle_noise(settings, request_ids),
             seen_BV=self._seen(tokens_BT, lengths_B, settings),
         )
-        states = self._read_prompts(batch.cache, tokens_BT)
+        layers = tuple({PRE_NORM, *self._layers})
+        states = read_prompts(self.target, batch.cache, tokens_BT, layers, self._prefill_chunk, self._slot_step)
         last_B1 = lengths_B[:, None] - 1
         last_normed_B1D = self.target.ends.final_norm(
-            states.gather(1, last_B1[..., None].expand(-1, -1, states.shape[-1]))
+            states[PRE_NORM].gather(1, last_B1[..., None].expand(-1, -1, states[PRE_NORM].shape[-1]))
         )
         first = root_tree(batch.root_B)
-        output = TargetOutput(states, last_normed_B1D)
+        output = TargetOutput(states[PRE_NORM], last_normed_B1D)
         seen_ancestors = torch.zeros(len(prompts), 1, 1, dtype=torch.bool, device=device)
-        choices_B1 = self._choose(batch, first, seen_ancestors, output, settings)
+        logits_B1V = self._processed(batch, first, seen_ancestors, output, settings)
+        choices_B1 = self._choose(batch, first, logits_B1V, settings)
         steps = Walk(torch.zeros_like(choices_B1), choices_B1, torch.ones_like(lengths_B))
         batch.root_B = choices_B1[:, 0]
         batch.num_emitted_B = steps.counts_B
@@ -230,34 +275,24 @@ class Engine:
             batch.seen_BV.scatter_(1, choices_B1, True)
         if self.drafter is not None:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1).scatter_(1, last_B1, choices_B1)
-            batch.draft = self.drafter.start(
-                Emitted(emitted_BE, dict.fromkeys(self.drafter.features, states), lengths_B)
-            )
+            pairs = Emitted(emitted_BE, {name: states[name] for name in self._layers}, lengths_B)
+            batch.draft = self.drafter.start(Opening(pairs, tokens_BT[:, 0], self.limits, room))
+            if self.limits.early_stop is not None:
+                batch.stop = StopState.begin(self.limits.early_stop, self.limits.draft_length, len(prompts), device)
         self._record(batch, recorder, steps, drafted=None)
         return batch
-
-    def _read_prompts(self, cache: SlotCache, tokens_BT: Tensor) -> Tensor:
-        """Run prompts, padded on the right, through the target in chunks: pre-norm states [B, T, D]."""
-        B, T = tokens_BT.shape
-        chunks = []
-        for begin in range(0, T, self._prefill_chunk):
-            end = min(begin + self._prefill_chunk, T)
-            window = self._window(end, cache.capacity)
-            positions = torch.arange(begin, end, device=tokens_BT.device).expand(B, -1)
-            key_positions = torch.arange(window, device=tokens_BT.device).expand(B, -1)
-            cache.aim(positions, window, first=begin)
-            mask = key_positions[:, None, None, :] <= positions[:, None, :, None]
-            chunks.append(
-                self.target(
-                    tokens_BT[:, begin:end], cache=cache, positions=positions, mask=mask, key_positions=key_positions
-                ).pre_norm
-            )
-        return torch.cat(chunks, dim=1)
 
     def _noise(self, settings: GenerationSettings, request_ids: list[int]) -> Tensor | None:
         if settings.temperature == 0.0:
             return None
         rows = [request_noise(settings.seed, request, settings.max_new_tokens) for request in request_ids]
+        return torch.stack(rows).to(self.target.device)
+
+    def _cycle_noise(self, settings: GenerationSettings, request_ids: list[int]) -> Tensor | None:
+        if self.drafter is None or self.limits.sampled is None:
+            return None
+        count = self.limits.max_nodes - 1 + num_uniforms(self.limits.sampled)
+        rows = [cycle_noise(settings.seed, request, settings.max_new_tokens, count) for request in request_ids]
         return torch.stack(rows).to(self.target.device)
 
     def _seen(self, tokens_BT: Tensor, lengths_B: Tensor, settings: GenerationSettings) -> Tensor | None:
@@ -273,7 +308,12 @@ class Engine:
     def _window(self, needed: int, capacity: int) -> int:
         return min(-(-needed // self._slot_step) * self._slot_step, capacity)
 
-    def _check(self, prompts: list[list[int]]) -> None:
+    def _check(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
+        if self.drafter is not None and self.limits.sampled is not None and settings.temperature == 0.0:
+            raise ValueError(
+                "temperature is 0 and the draft tree is sampled; rejection needs a distribution to sample from: give a temperature above "
+                "0, or draft with beams, a dynamic or a static tree"
+            )
         context = self.target.max_positions
         for index, prompt in enumerate(prompts):
             if not prompt:

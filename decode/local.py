@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.decode.cache import SlotCache
+from draftsmith.models.cache import SlotCache
 from draftsmith.models.target import Target
 
 

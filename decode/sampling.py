@@ -7,7 +7,10 @@ The noise: the uniform number that decides output position i of request r under 
 compete for one position share it, only one of them is ever visited, and no drafter sees it. So plain and speculative decoding draw
 the very same tokens at every temperature, and a batch draws what its rows would alone.
 
-Shape legend: B batch rows, N tree nodes, V vocabulary, P output positions.
+Sampled trees, whose drafter needs noise as well, have a stream of their own: a row of uniforms for the cycle that starts at output position
+i, again a function of (s, r, i) alone. They emit the target's distribution, but not the tokens that plain decoding would draw.
+
+Shape legend: B batch rows, N tree nodes, V vocabulary, P output positions, U uniforms of a cycle.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from draftsmith.models.sampled_search import draw
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ def request_noise(seed: int, request: int, num_positions: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, request]).random(num_positions))
 
 
+def cycle_noise(seed: int, request: int, num_positions: int, num_uniforms: int) -> Tensor:
+    """float64 [P, U] uniforms in [0, 1) of one request's cycles by the position they start at; independent of :func:`request_noise`."""
+    sequence = np.random.SeedSequence([seed, request], spawn_key=(1,))
+    return torch.from_numpy(np.random.default_rng(sequence).random((num_positions, num_uniforms)))
+
+
 def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor | None = None) -> Tensor:
     """Logits after the request's processors, float32 [B, N, V], in Transformers' order (penalty, temperature, top-k, top-p, min-p).
 
@@ -111,11 +122,4 @@ def choose(processed_BNV: Tensor, settings: GenerationSettings, noise_BN: Tensor
     """
     if settings.temperature == 0.0 or noise_BN is None:
         return processed_BNV.argmax(-1)
-    cumulative_BNV = processed_BNV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Scaling by the last entry makes rounding in the sum harmless: the threshold is always below the total.
-    threshold_BN1 = noise_BN[..., None] * cumulative_BNV[..., -1:]
-    return (
-        torch.searchsorted(cumulative_BNV, threshold_BN1, right=True)
-        .squeeze(-1)
-        .clamp_(max=processed_BNV.shape[-1] - 1)
-    )
+    return draw(processed_BNV.softmax(-1), noise_BN[..., None]).squeeze(-1)

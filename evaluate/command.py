@@ -3,24 +3,32 @@
 Owns the order of the work: load, refuse, race, report. Does not know the measures' definitions or the files' formats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
+import torch
 from torch import nn
 
 from draftsmith import provenance
+from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
 from draftsmith.evaluate.chart import draw
-from draftsmith.evaluate.drafters import Entry, load_drafter, parse_entries
+from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import Candidate, Plan, measure
-from draftsmith.evaluate.records import Row
+from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.report import main_table, write_report, write_scalars
+from draftsmith.evaluate.resume import parts
 from draftsmith.evaluate.samples import read_samples, within_context
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.models.fingerprint import module_fingerprint, tokenizer_fingerprint
-from draftsmith.models.target import Target, load_tokenizer
+from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.target import Target
 
 
 def evaluate(
@@ -45,24 +53,21 @@ def evaluate(
     prompt_lookup: int = 0,
     ledger_prompts: int = 8,
     dtype: str = "float32",
-    device: str = "cpu",
-    device_map: str | None = None,
-    revision: str | None = None,
-    adapter: str | None = None,
-    quantization: str | None = None,
+    where: Annotated[TargetOptions, FLAT] = DEFAULTS,
 ) -> None:
     """Measure what drafters gain on a target, and whether its replies stay the same.
 
     Every prompt is decoded plainly and with every drafter, one after the other before the next prompt comes, so that
-    all meet the same machine. Writes report.md, report.json, report.png and TensorBoard scalars.
+    all meet the same machine. Writes report.md, report.json, report.png and TensorBoard scalars. A killed run goes on
+    where it was when the same command is started again.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
         prompts: JSONL file or folder of `draftsmith data prompts`, or JSONL rows with prompt_ids.
         out: Folder for the report.
         drafters: Folders of trained or exported drafters; NAME=PATH names one, PATH@1x4,10x4 gives it its own shapes.
-        shapes: Beam shapes for the others, WIDTHxLENGTH with LENGTH drafted tokens; n16 adds a node budget. Default
-            1x4.
+        shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json
+            or t3.2.1 a static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default 1x4.
         temperatures: One row each; 0 is greedy. Default 0.
         top_k: Sample among the k most likely tokens only; 0 for all.
         top_p: Sample within this share of the probability.
@@ -79,41 +84,32 @@ def evaluate(
         prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens; 0 for not.
         ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
         dtype: float32, bfloat16 or float16.
-        device: Where to run, such as cpu or cuda.
-        device_map: Placement of a large target over several devices, such as auto.
-        revision: Revision of a hub id.
-        adapter: PEFT adapter to merge into the target.
-        quantization: 8bit or 4bit weights for the target.
+        where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
     plan = Plan(batch_size, repeats, transformers_prompts, prompt_lookup, ledger_prompts)
     settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)
     warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
     entries = parse_entries(drafters or [], ["1x4"] if shapes is None else shapes)
-    tokenizer = load_tokenizer(target, revision)
+    tokenizer = load_tokenizer(target, where.revision)
     samples = read_samples(prompts, tokenizer, template, split, limit)
-    model = Target.load(target, dtype, device, device_map, revision, adapter, quantization)
+    model = where.load(target, dtype)
     samples, left_out = within_context(samples, model.max_positions)
     if left_out:
         longest = f"context of {model.max_positions} tokens"
         print(f"left out: {len(left_out)} prompts that fill the {longest}, {left_out[0].id} first")
     candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer))
-    with exclusive(out):
+    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    inputs = {str(file): sha256_file(file), target: model.fingerprint}
+    inputs |= {str(entry.path): checkpoint_fingerprint(entry.path) for entry in entries}
+    config = asdict(settings) | asdict(plan) | {"temperatures": [one.temperature for one in warmths], "split": split}
+    config |= {"drafters": [asdict(entry) for entry in entries], "dtype": dtype} | asdict(where)
+    made_by = partial(provenance.record, provenance.command_line(), config, inputs)
+    with exclusive(out), parts(out, len(warmths), identity(made_by(), samples, candidates)) as unfinished:
         rows: list[Row] = []
-        for one in warmths:
-            rows += measure(model, samples, candidates, replace(one, eos_token_ids=end_tokens(model)), plan)
-        file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-        inputs = {str(file): sha256_file(file), target: model.fingerprint}
-        inputs |= {str(entry.path): sha256_file(entry.path / "model.safetensors") for entry in entries}
-        config = (
-            asdict(settings) | asdict(plan) | {"temperatures": [one.temperature for one in warmths], "split": split}
-        )
-        config |= {
-            "drafters": [asdict(entry) for entry in entries],
-            "dtype": dtype,
-            "device": device,
-            "adapter": adapter,
-        }
-        _write(out, rows, provenance.record(provenance.command_line(), config, inputs))
+        for one, part in zip(warmths, unfinished, strict=True):
+            chosen = replace(one, eos_token_ids=model.eos_token_ids)
+            rows += measure(model, samples, candidates, chosen, plan, part)
+        _write(out, rows, made_by())
     print(main_table(rows))
     print(f"report: {out / 'report.md'}")
 
@@ -126,7 +122,7 @@ def load_candidates(entries: Sequence[Entry], target: Target, tokenizer: str) ->
     """
     candidates = []
     for entry in entries:
-        drafter = load_drafter(entry.path)
+        drafter = load_drafter(entry.path, str(target.dtype).removeprefix("torch."))
         drafter.attach(target.ends)
         drafter.check_tokenizer(tokenizer)
         fingerprint = module_fingerprint(drafter)
@@ -135,11 +131,15 @@ def load_candidates(entries: Sequence[Entry], target: Target, tokenizer: str) ->
     return candidates
 
 
-def end_tokens(target: Target) -> tuple[int, ...]:
-    """The ids that end a reply: the model's own generation settings, else its config."""
-    own = target.model.generation_config
-    ids = own.eos_token_id if own is not None and own.eos_token_id is not None else target.config.eos_token_id
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+def identity(record: Mapping[str, Any], samples: Sequence[Sample], candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """All that replies and times depend on: two runs may share their measurements where this is equal.
+
+    record: the run's provenance, of which the command's wording and the time do not count.
+    """
+    facts = {name: value for name, value in record.items() if name not in ("command", "time")}
+    drafters = [[one.label, one.fingerprint, one.drafter.config.to_json_string()] for one in candidates]
+    prompts = [asdict(sample) for sample in samples]
+    return facts | {"samples": prompts, "candidates": drafters, "threads": torch.get_num_threads()}
 
 
 def _write(out: Path, rows: Sequence[Row], made_by: dict) -> None:

@@ -32,7 +32,7 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class EngineContender:
-    """The engine with one drafter and beam shape, or plain."""
+    """The engine with one drafter and shape, or plain."""
 
     name: str
     engine: Engine

@@ -1,6 +1,6 @@
 """One evaluation at one temperature: line up the contenders, race them, and turn their runs into rows.
 
-Owns who takes part. Does not read or write files, and does not know the measures' definitions.
+Owns who takes part. Does not know files or the measures' definitions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
-from draftsmith.evaluate.drafters import shape_name
 from draftsmith.evaluate.records import Row, Sample
+from draftsmith.evaluate.resume import Part
 from draftsmith.evaluate.rows import PLAIN, TRANSFORMERS, Contestant, Setting, make_row
 from draftsmith.evaluate.speed import num_calls, race
-from draftsmith.models.drafter import Drafter, DraftLimits
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.shapes import shape_text
 from draftsmith.models.target import Target
 
 LOOKUP = "transformers prompt lookup"
@@ -50,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loaded drafter, attached to the target, with one beam shape. `name` is what the report calls the drafter."""
+    """A loaded drafter, attached to the target, with one shape. `name` is what the report calls the drafter."""
 
     name: str
     drafter: Drafter
@@ -60,7 +62,7 @@ class Candidate:
     @property
     def label(self) -> str:
         """Name and shape: distinct for each candidate."""
-        return f"{self.name} {shape_name(self.limits)}"
+        return f"{self.name} {shape_text(self.limits)}"
 
 
 def measure(
@@ -69,13 +71,18 @@ def measure(
     candidates: Sequence[Candidate],
     settings: GenerationSettings,
     plan: Plan,
+    part: Part | None = None,
 ) -> list[Row]:
-    """Rows for plain decoding, prompt lookup where asked for, and every candidate, in this order."""
+    """Rows for plain decoding, prompt lookup where asked for, and every candidate, in this order.
+
+    `part` is what an earlier run of the same measurement has done, and notes what this one does.
+    """
+    part = part or Part()
     engines = {PLAIN: Engine(target)} | {one.label: Engine(target, one.drafter, one.limits) for one in candidates}
     contenders, first_only = _line_up(engines, target, settings, plan)
     num_batches = -(-len(samples) // plan.batch_size)
     calls = num_calls([one.name for one in contenders], num_batches, plan.repeats, first_only)
-    with progress(f"evaluate T={settings.temperature:g}", calls, "replies") as advance:
+    with progress(f"evaluate T={settings.temperature:g}", calls, "replies", part.num_calls) as advance:
         runs = race(
             contenders,
             samples,
@@ -83,13 +90,16 @@ def measure(
             repeats=plan.repeats,
             first_only=first_only,
             advance=advance,
+            done=part.rounds,
+            keep=part.keep_round,
         )
     setting = _setting(target, settings, plan)
-    ledgers = _ledgers(engines, samples[: plan.ledger_prompts], settings, plan.batch_size)
-    chosen = [_contestant(PLAIN, PLAIN, None, ledgers)]
+    if not part.ledgers:
+        part.keep_ledgers(_ledgers(engines, samples[: plan.ledger_prompts], settings, plan.batch_size))
+    chosen = [_contestant(PLAIN, PLAIN, None, part.ledgers)]
     if plan.prompt_lookup:
         chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.prompt_lookup}"))
-    chosen += [_contestant(one.label, one.name, one, ledgers) for one in candidates]
+    chosen += [_contestant(one.label, one.name, one, part.ledgers) for one in candidates]
     return [make_row(one, runs, samples, setting, target) for one in chosen]
 
 

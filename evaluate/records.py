@@ -3,12 +3,10 @@
 Owns the data and its small invariants. Does not know how anything is decoded, timed, or printed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
-def shape_text(width: int, length: int, nodes: int | None, floor: float) -> str:
-    """A beam shape as the command line writes it: `10x4`, `10x4n16` with a node budget, `1x8p0.1` with a least probability."""
-    return f"{width}x{length}" + ("" if nodes is None else f"n{nodes}") + (f"p{floor:g}" if floor else "")
+from draftsmith.models.shapes import short_shape
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,10 @@ class Timed:
     decoded: tuple[Decoded, ...]
 
 
+Place = tuple[int, int]  # of a round: repeat and batch
+Round = Mapping[str, Timed]  # one batch, decoded by every contender (by name) that takes part
+
+
 @dataclass(frozen=True)
 class DepthAcceptance:
     """Acceptance at one draft depth (1 = the first drafted token after the root).
@@ -102,10 +104,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: one drafter with one beam shape at one temperature, against plain decoding.
+    """One line of the report: one drafter with one shape at one temperature, against plain decoding.
 
     Rates are wall-clock and include the prefill. `speedup` is the pooled ratio of tokens/s over the very same prompts,
     `speedup_median` the median of the per-prompt ratios. `tokens_per_step` is pooled and counts the bonus token.
+
+    `shape` is what the command line reads, empty where nothing is drafted; `beam_width` is None also for static and sampled trees.
     """
 
     target: str
@@ -125,6 +129,7 @@ class Row:
     engine_vs_transformers: float | None
     transformers_exact_share: float | None
     suspicious: bool
+    shape: str
     beam_width: int | None
     draft_length: int | None
     node_budget: int | None
@@ -146,10 +151,11 @@ class Row:
     divergences: tuple[Divergence, ...] = ()
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether its trees were sampled, so that its text equals plain decoding's in distribution only."""
+        return self.shape[:1] in ("s", "k")
+
+    @property
     def label(self) -> str:
         """Short name for tables and charts, e.g. `redrafter 10x4` (beam width x drafted tokens)."""
-        if self.beam_width is None or self.draft_length is None:
-            return self.drafter
-        return (
-            f"{self.drafter} {shape_text(self.beam_width, self.draft_length, self.node_budget, self.min_probability)}"
-        )
+        return f"{self.drafter} {short_shape(self.shape)}" if self.shape else self.drafter

@@ -18,7 +18,8 @@ MEANING = """\
   Plain decoding is 1.
 - *Speed-up*: tokens/s over plain decoding in the same engine, interleaved prompt by prompt; wall-clock, prefill
   included, warm-up excluded.
-- *Identical*: share of prompts whose token ids equal plain decoding's, all of them, EOS included.
+- *Identical*: share of prompts whose token ids equal plain decoding's, all of them, EOS included. Sampled trees have
+  the target's distribution, but draw other tokens than plain decoding does from the same seed.
 - *Looping*: share of replies that end by repeating one phrase, which any drafter guesses: see the parts below.
 - Intervals are percentile bootstraps over prompts: they say how much the prompts matter, not how much the speed of the
   machine wanders.
@@ -81,7 +82,7 @@ def main_table(rows: Sequence[Row]) -> str:
         speedup = _ranged(row.speedup, row.speedup_interval) + (" (suspicious)" if row.suspicious else "")
         lines.append(
             f"| {row.label} | {row.temperature:g} | {steps} | {speedup} | {row.tokens_per_second:.0f} "
-            f"| {_percent(row.exact_share)} | {_percent(row.looping_share)} |"
+            f"| {'in distribution' if row.is_sampled else _percent(row.exact_share)} | {_percent(row.looping_share)} |"
         )
     return "\n".join(lines)
 
@@ -111,7 +112,7 @@ def _baseline(rows: Sequence[Row]) -> list[str]:
 
 
 def _slice_table(rows: Sequence[Row]) -> str:
-    found = [(row, part) for row in rows for part in row.slices if row.beam_width is not None]
+    found = [(row, part) for row in rows for part in row.slices if row.shape]
     if not found:
         return ""
     head = (

@@ -16,7 +16,8 @@ from draftsmith.evaluate.acceptance import (
 from draftsmith.evaluate.exactness import compare, with_gaps
 from draftsmith.evaluate.records import Decoded, Divergence, Row, Sample, Slice, Timed
 from draftsmith.evaluate.speed import Track, is_suspicious, shared, speedup, speedup_interval, speedup_median, track
-from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.shapes import shape_text
 from draftsmith.models.target import Target
 
 PLAIN, TRANSFORMERS = "plain", "transformers"
@@ -103,7 +104,8 @@ def make_row(
         engine_vs_transformers=None if other is None else speedup(base, other),
         transformers_exact_share=_transformers_share(runs, samples, plain, setting),
         suspicious=is_suspicious(gain, steps),
-        beam_width=None if limits is None else limits.beam_width,
+        shape="" if limits is None else shape_text(limits),
+        beam_width=None if limits is None or limits.paths or limits.sampled else limits.beam_width,
         draft_length=None if limits is None else limits.draft_length,
         node_budget=None if limits is None else limits.node_budget,
         min_probability=0.0 if limits is None else limits.min_probability,

@@ -4,6 +4,7 @@ Owns the clock and the order. A machine that slows down for a minute slows all c
 one leaves behind help each of the others equally often. Does not know what is decoded or reported.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 
 from draftsmith.evaluate.acceptance import bootstrap_interval
 from draftsmith.evaluate.contenders import Contender
-from draftsmith.evaluate.records import Sample, Timed
+from draftsmith.evaluate.records import Place, Round, Sample, Timed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ def race(
     first_only: Mapping[str, int] | None = None,
     clock: Callable[[], float] | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    done: Mapping[Place, Round] | None = None,
+    keep: Callable[[Place, Round], None] = lambda place, finished: None,
 ) -> dict[str, list[Timed]]:
     """Decode all samples with all contenders, each batch by one after the other before the next batch comes.
 
@@ -48,25 +51,38 @@ def race(
         first_only: contenders (by name) that decode only the first so many batches.
         clock: seconds now; the device is waited for by the default one.
         advance: told after each call that one more is done.
+        done: rounds of an earlier run, which are not decoded again.
+        keep: given each round as it is finished.
 
-    Every contender decodes the first batch once beforehand, untimed.
+    Every contender decodes its first batch once beforehand, untimed.
     """
     batches = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
-    limits, now = dict(first_only or {}), clock or seconds_now
-    runs: dict[str, list[Timed]] = {contender.name: [] for contender in contenders}
+    chosen = [[samples[number] for number in batch] for batch in batches]
+    limits, now, rounds = dict(first_only or {}), clock or seconds_now, dict(done or {})
+    left = [place for place in itertools.product(range(repeats), range(len(batches))) if place not in rounds]
+
+    def takes_part(contender: Contender, index: int) -> bool:
+        return index < limits.get(contender.name, len(batches))
+
     for contender in contenders:
-        contender.decode([samples[number] for number in batches[0]], list(batches[0]))
-    for repeat in range(repeats):
-        for index, batch in enumerate(batches):
-            chosen = [samples[number] for number in batch]
-            turn = (index + repeat) % len(contenders)
-            for contender in [*contenders[turn:], *contenders[:turn]]:
-                if index < limits.get(contender.name, len(batches)):
-                    started = now()
-                    decoded = contender.decode(chosen, list(batch))
-                    runs[contender.name].append(Timed(tuple(batch), index, repeat, now() - started, decoded))
-                    advance(1)
-    return runs
+        first = next((index for _, index in left if takes_part(contender, index)), None)
+        if first is not None:
+            contender.decode(chosen[first], list(batches[first]))
+    for repeat, index in left:
+        turn = (index + repeat) % len(contenders)
+        finished: dict[str, Timed] = {}
+        for contender in [*contenders[turn:], *contenders[:turn]]:
+            if takes_part(contender, index):
+                started = now()
+                decoded = contender.decode(chosen[index], list(batches[index]))
+                finished[contender.name] = Timed(tuple(batches[index]), index, repeat, now() - started, decoded)
+                advance(1)
+        rounds[repeat, index] = finished
+        keep((repeat, index), finished)
+    return {
+        contender.name: [rounds[place][contender.name] for place in sorted(rounds) if contender.name in rounds[place]]
+        for contender in contenders
+    }
 
 
 def num_calls(contenders: Sequence[str], num_batches: int, repeats: int, first_only: Mapping[str, int]) -> int:

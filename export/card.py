@@ -12,10 +12,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.models.redrafter import ReDrafterConfig
+from draftsmith.export import custom_generate
+from draftsmith.export.serving import commands
+from draftsmith.models.drafter import DrafterConfig
+from draftsmith.models.eagle import Eagle3Config
 
 QUESTION = "Tom has 3 boxes with 4 pens each. How many pens does Tom have?"
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family in words: its name with an article, what it is, what it reads of the target, its tag."""
+
+    name: str
+    what: str
+    reads: str
+    tag: str
+
+
+KINDS = {
+    "ReDrafter": Kind(
+        "A ReDrafter",
+        "A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919))",
+        "the last hidden state",
+        "redrafter",
+    ),
+    "EAGLE-1": Kind(
+        "An EAGLE-1",
+        "A draft head of one decoder layer that predicts the target's next feature "
+        "([EAGLE](https://arxiv.org/abs/2401.15077), or with a dynamic tree [EAGLE-2](https://arxiv.org/abs/2406.16858))",
+        "the last hidden states",
+        "eagle",
+    ),
+    "EAGLE-3": Kind(
+        "An EAGLE-3",
+        "A draft head of one decoder layer over fused states ([EAGLE-3](https://arxiv.org/abs/2503.01840))",
+        "hidden states of several layers",
+        "eagle3",
+    ),
+}
+LAYOUTS = {
+    "draftsmith": "draftsmith's layout: `config.json` names the target, `model.safetensors` the tensors",
+    "apple": "the layout of Apple's ml-recurrent-drafter: `config.json` with its keys only, `model.safetensors` with its tensor "
+    "names. The target is named in `provenance.json`",
+    "eagle": "the EAGLE-1 layout that vLLM and SGLang both load: two architectures, each engine's own, and an `fc.bias` of zeros. "
+    "Embedding and head are the target's. The target is named in `provenance.json`",
+    "eagle3": "the EAGLE-3 layout that vLLM, SGLang and the official code load. The target is named in `provenance.json`",
+    "tensorrt-llm": "the EAGLE-3 layout of TensorRT-LLM, without `t2d` and embedding. The target is named in `provenance.json`",
+    "speculators": "the layout of the speculators package, with the target's embedding",
+    "custom_generate": "draftsmith's layout, and in `custom_generate/` the code with which Transformers decodes",
+}
 
 
 @dataclass(frozen=True)
@@ -23,25 +70,35 @@ class Subject:
     """What a card speaks of.
 
     Attributes:
+        family: its name, a key of KINDS.
         config: the drafter's.
         parameters: number of them.
         dtype: of the weights.
-        layout: draftsmith or apple.
+        layout: a key of LAYOUTS.
         has_template: whether the target's tokenizer has a chat template; None where the target was not at hand.
         eos_token_ids: what ends the target's replies, as far as known.
+        notes: what a user must know of this layout of this drafter.
     """
 
-    config: ReDrafterConfig
+    family: str
+    config: DrafterConfig
     parameters: int
     dtype: str
     layout: str
     has_template: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:
         """The target's name as far as one was recorded."""
         return self.config.target_name or UNKNOWN_TARGET
+
+    @property
+    def draft_vocab_size(self) -> int | None:
+        """Vd as this folder has it; None for the whole vocabulary, which an EAGLE-1 always has in engines."""
+        size = None if self.layout == "eagle" else self.config.draft_vocab_size
+        return None if size is None or size >= self.config.vocab_size else size
 
 
 def write_card(
@@ -58,10 +115,11 @@ def write_card(
     name = Path(subject.target).name if subject.target != UNKNOWN_TARGET else "its target"
     parts = [
         _front_matter(subject),
-        f"# A ReDrafter draft head for {name}",
+        f"# {KINDS[subject.family].name} draft head for {name}",
         _summary(subject),
         "## Use",
         _use(subject),
+        *_serve(subject),
         "## Measured",
         _measured(rows, report),
         "## Training",
@@ -73,7 +131,11 @@ def write_card(
 
 
 def _front_matter(subject: Subject) -> str:
-    lines = ["---", "library_name: draftsmith", "tags: [speculative-decoding, draft-head, redrafter]"]
+    lines = [
+        "---",
+        "library_name: draftsmith",
+        f"tags: [speculative-decoding, draft-head, {KINDS[subject.family].tag}]",
+    ]
     target = subject.config.target_name
     if target.count("/") == 1 and not target.startswith((".", "/")) and not Path(target).exists():
         lines.append(f"base_model: {target}")
@@ -81,35 +143,44 @@ def _front_matter(subject: Subject) -> str:
 
 
 def _summary(subject: Subject) -> str:
-    config = subject.config
+    config, kind = subject.config, KINDS[subject.family]
     vocabulary = (
         f"the target's whole vocabulary of {config.vocab_size:,}"
-        if config.draft_vocab_size in (None, config.vocab_size)
-        else f"a draft vocabulary of {config.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens"
+        if subject.draft_vocab_size is None
+        else f"a draft vocabulary of {subject.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens"
     )
+    layers = f" (`{'`, `'.join(config.layers)}`)" if isinstance(config, Eagle3Config) else ""
     return (
-        f"A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919)) of {subject.parameters:,} parameters "
-        f"({subject.dtype}) over {vocabulary}. It proposes tokens from the last hidden state of `{subject.target}`, "
-        "and that target verifies them: the output is the target's own, token for token at temperature 0 and in "
-        f"distribution above it. It is bound to that target (fingerprint `{config.target_fingerprint[:12] or 'unknown'}`) "
+        f"{kind.what} of {subject.parameters:,} parameters ({subject.dtype}) over {vocabulary}. It proposes tokens from {kind.reads} of "
+        f"`{subject.target}`{layers}, and that target verifies them: the output is the target's own, token for token at temperature 0 and "
+        f"in distribution above it. It is bound to that target (fingerprint `{config.target_fingerprint[:12] or 'unknown'}`) "
         "and works with no other."
     )
 
 
 def _use(subject: Subject) -> str:
+    if subject.layout == "custom_generate":
+        program = custom_generate.example(subject.target, QUESTION, bool(subject.has_template))
+        return f"Needs `torch` and `transformers` only. In this folder:\n\n```python\n{program}```"
     return "Needs `pip install draftsmith`. In this folder:\n\n```python\n" + example(subject) + "```"
+
+
+def _serve(subject: Subject) -> list[str]:
+    text = commands(subject.layout, subject.target, max(3, subject.config.num_draft_steps))
+    if not text and not subject.notes:
+        return []
+    told = [text, "No figure on this page is from one of these engines."] if text else []
+    return ["## Serve", *told, *subject.notes]
 
 
 def example(subject: Subject) -> str:
     """A program that decodes one prompt with the drafter in the current folder."""
-    if subject.layout == "apple":
-        imports = "from pathlib import Path\n\nfrom draftsmith.decode import Engine, GenerationSettings\n"
-        imports += "from draftsmith.export.redrafter import load_apple\n"
-        load = 'drafter = load_apple(Path("."), target.ends)  # this folder'
-    else:
-        imports = "from draftsmith.decode import Engine, GenerationSettings\n"
-        imports += "from draftsmith.models.redrafter import ReDrafter\n"
-        load = 'drafter = ReDrafter.from_pretrained(".")  # this folder'
+    ours = subject.layout == "draftsmith"
+    imports = "from pathlib import Path\n\nfrom draftsmith.decode import Engine, GenerationSettings\n"
+    imports += "" if ours else "from draftsmith.export.layouts import load_any\n"
+    imports += "from draftsmith.models import Target, load_tokenizer\n"
+    imports += "from draftsmith.models.drafter_folder import load_drafter\n" if ours else ""
+    load = 'load_drafter(Path("."))' if ours else 'load_any(Path("."), target.ends)'
     if subject.has_template:
         prompt = f'messages = [{{"role": "user", "content": {json.dumps(QUESTION)}}}]\n'
         prompt += "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
@@ -118,9 +189,9 @@ def example(subject: Subject) -> str:
     ends = f", eos_token_ids={subject.eos_token_ids}" if subject.eos_token_ids else ""
     target = json.dumps(subject.target)
     return (
-        f"{imports}from draftsmith.models.target import Target, load_tokenizer\n\n"
+        f"{imports}\n"
         f"target, tokenizer = Target.load({target}), load_tokenizer({target})\n"
-        f"{load}\n"
+        f"drafter = {load}  # this folder\n"
         "engine = Engine(target, drafter, tokenizer=tokenizer)  # refuses any other target\n\n"
         f"{prompt}\n"
         f"reply = engine.generate([prompt], GenerationSettings(max_new_tokens=64{ends}))[0]\n"
@@ -180,13 +251,8 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _files(subject: Subject) -> str:
-    whose = {
-        "draftsmith": "draftsmith's layout: `config.json` names the target, `model.safetensors` the tensors",
-        "apple": "the layout of Apple's ml-recurrent-drafter: `config.json` with its keys only, `model.safetensors` "
-        "with its tensor names. The target is named in `provenance.json`",
-    }[subject.layout]
     return (
-        f"This is {whose}. Names, shapes and dtypes were held to a strict table before writing and after reading back, "
+        f"This is {LAYOUTS[subject.layout]}. Names, shapes and dtypes were held to a strict table before writing and after reading back, "
         "and the logits of what was read back equal those of what was trained bit for bit. `provenance.json` says what "
         "made this folder."
     )

@@ -9,17 +9,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import GenerationConfig
 
 from draftsmith import provenance
-from draftsmith.export import redrafter as layouts
+from draftsmith.export import custom_generate, layouts
 from draftsmith.export.card import Subject, write_card
+from draftsmith.export.folder import CONFIG, WEIGHTS
+from draftsmith.export.layouts import LayoutName
+from draftsmith.export.own import family_of
 from draftsmith.files import atomic_directory, exclusive, sha256_file
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import module_fingerprint, tokenizer_fingerprint
-from draftsmith.models.redrafter import ReDrafter
-from draftsmith.models.target import TargetEnds, load_tokenizer, resolve
+from draftsmith.models.loading import load_tokenizer, resolve
 
 CARD = "README.md"
 
@@ -28,31 +32,37 @@ def export(
     drafter: Path,
     out: Path,
     target: str | None = None,
-    layout: Literal["draftsmith", "apple"] = "draftsmith",
+    layout: LayoutName = "draftsmith",
     report: Path | None = None,
     training: Path | None = None,
     revision: str | None = None,
 ) -> None:
     """Write a trained drafter as safetensors, config and model card, then read it back and compare.
 
-    Reads draftsmith's layout and Apple's (which needs --target), and writes either. The card's figures come from
-    --report and the training record only; without them it says that nothing was measured or recorded.
+    Reads draftsmith's layout and, with --target, those of other software: Apple's, the official EAGLE code's, vLLM's
+    and SGLang's, TensorRT-LLM's, speculators'. The card's figures come from --report and the training record only;
+    without them it says that nothing was measured or recorded.
 
     Args:
         drafter: Folder of the trained drafter.
         out: Folder to write; an earlier export there is replaced as a whole.
         target: Directory or hub id of the drafter's target, or embedded:target; checked to be the one it was trained
             for.
-        layout: draftsmith, or apple for the layout of Apple's ml-recurrent-drafter.
+        layout: draftsmith or custom_generate (Transformers alone) for any drafter; apple (ml-recurrent-drafter) for a
+            ReDrafter; eagle (vLLM and SGLang) for an EAGLE-1; eagle3 (vLLM and SGLang), tensorrt-llm or speculators
+            for an EAGLE-3.
         report: A report.json of `draftsmith evaluate` with rows of these very weights.
         training: Folder or file of the training's provenance.json; by default the one in the drafter's folder.
         revision: Revision of the target's hub id.
     """
     _check_place(drafter, out)
-    trained = _read(drafter, target, revision)
+    ends = None if target is None else TargetEnds.load(target, revision=revision)
+    tokenizer = "" if target is None else tokenizer_fingerprint(load_tokenizer(target, revision))
+    trained = layouts.load_any(drafter, ends, tokenizer)
     measured, made_by = _measured(report, trained) if report is not None else ([], {})
     history = _training(drafter, training)
     subject = Subject(
+        family=family_of(trained).name,
         config=trained.config,
         parameters=sum(parameter.numel() for parameter in trained.parameters()),
         dtype=str(trained.dtype).removeprefix("torch."),
@@ -62,64 +72,31 @@ def export(
         subject = replace(subject, **_target_facts(target, revision))
     config = {"layout": layout, "target_name": trained.config.target_name}
     config["target_fingerprint"] = trained.config.target_fingerprint
-    inputs = {str(drafter / layouts.WEIGHTS): sha256_file(drafter / layouts.WEIGHTS)}
+    inputs = {str(drafter / WEIGHTS): sha256_file(drafter / WEIGHTS)}
     if report is not None:
         inputs[str(report)] = sha256_file(report)
     record = provenance.record(provenance.command_line(), config, inputs) | {"training": history}
     with exclusive(out), atomic_directory(out) as folder:
-        (layouts.write if layout == "draftsmith" else layouts.write_apple)(trained, folder)
+        subject = replace(subject, notes=layouts.write(trained, folder, layout, ends))
         (folder / CARD).write_text(write_card(subject, measured, made_by, history), encoding="utf-8")
         provenance.write(folder, record)
     print(f"{out}: {subject.parameters:,} parameters in {layout} layout, read back bit for bit; see {out / CARD}")
+    for note in subject.notes:
+        print(f"note: {note}")
 
 
 def _check_place(drafter: Path, out: Path) -> None:
     if out.resolve() == drafter.resolve():
         raise ValueError(f"out is the drafter's own folder {drafter}; give another, so that the training's files stay")
     if out.is_dir() and any(out.iterdir()):
-        known = {layouts.CONFIG, layouts.WEIGHTS, CARD, provenance.FILE_NAME}
+        known = {CONFIG, WEIGHTS, CARD, provenance.FILE_NAME, custom_generate.FOLDER}
         others = sorted(path.name for path in out.iterdir() if path.name not in known)
-        if others or not (out / layouts.WEIGHTS).exists():
+        if others or not (out / WEIGHTS).exists():
             found = ", ".join(others[:3]) or "no earlier export"
             raise ValueError(f"{out} holds {found}, which an export would remove; give an empty or a new folder")
 
 
-def _read(folder: Path, target: str | None, revision: str | None) -> ReDrafter:
-    """The drafter in either layout, attached to the target where one is named.
-
-    Raises ValueError for another target or tokenizer than the drafter's, and for Apple's layout without a target.
-    """
-    fields = layouts.read_config(folder)
-    ends = None if target is None else TargetEnds.load(target, revision=revision)
-    print_ = "" if target is None else tokenizer_fingerprint(load_tokenizer(target, revision))
-    if layouts.is_apple(fields):
-        if ends is None:
-            raise ValueError(
-                f"{folder} is in Apple's layout, which names no target; say which one it is for with --target"
-            )
-        _check_bond(folder, ends)
-        return layouts.load_apple(folder, ends, print_)
-    drafter = layouts.load(folder)
-    if ends is not None:
-        drafter.attach(ends)
-        drafter.check_tokenizer(print_)
-    return drafter
-
-
-def _check_bond(folder: Path, ends: TargetEnds) -> None:
-    """Apple's config names no target, but a folder that this command wrote tells it in its provenance."""
-    if not (folder / provenance.FILE_NAME).is_file():
-        return
-    config = provenance.read(folder).get("config", {})
-    own = config.get("target_fingerprint", "")
-    if own and own != ends.fingerprint:
-        raise ValueError(
-            f"{folder} was exported for target {config.get('target_name')!r} (fingerprint {own[:12]}), not for "
-            f"{ends.name!r} ({ends.fingerprint[:12]}); name that target"
-        )
-
-
-def _measured(report: Path, drafter: ReDrafter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _measured(report: Path, drafter: Drafter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of a report that were measured with exactly these weights.
 
     Raises ValueError for a missing or broken report, and for one that holds no such row.

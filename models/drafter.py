@@ -1,161 +1,29 @@
 """The drafter seam: the one interface that the trainer, the decoder and the exporter share.
 
-Owns what every family has in common: which features of the target it reads, the draft vocabulary, the bond to one target, and the
-rollouts on which it is trained. Knows no family, no Lightning and no cache format.
+Owns what every family has in common: which features of the target it reads, the draft vocabulary, the bond to one target, and what
+passes between it and the decoder. Knows no family, no Lightning and no cache format.
 
-Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, E emitted tokens, D hidden, V target vocabulary,
-Vd draft vocabulary, N tree nodes.
+Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, E emitted tokens, D hidden, V target vocabulary, Vd draft
+vocabulary, N tree nodes.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from draftsmith.models.target import TargetEnds
+from draftsmith.models.cache import KeptRows
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.rollout import PackedBatch, Rollout
+from draftsmith.models.sampled_search import sampled_tree
+from draftsmith.models.search import Draws, Expander, search
+from draftsmith.models.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree import DraftTree
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Several training samples end to end, without padding.
-
-    Attributes:
-        input_ids: int64 [T].
-        loss_mask: bool [T], True at tokens that the target (or the data set's assistant) wrote.
-        document_ids: int64 [T], which sample a token belongs to.
-        positions: int64 [T], position inside the sample.
-        hidden: layer name -> [T, D], the target's states.
-        greedy_ids: int64 [T, G] or None; ``[t, j]`` is the target's j-th greedy token after the prefix that ends at t.
-    """
-
-    input_ids: Tensor
-    loss_mask: Tensor
-    document_ids: Tensor
-    positions: Tensor
-    hidden: dict[str, Tensor]
-    greedy_ids: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            loss_mask=self.loss_mask.to(device),
-            document_ids=self.document_ids.to(device),
-            positions=self.positions.to(device),
-            hidden={name: states.to(device) for name, states in self.hidden.items()},
-            greedy_ids=None if self.greedy_ids is None else self.greedy_ids.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What a drafter simulates in training, from each anchor position t: exactly what decoding does from that state.
-
-    At an anchor the drafter holds the target's state of token x_t and the root x_{t+1}; at step k it is fed ``tokens[:, k]`` and
-    must predict ``targets[:, k]``.
-
-    Attributes:
-        anchors: int64 [A], positions t in the packed batch.
-        tokens: int64 [A, K], target token ids fed at each step; column 0 is the root.
-        targets: int64 [A, K], target token ids to predict.
-        valid: bool [A, K], False where the prediction is not supervised (another sample, a prompt token, past the end).
-    """
-
-    anchors: Tensor
-    tokens: Tensor
-    targets: Tensor
-    valid: Tensor
-
-
-def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
-    """Roll out along the batch's own text: step k is fed x_{t+1+k} and predicts x_{t+2+k}.
-
-    An anchor is any t whose root x_{t+1} is supervised, since decoding always starts from an emitted root. A step is valid while
-    every token from the root to the predicted one is supervised and of the same sample.
-
-    Example:
-        ids ``[p, a, b, c]`` with mask ``[0, 1, 1, 1]`` and two steps give the anchors 0, 1, 2 with tokens
-        ``[[a, b], [b, c], [c, -]]``, targets ``[[b, c], [c, -], [-, -]]``; ``-`` is not valid.
-    """
-    total = batch.input_ids.shape[0]
-    same_T = batch.document_ids[1:] == batch.document_ids[:-1]
-    anchors = torch.nonzero(batch.loss_mask[1:] & same_T).squeeze(1)
-    ahead_AK = anchors[:, None] + 2 + torch.arange(num_steps, device=anchors.device)
-    inside_AK = ahead_AK < total
-    ahead_AK = ahead_AK.clamp(max=max(total - 1, 0))
-    supervised_AK = (
-        inside_AK & batch.loss_mask[ahead_AK] & (batch.document_ids[ahead_AK] == batch.document_ids[anchors, None])
-    )
-    return Rollout(
-        anchors=anchors,
-        tokens=batch.input_ids[(ahead_AK - 1).clamp(min=0)],
-        targets=batch.input_ids[ahead_AK],
-        valid=supervised_AK.int().cumprod(1).bool(),
-    )
-
-
-def local_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
-    """Roll out along the target's own greedy continuation from every position (ReDrafter's local distillation, section 4.2).
-
-    Anchors are those of :func:`data_rollout`; step k is fed ``greedy_ids[t, k]`` and predicts ``greedy_ids[t, k + 1]``.
-
-    Raises:
-        ValueError: the batch holds no greedy continuations, or fewer than ``num_steps + 1`` a position.
-    """
-    horizon = 0 if batch.greedy_ids is None else batch.greedy_ids.shape[1]
-    if batch.greedy_ids is None or horizon < num_steps + 1:
-        raise ValueError(
-            f"local distillation over {num_steps} steps needs {num_steps + 1} greedy tokens a position, the cache holds {horizon}; "
-            f"extract it with --local-horizon {num_steps + 1}"
-        )
-    anchors = data_rollout(batch, 1).anchors
-    greedy_AG = batch.greedy_ids[anchors]
-    return Rollout(
-        anchors=anchors,
-        tokens=greedy_AG[:, :num_steps],
-        targets=greedy_AG[:, 1 : num_steps + 1],
-        valid=torch.ones(anchors.shape[0], num_steps, dtype=torch.bool, device=anchors.device),
-    )
-
-
-@dataclass(frozen=True)
-class DraftLimits:
-    """How much to draft in one cycle.
-
-    Attributes:
-        beam_width: candidates kept in each layer of the draft.
-        draft_length: drafted tokens below the root (Apple's ``beam_length`` counts the root too, so it is one more).
-        node_budget: at most so many drafted nodes are verified, the best by cumulative probability among all candidates expanded;
-            None verifies the nodes of the surviving beams, as ReDrafter does.
-        min_probability: nodes whose cumulative draft probability is below this are not verified.
-    """
-
-    beam_width: int = 1
-    draft_length: int = 4
-    node_budget: int | None = None
-    min_probability: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("beam_width", "draft_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.node_budget is not None and self.node_budget < 1:
-            raise ValueError(f"node_budget is {self.node_budget}; it must be at least 1, or null for no budget")
-        if not 0.0 <= self.min_probability < 1.0:
-            raise ValueError(f"min_probability is {self.min_probability}; it must be in [0, 1)")
-
-    @property
-    def max_nodes(self) -> int:
-        """The largest tree these limits allow, the root included."""
-        drafted = self.beam_width * self.draft_length
-        return 1 + (drafted if self.node_budget is None else min(drafted, self.node_budget))
 
 
 @dataclass(frozen=True)
@@ -172,12 +40,53 @@ class Emitted:
     features: dict[str, Tensor]
     counts_B: Tensor
 
+    def select_rows(self, rows: Tensor) -> Emitted:
+        """The same of some batch rows only. ``rows``: int64 [B']."""
+        features = {name: states[rows] for name, states in self.features.items()}
+        return Emitted(self.tokens_BE[rows], features, self.counts_B[rows])
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a drafter is told when a batch begins.
+
+    Attributes:
+        prompt: the pairs of the prompts: every token but the first, then the first emitted one, each with the state before it.
+        first_B: int64 [B], the first token of each prompt, which stands in no such pair.
+        limits: how drafts will be made.
+        room: tokens that a row can come to hold, prompt included; for buffers.
+    """
+
+    prompt: Emitted
+    first_B: Tensor
+    limits: DraftLimits
+    room: int
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What the decoder knows of its rows when it asks for a draft.
+
+    Attributes:
+        lengths_B: int64 [B], tokens of each row in the target's cache; the root is not among them.
+        host_lengths: the same numbers on the host, so that shapes can follow them without asking the device.
+        host_fresh: how many of them are new since the last draft (all of them in the first).
+        stop_below_B: float32 [B], threshold of the early stop, or None.
+        draws: for sampled trees, or None.
+    """
+
+    lengths_B: Tensor
+    host_lengths: list[int]
+    host_fresh: list[int]
+    stop_below_B: Tensor | None = None
+    draws: Draws | None = None
+
 
 class DraftState(Protocol):
     """What a drafter carries from cycle to cycle; its content is the family's own."""
 
-    def select_rows(self, rows: Tensor) -> DraftState:
-        """The state of some batch rows only. ``rows``: int64 [B']."""
+    def select_rows(self, kept: KeptRows) -> DraftState:
+        """The state of some batch rows only."""
         ...
 
 
@@ -225,7 +134,8 @@ class Drafter(PreTrainedModel):
     config: DrafterConfig
     config_class: type[DrafterConfig] = DrafterConfig
     base_model_prefix = ""
-    features: ClassVar[tuple[str, ...]] = ("last.pre_norm",)
+    predicts_features: ClassVar[bool] = False
+    """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
@@ -234,6 +144,11 @@ class Drafter(PreTrainedModel):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         else:
             self.d2t: Tensor | None = None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the target's layers that it reads."""
+        return (PRE_NORM,)
 
     @property
     def ends(self) -> TargetEnds:
@@ -317,13 +232,29 @@ class Drafter(PreTrainedModel):
         """[K, A, E]: the inputs of the output head at every step of every anchor, in training."""
 
     @abstractmethod
-    def start(self, prompt: Emitted) -> DraftState:
+    def start(self, opening: Opening) -> DraftState:
         """The state after the prompt and the first emitted token."""
 
     @abstractmethod
-    def propose(self, state: DraftState, limits: DraftLimits) -> DraftTree:
-        """Draft a tree below each row's root without reading anything back to the host."""
+    def expander(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> Expander:
+        """What continues one node after another below each row's root, for the search."""
 
     @abstractmethod
     def advance(self, state: DraftState, emitted: Emitted) -> DraftState:
         """The state after a cycle's emitted tokens."""
+
+    def propose(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftTree:
+        """Draft a tree below each row's root. On a GPU nothing is read back to the host.
+
+        Raises:
+            ValueError: a sampled tree is asked for without draws, as at temperature 0.
+        """
+        expander = self.expander(state, cycle, limits)
+        if limits.sampled is None:
+            return search(expander, cycle.stop_below_B, limits)
+        if cycle.draws is None:
+            raise ValueError(
+                "a sampled tree is asked for without draws, which are there at temperatures above 0 only; at temperature 0 draft with "
+                "beams, a dynamic or a static tree"
+            )
+        return sampled_tree(expander, cycle.stop_below_B, limits, cycle.draws, self.ends.vocab_size)

@@ -1,6 +1,6 @@
 """ReDrafter: a recurrent draft head searched with a beam (arXiv:2403.09919).
 
-Owns the head's architecture, its teacher-forced run and its beam search. Parameter names and shapes are those of Apple's
+Owns the head's architecture, its teacher-forced run and the step of its draft. Parameter names and shapes are those of Apple's
 checkpoints (``lm_head.{i}.linear``, ``lm_head.{N}``, ``rnn_u``, ``rnn_w``, ``input_proj``); a draft vocabulary and a head that starts
 from the target's are additions. Knows nothing of verification: what it proposes is exact because of the walk, not of this file.
 
@@ -9,8 +9,7 @@ Shape legend: B batch rows, M beams, L drafted depth, A anchors, K draft steps, 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from draftsmith.models.drafter import Drafter, DrafterConfig, DraftLimits, Emitted, PackedBatch, Rollout
+from draftsmith.models.cache import KeptRows
+from draftsmith.models.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.rollout import PackedBatch, Rollout
 from draftsmith.models.target import PRE_NORM, TargetEnds
-from draftsmith.models.tree import DraftTree, pack, prune, tree_from_layers, tree_from_paths
 
 
 class ReDrafterConfig(DrafterConfig):
@@ -54,9 +55,9 @@ class ReDrafterState:
     context_BD: Tensor
     root_B: Tensor
 
-    def select_rows(self, rows: Tensor) -> ReDrafterState:
+    def select_rows(self, kept: KeptRows) -> ReDrafterState:
         """The state of some batch rows only."""
-        return replace(self, context_BD=self.context_BD[rows], root_B=self.root_B[rows])
+        return ReDrafterState(self.context_BD[kept.index], self.root_B[kept.index])
 
 
 class ResidualBlock(nn.Module):
@@ -176,51 +177,23 @@ class ReDrafter(Drafter):
             states.append(state_AD)
         return self._exit(self._exit_context(context_AD), torch.stack(states), self._exit_parts())
 
-    def start(self, prompt: Emitted) -> ReDrafterState:
+    def start(self, opening: Opening) -> ReDrafterState:
         """The context and root after the prompt."""
-        last_B = prompt.counts_B - 1
-        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        context_BD = self.ends.final_norm(prompt.features[PRE_NORM][rows_B, last_B]).to(self.head_weight.dtype)
-        return ReDrafterState(context_BD, prompt.tokens_BE[rows_B, last_B])
+        return self._at(opening.prompt)
 
     def advance(self, state: ReDrafterState, emitted: Emitted) -> ReDrafterState:  # type: ignore[override]
         """Only the last emitted token and the state that predicted it matter."""
-        return self.start(emitted)
+        return self._at(emitted)
 
-    def propose(self, state: ReDrafterState, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
-        """Beam search (section 3.2), merged into a tree by shared prefixes (section 3.3)."""
-        tokens_BLM, above_BLM, scores_BLM = self._beam_search(state, limits.beam_width, limits.draft_length)
-        if limits.node_budget is None and limits.beam_width > 1:
-            tree = _surviving(state.root_B, tokens_BLM, above_BLM, scores_BLM)
-        else:
-            tree = tree_from_layers(state.root_B, tokens_BLM, above_BLM, scores_BLM)
-        if limits.min_probability > 0.0 and tree.scores_BN is not None:
-            likely_BN = tree.scores_BN >= math.log(limits.min_probability)
-            tree = pack(replace(tree, valid_BN=tree.valid_BN & likely_BN))
-        return tree if limits.node_budget is None else prune(tree, limits.node_budget)
+    def _at(self, emitted: Emitted) -> ReDrafterState:
+        last_B = emitted.counts_B - 1
+        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
+        context_BD = self.ends.final_norm(emitted.features[PRE_NORM][rows_B, last_B]).to(self.head_weight.dtype)
+        return ReDrafterState(context_BD, emitted.tokens_BE[rows_B, last_B])
 
-    def _beam_search(self, state: ReDrafterState, width: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, continued candidate and cumulative log-probability of each kept candidate, [B, L, M] each."""
-        B, D = state.context_BD.shape
-        size = self.head_weight.shape[0]
-        if width > size:
-            raise ValueError(f"beam_width {width} is larger than the draft vocabulary of {size}; narrow the beam")
-        parts = self._exit_parts()
-        shared_B1E = self._exit_context(state.context_BD[:, None])
-        state_BMD = state.context_BD.new_zeros(B, 1, D)
-        token_BM = state.root_B[:, None]
-        score_BM = torch.zeros(B, 1, dtype=torch.float32, device=token_BM.device)
-        layers: list[tuple[Tensor, Tensor, Tensor]] = []
-        for _ in range(length):
-            state_BMD = self._recur(state_BMD, self._embed(token_BM))
-            logits_BMV = parts.head(self._exit(shared_B1E, state_BMD, parts)).float()
-            score_BM, above_BM, draft_BM = _best(score_BM, logits_BMV, width)
-            if width > 1:
-                state_BMD = state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
-            token_BM = self.to_target_ids(draft_BM)
-            layers.append((token_BM, above_BM, score_BM))
-        tokens, above, scores = zip(*layers, strict=True)
-        return torch.stack(tokens, 1), torch.stack(above, 1), torch.stack(scores, 1)
+    def expander(self, state: ReDrafterState, cycle: Cycle, limits: DraftLimits) -> Recurrence:  # type: ignore[override]
+        """See :class:`Recurrence`."""
+        return Recurrence(self, state)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.ends.embed(tokens).to(self.head_weight.dtype)
@@ -258,35 +231,42 @@ class ReDrafter(Drafter):
         return _ExitParts(of_state, tuple(blocks), head)
 
 
+class Recurrence:
+    """One draft: every node's recurrent state comes from its parent's, the context stays (section 3.1)."""
+
+    def __init__(self, drafter: ReDrafter, state: ReDrafterState) -> None:
+        self.root_B = state.root_B
+        self.target_ids = drafter.to_target_ids
+        self._drafter = drafter
+        # Looked up once a draft: on a small target each look-up costs as much as a product.
+        self._parts = drafter._exit_parts()
+        self._shared_B1E = drafter._exit_context(state.context_BD[:, None])
+        self._state_BMD = state.context_BD.new_zeros(state.context_BD.shape[0], 1, state.context_BD.shape[1])
+
+    def begin(self) -> Tensor:
+        """[B, 1, Vd]: the first step is fed the root."""
+        return self._step(self.root_B[:, None])
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """[B, M, Vd]: one more step for nodes that continue those of the last call."""
+        if self._state_BMD.shape[1] > 1:
+            D = self._state_BMD.shape[-1]
+            self._state_BMD = self._state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
+        return self._step(tokens_BM)
+
+    def _step(self, tokens_BM: Tensor) -> Tensor:
+        drafter = self._drafter
+        self._state_BMD = drafter._recur(self._state_BMD, drafter._embed(tokens_BM))
+        return self._parts.head(drafter._exit(self._shared_B1E, self._state_BMD, self._parts))
+
+
 @dataclass(frozen=True)
 class _ExitParts:
-    """What a draft step calls, looked up once a draft: on a small target each look-up costs as much as a product."""
+    """The head's parts as a draft step calls them."""
 
     of_state: Tensor | None
     blocks: tuple[nn.Module, ...]
     head: nn.Module
-
-
-def _best(score_BM: Tensor, logits_BMV: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``width`` best continuations: cumulative log-probability, candidate continued, draft token id, [B, width] each."""
-    # The best of all lie among the best of each beam, so that no [M * V] sort is needed.
-    top_BMk, token_BMk = logits_BMV.log_softmax(-1).topk(width, dim=-1)
-    if score_BM.shape[1] == 1:  # one beam to continue: its best are the best
-        token_Bk = token_BMk[:, 0]
-        return score_BM + top_BMk[:, 0], torch.zeros_like(token_Bk), token_Bk
-    score_Bk, flat_Bk = (score_BM[..., None] + top_BMk).flatten(1).topk(width, dim=-1)
-    return score_Bk, flat_Bk // width, token_BMk.flatten(1).gather(1, flat_Bk)
-
-
-def _surviving(root_B: Tensor, tokens_BLM: Tensor, above_BLM: Tensor, scores_BLM: Tensor) -> DraftTree:
-    """Trace the beams back from the last layer and merge their shared prefixes."""
-    beam_BM = torch.arange(tokens_BLM.shape[2], device=tokens_BLM.device).expand(tokens_BLM.shape[0], -1)
-    tokens, scores = [], []
-    for layer in reversed(range(tokens_BLM.shape[1])):
-        tokens.append(tokens_BLM[:, layer].gather(1, beam_BM))
-        scores.append(scores_BLM[:, layer].gather(1, beam_BM))
-        beam_BM = above_BLM[:, layer].gather(1, beam_BM)
-    return tree_from_paths(root_B, torch.stack(tokens[::-1], -1), torch.stack(scores[::-1], -1))
 
 
 AutoConfig.register(ReDrafterConfig.model_type, ReDrafterConfig)

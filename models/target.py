@@ -1,7 +1,7 @@
 """The target seam: a frozen Hugging Face causal LM behind a few doors that every family opens alike.
 
-Owns loading, the doors (embed, forward, final norm, logits), layer names, and the refusal by name of what cannot be supported.
-Knows no drafter, no tree and no cache layout.
+Owns the doors (embed, forward, final norm, logits), layer names, masks as each family takes them, and the proof at loading that the
+doors give the model's own logits. Knows no drafter, no tree and no cache layout.
 
 Layer names: ``last.pre_norm`` is the last decoder block's output *before* the final norm (Hugging Face's ``hidden_states[-1]`` is
 after it); ``layer.{i}.output`` is the output of the 0-based decoder block i.
@@ -11,25 +11,23 @@ Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden, V v
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint
+from draftsmith.models.ends import TargetEnds
+from draftsmith.models.fingerprint import module_fingerprint
+from draftsmith.models.loading import as_dtype, load_causal_lm
+from draftsmith.models.support import decoder_blocks, refuse_unsupported, text_base
+
+__all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
 
 PRE_NORM = "last.pre_norm"
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
-_BLOCKS = ("layers", "h", "blocks")
 
 
 @dataclass(frozen=True)
@@ -51,96 +49,6 @@ class TargetOutput:
         return self.pre_norm if name == PRE_NORM else self.layers[name]
 
 
-class TargetEnds(nn.Module):
-    """A target's frozen ends without its trunk: embedding, final norm and head.
-
-    Enough to train a drafter from cached states: a 70B trunk is never loaded for it.
-    """
-
-    def __init__(self, model: PreTrainedModel, name: str, fingerprint: str) -> None:
-        super().__init__()
-        self.name = name
-        self.fingerprint = fingerprint
-        base = _text_base(model)
-        self.embedding = model.get_input_embeddings()
-        self.norm = _child(base, _FINAL_NORMS, "final norm")
-        self.head = model.get_output_embeddings()
-        if self.head is None:
-            raise ValueError(f"{name}: {type(model).__name__} has no output embeddings; a causal LM is needed")
-        config = model.config.get_text_config()
-        self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(self.head.weight.shape[0])
-        self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        # Cohere multiplies its logits, Granite divides them.
-        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        self.requires_grad_(False)
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        revision: str | None = None,
-        adapter: str | None = None,
-    ) -> TargetEnds:
-        """Load the ends alone from a local directory or a hub id.
-
-        With ``adapter`` the whole target is loaded and its ends are kept, since an adapter may reach them.
-
-        Raises:
-            ValueError: the path holds no model, or its family is not supported.
-        """
-        folder = resolve(path, revision)
-        if adapter is not None:
-            return Target.load(
-                path, dtype=str(dtype).removeprefix("torch."), device=device, revision=revision, adapter=adapter
-            ).ends
-        config = AutoConfig.from_pretrained(folder)
-        short = copy.deepcopy(config)
-        text = short.get_text_config()
-        text.num_hidden_layers = 1
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:1]
-        with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
-            model = AutoModelForCausalLM.from_pretrained(folder, config=short, dtype=dtype)
-        return cls(model, name=path, fingerprint=checkpoint_fingerprint(folder)).to(device)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D], the head's matrix."""
-        return self.head.weight
-
-    @property
-    def device(self) -> torch.device:
-        """Where the head lies."""
-        return self.head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the norm's weights, and so of the states."""
-        return next(self.norm.parameters()).dtype
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [...] -> input embeddings [..., D]."""
-        return self.embedding(ids)
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """Pre-norm states [..., D] -> normed [..., D]."""
-        return self.norm(hidden.to(self.dtype))
-
-    def logits(self, normed: Tensor) -> Tensor:
-        """Normed states [..., D] -> logits [..., V], with the model's own bias, scale and soft-cap."""
-        logits = self.head(normed)
-        if self._logit_scale != 1.0:
-            logits = logits * self._logit_scale
-        if self._soft_cap is not None:
-            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
-        return logits
-
-
 class Target(nn.Module):
     """The frozen model, whole.
 
@@ -151,14 +59,14 @@ class Target(nn.Module):
 
     def __init__(self, model: PreTrainedModel, name: str, fingerprint: str) -> None:
         super().__init__()
-        _refuse_unsupported(model, name)
+        refuse_unsupported(model, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.fingerprint = fingerprint
         self.config = model.config.get_text_config()
         self.ends = TargetEnds(model, name, fingerprint)
-        self._base = _text_base(model)
-        self._blocks = list(_child(self._base, _BLOCKS, "decoder blocks").children())
+        self._base = text_base(model)
+        self._blocks = decoder_blocks(model)
         self._caught: dict[str, Tensor] = {}
         self.ends.norm.register_forward_pre_hook(self._catch_pre_norm)
         self._additive_mask = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
@@ -193,30 +101,7 @@ class Target(nn.Module):
         Raises:
             ValueError: bad path, dtype or device, or an unsupported family.
         """
-        folder = resolve(path, revision)
-        config = AutoConfig.from_pretrained(folder)
-        arguments: dict[str, Any] = {"dtype": as_dtype(dtype)}
-        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-            # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
-            arguments["attn_implementation"] = "eager"
-        if device_map is not None:
-            arguments["device_map"] = device_map
-        if quantization is not None:
-            arguments["quantization_config"] = _quantization(quantization)
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
-        fingerprint = checkpoint_fingerprint(folder)
-        if adapter is not None:
-            if quantization is not None:
-                raise ValueError(
-                    "an adapter is merged into the weights, which 8bit and 4bit weights do not allow; drop one of the two"
-                )
-            from peft import PeftModel
-
-            adapter_folder = resolve(adapter, None)
-            model = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
-            fingerprint = f"{fingerprint[:32]}{checkpoint_fingerprint(adapter_folder)[:32]}"
-        if device_map is None and quantization is None:
-            nn.Module.to(model, as_device(device))
+        model, fingerprint = load_causal_lm(path, as_dtype(dtype), device, device_map, revision, adapter, quantization)
         return cls(model, name=path, fingerprint=fingerprint)
 
     @classmethod
@@ -239,6 +124,14 @@ class Target(nn.Module):
         """The longest context in tokens, or None where the config names none."""
         longest = getattr(self.config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply: those of the model's generation config, else of its config; empty where neither names one."""
+        own = self.model.generation_config
+        ids = None if own is None else own.eos_token_id
+        ids = getattr(self.config, "eos_token_id", None) if ids is None else ids
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Normed states [..., D] -> logits [..., V]."""
@@ -386,129 +279,3 @@ class Target(nn.Module):
             key_positions=torch.cat([positions[:, :2], tree_positions], 1),
         )
         return torch.cat([self.logits(first.normed), self.logits(second.normed[:, 1:])], dim=1).float()
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id; code shipped with it is never run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = resolve(path, revision)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ValueError(f"{path} holds no tokenizer (tokenizer.json); give the directory of a complete model")
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def resolve(path: str, revision: str | None = None) -> Path:
-    """The local directory of a model: the path itself, one of the embedded models (``embedded:target``), or a hub id's snapshot.
-
-    Raises:
-        ValueError: neither a directory nor a hub id that can be had.
-    """
-    if path.startswith("embedded:"):
-        from importlib.resources import files
-
-        folder = Path(str(files("draftsmith.embedded").joinpath(path.removeprefix("embedded:"))))
-        if not (folder / "config.json").exists():
-            raise ValueError(f"there is no embedded model {path!r}; use embedded:target or embedded:draft_lm")
-        return folder
-    local = Path(path)
-    if local.is_dir():
-        if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(
-                f"{path} is a directory without config.json; give a Hugging Face model directory or a hub id"
-            )
-        return local
-    if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ValueError(
-            f"model path {path!r} does not exist; give a Hugging Face model directory or a hub id such as org/name"
-        )
-    try:
-        return Path(
-            snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path!r} is neither a local directory nor a hub id that can be had: {error}") from error
-
-
-def as_dtype(name: str) -> torch.dtype:
-    """A torch dtype from its name.
-
-    Raises:
-        ValueError: not a floating dtype that targets are run in.
-    """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in dtypes:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
-    return dtypes[name]
-
-
-def as_device(name: str) -> torch.device:
-    """A torch device that is really there.
-
-    Raises:
-        ValueError: the name is no device, or this machine has none such.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not a device; use cpu, cuda, cuda:1, mps ...") from error
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "meta": 0}
-    if (device.index or 0) >= there.get(device.type, 0):
-        raise ValueError(
-            f"device {name!r} is not there: this machine has {there['cuda']} CUDA device(s); use --device cpu or one that it has"
-        )
-    return device
-
-
-def _quantization(kind: str) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if kind not in ("8bit", "4bit"):
-        raise ValueError(f"quantization {kind!r} is not one of 8bit, 4bit")
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
-
-
-def _text_base(model: PreTrainedModel) -> nn.Module:
-    base = model.base_model
-    return getattr(base, "language_model", base)
-
-
-def _child(base: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
-    for name in names:
-        found = getattr(base, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise ValueError(f"{type(base).__name__} is not supported: its {what} is not at any of {', '.join(names)}")
-
-
-def _refuse_unsupported(model: PreTrainedModel, name: str) -> None:
-    config, kind = model.config.get_text_config(), type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or ())
-    reasons = {
-        "keeps a recurrent state, which cannot follow several branches of a tree": getattr(model, "_is_stateful", False)
-        or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"}),
-        "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
-        "attends in chunks, which tree masks cannot follow": "chunked_attention" in kinds,
-        "adds a position bias to attention (ALiBi), which tree positions cannot express": getattr(
-            config, "alibi", False
-        )
-        or config.model_type in ("bloom", "mpt"),
-        "runs flash attention, which takes no tree mask; load it with sdpa or eager": "flash"
-        in str(getattr(config, "_attn_implementation", "")),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"{name}: {kind} ({config.model_type}) is not supported as a target: it {reason}")
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -3,12 +3,13 @@
 Owns the one shape in which every drafter family proposes: a chain, a beam and an n-gram are all trees. Knows nothing of the
 target's cache, of verification or of any drafter.
 
-Shape legend: B batch rows, N tree nodes (the root included), M paths or beams, L drafted depth.
+Shape legend: B batch rows, N tree nodes (the root included), M paths or beams (or nodes with children), L drafted depth, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,8 @@ class DraftTree:
     """Proposed tokens as a tree in topological order: a parent always has a smaller index than its children.
 
     Node 0 is the *root*: the last emitted token, already decided and not yet in the target's cache. Invalid nodes are padding
-    behind the valid ones of a row; they are never accepted.
+    behind the valid ones of a row (anywhere in a sampled tree, whose shape is fixed); they are never accepted. Siblings differ in
+    their tokens, except in trees sampled with replacement.
 
     Attributes:
         tokens_BN: target token ids, int64.
@@ -30,6 +32,9 @@ class DraftTree:
         max_depth: largest depth that any row can have (a host number, so that shapes stay static).
         scores_BN: cumulative draft log-probability of the path to a node, float; None where the drafter gives none.
         chain: True where node i is known to be the parent of node i + 1 in every row, so that an accepted path needs no compaction.
+        draft_probs_BMV: of a sampled tree, float [B, M, V] over target ids: what the children of each of the first M nodes were drawn
+            from, zeros where a node has none (the other N - M are leaves). None in trees that were not sampled. Such a tree is neither
+            packed nor pruned: the rules of acceptance need every candidate in the order of drawing.
     """
 
     tokens_BN: Tensor
@@ -39,6 +44,7 @@ class DraftTree:
     max_depth: int
     scores_BN: Tensor | None = None
     chain: bool = False
+    draft_probs_BMV: Tensor | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -69,6 +75,7 @@ class DraftTree:
             depths_BN=self.depths_BN[rows],
             valid_BN=self.valid_BN[rows],
             scores_BN=None if self.scores_BN is None else self.scores_BN[rows],
+            draft_probs_BMV=None if self.draft_probs_BMV is None else self.draft_probs_BMV[rows],
         )
 
 
@@ -88,7 +95,7 @@ def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None
     Args:
         root_B: int64 [B], the root tokens.
         paths_BML: int64 [B, M, L], tokens of M drafted paths below the root.
-        scores_BML: optional float [B, M, L], cumulative log-probability of each path's prefix.
+        scores_BML: optional float [B, M, L], cumulative log-probability of each path's prefix; minus infinity marks padding.
 
     Example:
         paths ``[[5, 6], [5, 7]]`` give the nodes root, 5, 6, 7 with parents -1, 0, 1, 1.
@@ -99,49 +106,45 @@ def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None
     column_L = torch.arange(L, device=paths_BML.device)
     slot_BML = 1 + first_BML * L + column_L
     own_BML = first_BML == torch.arange(M, device=paths_BML.device)[:, None]
+    if scores_BML is not None:
+        own_BML = own_BML & (scores_BML > -torch.inf)
     above_BML = torch.cat([torch.zeros_like(slot_BML[..., :1]), slot_BML[..., :-1]], dim=-1)
-    flat = (B, M * L)
+    depths_BML = (column_L + 1).expand(B, M, L)
     tree = DraftTree(
-        tokens_BN=_under(root_B[:, None], paths_BML.reshape(flat)),
-        parents_BN=_under(torch.full_like(root_B, -1)[:, None], above_BML.reshape(flat)),
-        depths_BN=_under(torch.zeros_like(root_B)[:, None], (column_L + 1).expand(B, M, L).reshape(flat)),
-        valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], own_BML.reshape(flat)),
+        tokens_BN=_under(root_B[:, None], [paths_BML.flatten(1)]),
+        parents_BN=_under(torch.full_like(root_B, -1)[:, None], [above_BML.flatten(1)]),
+        depths_BN=_under(torch.zeros_like(root_B)[:, None], [depths_BML.flatten(1)]),
+        valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], [own_BML.flatten(1)]),
         max_depth=L,
-        scores_BN=None if scores_BML is None else _under(scores_BML.new_zeros(B, 1), scores_BML.reshape(flat)),
+        scores_BN=None if scores_BML is None else _under(scores_BML.new_zeros(B, 1), [scores_BML.flatten(1)]),
         chain=M == 1,
     )
     return pack(tree)
 
 
 def tree_from_layers(
-    root_B: Tensor, tokens_BLM: Tensor, above_BLM: Tensor, scores_BLM: Tensor, keep_BLM: Tensor | None = None
+    root_B: Tensor, tokens: Sequence[Tensor], parents: Sequence[Tensor], scores: Sequence[Tensor]
 ) -> DraftTree:
-    """A tree from the layers of a beam search or a dynamic tree: every expanded candidate becomes a node.
+    """A tree from the candidates of each depth; those with a score of minus infinity are padding.
 
-    Candidates of a layer must be distinct by (parent, token), which any top-M over a flattened [M * V] gives by construction.
+    Candidates of one parent must differ in their tokens, and a candidate below padding must be padding.
 
     Args:
         root_B: int64 [B], the root tokens.
-        tokens_BLM: int64 [B, L, M], tokens of the M candidates kept in each layer.
-        above_BLM: int64 [B, L, M], which candidate (0..M-1) of the layer above each continues; ignored in the first layer.
-        scores_BLM: float [B, L, M], cumulative log-probabilities.
-        keep_BLM: optional bool [B, L, M]; a candidate that is not kept must have no kept descendant.
+        tokens: of each depth from 1 on, int64 [B, C], C may differ from depth to depth.
+        parents: of each depth, int64 [B, C], index of the parent among all nodes (0 is the root).
+        scores: of each depth, float [B, C], cumulative log-probabilities.
     """
-    B, L, M = tokens_BLM.shape
-    offset_L = 1 + (torch.arange(L, device=tokens_BLM.device) - 1)[:, None] * M
-    parents_BLM = torch.where(offset_L > 0, above_BLM + offset_L, 0)
-    depths_LM = torch.arange(1, L + 1, device=tokens_BLM.device)[:, None].expand(L, M)
-    if keep_BLM is None:
-        keep_BLM = torch.ones_like(tokens_BLM, dtype=torch.bool)
-    flat = (B, L * M)
+    depths = [torch.full_like(layer, depth) for depth, layer in enumerate(tokens, 1)]
+    scores_BN = _under(scores[0].new_zeros(root_B.shape[0], 1), scores)
     return DraftTree(
-        tokens_BN=_under(root_B[:, None], tokens_BLM.reshape(flat)),
-        parents_BN=_under(torch.full_like(root_B, -1)[:, None], parents_BLM.reshape(flat)),
-        depths_BN=_under(torch.zeros_like(root_B)[:, None], depths_LM.expand(B, L, M).reshape(flat)),
-        valid_BN=_under(torch.ones_like(root_B, dtype=torch.bool)[:, None], keep_BLM.reshape(flat)),
-        max_depth=L,
-        scores_BN=_under(scores_BLM.new_zeros(B, 1), scores_BLM.reshape(flat)),
-        chain=M == 1,
+        tokens_BN=_under(root_B[:, None], tokens),
+        parents_BN=_under(torch.full_like(root_B, -1)[:, None], parents),
+        depths_BN=_under(torch.zeros_like(root_B)[:, None], depths),
+        valid_BN=scores_BN > -torch.inf,
+        max_depth=len(tokens),
+        scores_BN=scores_BN,
+        chain=all(layer.shape[1] == 1 for layer in tokens),
     )
 
 
@@ -149,7 +152,7 @@ def prune(tree: DraftTree, node_budget: int) -> DraftTree:
     """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (EAGLE-2's rerank, arXiv:2406.16858 section 4).
 
     A parent never scores below its child and precedes it; the sort is stable, so ties go to the parent and what is kept is
-    connected. The root is kept beside the budget.
+    connected, which is asserted. The root is kept beside the budget.
 
     Raises:
         ValueError: ``node_budget`` is below 1, or the tree carries no scores.
@@ -161,8 +164,11 @@ def prune(tree: DraftTree, node_budget: int) -> DraftTree:
     scores_BN = tree.scores_BN.masked_fill(~tree.valid_BN, -torch.inf)
     scores_BN[:, 0] = torch.inf
     order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
-    kept_BN = torch.zeros_like(tree.valid_BN).scatter_(1, order_BN[:, : node_budget + 1], True)
-    return pack(replace(tree, valid_BN=tree.valid_BN & kept_BN), width=min(node_budget + 1, tree.num_nodes))
+    kept_BN = torch.zeros_like(tree.valid_BN).scatter_(1, order_BN[:, : node_budget + 1], True) & tree.valid_BN
+    parent_kept_BN = kept_BN.gather(1, tree.parents_BN.clamp(min=0))
+    torch._assert_async((parent_kept_BN | ~kept_BN).all(), "a draft node was kept without its parent")
+    shallow = replace(tree, valid_BN=kept_BN, max_depth=min(tree.max_depth, node_budget))
+    return pack(shallow, width=min(node_budget + 1, tree.num_nodes))
 
 
 def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
@@ -172,6 +178,7 @@ def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
         width: static number of nodes to keep. None keeps as many as the fullest row has where that number is free to read
             (on a CPU), and all of them elsewhere, since reading it would synchronise the host with the device.
     """
+    assert tree.draft_probs_BMV is None, "a sampled tree keeps its shape"
     if tree.tokens_BN.device.type == "cpu":
         fullest = int(tree.valid_BN.sum(1).max())
         if fullest == tree.num_nodes:
@@ -198,5 +205,5 @@ def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
     )
 
 
-def _under(root_B1: Tensor, rest_BN: Tensor) -> Tensor:
-    return torch.cat([root_B1, rest_BN.to(root_B1.dtype)], dim=1)
+def _under(root_B1: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    return torch.cat([root_B1, *(layer.to(root_B1.dtype) for layer in layers)], dim=1)

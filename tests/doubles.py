@@ -13,16 +13,21 @@ import transformers
 from torch import Tensor
 
 from draftsmith.models import (
+    Cycle,
     Drafter,
     DrafterConfig,
     DraftLimits,
     DraftTree,
     Emitted,
+    KeptRows,
+    Opening,
     PackedBatch,
     Rollout,
     Target,
     tree_from_paths,
 )
+from draftsmith.models.drafter import DraftState
+from draftsmith.models.search import Expander
 
 VOCAB = 61
 BOS = 1
@@ -87,9 +92,9 @@ class HistoryState:
 
     texts: list[list[int]]
 
-    def select_rows(self, rows: Tensor) -> HistoryState:
+    def select_rows(self, kept: KeptRows) -> HistoryState:
         """Some rows only."""
-        return HistoryState([self.texts[row] for row in rows.tolist()])
+        return HistoryState([self.texts[row] for row in kept.order])
 
 
 Manner = Literal["oracle", "random", "wrong", "same", "half", "late"]
@@ -114,14 +119,16 @@ class PlannedDrafter(Drafter):
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         raise ValueError("a planned drafter is not trained")
 
-    def start(self, prompt: Emitted) -> HistoryState:
-        # The first prompt token is in no (state, next token) pair; every prompt of these tests begins with BOS.
-        return _extended([[BOS] for _ in prompt.counts_B], prompt)
+    def start(self, opening: Opening) -> HistoryState:
+        return _extended([[first] for first in opening.first_B.tolist()], opening.prompt)
+
+    def expander(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> Expander:
+        raise ValueError("a planned drafter proposes whole paths")
 
     def advance(self, state: HistoryState, emitted: Emitted) -> HistoryState:  # type: ignore[override]
         return _extended(state.texts, emitted)
 
-    def propose(self, state: HistoryState, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
+    def propose(self, state: HistoryState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
         target, manner, width, depth = self.plan
         noise_BML = torch.randint(0, VOCAB, (len(state.texts), width, depth), generator=self.generator)
         root_B = torch.tensor([text[-1] for text in state.texts])
@@ -154,3 +161,38 @@ def greedy_by_hand(target: Target, text: list[int], num_tokens: int) -> list[int
     for _ in range(num_tokens):
         text.append(int(target.model(input_ids=torch.tensor([text[-95:]]), use_cache=False).logits[0, -1].argmax()))
     return text[-num_tokens:]
+
+
+def opening(target: Target, texts: list[list[int]], limits: DraftLimits, layers: tuple[str, ...]) -> Opening:
+    """What a drafter is told after the target has read texts of one length; the last token of each is its root."""
+    ids_BT = torch.tensor(texts)
+    states = target.prefix(ids_BT[:, :-1], layers=layers)
+    counts_B = torch.full((len(texts),), ids_BT.shape[1] - 1)
+    pairs = Emitted(ids_BT[:, 1:], {name: states.feature(name).clone() for name in layers}, counts_B)
+    return Opening(pairs, ids_BT[:, 0], limits, room=90)
+
+
+def first_cycle(start: Opening) -> Cycle:
+    """What the decoder knows of the rows right after a prompt."""
+    lengths = start.prompt.counts_B.tolist()
+    return Cycle(start.prompt.counts_B, lengths, lengths)
+
+
+@torch.inference_mode()
+def draft(target: Target, drafter: Drafter, texts: list[list[int]], limits: DraftLimits) -> DraftTree:
+    """One draft behind texts of one length."""
+    start = opening(target, texts, limits, drafter.features)
+    return drafter.propose(drafter.start(start), first_cycle(start), limits)
+
+
+@torch.inference_mode()
+def served_logits(target: Target, drafter: Drafter, text: list[int], num_steps: int) -> Tensor:
+    """Draft logits [K, Vd] that serving gives along a text: its last ``num_steps`` tokens are the root and what is drafted below it."""
+    root = len(text) - num_steps
+    limits = DraftLimits(1, num_steps)
+    start = opening(target, [text[: root + 1]], limits, drafter.features)
+    expander = drafter.expander(drafter.start(start), first_cycle(start), limits)
+    logits = [expander.begin()[0, 0]]
+    for token in text[root + 1 :]:
+        logits.append(expander.extend(torch.tensor([[token]]), torch.tensor([[0]]))[0, 0])
+    return torch.stack(logits)

@@ -19,8 +19,9 @@ from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
-from draftsmith.models.drafter import DraftLimits
-from draftsmith.models.target import Target, load_tokenizer
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.target import Target
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
 

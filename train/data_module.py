@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.packing import pack
-from draftsmith.models.drafter import PackedBatch
+from draftsmith.models.rollout import PackedBatch
 from draftsmith.train.batch_plan import EpochSampler
 
 
@@ -104,6 +104,12 @@ class CacheDataModule(pl.LightningDataModule):
                 f"{self.cache_path} has {len(self.cache)} sample(s): none is left to train on; add samples"
             )
         self.train_set = CacheSubset(self.cache, sorted(order))
+
+    def read_layers(self, layers: tuple[str, ...]) -> None:
+        """Read only these layers of the caches; all of them unless this is called."""
+        for subset in (self.train_set, self.val_set):
+            if subset is not None:
+                subset.layers = layers
 
     def open_cache(self) -> HiddenStateCache:
         """The training cache. Raises ValueError before setup()."""
@@ -209,6 +215,7 @@ class CacheSubset(Dataset):
 
     def __init__(self, cache: HiddenStateCache, indices: Sequence[int]) -> None:
         self.cache, self.indices = cache, indices
+        self.layers: tuple[str, ...] | None = None
         lengths = cache.sample_lengths
         self.lengths = [lengths[index] for index in indices]
 
@@ -221,7 +228,7 @@ class CacheSubset(Dataset):
 
     def __getitem__(self, numbers: Sequence[int]) -> CacheBatch:
         samples = [self.sample(number) for number in numbers]
-        return CacheBatch(pack(samples), tuple(sample.id for sample in samples))
+        return CacheBatch(pack(samples, self.layers), tuple(sample.id for sample in samples))
 
 
 def _check_same_origin(cache: HiddenStateCache, val_cache: HiddenStateCache) -> None:

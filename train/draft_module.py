@@ -20,10 +20,11 @@ from torch import Tensor
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.target import TargetEnds, as_dtype, load_tokenizer
+from draftsmith.models.loading import as_dtype, load_tokenizer
+from draftsmith.models.target import PRE_NORM, TargetEnds
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.families import DrafterFamily, most_frequent
-from draftsmith.train.losses import StepSums
+from draftsmith.train.losses import StepSums, TopEmphasis
 from draftsmith.train.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
 
 
@@ -38,6 +39,13 @@ class DraftModule(pl.LightningModule):
             position of the text, free from the cached states. `local`: the target's greedy continuation from every
             position; needs a cache made with --local-horizon num_steps + 1.
         horizon_decay: step k (from 0) weighs horizon_decay ** k.
+        feature_weight: of smooth L1 on the predicted feature, for drafters that predict it; EAGLE-1 uses 1.0.
+        logit_weight: of the loss on tokens; EAGLE-1 uses 0.1.
+        top_k_weight: of HASS's extra loss on the target's `top_k` likeliest tokens; needs distillation path.
+        top_k: see top_k_weight.
+        skip_outside: with distillation path, learn nothing where the target's likeliest token is outside the draft
+            vocabulary (EAGLE-3).
+        val_steps: draft steps of the validation's accuracies; null takes num_steps.
         lr: peak learning rate.
         betas: AdamW's.
         weight_decay: AdamW's, on matrices only.
@@ -61,6 +69,12 @@ class DraftModule(pl.LightningModule):
         num_steps: int = 5,
         distillation: Distillation = "none",
         horizon_decay: float = 1.0,
+        feature_weight: float = 0.0,
+        logit_weight: float = 1.0,
+        top_k_weight: float = 0.0,
+        top_k: int = 10,
+        skip_outside: bool = False,
+        val_steps: int | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.0,
@@ -74,8 +88,11 @@ class DraftModule(pl.LightningModule):
         adapter: str | None = None,
     ) -> None:
         super().__init__()
-        self.objective = Objective(num_steps, distillation, horizon_decay, chunk_rows)
-        self.val_objective = Objective(num_steps, "none", 1.0, chunk_rows)
+        emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
+        self.objective = Objective(
+            num_steps, distillation, horizon_decay, chunk_rows, feature_weight, logit_weight, emphasis, skip_outside
+        )
+        self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows)
         for name, value in {"warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio}.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
@@ -94,6 +111,7 @@ class DraftModule(pl.LightningModule):
         self._ends: list[TargetEnds] = []
         self._to_draft = torch.empty(0, dtype=torch.int64)
         self._val_sums: list[Tensor] = []
+        self._eos_token_ids: tuple[int, ...] = ()
 
     @property
     def ends(self) -> TargetEnds:
@@ -145,11 +163,16 @@ class DraftModule(pl.LightningModule):
             draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
         build = (ends, draft_token_ids, self.objective.num_steps, own_tokenizer)
         self.drafter = self.family.build(*build)
-        _check_layers(self.drafter, cache)
+        self.objective.check(self.drafter)
+        layers = {*self.drafter.features, *([PRE_NORM] if self.objective.reads_features else [])}
+        _check_layers(sorted(layers), type(self.drafter).__name__, cache)
+        data.read_layers(tuple(sorted(layers)))
         if self.ema_decay is not None:
             self.average = self.family.build(*build).requires_grad_(False)
             self.average.load_state_dict(self.drafter.state_dict())
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
+        eos = ends.config.eos_token_id
+        self._eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def on_fit_start(self) -> None:
         """Brings what Lightning does not manage to the run's device."""
@@ -166,7 +189,7 @@ class DraftModule(pl.LightningModule):
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
         """Weighted mean loss of one batch; see _step_weights for what the mean is over."""
         assert self.drafter is not None
-        lesson = prepare(self.objective, batch.packed, self._to_draft)
+        lesson = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
         metrics = (self.global_step + 1) % self.metrics_every == 0
         sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
         self._refuse_not_finite(sums.total, batch)
@@ -233,15 +256,18 @@ class DraftModule(pl.LightningModule):
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def _means(self, pooled: Tensor, stage: str) -> dict[str, float]:
-        """pooled [5, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""
-        loss_sum, loss_rows, rows, top1, top5 = self._sum_over_ranks(pooled)
+        """pooled [6, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""
+        loss_sum, loss_rows, rows, top1, top5, feature_sum = self._sum_over_ranks(pooled)
         losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
-        horizon = self.objective.horizon_weights(losses.device)
+        objective = self.objective if stage == "train" else self.val_objective
+        horizon = objective.horizon_weights(losses.device)
         means = {f"{stage}/loss": float((losses * horizon).sum() / horizon.sum())}
         for step in range(len(losses)):
             means[f"{stage}/step{step}/loss"] = float(losses[step])
             means[f"{stage}/step{step}/top1"] = float(accuracies[step])
             means[f"{stage}/step{step}/top5"] = float(top5[step] / rows[step].clamp(min=1))
+            if objective.feature_weight > 0.0:
+                means[f"{stage}/step{step}/feature_loss"] = float(feature_sum[step] / rows[step].clamp(min=1))
         means[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
         return means
 
@@ -291,10 +317,11 @@ def proxy_tokens_per_step(accuracies: Tensor) -> float:
 
 
 def _pool(sums: StepSums) -> Tensor:
-    """[5, K]: loss_sum, loss_rows, rows, top1, top5."""
+    """[6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned)."""
     assert sums.top1 is not None
     assert sums.top5 is not None
-    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5])
+    features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
+    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features])
 
 
 def _samples_not_finite(batch: CacheBatch) -> str:
@@ -304,10 +331,10 @@ def _samples_not_finite(batch: CacheBatch) -> str:
     return ", ".join(batch.sample_ids[number] for number in batch.packed.document_ids[bad].unique().tolist()[:8])
 
 
-def _check_layers(drafter: Drafter, cache: HiddenStateCache) -> None:
-    missing = [name for name in drafter.features if name not in cache.manifest.identity.layers]
+def _check_layers(layers: list[str], reader: str, cache: HiddenStateCache) -> None:
+    missing = [name for name in layers if name not in cache.manifest.identity.layers]
     if missing:
         raise ValueError(
-            f"{type(drafter).__name__} reads the layers {missing}, {cache.path} holds "
-            f"{list(cache.manifest.identity.layers)}; extract a cache with them"
+            f"training {reader} reads the layers {missing}, {cache.path} holds {list(cache.manifest.identity.layers)}; "
+            "extract a cache with them (--layers)"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.drafter import Drafter
+from draftsmith.models.eagle import Eagle, Eagle3
 from draftsmith.models.redrafter import ReDrafter
 from draftsmith.models.target import TargetEnds
 
@@ -81,6 +82,75 @@ class ReDrafterFamily(DrafterFamily):
     def settings(self) -> dict[str, object]:
         """See DrafterFamily.settings."""
         return {"family": "redrafter", **vars(self)}
+
+
+class EagleFamily(DrafterFamily):
+    """EAGLE-1's feature predictor (arXiv 2401.15077), which EAGLE-2 decodes with and HASS trains over several steps.
+
+    Args:
+        draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
+            their rows of the target's head; null scores all.
+        feature_noise: uniform noise added to the target's states in training, times 512 / length; EAGLE-1 uses 0.1.
+        detach_steps: no gradient flows from a draft step into those before it (HASS); matters with several steps.
+    """
+
+    def __init__(
+        self, draft_vocab_size: int | None = None, feature_noise: float = 0.0, detach_steps: bool = True
+    ) -> None:
+        if feature_noise < 0.0:
+            raise ValueError(f"feature_noise is {feature_noise}; it must be at least 0")
+        self.draft_vocab_size, self.feature_noise, self.detach_steps = draft_vocab_size, feature_noise, detach_steps
+
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> Eagle:
+        """See DrafterFamily.build."""
+        drafter = Eagle.for_target(
+            ends,
+            draft_token_ids=draft_token_ids,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        drafter.feature_noise, drafter.detach_steps = self.feature_noise, self.detach_steps
+        return drafter
+
+    def settings(self) -> dict[str, object]:
+        """See DrafterFamily.settings."""
+        return {"family": "eagle", **vars(self)}
+
+
+class Eagle3Family(DrafterFamily):
+    """EAGLE-3's drafter over fused layers (arXiv 2503.01840).
+
+    Args:
+        layers: names of the target's layers to fuse, low to high; null takes those that serving engines expect.
+        draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps
+            all.
+        detach_steps: no gradient flows from a draft step into those before it.
+    """
+
+    def __init__(
+        self, layers: list[str] | None = None, draft_vocab_size: int | None = None, detach_steps: bool = False
+    ) -> None:
+        self.layers, self.draft_vocab_size, self.detach_steps = layers, draft_vocab_size, detach_steps
+
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> Eagle3:
+        """See DrafterFamily.build. Raises ValueError for a target of fewer than three layers."""
+        drafter = Eagle3.for_target(
+            ends,
+            layers=self.layers,
+            draft_token_ids=draft_token_ids,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        drafter.detach_steps = self.detach_steps
+        return drafter
+
+    def settings(self) -> dict[str, object]:
+        """See DrafterFamily.settings."""
+        return {"family": "eagle3", **vars(self)}
 
 
 def most_frequent(token_counts: Tensor, draft_vocab_size: int) -> Tensor:

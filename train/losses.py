@@ -1,15 +1,16 @@
 """Losses of draft heads: plain functions from tensors to sums, with an eager twin beside each fast one.
 
-Owns: the output head's matrix product and what follows it (cross-entropy, Kullback-Leibler divergence, top-k counts),
-computed chunk by chunk so that no tensor larger than chunk x draft vocabulary ever exists, forward or backward.
+Owns: smooth L1 on predicted features; the output head's matrix product and what follows it (cross-entropy,
+Kullback-Leibler divergence, top-k counts), computed chunk by chunk so that no tensor larger than chunk x draft vocabulary
+ever exists, forward or backward.
 Does not know: drafters, batches, devices of a run, Lightning, where teachers' probabilities come from.
 
 Why gradients are computed in the forward pass: the loss is a weighted sum over rows with weights known beforehand, so
 d(loss)/d(logits) of a chunk is at hand as soon as its logits are; keeping the logits for a backward pass would cost
 K x A x Vd floats (64 GB for 5 steps of 25k anchors at a vocabulary of 128k).
 
-Shape legend: K draft steps, A anchors, E head inputs, V target vocabulary, Vd draft vocabulary, R rows = (step, anchor)
-pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
+Shape legend: T packed tokens, K draft steps, A anchors, D hidden, E head inputs, V target vocabulary, Vd draft
+vocabulary, R rows = (step, anchor) pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +26,31 @@ OUTSIDE = -1
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What a target says at some positions: logits [n, Vd] over the draft vocabulary; kept bool [n], False where nothing
+    is to be learned from it, or None."""
+
+    logits: Tensor
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TopEmphasis:
+    """HASS's top-K distillation (arXiv 2408.15766, section 3.1): weight x the cross-entropy restricted to the target's
+    `count` likeliest tokens, beside the whole divergence."""
+
+    weight: float
+    count: int = 10
+
+
+@dataclass(frozen=True)
 class StepSums:
     """Sums over the rows of each draft step; divide by the counts of all ranks to get means.
 
     total: [] differentiable, sum over k of step_weights[k] * loss_sum[k]; loss_sum [K] (detached, nats);
     loss_rows [K] rows in the loss; rows [K] valid rows, those outside the draft vocabulary included: what the
-    accuracies are relative to; top1, top5 [K] rows whose target is among the 1 or 5 best, or None when not asked for.
+    accuracies are relative to; top1, top5 [K] rows whose target is among the 1 or 5 best, or None when not asked for;
+    feature_sum [K] summed smooth L1, or None where features are not learned.
     """
 
     total: Tensor
@@ -39,6 +59,7 @@ class StepSums:
     rows: Tensor
     top1: Tensor | None
     top5: Tensor | None
+    feature_sum: Tensor | None = None
 
 
 def default_chunk_rows(draft_vocab_size: int) -> int:
@@ -79,29 +100,34 @@ def head_cross_entropy(
 def head_distillation(
     head_inputs: Tensor,
     head_weight: Tensor,
-    teacher_logits: Callable[[Tensor], Tensor],
+    teacher: Callable[[Tensor], Taught],
     teacher_rows: Tensor,
     targets: Tensor,
     valid: Tensor,
     step_weights: Tensor,
     chunk_rows: int | None = None,
     metrics: bool = True,
+    emphasis: TopEmphasis | None = None,
 ) -> StepSums:
     """KL(target_probs || draft_probs) of every draft step, the target's distribution taken along its own path.
 
     As head_cross_entropy, with teacher_rows [A, K] int64: which teacher distribution row (a, k) is to match, and
-    teacher_logits(ids [n] int64) -> [n, Vd]: the target's logits of these rows over the draft vocabulary. Their softmax
-    is the target's distribution renormalised over the draft vocabulary, and the divergence is exact with respect to it;
-    mass outside is not counted. targets serve the accuracies only. Rows that share a teacher row are computed
-    together, so each teacher distribution is computed once.
-    (Local distillation of arXiv 2403.09919, section 4.2, is head_cross_entropy on another rollout.)
+    teacher(ids [n] int64) -> Taught of n rows. The softmax of its logits is the target's distribution renormalised over
+    the draft vocabulary, and the divergence is exact with respect to it; mass outside is not counted. Rows whose teacher
+    is not kept add nothing and still count in the mean (EAGLE-3, arXiv 2503.01840, leaves those out whose likeliest
+    token is outside). targets serve the accuracies only. Rows that share a teacher row are computed together, so each
+    teacher distribution is computed once. emphasis adds the sum over the target's top tokens of target_probs x
+    log(target_probs / draft_probs), which may be negative.
+    (Soft cross-entropy, EAGLE's choice, is the same up to a constant. Local distillation of arXiv 2403.09919, section
+    4.2, is head_cross_entropy on another rollout.)
     """
     _check_shapes(head_inputs, head_weight, targets, valid, step_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     teacher_ids, grid = group_by_teacher(teacher_rows.T.reshape(-1), flat_valid)
     num_grouped = max(1, grid.shape[1])
     job = _DistillationJob(
-        teacher_logits=teacher_logits,
+        teacher=teacher,
+        emphasis=emphasis,
         teacher_ids=teacher_ids,
         grid=grid,
         flat_targets=flat_targets,
@@ -111,6 +137,29 @@ def head_distillation(
         grad_enabled=torch.is_grad_enabled(),
     )
     return _run(job, head_inputs, head_weight, valid, step_weights)
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """Sums over the rows of each draft step: total [] differentiable, sum over k of step_weights[k] * loss_sum[k];
+    loss_sum [K] detached."""
+
+    total: Tensor
+    loss_sum: Tensor
+
+
+def feature_smooth_l1(
+    predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
+) -> FeatureSums:
+    """Smooth L1 between predicted and true features, averaged over their entries (EAGLE-1, arXiv 2401.15077, eq. 3).
+
+    predicted [K, A, D] float; features [T, D] float, the target's; feature_rows [A, K] int64: which of them row (a, k)
+    predicts; valid [A, K] bool; step_weights [K] float.
+    """
+    true = features[feature_rows.T].to(predicted.dtype)
+    distance = torch.nn.functional.smooth_l1_loss(predicted, true, reduction="none").mean(-1)
+    loss_sum = torch.where(valid.T, distance, 0.0).sum(1)
+    return FeatureSums((step_weights.to(loss_sum.dtype) * loss_sum).sum(), loss_sum.detach())
 
 
 def group_by_teacher(teacher_rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +216,8 @@ class _CrossEntropyJob:
 
 @dataclass(frozen=True)
 class _DistillationJob:
-    teacher_logits: Callable[[Tensor], Tensor]
+    teacher: Callable[[Tensor], Taught]
+    emphasis: TopEmphasis | None
     teacher_ids: Tensor
     grid: Tensor
     flat_targets: Tensor
@@ -187,15 +237,32 @@ class _DistillationJob:
         return self.flat_targets[chunk.row_ids]
 
     def loss_and_grad(self, chunk: _Chunk, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """log_probs [U * G, Vd], overwritten -> KL [U * G], d(KL)/d(logits) = draft_probs - target_probs."""
-        target_probs = torch.softmax(self.teacher_logits(chunk.payload), dim=-1, dtype=log_probs.dtype)
-        # entr(0) is 0: a token the target can never say (a logit of -inf) adds nothing, not 0 * -inf.
-        negative_entropy = torch.special.entr(target_probs).sum(-1).neg()
+        """log_probs [U * G, Vd], overwritten -> loss [U * G], d(loss)/d(logits) [U * G, Vd].
+
+        For a loss of sum(w * (log target_probs - log draft_probs)) with weights w of sum s that is s draft_probs - w;
+        without emphasis w is target_probs and s is 1.
+        """
+        taught = self.teacher(chunk.payload)
+        target_probs = torch.softmax(taught.logits, dim=-1, dtype=log_probs.dtype)
+        weights = target_probs
+        if self.emphasis is not None:
+            top, places = target_probs.topk(min(self.emphasis.count, target_probs.shape[-1]), dim=-1)
+            weights = target_probs.scatter_add(1, places, self.emphasis.weight * top)
+        if taught.kept is not None:
+            weights = weights * taught.kept[:, None]
+        # A token that the target can never say (a logit of -inf) adds nothing, not 0 * -inf.
+        if weights is target_probs:
+            entropy = torch.special.entr(target_probs).sum(-1).neg()
+        else:
+            entropy = torch.where(weights > 0, weights * target_probs.log(), 0.0).sum(-1)
         grouped = log_probs.view(len(chunk.payload), -1, log_probs.shape[-1])
-        cross = torch.bmm(grouped, target_probs[:, :, None]).squeeze(-1)
-        loss = (negative_entropy[:, None] - cross).reshape(-1)
+        cross = torch.bmm(grouped, weights[:, :, None]).squeeze(-1)
+        loss = (entropy[:, None] - cross).reshape(-1)
         if self.grad_enabled:
-            grouped.exp_().sub_(target_probs[:, None])
+            grouped.exp_()
+            if weights is not target_probs:
+                grouped.mul_(weights.sum(-1)[:, None, None])
+            grouped.sub_(weights[:, None])
         return loss, log_probs
 
 

@@ -9,7 +9,7 @@ Shape legend: K draft steps, A anchors, E head inputs, Vd draft vocabulary, R te
 import torch
 from torch import Tensor
 
-from draftsmith.train.losses import OUTSIDE, StepSums
+from draftsmith.train.losses import OUTSIDE, StepSums, Taught, TopEmphasis
 
 
 def head_cross_entropy_eager(
@@ -27,18 +27,38 @@ def head_cross_entropy_eager(
 def head_distillation_eager(
     head_inputs: Tensor,
     head_weight: Tensor,
-    teacher_logits: Tensor,
+    taught: Taught,
     teacher_rows: Tensor,
     targets: Tensor,
     valid: Tensor,
     step_weights: Tensor,
+    emphasis: TopEmphasis | None = None,
 ) -> StepSums:
-    """Twin of losses.head_distillation; teacher_logits [R, Vd] are all teachers' logits, indexed by teacher_rows."""
+    """Twin of losses.head_distillation; `taught` holds all teachers, indexed by teacher_rows."""
     log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
-    target_probs = torch.softmax(teacher_logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
-    divergence = (torch.xlogy(target_probs, target_probs) - target_probs * log_probs).sum(-1)
-    loss_sum = torch.where(valid.T, divergence, 0.0).sum(1)
+    target_probs = torch.softmax(taught.logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
+    terms = torch.xlogy(target_probs, target_probs) - target_probs * log_probs
+    loss = terms.sum(-1)
+    if emphasis is not None:
+        top = target_probs.topk(min(emphasis.count, target_probs.shape[-1]), dim=-1).indices
+        loss = loss + emphasis.weight * terms.gather(-1, top).sum(-1)
+    if taught.kept is not None:
+        loss = loss * taught.kept[teacher_rows.T]
+    loss_sum = torch.where(valid.T, loss, 0.0).sum(1)
     return _sums(loss_sum, valid.T, log_probs, targets.T, valid.T, step_weights)
+
+
+def feature_smooth_l1_eager(
+    predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
+) -> Tensor:
+    """Twin of losses.feature_smooth_l1's total, row by row as the paper's formula has it."""
+    total = predicted.new_zeros(())
+    for anchor in range(valid.shape[0]):
+        for step in range(valid.shape[1]):
+            if valid[anchor, step]:
+                gap = (predicted[step, anchor] - features[feature_rows[anchor, step]]).abs()
+                total = total + step_weights[step] * torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
+    return total
 
 
 def _sums(

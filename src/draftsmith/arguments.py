@@ -6,6 +6,7 @@ Owns the shape of options (lists, dashes, `--config`) and the wording of mistake
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import json
@@ -19,6 +20,8 @@ from typing import Any, NoReturn
 
 import docstring_parser
 import jsonargparse
+
+FLAT = "flat"  # marks a parameter in `Annotated`, see `parser_for`
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -84,8 +87,8 @@ class CommandParser(Suggesting, jsonargparse.ArgumentParser):
 def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
     """A parser with one option for each parameter of `function`, its help taken from the docstring.
 
-    A dataclass parameter becomes `--name.field` options; `--config FILE` reads any of them from YAML and
-    `--print_config` writes that YAML.
+    A dataclass parameter becomes `--name.field` options, or `--field` ones where it is annotated
+    `Annotated[ITS_TYPE, FLAT]`; `--config FILE` reads any of them from YAML and `--print_config` writes that YAML.
     """
     described = docstring_parser.parse(inspect.getdoc(function) or "")
     parts = [part for part in (described.short_description, described.long_description) if part]
@@ -98,7 +101,10 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
         prog=prog, usage=" ".join([prog, *required, "[options]"]), description="\n\n".join(parts), allow_abbrev=False
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="Read options from this YAML file.")
-    parser.add_function_arguments(function, as_group=False)
+    flat = flat_parameters(function)
+    parser.add_function_arguments(function, as_group=False, skip=set(flat))
+    for kind in flat.values():
+        parser.add_class_arguments(kind, as_group=False)
     for action in parser._actions:
         if action.dest in list_options(function):
             action.metavar = f"{action.dest.upper()}[,...]"
@@ -111,7 +117,19 @@ def call(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> A
     parser = parser_for(function, prog)
     parsed = parser.parse_args(gather_lists([with_underscores(word) for word in arguments], list_options(function)))
     values = parser.instantiate(parsed)
-    return function(**{name: values[name] for name in inspect.signature(function).parameters})
+    flat = {
+        name: kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+        for name, kind in flat_parameters(function).items()
+    }
+    return function(
+        **{name: flat[name] if name in flat else values[name] for name in inspect.signature(function).parameters}
+    )
+
+
+def flat_parameters(function: Callable[..., Any]) -> dict[str, type[Any]]:
+    """The dataclasses whose fields are options under their own names, by parameter: options that commands share."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: hint.__origin__ for name, hint in hints.items() if FLAT in getattr(hint, "__metadata__", ())}
 
 
 def with_underscores(word: str) -> str:

@@ -73,6 +73,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("evaluate",): Command(
         "draftsmith.evaluate.command", "evaluate", "Measure exactness, acceptance and speed; write a report."
     ),
+    ("tune",): Command(
+        "draftsmith.evaluate.tune_command", "tune", "Find the draft shape that is fastest on this machine."
+    ),
 }
 
 

@@ -31,9 +31,9 @@ def cache_bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, tiny_target: Path, reply_file: Path) -> Path:
+def cache(tmp_path: Path, target: Path, reply_file: Path) -> Path:
     out = tmp_path / "cache"
-    extract(str(tiny_target), reply_file, out, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, out, shard_mib=SMALL_SHARDS, local_horizon=2)
     return out
 
 
@@ -50,10 +50,10 @@ def test_every_sample_comes_back_in_order_with_its_mask(cache: Path, reply_file:
         assert sample.loss_mask.tolist() == [False] * len(row["prompt_ids"]) + [True] * len(row["reply_ids"])
 
 
-def test_cached_states_are_the_models_own(tmp_path: Path, tiny_target: Path, reply_file: Path) -> None:
+def test_cached_states_are_the_models_own(tmp_path: Path, target: Path, reply_file: Path) -> None:
     layers = ("last.pre_norm", "layer.0.output")
-    extract(str(tiny_target), reply_file, tmp_path / "c", layers=layers, dtype="float32", batch_tokens=40)
-    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    extract(str(target), reply_file, tmp_path / "c", layers=layers, dtype="float32", batch_tokens=40)
+    model = AutoModelForCausalLM.from_pretrained(target)
     for sample in HiddenStateCache(tmp_path / "c"):
         with torch.no_grad():
             expected = model(sample.input_ids[None], output_hidden_states=True).hidden_states
@@ -62,8 +62,8 @@ def test_cached_states_are_the_models_own(tmp_path: Path, tiny_target: Path, rep
         torch.testing.assert_close(sample.hidden["layer.0.output"], expected[1][0], rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_continuations_are_what_the_model_generates(cache: Path, tiny_target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+def test_greedy_continuations_are_what_the_model_generates(cache: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target)
     sample = HiddenStateCache(cache)[5]
     assert sample.greedy_ids is not None
     for end in range(1, len(sample.input_ids) + 1):
@@ -73,8 +73,8 @@ def test_greedy_continuations_are_what_the_model_generates(cache: Path, tiny_tar
         assert sample.greedy_ids[end - 1].tolist() == generated[0, end:].tolist()
 
 
-def test_the_same_input_gives_the_same_bytes(cache: Path, tmp_path: Path, tiny_target: Path, reply_file: Path) -> None:
-    extract(str(tiny_target), reply_file, tmp_path / "again", shard_mib=SMALL_SHARDS, local_horizon=2)
+def test_the_same_input_gives_the_same_bytes(cache: Path, tmp_path: Path, target: Path, reply_file: Path) -> None:
+    extract(str(target), reply_file, tmp_path / "again", shard_mib=SMALL_SHARDS, local_horizon=2)
     assert cache_bytes(cache) == cache_bytes(tmp_path / "again")
 
 
@@ -150,9 +150,9 @@ def test_an_incomplete_cache_is_refused_with_the_way_to_finish_it(cache: Path) -
         HiddenStateCache(cache)
 
 
-def test_another_targets_cache_is_refused(cache: Path, tiny_target: Path, other_target: Path) -> None:
+def test_another_targets_cache_is_refused(cache: Path, target: Path, other_target: Path) -> None:
     opened = HiddenStateCache(cache)
-    opened.check_target(Target.load(str(tiny_target)).fingerprint)
+    opened.check_target(Target.load(str(target)).fingerprint)
     with pytest.raises(ValueError, match="extract a cache with this target"):
         opened.check_target(Target.load(str(other_target)).fingerprint)
     with pytest.raises(ValueError, match="extract a cache with this tokenizer"):
@@ -161,33 +161,33 @@ def test_another_targets_cache_is_refused(cache: Path, tiny_target: Path, other_
         verify(cache, target=str(other_target))
 
 
-def test_extraction_mends_a_damaged_cache(cache: Path, tiny_target: Path, reply_file: Path) -> None:
+def test_extraction_mends_a_damaged_cache(cache: Path, target: Path, reply_file: Path) -> None:
     before = cache_bytes(cache)
     flip_byte(cache / "shard-00001.safetensors")
-    extract(str(tiny_target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2)
     assert cache_bytes(cache) == before
 
 
 def test_a_folder_with_another_cache_or_other_files_is_refused(
-    cache: Path, tmp_path: Path, tiny_target: Path, reply_file: Path
+    cache: Path, tmp_path: Path, target: Path, reply_file: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"another cache \(dtype: here 'bfloat16', wanted 'float32'\)"):
-        extract(str(tiny_target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2, dtype="float32")
+        extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2, dtype="float32")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and no cache"):
-        extract(str(tiny_target), reply_file, tmp_path / "used")
+        extract(str(target), reply_file, tmp_path / "used")
 
 
-def test_two_processes_do_not_write_one_cache(tmp_path: Path, tiny_target: Path, reply_file: Path) -> None:
+def test_two_processes_do_not_write_one_cache(tmp_path: Path, target: Path, reply_file: Path) -> None:
     with exclusive(tmp_path / "cache"), pytest.raises(ValueError, match="written by another process"):
-        extract(str(tiny_target), reply_file, tmp_path / "cache")
+        extract(str(target), reply_file, tmp_path / "cache")
 
 
 def test_a_full_disk_keeps_whole_shards_and_the_next_run_finishes(
-    tmp_path: Path, tiny_target: Path, reply_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, target: Path, reply_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(str(tiny_target), reply_file, tmp_path / "whole", shard_mib=SMALL_SHARDS)
+    extract(str(target), reply_file, tmp_path / "whole", shard_mib=SMALL_SHARDS)
     real = shards.atomic_write
 
     def full(path: Path, data: bytes) -> None:
@@ -198,62 +198,60 @@ def test_a_full_disk_keeps_whole_shards_and_the_next_run_finishes(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "atomic_write", full)
         with pytest.raises(ValueError, match=r"No space left on device.*free space and run the same command again"):
-            extract(str(tiny_target), reply_file, tmp_path / "cache", shard_mib=SMALL_SHARDS)
+            extract(str(target), reply_file, tmp_path / "cache", shard_mib=SMALL_SHARDS)
     assert len(Manifest.load(tmp_path / "cache").shards) == 2
-    extract(str(tiny_target), reply_file, tmp_path / "cache", shard_mib=SMALL_SHARDS)
+    extract(str(target), reply_file, tmp_path / "cache", shard_mib=SMALL_SHARDS)
     assert cache_bytes(tmp_path / "cache") == cache_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_states_that_are_not_finite_are_refused_with_their_place(
-    cache: Path, tiny_target: Path, bad: float, monkeypatch: pytest.MonkeyPatch
+    cache: Path, target: Path, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = Target.load(str(tiny_target))
-    real = target.prefix
+    loaded = Target.load(str(target))
+    real = loaded.prefix
 
     def poisoned(ids: torch.Tensor, layers: tuple[str, ...] = ()) -> Any:
         output = real(ids, layers)
         output.pre_norm[1, 2, 7] = bad
         return output
 
-    monkeypatch.setattr(target, "prefix", poisoned)
+    monkeypatch.setattr(loaded, "prefix", poisoned)
     samples = [TokenizedSample(name, [5, 6, 7, 8], [False, True, True, True]) for name in ("a", "b")]
     with pytest.raises(ValueError, match=r"sample b: last.pre_norm at position 2 is NaN or infinite"):
-        features(target, samples, HiddenStateCache(cache).manifest.identity)
+        features(loaded, samples, HiddenStateCache(cache).manifest.identity)
 
 
-def test_ids_outside_the_vocabulary_are_refused(
-    tmp_path: Path, tiny_target: Path, write_jsonl: Callable[..., Path]
-) -> None:
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]) -> None:
     source = write_jsonl([{"prompt_ids": [5], "reply_ids": [100_000]}])
     with pytest.raises(ValueError, match=r"token id 100000, but .* has 300 tokens"):
-        extract(str(tiny_target), source, tmp_path / "c")
+        extract(str(target), source, tmp_path / "c")
 
 
 def test_long_samples_are_cut_and_those_without_labels_left_are_recorded(
-    tmp_path: Path, tiny_target: Path, write_jsonl: Callable[..., Path]
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]
 ) -> None:
     rows = [
         {"id": "a", "prompt_ids": [5] * 4, "reply_ids": [6] * 9},
         {"id": "b", "prompt_ids": [5] * 9, "reply_ids": [6]},
     ]
-    extract(str(tiny_target), write_jsonl(rows), tmp_path / "c", max_length=8)
+    extract(str(target), write_jsonl(rows), tmp_path / "c", max_length=8)
     opened = HiddenStateCache(tmp_path / "c")
     assert opened.sample_lengths == [8]
     assert (opened.manifest.num_cut, opened.manifest.num_dropped) == (2, 1)
     dropped = json.loads((tmp_path / "c" / "dropped.jsonl").read_text())
     assert dropped["id"] == "b"
     assert "at 9, past the 8 tokens" in dropped["reason"]
-    with pytest.raises(ValueError, match="context of 128"):
-        extract(str(tiny_target), write_jsonl(rows), tmp_path / "d", max_length=500)
+    with pytest.raises(ValueError, match="context of 256"):
+        extract(str(target), write_jsonl(rows), tmp_path / "d", max_length=500)
 
 
 def test_a_corpus_without_labels_is_refused_before_anything_is_written(
-    tmp_path: Path, tiny_target: Path, write_jsonl: Callable[..., Path]
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]
 ) -> None:
     source = write_jsonl([{"id": "q", "messages": [{"role": "user", "content": "Hello there"}]}])
     with pytest.raises(ValueError, match=r"labelled fraction 0.*Sample q.*Hello there"):
-        extract(str(tiny_target), source, tmp_path / "c")
+        extract(str(target), source, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -273,18 +271,18 @@ def test_a_corpus_without_labels_is_refused_before_anything_is_written(
     ],
 )
 def test_a_row_that_cannot_be_read_names_its_line(
-    tmp_path: Path, tiny_target: Path, write_jsonl: Callable[..., Path], row: dict[str, object], message: str
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path], row: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        extract(str(tiny_target), write_jsonl([row]), tmp_path / "c")
+        extract(str(target), write_jsonl([row]), tmp_path / "c")
 
 
 def test_verify_recomputes_and_notices_states_of_another_layer(
-    cache: Path, tmp_path: Path, tiny_target: Path, reply_file: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path, tmp_path: Path, target: Path, reply_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     verify(cache, samples=3)
     assert "3 samples recomputed" in capsys.readouterr().out
-    extract(str(tiny_target), reply_file, tmp_path / "off", layers=("layer.0.output",), shard_mib=1.0)
+    extract(str(target), reply_file, tmp_path / "off", layers=("layer.0.output",), shard_mib=1.0)
     manifest = (tmp_path / "off" / "manifest.json").read_text()
     (tmp_path / "off" / "manifest.json").write_text(manifest.replace("layer.0.output", "layer.1.output"))
     with pytest.raises(ValueError, match=r"lacks the tensors \['hidden.layer.1.output'\]"):
@@ -317,10 +315,10 @@ hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), shard_m
 
 
 def test_kill_9_while_extracting_then_the_same_bytes(
-    cache: Path, tmp_path: Path, tiny_target: Path, reply_file: Path
+    cache: Path, tmp_path: Path, target: Path, reply_file: Path
 ) -> None:
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", SLOW_EXTRACT, str(tiny_target), str(reply_file), str(killed)]
+    command = [sys.executable, "-c", SLOW_EXTRACT, str(target), str(reply_file), str(killed)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (killed / "shard-00000.safetensors").exists() and time.monotonic() < deadline:
@@ -329,5 +327,5 @@ def test_kill_9_while_extracting_then_the_same_bytes(
     process.wait()
     with pytest.raises(ValueError, match="incomplete"):
         HiddenStateCache(killed)
-    extract(str(tiny_target), reply_file, killed, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, killed, shard_mib=SMALL_SHARDS, local_horizon=2)
     assert cache_bytes(killed) == cache_bytes(cache)

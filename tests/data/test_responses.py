@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import EOS, save_target
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from draftsmith import provenance
+from draftsmith.data import responses
 from draftsmith.data.corpus import source_files
 from draftsmith.data.engines import Reply
 from draftsmith.data.formats import Message
@@ -23,8 +26,6 @@ from draftsmith.data.responses import Share, make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint
-
-EOS = 4
 
 
 class CountingEngine:
@@ -141,19 +142,19 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path: Path, chat
         write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"seed": 2})
 
 
-def test_ranks_share_the_prompts_and_a_missing_rank_is_noticed(tmp_path: Path, tiny_target: Path) -> None:
+def test_ranks_share_the_prompts_and_a_missing_rank_is_noticed(tmp_path: Path, target: Path) -> None:
     source = tmp_path / "q.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(7)))
     prompts(str(source), tmp_path / "prompts")
     out = tmp_path / "replies"
-    respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=3, rank=0, world_size=2)
+    respond(str(target), tmp_path / "prompts", out, max_new_tokens=3, rank=0, world_size=2)
     with pytest.raises(ValueError, match="1 of 2 ranks"):
         source_files(out)
-    respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=3, rank=1, world_size=2)
+    respond(str(target), tmp_path / "prompts", out, max_new_tokens=3, rank=1, world_size=2)
     ids = [row["id"] for file in source_files(out) for row in rows_of(file)]
     assert len(ids) == len(set(ids)) == 7
     with pytest.raises(ValueError, match="another world size"):
-        respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=3)
+        respond(str(target), tmp_path / "prompts", out, max_new_tokens=3)
 
 
 def test_a_rank_that_does_not_exist_is_refused(tmp_path: Path) -> None:
@@ -169,52 +170,50 @@ def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path, chat: Ch
         source_files(tmp_path)
 
 
-def test_replies_are_the_targets_greedy_ones(tmp_path: Path, tiny_target: Path) -> None:
+def test_replies_are_the_targets_greedy_ones(tmp_path: Path, target: Path) -> None:
     source = tmp_path / "q.jsonl"
     source.write_text("".join(json.dumps({"prompt": "How many apples" + "?" * n}) + "\n" for n in range(5)))
     prompts(str(source), tmp_path / "prompts")
-    respond(str(tiny_target), tmp_path / "prompts", tmp_path / "out", max_new_tokens=6, batch_rows=2)
-    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    respond(str(target), tmp_path / "prompts", tmp_path / "out", max_new_tokens=6, batch_rows=2)
+    model = AutoModelForCausalLM.from_pretrained(target)
     for row in rows_of(tmp_path / "out" / "responses.jsonl"):
         turn = row["turns"][0]
         expected = model.generate(torch.tensor([turn["prompt_ids"]]), max_new_tokens=6, do_sample=False)
         assert turn["prompt_ids"] + turn["reply_ids"] == expected[0].tolist()
 
 
-def test_sampled_replies_do_not_depend_on_the_batch(tmp_path: Path, tiny_target: Path) -> None:
+def test_sampled_replies_do_not_depend_on_the_batch(tmp_path: Path, target: Path) -> None:
     source = tmp_path / "q.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(5)))
     prompts(str(source), tmp_path / "prompts")
     replies = []
     for rows in (1, 5):
         out = tmp_path / str(rows)
-        respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=6, temperature=1.0, batch_rows=rows)
+        respond(str(target), tmp_path / "prompts", out, max_new_tokens=6, temperature=1.0, batch_rows=rows)
         replies.append({row["id"]: row["turns"] for row in rows_of(out / "responses.jsonl")})
     assert replies[0] == replies[1]
     assert len({json.dumps(turns[0]["reply_ids"]) for turns in replies[0].values()}) > 1
 
 
 def test_a_drafter_changes_no_reply_and_a_missing_one_is_said(
-    tmp_path: Path, tiny_target: Path, tokenizer: PreTrainedTokenizerBase
+    tmp_path: Path, target: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     torch.manual_seed(0)
-    ends = TargetEnds.load(str(tiny_target))
+    ends = TargetEnds.load(str(target))
     fingerprint = tokenizer_fingerprint(tokenizer)
     ReDrafter.for_target(ends, tokenizer_fingerprint=fingerprint).save_pretrained(tmp_path / "drafter")
     source = tmp_path / "q.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(4)))
     prompts(str(source), tmp_path / "prompts")
     for name, drafter in (("plain", None), ("drafted", tmp_path / "drafter")):
-        respond(
-            str(tiny_target), tmp_path / "prompts", tmp_path / name, max_new_tokens=8, temperature=0.8, drafter=drafter
-        )
+        respond(str(target), tmp_path / "prompts", tmp_path / name, max_new_tokens=8, temperature=0.8, drafter=drafter)
     plain, drafted = (tmp_path / name / "responses.jsonl" for name in ("plain", "drafted"))
     assert plain.read_bytes() == drafted.read_bytes()
     with pytest.raises(ValueError, match="gone"):
-        respond(str(tiny_target), tmp_path / "prompts", tmp_path / "x", drafter=tmp_path / "gone")
+        respond(str(target), tmp_path / "prompts", tmp_path / "x", drafter=tmp_path / "gone")
 
 
-def test_documents_are_continued_from_their_first_words(tmp_path: Path, save_target: Callable[..., Path]) -> None:
+def test_documents_are_continued_from_their_first_words(tmp_path: Path) -> None:
     base = save_target(tmp_path / "base", seed=3, template=None)
     (tmp_path / "s.txt").write_text("Tom has  three apples.\n\nHe has seven apples.")
     prompts(str(tmp_path / "s.txt"), tmp_path / "prompts", prefix_words=3)
@@ -225,14 +224,12 @@ def test_documents_are_continued_from_their_first_words(tmp_path: Path, save_tar
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    from draftsmith.models.target import load_tokenizer
+    from draftsmith.models.loading import load_tokenizer
 
     return load_tokenizer(str(path))
 
 
-def test_the_models_own_settings_hold_unless_the_run_names_others(
-    tmp_path: Path, save_target: Callable[..., Path]
-) -> None:
+def test_the_models_own_settings_hold_unless_the_run_names_others(tmp_path: Path) -> None:
     folder = save_target(tmp_path / "m", seed=0)
     config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [4, 2], "repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(config))
@@ -308,12 +305,35 @@ responses.respond(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), max_new_tok
 """
 
 
-def test_kill_9_while_replying_then_the_same_rows(tmp_path: Path, tiny_target: Path) -> None:
+def test_a_run_says_what_it_is_before_its_first_reply_and_again_at_its_end(
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts(str(write_jsonl([{"prompt": f"Question {n}"} for n in range(3)])), tmp_path / "prompts")
+    out = tmp_path / "out"
+    moments = iter(["begun", "refused"])
+    monkeypatch.setattr(provenance, "machine", lambda: {"cpu": next(moments)})
+    with monkeypatch.context() as patched:
+        patched.setattr(responses, "BundledEngine", lambda *arguments: CountingEngine(fail_after=0))
+        with pytest.raises(KeyboardInterrupt):
+            respond(str(target), tmp_path / "prompts", out, max_new_tokens=4)
+    begun = provenance.read(out)
+    assert begun["machine"] == {"cpu": "begun"}
+    assert begun["config"]["settings"]["max_new_tokens"] == 4
+    with pytest.raises(ValueError, match="replies of another run"):
+        respond(str(target), tmp_path / "prompts", out, max_new_tokens=5)
+    assert provenance.read(out) == begun
+    moments = iter(["begun again", "ended"])
+    respond(str(target), tmp_path / "prompts", out, max_new_tokens=4)
+    assert provenance.read(out)["config"] == begun["config"]
+    assert provenance.read(out)["machine"] == {"cpu": "ended"}
+
+
+def test_kill_9_while_replying_then_the_same_rows(tmp_path: Path, target: Path) -> None:
     source = tmp_path / "q.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"Question {n}"}) + "\n" for n in range(40)))
     prompts(str(source), tmp_path / "prompts")
     killed = tmp_path / "killed" / "responses.jsonl"
-    command = [sys.executable, "-c", SLOW_RESPOND, str(tiny_target), str(tmp_path / "prompts"), str(killed.parent)]
+    command = [sys.executable, "-c", SLOW_RESPOND, str(target), str(tmp_path / "prompts"), str(killed.parent)]
     process = subprocess.Popen([*command, "0.5"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while (not killed.exists() or killed.stat().st_size == 0) and time.monotonic() < deadline:
@@ -322,5 +342,5 @@ def test_kill_9_while_replying_then_the_same_rows(tmp_path: Path, tiny_target: P
     process.wait()
     assert 0 < killed.read_bytes().count(b"\n") < 40
     for out in (killed.parent, tmp_path / "whole"):
-        respond(str(tiny_target), tmp_path / "prompts", out, max_new_tokens=4, temperature=1.0, batch_rows=2)
+        respond(str(target), tmp_path / "prompts", out, max_new_tokens=4, temperature=1.0, batch_rows=2)
     assert killed.read_bytes() == (tmp_path / "whole" / "responses.jsonl").read_bytes()

@@ -27,12 +27,12 @@ def test_token_boundaries_are_shown_on_request(tokenizer: PreTrainedTokenizerBas
 
 
 def test_files_and_caches_show_the_same_sample(
-    tmp_path: Path, tiny_target: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl([{"id": "a", "messages": CONVERSATION}, {"id": "b", "messages": CONVERSATION}])
-    extract(str(tiny_target), source, tmp_path / "cache")
+    extract(str(target), source, tmp_path / "cache")
     capsys.readouterr()
-    show(source, str(tiny_target), index=1)
+    show(source, str(target), index=1)
     from_file = capsys.readouterr().out
     assert from_file.startswith("b: ")
     assert "«Seven 🍎<|end|>»" in from_file
@@ -40,11 +40,11 @@ def test_files_and_caches_show_the_same_sample(
     assert capsys.readouterr().out == from_file
 
 
-def test_what_cannot_be_shown_is_said(tmp_path: Path, tiny_target: Path, write_jsonl: Callable[..., Path]) -> None:
+def test_what_cannot_be_shown_is_said(tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]) -> None:
     source = write_jsonl([{"id": "a", "messages": CONVERSATION}])
     with pytest.raises(ValueError, match="no sample 7"):
-        show(source, str(tiny_target), index=7)
+        show(source, str(target), index=7)
     with pytest.raises(ValueError, match="give the target with --target"):
         show(source)
     with pytest.raises(ValueError, match="samples count from 0"):
-        show(source, str(tiny_target), index=-1)
+        show(source, str(target), index=-1)

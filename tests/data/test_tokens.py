@@ -1,21 +1,14 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.formats import Message
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns
 
-MakeTokenizer = Callable[..., PreTrainedTokenizerBase]
-GENERATION_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>\n"
-    "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}\n\n"
-    "{% else %}<|user|>\n{{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 # Jinja eats the newline after a block's end, not the one after plain text.
-PREFIX_TEMPLATE = GENERATION_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}\n", "")
+PREFIX_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}\n", "")
 CONVERSATION = [
     Message(role="user", content="How many apples?"),
     Message(role="assistant", content="He has seven."),
@@ -28,21 +21,21 @@ def labelled_text(tokenizer: PreTrainedTokenizerBase, sample: TokenizedSample) -
     return str(tokenizer.decode([t for t, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept]))
 
 
-@pytest.mark.parametrize("template", [GENERATION_TEMPLATE, PREFIX_TEMPLATE])
-def test_only_replies_and_their_end_tokens_are_trained_on(template: str, make_tokenizer: MakeTokenizer) -> None:
+@pytest.mark.parametrize("template", [TEMPLATE, PREFIX_TEMPLATE])
+def test_only_replies_and_their_end_tokens_are_trained_on(template: str) -> None:
     tokenizer = make_tokenizer(template)
     sample = ChatTemplate(tokenizer).conversation("a", CONVERSATION)
     assert labelled_text(tokenizer, sample) == "He has seven.<|end|>Yes.<|end|>"
 
 
-def test_both_ways_to_find_the_mask_agree(make_tokenizer: MakeTokenizer) -> None:
-    block = ChatTemplate(make_tokenizer(GENERATION_TEMPLATE)).conversation("a", CONVERSATION)
+def test_both_ways_to_find_the_mask_agree() -> None:
+    block = ChatTemplate(make_tokenizer(TEMPLATE)).conversation("a", CONVERSATION)
     prefixes = ChatTemplate(make_tokenizer(PREFIX_TEMPLATE)).conversation("a", CONVERSATION)
     assert block == prefixes
 
 
-def test_an_end_token_outside_the_generation_block_is_trained_on(make_tokenizer: MakeTokenizer) -> None:
-    template = GENERATION_TEMPLATE.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
+def test_an_end_token_outside_the_generation_block_is_trained_on() -> None:
+    template = TEMPLATE.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
     tokenizer = make_tokenizer(template)
     sample = ChatTemplate(tokenizer).conversation("a", CONVERSATION)
     assert labelled_text(tokenizer, sample) == "He has seven.<|end|>Yes.<|end|>"
@@ -58,8 +51,8 @@ def test_a_turn_that_rewrites_the_turns_before_it_is_refused() -> None:
         from_turns("a", [Turn([1, 2], [3], "eos"), Turn([1, 9, 3, 4], [5], "eos")])
 
 
-@pytest.mark.parametrize("template", [GENERATION_TEMPLATE, PREFIX_TEMPLATE])
-def test_later_turns_continue_the_rendered_conversation(template: str, make_tokenizer: MakeTokenizer) -> None:
+@pytest.mark.parametrize("template", [TEMPLATE, PREFIX_TEMPLATE])
+def test_later_turns_continue_the_rendered_conversation(template: str) -> None:
     tokenizer = make_tokenizer(template)
     chat = ChatTemplate(tokenizer)
     reply = tokenizer.encode("He has seven.<|end|>")
@@ -68,7 +61,7 @@ def test_later_turns_continue_the_rendered_conversation(template: str, make_toke
     assert tokenizer.decode(ids) == whole
 
 
-def test_a_reply_that_ran_out_of_budget_is_closed_by_the_template(make_tokenizer: MakeTokenizer) -> None:
+def test_a_reply_that_ran_out_of_budget_is_closed_by_the_template() -> None:
     tokenizer = make_tokenizer()
     chat = ChatTemplate(tokenizer)
     unfinished = tokenizer.encode("He has")
@@ -76,7 +69,7 @@ def test_a_reply_that_ran_out_of_budget_is_closed_by_the_template(make_tokenizer
     assert chat.next_turn_ids(CONVERSATION[2:3], [tokenizer.eos_token_id])[0] != tokenizer.eos_token_id
 
 
-def test_plain_text_needs_no_template(make_tokenizer: MakeTokenizer) -> None:
+def test_plain_text_needs_no_template() -> None:
     tokenizer = make_tokenizer(None)
     chat = ChatTemplate(tokenizer, "none")
     assert tokenizer.decode(chat.first_prompt_ids(CONVERSATION[:1])) == "How many apples?\n"
@@ -85,14 +78,14 @@ def test_plain_text_needs_no_template(make_tokenizer: MakeTokenizer) -> None:
     assert labelled_text(tokenizer, sample) == "He has seven.Yes."
 
 
-def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path, make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}>")
     tokenizer = make_tokenizer(None)
     chat = ChatTemplate(tokenizer, str(tmp_path / "t.jinja"))
     assert tokenizer.decode(chat.first_prompt_ids(CONVERSATION[:1])) == "[How many apples?]>"
 
 
-def test_a_missing_template_says_how_to_give_one(make_tokenizer: MakeTokenizer) -> None:
+def test_a_missing_template_says_how_to_give_one() -> None:
     with pytest.raises(ValueError, match=r"no chat template; give one with --template FILE.jinja, or --template none"):
         ChatTemplate(make_tokenizer(None))
     with pytest.raises(ValueError, match="is no file"):
@@ -102,12 +95,12 @@ def test_a_missing_template_says_how_to_give_one(make_tokenizer: MakeTokenizer) 
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('only one turn') }}", "{% for m in %}", "{{ messages[9].role.x }}"]
 )
-def test_a_template_that_raises_is_named(template: str, make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_that_raises_is_named(template: str) -> None:
     with pytest.raises(ValueError, match="the chat template fails on turns"):
         ChatTemplate(make_tokenizer(template)).first_prompt_ids(CONVERSATION[:1])
 
 
-def test_a_template_that_rewrites_history_is_refused_where_prefixes_are_needed(make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_that_rewrites_history_is_refused_where_prefixes_are_needed() -> None:
     template = "{{ messages | length }}" + PREFIX_TEMPLATE
     with pytest.raises(ValueError, match=r"renders turn 1 differently.*generation"):
         ChatTemplate(make_tokenizer(template)).conversation("a", CONVERSATION)

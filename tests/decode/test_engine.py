@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from draftsmith.decode import Engine, GenerationSettings, Ledger, greedy_continuations
-from draftsmith.decode.batch import Batch, _closed_up
-from draftsmith.decode.cache import SlotCache
+from draftsmith.decode.batch import Batch
 from draftsmith.models import DraftLimits, ReDrafter, Target
+from draftsmith.models.cache import KeptRows, SlotCache
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 30]]
 
@@ -124,10 +124,14 @@ def test_continuations_from_every_position_are_the_targets_own(target: Target) -
 
 
 def test_retired_rows_leave_holes_that_the_last_rows_fill() -> None:
-    assert _closed_up([1, 2, 4]) == ([4, 1, 2], [0], [4])
-    assert _closed_up([0, 1]) == ([0, 1], [], [])
-    assert _closed_up([2, 3, 4]) == ([3, 4, 2], [0, 1], [3, 4])
-    assert _closed_up([]) == ([], [], [])
+    for keep, order, holes, movers in (
+        ([1, 2, 4], [4, 1, 2], [0], [4]),
+        ([0, 1], [0, 1], [], []),
+        ([2, 3, 4], [3, 4, 2], [0, 1], [3, 4]),
+        ([], [], [], []),
+    ):
+        kept = KeptRows.of(keep, torch.device("cpu"))
+        assert (kept.order, kept.holes, kept.movers, kept.index.tolist()) == (order, holes, movers, order)
 
 
 def test_layers_of_other_shapes_get_buffers_of_their_own() -> None:
@@ -146,7 +150,7 @@ def test_layers_of_other_shapes_get_buffers_of_their_own() -> None:
         assert torch.equal(seen_values[1, :, 2:6], values[1])
         written.append((keys, values))
     cache.move(torch.tensor([[0, 3], [2, 5]]), torch.tensor([[0, 1], [2, 3]]))
-    cache.shrink(1, holes=[0], movers=[1])
+    cache.shrink(KeptRows.of([1], torch.device("cpu")))
     for layer, (keys, values) in enumerate(written):
         moved_keys, moved_values = cache.layer(layer)
         assert torch.equal(moved_keys[0, :, 2:4], keys[1][:, [0, 3]])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from doubles import BOS, PlannedDrafter, random_target
-from scipy import stats
+from joint_law import chi_square_pvalue
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -97,27 +96,8 @@ def test_the_engines_joint_of_three_tokens_passes_a_chi_square_test() -> None:
     """The real engine with a tree drafter, against the target's exact joint law of the first three tokens."""
     target = random_target()
     request = GenerationSettings(max_new_tokens=3, temperature=1.0, top_k=3, seed=11)
-    prompt = [BOS, 5, 9]
-    draws = 3000
-    law: dict[tuple[int, ...], float] = {(): 1.0}
-    with torch.inference_mode():
-        for _ in range(3):
-            grown = {}
-            for text, weight in law.items():
-                logits = target.model(input_ids=torch.tensor([prompt + list(text)]), use_cache=False).logits[:, -1:]
-                probs = process(logits, request).softmax(-1)[0, 0].double()
-                grown |= {(*text, int(token)): weight * float(probs[token]) for token in probs.nonzero().squeeze(1)}
-            law = grown
     engine = Engine(target, PlannedDrafter(target, "late", width=2, depth=2), DraftLimits(2, 2))
-    outcomes: dict[tuple[int, ...], int] = dict.fromkeys(law, 0)
-    for generation in engine.generate([prompt] * draws, request):
-        outcomes[tuple(generation.token_ids)] += 1
-    likely = [text for text, weight in law.items() if weight * draws >= 5]
-    expected = np.array(
-        [law[text] * draws for text in likely] + [sum(w * draws for t, w in law.items() if t not in likely) + 1e-9]
-    )
-    observed = np.array([outcomes[text] for text in likely] + [sum(c for t, c in outcomes.items() if t not in likely)])
-    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+    assert chi_square_pvalue(engine, [BOS, 5, 9], request, num_draws=3000) > 1e-3
 
 
 @pytest.mark.parametrize(

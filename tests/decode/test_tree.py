@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from draftsmith.decode.mask import tree_mask
 from draftsmith.decode.verify import walk
 from draftsmith.models import DraftTree, root_tree, tree_from_layers, tree_from_paths
+from draftsmith.models.mask import slot_mask, slot_positions
 from draftsmith.models.tree import pack, prune
 
 
@@ -81,7 +81,8 @@ def test_merging_keeps_every_prefix_once(beams: list[list[list[int]]]) -> None:
 
 def test_the_mask_shows_cached_tokens_ancestors_and_self_only() -> None:
     tree = tree_from_paths(torch.tensor([3, 3]), torch.tensor([[[5], [7]], [[5], [7]]]))
-    mask, key_positions = tree_mask(tree.ancestors(), tree.depths_BN, torch.tensor([2, 1]), window=5)
+    mask = slot_mask(tree.ancestors(), torch.tensor([2, 1]), window=5)
+    key_positions = slot_positions(tree.depths_BN, torch.tensor([2, 1]), window=5)
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
     assert mask[1, 0].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]]
     assert key_positions.tolist() == [[0, 1, 2, 3, 3], [0, 1, 2, 2, 4]]
@@ -100,7 +101,10 @@ def test_the_walk_follows_choices_and_emits_the_first_that_is_no_child() -> None
 
 def layers(scores: Tensor, above: Tensor) -> DraftTree:
     tokens = torch.arange(scores.numel()).reshape(scores.shape) + 10
-    return tree_from_layers(torch.tensor([1]), tokens, above, scores)
+    width = scores.shape[2]
+    offsets = 1 + (torch.arange(scores.shape[1]) - 1)[None, :, None] * width
+    parents = torch.where(offsets > 0, above + offsets, 0)
+    return tree_from_layers(torch.tensor([1]), tokens.unbind(1), parents.unbind(1), scores.unbind(1))
 
 
 def test_a_budget_keeps_the_best_nodes_and_their_ancestors() -> None:

@@ -1,8 +1,6 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from tiny import save_drafter, save_target
 
 from draftsmith.evaluate.records import DepthAcceptance, Row
 
@@ -32,6 +30,7 @@ def make_row() -> RowMaker:
             "engine_vs_transformers": 1.05,
             "transformers_exact_share": 1.0,
             "suspicious": False,
+            "shape": "1x4",
             "beam_width": 1,
             "draft_length": 4,
             "node_budget": None,
@@ -52,18 +51,3 @@ def make_row() -> RowMaker:
         return Row(**(fields | changes))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="session")
-def other_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_target(tmp_path_factory.mktemp("other"), seed=9)
-
-
-@pytest.fixture(scope="session")
-def drafter(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return save_drafter(tmp_path_factory.mktemp("drafter"), target)

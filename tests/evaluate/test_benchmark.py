@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -6,20 +6,12 @@ from types import ModuleType
 
 import pytest
 
-from draftsmith.models.target import load_tokenizer
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chat6m.py"
+from draftsmith.models.loading import load_tokenizer
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chat6m", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chat6m"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("chat6m")
 
 
 def test_without_its_data_the_benchmark_says_so_and_ends(
@@ -47,3 +39,31 @@ def test_the_data_sets_own_answers_are_found_and_cleaned(tmp_path: Path, script:
     expected = [tokenizer.encode(text, add_special_tokens=False) for text in ("3+4 = 7\n#### 7", "A cat sat. It ran.")]
     assert [row["reply_ids"][:-1] for row in found] == expected
     assert ends == [tokenizer.eos_token_id] * 2
+
+
+def row(drafter: str, speedup: float, shape: str = "1x4") -> dict[str, object]:
+    return {
+        "drafter": drafter, "shape": shape, "speedup": speedup, "tokens_per_step": 2.5, "exact_share": 1.0,
+        "tokens_per_step_interval": [2.4, 2.6], "speedup_interval": [1.0, 2.0], "speedup_over_transformers": None,
+    }  # fmt: skip
+
+
+def test_the_summary_takes_each_familys_fastest_shape_of_the_same_training_time(tmp_path: Path) -> None:
+    families = importlib.import_module("families")
+    timed = [row("plain", 1.0, ""), row("redrafter", 1.5), row("redrafter", 1.7, "4x5n15"), row("eagle", 1.2)]
+    table = families.summary({"embedded": {"seconds": timed, "steps": [row("redrafter", 9.9)]}})
+    assert "| embedded | redrafter | 4x5n15 | 2.50 | 1.70 | all |" in table
+    assert "9.9" not in table
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
+    families.update_readme(readme, table)
+    assert readme.read_text() == f"before\n<!-- families -->\n{table}\n<!-- /families -->\nafter\n"
+
+
+def test_a_sampled_shape_is_not_called_identical_and_a_static_one_is_told_by_its_nodes() -> None:
+    families = importlib.import_module("families")
+    table = families.decoding_table(
+        [row("hass", 1.1, "s3.2.1.1"), row("eagle", 1.1, "paths:0.0.0+0.1+1+2+3+4+5+6+7+8")]
+    )
+    assert "| in distribution |" in table
+    assert "static, 12 nodes" in table

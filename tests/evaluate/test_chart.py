@@ -18,7 +18,7 @@ def test_chart_is_a_png_that_grows_with_its_rows(make_row: RowMaker, count: int)
 
 
 def test_chart_draws_rows_without_drafts(make_row: RowMaker) -> None:
-    plain = make_row(drafter="plain", acceptance_by_depth=(), beam_width=None, tokens_per_step=None)
+    plain = make_row(drafter="plain", acceptance_by_depth=(), shape="", beam_width=None, tokens_per_step=None)
     assert draw([plain])[:4] == b"\x89PNG"
 
 

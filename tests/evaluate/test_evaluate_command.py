@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.image import imread
+from tiny import EOS
 
 from draftsmith.decode import GenerationSettings
 from draftsmith.evaluate.command import evaluate
@@ -99,15 +100,15 @@ def test_plans_that_cannot_be_are_refused(plan: dict, message: str) -> None:
 
 def test_generate_is_left_no_defaults_of_its_own(target: Path) -> None:
     model = Target.load(str(target))
-    greedy = generation_config(GenerationSettings(max_new_tokens=500, eos_token_ids=(1,)), model, prompt_length=200)
-    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 56, [1])
+    greedy = generation_config(GenerationSettings(max_new_tokens=500, eos_token_ids=(EOS,)), model, prompt_length=200)
+    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 56, [EOS])
     sampled = generation_config(GenerationSettings(temperature=0.7, top_p=0.9), model, prompt_length=4)
     assert (sampled.do_sample, sampled.temperature, sampled.top_k, sampled.top_p) == (True, 0.7, 0, 0.9)
 
 
 def test_generates_padded_batches_equal_single_prompts(target: Path) -> None:
     model = Target.load(str(target))
-    contender = TransformersContender("transformers", model, GenerationSettings(max_new_tokens=8, eos_token_ids=(1,)))
+    contender = TransformersContender("transformers", model, GenerationSettings(max_new_tokens=8, eos_token_ids=(EOS,)))
     samples = [Sample("a", "s", (5, 6, 7, 8, 9)), Sample("b", "s", (20, 21))]
     together = contender.decode(samples, [0, 1])
     assert together == contender.decode(samples[:1], [0]) + contender.decode(samples[1:], [1])

@@ -59,8 +59,8 @@ def test_markdown_reports_looping_replies_apart(make_row: RowMaker) -> None:
 
 
 def test_shapes_that_differ_in_their_budget_alone_have_names_of_their_own(make_row: RowMaker) -> None:
-    assert make_row(node_budget=16, beam_width=10).label == "redrafter 10x4n16"
-    assert make_row(min_probability=0.1).label == "redrafter 1x4p0.1"
+    assert make_row(shape="10x4n16").label == "redrafter 10x4n16"
+    assert make_row(shape="1x4p0.1").label == "redrafter 1x4p0.1"
 
 
 def test_markdown_names_replies_that_differ(make_row: RowMaker) -> None:
@@ -69,7 +69,7 @@ def test_markdown_names_replies_that_differ(make_row: RowMaker) -> None:
 
 
 def test_markdown_says_how_the_baseline_compares_with_transformers(make_row: RowMaker) -> None:
-    plain = make_row(drafter="plain", beam_width=None, draft_length=None, acceptance_by_depth=(), speedup=1.0)
+    plain = make_row(drafter="plain", shape="", beam_width=None, draft_length=None, acceptance_by_depth=(), speedup=1.0)
     assert "the engine decodes plainly at 1.05 times the speed of `transformers.generate` (380 tokens/s" in to_markdown(
         "", {}, {}, [plain]
     )

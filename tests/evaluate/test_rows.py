@@ -2,7 +2,7 @@ import pytest
 
 from draftsmith.evaluate.records import Decoded, Sample, Timed
 from draftsmith.evaluate.rows import Contestant, Setting, make_row
-from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.limits import DraftLimits
 
 SAMPLES = [Sample("a", "sums", (1,)), Sample("b", "sums", (2,)), Sample("c", "tales", (3,))]
 SETTING = Setting("tiny", 0.0, "float32", "cpu", 1, 64, 1, eos_token_ids=(0,))

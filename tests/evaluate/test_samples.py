@@ -5,7 +5,7 @@ import pytest
 
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import read_samples, within_context
-from draftsmith.models.target import load_tokenizer
+from draftsmith.models.loading import load_tokenizer
 
 
 def write_rows(path: Path, *rows: dict) -> Path:
@@ -21,7 +21,7 @@ def test_prompts_are_rendered_by_the_targets_template(tmp_path: Path, target: Pa
     tokenizer = load_tokenizer(str(target))
     file = write_rows(tmp_path / "p.jsonl", prompt_row("ab"), prompt_row("cd", "train"))
     (sample,) = read_samples(file, tokenizer, split="test")
-    assert tokenizer.decode(list(sample.prompt_ids)).replace(" ", "") == "<u>ab<a>"
+    assert tokenizer.decode(list(sample.prompt_ids)) == "<|user|>\nab\n<|assistant|>\n"
     assert (sample.id, sample.source) == ("ab", "mine")
 
 

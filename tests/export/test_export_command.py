@@ -11,8 +11,25 @@ from safetensors.torch import load_file
 
 from draftsmith import provenance
 from draftsmith.export.command import export
-from draftsmith.models.fingerprint import module_fingerprint
+from draftsmith.models import PRE_NORM, Eagle, Eagle3, TargetEnds
+from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.fingerprint import module_fingerprint, tokenizer_fingerprint
+from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.redrafter import ReDrafter
+
+DRAFT_IDS = torch.arange(0, 280, 3)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory, drafter: Path, target: Path) -> dict[str, Path]:
+    """A saved drafter of each family, as training leaves it."""
+    ends = TargetEnds.load(str(target))
+    common = {"tokenizer_fingerprint": tokenizer_fingerprint(load_tokenizer(str(target))), "draft_token_ids": DRAFT_IDS}
+    first, third = tmp_path_factory.mktemp("eagle"), tmp_path_factory.mktemp("eagle3")
+    torch.manual_seed(5)
+    Eagle.for_target(ends, **common).save_pretrained(first)
+    Eagle3.for_target(ends, layers=["layer.0.output", PRE_NORM], **common).save_pretrained(third)
+    return {"redrafter": drafter, "eagle": first, "eagle3": third}
 
 
 def row_for(drafter: Path, **changes: object) -> dict:
@@ -51,10 +68,100 @@ def run_card_example(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["draftsmith", "apple"])
-def test_the_cards_example_runs(tmp_path: Path, drafter: Path, target: Path, layout) -> None:
-    export(drafter, tmp_path / "out", target=str(target), layout=layout)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("redrafter", "draftsmith"),
+        ("redrafter", "apple"),
+        ("eagle", "draftsmith"),
+        ("eagle", "eagle"),
+        ("eagle3", "draftsmith"),
+        ("eagle3", "eagle3"),
+        ("eagle3", "tensorrt-llm"),
+        ("eagle3", "speculators"),
+    ],
+)
+def test_the_cards_example_runs(tmp_path: Path, heads: dict[str, Path], target: Path, family: str, layout) -> None:
+    export(heads[family], tmp_path / "out", target=str(target), layout=layout)
     assert re.search(r"\d+ tokens in \d+ target forwards", run_card_example(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "told"),
+    [
+        (
+            "redrafter",
+            "draftsmith",
+            ["# A ReDrafter draft head", "tags: [speculative-decoding, draft-head, redrafter]"],
+        ),
+        ("eagle", "draftsmith", ["# An EAGLE-1 draft head", "a draft vocabulary of 94 of"]),
+        (
+            "eagle",
+            "eagle",
+            [
+                "over the target's whole vocabulary of 300",
+                '"method": "eagle"',
+                "--speculative-algorithm EAGLE ",
+                "draft vocabulary of 94 tokens could not come along",
+                "No figure on this page is from one of these engines",
+            ],
+        ),
+        ("eagle3", "draftsmith", ["# An EAGLE-3 draft head", "(`layer.0.output`, `last.pre_norm`)"]),
+        ("eagle3", "eagle3", ['"method": "eagle3"', "--speculative-algorithm EAGLE3 "]),
+        ("eagle3", "tensorrt-llm", ["Eagle3DecodingConfig", "`eagle3_layers_to_capture={0, 1}`"]),
+        ("eagle3", "speculators", ["with the target's embedding", "put the target's hub id into"]),
+    ],
+)
+def test_the_card_knows_the_family_and_the_layout(
+    tmp_path: Path, heads: dict[str, Path], target: Path, family: str, layout, told: list[str]
+) -> None:
+    export(heads[family], tmp_path / "out", target=str(target), layout=layout)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in told:
+        assert text in card, text
+    assert ("## Serve" in card) == (layout not in ("draftsmith", "apple"))
+
+
+@pytest.mark.parametrize("family", ["redrafter", "eagle", "eagle3"])
+def test_what_is_exported_in_our_layout_is_what_decoding_loads(
+    tmp_path: Path, heads: dict[str, Path], target: Path, family: str
+) -> None:
+    export(heads[family], tmp_path / "out", target=str(target))
+    before, after = load_drafter(heads[family]), load_drafter(tmp_path / "out")
+    assert type(before) is type(after)
+    assert module_fingerprint(before) == module_fingerprint(after)
+    assert torch.equal(before.draft_ids(), after.draft_ids())
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("eagle3", "eagle3"), ("eagle3", "tensorrt-llm"), ("eagle3", "speculators")]
+)
+def test_an_engines_layout_and_back_is_the_same_drafter(
+    tmp_path: Path, heads: dict[str, Path], target: Path, other_target: Path, family: str, layout
+) -> None:
+    export(heads[family], tmp_path / "engine", target=str(target), layout=layout)
+    export(tmp_path / "engine", tmp_path / "back", target=str(target))
+    before, after = load_drafter(heads[family]), load_drafter(tmp_path / "back")
+    assert module_fingerprint(before) == module_fingerprint(after)
+    assert before.config.target_fingerprint == after.config.target_fingerprint
+    assert before.config.tokenizer_fingerprint == after.config.tokenizer_fingerprint
+    with pytest.raises(ValueError, match="was exported for target"):
+        export(tmp_path / "engine", tmp_path / "other", target=str(other_target))
+
+
+def test_a_layout_of_another_family_is_refused(tmp_path: Path, heads: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"'apple' is for ReDrafter, this drafter is EAGLE-3; use draftsmith or eagle3"
+    ):
+        export(heads["eagle3"], tmp_path / "out", layout="apple")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_user_must_know_is_printed_too(
+    tmp_path: Path, heads: dict[str, Path], target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(heads["eagle"], tmp_path / "out", target=str(target), layout="eagle")
+    assert "note: The draft vocabulary of 94 tokens could not come along" in capsys.readouterr().out
 
 
 def test_our_layout_keeps_every_tensor_and_the_bond(tmp_path: Path, drafter: Path, target: Path) -> None:
@@ -162,7 +269,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, drafter: Path, m
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("draftsmith.export.redrafter.save_file", full)
+    monkeypatch.setattr("draftsmith.export.folder.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export(drafter, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

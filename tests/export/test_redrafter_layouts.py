@@ -7,7 +7,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draftsmith.export.redrafter import load, load_apple, probe_logits, tensor_table, write, write_apple
+from draftsmith.export.layouts import load_any, write
+from draftsmith.export.readback import probe_logits
+from draftsmith.export.redrafter import own_table
 from draftsmith.models.redrafter import ReDrafter, ReDrafterConfig
 from draftsmith.models.target import Target, TargetEnds
 
@@ -62,8 +64,8 @@ def test_our_layout_gives_the_same_logits_back(
     tmp_path: Path, ends: TargetEnds, exit_dim: int, rnn: bool, layers: int, dtype: torch.dtype
 ) -> None:
     drafter = make(ends, exit_dim, rnn, layers).to(dtype)
-    write(drafter, tmp_path)
-    reread = load(tmp_path)
+    write(drafter, tmp_path, "draftsmith")
+    reread = load_any(tmp_path)
     assert reread.dtype == dtype
     assert torch.equal(probe_logits(reread), probe_logits(drafter))
     assert reread.config.target_fingerprint == ends.fingerprint
@@ -71,19 +73,19 @@ def test_our_layout_gives_the_same_logits_back(
 
 
 def test_a_draft_vocabulary_survives_in_our_layout(tmp_path: Path, ends: TargetEnds) -> None:
-    write(make(ends, draft_ids=torch.tensor([0, 3, 9, 40, 63])), tmp_path)
-    assert load(tmp_path).draft_ids().tolist() == [0, 3, 9, 40, 63]
+    write(make(ends, draft_ids=torch.tensor([0, 3, 9, 40, 63])), tmp_path, "draftsmith")
+    assert load_any(tmp_path).draft_ids().tolist() == [0, 3, 9, 40, 63]
 
 
 def test_what_save_pretrained_wrote_loads_with_the_same_logits(tmp_path: Path, ends: TargetEnds) -> None:
     drafter = make(ends, draft_ids=torch.arange(3, 40))
     drafter.save_pretrained(tmp_path)
-    assert torch.equal(probe_logits(load(tmp_path)), probe_logits(drafter))
+    assert torch.equal(probe_logits(load_any(tmp_path)), probe_logits(drafter))
 
 
 def test_what_we_write_loads_with_from_pretrained(tmp_path: Path, ends: TargetEnds) -> None:
     drafter = make(ends, draft_ids=torch.arange(3, 40))
-    write(drafter, tmp_path)
+    write(drafter, tmp_path, "draftsmith")
     assert torch.equal(probe_logits(ReDrafter.from_pretrained(tmp_path)), probe_logits(drafter))
 
 
@@ -111,7 +113,7 @@ def test_apples_layout_means_to_apples_formula_what_the_drafter_meant(
     tmp_path: Path, ends: TargetEnds, exit_dim: int, rnn: bool, layers: int
 ) -> None:
     drafter = make(ends, exit_dim, rnn, layers)
-    write_apple(drafter, tmp_path)
+    write(drafter, tmp_path, "apple")
     fields = json.loads((tmp_path / "config.json").read_text())
     assert set(fields) == APPLE_CONFIG_KEYS
     context, ids = torch.randn(3, 16), torch.randint(64, (2, 3))
@@ -124,14 +126,21 @@ def test_apples_layout_means_to_apples_formula_what_the_drafter_meant(
 
 
 def test_apples_layout_goes_both_ways_bit_for_bit(tmp_path: Path, ends: TargetEnds) -> None:
-    write_apple(make(ends), tmp_path)
+    write(make(ends), tmp_path, "apple")
     first = (tmp_path / "model.safetensors").read_bytes()
-    imported = load_apple(tmp_path, ends, tokenizer_fingerprint="abc")
+    imported = load_any(tmp_path, ends, tokenizer_fingerprint="abc")
     assert (imported.config.target_name, imported.config.target_fingerprint) == ("tiny", ends.fingerprint)
     assert imported.config.tokenizer_fingerprint == "abc"
     (tmp_path / "again").mkdir()
-    write_apple(imported, tmp_path / "again")
+    write(imported, tmp_path / "again", "apple")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
+
+
+def test_apples_layout_takes_a_drafter_trained_for_another_number_of_steps(tmp_path: Path, ends: TargetEnds) -> None:
+    drafter = make(ends)
+    drafter.config.num_draft_steps = 3
+    write(drafter, tmp_path, "apple")
+    assert torch.equal(probe_logits(load_any(tmp_path, ends)), probe_logits(drafter))
 
 
 def test_a_drafter_written_by_apples_names_alone_is_read(tmp_path: Path, ends: TargetEnds) -> None:
@@ -149,25 +158,25 @@ def test_a_drafter_written_by_apples_names_alone_is_read(tmp_path: Path, ends: T
     fields = {"vocab_size": 64, "hidden_size": 16, "exit_dim": 32, "num_draft_layers": 2, "rnn": True}
     extra = {"model_type": "recurrent_drafting_drafter", "num_lookback_tokens": -1, "transformers_version": "4.38.2"}
     (tmp_path / "config.json").write_text(json.dumps(fields | extra))
-    assert set(tensor_table(load_apple(tmp_path, ends).config)) == set(tensors)
+    assert set(own_table(load_any(tmp_path, ends).config).specs) == set(tensors)
 
 
 def test_a_draft_vocabulary_cannot_go_into_apples_layout(tmp_path: Path, ends: TargetEnds) -> None:
     with pytest.raises(ValueError, match="draft vocabulary of 5 of 64 tokens, which Apple's layout cannot express"):
-        write_apple(make(ends, draft_ids=torch.tensor([0, 3, 9, 40, 63])), tmp_path)
+        write(make(ends, draft_ids=torch.tensor([0, 3, 9, 40, 63])), tmp_path, "apple")
 
 
 def test_apples_layout_for_a_target_of_another_size_is_refused(tmp_path: Path, ends: TargetEnds) -> None:
     config = ReDrafterConfig(hidden_size=8, vocab_size=64, exit_dim=16)
-    write_apple(shake(ReDrafter(config)), tmp_path)
+    write(shake(ReDrafter(config)), tmp_path, "apple")
     with pytest.raises(ValueError, match="expects hidden size 8"):
-        load_apple(tmp_path, ends)
+        load_any(tmp_path, ends)
 
 
 def test_apples_layout_is_not_taken_for_ours(tmp_path: Path, ends: TargetEnds) -> None:
-    write_apple(make(ends), tmp_path)
+    write(make(ends), tmp_path, "apple")
     with pytest.raises(ValueError, match="Apple's layout, which names no target"):
-        load(tmp_path)
+        load_any(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +193,12 @@ def test_apples_layout_is_not_taken_for_ours(tmp_path: Path, ends: TargetEnds) -
     ],
 )
 def test_a_checkpoint_that_breaks_the_table_is_refused(tmp_path: Path, ends: TargetEnds, change, message: str) -> None:
-    write(make(ends, draft_ids=torch.arange(30)), tmp_path)
+    write(make(ends, draft_ids=torch.arange(30)), tmp_path, "draftsmith")
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
-        load(tmp_path)
+        load_any(tmp_path)
 
 
 def test_weights_that_diverged_in_training_are_not_written(tmp_path: Path, ends: TargetEnds) -> None:
@@ -199,28 +208,32 @@ def test_weights_that_diverged_in_training_are_not_written(tmp_path: Path, ends:
     with pytest.raises(
         ValueError, match=r"the drafter in memory is not a whole ReDrafter.*rnn_u.bias holds NaN or infinity"
     ):
-        write(drafter, tmp_path)
+        write(drafter, tmp_path, "draftsmith")
 
 
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, ends: TargetEnds, name: str) -> None:
-    write(make(ends), tmp_path)
+    write(make(ends), tmp_path, "draftsmith")
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name} but no model.safetensors.*weights_only=True"):
-        load(tmp_path)
+        load_any(tmp_path)
 
 
 def test_a_cut_off_file_is_refused(tmp_path: Path, ends: TargetEnds) -> None:
-    write(make(ends), tmp_path)
+    write(make(ends), tmp_path, "draftsmith")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="cut off or no safetensors file"):
-        load(tmp_path)
+        load_any(tmp_path)
 
 
 def test_another_family_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no config.json"):
-        load(tmp_path)
+        load_any(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a JSON object but list"):
+        load_any(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type is 'llama', only 'recurrent_drafting_drafter'"):
-        load(tmp_path)
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no drafter that is known here \(model_type 'llama', no tensor fc.weight\)"):
+        load_any(tmp_path)

@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from draftsmith.arguments import CommandParser, call, explain, gather_lists, parser_for, suggestion
+from draftsmith.arguments import FLAT, CommandParser, call, explain, gather_lists, parser_for, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,19 @@ class Shape:
     draft_length: int = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class Oven:
+    """An oven.
+
+    Args:
+        fuel: What burns.
+        racks: How many.
+    """
+
+    fuel: str = "wood"
+    racks: int = 2
+
+
 def bake(
     out: Path,
     flour: list[Path],
@@ -30,6 +43,7 @@ def bake(
     max_new_loaves: int = 3,
     kind: Literal["rye", "wheat"] = "rye",
     note: str | None = None,
+    oven: Annotated[Oven, FLAT] = Oven(),
 ) -> dict[str, Any]:
     """Bakes bread.
 
@@ -43,6 +57,7 @@ def bake(
         max_new_loaves: The most loaves.
         kind: The grain.
         note: What to write on it.
+        oven: The oven.
     """
     return dict(locals())
 
@@ -69,7 +84,21 @@ def test_options_reach_the_function_as_its_own_types() -> None:
         "max_new_loaves": 3,
         "kind": "wheat",
         "note": "fresh: 12",
+        "oven": Oven(),
     }
+
+
+def test_a_flat_dataclass_has_options_keys_and_help_without_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("fuel: gas\n")
+    assert baked("--config", str(config), "--racks", "5")["oven"] == Oven("gas", 5)
+    text = parser_for(bake, "draftsmith bake").format_help()
+    assert "--racks RACKS" in text
+    assert "What burns." in text
+    assert "--oven" not in text
+    assert "Did you mean --racks?" in refused(capsys, "--rack", "1", "--out", "o", "--flour", "f")
 
 
 def test_dashes_and_underscores_name_the_same_option() -> None:

@@ -1,5 +1,6 @@
 """The command `draftsmith` as a stranger meets it."""
 
+import dataclasses
 import errno
 import inspect
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 import draftsmith
 from draftsmith import cli
-from draftsmith.arguments import parser_for
+from draftsmith.arguments import flat_parameters, parser_for
 
 PARSED = [name for name, command in cli.COMMANDS.items() if not command.reads_arguments]
 
@@ -134,6 +135,11 @@ def test_every_option_is_explained_in_the_docstring_of_its_function(name: tuple[
     function = cli.COMMANDS[name].load()
     described = docstring_parser.parse(inspect.getdoc(function) or "")
     explained = {parameter.arg_name for parameter in described.params if parameter.description}
+    for kind in flat_parameters(function).values():
+        fields = docstring_parser.parse(inspect.getdoc(kind) or "").params
+        assert {field.arg_name for field in fields if field.description} == {
+            one.name for one in dataclasses.fields(kind)
+        }
     assert explained >= set(inspect.signature(function).parameters)
     assert described.short_description
     assert "usage: draftsmith" in parser_for(function, " ".join(["draftsmith", *name])).format_help()

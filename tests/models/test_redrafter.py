@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import BOS, random_target
+from doubles import BOS, draft, random_target, served_logits
 from transformers import AutoModel
 
 from draftsmith.models import (
     PRE_NORM,
     DraftLimits,
-    Emitted,
     PackedBatch,
     ReDrafter,
     Target,
@@ -72,6 +71,9 @@ def test_local_rollout_follows_the_greedy_tokens_and_says_how_to_get_them(target
     assert rollout.anchors.tolist() == [0, 1]
     assert rollout.tokens.tolist() == [[0, 1], [3, 4]]
     assert rollout.targets.tolist() == [[1, 2], [4, 5]]
+    assert rollout.valid.all()
+    ended = local_rollout(with_greedy, 2, eos_token_ids=(1, 3))
+    assert ended.valid.tolist() == [[True, False], [False, False]]
 
 
 @pytest.mark.parametrize("exit_dim", [32, 64, 48])
@@ -82,31 +84,14 @@ def test_training_and_serving_give_the_same_scores_at_every_step(target: Target,
     batch = packed(target, [text], [[0] * prompt_length + [1] * 5])
     rollout = data_rollout(batch, 4)
     taught = torch.nn.functional.linear(drafter.teacher_forced(batch, rollout), drafter.head_weight).log_softmax(-1)
-    first = Emitted(torch.tensor([text[1:4]]), {PRE_NORM: batch.hidden[PRE_NORM][None, :3]}, torch.tensor([3]))
-    state = drafter.start(first)
-    # A beam as wide as the vocabulary at depth one holds every token's score.
-    size = drafter.config.vocab_size
-    tree = drafter.propose(state, DraftLimits(size, 2, node_budget=2 * size))
-    assert tree.scores_BN is not None
-    depth_one = tree.depths_BN[0] == 1
-    served = torch.empty(size).scatter_(0, tree.tokens_BN[0][depth_one], tree.scores_BN[0][depth_one])
-    torch.testing.assert_close(served, taught[0, 0], rtol=1e-4, atol=1e-4)
-    best = int(served.argmax())
-    given = PackedBatch(**{**vars(batch), "input_ids": torch.tensor([*text[:4], best, *text[5:]])})
-    taught_two = torch.nn.functional.linear(drafter.teacher_forced(given, data_rollout(given, 4)), drafter.head_weight)
-    below = (tree.depths_BN[0] == 2) & (tree.tokens_BN[0].gather(0, tree.parents_BN[0].clamp(min=0)) == best)
-    expected = taught[0, 0, best] + taught_two.log_softmax(-1)[1, 0][tree.tokens_BN[0][below]]
-    assert int(below.sum()) > 0
-    torch.testing.assert_close(tree.scores_BN[0][below], expected, rtol=1e-4, atol=1e-4)
+    served = served_logits(target, drafter, text[: prompt_length + 4], 4).log_softmax(-1)
+    torch.testing.assert_close(served, taught[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_beam_holds_the_likeliest_paths_among_all(target: Target) -> None:
     ids = torch.tensor([3, 9, 17, 30, 44])
     drafter = shaken(ReDrafter.for_target(target.ends, draft_token_ids=ids, head_init="random"), seed=5).eval()
     batch = packed(target, [[BOS, 7, 9, 3]], [[0, 0, 1, 1]])
-    state = drafter.start(
-        Emitted(torch.tensor([[7, 9]]), {PRE_NORM: batch.hidden[PRE_NORM][None, :2]}, torch.tensor([2]))
-    )
     scores = {}
     for path in itertools.product(range(5), repeat=2):
         text = torch.tensor([BOS, 7, 9, *(int(ids[place]) for place in path)])
@@ -115,7 +100,7 @@ def test_the_beam_holds_the_likeliest_paths_among_all(target: Target) -> None:
         logits = torch.nn.functional.linear(drafter.teacher_forced(trial, data_rollout(trial, 2)), drafter.head_weight)
         steps = logits.log_softmax(-1)[:, 0]
         scores[tuple(int(ids[place]) for place in path)] = (steps[0, path[0]] + steps[1, path[1]]).item()
-    tree = drafter.propose(state, DraftLimits(5, 2))
+    tree = draft(target, drafter, [[BOS, 7, 9]], DraftLimits(5, 2))
     leaves = {}
     for node in range(tree.num_nodes):
         if tree.depths_BN[0, node] == 2:
@@ -129,16 +114,14 @@ def test_the_beam_holds_the_likeliest_paths_among_all(target: Target) -> None:
 
 def test_more_nodes_than_the_budget_are_never_proposed(target: Target) -> None:
     drafter = shaken(ReDrafter.for_target(target.ends, head_init="random")).eval()
-    state = drafter.start(
-        Emitted(torch.tensor([[7], [8]]), {PRE_NORM: torch.randn(2, 1, target.ends.hidden_size)}, torch.tensor([1, 1]))
-    )
+    texts = [[BOS, 7], [BOS, 8]]
     for limits in (DraftLimits(1, 5), DraftLimits(6, 4), DraftLimits(6, 4, node_budget=7)):
-        assert drafter.propose(state, limits).num_nodes <= limits.max_nodes
-    likely = drafter.propose(state, DraftLimits(6, 4, min_probability=0.02))
+        assert draft(target, drafter, texts, limits).num_nodes <= limits.max_nodes
+    likely = draft(target, drafter, texts, DraftLimits(6, 4, min_probability=0.02))
     assert likely.scores_BN is not None
     assert float(likely.scores_BN[likely.valid_BN].min().exp()) >= 0.02
-    with pytest.raises(ValueError, match="larger than the draft vocabulary"):
-        drafter.propose(state, DraftLimits(100, 2))
+    with pytest.raises(ValueError, match="the draft vocabulary has"):
+        draft(target, drafter, texts, DraftLimits(100, 2))
 
 
 def test_a_head_from_the_target_starts_as_its_next_token_guess(target: Target) -> None:

@@ -10,11 +10,11 @@ import transformers
 from doubles import BOS, VOCAB, family_configs, random_model, random_target
 from safetensors.torch import load_file, save_file
 
-from draftsmith.decode.cache import SlotCache
-from draftsmith.decode.mask import tree_mask
 from draftsmith.models import PRE_NORM, Target, TargetEnds, tree_from_paths
+from draftsmith.models.cache import SlotCache
 from draftsmith.models.fingerprint import checkpoint_fingerprint
-from draftsmith.models.target import as_device, as_dtype, resolve
+from draftsmith.models.loading import as_device, as_dtype, resolve
+from draftsmith.models.mask import slot_mask, slot_positions
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_packed_tree_logits_equal_per_path_logits(family: str) -> None:
     target(torch.tensor([prefix]), cache=cache, positions=positions, mask=causal, key_positions=positions)
     lengths = torch.tensor([len(prefix)])
     cache.aim(lengths[:, None] + torch.arange(tree.num_nodes), len(prefix) + tree.num_nodes)
-    mask, key_positions = tree_mask(tree.ancestors(), tree.depths_BN, lengths, cache.window)
+    mask = slot_mask(tree.ancestors(), lengths, cache.window)
+    key_positions = slot_positions(tree.depths_BN, lengths, cache.window)
     packed = target(
         tree.tokens_BN, cache=cache, positions=lengths[:, None] + tree.depths_BN, mask=mask, key_positions=key_positions
     )
@@ -92,6 +93,39 @@ def test_ends_load_without_the_trunk_and_equal_the_targets(saved: Path) -> None:
     torch.testing.assert_close(ends.embed(ids), target.ends.embed(ids))
     trunk = sum(parameter.numel() for parameter in target.model.model.layers.parameters())
     assert sum(parameter.numel() for parameter in ends.parameters()) < trunk
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_ends_know_the_targets_whole_config(tmp_path: Path, family: str) -> None:
+    random_model(family_configs()[family]).save_pretrained(tmp_path)
+    whole = Target.load(str(tmp_path))
+    for config in (TargetEnds.load(str(tmp_path)).config, whole.ends.config):
+        assert config.num_hidden_layers == 3
+        assert getattr(config, "layer_types", None) == getattr(whole.config, "layer_types", None)
+        assert config.num_attention_heads == 4
+        assert config.to_dict().get("rope_parameters") == whole.config.to_dict().get("rope_parameters")
+
+
+def test_ends_of_a_family_that_cannot_decode_trees_are_refused_with_an_adapter_too(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "bloom")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["query_key_value"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="ALiBi"):
+        TargetEnds.load(str(tmp_path / "bloom"), adapter=str(tmp_path / "adapter"))
+
+
+def test_end_tokens_are_those_of_the_generation_config_else_of_the_config() -> None:
+    target = random_target()
+    generation = target.model.generation_config
+    generation.eos_token_id = [7, 9]
+    assert target.eos_token_ids == (7, 9)
+    generation.eos_token_id = None
+    assert target.eos_token_ids == (2,)
+    target.config.eos_token_id = None
+    assert target.eos_token_ids == ()
 
 
 def test_a_fingerprint_changes_with_one_weight(saved: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from draftsmith.data.manifest import CacheIdentity, Manifest
 from draftsmith.data.shards import ShardContent, write_shard
 from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.target import PRE_NORM, Target, load_tokenizer
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.target import PRE_NORM, Target
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +47,15 @@ def target(target_dir: Path) -> Target:
 
 @pytest.fixture(scope="session")
 def make_cache(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeCache:
-    """make_cache(lengths, poison=None, fingerprint=None) -> folder of a finished cache."""
+    """make_cache(lengths, poison=None, fingerprint=None, layers=...) -> folder of a finished cache."""
 
-    def make(lengths: list[int], seed: int = 0, poison: int | None = None, fingerprint: str | None = None) -> Path:
+    def make(
+        lengths: list[int],
+        seed: int = 0,
+        poison: int | None = None,
+        fingerprint: str | None = None,
+        layers: tuple[str, ...] = (PRE_NORM,),
+    ) -> Path:
         folder = tmp_path_factory.mktemp("cache")
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(0, VOCAB, (len(lengths),), generator=generator).tolist()
@@ -57,17 +64,17 @@ def make_cache(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPa
             2 + (start + torch.arange(length)) % (VOCAB - 2) for start, length in zip(starts, lengths, strict=True)
         ]
         with torch.no_grad():
-            states = [target.prefix(ids[None]).pre_norm[0] for ids in texts]
+            outputs = [target.prefix(ids[None], layers=layers) for ids in texts]
+        hidden = {name: [output.feature(name)[0].clone() for output in outputs] for name in layers}
         if poison is not None:
-            states[poison] = states[poison].clone()
-            states[poison][-4, 0] = float("nan")
+            hidden[PRE_NORM][poison][-4, 0] = float("nan")
         masks = [torch.arange(length) >= PROMPT for length in lengths]
         content = ShardContent(
             ids=[f"s{index}" for index in range(len(lengths))],
             offsets=torch.tensor([0, *lengths]).cumsum(0),
             input_ids=torch.cat(texts),
             loss_mask=torch.cat(masks),
-            hidden={PRE_NORM: torch.cat(states)},
+            hidden={name: torch.cat(states) for name, states in hidden.items()},
             greedy_ids=None,
         )
         record = write_shard(folder / "shard-00000.safetensors", content)
@@ -77,7 +84,7 @@ def make_cache(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPa
             target_fingerprint=fingerprint or target.fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(str(target_dir))),
             template_fingerprint="",
-            layers=(PRE_NORM,),
+            layers=layers,
             hidden_size=HIDDEN,
             dtype="float32",
             target_dtype="float32",

@@ -12,7 +12,7 @@ from training import MakeCache, make_module, make_trainer
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafter import DraftLimits
+from draftsmith.models.limits import DraftLimits
 from draftsmith.models.redrafter import ReDrafter
 from draftsmith.models.target import Target
 from draftsmith.train.callbacks import TOKENS_PER_STEP, KeepBestDrafter, TreeDecodeValidation, acceptance_sums

@@ -10,11 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from draftsmith.train.losses import (
     OUTSIDE,
     StepSums,
+    Taught,
+    TopEmphasis,
+    feature_smooth_l1,
     group_by_teacher,
     head_cross_entropy,
     head_distillation,
 )
-from draftsmith.train.losses_eager import head_cross_entropy_eager, head_distillation_eager
+from draftsmith.train.losses_eager import feature_smooth_l1_eager, head_cross_entropy_eager, head_distillation_eager
 
 STEPS, ANCHORS, WIDTH, VOCAB = 3, 11, 6, 17
 
@@ -50,30 +53,52 @@ def cross_entropy(case: Case, chunk_rows: int | None = None, metrics: bool = Tru
     )
 
 
-def distillation(case: Case, chunk_rows: int | None = None) -> StepSums:
+KEPT = torch.tensor([place % 3 != 1 for place in range(ANCHORS + STEPS)])
+TEACHINGS = {
+    "cross_entropy": (None, None),
+    "distillation": (None, None),
+    "top-k": (None, TopEmphasis(0.7, 3)),
+    "kept": (KEPT, None),
+    "top-k of kept": (KEPT, TopEmphasis(1.5, 4)),
+}
+
+
+def fast_of(case: Case, kind: str, chunk_rows: int | None = None) -> StepSums:
+    kept, emphasis = TEACHINGS[kind]
+    return (
+        cross_entropy(case, chunk_rows) if kind == "cross_entropy" else distillation(case, chunk_rows, kept, emphasis)
+    )
+
+
+def distillation(
+    case: Case, chunk_rows: int | None = None, kept: Tensor | None = None, emphasis: TopEmphasis | None = None
+) -> StepSums:
     return head_distillation(
         case.head_inputs,
         case.head_weight,
-        lambda rows: case.teacher_logits[rows],
+        lambda rows: Taught(case.teacher_logits[rows], None if kept is None else kept[rows]),
         case.teacher_rows,
         case.targets,
         case.valid,
         case.step_weights,
         chunk_rows,
+        emphasis=emphasis,
     )
 
 
 def eager(case: Case, kind: str) -> StepSums:
     if kind == "cross_entropy":
         return head_cross_entropy_eager(case.head_inputs, case.head_weight, case.targets, case.valid, case.step_weights)
+    kept, emphasis = TEACHINGS[kind]
     return head_distillation_eager(
         case.head_inputs,
         case.head_weight,
-        case.teacher_logits,
+        Taught(case.teacher_logits, kept),
         case.teacher_rows,
         case.targets,
         case.valid,
         case.step_weights,
+        emphasis,
     )
 
 
@@ -82,10 +107,10 @@ def gradients(sums: StepSums, case: Case) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
-@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+@pytest.mark.parametrize("kind", TEACHINGS)
 def test_the_chunked_loss_and_its_gradients_equal_the_eager_twin(kind: str, chunk_rows: int) -> None:
     case = make_case()
-    fast = cross_entropy(case, chunk_rows) if kind == "cross_entropy" else distillation(case, chunk_rows)
+    fast = fast_of(case, kind, chunk_rows)
     plain = eager(case, kind)
     for name in ("total", "loss_sum", "loss_rows", "rows", "top1", "top5"):
         torch.testing.assert_close(getattr(fast, name), getattr(plain, name), msg=name)
@@ -93,13 +118,13 @@ def test_the_chunked_loss_and_its_gradients_equal_the_eager_twin(kind: str, chun
         torch.testing.assert_close(fast_grad, plain_grad)
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+@pytest.mark.parametrize("kind", TEACHINGS)
 def test_the_hand_written_gradient_equals_finite_differences(kind: str) -> None:
     case = make_case(anchors=4, vocab=5)
 
     def total(head_inputs: Tensor, head_weight: Tensor) -> Tensor:
         moved = Case(**{**case.__dict__, "head_inputs": head_inputs, "head_weight": head_weight})
-        return (cross_entropy(moved, 3) if kind == "cross_entropy" else distillation(moved, 3)).total
+        return fast_of(moved, kind, 3).total
 
     assert torch.autograd.gradcheck(total, (case.head_inputs, case.head_weight))
 
@@ -127,7 +152,13 @@ def test_distilling_from_oneself_costs_nothing_and_pulls_nowhere() -> None:
     same_rows = torch.arange(ANCHORS)[:, None].expand(ANCHORS, STEPS)
     inputs = case.head_inputs[:1].detach().expand(STEPS, -1, -1).clone().requires_grad_()
     sums = head_distillation(
-        inputs, case.head_weight, lambda rows: own_logits[rows], same_rows, case.targets, case.valid, case.step_weights
+        inputs,
+        case.head_weight,
+        lambda rows: Taught(own_logits[rows]),
+        same_rows,
+        case.targets,
+        case.valid,
+        case.step_weights,
     )
     torch.testing.assert_close(sums.loss_sum, torch.zeros(STEPS, dtype=torch.float64), atol=1e-12, rtol=0)
     grad = torch.autograd.grad(sums.total, inputs)[0]
@@ -172,9 +203,9 @@ def test_each_teacher_distribution_is_asked_for_once() -> None:
     case = make_case()
     asked: list[int] = []
 
-    def teacher(rows: Tensor) -> Tensor:
+    def teacher(rows: Tensor) -> Taught:
         asked.extend(rows.tolist())
-        return case.teacher_logits[rows]
+        return Taught(case.teacher_logits[rows])
 
     head_distillation(
         case.head_inputs, case.head_weight, teacher, case.teacher_rows, case.targets, case.valid, case.step_weights, 6
@@ -240,7 +271,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits_at_a_vocabulary_of_128k(kind: str) 
                 sums = head_distillation(
                     inputs,
                     weight,
-                    lambda ids: ids[:, None] * torch.linspace(0, 1, vocab),
+                    lambda ids: Taught(ids[:, None] * torch.linspace(0, 1, vocab)),
                     rows,
                     targets,
                     valid,
@@ -258,3 +289,14 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         head_cross_entropy(case.head_inputs, case.head_weight, case.targets.T, case.valid, case.step_weights)
     with pytest.raises(ValueError, match="head_weight takes 4 inputs"):
         head_cross_entropy(case.head_inputs, case.head_weight[:, :4], case.targets, case.valid, case.step_weights)
+
+
+def test_the_feature_loss_equals_the_formula_row_by_row() -> None:
+    case = make_case()
+    features = 2 * torch.randn(ANCHORS + STEPS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arguments = (case.head_inputs, features, case.teacher_rows, case.valid, case.step_weights)
+    fast, plain = feature_smooth_l1(*arguments), feature_smooth_l1_eager(*arguments)
+    torch.testing.assert_close(fast.total, plain)
+    torch.testing.assert_close((case.step_weights * fast.loss_sum).sum(), plain.detach())
+    fast_grad, plain_grad = (torch.autograd.grad(total, case.head_inputs)[0] for total in (fast.total, plain))
+    torch.testing.assert_close(fast_grad, plain_grad)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from training import HIDDEN, VOCAB
 
-from draftsmith.models.drafter import Drafter, PackedBatch, Rollout
+from draftsmith.models.drafter import Drafter
 from draftsmith.models.redrafter import ReDrafter
+from draftsmith.models.rollout import PackedBatch, Rollout
 from draftsmith.models.target import PRE_NORM, Target
 from draftsmith.train.families import most_frequent
 from draftsmith.train.losses import OUTSIDE, StepSums

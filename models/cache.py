@@ -8,11 +8,40 @@ Shape legend: B batch rows, H key/value heads, S slots, N new tokens, E path len
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Which rows of a batch go on, in an order that moves as few as possible.
+
+    Attributes:
+        order: old number of each row that is kept, in the new order.
+        holes: new places, below ``len(order)``, whose old row ended.
+        movers: old numbers of the rows that fill them.
+        index: int64 [B'], ``order`` on the device.
+    """
+
+    order: list[int]
+    holes: list[int]
+    movers: list[int]
+    index: Tensor
+
+    @classmethod
+    def of(cls, keep: list[int], device: torch.device) -> KeptRows:
+        """From ascending row numbers. Example: keeping 1, 2, 4 of five rows gives the order 4, 1, 2: row 4 moves into place 0."""
+        kept = set(keep)
+        holes = [row for row in range(len(keep)) if row not in kept]
+        movers = [row for row in keep if row >= len(keep)]
+        order = list(range(len(keep)))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        return cls(order, holes, movers, torch.tensor(order, dtype=torch.int64, device=device))
 
 
 class SlotCache(Cache):
@@ -78,12 +107,12 @@ class SlotCache(Cache):
             moved = pool.gather(3, source_BE[None, :, None, :, None].to(pool.device).expand(shape))
             pool.scatter_(3, target_BE[None, :, None, :, None].to(pool.device).expand(shape), moved)
 
-    def shrink(self, num_rows: int, holes: list[int], movers: list[int]) -> None:
-        """Keep the first ``num_rows`` rows, after rows ``movers`` took the places of rows ``holes``; nothing else is copied."""
+    def shrink(self, kept: KeptRows) -> None:
+        """Keep some rows; only those that fill holes are copied."""
         for index, pool in enumerate(self._pools):
-            if holes:
-                pool[:, holes] = pool[:, movers]
-            self._pools[index] = pool[:, :num_rows]
+            if kept.holes:
+                pool[:, kept.holes] = pool[:, kept.movers]
+            self._pools[index] = pool[:, : len(kept.order)]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [B, H, S, Dh] each."""

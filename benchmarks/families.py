@@ -1,0 +1,351 @@
+"""All families on one target: the same text, the same number of steps, then the same training time.
+
+    python benchmarks/families.py                     # everything; just under an hour on two idle cores
+    python benchmarks/families.py --targets embedded  # one target
+
+For each target: cache the target's states over its own replies, train ReDrafter, EAGLE-1, HASS and EAGLE-3, find EAGLE's best static tree
+on training prompts, decode held-out prompts with all of them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1.
+Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/, all rows into benchmarks/report.json, and the summary between
+the marks of the README. Targets other than the embedded one need `--data`; where it is absent they are left out, and the page says so.
+A run that was stopped goes on where it was; `rm -r runs/families` starts anew.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from recipes import RECIPES, Trained, train
+
+from draftsmith import provenance
+from draftsmith.data.hidden_states import extract
+from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.embedded import write_prompts
+from draftsmith.evaluate.command import evaluate
+from draftsmith.evaluate.tune_command import tune
+from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.models.eagle import default_layers
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.target import PRE_NORM, Target
+
+REPLY_TOKENS = 128
+MARKS = ("<!-- families -->", "<!-- /families -->")
+STATIC_NODES = 24
+
+Tables = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One target and how much is done on it.
+
+    steps, seconds: of each training in the first and in the second table; draft_vocab: of every drafter; draft_lm: an ordinary LM with
+    the target's tokenizer; shapes: what each family decodes with ({static} is filled in), the first of each also at T = 1.
+    """
+
+    name: str
+    target: str
+    steps: int
+    seconds: float
+    prompts: int
+    draft_vocab: int | None = None
+    draft_lm: str | None = None
+
+
+CHAINS, SMALL = "1x4", "4x5n15"
+SHAPES = {
+    "redrafter": f"{SMALL},{CHAINS},10x5n24,10x7n60",
+    "eagle": f"{SMALL},{CHAINS},tree:{{static}},10x5n16,10x5n24,10x7n60",
+    "hass": f"{SMALL},{CHAINS},4x5n11,10x5n24,10x7n60",
+    "eagle3": f"{SMALL},{CHAINS},10x5n24,10x7n60",
+}
+
+
+def make_rows(bench: Bench, work: Path, data: Path) -> tuple[Path, Path]:
+    """Training rows with the target's own replies, and test prompts; made once."""
+    replies, tests = work / "replies.jsonl", work / "test.jsonl"
+    if bench.name == "chat-6m":
+        kinds = ((row["kind"], line, row) for line, row in read_jsonl(data / "replies" / "chat-6m_test.jsonl"))
+        write_rows(
+            tests,
+            ({"id": f"{kind}-{line}", "source": kind, "prompt_ids": row["prompt_ids"]} for kind, line, row in kinds),
+        )
+        return data / "replies" / "chat-6m_train.jsonl", tests
+    if not (replies.is_file() and tests.is_file()):
+        train_prompts, test_prompts = (
+            embedded_prompts(bench, work) if bench.name == "embedded" else story_prompts(bench, data)
+        )
+        write_rows(
+            tests,
+            (
+                {"id": f"{bench.name}-{i}", "source": bench.name, "prompt_ids": ids}
+                for i, ids in enumerate(test_prompts)
+            ),
+        )
+        write_rows(replies, own_replies(bench, train_prompts))
+    return replies, tests
+
+
+def embedded_prompts(bench: Bench, work: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Word problems of the training and of the test split, as token ids under the chat template."""
+    tokenizer = load_tokenizer(bench.target)
+    found = []
+    for split, count in (("train", 2400), ("test", bench.prompts)):
+        path = work / f"{split}-prompts.jsonl"
+        write_prompts(path, split=split, count=count)
+        texts = (
+            str(tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False))
+            for _, row in read_jsonl(path)
+        )
+        found.append([tokenizer.encode(text, add_special_tokens=False) for text in texts])
+    return found[0], found[1]
+
+
+def story_prompts(bench: Bench, data: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """The first twelve words of stories; the last ones of the file are for testing."""
+    tokenizer = load_tokenizer(bench.target)
+    stories = [story.split() for story in (data / "text" / "tinystories_valid.txt").read_text().split("<|endoftext|>")]
+    openings = [tokenizer.encode(" ".join(words[:12])) for words in stories if len(words) >= 24][: 1000 + bench.prompts]
+    return openings[: -bench.prompts], openings[-bench.prompts :]
+
+
+def own_replies(bench: Bench, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
+    """The target's greedy replies."""
+    target = Target.load(bench.target)
+    settings = GenerationSettings(max_new_tokens=REPLY_TOKENS, eos_token_ids=target.eos_token_ids)
+    engine, order = Engine(target), sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for start in range(0, len(order), 64):
+        numbers = order[start : start + 64]
+        for number, reply in zip(numbers, engine.generate([prompts[n] for n in numbers], settings), strict=True):
+            yield {"id": str(number), "prompt_ids": prompts[number], "reply_ids": reply.token_ids}
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """JSONL, written once."""
+    if not path.is_file():
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train_all(bench: Bench, cache: Path, work: Path, *, steps: int | None, seconds: float | None) -> dict[str, Trained]:
+    """Every family, one after the other."""
+    kind = "steps" if steps is not None else "seconds"
+    done = {}
+    for name, recipe in RECIPES.items():
+        chosen = replace(recipe, options={**recipe.options, "draft_vocab_size": bench.draft_vocab})
+        done[name] = train(chosen, bench.target, cache, work / kind / name, steps=steps, seconds=seconds)
+        print(f"{bench.name}: {name} trained, {kind}: {done[name]}", flush=True)
+    return done
+
+
+def static_tree(bench: Bench, drafter: Path, replies: Path, work: Path) -> Path:
+    """EAGLE's best static tree, from training prompts."""
+    prompts, found = work / "tune-prompts.jsonl", work / "tune" / f"static-{STATIC_NODES}.json"
+    rows = (row for number, (_, row) in enumerate(read_jsonl(replies)) if number % 40 == 0)
+    write_rows(
+        prompts, ({"id": str(i), "source": "train", "prompt_ids": row["prompt_ids"]} for i, row in enumerate(rows))
+    )
+    if not found.is_file():
+        tune(
+            bench.target,
+            str(drafter),
+            prompts,
+            work / "tune",
+            [1, 4, 8],
+            [4, 5, 6],
+            [8, 12, 16, STATIC_NODES],
+            limit=24,
+            rounds=5,
+        )
+    return found
+
+
+def run_target(bench: Bench, options: argparse.Namespace) -> tuple[list[str], Tables]:
+    """The page's part on one target, and its rows by table."""
+    work = options.work / bench.name
+    work.mkdir(parents=True, exist_ok=True)
+    replies, tests = make_rows(bench, work, options.data)
+    cache = work / "cache"
+    if not (work / "cached").is_file():
+        layers = (PRE_NORM, *default_layers(Target.load(bench.target).config.num_hidden_layers))
+        extract(bench.target, replies, cache, layers=layers)
+        (work / "cached").touch()
+    timed = train_all(bench, cache, work, steps=None, seconds=options.scale * bench.seconds)
+    counted = train_all(bench, cache, work, steps=max(1, int(options.scale * bench.steps)), seconds=None)
+    static = static_tree(bench, work / "seconds" / "eagle" / "drafter", replies, work)
+
+    drafters = [
+        f"{name}={work / 'seconds' / name / 'drafter'}@{shapes.format(static=static)}"
+        for name, shapes in SHAPES.items()
+    ]
+    lm = [] if bench.draft_lm is None else [f"draft_lm={bench.draft_lm}@1x4"]
+    common: dict[str, Any] = {"max_new_tokens": REPLY_TOKENS, "limit": bench.prompts, "ledger_prompts": 4}
+    rows = {
+        "seconds": measured(bench, tests, work / "report", [*drafters, *lm], transformers_prompts=20, **common),
+        "steps": measured(
+            bench, tests, work / "report-steps",
+            [f"{name}={work / 'steps' / name / 'drafter'}@{SMALL}" for name in SHAPES], transformers_prompts=0, **common,
+        ),
+    }  # fmt: skip
+    warm = [f"{name}={work / 'seconds' / name / 'drafter'}@{SMALL}" for name in SHAPES if name != "hass"]
+    warm += [f"hass={work / 'seconds' / 'hass' / 'drafter'}@{SMALL},1x4,t3.2.1.1,s1.1.1.1,s3.2.1.1,k3.2.1.1"]
+    if bench.draft_lm is not None:
+        warm += [f"draft_lm={bench.draft_lm}@1x4,t3.2.1.1,s1.1.1.1,s3.2.1.1,k3.2.1.1"]
+    common |= {"limit": bench.prompts // 2, "temperatures": [1.0]}
+    rows["warm"] = measured(bench, tests, work / "report-warm", warm, transformers_prompts=10, **common)
+    shutil.copyfile(work / "report" / "report.png", options.out / f"{options.name}-{bench.name}.png")
+    return page_of(bench, rows, timed, counted, options), rows
+
+
+def measured(bench: Bench, tests: Path, out: Path, drafters: list[str], **settings: Any) -> list[dict[str, Any]]:
+    """Rows of one evaluation."""
+    if not (out / "report.json").is_file():
+        evaluate(bench.target, tests, out, drafters, **settings)
+    found: list[dict[str, Any]] = json.loads((out / "report.json").read_text())["rows"]
+    return found
+
+
+def page_of(
+    bench: Bench,
+    rows: Tables,
+    timed: dict[str, Trained],
+    counted: dict[str, Trained],
+    options: argparse.Namespace,
+) -> list[str]:
+    """Markdown: two tables of trainings, the decoding tables, and the chart."""
+    base = next(row for row in rows["seconds"] if row["drafter"] == "plain")
+    return [
+        f"## {bench.name}",
+        f"Plain decoding in the engine: {base['tokens_per_second']:.0f} tokens/s, {base['engine_vs_transformers']:.2f} of "
+        f"`transformers.generate`. {base['prompts']} test prompts, at most {REPLY_TOKENS} new tokens, batch 1, float32.",
+        "### The same training time",
+        training_table(timed),
+        decoding_table(rows["seconds"]),
+        f"![Speed-up, tokens per step and acceptance by depth]({options.name}-{bench.name}.png)",
+        "### The same number of optimiser steps",
+        training_table(counted),
+        decoding_table(rows["steps"]),
+        f"### Temperature 1 ({rows['warm'][0]['prompts']} prompts)",
+        "Shapes that begin with s (MCSD, no replacement) or k (K-SEQ) draw their candidates from the drafter and verify them by rejection: "
+        "their text has the target's distribution, not the tokens of plain decoding's noise. All others walk.",
+        decoding_table(rows["warm"]),
+    ]
+
+
+def training_table(trained: dict[str, Trained]) -> str:
+    """Steps, tokens and rates."""
+    lines = ["| drafter | trained parameters | steps | seconds | assistant tokens/s |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {one.parameters:,} | {one.steps:,} | {one.seconds:.0f} | {one.rate:,.0f} |"
+        for name, one in trained.items()
+    ]
+    return "\n".join(lines)
+
+
+def decoding_table(rows: list[dict[str, Any]]) -> str:
+    """Tokens per step, speed-up and exactness of each row."""
+    lines = [
+        "| drafter | shape | tokens per step (95 %) | speed-up (95 %) | over transformers | identical |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["tokens_per_step_interval"] or (1.0, 1.0)
+        slow, fast = row["speedup_interval"]
+        over, shape = row["speedup_over_transformers"], row["shape"] or "-"
+        sampled = shape[0] in "sk"
+        lines.append(
+            f"| {row['drafter']} | {shape if len(shape) < 24 else f'static, {shape_nodes(shape)} nodes'} "
+            f"| {row['tokens_per_step']:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f} ({slow:.2f} to {fast:.2f}) "
+            f"| {'-' if over is None else f'{over:.2f}'} | {'in distribution' if sampled else share(row['exact_share'])} |"
+        )
+    return "\n".join(lines)
+
+
+def share(exact: float) -> str:
+    """Never rounds up to all."""
+    return "all" if exact >= 1 else f"{min(100 * exact, 99.9):.1f} %"
+
+
+def shape_nodes(shape: str) -> int:
+    """Nodes of a static tree by its leaves, `paths:0.0+1`."""
+    leaves = [tuple(leaf.split(".")) for leaf in shape.removeprefix("paths:").split("+")]
+    return len({leaf[:depth] for leaf in leaves for depth in range(1, len(leaf) + 1)})
+
+
+def summary(targets: dict[str, Tables]) -> str:
+    """The README's table: each family's best shape by speed at T = 0, trained for the same time."""
+    lines = ["| target | drafter | shape | tokens per step | speed-up | identical |", "|---|---|---|---|---|---|"]
+    for target, rows in targets.items():
+        for family in [
+            name for name in (*SHAPES, "draft_lm") if any(row["drafter"] == name for row in rows["seconds"])
+        ]:
+            best = max((row for row in rows["seconds"] if row["drafter"] == family), key=lambda row: row["speedup"])
+            figures = f"{best['tokens_per_step']:.2f} | {best['speedup']:.2f} | {share(best['exact_share'])}"
+            lines.append(f"| {target} | {family} | {best['shape']} | {figures} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the targets that are there and writes the page."""
+    options = _options()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    models = options.data / "models"
+    benches = [
+        Bench("embedded", "embedded:target", 300, 90.0, 60, draft_lm="embedded:draft_lm"),
+        Bench("chat-6m", str(models / "chat-6m"), 300, 300.0, 60, draft_vocab=1024),
+        Bench("stories260K", str(models / "stories260K"), 300, 45.0, 40),
+    ]
+    options.name = f"{date.today().isoformat()}-families"
+    page = [f"# All families, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    page += [
+        f"Load average at the start: {os.getloadavg()[0]:.1f} (above 0.5, something else was running: mistrust speeds)."
+    ]
+    found: dict[str, Tables] = {}
+    for bench in benches:
+        if bench.name not in options.targets:
+            continue
+        if bench.name != "embedded" and not Path(bench.target).is_dir():
+            page.append(f"## {bench.name}\n\nLeft out: {bench.target} is not there; name the data with --data.")
+            continue
+        lines, found[bench.name] = run_target(bench, options)
+        page += lines
+    record = provenance.record(provenance.command_line(), {}, {})
+    facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
+    page += ["## The machine", "\n".join(facts)]
+    atomic_write(options.out / f"{options.name}.md", "\n\n".join(page) + "\n")
+    report = {key: record[key] for key in ("command", "machine", "versions")}
+    report["rows"] = [row for tables in found.values() for rows in tables.values() for row in rows]
+    for path in (options.out / f"{options.name}.json", options.out / "report.json"):
+        atomic_write(path, json.dumps(report, indent=1) + "\n")
+    update_readme(options.readme, summary(found))
+    print(options.out / f"{options.name}.md")
+    return 0
+
+
+def update_readme(readme: Path, table: str) -> None:
+    """Replace what stands between the marks."""
+    text = readme.read_text(encoding="utf-8")
+    between = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+    atomic_write(readme, between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", text))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("runs/families"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=["embedded", "chat-6m", "stories260K"])
+    parser.add_argument("--scale", type=float, default=1.0, help="of steps and seconds; 0.05 tries the script out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

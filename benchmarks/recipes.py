@@ -1,0 +1,132 @@
+"""What the benchmarks train: one recipe a family, for a number of steps or for a time.
+
+Each run's outcome is kept in its folder (`trained.json`), so that a benchmark that is started again goes on.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+from draftsmith.files import atomic_write
+from draftsmith.train.callbacks import KeepBestDrafter
+from draftsmith.train.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.draft_module import DraftModule
+from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
+
+PILOT_STEPS = 12  # a short run first, since the schedule must know how many steps fit into the time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a family is trained: its own settings and those of the training module."""
+
+    family: Callable[..., DrafterFamily]
+    module: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    tokens_per_batch: int = 512
+
+
+_EAGLE: dict[str, Any] = {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1}
+RECIPES = {
+    "redrafter": Recipe(ReDrafterFamily, {"num_steps": 5, "distillation": "path", "lr": 2e-3}),
+    "eagle": Recipe(EagleFamily, {**_EAGLE, "num_steps": 1, "lr": 3e-3, "val_steps": 5}),
+    "hass": Recipe(
+        EagleFamily, {**_EAGLE, "num_steps": 3, "top_k_weight": 1.0, "lr": 3e-3, "val_steps": 5}, {"detach_steps": True}
+    ),
+    "eagle3": Recipe(
+        Eagle3Family,
+        {"distillation": "path", "num_steps": 5, "horizon_decay": 0.8, "skip_outside": True, "lr": 3e-3},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one training run did: optimiser steps, assistant tokens seen, seconds from call to saved weights, parameters."""
+
+    steps: int
+    assistant_tokens: int
+    seconds: float
+    parameters: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Assistant tokens a second."""
+        return self.assistant_tokens / self.seconds
+
+
+class Counter(pl.Callback):
+    """Counts steps and assistant tokens."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = self.parameters = 0
+        self.first = self.last = 0.0
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: CacheBatch,
+        batch_idx: int,
+    ) -> None:
+        """Adds a batch."""
+        self.steps += 1
+        self.tokens += batch.num_labelled
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the size of what was trained."""
+        self.parameters = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
+
+
+def train(
+    recipe: Recipe, target: str, cache: Path, out: Path, *, steps: int | None = None, seconds: float | None = None
+) -> Trained:
+    """Train for `steps`, or for `seconds` of wall-clock with a schedule that ends there; `out/drafter` is the result."""
+    if (out / "trained.json").is_file():
+        return Trained(**json.loads((out / "trained.json").read_text()))
+    limit = None
+    if steps is None:
+        assert seconds is not None
+        pilot = _fit(recipe, target, cache, out / "pilot", PILOT_STEPS, None)
+        pace = (pilot.last - pilot.first) / (pilot.steps - 1)
+        steps, limit = max(1, int(0.95 * seconds / pace)), seconds
+        shutil.rmtree(out / "pilot", ignore_errors=True)
+    started = time.perf_counter()
+    counted = _fit(recipe, target, cache, out, steps, limit)
+    result = Trained(counted.steps, counted.tokens, time.perf_counter() - started, counted.parameters)
+    atomic_write(out / "trained.json", json.dumps(asdict(result)))
+    return result
+
+
+def _fit(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, seconds: float | None) -> Counter:
+    pl.seed_everything(0)
+    counter = Counter()
+    module = DraftModule(target, recipe.family(**recipe.options), **recipe.module)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=steps,
+        max_time=None if seconds is None else {"seconds": max(1, int(seconds))},
+        default_root_dir=out,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        callbacks=[counter, KeepBestDrafter(out / "drafter")],
+    )
+    trainer.fit(
+        module, CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=recipe.tokens_per_batch, check="lazy")
+    )
+    return counter

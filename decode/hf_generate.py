@@ -1,0 +1,341 @@
+"""``model.generate(..., custom_generate=FOLDER)``: Transformers' arguments in, this package's decoding, Transformers' tensor out.
+
+Owns the way between the two, and what is refused because it cannot be kept. ``draftsmith export --layout custom_generate`` copies this
+module into a drafter's folder as ``custom_generate/generate.py``, with the modules it imports: it must do with torch and transformers,
+and touch no registry of theirs. Knows nothing of that copying.
+
+Shape legend: B rows, T prompt tokens, padding included, L new tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMixin,
+    GenerationMode,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import cached_file
+
+from draftsmith.decode.batch import Generation
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.eagle import Eagle, Eagle3
+from draftsmith.models.end_probe import other_ends
+from draftsmith.models.limits import DraftLimits
+from draftsmith.models.redrafter import ReDrafter
+from draftsmith.models.target import Target
+
+CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "custom_generate/settings.json"
+FAMILIES: dict[str, type[Drafter]] = {one.config_class.model_type: one for one in (ReDrafter, Eagle, Eagle3)}
+LIMITS = ("beam_width", "draft_length", "node_budget")
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+_REFUSED = (
+    "assistant_model",
+    "inputs_embeds",
+    "logits_processor",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "position_ids",
+    "prefix_allowed_tokens_fn",
+    "stop_strings",
+    "stopping_criteria",
+    "synced_gpus",
+)
+# What Transformers prepares for the model's own forward, which is not called with it here.
+_UNUSED = {"cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+_ATTRIBUTE = "_draftsmith_served"
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: BaseStreamer | None = None,
+    drafter: str | Path | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Decode with the drafter of this folder: what ``model.generate`` would give without it, in fewer forwards.
+
+    At ``do_sample=False`` the tokens are the model's own; at ``do_sample=True`` they have its distribution, drawn from a seed that torch's
+    global generator gives. Rows may be padded on the left (or anywhere, with an ``attention_mask``). Decoding ends at the model's context
+    also where ``max_length`` would go beyond.
+
+    Args:
+        model: the target that the drafter was trained for.
+        inputs: int64 [B, T], or ``input_ids`` among ``kwargs``.
+        generation_config: as in ``model.generate``; of its processors the repetition penalty, temperature, top-k, top-p and min-p work.
+        streamer: gets the tokens as they become final; one row only.
+        drafter: folder or hub id of the drafter; by default what the caller gave as ``custom_generate``.
+        kwargs: ``beam_width``, ``draft_length`` and ``node_budget`` (None: no budget) for this call's drafts; arguments of the hub
+            (``revision``, ``token`` ...); and whatever else ``model.generate`` takes.
+
+    Returns:
+        int64 [B, T + L]: prompts and replies, replies padded on the right.
+
+    Raises:
+        ValueError: the folder holds no whole drafter, it is another model's, or something is asked for that decoding here does not do.
+    """
+    hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    given = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
+    _refuse_arguments(model, generation_config, kwargs)
+    served = _serve(model, str(drafter or _asked_for()), hub)
+    limits = DraftLimits(**{**served.limits, **given})
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Iterable[object],
+        stopping_criteria: Iterable[object],
+        generation_config: GenerationConfig,
+        **prepared: Any,
+    ) -> Tensor:
+        _refuse_config(generation_config, prepared)
+        settings = _settings(generation_config, logits_processor, stopping_criteria, input_ids.shape[1])
+        prompts = _prompts(input_ids, prepared.get("attention_mask"))
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"a streamer shows one reply, but {len(prompts)} rows are asked for; leave it out")
+        with _frozen(model):
+            engine = Engine(served.target, served.drafter, limits)
+            replies = engine.generate(prompts, settings, None if streamer is None else _feeder(streamer))
+        if streamer is not None:
+            streamer.end()
+        return _joined(input_ids, replies, generation_config, settings)
+
+    # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
+    prepare: Any = GenerationMixin.generate
+    return prepare(
+        model, inputs, generation_config=generation_config, streamer=streamer, custom_generate=decode, **kwargs
+    )
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model with its drafter: from where (path, size and time of the weights), for which parts, and the limits by default."""
+
+    origin: tuple[Any, ...]
+    target: Target
+    drafter: Drafter
+    limits: dict[str, Any]
+
+
+def _serve(model: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> _Served:
+    """The model's wrapping and the drafter; kept on the model, since both take some forwards and reads to make."""
+    folder = _folder(name, hub)
+    weights = (folder / WEIGHTS).stat()
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    parts = (model.get_input_embeddings(), model.get_output_embeddings(), attention)
+    origin = (folder.resolve(), weights.st_mtime_ns, weights.st_size)
+    # By module: copies of this file that other drafters brought along have classes of their own.
+    kept: dict[str, tuple[Any, _Served]] = vars(model).setdefault(_ATTRIBUTE, {})
+    known_parts, served = kept.get(__name__, (None, None))
+    if served is None or known_parts != parts:
+        with _frozen(model):
+            target = Target(model, model.name_or_path or type(model).__name__, fingerprint="")
+        served = None
+    else:
+        target = served.target
+    if served is None or served.origin != origin:
+        served = _Served(origin, target, *_load(folder, target))
+        kept[__name__] = (parts, served)
+    nn.Module.to(served.drafter, target.device)
+    return served
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards the model is as trainable as it was."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _asked_for() -> str:
+    """What the caller of ``model.generate`` gave as ``custom_generate``.
+
+    Transformers does not hand it on to the function that it loads from there, and runs a copy whose own path does not tell it either, so it
+    is read in the frame of that call.
+
+    Raises:
+        ValueError: this was not called by ``model.generate``.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("custom_generate"), str):
+            return frame.f_locals["custom_generate"]
+        frame = frame.f_back
+    raise ValueError("where the drafter lies is not known here; say so with drafter='path/or/hub-id'")
+
+
+def _folder(name: str, hub: Mapping[str, Any]) -> Path:
+    """Where the drafter's files lie on this disk.
+
+    Raises:
+        ValueError: one of them cannot be had.
+    """
+    try:
+        config, *_ = [cached_file(name, file, **hub) for file in (CONFIG, WEIGHTS, SETTINGS)]
+    except OSError as error:
+        raise ValueError(
+            f"{name} is no drafter that `draftsmith export --layout custom_generate` wrote: {error}"
+        ) from error
+    assert config is not None
+    return Path(config).parent
+
+
+def _load(folder: Path, target: Target) -> tuple[Drafter, dict[str, Any]]:
+    """The drafter, attached to its target, and how much it drafts by default.
+
+    Raises:
+        ValueError: it is not whole, or another model's.
+    """
+    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder} holds a {kind!r}, not one of {', '.join(FAMILIES)}; export the drafter again")
+    # Tensors of other shapes are let through here only to be told below with the rest.
+    loaded: Any = FAMILIES[kind].from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    drafter, info = loaded
+    faults = sorted(str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key])
+    if faults:
+        raise ValueError(f"{folder} is not a whole drafter ({', '.join(faults)}); export it again")
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    drafter.eval().attach(target.ends)
+    different = other_ends(target.ends, settings["target_ends"])
+    if different:
+        raise ValueError(
+            f"this drafter was made for target {drafter.config.target_name!r}, and {target.name!r} has other weights "
+            f"({', '.join(different)}); use that target, or train a drafter for this one"
+        )
+    return drafter, settings["limits"]
+
+
+def _refuse_arguments(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
+) -> None:
+    asked = [name for name in _REFUSED if _is_given(arguments.get(name))]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: not supported with this drafter; leave it out, or decode without custom_generate"
+        )
+    config = generation_config or model.generation_config
+    if config is not None and config.stop_strings:
+        raise ValueError(
+            f"the generation config has stop_strings {config.stop_strings!r}, which are not supported with this drafter; set them to None"
+        )
+
+
+def _refuse_config(config: GenerationConfig, prepared: Mapping[str, Any]) -> None:
+    """Refuse what Transformers prepared, but decoding here would drop."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"generation mode {mode.value!r} is not greedy_search or sample, which drafters work with")
+    if config.return_dict_in_generate:
+        raise ValueError(
+            "return_dict_in_generate is set, but only token ids can be returned with this drafter; set it to False"
+        )
+    unused = [name for name, value in prepared.items() if name not in {*_UNUSED, "attention_mask"} and _is_given(value)]
+    if unused:
+        raise ValueError(f"inputs {', '.join(unused)} are not supported with this drafter, which decodes text alone")
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False and not (isinstance(value, Sized) and len(value) == 0)
+
+
+def _settings(
+    config: GenerationConfig, processors: Iterable[object], criteria: Iterable[object], prompt_length: int
+) -> GenerationSettings:
+    """What Transformers prepared, as the engine takes it.
+
+    Raises:
+        ValueError: a processor or criterion that the engine does not have.
+    """
+    asked: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
+    for processor in processors:
+        match processor:
+            case RepetitionPenaltyLogitsProcessor():
+                asked["repetition_penalty"] = processor.penalty
+            case TemperatureLogitsWarper():
+                asked["temperature"] = processor.temperature
+            case TopKLogitsWarper():
+                asked["top_k"] = processor.top_k
+            case TopPLogitsWarper():
+                asked["top_p"] = processor.top_p
+            case MinPLogitsWarper():
+                asked["min_p"] = processor.min_p
+            case _:
+                raise _not_supported(processor)
+    for criterion in criteria:
+        match criterion:
+            case MaxLengthCriteria():
+                asked["max_new_tokens"] = criterion.max_length - prompt_length
+            case EosTokenCriteria():
+                asked["eos_token_ids"] = tuple(criterion.eos_token_id.tolist())
+            case _:
+                raise _not_supported(criterion)
+    if config.do_sample:
+        asked["seed"] = int(torch.randint(2**62, ()))
+    return GenerationSettings(**asked)
+
+
+def _not_supported(part: object) -> ValueError:
+    return ValueError(
+        f"{type(part).__name__} is not supported with this drafter; of the processors the repetition penalty, temperature, top-k, top-p "
+        "and min-p are, of the criteria the length and the end-of-sequence tokens. Leave its setting out, or decode without custom_generate"
+    )
+
+
+def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """[B, T] each -> the token ids of each row that are not masked."""
+    if mask is None:
+        return input_ids.tolist()
+    return [ids[kept].tolist() for ids, kept in zip(input_ids, mask.to(input_ids.device).bool(), strict=True)]
+
+
+def _feeder(streamer: BaseStreamer) -> Callable[[int, list[int]], None]:
+    def feed(request: int, tokens: list[int]) -> None:
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+
+    return feed
+
+
+def _joined(
+    input_ids: Tensor, replies: list[Generation], config: GenerationConfig, settings: GenerationSettings
+) -> Tensor:
+    """[B, T] and the replies -> [B, T + L], padded as Transformers does: with the pad token, else the first end-of-sequence token."""
+    padding = config.pad_token_id
+    if padding is None:
+        padding = settings.eos_token_ids[0] if settings.eos_token_ids else 0
+    longest = max(len(reply.token_ids) for reply in replies)
+    rows = [reply.token_ids + [int(padding)] * (longest - len(reply.token_ids)) for reply in replies]
+    return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)

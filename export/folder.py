@@ -1,0 +1,78 @@
+"""A checkpoint's two files, ``config.json`` and ``model.safetensors``: how they are read and written.
+
+Owns what is refused of a folder before its content means anything; pickled weights are never opened, since reading one can run code.
+Knows no family and no layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says.
+
+    Raises:
+        ValueError: no such file, or not a JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG}; give the folder of a trained drafter")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a JSON object but {type(fields).__name__}; give a drafter's folder")
+    return fields
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of ``model.safetensors``.
+
+    Raises:
+        ValueError: there is no safetensors file, or it is broken.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(found.name for pattern in _PICKLES for found in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}; pickled weights can run code and are not read. "
+                'Convert them: python -c "import torch, safetensors.torch as s; '
+                f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{WEIGHTS}')\""
+            )
+        raise ValueError(f"{folder} holds no {WEIGHTS}; give the folder of a trained drafter")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off or no safetensors file: {error}; export it again") from error
+
+
+def write_files(folder: Path, config_text: str, tensors: Mapping[str, Tensor]) -> None:
+    """Both files into an existing folder.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    (folder / CONFIG).write_text(config_text, encoding="utf-8")
+
+
+def as_text(fields: Mapping[str, Any]) -> str:
+    """Fields as the text of a ``config.json``."""
+    return json.dumps(fields, indent=2) + "\n"

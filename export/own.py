@@ -1,0 +1,87 @@
+"""Our own layout, for every family: the module's tensors under its own names, and its config with the bond to one target.
+
+Owns that layout, both ways. What it holds a family to is the family's table. Knows nothing of cards and commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from draftsmith.export import eagle, eagle3, redrafter
+from draftsmith.export.folder import read_fields, read_tensors, write_files
+from draftsmith.export.readback import assemble, refuse_difference, tensors_of
+from draftsmith.export.tables import Table
+from draftsmith.models.drafter import Drafter, DrafterConfig
+from draftsmith.models.eagle import Eagle, Eagle3, Eagle3Config, EagleConfig
+from draftsmith.models.ends import TargetEnds
+from draftsmith.models.redrafter import ReDrafter, ReDrafterConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """What this layout needs to know of a drafter family."""
+
+    name: str
+    drafter: type[Drafter]
+    config: type[DrafterConfig]
+    table: Callable[[Any], Table]
+
+
+FAMILIES = (
+    Family(redrafter.WHAT, ReDrafter, ReDrafterConfig, redrafter.own_table),
+    Family(eagle.WHAT, Eagle, EagleConfig, eagle.own_table),
+    Family(eagle3.WHAT, Eagle3, Eagle3Config, eagle3.own_table),
+)
+
+
+def family_of(drafter: Drafter) -> Family:
+    """The family of a drafter in memory.
+
+    Raises:
+        ValueError: one that cannot be exported.
+    """
+    for family in FAMILIES:
+        if type(drafter) is family.drafter:
+            return family
+    raise ValueError(f"a {type(drafter).__name__} cannot be exported; {' and '.join(one.name for one in FAMILIES)} can")
+
+
+def is_ours(fields: Mapping[str, Any]) -> bool:
+    """Whether a config is in this layout: it tells the target it is bound to."""
+    kinds = [family.config.model_type for family in FAMILIES]
+    return fields.get("model_type") in kinds and "target_fingerprint" in fields
+
+
+def write(drafter: Drafter, folder: Path, ends: TargetEnds | None = None) -> tuple[str, ...]:
+    """Write the drafter into an existing folder, read it back, and compare every byte of every tensor and the logits.
+
+    Returns:
+        what a user must know of the result: nothing.
+
+    Raises:
+        ValueError: the drafter does not fit its own table (NaN after a diverged training, for one).
+    """
+    tensors = tensors_of(drafter)
+    family_of(drafter).table(drafter.config).check(tensors, "the drafter in memory")
+    drafter.config.architectures = [type(drafter).__name__]
+    drafter.config.dtype = str(drafter.dtype).removeprefix("torch.")
+    write_files(folder, drafter.config.to_json_string(), tensors)
+    refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), str(folder)), folder)
+    return ()
+
+
+def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Drafter:
+    """A drafter from this layout, dtype as stored, attached to no target yet.
+
+    Raises:
+        ValueError: the tensors are not the table's.
+    """
+    [family] = [one for one in FAMILIES if one.config.model_type == fields["model_type"]]
+    config = family.config.from_dict(dict(fields))
+    family.table(config).check(tensors, where)
+    return assemble(family.drafter, config, tensors)

@@ -1,0 +1,91 @@
+"""The one decoder layer of EAGLE drafters: a Llama layer whose attention is left to the caller.
+
+Owns its weights and what happens before and after attention, for both widths: EAGLE-1's layer reads its input as it is, EAGLE-3's
+reads [norm(embedding); norm(state)] side by side. Knows nothing of caches, trees or training.
+
+Shape legend: D hidden, I attention's input (D or 2 D), H heads, G key/value heads, Dh head size; any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+
+
+class DraftAttention(nn.Module):
+    """The four projections, named as Llama names them."""
+
+    def __init__(self, config: LlamaConfig, width: int) -> None:
+        super().__init__()
+        heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        size = config.head_dim or config.hidden_size // heads
+        self.head_dim = size
+        self.q_proj = nn.Linear(width, heads * size, bias=False)
+        self.k_proj = nn.Linear(width, groups * size, bias=False)
+        self.v_proj = nn.Linear(width, groups * size, bias=False)
+        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=False)
+
+
+class DraftLayer(nn.Module):
+    """One Llama decoder layer in three parts: what attention reads, its queries and keys, and what follows it.
+
+    Args:
+        config: sizes, norm epsilon, rotary settings; those of the target, as far as it has them.
+        wide: EAGLE-3's layer, with norms of its own for embedding and state.
+    """
+
+    def __init__(self, config: LlamaConfig, wide: bool) -> None:
+        super().__init__()
+        D, epsilon = config.hidden_size, config.rms_norm_eps
+        self.wide = wide
+        self.self_attn = DraftAttention(config, 2 * D if wide else D)
+        self.mlp = LlamaMLP(config)
+        if wide:
+            self.hidden_norm = LlamaRMSNorm(D, eps=epsilon)
+            self.input_layernorm = LlamaRMSNorm(D, eps=epsilon)
+        self.post_attention_layernorm = LlamaRMSNorm(D, eps=epsilon)
+
+    def inputs(self, embedded: Tensor, state: Tensor) -> Tensor:
+        """Embeddings [..., D] and states [..., D] -> what attention reads, [..., I]."""
+        if not self.wide:
+            return state
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(state)], dim=-1)
+
+    def queries(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """[..., I] -> [..., H, Dh], rotated."""
+        return _rotated(self._heads(self.self_attn.q_proj(inputs)), rotation)
+
+    def keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[..., I] -> [..., G, Dh] twice, the keys rotated."""
+        keys = _rotated(self._heads(self.self_attn.k_proj(inputs)), rotation)
+        return keys, self._heads(self.self_attn.v_proj(inputs))
+
+    def finish(self, state: Tensor, attended: Tensor) -> Tensor:
+        """State [..., D] and attention's output [..., H, Dh] -> the layer's output [..., D]."""
+        state = state + self.self_attn.o_proj(attended.flatten(-2))
+        return state + self.mlp(self.post_attention_layernorm(state))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.self_attn.head_dim))
+
+
+class Rotation(nn.Module):
+    """Rotary angles at given positions, with the scaling (linear, llama3, yarn ...) that the config names."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embedding = LlamaRotaryEmbedding(config)
+
+    def forward(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [...] -> cosines and sines [..., 1, Dh] in the dtype of ``like``."""
+        cosines, sines = self.embedding(like, positions.reshape(1, -1))
+        shape = (*positions.shape, 1, cosines.shape[-1])
+        return cosines.reshape(shape), sines.reshape(shape)
+
+
+def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosines, sines = rotation
+    # Back to the projection's dtype: under autocast the angles are wider than it is.
+    return (heads * cosines + rotate_half(heads) * sines).to(heads.dtype)

@@ -1,0 +1,63 @@
+"""A drafter from the folder it was saved in, whole or not at all.
+
+Owns what a drafter may be called, what is refused of its folder, and that any other causal LM is a draft LM. Knows no trained family:
+importing `draftsmith.models` makes them known to `AutoModel`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel
+
+from draftsmith.models.draft_lm import load_draft_lm
+from draftsmith.models.drafter import Drafter, DrafterConfig
+from draftsmith.models.loading import resolve
+
+
+def drafter_folder(name: str) -> Path:
+    """Where a drafter lies: a directory, one of the embedded models (``embedded:draft_lm``), or a hub id's snapshot.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    try:
+        return resolve(name)
+    except ValueError as error:
+        raise ValueError(
+            f"drafter {name!r} is no folder with a config.json; give what `draftsmith export` or training wrote, or a causal LM by its "
+            f"directory, its hub id or as embedded:draft_lm ({error})"
+        ) from error
+
+
+def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
+    """A drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
+
+    Args:
+        path: its directory, or another name that :func:`drafter_folder` knows.
+        dtype: of a draft LM, which runs beside the target; trained families keep their own.
+
+    Raises:
+        ValueError: no such folder, no drafter, or a checkpoint that lacks tensors, has others or has them in other shapes: what it
+            lacks would be random numbers.
+    """
+    path = drafter_folder(str(path))
+    trained = (path / "config.json").is_file() and isinstance(AutoConfig.from_pretrained(path), DrafterConfig)
+    if not trained:
+        return load_draft_lm(str(path), dtype)
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(f"{path} holds no model.safetensors; export the drafter again")
+    # Tensors of other shapes are let through here only to be told below with the rest.
+    drafter, info = AutoModel.from_pretrained(
+        path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    assert isinstance(drafter, Drafter)
+    faults = {
+        "missing keys": sorted(info["missing_keys"]),
+        "unexpected keys": sorted(info["unexpected_keys"]),
+        "mismatched shapes": sorted(str(found[0]) for found in info["mismatched_keys"]),
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise ValueError(f"{path} is not a whole drafter ({told}); export it again")
+    return drafter.eval()

@@ -1,0 +1,136 @@
+"""A target's frozen ends without its trunk: embedding, final norm and head.
+
+Owns their doors and how they are loaded without the trunk. Knows no drafter, no decoding and no layer between the ends.
+
+Shape legend: D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from draftsmith.models.fingerprint import checkpoint_fingerprint
+from draftsmith.models.loading import load_causal_lm, resolve
+from draftsmith.models.support import final_norm, refuse_unsupported
+
+
+class TargetEnds(nn.Module):
+    """Enough of a target to train a drafter from cached states: a 70B trunk is never loaded for it.
+
+    Attributes:
+        name: what the target was asked for by.
+        fingerprint: of the whole checkpoint, the trunk included.
+        config: the target's own text config, as its checkpoint has it: ``num_hidden_layers`` counts the whole trunk, also where
+            none was loaded. Drafters read rope, heads, norm epsilon and the number of layers from it.
+        hidden_size: D.
+        vocab_size: V, rows of the head.
+        logit_scale: what the model multiplies its logits by, mostly 1.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str, fingerprint: str, config: PreTrainedConfig | None = None
+    ) -> None:
+        """``config`` is the text config where the model's own does not tell the truth, being that of a shortened trunk."""
+        super().__init__()
+        self.name = name
+        self.fingerprint = fingerprint
+        self.config: PreTrainedConfig = model.config.get_text_config() if config is None else config
+        self.embedding = model.get_input_embeddings()
+        self.norm = final_norm(model)
+        self.head = model.get_output_embeddings()
+        if self.head is None:
+            raise ValueError(f"{name}: {type(model).__name__} has no output embeddings; a causal LM is needed")
+        self.hidden_size = int(self.config.hidden_size)
+        self.vocab_size = int(self.head.weight.shape[0])
+        self._soft_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them.
+        self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0) / float(
+            getattr(self.config, "logits_scaling", None) or 1.0
+        )
+        self.requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        revision: str | None = None,
+        adapter: str | None = None,
+    ) -> TargetEnds:
+        """Load the ends alone from a local directory or a hub id.
+
+        With ``adapter`` the whole target is loaded and its ends are kept, since an adapter may reach them.
+
+        Raises:
+            ValueError: the path holds no model, or its family is not supported.
+        """
+        if adapter is not None:
+            model, fingerprint = load_causal_lm(path, dtype, device, revision=revision, adapter=adapter)
+            refuse_unsupported(model, path)
+            return cls(model, name=path, fingerprint=fingerprint)
+        folder = resolve(path, revision)
+        config = AutoConfig.from_pretrained(folder)
+        with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
+            model = AutoModelForCausalLM.from_pretrained(folder, config=_of_one_layer(config), dtype=dtype)
+        fingerprint = checkpoint_fingerprint(folder)
+        return cls(model, name=path, fingerprint=fingerprint, config=config.get_text_config()).to(device)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the head's matrix."""
+        return self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head lies."""
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the norm's weights, and so of the states."""
+        return next(self.norm.parameters()).dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [...] -> input embeddings [..., D]."""
+        return self.embedding(ids)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Pre-norm states [..., D] -> normed [..., D]."""
+        return self.norm(hidden.to(self.dtype))
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Normed states [..., D] -> logits [..., V], with the model's own bias, scale and soft-cap."""
+        logits = self.head(normed)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self._soft_cap is not None:
+            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
+        return logits
+
+
+def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return short
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,148 @@
+"""From names to what they stand for on this disk and this machine: model folders, tokenizers, weights, dtypes, devices.
+
+Owns what a path, hub id, dtype, device or quantization may be called, and how weights are read. Knows nothing of the doors of a
+target or of drafters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from draftsmith.models.fingerprint import checkpoint_fingerprint
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """The local directory of a model: the path itself, one of the embedded models (``embedded:target``), or a hub id's snapshot.
+
+    Raises:
+        ValueError: neither a directory nor a hub id that can be had.
+    """
+    if path.startswith("embedded:"):
+        from importlib.resources import files
+
+        folder = Path(str(files("draftsmith.embedded").joinpath(path.removeprefix("embedded:"))))
+        if not (folder / "config.json").exists():
+            raise ValueError(f"there is no embedded model {path!r}; use embedded:target or embedded:draft_lm")
+        return folder
+    local = Path(path)
+    if local.is_dir():
+        if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(
+                f"{path} is a directory without config.json; give a Hugging Face model directory or a hub id"
+            )
+        return local
+    if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ValueError(
+            f"model path {path!r} does not exist; give a Hugging Face model directory or a hub id such as org/name"
+        )
+    try:
+        return Path(
+            snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path!r} is neither a local directory nor a hub id that can be had: {error}") from error
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id; code shipped with it is never run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = resolve(path, revision)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ValueError(f"{path} holds no tokenizer (tokenizer.json); give the directory of a complete model")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_causal_lm(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    device_map: str | None = None,
+    revision: str | None = None,
+    adapter: str | None = None,
+    quantization: str | None = None,
+) -> tuple[PreTrainedModel, str]:
+    """A whole causal LM, its adapter merged into it, and the fingerprint of both.
+
+    Args:
+        path: directory or hub id.
+        dtype: of the weights.
+        device: where to put it; ignored with ``device_map`` and with ``quantization``, which place it themselves.
+        device_map: accelerate's placement over several devices, such as auto.
+        revision: the hub's revision of the model, not of the adapter.
+        adapter: directory or hub id of a PEFT adapter.
+        quantization: ``8bit`` or ``4bit`` (bitsandbytes).
+
+    Raises:
+        ValueError: bad path, device or quantization, or an adapter on quantized weights.
+    """
+    folder = resolve(path, revision)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if getattr(AutoConfig.from_pretrained(folder).get_text_config(), "attn_logit_softcapping", None):
+        # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
+        arguments["attn_implementation"] = "eager"
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization(quantization)
+    if adapter is not None and quantization is not None:
+        raise ValueError(
+            "an adapter is merged into the weights, which 8bit and 4bit weights do not allow; drop one of the two"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
+    fingerprint = checkpoint_fingerprint(folder)
+    if adapter is not None:
+        from peft import PeftModel
+
+        adapter_folder = resolve(adapter, None)
+        model = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
+        fingerprint = f"{fingerprint[:32]}{checkpoint_fingerprint(adapter_folder)[:32]}"
+    if device_map is None and quantization is None:
+        nn.Module.to(model, as_device(device))
+    return model, fingerprint
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """A torch dtype from its name.
+
+    Raises:
+        ValueError: not a floating dtype that targets are run in.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def as_device(name: str) -> torch.device:
+    """A torch device that is really there.
+
+    Raises:
+        ValueError: the name is no device, or this machine has none such.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not a device; use cpu, cuda, cuda:1, mps ...") from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "meta": 0}
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise ValueError(
+            f"device {name!r} is not there: this machine has {there['cuda']} CUDA device(s); use --device cpu or one that it has"
+        )
+    return device
+
+
+def _quantization(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind not in ("8bit", "4bit"):
+        raise ValueError(f"quantization {kind!r} is not one of 8bit, 4bit")
+    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")

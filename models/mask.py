@@ -1,0 +1,50 @@
+"""Which cache slot each new token sees, as one boolean mask.
+
+Owns the one place where tree structure meets slot numbers.
+
+Shape legend: B batch rows, M new tokens, N tree nodes (new tokens and those before them), S visible slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slot_mask(sees_BMN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
+    """Which slots new tokens see: every cached token of their row, and the tree nodes that are theirs to see.
+
+    Row b's nodes lie at slots ``lengths_B[b] ..``, in order.
+
+    Args:
+        sees_BMN: bool, which nodes (its ancestors and itself) each new token sees.
+        lengths_B: int64, cached tokens of each row.
+        window: number of visible slots S.
+
+    Returns:
+        bool [B, 1, M, S], True where a token sees a slot.
+
+    Example:
+        two cached tokens and the nodes root, 5, 7 (both children of the root) give, over five slots,
+        ``[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]``.
+    """
+    node_BS, drafted_BS = _nodes_at(lengths_B, window, sees_BMN.shape[2])
+    of_tree_BMS = sees_BMN.gather(2, node_BS[:, None, :].expand(-1, sees_BMN.shape[1], -1)) & drafted_BS[:, None, :]
+    cached_BS = torch.arange(window, device=lengths_B.device) < lengths_B[:, None]
+    return (of_tree_BMS | cached_BS[:, None, :])[:, None]
+
+
+def slot_positions(depths_BN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
+    """int64 [B, S]: the position of each slot's token; a node's is its row's length and its own depth. ``depths_BN``: int64.
+
+    Example: the nodes above give the positions ``[0, 1, 2, 3, 3]``.
+    """
+    node_BS, drafted_BS = _nodes_at(lengths_B, window, depths_BN.shape[1])
+    slot_S = torch.arange(window, device=lengths_B.device)
+    return torch.where(drafted_BS, lengths_B[:, None] + depths_BN.gather(1, node_BS), slot_S)
+
+
+def _nodes_at(lengths_B: Tensor, window: int, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """int64 [B, S], bool [B, S]: which node lies at each slot, and whether one does."""
+    offset_BS = torch.arange(window, device=lengths_B.device) - lengths_B[:, None]
+    return offset_BS.clamp(0, num_nodes - 1), (offset_BS >= 0) & (offset_BS < num_nodes)

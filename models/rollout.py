@@ -1,0 +1,123 @@
+"""What training feeds a drafter: packed samples, and the rollouts that it simulates from every anchor.
+
+Owns: which token is fed and which is predicted at each draft step. Knows no drafter, no loss and no cache format.
+
+Shape legend: T packed tokens, A anchors, K draft steps, D hidden, G greedy tokens a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Several training samples end to end, without padding.
+
+    Attributes:
+        input_ids: int64 [T].
+        loss_mask: bool [T], True at tokens that the target (or the data set's assistant) wrote.
+        document_ids: int64 [T], which sample a token belongs to.
+        positions: int64 [T], position inside the sample.
+        hidden: layer name -> [T, D], the target's states.
+        greedy_ids: int64 [T, G] or None; ``[t, j]`` is the target's j-th greedy token after the prefix that ends at t.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    document_ids: Tensor
+    positions: Tensor
+    hidden: dict[str, Tensor]
+    greedy_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            loss_mask=self.loss_mask.to(device),
+            document_ids=self.document_ids.to(device),
+            positions=self.positions.to(device),
+            hidden={name: states.to(device) for name, states in self.hidden.items()},
+            greedy_ids=None if self.greedy_ids is None else self.greedy_ids.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a drafter simulates in training, from each anchor position t: exactly what decoding does from that state.
+
+    At an anchor the drafter holds the target's state of token x_t and the root x_{t+1}; at step k it is fed ``tokens[:, k]`` and
+    must predict ``targets[:, k]``.
+
+    Attributes:
+        anchors: int64 [A], positions t in the packed batch.
+        tokens: int64 [A, K], target token ids fed at each step; column 0 is the root.
+        targets: int64 [A, K], target token ids to predict.
+        valid: bool [A, K], False where the prediction is not supervised (another sample, a prompt token, past the end).
+        on_text: True where every step is fed the batch's own text, so that step k stands at position t + k of it.
+    """
+
+    anchors: Tensor
+    tokens: Tensor
+    targets: Tensor
+    valid: Tensor
+    on_text: bool = False
+
+
+def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
+    """Roll out along the batch's own text: step k is fed x_{t+1+k} and predicts x_{t+2+k}.
+
+    An anchor is any t whose root x_{t+1} is supervised, since decoding always starts from an emitted root. A step is valid while
+    every token from the root to the predicted one is supervised and of the same sample.
+
+    Example:
+        ids ``[p, a, b, c]`` with mask ``[0, 1, 1, 1]`` and two steps give the anchors 0, 1, 2 with tokens
+        ``[[a, b], [b, c], [c, -]]``, targets ``[[b, c], [c, -], [-, -]]``; ``-`` is not valid.
+    """
+    total = batch.input_ids.shape[0]
+    same_T = batch.document_ids[1:] == batch.document_ids[:-1]
+    anchors = torch.nonzero(batch.loss_mask[1:] & same_T).squeeze(1)
+    ahead_AK = anchors[:, None] + 2 + torch.arange(num_steps, device=anchors.device)
+    inside_AK = ahead_AK < total
+    ahead_AK = ahead_AK.clamp(max=max(total - 1, 0))
+    supervised_AK = (
+        inside_AK & batch.loss_mask[ahead_AK] & (batch.document_ids[ahead_AK] == batch.document_ids[anchors, None])
+    )
+    return Rollout(
+        anchors=anchors,
+        tokens=batch.input_ids[(ahead_AK - 1).clamp(min=0)],
+        targets=batch.input_ids[ahead_AK],
+        valid=supervised_AK.int().cumprod(1).bool(),
+        on_text=True,
+    )
+
+
+def local_rollout(batch: PackedBatch, num_steps: int, eos_token_ids: tuple[int, ...] = ()) -> Rollout:
+    """Roll out along the target's own greedy continuation from every position (ReDrafter's local distillation, section 4.2).
+
+    Anchors are those of :func:`data_rollout`; step k is fed ``greedy_ids[t, k]`` and predicts ``greedy_ids[t, k + 1]``. Steps that
+    are fed one of ``eos_token_ids``, and those behind them, are not valid: decoding has ended there.
+
+    Raises:
+        ValueError: the batch holds no greedy continuations, or fewer than ``num_steps + 1`` a position.
+    """
+    horizon = 0 if batch.greedy_ids is None else batch.greedy_ids.shape[1]
+    if batch.greedy_ids is None or horizon < num_steps + 1:
+        raise ValueError(
+            f"local distillation over {num_steps} steps needs {num_steps + 1} greedy tokens a position, the cache holds {horizon}; "
+            f"extract it with --local-horizon {num_steps + 1}"
+        )
+    anchors = data_rollout(batch, 1).anchors
+    greedy_AG = batch.greedy_ids[anchors]
+    tokens_AK = greedy_AG[:, :num_steps]
+    ended_AK = torch.isin(tokens_AK, torch.tensor(eos_token_ids, dtype=tokens_AK.dtype, device=tokens_AK.device))
+    return Rollout(
+        anchors=anchors,
+        tokens=tokens_AK,
+        targets=greedy_AG[:, 1 : num_steps + 1],
+        valid=~ended_AK.int().cumsum(1).bool(),
+    )

@@ -1,0 +1,70 @@
+"""Which model families can be targets: where they keep their parts, and what is refused by name.
+
+Owns the names under which families keep blocks and final norm, and the reasons for a refusal. Knows nothing of how a model was
+loaded or is run.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+_BLOCKS = ("layers", "h", "blocks")
+
+
+def text_base(model: PreTrainedModel) -> nn.Module:
+    """The decoder without its head; of a multimodal model, the one that reads text."""
+    base = model.base_model
+    return getattr(base, "language_model", base)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head.
+
+    Raises:
+        ValueError: it is at none of the known names.
+    """
+    return _child(text_base(model), _FINAL_NORMS, "final norm")
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks in order.
+
+    Raises:
+        ValueError: they are at none of the known names.
+    """
+    return list(_child(text_base(model), _BLOCKS, "decoder blocks").children())
+
+
+def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
+    """Lets models pass that can decode trees.
+
+    Raises:
+        ValueError: recurrent state, an encoder, chunked attention, positional bias in attention, or flash attention.
+    """
+    config, kind = model.config.get_text_config(), type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ())
+    reasons = {
+        "keeps a recurrent state, which cannot follow several branches of a tree": getattr(model, "_is_stateful", False)
+        or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"}),
+        "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
+        "attends in chunks, which tree masks cannot follow": "chunked_attention" in kinds,
+        "adds a position bias to attention (ALiBi), which tree positions cannot express": getattr(
+            config, "alibi", False
+        )
+        or config.model_type in ("bloom", "mpt"),
+        "runs flash attention, which takes no tree mask; load it with sdpa or eager": "flash"
+        in str(getattr(config, "_attn_implementation", "")),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{name}: {kind} ({config.model_type}) is not supported as a target: it {reason}")
+
+
+def _child(base: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
+    for name in names:
+        found = getattr(base, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise ValueError(f"{type(base).__name__} is not supported: its {what} is not at any of {', '.join(names)}")
