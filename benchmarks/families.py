@@ -23,18 +23,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from recipes import RECIPES, Trained, train
 
 from draftsmith import provenance
+from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.hidden_states import extract
+from draftsmith.data.packing import pack
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.command import evaluate
 from draftsmith.evaluate.tune_command import tune
 from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.eagle import default_layers
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.target import PRE_NORM, Target
+from draftsmith.train.objective import Objective, inverse_draft_ids, prepare, run
 
 REPLY_TOKENS = 128
 MARKS = ("<!-- families -->", "<!-- /families -->")
@@ -47,8 +52,8 @@ Tables = dict[str, list[dict[str, Any]]]
 class Bench:
     """One target and how much is done on it.
 
-    steps, seconds: of each training in the first and in the second table; draft_vocab: of every drafter; draft_lm: an ordinary LM with
-    the target's tokenizer; shapes: what each family decodes with ({static} is filled in), the first of each also at T = 1.
+    seconds, steps: of each training in the first and in the second table; prompts: for testing; replies: for training; draft_vocab:
+    of every drafter; draft_lm: an ordinary LM with the target's tokenizer.
     """
 
     name: str
@@ -56,16 +61,18 @@ class Bench:
     steps: int
     seconds: float
     prompts: int
+    replies: int = 2400
     draft_vocab: int | None = None
     draft_lm: str | None = None
 
 
 CHAINS, SMALL = "1x4", "4x5n15"
+# What each family decodes with; the first also in the table of equal steps and at T = 1.
 SHAPES = {
-    "redrafter": f"{SMALL},{CHAINS},10x5n24,10x7n60",
+    "redrafter": f"{SMALL},{CHAINS},10x7n60",
     "eagle": f"{SMALL},{CHAINS},tree:{{static}},10x5n16,10x5n24,10x7n60",
-    "hass": f"{SMALL},{CHAINS},4x5n11,10x5n24,10x7n60",
-    "eagle3": f"{SMALL},{CHAINS},10x5n24,10x7n60",
+    "hass": f"{SMALL},{CHAINS},10x5n24,10x7n60",
+    "eagle3": f"{SMALL},{CHAINS},10x7n60",
 }
 
 
@@ -76,20 +83,17 @@ def make_rows(bench: Bench, work: Path, data: Path) -> tuple[Path, Path]:
         kinds = ((row["kind"], line, row) for line, row in read_jsonl(data / "replies" / "chat-6m_test.jsonl"))
         write_rows(
             tests,
-            ({"id": f"{kind}-{line}", "source": kind, "prompt_ids": row["prompt_ids"]} for kind, line, row in kinds),
+            (
+                {"id": f"{kind}-{line}", "source": kind, "prompt_ids": row["prompt_ids"], "reply_ids": row["reply_ids"]}
+                for kind, line, row in kinds
+            ),
         )
         return data / "replies" / "chat-6m_train.jsonl", tests
     if not (replies.is_file() and tests.is_file()):
         train_prompts, test_prompts = (
             embedded_prompts(bench, work) if bench.name == "embedded" else story_prompts(bench, data)
         )
-        write_rows(
-            tests,
-            (
-                {"id": f"{bench.name}-{i}", "source": bench.name, "prompt_ids": ids}
-                for i, ids in enumerate(test_prompts)
-            ),
-        )
+        write_rows(tests, own_replies(bench, test_prompts))
         write_rows(replies, own_replies(bench, train_prompts))
     return replies, tests
 
@@ -98,7 +102,7 @@ def embedded_prompts(bench: Bench, work: Path) -> tuple[list[list[int]], list[li
     """Word problems of the training and of the test split, as token ids under the chat template."""
     tokenizer = load_tokenizer(bench.target)
     found = []
-    for split, count in (("train", 2400), ("test", bench.prompts)):
+    for split, count in (("train", bench.replies), ("test", bench.prompts)):
         path = work / f"{split}-prompts.jsonl"
         write_prompts(path, split=split, count=count)
         texts = (
@@ -113,7 +117,9 @@ def story_prompts(bench: Bench, data: Path) -> tuple[list[list[int]], list[list[
     """The first twelve words of stories; the last ones of the file are for testing."""
     tokenizer = load_tokenizer(bench.target)
     stories = [story.split() for story in (data / "text" / "tinystories_valid.txt").read_text().split("<|endoftext|>")]
-    openings = [tokenizer.encode(" ".join(words[:12])) for words in stories if len(words) >= 24][: 1000 + bench.prompts]
+    openings = [tokenizer.encode(" ".join(words[:12])) for words in stories if len(words) >= 24][
+        : bench.replies + bench.prompts
+    ]
     return openings[: -bench.prompts], openings[-bench.prompts :]
 
 
@@ -125,13 +131,43 @@ def own_replies(bench: Bench, prompts: list[list[int]]) -> Iterator[dict[str, An
     for start in range(0, len(order), 64):
         numbers = order[start : start + 64]
         for number, reply in zip(numbers, engine.generate([prompts[n] for n in numbers], settings), strict=True):
-            yield {"id": str(number), "prompt_ids": prompts[number], "reply_ids": reply.token_ids}
+            yield {
+                "id": str(number),
+                "source": bench.name,
+                "prompt_ids": prompts[number],
+                "reply_ids": reply.token_ids,
+            }
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """JSONL, written once."""
     if not path.is_file():
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def held_out_top1(drafter_folder: Path, bench: Bench, cache: HiddenStateCache) -> float:
+    """Share of the held-out replies' tokens that the first draft step gets right, teacher-forced."""
+    target = Target.load(bench.target)
+    drafter = load_drafter(drafter_folder).attach(target.ends)
+    to_draft, objective = inverse_draft_ids(drafter.draft_ids(), target.ends.vocab_size), Objective(1)
+    hits = rows = 0.0
+    with torch.no_grad():
+        for sample in cache:
+            lesson = prepare(objective, pack([sample]), to_draft)
+            sums = run(objective, lesson, drafter, target.ends, torch.zeros(1), True)
+            assert sums.top1 is not None
+            hits, rows = hits + float(sums.top1), rows + float(sums.rows)
+    return hits / rows
+
+
+def cached(bench: Bench, replies: Path, out: Path) -> Path:
+    """The target's states over replies: the last ones and those that EAGLE-3 fuses."""
+    done = out.with_suffix(".done")
+    if not done.is_file():
+        layers = (PRE_NORM, *default_layers(Target.load(bench.target).config.num_hidden_layers))
+        extract(bench.target, replies, out, layers=layers)
+        done.touch()
+    return out
 
 
 def train_all(bench: Bench, cache: Path, work: Path, *, steps: int | None, seconds: float | None) -> dict[str, Trained]:
@@ -172,13 +208,11 @@ def run_target(bench: Bench, options: argparse.Namespace) -> tuple[list[str], Ta
     work = options.work / bench.name
     work.mkdir(parents=True, exist_ok=True)
     replies, tests = make_rows(bench, work, options.data)
-    cache = work / "cache"
-    if not (work / "cached").is_file():
-        layers = (PRE_NORM, *default_layers(Target.load(bench.target).config.num_hidden_layers))
-        extract(bench.target, replies, cache, layers=layers)
-        (work / "cached").touch()
-    timed = train_all(bench, cache, work, steps=None, seconds=options.scale * bench.seconds)
-    counted = train_all(bench, cache, work, steps=max(1, int(options.scale * bench.steps)), seconds=None)
+    cache = cached(bench, replies, work / "cache")
+    timed = train_all(bench, cache, work, steps=None, seconds=bench.seconds)
+    counted = train_all(bench, cache, work, steps=bench.steps, seconds=None)
+    held_out = HiddenStateCache(cached(bench, tests, work / "held-out"))
+    top1 = {name: held_out_top1(work / "seconds" / name / "drafter", bench, held_out) for name in RECIPES}
     static = static_tree(bench, work / "seconds" / "eagle" / "drafter", replies, work)
 
     drafters = [
@@ -201,7 +235,7 @@ def run_target(bench: Bench, options: argparse.Namespace) -> tuple[list[str], Ta
     common |= {"limit": bench.prompts // 2, "temperatures": [1.0]}
     rows["warm"] = measured(bench, tests, work / "report-warm", warm, transformers_prompts=10, **common)
     shutil.copyfile(work / "report" / "report.png", options.out / f"{options.name}-{bench.name}.png")
-    return page_of(bench, rows, timed, counted, options), rows
+    return page_of(bench, rows, timed, counted, top1, options), rows
 
 
 def measured(bench: Bench, tests: Path, out: Path, drafters: list[str], **settings: Any) -> list[dict[str, Any]]:
@@ -217,6 +251,7 @@ def page_of(
     rows: Tables,
     timed: dict[str, Trained],
     counted: dict[str, Trained],
+    top1: dict[str, float],
     options: argparse.Namespace,
 ) -> list[str]:
     """Markdown: two tables of trainings, the decoding tables, and the chart."""
@@ -227,6 +262,9 @@ def page_of(
         f"`transformers.generate`. {base['prompts']} test prompts, at most {REPLY_TOKENS} new tokens, batch 1, float32.",
         "### The same training time",
         training_table(timed),
+        "Held-out top-1 of the first draft step, teacher-forced along the target's replies: "
+        + ", ".join(f"{name} {hits:.3f}" for name, hits in top1.items())
+        + ".",
         decoding_table(rows["seconds"]),
         f"![Speed-up, tokens per step and acceptance by depth]({options.name}-{bench.name}.png)",
         "### The same number of optimiser steps",
@@ -298,9 +336,9 @@ def main() -> int:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     models = options.data / "models"
     benches = [
-        Bench("embedded", "embedded:target", 300, 90.0, 60, draft_lm="embedded:draft_lm"),
-        Bench("chat-6m", str(models / "chat-6m"), 300, 300.0, 60, draft_vocab=1024),
-        Bench("stories260K", str(models / "stories260K"), 300, 45.0, 40),
+        Bench("embedded", "embedded:target", 200, 60.0, 40, draft_lm="embedded:draft_lm"),
+        Bench("chat-6m", str(models / "chat-6m"), 200, 300.0, 60, draft_vocab=1024),
+        Bench("stories260K", str(models / "stories260K"), 200, 30.0, 30, 1000),
     ]
     options.name = f"{date.today().isoformat()}-families"
     page = [f"# All families, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
@@ -311,22 +349,33 @@ def main() -> int:
     for bench in benches:
         if bench.name not in options.targets:
             continue
+        bench = replace(
+            bench,
+            steps=max(20, int(options.scale * bench.steps)),
+            seconds=max(8.0, options.scale * bench.seconds),
+            prompts=max(4, int(options.scale * bench.prompts)),
+            replies=max(100, int(options.scale * bench.replies)),
+        )
         if bench.name != "embedded" and not Path(bench.target).is_dir():
             page.append(f"## {bench.name}\n\nLeft out: {bench.target} is not there; name the data with --data.")
             continue
         lines, found[bench.name] = run_target(bench, options)
         page += lines
+        publish(page, found, options)
+    print(options.out / f"{options.name}.md")
+    return 0
+
+
+def publish(page: list[str], found: dict[str, Tables], options: argparse.Namespace) -> None:
+    """Write what there is so far: the page, the rows, the README's table."""
     record = provenance.record(provenance.command_line(), {}, {})
     facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
-    page += ["## The machine", "\n".join(facts)]
-    atomic_write(options.out / f"{options.name}.md", "\n\n".join(page) + "\n")
+    atomic_write(options.out / f"{options.name}.md", "\n\n".join([*page, "## The machine", "\n".join(facts)]) + "\n")
     report = {key: record[key] for key in ("command", "machine", "versions")}
     report["rows"] = [row for tables in found.values() for rows in tables.values() for row in rows]
     for path in (options.out / f"{options.name}.json", options.out / "report.json"):
         atomic_write(path, json.dumps(report, indent=1) + "\n")
     update_readme(options.readme, summary(found))
-    print(options.out / f"{options.name}.md")
-    return 0
 
 
 def update_readme(readme: Path, table: str) -> None:
@@ -343,7 +392,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--targets", type=lambda text: text.split(","), default=["embedded", "chat-6m", "stories260K"])
-    parser.add_argument("--scale", type=float, default=1.0, help="of steps and seconds; 0.05 tries the script out")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of steps, seconds and prompts; 0.02 tries the script out"
+    )
     return parser.parse_args()
 
 

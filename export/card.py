@@ -203,14 +203,14 @@ def example(subject: Subject) -> str:
 def _measured(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
     if not rows:
         return "Not measured with these weights when this card was written. `draftsmith evaluate` measures them."
-    head = "| beam | T | tokens per step | speed-up over plain | identical replies | prompts |"
+    head = "| shape | T | tokens per step | speed-up over plain | identical replies | prompts |"
     lines = [head, "|---|---|---|---|---|---|", *(_measured_line(row) for row in rows)]
     machine = report.get("machine", {})
     place = ", ".join(str(machine[key]) for key in ("cpu", "gpus") if machine.get(key)) or "an unnamed machine"
     first = rows[0]
     note = (
-        f"Target `{first['target']}`, {first['dtype']}, batch {first['batch_size']}, on {place}. *Beam*: width x "
-        "drafted tokens. *Tokens per step*: emitted tokens per target forward after the prefill, the bonus token counted, "
+        f"Target `{first['target']}`, {first['dtype']}, batch {first['batch_size']}, on {place}. *Shape*: as "
+        "`draftsmith evaluate --shapes` reads it. *Tokens per step*: emitted tokens per target forward after the prefill, the bonus token counted, "
         "with the 95 % bootstrap interval over prompts. *Speed-up*: over plain decoding in the same engine."
     )
     return "\n".join(lines) + f"\n\n{note}\n\nMeasured by\n\n```sh\n{report.get('command', '')}\n```"
@@ -223,8 +223,10 @@ def _measured_line(row: Mapping[str, Any]) -> str:
     suspicious = " (suspicious)" if row.get("suspicious") else ""
     # 99.96 % must not be printed as all
     share = "all" if row["exact_share"] >= 1 else f"{min(100 * row['exact_share'], 99.9):.1f} %"
+    if row["shape"][:1] in ("s", "k"):  # sampled trees have the target's distribution, not plain decoding's tokens
+        share = "in distribution"
     return (
-        f"| {row['beam_width']}x{row['draft_length']} | {row['temperature']:g} | {steps} "
+        f"| {row['shape']} | {row['temperature']:g} | {steps} "
         f"| {row['speedup']:.2f}{suspicious} | {share} | {row['prompts']} |"
     )
 

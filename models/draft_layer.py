@@ -8,6 +8,8 @@ Shape legend: D hidden, I attention's input (D or 2 D), H heads, G key/value hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -77,12 +79,29 @@ class Rotation(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.embedding = LlamaRotaryEmbedding(config)
+        # These two change their frequencies with the length of the text; all others are a plain product.
+        self._by_length = self.embedding.rope_type in ("dynamic", "longrope")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
+        """Frequencies move to other devices, never to narrower dtypes: rounding them would turn every angle."""
+        exact = self.embedding.inv_freq
+        super()._apply(fn, recurse)
+        if self.embedding.inv_freq.dtype != exact.dtype:
+            self.embedding.inv_freq = exact.to(self.embedding.inv_freq.device)
+        return self
 
     def forward(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [...] -> cosines and sines [..., 1, Dh] in the dtype of ``like``."""
-        cosines, sines = self.embedding(like, positions.reshape(1, -1))
-        shape = (*positions.shape, 1, cosines.shape[-1])
-        return cosines.reshape(shape), sines.reshape(shape)
+        if self._by_length:
+            cosines, sines = self.embedding(like, positions.reshape(1, -1))
+            shape = (*positions.shape, 1, cosines.shape[-1])
+            return cosines.reshape(shape), sines.reshape(shape)
+        half = positions[..., None, None] * self.embedding.inv_freq
+        angles, scale = torch.cat([half, half], dim=-1), self.embedding.attention_scaling
+        cosines, sines = angles.cos(), angles.sin()
+        if scale != 1.0:
+            cosines, sines = cosines * scale, sines * scale
+        return cosines.to(like.dtype), sines.to(like.dtype)
 
 
 def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

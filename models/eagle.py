@@ -272,7 +272,7 @@ class FeatureDraft:
         inputs = self._layer.inputs(embedded, state)
         positions_B1 = self._slots.lengths_B[:, None] + self._depth
         self._depth += 1
-        rotation = drafter.rotation(positions_B1.expand(tokens_BM.shape), embedded)
+        rotation = drafter.rotation(positions_B1, embedded)  # a layer's nodes stand at one position
         mask = self._slots.aim_nodes(above_BM)
         keys, values = self._write(inputs, rotation)
         return self._attend(state, inputs, rotation, keys, values, mask)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import BOS, draft, family_configs, random_target, served_logits
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models import DraftLimits, Eagle, Eagle3, PackedBatch, Target, data_rollout, local_rollout
+from draftsmith.models.draft_layer import Rotation
 from draftsmith.models.eagle import EagleBase, default_layers, rope_of
 from draftsmith.models.rollout_attention import RolloutAttention
 
@@ -125,6 +127,37 @@ def test_the_target_s_own_rotation_and_sizes_are_taken_over() -> None:
     assert config.rope == rope_of(target.config)
     assert rope_of(random_target("gemma3").config)["rope_theta"] == 1_000_000.0
     assert rope_of(random_target("gpt2").config) == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_angles_are_those_of_the_targets_own_rotation(rope: dict[str, object]) -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope)
+    positions, like = torch.tensor([[0, 3, 17], [40, 5, 63]]), torch.zeros(1)
+    cosines, sines = Rotation(config)(positions, like)
+    for row in range(2):
+        expected = LlamaRotaryEmbedding(config)(like, positions[row : row + 1])
+        torch.testing.assert_close(cosines[row, :, 0], expected[0][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sines[row, :, 0], expected[1][0], rtol=1e-6, atol=1e-6)
+
+
+def test_angles_stay_exact_when_the_weights_are_narrowed(target: Target) -> None:
+    drafter = Eagle.for_target(target.ends)
+    before = drafter.rotation(torch.tensor([50]), torch.zeros(1))
+    drafter.to(torch.bfloat16)
+    assert drafter.fc.weight.dtype == torch.bfloat16
+    after = drafter.rotation(torch.tensor([50]), torch.zeros(1))
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_default_layers_are_those_of_the_serving_engines_or_stay_distinct() -> None:
