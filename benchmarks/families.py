@@ -36,7 +36,7 @@ from draftsmith.evaluate.command import evaluate
 from draftsmith.evaluate.tune_command import tune
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafter_folder import load_drafter
-from draftsmith.models.eagle import default_layers
+from draftsmith.models.eagle_config import default_layers
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.target import PRE_NORM, Target
 from draftsmith.train.objective import Objective, inverse_draft_ids, prepare, run

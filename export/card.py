@@ -15,7 +15,7 @@ from typing import Any
 from draftsmith.export import custom_generate
 from draftsmith.export.serving import commands
 from draftsmith.models.drafter import DrafterConfig
-from draftsmith.models.eagle import Eagle3Config
+from draftsmith.models.eagle_config import Eagle3Config
 
 QUESTION = "Tom has 3 boxes with 4 pens each. How many pens does Tom have?"
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
@@ -210,7 +210,8 @@ def _measured(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> s
     first = rows[0]
     note = (
         f"Target `{first['target']}`, {first['dtype']}, batch {first['batch_size']}, on {place}. *Shape*: as "
-        "`draftsmith evaluate --shapes` reads it. *Tokens per step*: emitted tokens per target forward after the prefill, the bonus token counted, "
+        "`draftsmith evaluate --shapes` reads it. *Tokens per step*: emitted tokens per target forward after the "
+        "prefill, the bonus token counted, "
         "with the 95 % bootstrap interval over prompts. *Speed-up*: over plain decoding in the same engine."
     )
     return "\n".join(lines) + f"\n\n{note}\n\nMeasured by\n\n```sh\n{report.get('command', '')}\n```"

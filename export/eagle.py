@@ -22,7 +22,8 @@ from draftsmith.export.folder import as_text, read_fields, read_tensors, write_f
 from draftsmith.export.llama import layer_settings, layer_specs, llama_fields
 from draftsmith.export.readback import assemble, refuse_difference, tensors_of
 from draftsmith.export.tables import Table, TensorSpec
-from draftsmith.models.eagle import Eagle, EagleConfig
+from draftsmith.models.eagle import Eagle
+from draftsmith.models.eagle_config import EagleConfig
 from draftsmith.models.ends import TargetEnds
 
 WHAT = "EAGLE-1"

@@ -21,7 +21,8 @@ from draftsmith.export.layer_ids import block_counts, id_fields, layer_names, re
 from draftsmith.export.llama import layer_settings, layer_specs, llama_fields
 from draftsmith.export.readback import assemble, refuse_difference, tensors_of
 from draftsmith.export.tables import Table, TensorSpec, membership, target_ids
-from draftsmith.models.eagle import Eagle3, Eagle3Config
+from draftsmith.models.eagle import Eagle3
+from draftsmith.models.eagle_config import Eagle3Config
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.target import PRE_NORM
 

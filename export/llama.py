@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from draftsmith.export.tables import TensorSpec
-from draftsmith.models.eagle import EagleConfig
+from draftsmith.models.eagle_config import EagleConfig
 from draftsmith.models.ends import TargetEnds
 
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")

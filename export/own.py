@@ -17,7 +17,8 @@ from draftsmith.export.folder import read_fields, read_tensors, write_files
 from draftsmith.export.readback import assemble, refuse_difference, tensors_of
 from draftsmith.export.tables import Table
 from draftsmith.models.drafter import Drafter, DrafterConfig
-from draftsmith.models.eagle import Eagle, Eagle3, Eagle3Config, EagleConfig
+from draftsmith.models.eagle import Eagle, Eagle3
+from draftsmith.models.eagle_config import Eagle3Config, EagleConfig
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.redrafter import ReDrafter, ReDrafterConfig
 

@@ -3,7 +3,8 @@
 from draftsmith.models.cache import KeptRows, SlotCache
 from draftsmith.models.draft_lm import LMDrafter, load_draft_lm
 from draftsmith.models.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
-from draftsmith.models.eagle import Eagle, Eagle3, Eagle3Config, EagleConfig
+from draftsmith.models.eagle import Eagle, Eagle3
+from draftsmith.models.eagle_config import Eagle3Config, EagleConfig
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits, EarlyStop, SampledChildren
 from draftsmith.models.loading import load_tokenizer

@@ -87,7 +87,7 @@ class Rotation(nn.Module):
         exact = self.embedding.inv_freq
         super()._apply(fn, recurse)
         if self.embedding.inv_freq.dtype != exact.dtype:
-            self.embedding.inv_freq = exact.to(self.embedding.inv_freq.device)
+            self.embedding.register_buffer("inv_freq", exact.to(self.embedding.inv_freq.device), persistent=False)
         return self
 
     def forward(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,87 +15,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from draftsmith.models.cache import KeptRows, SlotCache
 from draftsmith.models.draft_layer import DraftLayer, Rotation
 from draftsmith.models.draft_slots import DraftSlots
-from draftsmith.models.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.eagle_config import Eagle3Config, EagleConfig, default_layers, layer_fields
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.rollout import PackedBatch, Rollout
 from draftsmith.models.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.target import PRE_NORM, TargetEnds
-
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-class EagleConfig(DrafterConfig):
-    """The decoder layer's sizes, which follow the target's, and the common fields.
-
-    Attributes:
-        intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, max_position_embeddings: as in Llama.
-        rope: rotary settings in Transformers' form (``rope_type``, ``rope_theta`` and the type's own).
-        bias: whether EAGLE-1's ``fc`` has one, as the public heads of its authors do. Ours begin without: vLLM drops it in silence.
-    """
-
-    model_type = "draftsmith_eagle"
-
-    def __init__(
-        self,
-        intermediate_size: int = 0,
-        num_attention_heads: int = 1,
-        num_key_value_heads: int = 1,
-        head_dim: int = 0,
-        rms_norm_eps: float = 1e-6,
-        max_position_embeddings: int = 2048,
-        rope: dict[str, Any] | None = None,
-        bias: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.intermediate_size = intermediate_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.rope = {"rope_type": "default", "rope_theta": 10000.0} if rope is None else rope
-        self.bias = bias
-
-    def llama(self) -> LlamaConfig:
-        """The layer as a one-layer Llama's config."""
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            rms_norm_eps=self.rms_norm_eps,
-            max_position_embeddings=self.max_position_embeddings,
-            rope_parameters=dict(self.rope),
-        )
-
-
-class Eagle3Config(EagleConfig):
-    """EAGLE-3's fields.
-
-    Attributes:
-        layers: names of the target's layers that are fused, from low to high.
-    """
-
-    model_type = "draftsmith_eagle3"
-
-    def __init__(self, layers: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.layers = list(layers)
 
 
 @dataclass(frozen=True)
@@ -132,26 +68,6 @@ class EagleBase(Drafter):
         self.detach_steps = False
         self.feature_noise = 0.0
         self.rotation = Rotation(config.llama())
-
-    @classmethod
-    def layer_fields(cls, ends: TargetEnds) -> dict[str, Any]:
-        """The config's fields that follow the target's; a Llama layer's for any family."""
-        target = ends.config
-        heads = int(target.num_attention_heads)
-        epsilons = (getattr(target, name, None) for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"))
-        return {
-            "hidden_size": ends.hidden_size,
-            "vocab_size": ends.vocab_size,
-            "target_name": ends.name,
-            "target_fingerprint": ends.fingerprint,
-            "intermediate_size": int(getattr(target, "intermediate_size", None) or 4 * ends.hidden_size),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or heads),
-            "head_dim": int(getattr(target, "head_dim", None) or ends.hidden_size // heads),
-            "rms_norm_eps": float(next((one for one in epsilons if one is not None), 1e-6)),
-            "max_position_embeddings": int(getattr(target, "max_position_embeddings", None) or 2048),
-            "rope": rope_of(target),
-        }
 
     @property
     @abstractmethod
@@ -337,7 +253,7 @@ class Eagle(EagleBase):
         """
         drafter = cls(
             EagleConfig(
-                **cls.layer_fields(ends),
+                **layer_fields(ends),
                 draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
                 num_draft_steps=num_draft_steps,
                 tokenizer_fingerprint=tokenizer_fingerprint,
@@ -429,7 +345,7 @@ class Eagle3(EagleBase):
         """
         drafter = cls(
             Eagle3Config(
-                **cls.layer_fields(ends),
+                **layer_fields(ends),
                 layers=default_layers(ends.config.num_hidden_layers) if layers is None else layers,
                 draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
                 num_draft_steps=num_draft_steps,
@@ -471,34 +387,6 @@ class Eagle3(EagleBase):
     def head_inputs(self, output: Tensor) -> Tensor:
         """The output after this drafter's own norm."""
         return self.norm(output)
-
-
-def default_layers(num_layers: int) -> tuple[str, ...]:
-    """The three layers that EAGLE-3 fuses: outputs of layers 2, L/2 and L - 3 counted from 1, as every engine has it by default.
-
-    Targets so shallow that these coincide take the first, the middle and the last but one instead.
-
-    Raises:
-        ValueError: fewer than three layers.
-    """
-    if num_layers < 3:
-        raise ValueError(f"EAGLE-3 fuses three layers, the target has {num_layers}; use EAGLE-1 or ReDrafter for it")
-    counts = (2, num_layers // 2, num_layers - 3)
-    if not counts[0] < counts[1] < counts[2]:
-        counts = (1, (num_layers + 1) // 2, num_layers - 1 if num_layers > 3 else num_layers)
-    return tuple(PRE_NORM if count == num_layers else f"layer.{count - 1}.output" for count in counts)
-
-
-def rope_of(target: Any) -> dict[str, Any]:
-    """The target's rotary settings as one flat dictionary; those of full attention where layers differ, plain ones where it has none."""
-    rope = getattr(target, "rope_parameters", None) or {}
-    if rope and all(isinstance(one, dict) for one in rope.values()):
-        rope = rope.get("full_attention") or next(iter(rope.values()))
-    rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-    theta = float(rope.get("rope_theta") or getattr(target, "rope_theta", None) or 10000.0)
-    if rope.get("rope_type", "default") not in _ROPE_TYPES or rope.get("mrope_section"):
-        rope = {}
-    return {"rope_type": "default", **rope, "rope_theta": theta}
 
 
 for _config, _model in ((EagleConfig, Eagle), (Eagle3Config, Eagle3)):

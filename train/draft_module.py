@@ -10,6 +10,7 @@ Only the target's ends (embedding, final norm, head) are loaded: its states come
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -57,6 +58,8 @@ class DraftModule(pl.LightningModule):
         ends_dtype: dtype of the target's ends.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
+        init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
+            also reads the official EAGLE layouts); null starts afresh.
 
     Raises ValueError for settings out of range; in setup() for a cache of another target or tokenizer, or without the
     layers that the drafter reads; in training for a loss that is not finite.
@@ -86,6 +89,7 @@ class DraftModule(pl.LightningModule):
         ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
         adapter: str | None = None,
+        init_from: Path | None = None,
     ) -> None:
         super().__init__()
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
@@ -101,6 +105,7 @@ class DraftModule(pl.LightningModule):
         if metrics_every < 1:
             raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
         self.target, self.revision, self.adapter = target, revision, adapter
+        self.init_from = init_from
         self.family, self.ends_dtype = drafter, ends_dtype
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
@@ -142,6 +147,7 @@ class DraftModule(pl.LightningModule):
             "ema_decay",
         )
         chosen = {name: getattr(self, name) for name in names}
+        chosen["init_from"] = None if self.init_from is None else str(self.init_from)
         return {**chosen, "drafter": self.family.settings(), "objective": vars(self.objective)}
 
     def setup(self, stage: str) -> None:
@@ -157,22 +163,26 @@ class DraftModule(pl.LightningModule):
         cache = data.open_cache()
         cache.check_target(ends.fingerprint)
         cache.check_tokenizer(own_tokenizer)
-        wanted = self.family.draft_vocab_size
-        draft_token_ids = None
-        if wanted is not None:
-            draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
-        build = (ends, draft_token_ids, self.objective.num_steps, own_tokenizer)
-        self.drafter = self.family.build(*build)
+        self.drafter = self._make(data, ends, own_tokenizer)
         self.objective.check(self.drafter)
         layers = {*self.drafter.features, *([PRE_NORM] if self.objective.reads_features else [])}
         _check_layers(sorted(layers), type(self.drafter).__name__, cache)
         data.read_layers(tuple(sorted(layers)))
         if self.ema_decay is not None:
-            self.average = self.family.build(*build).requires_grad_(False)
+            self.average = self._make(data, ends, own_tokenizer).requires_grad_(False)
             self.average.load_state_dict(self.drafter.state_dict())
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
         eos = ends.config.eos_token_id
         self._eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def _make(self, data: CacheDataModule, ends: TargetEnds, tokenizer: str) -> Drafter:
+        """The drafter as training starts: fresh, or as init_from left it."""
+        if self.init_from is not None:
+            return self.family.adopt(Path(self.init_from), ends, tokenizer)
+        wanted, draft_token_ids = self.family.draft_vocab_size, None
+        if wanted is not None:
+            draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
+        return self.family.build(ends, draft_token_ids, self.objective.num_steps, tokenizer)
 
     def on_fit_start(self) -> None:
         """Brings what Lightning does not manage to the run's device."""

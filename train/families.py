@@ -6,27 +6,50 @@ Owns: how a family's settings become a fresh drafter, and how its draft vocabula
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from draftsmith.models.drafter import Drafter
+from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.eagle import Eagle, Eagle3
 from draftsmith.models.redrafter import ReDrafter
 from draftsmith.models.target import TargetEnds
 
 
 class DrafterFamily(ABC):
-    """Makes fresh drafters of one family for any target."""
+    """Makes fresh drafters of one family for any target, or goes on with one that was trained before."""
 
     draft_vocab_size: int | None
+    kind: type[Drafter]
 
     @abstractmethod
     def build(
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
     ) -> Drafter:
         """A new drafter attached to ends; draft_token_ids int64 [Vd] increasing, or None for the full vocabulary."""
+
+    def adopt(self, folder: Path, ends: TargetEnds, tokenizer_fingerprint: str) -> Drafter:
+        """A drafter of this family from a folder, attached to ends; its shape and draft vocabulary stay its own.
+
+        Raises ValueError for a folder that holds no whole drafter, one of another family, of another target or
+        tokenizer.
+        """
+        drafter = load_drafter(folder).float()  # exports may be narrower than what is trained
+        if not isinstance(drafter, self.kind):
+            raise ValueError(
+                f"init_from {str(folder)!r} holds a {type(drafter).__name__}, the run's family makes a {self.kind.__name__}; "
+                "name the family that fits"
+            )
+        drafter.attach(ends)
+        drafter.check_tokenizer(tokenizer_fingerprint)
+        self.configure(drafter)
+        return drafter.train()
+
+    def configure(self, drafter: Drafter) -> None:  # noqa: B027  (families without such settings leave it)
+        """Set what concerns training only; nothing in most families."""
 
     @abstractmethod
     def settings(self) -> dict[str, object]:
@@ -46,6 +69,8 @@ class ReDrafterFamily(DrafterFamily):
         head_init: start the output head from the target's own head, or at random.
         freeze_head: leave the output head as it starts.
     """
+
+    kind = ReDrafter
 
     def __init__(
         self,
@@ -94,6 +119,8 @@ class EagleFamily(DrafterFamily):
         detach_steps: no gradient flows from a draft step into those before it (HASS); matters with several steps.
     """
 
+    kind = Eagle
+
     def __init__(
         self, draft_vocab_size: int | None = None, feature_noise: float = 0.0, detach_steps: bool = True
     ) -> None:
@@ -111,8 +138,13 @@ class EagleFamily(DrafterFamily):
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
         )
-        drafter.feature_noise, drafter.detach_steps = self.feature_noise, self.detach_steps
+        self.configure(drafter)
         return drafter
+
+    def configure(self, drafter: Drafter) -> None:
+        """See DrafterFamily.configure."""
+        assert isinstance(drafter, Eagle)
+        drafter.feature_noise, drafter.detach_steps = self.feature_noise, self.detach_steps
 
     def settings(self) -> dict[str, object]:
         """See DrafterFamily.settings."""
@@ -128,6 +160,8 @@ class Eagle3Family(DrafterFamily):
             all.
         detach_steps: no gradient flows from a draft step into those before it.
     """
+
+    kind = Eagle3
 
     def __init__(
         self, layers: list[str] | None = None, draft_vocab_size: int | None = None, detach_steps: bool = False
@@ -145,8 +179,13 @@ class Eagle3Family(DrafterFamily):
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
         )
-        drafter.detach_steps = self.detach_steps
+        self.configure(drafter)
         return drafter
+
+    def configure(self, drafter: Drafter) -> None:
+        """See DrafterFamily.configure."""
+        assert isinstance(drafter, Eagle3)
+        drafter.detach_steps = self.detach_steps
 
     def settings(self) -> dict[str, object]:
         """See DrafterFamily.settings."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from draftsmith.export.layouts import load_any, write
 from draftsmith.export.readback import assemble, probe_logits, refuse_difference, tensors_of
 from draftsmith.models import Eagle, EagleConfig, Target, TargetEnds
-from draftsmith.models.eagle import rope_of
+from draftsmith.models.eagle_config import rope_of
 
 NAMES = {
     "fc.weight": (32, 64),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from draftsmith.export.layer_ids import KEY, block_counts, default_counts, id_fields, layer_names, read_counts
 from draftsmith.models import PRE_NORM
-from draftsmith.models.eagle import default_layers
+from draftsmith.models.eagle_config import default_layers
 
 
 def test_names_and_numbers_literally() -> None:

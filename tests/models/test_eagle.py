@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models import DraftLimits, Eagle, Eagle3, PackedBatch, Target, data_rollout, local_rollout
 from draftsmith.models.draft_layer import Rotation
-from draftsmith.models.eagle import EagleBase, default_layers, rope_of
+from draftsmith.models.eagle import EagleBase
+from draftsmith.models.eagle_config import default_layers, rope_of
 from draftsmith.models.rollout_attention import RolloutAttention
 
 FAMILIES = (Eagle, Eagle3)
@@ -175,6 +176,19 @@ def test_steps_off_the_text_are_refused(target: Target) -> None:
     with_greedy = PackedBatch(**{**vars(batch), "greedy_ids": torch.zeros(5, 3, dtype=torch.int64)})
     with pytest.raises(ValueError, match="use 'path' or 'none'"):
         drafter.teacher_forced(with_greedy, local_rollout(with_greedy, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_a_supervised_token_still_reaches_every_weight(
+    target: Target, family: type[EagleBase]
+) -> None:
+    drafter = family.for_target(target.ends)
+    batch = packed(target, drafter, [[BOS, 5, 6, 7]], 4)
+    outputs = drafter.teacher_forced(batch, data_rollout(batch, 2))
+    assert outputs.shape[:2] == (2, 0)
+    outputs.sum().backward()
+    trained = [name for name, weight in drafter.named_parameters() if weight.grad is None and "lm_head" not in name]
+    assert not trained
 
 
 def test_detached_steps_pass_no_gradient_to_those_before(target: Target) -> None:

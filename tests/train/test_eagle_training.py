@@ -78,6 +78,23 @@ def test_real_decoding_validates_and_the_best_drafter_loads_back(target_dir: Pat
         assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
 
 
+def test_a_trained_drafter_goes_on_where_it_was_left(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    family, settings = RECIPES["eagle, noisy, 20 tokens"]
+    first = make_module(target_dir, drafter=family, lr=1e-2, **settings)
+    data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=60)
+    make_trainer(tmp_path, max_epochs=4, callbacks=[KeepBestDrafter(tmp_path / "first")]).fit(first, data)
+    again = make_module(target_dir, drafter=family, init_from=tmp_path / "first", ema_decay=0.5, **settings)
+    trainer = make_trainer(tmp_path)
+    reached = trainer.validate(again, CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=60), verbose=False)[0]
+    own = make_trainer(tmp_path).validate(first, data, verbose=False)[0]
+    assert reached["val/loss"] == pytest.approx(own["val/loss"], rel=1e-5)
+    assert again.drafter is not None
+    assert again.drafter.feature_noise == 0.01  # type: ignore[union-attr]
+    other = make_module(target_dir, drafter=ReDrafterFamily(), init_from=tmp_path / "first")
+    with pytest.raises(ValueError, match="holds a Eagle, the run's family makes a ReDrafter"):
+        make_trainer(tmp_path).fit(other, CacheDataModule(cache))
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "complaint"),
     [
