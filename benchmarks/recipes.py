@@ -3,8 +3,10 @@
 Each run's outcome is kept in its folder (`trained.json`), so that a benchmark that is started again goes on.
 """
 
+import itertools
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,7 @@ from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
 from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 
-PILOT_STEPS = 12  # a short run first, since the schedule must know how many steps fit into the time
+PILOT_STEPS = 40  # a short run first, since the schedule must know how many steps fit into the time
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,18 @@ class Counter(pl.Callback):
     """Counts steps and assistant tokens."""
 
     def __init__(self) -> None:
-        self.steps = self.tokens = self.parameters = 0
-        self.first = self.last = 0.0
+        self.tokens = self.parameters = 0
+        self.ends: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.ends)
+
+    @property
+    def pace(self) -> float:
+        """Median seconds of a step, the first ones left out: they warm up."""
+        return statistics.median(later - sooner for sooner, later in itertools.pairwise(self.ends[10:]))
 
     def on_train_batch_end(
         self,
@@ -78,10 +90,8 @@ class Counter(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Adds a batch."""
-        self.steps += 1
         self.tokens += batch.num_labelled
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
+        self.ends.append(time.perf_counter())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the size of what was trained."""
@@ -98,8 +108,7 @@ def train(
     if steps is None:
         assert seconds is not None
         pilot = _fit(recipe, target, cache, out / "pilot", PILOT_STEPS, None)
-        pace = (pilot.last - pilot.first) / (pilot.steps - 1)
-        steps, limit = max(1, int(0.95 * seconds / pace)), seconds
+        steps, limit = max(1, int(0.95 * seconds / pilot.pace)), seconds
         shutil.rmtree(out / "pilot", ignore_errors=True)
     started = time.perf_counter()
     counted = _fit(recipe, target, cache, out, steps, limit)
