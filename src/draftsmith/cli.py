@@ -39,6 +39,7 @@ class Command:
 GROUPS = {
     "embedded": "The small world that ships with the package: word problems and a target that solves them.",
     "data": "From prompts to the target's own replies to cached hidden states.",
+    "label": "Answers with the place of their first error: bring them in, count them, take them out.",
 }
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("embedded", "prompts"): Command(
@@ -62,6 +63,17 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ),
     ("data", "show"): Command(
         "draftsmith.data.show", "show", "Print samples with the tokens no loss is taken on dimmed."
+    ),
+    ("label", "import"): Command(
+        "draftsmith.label.command", "import_answers", "Add labelled answers, of any known format, to a store."
+    ),
+    ("label", "export"): Command(
+        "draftsmith.label.command",
+        "export_answers",
+        "Write a store's answers and labels as JSON lines or for Label Studio.",
+    ),
+    ("label", "stats"): Command(
+        "draftsmith.label.command", "stats", "Count a store's answers, labels and labelled tokens."
     ),
     ("train",): Command(
         "draftsmith.train.cli", "main", "Train from a YAML file: train fit --config FILE (Lightning's own CLI).", True

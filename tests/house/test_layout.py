@@ -23,6 +23,7 @@ BELOW = {
     "models": {"root"},
     "decode": {"root", "models"},
     "data": {"root", "models", "decode"},
+    "label": {"root", "models", "decode", "data"},
     "train": {"root", "models", "decode", "data", "embedded", "configs"},
     "evaluate": {"root", "models", "decode", "data", "train", "embedded"},
     "export": {"root", "models"},

@@ -1,0 +1,295 @@
+"""One labelled answer: what it holds, how it is written as a JSON line, and which lines are refused.
+
+Owns the fields and their rules. One polarity everywhere: 1 is correct, 0 is wrong. Spans count characters (code points)
+of the response, the end is not included. Knows nothing of stores, of other formats, or of tokenizers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from draftsmith.data.formats import Message
+from draftsmith.files import atomic_write, read_jsonl
+
+Verdict = Literal["correct", "wrong", "unplaced"]
+How = Literal["person", "rule", "mined"]
+Span = tuple[int, int]
+
+ROLES = ("system", "user", "assistant")
+_REQUIRED = ("messages", "response", "model", "licence", "source", "verdict")
+_OF_LABEL = ("error", "labelled_by", "how", "checked", "note")
+_FIELDS = ("id", *_REQUIRED, *_OF_LABEL, "tokens")
+
+
+@dataclass(frozen=True)
+class Label:
+    """What somebody found out about one answer.
+
+    `verdict` is "correct" (no error), "wrong" (`error` is the span of the first one) or "unplaced" (wrong, but nobody
+    has said where). `how` tells whether a person, a rule or mining found it. `checked` is the part of the response that
+    the label speaks of; None stands for all of it.
+    """
+
+    verdict: Verdict
+    labelled_by: str
+    how: How
+    error: Span | None = None
+    checked: Span | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How one tokenizer cuts the response: its fingerprint (sha256, hex) and each token's span, in order."""
+
+    tokenizer: str
+    offsets: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one prompt, with one label or none.
+
+    An answer that several have labelled is several of these, with the same `id`. `model` wrote the response, `licence`
+    is that of the source.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    response: str
+    model: str
+    licence: str
+    source: str
+    label: Label | None = None
+    tokens: Tokens | None = None
+
+    def question(self) -> str:
+        """What answers to the same prompt share: the key for splits, which must never part them."""
+        return _digest([dict(message) for message in self.messages])
+
+
+def answer_id(source: str, messages: Sequence[Message], response: str, model: str) -> str:
+    """The id that the same answer of the same model always gets."""
+    return f"{source}-{_digest([[dict(message) for message in messages], response, model])}"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def refusal(place: str, field: str, value: object, rule: str, remedy: str) -> ValueError:
+    """The error for one bad field: where, which field, its value, the rule it breaks, and what to do."""
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    if len(shown) > 80:
+        shown = f"{shown[:77]}..."
+    return ValueError(f"{place}: {field} is {shown}; {rule}; {remedy}")
+
+
+def check_label(label: Label, response: str, place: str) -> None:
+    """Holds a label to its rules.
+
+    Raises ValueError with place, field, value, rule and remedy.
+    """
+    _one_of(label.verdict, get_args(Verdict), place, "verdict")
+    _one_of(label.how, get_args(How), place, "how")
+    _words(label.labelled_by, place, "labelled_by")
+    if not isinstance(label.note, str):
+        raise refusal(place, "note", label.note, "a note is text", 'leave it out or write ""')
+    if label.verdict == "wrong" and label.error is None:
+        remedy = 'give the span of the first error, or the verdict "unplaced"'
+        raise refusal(place, "error", None, 'the verdict "wrong" needs the place of the first error', remedy)
+    if label.verdict != "wrong" and label.error is not None:
+        remedy = 'leave the span out, or give the verdict "wrong"'
+        raise refusal(place, "error", label.error, f"the verdict {label.verdict!r} has no error span", remedy)
+    for field, span in (("error", label.error), ("checked", label.checked)):
+        if span is not None:
+            _check_span(span, len(response), place, field)
+    if label.checked is None:
+        return
+    if label.verdict == "unplaced":
+        remedy = "leave checked out"
+        raise refusal(place, "checked", label.checked, 'the verdict "unplaced" speaks of the whole answer', remedy)
+    if label.error is not None and not (label.checked[0] <= label.error[0] and label.error[1] <= label.checked[1]):
+        remedy = f"widen checked so that it holds the error {list(label.error)}"
+        raise refusal(place, "checked", label.checked, "what was checked includes the error that was found", remedy)
+
+
+def check_answer(answer: Answer, place: str) -> None:
+    """Holds an answer, with its label and tokens, to the rules.
+
+    Raises ValueError with place, field, value, rule and remedy.
+    """
+    _words(answer.id, place, "id")
+    _check_messages(answer.messages, place)
+    for field in ("response", "model", "licence", "source"):
+        _words(getattr(answer, field), place, field)
+    if answer.label is not None:
+        check_label(answer.label, answer.response, place)
+    if answer.tokens is not None:
+        _words(answer.tokens.tokenizer, place, "tokens.tokenizer")
+        _check_offsets(answer.tokens.offsets, len(answer.response), place)
+
+
+def from_row(row: Mapping[str, Any], place: str) -> Answer:
+    """Reads one JSON object. `place` (`FILE:LINE`) is for messages.
+
+    Raises ValueError for an unknown, missing or malformed field, and for fields that contradict each other.
+    """
+    for field in row:
+        if field not in _FIELDS:
+            near = difflib.get_close_matches(field, _FIELDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it"
+            raise refusal(place, field, row[field], f"the fields are {', '.join(_FIELDS)}", hint)
+    for field in _REQUIRED:
+        if field not in row:
+            remedy = "write null for an answer without a label" if field == "verdict" else "add it"
+            raise ValueError(f"{place}: {field} is missing; every line has it; {remedy}")
+    _check_messages(row["messages"], place)
+    messages = tuple(Message(role=one["role"], content=one["content"]) for one in row["messages"])
+    for field in ("response", "model", "licence", "source"):
+        _words(row[field], place, field)
+    own_id = row.get("id")
+    answer = Answer(
+        id=answer_id(row["source"], messages, row["response"], row["model"]) if own_id is None else own_id,
+        messages=messages,
+        response=row["response"],
+        model=row["model"],
+        licence=row["licence"],
+        source=row["source"],
+        label=_label(row, place),
+        tokens=_tokens(row.get("tokens"), place),
+    )
+    check_answer(answer, place)
+    return answer
+
+
+def to_row(answer: Answer) -> dict[str, Any]:
+    """The JSON object of an answer; `from_row` gives the same answer back."""
+    row: dict[str, Any] = {
+        "id": answer.id,
+        "messages": [dict(message) for message in answer.messages],
+        "response": answer.response,
+        "model": answer.model,
+        "licence": answer.licence,
+        "source": answer.source,
+        "verdict": None,
+    }
+    label = answer.label
+    if label is not None:
+        row |= {"verdict": label.verdict, "error": None, "labelled_by": label.labelled_by, "how": label.how}
+        row["error"] = None if label.error is None else list(label.error)
+        if label.checked is not None:
+            row["checked"] = list(label.checked)
+        if label.note:
+            row["note"] = label.note
+    if answer.tokens is not None:
+        offsets = [list(span) for span in answer.tokens.offsets]
+        row["tokens"] = {"tokenizer": answer.tokens.tokenizer, "offsets": offsets}
+    return row
+
+
+def read_answers(path: Path) -> Iterator[Answer]:
+    """The answers of a JSON-lines file.
+
+    Raises ValueError naming file, line, field, value, rule and remedy.
+    """
+    for line, row in read_jsonl(path):
+        yield from_row(row, f"{path}:{line}")
+
+
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Writes answers as JSON lines, all or nothing."""
+    atomic_write(path, "".join(json.dumps(to_row(answer), ensure_ascii=False) + "\n" for answer in answers))
+
+
+def _label(row: Mapping[str, Any], place: str) -> Label | None:
+    if row["verdict"] is None:
+        for field in _OF_LABEL:
+            if row.get(field) not in (None, ""):
+                remedy = "give a verdict, or leave the field out"
+                raise refusal(place, field, row[field], "an answer without a verdict has no label", remedy)
+        return None
+    for field in ("labelled_by", "how"):
+        if row.get(field) is None:
+            raise ValueError(f"{place}: {field} is missing; every verdict says who gave it and how; add it")
+    note = row.get("note")
+    return Label(
+        verdict=row["verdict"],
+        labelled_by=row["labelled_by"],
+        how=row["how"],
+        error=_span(row.get("error"), place, "error"),
+        checked=_span(row.get("checked"), place, "checked"),
+        note="" if note is None else note,
+    )
+
+
+def _tokens(value: Any, place: str) -> Tokens | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) != {"tokenizer", "offsets"}:
+        raise refusal(place, "tokens", value, "it is an object of tokenizer and offsets", "add both, and nothing else")
+    if not isinstance(value["offsets"], list):
+        raise refusal(place, "tokens.offsets", value["offsets"], "it is a list of spans", "write [[0, 3], [3, 5], ...]")
+    spans = [_span(span, place, f"tokens.offsets[{index}]") for index, span in enumerate(value["offsets"])]
+    if None in spans:
+        raise refusal(place, f"tokens.offsets[{spans.index(None)}]", None, "it is a span", "give start and end")
+    return Tokens(value["tokenizer"], tuple(span for span in spans if span is not None))
+
+
+def _span(value: Any, place: str, field: str) -> Span | None:
+    if value is None:
+        return None
+    # bool is an int for Python, but [true, 3] is a mistake in a file.
+    if not isinstance(value, list) or len(value) != 2 or any(type(number) is not int for number in value):
+        raise refusal(place, field, value, "a span is two whole numbers, start and end", "write [start, end]")
+    return (value[0], value[1])
+
+
+def _check_span(span: Span, length: int, place: str, field: str) -> None:
+    start, end = span
+    if not 0 <= start < end <= length:
+        rule = f"0 <= start < end <= {length}, the characters of the response"
+        remedy = "count characters (not bytes, not tokens) from the start of the response"
+        raise refusal(place, field, list(span), rule, remedy)
+
+
+def _check_offsets(offsets: Sequence[Span], length: int, place: str) -> None:
+    """Tokens may share characters (pieces of one multi-byte character) and may be empty, but never step back."""
+    last: Span = (0, 0)
+    for index, (start, end) in enumerate(offsets):
+        if not 0 <= start <= end <= length or start < last[0] or end < last[1]:
+            rule = f"offsets do not step back and stay within the {length} characters of the response"
+            remedy = "take them from the tokenizer of this very response"
+            raise refusal(place, f"tokens.offsets[{index}]", [start, end], rule, remedy)
+        last = (start, end)
+
+
+def _check_messages(messages: Any, place: str) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        remedy = 'write [{"role": "user", "content": "..."}]'
+        raise refusal(place, "messages", messages, "the prompt is a list of at least one message", remedy)
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            remedy = "write both, and nothing else"
+            raise refusal(place, f"messages[{index}]", message, "a message has role and content", remedy)
+        _one_of(message["role"], ROLES, place, f"messages[{index}].role")
+        _words(message["content"], place, f"messages[{index}].content")
+    if messages[-1]["role"] != "user":
+        remedy = "end the prompt before the assistant's turn, which is the response"
+        raise refusal(place, f"messages[{len(messages) - 1}].role", messages[-1]["role"], "a user asks last", remedy)
+
+
+def _one_of(value: Any, allowed: Sequence[str], place: str, field: str) -> None:
+    if value not in allowed:
+        raise refusal(place, field, value, f"it is one of {', '.join(allowed)}", "correct it")
+
+
+def _words(value: Any, place: str, field: str) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise refusal(place, field, value, "it is text, and not empty", "fill it in")

@@ -1,0 +1,37 @@
+"""Answers that the tests of labels are made of."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from draftsmith.data.formats import Message
+from draftsmith.label.schema import Answer, Label
+from draftsmith.label.store import Store
+
+
+def an_answer(name: str = "a", response: str = "1+1=3, so 3", label: Label | None = None) -> Answer:
+    messages = (Message(role="user", content=f"How many? ({name})"),)
+    return Answer(name, messages, response, "some-model", "MIT", "tests", label)
+
+
+@pytest.fixture
+def make() -> Callable[..., Answer]:
+    return an_answer
+
+
+@pytest.fixture
+def wrong() -> Label:
+    """The 3 of "1+1=3, so 3"."""
+    return Label("wrong", "alice", "person", (4, 5))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    return str(tmp_path / "labels.db")
+
+
+@pytest.fixture
+def store(place: str) -> Iterator[Store]:
+    with Store(place, create=True) as opened:
+        yield opened

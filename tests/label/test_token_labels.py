@@ -1,0 +1,105 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draftsmith.data.formats import Message
+from draftsmith.label.schema import Answer, Label
+from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
+from draftsmith.models.loading import load_tokenizer
+
+OFFSETS = ((0, 1), (1, 2), (2, 3), (3, 5), (5, 9), (9, 11))  # "1", "+", "1", "=3", ", so", " 3"
+
+
+def labelled(make: Callable[..., Answer], label: Label | None, response: str = "1+1=3, so 3") -> Answer:
+    return make("a", response, label)
+
+
+def test_tokens_are_right_up_to_the_error_then_wrong_then_ignored(make: Callable[..., Answer], wrong: Label) -> None:
+    assert (CORRECT, WRONG, IGNORED) == (1, 0, -100)
+    assert token_labels(labelled(make, wrong), OFFSETS) == [1, 1, 1, 0, -100, -100]
+
+
+def test_what_follows_the_error_may_count_as_wrong(make: Callable[..., Answer], wrong: Label) -> None:
+    assert token_labels(labelled(make, wrong), OFFSETS, after="wrong") == [1, 1, 1, 0, 0, 0]
+
+
+def test_all_of_a_correct_answer_is_right(make: Callable[..., Answer]) -> None:
+    assert token_labels(labelled(make, Label("correct", "a", "rule")), OFFSETS) == [1] * 6
+
+
+def test_nothing_is_said_of_an_answer_without_a_label_or_a_place(make: Callable[..., Answer]) -> None:
+    assert token_labels(labelled(make, None), OFFSETS) == [IGNORED] * 6
+    assert token_labels(labelled(make, Label("unplaced", "a", "rule")), OFFSETS, after="wrong") == [IGNORED] * 6
+
+
+def test_an_error_over_several_tokens_makes_each_of_them_wrong(make: Callable[..., Answer]) -> None:
+    answer = labelled(make, Label("wrong", "a", "person", (2, 6)))
+    assert token_labels(answer, OFFSETS) == [1, 1, 0, 0, 0, -100]
+
+
+def test_only_tokens_within_what_was_checked_are_right(make: Callable[..., Answer]) -> None:
+    answer = labelled(make, Label("correct", "a", "person", None, (1, 5)))
+    assert token_labels(answer, OFFSETS) == [-100, 1, 1, 1, -100, -100]
+    mined = labelled(make, Label("wrong", "a", "mined", (4, 5), (4, 5)))
+    assert token_labels(mined, OFFSETS) == [-100, -100, -100, 0, -100, -100]
+
+
+def test_an_empty_token_takes_the_side_it_stands_on(make: Callable[..., Answer], wrong: Label) -> None:
+    offsets = ((0, 4), (4, 4), (4, 5), (5, 5), (5, 11))
+    assert token_labels(labelled(make, wrong), offsets) == [1, 1, 0, -100, -100]
+
+
+def test_pieces_of_one_character_share_its_label(make: Callable[..., Answer]) -> None:
+    answer = labelled(make, Label("wrong", "a", "person", (1, 2)), "a😀b")
+    assert token_labels(answer, ((0, 1), (1, 2), (1, 2), (2, 3))) == [1, 0, 0, -100]
+
+
+def test_an_error_that_no_token_touches_is_refused_with_its_place(make: Callable[..., Answer]) -> None:
+    answer = labelled(make, Label("wrong", "a", "person", (1, 2)), "a\nb")
+    with pytest.raises(ValueError, match=r"no token touches the error '\\n' at characters \[1, 2\]"):
+        token_labels(answer, ((0, 1), (2, 3)))
+
+
+def test_another_word_for_what_follows_is_refused(make: Callable[..., Answer], wrong: Label) -> None:
+    with pytest.raises(ValueError, match="after is 'right'"):
+        token_labels(labelled(make, wrong), OFFSETS, after="right")  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=20), st.data())
+def test_every_cut_of_the_text_has_right_then_wrong_then_ignored_tokens(widths: list[int], data: st.DataObject) -> None:
+    length = sum(widths)
+    start = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(start + 1, length))
+    offsets = [(sum(widths[:index]), sum(widths[: index + 1])) for index in range(len(widths))]
+    label = Label("wrong", "a", "person", (start, end))
+    answer = Answer("a", (Message(role="user", content="?"),), "x" * length, "m", "MIT", "s", label)
+    found = token_labels(answer, offsets)
+    assert [label for label, (_, stop) in zip(found, offsets, strict=True) if stop <= start] == [
+        1 for _, stop in offsets if stop <= start
+    ]
+    assert found == sorted(found, reverse=True)
+    characters = [label for label, (first, stop) in zip(found, offsets, strict=True) for _ in range(first, stop)]
+    assert set(characters[start:end]) == {WRONG}
+
+
+def test_a_label_holds_for_another_tokenizers_tokens(target: Path, make: Callable[..., Answer], wrong: Label) -> None:
+    answer = labelled(make, wrong)
+    tiny = tokenize(answer.response, load_tokenizer(str(target)))
+    embedded = tokenize(answer.response, load_tokenizer("embedded:target"))
+    assert tiny.tokenizer != embedded.tokenizer
+    for tokens in (tiny, embedded):
+        labels = token_labels(answer, tokens.offsets)
+        spans = [span for span, label in zip(tokens.offsets, labels, strict=True) if label == WRONG]
+        assert any(start <= 4 < end for start, end in spans)
+        assert all(start < 5 and end > 4 for start, end in spans)
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="Slow does not tell its tokens' offsets"):
+        tokenize("a", Slow())  # type: ignore[arg-type]
