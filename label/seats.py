@@ -77,7 +77,8 @@ def _seats(connection: Connection) -> tuple[list[Seat], list[Seat]]:
         .join(RELEASES, RELEASES.c.assignment == ASSIGNMENTS.c.number, isouter=True)
         .order_by(ASSIGNMENTS.c.number)
     ).all()
-    held, released = [], []
+    held: list[Seat] = []
+    released: list[Seat] = []
     for row in rows:
         seat = Seat(row.item, row.seat, row.turn, row.annotator)
         (held if row.release is None else released).append(seat)

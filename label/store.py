@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, func, insert, select
+from sqlalchemy import Connection, Row, Table, func, insert, select
 
 from draftsmith.label.database import PATIENCE_SECONDS, Conflict, Database, now
 from draftsmith.label.schema import Answer, Label, Span, Tokens, check_answer, check_label
@@ -98,7 +98,7 @@ class Store:
             item = _item(connection, item_id)
             check_label(label, item.response, item_id)
             values = _entry_values(item.number, label, label.labelled_by, seconds)
-            return int(connection.execute(insert(ENTRIES).values(values)).inserted_primary_key[0])
+            return _append(connection, ENTRIES, values)
 
     def undo(self, author: str) -> str:
         """Takes back the last label of `author` that still stands, by another entry. Returns the item's id.
@@ -231,8 +231,7 @@ class Store:
             bare = replace(answer, label=None, tokens=None)
             if answer.id not in known:
                 values = _item_values(answer) | {"author": author, "at": now()}
-                number = connection.execute(insert(ITEMS).values(values)).inserted_primary_key[0]
-                known[answer.id] = (int(number), bare)
+                known[answer.id] = (_append(connection, ITEMS, values), bare)
                 num_new += 1
             elif known[answer.id][1] != bare:
                 raise ValueError(
@@ -259,6 +258,13 @@ class Store:
                     f"{answer.id}: {self.name} has other offsets of the tokenizer {key[1][:16]} for this answer; they "
                     "are never overwritten; make the offsets anew with that very tokenizer"
                 )
+
+
+def _append(connection: Connection, table: Table, values: dict[str, Any]) -> int:
+    """Adds a row and gives its number."""
+    key = connection.execute(insert(table).values(values)).inserted_primary_key
+    assert key is not None
+    return int(key[0])
 
 
 def _lot(item_id: str) -> float:
