@@ -179,9 +179,7 @@ def test_steps_off_the_text_are_refused(target: Target) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_without_a_supervised_token_still_reaches_every_weight(
-    target: Target, family: type[EagleBase]
-) -> None:
+def test_a_batch_without_a_supervised_token_still_reaches_every_weight(target: Target, family: type[EagleBase]) -> None:
     drafter = family.for_target(target.ends)
     batch = packed(target, drafter, [[BOS, 5, 6, 7]], 4)
     outputs = drafter.teacher_forced(batch, data_rollout(batch, 2))
