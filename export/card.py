@@ -224,10 +224,11 @@ def _measured_line(row: Mapping[str, Any]) -> str:
     suspicious = " (suspicious)" if row.get("suspicious") else ""
     # 99.96 % must not be printed as all
     share = "all" if row["exact_share"] >= 1 else f"{min(100 * row['exact_share'], 99.9):.1f} %"
-    if row["shape"][:1] in ("s", "k"):  # sampled trees have the target's distribution, not plain decoding's tokens
+    shape = row.get("shape") or f"{row['beam_width']}x{row['draft_length']}"  # older reports name no shape
+    if shape[:1] in ("s", "k"):  # sampled trees have the target's distribution, not plain decoding's tokens
         share = "in distribution"
     return (
-        f"| {row['shape']} | {row['temperature']:g} | {steps} "
+        f"| {shape} | {row['temperature']:g} | {steps} "
         f"| {row['speedup']:.2f}{suspicious} | {share} | {row['prompts']} |"
     )
 
