@@ -127,6 +127,7 @@ class Engine:
             batch.host_fresh,
             None if batch.stop is None else batch.stop.threshold_B,
             self._draws(batch, settings),
+            settings.temperature,
         )
         return self.drafter.propose(batch.draft, cycle, self.limits)
 

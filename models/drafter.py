@@ -73,6 +73,7 @@ class Cycle:
         host_fresh: how many of them are new since the last draft (all of them in the first).
         stop_below_B: float32 [B], threshold of the early stop, or None.
         draws: for sampled trees, or None.
+        temperature: of the requests; decides how sharply scores are read.
     """
 
     lengths_B: Tensor
@@ -80,6 +81,7 @@ class Cycle:
     host_fresh: list[int]
     stop_below_B: Tensor | None = None
     draws: Draws | None = None
+    temperature: float = 0.0
 
 
 class DraftState(Protocol):
@@ -98,6 +100,7 @@ class DrafterConfig(PreTrainedConfig):
         vocab_size: the target's vocabulary size V.
         draft_vocab_size: Vd; None or V means the full vocabulary.
         num_draft_steps: the horizon it was trained for.
+        score_scale: what draft logits are multiplied by before paths are compared at temperature 0 (see :meth:`Drafter.score_scale`).
         target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
     """
 
@@ -109,6 +112,7 @@ class DrafterConfig(PreTrainedConfig):
         vocab_size: int = 0,
         draft_vocab_size: int | None = None,
         num_draft_steps: int = 5,
+        score_scale: float = 1.0,
         target_name: str = "",
         target_fingerprint: str = "",
         tokenizer_fingerprint: str = "",
@@ -118,6 +122,7 @@ class DrafterConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.draft_vocab_size = draft_vocab_size
         self.num_draft_steps = num_draft_steps
+        self.score_scale = score_scale
         self.target_name = target_name
         self.target_fingerprint = target_fingerprint
         self.tokenizer_fingerprint = tokenizer_fingerprint
@@ -243,6 +248,16 @@ class Drafter(PreTrainedModel):
     def advance(self, state: DraftState, emitted: Emitted) -> DraftState:
         """The state after a cycle's emitted tokens."""
 
+    def score_scale(self, temperature: float) -> float:
+        """What draft logits are multiplied by before paths are compared, so that a path's score is about its chance of acceptance.
+
+        Greedy targets accept their likeliest token only, for which the distribution that drafters are taught is too flat; training fits
+        the factor for them on held-out text. At temperatures above 0 it is what the target's own distribution is sharpened by, if that is
+        less. Distributions that candidates are drawn from are never touched.
+        """
+        own = float(self.config.score_scale)
+        return own if temperature == 0.0 else min(own, 1.0 / temperature)
+
     def propose(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftTree:
         """Draft a tree below each row's root. On a GPU nothing is read back to the host.
 
@@ -251,7 +266,7 @@ class Drafter(PreTrainedModel):
         """
         expander = self.expander(state, cycle, limits)
         if limits.sampled is None:
-            return search(expander, cycle.stop_below_B, limits)
+            return search(expander, cycle.stop_below_B, limits, self.score_scale(cycle.temperature))
         if cycle.draws is None:
             raise ValueError(
                 "a sampled tree is asked for without draws, which are there at temperatures above 0 only; at temperature 0 draft with "

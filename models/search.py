@@ -65,18 +65,19 @@ class Draws:
     probs: Callable[[Tensor], Tensor]
 
 
-def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits) -> DraftTree:
+def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, score_scale: float = 1.0) -> DraftTree:
     """Draft in the manner that ``limits`` ask for.
 
     Args:
         expander: continues nodes.
         stop_below_B: float32 [B], thresholds of the early stop, or None.
         limits: the manner and its numbers.
+        score_scale: draft logits are multiplied by it before paths are compared (an inverse temperature).
 
     Raises:
         ValueError: more continuations are asked for than the draft vocabulary has tokens.
     """
-    scorer = _Scorer(limits.early_stop, stop_below_B)
+    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale)
     if limits.paths is not None:
         tree = static_tree(expander, limits.paths, scorer)
     elif limits.node_budget is not None:
@@ -95,6 +96,7 @@ class _Scorer:
 
     stop: EarlyStop | None
     below_B: Tensor | None
+    scale: float
 
     def best(self, score_BM: Tensor, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
         """float32 [B, M, R], int64 [B, M, R]: scores and draft ids of the ``count`` likeliest continuations of nodes at a depth.
@@ -105,10 +107,10 @@ class _Scorer:
             raise ValueError(
                 f"{count} continuations of a node are asked for, the draft vocabulary has {logits_BMV.shape[-1]} tokens; narrow the draft"
             )
-        log_probs_BMV = logits_BMV.float().log_softmax(-1)
-        top_BMR, draft_BMR = log_probs_BMV.topk(count, dim=-1)
+        top_BMR, draft_BMR = (logits_BMV.float() * self.scale).log_softmax(-1).topk(count, dim=-1)
         top_BMR = score_BM[..., None] + top_BMR
         if self.stop is not None and self.below_B is not None and depth > 0:
+            log_probs_BMV = logits_BMV.float().log_softmax(-1)
             stopped_BM = acceptance_bound(log_probs_BMV, self.stop.scale) < self.below_B[:, None]
             top_BMR = top_BMR.masked_fill(stopped_BM[..., None], -torch.inf)
         return top_BMR, draft_BMR

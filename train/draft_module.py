@@ -27,6 +27,7 @@ from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.families import DrafterFamily, most_frequent
 from draftsmith.train.losses import StepSums, TopEmphasis
 from draftsmith.train.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
+from draftsmith.train.score_scale import SCALES, best_scale, surprise_by_scale
 
 
 class DraftModule(pl.LightningModule):
@@ -116,6 +117,7 @@ class DraftModule(pl.LightningModule):
         self._ends: list[TargetEnds] = []
         self._to_draft = torch.empty(0, dtype=torch.int64)
         self._val_sums: list[Tensor] = []
+        self._surprise = torch.zeros(len(SCALES))
         self._eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -230,18 +232,34 @@ class DraftModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Forgets the sums of the last validation."""
         self._val_sums = []
+        self._surprise = torch.zeros(len(SCALES), device=self.device)
 
     def validation_step(self, batch: CacheBatch, batch_idx: int) -> None:
-        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation."""
+        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation; the drafter's score scale."""
         lesson = prepare(self.val_objective, batch.packed, self._to_draft)
         weights = torch.zeros(self.val_objective.num_steps, device=self.device)
         self._val_sums.append(_pool(run(self.val_objective, lesson, self.evaluated, self.ends, weights, True)))
+        if PRE_NORM in batch.packed.hidden:
+            self._surprise += surprise_by_scale(batch.packed, self.evaluated, self.ends, self._to_draft)
+            # After every batch, not at the end, because callbacks that decode come before this module's own end of a validation.
+            self.evaluated.config.score_scale = best_scale(self._surprise)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all ranks."""
         if self._val_sums:
             means = self._means(torch.stack(self._val_sums).sum(0), "val")
             self.log_dict(means, batch_size=1)
+        if bool(self._surprise.any()):
+            self.evaluated.config.score_scale = best_scale(self._sum_over_ranks(self._surprise))
+            self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the score scale, which is no weight."""
+        checkpoint["score_scale"] = self.evaluated.config.score_scale
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See on_save_checkpoint."""
+        self.evaluated.config.score_scale = checkpoint["score_scale"]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
