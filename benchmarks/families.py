@@ -70,8 +70,8 @@ CHAINS, SMALL = "1x4", "4x5n15"
 # What each family decodes with; the first also in the table of equal steps and at T = 1.
 SHAPES = {
     "redrafter": f"{SMALL},{CHAINS},10x7n60",
-    "eagle": f"{SMALL},{CHAINS},tree:{{static}},10x5n16,10x5n24,10x7n60",
-    "hass": f"{SMALL},{CHAINS},10x5n24,10x7n60",
+    "eagle": f"{SMALL},{CHAINS},tree:{{static}},10x5n16,10x5n24,10x6n24,10x7n60",
+    "hass": f"{SMALL},{CHAINS},10x6n24,10x7n60",
     "eagle3": f"{SMALL},{CHAINS},10x7n60",
 }
 

@@ -38,9 +38,9 @@ class Recipe:
 _EAGLE: dict[str, Any] = {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1}
 RECIPES = {
     "redrafter": Recipe(ReDrafterFamily, {"num_steps": 5, "distillation": "path", "lr": 2e-3}),
-    "eagle": Recipe(EagleFamily, {**_EAGLE, "num_steps": 1, "lr": 3e-3, "val_steps": 5}),
+    "eagle": Recipe(EagleFamily, {**_EAGLE, "num_steps": 1, "lr": 3e-3}),
     "hass": Recipe(
-        EagleFamily, {**_EAGLE, "num_steps": 3, "top_k_weight": 1.0, "lr": 3e-3, "val_steps": 5}, {"detach_steps": True}
+        EagleFamily, {**_EAGLE, "num_steps": 3, "top_k_weight": 1.0, "lr": 3e-3}, {"detach_steps": True}
     ),
     "eagle3": Recipe(
         Eagle3Family,
@@ -120,7 +120,7 @@ def train(
 def _fit(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, seconds: float | None) -> Counter:
     pl.seed_everything(0)
     counter = Counter()
-    module = DraftModule(target, recipe.family(**recipe.options), **recipe.module)
+    module = DraftModule(target, recipe.family(**recipe.options), **recipe.module, val_steps=1)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -132,10 +132,13 @@ def _fit(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, second
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        limit_val_batches=0,
+        # Only to fit the score scale, from a few held-out replies.
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, steps // 4),
+        num_sanity_val_steps=0,
         callbacks=[counter, KeepBestDrafter(out / "drafter")],
     )
     trainer.fit(
-        module, CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=recipe.tokens_per_batch, check="lazy")
+        module, CacheDataModule(cache, val_fraction=0.01, tokens_per_batch=recipe.tokens_per_batch, check="lazy")
     )
     return counter
