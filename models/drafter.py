@@ -143,6 +143,9 @@ class Drafter(PreTrainedModel):
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
 
     def __init__(self, config: DrafterConfig) -> None:
+        scale = config.score_scale
+        if not isinstance(scale, int | float) or not 0.0 < scale < float("inf"):
+            raise ValueError(f"score_scale is {scale!r}; it must be a positive number; 1.0 reads scores as they are")
         super().__init__(config)
         self._borrowed: list[TargetEnds] = []
         if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:

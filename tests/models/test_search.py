@@ -200,6 +200,27 @@ def test_dynamic_trees_of_any_table_are_what_brute_force_finds(seed: int, width:
         assert_same(found(tree, row), {tuple(place + 10 for place in path): score for path, score in wanted.items()})
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 2.5, 8.0]), st.sampled_from(["2x3", "3x3n7", "t2.2.1"]))
+def test_a_score_scale_does_what_scaled_logits_would(seed: int, scale: float, shape: str) -> None:
+    table, limits = noise_table(seed), parse_shape(shape)
+    scaled = search(TableExpander(table, 2), None, limits, scale)
+    wanted = search(TableExpander(lambda row, path: [scale * one for one in table(row, path)], 2), None, limits)
+    for row in range(2):
+        assert_same(found(scaled, row), found(wanted, row))
+
+
+def test_sharper_scores_send_a_dynamic_tree_deeper() -> None:
+    def table(row: int, path: Path) -> list[float]:
+        return [2.0, 1.0, 0.5, 0.0, 0.0]
+
+    depths = [
+        max(map(len, found(search(TableExpander(table, 1), None, DraftLimits(5, 6, 8), scale), 0)))
+        for scale in (0.5, 1.0, 4.0)
+    ]
+    assert depths[0] < depths[1] < depths[2] == 6
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 40))
 def test_a_dynamic_tree_stays_connected_where_certain_children_tie_with_their_parents(
