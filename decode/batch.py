@@ -7,7 +7,7 @@ Shape legend: B batch rows, P output positions, U uniforms of a cycle, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,12 +31,14 @@ class Generation:
         accepted: accepted draft tokens of each cycle, after cutting at the end; the first token comes from the prefill and
             belongs to no cycle. Tokens per step of a request is ``(len(token_ids) - 1) / len(accepted)``.
         depths: the deepest draft proposed in each cycle.
+        by_rule: places in ``token_ids`` of tokens that stand by a LOSSY rule alone, the target having chosen others; empty without one.
     """
 
     token_ids: list[int] = field(default_factory=list)
     finish: Finish = "length"
     accepted: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    by_rule: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -132,16 +134,19 @@ class Recorder:
         # A stop of n characters ends within the last 4 n byte-level tokens; a few more give the decoder its context.
         self._tail = 4 * max(map(len, stop_strings), default=0) + 4
 
-    def add(self, request: int, tokens: list[int], drafted: int | None) -> bool:
+    def add(self, request: int, tokens: list[int], drafted: int | None, by_rule: Sequence[int] = ()) -> bool:
         """Append a cycle's tokens to a request, cut where it ends; True when it is finished.
 
         Args:
             request: which one.
             tokens: what the walk emitted.
             drafted: depth of the cycle's tree; None for the prefill's token, which belongs to no cycle.
+            by_rule: 1 for each of the tokens that a lossy rule alone let stand; empty where there is no rule.
         """
         generation = self.generations[request]
         kept, finish = self._cut(generation.token_ids, tokens, self._budgets[request])
+        start = len(generation.token_ids)
+        generation.by_rule += [start + place for place, ruled in enumerate(by_rule[: len(kept)]) if ruled]
         generation.token_ids.extend(kept)
         if drafted is not None:
             generation.accepted.append(len(kept) - 1)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.rule_text import parse_rule
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.drafter_folder import load_drafter
@@ -25,6 +26,7 @@ def decode(
     target: str = "embedded:target",
     drafter: Path | None = None,
     shape: str = "1x4",
+    rule: str = "lossless",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -41,7 +43,7 @@ def decode(
     """Decode one prompt and show which tokens were drafted and accepted.
 
     Accepted draft tokens are printed in green, the target's own in bold white; the last line gives the tokens per step (bonus counted).
-    The text is the target's own, whatever the drafter.
+    The text is the target's own, whatever the drafter, unless a LOSSY rule is asked for: what stands by it alone is printed in yellow.
 
     Args:
         prompt: the user's message, or the raw text to continue with --chat false.
@@ -49,6 +51,7 @@ def decode(
         drafter: directory of an exported drafter; none decodes plainly.
         shape: how much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
             static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early.
+        rule: lossless; or LOSSY: judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, everything.
         max_new_tokens: length of the reply at most.
         temperature: 0 is greedy.
         top_k: keep the k likeliest tokens; 0 keeps all.
@@ -63,6 +66,7 @@ def decode(
         adapter: a PEFT adapter of the target.
     """
     limits = parse_shape(shape)
+    _, lossy = parse_rule(rule)
     model = Target.load(target, dtype=dtype, device=device, adapter=adapter)
     tokenizer = load_tokenizer(target)
     head = None if drafter is None else load_drafter(drafter, dtype)
@@ -79,7 +83,7 @@ def decode(
         eos_token_ids=model.eos_token_ids,
         stop_strings=stop,
     )
-    engine = Engine(model, head, limits, tokenizer)
+    engine = Engine(model, head, limits, tokenizer, rule=lossy)
     generation = engine.generate([prompt_ids(tokenizer, prompt, chat)], settings)[0]
     console = Console(highlight=False)
     console.print(coloured(tokenizer, generation))
@@ -87,6 +91,10 @@ def decode(
         emitted, cycles = len(generation.token_ids) - 1, len(generation.accepted)
         console.print(
             f"[dim]{emitted} tokens in {cycles} target steps: {emitted / cycles:.2f} tokens per step; ended by {generation.finish}[/dim]"
+        )
+    if lossy is not None:
+        console.print(
+            f"[yellow]LOSSY[/yellow] [dim]by the rule {lossy}: {len(generation.by_rule)} tokens are not the target's choice[/dim]"
         )
 
 
@@ -106,7 +114,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> l
 
 
 def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text:
-    """The reply with accepted draft tokens in green and the target's own in bold.
+    """The reply with accepted draft tokens in green, the target's own in bold, and in yellow what stands by a lossy rule alone.
 
     Text is decoded incrementally, so that characters of several tokens appear once, with the token that completes them.
     """
@@ -121,6 +129,7 @@ def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text
         whole = str(tokenizer.decode(generation.token_ids[: index + 1]))
         if whole.endswith("�"):
             continue
-        text.append(whole[len(shown) :], style="bold" if index in own else "green")
+        style = "bold" if index in own else "yellow" if index in generation.by_rule else "green"
+        text.append(whole[len(shown) :], style=style)
         shown = whole
     return text

@@ -13,6 +13,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from draftsmith.decode.batch import Batch, Generation, Recorder
 from draftsmith.decode.candidates import candidate_walk, num_uniforms
 from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
+from draftsmith.decode.lossy_walk import LossyWalk, lossy_walk
 from draftsmith.decode.sampling import GenerationSettings, choose, cycle_noise, process, request_noise
 from draftsmith.decode.verify import Walk, walk
 from draftsmith.models.cache import SlotCache
@@ -34,9 +36,12 @@ from draftsmith.models.search import Draws
 from draftsmith.models.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree import DraftTree, root_tree
 
+if TYPE_CHECKING:
+    from draftsmith.decode.rules import LossyRule
+
 
 class Engine:
-    """Decodes with one target and, if given, one drafter; losslessly.
+    """Decodes with one target and, if given, one drafter: losslessly, unless a LOSSY rule is given too.
 
     Args:
         target: the frozen model.
@@ -45,9 +50,10 @@ class Engine:
         tokenizer: needed for stop strings only; must be the drafter's.
         ledger: where time is charged, or None.
         prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts.
+        rule: lets draft tokens stand that the target would not have chosen; the text is then no longer the target's own.
 
     Raises:
-        ValueError: the drafter belongs to another target or tokenizer.
+        ValueError: the drafter or the rule belongs to another target or tokenizer, or the rule cannot verify such drafts.
     """
 
     def __init__(
@@ -58,19 +64,23 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         ledger: Ledger | None = None,
         prefill_chunk: int = CHUNK,
+        rule: LossyRule | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.limits = limits or DraftLimits()
         self.tokenizer = tokenizer
         self.ledger = ledger
+        self.rule = rule
         self._prefill_chunk = prefill_chunk
         # On a GPU the visible slots grow in steps, so that few shapes occur and graphs can be captured.
         self._slot_step = 64 if target.device.type == "cuda" else 1
         self._layers: tuple[str, ...] = ()
+        if rule is not None:
+            self._bind(rule)
         if drafter is not None:
             drafter.attach(target.ends)
-            self._layers = drafter.features
+            self._layers = tuple(dict.fromkeys((*drafter.features, *self._layers)))
             if tokenizer is not None:
                 drafter.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
@@ -110,13 +120,26 @@ class Engine:
                 output = self._verify(batch, tree, ancestors_BNN)
                 logits_BNV = self._processed(batch, tree, ancestors_BNN, output, settings)
             with phase(self.ledger, "accept"):
-                steps = self._walk(batch, tree, ancestors_BNN, logits_BNV, settings)
+                steps = self._walk(batch, tree, ancestors_BNN, logits_BNV, output, settings)
                 self._advance(batch, tree, steps, output)
             with phase(self.ledger, "host"):
                 self._record(batch, recorder, steps, tree.max_depth)
             if self.ledger is not None:
                 self.ledger.count(tree.num_nodes)
         return recorder.generations
+
+    def _bind(self, rule: LossyRule) -> None:
+        if self.limits.sampled is not None:
+            raise ValueError(
+                f"a sampled tree is verified by rejection, which has no place for the rule {rule}; draft with beams, a dynamic or a static "
+                "tree, or leave the rule out"
+            )
+        if rule.reads_draft and (self.limits.beam_width != 1 or self.limits.paths is not None):
+            raise ValueError(
+                f"the rule {rule} compares the distributions of draft and target, which only chains keep; draft a chain such as 1x16"
+            )
+        rule.attach(self.target)
+        self._layers = rule.features
 
     def _draft(self, batch: Batch, settings: GenerationSettings) -> DraftTree:
         if self.drafter is None or batch.draft is None:
@@ -128,6 +151,7 @@ class Engine:
             None if batch.stop is None else batch.stop.threshold_B,
             self._draws(batch, settings),
             settings.temperature,
+            self.rule is not None and self.rule.reads_draft,
         )
         return self.drafter.propose(batch.draft, cycle, self.limits)
 
@@ -191,12 +215,23 @@ class Engine:
         return choose(logits_BNV, settings, noise_BN)
 
     def _walk(
-        self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, logits_BNV: Tensor, settings: GenerationSettings
+        self,
+        batch: Batch,
+        tree: DraftTree,
+        ancestors_BNN: Tensor,
+        logits_BNV: Tensor,
+        output: TargetOutput,
+        settings: GenerationSettings,
     ) -> Walk:
-        """Rejection of candidates in a sampled tree, the target's own choices in any other."""
+        """Rejection of candidates in a sampled tree, the target's own choices in any other; beside them what a lossy rule allows."""
         noise_BU = batch.cycle_noise()
         if tree.draft_probs_BMV is None or noise_BU is None or self.limits.sampled is None:
-            return walk(tree, ancestors_BNN, self._choose(batch, tree, logits_BNV, settings))
+            choices_BN = self._choose(batch, tree, logits_BNV, settings)
+            if self.rule is None or tree.num_nodes == 1:
+                return walk(tree, ancestors_BNN, choices_BN)
+            # That a reply ends is for the target to say.
+            ends_BN = torch.isin(tree.tokens_BN, choices_BN.new_tensor(settings.eos_token_ids))
+            return lossy_walk(tree, choices_BN, self.rule.allows(tree, logits_BNV, output) & ~ends_BN)
         unseen_BU = noise_BU[:, self.limits.max_nodes - 1 :]
         return candidate_walk(tree, self.limits.sampled, logits_BNV.softmax(-1), unseen_BU)
 
@@ -217,18 +252,22 @@ class Engine:
         if self.drafter is not None and batch.draft is not None:
             features = {
                 name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
-                for name in self._layers
+                for name in self.drafter.features
             }
             batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
 
     def _record(self, batch: Batch, recorder: Recorder, steps: Walk, drafted: int | None) -> None:
         """Read the cycle back in one transfer, hand tokens to the host's records and retire the rows that ended."""
         keep = []
-        for row, (count, *tokens) in enumerate(torch.cat([steps.counts_B[:, None], steps.emitted_BE], dim=1).tolist()):
+        columns = [steps.counts_B[:, None], steps.emitted_BE]
+        if isinstance(steps, LossyWalk):
+            columns.append(steps.by_rule_BE.long())
+        for row, (count, *cells) in enumerate(torch.cat(columns, dim=1).tolist()):
             if drafted is not None:
                 batch.host_lengths[row] += count
                 batch.host_fresh[row] = count
-            if not recorder.add(batch.requests[row], tokens[:count], drafted):
+            by_rule = cells[steps.emitted_BE.shape[1] :][:count]
+            if not recorder.add(batch.requests[row], cells[:count], drafted, by_rule):
                 keep.append(row)
         batch.retire(keep)
 
@@ -276,7 +315,7 @@ class Engine:
             batch.seen_BV.scatter_(1, choices_B1, True)
         if self.drafter is not None:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1).scatter_(1, last_B1, choices_B1)
-            pairs = Emitted(emitted_BE, {name: states[name] for name in self._layers}, lengths_B)
+            pairs = Emitted(emitted_BE, {name: states[name] for name in self.drafter.features}, lengths_B)
             batch.draft = self.drafter.start(Opening(pairs, tokens_BT[:, 0], self.limits, room))
             if self.limits.early_stop is not None:
                 batch.stop = StopState.begin(self.limits.early_stop, self.limits.draft_length, len(prompts), device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.cache import KeptRows
+from draftsmith.models.kept_logits import KeptLogits
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.rollout import PackedBatch, Rollout
 from draftsmith.models.sampled_search import sampled_tree
@@ -74,6 +75,7 @@ class Cycle:
         stop_below_B: float32 [B], threshold of the early stop, or None.
         draws: for sampled trees, or None.
         temperature: of the requests; decides how sharply scores are read.
+        keep_probs: whether verification compares distributions; chains then carry theirs.
     """
 
     lengths_B: Tensor
@@ -82,6 +84,7 @@ class Cycle:
     stop_below_B: Tensor | None = None
     draws: Draws | None = None
     temperature: float = 0.0
+    keep_probs: bool = False
 
 
 class DraftState(Protocol):
@@ -269,7 +272,11 @@ class Drafter(PreTrainedModel):
         """
         expander = self.expander(state, cycle, limits)
         if limits.sampled is None:
-            return search(expander, cycle.stop_below_B, limits, self.score_scale(cycle.temperature))
+            scale = self.score_scale(cycle.temperature)
+            if not cycle.keep_probs:
+                return search(expander, cycle.stop_below_B, limits, scale)
+            kept = KeptLogits(expander)
+            return kept.onto(search(kept, cycle.stop_below_B, limits, scale), self.ends.vocab_size)
         if cycle.draws is None:
             raise ValueError(
                 "a sampled tree is asked for without draws, which are there at temperatures above 0 only; at temperature 0 draft with "

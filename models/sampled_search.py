@@ -56,7 +56,7 @@ def sampled_tree(
         tokens.append(token_BC)
         parents.append(above_BC + layer_start(limits.sampled, depth))
         scores.append(torch.zeros_like(alive_BM, dtype=torch.float32).masked_fill(~alive_BM, -torch.inf))
-        probs.append(_over_target(expander, weights_BMV, vocab_size))
+        probs.append(over_target(expander, weights_BMV, vocab_size))
         if depth + 1 < len(limits.sampled.children):
             logits_BMV = expander.extend(token_BC, above_BC)
     tree = tree_from_layers(expander.root_B, tokens, parents, scores)
@@ -105,8 +105,8 @@ def _children(rule: Rule, weights_BMV: Tensor, noise_BMK: Tensor) -> tuple[Tenso
     return torch.cat(draft, -1), torch.cat(drawn, -1)
 
 
-def _over_target(expander: Expander, weights_BMV: Tensor, vocab_size: int) -> Tensor:
-    """[B, M, Vd] -> [B, M, V]; a draft vocabulary as large as the target's is the target's."""
+def over_target(expander: Expander, weights_BMV: Tensor, vocab_size: int) -> Tensor:
+    """Weights over draft ids -> over target ids, [B, M, Vd] -> [B, M, V]; a draft vocabulary as large as the target's is the target's."""
     if weights_BMV.shape[-1] == vocab_size:
         return weights_BMV
     ids = expander.target_ids(torch.arange(weights_BMV.shape[-1], device=weights_BMV.device))

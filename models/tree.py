@@ -33,8 +33,9 @@ class DraftTree:
         scores_BN: cumulative draft log-probability of the path to a node, float; None where the drafter gives none.
         chain: True where node i is known to be the parent of node i + 1 in every row, so that an accepted path needs no compaction.
         draft_probs_BMV: of a sampled tree, float [B, M, V] over target ids: what the children of each of the first M nodes were drawn
-            from, zeros where a node has none (the other N - M are leaves). None in trees that were not sampled. Such a tree is neither
-            packed nor pruned: the rules of acceptance need every candidate in the order of drawing.
+            from, zeros where a node has none (the other N - M are leaves). None in other trees. Such a tree is neither
+            packed nor pruned: the rules of acceptance need every candidate in the order of drawing. Of a chain, the same where
+            verification asked for it.
     """
 
     tokens_BN: Tensor
