@@ -1,0 +1,123 @@
+"""The questions that are mined, from a file of prompts.
+
+Owns what a row may hold and its ids. Knows the chat template, no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draftsmith.data.formats import Message
+from draftsmith.data.prompts import PROMPT_FILE
+from draftsmith.data.tokens import ChatTemplate
+from draftsmith.files import read_jsonl
+from draftsmith.label.mine_answers import Parse
+from draftsmith.label.mine_walk import Question
+from draftsmith.label.schema import ROLES, Answer, refusal
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and what its row says of it: the messages (none where the row has token ids only), source and licence."""
+
+    question: Question
+    messages: tuple[Message, ...]
+    source: str
+    licence: str | None
+
+    @property
+    def key(self) -> str:
+        """What answers to the same prompt share, as in :meth:`draftsmith.label.schema.Answer.question`."""
+        if self.messages:
+            return Answer("-", self.messages, "-", "-", "-", "-").question()
+        return hashlib.sha256(json.dumps(self.question.prompt_ids).encode()).hexdigest()[:16]
+
+
+def read_questions(
+    path: Path, chat: ChatTemplate, parse: Parse, vocab_size: int, limit: int | None = None
+) -> list[Asked]:
+    """The first `limit` questions of a JSON-lines file, or of the folder that `draftsmith data prompts` wrote.
+
+    A row has `messages` of one turn (an optional system turn, then the user's) or `prompt_ids`; and, as far as there are any, `id`,
+    `reply_ids` (the target's reply, so that it need not be found), `answer` or `reference` (a text or number, or a list that begins
+    with one), `source` and `licence`. Other fields are passed over.
+
+    Raises:
+        ValueError: naming file, line, field, value, rule and remedy; for a repeated id as well.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1; raise it, or leave it out")
+    file = path / PROMPT_FILE if path.is_dir() else path
+    found: list[Asked] = []
+    seen: dict[str, str] = {}
+    for line, row in read_jsonl(file):
+        if limit is not None and len(found) >= limit:
+            break
+        place = f"{file}:{line}"
+        asked = _asked(row, place, chat, parse, vocab_size, file.stem)
+        first = seen.setdefault(asked.question.id, place)
+        if first != place:
+            raise refusal(place, "id", asked.question.id, f"{first} has it already", "give each row an id of its own")
+        found.append(asked)
+    return found
+
+
+def _asked(row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse, vocab_size: int, stem: str) -> Asked:
+    messages = _messages(row.get("messages"), place)
+    if messages and "prompt_ids" in row:
+        raise ValueError(
+            f"{place}: the row has messages and prompt_ids; one of them is the prompt; leave the other out"
+        )
+    prompt_ids = chat.first_prompt_ids(messages) if messages else _ids(row, "prompt_ids", place, vocab_size)
+    if prompt_ids is None:
+        raise ValueError(f"{place}: the row has neither messages nor prompt_ids, so nothing is asked; add one of them")
+    own = row.get("id")
+    if own is not None and (not isinstance(own, str) or not own):
+        raise refusal(place, "id", own, "it is a text that is not empty", "write one, or leave it out")
+    name = own or hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]
+    question = Question(name, prompt_ids, _ids(row, "reply_ids", place, vocab_size), _reference(row, place, parse))
+    return Asked(question, messages, str(row.get("source") or stem), row.get("licence"))
+
+
+def _messages(value: Any, place: str) -> tuple[Message, ...]:
+    """The one turn that is asked; a later turn would need the replies before it."""
+    if value is None:
+        return ()
+    fits = isinstance(value, list) and all(
+        isinstance(one, Mapping)
+        and one.get("role") in ROLES
+        and isinstance(one.get("content"), str)
+        and one["content"].strip()
+        for one in value
+    )
+    if not fits or [one["role"] for one in value] not in (["user"], ["system", "user"]):
+        rule = "they are one question: a user turn that is not empty, with a system turn before it or none"
+        raise refusal(place, "messages", value, rule, "leave later turns out, or give the whole prompt as prompt_ids")
+    return tuple(Message(role=one["role"], content=one["content"]) for one in value)
+
+
+def _ids(row: Mapping[str, Any], field: str, place: str, vocab_size: int) -> list[int] | None:
+    value = row.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(type(one) is int and 0 <= one < vocab_size for one in value):
+        rule = f"it is a list of token ids below {vocab_size}, and not empty"
+        raise refusal(place, field, value, rule, "encode the prompt with the target's tokenizer")
+    return value
+
+
+def _reference(row: Mapping[str, Any], place: str, parse: Parse) -> str | None:
+    """What the data set's answer comes to, read as a reply is; None where it has none."""
+    field = "answer" if row.get("answer") is not None else "reference"
+    value = row.get(field)
+    value = (value[0] if value else None) if isinstance(value, list) else value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise refusal(place, field, value, "it is a text or a number, or a list that begins with one", "correct it")
+    return parse(str(value))
