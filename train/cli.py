@@ -19,11 +19,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith.arguments import Suggesting
-from draftsmith.train import callbacks, data_module, draft_module
+from draftsmith.train import callbacks, data_module, draft_module, judge_callbacks, judge_data, judge_module
 from draftsmith.train.checkpoints import AtomicCheckpointIO
 
 # Imported so that a YAML can name their classes without the full path.
-KNOWN = (callbacks, data_module, draft_module)
+KNOWN = (callbacks, data_module, draft_module, judge_callbacks, judge_data, judge_module)
 
 
 class TrainingParser(Suggesting, LightningArgumentParser):

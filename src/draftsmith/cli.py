@@ -39,6 +39,7 @@ class Command:
 GROUPS = {
     "embedded": "The small world that ships with the package: word problems and a target that solves them.",
     "data": "From prompts to the target's own replies to cached hidden states.",
+    "judge": "A judge lets correct draft tokens stand that are not the target's own. LOSSY, with its price measured.",
     "label": "Answers with the place of their first error: bring them in, count them, take them out.",
 }
 COMMANDS: dict[tuple[str, ...], Command] = {
@@ -67,19 +68,41 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("label", "import"): Command(
         "draftsmith.label.command", "import_answers", "Add labelled answers, of any known format, to a store."
     ),
+    ("label", "generate"): Command(
+        "draftsmith.label.generate", "generate", "Let models answer questions, check every answer, keep them labelled."
+    ),
     ("label", "export"): Command(
         "draftsmith.label.command",
         "export_answers",
         "Write a store's answers and labels as JSON lines or for Label Studio.",
     ),
+    ("label", "serve"): Command(
+        "draftsmith.label.serve_command", "serve", "Serve the page on which people mark the first error of each answer."
+    ),
     ("label", "stats"): Command(
         "draftsmith.label.command", "stats", "Count a store's answers, labels and labelled tokens."
+    ),
+    ("label", "rows"): Command(
+        "draftsmith.label.row_command",
+        "rows",
+        "Write labelled answers as token rows of a target: a judge's training set.",
+    ),
+    ("label", "mine"): Command(
+        "draftsmith.label.mine", "mine", "Find out which of a draft LM's tokens leave the target's answer as it is."
     ),
     ("train",): Command(
         "draftsmith.train.cli", "main", "Train from a YAML file: train fit --config FILE (Lightning's own CLI).", True
     ),
     ("export",): Command(
         "draftsmith.export.command", "export", "Write a trained drafter as safetensors, with its card."
+    ),
+    ("judge", "export"): Command(
+        "draftsmith.export.judge_command", "export_judge", "Write a trained judge as safetensors, with its card. Lossy."
+    ),
+    ("judge", "evaluate"): Command(
+        "draftsmith.evaluate.lossy_command",
+        "evaluate_rules",
+        "Measure what lossy rules gain, and what they cost in right answers.",
     ),
     ("decode",): Command("draftsmith.decode.command", "decode", "Decode with a drafter and show what was accepted."),
     ("evaluate",): Command(

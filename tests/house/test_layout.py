@@ -23,9 +23,9 @@ BELOW = {
     "models": {"root"},
     "decode": {"root", "models"},
     "data": {"root", "models", "decode"},
-    "label": {"root", "models", "decode", "data"},
-    "train": {"root", "models", "decode", "data", "embedded", "configs"},
-    "evaluate": {"root", "models", "decode", "data", "train", "embedded"},
+    "label": {"root", "models", "decode", "data", "embedded"},
+    "train": {"root", "models", "decode", "data", "label", "embedded", "configs"},
+    "evaluate": {"root", "models", "decode", "data", "label", "train", "embedded"},
     "export": {"root", "models"},
 }
 
@@ -88,7 +88,9 @@ def test_only_train_knows_lightning() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in PYPROJECT["project"]["dependencies"]}
+    project = PYPROJECT["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["label"]]
+    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
     found = {
         name.split(".")[0]
         for package in BELOW
@@ -97,6 +99,17 @@ def test_what_is_imported_is_declared() -> None:
     }
     ships_along = {"lightning_fabric"}  # in the pytorch-lightning distribution
     assert found - declared - ships_along - set(sys.stdlib_module_names) - {"draftsmith"} == set()
+
+
+def test_only_the_labelling_page_needs_its_extra() -> None:
+    needed = {
+        path.name
+        for package in BELOW
+        for path in sources(package)
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in ("fastapi", "uvicorn")
+    }
+    assert needed == {"server.py", "serve_command.py"}
 
 
 def test_every_module_says_what_it_owns() -> None:

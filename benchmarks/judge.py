@@ -1,0 +1,333 @@
+"""The judge on the embedded pair, from nothing to the table: labelled by a checker, by mining, by both; against rules without training.
+
+    python benchmarks/judge.py                 # everything; `make judge` is this
+    python benchmarks/judge.py --scale 0.05    # tries the script out
+
+Questions of the training split: the target and the draft LM answer them, the corpus's exact checker says where a wrong answer goes wrong,
+and pairs of a right and a wrong answer train judges of several sizes; other questions are mined. Shares of wrong tokens are counted on
+answers to the validation split, everything else on problems of the test split. Then out of domain: a judge trained without division
+judges division. With `--data`, a judge is also fitted to people's labels with a real model's states.
+Writes `<date>-judge.md`, `.json` and charts into benchmarks/, and the rows into `runs/judge/report.json`. A run that was stopped goes on
+where it was; `rm -r runs/judge` starts anew.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from draftsmith import provenance
+from draftsmith.data.hidden_states import extract
+from draftsmith.embedded import write_prompts
+from draftsmith.evaluate.lossy_command import evaluate_rules
+from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.label.command import import_answers
+from draftsmith.label.generate import generate
+from draftsmith.label.mine import mine
+from draftsmith.label.row_command import rows as label_rows
+from draftsmith.label.sums_answers import problem_of
+from draftsmith.models.judge import load_judge
+from draftsmith.train.cli import main as train_command
+
+TARGET, DRAFT = "embedded:target", "embedded:draft_lm"
+SIZES = (50, 150, 500, 1500)
+PAPER_SIZE = 500
+SHAPE = "1x16"
+THRESHOLDS = (0.3, 0.7, 0.9, 0.99)
+RIVALS = ("top-k@2", "top-k@3", "top-k@5", "kl@0.2", "kl@1", "kl@3", "typical@0.09", "typical@0.3", "everything")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One trained judge: where it is, and how well it tells held-out tokens apart."""
+
+    folder: Path
+    questions: int
+    auc: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Runs each stage once, and notes how long it took."""
+
+    work: Path
+
+    def once(self, name: str, make: Callable[[], object]) -> None:
+        """Makes it unless an earlier run did."""
+        stamp = self.work / ".done" / name
+        if stamp.is_file():
+            return
+        started = time.perf_counter()
+        make()
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(stamp, f"{time.perf_counter() - started:.1f}\n")
+
+    def seconds(self) -> dict[str, float]:
+        """Of all stages done so far."""
+        return {stamp.name: float(stamp.read_text()) for stamp in sorted((self.work / ".done").iterdir())}
+
+
+def cached(stages: Stages, name: str, answers: Path, target: str = TARGET) -> Path:
+    """Labelled answers -> rows and the target's states over them, in the folder that is returned."""
+    folder = stages.work / name
+
+    def make() -> None:
+        label_rows(target, folder / "rows.jsonl", answers=answers)
+        extract(target, folder / "rows.jsonl", folder / "cache")
+
+    stages.once(f"cache-{name}", make)
+    return folder
+
+
+def trained(
+    stages: Stages, name: str, folders: list[Path], max_questions: int | None = None, target: str = TARGET
+) -> Judged:
+    """A judge from rows and caches, by the same command as anybody's."""
+    root = stages.work / "judges" / name
+    settings = {
+        "model.init_args.target": target,
+        "data.init_args.cache": json.dumps([str(folder / "cache") for folder in folders]),
+        "data.init_args.rows": json.dumps([str(folder / "rows.jsonl") for folder in folders]),
+        "data.init_args.max_questions": "null" if max_questions is None else str(max_questions),
+        "trainer.default_root_dir": str(root),
+        "trainer.logger.init_args.save_dir": str(root),
+        "trainer.enable_progress_bar": "false",
+    }
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    callbacks = [f"--trainer.callbacks+={json.dumps(one)}" for one in judge_callbacks(root)]
+    config = Path(__file__).parent.parent / "configs" / "judge.yaml"
+    stages.once(
+        f"train-{name}",
+        lambda: train_command(["fit", "--config", str(config), "--trainer.callbacks=[]", *callbacks, *words]),
+    )
+    metrics = provenance.read(root / "judge")["config"]["metrics"]
+    head = load_judge(root / "judge")
+    return Judged(
+        root / "judge", int(head.config.labels.get("questions", 0)), metrics["val/auc"], head.config.threshold
+    )
+
+
+def judge_callbacks(root: Path) -> list[dict[str, Any]]:
+    """As in configs/judge.yaml, but for the checkpoints: nobody resumes a run of seconds."""
+    return [
+        {"class_path": "draftsmith.train.judge_callbacks.KeepJudge"},
+        {"class_path": "draftsmith.train.judge_callbacks.JudgeFigures", "init_args": {"every": 50}},
+        {
+            "class_path": "pytorch_lightning.callbacks.EarlyStopping",
+            "init_args": {"monitor": "val/auc", "mode": "max", "patience": 5, "min_delta": 1e-4},
+        },
+    ]
+
+
+def with_operation(path: Path, out: Path, operation: str, wanted: bool) -> Path:
+    """The rows whose problem has, or has not, a step of one operation."""
+
+    def question(row: dict[str, Any]) -> str:
+        return str(next(one["content"] for one in row["messages"] if one["role"] == "user"))
+
+    def has(row: dict[str, Any]) -> bool:
+        problem = problem_of(question(row))
+        assert problem is not None
+        return any(step.op == operation for step in problem.steps)
+
+    kept = [row for _, row in read_jsonl(path) if has(row) == wanted]
+    atomic_write(out, "".join(json.dumps(row) + "\n" for row in kept))
+    return out
+
+
+def without(path: Path, others: Path, out: Path) -> Path:
+    """The prompts of one file that are not in another."""
+    known = {row["id"] for _, row in read_jsonl(others)}
+    atomic_write(out, "".join(json.dumps(row) + "\n" for _, row in read_jsonl(path) if row["id"] not in known))
+    return out
+
+
+def run(options: argparse.Namespace) -> None:
+    """All stages, then the page."""
+    work, stages = options.work, Stages(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    count = {name: max(8, int(options.scale * full)) for name, full in (("train", 5600), ("mine", 400), ("test", 500))}
+    for split, name in (("train", "train"), ("validation", "held"), ("test", "test")):
+        amount = count["test"] if name == "held" else count[name]
+        stages.once(
+            f"prompts-{name}",
+            lambda split=split, name=name, amount=amount: write_prompts(work / f"{name}.jsonl", split, amount),
+        )  # type: ignore[misc]
+    stages.once("prompts-mine", lambda: mining_prompts(work, count["mine"]))
+    stages.once(
+        "answers-train",
+        lambda: generate(
+            work / "train.jsonl", (TARGET, DRAFT), "embedded", work / "answers", licence="Apache-2.0", pairs=True
+        ),
+    )
+    stages.once(
+        "answers-held",
+        lambda: generate(work / "held.jsonl", (DRAFT,), "embedded", work / "held-answers", licence="Apache-2.0"),
+    )
+
+    pairs, held = (
+        cached(stages, "checker", work / "answers" / "answers.jsonl"),
+        cached(stages, "held", work / "held-answers" / "answers.jsonl"),
+    )
+    stages.once(
+        "mine", lambda: mine(TARGET, DRAFT, work / "mine.jsonl", work / "mined", max_new_tokens=160, batch_rows=32)
+    )
+    stages.once("cache-mined", lambda: extract(TARGET, work / "mined" / "rows.jsonl", work / "mined" / "cache"))
+
+    judges = {
+        f"checker-{size}": trained(stages, f"checker-{size}", [pairs], int(max(6, options.scale * size)))
+        for size in SIZES
+    }
+    judges["mined"] = trained(stages, "mined", [work / "mined"])
+    judges["both"] = trained(stages, "both", [pairs, work / "mined"])
+    stages.once("evaluate", lambda: compare(work, judges, held / "rows.jsonl", options))
+    out_of_domain(stages, judges, options)
+    human = people(stages, options) if (options.data / "judge").is_dir() else None
+    publish(stages, judges, human, options)
+
+
+def mining_prompts(work: Path, count: int) -> None:
+    """Questions of the training split that no judge sees otherwise."""
+    write_prompts(work / "mine-all.jsonl", "train", 2 * count, seed=1)
+    without(work / "mine-all.jsonl", work / "train.jsonl", work / "mine-left.jsonl")
+    lines = (work / "mine-left.jsonl").read_text().splitlines(keepends=True)[:count]
+    atomic_write(work / "mine.jsonl", "".join(lines))
+
+
+def compare(work: Path, judges: dict[str, Judged], held: Path, options: argparse.Namespace) -> None:
+    """Every rule on the test problems."""
+    paper = judges[f"checker-{PAPER_SIZE}"].folder
+    rules = ["lossless", *RIVALS]
+    rules += [f"judge {name}=judge:{one.folder}" for name, one in judges.items()]
+    rules += [f"judge checker-{PAPER_SIZE}=judge:{paper}@{threshold}" for threshold in THRESHOLDS]
+    rules += [f"judge mined=judge:{judges['mined'].folder}@{threshold}" for threshold in THRESHOLDS[::2]]
+    evaluate_rules(
+        TARGET, DRAFT, work / "test.jsonl", "final-number", rules, work / "report",
+        shape=SHAPE, labelled_rows=held, max_new_tokens=200, timed_problems=max(2, int(options.scale * 40)),
+    )  # fmt: skip
+
+
+def out_of_domain(stages: Stages, judges: dict[str, Judged], options: argparse.Namespace) -> None:
+    """Trained without division, tested on it."""
+    work = stages.work
+    answers = work / "answers" / "answers.jsonl"
+    stages.once("ood-answers", lambda: with_operation(answers, work / "no-division.jsonl", "/", False))
+    narrow = cached(stages, "no-division", work / "no-division.jsonl")
+    judges["no division"] = trained(stages, "no-division", [narrow], int(max(6, options.scale * PAPER_SIZE)))
+    for name, wanted in (("division", True), ("other", False)):
+        stages.once(
+            f"ood-prompts-{name}",
+            lambda name=name, wanted=wanted: with_operation(
+                work / "test.jsonl", work / f"test-{name}.jsonl", "/", wanted
+            ),
+        )  # type: ignore[misc]
+        rules = [
+            "lossless",
+            f"judge of all=judge:{judges[f'checker-{PAPER_SIZE}'].folder}",
+            f"judge without division=judge:{judges['no division'].folder}",
+        ]
+        stages.once(
+            f"ood-evaluate-{name}",
+            lambda name=name, rules=rules: evaluate_rules(  # type: ignore[misc]
+                TARGET,
+                DRAFT,
+                work / f"test-{name}.jsonl",
+                "final-number",
+                rules,
+                work / f"report-{name}",
+                shape=SHAPE,
+                max_new_tokens=200,
+                timed_problems=max(2, int(options.scale * 15)),
+            ),
+        )
+
+
+def people(stages: Stages, options: argparse.Namespace) -> Judged:
+    """A judge on people's labels of other models' solutions, with chat-6m's states: does it run, and what is it worth?"""
+    work, target = stages.work, str(options.data / "models" / "chat-6m")
+    store = work / "people.db"
+
+    def read() -> None:
+        for source in sorted((options.data / "judge").glob("*.jsonl")):
+            import_answers(source, str(store), licence="see the source")
+
+    stages.once("people-import", read)
+    folder = work / "people"
+
+    def make() -> None:
+        label_rows(target, folder / "rows.jsonl", store=str(store))
+        extract(target, folder / "rows.jsonl", folder / "cache")
+
+    stages.once("cache-people", make)
+    return trained(stages, "people", [folder], target=target)
+
+
+def publish(stages: Stages, judges: dict[str, Judged], human: Judged | None, options: argparse.Namespace) -> None:
+    """The page, the rows and the charts."""
+    work, name = stages.work, f"{date.today().isoformat()}-judge"
+    record = provenance.record(provenance.command_line(), {}, {})
+    facts = {key: record[key] for key in ("command", "machine", "versions")}
+    report = json.loads((work / "report" / "report.json").read_text())
+    atomic_write(work / "report.json", json.dumps(facts | {"rows": report["rows"]}, indent=1) + "\n")
+    shutil.copyfile(work / "report" / "report.png", options.out / f"{name}.png")
+    shutil.copyfile(work / "report.json", options.out / f"{name}.json")
+    mined = json.loads((work / "mined" / "report.json").read_text())
+    spent = stages.seconds()
+    page = [
+        f"# The judge on the embedded pair, {date.today().isoformat()}",
+        f"`{record['command']}`; {sum(spent.values()) / 60:.1f} minutes in all.",
+        f"Target `{TARGET}`, draft LM `{DRAFT}`, chains of {SHAPE.removeprefix('1x')} drafted tokens, temperature 0. Every rule but plain "
+        "and lossless is LOSSY.",
+        "## The judges",
+        judges_table(judges | ({"people's labels, chat-6m's states": human} if human else {})),
+        "## Rules on unseen problems",
+        section(work / "report"),
+        f"![Right answers against accepted tokens and speed]({name}.png)",
+        "## Out of domain: problems with division",
+        section(work / "report-division"),
+        "The same judges on the problems without division:",
+        section(work / "report-other"),
+        "## Mining",
+        "\n".join(f"- {key}: {value}" for key, value in mined.items() if isinstance(value, int | float)),
+        "## Time",
+        "\n".join(f"- {stage}: {seconds:.0f} s" for stage, seconds in spent.items() if seconds >= 1),
+        "## The machine",
+        "\n".join(
+            f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()
+        ),
+    ]
+    atomic_write(options.out / f"{name}.md", "\n\n".join(page) + "\n")
+    print(options.out / f"{name}.md")
+
+
+def judges_table(judges: dict[str, Judged]) -> str:
+    """How well each tells held-out tokens apart."""
+    lines = ["| judge | questions | AUC on held-out questions | threshold |", "|---|---|---|---|"]
+    lines += [f"| {name} | {one.questions} | {one.auc:.3f} | {one.threshold:.3f} |" for name, one in judges.items()]
+    return "\n".join(lines)
+
+
+def section(report: Path) -> str:
+    """The table of a report."""
+    lines: Iterable[str] = (report / "report.md").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--scale", type=float, default=1.0, help="of questions and problems; 0.05 tries the script out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(_options()))

@@ -1,0 +1,234 @@
+"""Logistic regressions that differ in their L2 penalty only, fitted together over data that is gone through a part at a time.
+
+Owns the objective and the optimiser that lands on its minimum, in float64 throughout: a flat objective is told from its bottom by its
+last digits. Knows no Lightning, no files, and not where the features are from.
+
+Shape legend: N tokens of this process, F features, S penalties (the sweep), P = F + 1 numbers of one regression, its bias last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_LINE_STEPS = 30
+_LINE_TOLERANCE = 1e-2
+
+
+class FeatureParts(Protocol):
+    """Rows of features, a part at a time."""
+
+    def parts(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Each part's rows and its features, float32 [rows, F], on a device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What standardises features: float64 [F] each. A feature that never changes has scale 1."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """float32 [rows, F] -> the same standardised, float64."""
+        return (features.double() - self.mean) / self.scale
+
+
+def measure_scaling(
+    data: FeatureParts, num_features: int, device: torch.device, total: Callable[[Tensor], Tensor]
+) -> Scaling:
+    """Mean and standard deviation (divided by the number of tokens) of each feature.
+
+    Args:
+        data: this process's rows.
+        num_features: F.
+        device: where to compute.
+        total: sums a tensor over all processes.
+    """
+    sums = torch.zeros(num_features + 1, dtype=torch.float64, device=device)
+    for _, features in data.parts(device):
+        sums[:-1] += features.double().sum(0)
+        sums[-1] += features.shape[0]
+    sums = total(sums)
+    mean = sums[:-1] / sums[-1]
+    # A second pass: squares less the squared mean would lose the digits of features that stand far from 0.
+    squares = torch.zeros(num_features, dtype=torch.float64, device=device)
+    for _, features in data.parts(device):
+        squares += (features.double() - mean).square().sum(0)
+    scale = (total(squares) / sums[-1]).sqrt()
+    return Scaling(mean, torch.where(scale > 1e-12 * mean.abs().clamp(min=1.0), scale, torch.ones_like(scale)))
+
+
+def project(data: FeatureParts, scaling: Scaling, theta_SP: Tensor, num_rows: int) -> Tensor:
+    """float64 [N, S]: each regression's value at each row."""
+    values = torch.empty(num_rows, theta_SP.shape[0], dtype=torch.float64, device=theta_SP.device)
+    for rows, features in data.parts(theta_SP.device):
+        values[rows] = scaling(features) @ theta_SP[:, :-1].T
+    return values + theta_SP[:, -1]
+
+
+class SweepProblem:
+    """The objective of each penalty, as a function of one point that moves: mean weighted cross-entropy + l2 / 2 * |weight|².
+
+    For the penalty l2_s, with class weights c_i that sum to W over the tokens of all processes and z = weight . x + bias::
+
+        f_s(weight, bias) = 1/W * sum over i of c_i * (softplus(z_i) - y_i * z_i)  +  l2_s / 2 * |weight|²
+
+    The bias is not penalised. scikit-learn's ``LogisticRegression(C, class_weight)`` minimises C * W * f for ``l2 = 1 / (C * W)``; with
+    balanced classes W is the number of tokens.
+
+    Args:
+        data: this process's rows.
+        labels_N: bool, True is correct.
+        weights_N: float64, c_i / W.
+        scaling: of the features.
+        l2_S: float64.
+        total: sums a tensor over all processes.
+    """
+
+    def __init__(
+        self,
+        data: FeatureParts,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        scaling: Scaling,
+        l2_S: Tensor,
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._data, self._scaling, self._total = data, scaling, total
+        self._labels_N1, self._weights_N1 = labels_N.double()[:, None], weights_N[:, None]
+        self._l2_S = l2_S
+        self._values_NS = torch.empty(0)
+
+    def open(self, theta_SP: Tensor) -> None:
+        """Puts the point at theta."""
+        self._values_NS = project(self._data, self._scaling, theta_SP, len(self._labels_N1))
+
+    def losses(self, theta_SP: Tensor) -> Tensor:
+        """float64 [S]: the objectives at the point, which is theta."""
+        entropy = torch.nn.functional.softplus(self._values_NS) - self._labels_N1 * self._values_NS
+        return self._total((self._weights_N1 * entropy).sum(0)) + self._l2_S / 2 * theta_SP[:, :-1].square().sum(1)
+
+    def gradient(self, theta_SP: Tensor) -> Tensor:
+        """float64 [S, P]: the objectives' gradients at the point, which is theta."""
+        residual_NS = self._weights_N1 * (torch.sigmoid(self._values_NS) - self._labels_N1)
+        gradient = torch.zeros_like(theta_SP)
+        for rows, features in self._data.parts(theta_SP.device):
+            gradient[:, :-1] += residual_NS[rows].T @ self._scaling(features)
+        gradient[:, -1] = residual_NS.sum(0)
+        gradient = self._total(gradient)
+        gradient[:, :-1] += self._l2_S[:, None] * theta_SP[:, :-1]
+        return gradient
+
+    def best_steps(self, theta_SP: Tensor, direction_SP: Tensor) -> tuple[Tensor, Tensor]:
+        """How far to go along a direction in which every objective falls: float64 [S], and how the values change, [N, S].
+
+        The objectives are convex along it and the values linear, so the minimum is the one root of the slope: Newton's steps, kept
+        within a bracket by halving or doubling, with no look at the features.
+        """
+        change_NS = project(self._data, self._scaling, direction_SP, len(self._labels_N1))
+        moved = direction_SP[:, :-1]
+        bend_S = self._l2_S * moved.square().sum(1)
+        steps = torch.zeros_like(self._l2_S)
+        low, high = steps.clone(), torch.full_like(steps, torch.inf)
+        first: Tensor | None = None
+        for _ in range(_LINE_STEPS):
+            chance_NS = torch.sigmoid(self._values_NS + steps * change_NS)
+            slope = (self._weights_N1 * (chance_NS - self._labels_N1) * change_NS).sum(0)
+            curvature = (self._weights_N1 * chance_NS * (1 - chance_NS) * change_NS.square()).sum(0)
+            slope, curvature = self._total(torch.stack([slope, curvature]))
+            slope = slope + self._l2_S * ((theta_SP[:, :-1] * moved).sum(1) + steps * moved.square().sum(1))
+            first = slope if first is None else first
+            done = slope.abs() <= _LINE_TOLERANCE * first.abs()
+            if bool(done.all()):
+                break
+            low, high = torch.where(slope < 0, steps, low), torch.where(slope > 0, steps, high)
+            newton = steps - slope / (curvature + bend_S).clamp(min=1e-300)
+            halfway = torch.where(high.isinf(), 2 * low + 1.0, (low + high) / 2)
+            inside = (newton > low) & (newton < high) & newton.isfinite()
+            steps = torch.where(done, steps, torch.where(inside, newton, halfway))
+        return steps, change_NS
+
+    def move(self, steps_S: Tensor, change_NS: Tensor) -> None:
+        """Moves the point by so much of a direction whose change of values is known."""
+        self._values_NS = self._values_NS + steps_S * change_NS
+
+
+class SweepLBFGS(torch.optim.Optimizer):
+    """Limited-memory BFGS for regressions that share their data and nothing else: each row of the one parameter [S, P] has its own
+    curvature and its own step, though all go through the data together. Two passes over the features an iteration.
+
+    (torch.optim.LBFGS would give all rows one step and one curvature, so that the worst conditioned holds the others up.)
+
+    Args:
+        theta: the parameter, float64 [S, P].
+        iterations: of one call of step().
+        history: pairs of steps and gradient changes that are remembered, over calls of step() too.
+        tolerance: a row whose largest gradient entry is not above it stays where it is.
+    """
+
+    def __init__(self, theta: Tensor, iterations: int = 10, history: int = 20, tolerance: float = 1e-6) -> None:
+        super().__init__([theta], {"iterations": iterations, "history": history, "tolerance": tolerance})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, problem: SweepProblem | None = None) -> Any:
+        """So many iterations. `problem` is needed; `closure` is called once, as trainers expect, and its value given back."""
+        assert problem is not None, "step() needs the problem"
+        result = None if closure is None else closure()
+        [group] = self.param_groups
+        [theta] = group["params"]
+        problem.open(theta)
+        gradient = problem.gradient(theta)
+        for _ in range(group["iterations"]):
+            open_S1 = gradient.abs().amax(1, keepdim=True) > group["tolerance"]
+            if not bool(open_S1.any()):
+                break
+            direction = torch.where(open_S1, -self._with_curvature(theta, gradient), 0.0)
+            steps, change = problem.best_steps(theta, direction)
+            problem.move(steps, change)
+            moved = steps[:, None] * direction
+            theta += moved
+            before, gradient = gradient, problem.gradient(theta)
+            self._remember(theta, moved, gradient - before, group["history"])
+        self.state[theta]["largest_gradient"] = gradient.abs().amax(1)
+        return result
+
+    def _with_curvature(self, theta: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient times the inverse Hessian as far as it is known: the two loops of L-BFGS (Nocedal and Wright, algorithm 7.4)."""
+        state = self.state[theta]
+        result = gradient.clone()
+        if "moved" not in state:
+            return result
+        moved, changed = state["moved"], state["changed"]
+        products = (moved * changed).sum(-1, keepdim=True)  # [pairs, S, 1]; 0 for a row that stood still
+        inverse = torch.where(products > 0, 1.0 / products.clamp(min=1e-300), 0.0)
+        shares = []
+        for index in reversed(range(len(moved))):
+            share = inverse[index] * (moved[index] * result).sum(-1, keepdim=True)
+            result = result - share * changed[index]
+            shares.append(share)
+        result = result * self._first_guess(products, changed)
+        for index, share in zip(range(len(moved)), reversed(shares), strict=True):
+            other = inverse[index] * (changed[index] * result).sum(-1, keepdim=True)
+            result = result + (share - other) * moved[index]
+        return result
+
+    @staticmethod
+    def _first_guess(products: Tensor, changed: Tensor) -> Tensor:
+        """[S, 1]: the inverse curvature along each row's latest pair, 1 for a row without any."""
+        guess = torch.ones_like(products[0])
+        for product, change in zip(products, changed, strict=True):
+            squares = change.square().sum(-1, keepdim=True)
+            guess = torch.where(product > 0, product / squares.clamp(min=1e-300), guess)
+        return guess
+
+    def _remember(self, theta: Tensor, moved: Tensor, changed: Tensor, history: int) -> None:
+        state = self.state[theta]
+        for name, latest in (("moved", moved), ("changed", changed)):
+            kept = state[name][-(history - 1) :] if name in state and history > 1 else latest[None][:0]
+            state[name] = torch.cat([kept, latest[None]])

@@ -1,0 +1,288 @@
+"""How well a judge tells correct tokens from wrong ones, and where to draw its line.
+
+Owns pure functions over probabilities, labels and questions: ROC, precision and recall, calibration, thresholds, intervals by
+bootstrap over questions. Knows no model, no files and no figures.
+
+Shape legend: N tokens, Q questions, R bootstrap replicates, C thresholds. Labels are 1 for correct, 0 for wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from draftsmith.models.judge import CurvePoint
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+_INTERVAL = (2.5, 97.5)
+_REPLICATE_NUMBERS = 2**23  # bootstrap weights in memory at a time
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Calibration by bins of equal width: in each, the mean probability, the share that is correct, and how many tokens.
+
+    Bins without a token have NaN for both. `error` is the expected calibration error: the distance of the two, weighted by tokens.
+    """
+
+    probability: Floats
+    correct: Floats
+    counts: Ints
+    error: float
+
+
+def roc_auc(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """The chance that a correct token scores above a wrong one, ties counting half: the area under the ROC curve.
+
+    Raises:
+        ValueError: only one class, scores that are not a number, or lists of different lengths.
+    """
+    scores, labels = _checked(scores_N, labels_N)
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    middle_ranks = np.cumsum(counts) - (counts - 1) / 2
+    num_correct = int(labels.sum())
+    num_wrong = len(labels) - num_correct
+    above = middle_ranks[place][labels == 1].sum() - num_correct * (num_correct + 1) / 2
+    return float(above / (num_correct * num_wrong))
+
+
+def roc_curve(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Floats]:
+    """Shares of wrong and of correct tokens accepted, from the strictest threshold (0, 0) to the loosest (1, 1).
+
+    Raises:
+        ValueError: as :func:`roc_auc`.
+    """
+    correct, wrong = _accepted(*_checked(scores_N, labels_N))
+    return wrong / wrong[-1], correct / correct[-1]
+
+
+def wrong_precision_recall(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Floats]:
+    """Of rejecting: recall (share of wrong tokens that are rejected) and precision (share of what is rejected that is wrong).
+
+    Wrong tokens are the rare class, so this is the pair of curves that tells something. From the strictest rejection to rejecting all.
+
+    Raises:
+        ValueError: as :func:`roc_auc`.
+    """
+    scores, labels = _checked(scores_N, labels_N)
+    rejected_wrong, rejected_correct = _accepted(-scores, 1 - labels)
+    # The first entry is where nothing is rejected, and precision means nothing.
+    hits, misses = rejected_wrong[1:], rejected_correct[1:]
+    return hits / hits[-1], hits / (hits + misses)
+
+
+def average_precision(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """Area under :func:`wrong_precision_recall` as a step function.
+
+    Raises:
+        ValueError: as :func:`roc_auc`.
+    """
+    recall, precision = wrong_precision_recall(scores_N, labels_N)
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+
+
+def reliability(probabilities_N: ArrayLike, labels_N: ArrayLike, num_bins: int = 10) -> Reliability:
+    """See Reliability. Classes that were balanced in training move all probabilities away from the shares of the text.
+
+    Raises:
+        ValueError: as :func:`roc_auc`, or a probability is not within 0 and 1.
+    """
+    probabilities, labels = _checked(probabilities_N, labels_N)
+    _check_probabilities(probabilities)
+    bins = np.minimum((probabilities * num_bins).astype(np.int64), num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    empty = counts == 0
+    shares = [
+        np.bincount(bins, weights, minlength=num_bins) / np.maximum(counts, 1) for weights in (probabilities, labels)
+    ]
+    error = float(np.sum(np.abs(shares[0] - shares[1]) * counts) / len(labels))
+    probability, correct = (np.where(empty, np.nan, share) for share in shares)
+    return Reliability(probability, correct, counts, error)
+
+
+def choose_threshold(
+    probabilities_N: ArrayLike,
+    labels_N: ArrayLike,
+    questions_N: Sequence[object] | NDArray,
+    max_wrong: float = 0.05,
+    hold_upper: bool = False,
+    num_replicates: int = 1000,
+    seed: int = 0,
+) -> CurvePoint:
+    """The threshold that accepts most correct tokens with at most the share `max_wrong` of wrong ones accepted.
+
+    Accepted means strictly above the threshold, which lies between two probabilities that occur, so that it does not hang on a
+    rounding error. Where even the likeliest wrong token must be rejected and nothing lies above it, the threshold is 1.
+
+    Args:
+        probabilities_N: of being correct, of held-out tokens.
+        labels_N: theirs.
+        questions_N: the question of each; tokens of one question are not independent, so the bootstrap draws questions.
+        max_wrong: the limit, from 0 to 1.
+        hold_upper: hold the upper end of the 95 % interval to the limit, not only the share itself. An interval of 0 to 0 says that none
+            was seen, not that there are none: with few questions it tells little.
+        num_replicates: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: only one class, numbers out of range, or lists of different lengths.
+    """
+    bootstrap = Bootstrap(probabilities_N, labels_N, questions_N, num_replicates, seed)
+    if not 0.0 <= max_wrong <= 1.0:
+        raise ValueError(f"max_wrong is {max_wrong}; it is the share of wrong tokens that may be accepted; give 0 to 1")
+    candidates = _candidates(bootstrap.probabilities, bootstrap.labels)
+    wrong = np.sort(bootstrap.probabilities[bootstrap.labels == 0])
+    shares = 1.0 - np.searchsorted(wrong, candidates, side="right") / len(wrong)
+    # A hair of tolerance: 0.05 of 100 tokens are 5, though 1 - 0.95 is more than 0.05 in floats.
+    first = int(np.argmax(shares <= max_wrong + 1e-12))
+    if hold_upper:
+        first = _first_below(bootstrap, candidates, first, max_wrong)
+    [point] = bootstrap.points(candidates[first : first + 1])
+    return point
+
+
+def curve(
+    probabilities_N: ArrayLike,
+    labels_N: ArrayLike,
+    questions_N: Sequence[object] | NDArray,
+    num_points: int = 41,
+    num_replicates: int = 1000,
+    seed: int = 0,
+) -> list[CurvePoint]:
+    """What thresholds from 0 to 1 do, spread evenly over the shares of wrong and of correct tokens; rising.
+
+    Arguments and errors as for :func:`choose_threshold`. `num_points` is about how many.
+    """
+    bootstrap = Bootstrap(probabilities_N, labels_N, questions_N, num_replicates, seed)
+    steps = np.linspace(0.0, 1.0, max(2, num_points // 2))
+    spread = [np.quantile(bootstrap.probabilities[bootstrap.labels == kind], steps, method="lower") for kind in (0, 1)]
+    return bootstrap.points(np.unique(np.concatenate([[0.0, 1.0], *spread])))
+
+
+class Bootstrap:
+    """Accepted shares at thresholds with 95 % percentile intervals over questions: Q of Q questions are drawn, with replacement.
+
+    The same draws serve every threshold, so intervals fall with the threshold as the shares do. Replicates without a token of a class
+    do not count for it.
+
+    Raises:
+        ValueError: only one class, probabilities out of range, lists of different lengths, or no replicate.
+    """
+
+    def __init__(
+        self,
+        probabilities_N: ArrayLike,
+        labels_N: ArrayLike,
+        questions_N: Sequence[object] | NDArray,
+        num_replicates: int,
+        seed: int,
+    ) -> None:
+        self.probabilities, self.labels = _checked(probabilities_N, labels_N)
+        _check_probabilities(self.probabilities)
+        if len(questions_N) != len(self.labels):
+            raise ValueError(f"{len(questions_N)} questions for {len(self.labels)} tokens; give one for each token")
+        if num_replicates < 1:
+            raise ValueError(f"num_replicates is {num_replicates}; a bootstrap needs at least 1")
+        names, self._question = np.unique(np.asarray(questions_N), return_inverse=True)
+        self._num_questions, self._num_replicates, self._seed = len(names), num_replicates, seed
+
+    def points(self, thresholds_C: Floats) -> list[CurvePoint]:
+        """One point a threshold; thresholds must rise."""
+        correct, wrong = (self._shares(kind, thresholds_C) for kind in (1, 0))
+        return [
+            CurvePoint(
+                threshold=float(threshold),
+                correct=float(correct[0, index]),
+                correct_low=float(correct[1, index]),
+                correct_high=float(correct[2, index]),
+                wrong=float(wrong[0, index]),
+                wrong_low=float(wrong[1, index]),
+                wrong_high=float(wrong[2, index]),
+            )
+            for index, threshold in enumerate(thresholds_C)
+        ]
+
+    def _shares(self, kind: int, thresholds_C: Floats) -> Floats:
+        """[3, C]: the share of the class that is accepted, and the ends of its interval."""
+        chosen = self.labels == kind
+        # The number of thresholds that lie strictly below a probability: those accept it.
+        below = np.searchsorted(thresholds_C, self.probabilities[chosen], side="left")
+        C = len(thresholds_C)
+        cells = np.bincount(self._question[chosen] * (C + 1) + below, minlength=self._num_questions * (C + 1))
+        counts_QC = cells.reshape(self._num_questions, C + 1)[:, ::-1].cumsum(1)[:, ::-1].astype(np.float64)
+        accepted_QC, total_Q = counts_QC[:, 1:], counts_QC[:, 0]
+        parts = []
+        for weights_RQ in self._draws():
+            total_R = weights_RQ @ total_Q
+            accepted_RC = weights_RQ @ accepted_QC
+            parts.append(accepted_RC[total_R > 0] / total_R[total_R > 0, None])
+        ends = np.percentile(np.concatenate(parts), _INTERVAL, axis=0)
+        return np.concatenate([accepted_QC.sum(0, keepdims=True) / total_Q.sum(), ends])
+
+    def _draws(self) -> Iterator[Floats]:
+        """How often each question was drawn: [R, Q] in parts, the same ones every time."""
+        generator = np.random.default_rng(self._seed)
+        part = max(1, _REPLICATE_NUMBERS // self._num_questions)
+        even = np.full(self._num_questions, 1.0 / self._num_questions)
+        for start in range(0, self._num_replicates, part):
+            number = min(part, self._num_replicates - start)
+            yield generator.multinomial(self._num_questions, even, size=number).astype(np.float64)
+
+
+def _candidates(probabilities_N: Floats, labels_N: Ints) -> Floats:
+    """Thresholds worth a thought, rising: 0, just above each wrong token's probability, and 1 where nothing lies above."""
+    values = np.unique(probabilities_N)
+    wrong = np.unique(probabilities_N[labels_N == 0])
+    after = np.searchsorted(values, wrong, side="right")
+    higher = np.append(values, 1.0)[after]
+    middle = (wrong + higher) / 2
+    middle = np.where((middle > wrong) & (middle < higher), middle, wrong)
+    middle[after == len(values)] = 1.0
+    return np.unique(np.concatenate([[0.0], middle]))
+
+
+def _first_below(bootstrap: Bootstrap, candidates: Floats, first: int, max_wrong: float) -> int:
+    """The first candidate from `first` on whose upper end is within the limit; by bisection, since upper ends fall."""
+    low, high = first, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        [point] = bootstrap.points(candidates[middle : middle + 1])
+        low, high = (low, middle) if point["wrong_high"] <= max_wrong + 1e-12 else (middle + 1, high)
+    return low
+
+
+def _accepted(scores_N: Floats, labels_N: Ints) -> tuple[Floats, Floats]:
+    """Correct and wrong tokens accepted at each distinct score, from none to all."""
+    order = np.argsort(-scores_N, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores_N[order])), len(order) - 1)
+    correct = np.cumsum(labels_N[order])[last].astype(np.float64)
+    return np.append(0.0, correct), np.append(0.0, last + 1 - correct)
+
+
+def _checked(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Ints]:
+    scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.int64)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ValueError(
+            f"scores have shape {scores.shape} and labels {labels.shape}; both are one list of tokens; give one label each"
+        )
+    if np.isnan(scores).any():
+        raise ValueError(
+            f"{int(np.isnan(scores).sum())} scores are NaN; every score is a number; look at the states they come from"
+        )
+    found = set(np.unique(labels).tolist())
+    if found != {0, 1}:
+        raise ValueError(
+            f"the labels are {sorted(found)}; both 1 (correct) and 0 (wrong) are needed; label more answers"
+        )
+    return scores, labels
+
+
+def _check_probabilities(probabilities_N: Floats) -> None:
+    if probabilities_N.min() < 0.0 or probabilities_N.max() > 1.0:
+        raise ValueError(
+            f"probabilities go from {probabilities_N.min()} to {probabilities_N.max()}; they are from 0 to 1; take the sigmoid of log-odds"
+        )
