@@ -23,6 +23,13 @@ class Conflict(ValueError):
     """Two writers wanted to add the same row; the second one's transaction left no trace."""
 
 
+class Unavailable(ValueError):
+    """The database could not do it now: another process holds it, its disk is full, its server is gone.
+
+    Nothing was written, and the same call may succeed later.
+    """
+
+
 def now() -> str:
     """The time as the tables keep it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
@@ -105,8 +112,14 @@ class Database:
         except exc.IntegrityError as error:
             rule = "another process wrote the same row at the same moment, and nothing of this was written"
             raise Conflict(f"{self.name}: {error.orig}; {rule}; try again") from error
+        except exc.OperationalError as error:
+            raise Unavailable(f"{self.name}: {error.orig}; {_remedy(str(error.orig))}") from error
         except exc.DBAPIError as error:
             raise ValueError(f"{self.name}: {error.orig}; {_remedy(str(error.orig))}") from error
+        except exc.TimeoutError as error:
+            raise Unavailable(
+                f"{self.name}: every connection to it is in use; try again, nothing was written"
+            ) from error
 
     def close(self) -> None:
         """Closes all connections."""

@@ -7,7 +7,7 @@ given up. Knows nothing of what a label says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select
@@ -35,10 +35,10 @@ def open_seat(connection: Connection, annotator: str, labelled: Set[tuple[int, s
     return next((one for one in held if one.annotator == annotator and (one.item, annotator) not in labelled), None)
 
 
-def free_seat(
+def free_seats(
     connection: Connection, annotator: str, wanted: Mapping[int, int], labelled: Set[tuple[int, str]]
-) -> Seat | None:
-    """The first free seat for `annotator`, not taken yet.
+) -> Iterator[Seat]:
+    """The free seats for `annotator`, one an item, none of them taken yet.
 
     Args:
         wanted: the number of seats of each item, in the order in which items are offered.
@@ -57,8 +57,14 @@ def free_seat(
             continue
         for seat in range(num_seats):
             if (item, seat) not in taken:
-                return Seat(item, seat, turns[item, seat], annotator)
-    return None
+                yield Seat(item, seat, turns[item, seat], annotator)
+                break
+
+
+def seats_of(connection: Connection, annotator: str) -> tuple[list[Seat], list[Seat]]:
+    """The seats that `annotator` holds, and those that they gave up, oldest first."""
+    held, released = _seats(connection)
+    return [one for one in held if one.annotator == annotator], [one for one in released if one.annotator == annotator]
 
 
 def take(connection: Connection, seat: Seat) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +21,7 @@ from sqlalchemy import Connection, Row, Table, func, insert, select
 
 from draftsmith.label.database import PATIENCE_SECONDS, Conflict, Database, now
 from draftsmith.label.schema import Answer, Label, Span, Tokens, check_answer, check_label
-from draftsmith.label.seats import Seat, free_seat, open_seat, take
+from draftsmith.label.seats import Seat, free_seats, open_seat, seats_of, take
 from draftsmith.label.tables import ASSIGNMENTS, ENTRIES, ITEMS, RELEASES, TOKENS
 
 _BATCH = 400  # ids in one IN (...): SQLite's old limit is 999 parameters
@@ -48,6 +50,25 @@ class Entry:
     author: str
     at: str
     seconds: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an annotator is with the items that were assigned to them.
+
+    `num_waiting` are those that they could still get, the open one included. `mean_seconds` is the time that their labels
+    took, None where none tells it. `last_entry` is the number of the label that `Store.undo` would take back.
+    """
+
+    num_labelled: int
+    num_released: int
+    num_waiting: int
+    mean_seconds: float | None
+    last_entry: int | None
+
+
+class NotOpen(ValueError):
+    """The item, or the entry, is not this annotator's to change, or not any more. Nothing was written."""
 
 
 class Store:
@@ -85,42 +106,54 @@ class Store:
                 num_labels += 1
         return Added(num_new, num_labels, num_known)
 
-    def annotate(self, item_id: str, label: Label, seconds: float | None = None) -> int:
+    def annotate(self, item_id: str, label: Label, seconds: float | None = None, assigned: bool = False) -> int:
         """Appends a label by `label.labelled_by`, which from now on is that author's label of the item.
 
-        `seconds` is the time it took. Returns the entry's number. When this returns, the entry is on the disk.
+        `seconds` is the time it took. With `assigned`, the item must be assigned to that author and still be open: the
+        label that stands there already is not written again, so that a request can be sent twice, and another is refused.
+        Returns the entry's number. When this returns, the entry is on the disk.
 
-        Raises ValueError: no such item, or the label breaks a rule (a span outside of the response, say).
+        Raises:
+            NotOpen: the item is not assigned to the author, or has another label of theirs (`assigned` only).
+            ValueError: no such item, or the label breaks a rule (a span outside of the response, say).
         """
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise ValueError(f"{item_id}: seconds is {seconds}; a time is 0 or more; give the time it took, or None")
         with self._database.write() as connection:
             item = _item(connection, item_id)
             check_label(label, item.response, item_id)
+            if assigned:
+                _check_held(connection, item, label.labelled_by)
+                standing = _standing(connection).get((item.number, label.labelled_by))
+                if standing is not None and _label(standing) == label:
+                    return int(standing.number)
+                _check_unlabelled(standing, item_id, label.labelled_by)
             values = _entry_values(item.number, label, label.labelled_by, seconds)
             return _append(connection, ENTRIES, values)
 
-    def undo(self, author: str) -> str:
+    def undo(self, author: str, entry: int | None = None) -> str:
         """Takes back the last label of `author` that still stands, by another entry. Returns the item's id.
 
-        The author's label before it on that item, if any, stands again.
+        The author's label before it on that item, if any, stands again. With `entry`, the label must have that number and
+        its item be assigned to the author; one that was taken back already stays so, and nothing is written.
 
-        Raises ValueError: nothing of this author's stands.
+        Raises:
+            NotOpen: the label of that number is not the author's last one on an assigned item (`entry` only).
+            ValueError: nothing of this author's stands.
         """
         with self._database.write() as connection:
-            undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None))
-            last = connection.execute(
-                select(ENTRIES.c.number, ENTRIES.c.item, ITEMS.c.id)
-                .join(ITEMS, ITEMS.c.number == ENTRIES.c.item)
-                .where(ENTRIES.c.labelled_by == author, ENTRIES.c.undoes.is_(None), ENTRIES.c.number.not_in(undone))
-                .order_by(ENTRIES.c.number.desc())
-                .limit(1)
-            ).first()
+            if entry is not None and (done := _undone_item(connection, author, entry)) is not None:
+                return done
+            last = _last_label(connection, author, assigned=entry is not None)
+            if entry is not None and (last is None or last.number != entry):
+                raise NotOpen(
+                    f"entry {entry} is not the last label of {author!r}; look at the last one again, and undo it"
+                )
             if last is None:
                 raise ValueError(f"{author!r} has no label to take back; label something first")
             values = {"item": last.item, "undoes": last.number, "labelled_by": author, "note": ""}
             connection.execute(insert(ENTRIES).values(values | {"author": author, "at": now()}))
-            return str(last.id)
+            return str(connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number == last.item)))
 
     def assign(self, annotator: str, shared: float = 0.0) -> Answer | None:
         """The item that `annotator` is to label now, or None when there is none left for them.
@@ -139,7 +172,7 @@ class Store:
             # On SQLite writers go one after the other. Elsewhere two may choose the same seat: one of them fails on the
             # unique constraint, and looks again.
             with contextlib.suppress(Conflict), self._database.write() as connection:
-                seat = open_seat(connection, annotator, set(_current_labels(connection)))
+                seat = open_seat(connection, annotator, set(_standing(connection)))
                 if seat is None:
                     seat = self._next_seat(connection, annotator, shared)
                 return None if seat is None else _answer(connection, seat.item)
@@ -147,20 +180,51 @@ class Store:
     def release(self, item_id: str, annotator: str, reason: str) -> None:
         """Gives an assigned item back, for somebody else; this annotator is not offered it again.
 
-        Raises ValueError: the item is not assigned to them, or was given back already.
+        Raises:
+            NotOpen: the item is not assigned to them, was given back already, or has their label.
+            ValueError: no such item.
         """
         with self._database.write() as connection:
-            released = select(RELEASES.c.assignment)
+            item = _item(connection, item_id)
+            _check_held(connection, item, annotator)
+            _check_unlabelled(_standing(connection).get((item.number, annotator)), item_id, annotator)
             number = connection.scalar(
-                select(ASSIGNMENTS.c.number)
-                .join(ITEMS, ITEMS.c.number == ASSIGNMENTS.c.item)
-                .where(ITEMS.c.id == item_id, ASSIGNMENTS.c.annotator == annotator)
-                .where(ASSIGNMENTS.c.number.not_in(released))
+                select(ASSIGNMENTS.c.number).where(
+                    ASSIGNMENTS.c.item == item.number, ASSIGNMENTS.c.annotator == annotator
+                )
             )
-            if number is None:
-                raise ValueError(f"{item_id} is not assigned to {annotator!r}; only one's own item can be released")
             values = {"assignment": number, "reason": reason, "author": annotator, "at": now()}
             connection.execute(insert(RELEASES).values(values))
+
+    def progress(self, annotator: str, shared: float = 0.0) -> Progress:
+        """How far `annotator` is, where the share `shared` of the items goes to two (see `assign`)."""
+        with self._database.read() as connection:
+            standing = _standing(connection)
+            held, released = seats_of(connection, annotator)
+            mine = [standing[seat.item, annotator] for seat in held if (seat.item, annotator) in standing]
+            free = _free_seats(connection, annotator, shared, standing)
+            times = [row.seconds for row in mine if row.seconds is not None]
+            return Progress(
+                num_labelled=len(mine),
+                num_released=len(released),
+                num_waiting=len(held) - len(mine) + sum(1 for _ in free),
+                mean_seconds=statistics.fmean(times) if times else None,
+                last_entry=max((int(row.number) for row in mine), default=None),
+            )
+
+    def num_waiting(self, shared: float = 0.0) -> int:
+        """How many items still need a look, by anybody, where the share `shared` of them needs two."""
+        with self._database.read() as connection:
+            num_labels = Counter(item for item, _ in _placed(_standing(connection)))
+            return sum(num_labels[item] < wanted for item, wanted in _wanted(connection, shared).items())
+
+    def answer(self, item_id: str) -> Answer:
+        """One answer, without labels.
+
+        Raises ValueError: no such item.
+        """
+        with self._database.read() as connection:
+            return _answer(connection, _item(connection, item_id).number)
 
     def answers(self, unlabelled: bool = False) -> list[Answer]:
         """Every answer with each author's current label, in the order of their adding; with tokens if there is one set.
@@ -208,13 +272,7 @@ class Store:
         self.close()
 
     def _next_seat(self, connection: Connection, annotator: str, shared: float) -> Seat | None:
-        current = _current_labels(connection)
-        wanted = {
-            row.number: 2 if _lot(row.id) < shared else 1
-            for row in connection.execute(select(ITEMS.c.number, ITEMS.c.id).order_by(ITEMS.c.number))
-        }
-        placed = {key for key, label in current.items() if label.verdict != "unplaced"}
-        seat = free_seat(connection, annotator, wanted, placed)
+        seat = next(_free_seats(connection, annotator, shared, _standing(connection)), None)
         if seat is not None:
             take(connection, seat)
         return seat
@@ -272,20 +330,72 @@ def _lot(item_id: str) -> float:
     return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:6]) / 2**48
 
 
-def _current_labels(connection: Connection) -> dict[tuple[int, str], Label]:
-    """The label that stands, by item number and author."""
+def _standing(connection: Connection) -> dict[tuple[int, str], Row[Any]]:
+    """The entry of the label that stands, by item number and author."""
     undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None))
     rows = connection.execute(
         select(ENTRIES).where(ENTRIES.c.undoes.is_(None), ENTRIES.c.number.not_in(undone)).order_by(ENTRIES.c.number)
     )
-    return {(row.item, row.labelled_by): _label(row) for row in rows}
+    return {(row.item, row.labelled_by): row for row in rows}
 
 
-def _tokens(connection: Connection) -> dict[int, Tokens]:
-    """The tokens of each item that were added last."""
+def _current_labels(connection: Connection) -> dict[tuple[int, str], Label]:
+    """The label that stands, by item number and author."""
+    return {key: _label(row) for key, row in _standing(connection).items()}
+
+
+def _placed(standing: dict[tuple[int, str], Row[Any]]) -> set[tuple[int, str]]:
+    """(item, author) of the labels that leave nothing to find out."""
+    return {key for key, row in standing.items() if row.verdict != "unplaced"}
+
+
+def _wanted(connection: Connection, shared: float) -> dict[int, int]:
+    """How many annotators each item is meant for, in the order of their adding."""
+    rows = connection.execute(select(ITEMS.c.number, ITEMS.c.id).order_by(ITEMS.c.number))
+    return {row.number: 2 if _lot(row.id) < shared else 1 for row in rows}
+
+
+def _free_seats(
+    connection: Connection, annotator: str, shared: float, standing: dict[tuple[int, str], Row[Any]]
+) -> Iterator[Seat]:
+    wanted = _wanted(connection, shared)
+    unseen = {item: number for item, number in wanted.items() if (item, annotator) not in standing}
+    return free_seats(connection, annotator, unseen, _placed(standing))
+
+
+def _check_held(connection: Connection, item: Row[Any], annotator: str) -> None:
+    held, _ = seats_of(connection, annotator)
+    if item.number not in {seat.item for seat in held}:
+        raise NotOpen(f"{item.id} is not assigned to {annotator!r}; work on the item that was assigned to you")
+
+
+def _check_unlabelled(standing: Row[Any] | None, item_id: str, annotator: str) -> None:
+    if standing is not None:
+        raise NotOpen(f"{item_id} has a label of {annotator!r} already; take it back first, then change it")
+
+
+def _last_label(connection: Connection, author: str, assigned: bool) -> Row[Any] | None:
+    """The entry of the author's last label that stands, on an item that is assigned to them if so asked."""
+    mine = {seat.item for seat in seats_of(connection, author)[0]}
+    found = [
+        row for (item, by), row in _standing(connection).items() if by == author and (item in mine or not assigned)
+    ]
+    return max(found, key=lambda row: int(row.number), default=None)
+
+
+def _undone_item(connection: Connection, author: str, entry: int) -> str | None:
+    """The id of the item whose label, the entry of this number, its author has taken back already; else None."""
+    undone = select(ENTRIES.c.item).where(ENTRIES.c.undoes == entry, ENTRIES.c.author == author)
+    found = connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number.in_(undone)))
+    return None if found is None else str(found)
+
+
+def _tokens(connection: Connection, item: int | None = None) -> dict[int, Tokens]:
+    """The tokens of each item, or of that one, that were added last."""
+    chosen = select(TOKENS).order_by(TOKENS.c.number)
     return {
         row.item: Tokens(row.tokenizer, tuple((start, end) for start, end in json.loads(row.offsets)))
-        for row in connection.execute(select(TOKENS).order_by(TOKENS.c.number))
+        for row in connection.execute(chosen if item is None else chosen.where(TOKENS.c.item == item))
     }
 
 
@@ -298,7 +408,7 @@ def _item(connection: Connection, item_id: str) -> Row[Any]:
 
 def _answer(connection: Connection, number: int) -> Answer:
     row = connection.execute(select(ITEMS).where(ITEMS.c.number == number)).one()
-    return _from_item(row, _tokens(connection).get(number))
+    return _from_item(row, _tokens(connection, number).get(number))
 
 
 def _from_item(row: Row[Any], tokens: Tokens | None) -> Answer:

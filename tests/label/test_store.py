@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy.dialects import registry
 from sqlalchemy.schema import CreateTable
 
-from draftsmith.label.database import Database
+from draftsmith.label.database import Database, Unavailable
 from draftsmith.label.schema import Answer, Label, Tokens
-from draftsmith.label.store import Added, Store
+from draftsmith.label.store import Added, NotOpen, Progress, Store
 from draftsmith.label.tables import METADATA
 
 
@@ -145,6 +145,79 @@ def test_a_released_item_goes_to_somebody_else(store: Store, make: Callable[...,
         store.release("a", "alice", "again")
 
 
+def test_a_label_of_an_assigned_item_is_taken_once_and_from_its_annotator_only(
+    store: Store, make: Callable[..., Answer], wrong: Label
+) -> None:
+    store.add([make("a"), make("b")], "importer")
+    with pytest.raises(NotOpen, match="a is not assigned to 'alice'"):
+        store.annotate("a", wrong, assigned=True)
+    store.assign("alice")
+    number = store.annotate("a", wrong, assigned=True)
+    assert store.annotate("a", wrong, seconds=9, assigned=True) == number, "the same request, sent again"
+    with pytest.raises(NotOpen, match="a has a label of 'alice' already; take it back first"):
+        store.annotate("a", Label("correct", "alice", "person"), assigned=True)
+    with pytest.raises(NotOpen, match="a has a label of 'alice' already"):
+        store.release("a", "alice", "too late")
+    store.assign("bob")
+    store.release("b", "bob", "skipped")
+    with pytest.raises(NotOpen, match="b is not assigned to 'bob'"):
+        store.annotate("b", Label("correct", "bob", "person"), assigned=True)
+    assert store.num_entries() == 1
+
+
+def test_undo_of_a_numbered_entry_happens_once_and_only_to_the_last(
+    store: Store, make: Callable[..., Answer], wrong: Label
+) -> None:
+    store.add([make("a", label=Label("correct", "alice", "person")), make("b"), make("c")], "importer")
+    numbers = {}
+    for item in "bc":
+        store.assign("alice")
+        numbers[item] = store.annotate(item, wrong, assigned=True)
+    with pytest.raises(NotOpen, match=f"entry {numbers['b']} is not the last label of 'alice'"):
+        store.undo("alice", numbers["b"])
+    assert [store.undo("alice", numbers["c"]), store.undo("alice", numbers["c"])] == ["c", "c"]
+    assert store.undo("alice", numbers["b"]) == "b"
+    with pytest.raises(NotOpen, match="entry 1 is not the last label"):
+        store.undo("alice", 1)  # an import under the same name is not what was done at the page
+    assert store.num_entries() == 5
+
+
+def test_progress_counts_what_was_done_and_what_could_still_come(
+    store: Store, make: Callable[..., Answer], wrong: Label
+) -> None:
+    store.add([make(name) for name in "abcde"], "importer")
+    assert store.progress("alice") == Progress(0, 0, 5, None, None)
+    store.assign("alice")
+    number = store.annotate("a", wrong, seconds=3)
+    store.assign("alice")
+    store.release("b", "alice", "skipped")
+    store.assign("alice")
+    store.assign("bob")
+    assert store.progress("alice") == Progress(1, 1, 3, 3.0, number), "c is open, d and e are free; bob has b"
+    assert store.progress("bob") == Progress(0, 0, 3, None, None)
+    assert store.progress("bob", shared=1.0).num_waiting == 5, "and those that alice has had or has"
+    store.undo("alice")
+    assert store.progress("alice") == Progress(0, 1, 4, None, None), "what was taken back waits again"
+
+
+def test_waiting_are_the_items_that_nobody_or_too_few_have_looked_at(
+    store: Store, make: Callable[..., Answer], wrong: Label
+) -> None:
+    unplaced = Label("unplaced", "rule-1", "rule")
+    store.add([make("a", label=wrong), make("b", label=unplaced), make("c")], "importer")
+    assert (store.num_waiting(), store.num_waiting(shared=1.0)) == (2, 3)
+    store.assign("alice")
+    assert store.num_waiting() == 2, "an item that somebody only looks at still waits"
+
+
+def test_somebody_whose_name_an_import_has_used_is_not_offered_that_item(
+    store: Store, make: Callable[..., Answer]
+) -> None:
+    store.add([make("a", label=Label("unplaced", "alice", "person")), make("b")], "importer")
+    assert store.assign("alice") == make("b")
+    assert store.assign("bob") == make("a")
+
+
 def test_imported_labels_need_nobody_unless_the_place_is_unknown(store: Store, make: Callable[..., Answer]) -> None:
     store.add([make("a", label=Label("correct", "set", "rule"))], "importer")
     assert store.assign("alice") is None
@@ -194,11 +267,11 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_a_locked_store_is_told_and_nothing_is_written(store: Store, place: str, make: Callable[..., Answer]) -> None:
     other = sqlite3.connect(place, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(ValueError, match=r"labels\.db: database is locked; another process has held it for long"):
+    with pytest.raises(Unavailable, match=r"labels\.db: database is locked; another process has held it for long"):
         Store(place, patience_seconds=0.1)
     other.execute("ROLLBACK")
     other.execute("BEGIN IMMEDIATE")
-    with Store(place, patience_seconds=0.1) as impatient, pytest.raises(ValueError, match="nothing was written"):
+    with Store(place, patience_seconds=0.1) as impatient, pytest.raises(Unavailable, match="nothing was written"):
         impatient.add([make("a")], "importer")
     other.execute("ROLLBACK")
     other.close()

@@ -52,6 +52,11 @@ def test_the_configs_are_those_of_the_checkout() -> None:
     assert "quickstart.yaml" in shipped
 
 
+def test_the_labelling_page_comes_whole() -> None:
+    shipped = {entry.name for entry in importlib.resources.files("draftsmith.label").joinpath("web").iterdir()}
+    assert shipped == {path.name for path in (CHECKOUT / "label" / "web").iterdir()}
+
+
 def test_the_licence_and_the_type_marker_are_there() -> None:
     assert (PACKAGE / "py.typed").is_file()
     listed = {str(path) for path in importlib.metadata.files("draftsmith") or []}

@@ -1,0 +1,128 @@
+"""How far two annotators agree on the answers that both have labelled.
+
+Owns Cohen's kappa and the distance between two marks. Knows nothing of stores, and of how an answer is cut into tokens.
+Dimension: N, the tokens (or words) of one response.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from draftsmith.label.schema import Answer, Span, Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two annotators said of one answer.
+
+    `distance` is how many tokens lie from one mark to the other (0: the same token), where both marked an error.
+    """
+
+    item_id: str
+    first: Verdict
+    second: Verdict
+    distance: int | None
+
+    def agrees(self) -> bool:
+        """Whether both say that it is correct, or both that it is not."""
+        return (self.first == "correct") == (self.second == "correct")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two annotators and every answer that both have labelled."""
+
+    first: str
+    second: str
+    comparisons: tuple[Comparison, ...]
+
+    def observed(self) -> float:
+        """The share of answers with the same verdict, correct or not."""
+        return sum(one.agrees() for one in self.comparisons) / len(self.comparisons)
+
+    def kappa(self) -> float | None:
+        """Cohen's kappa of correct or not; see `cohens_kappa`."""
+        return cohens_kappa([(one.first == "correct", one.second == "correct") for one in self.comparisons])
+
+    def distances(self) -> tuple[int, ...]:
+        """The distances of the answers in which both marked an error, smallest first."""
+        return tuple(sorted(one.distance for one in self.comparisons if one.distance is not None))
+
+
+def agreements(answers: Iterable[Answer], cut: Callable[[Answer], Sequence[Span]]) -> list[Agreement]:
+    """Each pair of annotators who share at least one answer, by name.
+
+    Labels that speak of a part of an answer only are left out (see `speaks_of_all`).
+
+    Args:
+        answers: one for each author's label of each answer, as `Store.answers` gives them.
+        cut: the N tokens of an answer; asked only where both marked an error.
+    """
+    by_item: dict[str, list[Answer]] = {}
+    for answer in answers:
+        if speaks_of_all(answer):
+            by_item.setdefault(answer.id, []).append(answer)
+    found: dict[tuple[str, str], list[Comparison]] = {}
+    for labelled in by_item.values():
+        for one, other in itertools.combinations(sorted(labelled, key=_author), 2):
+            found.setdefault((_author(one), _author(other)), []).append(_compare(one, other, cut))
+    return [Agreement(first, second, tuple(comparisons)) for (first, second), comparisons in sorted(found.items())]
+
+
+def speaks_of_all(answer: Answer) -> bool:
+    """Whether the label tells of the whole answer if there is an error, and where the first one is.
+
+    A label on `checked` characters does so if they are all of them, or lead from the start to the error.
+    """
+    label = answer.label
+    if label is None:
+        return False
+    if label.checked is None:
+        return True
+    start, end = label.checked
+    return start == 0 and (label.verdict == "wrong" or end == len(answer.response))
+
+
+def cohens_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
+    """Cohen's kappa (1960, eq. 1): (observed - expected) / (1 - expected), where expected is the agreement by chance.
+
+    None where it is not defined: no pairs, or both gave one and the same verdict throughout.
+    """
+    if not pairs:
+        return None
+    count = len(pairs)
+    first = sum(one for one, _ in pairs)
+    second = sum(other for _, other in pairs)
+    # In whole numbers up to the last step, so that "no chance left" is told exactly.
+    expected = first * second + (count - first) * (count - second)
+    observed = sum(one == other for one, other in pairs) * count
+    return None if expected == count * count else (observed - expected) / (count * count - expected)
+
+
+def token_distance(first: Span, second: Span, offsets_N: Sequence[Span]) -> int | None:
+    """How many tokens lie from the first token of one mark to that of the other.
+
+    Worked example: with tokens (0, 2), (2, 3), (3, 7), the marks (1, 3) and (4, 5) begin in tokens 0 and 2: 2. None where a
+    mark touches no token.
+    """
+    starts = [
+        next((index for index, (start, end) in enumerate(offsets_N) if max(start, mark[0]) < min(end, mark[1])), None)
+        for mark in (first, second)
+    ]
+    return None if starts[0] is None or starts[1] is None else abs(starts[0] - starts[1])
+
+
+def _author(answer: Answer) -> str:
+    assert answer.label is not None
+    return answer.label.labelled_by
+
+
+def _compare(one: Answer, other: Answer, cut: Callable[[Answer], Sequence[Span]]) -> Comparison:
+    assert one.label is not None
+    assert other.label is not None
+    distance = None
+    if one.label.error is not None and other.label.error is not None:
+        distance = token_distance(one.label.error, other.label.error, cut(one))
+    return Comparison(one.id, one.label.verdict, other.label.verdict, distance)
