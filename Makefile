@@ -1,6 +1,7 @@
 # make quickstart   prompts -> replies -> cache -> training -> export -> report, on the embedded target
 # make test         the test suite          make check     ruff and mypy
 # make bench        compare all families    make embedded  train the embedded models from scratch (over an hour)
+# make judge        a judge from nothing to its price, on the embedded pair (under twenty minutes)
 # make wheel        dist/*.whl              make clean     remove what make built, but not runs/
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DRAFTSMITH := HF_HUB_OFFLINE=1 $(BIN)/draftsmith
 
 .DELETE_ON_ERROR:
-.PHONY: install install-dev quickstart test check bench embedded wheel clean
+.PHONY: install install-dev quickstart test check bench judge embedded wheel clean
 
 # torch goes first: on a machine that offers a CPU build of the pinned version, the rest then settles on that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -88,6 +89,9 @@ check: install-dev
 
 bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/families.py
+
+judge: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge.py
 
 embedded: install
 	$(DRAFTSMITH) embedded build

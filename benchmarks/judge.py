@@ -110,7 +110,7 @@ def trained(
     metrics = provenance.read(root / "judge")["config"]["metrics"]
     head = load_judge(root / "judge")
     return Judged(
-        root / "judge", int(head.config.labels.get("questions", 0)), metrics["val/auc"], head.config.threshold
+        root / "judge", int(head.config.labels["questions"]["train"]), metrics["val/auc"], head.config.threshold
     )
 
 
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
     """All stages, then the page."""
     work, stages = options.work, Stages(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    count = {name: max(8, int(options.scale * full)) for name, full in (("train", 5600), ("mine", 400), ("test", 500))}
+    count = {name: max(8, int(options.scale * full)) for name, full in (("train", 6000), ("mine", 400), ("test", 500))}
     for split, name in (("train", "train"), ("validation", "held"), ("test", "test")):
         amount = count["test"] if name == "held" else count[name]
         stages.once(
