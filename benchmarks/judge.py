@@ -22,8 +22,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from recipes import RECIPES
+from recipes import train as train_head
+
 from draftsmith import provenance
 from draftsmith.data.hidden_states import extract
+from draftsmith.data.responses import respond
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy_command import evaluate_rules
 from draftsmith.files import atomic_write, read_jsonl
@@ -39,7 +43,9 @@ TARGET, DRAFT = "embedded:target", "embedded:draft_lm"
 SIZES = (50, 150, 500, 1500)
 PAPER_SIZE = 500
 SHAPE = "1x16"
-THRESHOLDS = (0.3, 0.7, 0.9, 0.99)
+THRESHOLDS = (0.3, 0.7, 0.95)
+LONG_SHAPES = ("1x8", "1x32", "1x32e0.4")
+HEAD_SHAPES = ("1x8", "10x6n24")
 RIVALS = ("top-k@2", "top-k@3", "top-k@5", "kl@0.2", "kl@1", "kl@3", "typical@0.09", "typical@0.3", "everything")
 
 
@@ -188,6 +194,7 @@ def run(options: argparse.Namespace) -> None:
     judges["mined"] = trained(stages, "mined", [work / "mined"])
     judges["both"] = trained(stages, "both", [pairs, work / "mined"])
     stages.once("evaluate", lambda: compare(work, judges, held / "rows.jsonl", options))
+    drafters(stages, judges, options)
     out_of_domain(stages, judges, options)
     human = people(stages, options) if (options.data / "judge").is_dir() else None
     publish(stages, judges, human, options)
@@ -210,7 +217,7 @@ def compare(work: Path, judges: dict[str, Judged], held: Path, options: argparse
     rules += [f"judge mined=judge:{judges['mined'].folder}@{threshold}" for threshold in THRESHOLDS[::2]]
     evaluate_rules(
         TARGET, DRAFT, work / "test.jsonl", "final-number", rules, work / "report",
-        shape=SHAPE, labelled_rows=held, max_new_tokens=200, timed_problems=max(2, int(options.scale * 40)),
+        shape=SHAPE, labelled_rows=held, max_new_tokens=200, timed_problems=max(2, int(options.scale * 30)),
     )  # fmt: skip
 
 
@@ -249,13 +256,68 @@ def out_of_domain(stages: Stages, judges: dict[str, Judged], options: argparse.N
         )
 
 
+def drafters(stages: Stages, judges: dict[str, Judged], options: argparse.Namespace) -> None:
+    """Longer chains, an early stop, and a trained head: with the judge and without."""
+    work = stages.work
+    few = max(64, int(options.scale * 1200))
+
+    def replies() -> None:
+        respond(TARGET, work / "train.jsonl", work / "replies", limit=few, max_new_tokens=160, batch_rows=64)
+        extract(TARGET, work / "replies", work / "replies-cache")
+
+    stages.once("eagle-cache", replies)
+    steps = max(20, int(options.scale * 800))
+    stages.once(
+        "eagle", lambda: train_head(RECIPES["eagle"], TARGET, work / "replies-cache", work / "eagle", steps=steps)
+    )
+    rules = ["lossless", f"judge=judge:{judges[f'checker-{PAPER_SIZE}'].folder}"]
+    for drafter, name, shapes in (
+        (DRAFT, "draft_lm", LONG_SHAPES),
+        (str(work / "eagle" / "drafter"), "eagle", HEAD_SHAPES),
+    ):
+        for shape in shapes:
+            stages.once(
+                f"drafters-{name}-{shape}",
+                lambda drafter=drafter, name=name, shape=shape: evaluate_rules(  # type: ignore[misc]
+                    TARGET,
+                    drafter,
+                    work / "test.jsonl",
+                    "final-number",
+                    rules,
+                    work / f"report-{name}-{shape}",
+                    shape=shape,
+                    max_new_tokens=200,
+                    limit=max(4, int(options.scale * 200)),
+                    timed_problems=max(2, int(options.scale * 15)),
+                ),
+            )
+
+
+def drafters_table(work: Path) -> str:
+    """One line a drafter, shape and rule."""
+    lines = [
+        "| drafter | shape | rule | right answers | accepted a cycle | target forwards an answer | speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, shapes in (("draft_lm", LONG_SHAPES), ("eagle", HEAD_SHAPES)):
+        for shape in shapes:
+            for row in json.loads((work / f"report-{name}-{shape}" / "report.json").read_text())["rows"][1:]:
+                measures = [
+                    f"{row[key]:.2f}" for key in ("accepted_per_cycle", "target_forwards_per_answer", "speedup")
+                ]
+                rule = f"{row['rule']} (lossy)" if row["lossy"] else row["rule"]
+                lines.append("| " + " | ".join([name, shape, rule, f"{100 * row['accuracy']:.1f} %", *measures]) + " |")
+    return "\n".join(lines)
+
+
 def people(stages: Stages, options: argparse.Namespace) -> Judged:
     """A judge on people's labels of other models' solutions, with chat-6m's states: does it run, and what is it worth?"""
     work, target = stages.work, str(options.data / "models" / "chat-6m")
     store = work / "people.db"
 
     def read() -> None:
-        for source in sorted((options.data / "judge").glob("*.jsonl")):
+        # The sets in which people marked the place of the first error.
+        for source in sorted((options.data / "judge").glob("[bp]*.jsonl")):
             import_answers(source, str(store), licence="see the source")
 
     stages.once("people-import", read)
@@ -290,6 +352,10 @@ def publish(stages: Stages, judges: dict[str, Judged], human: Judged | None, opt
         "## Rules on unseen problems",
         section(work / "report"),
         f"![Right answers against accepted tokens and speed]({name}.png)",
+        "## Longer chains, an early stop, another drafter",
+        f"The first {max(4, int(options.scale * 200))} of the problems; EAGLE-1 was trained for {max(20, int(options.scale * 800))} steps "
+        "on the target's own replies.",
+        drafters_table(work),
         "## Out of domain: problems with division",
         section(work / "report-division"),
         "The same judges on the problems without division:",
