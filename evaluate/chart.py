@@ -52,29 +52,34 @@ def draw(rows: Sequence[Row]) -> bytes:
     if deep:
         _draw_depths(axes[1], rows, names, looks)
     first = rows[0]
-    figure.suptitle(
-        f"{first.target}: {first.prompts} prompts, batch {first.batch_size}, {first.dtype} on {first.device}",
-        fontsize=12,
-        color=INK,
-        x=0.01,
-        ha="left",
-        fontweight="bold",
+    return titled_png(
+        figure, f"{first.target}: {first.prompts} prompts, batch {first.batch_size}, {first.dtype} on {first.device}"
     )
+
+
+def titled_png(figure: Figure, title: str) -> bytes:
+    """PNG bytes of a figure under its title."""
+    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": ""})
     return out.getvalue()
 
 
 def _looks(rows: Sequence[Row]) -> list[Look]:
-    """One colour and marker for each drafter and shape, one dash for each temperature; grey for rows that do not draft."""
-    labels = list(dict.fromkeys(row.label for row in rows if row.acceptance_by_depth))
+    """A colour for each drafter, a marker for each of its shapes, a dash for each temperature; grey for rows that do not draft.
+
+    One drafter alone has a colour for each of its shapes too.
+    """
+    drafting = [row for row in rows if row.acceptance_by_depth]
+    drafters = list(dict.fromkeys(row.drafter for row in drafting))
     warmths = list(dict.fromkeys(row.temperature for row in rows))
-    return [
-        Look(*LOOKS[labels.index(row.label) % len(LOOKS)], DASHES[warmths.index(row.temperature) % len(DASHES)])
-        if row.acceptance_by_depth
-        else Look("#9ca3af")
-        for row in rows
-    ]
+
+    def look(row: Row) -> Look:
+        own = list(dict.fromkeys(other.label for other in drafting if other.drafter == row.drafter)).index(row.label)
+        colour = LOOKS[(drafters.index(row.drafter) if len(drafters) > 1 else own) % len(LOOKS)][0]
+        return Look(colour, LOOKS[own % len(LOOKS)][1], DASHES[warmths.index(row.temperature) % len(DASHES)])
+
+    return [look(row) if row.acceptance_by_depth else Look("#9ca3af") for row in rows]
 
 
 def _plain_axes(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:

@@ -5,14 +5,13 @@ Owns the look of the chart. Does not know how a row was measured. Draws without 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from draftsmith.evaluate.chart import GRID, INK, LOOKS, SOFT
+from draftsmith.evaluate.chart import GRID, LOOKS, SOFT, titled_png
 from draftsmith.evaluate.lossy import PLAIN, RuleRow
 
 
@@ -26,17 +25,7 @@ def draw_trade(rows: Sequence[RuleRow]) -> bytes:
     left.set_ylabel("right answers, %", color=SOFT)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.suptitle(
-        f"What lossy rules gain and cost: {rows[0].problems} problems",
-        fontsize=12,
-        color=INK,
-        x=0.01,
-        ha="left",
-        fontweight="bold",
-    )
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": ""})
-    return out.getvalue()
+    return titled_png(figure, f"What lossy rules gain and cost: {rows[0].problems} problems")
 
 
 def _draw(axes: Axes, rows: Sequence[RuleRow], measure: str, title: str) -> None:
