@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from draftsmith import cli
 from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
-from draftsmith.models import ReDrafter, TargetEnds
+from draftsmith.models import ReDrafter, Target, TargetEnds
+from draftsmith.models.draft_lm import load_draft_lm
+from draftsmith.models.judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -112,3 +115,18 @@ def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "runs/quickstart/drafter" in code
     exec(compile(code.replace("runs/quickstart/drafter", str(tmp_path / "drafter")), "README.md", "exec"), {})
     assert "accepted in each cycle: [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["docs/judge.md", "docs/lossy.md"])
+def test_the_examples_with_a_judge_run(page: str, tmp_path: Path) -> None:
+    target = Target.load("embedded:target")
+    Judge(JudgeConfig(hidden_size=target.ends.hidden_size, threshold=0.5)).save_pretrained(tmp_path / "judge")
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL))
+    known = {
+        "target": target,
+        "drafter": load_draft_lm("embedded:draft_lm"),
+        "prompt_ids": [5, 6, 7],
+        "states": torch.zeros(4, target.ends.hidden_size),
+    }
+    exec(compile(code.replace("runs/judge/train/judge", str(tmp_path / "judge")), page, "exec"), known)
+    assert "accepted" in known or "reply" in known
