@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -24,29 +25,37 @@ from typing import Any
 
 from recipes import RECIPES
 from recipes import train as train_head
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.data.hidden_states import extract
 from draftsmith.data.responses import respond
+from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.rule_text import parse_rule
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy_command import evaluate_rules
+from draftsmith.evaluate.samples import read_samples
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.label.command import import_answers
 from draftsmith.label.generate import generate
 from draftsmith.label.mine import mine
 from draftsmith.label.row_command import rows as label_rows
+from draftsmith.label.sums_answers import judge as check_sums
 from draftsmith.label.sums_answers import problem_of
+from draftsmith.models import Target, load_tokenizer
+from draftsmith.models.draft_lm import load_draft_lm
 from draftsmith.models.judge import load_judge
+from draftsmith.models.shapes import parse_shape
 from draftsmith.train.cli import main as train_command
 
 TARGET, DRAFT = "embedded:target", "embedded:draft_lm"
 SIZES = (50, 150, 500, 1500)
 PAPER_SIZE = 500
-SHAPE = "1x16"
+SHAPE = "1x32"
 THRESHOLDS = (0.3, 0.7, 0.95)
-LONG_SHAPES = ("1x8", "1x32", "1x32e0.4")
+LONG_SHAPES = ("1x8", "1x16", "1x32e0.4")
 HEAD_SHAPES = ("1x8", "10x6n24")
-RIVALS = ("top-k@2", "top-k@3", "top-k@5", "kl@0.2", "kl@1", "kl@3", "typical@0.09", "typical@0.3", "everything")
+RIVALS = ("top-k@2", "top-k@3", "kl@1", "kl@3", "typical@0.09", "everything")
 
 
 @dataclass(frozen=True)
@@ -135,11 +144,8 @@ def judge_callbacks(root: Path) -> list[dict[str, Any]]:
 def with_operation(path: Path, out: Path, operation: str, wanted: bool) -> Path:
     """The rows whose problem has, or has not, a step of one operation."""
 
-    def question(row: dict[str, Any]) -> str:
-        return str(next(one["content"] for one in row["messages"] if one["role"] == "user"))
-
     def has(row: dict[str, Any]) -> bool:
-        problem = problem_of(question(row))
+        problem = problem_of(question_of(row))
         assert problem is not None
         return any(step.op == operation for step in problem.steps)
 
@@ -194,6 +200,7 @@ def run(options: argparse.Namespace) -> None:
     judges["mined"] = trained(stages, "mined", [work / "mined"])
     judges["both"] = trained(stages, "both", [pairs, work / "mined"])
     stages.once("evaluate", lambda: compare(work, judges, held / "rows.jsonl", options))
+    stages.once("first-errors", lambda: first_errors(work, judges[f"checker-{PAPER_SIZE}"].folder))
     drafters(stages, judges, options)
     out_of_domain(stages, judges, options)
     human = people(stages, options) if (options.data / "judge").is_dir() else None
@@ -214,11 +221,57 @@ def compare(work: Path, judges: dict[str, Judged], held: Path, options: argparse
     rules = ["lossless", *RIVALS]
     rules += [f"judge {name}=judge:{one.folder}" for name, one in judges.items()]
     rules += [f"judge checker-{PAPER_SIZE}=judge:{paper}@{threshold}" for threshold in THRESHOLDS]
-    rules += [f"judge mined=judge:{judges['mined'].folder}@{threshold}" for threshold in THRESHOLDS[::2]]
+    rules += [f"judge mined=judge:{judges['mined'].folder}@{THRESHOLDS[0]}"]
     evaluate_rules(
         TARGET, DRAFT, work / "test.jsonl", "final-number", rules, work / "report",
         shape=SHAPE, labelled_rows=held, max_new_tokens=200, timed_problems=max(2, int(options.scale * 30)),
     )  # fmt: skip
+
+
+def first_errors(work: Path, judge: Path) -> None:
+    """Who said the first wrong token of each wrong answer: the target itself, or the draft by the rule."""
+    target, tokenizer, drafter = Target.load(TARGET), load_tokenizer(TARGET), load_draft_lm(DRAFT)
+    rows = [row for _, row in read_jsonl(work / "test.jsonl")]
+    samples = read_samples(work / "test.jsonl", tokenizer)
+    settings = GenerationSettings(200, eos_token_ids=target.eos_token_ids)
+    found = {}
+    for name, rule in (("lossless", "lossless"), ("judge", f"judge:{judge}"), ("judge, strict", f"judge:{judge}@0.99")):
+        engine, counts = Engine(target, drafter, parse_shape(SHAPE), rule=parse_rule(rule)[1]), Counter[str]()
+        for start in range(0, len(rows), 50):
+            replies = engine.generate([list(sample.prompt_ids) for sample in samples[start : start + 50]], settings)
+            for row, reply in zip(rows[start : start + 50], replies, strict=True):
+                counts[who_erred(row, reply, tokenizer)] += 1
+        found[name] = counts
+    atomic_write(work / "first-errors.json", json.dumps(found))
+
+
+def who_erred(row: dict[str, Any], reply: Generation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`nobody`, `rule`, `target`, or `unplaced` where no token is the first wrong one."""
+    text = str(tokenizer.decode(reply.token_ids, skip_special_tokens=True))
+    problem = problem_of(question_of(row))
+    assert problem is not None
+    span = check_sums(problem, text).error_span
+    if span is None:
+        return "nobody"
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    place = next((place for place, (start, end) in enumerate(offsets) if start <= span[0] < end), None)
+    return "unplaced" if place is None else "rule" if place in reply.by_rule else "target"
+
+
+def question_of(row: dict[str, Any]) -> str:
+    """The user's words."""
+    return str(next(one["content"] for one in row["messages"] if one["role"] == "user"))
+
+
+def errors_table(work: Path) -> str:
+    """Answers by who said their first wrong token."""
+    lines = [
+        "| decoded | no wrong line | first wrong token by the rule | first wrong token by the target itself |",
+        "|---|---|---|---|",
+    ]
+    for name, counts in json.loads((work / "first-errors.json").read_text()).items():
+        lines.append(f"| {name} | {counts.get('nobody', 0)} | {counts.get('rule', 0)} | {counts.get('target', 0)} |")
+    return "\n".join(lines)
 
 
 def out_of_domain(stages: Stages, judges: dict[str, Judged], options: argparse.Namespace) -> None:
@@ -352,6 +405,8 @@ def publish(stages: Stages, judges: dict[str, Judged], human: Judged | None, opt
         "## Rules on unseen problems",
         section(work / "report"),
         f"![Right answers against accepted tokens and speed]({name}.png)",
+        "## Whose errors they are",
+        errors_table(work),
         "## Longer chains, an early stop, another drafter",
         f"The first {max(4, int(options.scale * 200))} of the problems; EAGLE-1 was trained for {max(20, int(options.scale * 800))} steps "
         "on the target's own replies.",

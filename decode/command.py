@@ -129,7 +129,7 @@ def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text
         whole = str(tokenizer.decode(generation.token_ids[: index + 1]))
         if whole.endswith("�"):
             continue
-        style = "bold" if index in own else "yellow" if index in generation.by_rule else "green"
+        style = "yellow" if index in generation.by_rule else "bold" if index in own else "green"
         text.append(whole[len(shown) :], style=style)
         shown = whole
     return text

@@ -13,7 +13,6 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from draftsmith.decode.batch import Batch, Generation, Recorder
 from draftsmith.decode.candidates import candidate_walk, num_uniforms
 from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
+from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.decode.lossy_walk import LossyWalk, lossy_walk
 from draftsmith.decode.sampling import GenerationSettings, choose, cycle_noise, process, request_noise
 from draftsmith.decode.verify import Walk, walk
@@ -35,9 +35,6 @@ from draftsmith.models.reading import CHUNK, read_prompts, within_context
 from draftsmith.models.search import Draws
 from draftsmith.models.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree import DraftTree, root_tree
-
-if TYPE_CHECKING:
-    from draftsmith.decode.rules import LossyRule
 
 
 class Engine:
@@ -53,7 +50,8 @@ class Engine:
         rule: lets draft tokens stand that the target would not have chosen; the text is then no longer the target's own.
 
     Raises:
-        ValueError: the drafter or the rule belongs to another target or tokenizer, or the rule cannot verify such drafts.
+        ValueError: the drafter or the rule belongs to another target or tokenizer, the rule cannot verify such drafts, or nothing drafts
+            for it.
     """
 
     def __init__(
@@ -81,8 +79,11 @@ class Engine:
         if drafter is not None:
             drafter.attach(target.ends)
             self._layers = tuple(dict.fromkeys((*drafter.features, *self._layers)))
-            if tokenizer is not None:
-                drafter.check_tokenizer(tokenizer_fingerprint(tokenizer))
+        if tokenizer is not None:
+            fingerprint = tokenizer_fingerprint(tokenizer)
+            for part in (drafter, rule):
+                if part is not None:
+                    part.check_tokenizer(fingerprint)
 
     @torch.inference_mode()
     def generate(
@@ -129,6 +130,10 @@ class Engine:
         return recorder.generations
 
     def _bind(self, rule: LossyRule) -> None:
+        if self.drafter is None:
+            raise ValueError(
+                f"the rule {rule} lets draft tokens stand, and nothing drafts; give a drafter, or leave the rule out"
+            )
         if self.limits.sampled is not None:
             raise ValueError(
                 f"a sampled tree is verified by rejection, which has no place for the rule {rule}; draft with beams, a dynamic or a static "
@@ -230,8 +235,10 @@ class Engine:
             if self.rule is None or tree.num_nodes == 1:
                 return walk(tree, ancestors_BNN, choices_BN)
             # That a reply ends is for the target to say.
-            ends_BN = torch.isin(tree.tokens_BN, choices_BN.new_tensor(settings.eos_token_ids))
-            return lossy_walk(tree, choices_BN, self.rule.allows(tree, logits_BNV, output) & ~ends_BN)
+            allowed_BN = self.rule.allows(tree, logits_BNV, output)
+            for token in settings.eos_token_ids:
+                allowed_BN = allowed_BN & (tree.tokens_BN != token)
+            return lossy_walk(tree, choices_BN, allowed_BN)
         unseen_BU = noise_BU[:, self.limits.max_nodes - 1 :]
         return candidate_walk(tree, self.limits.sampled, logits_BNV.softmax(-1), unseen_BU)
 

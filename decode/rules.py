@@ -3,60 +3,21 @@
 Owns the judge as a rule of decoding and the rules that need no training, its rivals. With any of them the text is no longer the target's
 own. Knows nothing of how a path is picked among what is allowed (:mod:`draftsmith.decode.lossy_walk`), of caches or drafters.
 
-Shape legend: B batch rows, N tree nodes, V vocabulary, D hidden.
+Shape legend: B batch rows, N tree nodes, L drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.models.judge import Judge
 from draftsmith.models.target import Target, TargetOutput
 from draftsmith.models.tree import DraftTree
-
-
-class LossyRule(ABC):
-    """Says of each draft token whether it may stand. What the target chooses itself stands anyway.
-
-    Attributes:
-        name: of the rule, as reports have it.
-        threshold: its one number; larger or smaller accepts more, depending on the rule.
-        features: names of the target's layers that it reads.
-        reads_draft: whether it needs the draft's distributions, which only chains keep.
-    """
-
-    name: ClassVar[str]
-    threshold: float
-    reads_draft: ClassVar[bool] = False
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """None, for most rules."""
-        return ()
-
-    def attach(self, target: Target) -> None:  # noqa: B027  (most rules fit any target)
-        """Check that the rule is meant for this target; raises ValueError where it is not."""
-
-    def check_tokenizer(self, fingerprint: str) -> None:  # noqa: B027  (as above)
-        """Refuse a tokenizer that is not the rule's; raises ValueError."""
-
-    @abstractmethod
-    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
-        """bool [B, N]: whether the token of each node may stand; the root's entry is not read.
-
-        Args:
-            tree: the draft.
-            logits_BNV: float32, what the target says behind each node, after the request's processors.
-            output: the target's states at the nodes.
-        """
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.threshold:g}"
 
 
 class JudgeRule(LossyRule):
@@ -104,14 +65,16 @@ class TopK(LossyRule):
     name = "top-k"
 
     def __post_init__(self) -> None:
-        if self.threshold < 1 or self.threshold != int(self.threshold):
+        if not (1 <= self.threshold < math.inf and self.threshold == int(self.threshold)):
             raise ValueError(f"top-k is {self.threshold}; it counts tokens: give a whole number from 1 on")
 
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
         """See :meth:`LossyRule.allows`."""
         least_BN = logits_BNV.topk(min(int(self.threshold), logits_BNV.shape[-1]), dim=-1).values[..., -1]
-        parents_BN = tree.parents_BN.clamp(min=0)
-        return of_tokens(tree, logits_BNV) >= least_BN.gather(1, parents_BN)
+        least_BN = least_BN.gather(1, tree.parents_BN.clamp(min=0))
+        own_BN = of_tokens(tree, logits_BNV)
+        # Where the request's own top-k or top-p leaves fewer tokens than these, those it ruled out tie at minus infinity.
+        return (own_BN >= least_BN) & (own_BN > -torch.inf)
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,7 +104,9 @@ class Typical(LossyRule):
 class Divergence(LossyRule):
     """Allowed where draft and target agree about the place: KL(draft || target) below ``threshold`` nats (after arXiv:2601.04766).
 
-    In this direction it is finite for draft vocabularies that lack some of the target's tokens. Chains only.
+    In this direction it is finite for draft vocabularies that lack some of the target's tokens. The target's distribution is that of the
+    request, the draft's is as it was learned: where top-k, top-p or min-p leave the target fewer tokens, it is mostly infinite. Chains
+    only.
     """
 
     threshold: float
@@ -149,8 +114,10 @@ class Divergence(LossyRule):
     reads_draft = True
 
     def __post_init__(self) -> None:
-        if self.threshold < 0.0:
-            raise ValueError(f"the KL threshold is {self.threshold}; a divergence is at least 0")
+        if not 0.0 <= self.threshold < math.inf:
+            raise ValueError(
+                f"the KL threshold is {self.threshold}; a divergence is at least 0: give a number of nats, such as 0.5"
+            )
 
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
         """See :meth:`LossyRule.allows`."""

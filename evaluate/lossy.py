@@ -13,7 +13,7 @@ import numpy as np
 
 from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, Generation, GenerationSettings
-from draftsmith.decode.rules import LossyRule
+from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.evaluate.acceptance import bootstrap_interval, ratio_interval
 from draftsmith.evaluate.contenders import Contender, EngineContender
 from draftsmith.evaluate.records import Sample, Timed

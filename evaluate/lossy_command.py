@@ -18,13 +18,14 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.rule_text import parse_rule
-from draftsmith.evaluate.lossy import Ruled, RuleRow, compare
+from draftsmith.evaluate.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy_chart import draw_trade
 from draftsmith.evaluate.lossy_report import to_markdown, trade_table
+from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import read_samples, within_context
 from draftsmith.evaluate.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.files import atomic_write, exclusive, read_jsonl, sha256_file
-from draftsmith.label.checkers import load_checker
+from draftsmith.label.checkers import Checker, load_checker
 from draftsmith.label.rows import read_rows
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import drafter_folder, load_drafter
@@ -82,17 +83,18 @@ def evaluate_rules(
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
     chosen = [Ruled(*parse_rule(text)) for text in rules]
+    limits = parse_shape(shape)
     draft_folder = drafter_folder(drafter)
     _check(chosen, batch_rows, timed_problems)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     judged = load_checker(checker)
     tokenizer = load_tokenizer(target, where.revision)
     samples = read_samples(prompts, tokenizer, template, split, limit)
+    questions = _questions(file, samples, judged)
     model = where.load(target, dtype)
     samples, left_out = within_context(samples, model.max_positions)
     if left_out:
         print(f"left out: {len(left_out)} prompts that fill the context of {model.max_positions} tokens")
-    questions = _questions(file)
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     for one in chosen:
         if one.rule is not None:
@@ -107,7 +109,7 @@ def evaluate_rules(
         rows = compare(
             model,
             draft,
-            parse_shape(shape),
+            limits,
             chosen,
             samples,
             lambda number, text: judged.check(questions[samples[number].id], text).verdict == "correct",
@@ -125,18 +127,36 @@ def evaluate_rules(
 
 
 def _check(rules: Sequence[Ruled], batch_rows: int, timed_problems: int) -> None:
+    for one in rules:
+        if one.name == PLAIN or (one.name == LOSSLESS and one.rule is not None):
+            raise ValueError(
+                f"a rule is named {one.name!r}, which is the name of a row that is not lossy; give another NAME=RULE"
+            )
     labels = [one.label for one in rules]
     for label in labels:
-        if labels.count(label) > 1 or label == "plain":
+        if labels.count(label) > 1:
             raise ValueError(f"rule {label!r} is there twice; name the rules apart with NAME=RULE")
     for name, value in (("batch_rows", batch_rows), ("timed_problems", timed_problems)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def _questions(file: Path) -> dict[str, Mapping[str, Any]]:
-    """The whole row of each problem by its id."""
-    return {str(row.get("id", f"line-{line}")): row for line, row in read_jsonl(file)}
+def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
+    """The whole row of each problem by its id, once no answer can fail to be judged by it: better told now than when all is decoded."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for line, row in read_jsonl(file):
+        name = str(row.get("id", f"line-{line}"))
+        if name in found:
+            raise ValueError(
+                f"{file}:{line}: id is {name!r}; another problem has it already; give each an id of its own"
+            )
+        found[name] = row
+    for sample in samples if judged.probed else ():
+        try:
+            judged.check(found[sample.id], "")
+        except ValueError as error:
+            raise ValueError(f"{file}: problem {sample.id}: {error}") from error
+    return found
 
 
 def _drafter(folder: Path, target: Target, tokenizer: str) -> Drafter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.evaluate.lossy import LOSSLESS, RuleRow
+from draftsmith.evaluate.lossy import PLAIN, RuleRow
 
 HEADER = (
     "| rule | threshold | right answers (95 %) | change, points (95 %) | accepted a cycle (95 %) | target forwards an answer (95 %) "
@@ -22,7 +22,7 @@ MEANING = """\
 - *Speed-up*: tokens/s over plain decoding in the same engine, one answer at a time, interleaved problem by problem. Answers need not be as
   long as plain decoding's.
 - *Wrong tokens accepted*: of labelled tokens in held-out answers that are the first error; interval over questions.
-- Intervals are percentile bootstraps over problems.
+- Other intervals are percentile bootstraps over problems.
 """
 
 
@@ -32,11 +32,11 @@ def trade_table(rows: Sequence[RuleRow]) -> str:
     for row in rows:
         change = "-" if not row.lossy else _points(row.accuracy_change, row.accuracy_change_interval)
         cells = [
-            row.rule if row.rule in ("plain", LOSSLESS) else f"{row.rule} (lossy)",
+            f"{row.rule} (lossy)" if row.lossy else row.rule,
             "-" if row.threshold is None else f"{row.threshold:g}",
             _share(row.accuracy, row.accuracy_interval),
             change,
-            "-" if row.rule == "plain" else _number(row.accepted_per_cycle, row.accepted_per_cycle_interval, 2),
+            "-" if row.rule == PLAIN else _number(row.accepted_per_cycle, row.accepted_per_cycle_interval, 2),
             _number(row.target_forwards_per_answer, row.target_forwards_per_answer_interval, 1),
             _number(row.speedup, row.speedup_interval, 2),
             "-"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftsmith.decode.rules import LossyRule
+from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.evaluate.acceptance import ratio_interval
 from draftsmith.label.rows import LabelledRow
 from draftsmith.label.token_labels import CORRECT, WRONG
@@ -41,7 +41,7 @@ def accepted_tokens(
     where the drafter is no language model.
 
     Raises:
-        ValueError: the rows lack tokens of one class.
+        ValueError: the rows lack tokens of one class, or a row cannot have been read by this target.
     """
     counts: list[dict[str, list[int]]] = [defaultdict(lambda: [0, 0, 0, 0]) for _ in rules]
     lm = drafter if isinstance(drafter, LMDrafter) else None
@@ -50,19 +50,39 @@ def accepted_tokens(
         if rule is not None:
             rule.attach(target)
     for row in rows:
-        output, logits_TV = _read(target, row, layers)
-        chain = _as_chain(row, lm, logits_TV)
-        choices_N = logits_TV.argmax(-1)
+        _check(row, target)
+        output, logits_NV = _read(target, row, layers)
+        chain = _as_chain(row, lm, logits_NV)
+        choices_N = logits_NV.argmax(-1)
         own_T = chain.tokens_BN[0, 1:] == choices_N[:-1]
         labels_T = torch.tensor(row.labels, device=own_T.device)
         for rule, found in zip(rules, counts, strict=True):
             if rule is not None and rule.reads_draft and lm is None:
                 continue
-            stands_T = own_T if rule is None else own_T | rule.allows(chain, logits_TV[None], output)[0, 1:]
+            stands_T = own_T if rule is None else own_T | rule.allows(chain, logits_NV[None], output)[0, 1:]
             for place, label in ((0, WRONG), (2, CORRECT)):
                 found[row.question][place] += int((stands_T & (labels_T == label)).sum())
                 found[row.question][place + 1] += int((labels_T == label).sum())
     return [_shares(list(found.values())) if found else None for found in counts]
+
+
+def _check(row: LabelledRow, target: Target) -> None:
+    if not row.prompt_ids:
+        raise ValueError(
+            f"row {row.id} has no prompt token; the target says nothing before its first reply token; leave it out"
+        )
+    ids, V = row.prompt_ids + row.reply_ids, target.ends.vocab_size
+    foreign = next((token for token in ids if not 0 <= token < V), None)
+    if foreign is not None:
+        raise ValueError(
+            f"row {row.id} holds token id {foreign}, the vocabulary of {target.name} goes from 0 to {V - 1}; make the rows with this "
+            "target (draftsmith label rows)"
+        )
+    if target.max_positions is not None and len(ids) > target.max_positions:
+        raise ValueError(
+            f"row {row.id} has {len(ids)} tokens, the context of {target.name} is {target.max_positions}; make the rows with this target "
+            "(draftsmith label rows)"
+        )
 
 
 def _read(target: Target, row: LabelledRow, layers: tuple[str, ...]) -> tuple[TargetOutput, Tensor]:
@@ -83,7 +103,7 @@ def _as_chain(row: LabelledRow, lm: LMDrafter | None, logits_NV: Tensor) -> Draf
     probs = None
     if lm is not None:
         ids_1S = torch.tensor([row.prompt_ids + row.reply_ids], device=device)
-        read = lm.lm.prefix(ids_1S)
+        read = lm.lm.prefix(lm.known(ids_1S))
         V = logits_NV.shape[-1]
         drafted = lm.lm.logits(read.normed[:, len(row.prompt_ids) - 1 : -1]).float()[..., :V]
         probs = torch.nn.functional.pad(drafted.softmax(-1), (0, V - drafted.shape[-1]))

@@ -123,7 +123,7 @@ def _rule(labels: Mapping[str, Any]) -> str:
     if not isinstance(labels.get("max_wrong"), float):
         return ""
     upper = " at the upper end of the interval" if labels.get("hold_upper") else ""
-    return f", chosen to accept at most {labels['max_wrong']:.0%} of the wrong tokens{upper}"
+    return f", chosen to accept at most {100 * labels['max_wrong']:g}% of the wrong tokens{upper}"
 
 
 def _chosen(curve: list[CurvePoint]) -> list[CurvePoint]:

@@ -23,14 +23,17 @@ _NUMBER = re.compile(
 # Numbers that a text marks as its answer. A heading such as "#### Step 2" marks none.
 _MARK = re.compile(r"####\s*(?:the\s+)?(?:final\s+)?(?:answer\s*(?:is|:|=)?)?\s*|\\boxed\{\s*", re.IGNORECASE)
 
+# Quantifiers that give nothing back (`*+`): the time for a long run of spaces would else grow with the cube of its length.
 _SAID = re.compile(
-    r"(?:answer|option|choice)[\s*]*(?:is|:|=|would be|must be)?[\s*]*(?:option|choice)?[\s*:=]*(?:\\text\{)?\(?"
+    r"(?:answer|option|choice)[\s*]*+(?:is|:|=|would be|must be)?+[\s*]*+(?:option|choice)?+[\s*:=]*+(?:\\text\{)?\(?"
     r"(?P<a>[A-Z])(?![\w'])"
     r"|\\boxed\{\s*(?:\\text\{)?\(?(?P<b>[A-Z])\)?\}"
     r"|####\s*\(?(?P<c>[A-Z])(?![\w'])",
     # The letter itself must be a capital: "the answer is a matter of ..." chooses nothing.
 )
-_ALONE = re.compile(r"^\W*(?P<a>[A-Z])\W*$|^\s*(?:\*\*)?\(?(?P<b>[A-Z])(?:\)|\.|:)(?=\s|$)", re.MULTILINE)
+_ALONE = re.compile(
+    r"^[^\w\n]*+(?P<a>[A-Z])[^\w\n]*+$|^[^\S\n]*+(?:\*\*)?\(?(?P<b>[A-Z])(?:\)|\.|:)(?=\s|$)", re.MULTILINE
+)
 
 
 def final_number(text: str) -> str | None:

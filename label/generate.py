@@ -181,6 +181,9 @@ def generate(
         dtype,
     )
     _check_models(models, where)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1; raise it, or leave it out")
+    adder = "" if store is None else author or _user()
     checking = load_checker(checker, test_seconds, unprotected)
     questions = _questions(prompts, split, limit, licence, checking)
     with exclusive(out / "answers.jsonl"):
@@ -200,8 +203,15 @@ def generate(
         print(f"pairs: {len(kept) // 2}; {len(questions) - len(kept) // 2} questions lack a right or a wrong answer")
     if store is not None:
         with Store(store, create=True) as opened:
-            added = opened.add(kept, author or getpass.getuser())
+            added = opened.add(kept, adder)
             print(f"{opened.name}: {added.items} new answers and {added.labels} new labels")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError) as error:
+        raise ValueError("this process's user has no name; say who adds to the store with --author") from error
 
 
 def _check_models(models: Sequence[str], where: TargetOptions) -> None:

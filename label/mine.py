@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,9 +20,10 @@ from draftsmith.data.progress import progress
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
-from draftsmith.label.mine_answers import ParserName, answer_parser
+from draftsmith.label.checkers import Checker, load_checker
+from draftsmith.label.mine_answers import Parse, ParserName, answer_parser
 from draftsmith.label.mine_outputs import counts, from_log, labelled_answers, to_log, token_rows
-from draftsmith.label.mine_questions import Asked, read_questions
+from draftsmith.label.mine_questions import Asked, judged_by, read_questions
 from draftsmith.label.mine_walk import Mined, Rules
 from draftsmith.label.mining import Forwards, Miner, check_questions
 from draftsmith.label.rows import write_rows
@@ -42,7 +43,7 @@ def mine(
     draft: str,
     prompts: Path,
     out: Path,
-    checker: ParserName = "final-number",
+    checker: str = "final-number",
     against: Literal["answer", "reference"] = "answer",
     limit: int | None = None,
     batch_rows: int = 8,
@@ -68,7 +69,9 @@ def mine(
         draft: path or hub id of a causal LM with the target's tokenizer.
         prompts: JSON lines with `messages` or `prompt_ids`, or the folder that `data prompts` wrote.
         out: the folder to write.
-        checker: how an answer is read out of a reply.
+        checker: how an answer is read out of a reply: final-number or multiple-choice. Or what judges a reply by its question's row,
+            with `against` reference: embedded, unit-tests, or a function of yours as package.module:function or
+            file.py:function.
         against: judge by the target's own answer, or leave out what it does not answer as the prompts' reference does.
         limit: mine the first so many questions only.
         batch_rows: most questions in flight.
@@ -83,9 +86,9 @@ def mine(
         dtype: dtype that both models run in.
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`. The draft runs on the same device.
     """
+    parse, judge = _reading(checker, against)
     tokenizer = load_tokenizer(target, where.revision)
     check_tokenizers(tokenizer, load_tokenizer(draft), target, draft)
-    parse = answer_parser(checker)
     eos = reply_settings(target, tokenizer, Overrides(), max_new_tokens, revision=where.revision).eos_token_ids
     chat = ChatTemplate(tokenizer, template, eos)
     models = where.load(target, dtype), Target.load(draft, dtype, where.device)
@@ -101,6 +104,8 @@ def mine(
         draft_length=draft_length,
     )
     asked = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit)
+    if judge is not None:
+        asked = [judged_by(judge, one, lambda reply: _decode(tokenizer, reply)) for one in asked]
     check_questions([one.question for one in asked], rules)
     identity = {
         "target_fingerprint": models[0].fingerprint,
@@ -108,7 +113,7 @@ def mine(
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "template": hashlib.sha256((chat.text or "").encode()).hexdigest(),
         "eos_token_ids": list(eos),
-        "checker": checker,
+        "checker": checker if judge is None else judge.code,
         "against": against,
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
@@ -124,6 +129,19 @@ def mine(
         report = write_outputs(out, asked, log, tokenizer, models[0].name, licence)
         atomic_write(out / REPORT, json.dumps(record | report, indent=2, ensure_ascii=False) + "\n")
     _tell(out, report)
+
+
+def _reading(checker: str, against: str) -> tuple[Parse, Checker | None]:
+    """How replies are read; with a checker that judges them, nothing is read without it."""
+    if checker in get_args(ParserName):
+        return answer_parser(checker), None
+    judge = load_checker(checker)
+    if against != "reference":
+        raise ValueError(
+            f"checker is {checker!r} and against is {against!r}; this checker says whether a reply is right, so two wrong ones are not "
+            "the same answer; add --against reference"
+        )
+    return lambda text: None, judge
 
 
 def check_tokenizers(

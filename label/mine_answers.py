@@ -17,7 +17,7 @@ ParserName = Literal["final-number", "multiple-choice"]
 _LETTERS = "ABCDE"
 
 
-def answer_parser(name: ParserName) -> Parse:
+def answer_parser(name: str) -> Parse:
     """The final number, or the letter (A to E) that was chosen.
 
     Raises:

@@ -18,7 +18,7 @@ from draftsmith.models.target import Target
 @torch.inference_mode()
 def mine_plain(target: Target, draft: Target, question: Question, rules: Rules) -> Mined:
     """Mines one question (arXiv:2504.20039, section 3). `stop_on_rejoin` is not followed, the cost is not told."""
-    prompt, eos = question.prompt_ids, rules.eos_token_ids
+    prompt, eos, parse = question.prompt_ids, rules.eos_token_ids, question.parse or rules.parse
     reply = question.reply_ids
     if reply is None:
         reply = greedy(target, prompt, rules, rules.max_new_tokens)
@@ -26,7 +26,7 @@ def mine_plain(target: Target, draft: Target, question: Question, rules: Rules) 
         if token in eos:
             reply = reply[: place + 1]
             break
-    first_reply, answer = reply, rules.parse(reply)
+    first_reply, answer = reply, parse(reply)
     if answer is None:
         reason = "the target's reply has no answer that can be read"
         return Mined(question.id, prompt, reply, reply, None, (), Cost(), reason)
@@ -48,7 +48,7 @@ def mine_plain(target: Target, draft: Target, question: Question, rules: Rules) 
         alternative = [*reply[:place], drafted[place]]
         if drafted[place] not in eos:
             alternative += greedy(target, prompt + alternative, rules, max(1, limit - len(alternative)))
-        kept = rules.parse(alternative) == answer
+        kept = parse(alternative) == answer
         swaps.append(Swap(place, reply[place], drafted[place], CORRECT if kept else WRONG))
         if kept:
             reply = alternative

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from draftsmith.data.formats import Message
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import read_jsonl
+from draftsmith.label.checkers import Checker, Row
 from draftsmith.label.mine_answers import Parse
 from draftsmith.label.mine_walk import Question
 from draftsmith.label.schema import ROLES, Answer, refusal
@@ -23,12 +24,17 @@ from draftsmith.label.schema import ROLES, Answer, refusal
 
 @dataclass(frozen=True)
 class Asked:
-    """A question and what its row says of it: the messages (none where the row has token ids only), source and licence."""
+    """A question and what its row says of it: the messages (none where the row has token ids only), source and licence.
+
+    `row` is the whole of it, for a checker, and `place` where it stands (`FILE:LINE`).
+    """
 
     question: Question
     messages: tuple[Message, ...]
     source: str
     licence: str | None
+    row: Row
+    place: str
 
     @property
     def key(self) -> str:
@@ -67,6 +73,25 @@ def read_questions(
     return found
 
 
+def judged_by(checker: Checker, asked: Asked, decode: Callable[[list[int]], str]) -> Asked:
+    """The question with each reply read as the verdict that a checker gives on it, and "correct" for its reference.
+
+    Raises:
+        ValueError: naming file and line: the checker cannot judge by this row; later, the same of one reply.
+    """
+
+    def verdict(text: str) -> str:
+        try:
+            return checker.check(asked.row, text).verdict
+        except ValueError as error:
+            raise ValueError(f"{asked.place}: {error}") from error
+
+    if checker.probed:
+        verdict("")
+    question = replace(asked.question, reference="correct", parse=lambda reply: verdict(decode(reply)))
+    return replace(asked, question=question)
+
+
 def _asked(row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse, vocab_size: int, stem: str) -> Asked:
     messages = _messages(row.get("messages"), place)
     if messages and "prompt_ids" in row:
@@ -81,7 +106,7 @@ def _asked(row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse,
         raise refusal(place, "id", own, "it is a text that is not empty", "write one, or leave it out")
     name = own or hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]
     question = Question(name, prompt_ids, _ids(row, "reply_ids", place, vocab_size), _reference(row, place, parse))
-    return Asked(question, messages, str(row.get("source") or stem), row.get("licence"))
+    return Asked(question, messages, str(row.get("source") or stem), row.get("licence"), row, place)
 
 
 def _messages(value: Any, place: str) -> tuple[Message, ...]:

@@ -20,12 +20,16 @@ Work = Literal["prompt", "answer", "alternative", "draft", "guess"]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt in token ids; the target's answer where it is known already; what the data set says the answer is."""
+    """A prompt in token ids; the target's answer where it is known already; what the data set says the answer is.
+
+    `parse` stands in for the rules' where a reply to this question is read in the light of more than the reply.
+    """
 
     id: str
     prompt_ids: list[int]
     reply_ids: list[int] | None = None
     reference: str | None = None
+    parse: Callable[[list[int]], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Walk:
         self.phase: Phase = "prompt"
         self.cost = Cost()
         self._rules = rules
+        self._parse = question.parse or rules.parse
         self._known = KnownAnswers()
         self._first_reply: list[int] = []
         self._reply: list[int] = []
@@ -246,7 +251,7 @@ class Walk:
         """The target's answer is there: judge by it, and look for the first mismatch."""
         rules = self._rules
         self._first_reply = self._reply = reply
-        self._answer = rules.parse(reply)
+        self._answer = self._parse(reply)
         if self._answer is None:
             self._leave_out("the target's reply has no answer that can be read")
             return
@@ -287,7 +292,7 @@ class Walk:
 
     def _judge(self, alternative: list[int]) -> None:
         place = self._place
-        kept = self._rules.parse(alternative) == self._answer
+        kept = self._parse(alternative) == self._answer
         draft_token = alternative[place]
         self._swaps.append(Swap(place, self._reply[place], draft_token, CORRECT if kept else WRONG))
         self._known.add(alternative, place)

@@ -65,6 +65,10 @@ def rows(
         max_length: leave out rows of more tokens; default: the target's context.
         revision: revision of a hub id.
     """
+    if max_length is not None and max_length < 1:
+        raise ValueError(
+            f"max_length is {max_length}; it counts tokens: give at least 1, or nothing for the target's context"
+        )
     if (store is None) == (answers is None):
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
     found = _read(store, answers)
@@ -130,7 +134,8 @@ def _add(
 ) -> None:
     first = group[0]
     placed = [answer for answer in group if answer.label is not None and answer.label.verdict != "unplaced"]
-    if not placed:
+    # One who finds no error does not place the error of another.
+    if len(placed) < len(group) and not any(one.label is not None and one.label.error for one in placed):
         made.left_out.append((first.id, UNPLACED))
         return
     tokens = tokenize(first.response, tokenizer)

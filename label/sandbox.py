@@ -38,8 +38,10 @@ _PDEATHSIG, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 36, 38
 _NOBODY = 65534
 _FILES, _HIGH = 64, 60  # how many files a program may open; where the pipes wait while the low numbers are dealt out
 _NEEDED = ("files", "processes")
-# Sockets of other programs, and what people keep for themselves.
-_HIDDEN = ("/tmp", "/var/tmp", "/run", "/dev/shm", "/home", "/root")
+# Sockets of other programs, what people keep for themselves, and devices: the user's own terminals among them, which a
+# read-only file system does not keep from being written to.
+_HIDDEN = ("/tmp", "/var/tmp", "/run", "/dev", "/home", "/root")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Ran:
 def run(program: str, limits: Limits = Limits(), unprotected: bool = False) -> Ran:
     """Runs a program in this interpreter's version with its packages, in an empty folder that vanishes afterwards.
 
-    It sees the file system without homes and temporary folders and cannot write to it, has no network, an empty environment and no
-    input.
+    It sees the file system without homes, temporary folders and terminals and cannot write to it, has no network, an empty
+    environment and no input.
 
     Args:
         program: Python source.
@@ -285,7 +287,7 @@ def _close_files(order: dict[str, Any], limits: Limits, work: str, outsider: int
         _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
         for hidden in {*_HIDDEN, order["home"]} - {"/"}:
             if os.path.isdir(hidden) and not os.path.islink(hidden):
-                _hide(hidden, order["keep"])
+                _hide(hidden, [*order["keep"], *_DEVICES])
         os.makedirs(work, exist_ok=True)
         _mount("tmpfs", work, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={limits.disk_bytes},mode=0700")
         if outsider is not None and os.getuid() == 0:
@@ -298,12 +300,15 @@ def _close_files(order: dict[str, Any], limits: Limits, work: str, outsider: int
 
 
 def _hide(folder: str, keep: list[str]) -> None:
-    """Covers a folder with an empty one, in which only the interpreter's own folders are still there."""
-    inside = [os.path.realpath(path) for path in keep]
+    """Covers a folder with an empty one, in which only what is in `keep` (folders or files) is still there."""
+    inside = [os.path.realpath(path) for path in keep if os.path.exists(path)]
     handles = {path: os.open(path, os.O_PATH) for path in inside if path.startswith(f"{folder}/")}
     _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
     for path, handle in handles.items():
-        os.makedirs(path, exist_ok=True)
+        is_folder = os.path.isdir(f"/proc/self/fd/{handle}")
+        os.makedirs(path if is_folder else os.path.dirname(path), exist_ok=True)
+        if not is_folder:
+            Path(path).touch()
         _mount(f"/proc/self/fd/{handle}", path, None, _MS_BIND | _MS_REC)
         os.close(handle)
 

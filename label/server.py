@@ -17,7 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from draftsmith.label.agreement import Agreement, agreements
-from draftsmith.label.database import Unavailable
+from draftsmith.label.database import Conflict, Unavailable
 from draftsmith.label.gate import Application, Gate
 from draftsmith.label.pieces import Cutter, segments
 from draftsmith.label.schema import Answer, Label, Span
@@ -178,7 +178,7 @@ def _add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(ValueError)
     def refuse(_: Request, error: ValueError) -> Response:
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable | Conflict):
             sentence = "the store is busy or cannot be written; nothing was written; try again in a few seconds"
             return told(503, sentence, {"retry-after": str(RETRY_SECONDS)})
         return told(409 if isinstance(error, NotOpen) else 400, str(error))

@@ -25,6 +25,7 @@ from draftsmith.label.seats import Seat, free_seats, open_seat, seats_of, take
 from draftsmith.label.tables import ASSIGNMENTS, ENTRIES, ITEMS, RELEASES, TOKENS
 
 _BATCH = 400  # ids in one IN (...): SQLite's old limit is 999 parameters
+_TRIES = 20  # of taking a seat that another process takes first
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,20 @@ class Store:
         needs a look: no label yet, or one that says only "wrong, somewhere". Two annotators never get the same item,
         except for the share `shared` of the items, chosen by their ids, which two get.
 
-        Raises ValueError: `shared` is not within 0 and 1, or the annotator has no name.
+        Raises:
+            Conflict: other processes were quicker every time, or the database takes this name for another one's.
+            ValueError: `shared` is not within 0 and 1, or the annotator has no name.
         """
         if not 0 <= shared <= 1:
             raise ValueError(f"shared is {shared}; it is the share of items that two annotators get; give 0 to 1")
         if not annotator.strip():
             raise ValueError(f"annotator is {annotator!r}; every assignment has a name to it; give one")
-        while True:
-            # On SQLite writers go one after the other. Elsewhere two may choose the same seat: one of them fails on the
-            # unique constraint, and looks again.
-            with contextlib.suppress(Conflict), self._database.write() as connection:
-                seat = open_seat(connection, annotator, set(_standing(connection)))
-                if seat is None:
-                    seat = self._next_seat(connection, annotator, shared)
-                return None if seat is None else _answer(connection, seat.item)
+        # On SQLite writers go one after the other. Elsewhere two may choose the same seat: one of them fails on the
+        # unique constraint, and looks again. Not for ever: to a database that ignores case, two names can be one.
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(Conflict):
+                return self._assign(annotator, shared)
+        return self._assign(annotator, shared)
 
     def release(self, item_id: str, annotator: str, reason: str) -> None:
         """Gives an assigned item back, for somebody else; this annotator is not offered it again.
@@ -270,6 +271,13 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _assign(self, annotator: str, shared: float) -> Answer | None:
+        with self._database.write() as connection:
+            seat = open_seat(connection, annotator, set(_standing(connection)))
+            if seat is None:
+                seat = self._next_seat(connection, annotator, shared)
+            return None if seat is None else _answer(connection, seat.item)
 
     def _next_seat(self, connection: Connection, annotator: str, shared: float) -> Seat | None:
         seat = next(_free_seats(connection, annotator, shared, _standing(connection)), None)

@@ -1,6 +1,6 @@
 """The sums corpus seen from outside: the problem behind a question, and the exact place of the first error in an answer.
 
-Owns reading a problem back from its question, and narrowing a wrong line to the word or number where it leaves every right line.
+Owns reading a problem back from its question, and narrowing a wrong line to the word or digit where it leaves every right line.
 What is right is the embedded checker's to say. Knows no files and no models.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import takewhile
+from os.path import commonprefix
 
 from draftsmith.embedded.checker import Verdict, check, read_step
 from draftsmith.embedded.problems import Problem, Step, compute, parse_plan
@@ -19,7 +20,7 @@ Span = tuple[int, int]
 
 _SLOT = re.compile(r"\{(\w+)\}|\[([^]]*)\]")
 _DIGITS = re.compile(r"\d+")
-_PIECE = re.compile(r"\w+|[^\w\s]")
+_PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")  # digit by digit: "56" for "53" goes wrong at the 6
 
 
 def problem_of(question: str) -> Problem | None:
@@ -37,7 +38,7 @@ def problem_of(question: str) -> Problem | None:
 
 
 def judge(problem: Problem, text: str) -> Verdict:
-    """The embedded checker's verdict, its span narrowed to the first wrong word, number or sign of the wrong line.
+    """The embedded checker's verdict, its span narrowed to the first wrong word, digit or sign of the wrong line.
 
     A line goes wrong where it stops being the beginning of any right line in its wording: in "Then 7 - 2 = 6 pens." after
     "So 7 ..." that is the 6; where the step should have been a sum, it is the minus. A line that cannot be read so far keeps its
@@ -58,7 +59,7 @@ def _departure(problem: Problem, told: set[int], line: str) -> Span | None:
     said = read_step(line)
     if said is None:
         numbers = list(_DIGITS.finditer(line))
-        return numbers[0].span() if len(numbers) == 1 else None
+        return _wrong_digit(numbers[0], str(problem.answer)) if len(numbers) == 1 else None
     first = _opening(line)
     if first is None:
         return None
@@ -66,6 +67,12 @@ def _departure(problem: Problem, told: set[int], line: str) -> Span | None:
     pieces = list(_PIECE.finditer(line, first))
     shared = max((_num_shared([piece[0].lower() for piece in pieces], words) for words in right), default=0)
     return pieces[shared].span() if shared < len(pieces) else None
+
+
+def _wrong_digit(number: re.Match[str], right: str) -> Span:
+    """The first digit that is not the right number's; all of a number that only lacks its end, or is right where none should be."""
+    shared = len(commonprefix([number[0], right]))
+    return (number.start() + shared, number.start() + shared + 1) if shared < len(number[0]) else number.span()
 
 
 def _opening(line: str) -> int | None:

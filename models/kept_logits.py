@@ -2,7 +2,7 @@
 
 Owns the recording. Verification that compares the two distributions reads it; lossless verification never does.
 
-Shape legend: B batch rows, M nodes continued at once (1 in a chain), L drafted tokens, Vd draft vocabulary, V target vocabulary.
+Shape legend: B batch rows, M nodes continued at once (1 in a chain), L drafted tokens, V target vocabulary.
 """
 
 from __future__ import annotations

@@ -249,8 +249,9 @@ class DraftModule(pl.LightningModule):
         if self._val_sums:
             means = self._means(torch.stack(self._val_sums).sum(0), "val")
             self.log_dict(means, batch_size=1)
-        if bool(self._surprise.any()):
-            self.evaluated.config.score_scale = best_scale(self._sum_over_ranks(self._surprise))
+        surprise = self._sum_over_ranks(self._surprise)
+        if bool(surprise.any()):
+            self.evaluated.config.score_scale = best_scale(surprise)
             self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

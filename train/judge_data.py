@@ -209,7 +209,7 @@ class JudgeDataModule(pl.LightningDataModule):
         """Where the labels came from and how many there are, for the judge's config."""
         rows = [one.row for split in self._splits.values() for one in split.joined]
         return {
-            "rows": {path.name: sha256_file(path) for path in self.row_paths},
+            "rows": {str(path): sha256_file(path) for path in self.row_paths},
             "how": dict(sorted(Counter(row.how for row in rows).items())),
             "source": dict(sorted(Counter(row.source for row in rows).items())),
             "questions": {name: split.num_questions for name, split in self._splits.items()},
@@ -240,8 +240,10 @@ class JudgeDataModule(pl.LightningDataModule):
                 )
 
     def _layout(self) -> dict[str, Any]:
+        record = self.record()
         return {
-            **{name: self.record()[name] for name in ("rows", "questions", "correct", "wrong", "seed")},
+            **{name: record[name] for name in ("questions", "correct", "wrong", "seed")},
+            "rows": list(record["rows"].values()),
             "sources": [cache.manifest.identity.source for cache in [*self.caches, *self.draft_caches]],
             "max_questions": self.max_questions,
         }
@@ -374,10 +376,12 @@ def _check_tokens(row: LabelledRow, sample: CachedSample, path: Path) -> None:
             f"{path}: sample {row.id} has {len(sample.input_ids)} tokens, its row {len(ids)}; the cache was cut (--max-length) or made of "
             "other rows; extract it again from these"
         )
-    if ids != sample.input_ids.tolist():
+    cached = sample.input_ids.tolist()
+    if ids != cached:
+        place = next(number for number, (own, other) in enumerate(zip(ids, cached, strict=True)) if own != other)
         raise ValueError(
-            f"{path}: sample {row.id} has other tokens than its row; the labels are those of another tokenizer or text; make rows and "
-            "cache with the same target"
+            f"{path}: sample {row.id} has other tokens than its row (at {place}: {cached[place]}, not {ids[place]}); the labels are those "
+            "of another tokenizer or text; make rows and cache with the same target"
         )
 
 

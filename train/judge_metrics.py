@@ -167,7 +167,7 @@ class Bootstrap:
     """Accepted shares at thresholds with 95 % percentile intervals over questions: Q of Q questions are drawn, with replacement.
 
     The same draws serve every threshold, so intervals fall with the threshold as the shares do. Replicates without a token of a class
-    do not count for it.
+    do not count for it; where none is left, nothing is known, and the interval goes from 0 to 1.
 
     Raises:
         ValueError: only one class, probabilities out of range, lists of different lengths, or no replicate.
@@ -220,7 +220,8 @@ class Bootstrap:
             total_R = weights_RQ @ total_Q
             accepted_RC = weights_RQ @ accepted_QC
             parts.append(accepted_RC[total_R > 0] / total_R[total_R > 0, None])
-        ends = np.percentile(np.concatenate(parts), _INTERVAL, axis=0)
+        drawn = np.concatenate(parts)
+        ends = np.percentile(drawn, _INTERVAL, axis=0) if len(drawn) else np.repeat([[0.0], [1.0]], C, axis=1)
         return np.concatenate([accepted_QC.sum(0, keepdims=True) / total_Q.sum(), ends])
 
     def _draws(self) -> Iterator[Floats]:

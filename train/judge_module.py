@@ -81,7 +81,8 @@ class JudgeModule(pl.LightningModule):
         adapter: str | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(feature, l2, class_weight, max_wrong, {"iterations": iterations, "history": history})
+        counts = {"iterations": iterations, "history": history, "num_replicates": num_replicates}
+        _check_settings(feature, l2, class_weight, max_wrong, counts)
         self.target, self.revision, self.adapter = target, revision, adapter
         self.feature, self.l2, self.class_weight = feature, tuple(float(one) for one in l2), class_weight
         self.iterations, self.history, self.tolerance = iterations, history, tolerance

@@ -51,8 +51,10 @@ def best_scale(surprise: Tensor) -> float:
 
     The sums are convex in the factor, so that there is one minimum. Rounded to two decimals: more are noise.
 
-    Example: sums that fall towards the grid's end -> 8.0.
+    Example: sums that fall towards the grid's end -> 8.0; nothing but zeros, which no token was counted in -> 1.0.
     """
+    if not bool(surprise.any()):
+        return 1.0
     low = int(surprise.argmin())
     shift = 0.0
     if 0 < low < len(SCALES) - 1:

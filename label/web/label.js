@@ -185,7 +185,8 @@ function label(verdict) {
   }
   const fields = { annotator, item: item.id, verdict, error, note: $("note").value.trim(), seconds: stopwatch.seconds() };
   const sentence = verdict === "wrong" ? "Saved: the first error is marked." : "Saved: all correct.";
-  attempt(() => save("/api/label", fields, `${sentence} u takes it back.`));
+  // Tried again, it is what is marked then: the mark may have been moved meanwhile.
+  attempt(() => save("/api/label", fields, `${sentence} u takes it back.`), () => label(verdict));
 }
 
 async function undo() {

@@ -6,21 +6,21 @@ import math
 
 import pytest
 import torch
-from doubles import BOS, PlannedDrafter, random_target
+from doubles import PlannedDrafter, random_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from ruling import PROMPTS, random_judge, reread
 
 from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.decode.lossy_walk import lossy_walk
-from draftsmith.decode.rules import Divergence, Everything, JudgeRule, LossyRule, TopK, Typical, divergence
+from draftsmith.decode.rules import Divergence, Everything, JudgeRule, TopK, Typical, divergence
 from draftsmith.decode.verify import walk
 from draftsmith.models import Drafter, DraftLimits, DraftTree, Eagle, ReDrafter, Target, tree_from_paths
 from draftsmith.models.draft_lm import LMDrafter
 from draftsmith.models.judge import Judge, JudgeConfig
 from draftsmith.models.shapes import parse_shape
 
-PROMPTS = [[BOS, 7, 9, 3], [BOS, 30, 5], [BOS, 11, 12, 13, 14, 15]]
 GREEDY = GenerationSettings(max_new_tokens=24, eos_token_ids=(2,))
 
 
@@ -34,14 +34,6 @@ def draft_lm() -> LMDrafter:
     return LMDrafter(random_target("llama", seed=5))
 
 
-def random_judge(target: Target, threshold: float) -> Judge:
-    """A judge with random weights, about as often for as against."""
-    judge = Judge(JudgeConfig(hidden_size=target.ends.hidden_size, threshold=threshold))
-    with torch.no_grad():
-        judge.weight.copy_(torch.randn(judge.weight.shape, generator=torch.Generator().manual_seed(2)))
-    return judge.eval()
-
-
 def drafters(target: Target, draft_lm: LMDrafter) -> dict[str, tuple[Drafter, str]]:
     torch.manual_seed(0)
     return {
@@ -51,7 +43,7 @@ def drafters(target: Target, draft_lm: LMDrafter) -> dict[str, tuple[Drafter, st
         "eagle": (Eagle.for_target(target.ends), "4x3n9"),
         "static": (Eagle.for_target(target.ends), "t3.2.1"),
         "lm": (draft_lm, "1x16"),
-        "stopped lm": (draft_lm, "1x16e0.3"),
+        "stopped lm": (draft_lm, "1x32e0.3"),
     }
 
 
@@ -68,19 +60,6 @@ def decode(
     target: Target, drafter: Drafter, shape: str, rule: LossyRule | None, prompts: list[list[int]] = PROMPTS
 ) -> list[Generation]:
     return Engine(target, drafter, parse_shape(shape), rule=rule).generate(prompts, GREEDY)
-
-
-@torch.inference_mode()
-def reread(target: Target, prompt: list[int], reply: list[int]) -> tuple[Tensor, Tensor]:
-    """The target's logits before each reply token [T, V], and its pre-norm state of each [T, D], by its own forward over the whole text."""
-    seen: list[Tensor] = []
-    last = target.model.model.layers[-1]
-    hook = last.register_forward_hook(
-        lambda module, inputs, output: seen.append(output if isinstance(output, Tensor) else output[0])
-    )
-    logits = target.model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0]
-    hook.remove()
-    return logits[len(prompt) - 1 : -1], seen[0][0, len(prompt) :]
 
 
 @pytest.mark.parametrize("drafter", ["oracle", "random", "redrafter", "eagle", "static", "lm", "stopped lm"])
@@ -241,10 +220,17 @@ def test_a_judge_that_reads_the_draft_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "value"), [(TopK, 0), (TopK, 1.5), (Typical, 0.0), (Typical, 2.0), (Divergence, -1.0)]
+    ("rule", "value", "told"),
+    [
+        (TopK, 0, "top-k is 0; it counts tokens"),
+        (TopK, 1.5, "top-k is 1.5; it counts tokens"),
+        (Typical, 0.0, "epsilon is 0.0; it is a probability"),
+        (Typical, 2.0, "epsilon is 2.0; it is a probability"),
+        (Divergence, -1.0, "threshold is -1.0; a divergence is at least 0"),
+    ],
 )
-def test_numbers_out_of_range_are_refused(rule: type[TopK], value: float) -> None:
-    with pytest.raises(ValueError, match="is"):
+def test_numbers_out_of_range_are_refused(rule: type[TopK], value: float, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
         rule(value)
 
 

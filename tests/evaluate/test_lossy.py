@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from draftsmith.cli import main
 from draftsmith.data.prompts import read_prompts
 from draftsmith.decode import GenerationSettings
+from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.decode.rule_text import parse_rule
-from draftsmith.decode.rules import Divergence, Everything, JudgeRule, LossyRule, TopK, Typical
+from draftsmith.decode.rules import Divergence, Everything, JudgeRule, TopK, Typical
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy import Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy_chart import draw_trade
+from draftsmith.evaluate.lossy_report import trade_table
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.evaluate.wrong_tokens import accepted_tokens
 from draftsmith.label.rows import LabelledRow, write_rows
@@ -210,6 +213,12 @@ def test_the_command_writes_a_report_that_calls_lossy_rules_lossy(
         ("top-k", "write lossless"),
         ("top-k@x", "'x' is no number"),
         ("top-k@0", "whole number from 1"),
+        ("top-k@nan", "whole number from 1"),
+        ("top-k@inf", "whole number from 1"),
+        ("kl@nan", "a divergence is at least 0"),
+        ("kl@inf", "a divergence is at least 0"),
+        ("typical@nan", "a probability above 0"),
+        ("=top-k@2", "empty name"),
         ("top-k:folder@2", "only a judge has a folder"),
         ("lossless@1", "write lossless"),
         ("topk@3", "is not known"),
@@ -229,6 +238,65 @@ def test_rules_are_read_with_names_and_thresholds(tmp_path: Path, target: Target
     assert (name, rule and rule.threshold) == ("judge", 0.75)
     name, rule = parse_rule(f"sure=judge:{tmp_path / 'head'}@0.99")
     assert (name, rule and rule.threshold) == ("sure", 0.99)
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path, target: Target) -> None:
+    judge(target, 0.75).save_pretrained(tmp_path / "l2=0.1")
+    for text, name in ((f"judge:{tmp_path / 'l2=0.1'}", "judge"), (f"weak=judge:{tmp_path / 'l2=0.1'}@0.5", "weak")):
+        assert parse_rule(text)[0] == name
+        assert isinstance(parse_rule(text)[1], JudgeRule)
+
+
+@pytest.mark.parametrize("name", ["plain", "lossless"])
+def test_a_lossy_rule_under_the_name_of_a_lossless_row_is_refused(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    words = ["--target", "embedded:target", "--drafter", "embedded:draft_lm", "--prompts", str(prompts)]
+    words += ["--out", str(tmp_path / "out"), "--checker", "final-number", "--rules", f"{name}=top-k@2"]
+    assert main(["judge", "evaluate", *words]) == 1
+    assert f"a rule is named '{name}'" in capsys.readouterr().err
+
+
+def test_the_table_says_lossy_by_what_a_rule_is_not_by_its_name(compared: dict[str, RuleRow]) -> None:
+    renamed = [replace(compared["lossless"], rule="exact"), replace(compared["everything"], rule="lossless")]
+    *_, exact, everything = trade_table(renamed).splitlines()
+    assert exact.startswith("| exact |")
+    assert everything.startswith("| lossless (lossy) |")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"prompt_ids": []}, "has no prompt token"),
+        ({"prompt_ids": [1, 10**6]}, "holds token id 1000000"),
+        ({"prompt_ids": [-1]}, "holds token id -1"),
+        ({"prompt_ids": [5] * 10**4}, "tokens, the context of"),
+    ],
+)
+def test_rows_that_the_target_cannot_have_read_are_refused(
+    target: Target, draft_lm: LMDrafter, prompts: Path, changes: dict[str, list[int]], told: str
+) -> None:
+    rows = labelled(prompts, 1)
+    with pytest.raises(ValueError, match=told) as refused:
+        accepted_tokens(target, draft_lm, [None], [replace(rows[0], **changes)])
+    assert "row r0" in str(refused.value)
+
+
+def test_problems_that_no_answer_can_be_judged_by_are_refused_before_anything_is_decoded(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    bare = {name: value for name, value in rows[1].items() if name in ("id", "messages", "split", "source")}
+    words = ["--target", "embedded:target", "--drafter", "embedded:draft_lm", "--out", str(tmp_path / "out")]
+    words += ["--checker", "final-number", "--rules", "everything", "--prompts", str(tmp_path / "test.jsonl")]
+    for changed, told in (
+        ([rows[0], bare], f"problem {bare['id']}: "),
+        ([rows[0], {**rows[1], "id": rows[0]["id"]}], f"test.jsonl:2: id is '{rows[0]['id']}'; another problem"),
+    ):
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        assert main(["judge", "evaluate", *words]) == 1
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_one_rule_given_twice_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import getpass
 import json
 import random
 from collections.abc import Callable
@@ -186,6 +187,7 @@ def test_another_checker_judges_the_same_replies_under_its_own_name(
         ({}, {"where": TargetOptions(revision="main")}, "belongs to one model"),
         ({}, {"samples": 1, "temperature": 0.0}, "temperature is 0.0"),
         ({}, {"greedy": False}, "at least one answer"),
+        ({}, {"limit": -1}, "limit is -1; it must be at least 1"),
         ({}, {"checker": "CODE:beyond"}, r"prompts.jsonl:1 \(question .*, answer of embedded:target\): error is"),
         ({}, {"checker": "CODE:fails"}, r"prompts.jsonl:1 .* failed with ZeroDivisionError"),
     ],
@@ -208,6 +210,21 @@ def test_a_mistake_is_told_with_its_place_and_leaves_no_answers(
         generate(prompts, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     assert script.asked == [] or "CODE" in options["checker"]
+
+
+def test_a_user_without_a_name_is_told_before_anything_is_asked(
+    prompts: Path, tmp_path: Path, script: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nameless() -> str:
+        raise OSError("No username set in the environment")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    asked: dict[str, Any] = {"models": MODELS, "checker": "embedded", "licence": "MIT", "limit": 1}
+    with pytest.raises(ValueError, match="say who adds to the store with --author"):
+        generate(prompts, out=tmp_path / "out", store=str(tmp_path / "labels.db"), **asked)
+    assert script.asked == []
+    generate(prompts, out=tmp_path / "out", **asked)
+    assert (tmp_path / "out" / "answers.jsonl").exists(), "without a store nobody's name is needed"
 
 
 def test_the_command_works_with_the_embedded_models(

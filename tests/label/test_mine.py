@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tiny import make_tokenizer
 from draftsmith import cli, embedded
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.label import mine as command
+from draftsmith.label.checkers import load_checker
 from draftsmith.label.mine_answers import answer_parser
 from draftsmith.label.mine_plain import mine_plain
 from draftsmith.label.mine_questions import Asked, read_questions
@@ -197,6 +200,66 @@ def test_questions_come_as_messages_or_ids_with_a_given_reply_and_a_reference(tm
     ours = list(read_rows(out / "rows.jsonl"))
     assert {row.question for row in ours} != {first.question}
     assert ours[0].reply_ids == log["reply_ids"]
+
+
+def test_a_checker_judges_each_alternative_by_its_questions_row(
+    prompts: Path, tmp_path: Path, models: tuple[Target, Target]
+) -> None:
+    out = tmp_path / "out"
+    assert run(prompts, out, "--checker", "embedded", "--against", "reference") == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["labels"]["correct"] > 0
+    assert report["labels"]["wrong"] > 0
+    tokenizer, rows = load_tokenizer(TARGET), [json.loads(line) for line in prompts.read_text().splitlines()]
+    found, rules = asked_and_rules(prompts)
+    check = load_checker("embedded").check
+    log = {row["id"]: row for row in map(json.loads, (out / "mined.jsonl").read_text().splitlines())}
+    for asked, row in zip(found, rows, strict=True):
+        parse = partial(
+            lambda row, reply: check(row, str(tokenizer.decode(reply, skip_special_tokens=True))).verdict, row
+        )
+        question = replace(asked.question, parse=parse, reference="correct")
+        plain = mine_plain(*models, question, replace(rules, against="reference"))
+        assert log[plain.id]["swaps"] == [vars(swap) for swap in plain.swaps]
+        assert plain.left_out or parse(log[plain.id]["reply_ids"]) == "correct", "the last reply is right throughout"
+
+
+def test_a_function_of_the_user_judges_and_its_code_is_a_part_of_the_run(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = tmp_path / "code.py", tmp_path / "out"
+    code.write_text(
+        "from draftsmith.label.checkers import Checked\n"
+        "def never(row, response): return Checked('unplaced')\n"
+        "def always(row, response): return Checked('correct')\n"
+        "def fails(row, response): return row['nothing']\n"
+    )
+    words = ("--against", "reference", "--limit", 1, "--checker")
+    assert run(prompts, tmp_path / "never", *words, f"{code}:never") == 0
+    report = json.loads((tmp_path / "never" / "report.json").read_text())
+    assert report["left_out"] == {"the target's answer is not the reference's": 1}
+    assert run(prompts, out, *words, f"{code}:always") == 0
+    labels = json.loads((out / "report.json").read_text())["labels"]
+    assert labels["correct"] > 0
+    assert labels["wrong"] == 0
+    code.write_text(code.read_text() + "# changed\n")
+    assert run(prompts, out, *words, f"{code}:always") == 1
+    assert "holds labels of another run (checker: there" in capsys.readouterr().err
+    assert run(prompts, tmp_path / "fails", *words, f"{code}:fails") == 1
+    assert f"{prompts}:1: the checker {code}:fails failed with KeyError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("--checker", "nothing"), "checker 'nothing' is not known; use one of final-number"),
+    (("--checker", "embedded"), "add --against reference"),
+    (("--checker", "unit-tests", "--against", "reference"), "prompts.jsonl:1: the row has no tests"),
+])  # fmt: skip
+def test_a_checker_that_cannot_judge_is_refused(
+    words: tuple[str, ...], told: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(prompts, tmp_path / "out", *words) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out" / "mined.jsonl").exists()
 
 
 ROW = {"prompt_ids": [5, 6]}

@@ -405,6 +405,23 @@ def test_a_locked_store_loses_nothing_that_was_marked(visit: Visit, filled: Stor
         assert filled.num_entries() == 1
 
 
+def test_try_again_saves_what_is_marked_now(visit: Visit, filled: Store, place: str) -> None:
+    with Store(place, patience_seconds=0.1) as impatient, Served(impatient) as address:
+        page = visit(address)
+        shows(page, "a")
+        other = sqlite3.connect(place, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        press(page, "Home", "Enter")
+        page.wait_for_selector("#trouble:visible")
+        page.wait_for_selector("body:not(.busy)")
+        press(page, "ArrowRight", "ArrowRight")
+        other.execute("ROLLBACK")
+        other.close()
+        page.get_by_role("button", name="Try again").click()
+        shows(page, "b")
+        assert label_of(filled, "a") == Label("wrong", "alice", "person", (2, 3))
+
+
 def test_a_server_that_is_gone_is_told_and_the_mark_is_kept(visit: Visit, filled: Store) -> None:
     served = Served(filled)
     with served as address:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from draftsmith import cli
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.label.row_command import UNPLACED, UNTOUCHED, make_rows, merged_labels
-from draftsmith.label.rows import read_rows
+from draftsmith.label.rows import read_rows, write_rows
 from draftsmith.label.schema import Answer, Label, Tokens, write_answers
 from draftsmith.label.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
@@ -172,6 +172,84 @@ def test_one_id_for_two_answers_is_refused(answers: list[Answer]) -> None:
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match="good: two answers have this id"):
         make_rows([answers[0], replace(answers[1], id="good")], tokenizer, ChatTemplate(tokenizer))
+
+
+def test_who_finds_no_error_does_not_place_the_error_of_another(answers: list[Answer]) -> None:
+    tokenizer = make_tokenizer()
+    lost, bad = answers[2], answers[1]
+    made = make_rows([lost, replace(lost, label=CORRECT_LABEL)], tokenizer, ChatTemplate(tokenizer))
+    assert made.rows == []
+    assert made.left_out == [("lost", UNPLACED)]
+    # Where somebody has placed it, one who only saw that there is one adds nothing.
+    unsure = replace(bad, label=Label("unplaced", "carol", "person"))
+    [row] = make_rows([bad, unsure], tokenizer, ChatTemplate(tokenizer)).rows
+    assert row.labels == token_labels(bad, tokenize(TEXT, tokenizer).offsets)
+
+
+def test_a_length_without_room_is_refused(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--answers", file, "--target", "embedded:target", "--out", tmp_path / "rows", "--max-length", 0]
+    assert run(*words) == 1
+    assert "max_length is 0; it counts tokens" in capsys.readouterr().err
+
+
+ROW = {
+    "id": "a",
+    "question": "q",
+    "source": "tests",
+    "how": "rule",
+    "prompt_ids": [5, 6],
+    "reply_ids": [7, 8, 9],
+    "labels": [1, 0, -100],
+}
+
+
+def save(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    [row] = read_rows(save(tmp_path / "rows", ROW))
+    write_rows(tmp_path / "again", [row])
+    assert list(read_rows(tmp_path / "again")) == [row]
+    assert asdict(row) == ROW
+
+
+@pytest.mark.parametrize("field", sorted(ROW))
+def test_a_row_without_a_field_is_refused_with_its_line(tmp_path: Path, field: str) -> None:
+    short = {name: value for name, value in ROW.items() if name != field}
+    path = save(tmp_path / "rows", ROW, short | ({} if field == "id" else {"id": "b"}))
+    with pytest.raises(ValueError, match=f"{path}:2: {field} is missing"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("id", "", "a text that is not empty"),
+        ("id", 3, "a text that is not empty"),
+        ("question", None, "a text that is not empty"),
+        ("prompt_ids", "5 6", "a list of integers"),
+        ("reply_ids", [7, 8.0, 9], "a list of integers"),
+        ("reply_ids", [7, 8], "one label for each of the 2 reply tokens"),
+        ("labels", [True, False, -100], "a list of integers"),
+        ("labels", [1, 0], "one label for each of the 3 reply tokens"),
+        ("labels", [1, 0, 2], r"a label is 1 \(correct\), 0 \(wrong\) or -100"),
+    ],
+)
+def test_a_field_that_breaks_its_rule_is_refused_with_its_line(
+    tmp_path: Path, field: str, value: object, rule: str
+) -> None:
+    path = save(tmp_path / "rows", ROW, {**ROW, "id": "b", field: value})
+    with pytest.raises(ValueError, match=rule) as refused:
+        list(read_rows(path))
+    assert f"{path}:2: {'labels' if 'label' in rule else field} is" in str(refused.value)
+
+
+def test_a_repeated_id_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = save(tmp_path / "rows", ROW, {**ROW, "id": "b"}, ROW)
+    with pytest.raises(ValueError, match=f'{path}:3: id is "a"; line 1 has it already'):
+        list(read_rows(path))
 
 
 @pytest.mark.parametrize("words", [[], ["--store", "a.db", "--answers", "b.jsonl"]])

@@ -1,3 +1,4 @@
+import ast
 import os
 import shutil
 import subprocess
@@ -105,6 +106,22 @@ def test_files_outside_can_be_neither_deleted_nor_written(tmp_path: Path) -> Non
             assert path.read_text() == "here"
     finally:
         kept.unlink()
+
+
+def test_the_terminals_of_its_user_are_out_of_reach_and_harmless_devices_are_there() -> None:
+    ends = os.openpty()
+    try:
+        terminal = os.ttyname(ends[1])
+        os.chmod(terminal, 0o666)
+        ran = try_to(f"import os; os.open({terminal!r}, os.O_RDWR | os.O_NOCTTY)")
+        assert ran.output.strip() == "FileNotFoundError"
+    finally:
+        for end in ends:
+            os.close(end)
+    program = "import os\nopen('/dev/null', 'w').write('x')\nprint(len(open('/dev/urandom', 'rb').read(4)), os.listdir('/dev'))"
+    number, listed = run(program).output.split(maxsplit=1)
+    assert number == "4"
+    assert {"null", "urandom"} <= set(ast.literal_eval(listed)) <= {"null", "zero", "full", "random", "urandom"}
 
 
 def test_its_own_folder_is_empty_bounded_and_gone_afterwards() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 from draftsmith import cli
 from draftsmith.label.gate import LOOPBACK_NAMES, MAX_BODY_BYTES, Gate
@@ -30,6 +31,7 @@ pytest.importorskip("fastapi", reason="the labelling server needs the extra draf
 from fastapi.testclient import TestClient
 
 from draftsmith.label import gate as gate_module
+from draftsmith.label import store as store_module
 from draftsmith.label.serve_command import cutter_for
 from draftsmith.label.server import build_app
 from draftsmith.label.token_labels import tokenize
@@ -515,6 +517,16 @@ def test_a_locked_store_is_told_with_a_hint_and_then_works_again(place: str, fil
         assert filled.num_entries() == 0
         asked(client, "label", **GOOD)
         assert filled.num_entries() == 1
+
+
+def test_a_row_that_another_process_wrote_first_is_worth_another_try(
+    client: TestClient, filled: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object) -> None:
+        raise IntegrityError("insert", None, Exception("UNIQUE constraint failed"))
+
+    monkeypatch.setattr(store_module, "take", late)
+    assert "try again" in refused(client, 503, "next", annotator="alice")
 
 
 def test_a_prompt_with_a_script_in_it_is_sent_as_data_only(store: Store, make: Callable[..., Answer]) -> None:

@@ -1,14 +1,19 @@
+import itertools
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 from sqlalchemy.dialects import registry
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
-from draftsmith.label.database import Database, Unavailable
+from draftsmith.label import store as store_module
+from draftsmith.label.database import Conflict, Database, Unavailable
 from draftsmith.label.schema import Answer, Label, Tokens
+from draftsmith.label.seats import Seat, take
 from draftsmith.label.store import Added, NotOpen, Progress, Store
 from draftsmith.label.tables import METADATA
 
@@ -108,6 +113,25 @@ def test_two_annotators_never_get_one_item(store: Store, make: Callable[..., Ans
     given = {name: store.assign(name) for name in ("alice", "bob", "carol", "dave")}
     assert [given[name].id for name in ("alice", "bob", "carol")] == ["a", "b", "c"]  # type: ignore[union-attr]
     assert given["dave"] is None
+
+
+def test_a_seat_that_others_take_first_is_looked_for_again_but_not_for_ever(
+    store: Store, make: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([make("a")], "importer")
+    failures: Iterator[int] = iter(range(3))
+
+    def late(connection: Connection, seat: Seat) -> None:
+        if next(failures, None) is not None:
+            raise IntegrityError("insert", None, Exception("UNIQUE constraint failed"))
+        take(connection, seat)
+
+    monkeypatch.setattr(store_module, "take", late)
+    assert store.assign("alice") == make("a")
+    store.release("a", "alice", "")
+    failures = itertools.count()
+    with pytest.raises(Conflict, match="nothing of this was written; try again"):
+        store.assign("bob")
 
 
 def test_an_assigned_item_stays_until_it_is_labelled(store: Store, make: Callable[..., Answer]) -> None:

@@ -124,6 +124,11 @@ def test_rows_and_caches_may_be_several(
     halves = [save_rows(tmp_path, rows[:30], "c"), save_rows(tmp_path, rows[30:], "d")]
     data = opened(judge_data(cache, halves))  # type: ignore[arg-type]
     assert data.record()["correct"] == opened(judge_data(cache, first_file)).record()["correct"]
+    (tmp_path / "other").mkdir()
+    namesakes = [halves[0], save_rows(tmp_path / "other", rows[30:], "c")]
+    twins = opened(judge_data(cache, namesakes))  # type: ignore[arg-type]
+    assert list(twins.record()["rows"]) == [str(path) for path in namesakes]
+    assert twins.state_dict() == data.state_dict()
     with pytest.raises(ValueError, match=r"60 of 60 rows are not in .* \(first: ts0\); run draftsmith data extract"):
         judge_data(cache, save_rows(tmp_path, second, "e")).setup()
     with pytest.raises(ValueError, match="comes twice"):
@@ -153,7 +158,8 @@ def test_rows_of_another_tokenizer_or_a_cut_cache_are_refused(
 ) -> None:
     other = replace(rows[7], reply_ids=[*rows[7].reply_ids[:-1], 1])
     with pytest.raises(
-        ValueError, match=r"sample s7 has other tokens than its row; the labels are those of another tokenizer"
+        ValueError,
+        match=r"sample s7 has other tokens than its row \(at 8: \d+, not 1\); the labels are those of another tokenizer",
     ):
         judge_data(cache, save_rows(tmp_path, [*rows[:7], other, *rows[8:]])).setup()
     longer = replace(rows[7], reply_ids=[*rows[7].reply_ids, 1], labels=[*rows[7].labels, 1])

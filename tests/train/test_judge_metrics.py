@@ -153,6 +153,17 @@ def test_the_curve_goes_from_all_to_nothing_and_is_the_same_each_time() -> None:
             assert name == "threshold" or before[name] >= after[name]  # type: ignore[literal-required]
 
 
+def test_where_no_replicate_holds_a_wrong_token_its_interval_is_everything() -> None:
+    # One replicate of two questions, only one of which has a wrong token: about a quarter of the seeds miss it.
+    points = [
+        choose_threshold([0.9, 0.2, 0.7], [1, 0, 1], ["a", "a", "b"], 0.0, num_replicates=1, seed=seed)
+        for seed in range(30)
+    ]
+    intervals = [(point["wrong_low"], point["wrong_high"]) for point in points]
+    assert set(intervals) == {(0.0, 0.0), (0.0, 1.0)}
+    assert all(point["threshold"] == pytest.approx(0.45) for point in points)
+
+
 def test_questions_may_be_words() -> None:
     probabilities, labels, questions = some(400)
     words = [f"q{number:03d}" for number in questions]

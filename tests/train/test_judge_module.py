@@ -268,6 +268,7 @@ def test_parts_that_do_not_fit_together_are_refused(target_dir: Path, cache: Pat
         ({"class_weight": 0.0}, "class_weight is 0.0"),
         ({"max_wrong": -0.1}, "max_wrong is -0.1"),
         ({"iterations": 0}, "iterations is 0"),
+        ({"num_replicates": 0}, "num_replicates is 0"),
         ({"feature": "layer.1.output"}, "a judge reads last.pre_norm or last.post_norm"),
     ],
 )

@@ -70,6 +70,10 @@ def test_a_curve_that_falls_to_the_end_of_the_grid_gives_its_end() -> None:
     assert best_scale(torch.arange(17.0)) == 0.5
 
 
+def test_where_no_token_was_counted_scores_are_read_as_they_are() -> None:
+    assert best_scale(torch.zeros(17)) == 1.0
+
+
 def test_validation_fits_the_factor_and_the_saved_drafter_has_it(
     target_dir: Path, make_cache: MakeCache, tmp_path: Path
 ) -> None:
