@@ -13,11 +13,13 @@ import string
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 from draftsmith import __version__
+from draftsmith.embedded import checker as embedded_checker
 from draftsmith.files import sha256_file
 from draftsmith.label import sums_answers
 from draftsmith.label.final_answers import chosen_letter, final_number
@@ -81,8 +83,17 @@ def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -
             f"checker {spec!r} is not known; use one of {', '.join(get_args(BuiltIn))}, or your own function as "
             "package.module:function or file.py:function"
         )
-    told = f"{__version__} timeout {timeout_s}" if spec == "unit-tests" else __version__
-    return Checker(spec, checks[spec], f"{spec} {told}")
+    told = f" timeout {timeout_s}" if spec == "unit-tests" else ""
+    return Checker(spec, checks[spec], f"{spec} {_own_code()}{told}")
+
+
+@cache
+def _own_code() -> str:
+    """What changes with any of the package's own checkers, also between two versions of it."""
+    folder = Path(__file__).parent
+    files = [folder / f"{name}.py" for name in ("checkers", "final_answers", "sums_answers", "unit_tests", "sandbox")]
+    files.append(Path(str(embedded_checker.__file__)))
+    return " ".join([__version__, *(sha256_file(path)[:12] for path in files)])
 
 
 def _check_number(row: Row, response: str) -> Checked:

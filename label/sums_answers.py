@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import takewhile
-from os.path import commonprefix
 
 from draftsmith.embedded.checker import Verdict, check, read_step
 from draftsmith.embedded.problems import Problem, Step, compute, parse_plan
@@ -71,7 +70,7 @@ def _departure(problem: Problem, told: set[int], line: str) -> Span | None:
 
 def _wrong_digit(number: re.Match[str], right: str) -> Span:
     """The first digit that is not the right number's; all of a number that only lacks its end, or is right where none should be."""
-    shared = len(commonprefix([number[0], right]))
+    shared = _num_shared(list(number[0]), list(right))
     return (number.start() + shared, number.start() + shared + 1) if shared < len(number[0]) else number.span()
 
 
