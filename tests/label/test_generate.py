@@ -13,6 +13,7 @@ from draftsmith import cli, provenance
 from draftsmith.data.engines import Reply
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.embedded.sums import TARGET_STYLE, distinct_problems, render, write_prompts
+from draftsmith.files import read_jsonl
 from draftsmith.label import generate as module
 from draftsmith.label.generate import generate
 from draftsmith.label.schema import read_answers
@@ -88,13 +89,17 @@ def test_every_model_answers_every_question_and_every_answer_is_labelled(
     assert "20 answers to 10 questions" in told
     answers = list(read_answers(out / "answers.jsonl"))
     assert len(answers) == 20
+    rights = {row["messages"][0]["content"]: str(row["answer"]) for _, row in read_jsonl(prompts)}
     for answer in answers:
         assert answer.label is not None
         assert (answer.licence, answer.label.how, answer.label.labelled_by) == ("CC0-1.0", "rule", "embedded")
         assert answer.source.startswith("sums/")
         assert answer.label.verdict == ("correct" if answer.model == MODELS[0] else "wrong")
         if answer.label.error is not None:
-            assert answer.response[slice(*answer.label.error)] == answer.response.rpartition("#### ")[2]
+            said, right = answer.response.rpartition("#### ")[2], rights[answer.messages[-1]["content"]]
+            shared = next(place for place, digit in enumerate(said) if digit != right[place : place + 1])
+            assert answer.response[answer.label.error[0] :] == said[shared:]
+            assert answer.label.error[1] == answer.label.error[0] + 1
     assert provenance.read(out)["config"]["models"] == list(MODELS)
     generate(prompts, MODELS, "embedded", out, store, licence="CC0-1.0", author="me")
     assert len(script.asked) == 20
