@@ -1,12 +1,13 @@
 """The judge on the embedded pair, from nothing to the table: labelled by a checker, by mining, by both; against rules without training.
 
     python benchmarks/judge.py                 # everything; `make judge` is this
+    python benchmarks/judge.py --people        # and a fit to people's labels, which --data must hold; three minutes more
     python benchmarks/judge.py --scale 0.05    # tries the script out
 
 Questions of the training split: the target and the draft LM answer them, the corpus's exact checker says where a wrong answer goes wrong,
 and pairs of a right and a wrong answer train judges of several sizes; other questions are mined. Shares of wrong tokens are counted on
 answers to the validation split, everything else on problems of the test split. Then out of domain: a judge trained without division
-judges division. With `--data`, a judge is also fitted to people's labels with a real model's states.
+judges division. With `--people`, a judge is also fitted to people's labels with a real model's states.
 Writes `<date>-judge.md`, `.json` and charts into benchmarks/, and the rows into `runs/judge/report.json`. A run that was stopped goes on
 where it was; `rm -r runs/judge` starts anew.
 """
@@ -203,7 +204,7 @@ def run(options: argparse.Namespace) -> None:
     stages.once("first-errors", lambda: first_errors(work, judges[f"checker-{PAPER_SIZE}"].folder))
     drafters(stages, judges, options)
     out_of_domain(stages, judges, options)
-    human = people(stages, options) if (options.data / "judge").is_dir() else None
+    human = people(stages, options) if options.people else None
     publish(stages, judges, human, options)
 
 
@@ -444,6 +445,7 @@ def section(report: Path) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--people", action="store_true", help="fit a judge to people's labels too; needs --data")
     parser.add_argument("--work", type=Path, default=Path("runs/judge"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--scale", type=float, default=1.0, help="of questions and problems; 0.05 tries the script out")
