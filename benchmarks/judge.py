@@ -173,7 +173,8 @@ def run(options: argparse.Namespace) -> None:
             f"prompts-{name}",
             lambda split=split, name=name, amount=amount: write_prompts(work / f"{name}.jsonl", split, amount),
         )  # type: ignore[misc]
-    stages.once("prompts-mine", lambda: mining_prompts(work, count["mine"]))
+    # Few mined tokens are wrong, and judges are held to some of them: fewer questions would be too few.
+    stages.once("prompts-mine", lambda: mining_prompts(work, max(200, count["mine"])))
     stages.once(
         "answers-train",
         lambda: generate(
