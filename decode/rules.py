@@ -79,7 +79,7 @@ class TopK(LossyRule):
 
 @dataclass(frozen=True, repr=False)
 class Typical(LossyRule):
-    """Medusa's typical acceptance (arXiv:2401.10774, section 3.3.1): p(token) > min(epsilon, delta * exp(-entropy of p)).
+    """Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1): p(token) > min(epsilon, delta * exp(-entropy of p)).
 
     ``threshold`` is epsilon; delta is its square root, as there. p is the target's distribution at the request's temperature, at
     temperature 0 that of temperature 1.

@@ -259,8 +259,8 @@ class DraftModule(pl.LightningModule):
         checkpoint["score_scale"] = self.evaluated.config.score_scale
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See on_save_checkpoint."""
-        self.evaluated.config.score_scale = checkpoint["score_scale"]
+        """See on_save_checkpoint; checkpoints from before it was kept have none."""
+        self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
