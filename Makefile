@@ -1,6 +1,7 @@
 # make quickstart   prompts -> replies -> cache -> training -> export -> report, on the embedded target
 # make test         the test suite          make check     ruff and mypy
 # make bench        compare all families    make embedded  train the embedded models from scratch (over an hour)
+# make bench-train  training speed against bare matrix products, memory, two processes, the cost model
 # make judge        a judge from nothing to its price, on the embedded pair (under twenty minutes)
 # make wheel        dist/*.whl              make clean     remove what make built, but not runs/
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DRAFTSMITH := HF_HUB_OFFLINE=1 $(BIN)/draftsmith
 
 .DELETE_ON_ERROR:
-.PHONY: install install-dev quickstart test check bench judge embedded wheel clean
+.PHONY: install install-dev quickstart test check bench bench-train judge embedded wheel clean
 
 # torch goes first: on a machine that offers a CPU build of the pinned version, the rest then settles on that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -89,6 +90,9 @@ check: install-dev
 
 bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/families.py
+
+bench-train: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/train.py
 
 judge: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge.py
