@@ -252,7 +252,8 @@ def main() -> None:
             print(paragraph, end="\n\n", flush=True)
             paragraphs.append(paragraph)
     if options.write:
-        path = options.out / f"{date.today().isoformat()}-cache-dtype.md"
+        suffix = "" if options.target == "embedded" else f"-{options.target}"
+        path = options.out / f"{date.today().isoformat()}-cache-dtype{suffix}.md"
         atomic_write(path, "\n\n".join(paragraphs) + "\n")
         print(path)
 

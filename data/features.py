@@ -13,20 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.data.eight_bit import CODES, quantise, stored_dtype
 from draftsmith.data.manifest import CacheIdentity
 from draftsmith.data.shards import ShardContent
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.local import greedy_continuations
-from draftsmith.models.loading import as_dtype
 from draftsmith.models.target import Target
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """A forward whose states may still be on their way to the host."""
+    """A forward whose states may still be on their way to the host; `scales` as in `ShardContent`."""
 
     rows: list[int]
     states: dict[str, Tensor]
+    scales: dict[str, Tensor]
     greedy_ids: Tensor | None
     arrived: torch.cuda.Event | None
 
@@ -38,7 +39,7 @@ def features(
     identity: CacheIdentity,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> ShardContent:
-    """States of some samples, end to end: `hidden[layer]` is [sum of lengths, D] in the stored dtype.
+    """States of some samples, end to end: `hidden[layer]` is [sum of lengths, D] in the stored dtype, with `scales`.
 
     Samples of similar length share a forward. On a GPU the copy to the host runs behind the next forward.
 
@@ -46,7 +47,7 @@ def features(
     """
     lengths = [len(sample.input_ids) for sample in samples]
     ends = list(itertools.accumulate(lengths, initial=0))
-    dtype = as_dtype(identity.dtype)
+    dtype = stored_dtype(identity.dtype)
     horizon = identity.local_horizon
     hidden = {layer: torch.empty(ends[-1], identity.hidden_size, dtype=dtype) for layer in identity.layers}
     greedy = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
@@ -57,6 +58,7 @@ def features(
         loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
         hidden=hidden,
         greedy_ids=greedy,
+        scales={layer: torch.empty(ends[-1]) for layer in identity.layers if dtype == CODES},
     )
     _check_vocabulary(content, target)
     waiting: _Forward | None = None
@@ -105,8 +107,15 @@ def padded_ids(samples: Sequence[TokenizedSample]) -> Tensor:
 def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], identity: CacheIdentity) -> _Forward:
     ids_BT = padded_ids(samples).to(target.device, non_blocking=True)
     output = target.prefix(ids_BT, layers=identity.layers)
-    dtype = as_dtype(identity.dtype)
-    states = {layer: _to_host(output.feature(layer).to(dtype)) for layer in identity.layers}
+    dtype = stored_dtype(identity.dtype)
+    states: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for layer in identity.layers:
+        states_BTD = output.feature(layer)
+        if dtype == CODES:
+            states_BTD, scales_BT = quantise(states_BTD)
+            scales[layer] = _to_host(scales_BT)
+        states[layer] = _to_host(states_BTD.to(dtype))
     greedy = None
     if identity.local_horizon:
         greedy = greedy_continuations(target, ids_BT, identity.local_horizon).to("cpu", torch.int32)
@@ -114,7 +123,7 @@ def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], ide
     if target.device.type == "cuda":
         arrived = torch.cuda.Event()
         arrived.record()
-    return _Forward(rows, states, greedy, arrived)
+    return _Forward(rows, states, scales, greedy, arrived)
 
 
 def _to_host(states: Tensor) -> Tensor:
@@ -133,20 +142,24 @@ def _store(forward: _Forward, content: ShardContent) -> int:
         start, stop = int(content.offsets[index]), int(content.offsets[index + 1])
         for layer, states_BTD in forward.states.items():
             kept = states_BTD[row, : stop - start]
-            if not torch.isfinite(kept.sum(dtype=torch.float32)):
-                _refuse_non_finite(kept, content.ids[index], layer)
+            # Codes of eight bits hold no infinity and may hide a NaN: their scales tell.
+            telling = forward.scales[layer][row, : stop - start, None] if forward.scales else kept
+            if not torch.isfinite(telling.sum(dtype=torch.float32)):
+                _refuse_non_finite(telling, kept.dtype, content.ids[index], layer)
             content.hidden[layer][start:stop] = kept
+            if forward.scales:
+                content.scales[layer][start:stop] = telling[:, 0]
         if forward.greedy_ids is not None and content.greedy_ids is not None:
             content.greedy_ids[start:stop] = forward.greedy_ids[row, : stop - start]
         stored += stop - start
     return stored
 
 
-def _refuse_non_finite(states_TD: Tensor, sample_id: str, layer: str) -> None:
+def _refuse_non_finite(states_TD: Tensor, dtype: torch.dtype, sample_id: str, layer: str) -> None:
     """The sum that led here may overflow on its own; only a state that is not finite is an error."""
     bad = (~torch.isfinite(states_TD)).any(dim=-1).nonzero()
     if bad.numel():
         raise ValueError(
-            f"sample {sample_id}: {layer} at position {int(bad[0])} is NaN or infinite as {states_TD.dtype}; "
+            f"sample {sample_id}: {layer} at position {int(bad[0])} is NaN or infinite as {dtype}; "
             "store it with --dtype bfloat16 or float32, or run the target with --target-dtype float32"
         )

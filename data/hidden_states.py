@@ -1,39 +1,48 @@
 """Making and checking hidden-state caches: chosen layers of a frozen target over tokenized samples.
 
-Owns: the two commands, the resumable writing and the recomputing check. Does not know: how samples are made
-(`corpus.py`), the forward (`features.py`), the files' layout (`shards.py`, `manifest.py`), training.
+Owns: the two commands, which process makes which shard, and the recomputing check. Does not know: how samples are made
+(`corpus.py`), the forward (`features.py`), the files' layout (`shards.py`, `manifest.py`), what is there of a cache that
+is being made (`cache_folder.py`), training.
 
 Shape legend: T tokens, D hidden.
 """
 
+import contextlib
 import errno
-import itertools
-import json
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from draftsmith import provenance
 from draftsmith.data.cache import Check, HiddenStateCache
-from draftsmith.data.corpus import Corpus, Survey
+from draftsmith.data.cache_folder import SURVEY_PREFIX, CacheFolder
+from draftsmith.data.corpus import Corpus, Survey, template_digest
+from draftsmith.data.eight_bit import CODES, LARGEST_ERROR, stored_dtype
 from draftsmith.data.features import features
-from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
+from draftsmith.data.footprint import footprint
+from draftsmith.data.manifest import CacheIdentity, Manifest
 from draftsmith.data.packing import plan_batches
 from draftsmith.data.progress import progress
-from draftsmith.data.shards import CachedSample, ShardContent, bytes_per_token, check_digest, write_shard
+from draftsmith.data.ranks import Share, own_device, own_share
+from draftsmith.data.shards import CachedSample, bytes_per_token
+from draftsmith.data.shared_survey import shared_survey
+from draftsmith.data.together import Features, follow, leading, process_group
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
-from draftsmith.files import atomic_write, exclusive
+from draftsmith.files import exclusive
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
-from draftsmith.models.loading import as_dtype, load_tokenizer
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.sharding import load_sharded, sharded_over
 from draftsmith.models.target import Target
 
 __all__ = ["CachedSample", "HiddenStateCache", "extract", "verify"]
 
-StoredDtype = Literal["bfloat16", "float16", "float32"]
+StoredDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3"]
+_TOLERANCE = 0.02
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -55,11 +64,15 @@ def extract(
     revision: str | None = None,
     adapter: str | None = None,
     quantization: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    target_sharding: Literal["none", "tp"] = "none",
 ) -> None:
     """Runs the target over samples and stores its hidden states.
 
     SOURCE is what `data respond` wrote (the target's own replies, token by token), or a file of conversations. A killed
-    run continues at the next shard when it is started again, and ends with the same bytes.
+    run continues at the next shard when it is started again, and ends with the same bytes. Several processes share the
+    shards by rank; they need not run at the same time, and may be replaced by another number of them.
 
     Args:
         target: path or hub id of the target.
@@ -67,50 +80,144 @@ def extract(
         out: the folder of the cache.
         split: keep only samples of this split.
         layers: names of the layers to store: `last.pre_norm`, `layer.3.output`, ...
-        dtype: stored dtype of the states.
+        dtype: stored dtype of the states; float8_e4m3 keeps eight bits and a scale a token.
         template: Jinja file for conversations, or `none` for plain text; default: the tokenizer's own.
         max_length: cut samples to this many tokens; default: the target's context.
         local_horizon: store this many greedy tokens of the target after each position (for `local` distillation).
         batch_tokens: tokens of one forward, padding included.
         shard_mib: size of a shard in MiB.
         target_dtype: dtype the target runs in.
-        device: device the target runs on.
+        device: device the target runs on; under torchrun, cuda is each process's own GPU.
         device_map: spreads a large target over devices, as in `transformers`.
         revision: revision of a hub id.
         adapter: PEFT adapter on top of the target.
         quantization: quantisation of the target's weights.
+        rank: which share of the shards this process makes; default: RANK of the environment, or 0.
+        world_size: how many processes share the shards; default: WORLD_SIZE of the environment, or 1.
+        target_sharding: tp: all processes of torchrun hold the target together, and the first one writes all shards.
     """
-    with exclusive(out):
-        loaded = Target.load(target, target_dtype, device, device_map, revision, adapter, quantization)
+    with contextlib.ExitStack() as stack:
+        share, compute = own_share(rank, world_size), None
+        if target_sharding == "tp":
+            _check_whole(device_map, adapter, quantization)
+            stack.enter_context(process_group())
+            loaded = load_sharded(target, target_dtype, sharded_over("tp"), torch.device(own_device(device)), revision)
+            if share.rank > 0:
+                follow(loaded, _identity_of_forwards(layers, loaded, dtype, local_horizon, batch_tokens))
+                return
+            share, compute = Share(), stack.enter_context(leading(loaded))
+        stack.enter_context(exclusive(out.with_name(out.name + share.suffix)))
+        if compute is None:
+            loaded = Target.load(target, target_dtype, own_device(device), device_map, revision, adapter, quantization)
+            compute = partial(features, loaded)
         tokenizer = load_tokenizer(target, revision)
         length = _max_length(max_length, loaded)
         corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template), split, length)
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
-        survey = corpus.survey()
+        survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)
         identity = CacheIdentity(
             target=target,
             target_revision=revision,
             target_fingerprint=loaded.fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            template_fingerprint=template_fingerprint(tokenizer),
+            template_fingerprint=template_digest(template) or template_fingerprint(tokenizer),
             layers=tuple(layers),
             hidden_size=loaded.ends.hidden_size,
             dtype=dtype,
             target_dtype=target_dtype,
             source=corpus.fingerprint,
             split=split,
-            mask=corpus.mask_recipe,
+            mask=survey.mask,
             max_length=length,
             local_horizon=local_horizon,
             shard_mib=shard_mib,
             batch_tokens=batch_tokens,
         )
-        manifest = _begin(out, identity, survey, source)
-        finished = _write_shards(out, manifest, survey.lengths, corpus, loaded)
-    share = finished.num_labelled / finished.num_tokens
+        with _explaining_a_full_disk(out):
+            finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
+    _report(out, finished, share)
+
+
+def _check_whole(device_map: str | None, adapter: str | None, quantization: str | None) -> None:
+    given = {"device_map": device_map, "adapter": adapter, "quantization": quantization}
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise ValueError(
+            f"target_sharding tp divides the target's weights as its files have them, which {', '.join(wrong)} does not go with; "
+            "drop that, or the sharding"
+        )
+
+
+def _identity_of_forwards(
+    layers: tuple[str, ...], target: Target, dtype: StoredDtype, local_horizon: int, batch_tokens: int
+) -> CacheIdentity:
+    """As much of an identity as forwards depend on, for a process that reads no text."""
+    return CacheIdentity(
+        target=target.name,
+        target_revision=None,
+        target_fingerprint=target.fingerprint,
+        tokenizer_fingerprint="",
+        template_fingerprint="",
+        layers=tuple(layers),
+        hidden_size=target.ends.hidden_size,
+        dtype=dtype,
+        target_dtype="",
+        source="",
+        split=None,
+        mask="",
+        max_length=0,
+        local_horizon=local_horizon,
+        shard_mib=0.0,
+        batch_tokens=batch_tokens,
+    )
+
+
+def _make(
+    folder: CacheFolder, share: Share, corpus: Corpus, survey: Survey, identity: CacheIdentity, compute: Features
+) -> Manifest:
+    """This rank's shards, and the manifest as far as all ranks have come."""
+    folder.begin(_empty_manifest(identity, survey), survey.skipped, {str(corpus.source): identity.source})
+    try:
+        _write_shards(folder, share, corpus, survey, identity, compute)
+    except (ValueError, OSError):
+        with contextlib.suppress(OSError):  # the disk may be full: the records beside the shards are enough
+            folder.gather(survey.lengths)
+        raise
+    return folder.gather(survey.lengths)
+
+
+def _report(out: Path, manifest: Manifest, share: Share) -> None:
+    if not manifest.complete:
+        there = sum(shard.num_samples for shard in manifest.shards)
+        print(
+            f"rank {share.rank} of {share.world_size} is done: {there} of {manifest.num_samples} samples are in {out}; "
+            "it is complete once the other ranks are done too"
+        )
+        return
     print(
-        f"{finished.num_samples} samples, {finished.num_tokens} tokens ({share:.0%} trained on) in "
-        f"{len(finished.shards)} shards: {out}; {finished.num_dropped} samples dropped, {finished.num_cut} cut"
+        f"{manifest.num_samples} samples, {manifest.num_tokens} tokens "
+        f"({manifest.num_labelled / manifest.num_tokens:.0%} trained on) in {len(manifest.shards)} shards: {out}; "
+        f"{manifest.num_dropped} samples dropped, {manifest.num_cut} cut\n{footprint(manifest)}"
+    )
+
+
+def _survey(corpus: Corpus, tokenizer: str, template: str | None, out: Path, share: Share) -> Survey:
+    """One process reads the corpus itself; several divide it, and leave the parts for one another beside the shards."""
+    if share.world_size == 1:
+        return corpus.survey()
+    settings = repr((corpus.fingerprint, corpus.split, corpus.max_length, tokenizer, template_digest(template)))
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return shared_survey(corpus, out / f"{SURVEY_PREFIX}{key}", share)
+
+
+def _empty_manifest(identity: CacheIdentity, survey: Survey) -> Manifest:
+    return Manifest(
+        identity=identity,
+        num_samples=len(survey.lengths),
+        num_tokens=sum(survey.lengths),
+        num_labelled=survey.num_labelled,
+        num_dropped=len(survey.skipped),
+        num_cut=survey.num_cut,
     )
 
 
@@ -125,79 +232,50 @@ def _max_length(asked: int | None, target: Target) -> int:
     return asked or context or 0
 
 
-def _begin(out: Path, identity: CacheIdentity, survey: Survey, source: Path) -> Manifest:
-    """The manifest to continue from: a new one, or an earlier run's with its good shards."""
-    if (out / MANIFEST_FILE).exists():
-        return _resume(out, identity)
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ValueError(f"{out} is not empty and no cache; name another folder")
-    manifest = Manifest(
-        identity=identity,
-        num_samples=len(survey.lengths),
-        num_tokens=sum(survey.lengths),
-        num_labelled=survey.num_labelled,
-        num_dropped=len(survey.skipped),
-        num_cut=survey.num_cut,
-    )
-    manifest.save(out)
-    atomic_write(out / "dropped.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in survey.skipped))
-    provenance.write(out, provenance.record("data extract", asdict(identity), {str(source): identity.source}))
-    return manifest
-
-
-def _resume(out: Path, identity: CacheIdentity) -> Manifest:
-    manifest = Manifest.load(out)
-    differences = manifest.differences(identity)
-    if differences:
-        raise ValueError(
-            f"{out} holds another cache ({'; '.join(differences)}); name another folder or delete this one"
-        )
-    for leftover in out.glob(".*.partial-*"):
-        leftover.unlink()
-    good = Manifest(**{**vars(manifest), "shards": (), "complete": False})
-    for shard in manifest.shards:
-        try:
-            check_digest(out / shard.name, shard)
-        except ValueError:
-            break
-        good = good.with_shard(shard)
-    return good
-
-
-def _write_shards(out: Path, manifest: Manifest, lengths: list[int], corpus: Corpus, target: Target) -> Manifest:
-    identity = manifest.identity
+def _plan(lengths: Sequence[int], identity: CacheIdentity) -> list[tuple[int, int]]:
+    """First sample and the one after the last of each shard: a function of the corpus, whoever asks."""
     per_token = bytes_per_token(
-        identity.hidden_size, len(identity.layers), as_dtype(identity.dtype), identity.local_horizon
+        identity.hidden_size, len(identity.layers), stored_dtype(identity.dtype), identity.local_horizon
     )
     plan = plan_batches(lengths, max(1, int(identity.shard_mib * 2**20 / per_token)))
-    samples = iter(corpus)
-    skipped = sum(shard.num_samples for shard in manifest.shards)
-    tokens_there = sum(shard.num_tokens for shard in manifest.shards)
-    for _ in itertools.islice(samples, skipped):
-        pass
+    return [(batch[0], batch[-1] + 1) for batch in plan]
+
+
+def _write_shards(
+    folder: CacheFolder, share: Share, corpus: Corpus, survey: Survey, identity: CacheIdentity, compute: Features
+) -> None:
+    """Makes this rank's shards that are not there. A shard's samples are read while the one before is computed."""
+    plan = _plan(survey.lengths, identity)
+    own = share.own(len(plan))
+    there = folder.keep_good(own)
+    left = [number for number in own if number not in there]
+    tokens = {number: sum(survey.lengths[slice(*plan[number])]) for number in own}
+    done = sum(tokens[number] for number in there)
     with (
+        ThreadPoolExecutor(max_workers=1) as reader,
         ThreadPoolExecutor(max_workers=1) as writer,
-        progress("extract", manifest.num_tokens, "tokens", done=tokens_there) as advance,
+        progress("extract", sum(tokens.values()), "tokens", done=done) as advance,
     ):
-        pending: Future[Manifest] | None = None
-        for number in range(len(manifest.shards), len(plan)):
-            content = features(target, list(itertools.islice(samples, len(plan[number]))), identity, advance)
-            if pending is not None:
-                manifest = _settle(pending, out)
-            pending = writer.submit(_write_one, out, number, content, manifest)
-        return manifest if pending is None else _settle(pending, out)
+        writing: Future[None] | None = None
+        reading = [reader.submit(corpus.samples, survey, *plan[number]) for number in left[:1]]
+        for following, number in enumerate(left, start=1):
+            samples = reading.pop().result()
+            if following < len(left):
+                reading.append(reader.submit(corpus.samples, survey, *plan[left[following]]))
+            if folder.has(number):
+                continue  # a process of another world size has made it meanwhile
+            content = compute(samples, identity, advance)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(folder.add, number, content)
+        if writing is not None:
+            writing.result()
 
 
-def _write_one(out: Path, number: int, content: ShardContent, manifest: Manifest) -> Manifest:
-    record = write_shard(out / f"shard-{number:05d}.safetensors", content)
-    grown = manifest.with_shard(record)
-    grown.save(out)
-    return grown
-
-
-def _settle(pending: Future[Manifest], out: Path) -> Manifest:
+@contextlib.contextmanager
+def _explaining_a_full_disk(out: Path) -> Iterator[None]:
     try:
-        return pending.result()
+        yield
     except OSError as error:
         if error.errno in _DISK_ERRORS:
             raise ValueError(
@@ -227,7 +305,7 @@ def verify(
     target: str | None = None,
     samples: int = 8,
     seed: int = 0,
-    tolerance: float = 0.02,
+    tolerance: float | None = None,
     device: str = "cpu",
     revision: str | None = None,
     adapter: str | None = None,
@@ -240,7 +318,8 @@ def verify(
         target: path or hub id; default: the one the cache names.
         samples: how many samples to recompute, drawn at random.
         seed: another seed draws others.
-        tolerance: largest allowed distance of a state from its recomputation, relative to the state's length.
+        tolerance: largest allowed distance of a state from its recomputation, relative to the state's length; default:
+            0.02, and with eight bits 0.09.
         device: device the target runs on.
         revision: revision of a hub id.
         adapter: PEFT adapter on top of the target.
@@ -250,26 +329,31 @@ def verify(
     identity = opened.manifest.identity
     loaded = Target.load(target or identity.target, identity.target_dtype, device, revision=revision, adapter=adapter)
     opened.check_target(loaded.fingerprint)
+    eight_bits = stored_dtype(identity.dtype) == CODES
+    allowed = tolerance if tolerance is not None else _TOLERANCE + (LARGEST_ERROR if eight_bits else 0.0)
+    greedy_share = 1 - (_TOLERANCE if tolerance is None else tolerance)
     worst = list(compare(opened, loaded, samples, seed))
     for row in worst:
         differences = f"max difference {row.max_difference:.3e}  relative {row.relative_difference:.3e}"
         greedy = f"  greedy tokens equal {row.greedy_agreement:.1%}" if identity.local_horizon else ""
         print(f"{row.sample}  {row.layer}  {differences}{greedy}")
-    failed = [row for row in worst if not row.relative_difference <= tolerance or row.greedy_agreement < 1 - tolerance]
+    failed = [row for row in worst if not row.relative_difference <= allowed or row.greedy_agreement < greedy_share]
     if failed:
         raise ValueError(
-            f"{cache}: {len(failed)} of {len(worst)} comparisons differ by more than {tolerance} "
+            f"{cache}: {len(failed)} of {len(worst)} comparisons differ by more than {allowed:.3g} "
             f"(first: {failed[0].sample}, {failed[0].layer}, {failed[0].relative_difference:.3e}); "
             "the cache does not hold this target's states"
         )
-    print(f"{cache}: {min(samples, len(opened))} samples recomputed, all within {tolerance}")
+    print(f"{cache}: {min(samples, len(opened))} samples recomputed, all within {allowed:.3g}")
 
 
 def compare(cache: HiddenStateCache, target: Target, num_samples: int, seed: int) -> Iterator[Comparison]:
-    """Recomputes randomly drawn samples, one forward each."""
+    """Recomputes randomly drawn samples, one forward each; states of eight bits are held against whole ones."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(cache), generator=generator)[:num_samples].tolist()
     identity = cache.manifest.identity
+    if stored_dtype(identity.dtype) == CODES:
+        identity = replace(identity, dtype="float32")
     for index in chosen:
         sample = cache[index]
         text = TokenizedSample(sample.id, sample.input_ids.tolist(), sample.loss_mask.tolist())

@@ -4,7 +4,7 @@ Owns: the manifest's fields and their checks. Does not know: tensors, targets, h
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ SCHEMA = "draftsmith.hidden_states/1"
 MANIFEST_FILE = "manifest.json"
 # How the target was spelled does not matter where its fingerprint agrees.
 _NAMES_ONLY = ("target", "target_revision")
+# Fields that caches of earlier versions lack.
+_LATER = frozenset({"lengths_sha256"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A cache as a whole; `complete` turns True with the last shard."""
+    """A cache as a whole; `complete` turns True with the last shard.
+
+    `shards` are in order; while the cache is being made, some may be missing between them. `lengths_sha256` is that of
+    `lengths.safetensors`, None while the cache is incomplete and where an earlier version made it.
+    """
 
     identity: CacheIdentity
     num_samples: int
@@ -68,12 +74,17 @@ class Manifest:
     num_dropped: int
     num_cut: int
     complete: bool = False
+    lengths_sha256: str | None = None
     shards: tuple[ShardRecord, ...] = field(default=())
 
     def with_shard(self, shard: ShardRecord) -> "Manifest":
         """The manifest after one more shard."""
-        shards = (*self.shards, shard)
-        return replace(self, shards=shards, complete=sum(s.num_samples for s in shards) == self.num_samples)
+        return self.with_shards((*self.shards, shard))
+
+    def with_shards(self, shards: Iterable[ShardRecord]) -> "Manifest":
+        """The manifest with these shards and no other, put in order."""
+        ordered = tuple(sorted(shards, key=lambda shard: (len(shard.name), shard.name)))
+        return replace(self, shards=ordered, complete=sum(s.num_samples for s in ordered) == self.num_samples)
 
     def save(self, folder: Path) -> None:
         """Writes the manifest, atomically. It holds nothing of this run (no time): the same input, the same bytes."""
@@ -110,12 +121,22 @@ class Manifest:
         return [f"{name}: here {here!r}, wanted {want!r}" for name, here, want in pairs if here != want]
 
 
+def read_record(path: Path) -> ShardRecord:
+    """One shard's record from a file of its own. Raises ValueError when it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run the extraction again") from error
+    record: ShardRecord = _build(ShardRecord, content, path)
+    return record
+
+
 def _build(kind: type, content: Any, path: Path) -> Any:
     names = {f.name for f in fields(kind)}
-    if not isinstance(content, Mapping) or set(content) != names:
+    if not isinstance(content, Mapping) or set(content) | (_LATER & names) != names:
         given = set(content) if isinstance(content, Mapping) else set()
         raise ValueError(
-            f"{path}: {kind.__name__} lacks {sorted(names - given)} and has unknown {sorted(given - names)}; "
+            f"{path}: {kind.__name__} lacks {sorted(names - given - _LATER)} and has unknown {sorted(given - names)}; "
             "extract the cache again"
         )
     return kind(**content)

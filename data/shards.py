@@ -2,15 +2,16 @@
 
 Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (sample i is
 `offsets[i]:offsets[i + 1]`), `input_ids` int32 [T], `loss_mask` bool [T], `hidden.<layer>` [T, D] for each layer, and
-where greedy continuations were asked for `greedy_ids` int32 [T, G].
+where greedy continuations were asked for `greedy_ids` int32 [T, G]. States of eight bits are float8_e4m3fn and have
+`scale.<layer>` float32 [T] beside them.
 
-Owns: this layout. Does not know: manifests, targets, training.
+Owns: this layout. Does not know: how numbers become eight bits (`eight_bit.py`), manifests, targets, training.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -18,10 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from draftsmith.data.eight_bit import CODES, EightBitStates
 from draftsmith.data.manifest import ShardRecord
 from draftsmith.files import atomic_write, sha256_file
 
-_HIDDEN = "hidden."
+_HIDDEN, _SCALE = "hidden.", "scale."
 # A single metadata entry: with several, safetensors writes them in an order that changes from run to run.
 _IDS = "ids"
 
@@ -31,20 +33,23 @@ class CachedSample:
     """One sample as it comes out of a cache.
 
     `input_ids` int64 [T], `loss_mask` bool [T] (True: trained on), `hidden` layer name -> [T, D] in the stored dtype
-    (a view of the file, not a copy), `greedy_ids` int64 [T, G] or None: row t holds the target's G greedy tokens after
-    tokens 0..t.
+    (a view of the file, not a copy; states of eight bits come as bfloat16, made at each access), `greedy_ids` int64
+    [T, G] or None: row t holds the target's G greedy tokens after tokens 0..t.
     """
 
     id: str
     input_ids: Tensor
     loss_mask: Tensor
-    hidden: dict[str, Tensor]
+    hidden: Mapping[str, Tensor]
     greedy_ids: Tensor | None
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """Tensors of one shard before it is written; shapes as in the module's docstring, ids one a sample."""
+    """Tensors of one shard before it is written; shapes as in the module's docstring, ids one a sample.
+
+    `scales` has the layers of `hidden` where states have eight bits, and none otherwise.
+    """
 
     ids: Sequence[str]
     offsets: Tensor
@@ -52,11 +57,13 @@ class ShardContent:
     loss_mask: Tensor
     hidden: dict[str, Tensor]
     greedy_ids: Tensor | None
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 def bytes_per_token(hidden_size: int, num_layers: int, dtype: torch.dtype, horizon: int) -> int:
-    """Bytes that one token takes on disk."""
-    return hidden_size * num_layers * dtype.itemsize + 5 + 4 * horizon
+    """Bytes that one token takes on disk: states (a scale with each of eight bits), id, mask and greedy tokens."""
+    scale = torch.float32.itemsize if dtype == CODES else 0
+    return num_layers * (hidden_size * dtype.itemsize + scale) + 5 + 4 * horizon
 
 
 def write_shard(path: Path, content: ShardContent) -> ShardRecord:
@@ -69,6 +76,7 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
         "input_ids": content.input_ids.to(torch.int32),
         "loss_mask": content.loss_mask.to(torch.bool),
         **{_HIDDEN + name: states for name, states in content.hidden.items()},
+        **{_SCALE + name: scales for name, scales in content.scales.items()},
     }
     if content.greedy_ids is not None:
         tensors["greedy_ids"] = content.greedy_ids.to(torch.int32)
@@ -105,6 +113,10 @@ class ShardReader:
                 self._input_ids = file.get_tensor("input_ids")
                 self._loss_mask = file.get_tensor("loss_mask")
                 self._hidden = {layer: file.get_tensor(_HIDDEN + layer) for layer in layers}
+                scaled = [layer for layer in layers if self._hidden[layer].dtype == CODES]
+                if missing := {_SCALE + layer for layer in scaled} - names:
+                    raise ValueError(f"{path} lacks the tensors {sorted(missing)}; extract the cache again")
+                self._scales = {layer: file.get_tensor(_SCALE + layer) for layer in scaled}
                 self._greedy_ids = file.get_tensor("greedy_ids") if "greedy_ids" in names else None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run the extraction again") from error
@@ -124,9 +136,15 @@ class ShardReader:
             id=self.ids[index],
             input_ids=self._input_ids[start:stop].long(),
             loss_mask=self._loss_mask[start:stop],
-            hidden={layer: states[start:stop] for layer, states in self._hidden.items()},
+            hidden=self._states(start, stop),
             greedy_ids=None if greedy is None else greedy[start:stop].long(),
         )
+
+    def _states(self, start: int, stop: int) -> Mapping[str, Tensor]:
+        states = {layer: stored[start:stop] for layer, stored in self._hidden.items()}
+        if not self._scales:
+            return states
+        return EightBitStates(states, {layer: scales[start:stop] for layer, scales in self._scales.items()})
 
 
 def check_size(path: Path, record: ShardRecord) -> None:

@@ -1,0 +1,97 @@
+"""States in eight bits: e4m3 numbers, with one float32 scale a token and layer.
+
+Owns: the two directions, what they lose, and which stored dtypes there are. Knows nothing of shards, targets or training.
+
+Shape legend: T tokens, D hidden.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.loading import as_dtype
+
+FLOAT8 = "float8_e4m3"
+CODES = torch.float8_e4m3fn
+# Of a state against its own length, for every D up to 65,536: see `quantise`.
+LARGEST_ERROR = 0.07
+_LARGEST_CODE = 448.0
+_BLOCK = 2**18
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype of a cache's states by its name: those of targets, and `float8_e4m3`.
+
+    Raises ValueError for any other name.
+    """
+    return CODES if name == FLOAT8 else as_dtype(name)
+
+
+def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
+    """States [..., D] as codes float8_e4m3fn [..., D] and scales float32 [...], on their own device.
+
+    The scale is the state's largest magnitude over 448, the largest e4m3 number; a state of zeros has the scale 1. A
+    scale is not finite exactly where its state is not, or holds what bfloat16, in which states are read back, cannot:
+    whoever stores codes looks at the scales first, since the codes themselves cannot say it.
+
+    What is lost: a number of magnitude m in a state with scale s comes back within `max(m / 16, s / 1024)` and the
+    rounding to bfloat16, `m / 256` (2 ** -134 among its subnormal numbers). Over a whole state that is at most
+    1/16 + 1/256 + sqrt(D) / 458,752 of its length, which `LARGEST_ERROR` bounds. It holds from a largest magnitude of
+    1e-35 on: below, scales would leave float32's normal numbers.
+    """
+    largest = states.abs().amax(dim=-1).to(torch.float32)
+    scales = (largest / _LARGEST_CODE).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = torch.where(largest == 0, torch.ones_like(scales), scales)
+    scales = torch.where(largest.to(torch.bfloat16).isfinite(), scales, torch.full_like(scales, torch.inf))
+    return (states.to(torch.float32) / scales[..., None]).to(CODES), scales
+
+
+def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+    """bfloat16 [T, D] of codes float8_e4m3fn [T, D] and scales float32 [T], as `quantise` makes them.
+
+    On a CPU bits are moved instead of numbers converted, which is on training's path: torch converts e4m3 one number
+    after the other there. Both ways give the same bits.
+    """
+    return _by_bits(codes, scales) if codes.device.type == "cpu" else dequantise_plainly(codes, scales)
+
+
+def dequantise_plainly(codes: Tensor, scales: Tensor) -> Tensor:
+    """The plain twin of `dequantise`, on any device."""
+    return (codes.to(torch.float32) * scales[..., None]).to(torch.bfloat16)
+
+
+def _by_bits(codes_TD: Tensor, scales_T: Tensor) -> Tensor:
+    """An e4m3 number's bits, seven places up, are those of a float16 that is 256 times smaller: sign, four bits of
+    exponent (biases 7 and 15), mantissa, and subnormal numbers too. Rows go in blocks that stay in the processor's cache.
+    """
+    bits_TD, scales_T1 = codes_TD.view(torch.int8), (scales_T * 256)[:, None]
+    states_TD = torch.empty(codes_TD.shape, dtype=torch.bfloat16)
+    num_rows = max(1, _BLOCK // max(1, codes_TD.shape[1]))
+    for start in range(0, codes_TD.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        # Widening copies the sign to all upper bits: the mask keeps one of them, and the seven others of the code.
+        moved = bits_TD[rows].to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x8000 | 0x3F80)
+        states_TD[rows] = moved.view(torch.float16).to(torch.float32).mul_(scales_T1[rows])
+    return states_TD
+
+
+class EightBitStates(Mapping[str, Tensor]):
+    """States of one sample by layer name, each brought back to bfloat16 [T, D] when it is asked for, and not before.
+
+    Args:
+        codes: layer name -> float8_e4m3fn [T, D].
+        scales: layer name -> float32 [T].
+    """
+
+    def __init__(self, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+        self.codes, self.scales = codes, scales
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return dequantise(self.codes[layer], self.scales[layer])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.codes)
+
+    def __len__(self) -> int:
+        return len(self.codes)

@@ -1,0 +1,79 @@
+"""Several processes at one job without a word between them: who does what, and what only one may do at a time.
+
+Owns: rank and world size from flags or the environment, a process's own GPU, locks that wait. Knows nothing of what the
+processes make.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftsmith.files import exclusive
+
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of a job: every `world_size`-th piece, from `rank` on."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """What tells this rank's files from another's; nothing for a single process."""
+        return "" if self.world_size == 1 else f"-{self.rank:05d}-of-{self.world_size:05d}"
+
+    def own(self, num_pieces: int) -> range:
+        """The numbers of this process's pieces. Example: rank 1 of 3 has of 6 pieces the numbers 1 and 4."""
+        return range(self.rank, num_pieces, self.world_size)
+
+
+def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
+    """What was asked for; by default RANK and WORLD_SIZE of the environment, as torchrun sets both, or a single process.
+
+    Raises ValueError for a rank outside of 0 to world_size - 1, and where only one of the two is known.
+    """
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
+    if rank is None or world_size is None:
+        # Lightning leaves WORLD_SIZE alone behind in a process that has trained: one of the two says nothing.
+        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size} processes does not exist; ranks run from 0 to world_size - 1")
+    return Share(rank, world_size)
+
+
+def own_device(device: str) -> str:
+    """`cuda` becomes this process's GPU of its machine, `cuda:LOCAL_RANK`, where a launcher has set that; else unchanged."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if device == "cuda" and local_rank is not None else device
+
+
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Holds the right to write `path`, as `exclusive` does, or gives False where another process has it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(path))
+        except ValueError:
+            free = False
+        else:
+            free = True
+        yield free
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Holds the right to write `path`, after waiting for whoever has it: for what takes moments."""
+    while True:
+        with if_free(path) as free:
+            if free:
+                yield
+                return
+        time.sleep(_POLL_SECONDS)
