@@ -1,48 +1,87 @@
 """Reading a hidden-state cache: refuses what is incomplete, altered or foreign before it serves anything.
 
-Owns: opening, checking and indexing a cache. Does not know: how it is made (`hidden_states.py`), how samples are
-batched (`packing.py`).
+Owns: opening, checking and indexing a cache, here or behind a URL. Does not know: how it is made (`hidden_states.py`), how
+files come over a network (`remote.py`), how samples are batched (`packing.py`).
+
+Shape legend: N samples, T tokens.
 """
 
 import bisect
+import hashlib
 import itertools
-from collections.abc import Iterator
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from draftsmith.data.manifest import Manifest
+import numpy as np
+from torch import Tensor
+
+from draftsmith.data.lengths import LENGTHS_FILE, check_lengths, read_lengths, write_lengths
+from draftsmith.data.manifest import MANIFEST_FILE, Manifest
+from draftsmith.data.remote import Ahead, Held, RemoteFolder, Retry, ShardFolder, default_folder, location
 from draftsmith.data.shards import CachedSample, ShardReader, check_digest, check_size
 
 Check = Literal["open", "lazy", "off"]
+_OPEN_FILES = 4096
+_OPEN_FETCHED = 64
+_HEADER_THREADS = 16
 
 
 class HiddenStateCache:
     """A finished cache as a sequence of samples.
 
     Args:
-        path: the folder that `draftsmith data extract` wrote.
+        path: the folder that `draftsmith data extract` wrote, or the URL it was copied to: `s3://bucket/cache`, `gs://...`,
+            whatever fsspec knows. Shards behind a URL are fetched as a whole when they are needed and kept in `shard_cache`.
         check: when every shard's sha256 is compared with the manifest: all of them at `open`, each one before its
-            first sample is served (`lazy`, for caches of terabytes), or not at all (`off`). Sizes are always checked.
+            first sample is served (`lazy`, for caches of terabytes), or not at all (`off`). Sizes are always checked. Behind
+            a URL each shard is checked when it arrives, whatever this says.
+        shard_cache: the node's folder for fetched shards, shared by all its processes; by default a user's cache folder.
+        shard_cache_gib: how much it may hold; what was not used for longest is dropped.
+        retry: how often and after which pauses a failing network is tried.
 
     Raises ValueError, with the file and the remedy, for a cache that is missing, unfinished, cut off or altered.
 
     Copies sent to worker processes open the files anew and do not check again what was checked here.
     """
 
-    def __init__(self, path: Path | str, *, check: Check = "open") -> None:
-        self.path = Path(path)
-        self.manifest = Manifest.load(self.path)
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        check: Check = "open",
+        shard_cache: Path | None = None,
+        shard_cache_gib: float = 50.0,
+        retry: Retry | None = None,
+    ) -> None:
+        # A Path, or a URL as a string; most readers only name it.
+        self.path: Any = location(path)
+        self.remote: RemoteShards | None = None
+        if isinstance(self.path, str):
+            folder = ShardFolder(default_folder() if shard_cache is None else shard_cache, int(shard_cache_gib * 2**30))
+            self.remote = RemoteShards(RemoteFolder(self.path, retry), folder)
+            self.manifest = self.remote.manifest
+        else:
+            self.manifest = Manifest.load(self.path)
         if not self.manifest.complete:
             done = sum(shard.num_samples for shard in self.manifest.shards)
             raise ValueError(
                 f"{self.path} is incomplete: {done} of {self.manifest.num_samples} samples; "
                 "run the same `draftsmith data extract` again, it continues at the next shard"
             )
-        for shard in self.manifest.shards:
-            check_size(self.path / shard.name, shard)
         self._starts = list(itertools.accumulate((s.num_samples for s in self.manifest.shards), initial=0))
-        self._readers: dict[int, ShardReader] = {}
-        self._unchecked = set(range(len(self.manifest.shards))) if check != "off" else set()
+        self._readers: OrderedDict[int, tuple[ShardReader, Held | None]] = OrderedDict()
+        self._owner = os.getpid()
+        self.keep_open = _OPEN_FILES if self.remote is None else _OPEN_FETCHED
+        self._unchecked = set(range(len(self.manifest.shards))) if check != "off" and self.remote is None else set()
+        if isinstance(self.path, Path):
+            for shard in self.manifest.shards:
+                check_size(self.path / shard.name, shard)
         if check == "open":
             self.verify_integrity()
 
@@ -59,13 +98,61 @@ class HiddenStateCache:
         return (self[index] for index in range(len(self)))
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_readers": {}}
+        return self.__dict__ | {"_readers": OrderedDict()}
 
     @property
     def sample_lengths(self) -> list[int]:
         """Tokens of each sample, in order."""
+        return self.lengths.tolist()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [N]: tokens of each sample, in order. Caches that do not say so in one file are asked shard by shard."""
+        if self.remote is not None:
+            return self.remote.lengths()
+        assert isinstance(self.path, Path)
+        file = self.path / LENGTHS_FILE
+        if file.is_file():
+            return read_lengths(file.read_bytes(), self.manifest, str(file))
         readers = (self._open(shard) for shard in range(len(self.manifest.shards)))
-        return [stop - start for reader in readers for start, stop in itertools.pairwise(reader.offsets)]
+        return np.concatenate([np.diff(reader.offsets) for reader in readers] or [np.zeros(0, dtype=np.int64)]).astype(
+            np.int32
+        )
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        """int32 [N]: the shard of each sample, never falling."""
+        counts = np.diff(self._starts)
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    def texts(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """`input_ids` int64 [T] and `loss_mask` bool [T] of some samples, in rising order; behind a URL no states are fetched."""
+        if self.remote is None:
+            for index in indices:
+                sample = self[int(index)]
+                yield sample.input_ids, sample.loss_mask
+            return
+        for shard, own in itertools.groupby(indices, lambda index: int(self.shard_of[index])):
+            offsets, ids, mask = self.remote.text(shard)
+            for index in own:
+                start, stop = offsets[int(index) - self._starts[shard] :][:2].tolist()
+                yield ids[start:stop].long(), mask[start:stop]
+
+    def need(self, shards: Sequence[int], reader: object) -> None:
+        """Says which shards a reader reads or will soon, most urgent first: behind a URL they are fetched ahead and kept.
+
+        They are until the same reader needs others; none, when it is through.
+        """
+        if self.remote is not None:
+            self._forget_parents()
+            self.remote.need(shards, reader)
+
+    def close(self) -> None:
+        """Closes all files and ends what is fetched ahead; reading on opens them anew."""
+        while self._readers:
+            self._drop_oldest()
+        if self.remote is not None:
+            self.remote.close()
 
     def verify_integrity(self) -> None:
         """Compares the sha256 of every shard not checked yet. Raises ValueError at the first that differs."""
@@ -97,12 +184,136 @@ class HiddenStateCache:
 
     def _open(self, shard: int) -> ShardReader:
         """Maps a shard without hashing it: enough for lengths, which its record already vouches for in sum."""
-        if shard not in self._readers:
-            record = self.manifest.shards[shard]
-            self._readers[shard] = ShardReader(self.path / record.name, record, self.manifest.identity.layers)
-        return self._readers[shard]
+        self._forget_parents()
+        if shard in self._readers:
+            self._readers.move_to_end(shard)
+            return self._readers[shard][0]
+        record = self.manifest.shards[shard]
+        held = None if self.remote is None else self.remote.hold(shard, give_way=self._give_way)
+        path = self._local(shard) if held is None else held.path
+        self._readers[shard] = ShardReader(path, record, self.manifest.identity.layers), held
+        while len(self._readers) > max(1, self.keep_open):
+            self._drop_oldest()
+        return self._readers[shard][0]
+
+    def _local(self, shard: int) -> Path:
+        assert isinstance(self.path, Path)
+        return self.path / self.manifest.shards[shard].name
+
+    def _drop_oldest(self) -> None:
+        _, (_, held) = self._readers.popitem(last=False)
+        if held is not None:
+            held.release()
+
+    def _give_way(self) -> bool:
+        """Lets go of the file not read for longest, if there is one."""
+        if self._readers:
+            self._drop_oldest()
+            return True
+        return False
+
+    def _forget_parents(self) -> None:
+        """A forked worker lets go of its parent's files: their locks would outlive the parent's use of them."""
+        if self._owner == os.getpid():
+            return
+        self._owner = os.getpid()
+        while self.remote is not None and self._readers:
+            self._drop_oldest()
 
     def _check(self, shard: int) -> None:
-        record = self.manifest.shards[shard]
-        check_digest(self.path / record.name, record)
+        check_digest(self._local(shard), self.manifest.shards[shard])
         self._unchecked.discard(shard)
+
+
+class RemoteShards:
+    """The shards of a cache behind a URL, those in use in a folder of this node."""
+
+    def __init__(self, source: RemoteFolder, folder: ShardFolder) -> None:
+        self.source, self.folder = source, folder
+        self.manifest = self._manifest()
+        self._ahead: tuple[int, Ahead] | None = None
+        self._needed: dict[int, list[int]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_ahead": None}
+
+    def hold(self, shard: int, patient: bool = True, give_way: Callable[[], bool] = lambda: False) -> Held | None:
+        """A shard's file, fetched unless it is there; see `ShardFolder.hold`.
+
+        Raises ValueError, with the shard's address, when it cannot be read or is not what the manifest says.
+        """
+        record = self.manifest.shards[shard]
+
+        def fill(into: int) -> None:
+            self.source.fetch(record.name, record.sha256, record.num_bytes, into)
+
+        return self.folder.hold(record.sha256, record.num_bytes, fill, patient, give_way)
+
+    def need(self, shards: Sequence[int], reader: object) -> None:
+        """Fetches these ahead, and keeps them until this reader needs others."""
+        self._needed[id(reader)] = list(shards)
+        if self._ahead is None or self._ahead[0] != os.getpid():
+            if self._ahead is not None:
+                self._ahead[1].abandon()
+            self._ahead = os.getpid(), Ahead(lambda shard: self.hold(shard, patient=False))
+        # The latest reader's first.
+        everyones = [*shards, *(shard for needed in self._needed.values() for shard in needed)]
+        self._ahead[1].want(list(dict.fromkeys(everyones)))
+
+    def close(self) -> None:
+        """Ends what is fetched ahead."""
+        if self._ahead is not None and self._ahead[0] == os.getpid():
+            self._ahead[1].close()
+        self._ahead, self._needed = None, {}
+
+    def lengths(self) -> np.ndarray:
+        """int32 [N]: from the cache's own file of lengths, or from the heads of all shards.
+
+        Raises ValueError as `hold`.
+        """
+        name = self.source.address(LENGTHS_FILE)
+        try:
+            return read_lengths(self.source.read(LENGTHS_FILE), self.manifest, name)
+        except FileNotFoundError:
+            return self._lengths_of_shards()
+
+    def _lengths_of_shards(self) -> np.ndarray:
+        """Asked for once a node: there may be many shards."""
+        known = hashlib.sha256("".join(record.sha256 for record in self.manifest.shards).encode()).hexdigest()
+        folder = self.folder.path / f"lengths-{known[:16]}"
+        with self.folder.in_turn(folder.name):
+            if (folder / LENGTHS_FILE).is_file():
+                return read_lengths((folder / LENGTHS_FILE).read_bytes(), self.manifest, str(folder / LENGTHS_FILE))
+            with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+                offsets = pool.map(lambda record: self._tensors(record.name, ["offsets"])[0], self.manifest.shards)
+                lengths = np.concatenate([np.diff(part.numpy()) for part in offsets]).astype(np.int32)
+            check_lengths(lengths, self.manifest, self.source.url)
+            write_lengths(folder, lengths)
+        return lengths
+
+    def text(self, shard: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`offsets` int64, `input_ids` int32 and `loss_mask` bool of a shard, without its states."""
+        offsets, ids, mask = self._tensors(self.manifest.shards[shard].name, ["offsets", "input_ids", "loss_mask"])
+        return offsets, ids, mask
+
+    def _tensors(self, name: str, wanted: list[str]) -> list[Tensor]:
+        try:
+            found = self.source.tensors(name, wanted)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.source.address(name)} is missing; copy the whole cache there again") from error
+        return [found[key] for key in wanted]
+
+    def _manifest(self) -> Manifest:
+        try:
+            content = self.source.read(MANIFEST_FILE)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.source.url} is no hidden-state cache: it has no {MANIFEST_FILE}; copy one there that "
+                "`draftsmith data extract` made"
+            ) from error
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / MANIFEST_FILE).write_bytes(content)
+            try:
+                return Manifest.load(Path(folder))
+            except ValueError as error:
+                raise ValueError(str(error).replace(folder, self.source.url)) from error

@@ -1,9 +1,12 @@
-"""Samples end to end in batches of a token budget: no padding, no sample split, none lost.
+"""Samples end to end in batches of a token budget: no sample split, none lost, and padding only where it is asked for.
 
 Owns: which samples share a batch and how they are laid out. Does not know: shuffling, ranks, training.
+
+Shape legend: T tokens of a batch, D hidden, G greedy tokens a position.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -33,13 +36,20 @@ def plan_batches(lengths: Sequence[int], token_budget: int, order: Iterable[int]
     return batches
 
 
-def pack(samples: Sequence[CachedSample], layers: Sequence[str] | None = None) -> PackedBatch:
+def pack(
+    samples: Sequence[CachedSample], layers: Sequence[str] | None = None, pad_to: int | None = None
+) -> PackedBatch:
     """Lays samples end to end: T is the sum of their lengths.
 
     `document_ids` counts the samples from 0, `positions` starts at 0 in each. Greedy continuations are kept when every
     sample has them. `layers` are those to lay out, all by default; others are not even read from the disk.
 
-    Raises ValueError for no samples, or samples with different layers.
+    With `pad_to`, each sample is followed by padding up to the next multiple of it that holds the longest sample: T is then
+    that length times the samples, one of few numbers. Padding is a document of its own behind each sample, numbered on from
+    the last sample, whose tokens are 0, not trained on, and whose states are zero.
+    Example: samples of 3 and 2 tokens padded to 4 give the documents (0, 0, 0, 2, 1, 1, 3, 3).
+
+    Raises ValueError for no samples, samples with different layers, and a `pad_to` below 1.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
@@ -50,13 +60,38 @@ def pack(samples: Sequence[CachedSample], layers: Sequence[str] | None = None) -
             raise ValueError(f"sample {sample.id} has the layers {list(sample.hidden)}, the first one has {known}")
     lengths = [sample.input_ids.shape[0] for sample in samples]
     greedy = [sample.greedy_ids for sample in samples if sample.greedy_ids is not None]
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=torch.cat([sample.input_ids for sample in samples]),
         loss_mask=torch.cat([sample.loss_mask for sample in samples]),
         document_ids=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         hidden={layer: torch.cat([sample.hidden[layer] for sample in samples]) for layer in wanted},
         greedy_ids=torch.cat(greedy) if len(greedy) == len(samples) else None,
+    )
+    return batch if pad_to is None else _padded(batch, lengths, pad_to)
+
+
+def _padded(batch: PackedBatch, lengths: Sequence[int], pad_to: int) -> PackedBatch:
+    if pad_to < 1:
+        raise ValueError(f"pad_to is {pad_to}; it must be at least 1")
+    longest = -(-max(lengths) // pad_to) * pad_to
+    num_samples = len(lengths)
+    places_T = batch.document_ids * longest + batch.positions
+    steps = torch.arange(longest).repeat(num_samples)
+    own = torch.tensor(lengths).repeat_interleave(longest)
+    rows = torch.arange(num_samples).repeat_interleave(longest)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(num_samples * longest, *values.shape[1:]).index_copy_(0, places_T, values)
+
+    return replace(
+        batch,
+        input_ids=spread(batch.input_ids),
+        loss_mask=spread(batch.loss_mask),
+        document_ids=torch.where(steps < own, rows, rows + num_samples),
+        positions=torch.where(steps < own, steps, steps - own),
+        hidden={layer: spread(states) for layer, states in batch.hidden.items()},
+        greedy_ids=None if batch.greedy_ids is None else spread(batch.greedy_ids),
     )
 
 
