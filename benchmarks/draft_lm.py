@@ -57,7 +57,7 @@ class Scale:
     problems: int
 
 
-SCALES = {"small": Scale(48, 8, 8, 16), "full": Scale(960, 90, 16, 150)}
+SCALES = {"small": Scale(48, 8, 8, 16), "full": Scale(960, 64, 16, 150)}
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,12 @@ def main() -> int:
         rows.append({"name": name, "seconds": seconds, "found": examination.measure(drafter)})
         print("\n".join(table(rows)[-1:]), flush=True)
     machine = provenance.machine()
+    seconds_all = time.perf_counter() - begun
     page = [
         f"# A draft LM distilled towards its target, {date.today().isoformat()}",
-        f"`{provenance.command_line()}`, {time.perf_counter() - begun:.0f} s on {machine['cores']} cores of {machine['cpu']}; load average at "
-        f"the start {load:.1f}. Embedded pair, float32; {scale.steps} steps of {scale.rows} rows each, lr {options.lr:g} "
-        f"({options.lora_lr:g} with LoRA of rank 8), {scale.prompts} training prompts, {scale.problems} unseen problems; 95 % intervals over these.",
+        f"`{provenance.command_line()}`, {seconds_all:.0f} s on {machine['cores']} cores of {machine['cpu']}; load average at the start "
+        f"{load:.1f}. Embedded pair, float32; {scale.steps} steps of {scale.rows} rows each, lr {options.lr:g} ({options.lora_lr:g} with "
+        f"LoRA of rank 8), {scale.prompts} training prompts, {scale.problems} unseen problems; 95 % intervals over these.",
         "\n".join(table(rows)),
         "Greedy chains gave the target's own replies token for token in every row.",
     ]

@@ -17,7 +17,7 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.rule_text import parse_rule
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import Target, load_tokenizer
-from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.drafter_folder import adapted, load_drafter
 from draftsmith.models.shapes import parse_shape
 
 
@@ -39,6 +39,7 @@ def decode(
     device: str = "cpu",
     dtype: str = "float32",
     adapter: str | None = None,
+    drafter_adapter: Path | None = None,
 ) -> None:
     """Decode one prompt and show which tokens were drafted and accepted.
 
@@ -64,12 +65,15 @@ def decode(
         device: cpu, cuda, cuda:1 ...
         dtype: float32, bfloat16 ...
         adapter: a PEFT adapter of the target.
+        drafter_adapter: a trained adapter of the drafter; without --drafter, of the one that it names.
     """
     limits = parse_shape(shape)
     _, lossy = parse_rule(rule)
     model = Target.load(target, dtype=dtype, device=device, adapter=adapter)
     tokenizer = load_tokenizer(target)
     head = None if drafter is None else load_drafter(drafter, dtype)
+    if drafter_adapter is not None:
+        head = load_drafter(drafter_adapter, dtype) if head is None else adapted(head, drafter_adapter)
     if head is not None:
         nn.Module.to(head, model.device)
     settings = GenerationSettings(

@@ -21,8 +21,9 @@ from draftsmith.export.layouts import LayoutName
 from draftsmith.export.own import family_of
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafter import Drafter
+from draftsmith.models.drafter_folder import BOND, adapted, load_drafter
 from draftsmith.models.ends import TargetEnds
-from draftsmith.models.fingerprint import module_fingerprint, tokenizer_fingerprint
+from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve
 
 CARD = "README.md"
@@ -36,6 +37,8 @@ def export(
     report: Path | None = None,
     training: Path | None = None,
     revision: str | None = None,
+    adapter: str | None = None,
+    drafter_adapter: Path | None = None,
 ) -> None:
     """Write a trained drafter as safetensors, config and model card, then read it back and compare.
 
@@ -54,13 +57,17 @@ def export(
         report: A report.json of `draftsmith evaluate` with rows of these very weights.
         training: Folder or file of the training's provenance.json; by default the one in the drafter's folder.
         revision: Revision of the target's hub id.
+        adapter: PEFT adapter of the target, where the drafter is for both together.
+        drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
     """
     _check_place(drafter, out)
-    ends = None if target is None else TargetEnds.load(target, revision=revision)
+    if adapter is not None and target is None:
+        raise ValueError(f"adapter {adapter!r} is on a target that is not named; give the target, too")
+    ends = None if target is None else TargetEnds.load(target, revision=revision, adapter=adapter)
     tokenizer = "" if target is None else tokenizer_fingerprint(load_tokenizer(target, revision))
-    trained = layouts.load_any(drafter, ends, tokenizer)
+    trained = _load(drafter, drafter_adapter, ends, tokenizer)
     measured, made_by = _measured(report, trained) if report is not None else ([], {})
-    history = _training(drafter, training)
+    history = _training(drafter if drafter_adapter is None else drafter_adapter, training)
     subject = Subject(
         family=family_of(trained).name,
         config=trained.config,
@@ -73,11 +80,14 @@ def export(
     config = {"layout": layout, "target_name": trained.config.target_name}
     config["target_fingerprint"] = trained.config.target_fingerprint
     inputs = {str(drafter / WEIGHTS): sha256_file(drafter / WEIGHTS)}
+    if drafter_adapter is not None:
+        inputs[str(drafter_adapter)] = checkpoint_fingerprint(drafter_adapter)
     if report is not None:
         inputs[str(report)] = sha256_file(report)
     record = provenance.record(provenance.command_line(), config, inputs) | {"training": history}
     with exclusive(out), atomic_directory(out) as folder:
-        subject = replace(subject, notes=layouts.write(trained, folder, layout, ends))
+        notes = (*layouts.write(trained, folder, layout, ends), *_adapter_notes(drafter, adapter, drafter_adapter))
+        subject = replace(subject, notes=notes)
         (folder / CARD).write_text(write_card(subject, measured, made_by, history), encoding="utf-8")
         provenance.write(folder, record)
     print(f"{out}: {subject.parameters:,} parameters in {layout} layout, read back bit for bit; see {out / CARD}")
@@ -94,6 +104,33 @@ def _check_place(drafter: Path, out: Path) -> None:
         if others or not (out / WEIGHTS).exists():
             found = ", ".join(others[:3]) or "no earlier export"
             raise ValueError(f"{out} holds {found}, which an export would remove; give an empty or a new folder")
+
+
+def _load(drafter: Path, adapter: Path | None, ends: TargetEnds | None, tokenizer: str) -> Drafter:
+    """The drafter, with its adapter merged into it where one is given (our own layout only); attached where ends are given."""
+    if (drafter / BOND).is_file():
+        raise ValueError(f"{drafter} is an adapter; give its drafter, and this folder as --drafter-adapter")
+    if adapter is None:
+        return layouts.load_any(drafter, ends, tokenizer)
+    trained = adapted(load_drafter(drafter), adapter)
+    if ends is not None:
+        trained.attach(ends)
+        trained.check_tokenizer(tokenizer)
+    return trained
+
+
+def _adapter_notes(drafter: Path, adapter: str | None, drafter_adapter: Path | None) -> tuple[str, ...]:
+    """What a user must know of adapters that went into this export."""
+    notes = []
+    if adapter is not None:
+        notes.append(
+            f"The target is the model named above with the PEFT adapter `{adapter}` merged into it; load it so."
+        )
+    if drafter_adapter is not None:
+        notes.append(
+            f"These weights are those of the drafter `{drafter}` with its adapter `{drafter_adapter}` merged into them."
+        )
+    return tuple(notes)
 
 
 def _measured(report: Path, drafter: Drafter) -> tuple[list[dict[str, Any]], dict[str, Any]]:

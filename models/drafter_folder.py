@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModel
 
 from draftsmith.models.draft_lm import load_draft_lm
 from draftsmith.models.drafter import Drafter, DrafterConfig
+from draftsmith.models.fingerprint import module_fingerprint
 from draftsmith.models.loading import resolve
+
+BOND = "bond.json"  # stands in the folder of a drafter's adapter, and in no other
 
 
 def drafter_folder(name: str) -> Path:
@@ -33,6 +36,8 @@ def drafter_folder(name: str) -> Path:
 def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
     """A drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
 
+    The folder of a drafter's adapter gives the drafter that it names with the adapter merged into it.
+
     Args:
         path: its directory, or another name that :func:`drafter_folder` knows.
         dtype: of a draft LM, which runs beside the target; trained families keep their own.
@@ -42,6 +47,8 @@ def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
             lacks would be random numbers.
     """
     path = drafter_folder(str(path))
+    if (path / BOND).is_file():
+        return _with_adapter(path, dtype)
     trained = (path / "config.json").is_file() and isinstance(AutoConfig.from_pretrained(path), DrafterConfig)
     if not trained:
         return load_draft_lm(str(path), dtype)
@@ -61,3 +68,30 @@ def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
         told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise ValueError(f"{path} is not a whole drafter ({told}); export it again")
     return drafter.eval()
+
+
+def adapted(drafter: Drafter, adapter: Path) -> Drafter:
+    """A drafter with a trained adapter merged into it, in place, bound to the adapter's target.
+
+    Raises:
+        ValueError: the adapter is of another drafter, or not whole.
+    """
+    from draftsmith.models.adapters import load_adapter, merge_adapter
+
+    bond = load_adapter(drafter, adapter, "merged", module_fingerprint(drafter))
+    bond.bind(drafter)
+    return merge_adapter(drafter, "merged")
+
+
+def _with_adapter(adapter: Path, dtype: str) -> Drafter:
+    from draftsmith.models.adapters import read_bond
+
+    below = read_bond(adapter).drafter
+    try:
+        drafter = load_drafter(Path(below), dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter} is an adapter of the drafter {below!r}, which cannot be had; give that drafter and the adapter apart with "
+            f"--drafter-adapter ({error})"
+        ) from error
+    return adapted(drafter, adapter)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from draftsmith.models.fingerprint import checkpoint_fingerprint
-from draftsmith.models.loading import load_causal_lm, resolve
+from draftsmith.models.loading import load_causal_lm, resolve_model, target_fingerprint
 from draftsmith.models.support import final_norm, refuse_unsupported
 
 
@@ -48,7 +47,8 @@ class TargetEnds(nn.Module):
         if self.head is None:
             raise ValueError(f"{name}: {type(model).__name__} has no output embeddings; a causal LM is needed")
         self.hidden_size = int(self.config.hidden_size)
-        self.vocab_size = int(self.head.weight.shape[0])
+        # A weight that ZeRO-3 has divided has no shape of its own.
+        self.vocab_size = int(getattr(self.head, "out_features", self.head.weight.shape[0]))
         self._soft_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0) / float(
@@ -67,20 +67,23 @@ class TargetEnds(nn.Module):
     ) -> TargetEnds:
         """Load the ends alone from a local directory or a hub id.
 
-        With ``adapter`` the whole target is loaded and its ends are kept, since an adapter may reach them.
+        Only an ``adapter`` that reaches the ends needs the whole target, which it is then merged into.
 
         Raises:
             ValueError: the path holds no model, or its family is not supported.
         """
-        if adapter is not None:
-            model, fingerprint = load_causal_lm(path, dtype, device, revision=revision, adapter=adapter)
-            refuse_unsupported(model, path)
-            return cls(model, name=path, fingerprint=fingerprint)
-        folder = resolve(path, revision)
+        folder = resolve_model(path, revision)
         config = AutoConfig.from_pretrained(folder)
         with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
             model = AutoModelForCausalLM.from_pretrained(folder, config=_of_one_layer(config), dtype=dtype)
-        fingerprint = checkpoint_fingerprint(folder)
+        fingerprint = target_fingerprint(path, revision, adapter)
+        if adapter is not None:
+            from draftsmith.models.adapter_files import adapter_folder, reaches
+
+            refuse_unsupported(model, path)
+            if reaches(adapter_folder(adapter), _end_names(model)):
+                merged, fingerprint = load_causal_lm(path, dtype, device, revision=revision, adapter=adapter)
+                return cls(merged, name=path, fingerprint=fingerprint)
         return cls(model, name=path, fingerprint=fingerprint, config=config.get_text_config()).to(device)
 
     @property
@@ -114,6 +117,11 @@ class TargetEnds(nn.Module):
         if self._soft_cap is not None:
             logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
         return logits
+
+
+def _end_names(model: PreTrainedModel) -> list[str]:
+    ends = (model.get_input_embeddings(), final_norm(model), model.get_output_embeddings())
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:

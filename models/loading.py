@@ -6,6 +6,7 @@ target or of drafters.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from draftsmith.models.fingerprint import checkpoint_fingerprint
 
@@ -49,6 +52,20 @@ def resolve(path: str, revision: str | None = None) -> Path:
         raise ValueError(f"{path!r} is neither a local directory nor a hub id that can be had: {error}") from error
 
 
+def resolve_model(path: str, revision: str | None = None) -> Path:
+    """As :func:`resolve`, of what must be a whole model.
+
+    Raises:
+        ValueError: as there; or it is an adapter.
+    """
+    folder = resolve(path, revision)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{path} holds a PEFT adapter and no model (config.json is missing); give its base model here and this as --adapter"
+        )
+    return folder
+
+
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id; code shipped with it is never run.
 
@@ -69,45 +86,68 @@ def load_causal_lm(
     revision: str | None = None,
     adapter: str | None = None,
     quantization: str | None = None,
+    distributed: DistributedConfig | None = None,
 ) -> tuple[PreTrainedModel, str]:
-    """A whole causal LM, its adapter merged into it, and the fingerprint of both.
+    """A causal LM, its adapter merged into it, and the fingerprint of both.
 
     Args:
         path: directory or hub id.
         dtype: of the weights.
-        device: where to put it; ignored with ``device_map`` and with ``quantization``, which place it themselves.
+        device: where to put it; ignored with ``device_map``, ``quantization`` and ``distributed``, which place it themselves.
         device_map: accelerate's placement over several devices, such as auto.
         revision: the hub's revision of the model, not of the adapter.
         adapter: directory or hub id of a PEFT adapter.
         quantization: ``8bit`` or ``4bit`` (bitsandbytes).
+        distributed: how the processes of this run share the weights, each of which then reads its own part of the files only.
 
     Raises:
         ValueError: bad path, device or quantization, or an adapter on quantized weights.
     """
-    folder = resolve(path, revision)
+    folder = resolve_model(path, revision)
     arguments: dict[str, Any] = {"dtype": dtype}
-    if getattr(AutoConfig.from_pretrained(folder).get_text_config(), "attn_logit_softcapping", None):
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
         arguments["attn_implementation"] = "eager"
     if device_map is not None:
         arguments["device_map"] = device_map
+    if distributed is not None:
+        arguments |= {"distributed_config": distributed, "config": config}
+        # FSDP's plans keep the last weights whole for the backward pass, which a frozen model has not.
+        plan = config.get_text_config().base_model_fsdp_plan
+        config.get_text_config().base_model_fsdp_plan = dict.fromkeys(plan, "free_full_weight")
     if quantization is not None:
         arguments["quantization_config"] = _quantization(quantization)
     if adapter is not None and quantization is not None:
         raise ValueError(
             "an adapter is merged into the weights, which 8bit and 4bit weights do not allow; drop one of the two"
         )
+    # Before the weights: an adapter that is not there should not cost the time of loading a target.
+    fingerprint = target_fingerprint(path, revision, adapter)
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
-    fingerprint = checkpoint_fingerprint(folder)
     if adapter is not None:
-        from peft import PeftModel
+        from draftsmith.models.adapter_files import adapter_folder
+        from draftsmith.models.target_adapter import merge_into_target
 
-        adapter_folder = resolve(adapter, None)
-        model = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
-        fingerprint = f"{fingerprint[:32]}{checkpoint_fingerprint(adapter_folder)[:32]}"
-    if device_map is None and quantization is None:
+        model = merge_into_target(model, adapter_folder(adapter))
+    if device_map is None and quantization is None and distributed is None and not is_deepspeed_zero3_enabled():
         nn.Module.to(model, as_device(device))
     return model, fingerprint
+
+
+def target_fingerprint(path: str, revision: str | None = None, adapter: str | None = None) -> str:
+    """sha256 (hex) of a model's files, those of its adapter included; nothing is loaded.
+
+    Raises:
+        ValueError: bad path, no safetensors weights there, or an adapter that is none.
+    """
+    fingerprint = checkpoint_fingerprint(resolve(path, revision))
+    if adapter is None:
+        return fingerprint
+    from draftsmith.models.adapter_files import adapter_fingerprint, adapter_folder
+
+    # Hashed together: messages show the beginning of a fingerprint, which must tell base and base with adapter apart.
+    return hashlib.sha256(f"{fingerprint}{adapter_fingerprint(adapter_folder(adapter))}".encode()).hexdigest()
 
 
 def as_dtype(name: str) -> torch.dtype:

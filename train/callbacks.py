@@ -24,6 +24,7 @@ from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.target import Target
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
+from draftsmith.train.online import OnlineDataModule
 
 TOKENS_PER_STEP = "val/tokens_per_step"
 
@@ -42,7 +43,7 @@ class TreeDecodeValidation(pl.Callback):
         beam_width: beams.
         node_budget: at most so many drafted nodes are verified; null for no limit.
         batch_size: prompts decoded together.
-        dtype: of the target.
+        dtype: of the target; one that is in memory already, for states in the loop, is used as it is.
 
     Raises ValueError at the start of a fit when no held-out sample has a prompt.
     """
@@ -67,14 +68,17 @@ class TreeDecodeValidation(pl.Callback):
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Loads the whole target (its trunk is needed here, and only here) and picks the prompts."""
+        """Loads the whole target, or takes the one that states come from in the loop, and picks the prompts."""
         if self.target is not None:
             return
         module, data = _expect(trainer, pl_module)
         self._prompts = data.val_prompts(self.num_prompts)
         if not self._prompts:
             raise ValueError("no held-out sample has a prompt to decode; give val_cache or a val_fraction above 0")
-        self.target = Target.load(module.target, dtype=self.dtype, revision=module.revision, adapter=module.adapter)
+        if isinstance(data, OnlineDataModule):
+            self.target = data.target
+        else:
+            self.target = Target.load(module.target, dtype=self.dtype, revision=module.revision, adapter=module.adapter)
         eos = load_tokenizer(module.target, module.revision).eos_token_id
         self._settings = GenerationSettings(
             max_new_tokens=self.max_new_tokens, eos_token_ids=() if eos is None else (int(eos),)
@@ -82,15 +86,20 @@ class TreeDecodeValidation(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes and logs."""
-        module, _ = _expect(trainer, pl_module)
+        module, data = _expect(trainer, pl_module)
         assert self.target is not None
-        self.target.to(module.device)
+        own = self._prompts[trainer.global_rank :: trainer.world_size]
+        if not isinstance(data, OnlineDataModule):
+            self.target.to(module.device)
+        elif data.over.is_sharded:
+            # Processes that hold a target together must run its forwards together.
+            own = self._prompts[data.over.group :: data.over.num_groups]
         length = self.draft_length or module.objective.num_steps
         limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
+        module.settle_score_scale()
         drafter = module.evaluated
         was_training = drafter.training
         engine = Engine(self.target, drafter.eval(), limits)
-        own = self._prompts[trainer.global_rank :: trainer.world_size]
         generations: list[Generation] = []
         for start in range(0, len(own), self.batch_size):
             generations += engine.generate(own[start : start + self.batch_size], self._settings)
@@ -159,7 +168,8 @@ class Throughput(pl.Callback):
 class KeepBestDrafter(pl.Callback):
     """Keeps the best drafter so far as an ordinary saved model, ready for `draftsmith export`.
 
-    The folder holds `config.json`, `model.safetensors` and `provenance.json`, and is replaced as a whole. Best is
+    The folder holds `config.json`, `model.safetensors` and `provenance.json` (of a run with `lora` the adapter instead:
+    `adapter_config.json`, `adapter_model.safetensors`, `bond.json`), and is replaced as a whole. Best is
     judged by `monitor`; where no such metric is logged, the latest counts as best.
 
     Args:
@@ -191,8 +201,10 @@ class KeepBestDrafter(pl.Callback):
             self._save(trainer, pl_module)
             return
         sign = 1.0 if self.mode == "max" else -1.0
-        if self.best is None or sign * float(value) > sign * self.best:
-            self.best = float(value)
+        # The first process decides: a metric may differ between them, and all must come to _save or none.
+        measured = trainer.strategy.broadcast(float(value))
+        if self.best is None or sign * measured > sign * self.best:
+            self.best = measured
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,6 +214,7 @@ class KeepBestDrafter(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module, data = _expect(trainer, pl_module)
+        module.whole_drafter()  # on every process, since each may hold a share of it
         if not trainer.is_global_zero:
             return
         directory = self.directory or Path(trainer.default_root_dir) / "drafter"
@@ -210,7 +223,7 @@ class KeepBestDrafter(pl.Callback):
         identity = data.open_cache().manifest.identity
         inputs = {str(data.cache_path): identity.source, module.target: identity.target_fingerprint}
         with atomic_directory(directory) as partial:
-            module.evaluated.save_pretrained(partial)
+            module.save_drafter(partial)
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 
 

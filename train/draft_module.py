@@ -1,14 +1,16 @@
 """Training a drafter against a frozen target, for any family.
 
-Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, the running average of
-weights, teacher-forced metrics, refusal of what is not finite. Does not know: how samples are stored or batched, real
-decoding (a callback's business), files of a run.
+Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, what is evaluated of a drafter
+that is spread over processes or averaged, teacher-forced metrics, refusal of what is not finite. Does not know: how
+samples are stored or batched, how weights are spread, real decoding (a callback's business), files of a run.
 
 Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +25,14 @@ from draftsmith.models.drafter import Drafter
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import as_dtype, load_tokenizer
 from draftsmith.models.target import PRE_NORM, TargetEnds
+from draftsmith.train.adapters import Beginning, LoraSettings
+from draftsmith.train.averaging import AVERAGE, AveragingAdamW
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.engines import divides_weights, refuse_other_engines, whole
 from draftsmith.train.families import DrafterFamily, most_frequent
 from draftsmith.train.losses import StepSums, TopEmphasis
 from draftsmith.train.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
+from draftsmith.train.online import OnlineDataModule
 from draftsmith.train.score_scale import SCALES, best_scale, surprise_by_scale
 
 
@@ -61,6 +67,10 @@ class DraftModule(pl.LightningModule):
         adapter: a PEFT adapter on top of the target.
         init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
             also reads the official EAGLE layouts); null starts afresh.
+        lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
+            `target_modules`; null trains all weights.
+        allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer (the one
+            that yours was fine-tuned from); what comes out belongs to yours.
 
     Raises ValueError for settings out of range; in setup() for a cache of another target or tokenizer, or without the
     layers that the drafter reads; in training for a loss that is not finite.
@@ -91,6 +101,8 @@ class DraftModule(pl.LightningModule):
         revision: str | None = None,
         adapter: str | None = None,
         init_from: Path | None = None,
+        lora: LoraSettings | None = None,
+        allow_other_target: bool = False,
     ) -> None:
         super().__init__()
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
@@ -106,19 +118,21 @@ class DraftModule(pl.LightningModule):
         if metrics_every < 1:
             raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
         self.target, self.revision, self.adapter = target, revision, adapter
-        self.init_from = init_from
+        self.beginning = Beginning(init_from, lora, allow_other_target)
+        self._begun_from = ""  # fingerprint of the drafter of init_from
         self.family, self.ends_dtype = drafter, ends_dtype
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
         self.metrics_every = metrics_every
         self.drafter: Drafter | None = None
-        self.average: Drafter | None = None
-        # In a list, so that the frozen ends are neither parameters nor part of a checkpoint.
+        # In lists, so that neither the frozen ends nor the copy that is evaluated are parameters or part of a checkpoint.
         self._ends: list[TargetEnds] = []
+        self._copy: list[Drafter] = []
         self._to_draft = torch.empty(0, dtype=torch.int64)
         self._val_sums: list[Tensor] = []
         self._surprise = torch.zeros(len(SCALES))
         self._eos_token_ids: tuple[int, ...] = ()
+        self._noise_seed = 0
 
     @property
     def ends(self) -> TargetEnds:
@@ -129,10 +143,34 @@ class DraftModule(pl.LightningModule):
 
     @property
     def evaluated(self) -> Drafter:
-        """The drafter that is validated, decoded with and saved: the running average where there is one."""
-        chosen = self.average if self.average is not None else self.drafter
+        """The drafter that is validated, decoded with and saved: the running average where there is one.
+
+        Where it is averaged or divided among processes, that is a copy as of the last whole_drafter(), which every
+        validation begins with. Raises ValueError before setup().
+        """
+        chosen = self._copy[0] if self._copy else self.drafter
         if chosen is None:
             raise ValueError("the module is not set up; call setup() first")
+        return chosen
+
+    @torch.no_grad()
+    def whole_drafter(self) -> Drafter:
+        """The evaluated drafter with the weights of this moment, plain and in full, on the run's device.
+
+        Collective: every process calls it.
+        """
+        chosen = self.evaluated
+        if chosen is self.drafter or self.drafter is None:
+            return chosen
+        _move(chosen, self.device)
+        names = dict(chosen.named_parameters())
+        for name, weight in self.drafter.named_parameters():
+            average = None if self.ema_decay is None else whole(self.trainer.strategy, weight, AVERAGE)
+            value = whole(self.trainer.strategy, weight) if average is None else average
+            assert value is not None
+            names[name].copy_(value)
+        for name, buffer in chosen.named_buffers():
+            buffer.copy_(self.drafter.get_buffer(name))
         return chosen
 
     def settings(self) -> dict[str, Any]:
@@ -149,17 +187,24 @@ class DraftModule(pl.LightningModule):
             "ema_decay",
         )
         chosen = {name: getattr(self, name) for name in names}
-        chosen["init_from"] = None if self.init_from is None else str(self.init_from)
-        return {**chosen, "drafter": self.family.settings(), "objective": vars(self.objective)}
+        return {
+            **chosen,
+            **self.beginning.settings(),
+            "drafter": self.family.settings(),
+            "objective": vars(self.objective),
+        }
 
     def setup(self, stage: str) -> None:
         """Loads the target's ends, checks the cache against them, builds the drafter."""
         if self.drafter is not None:
             return
+        refuse_other_engines(self.trainer.strategy)
         data = self._data()
-        ends = TargetEnds.load(
-            self.target, as_dtype(self.ends_dtype), "cpu", revision=self.revision, adapter=self.adapter
-        )
+        online = data if isinstance(data, OnlineDataModule) else None
+        dtype = as_dtype(self.ends_dtype)
+        ends = None if online is None else online.ends(dtype)
+        if ends is None:
+            ends = TargetEnds.load(self.target, dtype, "cpu", revision=self.revision, adapter=self.adapter)
         self._ends = [ends]
         own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision))
         cache = data.open_cache()
@@ -168,31 +213,55 @@ class DraftModule(pl.LightningModule):
         self.drafter = self._make(data, ends, own_tokenizer)
         self.objective.check(self.drafter)
         layers = {*self.drafter.features, *([PRE_NORM] if self.objective.reads_features else [])}
-        _check_layers(sorted(layers), type(self.drafter).__name__, cache)
-        data.read_layers(tuple(sorted(layers)))
-        if self.ema_decay is not None:
-            self.average = self._make(data, ends, own_tokenizer).requires_grad_(False)
-            self.average.load_state_dict(self.drafter.state_dict())
+        if online is None:
+            _check_layers(sorted(layers), type(self.drafter).__name__, cache)
+            data.read_layers(tuple(sorted(layers)))
+        else:
+            online.compute(tuple(sorted(layers)), self._num_greedy())
+        if self.ema_decay is not None or divides_weights(self.trainer.strategy):
+            # The ends are shared, not copied.
+            self._copy = [copy.deepcopy(self.drafter, {id(ends): ends}).requires_grad_(False).eval()]
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
+        self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
         eos = ends.config.eos_token_id
         self._eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
+    def save_drafter(self, folder: Path) -> None:
+        """Write what is evaluated into an existing folder: the drafter, or with lora its adapter."""
+        self.beginning.save(self.evaluated, self._begun_from, folder)
+
     def _make(self, data: CacheDataModule, ends: TargetEnds, tokenizer: str) -> Drafter:
         """The drafter as training starts: fresh, or as init_from left it."""
-        if self.init_from is not None:
-            return self.family.adopt(Path(self.init_from), ends, tokenizer)
+        if self.beginning.folder is not None:
+            drafter, self._begun_from = self.beginning.adopt(self.family, ends, tokenizer)
+            return drafter
         wanted, draft_token_ids = self.family.draft_vocab_size, None
         if wanted is not None:
             draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
         return self.family.build(ends, draft_token_ids, self.objective.num_steps, tokenizer)
+
+    def configure_model(self) -> None:
+        """Nothing: setup() has built the drafter, and strategies divide it. Lightning asks model-parallel runs for this."""
 
     def on_fit_start(self) -> None:
         """Brings what Lightning does not manage to the run's device."""
         self._to_device()
 
     def on_validation_start(self) -> None:
-        """As on_fit_start, for a run that only validates."""
+        """As on_fit_start, for a run that only validates; and takes the weights of this moment."""
         self._to_device()
+        if self.trainer.state.fn == "fit" or self.ema_decay is None:
+            self.whole_drafter()
+        _move(self.evaluated, self.device)  # an average that is only validated came with the checkpoint
+
+    def on_validation_end(self) -> None:
+        """Between validations the copy waits on the CPU."""
+        for drafter in self._copy:
+            _move(drafter, "cpu")
+
+    def on_train_end(self) -> None:
+        """Leaves the last weights in what is evaluated."""
+        self.whole_drafter()
 
     def _to_device(self) -> None:
         self.ends.to(self.device)
@@ -201,14 +270,20 @@ class DraftModule(pl.LightningModule):
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
         """Weighted mean loss of one batch; see _step_weights for what the mean is over."""
         assert self.drafter is not None
+        torch.manual_seed(self._seed_of(batch_idx))
         lesson = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
         metrics = (self.global_step + 1) % self.metrics_every == 0
         sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
-        self._refuse_not_finite(sums.total, batch)
+        self._refuse_not_finite(sums.total.detach(), batch)
         self.log("loss", sums.total.detach(), prog_bar=True, logger=False, batch_size=1)
         if metrics:
             self._log_scalars(self._means(_pool(sums), "train"))
         return sums.total
+
+    def _seed_of(self, batch_idx: int) -> int:
+        """What a batch draws (noise, dropout) is a function of the run's seed, the batch and the process, so it resumes anywhere."""
+        own = (self._noise_seed, self.current_epoch, batch_idx, self.global_rank)
+        return int.from_bytes(hashlib.sha256(repr(own).encode()).digest()[:8], "big") >> 1
 
     def _step_weights(self, lesson: Lesson) -> Tensor:
         """float32 [K]: horizon weight of a step / rows of that step over all ranks, horizon weights scaled to sum to 1.
@@ -219,15 +294,6 @@ class DraftModule(pl.LightningModule):
         rows = self._sum_over_ranks(lesson.loss_rows.float())
         horizon = self.objective.horizon_weights(rows.device)
         return self._world_size() * (horizon / horizon.sum()) / rows.clamp(min=1.0)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """After the optimiser's step, the running average follows."""
-        super().optimizer_step(*args, **kwargs)
-        if self.average is None or self.drafter is None or self.ema_decay is None:
-            return
-        with torch.no_grad():
-            for mean, weight in zip(self.average.parameters(), self.drafter.parameters(), strict=True):
-                mean.lerp_(weight, 1.0 - self.ema_decay)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the sums of the last validation."""
@@ -249,33 +315,68 @@ class DraftModule(pl.LightningModule):
         if self._val_sums:
             means = self._means(torch.stack(self._val_sums).sum(0), "val")
             self.log_dict(means, batch_size=1)
-        surprise = self._sum_over_ranks(self._surprise)
-        if bool(surprise.any()):
-            self.evaluated.config.score_scale = best_scale(surprise)
+        if self.settle_score_scale():
             self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
 
+    def settle_score_scale(self) -> bool:
+        """Gives the drafter the score scale of all processes' validation batches; False where they tell none. Collective."""
+        surprise = self._sum_over_ranks(self._surprise)
+        told = bool(surprise.any())
+        if told:
+            self.evaluated.config.score_scale = best_scale(surprise)
+        return told
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the score scale, which is no weight."""
+        """Keeps what is no weight: score scale, seed of the noise, which drafter an adapter is of; and the average among the weights."""
         checkpoint["score_scale"] = self.evaluated.config.score_scale
+        checkpoint["noise_seed"] = self._noise_seed
+        checkpoint["adapter_of"] = None if self.beginning.lora is None else self._begun_from
+        if self.ema_decay is None:
+            return
+        for name, tensor in self.whole_drafter().state_dict().items():
+            checkpoint["state_dict"][f"{AVERAGE}.{name}"] = tensor.to("cpu", copy=True)
+        _move(self._copy[0], "cpu")
+        for saved in checkpoint.get("optimizer_states", []):
+            saved["state"] = {number: _without_average(state) for number, state in saved["state"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See on_save_checkpoint; checkpoints from before it was kept have none."""
+        """See on_save_checkpoint; older checkpoints have neither score scale nor seed."""
+        self.beginning.check_resumed(self._begun_from, checkpoint.get("adapter_of"))
         self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
+        self._noise_seed = checkpoint.get("noise_seed", self._noise_seed)
+        weights = checkpoint["state_dict"]
+        average = {name: weights.pop(name) for name in [*weights] if name.startswith(f"{AVERAGE}.")}
+        if self.ema_decay is None or not average:
+            return
+        self.evaluated.load_state_dict({name.removeprefix(f"{AVERAGE}."): tensor for name, tensor in average.items()})
+        assert self.drafter is not None
+        names = {id(weight): name for name, weight in self.drafter.named_parameters()}
+        trained = [names[id(weight)] for group in self._groups() for weight in group["params"]]
+        for saved in checkpoint.get("optimizer_states", []):
+            for number, state in saved["state"].items():
+                state[AVERAGE] = average[f"{AVERAGE}.{trained[number]}"].clone()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
-        assert self.drafter is not None
-        trained = [weight for weight in self.drafter.parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        optimizer = (
+            torch.optim.AdamW(self._groups(), lr=self.lr, betas=self.betas)
+            if self.ema_decay is None
+            else AveragingAdamW(self._groups(), self.lr, self.betas, self.ema_decay)
+        )
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_share(step, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        assert self.drafter is not None
+        trained = [weight for weight in self.drafter.parameters() if weight.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]  # an adapter has no vectors
 
     def _lr_share(self, step: int, total: int) -> float:
         warmup = max(1, round(self.warmup_ratio * total))
@@ -306,14 +407,16 @@ class DraftModule(pl.LightningModule):
             logger.log_metrics(means, step=self.global_step)
 
     def _refuse_not_finite(self, loss: Tensor, batch: CacheBatch) -> None:
-        if bool(torch.isfinite(loss)):
+        # All processes stop together: one alone would leave the others waiting for its gradients.
+        if not bool(self._sum_over_ranks((~torch.isfinite(loss)).float())):
             return
         culprits = _samples_not_finite(batch)
-        found = (
-            f"features of {culprits} hold NaN or infinity"
-            if culprits
-            else f"samples: {', '.join(batch.sample_ids[:8])}"
-        )
+        if bool(torch.isfinite(loss)):
+            found = "the batch of another process, which says more"
+        elif culprits:
+            found = f"features of {culprits} hold NaN or infinity"
+        else:
+            found = f"samples: {', '.join(batch.sample_ids[:8])}"
         raise ValueError(
             f"the loss is {loss.item()} at step {self.global_step}; {found}; if the features are sound, lower lr "
             "or set trainer.gradient_clip_val"
@@ -328,11 +431,16 @@ class DraftModule(pl.LightningModule):
     def _world_size(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
 
+    def _num_greedy(self) -> int:
+        """The target's greedy tokens that a batch needs after each position."""
+        return self.objective.num_steps + 1 if self.objective.distillation == "local" else 0
+
     def _data(self) -> CacheDataModule:
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, CacheDataModule):
             raise ValueError(
-                f"DraftModule trains from a hidden-state cache: give it CacheDataModule, not {type(data).__name__}"
+                f"DraftModule trains from a hidden-state cache, or with the target in the loop: give it CacheDataModule or "
+                f"OnlineDataModule, not {type(data).__name__}"
             )
         return data
 
@@ -351,6 +459,14 @@ def _pool(sums: StepSums) -> Tensor:
     assert sums.top5 is not None
     features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
     return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features])
+
+
+def _move(drafter: Drafter, device: torch.device | str) -> None:
+    torch.nn.Module.to(drafter, device)
+
+
+def _without_average(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != AVERAGE}
 
 
 def _samples_not_finite(batch: CacheBatch) -> str:

@@ -111,6 +111,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("tune",): Command(
         "draftsmith.evaluate.tune_command", "tune", "Find the draft shape that is fastest on this machine."
     ),
+    ("doctor",): Command(
+        "draftsmith.evaluate.doctor",
+        "doctor",
+        "Tell why a drafter's acceptance is low: states, labels, text, training, export.",
+    ),
 }
 
 

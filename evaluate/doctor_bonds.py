@@ -1,0 +1,145 @@
+"""Do drafter, cache, tokenizer and target belong together, and is the drafter used as it was trained?
+
+Owns the checks `fingerprints`, `draft-length`, `temperature`, `score-scale` and `prompt-length`. Does not know tensors.
+"""
+
+from __future__ import annotations
+
+from draftsmith.evaluate.doctor_case import Case, NotChecked
+from draftsmith.evaluate.doctor_report import Finding, Verdict
+from draftsmith.models.draft_lm import LMDrafter
+from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
+
+_LAYERS = (
+    "a drafter cannot have learnt from layers that its cache has not: either this is another drafter's cache (name its own with --cache), "
+    "or its config.json was altered (take it from the training's folder again)"
+)
+_WARMER = 0.3  # difference of temperatures from which the drafter meets another kind of text
+
+
+def check_fingerprints(case: Case) -> Finding:
+    """Target, tokenizer and chat template as drafter, cache and replies name them."""
+    here = {
+        "target": case.ends.fingerprint,
+        "tokenizer": tokenizer_fingerprint(case.tokenizer),
+        "chat template": template_fingerprint(case.tokenizer),
+    }
+    named: list[tuple[str, str, str]] = [("drafter", "tokenizer", case.drafter.config.tokenizer_fingerprint)]
+    if not isinstance(case.drafter, LMDrafter):  # any target will do for a draft LM
+        named.append(("drafter", "target", case.drafter.config.target_fingerprint))
+    if case.cache is not None:
+        identity = case.cache.manifest.identity
+        named += [
+            ("cache", "target", identity.target_fingerprint),
+            ("cache", "tokenizer", identity.tokenizer_fingerprint),
+            ("cache", "chat template", identity.template_fingerprint),
+        ]
+    for what in ("target", "tokenizer"):
+        named.append(("replies", what, str(case.replies.get(f"{what}_fingerprint", ""))))
+    wrong = [
+        f"the {owner} names the {what} {there[:12]}, {case.places.target} has {here[what][:12] or 'none'}"
+        for owner, what, there in named
+        if there and there != here[what]
+    ]
+    known = sum(bool(there) for _, _, there in named)
+    figures = {"compared": known, "different": len(wrong)}
+    expected = "all equal"
+    misread = _misread(case)
+    if misread:
+        figures["layers"] = len(case.drafter.features)
+        return Finding("fingerprints", "fault", misread, "layers as trained on", _LAYERS, figures, tuple(wrong))
+    if not known:
+        raise NotChecked("neither drafter, cache nor replies name the target or the tokenizer that they were made with")
+    if not wrong:
+        return Finding("fingerprints", "ok", f"{known} compared, all equal", expected, "", figures)
+    only_template = all("chat template" in line for line in wrong)
+    remedy = (
+        "prompts are rendered otherwise than in training: use the template of the cache, or make replies and cache with the new one"
+        if only_template
+        else "name the target that it was made for with --target; with another one everything must be made anew: replies, cache, drafter"
+    )
+    verdict: Verdict = "warning" if only_template else "fault"
+    return Finding("fingerprints", verdict, f"{len(wrong)} of {known} differ", expected, remedy, figures, tuple(wrong))
+
+
+def _misread(case: Case) -> str:
+    """How the layers that the drafter reads differ from those that it was trained on, as far as those are known; else empty."""
+    if isinstance(case.drafter, LMDrafter):
+        return ""
+    reads, record = list(case.drafter.features), case.places.record
+    settings = record.get("drafter")
+    recorded = settings.get("layers") if isinstance(settings, dict) else None
+    if recorded and list(recorded) != reads:
+        return f"the drafter reads {', '.join(reads)}; its training's record says {', '.join(recorded)}"
+    layers = () if case.cache is None else case.cache.manifest.identity.layers
+    foreign = [name for name in reads if name not in layers]
+    if layers and foreign:
+        return f"the drafter reads {', '.join(foreign)}; the cache has {', '.join(layers)} only"
+    return ""
+
+
+def check_draft_length(case: Case) -> Finding:
+    """Drafted tokens a cycle against the steps that were trained."""
+    if isinstance(case.drafter, LMDrafter):
+        raise NotChecked("an ordinary draft LM drafts as long as one likes")
+    trained = case.drafter.config.num_draft_steps
+    if case.use.draft_length is None:
+        raise NotChecked(f"trained for {trained}: say how many tokens you draft with --draft-length")
+    figures = {"trained": trained, "drafted": case.use.draft_length}
+    measured, expected = f"drafts {case.use.draft_length} tokens", f"at most {trained}, as trained"
+    if case.use.draft_length <= trained:
+        return Finding("draft-length", "ok", measured, expected, "", figures)
+    remedy = (
+        f"steps beyond {trained} were never trained: draft {trained} tokens (`draftsmith tune` finds the best shape), or train with "
+        f"num_steps {case.use.draft_length}; for EAGLE-1, trained for one step as its paper does, HASS trains several"
+    )
+    return Finding("draft-length", "warning", measured, expected, remedy, figures)
+
+
+def check_temperature(case: Case) -> Finding:
+    """Temperature of use against that of the replies."""
+    if case.use.temperature is None:
+        raise NotChecked("say how you decode with --temperature")
+    if case.temperature is None:
+        raise NotChecked("nobody wrote down how the replies were made")
+    used, trained = case.use.temperature, case.temperature
+    figures = {"used": used, "trained": trained}
+    measured, expected = f"decodes at {used:g}, replies at {trained:g}", f"within {_WARMER}"
+    if abs(used - trained) <= _WARMER + 1e-9:
+        return Finding("temperature", "ok", measured, expected, "", figures)
+    remedy = f"the drafter never saw such text: train on replies made at it (`draftsmith data respond --temperature {used:g}`)"
+    return Finding("temperature", "warning", measured, expected, remedy, figures)
+
+
+def check_score_scale(case: Case) -> Finding:
+    """Whether the factor that ranks draft paths was ever fitted."""
+    if isinstance(case.drafter, LMDrafter):
+        raise NotChecked("an ordinary draft LM has none")
+    scale = float(case.drafter.config.score_scale)
+    measured, expected = f"{scale:g}", "fitted: not just 1"
+    if scale != 1.0:
+        return Finding("score-scale", "ok", measured, expected, "", {"score scale": scale})
+    remedy = (
+        "beams and dynamic trees rank paths by scores that nobody sharpened; validation fits the factor: train with a val_fraction above 0 "
+        "and a cache that has last.pre_norm (chains do not mind)"
+    )
+    return Finding("score-scale", "warning", measured, expected, remedy, {"score scale": scale})
+
+
+def check_prompt_length(case: Case) -> Finding:
+    """Prompts longer than any text that was trained on."""
+    cache = case.open_cache
+    if not case.prompts:
+        raise NotChecked("no prompts are known: name those of the evaluation with --prompts")
+    longest = int(cache.lengths.max())
+    longer = [sample for sample in case.prompts if len(sample.prompt_ids) >= longest]
+    share = len(longer) / len(case.prompts)
+    figures = {"longest trained on": longest, "prompts as long": len(longer), "prompts": len(case.prompts)}
+    measured = (
+        f"{len(longer)} of {len(case.prompts)} prompts are as long as the longest training sample ({longest} tokens)"
+    )
+    expected = "none"
+    if not longer:
+        return Finding("prompt-length", "ok", measured, expected, "", figures)
+    remedy = "the drafter never stood so far into a text: extract with a larger --max-length, from replies to prompts of that length"
+    return Finding("prompt-length", "warning" if share <= 0.5 else "fault", measured, expected, remedy, figures)

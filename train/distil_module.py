@@ -1,0 +1,401 @@
+"""Distilling an ordinary draft LM towards a frozen target (DistillSpec, arXiv:2310.08461).
+
+Owns: the settings, the step (texts, both models' states, divergence), the mean over ranks, the optimiser and its schedule, what
+validation measures. Does not know: where rows come from, how divergences are computed, how the draft LM is loaded, real decoding (a
+callback's business), files of a run.
+
+The draft LM learns the target's distribution at every position of a reply. On-policy rows are replies that it sampled itself a moment
+ago, so that it learns where it really goes; the others are the target's own replies. What is minimised or measured does not reach
+through the sampling.
+
+Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token belongs to a reply), D and E hidden sizes of draft
+LM and target.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.sharding import load_sharded, sharded_over
+from draftsmith.models.target import Target
+from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
+from draftsmith.train.distil_losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
+from draftsmith.train.distil_student import LoraSettings, Student
+
+ACCEPTANCE = "val/acceptance"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Texts side by side: ids_BT int64, padded on the right; keep_mask_BT bool, positions whose next token belongs to a reply;
+    labels_R int64, those next tokens, row by row."""
+
+    ids_BT: Tensor
+    keep_mask_BT: Tensor
+    labels_R: Tensor
+
+
+def lay_out(texts: Sequence[Text], device: torch.device | str = "cpu") -> Laid:
+    """The one place that shifts: the state at t meets the token at t + 1.
+
+    Worked example: the prompt 5 6 with the reply 7 8 and the prompt 9 with the reply 4 give the ids (5 6 7 8), (9 4 0 0), the mask
+    (0 1 1 0), (1 0 0 0) and the labels 7 8 4. Padding is behind every token, so causality alone keeps it out of sight.
+    """
+    longest = max(len(text.ids) for text in texts)
+    ids_BT = torch.zeros(len(texts), longest, dtype=torch.int64)
+    labelled_BT = torch.zeros(len(texts), longest, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        ids_BT[row, : len(text.ids)] = torch.tensor(text.ids)
+        labelled_BT[row, : len(text.ids)] = torch.tensor(text.labelled)
+    keep_mask_BT = torch.cat([labelled_BT[:, 1:], torch.zeros(len(texts), 1, dtype=torch.bool)], dim=1)
+    labels_R = ids_BT.roll(-1, dims=1)[keep_mask_BT]
+    return Laid(ids_BT.to(device), keep_mask_BT.to(device), labels_R.to(device))
+
+
+class DraftLMModule(pl.LightningModule):
+    """A draft LM in training.
+
+    The draft LM is whole on every process, in `dtype`; the target, frozen and in no checkpoint, in `target_dtype`.
+
+    Args:
+        target: the frozen target: a model directory, a hub id, or `embedded:target`.
+        draft_lm: the draft LM to begin with, with the target's tokenizer: a model directory, a hub id, or `embedded:draft_lm`.
+        divergence: what is minimised: `forward_kl`, `reverse_kl`, `jsd`, `total_variation` (which is 1 - acceptance), or
+            `cross_entropy`, plain fine-tuning on the target's replies (the data's on_policy must then be 0).
+        beta: of `jsd`.
+        max_new_tokens: of a sampled reply.
+        temperature: of the sampling; 0 is greedy.
+        lora: train a LoRA adapter of this shape; null trains all weights.
+        lr: peak learning rate.
+        betas: AdamW's.
+        weight_decay: AdamW's, on matrices only.
+        warmup_ratio: share of all steps over which the rate rises linearly.
+        min_lr_ratio: the rate falls on a cosine to this share of its peak.
+        chunk_rows: rows of logits of both models in memory at a time; null chooses.
+        sampling_rows: rows sampled together; null takes a whole batch.
+        dtype: of the draft LM's weights; keep float32 and set trainer.precision to bf16-mixed for bf16.
+        target_dtype: of the target's weights.
+        revision: of the target on the hub.
+        adapter: a PEFT adapter on top of the target.
+        target_sharding: `none`: every process holds the whole target; `fsdp2`: all hold it together, each a part of every weight.
+        device_map: accelerate's placement of a target too large for one device, such as auto; with one process only.
+        quantization: `8bit` or `4bit` weights for the target.
+        seed: of the sampling, which belongs to rows and epochs and to no generator of torch.
+
+    Raises ValueError for settings out of range; in setup() for models that do not fit together, or a strategy that cuts the draft LM
+    into pieces; in training for a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        draft_lm: str,
+        divergence: DivergenceName = "forward_kl",
+        beta: float = 0.5,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        lora: LoraSettings | None = None,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.05,
+        min_lr_ratio: float = 0.0,
+        chunk_rows: int | None = None,
+        sampling_rows: int | None = None,
+        dtype: Dtype = "float32",
+        target_dtype: Dtype = "float32",
+        revision: str | None = None,
+        adapter: str | None = None,
+        target_sharding: Literal["none", "fsdp2"] = "none",
+        device_map: str | None = None,
+        quantization: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        for name, count in {"chunk_rows": chunk_rows, "sampling_rows": sampling_rows}.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1, or null")
+        if target_sharding != "none" and (adapter or device_map or quantization):
+            raise ValueError(
+                f"target_sharding {target_sharding!r} places the target's weights itself and takes them as they are; drop adapter, "
+                "device_map and quantization, or set target_sharding to none"
+            )
+        self.divergence = Divergence(divergence, beta)
+        self.sampling = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        self.target_name, self.draft_lm = target, draft_lm
+        self.lora, self.chunk_rows, self.sampling_rows = lora, chunk_rows, sampling_rows
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
+        self.dtype_name, self.target_dtype = dtype, target_dtype
+        self.revision, self.adapter = revision, adapter
+        self.device_map, self.quantization, self.target_sharding = device_map, quantization, target_sharding
+        self.lm: nn.Module | None = None
+        # In lists, so that none of it is a parameter or part of a checkpoint.
+        self._target: list[Target] = []
+        self._student: list[Student] = []
+        self._tokenizer: list[PreTrainedTokenizerBase] = []
+        self._val_replies: dict[int, Text] = {}
+        self._val_sums = torch.zeros(4)
+
+    @property
+    def target(self) -> Target:
+        """The frozen target. Raises ValueError before setup()."""
+        return _first(self._target)
+
+    @property
+    def student(self) -> Student:
+        """The draft LM. Raises ValueError before setup()."""
+        return _first(self._student)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of both. Raises ValueError before setup()."""
+        return _first(self._tokenizer)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends the target's replies."""
+        return self.target.eos_token_ids
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the run that concerns the draft LM, for provenance."""
+        names = (
+            "draft_lm",
+            "divergence",
+            "sampling",
+            "lora",
+            "lr",
+            "betas",
+            "weight_decay",
+            "warmup_ratio",
+            "min_lr_ratio",
+            "target_dtype",
+            "revision",
+            "adapter",
+            "quantization",
+        )
+        return {"target": self.target_name, **{name: getattr(self, name) for name in names}}
+
+    def setup(self, stage: str) -> None:
+        """Loads both models, has the data read with their tokenizer and context."""
+        data = self.data()
+        if self.divergence.name == "cross_entropy" and data.on_policy > 0:
+            raise ValueError(
+                f"cross_entropy on the draft LM's own samples (on_policy {data.on_policy}) would teach it what it does anyway; set the "
+                "data's on_policy to 0, or choose a divergence"
+            )
+        if self.lm is None:
+            self._load()
+        contexts = [self.target.max_positions, self.student.doors().max_positions]
+        context = min((one for one in contexts if one is not None), default=None)
+        data.read(self.tokenizer, context, self.eos_token_ids)
+
+    def _load(self) -> None:
+        if self.device_map is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                "device_map spreads one target over all devices; use it with trainer.devices 1, or leave it out"
+            )
+        target = self._load_target()
+        tokenizer = load_tokenizer(self.target_name, self.revision)
+        student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora)
+        # It stays in evaluation mode on purpose: with dropout, what is trained would not be what samples and drafts.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        self._target, self._student, self._tokenizer = [target], [student], [tokenizer]
+        self.lm = student.lm
+
+    def _load_target(self) -> Target:
+        if self.is_sharded:
+            over, device = sharded_over(self.target_sharding), self.trainer.strategy.root_device
+            return load_sharded(self.target_name, self.target_dtype, over, device, self.revision)
+        return Target.load(
+            self.target_name,
+            dtype=self.target_dtype,
+            device_map=self.device_map,
+            revision=self.revision,
+            adapter=self.adapter,
+            quantization=self.quantization,
+        )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold the target together, so that each of its forwards is one of all of them."""
+        return sharded_over(self.target_sharding).is_sharded
+
+    def on_fit_start(self) -> None:
+        """Brings what Lightning does not manage to the run's device."""
+        self._to_device()
+
+    def on_validation_start(self) -> None:
+        """As on_fit_start, for a run that only validates."""
+        self._to_device()
+
+    def _to_device(self) -> None:
+        if self.device_map is None and self.quantization is None and not self.is_sharded:
+            self.target.to(self.device)
+        if any(
+            isinstance(weight, DTensor) or weight.device != self.device or not weight.numel()
+            for weight in self.student.lm.parameters()
+        ):
+            raise ValueError(
+                f"the strategy {type(self.trainer.strategy).__name__} keeps the draft LM in pieces, and it must be whole to sample; use "
+                "one device or ddp"
+            )
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Mean divergence over the reply tokens of all ranks together."""
+        texts = self.texts_of(batch, self.trainer.current_epoch)
+        laid = lay_out(texts, self.device)
+        rows = self._sum_over_ranks(torch.tensor(float(len(laid.labels_R)), device=self.device))
+        # The number of ranks undoes the mean that DDP takes over gradients.
+        sums = self._sums(laid, self._world_size() / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
+        if not bool(torch.isfinite(sums.total)):
+            raise ValueError(
+                f"the loss is {sums.total.item()} at step {self.global_step} (rows {[text.number for text in texts][:8]}); lower lr or set "
+                "trainer.gradient_clip_val; a target that gives tokens no probability at all needs another divergence than reverse_kl"
+            )
+        found = self._sum_over_ranks(torch.stack([sums.loss, sums.acceptance])) / rows
+        self.log("train/loss", found[0], prog_bar=True, batch_size=1)
+        if self.divergence.name != "cross_entropy":
+            self.log("train/acceptance", found[1], prog_bar=True, batch_size=1)
+        self.log("train/reply_tokens", rows, batch_size=1)
+        return sums.total
+
+    def texts_of(self, batch: TextBatch, epoch: int) -> list[Text]:
+        """The rows of a batch, on-policy ones with a reply that the draft LM samples now.
+
+        The noise of a row is a function of the seed, the epoch and the row: not of its batch, its rank or what was drawn before.
+        """
+        data = self.data()
+        asked = [text for text in batch.texts if data.is_on_policy(text.number, epoch)]
+        if not asked:
+            return batch.texts
+        requests = [epoch * len(data.store) + text.number for text in asked]
+        prompts = [text.ids[: text.num_prompt] for text in asked]
+        settings = replace(self.sampling, eos_token_ids=self.eos_token_ids)
+        replies = self.student.sample(prompts, settings, requests, self.sampling_rows or len(asked))
+        sampled = {
+            text.number: text.with_reply(reply, data.max_length) for text, reply in zip(asked, replies, strict=True)
+        }
+        return [sampled.get(text.number, text) for text in batch.texts]
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Divergence, acceptance and agreement along the target's own replies to held-out prompts."""
+        laid = lay_out(self._with_target_replies(batch.texts), self.device)
+        with torch.no_grad():
+            sums = self._sums(laid, 1.0, True)
+        rows = torch.tensor(float(len(laid.labels_R)), device=self.device)
+        self._val_sums += torch.stack([sums.loss, sums.acceptance, sums.agreed, rows])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the sums of the last validation."""
+        self._val_sums = torch.zeros(4, device=self.device)
+        if self.is_sharded:  # answered by all together, whoever needs which
+            data = self.data()
+            for start in range(0, len(data.val_rows), data.batch_size):
+                rows = data.val_rows[start : start + data.batch_size]
+                self._with_target_replies([data.store.text(number) for number in rows])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all ranks."""
+        loss, accepted, agreed, rows = self._sum_over_ranks(self._val_sums).tolist()
+        if rows:
+            means = {"val/loss": loss / rows, ACCEPTANCE: accepted / rows, "val/top1": agreed / rows}
+            self.log_dict(means, prog_bar=True, batch_size=1)
+
+    def _with_target_replies(self, texts: list[Text]) -> list[Text]:
+        """Prompts alone are answered by the target once, greedily, with the draft LM's help, which does not change the reply."""
+        missing = [text for text in texts if not text.has_reply and text.number not in self._val_replies]
+        if missing:
+            settings = GenerationSettings(self.sampling.max_new_tokens, eos_token_ids=self.eos_token_ids)
+            engine = Engine(self.target, self.student.drafter())
+            found = engine.generate([text.ids for text in missing], settings)
+            for text, generation in zip(missing, found, strict=True):
+                self._val_replies[text.number] = text.with_reply(generation.token_ids, self.data().max_length)
+        return [text if text.has_reply else self._val_replies[text.number] for text in texts]
+
+    def _sums(self, laid: Laid, row_weight: Tensor | float, with_target: bool) -> DivergenceSums:
+        student, target = self.student, self.target
+        states_RD = student.states(laid.ids_BT)[laid.keep_mask_BT]
+        states_RE = None
+        if with_target:
+            # The target may lie on other devices; only the states of the rows come over.
+            normed_BTE = target.prefix(laid.ids_BT.to(target.device)).normed
+            states_RE = normed_BTE[laid.keep_mask_BT.to(normed_BTE.device)]
+        return divergence_sums(
+            self.divergence,
+            states_RD,
+            student.doors().ends.logits,
+            student.head_parameters(),
+            states_RE,
+            self._target_logits if with_target else None,
+            laid.labels_R,
+            row_weight,
+            self.chunk_rows,
+        )
+
+    def _target_logits(self, states: Tensor) -> Tensor:
+        return self.target.logits(states.to(self.target.ends.device)).to(self.device)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, decay on matrices only; linear warm-up, then cosine."""
+        trained = [weight for weight in self.student.lm.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_share(step, int(total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_share(self, step: int, total: int) -> float:
+        warmup = max(1, round(self.warmup_ratio * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self._world_size() > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def _world_size(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def data(self) -> DistilDataModule:
+        """The run's rows. Raises ValueError for another data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DistilDataModule):
+            raise ValueError(
+                f"DraftLMModule trains from prompts and replies: give it DistilDataModule, not {type(data).__name__}"
+            )
+        return data
+
+
+def _first(held: list[Any]) -> Any:
+    if not held:
+        raise ValueError("the module is not set up; call setup() first")
+    return held[0]
