@@ -33,6 +33,15 @@ class CacheFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def check_place(self) -> None:
+        """Raises ValueError for a place where no cache can be made: a file, or a folder with anything else in it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file, but a folder is to be written there; name another folder")
+        if not self.path.exists() or (self.path / MANIFEST_FILE).exists():
+            return
+        if any(not path.name.startswith(".") for path in self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and no cache; name another folder")
+
     def begin(self, empty: Manifest, dropped: Iterable[Skipped], source: Mapping[str, str]) -> None:
         """Writes what the cache will be, unless it is there. `source` is what is read, with its sha256.
 
@@ -42,8 +51,7 @@ class CacheFolder:
             if (self.path / MANIFEST_FILE).exists():
                 self._check_same(empty.identity)
             else:
-                if any(not path.name.startswith(".") for path in self.path.iterdir()):
-                    raise ValueError(f"{self.path} is not empty and no cache; name another folder")
+                self.check_place()
                 empty.save(self.path)
             if not (self.path / _DROPPED_FILE).exists():
                 atomic_write(self.path / _DROPPED_FILE, "".join(json.dumps(asdict(row)) + "\n" for row in dropped))

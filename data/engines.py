@@ -1,11 +1,11 @@
-"""What can generate replies: an interface, and the bundled decoder behind it.
+"""What can generate replies: two interfaces, and the bundled decoder behind one of them.
 
-Owns: that interface. Does not know: prompts' files, batches, resuming.
+Owns: those interfaces. Does not know: prompts' files, batches, resuming, what serves elsewhere (`engine_server`, `engine_vllm`).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,41 @@ class ResponseEngine(Protocol):
         A reply must depend on its prompt, the settings and its request id alone, not on its neighbours in the batch:
         else a run that was killed would not continue to the same replies.
         """
+
+
+class Unanswered(Exception):
+    """One request got no answer, however often it was asked: why, and after how many attempts. The others may do better."""
+
+    def __init__(self, reason: str, attempts: int) -> None:
+        super().__init__(f"{reason} ({attempts} attempts)")
+        self.reason, self.attempts = reason, attempts
+
+
+@dataclass(frozen=True)
+class RawReply:
+    """What another engine said: ids as it generated them, and its own word for why it stopped."""
+
+    token_ids: list[int]
+    finish: str
+
+
+@runtime_checkable
+class IndependentEngine(Protocol):
+    """An engine that batches by itself: it is kept busy with many single requests, and none waits for another's end."""
+
+    concurrency: int
+
+    def ask(self, prompt: list[int], settings: GenerationSettings, request_id: int) -> RawReply:
+        """One reply, of at most `budget` tokens; called from up to `concurrency` threads at once.
+
+        It depends on the arguments alone. Raises Unanswered for this request, ValueError where no request can go well.
+        """
+
+    def budget(self, prompt: list[int], settings: GenerationSettings) -> int:
+        """How many tokens the reply to a prompt may have: what was asked for, within the engine's context."""
+
+    def close(self) -> None:
+        """Ends what is under way; a request that waits raises Unanswered."""
 
 
 class BundledEngine:

@@ -23,13 +23,13 @@ from draftsmith.models.target import Target
 
 @dataclass(frozen=True)
 class _Forward:
-    """A forward whose states may still be on their way to the host; `scales` as in `ShardContent`."""
+    """A forward whose states may still be on their way to the host, until all of `arrived`; `scales` as in `ShardContent`."""
 
     rows: list[int]
     states: dict[str, Tensor]
     scales: dict[str, Tensor]
     greedy_ids: Tensor | None
-    arrived: torch.cuda.Event | None
+    arrived: list[torch.cuda.Event]
 
 
 @torch.inference_mode()
@@ -110,8 +110,10 @@ def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], ide
     dtype = stored_dtype(identity.dtype)
     states: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
+    sources: set[torch.device] = set()
     for layer in identity.layers:
         states_BTD = output.feature(layer)
+        sources.add(states_BTD.device)
         if dtype == CODES:
             states_BTD, scales_BT = quantise(states_BTD)
             scales[layer] = _to_host(scales_BT)
@@ -119,11 +121,17 @@ def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], ide
     greedy = None
     if identity.local_horizon:
         greedy = greedy_continuations(target, ids_BT, identity.local_horizon).to("cpu", torch.int32)
-    arrived = None
-    if target.device.type == "cuda":
-        arrived = torch.cuda.Event()
-        arrived.record()
-    return _Forward(rows, states, scales, greedy, arrived)
+    return _Forward(rows, states, scales, greedy, _ends_of_copies(sources))
+
+
+def _ends_of_copies(sources: set[torch.device]) -> list[torch.cuda.Event]:
+    """Events after the copies from these devices: each on its own device's stream, which is seldom the current device's.
+
+    A process that torchrun started runs on `cuda:LOCAL_RANK` while the current device stays cuda:0, and a target that is
+    spread by `device_map` has its layers on several.
+    """
+    devices = (device for device in sources if device.type == "cuda")
+    return [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
 def _to_host(states: Tensor) -> Tensor:
@@ -135,8 +143,8 @@ def _to_host(states: Tensor) -> Tensor:
 
 def _store(forward: _Forward, content: ShardContent) -> int:
     """Moves the real tokens of a forward to their places; gives how many there are."""
-    if forward.arrived is not None:
-        forward.arrived.synchronize()
+    for copied in forward.arrived:
+        copied.synchronize()
     stored = 0
     for row, index in enumerate(forward.rows):
         start, stop = int(content.offsets[index]), int(content.offsets[index + 1])

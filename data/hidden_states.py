@@ -96,6 +96,7 @@ def extract(
         world_size: how many processes share the shards; default: WORLD_SIZE of the environment, or 1.
         target_sharding: tp: all processes of torchrun hold the target together, and the first one writes all shards.
     """
+    _check_settings(layers, local_horizon, batch_tokens, shard_mib)
     with contextlib.ExitStack() as stack:
         share, compute = own_share(rank, world_size), None
         if target_sharding == "tp":
@@ -106,7 +107,9 @@ def extract(
                 follow(loaded, _identity_of_forwards(layers, loaded, dtype, local_horizon, batch_tokens))
                 return
             share, compute = Share(), stack.enter_context(leading(loaded))
-        stack.enter_context(exclusive(out.with_name(out.name + share.suffix)))
+        whole = out.absolute()  # "." has no name of its own
+        stack.enter_context(exclusive(whole.with_name(whole.name + share.suffix)))
+        CacheFolder(out).check_place()
         if compute is None:
             loaded = Target.load(target, target_dtype, own_device(device), device_map, revision, adapter, quantization)
             compute = partial(features, loaded)
@@ -114,7 +117,8 @@ def extract(
         length = _max_length(max_length, loaded)
         corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template), split, length)
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
-        survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)
+        with _explaining_a_full_disk(out):
+            survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)
         identity = CacheIdentity(
             target=target,
             target_revision=revision,
@@ -136,6 +140,18 @@ def extract(
         with _explaining_a_full_disk(out):
             finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
     _report(out, finished, share)
+
+
+def _check_settings(layers: Sequence[str], local_horizon: int, batch_tokens: int, shard_mib: float) -> None:
+    """What would be wrong with any target; said before one is loaded."""
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers are {list(layers)}; name at least one, and each once")
+    if local_horizon < 0:
+        raise ValueError(f"local_horizon is {local_horizon}; it must be at least 0, which stores no greedy tokens")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    if not 0.0 < shard_mib < float("inf"):
+        raise ValueError(f"shard_mib is {shard_mib}; it must be a positive number of MiB")
 
 
 def _check_whole(device_map: str | None, adapter: str | None, quantization: str | None) -> None:
@@ -307,6 +323,7 @@ def verify(
     seed: int = 0,
     tolerance: float | None = None,
     device: str = "cpu",
+    device_map: str | None = None,
     revision: str | None = None,
     adapter: str | None = None,
     check: Check = "open",
@@ -321,13 +338,16 @@ def verify(
         tolerance: largest allowed distance of a state from its recomputation, relative to the state's length; default:
             0.02, and with eight bits 0.09.
         device: device the target runs on.
+        device_map: spreads a large target over devices, as in `transformers`.
         revision: revision of a hub id.
         adapter: PEFT adapter on top of the target.
         check: whether shards are hashed first (`open`), as they are touched (`lazy`), or not (`off`).
     """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; recompute at least 1")
     opened = HiddenStateCache(cache, check=check)
     identity = opened.manifest.identity
-    loaded = Target.load(target or identity.target, identity.target_dtype, device, revision=revision, adapter=adapter)
+    loaded = Target.load(target or identity.target, identity.target_dtype, device, device_map, revision, adapter)
     opened.check_target(loaded.fingerprint)
     eight_bits = stored_dtype(identity.dtype) == CODES
     allowed = tolerance if tolerance is not None else _TOLERANCE + (LARGEST_ERROR if eight_bits else 0.0)

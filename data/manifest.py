@@ -127,16 +127,16 @@ def read_record(path: Path) -> ShardRecord:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it and run the extraction again") from error
-    record: ShardRecord = _build(ShardRecord, content, path)
+    record: ShardRecord = _build(ShardRecord, content, path, remedy="delete it and run the extraction again")
     return record
 
 
-def _build(kind: type, content: Any, path: Path) -> Any:
+def _build(kind: type, content: Any, path: Path, remedy: str = "extract the cache again") -> Any:
     names = {f.name for f in fields(kind)}
     if not isinstance(content, Mapping) or set(content) | (_LATER & names) != names:
         given = set(content) if isinstance(content, Mapping) else set()
         raise ValueError(
             f"{path}: {kind.__name__} lacks {sorted(names - given - _LATER)} and has unknown {sorted(given - names)}; "
-            "extract the cache again"
+            f"{remedy}"
         )
     return kind(**content)

@@ -1,31 +1,36 @@
 """The target's own replies to prompts, token by token as it generated them: the better half of distillation.
 
-Owns: batching, turns, resuming, ranks, and the row that is written. Does not know: how a reply is decoded (an engine
-behind `ResponseEngine`), caches, training.
+Owns: batching, resuming, ranks, which rows are written and which prompts have failed. Does not know: turns (`dialogues`), how a reply
+is decoded (an engine), caches, training.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
-from draftsmith.data.engines import BundledEngine, Reply, ResponseEngine
-from draftsmith.data.formats import Message
+from draftsmith.data.dialogues import Failure, answer_batch, answer_independently
+from draftsmith.data.engine_sampling import check_settings
+from draftsmith.data.engine_server import NO_SERVER, ServerEngine, ServerOptions
+from draftsmith.data.engine_vllm import ONE_GPU, VllmEngine, VllmOptions
+from draftsmith.data.engines import BundledEngine, IndependentEngine, Reply, ResponseEngine
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import Prompt, read_prompts
 from draftsmith.data.reply_settings import Overrides, reply_settings
-from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate, Turn
+from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.target import TargetEnds
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
@@ -71,6 +76,9 @@ def respond(
     limits: DraftLimits | None = None,
     dtype: str = "float32",
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    engine: Literal["bundled", "vllm", "server"] = "bundled",
+    server: Annotated[ServerOptions, FLAT] = NO_SERVER,
+    vllm: Annotated[VllmOptions, FLAT] = ONE_GPU,
 ) -> None:
     """Lets the target answer the prompts itself.
 
@@ -101,7 +109,11 @@ def respond(
         limits: how much the drafter drafts.
         dtype: dtype the target runs in.
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`.
+        engine: what generates: the bundled decoder, vLLM in this process, or a server that gives back token ids.
+        server: the server's address and how patiently it is asked; see `ServerOptions`.
+        vllm: what vLLM may take; see `VllmOptions`.
     """
+    _check_engine(engine, drafter, limits, where, server)
     share = _share(rank, world_size)
     chosen = read_prompts(prompts, split)[:limit]
     tokenizer = load_tokenizer(target, where.revision)
@@ -109,27 +121,72 @@ def respond(
     settings = reply_settings(target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision)
     texts_only = all(prompt.text is not None for prompt in chosen)
     chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
-    loaded = where.load(target, dtype)
-    plan = make_plan(
-        chosen[share.rank :: share.world_size], chat, settings, loaded.max_positions, batch_rows, batch_tokens
-    )
-    identity = {
-        "target_fingerprint": loaded.fingerprint,
+    identity: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts": _digest([prompt.id for prompt in chosen]),
         "template": _digest([chat.text or ""]),
         "settings": json.loads(json.dumps(asdict(settings))),
-        "batch_rows": batch_rows,
-        "batch_tokens": batch_tokens,
         "dtype": dtype,
     }
-    engine = BundledEngine(loaded, drafter, limits, tokenizer)
+    chosen_engine: ResponseEngine | IndependentEngine
+    if engine == "bundled":
+        loaded = where.load(target, dtype)
+        fingerprint, context = loaded.fingerprint, loaded.max_positions
+        chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer)
+    else:
+        check_settings(settings)
+        ends = TargetEnds.load(target, revision=where.revision, adapter=where.adapter)
+        longest = getattr(ends.config, "max_position_embeddings", None)
+        fingerprint, context = ends.fingerprint, None if longest is None else int(longest)
+        if engine == "server":
+            chosen_engine = ServerEngine(server, target, len(tokenizer), context)
+            context = chosen_engine.context
+            identity |= {"engine": engine, "served_model": chosen_engine.model, "context": context}
+            del identity["dtype"]
+        else:
+            chosen_engine = VllmEngine(target, tokenizer, vllm, dtype, where.revision, context)
+            identity["engine"] = engine
+    identity["target_fingerprint"] = fingerprint
+    if not isinstance(chosen_engine, IndependentEngine):
+        # What replies may depend on where they are computed together.
+        identity |= {"batch_rows": batch_rows, "batch_tokens": batch_tokens}
+    plan = make_plan(chosen[share.rank :: share.world_size], chat, settings, context, batch_rows, batch_tokens)
     config = identity | {"target": target, "split": split, "limit": limit, "drafter": drafter}
+    if engine == "server":
+        config |= {"url": server.url, "concurrency": server.concurrency}
     inputs = {str(prompts): identity["prompts"]}
     begun = provenance.record("data respond", config, inputs)
-    written = write_replies(out, share, plan, chat, engine, identity, begun)
+    written = write_replies(out, share, plan, chat, chosen_engine, identity, begun)
     provenance.write(out, provenance.record("data respond", config, inputs))
     print(f"{written} replies in {out}; {len(plan.dropped)} prompts dropped")
+    if written < plan.num_prompts:
+        told = (
+            f"{plan.num_prompts - written} of {plan.num_prompts} prompts got no reply; the reasons are in "
+            f"{out / f'failures{share.suffix}.jsonl'}"
+        )
+        if not server.skip_failed:
+            raise ValueError(
+                f"{told}; run the same command again, which asks for these alone, or with --skip_failed true to do without them"
+            )
+        _write_settings(out, share, identity, written)
+        print(told)
+
+
+def _check_engine(
+    engine: str, drafter: Path | None, limits: DraftLimits | None, where: TargetOptions, server: ServerOptions
+) -> None:
+    """No option is dropped in silence. Raises ValueError for one that means nothing to the engine."""
+    if engine != "server" and server.url is not None:
+        raise ValueError(f"--url {server.url} goes with --engine server, not with --engine {engine}")
+    if engine == "bundled":
+        return
+    own = TargetOptions(revision=where.revision, adapter=where.adapter if engine == "server" else None)
+    said = [name for name, value in vars(where).items() if value != getattr(own, name)]
+    said += [name for name, value in (("drafter", drafter), ("limits", limits)) if value is not None]
+    if said:
+        raise ValueError(
+            f"--{said[0]} is the bundled decoder's; --engine {engine} is told such things by its own means; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +260,7 @@ def write_replies(
     share: Share,
     plan: Plan,
     chat: ChatTemplate,
-    engine: ResponseEngine,
+    engine: ResponseEngine | IndependentEngine,
     identity: Mapping[str, Any],
     begun: Mapping[str, Any] | None = None,
 ) -> int:
@@ -223,71 +280,27 @@ def write_replies(
             progress("respond", plan.num_prompts, "replies", done=len(appender.rows)) as advance,
         ):
             there = {row["id"] for row in appender.rows}
+            if isinstance(engine, IndependentEngine):
+                todo = [item for batch in plan.batches for item in batch if item[0].id not in there]
+                with JsonlAppender(out / f"failures{share.suffix}.jsonl") as failures:
+                    for outcome in answer_independently(todo, plan.settings, plan.context, chat, engine):
+                        if isinstance(outcome, Failure):
+                            now = datetime.now(UTC).isoformat(timespec="seconds")
+                            failures.write(asdict(outcome) | {"time": now})
+                        else:
+                            appender.write(outcome)
+                            advance(1)
+                return len(appender.rows)
             for batch in plan.batches:
                 if all(prompt.id in there for prompt, _ in batch):
                     continue
                 # A batch that was cut short is answered as a whole again: its rows stay the same in the same company.
-                rows = [row for row in answer(batch, plan, chat, engine) if row["id"] not in there]
+                answered = answer_batch(batch, plan.settings, plan.context, chat, engine)
+                rows = [row for row in answered if row["id"] not in there]
                 for row in rows:
                     appender.write(row)
                 advance(len(rows))
             return len(appender.rows)
-
-
-@dataclass
-class _Dialogue:
-    """A conversation while it grows: the user's turns still to come, and the exchanges so far."""
-
-    prompt: Prompt
-    next_ids: list[int] | None
-    messages: list[Message] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-
-
-def answer(
-    batch: list[tuple[Prompt, list[int]]], plan: Plan, chat: ChatTemplate, engine: ResponseEngine
-) -> Iterator[dict[str, Any]]:
-    """Rows of one batch: all user turns of each prompt, every later one on top of the target's own earlier replies."""
-    dialogues = [_Dialogue(prompt, ids) for prompt, ids in batch]
-    number = 0
-    while active := [dialogue for dialogue in dialogues if dialogue.next_ids is not None]:
-        prompts = [dialogue.next_ids or [] for dialogue in active]
-        requests = [_request_id(dialogue.prompt.id, number) for dialogue in active]
-        for dialogue, ids, reply in zip(active, prompts, engine.reply(prompts, plan.settings, requests), strict=True):
-            _take(dialogue, ids, reply, chat, plan.context)
-        number += 1
-    for dialogue in dialogues:
-        yield _row(dialogue, plan.settings)
-
-
-def _take(dialogue: _Dialogue, ids: list[int], reply: Reply, chat: ChatTemplate, context: int | None) -> None:
-    """Appends a reply and prepares the next turn; a conversation that fills the context ends there."""
-    full = context is not None and len(ids) + len(reply.token_ids) >= context and reply.finish == "length"
-    dialogue.turns.append(Turn(ids, reply.token_ids, "context" if full else reply.finish))
-    dialogue.next_ids = None
-    users = dialogue.prompt.user_turns()
-    done = len(dialogue.turns)
-    if dialogue.prompt.text is None:
-        text = chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
-        dialogue.messages += [*users[done - 1], Message(role="assistant", content=str(text))]
-    if full or done >= len(users):
-        return
-    longer = ids + reply.token_ids + chat.next_turn_ids(users[done], reply.token_ids)
-    if context is None or len(longer) < context:
-        dialogue.next_ids = longer
-    else:
-        dialogue.turns[-1] = replace(dialogue.turns[-1], finish="context")
-
-
-def _row(dialogue: _Dialogue, settings: GenerationSettings) -> dict[str, Any]:
-    return {
-        "id": dialogue.prompt.id,
-        "messages": dialogue.messages,
-        "turns": [asdict(turn) for turn in dialogue.turns],
-        "source": dialogue.prompt.source,
-        "split": dialogue.prompt.split,
-        "settings": asdict(settings),
-    }
 
 
 def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> None:
@@ -306,7 +319,13 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
             )
         return
     atomic_write(out / f"dropped{share.suffix}.jsonl", "".join(json.dumps(row) + "\n" for row in plan.dropped))
-    atomic_write(path, json.dumps({**identity, "num_rows": plan.num_prompts}, indent=2) + "\n")
+    _write_settings(out, share, identity, plan.num_prompts)
+
+
+def _write_settings(out: Path, share: Share, identity: Mapping[str, Any], num_rows: int) -> None:
+    """What the replies depend on, and how many rows make them whole."""
+    content = json.dumps({**identity, "num_rows": num_rows}, indent=2) + "\n"
+    atomic_write(out / f"settings{share.suffix}.json", content)
 
 
 def _check_other_shares(out: Path, share: Share) -> None:
@@ -334,11 +353,6 @@ def _first_words(text: str, count: int | None) -> str:
             break
         end = text.index(word, end) + len(word)
     return text[:end]
-
-
-def _request_id(prompt_id: str, turn: int) -> int:
-    """Which noise a turn draws: a property of the prompt, not of its place in the file."""
-    return int.from_bytes(hashlib.sha256(f"{prompt_id}\0{turn}".encode()).digest()[:4], "big")
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def shared_survey(corpus: Corpus, folder: Path, share: Share) -> Survey:
     """The survey of a whole corpus, made by however many processes call this with the same folder.
 
     Each does its own parts first, then those that nobody has taken up: a process that never came or died is replaced.
-    `folder` must be this corpus's own, see `survey_key`.
+    `folder` must be this corpus's, tokenizer's and template's own.
 
     Raises ValueError as `Corpus.survey` does.
     """
@@ -57,14 +57,17 @@ def _write(path: Path, survey: Survey) -> None:
 
 
 def _read(path: Path) -> Survey | None:
-    """A part that is done; None where there is none."""
+    """A part that is done; None where there is none, or a damaged one, which is then made again."""
     if not path.is_file():
         return None
     empty = Survey()
-    with safetensors.safe_open(path, framework="pt") as file:
-        for name in _COLUMNS:
-            getattr(empty, name).frombytes(file.get_tensor(name).numpy().tobytes())
-        rest = json.loads(file.metadata()["survey"])
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in _COLUMNS:
+                getattr(empty, name).frombytes(file.get_tensor(name).numpy().tobytes())
+            rest = json.loads(file.metadata()["survey"])
+    except safetensors.SafetensorError:
+        return None
     skipped = [Skipped(**row) for row in rest.pop("skipped")]
     columns = {name: getattr(empty, name) for name in _COLUMNS}
     return Survey(**columns, **rest, skipped=skipped)

@@ -19,11 +19,32 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith.arguments import Suggesting
-from draftsmith.train import callbacks, data_module, draft_module, judge_callbacks, judge_data, judge_module
+from draftsmith.train import (
+    callbacks,
+    data_module,
+    distil_callbacks,
+    distil_data,
+    distil_module,
+    draft_module,
+    judge_callbacks,
+    judge_data,
+    judge_module,
+)
 from draftsmith.train.checkpoints import AtomicCheckpointIO
+from draftsmith.train.preemption import Preemption, ResumeValidation
 
 # Imported so that a YAML can name their classes without the full path.
-KNOWN = (callbacks, data_module, draft_module, judge_callbacks, judge_data, judge_module)
+KNOWN = (
+    callbacks,
+    data_module,
+    distil_callbacks,
+    distil_data,
+    distil_module,
+    draft_module,
+    judge_callbacks,
+    judge_data,
+    judge_module,
+)
 
 
 class TrainingParser(Suggesting, LightningArgumentParser):
@@ -55,10 +76,16 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
 
     def before_fit(self) -> None:
-        """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them."""
+        """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them, and the run against
+        being told to go.
+        """
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
+        # Behind the checkpoint callbacks, which Lightning has sorted to the end.
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        there = {type(callback) for callback in callbacks}
+        callbacks.extend(kind() for kind in (ResumeValidation, Preemption) if kind not in there)
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:

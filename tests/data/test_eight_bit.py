@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judging import judge_data, labelled_states, rows_of, save_rows
+from training import KeepLosses, make_module, make_trainer
 
 from draftsmith.data import eight_bit
 from draftsmith.data.eight_bit import CODES, LARGEST_ERROR, EightBitStates, dequantise, dequantise_plainly, quantise
-from draftsmith.data.features import features
+from draftsmith.data.features import _ends_of_copies, features
 from draftsmith.data.footprint import bytes_as_files, file_overhead
 from draftsmith.data.hidden_states import HiddenStateCache, compare, extract, verify
 from draftsmith.data.packing import pack
@@ -18,6 +19,8 @@ from draftsmith.data.shards import ShardContent, ShardReader, bytes_per_token, w
 from draftsmith.data.show import show
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.models.target import Target
+from draftsmith.train.data_module import CacheDataModule
+from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 
 SMALL_SHARDS = 0.002
 LAYERS = ("last.pre_norm", "layer.0.output")
@@ -170,6 +173,8 @@ def test_verify_allows_what_eight_bits_lose_and_no_more(
     assert all(row.greedy_agreement == 1 for row in rows)
     with pytest.raises(ValueError, match=r"differ by more than 0.001"):
         verify(cache, tolerance=0.001)
+    with pytest.raises(ValueError, match="samples is 0; recompute at least 1"):
+        verify(cache, samples=0)
 
 
 def test_verify_notices_eight_bit_states_of_another_layer(tmp_path: Path, target: Path, reply_file: Path) -> None:
@@ -238,6 +243,30 @@ def test_the_pages_example_runs(cache: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "torch.bfloat16 (7, 32)\n"
 
 
+FAMILIES: dict[str, tuple[DrafterFamily, dict[str, Any]]] = {
+    "redrafter": (ReDrafterFamily(), {}),
+    "eagle": (EagleFamily(), {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1}),
+    "eagle3": (Eagle3Family(layers=["layer.0.output", "last.pre_norm"]), {"distillation": "path"}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_learns_from_eight_bits_nearly_what_it_learns_from_whole_states(
+    cache: Path, tmp_path: Path, target: Path, reply_file: Path, name: str
+) -> None:
+    extract(str(target), reply_file, tmp_path / "whole", layers=LAYERS, dtype="float32", local_horizon=2)
+    family, settings = FAMILIES[name]
+    losses: dict[str, list[float]] = {}
+    for folder in (cache, tmp_path / "whole"):
+        losses[folder.name] = []
+        trainer = make_trainer(tmp_path, max_steps=3, callbacks=[KeepLosses(losses[folder.name])])
+        module = make_module(target, drafter=family, num_steps=2, **settings)
+        trainer.fit(module, CacheDataModule(folder, val_fraction=0.2, tokens_per_batch=60))
+    assert len(losses["cache"]) == 3
+    assert losses["cache"] == pytest.approx(losses["whole"], rel=0.03)
+    assert losses["cache"] != losses["whole"]
+
+
 def test_a_judge_reads_states_of_eight_bits(cache: Path, tmp_path: Path) -> None:
     rows = rows_of(cache)
     data = judge_data(cache, save_rows(tmp_path, rows))
@@ -247,6 +276,30 @@ def test_a_judge_reads_states_of_eight_bits(cache: Path, tmp_path: Path) -> None
     states = labelled_states(cache, rows)[0]
     assert len(read) == len(states) > 60
     assert torch.equal(read.sort(dim=0).values, states.sort(dim=0).values)
+
+
+def test_copies_are_waited_for_on_the_devices_that_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current device, which is cuda:0 in a process that torchrun has put on cuda:3."""
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def record_event(self) -> torch.device:
+            return self.device
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    devices = {torch.device(name) for name in ("cpu", "cuda:1", "cuda:3")}
+    assert sorted(map(str, _ends_of_copies(devices))) == ["cuda:1", "cuda:3"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_process_on_the_second_gpu_stores_the_states_of_its_own_forwards(
+    tmp_path: Path, target: Path, reply_file: Path
+) -> None:
+    extract(str(target), reply_file, tmp_path / "second", device="cuda:1", shard_mib=SMALL_SHARDS)
+    verify(tmp_path / "second", samples=12)
 
 
 @pytest.mark.gpu

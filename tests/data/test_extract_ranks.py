@@ -1,5 +1,6 @@
 """Extraction by several processes that say nothing to one another: one cache, byte for byte that of a single process."""
 
+import errno
 import json
 import os
 import signal
@@ -155,6 +156,74 @@ def test_the_same_rank_twice_is_refused_and_another_rank_is_not(tmp_path: Path, 
     with exclusive(tmp_path / "c-00001-of-00002"):
         with pytest.raises(ValueError, match=r"c-00001-of-00002 is being written by another process"):
             ranks(target, chats, tmp_path / "c", [1], 2)
+        ranks(target, chats, tmp_path / "c", [0], 2)
+
+
+def test_a_place_where_no_cache_can_be_is_refused_before_the_target_is_loaded(
+    tmp_path: Path, target: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftsmith.data.hidden_states.Target", None)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(full)
+    for out, complaint in (
+        (full, "not empty and no cache"),
+        (Path(), "not empty and no cache"),
+        (tmp_path / "file", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            ranks(target, chats, out, [0], 2)
+    assert sorted(path.name for path in full.iterdir()) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"layers": ()}, "name at least one"),
+        ({"layers": ("last.pre_norm", "last.pre_norm")}, "each once"),
+        ({"local_horizon": -1}, "local_horizon is -1"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"shard_mib": 0.0}, "shard_mib is 0.0"),
+        ({"shard_mib": float("nan")}, "shard_mib is nan"),
+    ],
+)
+def test_settings_that_no_target_can_follow_are_refused(
+    tmp_path: Path, target: Path, chats: Path, setting: dict[str, object], rule: str
+) -> None:
+    with pytest.raises(ValueError, match=rule):
+        extract(str(target), chats, tmp_path / "c", **setting)  # type: ignore[arg-type]
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_damaged_part_of_the_survey_is_made_again_and_a_damaged_record_says_what_to_do(
+    alone: Path, tmp_path: Path, target: Path, chats: Path
+) -> None:
+    out = tmp_path / "c"
+    ranks(target, chats, out, [0], 2)
+    [part] = out.glob(".survey-*/part-*.safetensors")
+    part.write_bytes(b"")
+    record = out / "shard-00000.json"
+    content = record.read_bytes()
+    record.write_text('{"name": "shard-00000.safetensors"}')
+    with pytest.raises(
+        ValueError, match=r"shard-00000.json: ShardRecord lacks .* delete it and run the extraction again"
+    ):
+        ranks(target, chats, out, [1], 2)
+    record.write_bytes(content)
+    ranks(target, chats, out, [1], 2)
+    assert shas(out) == shas(alone)
+
+
+def test_a_full_disk_is_explained_from_the_first_byte_on(
+    tmp_path: Path, target: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, survey: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("draftsmith.data.shared_survey._write", full)
+    with pytest.raises(ValueError, match="free space and run the same command again"):
         ranks(target, chats, tmp_path / "c", [0], 2)
 
 

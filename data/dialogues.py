@@ -1,0 +1,147 @@
+"""Conversations with the target, turn by turn: a batch of them in step, or many of them each at its own pace.
+
+Owns: turns, which request comes next, the row that a finished dialogue becomes. Does not know: files, resuming, how a reply is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from draftsmith.data.engine_sampling import settle
+from draftsmith.data.engines import IndependentEngine, RawReply, Reply, ResponseEngine, Unanswered
+from draftsmith.data.formats import Message
+from draftsmith.data.prompts import Prompt
+from draftsmith.data.tokens import ChatTemplate, Turn
+from draftsmith.decode.sampling import GenerationSettings
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt without a reply, and why."""
+
+    id: str
+    reason: str
+    attempts: int
+
+
+@dataclass
+class Dialogue:
+    """A conversation while it grows: the user's turns still to come, and the exchanges so far."""
+
+    prompt: Prompt
+    next_ids: list[int] | None
+    messages: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> int:
+        """Which noise the next turn draws: a property of the prompt, not of its place in the file."""
+        return int.from_bytes(hashlib.sha256(f"{self.prompt.id}\0{len(self.turns)}".encode()).digest()[:4], "big")
+
+    def take(self, reply: Reply, chat: ChatTemplate, context: int | None) -> None:
+        """Appends the reply to `next_ids` and prepares the next turn; a conversation that fills the context ends there."""
+        ids = self.next_ids or []
+        full = context is not None and len(ids) + len(reply.token_ids) >= context and reply.finish == "length"
+        self.turns.append(Turn(ids, reply.token_ids, "context" if full else reply.finish))
+        self.next_ids = None
+        users = self.prompt.user_turns()
+        done = len(self.turns)
+        if self.prompt.text is None:
+            text = chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
+            self.messages += [*users[done - 1], Message(role="assistant", content=str(text))]
+        if full or done >= len(users):
+            return
+        longer = ids + reply.token_ids + chat.next_turn_ids(users[done], reply.token_ids)
+        if context is None or len(longer) < context:
+            self.next_ids = longer
+        else:
+            self.turns[-1] = replace(self.turns[-1], finish="context")
+
+    def row(self, settings: GenerationSettings) -> dict[str, Any]:
+        """What is written of it."""
+        return {
+            "id": self.prompt.id,
+            "messages": self.messages,
+            "turns": [asdict(turn) for turn in self.turns],
+            "source": self.prompt.source,
+            "split": self.prompt.split,
+            "settings": asdict(settings),
+        }
+
+
+def answer_batch(
+    batch: Iterable[tuple[Prompt, list[int]]],
+    settings: GenerationSettings,
+    context: int | None,
+    chat: ChatTemplate,
+    engine: ResponseEngine,
+) -> Iterator[dict[str, Any]]:
+    """Rows of one batch: all user turns of each prompt, every later one on top of the target's own earlier replies."""
+    dialogues = [Dialogue(prompt, ids) for prompt, ids in batch]
+    while active := [dialogue for dialogue in dialogues if dialogue.next_ids is not None]:
+        prompts = [dialogue.next_ids or [] for dialogue in active]
+        requests = [dialogue.request_id for dialogue in active]
+        for dialogue, reply in zip(active, engine.reply(prompts, settings, requests), strict=True):
+            dialogue.take(reply, chat, context)
+    for dialogue in dialogues:
+        yield dialogue.row(settings)
+
+
+def answer_independently(
+    prompts: Iterable[tuple[Prompt, list[int]]],
+    settings: GenerationSettings,
+    context: int | None,
+    chat: ChatTemplate,
+    engine: IndependentEngine,
+) -> Iterator[dict[str, Any] | Failure]:
+    """The same rows in the order in which they are finished; a dialogue that got no answer is a Failure, and the others go on.
+
+    As many dialogues as the engine takes are under way all the time: whenever one ends, the next begins. Threads do nothing but wait
+    for the engine: tokenizers do not stand being shared.
+
+    Raises ValueError when the engine says that no request can go well, and when one dialogue after another fails.
+    """
+    waiting = (Dialogue(prompt, ids) for prompt, ids in prompts)
+    running: dict[Future[RawReply], Dialogue] = {}
+    patience = max(16, 2 * engine.concurrency)
+    failed_in_a_row = 0
+    with ThreadPoolExecutor(engine.concurrency, thread_name_prefix="ask") as pool:
+
+        def ask(dialogue: Dialogue) -> None:
+            running[pool.submit(engine.ask, dialogue.next_ids or [], settings, dialogue.request_id)] = dialogue
+
+        try:
+            for dialogue in islice(waiting, engine.concurrency):
+                ask(dialogue)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    dialogue = running.pop(future)
+                    outcome: dict[str, Any] | Failure | None = None
+                    try:
+                        raw, prompt = future.result(), dialogue.next_ids or []
+                        reply = settle(raw, settings, engine.budget(prompt, settings), chat.tokenizer)
+                        dialogue.take(reply, chat, context)
+                        failed_in_a_row = 0
+                        outcome = dialogue.row(settings) if dialogue.next_ids is None else None
+                    except Unanswered as error:
+                        failed_in_a_row += 1
+                        outcome = Failure(dialogue.prompt.id, error.reason, error.attempts)
+                    following = dialogue if outcome is None else next(waiting, None)
+                    if following is not None and failed_in_a_row < patience:
+                        ask(following)
+                    if outcome is not None:
+                        yield outcome
+                    if failed_in_a_row >= patience:
+                        raise ValueError(
+                            f"the last {failed_in_a_row} prompts got no answer ({outcome}); see to the engine and run the same command "
+                            "again, which goes on where this one stopped"
+                        )
+        finally:
+            for future in running:
+                future.cancel()
+            engine.close()
