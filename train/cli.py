@@ -29,6 +29,7 @@ from draftsmith.train import (
     judge_callbacks,
     judge_data,
     judge_module,
+    online,
 )
 from draftsmith.train.checkpoints import AtomicCheckpointIO
 from draftsmith.train.preemption import Preemption, ResumeValidation
@@ -44,6 +45,7 @@ KNOWN = (
     judge_callbacks,
     judge_data,
     judge_module,
+    online,
 )
 
 
