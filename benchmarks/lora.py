@@ -73,7 +73,8 @@ def answer(options: argparse.Namespace, target: Target, kind: str) -> tuple[Path
     ids = [prompt_ids(tokenizer, question, chat=True) for question in asked]
     test, own = ids[: scale.test_prompts], ids[scale.test_prompts :]
     rows = options.work / f"{kind}.jsonl"
-    if not rows.is_file():
+    # Rows of another scale would hold prompts that are tested here.
+    if not rows.is_file() or [row["prompt_ids"] for _, row in read_jsonl(rows)] != own:
         settings = GenerationSettings(scale.reply_tokens, eos_token_ids=target.eos_token_ids)
         replies = [
             {"id": f"{kind}-{start + place}", "prompt_ids": prompt, "reply_ids": one.token_ids}
@@ -165,8 +166,7 @@ def main() -> int:
     target, test = Target.load(str(options.target)), {}
     for kind in KINDS:
         rows, test[kind] = answer(options, target, kind)
-        if not (options.work / f"cache-{kind}").is_dir():
-            extract(str(options.target), rows, options.work / f"cache-{kind}")
+        extract(str(options.target), rows, options.work / f"cache-{kind}")  # goes on where a killed run was
     lora = LoraSettings(options.rank, options.alpha, target_modules=options.target_modules)
     runs = {"base": fit(options, "base", "stories", scale.base_steps)}
     begun = {"init_from": options.work / "base" / "drafter"}

@@ -100,7 +100,7 @@ def extract(
     with contextlib.ExitStack() as stack:
         share, compute = own_share(rank, world_size), None
         if target_sharding == "tp":
-            _check_whole(device_map, adapter, quantization)
+            _check_together(rank, world_size, device_map, adapter, quantization)
             stack.enter_context(process_group())
             loaded = load_sharded(target, target_dtype, sharded_over("tp"), torch.device(own_device(device)), revision)
             if share.rank > 0:
@@ -114,7 +114,7 @@ def extract(
             loaded = Target.load(target, target_dtype, own_device(device), device_map, revision, adapter, quantization)
             compute = partial(features, loaded)
         tokenizer = load_tokenizer(target, revision)
-        length = _max_length(max_length, loaded)
+        length = sample_length(max_length, loaded.max_positions, target)
         corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template), split, length)
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         with _explaining_a_full_disk(out):
@@ -154,13 +154,21 @@ def _check_settings(layers: Sequence[str], local_horizon: int, batch_tokens: int
         raise ValueError(f"shard_mib is {shard_mib}; it must be a positive number of MiB")
 
 
-def _check_whole(device_map: str | None, adapter: str | None, quantization: str | None) -> None:
-    given = {"device_map": device_map, "adapter": adapter, "quantization": quantization}
+def _check_together(
+    rank: int | None, world_size: int | None, device_map: str | None, adapter: str | None, quantization: str | None
+) -> None:
+    given = {
+        "rank": rank,
+        "world_size": world_size,
+        "device_map": device_map,
+        "adapter": adapter,
+        "quantization": quantization,
+    }
     wrong = [name for name, value in given.items() if value is not None]
     if wrong:
         raise ValueError(
-            f"target_sharding tp divides the target's weights as its files have them, which {', '.join(wrong)} does not go with; "
-            "drop that, or the sharding"
+            "target_sharding tp divides the target's weights, as its files have them, among all processes of torchrun, which "
+            f"{', '.join(wrong)} does not go with; drop that, or the sharding"
         )
 
 
@@ -237,14 +245,17 @@ def _empty_manifest(identity: CacheIdentity, survey: Survey) -> Manifest:
     )
 
 
-def _max_length(asked: int | None, target: Target) -> int:
-    context = target.max_positions
+def sample_length(asked: int | None, context: int | None, target: str) -> int:
+    """The tokens that samples are cut to: as many as asked for, or the target's whole context.
+
+    Raises ValueError for less than 2, for more than the context, and where neither is known.
+    """
     if asked is not None and asked < 2:
         raise ValueError(f"max_length is {asked}; a sample needs at least 2 tokens")
     if context is not None and asked is not None and asked > context:
-        raise ValueError(f"max_length is {asked}, but {target.name} has a context of {context} tokens")
+        raise ValueError(f"max_length is {asked}, but {target} has a context of {context} tokens; set at most that")
     if asked is None and context is None:
-        raise ValueError(f"{target.name} does not say how long its context is; set --max-length")
+        raise ValueError(f"{target} does not say how long its context is; set max_length")
     return asked or context or 0
 
 

@@ -1,7 +1,8 @@
 """An ordinary small causal LM as a drafter.
 
 Owns how a language model that shares the target's tokenizer drafts: through the doors of :class:`~draftsmith.models.target.Target`, with
-keys and values of its own. It reads nothing of the target but its tokens. Knows nothing of verification, and is trained elsewhere.
+keys and values of its own. It reads nothing of the target but its tokens. Knows nothing of verification, nor of training: any causal LM
+will do, and `configs/draft_lm.yaml` distils one towards its target.
 
 Shape legend: B batch rows, E fresh tokens, M drafted nodes of a layer, T prompt tokens, S cache slots, V vocabulary.
 """
@@ -101,8 +102,8 @@ class LMDrafter(Drafter):
             ValueError: always.
         """
         raise ValueError(
-            "an ordinary draft LM is not trained from the target's states; train it as any language model on the target's replies, "
-            "then decode with it"
+            "an ordinary draft LM is not trained from the target's states; distil it towards the target with configs/draft_lm.yaml, or "
+            "train it as any language model on the target's replies"
         )
 
     def start(self, opening: Opening) -> DraftLMState:
@@ -210,7 +211,7 @@ def load_draft_lm(path: str, dtype: str = "float32", device: str = "cpu", adapte
         if adapter is not None:
             raise ValueError(f"{path} is an adapter itself; give its base model and {adapter!r}, or this one alone")
         path, adapter = _base_of(folder), str(folder)
-    _check_architecture(resolve(path))
+    check_architecture(resolve(path))
     lm = Target.load(path, dtype, device, adapter=adapter)
     return LMDrafter(lm, tokenizer_fingerprint(load_tokenizer(path))).eval()
 
@@ -225,8 +226,12 @@ def _base_of(adapter: Path) -> str:
     return str(base)
 
 
-def _check_architecture(folder: Path) -> None:
-    """Refuse another module that goes by a language model's config: whatever it lacks of the LM would be random numbers."""
+def check_architecture(folder: Path) -> None:
+    """Refuse another module that goes by a language model's config: whatever it lacks of the LM would be random numbers.
+
+    Raises:
+        ValueError: the config in the folder names no causal LM of Transformers.
+    """
     config = AutoConfig.from_pretrained(folder)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = config.architectures or [known]

@@ -92,6 +92,6 @@ def _with_adapter(adapter: Path, dtype: str) -> Drafter:
     except ValueError as error:
         raise ValueError(
             f"{adapter} is an adapter of the drafter {below!r}, which cannot be had; give that drafter and the adapter apart with "
-            f"--drafter-adapter ({error})"
+            f"--drafter-adapter to `draftsmith decode`, or to `draftsmith export`, which makes one drafter of both ({error})"
         ) from error
     return adapted(drafter, adapter)

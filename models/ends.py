@@ -106,12 +106,13 @@ class TargetEnds(nn.Module):
         return self.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """Pre-norm states [..., D] -> normed [..., D]."""
-        return self.norm(hidden.to(self.dtype))
+        """Pre-norm states [..., D] -> normed [..., D], on the device of the states."""
+        return self.norm(hidden.to(self.dtype)).to(hidden.device)
 
     def logits(self, normed: Tensor) -> Tensor:
-        """Normed states [..., D] -> logits [..., V], with the model's own bias, scale and soft-cap."""
-        logits = self.head(normed)
+        """Normed states [..., D] -> logits [..., V], with the model's own bias, scale and soft-cap, on the device of the states."""
+        # The head of a target over several devices (device_map) may lie on another.
+        logits = self.head(normed).to(normed.device)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self._soft_cap is not None:

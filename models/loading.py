@@ -114,8 +114,9 @@ def load_causal_lm(
     if distributed is not None:
         arguments |= {"distributed_config": distributed, "config": config}
         # FSDP's plans keep the last weights whole for the backward pass, which a frozen model has not.
-        plan = config.get_text_config().base_model_fsdp_plan
-        config.get_text_config().base_model_fsdp_plan = dict.fromkeys(plan, "free_full_weight")
+        plan = getattr(config.get_text_config(), "base_model_fsdp_plan", None)
+        if plan:
+            config.get_text_config().base_model_fsdp_plan = dict.fromkeys(plan, "free_full_weight")
     if quantization is not None:
         arguments["quantization_config"] = _quantization(quantization)
     if adapter is not None and quantization is not None:

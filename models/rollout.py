@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Several training samples end to end, without padding.
+    """Several training samples end to end; padding, where there is any, is a document of its own with no supervised token.
 
     Attributes:
         input_ids: int64 [T].

@@ -9,6 +9,9 @@ FSDP2 and tensor parallelism are transformers' own (``DistributedConfig``), ZeRO
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -108,14 +111,16 @@ def load_sharded(path: str, dtype: str, over: ShardedOver, device: torch.device,
         revision: the hub's revision.
 
     Raises:
-        ValueError: a single process, a bad path or dtype, a family for which transformers has no plan of the kind, or no DeepSpeed.
+        ValueError: a single process, a bad path or dtype, a family for which transformers has no plan of the kind, the CPU where there is
+            an accelerator, or no DeepSpeed.
     """
     if not over.is_sharded:
         raise ValueError(
             f"target_sharding is {over.sharding!r} with {over.num_ranks} process(es); start several (trainer.devices or torchrun), "
-            "or load it whole"
+            "or load it whole (target_sharding none)"
         )
-    model, fingerprint = _load_part(path, as_dtype(dtype), over, revision)
+    with _as_local_rank(device):
+        model, fingerprint = _load_part(path, as_dtype(dtype), over, revision)
     target = Target(model, name=path, fingerprint=fingerprint)
     _free_whole_weights(model)
     if over.sharding == "zero3":
@@ -125,9 +130,33 @@ def load_sharded(path: str, dtype: str, over: ShardedOver, device: torch.device,
     return target
 
 
+@contextmanager
+def _as_local_rank(device: torch.device) -> Iterator[None]:
+    """Has transformers, which goes by LOCAL_RANK, place parts on this device.
+
+    SLURM sets no such variable, and where a run takes some of a machine's GPUs it says another number.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if device.type == "cpu" and accelerator is not None and "DS_ACCELERATOR" not in os.environ:
+        raise ValueError(
+            f"device is cpu, but a sharded target is placed on this machine's {accelerator.type}; use that, or hide it "
+            "(CUDA_VISIBLE_DEVICES='')"
+        )
+    before = os.environ.get("LOCAL_RANK")
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if device.index is not None:
+            del os.environ["LOCAL_RANK"]
+            os.environ.update({} if before is None else {"LOCAL_RANK": before})
+
+
 def _load_part(path: str, dtype: torch.dtype, over: ShardedOver, revision: str | None) -> tuple[PreTrainedModel, str]:
     if over.sharding == "zero3":
         return _load_zero3(path, dtype, revision)
+    _check_plan(path, over.sharding, revision)
     if over.sharding == "tp":
         _check_heads(path, over.num_ranks, revision)
         shares = DistributedConfig(tp_size=over.num_ranks)
@@ -136,6 +165,17 @@ def _load_part(path: str, dtype: torch.dtype, over: ShardedOver, revision: str |
     else:
         shares = DistributedConfig(fsdp_size=over.num_ranks)
     return load_causal_lm(path, dtype, revision=revision, distributed=shares)
+
+
+def _check_plan(path: str, sharding: TargetSharding, revision: str | None) -> None:
+    """Without a plan of its own, a family's layers would not be divided, or not be gathered."""
+    config = AutoConfig.from_pretrained(resolve(path, revision)).get_text_config()
+    plan, other = ("base_model_tp_plan", "fsdp2") if sharding == "tp" else ("base_model_fsdp_plan", "zero3")
+    if not getattr(config, plan, None):
+        raise ValueError(
+            f"{path} is of the family {config.model_type!r}, for which transformers has no {plan}, so target_sharding {sharding!r} "
+            f"does not know how to divide it; use {other}"
+        )
 
 
 def _check_heads(path: str, num_ranks: int, revision: str | None) -> None:

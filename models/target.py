@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import module_fingerprint
 from draftsmith.models.loading import as_dtype, load_causal_lm
-from draftsmith.models.support import decoder_blocks, refuse_unsupported, text_base
+from draftsmith.models.support import decoder_blocks, final_norm, refuse_unsupported, text_base
 
 __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
 
@@ -66,9 +66,9 @@ class Target(nn.Module):
         self.config = model.config.get_text_config()
         self.ends = TargetEnds(model, name, fingerprint)
         self._base = text_base(model)
+        self._norm = final_norm(model)
         self._blocks = decoder_blocks(model)
         self._caught: dict[str, Tensor] = {}
-        self.ends.norm.register_forward_pre_hook(self._catch_pre_norm)
         self._additive_mask = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
         kinds = set(getattr(self.config, "layer_types", None) or ())
         window = getattr(self.config, "sliding_window", None)
@@ -167,31 +167,38 @@ class Target(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-        return self._output(output.last_hidden_state, layers)
+        return self._output(output.last_hidden_state, layers, input_ids.device)
 
     @torch.inference_mode()
     def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = ()) -> TargetOutput:
         """One plain causal forward without a cache. ``input_ids``: int64 [B, T], padded on the right, where padding harms nobody."""
         with self._catching(layers):
             output = self._base(input_ids=input_ids, use_cache=False)
-        return self._output(output.last_hidden_state, layers)
+        return self._output(output.last_hidden_state, layers, input_ids.device)
 
-    def _output(self, normed: Tensor, layers: tuple[str, ...]) -> TargetOutput:
-        return TargetOutput(
-            self._caught[PRE_NORM], normed, {name: self._caught[name] for name in layers if name != PRE_NORM}
-        )
+    def check_layer(self, name: str) -> None:
+        """Raises ValueError, naming the ones there are, for a layer that the target does not have."""
+        if name != PRE_NORM:
+            self._block(name)
+
+    def _output(self, normed: Tensor, layers: tuple[str, ...], device: torch.device) -> TargetOutput:
+        # Forgotten here, or the last forward's states would stay in memory until the next one.
+        caught, self._caught = self._caught, {}
+        # Of a target over several devices (device_map), each layer leaves its states on its own.
+        states = {name: caught[name].to(device) for name in layers if name != PRE_NORM}
+        return TargetOutput(caught[PRE_NORM].to(device), normed.to(device), states)
 
     def _catch_pre_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._caught[PRE_NORM] = inputs[0]
 
     @contextmanager
     def _catching(self, layers: tuple[str, ...]) -> Iterator[None]:
-        handles = [
-            self._block(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: self._keep(name, output)
-            )
-            for name in layers
-            if name != PRE_NORM
+        blocks = {name: self._block(name) for name in layers if name != PRE_NORM}
+        # Hooked for the forward only: others call the same norm, whose inputs would be kept for nothing.
+        handles = [self._norm.register_forward_pre_hook(self._catch_pre_norm)]
+        handles += [
+            block.register_forward_hook(lambda _module, _inputs, output, name=name: self._keep(name, output))
+            for name, block in blocks.items()
         ]
         try:
             yield

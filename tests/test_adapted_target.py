@@ -198,7 +198,7 @@ def test_messages_tell_the_adapted_target_from_its_base(target: Path, lora: Path
 
 def test_an_adapter_given_as_a_target_is_refused_with_the_remedy(lora: Path) -> None:
     for load in (Target.load, TargetEnds.load):
-        with pytest.raises(ValueError, match="holds a PEFT adapter and no model .*give its base model here and this"):
+        with pytest.raises(ValueError, match=r"holds a PEFT adapter and no model .*give its base model here and this"):
             load(str(lora))
 
 
@@ -245,7 +245,7 @@ def test_an_adapter_that_is_not_whole_is_refused(
     spoil(folder)
     with pytest.raises(ValueError, match=complaint):
         Target.load(str(target), adapter=str(folder))
-    if "number" not in spoil.__name__ and "rename" not in spoil.__name__:  # of the trunk, which ends are loaded without
+    if spoil not in (_spoil_number, _rename_tensors):  # those are of the trunk, which ends are loaded without
         with pytest.raises(ValueError, match=complaint):
             TargetEnds.load(str(target), adapter=str(folder))
 

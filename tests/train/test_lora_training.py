@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,18 @@ def test_a_checkpoint_of_another_drafters_adapter_is_refused(
 def test_what_needs_a_trained_drafter_says_so(target_dir: Path, settings: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         make_module(target_dir, **settings)
+
+
+def test_an_adapter_never_replaces_the_drafter_below_it(
+    target_dir: Path, cache: Path, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(trained["redrafter"], tmp_path / "drafter")
+    module = make_module(target_dir, drafter=ReDrafterFamily(), init_from=base, lora=LORA)
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[KeepBestDrafter()])
+    with pytest.raises(ValueError, match=r"would replace .*drafter, the drafter that it adapts; give the run another"):
+        trainer.fit(module, data_of(cache))
+    assert module_fingerprint(load_drafter(base)) == module_fingerprint(load_drafter(trained["redrafter"]))
+    assert not list(tmp_path.glob(".drafter*"))
 
 
 def test_a_frozen_head_stays_frozen_below_an_adapter(
