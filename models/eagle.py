@@ -88,7 +88,7 @@ class EagleBase(Drafter):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Target ids int64 [...] -> the target's embeddings [..., D] in this drafter's dtype."""
-        return self.ends.embed(tokens).to(self.layer.self_attn.q_proj.weight.dtype)
+        return self.ends.embed(tokens).to(self.dtype)
 
     def logits(self, output: Tensor) -> Tensor:
         """The layer's output [..., D] -> draft logits [..., Vd]."""

@@ -169,7 +169,7 @@ class ReDrafter(Drafter):
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """[K, A, E]: the head's inputs at every step of every anchor (Apple's training loop, at supervised anchors only)."""
-        context_AD = self.ends.final_norm(batch.hidden[PRE_NORM][rollout.anchors]).to(self.head_weight.dtype)
+        context_AD = self.ends.final_norm(batch.hidden[PRE_NORM][rollout.anchors]).to(self.dtype)
         state_AD = torch.zeros_like(context_AD)
         states = []
         for step in range(rollout.tokens.shape[1]):
@@ -188,7 +188,7 @@ class ReDrafter(Drafter):
     def _at(self, emitted: Emitted) -> ReDrafterState:
         last_B = emitted.counts_B - 1
         rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        context_BD = self.ends.final_norm(emitted.features[PRE_NORM][rows_B, last_B]).to(self.head_weight.dtype)
+        context_BD = self.ends.final_norm(emitted.features[PRE_NORM][rows_B, last_B]).to(self.dtype)
         return ReDrafterState(context_BD, emitted.tokens_BE[rows_B, last_B])
 
     def expander(self, state: ReDrafterState, cycle: Cycle, limits: DraftLimits) -> Recurrence:  # type: ignore[override]
@@ -196,7 +196,7 @@ class ReDrafter(Drafter):
         return Recurrence(self, state)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.ends.embed(tokens).to(self.head_weight.dtype)
+        return self.ends.embed(tokens).to(self.dtype)
 
     def _recur(self, state: Tensor, embedded: Tensor) -> Tensor:
         return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
