@@ -98,7 +98,7 @@ def _judge(shares: dict[tuple[str, int], float], total: int, sound: bool) -> Fin
     if rival > own + _LOSES:
         remedy = f"the drafter is right more often with {kind} moved by {shift:+d}" + (
             f", and this cache is sound: either it learnt from {kind} that were moved (a state one token ahead holds the answer, which "
-            "decoding has not), or it has hardly learnt at all; train it from this cache"
+            "decoding has not), or it has hardly learnt at all (see `steps`, `drafter-file`); train it from this cache"
             if sound
             else f": cache and drafter are {abs(shift)} token apart; extract the cache again, and train from that"
         )

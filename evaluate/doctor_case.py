@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.data.cache import HiddenStateCache
@@ -217,9 +217,16 @@ def _holds_model(folder: Path) -> bool:
 
 def _named_target(folder: Path) -> str:
     """The target that a drafter's config names; empty where it is no drafter's."""
-    if not (folder / "config.json").is_file():
-        return ""
-    return str(getattr(AutoConfig.from_pretrained(folder), "target_name", ""))
+    return str(_config(folder).get("target_name") or "")
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """What config.json says; empty where there is none. Raises ValueError where it is not JSON."""
+    file = folder / "config.json"
+    try:
+        return _mapping(json.loads(file.read_bytes())) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): copy or export the drafter again") from error
 
 
 def _origin(exported: Mapping[str, Any], folder: Path) -> Path | None:
@@ -251,8 +258,8 @@ def load_served(folder: Path, ends: TargetEnds, dtype: str) -> Drafter:
             f"the weights in {folder} cannot be read ({error}): copy or export the drafter again"
         ) from error
     except ValueError as error:
-        if "is not a whole drafter" in str(error) or (folder / BOND).is_file():
-            raise
+        if (folder / BOND).is_file() or "target_name" in _config(folder):
+            raise  # it is in our layout, and not whole
         raise ValueError(
             f"{error}. A drafter in another software's layout is read by `draftsmith export --drafter {folder} --target TARGET --out "
             "FOLDER`: then give that folder"

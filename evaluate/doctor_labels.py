@@ -29,6 +29,8 @@ _FEW, _SPARSE, _ALMOST_ALL = (
 _COVERED, _THIN = 0.98, 0.90  # labelled tokens in the draft vocabulary
 _FOREIGN, _MIXED = 0.15, 0.05  # by which agreement with the target may fall short of what its own text would have
 _TURNED = 0.10  # share of samples whose labels may lie on the wrong side before it counts
+_OWN = 0.6  # share of the target's likeliest from which a text seems to be its own
+_TORN = 0.5  # share of labelled stretches that may be of one or two tokens
 _COUNTABLE = 20  # tokens from which a share of them means something
 _LOOPS = 0.10  # share of replies that may end in a loop
 _SHOWN_TOKENS = 160
@@ -57,8 +59,8 @@ def check_labels(case: Case) -> Finding:
         f"{share:.1%} of {manifest.num_tokens:,} tokens; {int(ends.sum())} end tokens among {len(case.samples)} samples"
     )
     expected = f"{_SPARSE:.0%} to {_ALMOST_ALL:.0%}, replies only, their ends too"
-    faults, warnings = _label_problems(case, figures)
-    details = (*faults, *warnings)
+    faults, warnings, endless = _label_problems(case, figures)
+    details = (*faults, *warnings, *endless)
     remedy = (
         "see the samples below (or `draftsmith data show`): the mask comes from the chat template (a {% generation %} block tells it "
         "exactly) or from replies kept as token ids (`data respond`); mend it, extract and train again"
@@ -67,13 +69,20 @@ def check_labels(case: Case) -> Finding:
         return Finding("labels", "fault", measured, expected, remedy, figures, details)
     if warnings:
         return Finding("labels", "warning", measured, expected, remedy, figures, details)
+    if endless:
+        remedy = (
+            "if replies were cut off, make longer ones (`data respond --max-new-tokens`, `data extract --max-length`): from these the "
+            "drafter does not learn to stop"
+        )
+        return Finding("labels", "warning", measured, expected, remedy, figures, details)
     return Finding("labels", "ok", measured, expected, "", figures)
 
 
-def _label_problems(case: Case, figures: dict[str, float]) -> tuple[list[str], list[str]]:
+def _label_problems(case: Case, figures: dict[str, float]) -> tuple[list[str], list[str], list[str]]:
+    """Faults, warnings, and what is no slip of the mask but of replies without an end."""
     recipe = case.open_cache.manifest.identity.mask
     share, first = figures["labelled"], figures["samples labelled from token 0"]
-    faults, warnings = [], []
+    faults, warnings, endless = [], [], list[str]()
     if share < _FEW:
         faults.append(f"only {share:.2%} of the tokens are trained on")
     elif share < _SPARSE:
@@ -95,7 +104,7 @@ def _label_problems(case: Case, figures: dict[str, float]) -> tuple[list[str], l
         (faults if case.temperature == 0.0 else warnings).append(
             f"the labels lie on the prompts in {len(turned)} of {len(case.samples)} samples, such as {', '.join(turned[:3])}"
         )
-    if figures["torn"] > 0.5:
+    if figures["torn"] > _TORN:
         faults.append(
             f"the mask is torn: {figures['torn']:.0%} of its unbroken stretches are of one or two tokens, replies are longer"
         )
@@ -103,52 +112,69 @@ def _label_problems(case: Case, figures: dict[str, float]) -> tuple[list[str], l
     whole = [sample for sample in case.samples if len(sample.input_ids) < MAX_TOKENS]
     if figures["labelled end tokens"] == 0 and case.eos_ids and whole and recipe != "plain text":
         ended = any(bool(torch.isin(one.input_ids[-2:], torch.tensor(case.eos_ids)).any()) for one in whole)
-        warnings.append(
-            "no end token is labelled: drafts run on past the end of replies"
-            if ended
-            else "no end token is labelled, since no sample ends with one: replies were cut off (`data respond --max-new-tokens`, "
-            "`data extract --max-length`), or never end"
-        )
-    return faults, warnings
+        if ended:
+            warnings.append("no end token is labelled: drafts run on past the end of replies")
+        else:
+            endless.append("no end token is labelled, since no sample ends with one")
+    return faults, warnings, endless
 
 
-def _wrong_side(inside: float, outside: float) -> bool:
+def _wrong_side(inside: float | None, outside: float | None) -> bool:
     """Whether what is not trained on is the target's own text, and what is trained on is not."""
-    return outside > inside + 0.2 and outside > 0.6
+    return inside is not None and outside is not None and outside > inside + 0.2 and outside > _OWN
+
+
+def _misplaced(case: Case) -> bool:
+    """Whether the labels miss the replies, so that nothing that is measured at labelled tokens is about replies."""
+    turned = len(_turned(case)) >= _TURNED * len(case.samples)
+    return _wrong_side(*_agreement(case)) or (turned and case.temperature == 0.0) or _torn(case.samples) > _TORN
 
 
 def _turned(case: Case) -> list[str]:
     """Ids of the samples whose labels lie on the wrong side."""
-    parts = ((sample.id, *_shares(counts)) for sample, counts in zip(case.samples, _counts(case), strict=False))
-    return [name for name, own, other in parts if own is not None and other is not None and _wrong_side(own, other)]
+    found = []
+    for sample, (equal, labelled) in zip(case.samples, _equals(case), strict=False):
+        foreign = float(equal[labelled].float().mean()) < _OWN  # False where nothing is labelled
+        # Many of the target's own words in a row are no chance, whatever prompt lies before them.
+        in_a_row = max(_runs(equal & ~labelled), default=0) >= _COUNTABLE
+        if foreign and (in_a_row or _wrong_side(*_shares(_count(equal, labelled)))):
+            found.append(sample.id)
+    return found
 
 
 def _torn(samples: Sequence[CachedSample]) -> float:
     """The share of unbroken labelled stretches that have one token or two. Example: masks `0110111` and `1` -> 2 of 3."""
-    lengths = [
-        len(run) for one in samples for run in "".join("01"[bit] for bit in one.loss_mask.int().tolist()).split("0")
-    ]
-    runs = [length for length in lengths if length]
-    return sum(length <= 2 for length in runs) / len(runs) if len(runs) else 0.0
+    runs = [length for one in samples for length in _runs(one.loss_mask)]
+    return sum(length <= 2 for length in runs) / len(runs) if len(runs) >= len(samples) else 0.0
+
+
+def _runs(mask: Tensor) -> list[int]:
+    """Lengths of the unbroken stretches of True, in order. Example: `0110111` -> [2, 3]."""
+    padded = torch.nn.functional.pad(mask.int(), (1, 1))
+    edges = torch.nonzero(padded.diff()).flatten()
+    return (edges[1::2] - edges[::2]).tolist()
 
 
 def _agreement(case: Case) -> tuple[float | None, float | None]:
     """Shares of tokens that are the target's argmax, among the labelled ones and among the others; None where there are too few."""
-    counts = _counts(case)
+    counts = [_count(equal, labelled) for equal, labelled in _equals(case)]
     return _shares(torch.stack(counts).sum(0)) if counts else (None, None)
 
 
-def _counts(case: Case) -> list[Tensor]:
-    """Of each sample float32 [2, 2]: among the labelled tokens and among the others, those that are the target's argmax, and all."""
+def _equals(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Of each sample bool [T - 1], for every token but the first: whether it is the target's argmax, and whether it is labelled."""
     chosen = case.projection and (case.projection.fresh or case.projection.cached)
     if not chosen:
         return []
-    counts = []
-    for sample, tokens in zip(case.samples, chosen, strict=True):
-        equal, labelled = (tokens[:-1] == sample.input_ids[1:]), sample.loss_mask[1:].bool()
-        parts = (equal[labelled], equal[~labelled])
-        counts.append(torch.tensor([[float(part.sum()), float(len(part))] for part in parts]))
-    return counts
+    return [
+        (tokens[:-1] == sample.input_ids[1:], sample.loss_mask[1:].bool())
+        for sample, tokens in zip(case.samples, chosen, strict=True)
+    ]
+
+
+def _count(equal: Tensor, labelled: Tensor) -> Tensor:
+    """float32 [2, 2]: among the labelled tokens and among the others, those that are the target's argmax, and all."""
+    return torch.tensor([[float(part.sum()), float(len(part))] for part in (equal[labelled], equal[~labelled])])
 
 
 def _shares(counts: Tensor) -> tuple[float | None, float | None]:
@@ -160,10 +186,12 @@ def check_vocabulary(case: Case) -> Finding:
     """The share of labelled tokens that the drafter can propose at all: its accuracy can be no better."""
     drafter = case.drafter
     labelled = torch.cat([sample.input_ids[sample.loss_mask.bool()] for sample in _sampled(case)])
+    if not len(labelled):
+        raise NotChecked("no token is labelled: see `labels`")
     known = torch.zeros(max(drafter.config.vocab_size, case.ends.vocab_size), dtype=torch.bool)
     known[drafter.draft_ids().cpu()] = True
     inside = known[labelled]
-    covered = float(inside.float().mean()) if len(labelled) else 0.0
+    covered = float(inside.float().mean())
     size = int(known.sum())
     figures = {"draft vocabulary": size, "covered": covered}
     measured = f"{covered:.2%} of {len(labelled):,} labelled tokens are among {size:,}"
@@ -208,6 +236,8 @@ def _missed(case: Case, tokens: Tensor) -> tuple[str, ...]:
 def check_own_text(case: Case) -> Finding:
     """Is the text the target's own? By the replies' record, and by how often its tokens are what the target likes best."""
     identity = case.open_cache.manifest.identity
+    if _misplaced(case):
+        raise NotChecked("what is labelled are not the replies: see `labels` first")
     inside, _ = _agreement(case)
     source = case.replies.get("target_fingerprint")
     own = source == identity.target_fingerprint if source else None

@@ -167,7 +167,7 @@ def check_file(case: Case) -> Finding:
         figures = {"numbers": parameters, "all zero": len(empty)}
         if empty:
             remedy = "these weights say nothing: they never learnt (fresh, or left out of training), or the file was damaged; train again"
-            zero = f"{len(empty)} matrices are all zero: {', '.join(empty[:3])}"
+            zero = f"{len(empty)} of {len(own)} tensors are all zero: {', '.join(empty[:3])}"
             return Finding("drafter-file", "warning", zero, expected, remedy, figures)
         if case.places.exported:
             measured += "; not compared with what was trained, which is not there or had an adapter merged into it"

@@ -5,6 +5,7 @@ The run is a whole one of tiny size: prompts, greedy replies, cache, training, e
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -27,11 +28,16 @@ from draftsmith import provenance
 from draftsmith.cli import main
 from draftsmith.data.hidden_states import extract
 from draftsmith.data.responses import respond
-from draftsmith.evaluate.doctor import NAMES, doctor
+from draftsmith.evaluate import doctor_overfit
+from draftsmith.evaluate.doctor import NAMES, Bounds, doctor, gather
+from draftsmith.evaluate.doctor_case import find
+from draftsmith.evaluate.doctor_states import as_named
 from draftsmith.export.command import export
 from draftsmith.models import Eagle, Eagle3, ReDrafter, Target, TargetEnds
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.options import DEFAULTS
+from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.callbacks import KeepBestDrafter
 from draftsmith.train.data_module import CacheDataModule
 from draftsmith.train.draft_module import DraftModule
@@ -574,6 +580,256 @@ def test_use_that_differs_from_training(run: Run, look: Callable[..., Found], tm
     found = look(run.train, draft_length=8, temperature=1.0, skip=only)
     assert [found[name]["verdict"] for name in ("draft-length", "temperature")] == ["warning", "warning"]
     assert look(save_drafter(run, tmp_path / "fresh"), skip=only)["score-scale"]["verdict"] == "warning"
+
+
+# ---- faults that must not be taken for others
+
+
+def flip_samples(tensors: dict[str, Tensor]) -> None:
+    """Exchanges labelled and unlabelled tokens in every other sample."""
+    edges = tensors["offsets"].tolist()
+    for start, stop in list(itertools.pairwise(edges))[::2]:
+        tensors["loss_mask"][start:stop] = ~tensors["loss_mask"][start:stop]
+
+
+def flip_ends(tensors: dict[str, Tensor]) -> None:
+    """Exchanges them in the last half of every sample: what is left is the end of the prompt."""
+    for start, stop in itertools.pairwise(tensors["offsets"].tolist()):
+        middle = (start + stop) // 2
+        tensors["loss_mask"][middle:stop] = ~tensors["loss_mask"][middle:stop]
+
+
+def flip_here_and_there(tensors: dict[str, Tensor]) -> None:
+    flipped = torch.rand(tensors["loss_mask"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    tensors["loss_mask"] ^= flipped
+
+
+@pytest.mark.parametrize(
+    ("flip", "named"),
+    [
+        (flip_samples, "in 8 of 16 samples"),
+        (flip_ends, "in 16 of 16 samples"),
+        (flip_here_and_there, "the mask is torn"),
+    ],
+)
+def test_a_mask_that_is_half_wrong_is_not_taken_for_foreign_text(
+    run: Run, look: Callable[..., Found], plant: Callable[..., Path], flip: Change, named: str
+) -> None:
+    found = look(run.train, cache=str(plant(flip)), skip=skip_all_but("labels", "own-text"))
+    assert faults(found) == ["labels"]
+    assert named in found["labels"]["details"][0]
+    assert "see `labels`" in found["own-text"]["measured"]
+
+
+def test_without_any_label_only_the_labels_are_blamed(
+    run: Run, look: Callable[..., Found], plant: Callable[..., Path]
+) -> None:
+    cache = plant(lambda tensors: tensors["loss_mask"].zero_())
+    assert faults(look(run.train, cache=str(cache))) == ["labels"]
+
+
+def test_replies_that_were_cut_off_are_no_slip_of_the_mask(run: Run, look: Callable[..., Found]) -> None:
+    found = look(run.train, skip=skip_all_but("labels"))["labels"]  # nobody of these 16 comes to an end in 32 tokens
+    assert found["verdict"] == "warning"
+    assert "--max-new-tokens" in found["remedy"]
+    assert "chat template" not in found["remedy"]
+
+
+def test_other_rounding_is_not_taken_for_a_drafter_that_serves_badly(run: Run, look: Callable[..., Found]) -> None:
+    found = look(run.train, dtype="bfloat16", skip=skip_all_but("acceptance"))["acceptance"]
+    assert found["verdict"] == "ok"
+    assert found["figures"]["said again"] < 8  # the others took another turn, for which nothing was promised
+
+
+def test_one_sound_layer_does_not_vouch_for_another(run: Run, plant: Callable[..., Path]) -> None:
+    def move(tensors: dict[str, Tensor]) -> None:
+        tensors["hidden.layer.0.output"] = tensors["hidden.layer.0.output"].roll(1, 0)
+
+    places = find(str(run.train), str(plant(move)), None, None, None)
+    case = gather(places, load_tokenizer(str(run.target)), Bounds(), False, None, DEFAULTS)
+    assert as_named(case, ["last.pre_norm"])
+    assert not as_named(case, ["last.pre_norm", "layer.0.output"])
+
+
+def write_eagle3(run: Run, folder: Path, layers: list[str], recorded: list[str] | None = None) -> Path:
+    Eagle3.for_target(TargetEnds.load(str(run.target)), layers=layers).save_pretrained(folder)
+    record = {"target": str(run.target), "data": {"cache": str(run.cache)}, "drafter": {"layers": recorded}}
+    provenance.write(folder, {"config": record})
+    return folder
+
+
+def test_layers_that_were_not_trained_on(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
+    low, high, last = "layer.0.output", "layer.1.output", "last.pre_norm"
+    only = skip_all_but("fingerprints")
+    # The cache has the first and the last of them.
+    found = look(write_eagle3(run, tmp_path / "moved", [high, low, last]), skip=only)["fingerprints"]
+    assert found["verdict"] == "fault"
+    assert found["measured"].startswith("the drafter reads layer.1.output; the cache has")
+    folder = write_eagle3(run, tmp_path / "turned", [last, low, low], [low, low, last])
+    assert "its training's record says layer.0.output" in look(folder, skip=only)["fingerprints"]["measured"]
+    same = write_eagle3(run, tmp_path / "same", [low, low, last], [low, low, last])
+    assert look(same, skip=only)["fingerprints"]["verdict"] == "ok"
+
+
+def test_a_layer_that_the_target_has_not_leaves_the_other_checks_standing(
+    run: Run, look: Callable[..., Found], plant: Callable[..., Path]
+) -> None:
+    def deeper(tensors: dict[str, Tensor]) -> None:
+        tensors["hidden.layer.9.output"] = tensors.pop("hidden.layer.0.output")
+
+    cache = plant(deeper, layers=["last.pre_norm", "layer.9.output"])
+    found = look(run.train, cache=str(cache), skip=["overfit"])
+    assert faults(found) == ["states"]
+    assert "unknown layer 'layer.9.output'" in found["states"]["remedy"]
+
+
+def test_an_end_token_that_the_text_does_not_use_may_be_missing_from_the_draft_vocabulary(
+    run: Run, look: Callable[..., Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = sorted({*labelled_ids(run), EOS})
+    other = next(token for token in range(5, 300) if token not in known)
+    monkeypatch.setattr(Target, "eos_token_ids", (other, EOS))
+    folder = save_drafter(run, tmp_path / "two-ends", known)
+    assert look(folder, skip=skip_all_but("draft-vocabulary"))["draft-vocabulary"]["verdict"] == "ok"
+    monkeypatch.setattr(Target, "eos_token_ids", (other,))
+    found = look(folder, skip=skip_all_but("draft-vocabulary"))["draft-vocabulary"]
+    assert found["verdict"] == "warning"
+    assert any("no draft ever ends a reply" in line for line in found["details"])
+
+
+def test_a_matrix_of_zeros_is_seen_without_anything_to_compare(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    folder = tmp_path / "zeroed"
+    shutil.copytree(run.train / "drafter", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["rnn_u.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = look(folder, skip=skip_all_but("drafter-file"))["drafter-file"]
+    assert found["verdict"] == "warning"
+    assert "rnn_u.weight" in found["measured"]
+
+
+def test_an_export_that_is_damaged_is_not_called_diverged(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(run.exported, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["rnn_u.bias"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = look(folder, skip=skip_all_but("drafter-file"))["drafter-file"]
+    assert found["verdict"] == "fault"
+    assert "export it again" in found["remedy"]
+    assert "diverged" not in found["remedy"]
+
+
+def test_an_export_whose_source_is_gone_says_that_nothing_was_compared(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    folder = tmp_path / "alone"
+    shutil.copytree(run.exported, folder)
+    record = provenance.read(folder) | {"inputs": {str(tmp_path / "gone" / "model.safetensors"): "0"}}
+    provenance.write(folder, record)
+    assert "not compared" in look(folder, skip=skip_all_but("drafter-file"))["drafter-file"]["measured"]
+
+
+def test_an_adapter_and_its_export_are_looked_at_as_they_are(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    base, out = run.train / "drafter", tmp_path / "adapted"
+    family = ReDrafterFamily(exit_dim=64)
+    module = DraftModule(str(run.target), family, num_steps=2, lr=5e-3, init_from=base, lora=LoraSettings())
+    data = CacheDataModule(run.cache, val_fraction=0.1, tokens_per_batch=500)
+    make_trainer(out, max_epochs=2, check_val_every_n_epoch=2, callbacks=[KeepBestDrafter()]).fit(module, data)
+    export(base, tmp_path / "export", drafter_adapter=out / "drafter")
+    for folder in (out, tmp_path / "export"):
+        found = look(folder, skip=["overlap", "duplicates"])
+        assert faults(found) == []  # an export with an adapter is not what its base drafter was
+        assert found["train-serve"]["verdict"] == "ok"
+
+
+def test_an_overfit_that_takes_too_long_is_given_up(
+    run: Run, look: Callable[..., Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_overfit, "_SECONDS", 0)
+    found = look(run.train, skip=skip_all_but("overfit"))["overfit"]
+    assert found["verdict"] == "not checked"
+    assert "0 of 80 steps" in found["measured"]
+
+
+# ---- folders and files in disorder
+
+
+@pytest.mark.parametrize("content", [[], {"config": None}, {"config": {"data": None, "lr": None, "drafter": None}}])
+def test_a_record_without_paths_leaves_what_the_folder_tells(
+    run: Run, look: Callable[..., Found], tmp_path: Path, content: Any
+) -> None:
+    shutil.copytree(run.train / "drafter", tmp_path / "drafter")
+    (tmp_path / "drafter" / provenance.FILE_NAME).write_text(json.dumps(content))
+    found = look(tmp_path / "drafter")
+    assert faults(found) == []
+    assert "no cache is known" in found["states"]["measured"]
+    found = look(tmp_path / "drafter", cache=str(run.cache), skip=["overlap", "duplicates"])
+    assert faults(found) == []
+    assert found["overfit"]["verdict"] == "ok"
+
+
+def test_a_cache_that_was_deleted_is_named(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
+    folder = with_record(run, tmp_path / "moved", data={"cache": "/gone/cache"})
+    assert "/gone/cache" in look(folder, skip=skip_all_but("labels"))["labels"]["measured"]
+
+
+def test_nothing_named_is_not_called_equal(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
+    ReDrafter.for_target(TargetEnds.load(str(run.target))).save_pretrained(tmp_path / "unbound")
+    config = json.loads((tmp_path / "unbound" / "config.json").read_text()) | {"target_fingerprint": ""}
+    (tmp_path / "unbound" / "config.json").write_text(json.dumps(config))
+    found = look(tmp_path / "unbound", target=str(run.target), skip=skip_all_but("fingerprints"))["fingerprints"]
+    assert found["verdict"] == "not checked"
+
+
+def test_weights_that_were_cut_off_are_answered_in_words(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.train / "drafter", tmp_path / "cut")
+    whole = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut cannot be read .*: copy or export the drafter again"):
+        doctor(str(tmp_path / "cut"))
+
+
+def test_a_drafter_that_is_not_whole_is_not_taken_for_another_layout(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.train / "drafter", tmp_path / "part")
+    tensors = load_file(tmp_path / "part" / "model.safetensors")
+    del tensors["rnn_u.bias"]
+    save_file(tensors, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: rnn_u\.bias") as caught:
+        doctor(str(tmp_path / "part"))
+    assert "another software" not in str(caught.value)
+
+
+def test_ids_of_another_tokenizer_are_refused_before_the_target_reads_them(
+    run: Run, plant: Callable[..., Path], tmp_path: Path
+) -> None:
+    def foreign(tensors: dict[str, Tensor]) -> None:
+        tensors["input_ids"][0] = 5000
+
+    with pytest.raises(ValueError, match="has the token 5000, the target knows 300"):
+        doctor(str(run.train), cache=str(plant(foreign)))
+    (tmp_path / "foreign.jsonl").write_text(json.dumps({"id": "a", "prompt_ids": [5, 999]}) + "\n")
+    with pytest.raises(ValueError, match="has the token 999"):
+        doctor(str(run.train), prompts=tmp_path / "foreign.jsonl")
+    shutil.copytree(run.replies, tmp_path / "replies")
+    settings = json.loads((tmp_path / "replies" / "settings.json").read_text()) | {"tokenizer_fingerprint": "0" * 64}
+    (tmp_path / "replies" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="holds token ids of the tokenizer 0000"):
+        doctor(str(run.train), source=tmp_path / "replies")
+
+
+def test_a_broken_line_of_the_text_keeps_what_was_found_before(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    rows = (run.replies / "responses.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(rows + "{broken\n")
+    found = look(run.train, source=tmp_path / "text.jsonl", skip=skip_all_but("labels", "duplicates"))
+    assert "text.jsonl:17: not valid JSON" in found["duplicates"]["measured"]
+    assert found["labels"]["figures"]["labelled"] > 0
 
 
 # ---- the page, and what cannot be looked at
