@@ -16,6 +16,7 @@ class ZeroOnCpu(Zero):
     """Zero without Lightning's check of the accelerator, with devices that carry an index, which DeepSpeed asks for."""
 
     def setup_environment(self) -> None:
+        self.refuse()
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:

@@ -34,7 +34,8 @@ class TreeDecodeValidation(pl.Callback):
 
     Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over
     the prompts: what ModelCheckpoint should monitor, mode max) and `val/accept_depth{d}` (share of cycles that accept
-    at least d draft tokens). The prompts are those of the validation samples; each rank decodes its share.
+    at least d draft tokens). The prompts are those of the validation samples; each rank decodes its share,
+    or where ranks hold the target together all of them.
 
     Args:
         num_prompts: how many prompts.
@@ -135,8 +136,7 @@ class Throughput(pl.Callback):
         if every < 1:
             raise ValueError(f"every is {every}; it must be at least 1")
         self.every = every
-        self._tokens = 0
-        self._seconds = 0.0
+        self._tokens: torch.Tensor | int = 0
         self._started = 0.0
 
     def on_train_batch_start(
@@ -150,13 +150,14 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CacheBatch, batch_idx: int
     ) -> None:
         """Adds the batch, and reports once enough have come together."""
-        self._tokens += batch.num_labelled
+        # Left on the device until it is reported: reading it would wait for the step at every batch.
+        self._tokens = self._tokens + batch.packed.loss_mask.sum()
         if (batch_idx + 1) % self.every:
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        rate = trainer.world_size * self._tokens / max(1e-9, now - self._started)
+        rate = trainer.world_size * int(self._tokens) / max(1e-9, now - self._started)
         pl_module.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
         self._tokens, self._started = 0, now
 
@@ -198,19 +199,24 @@ class KeepBestDrafter(pl.Callback):
             return
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
-            self._save(trainer, pl_module)
+            self._keep(trainer, pl_module)
             return
         sign = 1.0 if self.mode == "max" else -1.0
         # The first process decides: a metric may differ between them, and all must come to _save or none.
         measured = trainer.strategy.broadcast(float(value))
         if self.best is None or sign * measured > sign * self.best:
             self.best = measured
-            self._save(trainer, pl_module)
+            self._keep(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last weights of a run that never validated or has no metric."""
         if self.best is None:
-            self._save(trainer, pl_module)
+            self._keep(trainer, pl_module)
+
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module)
+        # No process goes on, and perhaps reads the folder, before the first one has written it.
+        trainer.strategy.barrier("the kept folder is written")
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module, data = _expect(trainer, pl_module)

@@ -76,6 +76,8 @@ class DraftModule(pl.LightningModule):
     layers that the drafter reads; in training for a loss that is not finite.
     """
 
+    may_be_divided = True  # by the strategies of engines.py
+
     def __init__(
         self,
         target: str,
@@ -333,8 +335,10 @@ class DraftModule(pl.LightningModule):
         checkpoint["adapter_of"] = None if self.beginning.lora is None else self._begun_from
         if self.ema_decay is None:
             return
-        for name, tensor in self.whole_drafter().state_dict().items():
-            checkpoint["state_dict"][f"{AVERAGE}.{name}"] = tensor.to("cpu", copy=True)
+        weights = self.whole_drafter().state_dict()
+        if self.trainer.is_global_zero:  # which writes the file; others would only spend memory
+            average = {f"{AVERAGE}.{name}": tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+            checkpoint["state_dict"].update(average)
         _move(self._copy[0], "cpu")
         for saved in checkpoint.get("optimizer_states", []):
             saved["state"] = {number: _without_average(state) for number, state in saved["state"].items()}

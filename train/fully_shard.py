@@ -24,7 +24,7 @@ class FullyShard(Sharded, ModelParallelStrategy):
     Args:
         process_group_backend: null chooses by the device.
 
-    Raises ValueError in setup() for a precision other than 32-true and bf16-mixed.
+    Raises ValueError at the start of a run for a module that must stay whole, and for a precision other than 32-true and bf16-mixed.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -33,12 +33,12 @@ class FullyShard(Sharded, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """All processes are one data-parallel group, on one machine or several."""
+        self.refuse()
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Divides the module; then what Lightning does."""
-        self.refuse_precision()
         assert self.model is not None
         self._divide(self.model)
         super().setup(trainer)

@@ -1,7 +1,7 @@
 """What engines that divide a module among processes have in common: checkpoints of whole tensors.
 
-Owns: the form of the checkpoints, when they are restored, the precisions that all engines share. Does not know: drafters, losses, data, how
-one engine divides (fully_shard.py, zero.py).
+Owns: the form of the checkpoints, when they are restored, which modules and precisions are refused. Does not know: drafters, losses,
+data, how one engine divides (fully_shard.py, zero.py).
 
 Such a checkpoint is that of one process: one file with whole weights and whole optimiser states, written by the first process. A run saved
 under one engine is resumed under any other, and a file is replaced in one rename, which a folder of shares cannot be.
@@ -60,8 +60,14 @@ class Sharded(Strategy):
                 kept[name] = full.detach().to("cpu", copy=True) if isinstance(full, Tensor) else full
         return kept
 
-    def refuse_precision(self) -> None:
-        """Raises ValueError for a precision that the engines do not share."""
+    def refuse(self) -> None:
+        """Raises ValueError for a module that must stay whole, and for a precision that the engines do not share."""
+        module = self.lightning_module
+        if not getattr(module, "may_be_divided", False):
+            raise ValueError(
+                f"{type(module).__name__} is trained whole, and {type(self).__name__} divides it among processes; take "
+                "configs/engine_ddp.yaml, or one device"
+            )
         chosen = self.precision_plugin.precision
         if chosen not in PRECISIONS:
             raise ValueError(

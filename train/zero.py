@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,8 +32,8 @@ class Zero(Sharded, DeepSpeedStrategy):
         overlap_comm: reduce gradients while the backward pass goes on.
         process_group_backend: null chooses by the device.
 
-    Raises ValueError where DeepSpeed is not installed, and at the start of a run without CUDA devices or with a precision other than
-    32-true and bf16-mixed.
+    Raises ValueError where DeepSpeed is not installed, and at the start of a run without CUDA devices, of a module that must stay
+    whole, or with a precision other than 32-true and bf16-mixed.
     """
 
     def __init__(
@@ -70,17 +71,17 @@ class Zero(Sharded, DeepSpeedStrategy):
         self._groups: list[list[nn.Parameter]] = []
 
     def setup_environment(self) -> None:
-        """Raises ValueError for an accelerator that Lightning's DeepSpeed does not serve."""
+        """Raises ValueError for an accelerator that Lightning's DeepSpeed does not serve; see refuse() for the others."""
         if not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
                 f"ZeRO trains on CUDA devices, this run's accelerator is {type(self.accelerator).__name__}; set trainer.accelerator "
                 "to gpu, or take configs/engine_fsdp2.yaml"
             )
+        self.refuse()
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Chooses the precision; then what Lightning does."""
-        self.refuse_precision()
         assert isinstance(self.config, dict)
         if self.precision_plugin.precision == "bf16-mixed":
             # No "safe" modules: those would have their weights and gradients sent in bf16.
@@ -97,6 +98,13 @@ class Zero(Sharded, DeepSpeedStrategy):
         assert self.lightning_module is not None
         for weight in self.lightning_module.parameters():
             deepspeed.zero.register_external_parameter(self.lightning_module, weight)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The module's own, in the run's precision: what is validated is whole, and DeepSpeed's engine would gather the weights again."""
+        assert self.lightning_module is not None
+        in_bf16 = self.precision_plugin.precision == "bf16-mixed"
+        with torch.autocast(self.root_device.type, torch.bfloat16, enabled=in_bf16):
+            return self.lightning_module.validation_step(*args, **kwargs)
 
     def _init_optimizers(self) -> Any:
         optimizer, scheduler = super()._init_optimizers()

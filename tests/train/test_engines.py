@@ -1,27 +1,35 @@
 """Every engine trains as one process does, and leaves the same drafter and the same checkpoints.
 
-On the CPU with gloo and two processes; DeepSpeed with its CPU accelerator. All runs share one launch.
+On the CPU with gloo and two processes; DeepSpeed with its CPU accelerator. Starting processes costs more than what they do, so all
+runs share one launch, but for those that go on after a kill.
 """
 
+import itertools
 import json
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from engine_jobs import Job, launch, run
-from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
-from training import MakeCache
+from training import MakeCache, make_module, make_trainer
 
 from draftsmith.models.target import PRE_NORM
 from draftsmith.train.averaging import AVERAGE, AveragingAdamW
-from draftsmith.train.engines import Zero, refuse_other_engines
+from draftsmith.train.callbacks import KeepBestDrafter, Throughput
+from draftsmith.train.data_module import CacheDataModule
+from draftsmith.train.distil_module import DraftLMModule
+from draftsmith.train.engines import FullyShard, Zero, refuse_other_engines
+from draftsmith.train.judge_module import JudgeModule
 
 if find_spec("deepspeed") is None:
     pytest.skip("needs DeepSpeed: pip install 'draftsmith[deepspeed]'", allow_module_level=True)
@@ -30,14 +38,29 @@ LAYERS = ("layer.0.output", PRE_NORM)
 EAGLE = {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1, "num_steps": 2}
 EAGLE3 = {"distillation": "path", "num_steps": 3, "skip_outside": True}
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+KILLED = ("fsdp2", "zero3")
 
 
 @dataclass(frozen=True)
+class Ended:
+    """What a killed run left: exit codes of its processes, names of its checkpoints."""
+
+    codes: list[int]
+    checkpoints: list[str]
+
+
+@dataclass
 class Runs:
-    """Finished runs by name, those of one process among them."""
+    """Runs by name, those of one process among them; the killed ones have gone on."""
 
     folder: Path
-    log: str
+    log: str = ""
+    ended: dict[str, Ended] = field(default_factory=dict)
+
+    def launch(self, jobs: Sequence[Job]) -> list[int]:
+        codes = launch(jobs, self.folder)
+        self.log += "\n".join((self.folder / f"log{rank}.txt").read_text()[-2500:] for rank in (0, 1))
+        return codes
 
     def record(self, name: str, rank: int = 0) -> dict[str, Any]:
         path = self.folder / name / f"record{rank}.json"
@@ -70,12 +93,12 @@ def plan(folder: Path, target: Path, cache: Path) -> tuple[list[Job], list[Job]]
         "bf16": {"trainer": {"precision": "bf16-mixed"}},
         "accumulated": {"trainer": {"accumulate_grad_batches": 3}},
     }
-    engines = {"redrafter": ENGINES}
+    engines = {"redrafter": ENGINES, "accumulated": ENGINES}
     one = [job(f"{name} one", "one", **recipe) for name, recipe in recipes.items()]
     two = [
         job(f"{name} {engine}", engine, **recipe)
         for name, recipe in recipes.items()
-        for engine in engines.get(name, ("fsdp2", "zero3") if name != "accumulated" else ("zero2",))
+        for engine in engines.get(name, ("fsdp2", "zero3"))
     ]
     noisy: dict[str, Any] = {
         "family": "eagle",
@@ -111,12 +134,27 @@ def cache(make_cache: MakeCache) -> Path:
 @pytest.fixture(scope="module")
 def runs(target_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("engines")
-    one, two = plan(folder, target_dir, cache)
+    one, jobs = plan(folder, target_dir, cache)
     for job in one:
         Path(job.folder).mkdir()
         run(job, 1)
-    launch(two, folder)
-    return Runs(folder, "\n".join((folder / f"log{rank}.txt").read_text()[-2500:] for rank in (0, 1)))
+    found = Runs(folder)
+    for engine in KILLED:
+        # A launch ends with the run that kills its processes; the next one begins where that run was.
+        killed = Job(
+            engine,
+            str(folder / f"killed {engine}"),
+            str(target_dir),
+            str(cache),
+            settings={"weight_decay": 0.1},
+            die_before=4,
+        )
+        codes = found.launch([*jobs, killed])
+        left = Path(killed.folder) / "checkpoints"
+        found.ended[engine] = Ended(codes, sorted(path.name for path in left.glob("*")))
+        jobs = [replace(killed, die_before=None, resume=str(left / "step=4.ckpt"))]
+    found.launch(jobs)
+    return found
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
@@ -132,7 +170,7 @@ def metrics(record: dict[str, Any]) -> dict[str, float]:
 SAME = [
     *[f"redrafter {engine}" for engine in ENGINES],
     *[f"{name} {engine}" for name in ("frozen", "odd", "eagle", "eagle3", "lora") for engine in ("fsdp2", "zero3")],
-    "accumulated zero2",
+    *[f"accumulated {engine}" for engine in ENGINES],
 ]
 
 
@@ -242,22 +280,12 @@ def test_every_process_refuses_in_words(runs: Runs, engine: str, why: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_a_run_that_is_killed_goes_on_to_the_same_drafter(
-    target_dir: Path, cache: Path, tmp_path: Path, engine: str, runs: Runs
-) -> None:
-    killed = Job(
-        engine, str(tmp_path / "killed"), str(target_dir), str(cache), settings={"weight_decay": 0.1}, die_before=4
-    )
-    assert launch([killed], tmp_path) == [-signal.SIGKILL] * 2
-    left = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert left == [f"step={step}.ckpt" for step in (1, 2, 3, 4)]
-    resumed = replace(killed, die_before=None, resume=str(tmp_path / "killed" / "checkpoints" / "step=4.ckpt"))
-    assert launch([resumed], tmp_path) == [0, 0], (tmp_path / "log0.txt").read_text()[-2500:]
-    expected, found = (
-        runs.checkpoint(f"redrafter {engine}", 6),
-        torch.load(tmp_path / "killed" / "checkpoints" / "step=6.ckpt", weights_only=True),
-    )
+@pytest.mark.parametrize("engine", KILLED)
+def test_a_run_that_is_killed_goes_on_to_the_same_drafter(runs: Runs, engine: str) -> None:
+    ended = runs.ended[engine]
+    assert ended.codes == [-signal.SIGKILL] * 2, runs.log
+    assert ended.checkpoints == [f"step={step}.ckpt" for step in (1, 2, 3, 4)]
+    expected, found = (runs.checkpoint(f"{name} {engine}", 6) for name in ("redrafter", "killed"))
     for name, value in expected["state_dict"].items():
         assert torch.equal(value, found["state_dict"][name]), name
 
@@ -309,6 +337,51 @@ def test_zero_without_a_gpu_names_what_to_take() -> None:
         engine.setup_environment()
 
 
+@pytest.mark.parametrize("engine", [FullyShard(), Zero()], ids=["fsdp2", "zero"])
+@pytest.mark.parametrize("module", [JudgeModule("target"), DraftLMModule("target", "draft")], ids=["judge", "draft-lm"])
+def test_a_module_that_stays_whole_is_sent_to_ddp(engine: FullyShard | Zero, module: pl.LightningModule) -> None:
+    engine.accelerator = CUDAAccelerator()
+    engine.connect(module)
+    with pytest.raises(ValueError, match=rf"{type(module).__name__} is trained whole.*engine_ddp\.yaml"):
+        engine.setup_environment()
+
+
+def test_no_process_goes_on_before_the_kept_drafter_is_written(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    written: list[bool] = []
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[KeepBestDrafter()])
+    trainer.strategy.barrier = lambda name=None: written.append((tmp_path / "drafter" / "config.json").is_file())
+    trainer.fit(make_module(target_dir), CacheDataModule(cache, val_fraction=0.25))
+    assert not written[0]
+    assert written[-1]
+
+
+def test_throughput_is_the_labelled_tokens_of_all_processes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draftsmith.train.callbacks.time.perf_counter", itertools.count(10.0, 2.0).__next__)
+    logged: list[tuple[str, float]] = []
+    module: Any = SimpleNamespace(device=torch.device("cpu"), log=lambda name, value, **_: logged.append((name, value)))
+    batch: Any = SimpleNamespace(packed=SimpleNamespace(loss_mask=torch.tensor([True, True, False])))
+    trainer: Any = SimpleNamespace(world_size=3)
+    throughput = Throughput(every=2)
+    for number in range(2):
+        throughput.on_train_batch_start(trainer, module, batch, number)
+        throughput.on_train_batch_end(trainer, module, None, batch, number)
+    assert logged == [("train/tokens_per_second", 3 * (2 + 2) / 2.0)]
+
+
+def test_only_the_first_process_copies_the_average_for_a_checkpoint(
+    target_dir: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, module = make_trainer(tmp_path, max_steps=1), make_module(target_dir, ema_decay=0.8)
+    trainer.fit(module, CacheDataModule(cache, val_fraction=0.25))
+    kept = []
+    for rank in (0, 1):
+        monkeypatch.setattr(type(trainer), "is_global_zero", rank == 0)
+        checkpoint: dict[str, Any] = {"state_dict": {}}
+        module.on_save_checkpoint(checkpoint)
+        kept.append(len(checkpoint["state_dict"]))
+    assert kept == [len(module.evaluated.state_dict()), 0]
+
+
 def test_lightnings_own_sharding_is_refused_with_the_preset_to_take() -> None:
     with pytest.raises(ValueError, match=r"engine_fsdp2\.yaml"):
         refuse_other_engines(ModelParallelStrategy())
@@ -338,7 +411,7 @@ def test_every_engine_trains_alike_on_gpus(target_dir: Path, cache: Path, tmp_pa
         Path(job.folder).mkdir()
         run(job, 1, on_gpu=True)
     assert launch(jobs, tmp_path, devices, "gpu") == [0] * devices, (tmp_path / "log0.txt").read_text()[-2500:]
-    found = Runs(tmp_path, "")
+    found = Runs(tmp_path)
     for job in jobs:
         name, reference = Path(job.folder).name, f"one {job.trainer['precision']}"
         tolerance = 1e-4 if job.trainer["precision"] == "32-true" else 0.02
