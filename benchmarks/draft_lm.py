@@ -5,7 +5,7 @@
 
 All runs begin with `embedded:draft_lm`, take the same number of steps of the same number of rows, and are judged on the same unseen
 problems: tokens per step of greedy chains of 4 and 8 and of sampled chains of 4 at temperature 1, the acceptance along the target's own
-greedy replies, and right answers of the draft LM alone. What a run left in `--work` is used again.
+greedy replies, and right answers of the draft LM alone. What a run of the same settings left in `--work` is used again.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.shapes import parse_shape
 from draftsmith.models.target import Target
+from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_callbacks import KeepBestDraftLM
 from draftsmith.train.distil_data import DistilDataModule
 from draftsmith.train.distil_losses import acceptance, shared_log_probs
 from draftsmith.train.distil_module import DraftLMModule
-from draftsmith.train.distil_student import LoraSettings
 
 TARGET, DRAFT_LM = "embedded:target", "embedded:draft_lm"
 MAX_NEW_TOKENS = 160
@@ -156,10 +156,11 @@ class Examination:
 
 
 def train(run: Run, replies: Path, out: Path, scale: Scale, lr: float, lora_lr: float) -> float:
-    """Trains into `out/draft_lm`; seconds from call to saved weights, those of an earlier run where it is there."""
-    note = out / "trained.json"
-    if note.is_file():
-        return float(json.loads(note.read_text())["seconds"])
+    """Trains into `out/draft_lm`; seconds from call to saved weights, those of an earlier run with the same settings where it is there."""
+    note, lr = out / "trained.json", lr if run.lora is None else lora_lr
+    settings = {"run": asdict(run), "scale": asdict(scale), "lr": lr}
+    if note.is_file() and (earlier := json.loads(note.read_text())).get("settings") == settings:
+        return float(earlier["seconds"])
     started = time.perf_counter()
     pl.seed_everything(0, verbose=False)
     module = DraftLMModule(
@@ -168,7 +169,7 @@ def train(run: Run, replies: Path, out: Path, scale: Scale, lr: float, lora_lr: 
         divergence=run.divergence,  # type: ignore[arg-type]
         max_new_tokens=MAX_NEW_TOKENS,
         lora=run.lora,
-        lr=lr if run.lora is None else lora_lr,
+        lr=lr,
     )
     data = DistilDataModule(replies, on_policy=run.on_policy, batch_size=scale.rows, val_fraction=0.0)
     trainer = pl.Trainer(
@@ -185,7 +186,7 @@ def train(run: Run, replies: Path, out: Path, scale: Scale, lr: float, lora_lr: 
     )
     trainer.fit(module, data)
     seconds = time.perf_counter() - started
-    atomic_write(note, json.dumps({"seconds": seconds, "steps": trainer.global_step}))
+    atomic_write(note, json.dumps({"settings": settings, "seconds": seconds}))
     return seconds
 
 

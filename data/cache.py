@@ -11,18 +11,18 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from draftsmith.data.lengths import LENGTHS_FILE, check_lengths, read_lengths, write_lengths
-from draftsmith.data.manifest import MANIFEST_FILE, Manifest
+from draftsmith.data.manifest import MANIFEST_FILE, Manifest, ShardRecord
 from draftsmith.data.remote import Ahead, Held, RemoteFolder, Retry, ShardFolder, default_folder, location
 from draftsmith.data.shards import CachedSample, ShardReader, check_digest, check_size
 
@@ -59,8 +59,7 @@ class HiddenStateCache:
         shard_cache_gib: float = 50.0,
         retry: Retry | None = None,
     ) -> None:
-        # A Path, or a URL as a string; most readers only name it.
-        self.path: Any = location(path)
+        self.path: Path | str = location(path)
         self.remote: RemoteShards | None = None
         if isinstance(self.path, str):
             folder = ShardFolder(default_folder() if shard_cache is None else shard_cache, int(shard_cache_gib * 2**30))
@@ -132,10 +131,13 @@ class HiddenStateCache:
                 sample = self[int(index)]
                 yield sample.input_ids, sample.loss_mask
             return
-        for shard, own in itertools.groupby(indices, lambda index: int(self.shard_of[index])):
-            offsets, ids, mask = self.remote.text(shard)
-            for index in own:
-                start, stop = offsets[int(index) - self._starts[shard] :][:2].tolist()
+        own = np.asarray(indices)
+        parts = np.split(own, np.flatnonzero(np.diff(self.shard_of[own])) + 1) if len(own) else []
+        shards = [int(self.shard_of[part[0]]) for part in parts]
+        for shard, part, (offsets, ids, mask) in zip(shards, parts, self.remote.texts(shards), strict=True):
+            bounds = offsets.tolist()
+            for number in (part - self._starts[shard]).tolist():
+                start, stop = bounds[number], bounds[number + 1]
                 yield ids[start:stop].long(), mask[start:stop]
 
     def need(self, shards: Sequence[int], reader: object) -> None:
@@ -146,6 +148,18 @@ class HiddenStateCache:
         if self.remote is not None:
             self._forget_parents()
             self.remote.need(shards, reader)
+
+    def read_next(self, indices: np.ndarray) -> None:
+        """Says which samples a reader reads now: behind a URL the files of all others are let go, so that they can be dropped.
+
+        A process may read few shards of a window; those of many windows would add up to more than the node's folder holds.
+        """
+        if self.remote is None:
+            return
+        self._forget_parents()
+        wanted = set(self.shard_of[indices].tolist())
+        for shard in self._readers.keys() - wanted:
+            self._drop(shard)
 
     def close(self) -> None:
         """Closes all files and ends what is fetched ahead; reading on opens them anew."""
@@ -201,7 +215,10 @@ class HiddenStateCache:
         return self.path / self.manifest.shards[shard].name
 
     def _drop_oldest(self) -> None:
-        _, (_, held) = self._readers.popitem(last=False)
+        self._drop(next(iter(self._readers)))
+
+    def _drop(self, shard: int) -> None:
+        _, held = self._readers.pop(shard)
         if held is not None:
             held.release()
 
@@ -213,10 +230,12 @@ class HiddenStateCache:
         return False
 
     def _forget_parents(self) -> None:
-        """A forked worker lets go of its parent's files: their locks would outlive the parent's use of them."""
+        """A forked worker lets go of its parent's files: they would take up the disk until the worker ends."""
         if self._owner == os.getpid():
             return
         self._owner = os.getpid()
+        if self.remote is not None:
+            self.remote.forget_parents()
         while self.remote is not None and self._readers:
             self._drop_oldest()
 
@@ -252,17 +271,22 @@ class RemoteShards:
     def need(self, shards: Sequence[int], reader: object) -> None:
         """Fetches these ahead, and keeps them until this reader needs others."""
         self._needed[id(reader)] = list(shards)
-        if self._ahead is None or self._ahead[0] != os.getpid():
-            if self._ahead is not None:
-                self._ahead[1].abandon()
+        if self._ahead is None:
             self._ahead = os.getpid(), Ahead(lambda shard: self.hold(shard, patient=False))
         # The latest reader's first.
         everyones = [*shards, *(shard for needed in self._needed.values() for shard in needed)]
         self._ahead[1].want(list(dict.fromkeys(everyones)))
 
+    def forget_parents(self) -> None:
+        """A forked worker lets go of what its parent fetches ahead: dropped files would take up the disk until the worker ends."""
+        if self._ahead is not None and self._ahead[0] != os.getpid():
+            self._ahead[1].abandon()
+            self._ahead, self._needed = None, {}
+
     def close(self) -> None:
         """Ends what is fetched ahead."""
-        if self._ahead is not None and self._ahead[0] == os.getpid():
+        self.forget_parents()
+        if self._ahead is not None:
             self._ahead[1].close()
         self._ahead, self._needed = None, {}
 
@@ -285,22 +309,31 @@ class RemoteShards:
             if (folder / LENGTHS_FILE).is_file():
                 return read_lengths((folder / LENGTHS_FILE).read_bytes(), self.manifest, str(folder / LENGTHS_FILE))
             with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-                offsets = pool.map(lambda record: self._tensors(record.name, ["offsets"])[0], self.manifest.shards)
+                offsets = pool.map(lambda record: self._tensors(record, ["offsets"])[0], self.manifest.shards)
                 lengths = np.concatenate([np.diff(part.numpy()) for part in offsets]).astype(np.int32)
             check_lengths(lengths, self.manifest, self.source.url)
             write_lengths(folder, lengths)
         return lengths
 
-    def text(self, shard: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`offsets` int64, `input_ids` int32 and `loss_mask` bool of a shard, without its states."""
-        offsets, ids, mask = self._tensors(self.manifest.shards[shard].name, ["offsets", "input_ids", "loss_mask"])
-        return offsets, ids, mask
+    def texts(self, shards: Sequence[int]) -> Iterator[list[Tensor]]:
+        """`offsets` int64, `input_ids` int32 and `loss_mask` bool of each shard, without its states, a few shards ahead."""
+        wanted = ["offsets", "input_ids", "loss_mask"]
+        ahead: deque[Future[list[Tensor]]] = deque()
+        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+            for shard in shards:
+                ahead.append(pool.submit(self._tensors, self.manifest.shards[shard], wanted))
+                if len(ahead) > _HEADER_THREADS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
-    def _tensors(self, name: str, wanted: list[str]) -> list[Tensor]:
+    def _tensors(self, record: ShardRecord, wanted: list[str]) -> list[Tensor]:
         try:
-            found = self.source.tensors(name, wanted)
+            found = self.source.tensors(record.name, record.num_bytes, wanted)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.source.address(name)} is missing; copy the whole cache there again") from error
+            raise ValueError(
+                f"{self.source.address(record.name)} is missing; copy the whole cache there again"
+            ) from error
         return [found[key] for key in wanted]
 
     def _manifest(self) -> Manifest:

@@ -6,14 +6,14 @@ Owns: turns, which request comes next, the row that a finished dialogue becomes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from draftsmith.data.engine_sampling import settle
-from draftsmith.data.engines import IndependentEngine, RawReply, Reply, ResponseEngine, Unanswered
+from draftsmith.data.engines import BadReply, IndependentEngine, RawReply, Reply, ResponseEngine, Unanswered
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.tokens import ChatTemplate, Turn
@@ -75,14 +75,14 @@ class Dialogue:
 
 
 def answer_batch(
-    batch: Iterable[tuple[Prompt, list[int]]],
+    batch: Iterable[tuple[Prompt, Sequence[int]]],
     settings: GenerationSettings,
     context: int | None,
     chat: ChatTemplate,
     engine: ResponseEngine,
 ) -> Iterator[dict[str, Any]]:
     """Rows of one batch: all user turns of each prompt, every later one on top of the target's own earlier replies."""
-    dialogues = [Dialogue(prompt, ids) for prompt, ids in batch]
+    dialogues = [Dialogue(prompt, list(ids)) for prompt, ids in batch]
     while active := [dialogue for dialogue in dialogues if dialogue.next_ids is not None]:
         prompts = [dialogue.next_ids or [] for dialogue in active]
         requests = [dialogue.request_id for dialogue in active]
@@ -93,20 +93,25 @@ def answer_batch(
 
 
 def answer_independently(
-    prompts: Iterable[tuple[Prompt, list[int]]],
+    prompts: Iterable[tuple[Prompt, Sequence[int]]],
     settings: GenerationSettings,
     context: int | None,
     chat: ChatTemplate,
     engine: IndependentEngine,
+    trusted: bool = False,
 ) -> Iterator[dict[str, Any] | Failure]:
     """The same rows in the order in which they are finished; a dialogue that got no answer is a Failure, and the others go on.
 
     As many dialogues as the engine takes are under way all the time: whenever one ends, the next begins. Threads do nothing but wait
     for the engine: tokenizers do not stand being shared.
 
-    Raises ValueError when the engine says that no request can go well, and when one dialogue after another fails.
+    A bad reply is an error as long as there was no good one, and afterwards a Failure like another: one in a million must not keep
+    the rest from being answered. `trusted` says that an earlier run had good ones.
+
+    Raises ValueError when the engine says that no request can go well, when the first reply is bad, and when one dialogue after
+    another fails.
     """
-    waiting = (Dialogue(prompt, ids) for prompt, ids in prompts)
+    waiting = (Dialogue(prompt, list(ids)) for prompt, ids in prompts)
     running: dict[Future[RawReply], Dialogue] = {}
     patience = max(16, 2 * engine.concurrency)
     failed_in_a_row = 0
@@ -126,11 +131,16 @@ def answer_independently(
                         raw, prompt = future.result(), dialogue.next_ids or []
                         reply = settle(raw, settings, engine.budget(prompt, settings), chat.tokenizer)
                         dialogue.take(reply, chat, context)
-                        failed_in_a_row = 0
+                        failed_in_a_row, trusted = 0, True
                         outcome = dialogue.row(settings) if dialogue.next_ids is None else None
                     except Unanswered as error:
                         failed_in_a_row += 1
                         outcome = Failure(dialogue.prompt.id, error.reason, error.attempts)
+                    except BadReply as error:
+                        if not trusted:
+                            raise
+                        failed_in_a_row += 1
+                        outcome = Failure(dialogue.prompt.id, str(error), 1)
                     following = dialogue if outcome is None else next(waiting, None)
                     if following is not None and failed_in_a_row < patience:
                         ask(following)

@@ -5,7 +5,7 @@ Owns: the two directions, what they lose, and which stored dtypes there are. Kno
 Shape legend: T tokens, D hidden.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +35,10 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     scale is not finite exactly where its state is not, or holds what bfloat16, in which states are read back, cannot:
     whoever stores codes looks at the scales first, since the codes themselves cannot say it.
 
-    What is lost: a number of magnitude m in a state with scale s comes back within `max(m / 16, s / 1024)` and the
-    rounding to bfloat16, `m / 256` (2 ** -134 among its subnormal numbers). Over a whole state that is at most
-    1/16 + 1/256 + sqrt(D) / 458,752 of its length, which `LARGEST_ERROR` bounds. It holds from a largest magnitude of
-    1e-35 on: below, scales would leave float32's normal numbers.
+    What is lost: a number of magnitude m in a state with scale s comes back within `e = max(m / 16, s / 1024)` and the
+    rounding to bfloat16 of what comes back, `(m + e) / 256` (2 ** -134 among its subnormal numbers). Over a whole state
+    that is at most 257/256 (1/16 + sqrt(D) / 458,752) + 1/256 of its length, which `LARGEST_ERROR` bounds. It holds from
+    a largest magnitude of 1e-35 on: below, scales would leave float32's normal numbers.
     """
     largest = states.abs().amax(dim=-1).to(torch.float32)
     scales = (largest / _LARGEST_CODE).clamp_min(torch.finfo(torch.float32).tiny)
@@ -47,13 +47,16 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     return (states.to(torch.float32) / scales[..., None]).to(CODES), scales
 
 
-def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
-    """bfloat16 [T, D] of codes float8_e4m3fn [T, D] and scales float32 [T], as `quantise` makes them.
+def dequantise(codes: Tensor, scales: Tensor, into: Tensor | None = None) -> Tensor:
+    """bfloat16 [T, D] of codes float8_e4m3fn [T, D] and scales float32 [T], as `quantise` makes them; `into` takes them if given.
 
     On a CPU bits are moved instead of numbers converted, which is on training's path: torch converts e4m3 one number
     after the other there. Both ways give the same bits.
     """
-    return _by_bits(codes, scales) if codes.device.type == "cpu" else dequantise_plainly(codes, scales)
+    states = torch.empty_like(codes, dtype=torch.bfloat16) if into is None else into
+    if codes.device.type != "cpu":
+        return states.copy_(dequantise_plainly(codes, scales))
+    return _by_bits(codes, scales, states)
 
 
 def dequantise_plainly(codes: Tensor, scales: Tensor) -> Tensor:
@@ -61,12 +64,11 @@ def dequantise_plainly(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.to(torch.float32) * scales[..., None]).to(torch.bfloat16)
 
 
-def _by_bits(codes_TD: Tensor, scales_T: Tensor) -> Tensor:
-    """An e4m3 number's bits, seven places up, are those of a float16 that is 256 times smaller: sign, four bits of
+def _by_bits(codes_TD: Tensor, scales_T: Tensor, states_TD: Tensor) -> Tensor:
+    """Fills `states_TD`. An e4m3 number's bits, seven places up, are those of a float16 that is 256 times smaller: sign, four bits of
     exponent (biases 7 and 15), mantissa, and subnormal numbers too. Rows go in blocks that stay in the processor's cache.
     """
     bits_TD, scales_T1 = codes_TD.view(torch.int8), (scales_T * 256)[:, None]
-    states_TD = torch.empty(codes_TD.shape, dtype=torch.bfloat16)
     num_rows = max(1, _BLOCK // max(1, codes_TD.shape[1]))
     for start in range(0, codes_TD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
@@ -77,18 +79,31 @@ def _by_bits(codes_TD: Tensor, scales_T: Tensor) -> Tensor:
 
 
 class EightBitStates(Mapping[str, Tensor]):
-    """States of one sample by layer name, each brought back to bfloat16 [T, D] when it is asked for, and not before.
+    """States of samples end to end by layer name, each layer brought back to bfloat16 [T, D] when it is asked for, and not before.
 
     Args:
-        codes: layer name -> float8_e4m3fn [T, D].
-        scales: layer name -> float32 [T].
+        codes: layer name -> float8_e4m3fn [tokens of a sample, D], one a sample.
+        scales: layer name -> float32 [tokens of a sample], likewise.
     """
 
-    def __init__(self, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+    def __init__(self, codes: Mapping[str, Sequence[Tensor]], scales: Mapping[str, Sequence[Tensor]]) -> None:
         self.codes, self.scales = codes, scales
 
+    @classmethod
+    def joined(cls, samples: Sequence["EightBitStates"]) -> "EightBitStates":
+        """Several samples end to end. Each is brought back in its place: joined afterwards, it would be copied once more."""
+        return cls(
+            {layer: [part for sample in samples for part in sample.codes[layer]] for layer in samples[0]},
+            {layer: [part for sample in samples for part in sample.scales[layer]] for layer in samples[0]},
+        )
+
     def __getitem__(self, layer: str) -> Tensor:
-        return dequantise(self.codes[layer], self.scales[layer])
+        codes = self.codes[layer]
+        states = torch.empty(sum(map(len, codes)), codes[0].shape[1], dtype=torch.bfloat16)
+        places = states.split([len(part) for part in codes])
+        for part, scales, place in zip(codes, self.scales[layer], places, strict=True):
+            dequantise(part, scales, into=place)
+        return states
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.codes)

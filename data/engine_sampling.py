@@ -10,16 +10,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.engines import RawReply, Reply
+from draftsmith.data.engines import BadReply, RawReply, Reply
 from draftsmith.decode.batch import Recorder
 from draftsmith.decode.sampling import GenerationSettings
 
 # What JSON and vLLM hold a seed in.
 _SEEDS = 2**63
+# vLLM samples at this temperature where it is asked for a lower one above 0.
+_COLDEST = 0.01
 
 
 def check_settings(settings: GenerationSettings) -> None:
     """Raises ValueError for settings that mean something else there."""
+    if 0.0 < settings.temperature < _COLDEST:
+        raise ValueError(
+            f"temperature is {settings.temperature}; vLLM samples at {_COLDEST} where less is asked for, which is another distribution; "
+            f"set --temperature 0 (greedy) or at least {_COLDEST}"
+        )
     if settings.min_p > 0.0 and settings.top_p < 1.0:
         # With top_k alone the order makes no difference: what is kept is what both keep.
         raise ValueError(
@@ -57,13 +64,13 @@ def settle(
 ) -> Reply:
     """The reply as the bundled decoder would have ended it: at the first end token, stop string or the budget, whichever comes first.
 
-    Raises ValueError for a reply that ended for a reason of the engine's own, which no bundled reply would have.
+    Raises BadReply for a reply that ended for a reason of the engine's own, which no bundled reply would have.
     """
     recorder = Recorder([budget], settings.eos_token_ids, settings.stop_strings, tokenizer, None)
     finished = recorder.add(0, raw.token_ids, None)
     generation = recorder.generations[0]
     if not finished:
-        raise ValueError(
+        raise BadReply(
             f"a reply of {len(raw.token_ids)} tokens ended ({raw.finish}) at token {raw.token_ids[-1]}, which is no end token of this "
             f"target ({list(settings.eos_token_ids)}), at no stop string and below its {budget} tokens; the engine stops at tokens of its "
             "own: start it with --generation-config vllm and without a default for stop tokens"

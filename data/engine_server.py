@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from draftsmith.data.engine_sampling import sampling
-from draftsmith.data.engines import RawReply, Unanswered
+from draftsmith.data.engines import BadReply, RawReply, Unanswered
 from draftsmith.data.http_json import JsonClient, Retry
 from draftsmith.decode.sampling import GenerationSettings
 
@@ -25,7 +25,7 @@ class ServerOptions:
         served_model: Name the server knows the target by; default the target's own.
         concurrency: Dialogues that are always under way.
         retries: Further attempts for a request without an answer.
-        timeout: Seconds without a byte after which an attempt has failed; an answer comes when its reply is whole.
+        timeout: Seconds for one attempt; an answer comes when its reply is whole.
         api_key_variable: Environment variable that holds the server's key, if it wants one.
         skip_failed: Call the replies whole without the prompts that got no answer.
     """
@@ -65,9 +65,9 @@ class ServerEngine:
         self.concurrency, self._vocab_size = options.concurrency, vocab_size
         base = options.url.rstrip("/")
         base = base if base.endswith("/v1") else f"{base}/v1"
-        key = os.environ.get(options.api_key_variable, "")
+        key = os.environ.get(options.api_key_variable, "").strip()
         self._client = JsonClient(base, key, options.timeout, options.retries)
-        served = self._served(target, options.served_model)
+        served, self._names = self._served(target, options.served_model)
         self.model = str(served["id"])
         limits = [limit for limit in (context, served.get("max_model_len")) if isinstance(limit, int)]
         self.context = min(limits, default=None)
@@ -88,12 +88,16 @@ class ServerEngine:
         return self._client.post("/completions", body, lambda answer: self._read(answer, prompt, budget))
 
     def _read(self, answer: dict[str, Any], prompt: list[int], budget: int) -> RawReply:
-        """Raises Retry for an answer without a reply, ValueError for a reply that is not the target's to this prompt."""
+        """Raises Retry for an answer without a reply, BadReply and ValueError for a reply that is not the target's to this prompt."""
         choices, url = answer.get("choices"), self._client.url
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise Retry(f"an answer without its one choice: {str(answer)[:80]}")
         choice: dict[str, Any] = choices[0]
         token_ids, echo, finish = choice.get("token_ids"), choice.get("prompt_token_ids"), choice.get("finish_reason")
+        if (named := str(answer.get("model", self.model))) not in self._names:
+            raise ValueError(
+                f"{url} was asked for {self.model} and answered with {named}; if this is a router, let it send requests to the target alone"
+            )
         if finish not in ("stop", "length"):
             raise Retry(f"the server ended the reply with {finish!r}")
         if not _are_ids(token_ids) or not _are_ids(echo):
@@ -107,12 +111,12 @@ class ServerEngine:
                 "its replies are to something else; serve the target with its own tokenizer and without changes to prompts"
             )
         if foreign := [token for token in token_ids if token >= self._vocab_size]:
-            raise ValueError(
+            raise BadReply(
                 f"{url} replied with token {foreign[0]}, the target's tokenizer has {self._vocab_size}: it serves another model under the "
                 "name of the target; serve the target"
             )
         if not 1 <= len(token_ids) <= budget:
-            raise ValueError(
+            raise BadReply(
                 f"{url} replied with {len(token_ids)} tokens where 1 to {budget} were asked for; it does not keep to max_tokens"
             )
         return RawReply(token_ids, finish)
@@ -121,8 +125,8 @@ class ServerEngine:
         """See `IndependentEngine.close`."""
         self._client.close()
 
-    def _served(self, target: str, name: str | None) -> dict[str, Any]:
-        """The server's entry for the target."""
+    def _served(self, target: str, name: str | None) -> tuple[dict[str, Any], set[str]]:
+        """The server's entry for the target, and every name that its answers may then go by."""
         try:
             listed = self._client.get("/models", lambda answer: answer.get("data"))
         except Unanswered as error:
@@ -133,7 +137,11 @@ class ServerEngine:
         wanted = name or target
         for entry in models:
             if entry["id"] == wanted or (name is None and entry.get("root") == target):
-                return entry
+                # A model that is served under several names answers with the first of them.
+                same = {
+                    str(other["id"]) for other in models if (other.get("root") or other) == (entry.get("root") or entry)
+                }
+                return entry, same | {target}
         names = ", ".join(str(entry["id"]) for entry in models) or "nothing"
         raise ValueError(
             f"{self._client.url} serves {names}, not {wanted}; serve the target itself, or say with --served-model under which of these "

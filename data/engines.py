@@ -44,6 +44,10 @@ class Unanswered(Exception):
         self.reason, self.attempts = reason, attempts
 
 
+class BadReply(ValueError):
+    """A reply that cannot be the target's. The first one says that the engine is set up wrong, one among many good ones only itself."""
+
+
 @dataclass(frozen=True)
 class RawReply:
     """What another engine said: ids as it generated them, and its own word for why it stopped."""
@@ -61,7 +65,7 @@ class IndependentEngine(Protocol):
     def ask(self, prompt: list[int], settings: GenerationSettings, request_id: int) -> RawReply:
         """One reply, of at most `budget` tokens; called from up to `concurrency` threads at once.
 
-        It depends on the arguments alone. Raises Unanswered for this request, ValueError where no request can go well.
+        It depends on the arguments alone. Raises Unanswered and BadReply for this request, ValueError where no request can go well.
         """
 
     def budget(self, prompt: list[int], settings: GenerationSettings) -> int:

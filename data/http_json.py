@@ -10,13 +10,14 @@ import email.utils
 import http.client
 import json
 import random
+import select
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from draftsmith.data.engines import Unanswered
 
@@ -41,19 +42,21 @@ class JsonClient:
     Args:
         url: http:// or https://, with the path that requests are under.
         key: sent as a bearer token unless empty.
-        timeout: seconds without a byte after which an attempt has failed.
+        timeout: seconds after which an attempt without a whole answer has failed, however its bytes trickle in.
         retries: further attempts after the first, each after a wait that doubles from `first_wait` seconds to a minute, with jitter.
         first_wait: see retries.
 
-    Raises ValueError for an address that is none.
+    Raises ValueError for an address that is none or holds more than one, and for a key that no header can carry.
     """
 
     def __init__(
         self, url: str, key: str = "", timeout: float = 600.0, retries: int = 5, first_wait: float = 1.0
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url is {url!r}; it must look like http://host:8000 or https://host/v1")
+        parts = _address(url)
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "the server's key holds line breaks or other characters that a header cannot carry; set its variable to the key alone"
+            )
         if timeout <= 0 or retries < 0:
             raise ValueError(
                 f"timeout is {timeout} and retries {retries}; give a timeout above 0 and 0 or more retries"
@@ -93,20 +96,28 @@ class JsonClient:
                 return read(self._once(method, path, body))
             except Retry as error:
                 reason = str(error)
-                wait = min(60.0, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+                wait = min(60.0, self.first_wait * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
                 if attempt <= self.retries:
-                    self._closed.wait(max(wait, min(_LONGEST_WAIT, error.after)))
+                    # On top of what the server asks for: whom it sent away together shall not come back together.
+                    self._closed.wait(wait + min(_LONGEST_WAIT, error.after))
         raise Unanswered(reason, attempt)
 
     def _once(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        connection = self._connection()
+        connection, deadline = self._connection(), time.monotonic() + self.timeout
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
+            if connection.sock is not None:
+                connection.sock.settimeout(self.timeout)
             connection.request(method, self._parts.path.rstrip("/") + path, body, headers)
+            own_socket = connection.sock
+            if self._closed.is_set():
+                # Closed while this connection was being made, when there was nothing yet to shut down.
+                raise ConnectionAbortedError("the run is ending")
+            own_socket.settimeout(_left(deadline))
             response = connection.getresponse()
-            content = response.read()
+            content = _content(response, own_socket, deadline)
         except (OSError, http.client.HTTPException) as error:
             self._drop(connection)
             raise Retry(f"{type(error).__name__}: {error}") from error
@@ -129,6 +140,9 @@ class JsonClient:
 
     def _connection(self) -> http.client.HTTPConnection:
         connection = getattr(self._local, "connection", None)
+        if connection is not None and _hung_up(connection):
+            self._drop(connection)
+            connection = None
         if connection is None:
             host, port = self._parts.hostname or "", self._parts.port
             if self._parts.scheme == "https":
@@ -148,6 +162,55 @@ class JsonClient:
             self._open.discard(connection)
 
 
+def _address(url: str) -> SplitResult:
+    """Raises ValueError for what is no address of a server; names nothing of it that may be secret."""
+    try:
+        parts = urlsplit(url)
+        there = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        there = False
+    if there and (parts.username is not None or parts.query or parts.fragment):
+        raise ValueError(
+            f"url holds more than the address of {parts.hostname} (a user, a query); these would not be sent, and addresses are written "
+            "to provenance.json; give scheme, host, port and path alone, and a key by --api_key_variable"
+        )
+    if not there:
+        raise ValueError(f"url is {url.rpartition('@')[2]!r}; it must look like http://host:8000 or https://host/v1")
+    return parts
+
+
+def _hung_up(connection: http.client.HTTPConnection) -> bool:
+    """Whether a connection that lies idle has been closed from the other side: servers do so after some seconds."""
+    if connection.sock is None:
+        return False
+    waiting = select.poll()
+    waiting.register(connection.sock, select.POLLIN)
+    return bool(waiting.poll(0))
+
+
+def _content(response: http.client.HTTPResponse, own_socket: socket.socket, deadline: float) -> bytes:
+    """The body. Raises TimeoutError when it is not whole in time, IncompleteRead when it was cut."""
+    pieces = []
+    while True:
+        own_socket.settimeout(_left(deadline))
+        if not (piece := response.read1(2**16)):
+            break
+        pieces.append(piece)
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out: the answer trickles in and is not whole")
+    content = b"".join(pieces)
+    if response.length:
+        raise http.client.IncompleteRead(content, response.length)
+    # Reading in pieces leaves that to us; the connection takes no other request before.
+    response.close()
+    return content
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then, for a socket, which takes 0 for something else."""
+    return max(1e-3, deadline - time.monotonic())
+
+
 def _seconds(retry_after: str) -> float:
     """Seconds or a date, as HTTP has it; 0 for anything else. Example: "7" -> 7.0."""
     try:
@@ -156,7 +219,7 @@ def _seconds(retry_after: str) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 

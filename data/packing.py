@@ -5,11 +5,12 @@ Owns: which samples share a batch and how they are laid out. Does not know: shuf
 Shape legend: T tokens of a batch, D hidden, G greedy tokens a position.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from draftsmith.data.eight_bit import EightBitStates
 from draftsmith.data.shards import CachedSample
 from draftsmith.models.rollout import PackedBatch
 
@@ -65,10 +66,18 @@ def pack(
         loss_mask=torch.cat([sample.loss_mask for sample in samples]),
         document_ids=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)),
         positions=torch.cat([torch.arange(length) for length in lengths]),
-        hidden={layer: torch.cat([sample.hidden[layer] for sample in samples]) for layer in wanted},
+        hidden=_joined([sample.hidden for sample in samples], wanted),
         greedy_ids=torch.cat(greedy) if len(greedy) == len(samples) else None,
     )
     return batch if pad_to is None else _padded(batch, lengths, pad_to)
+
+
+def _joined(states: Sequence[Mapping[str, torch.Tensor]], layers: Sequence[str]) -> dict[str, torch.Tensor]:
+    eight_bit = [own for own in states if isinstance(own, EightBitStates)]
+    if len(eight_bit) == len(states):
+        whole = EightBitStates.joined(eight_bit)
+        return {layer: whole[layer] for layer in layers}
+    return {layer: torch.cat([own[layer] for own in states]) for layer in layers}
 
 
 def _padded(batch: PackedBatch, lengths: Sequence[int], pad_to: int) -> PackedBatch:

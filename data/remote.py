@@ -34,6 +34,7 @@ _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.\-]*:[:/]")
 _LOCAL = re.compile(r"^(file|local):/*")
+_SECRET = re.compile(r"^https?:[^?]*\?|^[^/]*:/{1,2}[^/@:]*:[^/@]*@")
 _PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -59,12 +60,21 @@ def location(path: Path | str) -> Path | str:
     """A local folder as a Path, anything else as a URL.
 
     `file://` is local. A URL that went through `Path`, which folds its two slashes into one, is unfolded.
+
+    Raises ValueError, which does not repeat it, for a URL with a password or an HTTP query: it would be written into
+    configurations, logs and a drafter's provenance.
     """
     text = str(path)
     if _LOCAL.match(text):
         return Path("/" + _LOCAL.sub("", text))
     if not _SCHEME.match(text):
         return Path(path)
+    if _SECRET.search(text):
+        scheme = re.split(r":/|::", text)[0]
+        raise ValueError(
+            f"a cache's URL ({scheme}) holds a password or a query, which runs would write down; give options to fsspec instead: "
+            f"in the environment, FSSPEC_{scheme.upper()}='{{\"option\": ...}}', or in ~/.config/fsspec"
+        )
     return re.sub(r"^((?:[a-z0-9+.\-]+::)*[a-z][a-z0-9+.\-]*):/(?!/)", r"\1://", text)
 
 
@@ -108,22 +118,22 @@ class RemoteFolder:
         """What a file is called in errors."""
         return f"{self.url}/{name}"
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """A file's bytes, or some of them.
+    def read(self, name: str) -> bytes:
+        """A file's bytes.
 
         Raises FileNotFoundError at once, and ValueError with the address when all attempts have failed.
         """
         file_system, root = self._file_system()
-        return self._persist(name, lambda: bytes(file_system.cat_file(f"{root}/{name}", start=start, end=stop)))
+        return self._persist(name, lambda: bytes(file_system.cat_file(f"{root}/{name}")))
 
-    def tensors(self, name: str, wanted: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of a safetensors file, without reading the others; those of ids, masks and offsets only.
+    def tensors(self, name: str, num_bytes: int, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors of a safetensors file of that size, without reading the others; those of ids, masks and offsets only.
 
         Raises ValueError for a file that is none or lacks them, otherwise as `read`.
         """
-        glance = self.read(name, 0, _GLANCE)
+        glance = self._piece(name, 0, min(_GLANCE, num_bytes), num_bytes)
         begin = 8 + int.from_bytes(glance[:8], "little")
-        head = glance if begin <= len(glance) else self.read(name, 0, begin)
+        head = glance if begin <= len(glance) else self._piece(name, 0, min(begin, num_bytes), num_bytes)
         try:
             table = json.loads(head[8:begin])
             places = {key: (table[key], *table[key]["data_offsets"]) for key in wanted}
@@ -132,7 +142,7 @@ class RemoteFolder:
         found = {}
         for key, (entry, start, stop) in places.items():
             start, stop = begin + start, begin + stop
-            part = head[start:stop] if stop <= len(head) else self.read(name, start, stop)
+            part = head[start:stop] if stop <= len(head) else self._piece(name, start, stop, num_bytes)[: stop - start]
             found[key] = torch.frombuffer(bytearray(part), dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         return found
 
@@ -151,10 +161,12 @@ class RemoteFolder:
                 os.pwrite(into, piece, written)
                 written += len(piece)
             if digest.hexdigest() != sha256:
-                raise _Altered(f"its sha256 is {digest.hexdigest()[:16]}, the manifest says {sha256[:16]}")
+                raise AlteredError(
+                    f"its sha256 is {digest.hexdigest()[:16]}, the manifest says {sha256[:16]}: it was replaced or did not arrive whole"
+                )
 
         try:
-            self._persist(name, once, only=_Altered)
+            self._persist(name, once, only=AlteredError)
         except FileNotFoundError as error:
             raise ValueError(f"{self.address(name)} is missing; copy the whole cache there again") from error
 
@@ -206,7 +218,7 @@ class RemoteFolder:
         return self._opened[1], self._opened[2]
 
 
-class _Altered(ValueError):
+class AlteredError(ValueError):
     """What arrived is not what was written."""
 
 
@@ -214,12 +226,15 @@ class Held:
     """A fetched file that stays where it is until it is released."""
 
     def __init__(self, path: Path, handle: int) -> None:
-        self.path, self._handle = path, handle
+        self.path, self._handle, self._owner = path, handle, os.getpid()
 
     def release(self) -> None:
-        """Lets the file be dropped; twice is harmless."""
+        """Lets the file be dropped; twice is harmless. In a forked process it only lets go of what that one inherited."""
         if self._handle >= 0:
-            os.close(self._handle)
+            if self._owner == os.getpid():
+                _unlock(self._handle)
+            else:
+                os.close(self._handle)
             self._handle = -1
 
 
@@ -249,9 +264,14 @@ class ShardFolder:
         None, where not `patient`, when another process is fetching it or there is no room without dropping what is in use. Before
         it waits for others, `give_way` is asked to release something of its own, for as long as it does.
 
-        Raises ValueError when no room was made in time or the disk is full, and what `fill` raises.
+        Raises ValueError when it is larger than the folder may be, when no room was made in time or the disk is full, and what
+        `fill` raises.
         """
         path = self.path / f"{sha256}.safetensors"
+        if num_bytes > self.limit:
+            raise ValueError(
+                f"{self.path} may hold {self.limit / 2**30:.3g} GiB, one shard has {num_bytes / 2**30:.3g}; raise shard_cache_gib"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         while True:
             held = self._present(path, num_bytes)
@@ -293,11 +313,11 @@ class ShardFolder:
         fcntl.flock(handle, fcntl.LOCK_SH)
         found = os.fstat(handle)
         if found.st_nlink == 0:  # dropped between our open and our lock
-            os.close(handle)
+            _unlock(handle)
             return None
         if found.st_size != num_bytes:
             path.unlink(missing_ok=True)
-            os.close(handle)
+            _unlock(handle)
             return None
         os.utime(path)
         return Held(path, handle)
@@ -351,7 +371,13 @@ class _Partial:
     def drop(self) -> None:
         """Removes what was not renamed."""
         self.path.unlink(missing_ok=True)
-        os.close(self.handle)
+        _unlock(self.handle)
+
+
+def _unlock(handle: int) -> None:
+    """Closing alone would not do: a process forked meanwhile, by another thread, has the file open too, and with it the lock."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def _drop_if_free(path: Path) -> bool:
@@ -365,7 +391,7 @@ def _drop_if_free(path: Path) -> bool:
     except BlockingIOError:
         return False
     finally:
-        os.close(handle)
+        _unlock(handle)
     return True
 
 
@@ -383,12 +409,12 @@ def _locked(path: Path, patient: bool = True) -> Iterator[bool]:
         # The last owner unlinks the file: then we hold a ghost, and the next one would not see us.
         if os.fstat(handle).st_nlink:
             break
-        os.close(handle)
+        _unlock(handle)
     try:
         yield True
     finally:
         path.unlink(missing_ok=True)
-        os.close(handle)
+        _unlock(handle)
 
 
 class Ahead:
@@ -406,6 +432,7 @@ class Ahead:
         self._held: dict[int, Held] = {}
         self._busy: set[int] = set()
         self._given_up: set[int] = set()
+        self._put_off: set[int] = set()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
@@ -428,9 +455,10 @@ class Ahead:
         self.want([])
 
     def abandon(self) -> None:
-        """Releases what a forked process has inherited; the threads are its parent's."""
+        """Lets go of what a forked process has inherited; the threads, and whoever had the lock, are its parent's."""
         for held in self._held.values():
             held.release()
+        self._held = {}
 
     @property
     def held(self) -> set[int]:
@@ -448,20 +476,25 @@ class Ahead:
                     self._given_up.add(number)
             with self._changed:
                 self._busy.discard(number)
-                if held is not None and number in self._wanted:
+                if held is None:
+                    self._put_off.add(number)
+                elif number in self._wanted:
                     self._held[number] = held
                     continue
             if held is not None:
                 held.release()
-            else:
-                time.sleep(_POLL_SECONDS)
 
     def _next(self) -> int | None:
         with self._changed:
             while not self._closed:
+                settled = self._held.keys() | self._busy | self._given_up
                 for number in self._wanted:
-                    if number not in self._held and number not in self._busy and number not in self._given_up:
+                    if number not in settled and number not in self._put_off:
                         self._busy.add(number)
                         return number
-                self._changed.wait()
+                # What another process is fetching comes again after the others.
+                self._changed.wait(_POLL_SECONDS if self._put_off else None)
+                if self._put_off:
+                    self._put_off.clear()
+                    self._changed.notify_all()
         return None

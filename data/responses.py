@@ -6,7 +6,7 @@ is decoded (an engine), caches, training.
 
 import hashlib
 import json
-import os
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from draftsmith.data.engine_vllm import ONE_GPU, VllmEngine, VllmOptions
 from draftsmith.data.engines import BundledEngine, IndependentEngine, Reply, ResponseEngine
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import Prompt, read_prompts
+from draftsmith.data.ranks import Share, own_share
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
@@ -32,17 +33,17 @@ from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.target import TargetEnds
 
-__all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
+__all__ = ["BundledEngine", "Reply", "ResponseEngine", "Share", "respond"]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one rank has to do: prompts with the ids of their first turn, in batches, and those that do not fit.
 
-    `context` is the model's context in tokens, None for no limit.
+    `context` is the model's context in tokens, None for no limit. The ids are arrays, since there may be a million prompts.
     """
 
-    batches: list[list[tuple[Prompt, list[int]]]]
+    batches: list[list[tuple[Prompt, array]]]
     dropped: list[dict[str, str]]
     settings: GenerationSettings
     context: int | None
@@ -114,7 +115,7 @@ def respond(
         vllm: what vLLM may take; see `VllmOptions`.
     """
     _check_engine(engine, drafter, limits, where, server)
-    share = _share(rank, world_size)
+    share = own_share(rank, world_size)
     chosen = read_prompts(prompts, split)[:limit]
     tokenizer = load_tokenizer(target, where.revision)
     overrides = Overrides(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -141,7 +142,7 @@ def respond(
         if engine == "server":
             chosen_engine = ServerEngine(server, target, len(tokenizer), context)
             context = chosen_engine.context
-            identity |= {"engine": engine, "served_model": chosen_engine.model, "context": context}
+            identity |= {"engine": engine, "served_model": chosen_engine.model, "context": context, "url": server.url}
             del identity["dtype"]
         else:
             chosen_engine = VllmEngine(target, tokenizer, vllm, dtype, where.revision, context)
@@ -153,7 +154,7 @@ def respond(
     plan = make_plan(chosen[share.rank :: share.world_size], chat, settings, context, batch_rows, batch_tokens)
     config = identity | {"target": target, "split": split, "limit": limit, "drafter": drafter}
     if engine == "server":
-        config |= {"url": server.url, "concurrency": server.concurrency}
+        config["concurrency"] = server.concurrency
     inputs = {str(prompts): identity["prompts"]}
     begun = provenance.record("data respond", config, inputs)
     written = write_replies(out, share, plan, chat, chosen_engine, identity, begun)
@@ -189,19 +190,6 @@ def _check_engine(
         )
 
 
-@dataclass(frozen=True)
-class Share:
-    """This process's part of the prompts: every `world_size`-th one, from `rank` on."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def suffix(self) -> str:
-        """What tells this rank's files from another's."""
-        return "" if self.world_size == 1 else f"-{self.rank:05d}-of-{self.world_size:05d}"
-
-
 def make_plan(
     prompts: Sequence[Prompt],
     chat: ChatTemplate,
@@ -217,7 +205,7 @@ def make_plan(
 
     Raises ValueError for a repeated id, and when no prompt fits.
     """
-    fitting: list[tuple[Prompt, list[int]]] = []
+    fitting: list[tuple[Prompt, array]] = []
     dropped: list[dict[str, str]] = []
     seen: set[str] = set()
     for prompt in prompts:
@@ -231,13 +219,13 @@ def make_plan(
             reason = f"the prompt has {len(ids)} tokens, the model's context {context}: no room for a reply"
             dropped.append({"id": prompt.id, "reason": reason})
         else:
-            fitting.append((prompt, ids))
+            fitting.append((prompt, array("i", ids)))
     if not fitting:
         raise ValueError(
             f"none of {len(prompts)} prompts can be answered" + (f": {dropped[0]['reason']}" if dropped else "")
         )
     fitting.sort(key=lambda item: (-len(item[1]), item[0].id))
-    batches: list[list[tuple[Prompt, list[int]]]] = []
+    batches: list[list[tuple[Prompt, array]]] = []
     for item in fitting:
         rows = len(batches[-1]) + 1 if batches else 0
         longest = len(batches[-1][0][1]) + settings.max_new_tokens if batches else 0
@@ -266,8 +254,8 @@ def write_replies(
 ) -> int:
     """Answers what is not answered yet; gives the number of rows there are in the end.
 
-    `identity` is everything the replies depend on: a folder made with another one is refused. `begun` is a provenance
-    record, written before the first reply so that a killed run has said what it was.
+    `identity` is everything the replies depend on: a folder made with another one is refused, but for a server's address.
+    `begun` is a provenance record, written before the first reply so that a killed run has said what it was.
     """
     path = out / f"responses{share.suffix}.jsonl"
     with exclusive(path):
@@ -280,17 +268,21 @@ def write_replies(
             progress("respond", plan.num_prompts, "replies", done=len(appender.rows)) as advance,
         ):
             there = {row["id"] for row in appender.rows}
+            appender.rows.clear()
             if isinstance(engine, IndependentEngine):
                 todo = [item for batch in plan.batches for item in batch if item[0].id not in there]
                 with JsonlAppender(out / f"failures{share.suffix}.jsonl") as failures:
-                    for outcome in answer_independently(todo, plan.settings, plan.context, chat, engine):
+                    outcomes = answer_independently(
+                        todo, plan.settings, plan.context, chat, engine, trusted=bool(there)
+                    )
+                    for outcome in outcomes:
                         if isinstance(outcome, Failure):
                             now = datetime.now(UTC).isoformat(timespec="seconds")
                             failures.write(asdict(outcome) | {"time": now})
                         else:
-                            appender.write(outcome)
+                            there.add(_write(appender, outcome))
                             advance(1)
-                return len(appender.rows)
+                return len(there)
             for batch in plan.batches:
                 if all(prompt.id in there for prompt, _ in batch):
                     continue
@@ -298,9 +290,16 @@ def write_replies(
                 answered = answer_batch(batch, plan.settings, plan.context, chat, engine)
                 rows = [row for row in answered if row["id"] not in there]
                 for row in rows:
-                    appender.write(row)
+                    there.add(_write(appender, row))
                 advance(len(rows))
-            return len(appender.rows)
+            return len(there)
+
+
+def _write(appender: JsonlAppender, row: dict[str, Any]) -> str:
+    """Appends a row and gives its id; the row itself is let go, since a million of them do not fit in memory."""
+    appender.write(row)
+    appender.rows.clear()
+    return str(row["id"])
 
 
 def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> None:
@@ -309,14 +308,22 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         wrong = [
-            f"{key}: there {earlier.get(key)!r}, now {value!r}"
-            for key, value in identity.items()
-            if earlier.get(key) != value
+            f"{key}: there {earlier.get(key)!r}, now {identity.get(key)!r}"
+            for key in sorted((earlier.keys() | identity.keys()) - {"num_rows", "url"})
+            if earlier.get(key) != identity.get(key)
         ]
         if wrong:
             raise ValueError(
                 f"{out} holds replies of another run ({'; '.join(wrong)}); name another folder or delete this one"
             )
+        if earlier.get("url") != identity.get("url"):
+            # Not another run: a server's job may have been started again on another node.
+            print(
+                f"{out}: begun with {earlier.get('url')}, goes on with {identity.get('url')}; they must serve the very same weights"
+            )
+        if earlier != {**identity, "num_rows": plan.num_prompts}:
+            # Fewer rows there mean that an earlier run was content with them; this one has to say so itself.
+            _write_settings(out, share, identity, plan.num_prompts)
         return
     atomic_write(out / f"dropped{share.suffix}.jsonl", "".join(json.dumps(row) + "\n" for row in plan.dropped))
     _write_settings(out, share, identity, plan.num_prompts)
@@ -335,14 +342,6 @@ def _check_other_shares(out: Path, share: Share) -> None:
             raise ValueError(
                 f"{out} holds {path.name}, of a run with another world size; name another folder or delete this one"
             )
-
-
-def _share(rank: int | None, world_size: int | None) -> Share:
-    size = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
-    own = rank if rank is not None else int(os.environ.get("RANK", "0"))
-    if not 0 <= own < size:
-        raise ValueError(f"rank {own} of {size} processes does not exist; ranks run from 0 to world_size - 1")
-    return Share(own, size)
 
 
 def _first_words(text: str, count: int | None) -> str:

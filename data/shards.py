@@ -141,10 +141,12 @@ class ShardReader:
         )
 
     def _states(self, start: int, stop: int) -> Mapping[str, Tensor]:
-        states = {layer: stored[start:stop] for layer, stored in self._hidden.items()}
         if not self._scales:
-            return states
-        return EightBitStates(states, {layer: scales[start:stop] for layer, scales in self._scales.items()})
+            return {layer: stored[start:stop] for layer, stored in self._hidden.items()}
+        codes, scales = (
+            {layer: [stored[start:stop]] for layer, stored in of.items()} for of in (self._hidden, self._scales)
+        )
+        return EightBitStates(codes, scales)
 
 
 def check_size(path: Path, record: ShardRecord) -> None:

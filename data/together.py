@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
@@ -54,12 +55,25 @@ def leading(target: Target) -> Iterator[Features]:
     ) -> ShardContent:
         _send([len(sample.input_ids) for sample in samples], group)
         _send([token for sample in samples for token in sample.input_ids], group)
-        return features(target, samples, identity, advance)
+        state.listening = False
+        content = features(target, samples, identity, advance)
+        state.listening = True
+        return content
 
+    state = _Followers()
     try:
         yield together
     finally:
-        _send([], group)
+        # Where a forward has failed here, the others have failed too or wait within it: they would not hear, and the launcher ends them.
+        if state.listening:
+            _send([], group)
+
+
+@dataclass
+class _Followers:
+    """Whether they wait for the next samples."""
+
+    listening: bool = True
 
 
 def follow(target: Target, identity: CacheIdentity) -> None:

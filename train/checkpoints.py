@@ -8,14 +8,13 @@ and a kill or a full disk in the middle leaves half a checkpoint under the name 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from draftsmith.files import atomic_write
+from draftsmith.files import atomic_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -29,6 +28,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        atomic_write(Path(path), buffer.getvalue())
+        with atomic_file(Path(path)) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # what torch makes of a disk's refusal while it closes its archive
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

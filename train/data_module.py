@@ -171,7 +171,8 @@ class CacheDataModule(pl.LightningDataModule):
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         train = self._train()
         for input_ids, loss_mask in train.cache.texts(train.indices):
-            counts += torch.bincount(input_ids[loss_mask], minlength=vocab_size)
+            labelled = input_ids[loss_mask]
+            counts.scatter_add_(0, labelled, torch.ones_like(labelled))
         return counts
 
     def val_prompts(self, num_prompts: int) -> list[list[int]]:
@@ -413,6 +414,7 @@ class CacheSubset(Dataset):
         return self.cache[int(self.indices[number])]
 
     def __getitem__(self, numbers: Sequence[int]) -> CacheBatch:
+        self.cache.read_next(self.indices[np.asarray(numbers)])
         samples = [self.sample(number) for number in numbers]
         return CacheBatch(pack(samples, self.layers, self.pad_to), tuple(sample.id for sample in samples))
 

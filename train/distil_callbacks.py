@@ -5,6 +5,7 @@ Owns: decoding held-out prompts with the current weights, the saved folder. Does
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,7 @@ class ChainDecodeValidation(pl.Callback):
         prompts = module.data().val_prompts(self.num_prompts)
         if not prompts:
             raise ValueError("no row is held out to decode; give the data a val_fraction above 0")
-        settings = GenerationSettings(**{**vars(self.settings), "eos_token_ids": module.eos_token_ids})
+        settings = replace(self.settings, eos_token_ids=module.eos_token_ids)
         engine = Engine(module.target, module.student.drafter(), self.limits)
         own = list(range(trainer.global_rank, len(prompts), trainer.world_size))
         if module.is_sharded:

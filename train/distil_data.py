@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -109,7 +110,7 @@ class DistilDataModule(pl.LightningDataModule):
         on_policy: share of the rows of an epoch that the draft LM continues itself.
         split: read the rows of this split only; null for all.
         val_fraction: share of the rows held out, at least one.
-        max_length: texts are cut to so many tokens; prompts that leave no room for a reply are left out.
+        max_length: texts are cut to so many tokens; prompts that leave no room for a reply, and empty replies, are left out and counted.
         batch_size: rows of a step on each process, on average: an epoch is cut into nearly equal batches.
         max_samples: train on no more than so many rows (the same ones under the same seed).
         template: Jinja file, or `none` for plain text; null takes the tokenizer's own. Replies with token ids need none.
@@ -157,7 +158,7 @@ class DistilDataModule(pl.LightningDataModule):
         self.val_rows: list[int] = []
         self.sources: dict[str, str] = {}
         self.num_left_out = 0
-        self._answered: set[tuple[int, ...]] = set()
+        self._answered: set[bytes] = set()
         self._epoch, self._start = 0, 0
         self._drawn: tuple[int, frozenset[int]] | None = None
 
@@ -177,6 +178,10 @@ class DistilDataModule(pl.LightningDataModule):
         if self.prompts is not None:
             self._read_prompts(self.prompts, tokenizer, eos_ids)
         self._answered.clear()
+        if self.num_left_out:
+            rank_zero_info(
+                f"{self.num_left_out} row(s) left out: no reply in them, or no room for one within max_length {self.max_length}"
+            )
         order = torch.randperm(len(self.store), generator=torch.Generator().manual_seed(self.seed)).tolist()
         if self.val_fraction > 0 and order:
             num_held_out = max(1, round(self.val_fraction * len(order)))
@@ -184,8 +189,8 @@ class DistilDataModule(pl.LightningDataModule):
         self.train_rows = sorted(order if self.max_samples is None else order[: self.max_samples])
         if not self.train_rows:
             raise ValueError(
-                f"{len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} ({self.num_left_out} leave no room for "
-                f"a reply within max_length {self.max_length}): none is left to train on; add rows, or raise max_length"
+                f"{len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} ({self.num_left_out} hold no reply, or "
+                f"leave no room for one within max_length {self.max_length}): none is left to train on; add rows, or raise max_length"
             )
         choose_on_policy(self._with_reply(), self.on_policy, self.seed, 0)
 
@@ -199,7 +204,7 @@ class DistilDataModule(pl.LightningDataModule):
             if any(labelled) and not labelled[0]:
                 self.store.add(ids, labelled)
                 if self.prompts is not None:
-                    self._answered.add(tuple(ids[: labelled.index(True)]))
+                    self._answered.add(_digest(ids[: labelled.index(True)]))
             else:
                 self.num_left_out += 1
         self.sources[str(source)] = corpus.fingerprint
@@ -210,7 +215,7 @@ class DistilDataModule(pl.LightningDataModule):
         chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else self.template, eos_ids)
         for prompt in found:
             ids = first_prompt_ids(prompt, chat)
-            if tuple(ids) in self._answered:  # its reply is a row already, and may be held out
+            if _digest(ids) in self._answered:  # its reply is a row already, and may be held out
                 continue
             if 0 < len(ids) < self.max_length:
                 self.store.add(ids, None)
@@ -235,7 +240,12 @@ class DistilDataModule(pl.LightningDataModule):
         return self._loader(self.train_rows, self.shuffle, self._epoch, self._start)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of the held-out rows in a fixed order; none when nothing is held out."""
+        """Batches of the held-out rows in a fixed order; none when nothing is held out. Raises ValueError for fewer rows than processes."""
+        if 0 < len(self.val_rows) < self._world()[1]:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} holds out {len(self.val_rows)} row(s), and each of {self._world()[1]} processes needs "
+                "one; raise val_fraction, or set it to 0"
+            )
         return self._loader(self.val_rows, False, 0, 0) if self.val_rows else []
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,6 +303,11 @@ class DistilDataModule(pl.LightningDataModule):
             start=start,
         )
         return DataLoader(_Subset(self.store, rows), batch_size=None, sampler=sampler)
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    """Stands for a prompt: 16 bytes, however long it is."""
+    return hashlib.blake2b(array("i", ids).tobytes(), digest_size=16).digest()
 
 
 class _Subset(Dataset):

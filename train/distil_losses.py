@@ -96,9 +96,13 @@ class Divergence:
             )
 
     def value(self, target_log_probs: Tensor, draft_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities [C, V] and the text's tokens int64 [C] -> nats [C], differentiable: the plain twin of :meth:`gradient`."""
+        """Log-probabilities [C, V] and the text's tokens int64 [C] -> nats [C], differentiable: the plain twin of :meth:`gradient`.
+
+        Cross-entropy learns nothing where the text's token is not among the V.
+        """
         if self.name == "cross_entropy":
-            return -draft_log_probs.gather(-1, labels[:, None]).squeeze(-1)
+            labels, known = _within(labels, draft_log_probs.shape[-1])
+            return torch.where(known, -draft_log_probs.gather(-1, labels[:, None]).squeeze(-1), 0.0)
         if self.name == "jsd":
             return jsd(target_log_probs, draft_log_probs, self.beta)
         formulas = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "total_variation": total_variation}
@@ -108,7 +112,11 @@ class Divergence:
         """The derivative of :meth:`value` by the draft's logits, [C, V], in closed form."""
         draft_probs = draft_log_probs.exp()
         if self.name == "cross_entropy":
-            return draft_probs.scatter_add(-1, labels[:, None], draft_probs.new_full((len(labels), 1), -1.0))
+            labels, known = _within(labels, draft_probs.shape[-1])
+            return (
+                draft_probs.scatter_add(-1, labels[:, None], draft_probs.new_full((len(labels), 1), -1.0))
+                * known[:, None]
+            )
         if self.name == "forward_kl":
             return draft_probs - target_log_probs.exp()
         if self.name == "reverse_kl":
@@ -275,6 +283,11 @@ def _one_chunk(
         grad_states[rows] = found.pop(0)
     for total, one in zip(grads, found, strict=True):
         total += one
+
+
+def _within(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Labels [C] that can be looked up, and bool [C], which of them are what they were."""
+    return labels.clamp(max=vocab_size - 1), labels < vocab_size
 
 
 def _mean_log_probs(target_log_probs: Tensor, draft_log_probs: Tensor, beta: float) -> Tensor:

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.engine import Engine
@@ -32,9 +32,11 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.sharding import load_sharded, sharded_over
 from draftsmith.models.target import Target
+from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
 from draftsmith.train.distil_losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
-from draftsmith.train.distil_student import LoraSettings, Student
+from draftsmith.train.distil_student import Student
+from draftsmith.train.whole_tensors import PRECISIONS
 
 ACCEPTANCE = "val/acceptance"
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -80,7 +82,7 @@ class DraftLMModule(pl.LightningModule):
         beta: of `jsd`.
         max_new_tokens: of a sampled reply.
         temperature: of the sampling; 0 is greedy.
-        lora: train a LoRA adapter of this shape; null trains all weights.
+        lora: train a LoRA adapter of this shape, by default on every linear layer but the output head; null trains all weights.
         lr: peak learning rate.
         betas: AdamW's.
         weight_decay: AdamW's, on matrices only.
@@ -137,6 +139,10 @@ class DraftLMModule(pl.LightningModule):
             raise ValueError(
                 f"target_sharding {target_sharding!r} places the target's weights itself and takes them as they are; drop adapter, "
                 "device_map and quantization, or set target_sharding to none"
+            )
+        if lora is not None and lora.dropout > 0:
+            raise ValueError(
+                f"lora dropout is {lora.dropout}; what is trained must be what samples and drafts, which drop nothing: set it to 0"
             )
         self.divergence = Divergence(divergence, beta)
         self.sampling = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -202,6 +208,17 @@ class DraftLMModule(pl.LightningModule):
                 f"cross_entropy on the draft LM's own samples (on_policy {data.on_policy}) would teach it what it does anyway; set the "
                 "data's on_policy to 0, or choose a divergence"
             )
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(strategy).__name__}, which may keep the draft LM in pieces, and it must be whole to sample; "
+                "use one device or ddp (configs/engine_ddp.yaml)"
+            )
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}, which would cast all of the draft LM, its rotary frequencies and an "
+                f"adapter included; use {' or '.join(PRECISIONS)} (and dtype bfloat16 for weights that are to lie in bf16)"
+            )
         if self.lm is None:
             self._load()
         contexts = [self.target.max_positions, self.student.doors().max_positions]
@@ -250,14 +267,34 @@ class DraftLMModule(pl.LightningModule):
     def _to_device(self) -> None:
         if self.device_map is None and self.quantization is None and not self.is_sharded:
             self.target.to(self.device)
-        if any(
-            isinstance(weight, DTensor) or weight.device != self.device or not weight.numel()
-            for weight in self.student.lm.parameters()
-        ):
-            raise ValueError(
-                f"the strategy {type(self.trainer.strategy).__name__} keeps the draft LM in pieces, and it must be whole to sample; use "
-                "one device or ddp"
-            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With LoRA leaves out the draft LM below the adapter, which its own directory holds; see on_load_checkpoint."""
+        checkpoint["draft_lm"] = self.student.fingerprint
+        checkpoint["lora"] = self.lora is not None
+        for name in self._frozen():
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts back what on_save_checkpoint left out.
+
+        Raises ValueError for a checkpoint of another draft LM, or one that trained all weights where this run trains an adapter.
+        """
+        own = {"draft_lm": self.student.fingerprint, "lora": self.lora is not None}
+        for name, value in own.items():
+            if checkpoint[name] != value:
+                raise ValueError(
+                    f"the checkpoint was made with {name} = {checkpoint[name]!r}, this run has {value!r}; resume with the draft_lm and "
+                    "lora of that run, or start a new run without --ckpt_path"
+                )
+        checkpoint["state_dict"].update(self._frozen())
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """What of the draft LM's state is not trained, by its name in a checkpoint; nothing where all weights are."""
+        if self.lora is None:
+            return {}
+        state = self.student.lm.state_dict(keep_vars=True)
+        return {f"lm.{name}": value.detach() for name, value in state.items() if not value.requires_grad}
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Mean divergence over the reply tokens of all ranks together."""
@@ -266,12 +303,14 @@ class DraftLMModule(pl.LightningModule):
         rows = self._sum_over_ranks(torch.tensor(float(len(laid.labels_R)), device=self.device))
         # The number of ranks undoes the mean that DDP takes over gradients.
         sums = self._sums(laid, self._world_size() / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
-        if not bool(torch.isfinite(sums.total)):
-            raise ValueError(
-                f"the loss is {sums.total.item()} at step {self.global_step} (rows {[text.number for text in texts][:8]}); lower lr or set "
-                "trainer.gradient_clip_val; a target that gives tokens no probability at all needs another divergence than reverse_kl"
-            )
         found = self._sum_over_ranks(torch.stack([sums.loss, sums.acceptance])) / rows
+        # Judged by the joint loss, so that all processes stop together: one alone would leave the others waiting for its gradients.
+        if not bool(torch.isfinite(found[0])):
+            raise ValueError(
+                f"the loss is {found[0].item()} at step {self.global_step} ({sums.loss.item()} on this process, rows "
+                f"{[text.number for text in texts][:8]}); lower lr or set trainer.gradient_clip_val; a target that gives tokens no "
+                "probability at all needs another divergence than reverse_kl"
+            )
         self.log("train/loss", found[0], prog_bar=True, batch_size=1)
         if self.divergence.name != "cross_entropy":
             self.log("train/acceptance", found[1], prog_bar=True, batch_size=1)
@@ -326,19 +365,17 @@ class DraftLMModule(pl.LightningModule):
         if missing:
             settings = GenerationSettings(self.sampling.max_new_tokens, eos_token_ids=self.eos_token_ids)
             engine = Engine(self.target, self.student.drafter())
-            found = engine.generate([text.ids for text in missing], settings)
+            with torch.autocast(self.device.type, enabled=False):  # the decoder casts nothing on the way
+                found = engine.generate([text.ids for text in missing], settings)
             for text, generation in zip(missing, found, strict=True):
                 self._val_replies[text.number] = text.with_reply(generation.token_ids, self.data().max_length)
         return [text if text.has_reply else self._val_replies[text.number] for text in texts]
 
     def _sums(self, laid: Laid, row_weight: Tensor | float, with_target: bool) -> DivergenceSums:
-        student, target = self.student, self.target
+        student = self.student
+        # Before the draft LM, whose activations then do not lie beside what the target's forward needs.
+        states_RE = self._target_states(laid) if with_target else None
         states_RD = student.states(laid.ids_BT)[laid.keep_mask_BT]
-        states_RE = None
-        if with_target:
-            # The target may lie on other devices; only the states of the rows come over.
-            normed_BTE = target.prefix(laid.ids_BT.to(target.device)).normed
-            states_RE = normed_BTE[laid.keep_mask_BT.to(normed_BTE.device)]
         return divergence_sums(
             self.divergence,
             states_RD,
@@ -350,6 +387,11 @@ class DraftLMModule(pl.LightningModule):
             row_weight,
             self.chunk_rows,
         )
+
+    def _target_states(self, laid: Laid) -> Tensor:
+        """[R, E], where the target has them: it may lie on other devices, and of its states only those of the rows are kept."""
+        normed_BTE = self.target.prefix(laid.ids_BT.to(self.target.device)).normed
+        return normed_BTE[laid.keep_mask_BT.to(normed_BTE.device)]
 
     def _target_logits(self, states: Tensor) -> Tensor:
         return self.target.logits(states.to(self.target.ends.device)).to(self.device)

@@ -9,8 +9,8 @@ Shape legend: B batch rows, T positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,30 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.draft_lm import LMDrafter, _check_architecture
+from draftsmith.models.draft_lm import LMDrafter, check_architecture
 from draftsmith.models.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import as_dtype, load_causal_lm, load_tokenizer, resolve
 from draftsmith.models.support import text_base
 from draftsmith.models.target import Target
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A LoRA adapter instead of all weights (arXiv:2106.09685).
-
-    Args:
-        rank: of each pair of matrices.
-        alpha: their product is scaled by alpha / rank.
-        target_modules: which layers get one: `all-linear` (all but the output head), or names of modules.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    target_modules: str | list[str] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank is {self.rank} and alpha {self.alpha}; both must be above 0")
+from draftsmith.train.adapters import LoraSettings
 
 
 class DoorsOfDraftLM(Target):
@@ -65,7 +47,7 @@ class Student:
         path: directory, hub id or `embedded:draft_lm`.
         lm: the model as loaded.
         target_vocab_size: rows of the target's head.
-        lora: train an adapter; None trains all weights.
+        lora: train an adapter, by default of every linear layer but the output head; None trains all weights.
     """
 
     def __init__(self, path: str, lm: PreTrainedModel, target_vocab_size: int, lora: LoraSettings | None) -> None:
@@ -81,7 +63,7 @@ class Student:
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float will do
-            target_modules=lora.target_modules,
+            target_modules=lora.target_modules or "all-linear",
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(lm, config)
@@ -105,7 +87,7 @@ class Student:
             raise ValueError(
                 f"{path} is an adapter; give the draft LM's own directory, or merge the adapter into it first (PEFT's merge_and_unload)"
             )
-        _check_architecture(folder)
+        check_architecture(folder)
         own, wanted = (tokenizer_fingerprint(words) for words in (load_tokenizer(path), target_tokenizer))
         if own != wanted:
             raise ValueError(
@@ -115,9 +97,9 @@ class Student:
         lm, _ = load_causal_lm(path, as_dtype(dtype))
         return cls(path, lm, target.ends.vocab_size, lora)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the weights that training began with."""
+        """Of the weights that training began with, as they lay on disk when it was first asked for."""
         return checkpoint_fingerprint(resolve(self.path))
 
     @property
@@ -185,13 +167,17 @@ class Student:
             return self.doors()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             if self._cast is None:
-                copied = copy.deepcopy(self.lm)
-                nn.Module.to(copied, torch.get_autocast_dtype(kind))
-                self._cast = DoorsOfDraftLM(copied, self.path, fingerprint="")
+                self._cast = DoorsOfDraftLM(self._copied(torch.get_autocast_dtype(kind)), self.path, fingerprint="")
                 self._cast.num_shared = self.doors().num_shared
             for cast, weight in zip(self._cast.model.parameters(), self.lm.parameters(), strict=True):
                 cast.copy_(weight)
         return self._cast
+
+    @torch.no_grad()
+    def _copied(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A copy with weights of another dtype. Buffers stay as they are: rounded rotary frequencies would turn far tokens elsewhere."""
+        weights = list(self.lm.parameters())
+        return copy.deepcopy(self.lm, {id(one): nn.Parameter(one.to(dtype, copy=True), False) for one in weights})
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
         """Writes what `load_draft_lm` reads: the whole model, or the adapter as PEFT writes it; the tokenizer beside it."""
@@ -201,7 +187,5 @@ class Student:
         elif dtype is None:
             self.lm.save_pretrained(folder)
         else:
-            cast = copy.deepcopy(self.lm)
-            nn.Module.to(cast, dtype)
-            cast.save_pretrained(folder)
+            self._copied(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

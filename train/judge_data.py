@@ -309,7 +309,7 @@ def _paths(given: Path | list[Path] | None) -> list[Path]:
     return [Path(path) for path in several]
 
 
-def _names(paths: Sequence[Path]) -> str:
+def _names(paths: Sequence[Path | str]) -> str:
     return ", ".join(map(str, paths))
 
 
@@ -369,7 +369,7 @@ def _found(wanted: dict[str, LabelledRow], caches: Sequence[HiddenStateCache]) -
     return found
 
 
-def _check_tokens(row: LabelledRow, sample: CachedSample, path: Path) -> None:
+def _check_tokens(row: LabelledRow, sample: CachedSample, path: Path | str) -> None:
     ids = row.prompt_ids + row.reply_ids
     if len(ids) != len(sample.input_ids):
         raise ValueError(

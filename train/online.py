@@ -30,7 +30,7 @@ class OnlineDataModule(CacheDataModule):
         tokens: folder for the text in token ids (5 bytes a token), seen by all processes; used again where it holds this text.
         split: keep only samples of this split.
         val_source: a second text for validation; without one, and without `val_split`, `val_fraction` of the samples is held out.
-        val_split: keep only samples of this split for validation; of `source` where there is no `val_source`.
+        val_split: keep only samples of this split for validation; of `source`, which then needs another `split`, without `val_source`.
         template: Jinja file for conversations, or `none` for plain text; null: the tokenizer's own.
         max_length: cut samples to this many tokens; null: the target's context.
         val_fraction: the share held out, at least one sample.
@@ -45,7 +45,7 @@ class OnlineDataModule(CacheDataModule):
         target_quantization: 8bit or 4bit weights for the target.
         forward_tokens: tokens of one forward of the target, padding included.
         look_ahead: run the target on the next batch before this one's step, on CUDA beside it; null: on CUDA, unless the target is
-            sharded.
+            sharded, where it is refused.
 
     Raises ValueError for settings that do not work together, for what `data extract` refuses, and for a folder of other tokens.
     """
@@ -90,6 +90,16 @@ class OnlineDataModule(CacheDataModule):
             self.texts[Path(tokens) / "val"] = own
         if forward_tokens < 1:
             raise ValueError(f"forward_tokens is {forward_tokens}; a forward needs at least 1 token")
+        if val_split is not None and val_source is None and split in (None, val_split):
+            raise ValueError(
+                f"val_split is {val_split!r} and split {split!r} of the same source, so what is validated on would be trained on too; "
+                "set split to the other samples, or val_source to another text"
+            )
+        if look_ahead and target_sharding != "none":
+            raise ValueError(
+                f"look_ahead would run the collectives of target_sharding {target_sharding!r} beside those of the gradients, which can "
+                "wait for each other for ever; leave it null"
+            )
         if target_sharding != "none" and (target_device_map or target_quantization):
             raise ValueError(
                 f"target_sharding {target_sharding!r} places the target's weights itself and takes them as they are; "

@@ -9,7 +9,6 @@ that holds for a cache's samples, their order and the resuming of an epoch holds
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from array import array
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from draftsmith import provenance
-from draftsmith.data.corpus import Corpus
+from draftsmith.data.corpus import Corpus, template_digest
+from draftsmith.data.hidden_states import sample_length
 from draftsmith.data.lengths import write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards import ShardContent, ShardRecord, write_shard
@@ -113,7 +113,7 @@ def _manifest(identity: CacheIdentity, records: Sequence[ShardRecord], counts: _
 def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus, CacheIdentity, int]:
     tokenizer = load_tokenizer(target.name, target.revision)
     config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(target.name, target.revision)).get_text_config()
-    length = _max_length(text.max_length, getattr(config, "max_position_embeddings", None), target.name)
+    length = sample_length(text.max_length, getattr(config, "max_position_embeddings", None), target.name)
     corpus = Corpus(Path(text.source), lambda: ChatTemplate(tokenizer, text.template), text.split, length)
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     corpus.check_tokenizer(own_tokenizer)
@@ -122,7 +122,7 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         target_revision=target.revision,
         target_fingerprint=target_fingerprint(target.name, target.revision, target.adapter),
         tokenizer_fingerprint=own_tokenizer,
-        template_fingerprint=_template(text.template) or template_fingerprint(tokenizer),
+        template_fingerprint=template_digest(text.template) or template_fingerprint(tokenizer),
         layers=(),
         hidden_size=int(config.hidden_size),
         dtype="float32",
@@ -136,24 +136,6 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         batch_tokens=0,
     )
     return corpus, identity, int(config.vocab_size)
-
-
-def _template(template: str | None) -> str | None:
-    """A fingerprint of a template that is not the tokenizer's own."""
-    if template is None:
-        return None
-    content = Path(template).read_bytes() if Path(template).is_file() else template.encode()
-    return hashlib.sha256(content).hexdigest()
-
-
-def _max_length(asked: int | None, context: int | None, name: str) -> int:
-    if asked is not None and asked < 2:
-        raise ValueError(f"max_length is {asked}; a sample needs at least 2 tokens")
-    if context is not None and asked is not None and asked > context:
-        raise ValueError(f"max_length is {asked}, but {name} has a context of {context} tokens; set at most that")
-    if asked is None and context is None:
-        raise ValueError(f"{name} does not say how long its context is; set max_length")
-    return asked or context or 0
 
 
 def _check_same(folder: Path, identity: CacheIdentity) -> None:

@@ -110,7 +110,7 @@ class StatesInTheLoop:
         if len(taken):
             taken, places = _to(taken, self.device), _to(places, self.device)
             for layer, room_TD in hidden.items():
-                states_BTD = output.feature(layer).to(self.device)
+                states_BTD = output.feature(layer).to(room_TD)
                 room_TD.index_copy_(0, places, states_BTD.flatten(0, 1).index_select(0, taken))
         if self.num_greedy:
             # Run by all, kept by some: see __call__.
@@ -273,7 +273,7 @@ class _Launched:
     def arrived(self) -> CacheBatch:
         """The batch, once the stream that it is used on waits for its states; this process does not wait."""
         if self.done is not None:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.batch.packed.input_ids.device)
             stream.wait_event(self.done)
             for values in _tensors(self.batch.packed):
                 values.record_stream(stream)

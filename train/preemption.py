@@ -10,6 +10,7 @@ and broadcasts from inside the signal handler, among whatever other collectives 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -29,6 +30,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Wish = Literal["stop", "requeue"]
 Phase = Literal["training", "idle", "leaving", "gone"]
+
+_LINK = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 
 
 class Preemption(pl.Callback):
@@ -56,7 +59,8 @@ class Preemption(pl.Callback):
         self._passed_on = False
         self._path = ""
         self._pipe: tuple[int, int] | None = None
-        self._disarmed = threading.Event()
+        # Made when it is needed: callbacks are sent to processes that a strategy spawns, and locks cannot be.
+        self._disarmed: threading.Event | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Learns which signals there are, before loaders start their processes."""
@@ -70,7 +74,9 @@ class Preemption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the signals over from Lightning, which gives all of them back at the end of the fit."""
-        self._wish, self._phase, self._trainer = None, "training", trainer
+        # What came in the moments before, Lightning has noted; it would end this process alone, and without a checkpoint.
+        self._wish = "stop" if trainer.received_sigterm else None
+        self._phase, self._trainer = "training", trainer
         self._saved_step, self._passed_on = -1, False
         if threading.current_thread() is not threading.main_thread():
             return
@@ -133,7 +139,7 @@ class Preemption(pl.Callback):
         """The signal handler: makes a note, and leaves where nothing can be lost."""
         self._pass_on(number)
         if self._wish != "requeue":
-            self._wish = self._signals[number]
+            self._wish = self._signals.get(number, self._wish)
         if self._phase == "idle":
             self._leave()
 
@@ -202,19 +208,17 @@ class Preemption(pl.Callback):
             os.close(write)
             return
         self._pipe, self._disarmed = (read, write), threading.Event()
-        watch = threading.Thread(
-            target=self._end_when_stuck, args=(read, self._disarmed), name="preemption", daemon=True
-        )
-        watch.start()
+        arguments = (read, self._disarmed)
+        threading.Thread(target=self._end_when_stuck, args=arguments, name="preemption", daemon=True).start()
 
     def _unwatch(self) -> None:
-        if self._pipe is None:
+        if self._pipe is None or self._disarmed is None:
             return
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
         self._disarmed.set()
         os.close(self._pipe[1])
-        self._pipe = None
+        self._pipe = self._disarmed = None
 
     def _end_when_stuck(self, read: int, disarmed: threading.Event) -> None:
         while numbers := os.read(read, 1):
@@ -282,18 +286,21 @@ def link_for_requeue(root: Path, checkpoint: str) -> None:
     """Lets Lightning find a checkpoint where it looks for one by itself in a requeued job: `hpc_ckpt_N.ckpt` in the run's root folder.
 
     A link, always to the latest checkpoint, where Lightning would write another file at each requeue and leave it. An address with a
-    scheme cannot be linked to; the job then needs `--ckpt_path last`.
+    scheme cannot be linked to, nor can a disk be that knows no links; the job then needs `--ckpt_path last`.
     """
     if "://" in str(root) or "://" in checkpoint:
         return
-    there = {path: int(path.stem.removeprefix("hpc_ckpt_")) for path in root.glob("hpc_ckpt_[0-9]*.ckpt")}
-    newest = max(there, key=lambda path: there[path], default=None)
-    if newest is not None and newest.is_symlink():
-        newest.unlink()
-        link = newest
-    else:
-        link = root / f"hpc_ckpt_{max(there.values(), default=0) + 1}.ckpt"
-    link.symlink_to(os.path.relpath(checkpoint, root))
+    there = {int(name[1]): path for path in root.glob("*") if (name := _LINK.fullmatch(path.name))}
+    newest = max(there, default=0)
+    link = root / f"hpc_ckpt_{newest + 1}.ckpt"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if newest and there[newest].is_symlink():
+            link = there[newest]
+            link.unlink()
+        link.symlink_to(os.path.relpath(checkpoint, root))
+    except OSError as error:
+        rank_zero_warn(f"{link} cannot be made ({error}); the requeued job needs --ckpt_path last to go on")
 
 
 def requeue() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from judging import judge_data, labelled_states, rows_of, save_rows
 from training import KeepLosses, make_module, make_trainer
@@ -40,6 +40,7 @@ def cache(tmp_path: Path, target: Path, reply_file: Path) -> Path:
     spread=st.floats(0, 12),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
+@example(seed=751892, width=217, exponent=-0.8045923447701142, spread=9.988632340179542, dtype=torch.float32)
 @settings(max_examples=200, deadline=None)
 def test_a_state_comes_back_within_its_bound_at_any_magnitude(
     seed: int, width: int, exponent: float, spread: float, dtype: torch.dtype
@@ -56,7 +57,8 @@ def test_a_state_comes_back_within_its_bound_at_any_magnitude(
     assert torch.equal(back_TD, dequantise_plainly(codes_TD, scales_T))
     exact_TD, error_TD = states_TD.double(), back_TD.double() - states_TD.double()
     each = torch.maximum(exact_TD.abs() / 16, scales_T.double()[:, None] / 1024)
-    each += exact_TD.abs() / 240 + 2.0**-133  # bfloat16: of a number, and among its subnormal ones
+    each += (exact_TD.abs() + each) / 256 + 2.0**-133  # bfloat16: of what comes back, and among its subnormal ones
+    each *= 1 + 1e-6  # float32, in which it is computed
     assert bool((error_TD.abs() <= each).all())
     assert bool((error_TD.norm(dim=-1) <= LARGEST_ERROR * exact_TD.norm(dim=-1)).all())
 
@@ -259,7 +261,7 @@ def test_every_family_learns_from_eight_bits_nearly_what_it_learns_from_whole_st
     losses: dict[str, list[float]] = {}
     for folder in (cache, tmp_path / "whole"):
         losses[folder.name] = []
-        trainer = make_trainer(tmp_path, max_steps=3, callbacks=[KeepLosses(losses[folder.name])])
+        trainer = make_trainer(tmp_path, max_steps=3, max_epochs=-1, callbacks=[KeepLosses(losses[folder.name])])
         module = make_module(target, drafter=family, num_steps=2, **settings)
         trainer.fit(module, CacheDataModule(folder, val_fraction=0.2, tokens_per_batch=60))
     assert len(losses["cache"]) == 3

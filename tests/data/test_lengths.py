@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.data.lengths import LENGTHS_FILE, read_lengths, write_lengths
@@ -21,6 +21,7 @@ def manifest_of(shards: list[list[int]]) -> Manifest:
     return Manifest(IDENTITY, len(flat), sum(flat), 0, 0, 0).with_shards(records)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 2**20), min_size=1, max_size=9), min_size=1, max_size=9))
 def test_lengths_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]]

@@ -140,6 +140,46 @@ def test_a_url_is_known_from_a_folder_even_after_it_was_taken_for_a_path(path: P
     assert location(path) == place
 
 
+@pytest.mark.parametrize(
+    "path", ["runs/a b/cache", "/data/ö:x@y/cache?", "s3://bucket/a b/c:d@e", "http://host:80/c@d"]
+)
+def test_odd_letters_are_no_secrets(path: str) -> None:
+    assert str(location(path)) == path
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://me:hush@host/cache", "simplecache::ftp://me:hush@host/cache", "https://host/cache?sig=hush"],
+)
+def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
+    for path in (url, Path(url)):
+        with pytest.raises(ValueError, match=r"FSSPEC_[A-Z]+=") as refused:
+            HiddenStateCache(path)
+        assert "hush" not in str(refused.value)
+
+
+def test_options_of_a_file_system_come_from_fsspecs_own_configuration(
+    tmp_path: Path, upload: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(write_cache(tmp_path / "cache"))
+    monkeypatch.setitem(fsspec.config.conf, "flaky", {"token": "hush"})
+    cache = opened(url, tmp_path)
+    assert cache.remote is not None
+    assert cache.remote.source._file_system()[0].storage_options == {"token": "hush"}
+
+
+def test_a_path_with_spaces_is_read_from_both_sides(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "my cache")
+    file_system, root = fsspec.core.url_to_fs("memory://with spaces/my cache")
+    for file in folder.iterdir():
+        file_system.pipe_file(f"{root}/{file.name}", file.read_bytes())
+    try:
+        far = HiddenStateCache("memory://with spaces/my cache", shard_cache=tmp_path / "the node", retry=AT_ONCE)
+        assert same(HiddenStateCache(f"file://{folder}"), far)
+    finally:
+        file_system.rm(root, recursive=True)
+
+
 def test_samples_behind_a_url_are_those_of_the_folder(tmp_path: Path, upload: Callable[..., str]) -> None:
     folder = write_cache(tmp_path / "cache")
     cache = opened(upload(folder), tmp_path)
@@ -169,6 +209,32 @@ def test_lengths_and_texts_are_known_without_any_states(
     before = Flaky.reads.total()
     assert opened(url, tmp_path).lengths.tolist() == cache.lengths.tolist()
     assert Flaky.reads.total() - before == 2  # the manifest, and the file of lengths or the try for it
+
+
+def test_texts_cut_short_by_the_network_are_read_again(tmp_path: Path, upload: Callable[..., str]) -> None:
+    folder = write_cache(tmp_path / "cache", with_lengths=False)
+    cache, own = opened(upload(folder), tmp_path), HiddenStateCache(folder)
+    for name in ("shard-00001.safetensors", "shard-00003.safetensors"):
+        Flaky.cuts[name] = 2
+    assert cache.sample_lengths == own.sample_lengths
+    Flaky.cuts["shard-00002.safetensors"] = 2
+    pairs = zip(cache.texts(range(13)), own.texts(range(13)), strict=True)
+    assert all(torch.equal(ids, own_ids) and torch.equal(mask, own_mask) for (ids, mask), (own_ids, own_mask) in pairs)
+    assert list(cache.texts([])) == []
+
+
+def test_texts_are_read_several_shards_at_a_time(tmp_path: Path, upload: Callable[..., str]) -> None:
+    """And not all of them for who stops early."""
+    folder = write_cache(tmp_path / "cache", [[3, 2]] * 60)
+    cache = opened(upload(folder), tmp_path)
+    assert len(cache.lengths) == 120
+    Flaky.pause = 0.05
+    started = time.monotonic()
+    assert len(list(cache.texts(range(120)))) == 120
+    assert time.monotonic() - started < 60 * 0.05 / 2
+    Flaky.reads.clear()
+    next(iter(cache.texts(range(120))))
+    assert Flaky.reads.total() < 40
 
 
 def test_a_network_that_fails_now_and_then_is_tried_again(tmp_path: Path, upload: Callable[..., str]) -> None:
@@ -277,6 +343,82 @@ def test_the_folder_drops_what_was_not_used_for_longest_and_never_what_is_held(t
     assert first.path.read_bytes() == contents[0]
 
 
+def test_a_shard_larger_than_the_folder_may_be_is_told_at_once(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"one shard has .*; raise shard_cache_gib"):
+        hold(ShardFolder(tmp_path / "node", limit=99), b"x" * 100)
+    assert time.monotonic() - started < 10
+
+
+def test_a_process_forked_in_the_middle_of_a_fetch_keeps_nothing_locked(tmp_path: Path) -> None:
+    """Validation's workers are forked while threads fetch for training, and live as long as it does."""
+    context = multiprocessing.get_context("fork")
+    may_end = context.Event()
+    process = context.Process(target=may_end.wait, args=(30,))
+    folder = ShardFolder(tmp_path / "node", limit=300)
+
+    def fill(into: int) -> None:
+        process.start()
+        os.pwrite(into, b"x" * 100, 0)
+
+    name = hashlib.sha256(b"x" * 100).hexdigest()
+    try:
+        fetched_now = folder.hold(name, 100, fill)
+        assert fetched_now is not None
+        fetched_now.release()
+        again: list[Any] = []
+        thread = threading.Thread(target=lambda: again.append(hold(folder, b"x" * 100)), daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        assert process.is_alive()
+        assert [held.path for held in again] == [fetched_now.path]
+        again[0].release()
+        assert remote._drop_if_free(fetched_now.path)
+    finally:
+        may_end.set()
+        process.join(timeout=20)
+        process.kill()
+
+
+def test_a_worker_forked_in_training_does_not_keep_what_was_fetched_ahead(
+    tmp_path: Path, upload: Callable[..., str]
+) -> None:
+    cache = opened(upload(write_cache(tmp_path / "cache")), tmp_path)
+    cache.need([0, 2, 3], cache)
+    assert cache.remote is not None
+    ahead = cache.remote._ahead
+    assert ahead is not None
+    wait_for(lambda: ahead[1].held == {0, 2, 3})
+    context = multiprocessing.get_context("fork")
+    has_read, may_end = context.Event(), context.Event()
+    process = context.Process(target=read_another, args=(cache, has_read, may_end))
+    process.start()
+    try:
+        assert has_read.wait(60)
+        paths = [tmp_path / "node" / f"{cache.manifest.shards[number].sha256}.safetensors" for number in (0, 2, 3)]
+        assert not any(remote._drop_if_free(path) for path in paths)
+        cache.need([2], cache)
+        assert [remote._drop_if_free(path) for path in paths] == [True, False, True]
+        if Path("/proc").is_dir():  # a dropped file that a process has open still takes up the disk
+            opened_there = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+            assert sum(str(tmp_path / "node") in name for name in opened_there) == 1
+    finally:
+        may_end.set()
+        process.join(timeout=20)
+        process.kill()
+        cache.close()
+
+
+def test_a_reader_holds_only_what_it_reads_now(tmp_path: Path, upload: Callable[..., str]) -> None:
+    cache = opened(upload(write_cache(tmp_path / "cache")), tmp_path)
+    paths = [tmp_path / "node" / f"{record.sha256}.safetensors" for record in cache.manifest.shards]
+    for batch, shards in (([0, 3], {0, 1}), ([4, 12, 0], {0, 2, 4}), ([8], {3})):
+        cache.read_next(np.array(batch))
+        assert [cache[index].input_ids.shape[0] for index in batch] == cache.lengths[batch].tolist()
+        held = {number for number, path in enumerate(paths) if path.exists() and not remote._drop_if_free(path)}
+        assert held == shards
+
+
 def test_a_reader_lets_go_of_what_it_read_before_it_waits_for_others(
     tmp_path: Path, upload: Callable[..., str]
 ) -> None:
@@ -340,6 +482,22 @@ def test_what_cannot_be_fetched_ahead_is_told_to_who_reads_it(tmp_path: Path, up
     wait_for(lambda: len(fetched(tmp_path)) == 1 and Flaky.failures["shard-00001.safetensors"] == 0)
     assert cache[3].id == "s1-0"
     cache.close()
+
+
+def test_what_another_process_is_fetching_keeps_nobody_from_the_rest() -> None:
+    got: list[int] = []
+
+    def hold_some(number: int) -> Any:
+        if number == 0 and len(got) < 5:
+            return None
+        got.append(number)
+        return remote.Held(Path("x"), os.open(os.devnull, os.O_RDONLY))
+
+    ahead = Ahead(hold_some, threads=1)
+    ahead.want(range(6))
+    wait_for(lambda: ahead.held == set(range(6)))
+    assert got == [1, 2, 3, 4, 5, 0]
+    ahead.close()
 
 
 def test_threads_end_when_they_are_closed() -> None:

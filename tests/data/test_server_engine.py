@@ -21,7 +21,7 @@ from tiny import EOS
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.cli import main
-from draftsmith.data import engine_server, http_json
+from draftsmith.data import engine_server, http_json, responses
 from draftsmith.data.corpus import source_files
 from draftsmith.data.dialogues import Failure, answer_independently
 from draftsmith.data.engine_sampling import check_settings, sampling, settle
@@ -48,6 +48,7 @@ class Server(ThreadingHTTPServer):
         trick: called with the handler, the request and how often this prompt was asked before; True when it has answered.
         asked: every request, in the order of arrival.
         most_at_once: how many requests were ever under way together.
+        connections: how many were ever made.
     """
 
     daemon_threads = True
@@ -62,12 +63,16 @@ class Server(ThreadingHTTPServer):
         self.trick: Trick = lambda handler, request, times: False
         self.asked: list[Answer] = []
         self.headers_seen: list[str] = []
-        self.at_once = self.most_at_once = 0
+        self.at_once = self.most_at_once = self.connections = 0
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone is part of the game."""
@@ -246,6 +251,16 @@ def rubbish(handler: Handler, request: Answer, times: int) -> bool:
     return True
 
 
+def trickle(handler: Handler, request: Answer, times: int) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(40):
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
+    return True
+
+
 def says(**changes: Any) -> Trick:
     """An answer with changed fields; None takes a field away."""
 
@@ -263,6 +278,7 @@ def empty(handler: Handler, request: Answer, times: int) -> bool:
 
 MISHAPS: dict[str, tuple[Trick, str]] = {
     "timeout": (hang, "TimeoutError|timed out"),
+    "trickle": (trickle, "TimeoutError: timed out"),
     "500": (fail(500), "status 500: overloaded"),
     "503": (fail(503), "status 503"),
     "429": (fail(429, Retry_After="0.01"), "status 429"),
@@ -303,6 +319,65 @@ def test_a_server_that_names_its_pause_gets_it(server: Server) -> None:
     assert http_json._seconds("soon") == 0.0
 
 
+def test_a_connection_is_kept_and_one_that_the_server_has_closed_costs_no_attempt(server: Server) -> None:
+    engine = connect(server, retries=0)
+    for _ in range(3):
+        engine.ask([5, 6, 7], SETTINGS, 1)
+    assert server.connections == 1
+
+    def close_without_a_word(handler: Handler, request: Answer, times: int) -> bool:
+        handler.send(handler.answer(request))
+        handler.close_connection = True
+        return True
+
+    server.trick = close_without_a_word
+    for expected in (1, 2, 3):
+        engine.ask([5, 6, 7], SETTINGS, 1)
+        time.sleep(0.3)
+        assert server.connections == expected
+    assert len(server.asked) == 6
+
+
+def test_a_server_may_be_waited_for_as_long_as_one_likes(server: Server) -> None:
+    server.trick = fail(503)
+    client = http_json.JsonClient(server.url, retries=1100, first_wait=0.0)
+    with pytest.raises(Unanswered, match="503") as error:
+        client.post("/v1/completions", {"prompt": []}, lambda answer: answer)
+    assert error.value.attempts == 1101
+
+
+def test_a_request_that_is_still_connecting_when_all_is_over_ends_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, began, may_connect, ended = connect(server, timeout=60), *(threading.Event() for _ in range(3))
+    real = socket.create_connection
+
+    def slowly(*arguments: Any) -> socket.socket:
+        began.set()
+        may_connect.wait(30)
+        return real(*arguments)
+
+    def ask() -> None:
+        with pytest.raises(Unanswered, match="the run is ending"):
+            engine.ask([5], SETTINGS, 1)
+        ended.set()
+
+    monkeypatch.setattr(socket, "create_connection", slowly)
+    server.trick = lambda handler, request, times: bool(time.sleep(40))
+    threading.Thread(target=ask, daemon=True).start()
+    assert began.wait(30)
+    engine.close()
+    may_connect.set()
+    assert ended.wait(20)
+
+
+@pytest.mark.parametrize("url", ["http://me:sesame@host:8000", "https://host/v1?key=sesame", "http://me:sesame@host:x"])
+def test_an_address_with_a_secret_in_it_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match="url") as error:
+        ServerEngine(ServerOptions(url), "target", 300, None)
+    assert "sesame" not in str(error.value)
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_request_that_is_wrong_is_an_error_at_once(server: Server, status: int) -> None:
     server.trick = fail(status)
@@ -327,6 +402,39 @@ def test_an_answer_that_is_not_the_targets_to_this_prompt_is_refused(server: Ser
     server.trick = trick
     with pytest.raises(ValueError, match=told):
         connect(server).ask([5, 6, 7], SETTINGS, 1)
+
+
+def test_an_answer_of_another_model_is_refused_and_one_under_another_of_its_names_is_not(server: Server) -> None:
+    server.models = [{"id": "first", "root": "/weights"}, {"id": "second", "root": "/weights"}, {"id": "other"}]
+    engine = ServerEngine(ServerOptions(server.url, served_model="second"), "org/target", 300, 64)
+    for name in ("first", "second", "org/target"):
+        server.name = name
+        assert engine.ask([5], SETTINGS, 1).token_ids == [11, EOS]
+    server.name = "other"
+    with pytest.raises(ValueError, match="asked for second and answered with other"):
+        engine.ask([5], SETTINGS, 1)
+
+
+def test_one_bad_reply_among_good_ones_does_not_keep_the_others_from_being_answered(
+    server: Server, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    server.trick = lambda handler, request, times: (
+        request["prompt"][0] == 7 and says(token_ids=[300, EOS])(handler, request, times)
+    )
+    chat = ChatTemplate(tokenizer)
+
+    def outcomes(first: int, trusted: bool = False) -> list[object]:
+        prompts = [(asking("Hi", name=f"p{n}"), [n]) for n in range(first, 10)]
+        engine = connect(server, concurrency=1)
+        return [
+            (found.id, "token 300" in found.reason) if isinstance(found, Failure) else found["id"]
+            for found in answer_independently(prompts, SETTINGS, 64, chat, engine, trusted)
+        ]
+
+    assert outcomes(5) == ["p5", "p6", ("p7", True), "p8", "p9"]
+    assert outcomes(7, trusted=True) == [("p7", True), "p8", "p9"]
+    with pytest.raises(ValueError, match="token 300"):
+        outcomes(7)
 
 
 def test_a_reply_that_ends_at_a_token_of_the_servers_own_is_refused() -> None:
@@ -367,7 +475,13 @@ def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.
     connect(server).ask([5], SETTINGS, 1)
     monkeypatch.setenv("SERVER_KEY", "secret")
     connect(server, api_key_variable="SERVER_KEY").ask([5], SETTINGS, 1)
-    assert server.headers_seen == ["", "Bearer secret"]
+    monkeypatch.setenv("SERVER_KEY", "secret\n")
+    connect(server, api_key_variable="SERVER_KEY").ask([5], SETTINGS, 1)
+    assert server.headers_seen == ["", "Bearer secret", "Bearer secret"]
+    monkeypatch.setenv("SERVER_KEY", "sec\nret")
+    with pytest.raises(ValueError, match="line breaks") as error:
+        connect(server, api_key_variable="SERVER_KEY")
+    assert "ret" not in str(error.value).replace("retries", "")
 
 
 def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
@@ -402,6 +516,9 @@ def test_every_setting_is_named_and_a_seed_belongs_to_its_request() -> None:
     assert 0 <= sampling(GenerationSettings(seed=2**62), 2**32 - 1, 1)["seed"] < 2**63
     check_settings(settings)
     check_settings(GenerationSettings(temperature=1.0, min_p=0.1, top_k=5))
+    check_settings(GenerationSettings(temperature=0.01))
+    with pytest.raises(ValueError, match=r"vLLM samples at 0\.01"):
+        check_settings(GenerationSettings(temperature=0.001))
     with pytest.raises(ValueError, match="min_p before top_p"):
         check_settings(GenerationSettings(temperature=1.0, min_p=0.1, top_p=0.9))
 
@@ -467,6 +584,47 @@ def test_prompts_that_never_get_an_answer_can_be_done_without(
         source_files(out)
     assert main([*asked, "--skip_failed", "true"]) == 0
     assert source_files(out) == [out / "responses.jsonl"]
+    # Whoever asks again without these words wants them all.
+    assert main(asked) == 1
+    with pytest.raises(ValueError, match="has 11 of 12 replies"):
+        source_files(out)
+
+
+def test_a_run_goes_on_with_another_server_in_so_many_words_and_not_with_another_engine(
+    server: Server,
+    target: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, kept = tmp_path / "out", list[responses.JsonlAppender]()
+
+    class Watched(responses.JsonlAppender):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            kept.append(self)
+
+    monkeypatch.setattr(responses, "JsonlAppender", Watched)
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    asked = command(server, target, prompt_file, out)
+    assert main(asked) == 0
+    assert "Bearer sesame" in server.headers_seen
+    # A million replies do not fit in memory.
+    assert kept[0].path == out / "responses.jsonl"
+    assert kept[0].rows == []
+    host, port = "localhost", server.server_address[1]
+    moved = [word.replace("127.0.0.1", host) for word in asked]
+    assert main(moved) == 0
+    said = capsys.readouterr()
+    assert f"begun with {server.url}, goes on with http://{host}:{port};" in said.out
+    assert json.loads((out / "settings.json").read_text())["url"] == f"http://{host}:{port}"
+    assert main(moved) == 0
+    assert "begun with" not in capsys.readouterr().out
+    assert not [path for path in out.iterdir() if b"sesame" in path.read_bytes()]
+    assert "sesame" not in said.out + said.err
+    with pytest.raises(ValueError, match="engine: there 'server', now None"):
+        respond(str(target), prompt_file, out, max_new_tokens=6, temperature=0.0)
 
 
 def test_a_server_that_is_gone_for_good_ends_the_run(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:

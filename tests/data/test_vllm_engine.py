@@ -87,6 +87,8 @@ def test_it_gives_the_rows_of_the_bundled_decoder(
     respond(out=tmp_path / "vllm", engine="vllm", vllm=VllmOptions(2, 0.5), dtype="bfloat16", **common)  # type: ignore[arg-type]
     rows = [(tmp_path / name / "responses.jsonl").read_text() for name in ("bundled", "vllm")]
     assert rows[0] == rows[1] != ""
+    with pytest.raises(ValueError, match="engine: there 'vllm', now None"):
+        respond(out=tmp_path / "vllm", dtype="bfloat16", **common)  # type: ignore[arg-type]
     [settings] = vllm.built
     assert settings == {
         "model": str(target),

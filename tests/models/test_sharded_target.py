@@ -3,6 +3,7 @@
 Run as a script, this file is what each of the processes does.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,14 +15,18 @@ from typing import Any, Literal
 import pytest
 import torch
 from tiny import make_tokenizer, save_target
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from draftsmith.data import together
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.hidden_states import extract
+from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.local import greedy_continuations
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models import sharding as sharding_module
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.redrafter import ReDrafter
 from draftsmith.models.sharding import ShardedOver, bytes_held, load_sharded, sharded_over
@@ -264,6 +269,7 @@ def test_extraction_together_needs_a_launcher_and_whole_weights(tmp_path: Path) 
     for settings, complaint in (
         ({}, "start them with torchrun"),
         ({"quantization": "8bit", "device_map": "auto"}, "which device_map, quantization does not go with"),
+        ({"rank": 0, "world_size": 1}, "which rank, world_size does not go with"),
     ):
         with pytest.raises(ValueError, match=complaint):
             extract("embedded:target", tmp_path, tmp_path / "cache", target_sharding="tp", **settings)  # type: ignore[arg-type]
@@ -279,6 +285,84 @@ def test_heads_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
     folder = save_target(tmp_path / "target")
     with pytest.raises(ValueError, match="num_attention_heads = 4, which 3 processes cannot share equally"):
         load_sharded(str(folder), "float32", ShardedOver("tp", 0, 3), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("sharding", "remedy"), [("tp", "use fsdp2"), ("fsdp2", "use zero3")])
+def test_a_family_without_a_plan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: Any, remedy: str
+) -> None:
+    folder = save_target(tmp_path / "target")
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", None)
+    monkeypatch.setattr(LlamaConfig, "base_model_fsdp_plan", None)
+    with pytest.raises(
+        ValueError, match=f"'llama', for which transformers has no base_model_{sharding.rstrip('2')}.*{remedy}"
+    ):
+        load_sharded(str(folder), "float32", ShardedOver(sharding, 0, 2), torch.device("cpu"))
+
+
+def test_parts_are_placed_on_the_device_of_the_run_whatever_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(sharding_module, "_load_part", lambda *_: seen.append(os.environ.get("LOCAL_RANK")) or 1 / 0)
+    for before in ("1", None):
+        monkeypatch.setenv("LOCAL_RANK", before) if before else monkeypatch.delenv("LOCAL_RANK")
+        with pytest.raises(ZeroDivisionError):
+            load_sharded("embedded:target", "float32", ShardedOver("fsdp2", 1, 2), torch.device("cuda", 3))
+        assert os.environ.get("LOCAL_RANK") == before
+    assert seen == ["3", "3"]
+
+
+def test_the_cpu_is_refused_where_parts_would_be_placed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    with pytest.raises(ValueError, match="placed on this machine's cuda"):
+        load_sharded("embedded:target", "float32", ShardedOver("tp", 0, 2), torch.device("cpu"))
+
+
+def test_states_and_logits_come_back_to_the_device_of_the_ids_wherever_layers_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trunk and the head of this target compute on the CPU what is asked for on the meta device, as accelerate has a GPU do it."""
+    target = Target.load(str(save_target(tmp_path / "target")))
+    head = target.ends.head.forward
+    monkeypatch.setattr(target.ends.head, "forward", lambda states: head(torch.zeros(states.shape)))
+
+    class Elsewhere(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            states = target._blocks[0](
+                torch.zeros(*input_ids.shape, 32), position_embeddings=rotation(input_ids.shape[1])
+            )
+            return BaseModelOutputWithPast(last_hidden_state=target._norm(states))
+
+    def rotation(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return target.model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+
+    target._base = Elsewhere()
+    output = target.prefix(torch.zeros(2, 5, dtype=torch.int64, device="meta"), LAYERS[:1])
+    found = [output.pre_norm, output.normed, output.feature(LAYERS[0]), target.logits(output.normed)]
+    assert [states.device.type for states in found] == ["meta"] * 4
+
+
+class Calls:
+    """Stands for the process group of an extraction: notes what the first process sends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent: list[list[int]] = []
+        monkeypatch.setattr(together.distributed, "new_group", lambda **_: None)
+        monkeypatch.setattr(together, "_send", lambda numbers, group: self.sent.append(list(numbers)))
+
+
+@pytest.mark.parametrize("where", ["in a forward", "elsewhere", "nowhere"])
+def test_other_processes_are_let_go_unless_they_wait_within_a_forward(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    calls = Calls(monkeypatch)
+    monkeypatch.setattr(together, "features", lambda *_: 1 / 0 if where == "in a forward" else None)
+    # Sending would wait for ever where the others are in a collective that this process has left.
+    with contextlib.suppress(ZeroDivisionError), together.leading(None) as compute:  # type: ignore[arg-type]
+        compute([TokenizedSample("a", [5, 6], [True, True])], None, print)  # type: ignore[arg-type]
+        if where == "elsewhere":
+            raise ZeroDivisionError
+    assert calls.sent == [[2], [5, 6], *([[]] if where != "in a forward" else [])]
 
 
 def test_only_tensor_parallelism_needs_the_same_texts_everywhere() -> None:

@@ -67,6 +67,14 @@ def test_every_row_comes_once_an_epoch_and_held_out_ones_never(tmp_path: Path) -
     assert data.val_prompts(5) == [[5, 6, 10 + number] for number in held_out]
 
 
+def test_held_out_rows_too_few_for_the_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = read(replies=write_replies(tmp_path / "r.jsonl"), val_fraction=0.1)
+    monkeypatch.setattr(data, "_world", lambda: (0, 2))
+    assert len(data.train_dataloader())
+    with pytest.raises(ValueError, match=r"val_fraction 0\.1 holds out 1 row\(s\), and each of 2 processes"):
+        data.val_dataloader()
+
+
 def test_a_store_gives_back_what_was_put_in() -> None:
     store = TextStore()
     store.add([5, 6, 7], [False, True, True])
@@ -107,8 +115,23 @@ def test_what_leaves_no_room_for_a_reply_is_left_out_and_counted(tmp_path: Path)
     data = read(prompts=write_prompts(tmp_path / "p.jsonl", ["a", "How many apples does Tom have now?"]), max_length=12)
     assert len(data.train_rows) == 1
     assert data.num_left_out == 1
-    with pytest.raises(ValueError, match=r"1 leave no room for a reply within max_length 3"):
+    with pytest.raises(ValueError, match=r"1 hold no reply, or leave no room for one within max_length 3"):
         read(prompts=write_prompts(tmp_path / "q.jsonl", ["apples"]), max_length=3)
+
+
+def test_empty_replies_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_replies(tmp_path / "r.jsonl", 4)
+    with path.open("a") as file:
+        file.write(json.dumps({"id": "silent", "prompt_ids": [5], "reply_ids": []}) + "\n")
+    with caplog.at_level("INFO"):
+        assert len(read(replies=path).train_rows) == 4
+    assert "1 row(s) left out" in caplog.text
+
+
+def test_an_empty_file_of_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"p\.jsonl is empty"):
+        read(prompts=tmp_path / "p.jsonl")
 
 
 def test_replies_in_another_tokenizers_ids_are_refused(tmp_path: Path) -> None:

@@ -195,6 +195,19 @@ def test_tokens_that_one_model_has_not_get_no_mass() -> None:
     assert acceptance(target + mass, draft).item() == pytest.approx(0.5)
 
 
+def test_a_token_of_the_text_that_the_draft_has_not_teaches_nothing() -> None:
+    given = batch(rows=4, draft_vocab=5, target_vocab=8)
+    given["labels"] = torch.tensor([1, 6, 2, 7])
+    sums = divergence_sums(Divergence("cross_entropy"), chunk_rows=3, **given)  # type: ignore[arg-type]
+    logits = given["draft_head"](given["draft_states"])[[0, 2]]  # type: ignore[operator, index]
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2]), reduction="sum")
+    assert sums.loss.item() == pytest.approx(wanted.item())
+    [found] = torch.autograd.grad(sums.total, [given["draft_states"]])  # type: ignore[list-item]
+    [expected] = torch.autograd.grad(wanted, [given["draft_states"]])  # type: ignore[list-item]
+    assert torch.allclose(found, expected, atol=1e-7)
+    assert not expected[1].any()
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "total_variation"])
 def test_tokens_that_a_target_never_says_do_no_harm(name: DivergenceName) -> None:
     target, draft = torch.tensor([[0.0, -math.inf]]).log_softmax(-1), torch.zeros(1, 2).log_softmax(-1)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from distilling import REPLY, distil_data, distil_module, fit, save_draft_lm, save_replies
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from tiny import make_tokenizer
 from training import VOCAB, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,11 +21,12 @@ from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.target import Target
+from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_callbacks import ChainDecodeValidation, KeepBestDraftLM
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
 from draftsmith.train.distil_losses import DIVERGENCES, DivergenceName
 from draftsmith.train.distil_module import ACCEPTANCE, DraftLMModule, lay_out
-from draftsmith.train.distil_student import LoraSettings
+from draftsmith.train.engines import FullyShard
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,14 @@ def set_up(root: Path, module: DraftLMModule, data: Any) -> None:
     make_trainer(root, max_epochs=0).fit(module, data)
 
 
+def save_prompts(folder: Path) -> Path:
+    """Ten prompts without replies."""
+    prompts = folder / "prompts.jsonl"
+    rows = [{"id": f"p{row}", "messages": [{"role": "user", "content": f"w{row + 2} w9"}]} for row in range(10)]
+    prompts.write_text("".join(json.dumps({**row, "split": "train", "source": "s"}) + "\n" for row in rows))
+    return prompts
+
+
 def weights(module: DraftLMModule) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in module.student.lm.named_parameters()}
 
@@ -72,7 +82,7 @@ def test_the_state_at_a_token_meets_the_next_one() -> None:
         ("forward_kl", 0.5, None, 0.05),
         ("forward_kl", 0.0, None, 0.05),
         # Behind a random body, the head is where a few numbers do something.
-        ("forward_kl", 1.0, LoraSettings(8, 16, ["q_proj", "down_proj", "lm_head"]), 0.01),
+        ("forward_kl", 1.0, LoraSettings(8, 16.0, target_modules=["q_proj", "down_proj", "lm_head"]), 0.01),
     ],
 )
 def test_distilling_raises_the_acceptance_on_unseen_prompts(
@@ -117,10 +127,7 @@ def test_the_acceptance_is_that_of_the_two_models_along_the_targets_reply(
 def test_prompts_alone_are_held_out_with_the_targets_greedy_replies(
     speaker: Path, draft_lm: Path, tmp_path: Path
 ) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    rows = [{"id": f"p{row}", "messages": [{"role": "user", "content": f"w{row + 2} w9"}]} for row in range(10)]
-    prompts.write_text("".join(json.dumps({**row, "split": "train", "source": "s"}) + "\n" for row in rows))
-    data = DistilDataModule(prompts=prompts, template="none", batch_size=4, val_fraction=0.2)
+    data = DistilDataModule(prompts=save_prompts(tmp_path), template="none", batch_size=4, val_fraction=0.2)
     module = distil_module(speaker, draft_lm)
     metrics = fit(tmp_path, module, data, callbacks=[ChainDecodeValidation(2, 4)]).callback_metrics
     target = Target.load(str(speaker))
@@ -318,6 +325,19 @@ def test_the_loss_of_a_rank_makes_up_for_the_mean_that_ddp_takes(
     assert module.training_step(batch, 0).item() == pytest.approx(alone.item() / 4)
 
 
+def test_all_processes_stop_for_a_loss_that_only_another_one_cannot_tell(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, data = distil_module(speaker, draft_lm), distil_data(replies, on_policy=0.0)
+    set_up(tmp_path, module, data)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    # The others' rows are counts, their losses are not finite.
+    monkeypatch.setattr(module, "_sum_over_ranks", lambda values: values * (torch.nan if values.ndim else 2.0))
+    batch = TextBatch([data.store.text(number) for number in data.train_rows[:3]])
+    with pytest.raises(ValueError, match=r"the loss is nan at step 0 \(\d"):
+        module.training_step(batch, 0)
+
+
 def test_padded_rows_of_either_vocabulary_do_no_harm(speaker: Path, replies: Path, tmp_path: Path) -> None:
     for vocab_size in (VOCAB + 3, VOCAB):
         padded = save_draft_lm(tmp_path / str(vocab_size), speaker, vocab_size)
@@ -351,6 +371,73 @@ def test_bf16_autocast_trains_although_the_same_weights_sample_before(
     fit(tmp_path, module, distil_data(replies), precision="bf16-mixed", limit_train_batches=1)
     after = weights(module)
     assert all(not torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_prompts_alone_are_answered_under_autocast_as_without(speaker: Path, draft_lm: Path, tmp_path: Path) -> None:
+    answered = []
+    for precision in ("32-true", "bf16-mixed"):
+        data = DistilDataModule(prompts=save_prompts(tmp_path), template="none", batch_size=4, val_fraction=0.2)
+        module = distil_module(speaker, draft_lm)
+        fit(tmp_path, module, data, precision=precision, limit_train_batches=1)
+        answered.append({number: text.ids for number, text in module._val_replies.items()})
+    assert len(answered[0]) == 2
+    assert answered[0] == answered[1]
+
+
+def test_the_copy_that_samples_rounds_weights_and_leaves_positions_exact(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    module = distil_module(speaker, draft_lm)
+    set_up(tmp_path, module, distil_data(replies))
+    with torch.autocast("cpu", torch.bfloat16):
+        sampler = module.student._sampler()
+    assert {weight.dtype for weight in sampler.model.parameters()} == {torch.bfloat16}
+    own = dict(module.student.lm.named_buffers())
+    assert own
+    assert all(torch.equal(buffer, own[name]) for name, buffer in sampler.model.named_buffers())
+    assert {weight.dtype for weight in module.student.lm.parameters()} == {torch.float32}
+
+
+def test_a_precision_that_casts_all_of_the_draft_lm_is_refused(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.precision is bf16-true"):
+        fit(tmp_path, distil_module(speaker, draft_lm), distil_data(replies), precision="bf16-true")
+
+
+def test_an_adapter_over_bf16_weights_is_trained_in_float32(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    module = distil_module(speaker, draft_lm, lora=LoraSettings(2), dtype="bfloat16", target_dtype="bfloat16")
+    metrics = fit(tmp_path, module, distil_data(replies), callbacks=[ChainDecodeValidation(2, 4)]).callback_metrics
+    kinds = {weight.requires_grad: weight.dtype for weight in module.student.lm.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert 0.0 < float(metrics[ACCEPTANCE]) < 1.0
+
+
+def test_a_checkpoint_of_an_adapter_leaves_the_draft_lm_out_and_knows_which_it_was(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    lora = LoraSettings(2)
+    saver = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True, enable_version_counter=False)
+    fit(
+        tmp_path,
+        distil_module(speaker, draft_lm, lora=lora),
+        distil_data(replies),
+        callbacks=[saver],
+        enable_checkpointing=True,
+    )
+    path = tmp_path / "last.ckpt"
+    kept = torch.load(path, weights_only=True)["state_dict"]
+    assert kept
+    assert all("lora_" in name for name in kept)
+    other = save_draft_lm(tmp_path / "other", speaker, seed=6)
+    for module, told in (
+        (distil_module(speaker, other, lora=lora), "made with draft_lm"),
+        (distil_module(speaker, draft_lm), "made with lora = True"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            make_trainer(tmp_path, max_epochs=2).fit(module, distil_data(replies), ckpt_path=path)
 
 
 def test_sampled_chains_are_measured_at_a_temperature(
@@ -394,15 +481,17 @@ def test_parts_that_do_not_fit_together_are_refused(
         KeepBestDraftLM().on_train_end(trainer, other)
 
 
+@pytest.mark.parametrize("strategy", [FullyShard(), ModelParallelStrategy(), FSDPStrategy()])
 def test_a_strategy_that_divides_the_draft_lm_is_refused(
-    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: Strategy
 ) -> None:
     module = distil_module(speaker, draft_lm)
     set_up(tmp_path, module, distil_data(replies))
-    module.on_fit_start()
-    module.student.lm.get_output_embeddings().weight.data = torch.empty(0)  # as ZeRO-3 leaves them
-    with pytest.raises(ValueError, match="keeps the draft LM in pieces"):
-        module.on_fit_start()
+    monkeypatch.setattr(pl.Trainer, "strategy", strategy)
+    with pytest.raises(
+        ValueError, match=f"strategy is {type(strategy).__name__}, which may keep the draft LM in pieces"
+    ):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize(
@@ -414,10 +503,9 @@ def test_a_strategy_that_divides_the_draft_lm_is_refused(
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"divergence": "kl"}, "divergence 'kl'"),
         ({"target_sharding": "fsdp2", "adapter": "x"}, "target_sharding 'fsdp2' places"),
+        ({"lora": LoraSettings(2, dropout=0.1)}, "lora dropout is 0.1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         distil_module(Path("target"), Path("draft"), **settings)
-    with pytest.raises(ValueError, match="rank is 0"):
-        LoraSettings(rank=0)

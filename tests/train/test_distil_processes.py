@@ -61,14 +61,20 @@ def scalars(run: Path, name: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["--trainer.strategy=ddp"],
+        ["--trainer.strategy=ddp", "--model.init_args.target_sharding=fsdp2"],
+    ],
+    ids=["ddp", "sharded target"],
+)
 def test_two_processes_train_as_one_does_on_the_joint_batch(
-    target_dir: Path, draft_lm: Path, replies: Path, tmp_path: Path, sharding: str
+    target_dir: Path, draft_lm: Path, replies: Path, tmp_path: Path, engine: list[str]
 ) -> None:
     given = (target_dir, draft_lm, replies)
     alone = train(tmp_path / "1", *given, "--data.init_args.batch_size=4")
-    more = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--model.init_args.target_sharding={sharding}"]
-    together = train(tmp_path / "2", *given, "--data.init_args.batch_size=2", *more)
+    together = train(tmp_path / "2", *given, "--data.init_args.batch_size=2", "--trainer.devices=2", *engine)
     names = (
         "train/loss",
         "train/acceptance",

@@ -19,13 +19,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judging import judge_data, rows_of, save_rows
-from torch.nn.attention.flex_attention import create_block_mask
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from training import VOCAB, KeepLosses, MakeCache, make_module, make_trainer, tiny_config
 
 from draftsmith.data.cache import HiddenStateCache
+from draftsmith.data.eight_bit import EightBitStates, quantise
 from draftsmith.data.hidden_states import verify
 from draftsmith.data.packing import pack
 from draftsmith.data.shards import CachedSample, ShardContent, write_shard
+from draftsmith.models import rollout_attention
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.rollout import PackedBatch
 from draftsmith.models.rollout_attention import RolloutAttention
@@ -167,6 +170,23 @@ def test_padding_lies_behind_each_sample_in_documents_of_its_own(samples: list[C
         pack(chosen, pad_to=0)
 
 
+@pytest.mark.parametrize("pad_to", [None, 8])
+def test_states_of_eight_bits_are_packed_as_each_sample_has_them(
+    samples: list[CachedSample], pad_to: int | None
+) -> None:
+    narrow = []
+    for sample in samples:
+        pairs = {layer: quantise(states) for layer, states in sample.hidden.items()}
+        codes, scales = ({layer: [pair[place]] for layer, pair in pairs.items()} for place in (0, 1))
+        narrow.append(replace(sample, hidden=EightBitStates(codes, scales)))
+    wide = [replace(sample, hidden=dict(sample.hidden)) for sample in narrow]
+    for layers in (None, [PRE_NORM]):
+        found, expected = pack(narrow, layers, pad_to), pack(wide, layers, pad_to)
+        assert found.hidden.keys() == expected.hidden.keys()
+        assert all(torch.equal(states, expected.hidden[layer]) for layer, states in found.hidden.items())
+    assert expected.hidden[PRE_NORM].dtype == torch.bfloat16
+
+
 def test_the_judges_loss_is_the_same_over_any_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(50, 6, generator=generator)
@@ -232,6 +252,52 @@ def plainly(case: dict[str, Any]) -> torch.Tensor:
     layout = (part.transpose(0, 1)[None] for part in (case["queries"], keys, values))
     attended = torch.nn.functional.scaled_dot_product_attention(*layout, attn_mask=mask, enable_gqa=True)
     return attended[0].transpose(0, 1)
+
+
+def one_by_one(case: dict[str, Any]) -> torch.Tensor:
+    """The definition, in loops: the anchor's own document up to itself, then its own steps."""
+    document_of, rows = case["document_ids"].tolist(), []
+    for query, anchor in enumerate(case["anchors"].tolist()):
+        seen = [place for place in range(anchor + 1) if document_of[place] == document_of[anchor]]
+        keys = torch.cat([case["keys"][seen], *(key[query][None] for key, _ in case["further"])])
+        values = torch.cat([case["values"][seen], *(value[query][None] for _, value in case["further"])])
+        heads = []
+        for head, own in enumerate(case["queries"][query]):
+            weights = torch.softmax(keys[:, head // 2] @ own / own.shape[0] ** 0.5, dim=0)
+            heads.append(weights @ values[:, head // 2])
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def detached(case: dict[str, Any]) -> dict[str, Any]:
+    """flex_attention has no backward pass on a CPU, and refuses what might need one."""
+    further = [(key.detach(), value.detach()) for key, value in case["further"]]
+    return {name: part.detach() for name, part in case.items() if name != "further"} | {"further": further}
+
+
+@pytest.mark.parametrize("num_further", [0, 2])
+@pytest.mark.parametrize("flexible", [False, True])
+def test_attention_is_that_of_its_definition(num_further: int, flexible: bool) -> None:
+    case = detached(attention_case([13, 1, 6, 2, 21, 5, 6], num_further))
+    expected = one_by_one(case)
+    output = made(case, flexible=flexible)(case["queries"], case["further"])
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(plainly(case), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_of_every_size_share_a_few_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up compiling after eight variants, and then every score would be in memory."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(rollout_attention, "_flex", lambda device_type: compiled)
+    for seed, lengths in enumerate([[300, 7, 200], [90], [151, 152, 20], [129], [3, 3], [640, 64], [77, 78], [260, 1]]):
+        for num_further in range(3):
+            case = detached(attention_case(lengths, num_further, seed))
+            output = made(case, flexible=True)(case["queries"], case["further"])
+            torch.testing.assert_close(output, made(case)(case["queries"], case["further"]), rtol=1e-4, atol=1e-6)
+    assert 0 < counter.frame_count < torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("num_further", [0, 2])
@@ -477,6 +543,17 @@ def test_epochs_through_a_folder_that_holds_less_than_the_cache(
             assert torch.equal(found.packed.hidden[PRE_NORM], expected.packed.hidden[PRE_NORM])
             assert bytes_in(node) <= limit
     far.teardown("fit")
+
+
+def test_a_worker_that_reads_little_of_each_window_holds_little(url: str, tmp_path: Path) -> None:
+    """With many workers each reads few shards of a window; kept open, those of old windows would fill the folder."""
+    data = opened(Path(url), shard_cache=tmp_path / "node", val_fraction=0.0)
+    train, cache = data.train_set, data.open_cache()
+    assert train is not None
+    for numbers in ([0, 6], [12], [39, 1]):
+        assert len(train[numbers].sample_ids) == len(numbers)
+        assert set(cache._readers) == {number // 5 for number in numbers}
+    data.teardown("fit")
 
 
 def on_ranks(monkeypatch: pytest.MonkeyPatch, world_size: int, rank: int = 0) -> None:

@@ -1,6 +1,7 @@
 """Training with the target in the loop: the same batches, losses and drafters as from a cache of its states."""
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -8,9 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from draftsmith.train.online import OnlineDataModule
 from draftsmith.train.online_data import TargetFiles, TextSource, write_tokens
 from draftsmith.train.online_states import RoundSampler, StatesAhead, StatesInTheLoop
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
 SHARDINGS = ["fsdp2", "tp", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]
 # train.py where DeepSpeed, if it is there, works on CPUs and compiles nothing.
 ON_CPU = """
@@ -123,6 +122,21 @@ def test_a_bf16_cache_differs_from_online_training_by_its_rounding(
     assert losses != pytest.approx(rounded, rel=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["local", "eagle3"])
+def test_a_bf16_target_lends_its_ends_and_teaches_what_a_float32_one_does(
+    target_dir: Path, source: Path, tmp_path: Path, recipe: str
+) -> None:
+    expected, _ = fit(tmp_path, target_dir, online(source, tmp_path), RECIPES[recipe])
+    losses: list[float] = []
+    data = online(source, tmp_path, target_dtype="bfloat16")
+    module = make_module(target_dir, **RECIPES[recipe], ends_dtype="bfloat16")
+    make_trainer(tmp_path, max_epochs=2, precision="bf16-mixed", callbacks=[KeepLosses(losses)]).fit(module, data)
+    assert module.ends is data.target.ends
+    assert next(iter(data.val_dataloader())).packed.hidden[PRE_NORM].dtype == torch.bfloat16
+    assert losses == pytest.approx(expected, rel=2**-4)
+    assert losses != pytest.approx(expected, rel=1e-5)
+
+
 class SaveEveryStep(ModelCheckpoint):
     """Keeps every step's checkpoint as step=N.ckpt."""
 
@@ -141,8 +155,9 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
         assert trainer.global_step == 6
         return module
 
-    whole = run(None, [SaveEveryStep(tmp_path / "steps")], ahead=False)
-    resumed = run(tmp_path / "steps" / f"step={resume_at}.ckpt", [], ahead=True)
+    # At one of the two steps the interrupted run had computed a batch that it did not train on.
+    whole = run(None, [SaveEveryStep(tmp_path / "steps")], ahead=resume_at == 2)
+    resumed = run(tmp_path / "steps" / f"step={resume_at}.ckpt", [], ahead=resume_at != 2)
     expected = weights_of(whole), whole.evaluated.state_dict()
     for own, others in zip(expected, (weights_of(resumed), resumed.evaluated.state_dict()), strict=True):
         assert own.keys() == others.keys()
@@ -243,6 +258,8 @@ def test_ids_that_the_target_lacks_are_refused(target_dir: Path, tmp_path: Path)
     [
         ({"forward_tokens": 0}, "at least 1 token"),
         ({"target_sharding": "tp", "target_device_map": "auto"}, "drop target_device_map"),
+        ({"target_sharding": "fsdp2", "look_ahead": True}, "leave it null"),
+        ({"val_split": "val"}, "would be trained on too"),
         ({"target_sharding": "rings"}, "use one of none, fsdp2, tp, zero3"),
         ({"target_sharding": "fsdp2"}, "start several"),
         ({"max_length": 4096}, "has a context of"),
@@ -428,10 +445,12 @@ def test_a_stream_of_its_own_gives_the_batches_of_the_plain_loop(
 
 
 def online_config(folder: Path, target_dir: Path, source: Path) -> Path:
-    """A YAML of an online run over in seconds."""
+    """A YAML of an online run over in seconds, with a checkpoint of every step, and beams so wide that drafts are accepted."""
     folder.mkdir()
     path = tiny_config(folder, target_dir, folder, "    distillation: local")
     head, _, _ = path.read_text().partition("\ndata:\n")
+    head = head.replace("save_top_k: 0", "save_top_k: -1, filename: '{step}'")
+    head = head.replace("max_new_tokens: 8", "max_new_tokens: 40, beam_width: 32")
     data = {
         "class_path": "draftsmith.train.online.OnlineDataModule",
         "init_args": {
@@ -446,30 +465,24 @@ def online_config(folder: Path, target_dir: Path, source: Path) -> Path:
     return path
 
 
-def start(config: Path, *arguments: str, script: Path = SCRIPT) -> subprocess.Popen:
-    return subprocess.Popen(
+def train(config: Path, *arguments: str) -> None:
+    script = config.parent / "train_on_cpu.py"
+    script.write_text(ON_CPU)
+    process = subprocess.Popen(
         [sys.executable, str(script), "fit", f"--config={config}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-
-
-def train(config: Path, *arguments: str, script: Path = SCRIPT) -> None:
-    process = start(config, *arguments, script=script)
     try:
         output, _ = process.communicate(timeout=400)
     finally:
-        kill_all(process)
+        # With those that Lightning started for it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert process.returncode == 0, output[-4000:]
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """The process and those that Lightning started for it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def over_two(sharding: str) -> list[str]:
@@ -487,46 +500,48 @@ def scalars(run: Path, name: str) -> list[float]:
     return [event.value for event in events.Scalars(name)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_processes_that_share_the_target_train_as_one_does(source: Path, tmp_path: Path) -> None:
-    target_dir = save_target(tmp_path / "target")
-    script = tmp_path / "train_on_cpu.py"
-    script.write_text(ON_CPU)
-    ways = {"one": [], **{sharding: over_two(sharding) for sharding in SHARDINGS}}
-    for name, arguments in ways.items():
-        train(online_config(tmp_path / name, target_dir, source), *arguments, script=script)
-    drafters = {name: load_file(tmp_path / name / "run" / "drafter" / "model.safetensors") for name in ways}
-    for name in SHARDINGS:
-        for scalar in ("train/loss", "train/step0/top1", "val/loss", "val/tokens_per_step", "val/accept_depth1"):
-            alone, together = (scalars(tmp_path / run / "run", scalar) for run in ("one", name))
-            assert len(alone) >= 2
-            assert together == pytest.approx(alone, rel=1e-4), (name, scalar)
-        for weight, value in drafters["one"].items():
-            torch.testing.assert_close(drafters[name][weight], value, atol=1e-4, rtol=1e-3, msg=f"{name} {weight}")
+@pytest.fixture(scope="module")
+def runs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """runs("one"): the folder of a run of one process; runs(sharding): of two. Each is made once."""
+    root = tmp_path_factory.mktemp("runs")
+    target_dir = save_target(root / "target")
+
+    @functools.cache
+    def run(name: str) -> Path:
+        train(online_config(root / name, target_dir, source), *([] if name == "one" else over_two(name)))
+        return root / name / "run"
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_over_a_sharded_target_is_killed_and_goes_on_to_the_same_drafter(
-    target_dir: Path, source: Path, tmp_path: Path
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_that_share_the_target_train_as_one_does(runs: Callable[[str], Path], sharding: str) -> None:
+    names = ("train/loss", "train/step0/top1", "val/loss", "val/tokens_per_step", "val/accept_depth1")
+    for scalar in names:
+        alone, together = (scalars(runs(name), scalar) for name in ("one", sharding))
+        assert len(alone) >= 2
+        assert together == pytest.approx(alone, rel=1e-4), scalar
+    assert min(scalars(runs(sharding), "val/accept_depth1")) > 0, "no draft was accepted, which proves little"
+    expected, got = (load_file(runs(name) / "drafter/model.safetensors") for name in ("one", sharding))
+    for weight, value in expected.items():
+        torch.testing.assert_close(got[weight], value, atol=1e-4, rtol=1e-3, msg=weight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_over_a_sharded_target_goes_on_in_the_middle_of_an_epoch_to_the_same_weights(
+    runs: Callable[[str], Path], source: Path, tmp_path: Path
 ) -> None:
-    long = [*over_two("fsdp2"), "--trainer.max_epochs=8"]
-    train(online_config(tmp_path / "whole", target_dir, source), *long)
-    config = online_config(tmp_path / "killed", target_dir, source)
-    checkpoint = tmp_path / "killed" / "run" / "checkpoints" / "last.ckpt"
-    process = start(config, *long)
-    try:
-        deadline = time.monotonic() + 400
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.poll() is None, "the run was over before it could be killed"
-    finally:
-        kill_all(process)
-    assert torch.load(checkpoint, weights_only=True)["global_step"] < 24
-    train(config, *long, "--ckpt_path=last")
-    whole, killed = (
-        load_file(tmp_path / name / "run" / "drafter" / "model.safetensors") for name in ("whole", "killed")
+    interrupted = runs("fsdp2") / "checkpoints"
+    config = online_config(tmp_path / "resumed", interrupted.parents[2] / "target", source)
+    train(config, *over_two("fsdp2"), f"--ckpt_path={interrupted / 'step=2.ckpt'}")
+    whole, resumed = (
+        torch.load(folder / "step=6.ckpt", weights_only=True)["state_dict"]
+        for folder in (interrupted, tmp_path / "resumed/run/checkpoints")
     )
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+    assert not (tmp_path / "resumed/run/checkpoints/step=2.ckpt").exists()
+    assert {name.partition(".")[0] for name in whole} == {"drafter"}, "the target is saved too"
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

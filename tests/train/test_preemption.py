@@ -1,7 +1,10 @@
 """Runs that are told to go, in one process: where they stop, what they leave, and that the resumed run is the undisturbed one."""
 
+import multiprocessing
 import os
+import pickle
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ class Tell(pl.Callback):
         if hook == self.hook and trainer.global_step == self.step:
             self.hook = ""
             signal.raise_signal(self.number)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._tell("train_start", trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._tell("batch_start", trainer)
@@ -119,6 +125,7 @@ def slurm_job(folder: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int = 0)
 @pytest.mark.parametrize(
     ("hook", "step", "stops_at"),
     [
+        ("train_start", 0, 1),  # before the callback has taken the signals over from Lightning
         ("batch_start", 4, 5),
         ("batch_end", 3, 3),  # where ModelCheckpoint writes too
         ("batch_end", 4, 4),  # before a validation at the end of an epoch
@@ -160,6 +167,33 @@ def test_a_run_stops_between_optimiser_steps_not_between_the_batches_of_one(
     assert content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 6
     _, module, _ = run(tmp_path, target_dir, cache, resume=True, **settings)
     assert_same_weights(module, expected)
+
+
+def test_a_signal_to_every_process_of_a_job_reaches_the_checkpoint_before_the_loaders_workers_die(
+    target_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    class TellAll(Tell):
+        def _tell(self, hook: str, trainer: pl.Trainer) -> None:
+            if hook == self.hook and trainer.global_step == self.step:
+                workers = multiprocessing.active_children()
+                assert workers
+                for worker in workers:
+                    assert worker.pid is not None
+                    os.kill(worker.pid, signal.SIGTERM)
+                # A death would be noticed here: torch raises as soon as a worker is gone.
+                time.sleep(0.5)
+                assert all(worker.is_alive() for worker in workers)
+            super()._tell(hook, trainer)
+
+    module, keeper = make_module(target_dir), ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0)
+    trainer = make_trainer(
+        tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[TellAll("batch_start", 1), keeper, Preemption()]
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        trainer.fit(module, CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=20, num_workers=1))
+    assert not exit_info.value.code
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 2
+    assert not multiprocessing.active_children()
 
 
 class CountingIO(AtomicCheckpointIO):
@@ -223,6 +257,15 @@ def test_a_run_that_keeps_no_checkpoints_ends_too_and_says_so(target_dir: Path, 
     with pytest.warns(UserWarning, match="there is no checkpoint"):
         run_until_told(tmp_path, target_dir, cache, callbacks=callbacks, enable_checkpointing=False)
     assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_the_callbacks_can_be_sent_to_spawned_processes_before_and_after_a_run(
+    target_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    callbacks = [ResumeValidation(), Preemption()]
+    assert pickle.dumps(callbacks)
+    run(tmp_path, target_dir, cache, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
+    assert pickle.dumps(callbacks)
 
 
 def test_signals_are_given_back_after_the_run(target_dir: Path, cache: Path, tmp_path: Path) -> None:
@@ -321,6 +364,13 @@ def test_the_link_for_a_requeued_job_is_one_and_never_takes_the_place_of_a_file(
     assert os.readlink(tmp_path / "hpc_ckpt_3.ckpt") == "b/last.ckpt"
     assert (tmp_path / "hpc_ckpt_2.ckpt").read_bytes() == b"written by Lightning"
     link_for_requeue(Path("s3://bucket/run"), "s3://bucket/run/last.ckpt")
+    (tmp_path / "hpc_ckpt_4-v1.ckpt").touch()
+    link_for_requeue(tmp_path / "new", str(tmp_path / "last.ckpt"))
+    assert os.readlink(tmp_path / "new" / "hpc_ckpt_1.ckpt") == "../last.ckpt"
+    link_for_requeue(tmp_path, str(tmp_path / "c" / "last.ckpt"))
+    assert os.readlink(tmp_path / "hpc_ckpt_3.ckpt") == "c/last.ckpt"
+    with pytest.warns(UserWarning, match=r"cannot be made .*--ckpt_path last"):
+        link_for_requeue(tmp_path / "hpc_ckpt_2.ckpt", str(tmp_path / "last.ckpt"))
 
 
 def test_the_training_command_does_all_this_unasked(target_dir: Path, cache: Path, tmp_path: Path) -> None:
