@@ -33,7 +33,7 @@ from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.target import TargetEnds
 
-__all__ = ["BundledEngine", "Reply", "ResponseEngine", "Share", "respond"]
+__all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
 
 @dataclass(frozen=True)
@@ -264,11 +264,11 @@ def write_replies(
         if begun is not None:
             provenance.write(out, begun)
         with (
-            JsonlAppender(path) as appender,
+            # A million whole rows would not fit in memory.
+            JsonlAppender(path, keep=lambda row: str(row["id"])) as appender,
             progress("respond", plan.num_prompts, "replies", done=len(appender.rows)) as advance,
         ):
-            there = {row["id"] for row in appender.rows}
-            appender.rows.clear()
+            there = set(appender.rows)
             if isinstance(engine, IndependentEngine):
                 todo = [item for batch in plan.batches for item in batch if item[0].id not in there]
                 with JsonlAppender(out / f"failures{share.suffix}.jsonl") as failures:
@@ -280,9 +280,9 @@ def write_replies(
                             now = datetime.now(UTC).isoformat(timespec="seconds")
                             failures.write(asdict(outcome) | {"time": now})
                         else:
-                            there.add(_write(appender, outcome))
+                            appender.write(outcome)
                             advance(1)
-                return len(there)
+                return len(appender.rows)
             for batch in plan.batches:
                 if all(prompt.id in there for prompt, _ in batch):
                     continue
@@ -290,16 +290,9 @@ def write_replies(
                 answered = answer_batch(batch, plan.settings, plan.context, chat, engine)
                 rows = [row for row in answered if row["id"] not in there]
                 for row in rows:
-                    there.add(_write(appender, row))
+                    appender.write(row)
                 advance(len(rows))
-            return len(there)
-
-
-def _write(appender: JsonlAppender, row: dict[str, Any]) -> str:
-    """Appends a row and gives its id; the row itself is let go, since a million of them do not fit in memory."""
-    appender.write(row)
-    appender.rows.clear()
-    return str(row["id"])
+            return len(appender.rows)
 
 
 def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> None:

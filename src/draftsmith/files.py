@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -165,36 +165,49 @@ class JsonlAppender:
     """A JSON-lines file that grows row by row and survives being killed at any byte.
 
     Opening cuts off a torn last line (one without its newline), reads what is there into `rows`, and appends after it.
-    Rows reach the disk at the latest every `sync_rows` rows or `sync_seconds` seconds, and at `close`.
+    Rows reach the disk at the latest every `sync_rows` rows or `sync_seconds` seconds, and at `close`. Where rows are too many to
+    be held whole, `keep` says what of each stays in `rows`.
 
     Raises:
         ValueError: a whole line of the existing file is not a JSON object (named `FILE:LINE`).
     """
 
-    def __init__(self, path: Path, sync_rows: int = 32, sync_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sync_rows: int = 32,
+        sync_seconds: float = 2.0,
+        keep: Callable[[dict[str, Any]], Any] = lambda row: row,
+    ) -> None:
         self.path = Path(path)
+        self._keep = keep
         self.sync_rows = sync_rows
         self.sync_seconds = sync_seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: list[dict[str, Any]] = self._recover()
+        self.rows: list[Any] = self._recover()
         self._file = open(self.path, "ab")  # noqa: SIM115  (closed by `close`)
         self._unsynced = 0
         self._last_sync = time.monotonic()
 
-    def _recover(self) -> list[dict[str, Any]]:
+    def _recover(self) -> list[Any]:
         if not self.path.exists():
             return []
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        found, whole = [], 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                if line.strip():
+                    found.append(self._keep(_parse(self.path, number, line)))
+        if whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
-        lines = content[:whole].split(b"\n")
-        return [_parse(self.path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        return found
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, in one write call so that a kill tears at most this line."""
         self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
-        self.rows.append(row)
+        self.rows.append(self._keep(row))
         self._unsynced += 1
         if self._unsynced >= self.sync_rows or time.monotonic() - self._last_sync >= self.sync_seconds:
             self.sync()

@@ -21,8 +21,9 @@ from draftsmith.data.corpus import source_files
 from draftsmith.data.engines import Reply
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt, prompts, read_prompts
+from draftsmith.data.ranks import Share
 from draftsmith.data.reply_settings import Overrides, reply_settings
-from draftsmith.data.responses import Share, make_plan, respond, write_replies
+from draftsmith.data.responses import make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint

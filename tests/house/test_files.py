@@ -204,3 +204,13 @@ def test_sha256_of_a_file_is_the_standard_one(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(ValueError, match="is not a file"):
         sha256_file(tmp_path / "b")
+
+
+def test_an_appender_keeps_only_what_it_is_asked_to(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with JsonlAppender(path, keep=lambda row: row["id"]) as log:
+        log.write({"id": "a", "text": "long"})
+    with JsonlAppender(path, keep=lambda row: row["id"]) as log:
+        log.write({"id": "b", "text": "long"})
+        assert log.rows == ["a", "b"]
+    assert [row["text"] for _, row in read_jsonl(path)] == ["long", "long"]
