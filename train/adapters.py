@@ -102,17 +102,22 @@ class Beginning:
         base = str(place) if Path(self.folder).is_dir() else str(self.folder)
         save_adapter(drafter, folder, ADAPTER, AdapterBond.of(drafter, base, fingerprint))
 
-    def check_resumed(self, fingerprint: str, saved: str | None) -> None:
-        """Refuse a checkpoint that adapted another drafter; ``saved`` is the fingerprint in it, None where it trained all weights.
+    def trains(self, fingerprint: str) -> str:
+        """What is trained, in words that a resumed run must agree with; ``fingerprint`` is what :meth:`adopt` gave."""
+        if self.lora is None:
+            return "all weights"
+        return f"an adapter (rank {self.lora.rank}, alpha {self.lora.alpha:g}) of the drafter {fingerprint}"
+
+    def check_resumed(self, fingerprint: str, saved: str) -> None:
+        """Refuse a checkpoint that trained something else; ``saved`` is what :meth:`trains` said then.
 
         Raises:
             ValueError: they differ.
         """
-        if (self.lora is None) != (saved is None) or (saved is not None and saved != fingerprint):
-            kind = "all weights" if saved is None else f"an adapter of the drafter {saved[:12]}"
-            own = "all weights" if self.lora is None else f"one of {fingerprint[:12]}"
+        own = self.trains(fingerprint)
+        if saved != own:
             raise ValueError(
-                f"the checkpoint trained {kind}, this run trains {own}; resume with the init_from and lora of that run"
+                f"the checkpoint trained {saved}, this run trains {own}; resume with the init_from and lora of that run"
             )
 
     def _rebound(self, family: DrafterFamily, ends: TargetEnds) -> Drafter:

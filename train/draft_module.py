@@ -332,7 +332,7 @@ class DraftModule(pl.LightningModule):
         """Keeps what is no weight: score scale, seed of the noise, which drafter an adapter is of; and the average among the weights."""
         checkpoint["score_scale"] = self.evaluated.config.score_scale
         checkpoint["noise_seed"] = self._noise_seed
-        checkpoint["adapter_of"] = None if self.beginning.lora is None else self._begun_from
+        checkpoint["trains"] = self.beginning.trains(self._begun_from)
         if self.ema_decay is None:
             return
         weights = self.whole_drafter().state_dict()
@@ -344,8 +344,9 @@ class DraftModule(pl.LightningModule):
             saved["state"] = {number: _without_average(state) for number, state in saved["state"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See on_save_checkpoint; older checkpoints have neither score scale nor seed."""
-        self.beginning.check_resumed(self._begun_from, checkpoint.get("adapter_of"))
+        """See on_save_checkpoint; older checkpoints have none of these."""
+        if "trains" in checkpoint:
+            self.beginning.check_resumed(self._begun_from, checkpoint["trains"])
         self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
         self._noise_seed = checkpoint.get("noise_seed", self._noise_seed)
         weights = checkpoint["state_dict"]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,7 +134,7 @@ def equal(one: Any, other: Any) -> bool:
     return all(torch.equal(value, found[name]) for name, value in one.state_dict().items())
 
 
-def test_a_checkpoint_of_another_drafters_adapter_is_refused(
+def test_a_checkpoint_of_another_adapter_is_refused(
     target_dir: Path, cache: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     def fit(checkpoint: Path | None, **settings: Any) -> None:
@@ -148,10 +149,13 @@ def test_a_checkpoint_of_another_drafters_adapter_is_refused(
     other.save_pretrained(tmp_path / "other")
     fit(None, init_from=trained["redrafter"], lora=LORA)
     checkpoint = tmp_path / "steps" / "step=1.ckpt"
-    with pytest.raises(
-        ValueError, match=r"the checkpoint trained an adapter of the drafter .*, this run trains one of"
-    ):
+    mine = "the checkpoint trained an adapter .* of the drafter .*, this run trains"
+    with pytest.raises(ValueError, match=f"{mine} an adapter"):
         fit(checkpoint, init_from=tmp_path / "other", lora=LORA)
+    with pytest.raises(ValueError, match=f"{mine} an adapter .*alpha 99"):
+        fit(checkpoint, init_from=trained["redrafter"], lora=replace(LORA, alpha=99.0))
+    with pytest.raises(ValueError, match=f"{mine} all weights"):
+        fit(checkpoint, init_from=trained["redrafter"])
 
 
 @pytest.mark.parametrize(
