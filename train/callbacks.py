@@ -105,14 +105,19 @@ class TreeDecodeValidation(pl.Callback):
         for start in range(0, len(own), self.batch_size):
             generations += engine.generate(own[start : start + self.batch_size], self._settings)
         drafter.train(was_training).attach(module.ends)
-        sums = acceptance_sums(generations, length).to(module.device)
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        emitted, cycles, *reached = sums.tolist()
-        cycles = max(1.0, cycles)
-        module.log(TOKENS_PER_STEP, emitted / cycles, prog_bar=True, batch_size=1)
-        by_depth = {f"val/accept_depth{depth}": count / cycles for depth, count in enumerate(reached, 1)}
-        module.log_dict(by_depth, batch_size=1)
+        log_acceptance(module, generations, length)
+
+
+def log_acceptance(module: pl.LightningModule, generations: Sequence[Generation], draft_length: int) -> None:
+    """Logs tokens per step and acceptance by depth, pooled over what all processes decoded. Collective."""
+    sums = acceptance_sums(generations, draft_length).to(module.device)
+    if module.trainer.world_size > 1:
+        torch.distributed.all_reduce(sums)
+    emitted, cycles, *reached = sums.tolist()
+    cycles = max(1.0, cycles)
+    module.log(TOKENS_PER_STEP, emitted / cycles, prog_bar=True, batch_size=1)
+    by_depth = {f"val/accept_depth{depth}": count / cycles for depth, count in enumerate(reached, 1)}
+    module.log_dict(by_depth, batch_size=1)
 
 
 def acceptance_sums(generations: Sequence[Generation], draft_length: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 
 from draftsmith import provenance
 from draftsmith.decode.batch import Generation
@@ -19,7 +18,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.loading import as_dtype
 from draftsmith.models.shapes import parse_shape
-from draftsmith.train.callbacks import TOKENS_PER_STEP, KeepBestDrafter, acceptance_sums
+from draftsmith.train.callbacks import TOKENS_PER_STEP, KeepBestDrafter, log_acceptance
 from draftsmith.train.distil_module import DraftLMModule
 
 
@@ -71,14 +70,7 @@ class ChainDecodeValidation(pl.Callback):
         for start in range(0, len(own), self.batch_size):
             some = own[start : start + self.batch_size]
             generations += engine.generate([prompts[number] for number in some], settings, request_ids=some)
-        sums = acceptance_sums(generations, self.limits.draft_length).to(module.device)
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        emitted, cycles, *reached = sums.tolist()
-        cycles = max(1.0, cycles)
-        module.log(TOKENS_PER_STEP, emitted / cycles, prog_bar=True, batch_size=1)
-        by_depth = {f"val/accept_depth{depth}": count / cycles for depth, count in enumerate(reached, 1)}
-        module.log_dict(by_depth, batch_size=1)
+        log_acceptance(module, generations, self.limits.draft_length)
 
 
 class KeepBestDraftLM(KeepBestDrafter):

@@ -14,7 +14,6 @@ LM and target.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
 from draftsmith.train.distil_losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
 from draftsmith.train.distil_student import Student
+from draftsmith.train.schedule import warm_up_then_cosine, weight_groups
 from draftsmith.train.whole_tensors import PRECISIONS
 
 ACCEPTANCE = "val/acceptance"
@@ -398,25 +398,9 @@ class DraftLMModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
-        trained = [weight for weight in self.student.lm.parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = weight_groups(self.student.lm.parameters(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_share(step, int(total)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_share(self, step: int, total: int) -> float:
-        warmup = max(1, round(self.warmup_ratio * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self._world_size() > 1:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from draftsmith.train.families import DrafterFamily, most_frequent
 from draftsmith.train.losses import StepSums, TopEmphasis
 from draftsmith.train.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.online import OnlineDataModule
+from draftsmith.train.schedule import warm_up_then_cosine, weight_groups
 from draftsmith.train.score_scale import SCALES, best_scale, surprise_by_scale
 
 
@@ -368,27 +368,11 @@ class DraftModule(pl.LightningModule):
             if self.ema_decay is None
             else AveragingAdamW(self._groups(), self.lr, self.betas, self.ema_decay)
         )
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_share(step, int(total)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
 
     def _groups(self) -> list[dict[str, Any]]:
         assert self.drafter is not None
-        trained = [weight for weight in self.drafter.parameters() if weight.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]  # an adapter has no vectors
-
-    def _lr_share(self, step: int, total: int) -> float:
-        warmup = max(1, round(self.warmup_ratio * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return weight_groups(self.drafter.parameters(), self.weight_decay)
 
     def _means(self, pooled: Tensor, stage: str) -> dict[str, float]:
         """pooled [6, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""

@@ -12,6 +12,7 @@ from training import VOCAB, KeepLosses, MakeCache, make_module, make_trainer
 from draftsmith.train.data_module import CacheDataModule
 from draftsmith.train.draft_module import DraftModule, proxy_tokens_per_step
 from draftsmith.train.families import ReDrafterFamily
+from draftsmith.train.schedule import lr_share
 
 
 def test_training_on_text_lowers_its_loss_at_every_step_of_the_draft(
@@ -195,3 +196,11 @@ def test_worker_processes_deliver_the_same_batches(target_dir: Path, make_cache:
         make_trainer(tmp_path, callbacks=[KeepLosses(losses[num_workers])]).fit(make_module(target_dir), data)
     assert losses[0] == losses[1]
     assert len(losses[0]) > 2
+
+
+def test_the_rate_rises_linearly_and_falls_on_a_cosine() -> None:
+    rates = [lr_share(step, total=12, warmup_ratio=1 / 6, min_lr_ratio=0.1) for step in range(13)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[12] == pytest.approx(0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)

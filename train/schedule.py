@@ -1,0 +1,49 @@
+"""The optimiser's groups and the course of the learning rate that all trained modules here share.
+
+Owns: which weights decay, warm-up and cosine. Does not know: what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+
+
+def weight_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser: what is trained, decay on matrices only; groups without weights are left out."""
+    trained = [weight for weight in weights if weight.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]  # an adapter has no vectors
+
+
+def warm_up_then_cosine(
+    trainer: pl.Trainer, optimizer: torch.optim.Optimizer, warmup_ratio: float, min_lr_ratio: float
+) -> OptimizerLRSchedulerConfig:
+    """What configure_optimizers returns: the rate rises linearly over warmup_ratio of all steps, then falls to min_lr_ratio of its peak.
+
+    Raises ValueError for a run without an end.
+    """
+    total = trainer.estimated_stepping_batches
+    if math.isinf(total):
+        raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+    share = lambda step: lr_share(step, int(total), warmup_ratio, min_lr_ratio)  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def lr_share(step: int, total: int, warmup_ratio: float, min_lr_ratio: float) -> float:
+    """Share of the peak rate at a step from 0. Example: 10 steps, warm-up 0.2: 0.5, 1, then the cosine from 1."""
+    warmup = max(1, round(warmup_ratio * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
