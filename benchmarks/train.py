@@ -5,7 +5,8 @@
 
 Trains ReDrafter, EAGLE-1, EAGLE-3 and a judge from one cache of chat-6m's states (of the embedded target's where --data is absent).
 Steps and the very products that they compute, run bare, alternate. The judge's labels are random: only its speed is measured. Writes
-runs/bench-train/report.json and report.md. Ratios are medians over rounds of one run.
+runs/bench-train/report.json and report.md. Ratios are medians over rounds of one part. A run that was stopped goes on with the next part;
+`rm -r runs/bench-train` starts anew.
 """
 
 from __future__ import annotations
@@ -474,10 +475,13 @@ def main() -> int:
     target = str(known) if known.is_dir() else "embedded:target"
     options.rounds, options.samples = max(2, int(12 * options.scale)), max(80, int(1401 * options.scale))
     cache, labelled = prepare_cache(target, options)
-    rows = train_rows(target, cache, labelled, options.rounds)
-    rows.append(extraction_row(target, labelled, options))
-    rows += pair_rows(target, labelled, options)
-    rows += memory_rows(options.scale)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "training": lambda: train_rows(target, cache, labelled, options.rounds),
+        "extraction": lambda: [extraction_row(target, labelled, options)],
+        "pairs": lambda: pair_rows(target, labelled, options),
+        "memory": lambda: memory_rows(options.scale),
+    }
+    rows = [row for name, job in parts.items() for row in once(options.work / f"{name}.json", job)]
     rows += model_rows(rows, target, cache)
     rows += bills()
     record = provenance.record(provenance.command_line(), {}, {})
@@ -486,6 +490,14 @@ def main() -> int:
     atomic_write(options.work / "report.md", page(record, rows, load))
     print(options.work / "report.md")
     return 0
+
+
+def once(path: Path, job: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of a part, measured unless an earlier run has."""
+    if not path.is_file():
+        atomic_write(path, json.dumps(job()))
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
 
 
 def _options() -> argparse.Namespace:
