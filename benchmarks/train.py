@@ -290,7 +290,7 @@ def train_rate(options: argparse.Namespace, world: int) -> float:
 def memory_rows(scale: float) -> list[dict[str, Any]]:
     """Peak memory of one forward and backward above that of the loaded weights, each in a process of its own."""
     found = []
-    lengths = LENGTHS if scale >= 0.5 else LENGTHS[:1]
+    lengths = LENGTHS if scale >= 0.5 else LENGTHS[:2]
     for family in FAMILIES:
         for vocabulary in VOCABULARIES:
             for length in lengths:
