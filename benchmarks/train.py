@@ -211,6 +211,9 @@ def worker(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     rate = train_rate(options, world) if options.worker in FAMILIES else lone_rate(options, world)
+    # Nobody leaves while another still listens: gloo ends such a process by a signal.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
     # In one write: the lines of two processes must not run into one another.
     sys.stdout.write(f"rate {rate}\n")
     sys.stdout.flush()
