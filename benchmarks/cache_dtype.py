@@ -1,6 +1,6 @@
 """What eight bits cost a drafter: tokens per step after training from a bfloat16 and from a float8 cache of the same replies.
 
-    python benchmarks/cache_dtype.py                    # the embedded target, a few minutes on two idle cores
+    python benchmarks/cache_dtype.py                    # the embedded target: nine minutes beside other work, one thread
     python benchmarks/cache_dtype.py --scale small      # about a minute: tries the script out
     python benchmarks/cache_dtype.py --target chat-6m --data ../shared/data --write
 

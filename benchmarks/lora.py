@@ -1,6 +1,6 @@
 """A drafter adapted to another kind of text with LoRA: tokens per step before, with the adapter, with all weights trained.
 
-    python benchmarks/lora.py                  # about eight minutes on two idle cores
+    python benchmarks/lora.py                  # an hour beside other work
     python benchmarks/lora.py --scale small    # about a minute: too few prompts and steps for figures
 
 The target (`chat-6m`, never trained) answers both kinds of prompt, stories and grade-school sums. A ReDrafter is trained on its stories. It

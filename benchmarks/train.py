@@ -1,6 +1,6 @@
 """Where the time of training goes: against bare matrix products, against the bare target forward, and over two processes.
 
-    python benchmarks/train.py                 # = make bench-train; about fifteen minutes on two idle cores
+    python benchmarks/train.py                 # = make bench-train
     python benchmarks/train.py --scale 0.1     # tries it out
 
 Trains ReDrafter, EAGLE-1, EAGLE-3 and a judge from one cache of chat-6m's states (of the embedded target's where --data is absent).
