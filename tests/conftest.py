@@ -1,9 +1,22 @@
-"""Saved models that tests of several folders read and none writes to."""
+"""Saved models that tests of several folders read and none writes to; and no test finds what another left in the environment."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny import save_drafter, save_target
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """A seed or a rank that training notes for its child processes (PL_GLOBAL_SEED, LOCAL_RANK) ends with its test."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -110,9 +110,8 @@ def run(job: Job, devices: int, on_gpu: bool = False) -> None:
     data = CacheDataModule(Path(job.cache), **({"val_fraction": 0.25, "tokens_per_batch": 36 // devices} | job.data))
     chosen: dict[str, Any] = {"drafter": FAMILIES[job.family](**job.family_settings), "ema_decay": 0.8}
     module = make_module(Path(job.target), **(chosen | job.settings | _adapter(job)))
-    # Each process draws weights of its own, and all must begin with the first one's. (One process may be the tests' own, with whatever
-    # rank an earlier test left in its environment.)
-    torch.manual_seed(1 + (int(os.environ["LOCAL_RANK"]) if devices > 1 else 0))
+    # Each process draws weights of its own, and all must begin with the first one's.
+    torch.manual_seed(1 + int(os.environ.get("LOCAL_RANK", 0)))
     trainer = make_trainer(
         folder,
         devices=devices,
