@@ -31,6 +31,7 @@ import pytorch_lightning as pl
 import torch
 from families import Bench, make_rows
 from hidden_state_cache import bare_forward
+from pairs import pair_rows
 from products import Recorder, Replay
 from recipes import RECIPES
 from step_clock import PhaseProfiler, Round, StepClock
@@ -170,126 +171,6 @@ def extraction_row(target_name: str, rows: Path, options: argparse.Namespace) ->
     return row
 
 
-def pair_rows(target: str, rows: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two processes of one thread against one of one thread, in turns; bare products over two processes say what the cores give."""
-    found = []
-    for kind in ("bare", "extract", *FAMILIES):
-        ratios = []
-        for _ in range(max(1, options.rounds // 3)):
-            rates = {count: pair_rate(kind, count, target, rows, options) for count in (1, 2)}
-            ratios.append(rates[2] / rates[1])
-        row = {"table": "two processes", "kind": kind, "ratio": statistics.median(ratios), "ratios": ratios}
-        found.append(row)
-        print(json.dumps(row), flush=True)
-    return found
-
-
-def pair_rate(kind: str, processes: int, target: str, rows: Path, options: argparse.Namespace) -> float:
-    """Tokens a second (for bare products: repetitions a second) of all processes together."""
-    own = [
-        sys.executable,
-        __file__,
-        "--worker",
-        kind,
-        "--work",
-        str(options.work),
-        "--seconds",
-        str(20 * options.scale),
-    ]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, *own[1:], "--target", target, "--rows", str(rows)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
-    rates = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("rate ")]
-    if done.returncode or not rates:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return sum(rates)
-
-
-def worker(options: argparse.Namespace) -> None:
-    """One process of a pair: prints its share of the rate."""
-    torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
-    rate = train_rate(options, world) if options.worker in FAMILIES else lone_rate(options, world)
-    # Nobody leaves while another still listens: gloo ends such a process by a signal.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # In one write: the lines of two processes must not run into one another.
-    sys.stdout.write(f"rate {rate}\n")
-    sys.stdout.flush()
-
-
-def lone_rate(options: argparse.Namespace, world: int) -> float:
-    """Work that processes do side by side without a word between them; they begin together."""
-    torch.distributed.init_process_group("gloo")
-    if options.worker == "bare":
-        left, right = torch.randn(512, 512), torch.randn(512, 2048)
-        size, job = 1.0, lambda: left @ right
-    else:
-        target, tokenizer = Target.load(options.target), load_tokenizer(options.target)
-        samples = list(Corpus(options.rows, lambda: ChatTemplate(tokenizer), None, target.max_positions or 4096))
-        own = samples[int(os.environ["RANK"]) :: world][:20]
-        identity = HiddenStateCache(options.work / "cache", check="off").manifest.identity
-        size, job = float(sum(len(one.input_ids) for one in own)), lambda: features(target, own, identity)
-    job()
-    torch.distributed.barrier()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < options.seconds:
-        job()
-        count += 1
-    rate = count * size / (time.perf_counter() - started)
-    torch.distributed.barrier()
-    return rate
-
-
-class Rate(pl.Callback):
-    """Assistant tokens a second of this process, the first steps left out."""
-
-    def __init__(self, seconds: float, warm: int = 8) -> None:
-        self.seconds, self.warm = seconds, warm
-        self._tokens, self._since, self.rate = 0, 0.0, 0.0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts, and stops all processes at the same step."""
-        if trainer.global_step == self.warm:
-            self._since = time.perf_counter()
-        if trainer.global_step <= self.warm:
-            return
-        self._tokens += batch.num_labelled
-        elapsed = time.perf_counter() - self._since
-        self.rate = self._tokens / elapsed
-        over = torch.tensor(float(elapsed > self.seconds))
-        trainer.should_stop = bool(trainer.strategy.reduce(over, reduce_op="sum"))
-
-
-def train_rate(options: argparse.Namespace, world: int) -> float:
-    """A share of data-parallel training; the joint batch grows with the processes, as it does on more devices."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    recipe, clock = RECIPES[options.worker], Rate(options.seconds)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp",
-        max_epochs=-1,
-        max_steps=1_000_000,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        callbacks=[clock],
-    )
-    data = CacheDataModule(
-        options.work / "cache", val_fraction=0.01, tokens_per_batch=recipe.tokens_per_batch, check="lazy"
-    )
-    trainer.fit(DraftModule(options.target, recipe.family(**recipe.options), **recipe.module), data)
-    return clock.rate
-
-
 def memory_rows(scale: float) -> list[dict[str, Any]]:
     """Peak memory of one forward and backward above that of the loaded weights, each in a process of its own."""
     found = []
@@ -425,9 +306,17 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], load: float) -> str
             f"{row['layers']} layers kept and the shard written: {row['tokens_per_second']:,.0f} tokens/s."
         )
     lines.append(
-        "## Two processes of one thread against one\n\n| | tokens/s of two over one |\n|---|---|\n"
-        + "\n".join(f"| {row['kind']} | {row['ratio']:.2f} |" for row in by("two processes"))
-        + "\n\n*Bare* is a matrix product in each process and no word between them: what the two cores give at best."
+        "## Two processes of one thread against one\n\n"
+        "| | tokens a process and step | apart | in step | together |\n|---|---|---|---|---|\n"
+        + "\n".join(
+            f"| {row['kind']} | {row['tokens_per_batch'] or ''} | {row['apart']:.2f} | "
+            + " | ".join(f"{row[rung]:.2f}" if rung in row else "" for rung in ("in step", "together"))
+            + " |"
+            for row in by("two processes")
+        )
+        + "\n\nTokens/s of two over one. *Apart*: side by side, each for itself, which is what the machine gives (*bare*: a matrix "
+        "product). *In step*: they wait for the slower one at every step, and keep their gradients. *Together*: they send them "
+        "too, which is training."
     )
     lines.append(
         "## Peak memory of a step\n\nMiB above the loaded weights; hidden size 256, float32, one text, full draft vocabulary.\n\n"
@@ -469,9 +358,6 @@ def main() -> int:
         family, vocabulary, length = options.memory
         print(memory_of(family, int(vocabulary), int(length)))
         return 0
-    if options.worker:
-        worker(options)
-        return 0
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     load = os.getloadavg()[0]
     known = options.data / "models" / "chat-6m"
@@ -481,7 +367,7 @@ def main() -> int:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: train_rows(target, cache, labelled, options.rounds),
         "extraction": lambda: [extraction_row(target, labelled, options)],
-        "pairs": lambda: pair_rows(target, labelled, options),
+        "pairs": lambda: pair_rows(FAMILIES, target, labelled, options.work, options.scale),
         "memory": lambda: memory_rows(options.scale),
     }
     rows = [row for name, job in parts.items() for row in once(options.work / f"{name}.json", job)]
@@ -508,8 +394,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/bench-train"))
     parser.add_argument("--scale", type=float, default=1.0, help="of rounds, samples and seconds; 0.1 tries it out")
-    for name, kind in (("--worker", str), ("--target", str), ("--rows", Path), ("--seconds", float)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -4,13 +4,15 @@ Owns: the order of an epoch, the cut into batches, the share of each rank, and w
 not know: caches, tensors of states, Lightning.
 
 An epoch is cut twice. First into *joint batches*, what all ranks together take in one step: they depend on the tokens of
-a step only, so a run goes on with another number of ranks and the same samples a step. Then each joint batch is cut into
-one batch a rank. Batch i of a plan goes to rank i modulo world size.
+a step only, so a run goes on with another number of ranks and the same samples a step. Then the samples of each joint
+batch are dealt out to the ranks so that all have nearly as many tokens: a step takes as long as its slowest rank. Batch i
+of a plan goes to rank i modulo world size.
 
 Shape legend: N samples, S shards, R joint batches (steps), W ranks. Plans of ten million samples hold two arrays and no
 list of them.
 """
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,22 +61,45 @@ class EpochPlan(Sequence[list[int]]):
 
     Attributes:
         order: int32 or int64 [N], sample numbers as they come.
-        bounds: int64 [R * W, 2], where in the order each batch starts and stops.
+        bounds: int64 [R, 2], where in the order each joint batch starts and stops.
+        num_ranks: W.
+        lengths: int64 [N], tokens of each sample.
         windows: which shards are read together, in the order in which they are needed; empty unless the order is by shard.
-        window_of: int64 [R * W], the last window that each batch reaches into; empty likewise.
+        window_of: int64 [R], the last window that each joint batch reaches into; empty likewise.
     """
 
     order: np.ndarray
     bounds: np.ndarray
+    num_ranks: int
+    lengths: np.ndarray
     windows: tuple[np.ndarray, ...]
     window_of: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.bounds)
+        return len(self.bounds) * self.num_ranks
 
     def __getitem__(self, number: int) -> list[int]:  # type: ignore[override]
-        start, stop = self.bounds[number]
-        return self.order[start:stop].tolist()
+        step, rank = divmod(range(len(self))[number], self.num_ranks)
+        start, stop = self.bounds[step]
+        joint = self.order[start:stop]
+        return joint[deal_out(self.lengths[joint], self.num_ranks) == rank].tolist()
+
+
+def deal_out(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
+    """int64 [n]: which rank takes each of n samples, so that all have nearly as many tokens, and at least one sample if n >= num_ranks.
+
+    The longest first, each to the rank with the fewest tokens so far (Graham, "Bounds on multiprocessing timing anomalies",
+    1969): no two ranks differ by more than the longest sample.
+    """
+    rank_of = np.zeros(len(lengths), dtype=np.int64)
+    if num_ranks == 1:
+        return rank_of
+    tokens = [(0, rank) for rank in range(num_ranks)]
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        fewest, rank = tokens[0]
+        rank_of[place] = rank
+        heapq.heapreplace(tokens, (fewest + int(lengths[place]), rank))
+    return rank_of
 
 
 def count_batches(lengths: Lengths, tokens_per_batch: Tokens, world_size: int = 1) -> int:
@@ -106,10 +131,11 @@ def plan_epoch(
 ) -> EpochPlan:
     """Cuts the epoch's order of samples into batches of nearly equal numbers of tokens.
 
-    tokens_per_batch is what a batch holds on average; batch i ends at the sample nearest to (i + 1) / n of all tokens.
-    Equal cuts, instead of filling each batch to a limit, keep the number of batches the same in every epoch and on
-    every rank, and make the batches i * w to i * w + w - 1 of w ranks together the batch i of one process with w times
-    the tokens, as long as that batch has w samples. Every sample is in exactly one batch and none is split.
+    tokens_per_batch is what a batch holds on average; of n joint batches the i-th ends at the sample nearest to i / n of all
+    tokens, and `deal_out` gives each rank its part. Equal cuts, instead of filling each batch to a limit, keep the number
+    of batches the same in every epoch and on every rank, and make the batches i * w to i * w + w - 1 of w ranks together
+    the batch i of one process with w times the tokens, as long as that batch has w samples. Every sample is in exactly one
+    batch and none is split.
     With windows the order is by shard, with buckets similar lengths come together (see these); without shuffle
     everything stays in the cache's order, but for the sorting within buckets.
     Example: lengths (3, 3, 2, 4) without shuffle and 6 tokens a batch give [[0, 1], [2, 3]].
@@ -121,8 +147,7 @@ def plan_epoch(
         if min(buckets.pad_to, buckets.steps) < 1:
             raise ValueError(f"buckets of {buckets.steps} steps, padded to {buckets.pad_to}; both must be at least 1")
         lengths = -(-lengths // buckets.pad_to) * buckets.pad_to
-    num_batches = count_batches(lengths, tokens_per_batch, world_size)
-    num_steps = num_batches // world_size
+    num_steps = count_batches(lengths, tokens_per_batch, world_size) // world_size
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy() if shuffle else np.arange(len(lengths))
     step_tokens = -(-int(lengths.sum()) // num_steps)
@@ -137,11 +162,11 @@ def plan_epoch(
         order, piece_N = _by_length(order, lengths, stretch_N, buckets.steps * step_tokens)
     ends = np.cumsum(lengths[order])
     cuts = _cut(ends, num_steps, world_size)
-    bounds = np.stack([cuts[:-1], cuts[1:]], axis=1).reshape(num_steps, world_size, 2)
+    bounds = np.stack([cuts[:-1], cuts[1:]], axis=1)
     if buckets is not None and shuffle:
         bounds = bounds[_mix_steps(bounds, piece_N, generator)]
-    flat = bounds.reshape(num_batches, 2)
-    return EpochPlan(order, flat, groups, stretch_N[flat[:, 1] - 1] if groups else stretch_N[:0])
+    window_of = stretch_N[bounds[:, 1] - 1] if groups else stretch_N[:0]
+    return EpochPlan(order, bounds, world_size, lengths, groups, window_of)
 
 
 def _group_shards(
@@ -198,7 +223,7 @@ def _by_length(
 
 def _mix_steps(bounds: np.ndarray, piece_N: np.ndarray, generator: torch.Generator) -> np.ndarray:
     """int64 [R]: the steps in random order within the pieces that they lie in as a whole; others stay where they are."""
-    firsts, lasts = piece_N[bounds[:, 0, 0]], piece_N[bounds[:, -1, 1] - 1]
+    firsts, lasts = piece_N[bounds[:, 0]], piece_N[bounds[:, 1] - 1]
     order = np.arange(len(bounds))
     whole = np.flatnonzero(firsts == lasts)
     mixed = whole[torch.randperm(len(whole), generator=generator).numpy()]
@@ -207,27 +232,22 @@ def _mix_steps(bounds: np.ndarray, piece_N: np.ndarray, generator: torch.Generat
 
 
 def _cut(ends: np.ndarray, num_steps: int, world_size: int) -> np.ndarray:
-    """int64 [R * W + 1]: where batches begin and end in an order whose running sum of tokens is `ends`.
+    """int64 [R + 1]: where joint batches begin and end in an order whose running sum of tokens is `ends`.
 
-    First the steps, of at least as many samples as there are ranks; then within each step the ranks, of at least one.
+    Each has at least as many samples as there are ranks.
     """
-    steps = _nearest(ends, num_steps, np.arange(1, num_steps))
-    steps = _apart(steps[None], np.array([0]), np.array([len(ends)]), world_size)[0]
-    starts, stops = np.concatenate([[0], steps]), np.concatenate([steps, [len(ends)]])
-    if world_size == 1:
-        return np.concatenate([starts, stops[-1:]])
-    wanted = np.arange(num_steps)[:, None] * world_size + np.arange(1, world_size)
-    ranks = _nearest(ends, num_steps * world_size, wanted.reshape(-1)).reshape(wanted.shape)
-    ranks = _apart(ranks, starts, stops, 1)
-    return np.concatenate([np.concatenate([starts[:, None], ranks], axis=1).reshape(-1), stops[-1:]])
+    room = world_size * np.arange(1, num_steps)
+    cuts = np.maximum.accumulate(np.maximum(_nearest(ends, num_steps) - room, 0))
+    return np.concatenate([[0], np.minimum(cuts, len(ends) - world_size * num_steps) + room, [len(ends)]])
 
 
-def _nearest(ends: np.ndarray, parts: int, numbers: np.ndarray) -> np.ndarray:
-    """int64: how many samples come before the cut nearest to `number / parts` of all tokens; a tie takes one more.
+def _nearest(ends: np.ndarray, parts: int) -> np.ndarray:
+    """int64 [parts - 1]: how many samples come before the cut nearest to 1 / parts, 2 / parts ... of all tokens; a tie takes one more.
 
     In whole numbers: the same share must give the same cut, however it is written and however many tokens there are.
     """
     whole, rest = divmod(int(ends[-1]), parts)
+    numbers = np.arange(1, parts)
     # wanted = below + fraction / parts
     below = numbers * whole + numbers * rest // parts
     fraction = numbers * rest % parts
@@ -235,14 +255,6 @@ def _nearest(ends: np.ndarray, parts: int, numbers: np.ndarray) -> np.ndarray:
     before = np.where(stops > 0, ends[stops - 1], 0)
     nearer = (ends[stops] + before - 2 * below) * parts <= 2 * fraction
     return stops + nearer
-
-
-def _apart(cuts: np.ndarray, starts: np.ndarray, stops: np.ndarray, least: int) -> np.ndarray:
-    """Rows of rising cuts [rows, n], moved so that each of the n + 1 parts of `starts[row]:stops[row]` has `least` samples."""
-    count = cuts.shape[1]
-    room = least * np.arange(1, count + 1)
-    apart = np.maximum.accumulate(np.maximum(cuts - room, starts[:, None]), axis=1)
-    return np.minimum(apart, (stops - least * (count + 1))[:, None]) + room
 
 
 class EpochSampler(DistributedSampler):
@@ -322,11 +334,11 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[list[int]]:
         plan = self.plan()
         reached = -1
-        for number in range(self.start * self.num_replicas + self.rank, len(plan), self.num_replicas):
-            if self.need is not None and plan.windows and plan.window_of[number] != reached:
-                reached = int(plan.window_of[number])
+        for step in range(self.start, len(plan.bounds)):
+            if self.need is not None and plan.windows and plan.window_of[step] != reached:
+                reached = int(plan.window_of[step])
                 self.need(needed_shards(plan, reached))
-            yield plan[number]
+            yield plan[step * self.num_replicas + self.rank]
         if self.need is not None:
             self.need([])
 
@@ -337,14 +349,11 @@ def needed_shards(plan: EpochPlan, window: int) -> list[int]:
     return [int(shard) for one in near if 0 <= one < len(plan.windows) for shard in plan.windows[one]]
 
 
-def steps_differ(own: EpochPlan, own_ranks: int, other: EpochPlan, other_ranks: int) -> int | None:
-    """The first step that would hold other samples under another number of ranks, or None where all steps agree."""
-    own_ends, other_ends = (
-        plan.bounds[ranks - 1 :: ranks, 1] for plan, ranks in ((own, own_ranks), (other, other_ranks))
-    )
-    if len(own_ends) != len(other_ends):
+def steps_differ(own: EpochPlan, other: EpochPlan) -> int | None:
+    """The first step that holds other samples under another number of ranks, or None where all steps agree."""
+    if len(own.bounds) != len(other.bounds):
         return 0
-    differing = np.flatnonzero(own_ends != other_ends)
+    differing = np.flatnonzero(own.bounds[:, 1] != other.bounds[:, 1])
     return int(differing[0]) if len(differing) else None
 
 

@@ -19,7 +19,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith.arguments import Suggesting
-from draftsmith.train import (
+
+# A YAML can name the classes of these without the full path.
+from draftsmith.train import (  # noqa: F401
     callbacks,
     data_module,
     distil_callbacks,
@@ -33,20 +35,6 @@ from draftsmith.train import (
 )
 from draftsmith.train.checkpoints import AtomicCheckpointIO
 from draftsmith.train.preemption import Preemption, ResumeValidation
-
-# Imported so that a YAML can name their classes without the full path.
-KNOWN = (
-    callbacks,
-    data_module,
-    distil_callbacks,
-    distil_data,
-    distil_module,
-    draft_module,
-    judge_callbacks,
-    judge_data,
-    judge_module,
-    online,
-)
 
 
 class TrainingParser(Suggesting, LightningArgumentParser):
@@ -85,9 +73,9 @@ class TrainingCLI(LightningCLI):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
         # Behind the checkpoint callbacks, which Lightning has sorted to the end.
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        there = {type(callback) for callback in callbacks}
-        callbacks.extend(kind() for kind in (ResumeValidation, Preemption) if kind not in there)
+        present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds = {type(callback) for callback in present}
+        present.extend(kind() for kind in (ResumeValidation, Preemption) if kind not in kinds)
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:

@@ -259,7 +259,7 @@ class CacheDataModule(pl.LightningDataModule):
             )
             for world_size in (interrupted, now)
         ]
-        return steps_differ(plans[0], interrupted, plans[1], now)
+        return steps_differ(*plans)
 
     def _renew_loaders(self) -> None:
         """Engines that restore after their set-up (FSDP2, DeepSpeed) have asked for the loaders before: from the start of the data."""

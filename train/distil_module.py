@@ -35,6 +35,7 @@ from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
 from draftsmith.train.distil_losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
 from draftsmith.train.distil_student import Student
+from draftsmith.train.processes import sum_over_ranks, world_size
 from draftsmith.train.schedule import warm_up_then_cosine, weight_groups
 from draftsmith.train.whole_tensors import PRECISIONS
 
@@ -300,10 +301,10 @@ class DraftLMModule(pl.LightningModule):
         """Mean divergence over the reply tokens of all ranks together."""
         texts = self.texts_of(batch, self.trainer.current_epoch)
         laid = lay_out(texts, self.device)
-        rows = self._sum_over_ranks(torch.tensor(float(len(laid.labels_R)), device=self.device))
+        rows = sum_over_ranks(self, torch.tensor(float(len(laid.labels_R)), device=self.device))
         # The number of ranks undoes the mean that DDP takes over gradients.
-        sums = self._sums(laid, self._world_size() / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
-        found = self._sum_over_ranks(torch.stack([sums.loss, sums.acceptance])) / rows
+        sums = self._sums(laid, world_size(self) / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
+        found = sum_over_ranks(self, torch.stack([sums.loss, sums.acceptance])) / rows
         # Judged by the joint loss, so that all processes stop together: one alone would leave the others waiting for its gradients.
         if not bool(torch.isfinite(found[0])):
             raise ValueError(
@@ -354,7 +355,7 @@ class DraftLMModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all ranks."""
-        loss, accepted, agreed, rows = self._sum_over_ranks(self._val_sums).tolist()
+        loss, accepted, agreed, rows = sum_over_ranks(self, self._val_sums).tolist()
         if rows:
             means = {"val/loss": loss / rows, ACCEPTANCE: accepted / rows, "val/top1": agreed / rows}
             self.log_dict(means, prog_bar=True, batch_size=1)
@@ -401,15 +402,6 @@ class DraftLMModule(pl.LightningModule):
         groups = weight_groups(self.student.lm.parameters(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self._world_size() > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
-
-    def _world_size(self) -> int:
-        return 1 if self._trainer is None else self.trainer.world_size
 
     def data(self) -> DistilDataModule:
         """The run's rows. Raises ValueError for another data module."""

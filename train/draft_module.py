@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -32,6 +33,7 @@ from draftsmith.train.families import DrafterFamily, most_frequent
 from draftsmith.train.losses import StepSums, TopEmphasis
 from draftsmith.train.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.online import OnlineDataModule
+from draftsmith.train.processes import start_sum, sum_over_ranks, world_size
 from draftsmith.train.schedule import warm_up_then_cosine, weight_groups
 from draftsmith.train.score_scale import SCALES, best_scale, surprise_by_scale
 
@@ -131,6 +133,7 @@ class DraftModule(pl.LightningModule):
         self._ends: list[TargetEnds] = []
         self._copy: list[Drafter] = []
         self._to_draft = torch.empty(0, dtype=torch.int64)
+        self._unsound: tuple[Callable[[], Tensor], Tensor, CacheBatch] | None = None
         self._val_sums: list[Tensor] = []
         self._surprise = torch.zeros(len(SCALES))
         self._eos_token_ids: tuple[int, ...] = ()
@@ -276,11 +279,20 @@ class DraftModule(pl.LightningModule):
         lesson = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
         metrics = (self.global_step + 1) % self.metrics_every == 0
         sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
-        self._refuse_not_finite(sums.total.detach(), batch)
-        self.log("loss", sums.total.detach(), prog_bar=True, logger=False, batch_size=1)
+        loss = sums.total.detach()
+        self._unsound = start_sum(self, (~torch.isfinite(loss)).float()), loss, batch
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
         if metrics:
             self._log_scalars(self._means(_pool(sums), "train"))
         return sums.total
+
+    def on_after_backward(self) -> None:
+        """Refuses a loss that is not finite: here and not earlier, because to look at it is to wait for it."""
+        assert self._unsound is not None
+        (unsound, loss, batch), self._unsound = self._unsound, None
+        # All processes stop together: one alone would leave the others waiting for its gradients.
+        if bool(unsound()):
+            self._refuse(loss, batch)
 
     def _seed_of(self, batch_idx: int) -> int:
         """What a batch draws (noise, dropout) is a function of the run's seed, the batch and the process, so it resumes anywhere."""
@@ -293,9 +305,9 @@ class DraftModule(pl.LightningModule):
         So each step's loss is a mean over the rows of the joint batch of all ranks, however unequal their shares; the
         number of ranks in front undoes the mean that DDP takes over gradients.
         """
-        rows = self._sum_over_ranks(lesson.loss_rows.float())
+        rows = sum_over_ranks(self, lesson.loss_rows.float())
         horizon = self.objective.horizon_weights(rows.device)
-        return self._world_size() * (horizon / horizon.sum()) / rows.clamp(min=1.0)
+        return world_size(self) * (horizon / horizon.sum()) / rows.clamp(min=1.0)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the sums of the last validation."""
@@ -322,7 +334,7 @@ class DraftModule(pl.LightningModule):
 
     def settle_score_scale(self) -> bool:
         """Gives the drafter the score scale of all processes' validation batches; False where they tell none. Collective."""
-        surprise = self._sum_over_ranks(self._surprise)
+        surprise = sum_over_ranks(self, self._surprise)
         told = bool(surprise.any())
         if told:
             self.evaluated.config.score_scale = best_scale(surprise)
@@ -376,7 +388,7 @@ class DraftModule(pl.LightningModule):
 
     def _means(self, pooled: Tensor, stage: str) -> dict[str, float]:
         """pooled [6, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""
-        loss_sum, loss_rows, rows, top1, top5, feature_sum = self._sum_over_ranks(pooled)
+        loss_sum, loss_rows, rows, top1, top5, feature_sum = sum_over_ranks(self, pooled)
         losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
         objective = self.objective if stage == "train" else self.val_objective
         horizon = objective.horizon_weights(losses.device)
@@ -395,10 +407,7 @@ class DraftModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(means, step=self.global_step)
 
-    def _refuse_not_finite(self, loss: Tensor, batch: CacheBatch) -> None:
-        # All processes stop together: one alone would leave the others waiting for its gradients.
-        if not bool(self._sum_over_ranks((~torch.isfinite(loss)).float())):
-            return
+    def _refuse(self, loss: Tensor, batch: CacheBatch) -> NoReturn:
         culprits = _samples_not_finite(batch)
         if bool(torch.isfinite(loss)):
             found = "the batch of another process, which says more"
@@ -410,15 +419,6 @@ class DraftModule(pl.LightningModule):
             f"the loss is {loss.item()} at step {self.global_step}; {found}; if the features are sound, lower lr "
             "or set trainer.gradient_clip_val"
         )
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self._world_size() > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
-
-    def _world_size(self) -> int:
-        return 1 if self._trainer is None else self.trainer.world_size
 
     def _num_greedy(self) -> int:
         """The target's greedy tokens that a batch needs after each position."""

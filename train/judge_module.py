@@ -9,6 +9,7 @@ Shape legend: N tokens, F features, S penalties, P = F + 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from draftsmith.models.target import PRE_NORM, TargetEnds
 from draftsmith.train.judge_data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge_fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
 from draftsmith.train.judge_metrics import average_precision, choose_threshold, curve, reliability, roc_auc
+from draftsmith.train.processes import sum_over_ranks
 
 AUC = "val/auc"
 _GRAIN = 2.0**-14
@@ -150,7 +152,7 @@ class JudgeModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Measures what standardises the features; on a resumed run that gives the same again."""
         scaling = measure_scaling(
-            self.data().tokens("train"), self._config.num_features, self.device, self._sum_over_ranks
+            self.data().tokens("train"), self._config.num_features, self.device, partial(sum_over_ranks, self)
         )
         self.mean, self.scale = scaling.mean, scaling.scale
 
@@ -166,7 +168,7 @@ class JudgeModule(pl.LightningModule):
             token_weights(batch.labels, self.data().labels("train"), self.class_weight),
             Scaling(self.mean, self.scale),
             torch.tensor(self.l2, dtype=torch.float64, device=self.device),
-            self._sum_over_ranks,
+            partial(sum_over_ranks, self),
         )
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -185,7 +187,7 @@ class JudgeModule(pl.LightningModule):
             len(self.data().labels("validation")), len(self.l2), dtype=torch.float64, device=self.device
         )
         everywhere[batch.places] = values
-        self._values_NS = (self._sum_over_ranks(everywhere) / _GRAIN).round() * _GRAIN
+        self._values_NS = (sum_over_ranks(self, everywhere) / _GRAIN).round() * _GRAIN
 
     def on_validation_epoch_end(self) -> None:
         """Chooses among the sweep and logs what it is worth."""
@@ -250,12 +252,6 @@ class JudgeModule(pl.LightningModule):
                     f"the checkpoint was made with {name} = {checkpoint['settings'][name]!r}, this run has {own[name]!r}; resume with the "
                     "same settings, or start a new run without --ckpt_path"
                 )
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self._trainer is not None and self.trainer.world_size > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
 
     def data(self) -> JudgeDataModule:
         """The run's tokens. Raises ValueError for another data module."""

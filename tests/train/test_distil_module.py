@@ -21,6 +21,7 @@ from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.target import Target
+from draftsmith.train import distil_module as module_file
 from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_callbacks import ChainDecodeValidation, KeepBestDraftLM
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
@@ -317,11 +318,11 @@ def test_the_loss_of_a_rank_makes_up_for_the_mean_that_ddp_takes(
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     batch = TextBatch([data.store.text(number) for number in data.train_rows[:3]])
     alone = module.training_step(batch, 0)
-    monkeypatch.setattr(module, "_world_size", lambda: 4)
-    monkeypatch.setattr(module, "_sum_over_ranks", lambda values: 4 * values)
+    monkeypatch.setattr(module_file, "world_size", lambda _: 4)
+    monkeypatch.setattr(module_file, "sum_over_ranks", lambda _, values: 4 * values)
     assert module.training_step(batch, 0).item() == pytest.approx(alone.item())
     # The others hold many more tokens, so that this rank's share of the joint mean is smaller.
-    monkeypatch.setattr(module, "_sum_over_ranks", lambda values: 16 * values)
+    monkeypatch.setattr(module_file, "sum_over_ranks", lambda _, values: 16 * values)
     assert module.training_step(batch, 0).item() == pytest.approx(alone.item() / 4)
 
 
@@ -332,7 +333,7 @@ def test_all_processes_stop_for_a_loss_that_only_another_one_cannot_tell(
     set_up(tmp_path, module, data)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     # The others' rows are counts, their losses are not finite.
-    monkeypatch.setattr(module, "_sum_over_ranks", lambda values: values * (torch.nan if values.ndim else 2.0))
+    monkeypatch.setattr(module_file, "sum_over_ranks", lambda _, values: values * (torch.nan if values.ndim else 2.0))
     batch = TextBatch([data.store.text(number) for number in data.train_rows[:3]])
     with pytest.raises(ValueError, match=r"the loss is nan at step 0 \(\d"):
         module.training_step(batch, 0)

@@ -1,0 +1,32 @@
+"""What the processes of a run tell each other beside their gradients."""
+
+from collections.abc import Callable
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+
+def world_size(module: pl.LightningModule) -> int:
+    """Processes that train the module together; 1 outside of a trainer."""
+    return 1 if module._trainer is None else module.trainer.world_size
+
+
+def sum_over_ranks(module: pl.LightningModule, values: Tensor) -> Tensor:
+    """The sum of `values` (any shape and dtype) over all processes, on each of them; all must call."""
+    return start_sum(module, values)()
+
+
+def start_sum(module: pl.LightningModule, values: Tensor) -> Callable[[], Tensor]:
+    """As sum_over_ranks, but goes on while the sum is under way: the sum is what the returned function waits for."""
+    if world_size(module) == 1:
+        return lambda: values
+    summed = values.clone()
+    work = torch.distributed.all_reduce(summed, async_op=True)
+
+    def wait() -> Tensor:
+        assert work is not None
+        work.wait()
+        return summed
+
+    return wait
