@@ -5,8 +5,8 @@ not know: caches, tensors of states, Lightning.
 
 An epoch is cut twice. First into *joint batches*, what all ranks together take in one step: they depend on the tokens of
 a step only, so a run goes on with another number of ranks and the same samples a step. Then the samples of each joint
-batch are dealt out to the ranks so that all have nearly as many tokens: a step takes as long as its slowest rank. Batch i
-of a plan goes to rank i modulo world size.
+batch are dealt out to the ranks so that all have nearly as much to do: a step takes as long as its slowest rank. Batch i of
+a plan goes to rank i modulo world size.
 
 Shape legend: N samples, S shards, R joint batches (steps), W ranks. Plans of ten million samples hold two arrays and no
 list of them.
@@ -64,6 +64,7 @@ class EpochPlan(Sequence[list[int]]):
         bounds: int64 [R, 2], where in the order each joint batch starts and stops.
         num_ranks: W.
         lengths: int64 [N], tokens of each sample.
+        bucketed: whether a batch is padded to its longest sample, so that a rank had better have similar lengths.
         windows: which shards are read together, in the order in which they are needed; empty unless the order is by shard.
         window_of: int64 [R], the last window that each joint batch reaches into; empty likewise.
     """
@@ -72,6 +73,7 @@ class EpochPlan(Sequence[list[int]]):
     bounds: np.ndarray
     num_ranks: int
     lengths: np.ndarray
+    bucketed: bool
     windows: tuple[np.ndarray, ...]
     window_of: np.ndarray
 
@@ -80,13 +82,19 @@ class EpochPlan(Sequence[list[int]]):
 
     def __getitem__(self, number: int) -> list[int]:  # type: ignore[override]
         step, rank = divmod(range(len(self))[number], self.num_ranks)
-        start, stop = self.bounds[step]
+        return self.step(step)[rank]
+
+    def step(self, number: int) -> list[list[int]]:
+        """The batches of all ranks at one step. Which of them gets the longest sample goes round."""
+        start, stop = self.bounds[number]
         joint = self.order[start:stop]
-        return joint[deal_out(self.lengths[joint], self.num_ranks) == rank].tolist()
+        deal = deal_by_length if self.bucketed else deal_out
+        rank_of = (deal(self.lengths[joint], self.num_ranks) + number) % self.num_ranks
+        return [joint[rank_of == rank].tolist() for rank in range(self.num_ranks)]
 
 
 def deal_out(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
-    """int64 [n]: which rank takes each of n samples, so that all have nearly as many tokens, and at least one sample if n >= num_ranks.
+    """int64 [n]: which rank takes each of n samples, so that all have nearly as many tokens; n >= num_ranks, and each gets one.
 
     The longest first, each to the rank with the fewest tokens so far (Graham, "Bounds on multiprocessing timing anomalies",
     1969): no two ranks differ by more than the longest sample.
@@ -99,6 +107,15 @@ def deal_out(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
         fewest, rank = tokens[0]
         rank_of[place] = rank
         heapq.heapreplace(tokens, (fewest + int(lengths[place]), rank))
+    return rank_of
+
+
+def deal_by_length(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
+    """As deal_out, the shortest samples to the first rank and the longest to the last: little padding in each."""
+    order = np.argsort(lengths, kind="stable")
+    cuts = _cut(np.cumsum(lengths[order]), num_ranks, 1)
+    rank_of = np.empty(len(lengths), dtype=np.int64)
+    rank_of[order] = np.repeat(np.arange(num_ranks), np.diff(cuts))
     return rank_of
 
 
@@ -132,7 +149,7 @@ def plan_epoch(
     """Cuts the epoch's order of samples into batches of nearly equal numbers of tokens.
 
     tokens_per_batch is what a batch holds on average; of n joint batches the i-th ends at the sample nearest to i / n of all
-    tokens, and `deal_out` gives each rank its part. Equal cuts, instead of filling each batch to a limit, keep the number
+    tokens, and `EpochPlan.step` gives each rank its part. Equal cuts, instead of filling each batch to a limit, keep the number
     of batches the same in every epoch and on every rank, and make the batches i * w to i * w + w - 1 of w ranks together
     the batch i of one process with w times the tokens, as long as that batch has w samples. Every sample is in exactly one
     batch and none is split.
@@ -166,7 +183,7 @@ def plan_epoch(
     if buckets is not None and shuffle:
         bounds = bounds[_mix_steps(bounds, piece_N, generator)]
     window_of = stretch_N[bounds[:, 1] - 1] if groups else stretch_N[:0]
-    return EpochPlan(order, bounds, world_size, lengths, groups, window_of)
+    return EpochPlan(order, bounds, world_size, lengths, buckets is not None, groups, window_of)
 
 
 def _group_shards(
@@ -231,14 +248,14 @@ def _mix_steps(bounds: np.ndarray, piece_N: np.ndarray, generator: torch.Generat
     return order
 
 
-def _cut(ends: np.ndarray, num_steps: int, world_size: int) -> np.ndarray:
-    """int64 [R + 1]: where joint batches begin and end in an order whose running sum of tokens is `ends`.
+def _cut(ends: np.ndarray, parts: int, least: int) -> np.ndarray:
+    """int64 [parts + 1]: where parts of nearly equal tokens begin and end in an order whose running sum of tokens is `ends`.
 
-    Each has at least as many samples as there are ranks.
+    Each has at least `least` samples.
     """
-    room = world_size * np.arange(1, num_steps)
-    cuts = np.maximum.accumulate(np.maximum(_nearest(ends, num_steps) - room, 0))
-    return np.concatenate([[0], np.minimum(cuts, len(ends) - world_size * num_steps) + room, [len(ends)]])
+    room = least * np.arange(1, parts)
+    cuts = np.maximum.accumulate(np.maximum(_nearest(ends, parts) - room, 0))
+    return np.concatenate([[0], np.minimum(cuts, len(ends) - least * parts) + room, [len(ends)]])
 
 
 def _nearest(ends: np.ndarray, parts: int) -> np.ndarray:
@@ -337,16 +354,19 @@ class EpochSampler(DistributedSampler):
         for step in range(self.start, len(plan.bounds)):
             if self.need is not None and plan.windows and plan.window_of[step] != reached:
                 reached = int(plan.window_of[step])
-                self.need(needed_shards(plan, reached))
+                self.need(needed_shards(plan, reached, self.rank))
             yield plan[step * self.num_replicas + self.rank]
         if self.need is not None:
             self.need([])
 
 
-def needed_shards(plan: EpochPlan, window: int) -> list[int]:
-    """Shards of a window, of the next, and of the one before, which workers may still be reading; in this order."""
-    near = [window, window + 1, window - 1]
-    return [int(shard) for one in near if 0 <= one < len(plan.windows) for shard in plan.windows[one]]
+def needed_shards(plan: EpochPlan, window: int, rank: int) -> list[int]:
+    """Shards of a window, of the next, and of the one before, which workers may still be reading; in this order.
+
+    Neighbouring ranks, which share a node's folder, begin at different shards of a window.
+    """
+    near = [plan.windows[one] for one in (window, window + 1, window - 1) if 0 <= one < len(plan.windows)]
+    return [int(shard) for shards in near for shard in np.roll(shards, -rank)]
 
 
 def steps_differ(own: EpochPlan, other: EpochPlan) -> int | None:

@@ -25,6 +25,7 @@ from draftsmith.models.target import Target
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
 from draftsmith.train.online import OnlineDataModule
+from draftsmith.train.processes import sum_over_ranks
 
 TOKENS_PER_STEP = "val/tokens_per_step"
 
@@ -162,7 +163,8 @@ class Throughput(pl.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        rate = trainer.world_size * int(self._tokens) / max(1e-9, now - self._started)
+        tokens = sum_over_ranks(pl_module, torch.as_tensor(self._tokens, device=pl_module.device))
+        rate = int(tokens) / max(1e-9, now - self._started)
         pl_module.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
         self._tokens, self._started = 0, now
 

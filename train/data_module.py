@@ -64,14 +64,15 @@ class CacheDataModule(pl.LightningDataModule):
             fsspec knows), whose shards are fetched as they are needed.
         val_cache: a second cache for validation; without one, `val_fraction` of the samples of `cache` is held out.
         val_fraction: the share held out, at least one sample; used only without `val_cache`. Where samples are read shard by
-            shard, whole shards are held out, if there are two or more.
+            shard, whole shards are held out, if there are two or more, and a line says how much that is.
         tokens_per_batch: tokens of a batch on each process, prompt tokens included, on average over batches.
         max_samples: train on no more than so many samples (the same ones under the same seed).
         shuffle: a new order every epoch. `full`: any sample anywhere. `windowed`: shards in random order, samples shuffled
             within `window_shards` of them. true takes `full` for a folder and `windowed` behind a URL.
         seed: fixes the held-out samples and every epoch's order.
         num_workers: processes that read ahead; 0 reads in the training process.
-        check: when the shards' sha256 are compared: at `open`, `lazy` before first use, or `off`.
+        check: when the shards' sha256 are compared: at `open`, by one process of each node; `lazy`, by each process before it
+            first reads a shard; or `off`, for caches of terabytes that `draftsmith data verify` has looked at.
         window_shards: shards of a window, or more where a step has more tokens.
         batching: `packed`: samples end to end. `bucketed`: samples of similar length, each padded to the longest.
         pad_to: padded lengths are a multiple of it, with `bucketed`.
@@ -124,8 +125,17 @@ class CacheDataModule(pl.LightningDataModule):
         self.train_set: CacheSubset | None = None
         self.val_set: CacheSubset | None = None
         self._epoch, self._start, self._keep_open = 0, 0, 0
+        self._checked = False
         # Set on resume with another number of processes: tokens of a step over all of them.
         self._joint_tokens: int | None = None
+
+    def prepare_data(self) -> None:
+        """With check `open`: compares all shards. Lightning calls this in one process of each node and lets the others wait."""
+        if self.check == "open":
+            for path in (self.cache_path, self.val_cache_path):
+                if path is not None:
+                    self._open(path).close()
+        self._checked = True
 
     def setup(self, stage: str = "fit") -> None:
         """Opens the caches and divides the samples."""
@@ -193,8 +203,16 @@ class CacheDataModule(pl.LightningDataModule):
         return self._loader(self._train(), bool(self.shuffle), self._epoch, self._start)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of the held-out samples in a fixed order; none when nothing is held out."""
-        return [] if self.val_set is None else self._loader(self.val_set, False, 0, 0)
+        """Batches of the held-out samples in a fixed order; none when nothing is held out. Raises ValueError for too few of them."""
+        if self.val_set is None:
+            return []
+        processes = self._world()[1]
+        if len(self.val_set) < processes:
+            raise ValueError(
+                f"{len(self.val_set)} sample(s) are held out for validation, and each of {processes} processes needs one; raise "
+                "val_fraction, set it to 0, or give val_cache more samples"
+            )
+        return self._loader(self.val_set, False, 0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is; saved in every checkpoint."""
@@ -208,9 +226,8 @@ class CacheDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called on resume. With another number of processes, the tokens of a step stay what they were.
 
-        Raises ValueError when the samples, their order or the batches differ from those of the interrupted run, when a step
-        of this epoch has fewer samples than there are processes now, and when the engine has asked for the loaders already
-        and they are not those of the interrupted run.
+        Raises ValueError when the samples, their order or the batches differ from those of the interrupted run, and when a step
+        of this epoch has fewer samples than there are processes now.
         """
         own = self._layout()
         # Checkpoints of earlier versions know of no windows and no buckets, and no process count but their own.
@@ -229,7 +246,6 @@ class CacheDataModule(pl.LightningDataModule):
         self._joint_tokens = before["joint_tokens"]
         if before["world_size"] != own["world_size"]:
             self._check_steps(before["world_size"], own["world_size"], self._joint_tokens)
-        self._renew_loaders()
 
     def _check_steps(self, interrupted: int, now: int, joint: int) -> None:
         differing = self._first_other_step(Fraction(joint), interrupted, now)
@@ -260,23 +276,6 @@ class CacheDataModule(pl.LightningDataModule):
             for world_size in (interrupted, now)
         ]
         return steps_differ(*plans)
-
-    def _renew_loaders(self) -> None:
-        """Engines that restore after their set-up (FSDP2, DeepSpeed) have asked for the loaders before: from the start of the data."""
-        loop = None if self.trainer is None else self.trainer.fit_loop
-        if loop is None or loop._combined_loader is None:
-            return
-        planned = loop.max_batches
-        loop._combined_loader = None
-        loop.setup_data()
-        if loop.max_batches != planned:
-            budget, num_ranks = self._budget(), self._world()[1]
-            whole = f"set data.init_args.tokens_per_batch to {budget}"
-            uneven = f"resume with a number of processes that divides {self._joint_tokens}, not {num_ranks}"
-            raise ValueError(
-                f"this engine made its learning-rate schedule for {planned} batches an epoch before the checkpoint was read, which has "
-                f"{loop.max_batches}; {whole if isinstance(budget, int) else uneven}"
-            )
 
     def _layout(self) -> dict[str, Any]:
         train = self._train()
@@ -319,9 +318,9 @@ class CacheDataModule(pl.LightningDataModule):
         return int(share) if share.denominator == 1 else share
 
     def _open(self, path: Path | str) -> HiddenStateCache:
-        return HiddenStateCache(
-            path, check=self.check, shard_cache=self.shard_cache, shard_cache_gib=self.shard_cache_gib
-        )
+        first = self.trainer is None or self.trainer.local_rank == 0
+        check = "off" if self.check == "open" and (self._checked or not first) else self.check
+        return HiddenStateCache(path, check=check, shard_cache=self.shard_cache, shard_cache_gib=self.shard_cache_gib)
 
     def _division(self, cache: HiddenStateCache) -> np.ndarray:
         """int64 [N]: all samples in the random order whose first are held out; shard by shard where they are read so."""
@@ -339,7 +338,13 @@ class CacheDataModule(pl.LightningDataModule):
         if not self._by_shard or len(cache.manifest.shards) < 2:
             return wanted
         ends = np.flatnonzero(np.diff(cache.shard_of[order])) + 1
-        return int(ends[min(int(np.searchsorted(ends, wanted)), len(ends) - 1)])
+        found = int(ends[min(int(np.searchsorted(ends, wanted)), len(ends) - 1)])
+        if found > 2 * wanted:
+            rank_zero_info(
+                f"{found} of {len(order)} samples are held out for validation instead of {wanted}, because whole shards are: extract with "
+                "a smaller --shard-mib, or give val_cache"
+            )
+        return found
 
     def _train(self) -> CacheSubset:
         self.open_cache()
@@ -364,7 +369,7 @@ class CacheDataModule(pl.LightningDataModule):
             start=start,
             windows=windows,
             buckets=self._buckets,
-            need=None if subset.cache.remote is None else partial(_need, subset, rank),
+            need=None if subset.cache.remote is None else partial(subset.cache.need, reader=subset),
         )
         if windows is not None and subset.cache.remote is not None:
             self._check_room(subset, sampler)
@@ -417,12 +422,6 @@ class CacheSubset(Dataset):
         self.cache.read_next(self.indices[np.asarray(numbers)])
         samples = [self.sample(number) for number in numbers]
         return CacheBatch(pack(samples, self.layers, self.pad_to), tuple(sample.id for sample in samples))
-
-
-def _need(subset: CacheSubset, rank: int, shards: Sequence[int]) -> None:
-    """Processes of a node begin at different shards of what they need all together."""
-    start = rank % max(1, len(shards))
-    subset.cache.need([*shards[start:], *shards[:start]], subset)
 
 
 def _check_same_origin(cache: HiddenStateCache, val_cache: HiddenStateCache) -> None:

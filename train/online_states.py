@@ -192,9 +192,9 @@ class RoundSampler(DistributedSampler):
     def __iter__(self) -> Iterator[list[list[int]]]:
         if self.members is None:
             return ([numbers] for numbers in self.own)
-        plan, num_ranks, members = self.own.plan(), self.own.num_replicas, self.members
-        starts = range(self.own.start * num_ranks, len(plan), num_ranks)
-        return ([plan[start + rank] for rank in members] for start in starts)
+        plan, members = self.own.plan(), self.members
+        steps = (plan.step(number) for number in range(self.own.start, len(plan.bounds)))
+        return ([step[rank] for rank in members] for step in steps)
 
 
 class Rounds(Dataset):

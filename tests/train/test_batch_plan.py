@@ -2,6 +2,7 @@
 
 import itertools
 from bisect import bisect_left
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +16,9 @@ from draftsmith.train.batch_plan import (
     EpochSampler,
     Windows,
     count_batches,
+    deal_by_length,
     deal_out,
+    needed_shards,
     plan_epoch,
     steps_differ,
 )
@@ -77,8 +80,56 @@ def test_ranks_wait_less_for_one_another_than_if_a_joint_batch_were_cut_in_order
     def lengths_of(parts: list[list[int]]) -> np.ndarray:
         return np.array([lengths[part].sum() for part in parts])
 
-    in_order = [part.tolist() for start, stop in plan.bounds for part in np.array_split(plan.order[start:stop], 4)]
-    assert waiting(list(plan)) < 0.05 < 0.15 < waiting(in_order)
+    in_order = []
+    for start, stop in plan.bounds:
+        ends = np.cumsum(lengths[plan.order[start:stop]])
+        cuts = [int(np.abs(ends - ends[-1] * rank / 4).argmin()) + 1 for rank in (1, 2, 3)]
+        in_order += [part.tolist() for part in np.split(plan.order[start:stop], cuts)]
+    assert waiting(list(plan)) < 0.03 < 0.07 < waiting(in_order)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 8), st.data())
+def test_with_buckets_a_rank_gets_neighbours_in_length(num_ranks: int, data: st.DataObject) -> None:
+    lengths = np.array(data.draw(st.lists(st.integers(1, 2000), min_size=num_ranks, max_size=60)))
+    rank_of = deal_by_length(lengths, num_ranks)
+    parts = [lengths[rank_of == rank] for rank in range(num_ranks)]
+    assert all(map(len, parts))
+    for shorter, longer in itertools.pairwise(parts):
+        assert shorter.max() <= longer.min()
+
+
+def test_buckets_keep_their_padding_low_with_several_ranks() -> None:
+    lengths = np.random.default_rng(0).integers(20, 500, 8000)
+    plan = plan_epoch(lengths, 4096, seed=0, epoch=0, world_size=8, buckets=Buckets(64))
+
+    def padded(parts: Iterable[np.ndarray]) -> int:
+        """Tokens of batches that are padded to their longest sample."""
+        return sum(len(part) * int(plan.lengths[part].max()) for part in parts)
+
+    dealt_out = [
+        joint[deal_out(plan.lengths[joint], 8) == rank]
+        for joint in (plan.order[start:stop] for start, stop in plan.bounds)
+        for rank in range(8)
+    ]
+    own = padded(np.array(part) for part in plan)
+    assert own / lengths.sum() < 1.15 < padded(dealt_out) / lengths.sum()
+
+
+def test_the_longest_sample_goes_round_the_ranks() -> None:
+    lengths = [1000] + [10] * 30
+    plan = plan_epoch(lengths * 8, 500, seed=0, epoch=0, world_size=4)
+    ranks = [number % 4 for number, part in enumerate(plan) if any(index % 31 == 0 for index in part)]
+    assert len(set(ranks)) > 1
+
+
+def test_ranks_of_a_node_begin_at_different_shards_of_the_window_that_is_read() -> None:
+    plan = plan_epoch([4] * 60, 10, seed=0, epoch=0, world_size=2, windows=Windows(np.repeat(np.arange(12), 5), 4))
+    first, second, third = (set(map(int, window)) for window in plan.windows)
+    for rank in range(9):
+        needed = needed_shards(plan, 1, rank)
+        assert [set(needed[:4]), set(needed[4:8]), set(needed[8:])] == [second, third, first]
+    assert len({needed_shards(plan, 1, rank)[0] for rank in range(4)}) == 4
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:

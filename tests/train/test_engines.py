@@ -360,12 +360,14 @@ def test_throughput_is_the_labelled_tokens_of_all_processes_a_second(monkeypatch
     logged: list[tuple[str, float]] = []
     module: Any = SimpleNamespace(device=torch.device("cpu"), log=lambda name, value, **_: logged.append((name, value)))
     batch: Any = SimpleNamespace(packed=SimpleNamespace(loss_mask=torch.tensor([True, True, False])))
-    trainer: Any = SimpleNamespace(world_size=3)
+    # Another process has trained on five tokens meanwhile.
+    monkeypatch.setattr("draftsmith.train.callbacks.sum_over_ranks", lambda module, tokens: tokens + 5)
+    trainer: Any = SimpleNamespace()
     throughput = Throughput(every=2)
     for number in range(2):
         throughput.on_train_batch_start(trainer, module, batch, number)
         throughput.on_train_batch_end(trainer, module, None, batch, number)
-    assert logged == [("train/tokens_per_second", 3 * (2 + 2) / 2.0)]
+    assert logged == [("train/tokens_per_second", (2 + 2 + 5) / 2.0)]
 
 
 def test_only_the_first_process_copies_the_average_for_a_checkpoint(

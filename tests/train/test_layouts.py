@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
-import pytorch_lightning as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -566,6 +566,44 @@ def opened(cache: Path, **chosen: Any) -> CacheDataModule:
     return data
 
 
+def test_one_process_of_a_node_compares_the_shards_for_all(in_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(HiddenStateCache, "verify_integrity", lambda cache: compared.append(str(cache.path)))
+    first, second = (CacheDataModule(in_shards, val_cache=in_shards) for _ in range(2))
+    first.prepare_data()
+    assert compared == [str(in_shards)] * 2
+    first.setup()
+    second.trainer = SimpleNamespace(local_rank=1, global_rank=1, world_size=2)  # type: ignore[assignment]
+    second.setup()
+    assert len(compared) == 2
+    # Without Lightning nobody has called prepare_data().
+    opened(in_shards)
+    assert len(compared) == 3
+
+
+def test_fewer_held_out_samples_than_processes_are_refused(in_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = opened(in_shards, val_fraction=0.05)
+    on_ranks(monkeypatch, 4)
+    with pytest.raises(
+        ValueError, match=r"2 sample\(s\) are held out .* each of 4 processes needs one; raise val_fraction"
+    ):
+        data.val_dataloader()
+
+
+def test_whole_shards_that_hold_out_far_more_than_asked_are_told(
+    in_shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        opened(in_shards, shuffle="windowed", val_fraction=0.01)
+    assert re.search(
+        r"\d+ of 40 samples are held out for validation instead of 1, because whole shards are", caplog.text
+    )
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        opened(in_shards, val_fraction=0.01)
+    assert "held out" not in caplog.text
+
+
 def checkpoint(data: CacheDataModule, batches_done: int) -> dict[str, Any]:
     """As state_dict() gives it within a fit."""
     return {
@@ -581,7 +619,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, data: CacheDataModule, world_size: in
     for rank in range(world_size):
         on_ranks(monkeypatch, world_size, rank)
         shares.append([batch.sample_ids for batch in data.train_dataloader()])
-    return [[name for share in step for name in share] for step in zip(*shares, strict=True)]
+    return [sorted(name for share in step for name in share) for step in zip(*shares, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -657,47 +695,6 @@ def test_steps_too_small_for_the_processes_are_refused(in_shards: Path, monkeypa
     on_ranks(monkeypatch, 4)
     with pytest.raises(ValueError, match="too few samples to be the same for 4 processes as for 1; resume with 1"):
         opened(in_shards, tokens_per_batch=12).load_state_dict(saved)
-
-
-def test_an_engine_that_restores_late_gets_loaders_that_start_where_the_run_stopped(
-    in_shards: Path, target_dir: Path, tmp_path: Path
-) -> None:
-    """FSDP2 and DeepSpeed set up the loaders before they read the checkpoint: here a strategy that does so and nothing else."""
-
-    class Late(pl.strategies.SingleDeviceStrategy):
-        restore_checkpoint_after_setup = True
-
-    class Note(pl.Callback):
-        def __init__(self) -> None:
-            self.seen: list[tuple[str, ...]] = []
-
-        def on_train_batch_end(self, *arguments: Any, **named: Any) -> None:
-            self.seen.append(arguments[3].sample_ids)
-
-    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    whole = Note()
-    settings_ = {"max_epochs": 2, "enable_checkpointing": True}
-    make_trainer(tmp_path, callbacks=[saver, whole], **settings_).fit(
-        make_module(target_dir), CacheDataModule(in_shards, tokens_per_batch=60)
-    )
-    assert len(whole.seen) > 8
-    for num_workers in (0, 1):
-        resumed = Note()
-        trainer = make_trainer(tmp_path, callbacks=[resumed], strategy=Late(device=torch.device("cpu")), max_epochs=2)
-        data = CacheDataModule(in_shards, tokens_per_batch=60, num_workers=num_workers)
-        trainer.fit(make_module(target_dir), data, ckpt_path=tmp_path / "step=3.ckpt")
-        assert resumed.seen == whole.seen[3:]
-    # A checkpoint of two processes, whose steps the schedule of this one knows nothing of.
-    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
-    saved["CacheDataModule"]["layout"] |= {"world_size": 2, "joint_tokens": 120}
-    torch.save(saved, tmp_path / "moved.ckpt")
-    late = make_trainer(tmp_path, strategy=Late(device=torch.device("cpu")), max_epochs=2)
-    with pytest.raises(
-        ValueError, match=r"made its learning-rate schedule for .* set data.init_args.tokens_per_batch to 120"
-    ):
-        late.fit(
-            make_module(target_dir), CacheDataModule(in_shards, tokens_per_batch=60), ckpt_path=tmp_path / "moved.ckpt"
-        )
 
 
 def train(config: Path, *arguments: str) -> None:
