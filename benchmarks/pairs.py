@@ -1,13 +1,13 @@
 """What two processes give over one, and what is lost on the way: to the machine, to waiting for one another, to the gradients.
 
-A ladder of launches, in turns, each of processes with one thread:
+A ladder, climbed several times, of processes with one thread each:
 
     one        one process
     apart      two that train side by side, each for itself: what the machine gives
     in step    two that go step by step together but keep their gradients: what waiting for the slower one takes
     together   two that train one drafter: what sending the gradients takes
 
-`python -m torch.distributed.run --nproc-per-node=N pairs.py KIND RUNG ...` is one launch; `train.py` makes them all.
+`python -m torch.distributed.run --nproc-per-node=N pairs.py KIND RUNGS ...` is one launch; `train.py` makes them all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from recipes import RECIPES
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
@@ -51,7 +51,8 @@ def pair_rows(families: tuple[str, ...], target: str, rows: Path, work: Path, sc
     for kind, tokens, rungs in jobs:
         ratios: dict[str, list[float]] = {rung: [] for rung in rungs}
         for _ in range(max(1, round(3 * scale))):
-            rates = {rung: _rate(kind, rung, tokens, target, rows, work, 10 * scale) for rung in rungs}
+            rates = _rates(kind, rungs[:1], tokens, target, rows, work, 10 * scale)
+            rates |= _rates(kind, rungs[1:], tokens, target, rows, work, 10 * scale)
             for rung, rate in rates.items():
                 ratios[rung].append(rate / rates["one"])
         found.append(
@@ -68,30 +69,36 @@ def pair_rows(families: tuple[str, ...], target: str, rows: Path, work: Path, sc
     return found
 
 
-def _rate(kind: str, rung: str, tokens: int, target: str, rows: Path, work: Path, seconds: float) -> float:
-    """Tokens a second (for bare products: repetitions a second) of all processes together."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={1 if rung == 'one' else 2}"]
-    words = [__file__, kind, rung, str(tokens), target, str(rows), str(work), str(seconds)]
+def _rates(
+    kind: str, rungs: tuple[str, ...], tokens: int, target: str, rows: Path, work: Path, seconds: float
+) -> dict[str, float]:
+    """Tokens a second (for bare products: repetitions a second) of all processes together, on some rungs in one launch."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={1 if rungs == ('one',) else 2}"]
+    words = [__file__, kind, ",".join(rungs), str(tokens), target, str(rows), str(work), str(seconds)]
     command = [sys.executable, *launcher, *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
-    rates = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("rate ")]
-    if done.returncode or not rates:
+    found = dict.fromkeys(rungs, 0.0)
+    lines = [line.split("\t") for line in done.stdout.splitlines() if line.startswith("rate\t")]
+    if done.returncode or len(lines) < len(rungs):
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return sum(rates)
+    for _, rung, rate in lines:
+        found[rung] += float(rate)
+    return found
 
 
 def worker(options: argparse.Namespace) -> None:
     """One process of a launch: prints its share of the rate."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    rate = lone_rate(options) if options.kind in LONE else train_rate(options)
+    for rung in options.rungs.split(","):
+        rate = lone_rate(options) if options.kind in LONE else train_rate(options, rung)
+        # In one write: the lines of two processes must not run into one another.
+        sys.stdout.write(f"rate\t{rung}\t{rate}\n")
+        sys.stdout.flush()
+        torch.distributed.barrier()
     # Nobody leaves while another still listens: gloo ends such a process by a signal.
-    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # In one write: the lines of two processes must not run into one another.
-    sys.stdout.write(f"rate {rate}\n")
-    sys.stdout.flush()
 
 
 def lone_rate(options: argparse.Namespace) -> float:
@@ -142,17 +149,14 @@ class Rate(pl.Callback):
         trainer.should_stop = bool(over)
 
 
-def train_rate(options: argparse.Namespace) -> float:
+def train_rate(options: argparse.Namespace, rung: str) -> float:
     """A share of data-parallel training; the joint batch grows with the processes, as it does on more devices."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    linked = options.rung in ("in step", "together")
-    strategy: Any = "auto"
+    linked = rung in ("in step", "together")
+    strategy: Any = SingleDeviceStrategy(torch.device("cpu"))
     if linked:
-        hook = noop_hook if options.rung == "in step" else None
+        hook = noop_hook if rung == "in step" else None
         strategy = DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)  # as in configs/engine_ddp.yaml
-    else:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
     recipe, clock = RECIPES[options.kind], Rate(options.seconds, linked)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -178,7 +182,7 @@ def main() -> None:
     """One process of a launch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind")
-    parser.add_argument("rung", choices=LADDER)
+    parser.add_argument("rungs", help="with commas between")
     parser.add_argument("tokens", type=int)
     parser.add_argument("target")
     parser.add_argument("rows", type=Path)

@@ -69,6 +69,9 @@ class TrainingCLI(LightningCLI):
         """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them, and the run against
         being told to go.
         """
+        if type(self.datamodule).state_dict is not pl.LightningDataModule.state_dict:
+            # Lightning looks at the loader alone; the data module knows where in the epoch it was.
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()

@@ -702,6 +702,7 @@ def train(config: Path, *arguments: str) -> None:
     command = [sys.executable, str(script), "fit", f"--config={config}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "dataloader is not resumable" not in done.stderr
 
 
 @pytest.mark.slow
