@@ -21,12 +21,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.corpus import Corpus
+from draftsmith.data.corpus import Corpus, template_digest
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
 from draftsmith.data.responses import first_prompt_ids
 from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate
 from draftsmith.files import sha256_file
-from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.train.batch_plan import EpochSampler
 
 
@@ -86,11 +86,16 @@ class TextStore(Dataset):
         """One row."""
         span = slice(self._starts[number], self._starts[number + 1])
         labelled = [bool(flag) for flag in self._labelled[span]]
-        return Text(number, self._ids[span].tolist(), labelled, self._prompts[number])
+        return Text(int(number), self._ids[span].tolist(), labelled, self._prompts[number])
 
-    def has_reply(self, number: int) -> bool:
-        """Whether the row is more than a prompt."""
-        return self._starts[number + 1] - self._starts[number] > self._prompts[number]
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows together."""
+        return len(self._ids)
+
+    def with_reply(self) -> np.ndarray:
+        """bool [N]: which rows are more than a prompt."""
+        return np.diff(np.asarray(self._starts)) > np.asarray(self._prompts)
 
     def __getitem__(self, numbers: Sequence[int]) -> TextBatch:
         return TextBatch([self.text(number) for number in numbers])
@@ -110,6 +115,7 @@ class DistilDataModule(pl.LightningDataModule):
         on_policy: share of the rows of an epoch that the draft LM continues itself.
         split: read the rows of this split only; null for all.
         val_fraction: share of the rows held out, at least one.
+        max_val_rows: hold out no more than so many; null for no limit. Every one that has no reply costs the target an answer.
         max_length: texts are cut to so many tokens; prompts that leave no room for a reply, and empty replies, are left out and counted.
         batch_size: rows of a step on each process, on average: an epoch is cut into nearly equal batches.
         max_samples: train on no more than so many rows (the same ones under the same seed).
@@ -128,6 +134,7 @@ class DistilDataModule(pl.LightningDataModule):
         on_policy: float = 1.0,
         split: str | None = None,
         val_fraction: float = 0.02,
+        max_val_rows: int | None = 512,
         max_length: int = 1024,
         batch_size: int = 16,
         max_samples: int | None = None,
@@ -144,23 +151,30 @@ class DistilDataModule(pl.LightningDataModule):
             raise ValueError(f"on_policy is {on_policy}; it is a share of the rows, between 0 and 1")
         if not 0.0 <= val_fraction < 1.0:
             raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
-        counts = {"max_length": max_length, "batch_size": batch_size, "max_samples": max_samples}
+        counts = {
+            "max_val_rows": max_val_rows,
+            "max_length": max_length,
+            "batch_size": batch_size,
+            "max_samples": max_samples,
+        }
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}; it must be at least 1")
         self.replies = None if replies is None else Path(replies)
         self.prompts = None if prompts is None else Path(prompts)
-        self.on_policy, self.split, self.val_fraction = on_policy, split, val_fraction
+        self.on_policy, self.split = on_policy, split
+        self.val_fraction, self.max_val_rows = val_fraction, max_val_rows
         self.max_length, self.batch_size, self.max_samples = max_length, batch_size, max_samples
         self.template, self.shuffle, self.seed = template, shuffle, seed
         self.store = TextStore()
-        self.train_rows: list[int] = []
-        self.val_rows: list[int] = []
+        self.train_rows = np.empty(0, dtype=np.int64)
+        self.val_rows = np.empty(0, dtype=np.int64)
         self.sources: dict[str, str] = {}
         self.num_left_out = 0
         self._answered: set[bytes] = set()
         self._epoch, self._start = 0, 0
-        self._drawn: tuple[int, frozenset[int]] | None = None
+        self._template = ""
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def read(self, tokenizer: PreTrainedTokenizerBase, context: int | None, eos_ids: Iterable[int]) -> None:
         """Reads and encodes everything; the training module calls this once it knows the models.
@@ -173,6 +187,7 @@ class DistilDataModule(pl.LightningDataModule):
         if len(self.store):
             return
         self.max_length = self.max_length if context is None else min(self.max_length, context)
+        self._template = template_digest(self.template) or template_fingerprint(tokenizer)
         if self.replies is not None:
             self._read_replies(self.replies, tokenizer, eos_ids)
         if self.prompts is not None:
@@ -182,17 +197,22 @@ class DistilDataModule(pl.LightningDataModule):
             rank_zero_info(
                 f"{self.num_left_out} row(s) left out: no reply in them, or no room for one within max_length {self.max_length}"
             )
-        order = torch.randperm(len(self.store), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        if self.val_fraction > 0 and order:
-            num_held_out = max(1, round(self.val_fraction * len(order)))
-            self.val_rows, order = sorted(order[:num_held_out]), order[num_held_out:]
-        self.train_rows = sorted(order if self.max_samples is None else order[: self.max_samples])
-        if not self.train_rows:
+        order = torch.randperm(len(self.store), generator=torch.Generator().manual_seed(self.seed)).numpy()
+        held_out = self._num_held_out()
+        self.val_rows = np.sort(order[:held_out])
+        self.train_rows = np.sort(order[held_out:][: self.max_samples])
+        if not len(self.train_rows):
             raise ValueError(
                 f"{len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} ({self.num_left_out} hold no reply, or "
                 f"leave no room for one within max_length {self.max_length}): none is left to train on; add rows, or raise max_length"
             )
         choose_on_policy(self._with_reply(), self.on_policy, self.seed, 0)
+
+    def _num_held_out(self) -> int:
+        if not self.val_fraction or not len(self.store):
+            return 0
+        wanted = max(1, round(self.val_fraction * len(self.store)))
+        return wanted if self.max_val_rows is None else min(wanted, self.max_val_rows)
 
     def _read_replies(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
         corpus = Corpus(
@@ -226,9 +246,10 @@ class DistilDataModule(pl.LightningDataModule):
     def is_on_policy(self, number: int, epoch: int) -> bool:
         """Whether the draft LM continues this row itself in an epoch."""
         if self._drawn is None or self._drawn[0] != epoch:
-            chosen = choose_on_policy(self._with_reply(), self.on_policy, self.seed, epoch)
-            self._drawn = epoch, frozenset(self.train_rows[place] for place in np.flatnonzero(chosen))
-        return number in self._drawn[1]
+            drawn = np.zeros(len(self.store), dtype=bool)
+            drawn[self.train_rows] = choose_on_policy(self._with_reply(), self.on_policy, self.seed, epoch)
+            self._drawn = epoch, drawn
+        return bool(self._drawn[1][number])
 
     def val_prompts(self, num_prompts: int) -> list[list[int]]:
         """Token ids of the first held-out prompts."""
@@ -243,10 +264,10 @@ class DistilDataModule(pl.LightningDataModule):
         """Batches of the held-out rows in a fixed order; none when nothing is held out. Raises ValueError for fewer rows than processes."""
         if 0 < len(self.val_rows) < self._world()[1]:
             raise ValueError(
-                f"val_fraction {self.val_fraction} holds out {len(self.val_rows)} row(s), and each of {self._world()[1]} processes needs "
-                "one; raise val_fraction, or set it to 0"
+                f"val_fraction {self.val_fraction} (max_val_rows {self.max_val_rows}) holds out {len(self.val_rows)} row(s), and each of "
+                f"{self._world()[1]} processes needs one; raise them, or set val_fraction to 0"
             )
-        return self._loader(self.val_rows, False, 0, 0) if self.val_rows else []
+        return self._loader(self.val_rows, False, 0, 0) if len(self.val_rows) else []
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is; saved in every checkpoint."""
@@ -262,19 +283,25 @@ class DistilDataModule(pl.LightningDataModule):
 
         Raises ValueError when the rows, their order or the batches differ from those of the interrupted run.
         """
-        for name, value in self._layout().items():
-            if state_dict["layout"][name] != value:
+        own = self._layout()
+        # Checkpoints of earlier versions tell neither split nor template nor the number of tokens.
+        before = {**own, **state_dict["layout"]}
+        for name, value in own.items():
+            if before[name] != value:
                 raise ValueError(
-                    f"the checkpoint was made with {name} = {state_dict['layout'][name]!r}, this run has {value!r}; resume with the same "
-                    "data, or start a new run without --ckpt_path"
+                    f"the checkpoint was made with {name} = {before[name]!r}, this run has {value!r}; resume with the same data, or start "
+                    "a new run without --ckpt_path"
                 )
         self._epoch, self._start = divmod(state_dict["batches_done"], state_dict["batches_per_epoch"])
 
     def _layout(self) -> dict[str, Any]:
         return {
             "source": hashlib.sha256("".join(self.sources.values()).encode()).hexdigest(),
-            "rows": len(self.train_rows),
+            "split": self.split,
+            "template": self._template,
             "max_length": self.max_length,
+            "rows": len(self.train_rows),
+            "tokens": self.store.num_tokens,
             "batch_size": self.batch_size,
             "on_policy": self.on_policy,
             "shuffle": self.shuffle,
@@ -282,14 +309,14 @@ class DistilDataModule(pl.LightningDataModule):
             "world_size": self._world()[1],
         }
 
-    def _with_reply(self) -> list[bool]:
-        return [self.store.has_reply(number) for number in self.train_rows]
+    def _with_reply(self) -> np.ndarray:
+        return self.store.with_reply()[self.train_rows]
 
     def _world(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _loader(self, rows: list[int], shuffle: bool, epoch: int, start: int) -> DataLoader:
+    def _loader(self, rows: np.ndarray, shuffle: bool, epoch: int, start: int) -> DataLoader:
         rank, world_size = self._world()
         # Each row counts as one token of the plan's budget.
         sampler = EpochSampler(
@@ -311,17 +338,17 @@ def _digest(ids: Sequence[int]) -> bytes:
 
 
 class _Subset(Dataset):
-    def __init__(self, store: TextStore, rows: list[int]) -> None:
+    def __init__(self, store: TextStore, rows: np.ndarray) -> None:
         self._store, self._rows = store, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, places: Sequence[int]) -> TextBatch:
-        return self._store[[self._rows[place] for place in places]]
+        return self._store[self._rows[places].tolist()]
 
 
-def choose_on_policy(with_reply: Sequence[bool], share: float, seed: int, epoch: int) -> np.ndarray:
+def choose_on_policy(with_reply: Sequence[bool] | np.ndarray, share: float, seed: int, epoch: int) -> np.ndarray:
     """bool [N]: which rows of an epoch the draft LM continues itself: `share` of all, those without a reply first of all.
 
     Example: of four rows with replies and a share of 0.5, two, and in another epoch perhaps others.

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +34,7 @@ from draftsmith.train.adapters import LoraSettings
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
 from draftsmith.train.distil_losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
 from draftsmith.train.distil_student import Student
+from draftsmith.train.engines import refuse_dividing
 from draftsmith.train.processes import sum_over_ranks, world_size
 from draftsmith.train.schedule import warm_up_then_cosine, weight_groups
 from draftsmith.train.whole_tensors import PRECISIONS
@@ -159,7 +159,8 @@ class DraftLMModule(pl.LightningModule):
         self._target: list[Target] = []
         self._student: list[Student] = []
         self._tokenizer: list[PreTrainedTokenizerBase] = []
-        self._val_replies: dict[int, Text] = {}
+        self._val_replies: dict[int, list[int]] = {}
+        self._num_shared = 0
         self._val_sums = torch.zeros(4)
 
     @property
@@ -209,12 +210,7 @@ class DraftLMModule(pl.LightningModule):
                 f"cross_entropy on the draft LM's own samples (on_policy {data.on_policy}) would teach it what it does anyway; set the "
                 "data's on_policy to 0, or choose a divergence"
             )
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-            raise ValueError(
-                f"trainer.strategy is {type(strategy).__name__}, which may keep the draft LM in pieces, and it must be whole to sample; "
-                "use one device or ddp (configs/engine_ddp.yaml)"
-            )
+        refuse_dividing(self.trainer.strategy, "the draft LM", "it must be whole to sample")
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}, which would cast all of the draft LM, its rotary frequencies and an "
@@ -270,25 +266,38 @@ class DraftLMModule(pl.LightningModule):
             self.target.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With LoRA leaves out the draft LM below the adapter, which its own directory holds; see on_load_checkpoint."""
+        """Keeps the target's replies to held-out prompts. With LoRA leaves out the draft LM below the adapter, which its own directory
+        holds; see on_load_checkpoint.
+        """
         checkpoint["draft_lm"] = self.student.fingerprint
         checkpoint["lora"] = self.lora is not None
+        checkpoint["val_replies"] = {"made_by": self._answering(), "replies": dict(self._val_replies)}
         for name in self._frozen():
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts back what on_save_checkpoint left out.
+        """Puts back what on_save_checkpoint left out, and the target's replies if it would give the same ones now.
 
-        Raises ValueError for a checkpoint of another draft LM, or one that trained all weights where this run trains an adapter.
+        Raises ValueError for a checkpoint of another module or another draft LM, or one that trained all weights where this run trains an
+        adapter.
         """
         own = {"draft_lm": self.student.fingerprint, "lora": self.lora is not None}
         for name, value in own.items():
+            if name not in checkpoint:
+                raise ValueError(
+                    f"the checkpoint does not say its {name}, so no DraftLMModule has written it; give the checkpoint of such a run, or "
+                    "start a new run without --ckpt_path"
+                )
             if checkpoint[name] != value:
                 raise ValueError(
                     f"the checkpoint was made with {name} = {checkpoint[name]!r}, this run has {value!r}; resume with the draft_lm and "
                     "lora of that run, or start a new run without --ckpt_path"
                 )
         checkpoint["state_dict"].update(self._frozen())
+        kept = checkpoint.get("val_replies", {})
+        if kept.get("made_by") == self._answering():
+            self._val_replies = dict(kept["replies"])
+            self._num_shared = len(self._val_replies)
 
     def _frozen(self) -> dict[str, Tensor]:
         """What of the draft LM's state is not trained, by its name in a checkpoint; nothing where all weights are."""
@@ -355,6 +364,7 @@ class DraftLMModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all ranks."""
+        self._share_replies()
         loss, accepted, agreed, rows = sum_over_ranks(self, self._val_sums).tolist()
         if rows:
             means = {"val/loss": loss / rows, ACCEPTANCE: accepted / rows, "val/top1": agreed / rows}
@@ -363,14 +373,35 @@ class DraftLMModule(pl.LightningModule):
     def _with_target_replies(self, texts: list[Text]) -> list[Text]:
         """Prompts alone are answered by the target once, greedily, with the draft LM's help, which does not change the reply."""
         missing = [text for text in texts if not text.has_reply and text.number not in self._val_replies]
+        max_length = self.data().max_length
         if missing:
             settings = GenerationSettings(self.sampling.max_new_tokens, eos_token_ids=self.eos_token_ids)
             engine = Engine(self.target, self.student.drafter())
             with torch.autocast(self.device.type, enabled=False):  # the decoder casts nothing on the way
                 found = engine.generate([text.ids for text in missing], settings)
             for text, generation in zip(missing, found, strict=True):
-                self._val_replies[text.number] = text.with_reply(generation.token_ids, self.data().max_length)
-        return [text if text.has_reply else self._val_replies[text.number] for text in texts]
+                self._val_replies[text.number] = list(generation.token_ids)
+        return [
+            text if text.has_reply else text.with_reply(self._val_replies[text.number], max_length) for text in texts
+        ]
+
+    def _share_replies(self) -> None:
+        """Gives every process the replies of all, where there are new ones: a checkpoint is the first one's."""
+        new = torch.tensor(len(self._val_replies) - self._num_shared, device=self.device)
+        if world_size(self) > 1 and sum_over_ranks(self, new):
+            everyones: list[dict[int, list[int]]] = [{} for _ in range(world_size(self))]
+            torch.distributed.all_gather_object(everyones, self._val_replies)
+            self._val_replies = {number: reply for replies in everyones for number, reply in replies.items()}
+        self._num_shared = len(self._val_replies)
+
+    def _answering(self) -> dict[str, Any]:
+        """What the target's greedy replies depend on, beside the prompts."""
+        return {
+            "target": self.target.fingerprint,
+            "target_dtype": self.target_dtype,
+            "quantization": self.quantization,
+            "max_new_tokens": self.sampling.max_new_tokens,
+        }
 
     def _sums(self, laid: Laid, row_weight: Tensor | float, with_target: bool) -> DivergenceSums:
         student = self.student

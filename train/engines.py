@@ -10,14 +10,21 @@ processes in one order, whatever their batches make the module do.
 
 from __future__ import annotations
 
-from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor
 
 from draftsmith.train.fully_shard import FullyShard
 from draftsmith.train.whole_tensors import Sharded
 from draftsmith.train.zero import Zero
 
-__all__ = ["FullyShard", "Zero", "divides_weights", "refuse_other_engines", "whole"]
+__all__ = ["FullyShard", "Zero", "divides_weights", "refuse_dividing", "refuse_other_engines", "whole"]
 
 
 def whole(strategy: Strategy, weight: Tensor, state: str | None = None) -> Tensor | None:
@@ -50,4 +57,19 @@ def refuse_other_engines(strategy: Strategy) -> None:
         raise ValueError(
             f"trainer.strategy is {type(strategy).__name__}, which leaves weights and checkpoints in shares; take the engine of "
             f"configs/engine_{ours}.yaml"
+        )
+
+
+def refuse_dividing(strategy: Strategy, what: str, reason: str) -> None:
+    """Raises ValueError for strategies that may keep a part of the module on each process.
+
+    Args:
+        strategy: of the run.
+        what: what is trained, as in "the judge".
+        reason: why it is whole, as in "it must be whole to sample".
+    """
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, which may keep {what} in pieces, and {reason}; use one device or ddp "
+            "(configs/engine_ddp.yaml)"
         )

@@ -21,6 +21,7 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import FEATURES, POST_NORM, Judge, JudgeConfig
 from draftsmith.models.loading import as_dtype, load_tokenizer
 from draftsmith.models.target import PRE_NORM, TargetEnds
+from draftsmith.train.engines import refuse_dividing
 from draftsmith.train.judge_data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge_fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
 from draftsmith.train.judge_metrics import average_precision, choose_threshold, curve, reliability, roc_auc
@@ -60,7 +61,8 @@ class JudgeModule(pl.LightningModule):
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
 
-    Raises ValueError for settings out of range, and in setup() for a cache of another target or tokenizer.
+    Raises ValueError for settings out of range, and in setup() for a cache of another target or tokenizer and for a strategy that divides
+    weights.
     """
 
     mean: Tensor
@@ -120,7 +122,11 @@ class JudgeModule(pl.LightningModule):
         return {name: getattr(self, name) for name in names}
 
     def setup(self, stage: str) -> None:
-        """Checks the caches against the target, has the states read, makes room for the weights."""
+        """Checks the caches against the target, has the states read, makes room for the weights.
+
+        Raises ValueError for a strategy that divides weights among processes.
+        """
+        refuse_dividing(self.trainer.strategy, "the judge", "it is trained whole")
         if len(self.theta):
             return
         data = self.data()

@@ -28,6 +28,8 @@ from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from draftsmith.train.accumulation import accumulations, check_accumulation
+
 Wish = Literal["stop", "requeue"]
 Phase = Literal["training", "idle", "leaving", "gone"]
 
@@ -47,6 +49,8 @@ class Preemption(pl.Callback):
     Args:
         leave_after: seconds after which a process that was told in validation, and is still waiting for others there, is ended.
         peers_after: seconds that a process waits for its own signal when validation fails because another process has left.
+
+    Raises ValueError at the start of training where a validation could fall inside an accumulation; see check_accumulation.
     """
 
     def __init__(self, leave_after: float = 15.0, peers_after: float = 5.0) -> None:
@@ -73,7 +77,12 @@ class Preemption(pl.Callback):
         _shield_forks(weakref.ref(self))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals over from Lightning, which gives all of them back at the end of the fit."""
+        """Takes the signals over from Lightning, which gives all of them back at the end of the fit.
+
+        Raises ValueError for a run that could not be resumed exactly; see check_accumulation.
+        """
+        for num_accumulated in accumulations(trainer):
+            check_accumulation(trainer, num_accumulated)
         # What came in the moments before, Lightning has noted; it would end this process alone, and without a checkpoint.
         self._wish = "stop" if trainer.received_sigterm else None
         self._phase, self._trainer = "training", trainer

@@ -71,8 +71,29 @@ def test_held_out_rows_too_few_for_the_processes_are_refused(tmp_path: Path, mon
     data = read(replies=write_replies(tmp_path / "r.jsonl"), val_fraction=0.1)
     monkeypatch.setattr(data, "_world", lambda: (0, 2))
     assert len(data.train_dataloader())
-    with pytest.raises(ValueError, match=r"val_fraction 0\.1 holds out 1 row\(s\), and each of 2 processes"):
+    with pytest.raises(
+        ValueError, match=r"val_fraction 0\.1 \(max_val_rows 512\) holds out 1 row\(s\), and each of 2 "
+    ):
         data.val_dataloader()
+
+
+def test_no_more_rows_are_held_out_than_allowed_and_the_others_are_trained_on(tmp_path: Path) -> None:
+    path = write_replies(tmp_path / "r.jsonl", 40)
+    sizes = [
+        (len(data.val_rows), len(data.train_rows))
+        for data in (read(replies=path, val_fraction=0.5, max_val_rows=most) for most in (None, 512, 3))
+    ]
+    assert sizes == [(20, 20), (20, 20), (3, 37)]
+    assert not len(read(replies=path, val_fraction=0.0, max_val_rows=3).val_rows)
+
+
+def test_what_is_kept_of_a_row_beside_its_tokens_is_a_few_numbers_in_arrays(tmp_path: Path) -> None:
+    data = read(replies=write_replies(tmp_path / "r.jsonl", 30), val_fraction=0.2, on_policy=0.5)
+    assert isinstance(data.is_on_policy(int(data.train_rows[0]), 1), bool)
+    assert data._drawn is not None
+    kept = [data.train_rows, data.val_rows, data._drawn[1]]
+    assert [(array.dtype.name, array.shape) for array in kept] == [("int64", (24,)), ("int64", (6,)), ("bool", (30,))]
+    assert not data._drawn[1][data.val_rows].any()
 
 
 def test_a_store_gives_back_what_was_put_in() -> None:
@@ -95,7 +116,7 @@ def test_prompts_go_through_the_chat_template_and_those_that_are_answered_are_pa
     assert len(data.train_rows) == 2
     assert data.store.text(0).ids == [*rendered, 7]
     assert data.store.text(1).ids == TOKENIZER.encode("<|user|>\napples\n<|assistant|>\n")
-    assert [data.store.has_reply(row) for row in (0, 1)] == [True, False]
+    assert data.store.with_reply().tolist() == [True, False]
 
 
 def test_the_later_turns_of_a_conversation_are_learned_along_the_targets_replies(tmp_path: Path) -> None:
@@ -147,6 +168,36 @@ def test_replies_in_another_tokenizers_ids_are_refused(tmp_path: Path) -> None:
     assert len(read(replies=folder).train_rows) == 10
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"template": "{% for m in messages %}{{ m.content }}{% endfor %}"}, "template"), ({"split": None}, "split")],
+)
+def test_a_run_does_not_resume_with_another_template_or_split(
+    tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    if "template" in changes:
+        (tmp_path / "other.jinja").write_text(changes["template"])
+        changes = {"template": str(tmp_path / "other.jinja")}
+    settings = {"prompts": write_prompts(tmp_path / "p.jsonl", ["How many", "apples"]), "split": "train"}
+    before = read(**settings)._layout()
+    with pytest.raises(ValueError, match=f"made with {name} = "):
+        read(**(settings | changes)).load_state_dict({"batches_done": 1, "batches_per_epoch": 1, "layout": before})
+
+
+def test_a_run_does_not_resume_on_as_many_rows_of_other_tokens(tmp_path: Path) -> None:
+    data = read(replies=write_replies(tmp_path / "r.jsonl"))
+    state = {"batches_done": 1, "batches_per_epoch": 4, "layout": data._layout() | {"tokens": 59}}
+    with pytest.raises(ValueError, match="made with tokens = 59, this run has 60"):
+        data.load_state_dict(state)
+
+
+def test_a_checkpoint_that_does_not_tell_its_template_is_resumed(tmp_path: Path) -> None:
+    data = read(replies=write_replies(tmp_path / "r.jsonl"))
+    layout = {name: value for name, value in data._layout().items() if name not in ("split", "template", "tokens")}
+    data.load_state_dict({"batches_done": 1, "batches_per_epoch": 4, "layout": layout})
+    assert len(data.train_dataloader()) == 3
+
+
 def test_a_run_does_not_resume_on_other_rows_or_another_mixture(tmp_path: Path) -> None:
     path = write_replies(tmp_path / "r.jsonl")
     layout = read(replies=path)._layout()
@@ -164,6 +215,7 @@ def test_a_run_does_not_resume_on_other_rows_or_another_mixture(tmp_path: Path) 
         ({"replies": "x", "on_policy": 1.5}, "on_policy is 1.5"),
         ({"replies": "x", "val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"replies": "x", "batch_size": 0}, "batch_size is 0"),
+        ({"replies": "x", "max_val_rows": 0}, "max_val_rows is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], told: str) -> None:

@@ -135,8 +135,38 @@ def test_prompts_alone_are_held_out_with_the_targets_greedy_replies(
     settings = GenerationSettings(REPLY, eos_token_ids=target.eos_token_ids)
     wanted = Engine(target).generate(data.val_prompts(2), settings)
     found = [module._val_replies[number] for number in data.val_rows]
-    assert [text.ids[text.num_prompt :] for text in found] == [reply.token_ids for reply in wanted]
+    assert found == [reply.token_ids for reply in wanted]
     assert 0.0 < float(metrics[ACCEPTANCE]) < 1.0
+
+
+def test_a_resumed_run_asks_the_target_for_no_reply_twice(
+    speaker: Path, draft_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Counting(Engine):
+        def generate(self, prompts: Any, *arguments: Any, **settings: Any) -> Any:
+            asked.append(len(prompts))
+            return super().generate(prompts, *arguments, **settings)
+
+    monkeypatch.setattr(module_file, "Engine", Counting)
+    prompts = save_prompts(tmp_path)
+
+    def run(max_epochs: int, resume: bool, **settings: Any) -> tuple[int, float]:
+        asked.clear()
+        data = DistilDataModule(prompts=prompts, template="none", batch_size=4, val_fraction=0.2)
+        saver = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True, enable_version_counter=False)
+        trainer = make_trainer(tmp_path, max_epochs=max_epochs, enable_checkpointing=True, callbacks=[saver])
+        module = distil_module(speaker, draft_lm, **settings)
+        trainer.fit(module, data, ckpt_path=tmp_path / "last.ckpt" if resume else None)
+        return sum(asked), float(trainer.callback_metrics[ACCEPTANCE])
+
+    answered, whole = run(2, False)
+    assert answered == 2
+    run(1, False)
+    assert run(2, True) == (0, whole)
+    # Longer replies are others.
+    assert run(3, True, max_new_tokens=REPLY + 1)[0] == 2
 
 
 def test_a_sample_belongs_to_its_row_and_epoch_and_to_nothing_else(
@@ -380,7 +410,7 @@ def test_prompts_alone_are_answered_under_autocast_as_without(speaker: Path, dra
         data = DistilDataModule(prompts=save_prompts(tmp_path), template="none", batch_size=4, val_fraction=0.2)
         module = distil_module(speaker, draft_lm)
         fit(tmp_path, module, data, precision=precision, limit_train_batches=1)
-        answered.append({number: text.ids for number, text in module._val_replies.items()})
+        answered.append(module._val_replies)
     assert len(answered[0]) == 2
     assert answered[0] == answered[1]
 
@@ -439,6 +469,15 @@ def test_a_checkpoint_of_an_adapter_leaves_the_draft_lm_out_and_knows_which_it_w
     ):
         with pytest.raises(ValueError, match=told):
             make_trainer(tmp_path, max_epochs=2).fit(module, distil_data(replies), ckpt_path=path)
+
+
+def test_a_checkpoint_of_another_module_is_refused_in_words(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    module = distil_module(speaker, draft_lm)
+    set_up(tmp_path, module, distil_data(replies))
+    with pytest.raises(ValueError, match=r"does not say its draft_lm, so no DraftLMModule has written it; give "):
+        module.on_load_checkpoint({"state_dict": {}})
 
 
 def test_sampled_chains_are_measured_at_a_temperature(

@@ -1,10 +1,12 @@
 """Distilling a draft LM from the command line: the shipped configuration with tiny models, in one process and in two."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from distilling import REPLY, save_draft_lm, save_replies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,3 +92,36 @@ def test_two_processes_train_as_one_does_on_the_joint_batch(
     load_drafter(alone / "draft_lm")
     one, two = (load_drafter(run / "draft_lm").lm.model.state_dict() for run in (alone, together))  # type: ignore[union-attr]
     assert all(weight.allclose(two[name], atol=1e-5) for name, weight in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_checkpoint_of_two_processes_holds_the_targets_replies_to_all_held_out_prompts(
+    target_dir: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    words = [{"role": "user", "content": "w3 w4"}, {"role": "user", "content": "w5"}]
+    rows = [{"id": f"p{row}", "messages": [words[row % 2]], "split": "train", "source": "s"} for row in range(20)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = []
+    for devices in (1, 2):
+        run = train(
+            tmp_path / str(devices),
+            target_dir,
+            draft_lm,
+            replies,
+            "--data.init_args.replies=null",
+            f"--data.init_args.prompts={prompts}",
+            "--data.init_args.template=none",
+            "--data.init_args.on_policy=1.0",
+            f"--data.init_args.batch_size={4 // devices}",
+            "--trainer.enable_checkpointing=true",
+            "--trainer.max_epochs=1",
+            f"--trainer.devices={devices}",
+            *(["--trainer.strategy=ddp"] if devices > 1 else []),
+        )
+        # The other one there is the last, which was written before the validation.
+        [checkpoint] = run.rglob("epoch=*.ckpt")
+        kept.append(torch.load(checkpoint, weights_only=True)["val_replies"])
+    assert len(kept[0]["replies"]) == 4
+    assert kept[0] == kept[1]

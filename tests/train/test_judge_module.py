@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from judging import LENGTHS, fit, judge_data, judge_module, labelled_states, rows_of, save_rows
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from training import HIDDEN, MakeCache, make_module, make_trainer
 
 from draftsmith.data.cache import HiddenStateCache
@@ -275,6 +277,18 @@ def test_parts_that_do_not_fit_together_are_refused(target_dir: Path, cache: Pat
 def test_settings_out_of_range_are_refused(target_dir: Path, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         judge_module(target_dir, **settings)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_divides_the_judge_is_refused(
+    target_dir: Path, cache: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Strategy]
+) -> None:
+    module = judge_module(target_dir)
+    fit(tmp_path, module, judge_data(cache, file), epochs=1)
+    # Made without its settings: DeepSpeed's would ask for the package.
+    monkeypatch.setattr(pl.Trainer, "strategy", kind.__new__(kind))
+    with pytest.raises(ValueError, match=rf"strategy is {kind.__name__}, which may keep the judge in pieces, .*\bddp "):
+        module.setup("fit")
 
 
 def test_a_judge_before_any_validation_is_refused(target_dir: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from judging import LENGTHS, judge_data, judge_module, rows_of, save_rows
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from training import MakeCache, make_module, make_trainer, tiny_config
 
 from draftsmith.train.callbacks import KeepBestDrafter, TreeDecodeValidation
@@ -167,6 +168,109 @@ def test_a_run_stops_between_optimiser_steps_not_between_the_batches_of_one(
     assert content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 6
     _, module, _ = run(tmp_path, target_dir, cache, resume=True, **settings)
     assert_same_weights(module, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hook", "step"),
+    [
+        ({"accumulate_grad_batches": 2, "val_check_interval": 0.5}, "validation", 3),
+        # The last step of an epoch is made of what is left over.
+        ({"accumulate_grad_batches": 3, "val_check_interval": 3}, "decoding", 3),
+        ({"accumulate_grad_batches": 3, "val_check_interval": 1.0}, "validation", 2),
+        ({"accumulate_grad_batches": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}, "validation", 3),
+    ],
+)
+def test_a_run_told_to_go_in_a_validation_between_accumulations_resumes_to_the_same_weights(
+    target_dir: Path, cache: Path, tmp_path: Path, settings: dict[str, Any], hook: str, step: int
+) -> None:
+    _, expected, calm = run(tmp_path / "whole", target_dir, cache, **settings)
+    told = Tell(hook, step)
+    run_until_told(tmp_path, target_dir, cache, told, **settings)
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == step
+    _, module, after = run(tmp_path, target_dir, cache, resume=True, **settings)
+    assert_same_weights(module, expected)
+    assert told.validated + after.validated == calm.validated
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"accumulate_grad_batches": 4, "val_check_interval": 0.5},
+            r"grad_batches is 4, and validation comes after every 2 batches of 4 in an epoch: .* set trainer\.val_check_interval to 1\.0, "
+            r"the end of every epoch, or trainer\.accumulate_grad_batches to a number that divides 2$",
+        ),
+        (
+            {"accumulate_grad_batches": 2, "val_check_interval": 3},
+            r"after every 3 batches of 4 .* or to a number of batches that 2 divides, or .* that divides 3$",
+        ),
+        ({"accumulate_grad_batches": 2, "val_check_interval": 0.25, "check_val_every_n_epoch": 2}, "after every 1 "),
+        # 3, 6, 9 and 12 are batches 3, 2, 1 and 4 of their epochs.
+        (
+            {"accumulate_grad_batches": 3, "val_check_interval": 3, "check_val_every_n_epoch": None},
+            r"counted over epochs .* set trainer\.check_val_every_n_epoch to 1; then trainer\.val_check_interval to 1\.0",
+        ),
+        (
+            {"accumulate_grad_batches": 2, "val_check_interval": "00:00:01:00"},
+            r"comes by the clock .*, after any batch",
+        ),
+    ],
+)
+def test_a_validation_that_can_fall_inside_an_accumulation_is_refused_before_the_first_step(
+    target_dir: Path, cache: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    tell = Tell()
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, target_dir, cache, tell, **settings)
+    assert tell.validated == []
+
+
+def test_an_accumulation_that_a_later_epoch_brings_is_refused_too(
+    target_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    callbacks = [GradientAccumulationScheduler({1: 4}), Preemption()]
+    with pytest.raises(ValueError, match="accumulate_grad_batches is 4"):
+        run(tmp_path, target_dir, cache, callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate_grad_batches": 4, "val_check_interval": 0.5, "limit_val_batches": 0},
+        {"accumulate_grad_batches": 1, "val_check_interval": "00:00:01:00"},
+        # One epoch only, so that counting goes over no end of one.
+        {"accumulate_grad_batches": 3, "val_check_interval": 3, "check_val_every_n_epoch": None, "max_epochs": 1},
+        {"accumulate_grad_batches": 3, "val_check_interval": 8, "check_val_every_n_epoch": None},
+    ],
+)
+def test_an_accumulation_in_which_no_validation_falls_is_accepted(
+    target_dir: Path, cache: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run(tmp_path, target_dir, cache, callbacks=[Preemption()], **settings)
+
+
+def test_an_accumulation_is_accepted_where_nothing_is_held_out(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=4, val_check_interval=0.5, callbacks=[Preemption()])
+    trainer.fit(make_module(target_dir), CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=20))
+    assert (trainer.num_training_batches, trainer.val_check_batch, trainer.global_step) == (4, 2, 1)
+
+
+def test_an_accumulation_that_deepspeed_would_carry_over_the_end_of_an_epoch_is_refused(
+    target_dir: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SingleDeviceStrategy, "handles_gradient_accumulation", True)
+    settings: dict[str, Any] = {"val_check_interval": 1.0, "max_epochs": 1}
+    with pytest.raises(
+        ValueError, match=r"the last 1 of an epoch's 4 batches .*limit_train_batches to a multiple of 3"
+    ):
+        run(tmp_path / "3", target_dir, cache, accumulate_grad_batches=3, limit_val_batches=0, **settings)
+    run(tmp_path / "2", target_dir, cache, accumulate_grad_batches=2, **settings)
+
+
+def test_the_training_command_refuses_it_before_the_first_step(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    changes = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=1"]
+    with pytest.raises(ValueError, match="after every 1 batches of 2"):
+        main(["fit", f"--config={tiny_config(tmp_path, target_dir, cache)}", *changes])
 
 
 def test_a_signal_to_every_process_of_a_job_reaches_the_checkpoint_before_the_loaders_workers_die(

@@ -1,0 +1,72 @@
+"""Which validations go with accumulated gradients: those whose checkpoint has no half-made step in it."""
+
+import math
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+
+
+def accumulations(trainer: pl.Trainer) -> set[int]:
+    """How many batches an optimiser step may have in this run, now or in a later epoch."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    schedules = [callback.scheduling for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return {trainer.accumulate_grad_batches, *(number for schedule in schedules for number in schedule.values())}
+
+
+def check_accumulation(trainer: pl.Trainer, num_accumulated: int) -> None:
+    """Raises ValueError where a checkpoint of a validation would hold part of an accumulation: its batches count as done there, and their
+    gradients are in no checkpoint, so that a resumed run would end with other weights.
+
+    Lightning steps at the end of an epoch with what has come together, so a validation there fits any accumulation. DeepSpeed carries it
+    into the next epoch, where the two then count steps apart.
+
+    Worked example: 10 batches an epoch and 4 of them a step. Steps follow batches 4, 8 and 10, or with DeepSpeed 4, 8, 12, ... Validation
+    after every 8 or 10 batches is right, after every 5 it is not; with DeepSpeed nothing is right but steps of 1, 2, 5 or 10 batches.
+
+    Args:
+        trainer: of a run about to make its first step.
+        num_accumulated: batches of one optimiser step.
+    """
+    batches = trainer.num_training_batches
+    accumulated = f"trainer.accumulate_grad_batches is {num_accumulated}"
+    if trainer.strategy.handles_gradient_accumulation and math.isfinite(batches) and batches % num_accumulated:
+        raise ValueError(
+            f"{accumulated}, and DeepSpeed would carry the gradients of the last {batches % num_accumulated} of an epoch's {batches} "
+            "batches into the next epoch, past a checkpoint between them; set it to a number that divides these batches, or "
+            f"trainer.limit_train_batches to a multiple of {num_accumulated}"
+        )
+    if num_accumulated == 1 or not _validates(trainer):
+        return
+    when, remedy = _validation_between_steps(trainer, num_accumulated)
+    if when:
+        raise ValueError(
+            f"{accumulated}, and validation comes {when}: a checkpoint made there could be without the gradients of an unfinished step, "
+            f"and a run resumed from it would end with other weights; {remedy}"
+        )
+
+
+def _validation_between_steps(trainer: pl.Trainer, num_accumulated: int) -> tuple[str, str]:
+    """In words, when a validation between the batches of a step would come, and what to set; empty where none can."""
+    batches, every = trainer.num_training_batches, trainer.val_check_batch
+    remedy = "set trainer.val_check_interval to 1.0, the end of every epoch"
+    if num_accumulated < batches:
+        remedy += f", or to a number of batches that {num_accumulated} divides"
+    if every is None:
+        return "by the clock (trainer.val_check_interval), after any batch", remedy
+    over_epochs = trainer.check_val_every_n_epoch is None and trainer.max_epochs != 1 and math.isfinite(batches)
+    if over_epochs:
+        # They come at every multiple of the common divisor of both, in one epoch or another.
+        distance: float = math.gcd(int(every), int(batches))
+        counted = ", counted over epochs (trainer.check_val_every_n_epoch is null)"
+        remedy = "set trainer.check_val_every_n_epoch to 1; then " + remedy.removeprefix("set ")
+    else:
+        distance, counted = every, ""
+        remedy += f", or trainer.accumulate_grad_batches to a number that divides {every}"
+    if distance >= batches or distance % num_accumulated == 0:
+        return "", ""
+    return f"after every {every} batches of {batches} in an epoch{counted}", remedy
+
+
+def _validates(trainer: pl.Trainer) -> bool:
+    """Whether there is anything to validate on; said to be so where the loaders are not made yet."""
+    return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
