@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,10 +89,7 @@ class HiddenStateCache:
         return self.manifest.num_samples
 
     def __getitem__(self, index: int) -> CachedSample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a cache with {len(self)}")
-        shard = bisect.bisect_right(self._starts, index) - 1
-        return self._reader(shard)[index - self._starts[shard]]
+        return self._sample(index, self._reader)
 
     def __iter__(self) -> Iterator[CachedSample]:
         return (self[index] for index in range(len(self)))
@@ -125,10 +123,14 @@ class HiddenStateCache:
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def texts(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """`input_ids` int64 [T] and `loss_mask` bool [T] of some samples, in rising order; behind a URL no states are fetched."""
+        """`input_ids` int64 [T] and `loss_mask` bool [T] of some samples, in rising order.
+
+        No states are read, nor fetched from behind a URL, so no sha256 is compared: sizes and layout are. What `check` asks for
+        is done when the samples themselves are served.
+        """
         if self.remote is None:
-            for index in indices:
-                sample = self[int(index)]
+            for index in np.asarray(indices).tolist():
+                sample = self._sample(index, self._open)
                 yield sample.input_ids, sample.loss_mask
             return
         own = np.asarray(indices)
@@ -173,13 +175,23 @@ class HiddenStateCache:
         for shard in sorted(self._unchecked):
             self._check(shard)
 
-    def check_target(self, fingerprint: str) -> None:
-        """Refuses to serve another target's features. Raises ValueError naming both."""
+    def check_target(self, fingerprint: str, quantization: str | None = None) -> None:
+        """Refuses to serve another target's features; warns where its weights were of other bits, as `quantization` has them.
+
+        Raises ValueError naming both.
+        """
         own = self.manifest.identity.target_fingerprint
         if own != fingerprint:
             raise ValueError(
                 f"{self.path} holds states of {self.manifest.identity.target} ({own[:16]}), but this run's target is "
                 f"{fingerprint[:16]}; extract a cache with this target"
+            )
+        made_with = self.manifest.identity.target_quantization
+        if made_with != quantization:
+            warnings.warn(
+                f"{self.path} holds states of {self.manifest.identity.target} with {made_with or 'whole'} weights, this run's target "
+                f"has {quantization or 'whole'} ones: what is learnt from them fits the former; decode with those, or extract again",
+                stacklevel=2,
             )
 
     def check_tokenizer(self, fingerprint: str) -> None:
@@ -191,13 +203,19 @@ class HiddenStateCache:
                 "extract a cache with this tokenizer"
             )
 
+    def _sample(self, index: int, reader: Callable[[int], ShardReader]) -> CachedSample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a cache with {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return reader(shard)[index - self._starts[shard]]
+
     def _reader(self, shard: int) -> ShardReader:
         if shard in self._unchecked:
             self._check(shard)
         return self._open(shard)
 
     def _open(self, shard: int) -> ShardReader:
-        """Maps a shard without hashing it: enough for lengths, which its record already vouches for in sum."""
+        """Maps a shard without hashing it: enough for lengths, which its record already vouches for in sum, and for texts."""
         self._forget_parents()
         if shard in self._readers:
             self._readers.move_to_end(shard)

@@ -269,7 +269,7 @@ def template_digest(template: str | None) -> str | None:
 
 
 def source_files(source: Path) -> list[Path]:
-    """The files that a source stands for. Raises ValueError when there is none."""
+    """The files that a source stands for, without those of ranks that had nothing to answer. Raises ValueError when there is none."""
     if source.is_dir():
         files = sorted(source.glob(RESPONSE_GLOB)) or sorted(source.glob(PROMPT_FILE))
         if not files:
@@ -279,7 +279,12 @@ def source_files(source: Path) -> list[Path]:
         for file in files:
             _check_finished(file)
         _check_all_ranks(files)
-        return files
+        written = [file for file in files if (_run_settings(file) or {}).get("num_rows") != 0]
+        if not written:
+            raise ValueError(
+                f"{source} has no reply: no rank had a prompt that could be answered; see its dropped*.jsonl"
+            )
+        return written
     if not source.is_file():
         raise ValueError(f"no such file: {source}; check the path")
     return [source]

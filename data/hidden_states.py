@@ -136,6 +136,7 @@ def extract(
             local_horizon=local_horizon,
             shard_mib=shard_mib,
             batch_tokens=batch_tokens,
+            target_quantization=quantization,
         )
         with _explaining_a_full_disk(out):
             finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
@@ -337,6 +338,7 @@ def verify(
     device_map: str | None = None,
     revision: str | None = None,
     adapter: str | None = None,
+    quantization: str | None = None,
     check: Check = "open",
 ) -> None:
     """Recomputes some samples of a cache through the target and compares; also checks every shard's sha256.
@@ -350,16 +352,20 @@ def verify(
             0.02, and with eight bits 0.09.
         device: device the target runs on.
         device_map: spreads a large target over devices, as in `transformers`.
-        revision: revision of a hub id.
+        revision: revision of a hub id; default: the one the cache names, unless `target` is given.
         adapter: PEFT adapter on top of the target.
+        quantization: quantisation of the target's weights; default: the one the cache names.
         check: whether shards are hashed first (`open`), as they are touched (`lazy`), or not (`off`).
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; recompute at least 1")
     opened = HiddenStateCache(cache, check=check)
     identity = opened.manifest.identity
-    loaded = Target.load(target or identity.target, identity.target_dtype, device, device_map, revision, adapter)
-    opened.check_target(loaded.fingerprint)
+    if target is None:
+        target, revision = identity.target, revision or identity.target_revision
+    quantization = quantization or identity.target_quantization
+    loaded = Target.load(target, identity.target_dtype, device, device_map, revision, adapter, quantization)
+    opened.check_target(loaded.fingerprint, quantization)
     eight_bits = stored_dtype(identity.dtype) == CODES
     allowed = tolerance if tolerance is not None else _TOLERANCE + (LARGEST_ERROR if eight_bits else 0.0)
     greedy_share = 1 - (_TOLERANCE if tolerance is None else tolerance)

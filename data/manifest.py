@@ -4,7 +4,7 @@ Owns: the manifest's fields and their checks. Does not know: tensors, targets, h
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ SCHEMA = "draftsmith.hidden_states/1"
 MANIFEST_FILE = "manifest.json"
 # How the target was spelled does not matter where its fingerprint agrees.
 _NAMES_ONLY = ("target", "target_revision")
+_REMEDY = "copy the cache again, or extract it again"
 # Fields that caches of earlier versions lack.
-_LATER = frozenset({"lengths_sha256"})
+_LATER = frozenset({"lengths_sha256", "target_quantization"})
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class CacheIdentity:
     """Everything that must agree for two extractions to give the same cache.
 
     `layers` are names (`last.pre_norm`, `layer.12.output`). `dtype` is the stored one, `target_dtype` the one the
-    target ran in. `source` is the sha256 of the texts, `mask` says how the loss mask was found, `local_horizon` is the
-    number of greedy tokens kept after each position (0: none). Whatever fixes which samples share a batch is here too,
-    since rounding depends on it.
+    target ran in, `target_quantization` what its weights were made (`8bit`, `4bit`, or None). `source` is the sha256 of
+    the texts, `mask` says how the loss mask was found, `local_horizon` is the number of greedy tokens kept after each
+    position (0: none). Whatever fixes which samples share a batch is here too, since rounding depends on it.
     """
 
     target: str
@@ -45,6 +46,7 @@ class CacheIdentity:
     local_horizon: int
     shard_mib: float
     batch_tokens: int
+    target_quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Manifest:
     def load(cls, folder: Path) -> "Manifest":
         """Reads and checks the manifest of a cache.
 
-        Raises ValueError for a missing folder or manifest, bad JSON, another schema, and missing or unknown fields.
+        Raises ValueError for a missing folder or manifest, bad JSON, another schema, missing or unknown fields, fields of another
+        type, and a complete cache whose shards do not hold its samples.
         """
         path = folder / MANIFEST_FILE
         if not path.is_file():
@@ -109,10 +112,22 @@ class Manifest:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path} has the schema {found!r}, this version reads {SCHEMA!r}; extract the cache again")
         del content["schema"]
-        identity = _build(CacheIdentity, content.get("identity"), path)
-        shards = tuple(_build(ShardRecord, shard, path) for shard in content.get("shards", ()))
-        manifest = _build(cls, content, path)
-        return replace(manifest, identity=replace(identity, layers=tuple(identity.layers)), shards=shards)
+        given = _build(cls, content, path)
+        identity = _build(CacheIdentity, given.identity, path, place="identity.")
+        identity = replace(identity, layers=tuple(identity.layers))
+        shards = tuple(
+            _build(ShardRecord, shard, path, place=f"shards[{number}].") for number, shard in enumerate(given.shards)
+        )
+        manifest: Manifest = replace(given, identity=identity, shards=shards)
+        manifest._check_complete(path)
+        return manifest
+
+    def _check_complete(self, path: Path) -> None:
+        there = sum(shard.num_samples for shard in self.shards)
+        if self.complete and there != self.num_samples:
+            raise ValueError(
+                f"{path}: complete is true, but its {len(self.shards)} shards hold {there} of {self.num_samples} samples; {_REMEDY}"
+            )
 
     def differences(self, wanted: CacheIdentity) -> list[str]:
         """Which settings of this cache differ from the wanted ones, as `name: here 'a', wanted 'b'`."""
@@ -131,7 +146,8 @@ def read_record(path: Path) -> ShardRecord:
     return record
 
 
-def _build(kind: type, content: Any, path: Path, remedy: str = "extract the cache again") -> Any:
+def _build(kind: type, content: Any, path: Path, remedy: str = _REMEDY, place: str = "") -> Any:
+    """Raises ValueError unless `content` has the fields of a dataclass and each is of its type; `place` goes before their names."""
     names = {f.name for f in fields(kind)}
     if not isinstance(content, Mapping) or set(content) | (_LATER & names) != names:
         given = set(content) if isinstance(content, Mapping) else set()
@@ -139,4 +155,32 @@ def _build(kind: type, content: Any, path: Path, remedy: str = "extract the cach
             f"{path}: {kind.__name__} lacks {sorted(names - given - _LATER)} and has unknown {sorted(given - names)}; "
             f"{remedy}"
         )
+    for name, (fits, rule) in ((f.name, _RULES[f.type]) for f in fields(kind) if f.name in content):
+        if not fits(content[name]):
+            raise ValueError(f"{path}: {place}{name} is {content[name]!r:.80}, it must be {rule}; {remedy}")
     return kind(**content)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+# What JSON must hold for a field of each type that occurs here; what is within objects and lists is built, and checked, by itself.
+_RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (lambda value: isinstance(value, str), "text"),
+    str | None: (lambda value: value is None or isinstance(value, str), "text or null"),
+    int: (_is_count, "a whole number, 0 or more"),
+    float: (_is_number, "a number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    tuple[str, ...]: (_are_texts, "a list of texts"),
+    tuple[ShardRecord, ...]: (lambda value: isinstance(value, list), "a list of objects"),
+    CacheIdentity: (lambda value: isinstance(value, dict), "an object"),
+}

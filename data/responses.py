@@ -7,7 +7,7 @@ is decoded (an engine), caches, training.
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from draftsmith.data.engine_vllm import ONE_GPU, VllmEngine, VllmOptions
 from draftsmith.data.engines import BundledEngine, IndependentEngine, Reply, ResponseEngine
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import Prompt, read_prompts
-from draftsmith.data.ranks import Share, own_share
+from draftsmith.data.ranks import Share, in_turn, own_share
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
@@ -34,6 +34,9 @@ from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.target import TargetEnds
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
+
+_BATCH = {"batch_rows": 16, "batch_tokens": 16384}
+_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ def respond(
     stop: tuple[str, ...] = (),
     template: str | None = None,
     limit: int | None = None,
-    batch_rows: int = 16,
-    batch_tokens: int = 16384,
+    batch_rows: int = _BATCH["batch_rows"],
+    batch_tokens: int = _BATCH["batch_tokens"],
     rank: int | None = None,
     world_size: int | None = None,
     drafter: Path | None = None,
     limits: DraftLimits | None = None,
-    dtype: str = "float32",
+    dtype: str = _DTYPE,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     engine: Literal["bundled", "vllm", "server"] = "bundled",
     server: Annotated[ServerOptions, FLAT] = NO_SERVER,
@@ -114,7 +117,8 @@ def respond(
         server: the server's address and how patiently it is asked; see `ServerOptions`.
         vllm: what vLLM may take; see `VllmOptions`.
     """
-    _check_engine(engine, drafter, limits, where, server)
+    _check_engine(engine, drafter, limits, where)
+    _check_other_engines(engine, server, vllm, {"batch_rows": batch_rows, "batch_tokens": batch_tokens, "dtype": dtype})
     share = own_share(rank, world_size)
     chosen = read_prompts(prompts, split)[:limit]
     tokenizer = load_tokenizer(target, where.revision)
@@ -124,7 +128,7 @@ def respond(
     chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
     identity: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "prompts": _digest([prompt.id for prompt in chosen]),
+        "prompts_sha256": _digest(json.dumps(asdict(prompt)) for prompt in chosen),
         "template": _digest([chat.text or ""]),
         "settings": json.loads(json.dumps(asdict(settings))),
         "dtype": dtype,
@@ -134,6 +138,8 @@ def respond(
         loaded = where.load(target, dtype)
         fingerprint, context = loaded.fingerprint, loaded.max_positions
         chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer)
+        if where.quantization is not None:
+            identity["quantization"] = where.quantization
     else:
         check_settings(settings)
         ends = TargetEnds.load(target, revision=where.revision, adapter=where.adapter)
@@ -151,11 +157,12 @@ def respond(
     if not isinstance(chosen_engine, IndependentEngine):
         # What replies may depend on where they are computed together.
         identity |= {"batch_rows": batch_rows, "batch_tokens": batch_tokens}
-    plan = make_plan(chosen[share.rank :: share.world_size], chat, settings, context, batch_rows, batch_tokens)
+    own = chosen[share.rank :: share.world_size]
+    plan = make_plan(own, chat, settings, context, batch_rows, batch_tokens, may_be_empty=share.world_size > 1)
     config = identity | {"target": target, "split": split, "limit": limit, "drafter": drafter}
     if engine == "server":
         config["concurrency"] = server.concurrency
-    inputs = {str(prompts): identity["prompts"]}
+    inputs = {str(prompts): identity["prompts_sha256"]}
     begun = provenance.record("data respond", config, inputs)
     written = write_replies(out, share, plan, chat, chosen_engine, identity, begun)
     provenance.write(out, provenance.record("data respond", config, inputs))
@@ -173,12 +180,8 @@ def respond(
         print(told)
 
 
-def _check_engine(
-    engine: str, drafter: Path | None, limits: DraftLimits | None, where: TargetOptions, server: ServerOptions
-) -> None:
-    """No option is dropped in silence. Raises ValueError for one that means nothing to the engine."""
-    if engine != "server" and server.url is not None:
-        raise ValueError(f"--url {server.url} goes with --engine server, not with --engine {engine}")
+def _check_engine(engine: str, drafter: Path | None, limits: DraftLimits | None, where: TargetOptions) -> None:
+    """Raises ValueError for an option of the bundled decoder that means nothing to another engine."""
     if engine == "bundled":
         return
     own = TargetOptions(revision=where.revision, adapter=where.adapter if engine == "server" else None)
@@ -190,6 +193,23 @@ def _check_engine(
         )
 
 
+def _check_other_engines(engine: str, server: ServerOptions, vllm: VllmOptions, own: Mapping[str, Any]) -> None:
+    """No option is dropped in silence. Raises ValueError for one that another engine reads: `own` are those a server does not."""
+    if engine != "server" and (said := _changed(vars(server), vars(NO_SERVER))):
+        raise ValueError(f"--{said} {getattr(server, said)} goes with --engine server, not with --engine {engine}")
+    if engine != "vllm" and (said := _changed(vars(vllm), vars(ONE_GPU))):
+        raise ValueError(f"--{said} {getattr(vllm, said)} goes with --engine vllm, not with --engine {engine}")
+    if engine == "server" and (said := _changed(own, _BATCH | {"dtype": _DTYPE})):
+        raise ValueError(
+            f"--{said} {own[said]} is for an engine in this process; a server batches by itself and has a dtype of its own; leave it out"
+        )
+
+
+def _changed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+    """The first option that is not at its default."""
+    return next((name for name, value in options.items() if value != defaults[name]), None)
+
+
 def make_plan(
     prompts: Sequence[Prompt],
     chat: ChatTemplate,
@@ -197,13 +217,14 @@ def make_plan(
     context: int | None,
     batch_rows: int,
     batch_tokens: int,
+    may_be_empty: bool = False,
 ) -> Plan:
     """Encodes each first turn, sets aside what leaves no room for a reply, and groups the rest by length.
 
     The longest come first, so that a batch too large for the memory fails at once. The plan depends on the prompts and
     the settings only, so a restarted run has the same batches.
 
-    Raises ValueError for a repeated id, and when no prompt fits.
+    Raises ValueError for a repeated id, and when no prompt fits, unless it `may_be_empty`: one rank of many has nothing to do then.
     """
     fitting: list[tuple[Prompt, array]] = []
     dropped: list[dict[str, str]] = []
@@ -220,7 +241,7 @@ def make_plan(
             dropped.append({"id": prompt.id, "reason": reason})
         else:
             fitting.append((prompt, array("i", ids)))
-    if not fitting:
+    if not fitting and not may_be_empty:
         raise ValueError(
             f"none of {len(prompts)} prompts can be answered" + (f": {dropped[0]['reason']}" if dropped else "")
         )
@@ -259,8 +280,9 @@ def write_replies(
     """
     path = out / f"responses{share.suffix}.jsonl"
     with exclusive(path):
-        _check_other_shares(out, share)
-        _begin(out, share, plan, identity)
+        with in_turn(out / "settings.json"):  # else two ranks that begin at once would not see one another
+            _check_other_shares(out, share, identity)
+            _begin(out, share, plan, identity)
         if begun is not None:
             provenance.write(out, begun)
         with (
@@ -300,15 +322,7 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
     path = out / f"settings{share.suffix}.json"
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [
-            f"{key}: there {earlier.get(key)!r}, now {identity.get(key)!r}"
-            for key in sorted((earlier.keys() | identity.keys()) - {"num_rows", "url"})
-            if earlier.get(key) != identity.get(key)
-        ]
-        if wrong:
-            raise ValueError(
-                f"{out} holds replies of another run ({'; '.join(wrong)}); name another folder or delete this one"
-            )
+        _check_same(path, earlier, identity)
         if earlier.get("url") != identity.get("url"):
             # Not another run: a server's job may have been started again on another node.
             print(
@@ -328,13 +342,35 @@ def _write_settings(out: Path, share: Share, identity: Mapping[str, Any], num_ro
     atomic_write(out / f"settings{share.suffix}.json", content)
 
 
-def _check_other_shares(out: Path, share: Share) -> None:
+def _check_same(path: Path, earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises ValueError where replies were begun with anything that makes them others; a server's address may change."""
+    if "prompts" in earlier:
+        raise ValueError(
+            f"{path} is of an earlier version, which noted no more of the prompts than their ids: nobody can tell whether they are these; "
+            "name another folder or delete this one (replies that are whole may be extracted as they are)"
+        )
+    wrong = [
+        f"{key}: there {earlier.get(key)!r}, now {identity.get(key)!r}"
+        for key in sorted((earlier.keys() | identity.keys()) - {"num_rows", "url"})
+        if earlier.get(key) != identity.get(key)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path.parent} holds replies of another run ({'; '.join(wrong)}), as {path.name} says; name another folder or delete "
+            "this one"
+        )
+
+
+def _check_other_shares(out: Path, share: Share, identity: Mapping[str, Any]) -> None:
+    """Raises ValueError where another rank's replies are of another world size, or of another run."""
     for path in out.glob("settings*.json"):
         of = path.stem.removeprefix("settings")
         if of[6:] != share.suffix[6:]:
             raise ValueError(
                 f"{out} holds {path.name}, of a run with another world size; name another folder or delete this one"
             )
+        if of != share.suffix:
+            _check_same(path, json.loads(path.read_text(encoding="utf-8")), identity)
 
 
 def _first_words(text: str, count: int | None) -> str:
@@ -347,5 +383,9 @@ def _first_words(text: str, count: int | None) -> str:
     return text[:end]
 
 
-def _digest(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def _digest(parts: Iterable[str]) -> str:
+    """sha256 (hex) of the parts with a zero byte between them; never all of them in memory."""
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        digest.update(b"\0" * (number > 0) + part.encode())
+    return digest.hexdigest()

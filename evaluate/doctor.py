@@ -162,7 +162,9 @@ def doctor(
     case = gather(places, tokenizer, bounds, ends_only, dtype, where)
     for sample in asked:
         check_ids(f"the prompt {sample.id} of {prompts}", max(sample.prompt_ids, default=0), case.ends.vocab_size)
-    case = replace(case, prompts=tuple(asked), use=Use(draft_length, temperature))
+    case = replace(case, prompts=tuple(asked), use=Use(draft_length, temperature), template=template)
+    if corpus is not None and case.cache is not None:
+        corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on
     findings = examine(case, bounds, left_out, corpus)
     screen = console()
     screen.print(
@@ -221,7 +223,7 @@ def gather(
     served = load_served(places.folder, ends, width)
     trained = served if places.origin is None else load_served(places.origin, ends, width)
     if opened is None:
-        return Case(places, served, trained, ends, whole, tokenizer, seed=bounds.seed)
+        return Case(places, served, trained, ends, whole, tokenizer, seed=bounds.seed, quantization=where.quantization)
     chosen = draw(opened, bounds.samples, bounds.seed)
     for sample in chosen:
         check_ids(f"sample {sample.id} of {places.cache}", int(sample.input_ids.max()), ends.vocab_size)
@@ -243,6 +245,7 @@ def gather(
         replies,
         projection=projection,
         seed=bounds.seed,
+        quantization=where.quantization,
     )
 
 
@@ -268,6 +271,11 @@ def examine(case: Case, bounds: Bounds, skip: Sequence[str] = (), corpus: Corpus
                 read = read_text(token_stream(case.cache, corpus, advance), wanted)
             except ValueError as error:  # a damaged shard or line; what was found before stays told
                 reason = str(error)
+        if corpus is not None and read is not None and not read.num_samples:
+            read, reason = (
+                None,
+                f"{corpus.source} has no row in split {corpus.split!r}, which the cache was made of: name its own text",
+            )
     findings.append(_made("overlap", partial(check_overlap, read=read, wanted=wanted, reason=reason), case, skip))
     findings.append(_made("duplicates", partial(check_duplicates, read=read, reason=reason), case, skip))
     return findings

@@ -5,6 +5,10 @@ Owns the checks `fingerprints`, `draft-length`, `temperature`, `score-scale` and
 
 from __future__ import annotations
 
+import hashlib
+
+from draftsmith.data.corpus import IDS_AS_GENERATED, template_digest
+from draftsmith.data.tokens import NO_TEMPLATE
 from draftsmith.evaluate.doctor_case import Case, NotChecked
 from draftsmith.evaluate.doctor_report import Finding, Verdict
 from draftsmith.models.draft_lm import LMDrafter
@@ -14,32 +18,33 @@ _LAYERS = (
     "a drafter cannot have learnt from layers that its cache has not: either this is another drafter's cache (name its own with --cache), "
     "or its config.json was altered (take it from the training's folder again)"
 )
+_OTHER_TARGET = "name the target that it was made for with --target; with another one everything must be made anew: replies, cache, drafter"
+_OTHER = {
+    "chat template": "prompts are rendered otherwise than in training: use the template of the cache (with --template, where it was "
+    "made with that), or make replies and cache with the new one",
+    "weights": "a target of fewer bits has other states and says other things: load it as the cache and the replies did "
+    "(--quantization), or make both with the weights that you decode with",
+}
+_UNTOLD = (
+    "the text was rendered by another chat template than the tokenizer's own, or by none: give doctor the same --template, and it is "
+    "compared"
+)
 _WARMER = 0.3  # difference of temperatures from which the drafter meets another kind of text
 
 
 def check_fingerprints(case: Case) -> Finding:
-    """Target, tokenizer and chat template as drafter, cache and replies name them."""
+    """Target, tokenizer and chat template as drafter, cache and replies name them, and whether its weights were whole."""
     here = {
         "target": case.ends.fingerprint,
         "tokenizer": tokenizer_fingerprint(case.tokenizer),
-        "chat template": template_fingerprint(case.tokenizer),
+        "chat template": template_digest(case.template) or template_fingerprint(case.tokenizer),
+        "weights": case.quantization or "whole",
     }
-    named: list[tuple[str, str, str]] = [("drafter", "tokenizer", case.drafter.config.tokenizer_fingerprint)]
-    if not isinstance(case.drafter, LMDrafter):  # any target will do for a draft LM
-        named.append(("drafter", "target", case.drafter.config.target_fingerprint))
-    if case.cache is not None:
-        identity = case.cache.manifest.identity
-        named += [
-            ("cache", "target", identity.target_fingerprint),
-            ("cache", "tokenizer", identity.tokenizer_fingerprint),
-            ("cache", "chat template", identity.template_fingerprint),
-        ]
-    for what in ("target", "tokenizer"):
-        named.append(("replies", what, str(case.replies.get(f"{what}_fingerprint", ""))))
+    named = _named(case, here["chat template"])
+    differing = [(owner, what, there) for owner, what, there in named if there and there != here[what]]
     wrong = [
         f"the {owner} names the {what} {there[:12]}, {case.places.target} has {here[what][:12] or 'none'}"
-        for owner, what, there in named
-        if there and there != here[what]
+        for owner, what, there in differing
     ]
     known = sum(bool(there) for _, _, there in named)
     figures = {"compared": known, "different": len(wrong)}
@@ -50,16 +55,64 @@ def check_fingerprints(case: Case) -> Finding:
         return Finding("fingerprints", "fault", misread, "layers as trained on", _LAYERS, figures, tuple(wrong))
     if not known:
         raise NotChecked("neither drafter, cache nor replies name the target or the tokenizer that they were made with")
+    untold = ("cache", "chat template", "") in named and bool(case.open_cache.manifest.identity.template_fingerprint)
+    details = (*wrong, _UNTOLD) if untold else tuple(wrong)
+    added = "; chat template not compared" if untold else ""
     if not wrong:
-        return Finding("fingerprints", "ok", f"{known} compared, all equal", expected, "", figures)
-    only_template = all("chat template" in line for line in wrong)
-    remedy = (
-        "prompts are rendered otherwise than in training: use the template of the cache, or make replies and cache with the new one"
-        if only_template
-        else "name the target that it was made for with --target; with another one everything must be made anew: replies, cache, drafter"
+        return Finding("fingerprints", "ok", f"{known} compared, all equal{added}", expected, "", figures, details)
+    kinds = {what for _, what, _ in differing}
+    grave = bool(kinds & {"target", "tokenizer"})
+    remedy = _OTHER_TARGET if grave else "; ".join(text for what, text in _OTHER.items() if what in kinds)
+    verdict: Verdict = "fault" if grave else "warning"
+    return Finding(
+        "fingerprints", verdict, f"{len(wrong)} of {known} differ{added}", expected, remedy, figures, details
     )
-    verdict: Verdict = "warning" if only_template else "fault"
-    return Finding("fingerprints", verdict, f"{len(wrong)} of {known} differ", expected, remedy, figures, tuple(wrong))
+
+
+def _named(case: Case, template: str) -> list[tuple[str, str, str]]:
+    """Owner, what it names, and its fingerprint of that, empty where it is not known. `template`: the one in use."""
+    named: list[tuple[str, str, str]] = [("drafter", "tokenizer", case.drafter.config.tokenizer_fingerprint)]
+    if not isinstance(case.drafter, LMDrafter):  # any target will do for a draft LM
+        named.append(("drafter", "target", case.drafter.config.target_fingerprint))
+    weights = [("replies", case.replies.get("quantization"))] if case.replies else []
+    if case.cache is not None:
+        identity = case.cache.manifest.identity
+        named += [
+            ("cache", "target", identity.target_fingerprint),
+            ("cache", "tokenizer", identity.tokenizer_fingerprint),
+            ("cache", "chat template", _template_of_text(case, template)),
+        ]
+        weights.append(("cache", identity.target_quantization))
+    for what in ("target", "tokenizer"):
+        named.append(("replies", what, str(case.replies.get(f"{what}_fingerprint", ""))))
+    if case.quantization or any(kind for _, kind in weights):
+        named += [(owner, "weights", str(kind or "whole")) for owner, kind in weights]
+    return named
+
+
+def _template_of_text(case: Case, template: str) -> str:
+    """The chat template that the cache's text was rendered by; empty where that is unknown, or was --template's and none is given here.
+
+    Replies kept as ids were rendered before extraction, whatever that was told: their own record goes before the cache's.
+    `template` is the fingerprint of the one in use.
+    """
+    identity = case.open_cache.manifest.identity
+    rendered = case.replies.get("template") if identity.mask == IDS_AS_GENERATED else None
+    if rendered is not None and rendered == _digest_of_text(case):
+        return template
+    if case.template is not None:
+        return str(rendered or identity.template_fingerprint)
+    # A tokenizer's own template is hashed otherwise than one that was given.
+    given = (template_digest(NO_TEMPLATE), rendered, *([] if rendered is None else [template]))
+    return "" if identity.template_fingerprint in given else identity.template_fingerprint
+
+
+def _digest_of_text(case: Case) -> str | None:
+    """The template in use as replies record it: sha256 of its text, that of nothing for none."""
+    if case.template not in (None, NO_TEMPLATE):
+        return template_digest(case.template)
+    own = case.tokenizer.chat_template if case.template is None else None
+    return hashlib.sha256(str(own or "").encode()).hexdigest()
 
 
 def _misread(case: Case) -> str:

@@ -113,6 +113,8 @@ class Case:
         use: see :class:`Use`.
         projection: see :class:`Projection`; None without a cache.
         seed: of everything that is drawn.
+        template: chat template file, or `none`, that stands in for the tokenizer's own; None for that one.
+        quantization: of the target in use; None for whole weights.
     """
 
     places: Places
@@ -128,6 +130,8 @@ class Case:
     use: Use = Use()
     projection: Projection | None = None
     seed: int = 0
+    template: str | None = None
+    quantization: str | None = None
 
     @property
     def open_cache(self) -> HiddenStateCache:

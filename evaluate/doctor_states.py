@@ -67,7 +67,7 @@ def project(
         if target is not None:
             now = target.prefix(sample.input_ids[None].to(target.device)).pre_norm[0]
             fresh.append(likeliest(ends, now))
-            states = now if states is None else states
+            states = now  # what is expected of own text must not come from states under suspicion
         if states is not None:
             sharpness.append(_sharpness(ends, states[following[-1].to(states.device)], temperature))
         advance(1)

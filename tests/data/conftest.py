@@ -3,10 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from draftsmith.models import loading
 from draftsmith.models.loading import load_tokenizer
 
 
@@ -23,6 +27,22 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for bitsandbytes, which a CPU has not: `--quantization` rounds the weights to sixteenths."""
+
+    def from_pretrained(*arguments: Any, quantization_config: object = None, **options: Any) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(*arguments, **options)
+        if quantization_config is not None:
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.copy_((weight * 16).round() / 16)
+        return model
+
+    monkeypatch.setattr(loading, "_quantization", lambda kind: kind)
+    monkeypatch.setattr(loading, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=from_pretrained))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,61 @@ def test_verify_recomputes_and_notices_states_of_another_layer(
     shard.write_bytes(shard.read_bytes().replace(b"layer.0.output", b"layer.1.output"))
     with pytest.raises(ValueError, match="does not hold this target's states"):
         verify(tmp_path / "off", check="off")
+
+
+def test_states_of_few_bits_are_told_from_those_of_whole_weights(
+    cache: Path, tmp_path: Path, target: Path, reply_file: Path, few_bits: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = tmp_path / "narrow"
+    extract(str(target), reply_file, narrow, shard_mib=SMALL_SHARDS, local_horizon=2, quantization="4bit")
+    with pytest.raises(ValueError, match=r"another cache \(target_quantization: here '4bit', wanted None\)"):
+        extract(str(target), reply_file, narrow, shard_mib=SMALL_SHARDS, local_horizon=2)
+    with pytest.raises(ValueError, match=r"another cache \(target_quantization: here None, wanted '4bit'\)"):
+        extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2, quantization="4bit")
+    fingerprint = Target.load(str(target)).fingerprint
+    assert HiddenStateCache(narrow).manifest.identity.target_fingerprint == fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiddenStateCache(cache).check_target(fingerprint)
+        verify(narrow, samples=3)
+        verify(narrow, samples=3, target=str(target))
+    assert capsys.readouterr().out.count("3 samples recomputed") == 2
+    with pytest.warns(UserWarning, match="with 4bit weights, this run's target has whole ones"):
+        HiddenStateCache(narrow).check_target(fingerprint)
+    # Whoever knows better than the cache may say so, and is told.
+    with (
+        pytest.warns(UserWarning, match="with whole weights, this run's target has 4bit ones"),
+        pytest.raises(ValueError, match="does not hold this target's states"),
+    ):
+        verify(cache, samples=3, quantization="4bit")
+
+
+def test_caches_made_before_quantization_was_noted_are_read_and_gone_on_with(
+    cache: Path, target: Path, reply_file: Path
+) -> None:
+    manifest = json.loads((cache / "manifest.json").read_text())
+    del manifest["identity"]["target_quantization"]
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    assert HiddenStateCache(cache).manifest.identity.target_quantization is None
+    extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2)
+
+
+def test_verify_takes_the_revision_that_the_cache_names_and_no_other_targets(
+    cache: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = (cache / "manifest.json").read_text()
+    (cache / "manifest.json").write_text(manifest.replace('"target_revision": null', '"target_revision": "v2"'))
+    asked, load = [], Target.load
+
+    def noting(path: str, dtype: str, device: str, device_map: str | None, revision: str | None, *more: Any) -> Target:
+        asked.append(revision)
+        return load(path, dtype, device, device_map, None, *more)
+
+    monkeypatch.setattr(Target, "load", noting)
+    verify(cache, samples=1)
+    verify(cache, samples=1, revision="v3")
+    verify(cache, samples=1, target=str(target))
+    assert asked == ["v2", "v3", None]
 
 
 def test_length_buckets_hold_the_budget_and_every_sample_once() -> None:

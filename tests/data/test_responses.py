@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from draftsmith import provenance
 from draftsmith.data import responses
 from draftsmith.data.corpus import source_files
+from draftsmith.data.engine_server import ServerOptions
+from draftsmith.data.engine_vllm import VllmOptions
 from draftsmith.data.engines import Reply
 from draftsmith.data.formats import Message
+from draftsmith.data.hidden_states import HiddenStateCache, extract
 from draftsmith.data.prompts import Prompt, prompts, read_prompts
 from draftsmith.data.ranks import Share
 from draftsmith.data.reply_settings import Overrides, reply_settings
@@ -27,6 +30,7 @@ from draftsmith.data.responses import make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint
+from draftsmith.models.options import TargetOptions
 
 
 class CountingEngine:
@@ -156,6 +160,102 @@ def test_ranks_share_the_prompts_and_a_missing_rank_is_noticed(tmp_path: Path, t
     assert len(ids) == len(set(ids)) == 7
     with pytest.raises(ValueError, match="another world size"):
         respond(str(target), tmp_path / "prompts", out, max_new_tokens=3)
+
+
+def test_a_rank_without_prompts_writes_that_it_has_none(
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    prompts(str(write_jsonl([{"prompt": "Hi"}, {"prompt": "apples " * 400}])), tmp_path / "prompts")
+    out = tmp_path / "out"
+    for rank in range(4):
+        respond(str(target), tmp_path / "prompts", out, max_new_tokens=3, rank=rank, world_size=4)
+    counts = [json.loads(path.read_text())["num_rows"] for path in sorted(out.glob("settings*.json"))]
+    assert sorted(counts) == [0, 0, 0, 1]
+    assert len(list(out.glob("responses*.jsonl"))) == 4
+    [file] = source_files(out)
+    assert len(rows_of(file)) == 1
+    extract(str(target), out, tmp_path / "cache")
+    assert len(HiddenStateCache(tmp_path / "cache")) == 1
+
+
+def test_replies_of_ranks_that_all_had_nothing_to_answer_are_refused(
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    prompts(str(write_jsonl([{"prompt": "apples " * 400}])), tmp_path / "prompts")
+    for rank in range(2):
+        respond(str(target), tmp_path / "prompts", tmp_path / "out", max_new_tokens=3, rank=rank, world_size=2)
+    with pytest.raises(ValueError, match="no rank had a prompt that could be answered"):
+        source_files(tmp_path / "out")
+
+
+def test_ranks_of_different_runs_do_not_share_a_folder(
+    tmp_path: Path, target: Path, other_target: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    prompts(str(write_jsonl([{"prompt": f"Question {n}"} for n in range(4)])), tmp_path / "prompts")
+    out = tmp_path / "out"
+    common: dict[str, Any] = {"prompts": tmp_path / "prompts", "out": out, "max_new_tokens": 3, "world_size": 2}
+    respond(str(target), rank=0, temperature=0.0, **common)
+    with pytest.raises(ValueError, match=r"temperature.*as settings-00000-of-00002\.json says"):
+        respond(str(target), rank=1, temperature=1.0, **common)
+    with pytest.raises(ValueError, match="target_fingerprint: there"):
+        respond(str(other_target), rank=1, temperature=0.0, **common)
+    assert not (out / "settings-00001-of-00002.json").exists()
+    respond(str(target), rank=1, temperature=0.0, **common)
+    assert len(source_files(out)) == 2
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"test": 0.6}, {"prefix_words": 2}])
+def test_the_same_texts_as_other_prompts_are_another_run(tmp_path: Path, target: Path, changed: dict[str, Any]) -> None:
+    (tmp_path / "s.txt").write_text("\n\n".join(f"Tom has {n} apples and Ann {n} pears." for n in range(12)))
+    options = {"validation": 0.3, "test": 0.3, "prefix_words": 3}
+    ids = []
+    for number, more in enumerate(({}, changed)):
+        prompts(str(tmp_path / "s.txt"), tmp_path / str(number), **(options | more))
+        ids.append([prompt.id for prompt in read_prompts(tmp_path / str(number))])
+    assert ids[0] == ids[1]
+    respond(str(target), tmp_path / "0", tmp_path / "out", max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"another run \(prompts_sha256: there"):
+        respond(str(target), tmp_path / "1", tmp_path / "out", max_new_tokens=3)
+
+
+def test_replies_whose_record_has_the_prompts_ids_alone_are_refused_with_the_remedy(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    plan = make_plan(MANY[:2], chat, SETTINGS, 128, 3, 1000)
+    write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"prompts": "abc"})
+    with pytest.raises(ValueError, match=r"no more of the prompts than their ids.*delete this one"):
+        write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"prompts_sha256": "abc"})
+
+
+def test_replies_of_few_bits_are_another_run_than_those_of_whole_weights(
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path], few_bits: None
+) -> None:
+    prompts(str(write_jsonl([{"prompt": f"Question {n}"} for n in range(3)])), tmp_path / "prompts")
+    narrow = TargetOptions(quantization="4bit")
+    respond(str(target), tmp_path / "prompts", tmp_path / "out", max_new_tokens=3, where=narrow)
+    with pytest.raises(ValueError, match=r"another run \(quantization: there '4bit', now None\)"):
+        respond(str(target), tmp_path / "prompts", tmp_path / "out", max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "option", "told"),
+    [
+        ("bundled", {"server": ServerOptions(served_model="m")}, "--served_model m goes with --engine server"),
+        ("vllm", {"server": ServerOptions(concurrency=3)}, "--concurrency 3 goes with --engine server"),
+        ("bundled", {"server": ServerOptions(skip_failed=True)}, "--skip_failed True goes with --engine server"),
+        ("bundled", {"vllm": VllmOptions(tensor_parallel=8)}, "--tensor_parallel 8 goes with --engine vllm"),
+        ("server", {"vllm": VllmOptions(memory_share=0.5)}, "--memory_share 0.5 goes with --engine vllm"),
+        ("server", {"batch_rows": 99}, "--batch_rows 99 is for an engine in this process"),
+        ("server", {"batch_tokens": 99}, "--batch_tokens 99 is for an engine in this process"),
+        ("server", {"dtype": "bfloat16"}, "--dtype bfloat16 is for an engine in this process"),
+    ],
+)
+def test_an_option_that_the_engine_does_not_read_is_refused(
+    tmp_path: Path, engine: Any, option: dict[str, Any], told: str
+) -> None:
+    url = {"server": ServerOptions("http://x")} if engine == "server" else {}
+    with pytest.raises(ValueError, match=told):
+        respond("org/name", tmp_path / "prompts", tmp_path / "out", engine=engine, **(url | option))
 
 
 def test_a_rank_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -401,6 +401,35 @@ def test_foreign_text(run: Run, look: Callable[..., Found], tmp_path: Path) -> N
     )
 
 
+def test_states_that_are_no_ones_do_not_excuse_foreign_text_as_sampled(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (run.replies / "responses.jsonl").read_text().splitlines()]
+    generator = torch.Generator().manual_seed(5)
+    for row in rows:
+        for turn in row["turns"]:
+            turn["reply_ids"] = torch.randint(5, 300, (len(turn["reply_ids"]),), generator=generator).tolist()
+    (tmp_path / "foreign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "cache"
+    extract(str(run.target), tmp_path / "foreign.jsonl", folder, dtype="float32")
+    only = skip_all_but("own-text", "re-projection")
+    fresh = look(run.train, cache=str(folder), skip=only)["own-text"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for record in manifest["shards"]:
+        path = folder / record["name"]
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = dict(load_file(path))
+        tensors["hidden.last.pre_norm"] = torch.randn(tensors["hidden.last.pre_norm"].shape, generator=generator)
+        save_file(tensors, path, metadata)
+        record["num_bytes"] = path.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = look(run.train, cache=str(folder), skip=only)
+    assert found["re-projection"]["verdict"] == "fault"
+    assert found["own-text"]["verdict"] == fresh["verdict"] == "fault"
+    assert found["own-text"]["figures"] == pytest.approx(fresh["figures"])
+
+
 def test_an_evaluation_prompt_in_the_training_text(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
     rows = run.held_out.read_text().splitlines() + run.prompts.read_text().splitlines()[3:4]
     (tmp_path / "test.jsonl").write_text("\n".join(rows) + "\n")
@@ -409,6 +438,30 @@ def test_an_evaluation_prompt_in_the_training_text(run: Run, look: Callable[...,
     assert found["figures"]["seen"] == 1
     assert found["details"][0].startswith("p3: 100%")
     assert "training sample p3" in found["details"][0]
+
+
+def test_rows_of_another_split_than_the_caches_were_not_trained_on(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (run.replies / "responses.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split"] = "test" if number % 4 == 0 else "train"
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {row["id"] for row in rows if row["split"] == "test"}
+    prompts = [line for line in run.prompts.read_text().splitlines() if json.loads(line)["id"] in asked]
+    (tmp_path / "test.jsonl").write_text("\n".join(prompts) + "\n")
+    extract(str(run.target), tmp_path / "text.jsonl", tmp_path / "cache", split="train", dtype="float32")
+    options = {"cache": str(tmp_path / "cache"), "skip": skip_all_but("overlap", "duplicates")}
+    found = look(run.train, prompts=tmp_path / "test.jsonl", source=tmp_path / "text.jsonl", **options)
+    assert found["overlap"]["verdict"] != "fault"
+    assert found["overlap"]["figures"]["seen"] == 0
+    assert found["duplicates"]["figures"]["samples"] == len(rows) - len(asked)
+    found = look(run.train, prompts=tmp_path / "test.jsonl", source=run.prompts, **options)
+    assert found["overlap"]["verdict"] == "fault"  # all of them are called train there
+    (tmp_path / "bare.jsonl").write_text(json.dumps(rows[0] | {"split": "validation"}) + "\n")
+    found = look(run.train, prompts=tmp_path / "test.jsonl", source=tmp_path / "bare.jsonl", **options)
+    assert [found[name]["verdict"] for name in ("overlap", "duplicates")] == ["not checked"] * 2
+    assert "no row in split 'train'" in found["overlap"]["measured"]
 
 
 def test_replies_that_end_in_a_loop(run: Run, look: Callable[..., Found], plant: Callable[..., Path]) -> None:
@@ -573,6 +626,63 @@ def test_another_target_and_another_template(run: Run, look: Callable[..., Found
     found = look(run.train, target=str(tmp_path / "same"), skip=skip_all_but("fingerprints"))
     assert found["fingerprints"]["verdict"] == "warning"
     assert "rendered otherwise" in found["fingerprints"]["remedy"]
+
+
+@pytest.fixture
+def alike(run: Run, tmp_path: Path) -> Path:
+    """A template file that renders as the tokenizer's own does."""
+    path = tmp_path / "alike.jinja"
+    path.write_text(load_tokenizer(str(run.target)).chat_template + "{# alike #}")
+    return path
+
+
+def test_a_cache_of_conversations_is_held_to_the_template_that_is_given(
+    run: Run, look: Callable[..., Found], tmp_path: Path, alike: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": "Tom"}, {"role": "assistant", "content": "He has seven apples."}]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row) + "\n")
+    only = skip_all_but("fingerprints")
+    for template, measured in ((str(alike), "5 compared, all equal"), ("none", "5 compared, all equal")):
+        cache = str(tmp_path / Path(template).stem)
+        extract(str(run.target), tmp_path / "talk.jsonl", Path(cache), template=template)
+        found = look(run.train, cache=cache, template=template, skip=only)["fingerprints"]
+        assert (found["verdict"], found["measured"]) == ("ok", measured)
+    found = look(run.train, cache=cache, template=str(alike), skip=only)["fingerprints"]
+    assert (found["verdict"], found["measured"]) == ("warning", "1 of 5 differ")
+    found = look(run.train, cache=cache, skip=only)["fingerprints"]
+    assert (found["verdict"], found["measured"]) == ("ok", "4 compared, all equal; chat template not compared")
+    assert "give doctor the same --template" in found["details"][0]
+
+
+def test_replies_kept_as_ids_are_held_to_the_template_that_they_were_rendered_by(
+    run: Run, look: Callable[..., Found], tmp_path: Path, alike: Path
+) -> None:
+    only, equal = skip_all_but("fingerprints"), ("ok", "7 compared, all equal")
+    replies, other = tmp_path / "replies", str(alike)
+    respond(str(run.target), run.prompts, replies, max_new_tokens=2, temperature=0.0, limit=2, template=other)
+
+    def measured(cache: str, template: str | None) -> tuple[str, str]:
+        found = look(run.train, cache=str(tmp_path / cache), template=template, skip=only)["fingerprints"]
+        return found["verdict"], found["measured"]
+
+    untold = ("ok", "6 compared, all equal; chat template not compared")
+    for name, template in (("told", other), ("default", None)):
+        extract(str(run.target), replies, tmp_path / name, template=template)
+        assert measured(name, other) == equal
+        assert measured(name, None) == untold
+        assert measured(name, "none") == ("warning", "1 of 7 differ")
+    extract(str(run.target), run.replies, tmp_path / "own", template=other)
+    assert measured("own", None) == equal  # the replies were rendered by the tokenizer's
+
+
+def test_states_of_few_bits_and_whole_weights_are_told_apart(
+    run: Run, look: Callable[..., Found], plant: Callable[..., Path]
+) -> None:
+    cache = str(plant(lambda tensors: None, target_quantization="4bit"))
+    found = look(run.train, cache=cache, skip=skip_all_but("fingerprints"))["fingerprints"]
+    assert (found["verdict"], found["measured"]) == ("warning", "1 of 9 differ")
+    assert f"the cache names the weights 4bit, {run.target} has whole" in found["details"]
+    assert "--quantization" in found["remedy"]
 
 
 def test_use_that_differs_from_training(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
