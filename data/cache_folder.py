@@ -21,7 +21,7 @@ from draftsmith.data.lengths import LENGTHS_FILE, write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest, ShardRecord, read_record
 from draftsmith.data.ranks import in_turn
 from draftsmith.data.shards import ShardContent, check_digest, write_shard
-from draftsmith.files import atomic_write, sha256_file
+from draftsmith.files import atomic_write, is_abandoned, sha256_file
 
 SURVEY_PREFIX = ".survey-"
 _DROPPED_FILE = "dropped.jsonl"
@@ -32,6 +32,7 @@ class CacheFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._listed: tuple[tuple[int, int], frozenset[str]] | None = None
 
     def check_place(self) -> None:
         """Raises ValueError for a place where no cache can be made: a file, or a folder with anything else in it."""
@@ -39,7 +40,9 @@ class CacheFolder:
             raise ValueError(f"{self.path} is a file, but a folder is to be written there; name another folder")
         if not self.path.exists() or (self.path / MANIFEST_FILE).exists():
             return
-        if any(not path.name.startswith(".") for path in self.path.iterdir()):
+        others = any(not path.name.startswith(".") for path in self.path.iterdir())
+        # Looked for again: another rank may have begun the cache meanwhile.
+        if others and not (self.path / MANIFEST_FILE).exists():
             raise ValueError(f"{self.path} is not empty and no cache; name another folder")
 
     def begin(self, empty: Manifest, dropped: Iterable[Skipped], source: Mapping[str, str]) -> None:
@@ -75,8 +78,8 @@ class CacheFolder:
         return wanted.keys() - bad
 
     def has(self, number: int) -> bool:
-        """Whether some process has finished this shard since the run began."""
-        return self._record_file(number).exists()
+        """Whether some process has finished this shard: its record lies beside it or, from a gathering on, in the manifest."""
+        return self._record_file(number).exists() or _name(number) in self._gathered()
 
     def add(self, number: int, content: ShardContent) -> None:
         """Writes a shard, then its record. Raises OSError when the disk does not take them."""
@@ -111,6 +114,14 @@ class CacheFolder:
         beside = (read_record(path) for path in self.path.glob("shard-*.json"))
         return listed | {record.name: record for record in beside}
 
+    def _gathered(self) -> frozenset[str]:
+        """The shards in the manifest, which is read again only when it has been replaced: it may list tens of thousands."""
+        status = (self.path / MANIFEST_FILE).stat()
+        version = status.st_ino, status.st_mtime_ns
+        if self._listed is None or self._listed[0] != version:
+            self._listed = version, frozenset(shard.name for shard in Manifest.load(self.path).shards)
+        return self._listed[1]
+
     def _is_good(self, record: ShardRecord) -> bool:
         try:
             check_digest(self.path / record.name, record)
@@ -122,8 +133,12 @@ class CacheFolder:
         return (self.path / _name(number)).with_suffix(".json")
 
     def _clear(self) -> None:
-        """Takes away what only the making needed, and what killed processes left of half-written shards."""
-        for leftover in [*self.path.glob("shard-*.json"), *self.path.glob(".shard-*.partial-*")]:
+        """Takes away what only the making needed, and what killed processes left of half-written shards.
+
+        What living ones are writing stays: ranks of another world size may not be done.
+        """
+        killed = filter(is_abandoned, self.path.glob(".shard-*.partial-*"))
+        for leftover in [*self.path.glob("shard-*.json"), *killed]:
             leftover.unlink(missing_ok=True)
         for survey in self.path.glob(f"{SURVEY_PREFIX}*"):
             shutil.rmtree(survey, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import http.client
+import io
 import json
 import random
 import select
@@ -16,7 +17,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
 from draftsmith.data.engines import Unanswered
@@ -111,13 +113,12 @@ class JsonClient:
             if connection.sock is not None:
                 connection.sock.settimeout(self.timeout)
             connection.request(method, self._parts.path.rstrip("/") + path, body, headers)
-            own_socket = connection.sock
             if self._closed.is_set():
                 # Closed while this connection was being made, when there was nothing yet to shut down.
                 raise ConnectionAbortedError("the run is ending")
-            own_socket.settimeout(_left(deadline))
+            connection.response_class = cast(type[http.client.HTTPResponse], partial(_TimedResponse, deadline))
             response = connection.getresponse()
-            content = _content(response, own_socket, deadline)
+            content = response.read()
         except (OSError, http.client.HTTPException) as error:
             self._drop(connection)
             raise Retry(f"{type(error).__name__}: {error}") from error
@@ -188,22 +189,32 @@ def _hung_up(connection: http.client.HTTPConnection) -> bool:
     return bool(waiting.poll(0))
 
 
-def _content(response: http.client.HTTPResponse, own_socket: socket.socket, deadline: float) -> bytes:
-    """The body. Raises TimeoutError when it is not whole in time, IncompleteRead when it was cut."""
-    pieces = []
-    while True:
-        own_socket.settimeout(_left(deadline))
-        if not (piece := response.read1(2**16)):
-            break
-        pieces.append(piece)
-        if time.monotonic() > deadline:
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer that is whole in time, its head as well as its body, or raises TimeoutError."""
+
+    def __init__(self, deadline: float, own_socket: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(own_socket, *arguments, **named)
+        self.fp = io.BufferedReader(_TimedBytes(self.fp.detach(), own_socket, deadline))
+
+
+class _TimedBytes(io.RawIOBase):
+    """What a socket receives. Each wait is as long as is left: a socket's own limit begins anew with every byte."""
+
+    def __init__(self, received: io.RawIOBase, own_socket: socket.socket, deadline: float) -> None:
+        self._received, self._socket, self._deadline = received, own_socket, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if time.monotonic() > self._deadline:
             raise TimeoutError("timed out: the answer trickles in and is not whole")
-    content = b"".join(pieces)
-    if response.length:
-        raise http.client.IncompleteRead(content, response.length)
-    # Reading in pieces leaves that to us; the connection takes no other request before.
-    response.close()
-    return content
+        self._socket.settimeout(_left(self._deadline))
+        return self._received.readinto(buffer)
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
 
 
 def _left(deadline: float) -> float:

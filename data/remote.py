@@ -54,6 +54,7 @@ _PIECE = 16 * 2**20
 _GLANCE = 32 * 2**10
 _DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 _POLL_SECONDS = 0.2
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def location(path: Path | str) -> Path | str:
@@ -150,7 +151,7 @@ class RemoteFolder:
         """Writes a file to the descriptor `into`, piece by piece: a piece that fails is asked for again, not the whole.
 
         Raises ValueError with the address when there is no such file, when what arrives is not what the sha256 says, or when
-        all attempts have failed.
+        all attempts have failed; OSError when the disk does not take it.
         """
 
         def once() -> None:
@@ -158,7 +159,7 @@ class RemoteFolder:
             while written < num_bytes:
                 piece = self._piece(name, written, min(written + _PIECE, num_bytes), num_bytes)
                 digest.update(piece)
-                os.pwrite(into, piece, written)
+                _write_whole(into, piece, written)
                 written += len(piece)
             if digest.hexdigest() != sha256:
                 raise AlteredError(
@@ -282,21 +283,27 @@ class ShardFolder:
                     return None
                 if path.exists():
                     continue
-                partial = self._reserve(sha256, num_bytes, patient, give_way)
-                if partial is None:
-                    return None
-                try:
-                    fill(partial.handle)
-                    os.fsync(partial.handle)
-                    os.replace(partial.path, path)
-                except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise ValueError(
-                            f"the disk of {self.path} is full; name another folder as shard_cache"
-                        ) from error
-                    raise
-                finally:
-                    partial.drop()
+                with self._explaining_a_full_disk():
+                    partial = self._reserve(sha256, num_bytes, patient, give_way)
+                    if partial is None:
+                        return None
+                    try:
+                        fill(partial.handle)
+                        os.fsync(partial.handle)
+                        os.replace(partial.path, path)
+                    finally:
+                        partial.drop()
+
+    @contextlib.contextmanager
+    def _explaining_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ValueError(
+                    f"the disk of {self.path} is full; name another folder as shard_cache, or free space"
+                ) from error
+            raise
 
     @contextlib.contextmanager
     def in_turn(self, name: str) -> Iterator[None]:
@@ -360,18 +367,47 @@ class ShardFolder:
 
 
 class _Partial:
-    """A file on its way, locked so that nobody takes it for a leftover."""
+    """A file on its way, locked so that nobody takes it for a leftover.
+
+    Raises OSError when the disk has no room for all of it, before any of it is fetched.
+    """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        fcntl.flock(self.handle, fcntl.LOCK_EX)
-        os.ftruncate(self.handle, num_bytes)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX)
+            _reserve_space(self.handle, num_bytes)
+        except OSError:
+            self.drop()
+            raise
 
     def drop(self) -> None:
         """Removes what was not renamed."""
         self.path.unlink(missing_ok=True)
         _unlock(self.handle)
+
+
+def _reserve_space(handle: int, num_bytes: int) -> None:
+    """Makes an empty file so large, its blocks its own where the file system can promise that."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(handle, 0, num_bytes)
+            return
+        except OSError as error:
+            if error.errno not in _CANNOT_RESERVE:
+                raise
+    os.ftruncate(handle, num_bytes)
+
+
+def _write_whole(handle: int, content: bytes, place: int) -> None:
+    """A disk that is nearly full takes a part and says nothing: only the attempt to write the rest fails."""
+    rest = memoryview(content)
+    while rest:
+        taken = os.pwrite(handle, rest, place)
+        if taken == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest, place = rest[taken:], place + taken
 
 
 def _unlock(handle: int) -> None:

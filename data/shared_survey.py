@@ -3,6 +3,7 @@
 Owns: the folder of the parts done, and who does which. Does not know: what a survey is for, caches.
 """
 
+import contextlib
 import json
 import time
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from draftsmith.data.ranks import Share, if_free
 from draftsmith.files import atomic_write
 
 _POLL_SECONDS = 0.1
+_ATTEMPTS = 10
 _COLUMNS = {"lengths": torch.int32, "files": torch.int32, "lines": torch.int64, "places": torch.int64}
 
 
@@ -51,22 +53,26 @@ def shared_survey(corpus: Corpus, folder: Path, share: Share) -> Survey:
 
 
 def _write(path: Path, survey: Survey) -> None:
+    """Again where the folder goes while it is written: a rank of another world size that completes the cache clears it away."""
     columns = {name: torch.tensor(getattr(survey, name), dtype=dtype) for name, dtype in _COLUMNS.items()}
     rest = {name: value for name, value in asdict(survey).items() if name not in _COLUMNS}
-    atomic_write(path, safetensors.torch.save(columns, metadata={"survey": json.dumps(rest)}))
+    payload = safetensors.torch.save(columns, metadata={"survey": json.dumps(rest)})
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):
+            atomic_write(path, payload)
+            return
+    atomic_write(path, payload)
 
 
 def _read(path: Path) -> Survey | None:
     """A part that is done; None where there is none, or a damaged one, which is then made again."""
-    if not path.is_file():
-        return None
     empty = Survey()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for name in _COLUMNS:
                 getattr(empty, name).frombytes(file.get_tensor(name).numpy().tobytes())
             rest = json.loads(file.metadata()["survey"])
-    except safetensors.SafetensorError:
+    except (FileNotFoundError, safetensors.SafetensorError):
         return None
     skipped = [Skipped(**row) for row in rest.pop("skipped")]
     columns = {name: getattr(empty, name) for name in _COLUMNS}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
@@ -21,6 +22,10 @@ from draftsmith.data.manifest import CacheIdentity
 from draftsmith.data.shards import ShardContent
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.models.target import Target
+
+# The others wait in a broadcast while the first process surveys a corpus or hashes what is there of a cache, for hours where
+# these are large. Should it die, the launcher ends them.
+_LONGEST_WAIT = timedelta(days=7)
 
 Features = Callable[[Sequence[TokenizedSample], CacheIdentity, Callable[[int], None]], ShardContent]
 
@@ -48,7 +53,7 @@ def process_group() -> Iterator[None]:
 @contextlib.contextmanager
 def leading(target: Target) -> Iterator[Features]:
     """Gives the first process a function that computes states as `features` does, with all the others; they are let go at the end."""
-    group = distributed.new_group(backend="gloo")
+    group = _new_group()
 
     def together(
         samples: Sequence[TokenizedSample], identity: CacheIdentity, advance: Callable[[int], None]
@@ -78,10 +83,15 @@ class _Followers:
 
 def follow(target: Target, identity: CacheIdentity) -> None:
     """Runs the forwards that the first process runs, and keeps nothing, until it is let go."""
-    group = distributed.new_group(backend="gloo")
+    group = _new_group()
     while len(lengths := _receive(group)):
         ids = _receive(group).split(lengths.tolist())
         features(target, [TokenizedSample("", own.tolist(), [True] * len(own)) for own in ids], identity)
+
+
+def _new_group() -> distributed.ProcessGroup:
+    """All processes, over main memory, patient with the first one."""
+    return distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
 def _send(numbers: Sequence[int], group: distributed.ProcessGroup) -> None:

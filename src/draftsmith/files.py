@@ -11,16 +11,49 @@ import glob
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+_OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")
+_LONG_UNTOUCHED = 86_400.0
+_LOCK_ATTEMPTS = 10
 
-def _partial(path: Path) -> Path:
-    return path.parent / f".{path.name}.partial-{os.getpid()}"
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside `path` that nobody else uses: process ids alone coincide in containers, and over machines."""
+    return path.parent / f".{path.name}.{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _machine() -> str:
+    """Where this process's id means this process: the host's name, and which of its process namespaces this is."""
+    host = re.sub(r"[^\w.-]", "_", socket.gethostname())
+    try:
+        return f"{host}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux: the host has but one
+        return host
+
+
+def is_abandoned(leftover: Path) -> bool:
+    """Whether who was writing this half-written file or folder has certainly died: a process of this machine that is gone.
+
+    Earlier versions named no machine. Such a one must also have lain untouched for a day.
+    """
+    owner = _OWNER.search(leftover.name)
+    if owner is None or _alive(int(owner["pid"] or owner["old_pid"])):
+        return False
+    if owner["machine"] is not None:
+        return owner["machine"] == _machine()
+    try:
+        return time.time() - leftover.stat().st_mtime > _LONG_UNTOUCHED
+    except FileNotFoundError:
+        return False
 
 
 def _sync_directory(path: Path) -> None:
@@ -51,7 +84,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = _beside(path, "partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -78,8 +111,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, but a folder is to be written there; remove it or name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _beside(path, "partial")
     partial.mkdir()
     try:
         yield partial
@@ -94,8 +126,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def _clear_leftovers(path: Path) -> None:
     for kind in ("partial", "replaced"):
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
-            owner = leftover.name.rpartition("-")[2]
-            if owner.isdigit() and not _alive(int(owner)):
+            if is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -113,7 +144,7 @@ def _exchange(partial: Path, path: Path) -> None:
     if not path.exists():
         os.replace(partial, path)
         return
-    replaced = path.parent / f".{path.name}.replaced-{os.getpid()}"
+    replaced = _beside(path, "replaced")
     os.replace(path, replaced)
     with contextlib.ExitStack() as undo:
         undo.callback(os.replace, replaced, path)
@@ -246,7 +277,6 @@ def exclusive(path: Path) -> Iterator[None]:
         ValueError: another process holds it; its process id is named.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
     handle = _acquire(lock, path)
     try:
@@ -260,7 +290,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def _acquire(lock: Path, path: Path) -> int:
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open_lock(lock)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -270,9 +300,19 @@ def _acquire(lock: Path, path: Path) -> int:
                 f"{path} is being written by another process (pid {owner}); wait for it, end it, or name another path"
             ) from error
         # The last owner may have unlinked the file between our open and our lock: then we hold a ghost.
-        if lock.exists() and os.fstat(handle).st_ino == lock.stat().st_ino:
-            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
         os.close(handle)
+
+
+def _open_lock(lock: Path) -> int:
+    """Another process may clear the folder away between its making and the opening: then both are done again."""
+    for _ in range(_LOCK_ATTEMPTS):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def sha256_file(path: Path) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEMPLATE
@@ -320,6 +322,30 @@ def test_a_shared_survey_is_that_of_one_process(
         ]
     assert len(list((folder / "parts").glob("part-*"))) == -(-23 // part_lines)
     assert all(survey == whole for survey in surveys)
+
+
+def test_a_survey_that_is_cleared_away_while_it_is_read_or_written_is_made_again(
+    tmp_path: Path, chats: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank of another world size does so when it completes the cache."""
+    monkeypatch.setattr(corpus_module, "_PART_LINES", 4)
+    corpus, parts = corpus_of(chats, tokenizer), tmp_path / "parts"
+    whole = shared_survey(corpus, parts, Share())
+    cleared = []
+
+    def clearing_once(real: Callable[..., object], name: str) -> Callable[..., object]:
+        def clear(*arguments: object, **named: object) -> object:
+            if name not in cleared and parts.exists():
+                cleared.append(name)
+                shutil.rmtree(parts)
+            return real(*arguments, **named)
+
+        return clear
+
+    monkeypatch.setattr(safetensors, "safe_open", clearing_once(safetensors.safe_open, "read"))
+    monkeypatch.setattr(os, "replace", clearing_once(os.replace, "write"))
+    assert shared_survey(corpus, parts, Share()) == whole
+    assert cleared == ["read", "write"]
 
 
 def test_ranks_come_from_flags_or_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Caches behind a URL: the same samples, whatever the network does, in a folder that never grows past its limit."""
 
+import errno
 import hashlib
 import http.server
 import importlib.util
@@ -445,6 +446,69 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"disk of .*node is full; name another folder as shard_cache"):
         ShardFolder(tmp_path / "node", limit=300).hold("0" * 64, 10, fill)
+
+
+@pytest.mark.parametrize("largest", [1, 7, 100])
+def test_a_disk_that_takes_a_part_of_a_write_is_given_the_rest(
+    tmp_path: Path, upload: Callable[..., str], monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    folder, real = write_cache(tmp_path / "cache"), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, content, place: real(handle, content[:largest], place))
+    assert same(HiddenStateCache(folder), opened(upload(folder), tmp_path))
+
+
+@pytest.mark.parametrize("taken", [0, None])
+def test_a_disk_that_fills_up_in_the_middle_of_a_write_leaves_no_shard(
+    tmp_path: Path, upload: Callable[..., str], monkeypatch: pytest.MonkeyPatch, taken: int | None
+) -> None:
+    real = os.pwrite
+
+    def fill_up(handle: int, content: bytes, place: int) -> int:
+        if place == 0:
+            return real(handle, content[:50], place)
+        if taken is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return taken
+
+    monkeypatch.setattr(os, "pwrite", fill_up)
+    cache = opened(upload(write_cache(tmp_path / "cache")), tmp_path)
+    with pytest.raises(ValueError, match=r"disk of .*node is full; name another folder as shard_cache"):
+        cache[0]
+    assert list((tmp_path / "node").iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, start: int, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"disk of .*node is full"):
+        ShardFolder(tmp_path / "node", limit=300).hold("0" * 64, 10, lambda into: pytest.fail("fetched"))
+    assert list((tmp_path / "node").iterdir()) == []
+
+
+def test_the_space_of_a_shard_is_its_own_while_it_is_fetched(tmp_path: Path) -> None:
+    blocks = []
+
+    def fill(into: int) -> None:
+        blocks.append(os.fstat(into).st_blocks * 512)
+        os.pwrite(into, b"x" * 10**6, 0)
+
+    name = hashlib.sha256(b"x" * 10**6).hexdigest()
+    held = ShardFolder(tmp_path / "node", limit=10**7).hold(name, 10**6, fill)
+    assert held is not None
+    held.release()
+    assert blocks[0] >= 10**6
+
+
+def test_a_file_system_that_cannot_reserve_space_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(handle: int, start: int, num_bytes: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    assert hold(ShardFolder(tmp_path / "node", limit=300), b"x" * 100).path.read_bytes() == b"x" * 100
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

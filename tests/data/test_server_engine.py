@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,14 @@ def trickle(handler: Handler, request: Answer, times: int) -> bool:
     return True
 
 
+def trickle_head(handler: Handler, request: Answer, times: int) -> bool:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(80):
+        handler.wfile.write(f"X-{number}: a\r\n".encode())
+        time.sleep(0.1)
+    return True
+
+
 def says(**changes: Any) -> Trick:
     """An answer with changed fields; None takes a field away."""
 
@@ -336,6 +345,32 @@ def test_a_connection_is_kept_and_one_that_the_server_has_closed_costs_no_attemp
         time.sleep(0.3)
         assert server.connections == expected
     assert len(server.asked) == 6
+
+
+def test_an_answer_whose_head_trickles_in_is_given_up_in_time(server: Server) -> None:
+    server.trick = trickle_head
+    started = time.monotonic()
+    with pytest.raises(Unanswered, match="TimeoutError: timed out"):
+        connect(server, retries=0, timeout=0.5).ask([5, 6, 7], SETTINGS, 1)
+    assert time.monotonic() - started < 4.0
+
+
+def test_an_answer_after_which_the_server_closes_is_read_by_every_python(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer ones close an answer with its last byte, and with it the socket of a connection that ends there."""
+    real = HTTPResponse.read1
+
+    def read1(response: HTTPResponse, size: int = -1) -> bytes:
+        piece = real(response, size)
+        if response.length == 0 and not response.isclosed():
+            response._close_conn()  # type: ignore[attr-defined]
+        return piece
+
+    monkeypatch.setattr(HTTPResponse, "read1", read1)
+    server.trick = lambda handler, request, times: handler.send(handler.answer(request), Connection="close")
+    engine = connect(server, retries=0)
+    assert [engine.ask([5, 6, 7], SETTINGS, 1) for _ in range(2)] == [RawReply([13, EOS], "stop")] * 2
 
 
 def test_a_server_may_be_waited_for_as_long_as_one_likes(server: Server) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.files import JsonlAppender, atomic_directory, atomic_write, exclusive, read_jsonl, sha256_file
+from draftsmith import files
+from draftsmith.files import (
+    JsonlAppender,
+    atomic_directory,
+    atomic_file,
+    atomic_write,
+    exclusive,
+    is_abandoned,
+    read_jsonl,
+    sha256_file,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -69,13 +80,68 @@ def test_a_second_directory_replaces_the_first_entirely(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> None:
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    (tmp_path / f".cache.partial-{killed.pid}").mkdir()
-    (tmp_path / f".cache.partial-{os.getppid()}").mkdir()  # that one is alive
+    ours, theirs = leftovers("cache", dead_process()), leftovers("cache", os.getppid())
+    for name in (*ours, *theirs):
+        (tmp_path / name).mkdir()
     with atomic_directory(tmp_path / "cache"):
         pass
-    assert names(tmp_path) == [f".cache.partial-{os.getppid()}", "cache"]
+    assert names(tmp_path) == sorted([*theirs, "cache"])
+
+
+def dead_process() -> int:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    return killed.pid
+
+
+def leftovers(name: str, pid: int) -> list[str]:
+    """What a process of this machine may leave."""
+    return [f".{name}.{kind}-{files._machine()}-{pid}-0123abcd" for kind in ("partial", "replaced")]
+
+
+def test_what_a_process_of_another_machine_is_writing_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = dead_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "far-away")
+        theirs = leftovers("cache", pid)
+        assert all("-far-away" in name for name in theirs)
+        assert all(is_abandoned(Path(name)) for name in theirs)
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    with atomic_directory(tmp_path / "cache"):
+        pass
+    assert names(tmp_path) == sorted([*theirs, "cache"])
+
+
+def test_what_an_earlier_version_left_is_cleared_once_nobody_touched_it_for_a_day(tmp_path: Path) -> None:
+    """Its name does not say on which machine that process was."""
+    pid = dead_process()
+    for name, age in (("old", 90_000), ("new", 80_000)):
+        leftover = tmp_path / f".{name}.partial-{pid}"
+        leftover.mkdir()
+        os.utime(leftover, (time.time() - age,) * 2)
+        with atomic_directory(tmp_path / name):
+            pass
+    assert names(tmp_path) == [f".new.partial-{pid}", "new", "old"]
+    assert not is_abandoned(tmp_path / f".gone.partial-{pid}")
+
+
+def test_writers_of_one_path_with_the_same_process_id_keep_out_of_each_others_way(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with atomic_file(path) as first:
+        first.write(b"first, ")
+        with atomic_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"whole")
+    assert path.read_bytes() == b"first, whole"
+    with atomic_directory(tmp_path / "d") as one, atomic_directory(tmp_path / "d") as other:
+        (one / "one").touch()
+        (other / "other").touch()
+    assert names(tmp_path / "d") == ["one"]
+    assert names(tmp_path) == ["a.txt", "d"]
 
 
 def test_a_failed_exchange_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,3 +280,38 @@ def test_an_appender_keeps_only_what_it_is_asked_to(tmp_path: Path) -> None:
         log.write({"id": "b", "text": "long"})
         assert log.rows == ["a", "b"]
     assert [row["text"] for _, row in read_jsonl(path)] == ["long", "long"]
+
+
+def test_a_lock_that_its_last_owner_takes_away_while_it_is_looked_at_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looks = Path.stat, []
+
+    def gone_at_first(path: Path, **options: bool) -> os.stat_result:
+        if path.name == ".cache.lock" and not looks:
+            looks.append(path)
+            raise FileNotFoundError(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "stat", gone_at_first)
+    with exclusive(tmp_path / "cache"):
+        assert names(tmp_path) == [".cache.lock"]
+    assert len(looks) == 1
+
+
+def test_a_folder_cleared_away_before_the_lock_is_opened_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, cleared = os.open, []
+
+    def clear_first(path: Path, *options: int) -> int:
+        if not cleared:
+            cleared.append(path)
+            os.rmdir(tmp_path / "parts")
+        return real(path, *options)
+
+    monkeypatch.setattr(os, "open", clear_first)
+    with exclusive(tmp_path / "parts" / "part"):
+        assert names(tmp_path / "parts") == [".part.lock"]
+    assert cleared
