@@ -1,6 +1,6 @@
 """A draft LM distilled towards its target: which text and which divergence, on the embedded pair.
 
-    python benchmarks/draft_lm.py                  # not timed yet
+    python benchmarks/draft_lm.py                  # 7 minutes on two cores with other work beside it
     python benchmarks/draft_lm.py --scale small    # about a minute: whether it runs, not what it is worth
 
 All runs begin with `embedded:draft_lm`, take the same number of steps of the same number of rows, and are judged on the same unseen
