@@ -263,7 +263,7 @@ def _ask(model: str, questions: Sequence[Question], asking: Asking, where: Targe
         identity = {
             "target_fingerprint": loaded.fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "prompts": _digest([asdict(prompt) for prompt in asked]),
+            "prompts_sha256": _digest([asdict(prompt) for prompt in asked]),
             "template": _digest(chat.text or ""),
             "settings": json.loads(json.dumps(asdict(settings))),
             "batch_rows": asking.batch_rows,
