@@ -270,6 +270,8 @@ def _ask(model: str, questions: Sequence[Question], asking: Asking, where: Targe
             "batch_tokens": asking.batch_tokens,
             "dtype": asking.dtype,
         }
+        if where.quantization is not None:
+            identity["quantization"] = where.quantization
         folders.append(out / "replies" / _folder_name(model) / name)
         write_replies(folders[-1], Share(), plan, chat, engine, identity)
     return folders
