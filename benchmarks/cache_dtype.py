@@ -24,7 +24,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from families import REPLY_TOKENS, Bench, embedded_prompts, own_replies, write_rows
-from recipes import RECIPES, Recipe
+from recipes import QUIET, RECIPES, Recipe
 
 from draftsmith import provenance
 from draftsmith.data.cache import HiddenStateCache
@@ -97,15 +97,12 @@ def train(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, seed:
         max_steps=steps,
         default_root_dir=out,
         gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         # One validation, after the last step: it fits the score scale, and nothing is picked.
         check_val_every_n_epoch=None,
         val_check_interval=steps,
         num_sanity_val_steps=0,
         callbacks=[KeepBestDrafter(out / "drafter")],
+        **QUIET,
     )
     trainer.fit(module, CacheDataModule(cache, val_fraction=0.02, tokens_per_batch=recipe.tokens_per_batch, seed=seed))
     return out / "drafter"

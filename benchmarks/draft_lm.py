@@ -23,6 +23,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from recipes import QUIET
 
 from draftsmith import provenance
 from draftsmith.data.responses import respond
@@ -178,11 +179,8 @@ def train(run: Run, replies: Path, out: Path, scale: Scale, lr: float, lora_lr: 
         max_steps=scale.steps,
         default_root_dir=out,
         gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         callbacks=[KeepBestDraftLM()],
+        **QUIET,
     )
     trainer.fit(module, data)
     seconds = time.perf_counter() - started

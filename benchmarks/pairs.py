@@ -26,7 +26,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-from recipes import RECIPES
+from recipes import QUIET, RECIPES
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 from draftsmith.data.corpus import Corpus
@@ -165,13 +165,10 @@ def train_rate(options: argparse.Namespace, rung: str) -> float:
         max_epochs=-1,
         max_steps=1_000_000,
         gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         callbacks=[clock],
+        **QUIET,
     )
     data = CacheDataModule(options.work / "cache", val_fraction=0.01, tokens_per_batch=options.tokens, check="lazy")
     trainer.fit(DraftModule(options.target, recipe.family(**recipe.options), **recipe.module), data)

@@ -22,6 +22,13 @@ from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
 from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+"""A trainer that prints and writes nothing."""
 PILOT_STEPS = 40  # a short run first, since the schedule must know how many steps fit into the time
 
 
@@ -126,15 +133,12 @@ def _fit(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, second
         max_time=None if seconds is None else {"seconds": max(1, int(seconds))},
         default_root_dir=out,
         gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         # Only to fit the score scale, from a few held-out replies.
         check_val_every_n_epoch=None,
         val_check_interval=max(1, steps // 4),
         num_sanity_val_steps=0,
         callbacks=[counter, KeepBestDrafter(out / "drafter")],
+        **QUIET,
     )
     trainer.fit(
         module, CacheDataModule(cache, val_fraction=0.01, tokens_per_batch=recipe.tokens_per_batch, check="lazy")

@@ -33,7 +33,7 @@ from families import Bench, make_rows
 from hidden_state_cache import bare_forward
 from pairs import pair_rows
 from products import Recorder, Replay
-from recipes import RECIPES
+from recipes import QUIET, RECIPES
 from step_clock import PhaseProfiler, Round, StepClock
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,14 +98,11 @@ def clocked(
         max_epochs=-1,
         max_steps=steps,
         gradient_clip_val=None if isinstance(module, JudgeModule) else 1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         profiler=profiler,
         callbacks=[clock],
+        **QUIET,
     )
     trainer.fit(module, data)
     return clock.rounds
