@@ -65,6 +65,14 @@ class TrainingCLI(LightningCLI):
             warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
             super().instantiate_classes()
 
+    def before_validate(self) -> None:
+        """Checkpoints are read without running code, and written whole."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+
+    before_test = before_predict = before_validate
+
     def before_fit(self) -> None:
         """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them, and the run against
         being told to go.
@@ -72,9 +80,7 @@ class TrainingCLI(LightningCLI):
         if type(self.datamodule).state_dict is not pl.LightningDataModule.state_dict:
             # Lightning looks at the loader alone; the data module knows where in the epoch it was.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        strategy = self.trainer.strategy
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
+        self.before_validate()
         # Behind the checkpoint callbacks, which Lightning has sorted to the end.
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         kinds = {type(callback) for callback in present}

@@ -1,10 +1,12 @@
 """A disk that fills up while training: the run says so, and what was there before is still whole."""
 
+import os
 import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +58,23 @@ def test_a_full_disk_ends_the_run_and_the_next_one_resumes(
     assert TorchCheckpointIO().load_checkpoint(checkpoint)["global_step"] == 1
     resumed = main(["fit", f"--config={config}", "--ckpt_path=last"])
     assert resumed.trainer.global_step == 4
+
+
+class Runs:
+    """Would make a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "more": Runs(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    for weights_only in (None, False, True):
+        with pytest.raises(ValueError, match=r"evil.ckpt is no checkpoint of tensors and plain values"):
+            AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=weights_only)
+    assert not (tmp_path / "ran").exists()
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(2)}}, tmp_path / "good.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "good.ckpt")["state_dict"]["w"].tolist() == [1.0, 1.0]
