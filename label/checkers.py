@@ -24,7 +24,7 @@ from draftsmith.files import sha256_file
 from draftsmith.label import sums_answers
 from draftsmith.label.final_answers import chosen_letter, final_number
 from draftsmith.label.schema import Span, Verdict, refusal
-from draftsmith.label.unit_tests import check_tests
+from draftsmith.label.unit_tests import check_tests, prove_tests
 
 Row = Mapping[str, Any]
 BuiltIn = Literal["final-number", "multiple-choice", "unit-tests", "embedded"]
@@ -67,7 +67,9 @@ def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -
         timeout_s: the longest that unit tests may take.
         unprotected: run unit tests even where this system cannot keep them from the user's files and processes.
 
-    Raises ValueError: there is no such checker, or the function cannot be loaded.
+    Unit tests are proved first: one right and one wrong answer are run, and each must get its verdict.
+
+    Raises ValueError: there is no such checker, the function cannot be loaded, or the sandbox does not work here.
     """
     if ":" in spec:
         function, code = _load_function(spec)
@@ -83,7 +85,10 @@ def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -
             f"checker {spec!r} is not known; use one of {', '.join(get_args(BuiltIn))}, or your own function as "
             "package.module:function or file.py:function"
         )
-    told = f" timeout {timeout_s}" if spec == "unit-tests" else ""
+    told = ""
+    if spec == "unit-tests":
+        prove_tests(timeout_s, unprotected)
+        told = f" timeout {timeout_s}"
     return Checker(spec, checks[spec], f"{spec} {_own_code()}{told}")
 
 
@@ -91,7 +96,8 @@ def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -
 def _own_code() -> str:
     """What changes with any of the package's own checkers, also between two versions of it."""
     folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in ("checkers", "final_answers", "sums_answers", "unit_tests", "sandbox")]
+    files = [folder / f"{name}.py" for name in ("checkers", "final_answers", "sums_answers", "unit_tests")]
+    files += [folder / f"{name}.py" for name in ("sandbox", "sandbox_launcher")]
     files.append(Path(str(embedded_checker.__file__)))
     return " ".join([__version__, *(sha256_file(path)[:12] for path in files)])
 

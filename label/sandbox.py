@@ -1,63 +1,35 @@
 """Runs a Python program that nobody has read: limited, cut off from the rest of the machine, and gone afterwards.
 
-Owns limits, namespaces, the empty folder, the killing of all that was started, and what is told of it. Knows nothing of answers and
-tests. Linux only, and the standard library only: this very file is also the script that stands between the caller and the program.
-
-caller --JSON--> launcher --fork--> new session, new namespaces --fork--> first process in them --fork--> the program
-
-The launcher adopts whatever the program leaves behind and kills it; where process namespaces are permitted the kernel does so
-already when their first process ends. What a system does not permit is named in `Ran.missing`.
+Owns what a caller sees: the limits, what became of a program, and the errors of a sandbox that did not start. How a program is kept
+apart is the work of `sandbox_launcher`, a script of its own. Knows nothing of answers and tests. Linux only.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import math
 import os
-import resource
-import selectors
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-REPORT = 3  # the file descriptor on which a program may say something beside its output
+from draftsmith.label import sandbox_launcher
+from draftsmith.label.sandbox_launcher import REPORT, START_SECONDS, Limits
 
-_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_APART = _NEWNS | _NEWIPC | _NEWPID | _NEWNET
-_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
-_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _RDONLY = 442, -100, 0x8000, 1
-_PDEATHSIG, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 36, 38
-_NOBODY = 65534
-_FILES, _HIGH = 64, 60  # how many files a program may open; where the pipes wait while the low numbers are dealt out
-_NEEDED = ("files", "processes")
-# Sockets of other programs, what people keep for themselves, and devices: the user's own terminals among them, which a
-# read-only file system does not keep from being written to.
-_HIDDEN = ("/tmp", "/var/tmp", "/run", "/dev", "/home", "/root")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+__all__ = ["REPORT", "Limits", "Ran", "SandboxError", "run"]
+
+_TIDYING_SECONDS = 20  # for killing what a program left behind
+_USUAL = Limits()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a program may use. Time is of the clock; memory is each process's, disk and processes are all together."""
-
-    seconds: float = 5.0
-    memory_bytes: int = 1 << 30
-    disk_bytes: int = 16 << 20
-    num_processes: int = 8
-    output_bytes: int = 1 << 16
+class SandboxError(ValueError):
+    """A program was not started, so nothing is known of it. Never to be read as a program that failed."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a program.
+    """What became of a program that was started.
 
     `exit_code` is negative or above 128 for a signal, None where the time was up. `output` is the beginning of what it printed, `report`
     that of what it wrote to the descriptor `REPORT`. `missing` names the protections that this system did not permit: of the
@@ -70,11 +42,11 @@ class Ran:
     missing: tuple[str, ...]
 
 
-def run(program: str, limits: Limits = Limits(), unprotected: bool = False) -> Ran:
+def run(program: str, limits: Limits = _USUAL, unprotected: bool = False) -> Ran:
     """Runs a program in this interpreter's version with its packages, in an empty folder that vanishes afterwards.
 
     It sees the file system without homes, temporary folders and terminals and cannot write to it, has no network, an empty
-    environment and no input.
+    environment and no input. Its time begins with its first line, not with the start of the interpreter.
 
     Args:
         program: Python source.
@@ -83,30 +55,11 @@ def run(program: str, limits: Limits = Limits(), unprotected: bool = False) -> R
 
     Raises:
         ValueError: this system cannot protect the user's files or processes, and `unprotected` is False.
-        RuntimeError: the program could not be started.
+        SandboxError: the program was not started.
     """
     if not sys.platform.startswith("linux"):
         raise ValueError(f"unit tests run in a sandbox of Linux, and this is {sys.platform}; use Linux or a container")
-    interpreter = {"executable": sys.executable, "keep": [sys.prefix, sys.base_prefix], "home": str(Path.home())}
-    order = {"program": program, "limits": asdict(limits), "unprotected": unprotected} | interpreter
-    # Sandboxes start from one thread that never forks with locks held: a fresh interpreter, not this process's copy.
-    launcher = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env={},
-    )
-    try:
-        told, complaint = launcher.communicate(json.dumps(order).encode(), timeout=limits.seconds + 20)
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-    if launcher.returncode != 0:
-        raise RuntimeError(f"the sandbox broke: {complaint.decode(errors='replace')[-500:]}")
-    found = json.loads(told)
+    found = _launched({"program": program, "limits": asdict(limits), "unprotected": unprotected}, limits.seconds)
     if found["refused"] == ["machine"]:
         raise ValueError(
             "this root cannot become another user, and root's processes have no limit; run as a common user"
@@ -116,277 +69,53 @@ def run(program: str, limits: Limits = Limits(), unprotected: bool = False) -> R
             f"this system does not let a sandbox protect the user's {' and '.join(found['refused'])}; permit user "
             "namespaces, run as root or in a container of its own, or, where nothing can be lost, add --unprotected true"
         )
-    if found["failed"]:
-        raise RuntimeError(f"the program could not be started: {found['failed']}")
+    if not found["begun"]:
+        raise _not_started(found["failed"], found["output"], limits)
     return Ran(found["exit_code"], found["output"], found["report"], tuple(found["missing"]))
 
 
-def _launch(order: dict[str, Any]) -> dict[str, Any]:
-    """The launcher's work: start, listen, kill, tidy up."""
-    _prctl(_SUBREAPER, 1)
-    _prctl(_PDEATHSIG, signal.SIGKILL)
-    limits = Limits(**order["limits"])
-    work = tempfile.mkdtemp(prefix="draftsmith-sandbox-")
-    pipes = {name: os.pipe() for name in ("output", "report", "status")}
-    ends = time.monotonic() + limits.seconds
-    outsider = _give_away(work)
-    child = os.fork()
-    if child == 0:
-        _start(order, limits, work, outsider, {name: pair[1] for name, pair in pipes.items()})
+def _launched(order: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What the launcher tells. It is a fresh interpreter: a copy of this process could hold locks when it forks."""
+    executable = os.path.join(os.getcwd(), sys.executable or "")
+    prefixes = [sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]
+    order |= {"executable": executable, "keep": [*prefixes, executable], "home": os.path.expanduser("~")}
     try:
-        for _, write_end in pipes.values():
-            os.close(write_end)
-        timed_out, heard = _listen(child, {name: pair[0] for name, pair in pipes.items()}, ends, limits.output_bytes)
-        exit_code = _end(child)
+        launcher = subprocess.Popen(
+            [executable, "-I", "-S", sandbox_launcher.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={},
+        )
+    except OSError as error:
+        raise SandboxError(
+            f"the sandbox broke: {sys.executable!r} cannot be started ({error}); no verdict was given; repair this Python "
+            "or run draftsmith with another one"
+        ) from error
+    longest = START_SECONDS + seconds + _TIDYING_SECONDS
+    try:
+        told, complaint = launcher.communicate(json.dumps(order).encode(), timeout=longest)
+    except subprocess.TimeoutExpired as error:
+        raise SandboxError(
+            f"the sandbox broke: no word from it in {longest:g} seconds; no verdict was given; run again with less load"
+        ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    # Where the program itself could not be executed, that is said behind what was said before.
-    status = json.loads(b"[%s]" % heard["status"].replace(b"}{", b"},{"))
-    status = {key: value for part in status for key, value in part.items()}
-    return {
-        "exit_code": None if timed_out else exit_code,
-        "output": heard["output"].decode(errors="replace"),
-        "report": heard["report"].decode(errors="replace"),
-        "missing": status.get("missing", []),
-        "refused": status.get("refused", []),
-        "failed": status.get("failed") or ("" if status or timed_out else "it died before it began"),
-    }
-
-
-def _listen(child: int, readers: dict[str, int], ends: float, most: int) -> tuple[bool, dict[str, bytes]]:
-    """Reads until the child ends or the time is up; keeps the first `most` bytes of each pipe and drops the rest."""
-    heard = dict.fromkeys(readers, b"")
-    ended = os.pidfd_open(child)
-    with selectors.DefaultSelector() as selector:
-        selector.register(ended, selectors.EVENT_READ)
-        for name, reader in readers.items():
-            os.set_blocking(reader, False)
-            selector.register(reader, selectors.EVENT_READ, name)
-        while (left := ends - time.monotonic()) > 0:
-            ready = selector.select(left)
-            for key, _ in ready:
-                if key.data is not None and not _read(key.data, key.fd, heard, most):
-                    selector.unregister(key.fd)
-            if any(key.fd == ended for key, _ in ready):
-                break
-        else:
-            return True, heard
-    for name, reader in readers.items():
-        while len(heard[name]) < most and _read(name, reader, heard, most):
-            pass
-    return False, heard
-
-
-def _read(name: str, reader: int, heard: dict[str, bytes], most: int) -> bool:
-    """Whether there may be more."""
-    try:
-        part = os.read(reader, 1 << 16)
-    except BlockingIOError:
-        return False
-    heard[name] = (heard[name] + part)[:most]
-    return bool(part)
-
-
-def _end(child: int) -> int:
-    """Kills the child's group and every process that descends from this one; gives the child's exit code."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    exit_code = 0
-    while True:
-        for process in _descendants():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        process = -1
-        while process != 0:
-            try:
-                process, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return exit_code
-            if process == child:
-                exit_code = os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-
-
-def _descendants() -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                # The name in parentheses may hold anything; the fields after the last one are state and parent.
-                parent = int(Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry))
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        new = children.get(waiting.pop(), [])
-        found += new
-        waiting += new
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+    if launcher.returncode != 0:
+        last = complaint.decode(errors="replace")[-500:].strip()
+        raise SandboxError(f"the sandbox broke: {last}; no verdict was given; repair {sys.executable!r}")
+    found: dict[str, Any] = json.loads(told)
     return found
 
 
-def _start(order: dict[str, Any], limits: Limits, work: str, outsider: int | None, pipes: dict[str, int]) -> None:
-    """The child's way to the program; never returns.
-
-    `outsider` is the user that a program started by root becomes; None where it stays the user who started it.
-    """
-    try:
-        os.setsid()
-        if os.getuid() == 0 and outsider is None:
-            # The kernel does not limit root's processes: a program that forks without end would take the machine.
-            os.write(pipes["status"], json.dumps({"refused": ["machine"]}).encode())
-            os._exit(0)
-        missing = _part(outsider)
-        if "processes" not in missing:
-            _pass_on()  # the next one is the first process of the new namespaces
-            if not _close_files(order, limits, work, outsider):
-                missing = {*missing, "files"}
-            _pass_on()  # a first process ignores signals, which the program should not
-        if outsider is not None:
-            # Another user's files and processes are out of reach by permissions, even where no namespace is.
-            missing = missing - set(_NEEDED)
-        refused = sorted(missing & set(_NEEDED))
-        if refused and not order["unprotected"]:
-            os.write(pipes["status"], json.dumps({"refused": refused}).encode())
-            os._exit(0)
-        _become(order, limits, work, pipes, sorted(missing), outsider)
-    except BaseException as error:  # noqa: BLE001 - a fork must never return into its parent's code
-        os.write(pipes["status"], json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
-    os._exit(1)
-
-
-def _part(outsider: int | None) -> set[str]:
-    """Enters namespaces of its own; gives what could not be had."""
-    if outsider is not None:
-        with contextlib.suppress(OSError):
-            _call("unshare", _APART)
-            return set()
-        _drop(outsider)  # root of a container, say, may not; its users sometimes may
-    user, group = os.getuid(), os.getgid()
-    try:
-        _call("unshare", _NEWUSER | _APART)
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    except OSError:
-        return {"network", "files", "processes"}
-    return set()
-
-
-def _pass_on() -> None:
-    """Forks; only the child returns. The parent waits for it and ends as it does."""
-    child = os.fork()
-    if child == 0:
-        _prctl(_PDEATHSIG, signal.SIGKILL)
-        return
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os._exit(code if code >= 0 else 128 - code)
-
-
-def _close_files(order: dict[str, Any], limits: Limits, work: str, outsider: int | None) -> bool:
-    """Makes all that is mounted read-only, but for a new and bounded `work`; whether that was permitted."""
-    try:
-        _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
-        for hidden in {*_HIDDEN, order["home"]} - {"/"}:
-            if os.path.isdir(hidden) and not os.path.islink(hidden):
-                _hide(hidden, [*order["keep"], *_DEVICES])
-        os.makedirs(work, exist_ok=True)
-        _mount("tmpfs", work, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={limits.disk_bytes},mode=0700")
-        if outsider is not None and os.getuid() == 0:
-            os.chown(work, outsider, outsider)
-        _set_mount("/", _AT_RECURSIVE, _RDONLY | _MS_NOSUID, 0)
-        _set_mount(work, 0, 0, _RDONLY)
-    except OSError:
-        return False
-    return True
-
-
-def _hide(folder: str, keep: list[str]) -> None:
-    """Covers a folder with an empty one, in which only what is in `keep` (folders or files) is still there."""
-    inside = [os.path.realpath(path) for path in keep if os.path.exists(path)]
-    handles = {path: os.open(path, os.O_PATH) for path in inside if path.startswith(f"{folder}/")}
-    _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
-    for path, handle in handles.items():
-        is_folder = os.path.isdir(f"/proc/self/fd/{handle}")
-        os.makedirs(path if is_folder else os.path.dirname(path), exist_ok=True)
-        if not is_folder:
-            Path(path).touch()
-        _mount(f"/proc/self/fd/{handle}", path, None, _MS_BIND | _MS_REC)
-        os.close(handle)
-
-
-def _become(
-    order: dict[str, Any], limits: Limits, work: str, pipes: dict[str, int], missing: list[str], outsider: int | None
-) -> None:
-    """Turns this process into the program."""
-    if outsider is not None and os.getuid() == 0:
-        _drop(outsider)
-    _prctl(_NO_NEW_PRIVS, 1)
-    _prctl(_PDEATHSIG, signal.SIGKILL)  # a change of user has taken it back
-    os.chdir(work)
-    Path("program.py").write_text(order["program"], encoding="utf-8")
-    seconds = math.ceil(limits.seconds) + 1
-    for kind, most in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_FSIZE, limits.disk_bytes),
-        (resource.RLIMIT_NPROC, limits.num_processes),
-        (resource.RLIMIT_NOFILE, _FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        most = min(most, resource.getrlimit(kind)[1]) if resource.getrlimit(kind)[1] >= 0 else most
-        resource.setrlimit(kind, (most, most))
-    ends = {name: os.dup2(end, _HIGH + number) for number, (name, end) in enumerate(pipes.items())}
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for end, place in ((nothing, 0), (ends["output"], 1), (ends["output"], 2), (ends["report"], REPORT)):
-        os.dup2(end, place)
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": work, "TMPDIR": work}
-    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # What is said here holds only if the program then runs: where it does not, "failed" is written behind it.
-    os.set_inheritable(ends["status"], False)
-    os.closerange(REPORT + 1, _HIGH)
-    os.write(ends["status"], json.dumps({"missing": missing}).encode())
-    os.execve(order["executable"], [order["executable"], "-I", "program.py"], environment)
-
-
-def _drop(user: int) -> None:
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-    _prctl(_DUMPABLE, 1)  # else its own /proc files belong to root, and the maps of a namespace cannot be written
-
-
-def _give_away(work: str) -> int | None:
-    """The user that a program of root becomes, who from now on owns `work`: one of its own, or nobody."""
-    if os.getuid() != 0:
-        return None
-    for user in (2_000_000_000 + os.getpid(), _NOBODY):
-        with contextlib.suppress(OSError):
-            os.chown(work, user, user)
-            return user
-    return None
-
-
-def _prctl(option: int, value: int) -> None:
-    _call("prctl", option, value, 0, 0, 0)
-
-
-def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    words = [None if word is None else word.encode() for word in (source, target, kind, data)]
-    _call("mount", words[0], words[1], words[2], ctypes.c_ulong(flags), words[3])
-
-
-def _set_mount(path: str, flags: int, turn_on: int, turn_off: int) -> None:
-    """mount_setattr(2); its struct is four u64: what to set, what to clear, propagation, a file descriptor."""
-    attributes = (ctypes.c_uint64 * 4)(turn_on, turn_off, 0, 0)
-    number, folder, size = (ctypes.c_long(value) for value in (_MOUNT_SETATTR, _AT_FDCWD, 32))
-    _call("syscall", number, folder, path.encode(), ctypes.c_ulong(flags), ctypes.byref(attributes), size)
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """One call of the C library. Raises OSError."""
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-
-
-if __name__ == "__main__":
-    json.dump(_launch(json.load(sys.stdin)), sys.stdout)
+def _not_started(reason: str, output: str, limits: Limits) -> SandboxError:
+    said = output.strip().splitlines()
+    last = f", and said {said[-1][:200]!r}" if said else ""
+    return SandboxError(
+        f"the sandbox did not start the program: {reason}{last}; no verdict was given. Interpreter {sys.executable!r} and "
+        f"folder {sys.prefix!r} must be readable for every user, and {limits.memory_bytes >> 20} MiB of memory, "
+        f"{limits.disk_bytes >> 20} MiB of disk and {limits.num_processes} processes must be enough for them"
+    )

@@ -14,20 +14,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from draftsmith.label.sandbox import REPORT, Limits, run
+from draftsmith.label.sandbox import REPORT, Limits, SandboxError, run
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 _PYTHON = ("python", "py", "python3")
 _LONGEST_NOTE = 200
+_KNOWN_TEST = {"tests": "assert double(21) == 42"}
+_KNOWN_GOOD, _KNOWN_BAD = "def double(x):\n    return 2 * x", "def double(x):\n    return 3 * x"
 
 # The answer is run as a module, not as a script, so that what it would do only as a script stays undone. Ending early
-# (sys.exit) is no way to pass: only this program's last line says the word that the caller waits for.
+# (sys.exit) is no way to pass: only this program's last line says the word that the caller waits for. What it says before
+# the answer's first line tells a program that came to nothing from an answer that did.
 _PROGRAM = """\
 import json, os, sys, traceback
 stages, word = json.loads({stages!r}), {word!r}
 space = {{"__name__": "answer"}}
 def say(**told):
-    os.write({report}, json.dumps(told).encode())
+    os.write({report}, json.dumps(told).encode() + b"\\n")
+say(ready=True)
 for stage, code in stages:
     try:
         exec(compile(code, stage, "exec"), space)
@@ -53,7 +57,9 @@ class Tested:
 def check_tests(row: Mapping[str, Any], response: str, seconds: float, unprotected: bool) -> Tested:
     """Runs the tests of a row on the code of a response.
 
-    Raises ValueError: the row has no tests, or this system has no sandbox (see `sandbox.run`).
+    Raises:
+        ValueError: the row has no tests, or this system has no sandbox (see `sandbox.run`).
+        SandboxError: the program did not reach the answer, so nothing is known of it.
     """
     tests = row_tests(row)
     code = code_of(response)
@@ -62,11 +68,32 @@ def check_tests(row: Mapping[str, Any], response: str, seconds: float, unprotect
     word = secrets.token_hex(16)
     stages = json.dumps([["answer", code], ["tests", tests]])
     ran = run(_PROGRAM.format(stages=stages, word=word, report=REPORT), Limits(seconds=seconds), unprotected)
+    ready, told = _told(ran.report)
+    if not ready:
+        raise SandboxError(
+            f"the sandbox ended before the answer began (exit code {ran.exit_code}, output {ran.output[-200:]!r}); no verdict was "
+            "given; give the tests more time, and the machine less load"
+        )
     open_note = f"; run without protection of {', '.join(ran.missing)}" if ran.missing else ""
-    told = _told(ran.report)
     if told.get("word") == word:
         return Tested(True, open_note.removeprefix("; "))
     return Tested(False, f"{_reason(told, ran.exit_code, seconds)}{open_note}")
+
+
+def prove_tests(seconds: float, unprotected: bool) -> None:
+    """Runs one answer that is right and one that is wrong, so that a sandbox that cannot tell them apart judges nothing.
+
+    Raises:
+        ValueError: this system has no sandbox (see `sandbox.run`).
+        SandboxError: a program did not start, or got the wrong verdict.
+    """
+    for answer, right in ((_KNOWN_GOOD, True), (_KNOWN_BAD, False)):
+        tested = check_tests(_KNOWN_TEST, answer, seconds, unprotected)
+        if tested.passed != right or (not right and "AssertionError" not in tested.note):
+            raise SandboxError(
+                f"the sandbox says {'right' if tested.passed else 'wrong'} of an answer known to be {'right' if right else 'wrong'} "
+                f"({tested.note}); no answer was judged; give more than {seconds:g} seconds, or run on a machine with less load"
+            )
 
 
 def code_of(response: str) -> str | None:
@@ -105,12 +132,14 @@ def row_tests(row: Mapping[str, Any]) -> str:
     )
 
 
-def _told(report: str) -> dict[str, Any]:
+def _told(report: str) -> tuple[bool, dict[str, Any]]:
+    """Whether the program reached the answer, and what it said of it."""
+    first, _, rest = report.partition("\n")
     try:
-        told = json.loads(report)
-    except json.JSONDecodeError:
-        return {}
-    return told if isinstance(told, dict) else {}
+        told = json.loads(rest)
+    except (ValueError, RecursionError):  # the answer can write here too
+        told = {}
+    return first == '{"ready": true}', told if isinstance(told, dict) else {}
 
 
 def _reason(told: dict[str, Any], exit_code: int | None, seconds: float) -> str:

@@ -1,15 +1,18 @@
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
 
-from draftsmith.label import sandbox
-from draftsmith.label.sandbox import Limits, Ran, run
+from draftsmith.label import sandbox_launcher
+from draftsmith.label.sandbox import Limits, Ran, SandboxError, run
 
 
 def permitted() -> str:
@@ -152,9 +155,26 @@ def test_a_crash_is_an_exit_code() -> None:
 
 
 def test_a_program_that_cannot_start_is_not_a_failed_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "__file__", str(Path(__file__).parent / "no-such-launcher.py"))
-    with pytest.raises(RuntimeError, match="the sandbox broke"):
+    monkeypatch.setattr(sandbox_launcher, "__file__", str(Path(__file__).parent / "no-such-launcher.py"))
+    with pytest.raises(SandboxError, match="the sandbox broke"):
         run("pass")
+
+
+@pytest.mark.parametrize("limits", [Limits(memory_bytes=1 << 20), Limits(disk_bytes=1)])
+def test_limits_too_low_to_start_under_are_an_error_and_no_result(limits: Limits) -> None:
+    with pytest.raises(SandboxError, match="the sandbox did not start the program"):
+        run("pass\n" * 2000, limits)
+
+
+def test_an_interpreter_that_is_gone_is_an_error_and_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SandboxError, match="cannot be started"):
+        run("pass")
+
+
+def test_the_start_of_the_interpreter_takes_nothing_from_the_programs_time() -> None:
+    # An interpreter needs some ten milliseconds to come up, more than this program is given.
+    assert run("pass", Limits(seconds=0.005)).exit_code in (0, None)
 
 
 def test_where_nothing_can_be_protected_it_refuses() -> None:
@@ -173,3 +193,39 @@ def test_where_nothing_can_be_protected_it_refuses() -> None:
         pytest.skip("user namespaces are not permitted here")
     # Root inside a namespace that holds no other user: its processes have no limit.
     assert "cannot become another user" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def linked_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `venv`, an environment whose home is a link to it, and whose Python stands behind a link as well."""
+    folder = tmp_path_factory.mktemp("linked")
+    (folder / "disk").mkdir()
+    (folder / "home").symlink_to("disk")
+    (folder / "python").symlink_to(sys.base_prefix)
+    venv.create(folder / "disk" / "venv", symlinks=True)
+    written = folder / "disk" / "venv" / "pyvenv.cfg"
+    written.write_text(re.sub("(?m)^home = .*", f"home = {folder}/python/bin", written.read_text()))
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.getuid():
+            path.chmod(path.stat().st_mode | 0o055)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["home/venv/bin/python", "disk/../home/venv/bin/python", "disk/venv/bin/python"])
+def test_the_right_answer_is_right_under_a_linked_home_and_a_relative_interpreter(
+    linked_python: Path, way: str
+) -> None:
+    program = (
+        f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\nfrom draftsmith.label.unit_tests import check_tests\n"
+        "row = {'tests': 'assert f() == 1'}\n"
+        "print([check_tests(row, f'def f(): return {n}', 20, False).passed for n in (1, 2)])"
+    )
+    done = subprocess.run(
+        [way, "-c", program],
+        cwd=linked_python,
+        env={"HOME": str(linked_python / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[True, False]", "")
