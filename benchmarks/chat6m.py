@@ -26,6 +26,7 @@ from draftsmith import provenance
 from draftsmith.data.hidden_states import extract
 from draftsmith.evaluate.command import evaluate
 from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.models.end_tokens import end_tokens
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.train.families import ReDrafterFamily
 from draftsmith.train.objective import Distillation
@@ -71,7 +72,7 @@ def dataset_rows(data: Path, replies: Path, target: str) -> Iterator[dict[str, A
         opening = asked.partition("begins: ")[2]
         found = answers.get(asked) or next((story for story in stories if opening and story.startswith(opening)), None)
         if found is not None:
-            ids = [*tokenizer.encode(found, add_special_tokens=False), int(tokenizer.eos_token_id)]
+            ids = [*tokenizer.encode(found, add_special_tokens=False), *end_tokens(tokenizer=tokenizer)]
             yield {**row, "reply_ids": ids[:REPLY_TOKENS]}
 
 

@@ -32,7 +32,7 @@ from draftsmith.data.ranks import Share, own_device, own_share
 from draftsmith.data.shards import CachedSample, bytes_per_token
 from draftsmith.data.shared_survey import shared_survey
 from draftsmith.data.together import Features, follow, leading, process_group
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
+from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.files import exclusive
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
@@ -115,7 +115,7 @@ def extract(
             compute = partial(features, loaded)
         tokenizer = load_tokenizer(target, revision)
         length = sample_length(max_length, loaded.max_positions, target)
-        corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template), split, length)
+        corpus = Corpus(source, lambda: chat_of(target, tokenizer, template, revision), split, length)
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         with _explaining_a_full_disk(out):
             survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.loading import resolve
 
 
@@ -49,7 +50,7 @@ def reply_settings(
         max_new_tokens=max_new_tokens,
         repetition_penalty=own.repetition_penalty or 1.0,
         seed=seed,
-        eos_token_ids=_end_tokens(own, tokenizer, target),
+        eos_token_ids=_end_tokens(target, revision, tokenizer),
         stop_strings=stop_strings,
     )
     if own.do_sample:
@@ -63,10 +64,10 @@ def reply_settings(
     return replace(settings, **{name: value for name, value in vars(overrides).items() if value is not None})
 
 
-def _end_tokens(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, target: str) -> tuple[int, ...]:
-    named = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    if named is None:
+def _end_tokens(target: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    found = read_end_tokens(target, revision, tokenizer)
+    if not found:
         raise ValueError(
             f"{target} names no end token, so no reply would ever end; set eos_token_id in its generation config"
         )
-    return tuple(named) if isinstance(named, list | tuple) else (int(named),)
+    return found

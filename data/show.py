@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.manifest import MANIFEST_FILE, Manifest
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample
+from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.models.loading import load_tokenizer
 
 _NO_LIMIT = 2**31
@@ -54,7 +54,7 @@ def show(
     if is_cache:
         samples = _cached(source, index, count)
     else:
-        corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template), split, _NO_LIMIT)
+        corpus = Corpus(source, lambda: chat_of(name, tokenizer, template, revision), split, _NO_LIMIT)
         samples = itertools.islice(corpus.all_samples(), index, index + count)
     console = Console()
     shown = 0

@@ -13,6 +13,7 @@ import jinja2
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from draftsmith.data.formats import Message
+from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 
 NO_TEMPLATE = "none"
 # Stands for the earlier reply while the next turn is rendered; plain letters, which no template trims or escapes.
@@ -68,7 +69,7 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer = tokenizer
         self.text = _template_text(tokenizer, template)
-        self.eos_ids = frozenset(eos_ids) or _eos_ids(tokenizer)
+        self.eos_ids = frozenset(eos_ids) or frozenset(end_tokens(tokenizer=tokenizer))
 
     @property
     def mask_recipe(self) -> str:
@@ -193,6 +194,13 @@ class ChatTemplate:
         return TokenizedSample(sample_id, ids, mask)
 
 
+def chat_of(
+    target: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None, revision: str | None = None
+) -> ChatTemplate:
+    """The chat template of a target, with the tokens that end its replies. Raises what `ChatTemplate` raises."""
+    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer))
+
+
 def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:
     """A sample from ids as they were read and generated, nothing encoded again.
 
@@ -259,10 +267,6 @@ def _template_failure(messages: Sequence[Message], error: Exception) -> ValueErr
     return ValueError(
         f"the chat template fails on turns {roles}: {error}; change the data or give another with --template"
     )
-
-
-def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset([tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else [])
 
 
 def _with_end_tokens(ids: list[int], mask: list[bool], eos_ids: frozenset[int]) -> list[bool]:

@@ -19,7 +19,7 @@ from draftsmith.arguments import FLAT, suggestion
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.tokens import chat_of
 from draftsmith.evaluate.doctor_acceptance import check_acceptance
 from draftsmith.evaluate.doctor_alignment import check_shifts, check_steps
 from draftsmith.evaluate.doctor_bonds import (
@@ -156,7 +156,9 @@ def doctor(
     if prompts is not None and not asked:
         raise ValueError(f"{prompts} has no prompt in split {split!r}; name another with --split, or leave it out")
     # Whole samples: what was cut off in training is no reason to look at less of the text.
-    corpus = None if source is None else Corpus(source, lambda: ChatTemplate(tokenizer, template), None, sys.maxsize)
+    corpus = None
+    if source is not None:
+        corpus = Corpus(source, lambda: chat_of(places.target, tokenizer, template, places.revision), None, sys.maxsize)
     if corpus is not None:
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
     case = gather(places, tokenizer, bounds, ends_only, dtype, where)

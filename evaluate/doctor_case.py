@@ -169,9 +169,7 @@ class Case:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply."""
-        ids = self.target.eos_token_ids if self.target is not None else self.ends.config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None or ids == () else ids
-        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        return self.ends.eos_token_ids if self.target is None else self.target.eos_token_ids
 
 
 def find(drafter: str, cache: str | None, target: str | None, revision: str | None, adapter: str | None) -> Places:

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from draftsmith import provenance
 from draftsmith.export import custom_generate, layouts
 from draftsmith.export.card import Subject, write_card
@@ -22,9 +20,10 @@ from draftsmith.export.own import family_of
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import BOND, adapted, load_drafter
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
-from draftsmith.models.loading import load_tokenizer, resolve
+from draftsmith.models.loading import load_tokenizer
 
 CARD = "README.md"
 
@@ -173,10 +172,6 @@ def _training(drafter: Path, training: Path | None) -> dict[str, Any]:
 
 
 def _target_facts(target: str, revision: str | None) -> Mapping[str, Any]:
-    folder = resolve(target, revision)
-    has_template = bool(load_tokenizer(target, revision).chat_template)
-    ids: Any = None
-    if (folder / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
-    ends = () if ids is None else (int(ids),) if isinstance(ids, int) else tuple(ids)
-    return {"has_template": has_template, "eos_token_ids": ends}
+    tokenizer = load_tokenizer(target, revision)
+    ends = read_end_tokens(target, revision, tokenizer)
+    return {"has_template": bool(tokenizer.chat_template), "eos_token_ids": ends}

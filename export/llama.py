@@ -19,7 +19,6 @@ from draftsmith.models.eagle_config import EagleConfig
 from draftsmith.models.ends import TargetEnds
 
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What our layer is. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
@@ -78,7 +77,18 @@ def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | Non
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **{name: None if ends is None else getattr(ends.config, name, None) for name in _TOKENS},
+        **_special_tokens(ends),
+    }
+
+
+def _special_tokens(ends: TargetEnds | None) -> dict[str, Any]:
+    if ends is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    end_ids = ends.eos_token_ids
+    return {
+        "bos_token_id": getattr(ends.config, "bos_token_id", None),
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids) or None,
+        "pad_token_id": getattr(ends.config, "pad_token_id", None),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.label.rows import LabelledRow, write_rows
 from draftsmith.label.schema import Answer, read_answers
 from draftsmith.label.store import Store
@@ -76,7 +76,7 @@ def rows(
     length = max_length or getattr(
         AutoConfig.from_pretrained(resolve(target, revision)), "max_position_embeddings", None
     )
-    made = make_rows(found, tokenizer, ChatTemplate(tokenizer, template), after, length)
+    made = make_rows(found, tokenizer, chat_of(target, tokenizer, template, revision), after, length)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)
     _tell(made, out)

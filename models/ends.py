@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.loading import load_causal_lm, resolve_model, target_fingerprint
 from draftsmith.models.support import final_norm, refuse_unsupported
 
@@ -30,13 +31,22 @@ class TargetEnds(nn.Module):
             none was loaded. Drafters read rope, heads, norm epsilon and the number of layers from it.
         hidden_size: D.
         vocab_size: V, rows of the head.
+        eos_token_ids: what ends the target's replies.
         logit_scale: what the model multiplies its logits by, mostly 1.
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, fingerprint: str, config: PreTrainedConfig | None = None
+        self,
+        model: PreTrainedModel,
+        name: str,
+        fingerprint: str,
+        config: PreTrainedConfig | None = None,
+        end_token_ids: tuple[int, ...] = (),
     ) -> None:
-        """``config`` is the text config where the model's own does not tell the truth, being that of a shortened trunk."""
+        """``config`` is the text config where the model's own does not tell the truth, being that of a shortened trunk.
+
+        ``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's.
+        """
         super().__init__()
         self.name = name
         self.fingerprint = fingerprint
@@ -49,6 +59,7 @@ class TargetEnds(nn.Module):
         self.hidden_size = int(self.config.hidden_size)
         # A weight that ZeRO-3 has divided has no shape of its own.
         self.vocab_size = int(getattr(self.head, "out_features", self.head.weight.shape[0]))
+        self.eos_token_ids = end_tokens(model.generation_config, model.config) or end_token_ids
         self._soft_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0) / float(
@@ -77,14 +88,15 @@ class TargetEnds(nn.Module):
         with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
             model = AutoModelForCausalLM.from_pretrained(folder, config=_of_one_layer(config), dtype=dtype)
         fingerprint = target_fingerprint(path, revision, adapter)
+        ends = read_end_tokens(path, revision)
         if adapter is not None:
             from draftsmith.models.adapter_files import adapter_folder, reaches
 
             refuse_unsupported(model, path)
             if reaches(adapter_folder(adapter), _end_names(model)):
                 merged, fingerprint = load_causal_lm(path, dtype, device, revision=revision, adapter=adapter)
-                return cls(merged, name=path, fingerprint=fingerprint)
-        return cls(model, name=path, fingerprint=fingerprint, config=config.get_text_config()).to(device)
+                return cls(merged, name=path, fingerprint=fingerprint, end_token_ids=ends)
+        return cls(model, path, fingerprint, config.get_text_config(), ends).to(device)
 
     @property
     def head_weight(self) -> Tensor:

@@ -73,9 +73,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         ValueError: there is none.
     """
     folder = resolve(path, revision)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not holds_tokenizer(folder):
         raise ValueError(f"{path} holds no tokenizer (tokenizer.json); give the directory of a complete model")
     return AutoTokenizer.from_pretrained(folder)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer beside its weights."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def load_causal_lm(

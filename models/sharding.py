@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.loading import as_dtype, load_causal_lm, resolve
 from draftsmith.models.target import Target
@@ -121,7 +122,7 @@ def load_sharded(path: str, dtype: str, over: ShardedOver, device: torch.device,
         )
     with _as_local_rank(device):
         model, fingerprint = _load_part(path, as_dtype(dtype), over, revision)
-    target = Target(model, name=path, fingerprint=fingerprint)
+    target = Target(model, path, fingerprint, read_end_tokens(path, revision))
     _free_whole_weights(model)
     if over.sharding == "zero3":
         # A second whole forward ends DeepSpeed's record of modules, which would grow with every forward of ours.

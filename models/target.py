@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import module_fingerprint
 from draftsmith.models.loading import as_dtype, load_causal_lm
@@ -57,14 +58,18 @@ class Target(nn.Module):
             named in the message.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, fingerprint: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, name: str, fingerprint: str, end_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        """``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's."""
         super().__init__()
         refuse_unsupported(model, name)
+        self._saved_end_tokens = end_token_ids
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.fingerprint = fingerprint
         self.config = model.config.get_text_config()
-        self.ends = TargetEnds(model, name, fingerprint)
+        self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids)
         self._base = text_base(model)
         self._norm = final_norm(model)
         self._blocks = decoder_blocks(model)
@@ -102,7 +107,7 @@ class Target(nn.Module):
             ValueError: bad path, dtype or device, or an unsupported family.
         """
         model, fingerprint = load_causal_lm(path, as_dtype(dtype), device, device_map, revision, adapter, quantization)
-        return cls(model, name=path, fingerprint=fingerprint)
+        return cls(model, path, fingerprint, read_end_tokens(path, revision))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
@@ -127,11 +132,11 @@ class Target(nn.Module):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a reply: those of the model's generation config, else of its config; empty where neither names one."""
-        own = self.model.generation_config
-        ids = None if own is None else own.eos_token_id
-        ids = getattr(self.config, "eos_token_id", None) if ids is None else ids
-        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        """The ids that end a reply, as :mod:`draftsmith.models.end_tokens` finds them; empty where nothing names one.
+
+        A model in memory has no tokenizer to ask.
+        """
+        return end_tokens(self.model.generation_config, self.model.config) or self._saved_end_tokens
 
     def logits(self, normed: Tensor) -> Tensor:
         """Normed states [..., D] -> logits [..., V]."""

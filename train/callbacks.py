@@ -20,7 +20,6 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.limits import DraftLimits
-from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.target import Target
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
@@ -81,10 +80,7 @@ class TreeDecodeValidation(pl.Callback):
             self.target = data.target
         else:
             self.target = Target.load(module.target, dtype=self.dtype, revision=module.revision, adapter=module.adapter)
-        eos = load_tokenizer(module.target, module.revision).eos_token_id
-        self._settings = GenerationSettings(
-            max_new_tokens=self.max_new_tokens, eos_token_ids=() if eos is None else (int(eos),)
-        )
+        self._settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes and logs."""

@@ -228,8 +228,7 @@ class DraftModule(pl.LightningModule):
             self._copy = [copy.deepcopy(self.drafter, {id(ends): ends}).requires_grad_(False).eval()]
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
         self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        eos = ends.config.eos_token_id
-        self._eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        self._eos_token_ids = ends.eos_token_ids
 
     def save_drafter(self, folder: Path) -> None:
         """Write what is evaluated into an existing folder: the drafter, or with lora its adapter."""

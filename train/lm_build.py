@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from draftsmith import configs, embedded, files
 from draftsmith.embedded.tokenizer import train_tokenizer
+from draftsmith.models.end_tokens import end_tokens
 from draftsmith.train.lm_data import Mixture, conversations
 from draftsmith.train.lm_module import LmModule
 
@@ -61,7 +62,7 @@ def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
     lm.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=_MAX_NEW_TOKENS,
-        eos_token_id=words.eos_token_id,
+        eos_token_id=end_tokens(tokenizer=words)[0],
         pad_token_id=words.pad_token_id,
     )
     with files.atomic_directory(destination) as partial:

@@ -12,6 +12,8 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from draftsmith.models.end_tokens import end_tokens
+
 _IGNORED = -100
 
 
@@ -57,7 +59,7 @@ class LmModule(pl.LightningModule):
             max_position_embeddings=max_position_embeddings,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=words.eos_token_id,
+            eos_token_id=end_tokens(tokenizer=words)[0],
             pad_token_id=words.pad_token_id,
         )
         self.lm = LlamaForCausalLM(config) if init_from is None else _load(init_from, config)

@@ -25,7 +25,7 @@ from draftsmith.data.hidden_states import sample_length
 from draftsmith.data.lengths import write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards import ShardContent, ShardRecord, write_shard
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample, cut
+from draftsmith.data.tokens import TokenizedSample, chat_of, cut
 from draftsmith.files import atomic_directory, sha256_file
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve, target_fingerprint
@@ -114,7 +114,9 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
     tokenizer = load_tokenizer(target.name, target.revision)
     config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(target.name, target.revision)).get_text_config()
     length = sample_length(text.max_length, getattr(config, "max_position_embeddings", None), target.name)
-    corpus = Corpus(Path(text.source), lambda: ChatTemplate(tokenizer, text.template), text.split, length)
+    corpus = Corpus(
+        Path(text.source), lambda: chat_of(target.name, tokenizer, text.template, target.revision), text.split, length
+    )
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     corpus.check_tokenizer(own_tokenizer)
     identity = CacheIdentity(
