@@ -195,10 +195,14 @@ class ChatTemplate:
 
 
 def chat_of(
-    target: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None, revision: str | None = None
+    target: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ChatTemplate:
     """The chat template of a target, with the tokens that end its replies. Raises what `ChatTemplate` raises."""
-    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer))
+    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer, trust_remote_code))
 
 
 def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:

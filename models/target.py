@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import module_fingerprint
+from draftsmith.models.finite import refuse_non_finite
 from draftsmith.models.loading import as_dtype, load_causal_lm
 from draftsmith.models.support import decoder_blocks, final_norm, refuse_unsupported, text_base
 
@@ -91,6 +92,7 @@ class Target(nn.Module):
         revision: str | None = None,
         adapter: str | None = None,
         quantization: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Target:
         """Load a target from a local directory or a hub id.
 
@@ -102,12 +104,23 @@ class Target(nn.Module):
             revision: the hub's revision.
             adapter: a PEFT adapter on top, merged into the weights; it is part of the fingerprint.
             quantization: ``8bit`` or ``4bit`` (bitsandbytes).
+            trust_remote_code: whether Python files that come with the target may run.
 
         Raises:
-            ValueError: bad path, dtype or device, or an unsupported family.
+            ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
+                finite, or code that may not run.
         """
-        model, fingerprint = load_causal_lm(path, as_dtype(dtype), device, device_map, revision, adapter, quantization)
-        return cls(model, path, fingerprint, read_end_tokens(path, revision))
+        model, fingerprint = load_causal_lm(
+            path,
+            as_dtype(dtype),
+            device,
+            device_map,
+            revision,
+            adapter,
+            quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(model, path, fingerprint, read_end_tokens(path, revision, trust_remote_code=trust_remote_code))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
@@ -248,7 +261,9 @@ class Target(nn.Module):
     def _prove(self, kinds: list[str]) -> None:
         """Check once, by equality, that our doors give the model's own logits; finds how it takes masks on the way."""
         ids = torch.arange(6, device=self.device)[None] % self.ends.vocab_size
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        expected = self.model(input_ids=ids, use_cache=False).logits
+        refuse_non_finite(expected, self.name)
+        expected = expected.float()
         scale = expected.abs().max().clamp(min=1.0)
         tolerance = scale * (1e-3 if self.dtype == torch.float32 else 5e-2)
         choices = [tuple(kinds), ()] if kinds else [()]
