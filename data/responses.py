@@ -31,6 +31,7 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.target import TargetEnds
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
@@ -120,11 +121,9 @@ def respond(
     _check_other_engines(engine, server, vllm, {"batch_rows": batch_rows, "batch_tokens": batch_tokens, "dtype": dtype})
     share = own_share(rank, world_size)
     chosen = read_prompts(prompts, split)[:limit]
-    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
+    tokenizer = load_tokenizer(target, where.revision)
     overrides = Overrides(temperature, top_k, top_p, min_p, repetition_penalty)
-    settings = reply_settings(
-        target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision, where.trust_remote_code
-    )
+    settings = reply_settings(target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision)
     texts_only = all(prompt.text is not None for prompt in chosen)
     chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
     identity: dict[str, Any] = {
@@ -138,12 +137,12 @@ def respond(
     if engine == "bundled":
         loaded = where.load(target, dtype)
         fingerprint, context = loaded.fingerprint, loaded.max_positions
-        chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer, where.trust_remote_code)
+        chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer)
         if where.quantization is not None:
             identity["quantization"] = where.quantization
     else:
         check_settings(settings)
-        ends = where.load_ends(target)
+        ends = TargetEnds.load(target, revision=where.revision, adapter=where.adapter)
         longest = getattr(ends.config, "max_position_embeddings", None)
         fingerprint, context = ends.fingerprint, None if longest is None else int(longest)
         if engine == "server":
@@ -185,12 +184,7 @@ def _check_engine(engine: str, drafter: Path | None, limits: DraftLimits | None,
     """Raises ValueError for an option of the bundled decoder that means nothing to another engine."""
     if engine == "bundled":
         return
-    served = engine == "server"
-    own = TargetOptions(
-        revision=where.revision,
-        adapter=where.adapter if served else None,
-        trust_remote_code=where.trust_remote_code and served,
-    )
+    own = TargetOptions(revision=where.revision, adapter=where.adapter if engine == "server" else None)
     said = [name for name, value in vars(where).items() if value != getattr(own, name)]
     said += [name for name, value in (("drafter", drafter), ("limits", limits)) if value is not None]
     if said:

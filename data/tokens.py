@@ -195,14 +195,10 @@ class ChatTemplate:
 
 
 def chat_of(
-    target: str,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    target: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None, revision: str | None = None
 ) -> ChatTemplate:
     """The chat template of a target, with the tokens that end its replies. Raises what `ChatTemplate` raises."""
-    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer, trust_remote_code))
+    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer))
 
 
 def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:

@@ -30,8 +30,7 @@ from draftsmith.models.cache import SlotCache
 from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
-from draftsmith.models.mask import slot_mask, slot_positions
-from draftsmith.models.reading import CHUNK, read_prompts, within_context
+from draftsmith.models.reading import CHUNK, read_again, read_prompts, read_tree, within_factors
 from draftsmith.models.search import Draws
 from draftsmith.models.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree import DraftTree, root_tree
@@ -115,8 +114,10 @@ class Engine:
             batch = self._prefill(prompts, settings, request_ids or list(range(len(prompts))), recorder)
         while batch.requests:
             with phase(self.ledger, "draft"):
-                tree = self._draft(batch, settings)
+                tree = within_factors(self.target, self._draft(batch, settings), batch.lengths_B)
             with phase(self.ledger, "verify"):
+                if self.target.rereads_past in batch.host_lengths:
+                    self._read_again(batch, prompts, recorder)
                 ancestors_BNN = tree.ancestors()
                 output = self._verify(batch, tree, ancestors_BNN)
                 logits_BNV = self._processed(batch, tree, ancestors_BNN, output, settings)
@@ -172,32 +173,21 @@ class Engine:
 
     def _verify(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
         """One target forward over the packed tree, written behind each row's cached tokens."""
-        nodes = tree.num_nodes
-        window = self._window(max(batch.host_lengths) + nodes, batch.cache.capacity)
-        slots_BN = batch.lengths_B[:, None] + torch.arange(nodes, device=batch.lengths_B.device)
-        first = batch.host_lengths[0] if len(batch.host_lengths) == 1 else None
-        batch.cache.aim(slots_BN, window, first)
-        mask = key_positions = None
-        if not self._sees_all(batch, nodes, window):
-            mask = slot_mask(ancestors_BNN, batch.lengths_B, window)
-            key_positions = slot_positions(tree.depths_BN, batch.lengths_B, window)
-        return self.target(
-            tree.tokens_BN,
-            cache=batch.cache,
-            positions=within_context(self.target, batch.lengths_B[:, None] + tree.depths_BN),
-            mask=mask,
-            key_positions=key_positions,
-            layers=self._layers,
+        return read_tree(
+            self.target,
+            batch.cache,
+            tree,
+            ancestors_BNN,
+            batch.lengths_B,
+            batch.host_lengths,
+            self._layers,
+            self._slot_step,
         )
 
-    def _sees_all(self, batch: Batch, nodes: int, window: int) -> bool:
-        """Whether no mask is needed: one node of one row, no slot of another's, no sliding window."""
-        return (
-            nodes == 1
-            and len(batch.host_lengths) == 1
-            and window == batch.host_lengths[0] + 1
-            and self.target.window is None
-        )
+    def _read_again(self, batch: Batch, prompts: list[list[int]], recorder: Recorder) -> None:
+        """Cache rows anew whose text now takes other rotary factors."""
+        texts = [prompts[request] + recorder.generations[request].token_ids for request in batch.requests]
+        read_again(self.target, batch.cache, texts, batch.host_lengths, self.target.device, self._prefill_chunk)
 
     def _processed(
         self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
@@ -305,7 +295,9 @@ class Engine:
             seen_BV=self._seen(tokens_BT, lengths_B, settings),
         )
         layers = tuple({PRE_NORM, *self._layers})
-        states = read_prompts(self.target, batch.cache, tokens_BT, layers, self._prefill_chunk, self._slot_step)
+        states = read_prompts(
+            self.target, batch.cache, tokens_BT, lengths_B, layers, self._prefill_chunk, self._slot_step
+        )
         last_B1 = lengths_B[:, None] - 1
         last_normed_B1D = self.target.ends.final_norm(
             states[PRE_NORM].gather(1, last_B1[..., None].expand(-1, -1, states[PRE_NORM].shape[-1]))
@@ -351,9 +343,6 @@ class Engine:
             tokens_BT.shape[0], self.target.ends.vocab_size, dtype=torch.bool, device=tokens_BT.device
         )
         return seen_BV.scatter_(1, real_BT, True)
-
-    def _window(self, needed: int, capacity: int) -> int:
-        return min(-(-needed // self._slot_step) * self._slot_step, capacity)
 
     def _check(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
         if self.drafter is not None and self.limits.sampled is not None and settings.temperature == 0.0:

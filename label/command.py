@@ -69,7 +69,6 @@ def export_answers(
     unlabelled: bool = False,
     target: str | None = None,
     revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> None:
     """Writes the answers of a store with the labels that stand, one line for each author's label of each answer.
 
@@ -80,7 +79,6 @@ def export_answers(
         unlabelled: write answers without a label too.
         target: path or hub id of a target: each line then holds the character offsets of its tokenizer's tokens.
         revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
     """
     if target is not None and format == "label-studio":
         raise ValueError("label-studio's JSON has no place for tokens; leave --target out, or export answers")
@@ -89,7 +87,7 @@ def export_answers(
     if not answers:
         raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
     if target is not None:
-        answers = _tokenized(answers, target, revision, trust_remote_code)
+        answers = _tokenized(answers, target, revision)
     if format == "answers":
         write_answers(out, answers)
     else:
@@ -97,13 +95,7 @@ def export_answers(
     print(f"{len(answers)} lines of {len({answer.id for answer in answers})} answers in {out}: {_verdicts(answers)}")
 
 
-def stats(
-    store: str,
-    target: str | None = None,
-    after: After = "ignored",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> None:
+def stats(store: str, target: str | None = None, after: After = "ignored", revision: str | None = None) -> None:
     """Counts what a store holds: by source, model and who labelled, and with a target the labelled tokens.
 
     Args:
@@ -111,7 +103,6 @@ def stats(
         target: path or hub id of a target whose tokenizer's tokens are counted.
         after: what the tokens behind the first error count as.
         revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
     """
     with Store(store) as opened:
         answers = opened.answers(unlabelled=True)
@@ -124,7 +115,7 @@ def stats(
             chosen = [answer for answer, own in zip(answers, names, strict=True) if own == name]
             print(f"{title} {name}: {_verdicts(chosen)}")
     if target is not None:
-        counts = _token_counts(answers, target, after, revision, trust_remote_code)
+        counts = _token_counts(answers, target, after, revision)
         told = ", ".join(f"{count} {name}" for name, count in counts.items())
         print(f"tokens of {target}: {told}")
 
@@ -146,22 +137,20 @@ def _verdicts(answers: Sequence[Answer]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "none"
 
 
-def _tokenized(answers: Sequence[Answer], target: str, revision: str | None, trust_remote_code: bool) -> list[Answer]:
+def _tokenized(answers: Sequence[Answer], target: str, revision: str | None) -> list[Answer]:
     # Only here: these imports bring torch, which the other ways do not need.
     from draftsmith.label.token_labels import tokenize
     from draftsmith.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(target, revision, trust_remote_code)
+    tokenizer = load_tokenizer(target, revision)
     return [replace(answer, tokens=tokenize(answer.response, tokenizer)) for answer in answers]
 
 
-def _token_counts(
-    answers: Sequence[Answer], target: str, after: After, revision: str | None, trust_remote_code: bool
-) -> dict[str, int]:
+def _token_counts(answers: Sequence[Answer], target: str, after: After, revision: str | None) -> dict[str, int]:
     from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels
 
     counts: Counter[int] = Counter()
-    for answer in _tokenized(answers, target, revision, trust_remote_code):
+    for answer in _tokenized(answers, target, revision):
         assert answer.tokens is not None
         counts.update(token_labels(answer, answer.tokens.offsets, after))
     return {"correct": counts[CORRECT], "wrong": counts[WRONG], "ignored": counts[IGNORED]}

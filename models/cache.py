@@ -107,6 +107,12 @@ class SlotCache(Cache):
             moved = pool.gather(3, source_BE[None, :, None, :, None].to(pool.device).expand(shape))
             pool.scatter_(3, target_BE[None, :, None, :, None].to(pool.device).expand(shape), moved)
 
+    def replace(self, rows: list[int], fresh: SlotCache) -> None:
+        """Put another cache's rows, all of its slots, in the place of these rows' first slots."""
+        for index in range(len(self)):
+            for own, new in zip(self.layer(index), fresh.layer(index), strict=True):
+                own[rows, :, : fresh.capacity] = new
+
     def shrink(self, kept: KeptRows) -> None:
         """Keep some rows; only those that fill holes are copied."""
         for index, pool in enumerate(self._pools):

@@ -1,54 +1,27 @@
 """The target seam: a frozen Hugging Face causal LM behind a few doors that every family opens alike.
 
-Owns the doors (embed, forward, final norm, logits), layer names, masks as each family takes them, and the proof at loading that the
-doors give the model's own logits. Knows no drafter, no tree and no cache layout.
-
-Layer names: ``last.pre_norm`` is the last decoder block's output *before* the final norm (Hugging Face's ``hidden_states[-1]`` is
-after it); ``layer.{i}.output`` is the output of the 0-based decoder block i.
+Owns the doors (embed, forward, final norm, logits) and their loading. Knows no drafter, no tree and no cache layout, nor how a family
+takes masks and positions (:mod:`draftsmith.models.trunk`) and how it is proven that it does (:mod:`draftsmith.models.proof`).
 
 Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import module_fingerprint
-from draftsmith.models.finite import refuse_non_finite
 from draftsmith.models.loading import as_dtype, load_causal_lm
-from draftsmith.models.support import decoder_blocks, final_norm, refuse_unsupported, text_base
+from draftsmith.models.proof import prove
+from draftsmith.models.support import refuse_unsupported
+from draftsmith.models.trunk import PRE_NORM, TargetOutput
 
 __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
-
-PRE_NORM = "last.pre_norm"
-
-
-@dataclass(frozen=True)
-class TargetOutput:
-    """States of one forward.
-
-    Attributes:
-        pre_norm: [B, N, D], the last block's output before the final norm.
-        normed: [B, N, D], the same after it.
-        layers: the other layers asked for, by name, [B, N, D] each.
-    """
-
-    pre_norm: Tensor
-    normed: Tensor
-    layers: dict[str, Tensor] = field(default_factory=dict)
-
-    def feature(self, name: str) -> Tensor:
-        """[B, N, D], a layer by name."""
-        return self.pre_norm if name == PRE_NORM else self.layers[name]
 
 
 class Target(nn.Module):
@@ -71,16 +44,7 @@ class Target(nn.Module):
         self.fingerprint = fingerprint
         self.config = model.config.get_text_config()
         self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids)
-        self._base = text_base(model)
-        self._norm = final_norm(model)
-        self._blocks = decoder_blocks(model)
-        self._caught: dict[str, Tensor] = {}
-        self._additive_mask = getattr(self.config, "_attn_implementation", "sdpa") == "eager"
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        window = getattr(self.config, "sliding_window", None)
-        self.window: int | None = window if not kinds or "sliding_attention" in kinds else None
-        self._mask_kinds: tuple[str, ...] = ()
-        self._prove(sorted(kinds))
+        self._trunk = prove(model, name, self.ends.logits)
 
     @classmethod
     def load(
@@ -92,7 +56,6 @@ class Target(nn.Module):
         revision: str | None = None,
         adapter: str | None = None,
         quantization: str | None = None,
-        trust_remote_code: bool = False,
     ) -> Target:
         """Load a target from a local directory or a hub id.
 
@@ -104,23 +67,12 @@ class Target(nn.Module):
             revision: the hub's revision.
             adapter: a PEFT adapter on top, merged into the weights; it is part of the fingerprint.
             quantization: ``8bit`` or ``4bit`` (bitsandbytes).
-            trust_remote_code: whether Python files that come with the target may run.
 
         Raises:
-            ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
-                finite, or code that may not run.
+            ValueError: bad path, dtype or device, or an unsupported family.
         """
-        model, fingerprint = load_causal_lm(
-            path,
-            as_dtype(dtype),
-            device,
-            device_map,
-            revision,
-            adapter,
-            quantization,
-            trust_remote_code=trust_remote_code,
-        )
-        return cls(model, path, fingerprint, read_end_tokens(path, revision, trust_remote_code=trust_remote_code))
+        model, fingerprint = load_causal_lm(path, as_dtype(dtype), device, device_map, revision, adapter, quantization)
+        return cls(model, path, fingerprint, read_end_tokens(path, revision))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
@@ -136,6 +88,16 @@ class Target(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the states."""
         return self.ends.dtype
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a layer with a sliding window sees; None where no layer has one."""
+        return self._trunk.window
+
+    @property
+    def rereads_past(self) -> int | None:
+        """The text length past which the model reads its whole text again; see :mod:`draftsmith.models.rope`."""
+        return self._trunk.rereads_past
 
     @property
     def max_positions(self) -> int | None:
@@ -155,7 +117,6 @@ class Target(nn.Module):
         """Normed states [..., D] -> logits [..., V]."""
         return self.ends.logits(normed)
 
-    @torch.inference_mode()
     def forward(
         self,
         input_ids: Tensor,
@@ -165,6 +126,7 @@ class Target(nn.Module):
         mask: Tensor | None,
         key_positions: Tensor | None = None,
         layers: tuple[str, ...] = (),
+        text_lengths: Tensor | None = None,
     ) -> TargetOutput:
         """One forward over new tokens with a cache and an explicit mask.
 
@@ -176,133 +138,30 @@ class Target(nn.Module):
                 kernels do faster.
             key_positions: int64 [B, S], the position of each slot's token; needed where the target has a sliding window.
             layers: names of further layers to return.
+            text_lengths: int64 [B, N], how long the row's text is when each new token is read: for a prompt's tokens all of it. Rotary
+                factors that change with length are chosen by it. None: up to the token itself.
         """
-        with self._catching(layers):
-            output = self._base(
-                input_ids=input_ids,
-                position_ids=positions,
-                attention_mask=None if mask is None else self._masks(mask, positions, key_positions),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return self._output(output.last_hidden_state, layers, input_ids.device)
+        return self._trunk.forward(
+            input_ids,
+            cache=cache,
+            positions=positions,
+            mask=mask,
+            key_positions=key_positions,
+            layers=layers,
+            text_lengths=text_lengths,
+        )
 
-    @torch.inference_mode()
-    def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = ()) -> TargetOutput:
-        """One plain causal forward without a cache. ``input_ids``: int64 [B, T], padded on the right, where padding harms nobody."""
-        with self._catching(layers):
-            output = self._base(input_ids=input_ids, use_cache=False)
-        return self._output(output.last_hidden_state, layers, input_ids.device)
+    def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
+        """One plain causal forward without a cache.
+
+        Args:
+            input_ids: int64 [B, T], padded on the right, where padding harms nobody.
+            layers: names of further layers to return.
+            read: int64 [B], how many tokens of each row are read at once, as decoding does with a prompt; those behind are read as
+                they would be decoded. It matters to rotary factors that change with length. None: all T, of every row.
+        """
+        return self._trunk.prefix(input_ids, layers, read)
 
     def check_layer(self, name: str) -> None:
         """Raises ValueError, naming the ones there are, for a layer that the target does not have."""
-        if name != PRE_NORM:
-            self._block(name)
-
-    def _output(self, normed: Tensor, layers: tuple[str, ...], device: torch.device) -> TargetOutput:
-        # Forgotten here, or the last forward's states would stay in memory until the next one.
-        caught, self._caught = self._caught, {}
-        # Of a target over several devices (device_map), each layer leaves its states on its own.
-        states = {name: caught[name].to(device) for name in layers if name != PRE_NORM}
-        return TargetOutput(caught[PRE_NORM].to(device), normed.to(device), states)
-
-    def _catch_pre_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._caught[PRE_NORM] = inputs[0]
-
-    @contextmanager
-    def _catching(self, layers: tuple[str, ...]) -> Iterator[None]:
-        blocks = {name: self._block(name) for name in layers if name != PRE_NORM}
-        # Hooked for the forward only: others call the same norm, whose inputs would be kept for nothing.
-        handles = [self._norm.register_forward_pre_hook(self._catch_pre_norm)]
-        handles += [
-            block.register_forward_hook(lambda _module, _inputs, output, name=name: self._keep(name, output))
-            for name, block in blocks.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _keep(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._caught[name] = output if isinstance(output, Tensor) else output[0]
-
-    def _block(self, name: str) -> nn.Module:
-        parts = name.split(".")
-        if (
-            len(parts) != 3
-            or parts[0] != "layer"
-            or parts[2] != "output"
-            or not parts[1].isdigit()
-            or int(parts[1]) >= len(self._blocks)
-        ):
-            raise ValueError(
-                f"unknown layer {name!r}; use {PRE_NORM!r} or 'layer.i.output' with i from 0 to {len(self._blocks) - 1} for {self.name}"
-            )
-        return self._blocks[int(parts[1])]
-
-    def _masks(self, mask: Tensor, positions: Tensor, key_positions: Tensor | None) -> Tensor | dict[str, Tensor]:
-        windowed = mask
-        if self.window is not None:
-            if key_positions is None:
-                raise ValueError("a target with a sliding window needs key_positions")
-            near = positions[:, None, :, None] - key_positions[:, None, None, :] < self.window
-            windowed = mask & near
-        if not self._mask_kinds:
-            return self._as_mask(windowed)
-        return {kind: self._as_mask(windowed if kind == "sliding_attention" else mask) for kind in self._mask_kinds}
-
-    def _as_mask(self, mask: Tensor) -> Tensor:
-        if not self._additive_mask:
-            return mask
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
-    @torch.inference_mode()
-    def _prove(self, kinds: list[str]) -> None:
-        """Check once, by equality, that our doors give the model's own logits; finds how it takes masks on the way."""
-        ids = torch.arange(6, device=self.device)[None] % self.ends.vocab_size
-        expected = self.model(input_ids=ids, use_cache=False).logits
-        refuse_non_finite(expected, self.name)
-        expected = expected.float()
-        scale = expected.abs().max().clamp(min=1.0)
-        tolerance = scale * (1e-3 if self.dtype == torch.float32 else 5e-2)
-        choices = [tuple(kinds), ()] if kinds else [()]
-        for self._mask_kinds in choices:
-            try:
-                got = self._probe(ids)
-            except (AttributeError, TypeError, KeyError):  # this family takes its masks the other way
-                continue
-            if torch.allclose(got, expected, rtol=0.0, atol=float(tolerance)):
-                return
-        raise ValueError(
-            f"{self.name}: {type(self.model).__name__} is not supported: run through an explicit tree mask it does not give its own "
-            "logits (it may build its attention in a way that tree masks cannot express); please report the model's name"
-        )
-
-    def _probe(self, ids: Tensor) -> Tensor:
-        """Logits [1, T, V] of a prefill of two tokens and a packed tree of two branches, of which the second is the text."""
-        cache, total = DynamicCache(), ids.shape[1]
-        positions = torch.arange(total, device=ids.device)[None]
-        causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()[None, None]
-        first = self.forward(
-            ids[:, :2],
-            cache=cache,
-            positions=positions[:, :2],
-            mask=causal[:, :, :2, :2],
-            key_positions=positions[:, :2],
-        )
-        decoy = (ids[:, 2:3] + 1) % self.ends.vocab_size
-        tree = torch.cat([decoy, ids[:, 2:]], dim=1)
-        tree_positions = torch.cat([positions[:, 2:3], positions[:, 2:]], dim=1)
-        tree_mask = torch.zeros(1, 1, total - 1, total + 1, dtype=torch.bool, device=ids.device)
-        tree_mask[..., :2] = True
-        tree_mask[..., 0, 2] = True
-        tree_mask[..., 1:, 3:] = causal[..., 2:, 2:]
-        second = self.forward(
-            tree,
-            cache=cache,
-            positions=tree_positions,
-            mask=tree_mask,
-            key_positions=torch.cat([positions[:, :2], tree_positions], 1),
-        )
-        return torch.cat([self.logits(first.normed), self.logits(second.normed[:, 1:])], dim=1).float()
+        self._trunk.check_layer(name)
