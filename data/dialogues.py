@@ -16,6 +16,7 @@ from draftsmith.data.engine_sampling import settle
 from draftsmith.data.engines import BadReply, IndependentEngine, RawReply, Reply, ResponseEngine, Unanswered
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt
+from draftsmith.data.seams import History
 from draftsmith.data.tokens import ChatTemplate, Turn
 from draftsmith.decode.sampling import GenerationSettings
 
@@ -31,12 +32,17 @@ class Failure:
 
 @dataclass
 class Dialogue:
-    """A conversation while it grows: the user's turns still to come, and the exchanges so far."""
+    """A conversation while it grows: the user's turns still to come, and the exchanges so far.
+
+    `begun_anew` are the turns before which the template rewrote what was said: their prompts do not continue the turn before.
+    """
 
     prompt: Prompt
     next_ids: list[int] | None
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    begun_anew: list[int] = field(default_factory=list)
+    _history: History | None = None
 
     @property
     def request_id(self) -> int:
@@ -56,14 +62,20 @@ class Dialogue:
             self.messages += [*users[done - 1], Message(role="assistant", content=str(text))]
         if full or done >= len(users):
             return
-        longer = ids + reply.token_ids + chat.next_turn_ids(users[done], reply.token_ids)
-        if context is None or len(longer) < context:
-            self.next_ids = longer
-        else:
+        if self._history is None:
+            self._history = History(chat, users[0])
+        longer = self._history.next_prompt_ids(ids, reply.token_ids, users[done])
+        if context is not None and len(longer) >= context:
             self.turns[-1] = replace(self.turns[-1], finish="context")
+            return
+        self.next_ids = longer
+        grown = [*ids, *reply.token_ids]
+        if longer[: len(grown)] != grown:
+            self.begun_anew.append(done)
 
     def row(self, settings: GenerationSettings) -> dict[str, Any]:
-        """What is written of it."""
+        """What is written of it; `begun_anew` only where there is such a turn."""
+        anew = {"begun_anew": self.begun_anew} if self.begun_anew else {}
         return {
             "id": self.prompt.id,
             "messages": self.messages,
@@ -71,6 +83,7 @@ class Dialogue:
             "source": self.prompt.source,
             "split": self.prompt.split,
             "settings": asdict(settings),
+            **anew,
         }
 
 

@@ -4,20 +4,33 @@ Owns: where the chat template is applied (here, once) and which tokens count as 
 prompts, models, caches.
 """
 
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import cast
 
-import jinja2
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from draftsmith.data.formats import Message
-from draftsmith.models.end_tokens import end_tokens, read_end_tokens
+from draftsmith.data.reply_spans import Encoded, Span, reply_mask
+from draftsmith.data.seams import SENTINEL, Seams, around_sentinel
+from draftsmith.models.end_tokens import read_end_tokens
+from draftsmith.models.prompt_template import (
+    NO_OPTIONS,
+    NO_TEMPLATE,
+    RENDERING_ERRORS,
+    PromptTemplate,
+    TemplateOptions,
+    encoded,
+    refusal,
+    shown_fields,
+)
 
-NO_TEMPLATE = "none"
-# Stands for the earlier reply while the next turn is rendered; plain letters, which no template trims or escapes.
-_SENTINEL = "draftsmithreplygoeshere"
+__all__ = ["NO_TEMPLATE", "ChatTemplate", "TokenizedSample", "Turn"]
+
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -52,153 +65,156 @@ class Turn:
     finish: str
 
 
-class ChatTemplate:
-    """Turns messages into token ids for one tokenizer.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        template: None for the tokenizer's own template, the path of a Jinja file, or "none" for plain text
-            (base models: the texts one after the other, a newline between them).
-        eos_ids: tokens that end a reply; the tokenizer's own end token when empty.
-
-    Raises ValueError when the tokenizer has no template and none is given, or when a template does not render.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, eos_ids: Iterable[int] = ()
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.text = _template_text(tokenizer, template)
-        self.eos_ids = frozenset(eos_ids) or frozenset(end_tokens(tokenizer=tokenizer))
+class ChatTemplate(PromptTemplate):
+    """Turns whole conversations into samples for one tokenizer; see `PromptTemplate` for its arguments and errors."""
 
     @property
     def mask_recipe(self) -> str:
         """How the loss mask of a data set's own conversation is found: for the cache's manifest."""
         if self.text is None:
             return "plain text"
-        return "generation block" if _GENERATION_BLOCK.search(self.text) else "rendered prefixes"
+        return "generation block" if self._has_blocks else "rendered prefixes"
 
-    def first_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids that the target reads before its first reply.
-
-        Raises ValueError when the template fails on these messages.
-        """
-        if self.text is None:
-            return self.plain_ids("\n".join(m["content"] for m in messages) + "\n")
-        return self._encode(self._render(messages, add_generation_prompt=True))
+    @property
+    def _has_blocks(self) -> bool:
+        return self.text is not None and _GENERATION_BLOCK.search(self.text) is not None
 
     def next_turn_ids(self, messages: Sequence[Message], reply_ids: Sequence[int]) -> list[int]:
-        """Ids between an earlier reply and the next one, `messages` being the user's new turn.
+        """Ids between an earlier reply and the next one, `messages` being the user's new turn; see `seams.py` for the rule.
 
-        They are the difference of two renderings, found by a sentinel in the reply's place, because a reply is
-        never encoded again: its own ids stay as they were generated.
+        A reply is never encoded again: its own ids stay as they were generated.
         """
-        if self.text is None:
-            return self.tokenizer.encode(
-                "\n" + "\n".join(m["content"] for m in messages) + "\n", add_special_tokens=False
-            )
-        history = [Message(role="user", content="-"), Message(role="assistant", content=_SENTINEL)]
-        rendered = self._render([*history, *messages], add_generation_prompt=True)
-        if rendered.count(_SENTINEL) != 1:
-            raise ValueError(
-                "the chat template does not show an assistant turn exactly once; give another with --template"
-            )
-        ids = self._encode(rendered.split(_SENTINEL)[1])
-        ended = bool(reply_ids) and reply_ids[-1] in self.eos_ids
-        # The template closes the turn with the end token, which a finished reply already brought along.
-        return ids[1:] if ended and ids and ids[0] == reply_ids[-1] else ids
+        return Seams(self).ids([Message(role="user", content="-")], reply_ids, messages)
 
     def conversation(self, sample_id: str, messages: Sequence[Message]) -> TokenizedSample:
+        """The last of a conversation's `samples`: the only one, unless the template rewrites earlier turns."""
+        return self.samples(sample_id, messages)[-1]
+
+    def samples(self, sample_id: str, messages: Sequence[Message]) -> list[TokenizedSample]:
         """A data set's own conversation, assistant turns included, with the mask of the assistant's tokens.
 
-        The mask comes from the template's `{% generation %}` block where it has one, else from the difference of
-        rendered prefixes. The end token after a reply counts as the assistant's.
+        A reply's tokens are those of its text as the template shows it, and the end token behind it; where the template has
+        `{% generation %}` blocks, only what lies in one. What the template writes before a reply, an empty thought for example, is no
+        part of it. Turns with `train` False are not learned from.
 
-        Raises ValueError when the template fails, or rewrites earlier turns so that prefixes do not match.
+        A template that writes an earlier turn otherwise once more turns follow gives a sample for each reply, which reads what the
+        target reads before that reply. The first one has the conversation's id, the others `ID#1`, `ID#2`, ...
+
+        Raises ValueError when the template fails, or shows a reply not exactly once.
         """
         if self.text is None:
-            return self._plain_conversation(sample_id, messages)
-        if _GENERATION_BLOCK.search(self.text):
-            ids, mask = self._mask_from_generation_block(messages)
-        else:
-            ids, mask = self._mask_from_prefixes(sample_id, messages)
-        return TokenizedSample(sample_id, ids, _with_end_tokens(ids, mask, self.eos_ids))
+            return [self._plain_conversation(sample_id, messages)]
+        replies = [
+            (messages[: index + 1], message.get("train", True))
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        shown = [(self._shown(until), learned) for until, learned in replies]
+        whole = self._render(messages, add_generation_prompt=False)
+        to_learn = [reply for reply, learned in shown if learned]
+        if not to_learn or all(whole.startswith(reply.settled_text) for reply, _ in shown):
+            return [self._sample(sample_id, whole, [span for reply in to_learn for span in reply.spans])]
+        own = [self._sample(sample_id, reply.text, reply.spans) for reply in to_learn]
+        return [replace(one, id=f"{sample_id}#{number}" if number else sample_id) for number, one in enumerate(own)]
 
     def document(self, sample_id: str, text: str) -> TokenizedSample:
         """A plain document, every token after the first one trained on."""
         ids = self.plain_ids(text)
         return TokenizedSample(sample_id, ids, [index > 0 for index in range(len(ids))])
 
-    def plain_ids(self, text: str) -> list[int]:
-        """A plain text's ids with the tokenizer's own first token, if any, and no end token."""
-        ids = _encoded(self.tokenizer, text, special=True)
-        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+    def _sample(self, sample_id: str, text: str, spans: Sequence[Span]) -> TokenizedSample:
+        ids, offsets = self.ids_and_offsets(text)
+        return TokenizedSample(sample_id, ids, reply_mask(Encoded(text, ids, offsets), spans, self.eos_ids))
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _shown(self, messages: Sequence[Message]) -> "_ShownReply":
+        """The last message's reply as the template shows it at the end of a conversation."""
+        text, blocks = self._render_with_blocks(messages)
+        marked = Message(role="assistant", content=SENTINEL)
+        head, tail = around_sentinel(self._render([*messages[:-1], marked], add_generation_prompt=False))
+        stop = len(text) - (len(tail) if text.endswith(tail) else _num_shared(reversed(text), reversed(tail)))
+        start = len(head) if text.startswith(head) else self._reply_start(messages, text, head)
+        learned = [Span(start, stop)] if blocks is None else _shared_parts(Span(start, stop), blocks)
+        end_mark = self._end_mark_pattern.match(text, stop)
+        return _ShownReply(text, learned, text[: end_mark.end() if end_mark else stop])
+
+    def _reply_start(self, messages: Sequence[Message], text: str, head: str) -> int:
+        """Where a reply begins that is more than its content: a thought goes before it, in place of what the template writes for none."""
+        prompt = self._render(messages[:-1], add_generation_prompt=True)
+        return len(prompt) if text.startswith(prompt) else _num_shared(text, head)
+
+    @functools.cached_property
+    def _end_mark_pattern(self) -> re.Pattern[str]:
+        tokens = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.eos_ids)]
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+
+    def _render_with_blocks(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
+        """The rendered conversation, and its `{% generation %}` blocks; None where the template has none."""
+        if not self._has_blocks:
+            return self._render(messages, add_generation_prompt=False), None
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                _plain(messages), chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise _template_failure(messages, error) from error
-        return str(rendered)
-
-    def _encode(self, rendered: str) -> list[int]:
-        """Special tokens are in the rendered text already."""
-        return _encoded(self.tokenizer, rendered, special=False)
-
-    def _mask_from_generation_block(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                _plain(messages),
+            rendered = render_jinja_template(
+                [shown_fields(messages)],
                 chat_template=self.text,
-                tokenize=True,
-                return_dict=True,
                 return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self._args},
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise _template_failure(messages, error) from error
-        if not isinstance(encoded, BatchEncoding):
-            raise TypeError(f"the tokenizer gave {type(encoded).__name__} where a BatchEncoding was asked for")
-        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
-
-    def _mask_from_prefixes(self, sample_id: str, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        whole = self._render(messages, add_generation_prompt=False)
-        spans: list[tuple[int, int]] = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:index], add_generation_prompt=True)
-                after = self._render(messages[: index + 1], add_generation_prompt=False)
-                if not (after.startswith(before) and whole.startswith(after.rstrip())):
-                    raise ValueError(
-                        f"sample {sample_id}: the chat template renders turn {index} differently once more follow, "
-                        "so the assistant's part cannot be told apart; give a template with a {% generation %} block"
-                    )
-                spans.append((len(before), len(after)))
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        offsets = encoded["offset_mapping"]
-        mask = [any(a <= start < end <= b for a, b in spans) for start, end in offsets]
-        return ids, _without_tails(ids, mask, self.eos_ids)
+        except RENDERING_ERRORS as error:
+            raise refusal(messages, error) from error
+        # Its annotation says str.
+        [text], [blocks] = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
+        return text, [Span(start, stop) for start, stop in blocks]
 
     def _plain_conversation(self, sample_id: str, messages: Sequence[Message]) -> TokenizedSample:
         ids: list[int] = []
         mask: list[bool] = []
         for number, message in enumerate(messages):
-            replying = message["role"] == "assistant"
-            after_reply = number > 0 and messages[number - 1]["role"] == "assistant"
-            text = message["content"] if replying else ("\n" if after_reply else "") + message["content"] + "\n"
-            part = _encoded(self.tokenizer, text, special=False) if ids else self.plain_ids(text)
-            ids += part
-            mask += [replying] * len(part)
+            between = encoded(self.tokenizer, "\n", special=False) if number else []
+            own = (
+                encoded(self.tokenizer, message["content"], special=False)
+                if number
+                else self.plain_ids(message["content"])
+            )
+            learned = message["role"] == "assistant" and bool(message.get("train", True))
+            ids += between + own
+            mask += [False] * len(between) + [learned] * len(own)
         return TokenizedSample(sample_id, ids, mask)
 
 
+@dataclass(frozen=True)
+class _ShownReply:
+    """A rendered conversation that ends with a reply.
+
+    Attributes:
+        text: the rendered conversation.
+        spans: the reply's place in it; of a template with generation blocks, the parts that lie in one.
+        settled_text: the text up to the reply's end mark, which no later turn should change.
+    """
+
+    text: str
+    spans: list[Span]
+    settled_text: str
+
+
+def _num_shared(first: Iterable[str], second: Iterable[str]) -> int:
+    """How many characters two texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _shared_parts(reply: Span, blocks: Sequence[Span]) -> list[Span]:
+    """The parts of a reply that lie in a block."""
+    parts = [Span(max(reply.start, block.start), min(reply.stop, block.stop)) for block in blocks]
+    return [part for part in parts if part.start < part.stop]
+
+
 def chat_of(
-    target: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None, revision: str | None = None
+    target: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    revision: str | None = None,
+    options: TemplateOptions = NO_OPTIONS,
 ) -> ChatTemplate:
     """The chat template of a target, with the tokens that end its replies. Raises what `ChatTemplate` raises."""
-    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer))
+    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer), options)
 
 
 def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:
@@ -235,50 +251,3 @@ def no_labels(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> Va
         f"template hides it. Sample {sample.id}, {len(sample.input_ids)} tokens, all masked, reads: {shown!r}. "
         "Make replies with `draftsmith data respond`, or give a template with a {% generation %} block"
     )
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
-    if template == NO_TEMPLATE:
-        return None
-    if template is not None:
-        path = Path(template)
-        if not path.is_file():
-            raise ValueError(f"template {template!r} is no file; give a Jinja file, or {NO_TEMPLATE!r} for plain text")
-        return path.read_text(encoding="utf-8")
-    own = getattr(tokenizer, "chat_template", None)
-    if not isinstance(own, str):
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give one with --template FILE.jinja, "
-            f"or --template {NO_TEMPLATE} for a base model"
-        )
-    return own
-
-
-def _template_failure(messages: Sequence[Message], error: Exception) -> ValueError:
-    roles = [message["role"] for message in messages]
-    return ValueError(
-        f"the chat template fails on turns {roles}: {error}; change the data or give another with --template"
-    )
-
-
-def _with_end_tokens(ids: list[int], mask: list[bool], eos_ids: frozenset[int]) -> list[bool]:
-    """Some templates close a turn outside their generation block: the end token right after a reply is the reply's."""
-    return [kept or (index > 0 and mask[index - 1] and ids[index] in eos_ids) for index, kept in enumerate(mask)]
-
-
-def _without_tails(ids: list[int], mask: list[bool], eos_ids: frozenset[int]) -> list[bool]:
-    """Unlabels what a template writes after a turn's end token (often a newline): the target never generates that."""
-    result = list(mask)
-    for index in range(1, len(ids)):
-        after_end = ids[index - 1] in eos_ids or not result[index - 1]
-        if mask[index] and mask[index - 1] and after_end:
-            result[index] = False
-    return result

@@ -72,7 +72,7 @@ def test_a_reply_that_ran_out_of_budget_is_closed_by_the_template() -> None:
 def test_plain_text_needs_no_template() -> None:
     tokenizer = make_tokenizer(None)
     chat = ChatTemplate(tokenizer, "none")
-    assert tokenizer.decode(chat.first_prompt_ids(CONVERSATION[:1])) == "How many apples?\n"
+    assert tokenizer.decode(chat.first_prompt_ids(CONVERSATION[:1])) == "How many apples?"
     sample = chat.conversation("a", CONVERSATION)
     assert tokenizer.decode(sample.input_ids) == "How many apples?\nHe has seven.\nSure?\nYes."
     assert labelled_text(tokenizer, sample) == "He has seven.Yes."
@@ -100,10 +100,11 @@ def test_a_template_that_raises_is_named(template: str) -> None:
         ChatTemplate(make_tokenizer(template)).first_prompt_ids(CONVERSATION[:1])
 
 
-def test_a_template_that_rewrites_history_is_refused_where_prefixes_are_needed() -> None:
-    template = "{{ messages | length }}" + PREFIX_TEMPLATE
-    with pytest.raises(ValueError, match=r"renders turn 1 differently.*generation"):
-        ChatTemplate(make_tokenizer(template)).conversation("a", CONVERSATION)
+def test_a_template_that_rewrites_history_gives_a_sample_for_each_reply() -> None:
+    tokenizer = make_tokenizer("{{ messages | length }}" + PREFIX_TEMPLATE)
+    samples = ChatTemplate(tokenizer).samples("a", CONVERSATION)
+    assert [labelled_text(tokenizer, sample) for sample in samples] == ["He has seven.<|end|>", "Yes.<|end|>"]
+    assert [str(tokenizer.decode(sample.input_ids))[:1] for sample in samples] == ["2", "4"]
 
 
 def test_cutting_keeps_ids_and_mask_together() -> None:

@@ -1,0 +1,94 @@
+"""Between a reply and the next turn: the template's own tokens, and one end mark."""
+
+import pytest
+from chat_styles import KINDS, STYLES, conversation, styled_tokenizer
+
+from draftsmith.data.formats import Message
+from draftsmith.data.seams import History
+from draftsmith.data.tokens import ChatTemplate
+
+CHAINED = ["turn marks", "end mark, then an end of text", "spaces around", "block with a newline behind the mark"]
+NEXT = [Message(role="user", content="Sure?")]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+@pytest.mark.parametrize("name", CHAINED)
+def test_one_end_mark_whichever_token_ended_the_reply(name: str, kind: str) -> None:
+    tokenizer, ends = styled_tokenizer(name, kind)
+    chat = ChatTemplate(tokenizer, None, ends)
+    asked = conversation(1)
+    whole = chat._encode(chat._render([*asked, *NEXT], add_generation_prompt=True))
+    marks = [place for place, token in enumerate(whole) if token in ends]
+    prompt = chat.first_prompt_ids(asked[:1])
+    behind = whole[next(place for place in marks if place > len(prompt)) + 1 :]
+    for end in ends:
+        reply = [*chat._encode(" Nine pears are left."), end]
+        assert chat.next_turn_ids(NEXT, reply) == behind
+    unfinished = chat.next_turn_ids(NEXT, reply[:-1])
+    assert unfinished[-len(behind) :] == behind
+    assert len(unfinished) > len(behind)
+
+
+def test_an_end_mark_that_the_template_writes_between_turns_only_is_left_out_too() -> None:
+    tokenizer, ends = styled_tokenizer("another mark between turns", "byte-level")
+    chat = ChatTemplate(tokenizer, None, ends)
+    for end in ends:
+        assert tokenizer.decode(chat.next_turn_ids(NEXT, [end])) == "<T>user<M>Sure?<E><T>assistant"
+    assert tokenizer.decode(chat.next_turn_ids(NEXT, [])) == "<E><T>user<M>Sure?<E><T>assistant"
+
+
+def test_an_end_token_that_opens_the_next_turn_is_left_out_only_where_the_reply_ended_with_it() -> None:
+    tokenizer, (other, opening) = styled_tokenizer("the next turn's opening ends replies", "byte-level")
+    chat = ChatTemplate(tokenizer, None, (other, opening))
+    assert tokenizer.decode(chat.next_turn_ids(NEXT, [opening])) == "\nSure?<A>\n"
+    assert tokenizer.decode(chat.next_turn_ids(NEXT, [other])) == "<U>\nSure?<A>\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", STYLES)
+def test_an_empty_reply_keeps_its_ids_and_one_end_mark(name: str, kind: str) -> None:
+    """A reply of its end token alone: the shortest that a target gives."""
+    if name in ("thought opened by the prompt", "block with header and empty thought"):
+        return  # what their prompts end with is not shown of earlier turns
+    tokenizer, ends = styled_tokenizer(name, kind)
+    chat = ChatTemplate(tokenizer, None, ends)
+    asked = conversation(1)[:1]
+    prompt = chat.first_prompt_ids(asked)
+    for end in ends:
+        found = History(chat, asked).next_prompt_ids(prompt, [end], NEXT)
+        assert found == [*prompt, end, *chat.next_turn_ids(NEXT, [end])]
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "begins_anew"),
+    [
+        ("turn marks", "Nine pears.", False),
+        ("turn marks", " Nine pears.", True),  # the template trims it
+        ("spaces around", " Nine pears.", False),
+        ("thought opened by the prompt", "Ten less one.\n</think>Nine.", True),
+        ("empty thought before the last reply", "Nine pears.", False),
+        ("another mark between turns", "<C>final<M>Nine pears.", False),
+    ],
+)
+def test_a_conversation_begins_anew_where_the_template_rewrites_it(name: str, reply: str, begins_anew: bool) -> None:
+    tokenizer, ends = styled_tokenizer(name, "byte-level")
+    chat = ChatTemplate(tokenizer, None, ends)
+    asked = conversation(1)[:1]
+    prompt = chat.first_prompt_ids(asked)
+    ids = [*chat._encode(reply), ends[0]]
+    found = History(chat, asked).next_prompt_ids(prompt, ids, NEXT)
+    assert (found[: len(prompt) + len(ids)] != [*prompt, *ids]) == begins_anew
+    if begins_anew:
+        content = reply.split("</think>")[-1]
+        told = [*asked, Message(role="assistant", content=content), *NEXT]
+        assert found == chat._encode(chat._render(told, add_generation_prompt=True))
+
+
+def test_system_text_that_moves_to_the_last_question_begins_the_conversation_anew() -> None:
+    tokenizer, ends = styled_tokenizer("system text at the last question", "metaspace")
+    chat = ChatTemplate(tokenizer, None, ends)
+    asked = conversation(1, system=True)[:2]
+    prompt = chat.first_prompt_ids(asked)
+    found = History(chat, asked).next_prompt_ids(prompt, [*chat._encode(" Nine."), *ends], NEXT)
+    assert found[: len(prompt)] != prompt
+    assert "[Q] Be kind.\n\nSure?[/Q]" in tokenizer.decode(found)
