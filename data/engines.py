@@ -83,6 +83,7 @@ class BundledEngine:
         drafter: the folder of a trained drafter.
         limits: how much it drafts.
         tokenizer: the target's.
+        trust_remote_code: whether Python files that come with a draft LM may run.
 
     Raises ValueError when the drafter belongs to another target or tokenizer.
     """
@@ -93,8 +94,11 @@ class BundledEngine:
         drafter: Path | None = None,
         limits: DraftLimits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        loaded = None if drafter is None else load_drafter(drafter, str(target.dtype).removeprefix("torch."))
+        loaded = None
+        if drafter is not None:
+            loaded = load_drafter(drafter, str(target.dtype).removeprefix("torch."), trust_remote_code)
         if loaded is not None:
             # The base class's `to`: the one of transformers is not typed for a device alone.
             nn.Module.to(loaded, target.device)

@@ -36,6 +36,7 @@ from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.files import exclusive
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.options import TargetOptions
 from draftsmith.models.sharding import load_sharded, sharded_over
 from draftsmith.models.target import Target
 
@@ -67,6 +68,7 @@ def extract(
     rank: int | None = None,
     world_size: int | None = None,
     target_sharding: Literal["none", "tp"] = "none",
+    trust_remote_code: bool = False,
 ) -> None:
     """Runs the target over samples and stores its hidden states.
 
@@ -95,6 +97,7 @@ def extract(
         rank: which share of the shards this process makes; default: RANK of the environment, or 0.
         world_size: how many processes share the shards; default: WORLD_SIZE of the environment, or 1.
         target_sharding: tp: all processes of torchrun hold the target together, and the first one writes all shards.
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     _check_settings(layers, local_horizon, batch_tokens, shard_mib)
     with contextlib.ExitStack() as stack:
@@ -102,7 +105,9 @@ def extract(
         if target_sharding == "tp":
             _check_together(rank, world_size, device_map, adapter, quantization)
             stack.enter_context(process_group())
-            loaded = load_sharded(target, target_dtype, sharded_over("tp"), torch.device(own_device(device)), revision)
+            loaded = load_sharded(
+                target, target_dtype, sharded_over("tp"), torch.device(own_device(device)), revision, trust_remote_code
+            )
             if share.rank > 0:
                 follow(loaded, _identity_of_forwards(layers, loaded, dtype, local_horizon, batch_tokens))
                 return
@@ -111,11 +116,14 @@ def extract(
         stack.enter_context(exclusive(whole.with_name(whole.name + share.suffix)))
         CacheFolder(out).check_place()
         if compute is None:
-            loaded = Target.load(target, target_dtype, own_device(device), device_map, revision, adapter, quantization)
+            where = TargetOptions(own_device(device), device_map, revision, adapter, quantization, trust_remote_code)
+            loaded = where.load(target, target_dtype)
             compute = partial(features, loaded)
-        tokenizer = load_tokenizer(target, revision)
+        tokenizer = load_tokenizer(target, revision, trust_remote_code)
         length = sample_length(max_length, loaded.max_positions, target)
-        corpus = Corpus(source, lambda: chat_of(target, tokenizer, template, revision), split, length)
+        corpus = Corpus(
+            source, lambda: chat_of(target, tokenizer, template, revision, trust_remote_code), split, length
+        )
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         with _explaining_a_full_disk(out):
             survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)
@@ -340,6 +348,7 @@ def verify(
     adapter: str | None = None,
     quantization: str | None = None,
     check: Check = "open",
+    trust_remote_code: bool = False,
 ) -> None:
     """Recomputes some samples of a cache through the target and compares; also checks every shard's sha256.
 
@@ -356,6 +365,7 @@ def verify(
         adapter: PEFT adapter on top of the target.
         quantization: quantisation of the target's weights; default: the one the cache names.
         check: whether shards are hashed first (`open`), as they are touched (`lazy`), or not (`off`).
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; recompute at least 1")
@@ -364,7 +374,8 @@ def verify(
     if target is None:
         target, revision = identity.target, revision or identity.target_revision
     quantization = quantization or identity.target_quantization
-    loaded = Target.load(target, identity.target_dtype, device, device_map, revision, adapter, quantization)
+    where = TargetOptions(device, device_map, revision, adapter, quantization, trust_remote_code)
+    loaded = where.load(target, identity.target_dtype)
     opened.check_target(loaded.fingerprint, quantization)
     eight_bits = stored_dtype(identity.dtype) == CODES
     allowed = tolerance if tolerance is not None else _TOLERANCE + (LARGEST_ERROR if eight_bits else 0.0)

@@ -5,11 +5,12 @@ Owns: reading `generation_config.json` into `GenerationSettings`. Does not know:
 
 from dataclasses import dataclass, replace
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.loading import resolve
+from draftsmith.models.pretrained import read_config, read_generation_config
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def reply_settings(
     seed: int = 0,
     stop_strings: tuple[str, ...] = (),
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> GenerationSettings:
     """The target's own settings with a run's changes.
 
@@ -41,16 +43,12 @@ def reply_settings(
     Raises ValueError when the target names no end token, or a setting is out of range.
     """
     folder = resolve(target, revision)
-    config = AutoConfig.from_pretrained(folder)
-    if (folder / "generation_config.json").is_file():
-        own = GenerationConfig.from_pretrained(folder)
-    else:
-        own = GenerationConfig.from_model_config(config)
+    own = read_generation_config(folder) or GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         repetition_penalty=own.repetition_penalty or 1.0,
         seed=seed,
-        eos_token_ids=_end_tokens(target, revision, tokenizer),
+        eos_token_ids=_end_tokens(target, revision, tokenizer, trust_remote_code),
         stop_strings=stop_strings,
     )
     if own.do_sample:
@@ -64,8 +62,10 @@ def reply_settings(
     return replace(settings, **{name: value for name, value in vars(overrides).items() if value is not None})
 
 
-def _end_tokens(target: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    found = read_end_tokens(target, revision, tokenizer)
+def _end_tokens(
+    target: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
+) -> tuple[int, ...]:
+    found = read_end_tokens(target, revision, tokenizer, trust_remote_code)
     if not found:
         raise ValueError(
             f"{target} names no end token, so no reply would ever end; set eos_token_id in its generation config"

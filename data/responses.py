@@ -31,7 +31,6 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
-from draftsmith.models.target import TargetEnds
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
@@ -121,9 +120,11 @@ def respond(
     _check_other_engines(engine, server, vllm, {"batch_rows": batch_rows, "batch_tokens": batch_tokens, "dtype": dtype})
     share = own_share(rank, world_size)
     chosen = read_prompts(prompts, split)[:limit]
-    tokenizer = load_tokenizer(target, where.revision)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     overrides = Overrides(temperature, top_k, top_p, min_p, repetition_penalty)
-    settings = reply_settings(target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision)
+    settings = reply_settings(
+        target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision, where.trust_remote_code
+    )
     texts_only = all(prompt.text is not None for prompt in chosen)
     chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
     identity: dict[str, Any] = {
@@ -137,12 +138,12 @@ def respond(
     if engine == "bundled":
         loaded = where.load(target, dtype)
         fingerprint, context = loaded.fingerprint, loaded.max_positions
-        chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer)
+        chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer, where.trust_remote_code)
         if where.quantization is not None:
             identity["quantization"] = where.quantization
     else:
         check_settings(settings)
-        ends = TargetEnds.load(target, revision=where.revision, adapter=where.adapter)
+        ends = where.load_ends(target)
         longest = getattr(ends.config, "max_position_embeddings", None)
         fingerprint, context = ends.fingerprint, None if longest is None else int(longest)
         if engine == "server":
@@ -184,7 +185,12 @@ def _check_engine(engine: str, drafter: Path | None, limits: DraftLimits | None,
     """Raises ValueError for an option of the bundled decoder that means nothing to another engine."""
     if engine == "bundled":
         return
-    own = TargetOptions(revision=where.revision, adapter=where.adapter if engine == "server" else None)
+    served = engine == "server"
+    own = TargetOptions(
+        revision=where.revision,
+        adapter=where.adapter if served else None,
+        trust_remote_code=where.trust_remote_code and served,
+    )
     said = [name for name, value in vars(where).items() if value != getattr(own, name)]
     said += [name for name, value in (("drafter", drafter), ("limits", limits)) if value is not None]
     if said:

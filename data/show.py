@@ -29,6 +29,7 @@ def show(
     split: str | None = None,
     template: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Prints samples with the tokens that are not trained on dimmed, and the share that is trained on.
 
@@ -43,6 +44,7 @@ def show(
         split: show samples of this split only (not for a cache, which holds one).
         template: Jinja file for conversations, or `none` for plain text; default: the tokenizer's own.
         revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     if index < 0 or count < 1:
         raise ValueError(f"index {index} and count {count}: samples count from 0, and at least one is shown")
@@ -50,11 +52,13 @@ def show(
     if target is None and not is_cache:
         raise ValueError(f"{source} does not name its tokenizer; give the target with --target")
     name = target or Manifest.load(source).identity.target
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     if is_cache:
         samples = _cached(source, index, count)
     else:
-        corpus = Corpus(source, lambda: chat_of(name, tokenizer, template, revision), split, _NO_LIMIT)
+        corpus = Corpus(
+            source, lambda: chat_of(name, tokenizer, template, revision, trust_remote_code), split, _NO_LIMIT
+        )
         samples = itertools.islice(corpus.all_samples(), index, index + count)
     console = Console()
     shown = 0

@@ -211,10 +211,12 @@ def chat_of(
     tokenizer: PreTrainedTokenizerBase,
     template: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     options: TemplateOptions = NO_OPTIONS,
 ) -> ChatTemplate:
     """The chat template of a target, with the tokens that end its replies. Raises what `ChatTemplate` raises."""
-    return ChatTemplate(tokenizer, template, read_end_tokens(target, revision, tokenizer), options)
+    ends = read_end_tokens(target, revision, tokenizer, trust_remote_code)
+    return ChatTemplate(tokenizer, template, ends, options)
 
 
 def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:

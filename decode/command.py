@@ -6,18 +6,22 @@ Owns what a person sees of one decoded reply. Knows nothing of measuring; that i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.arguments import FLAT
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.rule_text import parse_rule
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models import Target, load_tokenizer
+from draftsmith.models import load_tokenizer
+from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import adapted, load_drafter
+from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.shapes import parse_shape
 
 
@@ -36,10 +40,9 @@ def decode(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     chat: bool = True,
-    device: str = "cpu",
     dtype: str = "float32",
-    adapter: str | None = None,
     drafter_adapter: Path | None = None,
+    where: Annotated[TargetOptions, FLAT] = DEFAULTS,
 ) -> None:
     """Decode one prompt and show which tokens were drafted and accepted.
 
@@ -62,18 +65,15 @@ def decode(
         seed: of the sampling noise; with and without a drafter one seed gives one text, but for sampled trees.
         stop: strings that end the reply.
         chat: wrap the prompt in the model's chat template.
-        device: cpu, cuda, cuda:1 ...
         dtype: float32, bfloat16 ...
-        adapter: a PEFT adapter of the target.
         drafter_adapter: a trained adapter of the drafter; without --drafter, of the one that it names.
+        where: the target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
     limits = parse_shape(shape)
     _, lossy = parse_rule(rule)
-    model = Target.load(target, dtype=dtype, device=device, adapter=adapter)
-    tokenizer = load_tokenizer(target)
-    head = None if drafter is None else load_drafter(drafter, dtype)
-    if drafter_adapter is not None:
-        head = load_drafter(drafter_adapter, dtype) if head is None else adapted(head, drafter_adapter)
+    model = where.load(target, dtype)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
+    head = _drafter(drafter, drafter_adapter, dtype, where.trust_remote_code)
     if head is not None:
         nn.Module.to(head, model.device)
     settings = GenerationSettings(
@@ -100,6 +100,14 @@ def decode(
         console.print(
             f"[yellow]LOSSY[/yellow] [dim]by the rule {lossy}: {len(generation.by_rule)} tokens are not the target's choice[/dim]"
         )
+
+
+def _drafter(folder: Path | None, adapter: Path | None, dtype: str, trust_remote_code: bool) -> Drafter | None:
+    """The drafter with its adapter; the one that the adapter names where no folder is given."""
+    if folder is None:
+        return None if adapter is None else load_drafter(adapter, dtype, trust_remote_code)
+    drafter = load_drafter(folder, dtype, trust_remote_code)
+    return drafter if adapter is None else adapted(drafter, adapter)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:

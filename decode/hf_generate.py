@@ -41,6 +41,7 @@ from draftsmith.models.drafter import Drafter
 from draftsmith.models.eagle import Eagle, Eagle3
 from draftsmith.models.end_probe import other_ends
 from draftsmith.models.limits import DraftLimits
+from draftsmith.models.pretrained import read_model
 from draftsmith.models.redrafter import ReDrafter
 from draftsmith.models.target import Target
 
@@ -219,14 +220,7 @@ def _load(folder: Path, target: Target) -> tuple[Drafter, dict[str, Any]]:
     kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"{folder} holds a {kind!r}, not one of {', '.join(FAMILIES)}; export the drafter again")
-    # Tensors of other shapes are let through here only to be told below with the rest.
-    loaded: Any = FAMILIES[kind].from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    drafter, info = loaded
-    faults = sorted(str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key])
-    if faults:
-        raise ValueError(f"{folder} is not a whole drafter ({', '.join(faults)}); export it again")
+    drafter: Any = read_model(FAMILIES[kind], folder, what="drafter")
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     drafter.eval().attach(target.ends)
     different = other_ends(target.ends, settings["target_ends"])

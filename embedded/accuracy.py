@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from draftsmith.embedded import path
 from draftsmith.embedded.checker import Verdict, check
 from draftsmith.embedded.problems import Problem, Split, distinct_problems
+from draftsmith.models.pretrained import read_model, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def accuracy(
     if problems < 1:
         raise ValueError(f"problems is {problems}, at least 1 is needed; raise it")
     directory = path(model) if model in ("target", "draft_lm") else Path(model)  # type: ignore[arg-type]
-    words = AutoTokenizer.from_pretrained(directory)
-    lm = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    words = read_tokenizer(directory)
+    lm = read_model(LlamaForCausalLM, directory, dtype=torch.float32).eval()
     asked = distinct_problems(split, problems, seed)
     replies: list[str] = []
     for start in range(0, len(asked), batch_size):

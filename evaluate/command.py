@@ -90,14 +90,14 @@ def evaluate(
     settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)
     warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
     entries = parse_entries(drafters or [], ["1x4"] if shapes is None else shapes)
-    tokenizer = load_tokenizer(target, where.revision)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     samples = read_samples(prompts, tokenizer, template, split, limit)
     model = where.load(target, dtype)
     samples, left_out = within_context(samples, model.max_positions)
     if left_out:
         longest = f"context of {model.max_positions} tokens"
         print(f"left out: {len(left_out)} prompts that fill the {longest}, {left_out[0].id} first")
-    candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer))
+    candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     inputs = {str(file): sha256_file(file), target: model.fingerprint}
     inputs |= {str(entry.path): checkpoint_fingerprint(entry.path) for entry in entries}
@@ -114,7 +114,9 @@ def evaluate(
     print(f"report: {out / 'report.md'}")
 
 
-def load_candidates(entries: Sequence[Entry], target: Target, tokenizer: str) -> list[Candidate]:
+def load_candidates(
+    entries: Sequence[Entry], target: Target, tokenizer: str, trust_remote_code: bool = False
+) -> list[Candidate]:
     """Every drafter with every shape, on the target's device and attached to it.
 
     Raises ValueError for a drafter of another target or another tokenizer (by fingerprint), or one that does not load
@@ -122,7 +124,7 @@ def load_candidates(entries: Sequence[Entry], target: Target, tokenizer: str) ->
     """
     candidates = []
     for entry in entries:
-        drafter = load_drafter(entry.path, str(target.dtype).removeprefix("torch."))
+        drafter = load_drafter(entry.path, str(target.dtype).removeprefix("torch."), trust_remote_code)
         drafter.attach(target.ends)
         drafter.check_tokenizer(tokenizer)
         fingerprint = module_fingerprint(drafter)

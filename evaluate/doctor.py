@@ -55,7 +55,6 @@ from draftsmith.evaluate.doctor_serving import check_file, check_serving
 from draftsmith.evaluate.doctor_states import check_projection, check_sound, check_states, project
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.files import atomic_write
-from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import as_dtype, load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
@@ -151,14 +150,19 @@ def doctor(
     left_out = _skipped(skip or [])
     bounds = Bounds(samples, ngram, overfit_steps, seed)
     places = find(drafter, cache, target, where.revision, where.adapter)
-    tokenizer = load_tokenizer(places.target, places.revision)
+    tokenizer = load_tokenizer(places.target, places.revision, where.trust_remote_code)
     asked = [] if prompts is None else read_samples(prompts, tokenizer, template, split)
     if prompts is not None and not asked:
         raise ValueError(f"{prompts} has no prompt in split {split!r}; name another with --split, or leave it out")
     # Whole samples: what was cut off in training is no reason to look at less of the text.
     corpus = None
     if source is not None:
-        corpus = Corpus(source, lambda: chat_of(places.target, tokenizer, template, places.revision), None, sys.maxsize)
+        corpus = Corpus(
+            source,
+            lambda: chat_of(places.target, tokenizer, template, places.revision, where.trust_remote_code),
+            None,
+            sys.maxsize,
+        )
     if corpus is not None:
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
     case = gather(places, tokenizer, bounds, ends_only, dtype, where)
@@ -208,22 +212,22 @@ def gather(
     opened = None if places.cache is None else HiddenStateCache(places.cache, check="off")
     width = dtype or (opened.manifest.identity.target_dtype if opened is not None else "float32")
     whole = None
+    options = replace(where, revision=places.revision, adapter=places.adapter)
     if ends_only:
-        ends = TargetEnds.load(places.target, as_dtype(width), where.device, places.revision, places.adapter)
+        ends = options.load_ends(places.target, as_dtype(width), where.device)
     else:
-        options = TargetOptions(**{**vars(where), "revision": places.revision, "adapter": places.adapter})
         whole = options.load(places.target, width)
         ends = whole.ends
         if where.device_map is not None and places.adapter is None:
             # Embedding, norm and head of a spread target lie on several devices; the drafter's checks want them on one.
-            ends = TargetEnds.load(places.target, as_dtype(width), where.device, places.revision)
+            ends = options.load_ends(places.target, as_dtype(width), where.device)
     if opened is not None and opened.manifest.identity.hidden_size != ends.hidden_size:
         raise ValueError(
             f"{places.cache} holds states of {opened.manifest.identity.hidden_size} numbers, {places.target} has {ends.hidden_size}; name "
             "the cache of this target with --cache"
         )
-    served = load_served(places.folder, ends, width)
-    trained = served if places.origin is None else load_served(places.origin, ends, width)
+    served = load_served(places.folder, ends, width, where.trust_remote_code)
+    trained = served if places.origin is None else load_served(places.origin, ends, width, where.trust_remote_code)
     if opened is None:
         return Case(places, served, trained, ends, whole, tokenizer, seed=bounds.seed, quantization=where.quantization)
     chosen = draw(opened, bounds.samples, bounds.seed)

@@ -248,13 +248,13 @@ def _is_there(cache: str | None) -> bool:
     return cache is not None and ("://" in cache or Path(cache).is_dir())
 
 
-def load_served(folder: Path, ends: TargetEnds, dtype: str) -> Drafter:
+def load_served(folder: Path, ends: TargetEnds, dtype: str, trust_remote_code: bool = False) -> Drafter:
     """A drafter attached to the target, whatever target it names: whether it is that one is a check of its own.
 
     Raises ValueError for a folder that holds no whole drafter in this package's layout, and for one of other shapes.
     """
     try:
-        drafter = load_drafter(folder, dtype)
+        drafter = load_drafter(folder, dtype, trust_remote_code)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}): copy or export the drafter again"

@@ -88,7 +88,7 @@ def evaluate_rules(
     _check(chosen, batch_rows, timed_problems)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     judged = load_checker(checker)
-    tokenizer = load_tokenizer(target, where.revision)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     samples = read_samples(prompts, tokenizer, template, split, limit)
     questions = _questions(file, samples, judged)
     model = where.load(target, dtype)
@@ -99,7 +99,7 @@ def evaluate_rules(
     for one in chosen:
         if one.rule is not None:
             one.rule.check_tokenizer(own_tokenizer)
-    draft = _drafter(draft_folder, model, own_tokenizer)
+    draft = _drafter(draft_folder, model, own_tokenizer, where.trust_remote_code)
     settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
     with exclusive(out):
         accepted: dict[str, Accepted | None] = {}
@@ -159,8 +159,8 @@ def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[s
     return found
 
 
-def _drafter(folder: Path, target: Target, tokenizer: str) -> Drafter:
-    drafter = load_drafter(folder, str(target.dtype).removeprefix("torch."))
+def _drafter(folder: Path, target: Target, tokenizer: str, trust_remote_code: bool) -> Drafter:
+    drafter = load_drafter(folder, str(target.dtype).removeprefix("torch."), trust_remote_code)
     drafter.attach(target.ends)
     drafter.check_tokenizer(tokenizer)
     nn.Module.to(drafter, target.device)

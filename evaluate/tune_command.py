@@ -83,13 +83,13 @@ def tune(
     if "@" in drafter:
         raise ValueError(f"drafter {drafter!r} names shapes, which tune is to find; leave out what follows the @")
     [entry] = parse_entries([drafter], ["1x1"])
-    tokenizer = load_tokenizer(target, where.revision)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     samples = read_samples(prompts, tokenizer, template, split, limit)
     model = where.load(target, dtype)
     samples, left_out = within_context(samples, model.max_positions)
     if left_out:
         print(f"left out: {len(left_out)} prompts that fill the context of {model.max_positions} tokens")
-    [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer))
+    [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
     with exclusive(out):
         with progress("record", len(samples), "replies") as advance:

@@ -38,6 +38,7 @@ def export(
     revision: str | None = None,
     adapter: str | None = None,
     drafter_adapter: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a trained drafter as safetensors, config and model card, then read it back and compare.
 
@@ -56,14 +57,17 @@ def export(
         report: A report.json of `draftsmith evaluate` with rows of these very weights.
         training: Folder or file of the training's provenance.json; by default the one in the drafter's folder.
         revision: Revision of the target's hub id.
+        trust_remote_code: Run Python files that come with the target; read them first.
         adapter: PEFT adapter of the target, where the drafter is for both together.
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
     """
     _check_place(drafter, out)
     if adapter is not None and target is None:
         raise ValueError(f"adapter {adapter!r} is on a target that is not named; give the target, too")
-    ends = None if target is None else TargetEnds.load(target, revision=revision, adapter=adapter)
-    tokenizer = "" if target is None else tokenizer_fingerprint(load_tokenizer(target, revision))
+    ends, tokenizer = None, ""
+    if target is not None:
+        ends = TargetEnds.load(target, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer_fingerprint(load_tokenizer(target, revision, trust_remote_code))
     trained = _load(drafter, drafter_adapter, ends, tokenizer)
     measured, made_by = _measured(report, trained) if report is not None else ([], {})
     history = _training(drafter if drafter_adapter is None else drafter_adapter, training)
@@ -75,7 +79,7 @@ def export(
         layout=layout,
     )
     if target is not None:
-        subject = replace(subject, **_target_facts(target, revision))
+        subject = replace(subject, **_target_facts(target, revision, trust_remote_code))
     config = {"layout": layout, "target_name": trained.config.target_name}
     config["target_fingerprint"] = trained.config.target_fingerprint
     inputs = {str(drafter / WEIGHTS): sha256_file(drafter / WEIGHTS)}
@@ -171,7 +175,7 @@ def _training(drafter: Path, training: Path | None) -> dict[str, Any]:
     return history if isinstance(history, dict) else {}
 
 
-def _target_facts(target: str, revision: str | None) -> Mapping[str, Any]:
-    tokenizer = load_tokenizer(target, revision)
-    ends = read_end_tokens(target, revision, tokenizer)
+def _target_facts(target: str, revision: str | None, trust_remote_code: bool) -> Mapping[str, Any]:
+    tokenizer = load_tokenizer(target, revision, trust_remote_code)
+    ends = read_end_tokens(target, revision, tokenizer, trust_remote_code)
     return {"has_template": bool(tokenizer.chat_template), "eos_token_ids": ends}

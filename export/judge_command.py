@@ -31,6 +31,7 @@ def export_judge(
     layout: JudgeLayout = "draftsmith",
     threshold: float | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a trained judge as safetensors with a model card, then read it back and compare. A judge makes decoding LOSSY.
 
@@ -41,12 +42,13 @@ def export_judge(
         layout: draftsmith, or autojudge for the numbers that AutoJudge's fork of vLLM takes.
         threshold: Another threshold than the judge was trained with; 1 accepts nothing.
         revision: Revision of the target's hub id.
+        trust_remote_code: Run Python files that come with the target; read them first.
     """
     _check_place(judge, out)
     loaded = load_judge(judge)
     if target is not None:
-        loaded.attach(TargetEnds.load(target, revision=revision))
-        loaded.check_tokenizer(tokenizer_fingerprint(load_tokenizer(target, revision)))
+        loaded.attach(TargetEnds.load(target, revision=revision, trust_remote_code=trust_remote_code))
+        loaded.check_tokenizer(tokenizer_fingerprint(load_tokenizer(target, revision, trust_remote_code)))
     if threshold is not None:
         loaded = loaded.with_threshold(threshold)
     history = _training(judge)

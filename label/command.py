@@ -69,6 +69,7 @@ def export_answers(
     unlabelled: bool = False,
     target: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes the answers of a store with the labels that stand, one line for each author's label of each answer.
 
@@ -79,6 +80,7 @@ def export_answers(
         unlabelled: write answers without a label too.
         target: path or hub id of a target: each line then holds the character offsets of its tokenizer's tokens.
         revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     if target is not None and format == "label-studio":
         raise ValueError("label-studio's JSON has no place for tokens; leave --target out, or export answers")
@@ -87,7 +89,7 @@ def export_answers(
     if not answers:
         raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
     if target is not None:
-        answers = _tokenized(answers, target, revision)
+        answers = _tokenized(answers, target, revision, trust_remote_code)
     if format == "answers":
         write_answers(out, answers)
     else:
@@ -95,7 +97,13 @@ def export_answers(
     print(f"{len(answers)} lines of {len({answer.id for answer in answers})} answers in {out}: {_verdicts(answers)}")
 
 
-def stats(store: str, target: str | None = None, after: After = "ignored", revision: str | None = None) -> None:
+def stats(
+    store: str,
+    target: str | None = None,
+    after: After = "ignored",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Counts what a store holds: by source, model and who labelled, and with a target the labelled tokens.
 
     Args:
@@ -103,6 +111,7 @@ def stats(store: str, target: str | None = None, after: After = "ignored", revis
         target: path or hub id of a target whose tokenizer's tokens are counted.
         after: what the tokens behind the first error count as.
         revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     with Store(store) as opened:
         answers = opened.answers(unlabelled=True)
@@ -115,7 +124,7 @@ def stats(store: str, target: str | None = None, after: After = "ignored", revis
             chosen = [answer for answer, own in zip(answers, names, strict=True) if own == name]
             print(f"{title} {name}: {_verdicts(chosen)}")
     if target is not None:
-        counts = _token_counts(answers, target, after, revision)
+        counts = _token_counts(answers, target, after, revision, trust_remote_code)
         told = ", ".join(f"{count} {name}" for name, count in counts.items())
         print(f"tokens of {target}: {told}")
 
@@ -137,20 +146,22 @@ def _verdicts(answers: Sequence[Answer]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "none"
 
 
-def _tokenized(answers: Sequence[Answer], target: str, revision: str | None) -> list[Answer]:
+def _tokenized(answers: Sequence[Answer], target: str, revision: str | None, trust_remote_code: bool) -> list[Answer]:
     # Only here: these imports bring torch, which the other ways do not need.
     from draftsmith.label.token_labels import tokenize
     from draftsmith.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(target, revision)
+    tokenizer = load_tokenizer(target, revision, trust_remote_code)
     return [replace(answer, tokens=tokenize(answer.response, tokenizer)) for answer in answers]
 
 
-def _token_counts(answers: Sequence[Answer], target: str, after: After, revision: str | None) -> dict[str, int]:
+def _token_counts(
+    answers: Sequence[Answer], target: str, after: After, revision: str | None, trust_remote_code: bool
+) -> dict[str, int]:
     from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels
 
     counts: Counter[int] = Counter()
-    for answer in _tokenized(answers, target, revision):
+    for answer in _tokenized(answers, target, revision, trust_remote_code):
         assert answer.tokens is not None
         counts.update(token_labels(answer, answer.tokens.offsets, after))
     return {"correct": counts[CORRECT], "wrong": counts[WRONG], "ignored": counts[IGNORED]}

@@ -251,13 +251,22 @@ def _questions(
 
 def _ask(model: str, questions: Sequence[Question], asking: Asking, where: TargetOptions, out: Path) -> list[Path]:
     """Lets a model answer what it has not answered yet; gives the folders of its replies, one a run."""
-    tokenizer = load_tokenizer(model, where.revision)
+    tokenizer = load_tokenizer(model, where.revision, where.trust_remote_code)
     loaded = where.load(model, asking.dtype)
     engine = BundledEngine(loaded, tokenizer=tokenizer)
     asked = [question.prompt for question in questions]
     folders = []
     for name, overrides, seed in asking.runs(model):
-        settings = reply_settings(model, tokenizer, overrides, asking.max_new_tokens, seed, asking.stop, where.revision)
+        settings = reply_settings(
+            model,
+            tokenizer,
+            overrides,
+            asking.max_new_tokens,
+            seed,
+            asking.stop,
+            where.revision,
+            where.trust_remote_code,
+        )
         chat = ChatTemplate(tokenizer, asking.template, settings.eos_token_ids)
         plan = make_plan(asked, chat, settings, loaded.max_positions, asking.batch_rows, asking.batch_tokens)
         identity = {

@@ -31,7 +31,6 @@ from draftsmith.label.schema import write_answers
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
-from draftsmith.models.target import Target
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
 
@@ -87,11 +86,21 @@ def mine(
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`. The draft runs on the same device.
     """
     parse, judge = _reading(checker, against)
-    tokenizer = load_tokenizer(target, where.revision)
-    check_tokenizers(tokenizer, load_tokenizer(draft), target, draft)
-    eos = reply_settings(target, tokenizer, Overrides(), max_new_tokens, revision=where.revision).eos_token_ids
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
+    check_tokenizers(tokenizer, load_tokenizer(draft, trust_remote_code=where.trust_remote_code), target, draft)
+    eos = reply_settings(
+        target,
+        tokenizer,
+        Overrides(),
+        max_new_tokens,
+        revision=where.revision,
+        trust_remote_code=where.trust_remote_code,
+    ).eos_token_ids
     chat = ChatTemplate(tokenizer, template, eos)
-    models = where.load(target, dtype), Target.load(draft, dtype, where.device)
+    models = (
+        where.load(target, dtype),
+        TargetOptions(device=where.device, trust_remote_code=where.trust_remote_code).load(draft, dtype),
+    )
     rules = Rules(
         parse=lambda reply: parse(_decode(tokenizer, reply)),
         eos_token_ids=eos,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.label.rows import LabelledRow, write_rows
@@ -20,6 +20,7 @@ from draftsmith.label.schema import Answer, read_answers
 from draftsmith.label.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
 from draftsmith.models.loading import load_tokenizer, resolve
+from draftsmith.models.pretrained import read_config
 
 # As in token_labels, which jsonargparse cannot look behind.
 After = Literal["ignored", "wrong"]
@@ -49,6 +50,7 @@ def rows(
     template: str | None = None,
     max_length: int | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes labelled answers as rows of token ids with one label a token: what a judge is trained on.
 
@@ -64,6 +66,7 @@ def rows(
         template: Jinja file for the prompts, or `none` for plain text; default: the tokenizer's own.
         max_length: leave out rows of more tokens; default: the target's context.
         revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(
@@ -72,11 +75,11 @@ def rows(
     if (store is None) == (answers is None):
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
     found = _read(store, answers)
-    tokenizer = load_tokenizer(target, revision)
+    tokenizer = load_tokenizer(target, revision, trust_remote_code)
     length = max_length or getattr(
-        AutoConfig.from_pretrained(resolve(target, revision)), "max_position_embeddings", None
+        read_config(resolve(target, revision), trust_remote_code), "max_position_embeddings", None
     )
-    made = make_rows(found, tokenizer, chat_of(target, tokenizer, template, revision), after, length)
+    made = make_rows(found, tokenizer, chat_of(target, tokenizer, template, revision, trust_remote_code), after, length)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)
     _tell(made, out)

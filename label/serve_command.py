@@ -27,6 +27,7 @@ def serve(
     shared: float = 0.0,
     target: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Serves the page on which people mark the first error of each answer, until Ctrl-C.
 
@@ -40,6 +41,7 @@ def serve(
         target: path or hub id of a target: answers are cut into its tokenizer's tokens. Else into the tokens stored with
             them, or into words.
         revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
     """
     if not 0 <= shared <= 1:
         raise ValueError(f"shared is {shared}; it is the share of answers that two annotators get; give 0 to 1")
@@ -47,7 +49,7 @@ def serve(
         raise ValueError(f"port is {port}; a port is a number up to 65535; give another, or 0 for a free one")
     _need_the_extra()
     with Store(store, patience_seconds=PATIENCE_SECONDS) as opened:
-        cutter = cutter_for(target, revision)
+        cutter = cutter_for(target, revision, trust_remote_code)
         num_before = opened.num_entries()
         with listen(host, port) as listener:
             token = secrets.token_urlsafe(24)
@@ -80,7 +82,7 @@ def _need_the_extra() -> None:
         ) from error
 
 
-def cutter_for(target: str | None, revision: str | None = None) -> Cutter:
+def cutter_for(target: str | None, revision: str | None = None, trust_remote_code: bool = False) -> Cutter:
     """What cuts answers: the target's tokenizer where one is named.
 
     Raises ValueError: the target has no tokenizer, or one that does not tell where its tokens stand.
@@ -91,7 +93,7 @@ def cutter_for(target: str | None, revision: str | None = None) -> Cutter:
     from draftsmith.label.token_labels import tokenize
     from draftsmith.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(target, revision)
+    tokenizer = load_tokenizer(target, revision, trust_remote_code)
     cut = functools.partial(tokenize, tokenizer=tokenizer)
     cut("A tokenizer that cannot tell offsets shall say so before anybody labels.")
     return Cutter(cut, f"tokens of {target}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from draftsmith.models.fingerprint import checkpoint_fingerprint
 from draftsmith.models.loading import resolve
+from draftsmith.models.pretrained import name_faults
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every tensor's name
@@ -73,7 +74,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     bad = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
     if bad:
         raise ValueError(
-            f"{folder / WEIGHTS} holds NaN or infinity ({faults_told({'in': bad})}); its training went wrong: train the adapter again"
+            f"{folder / WEIGHTS} holds NaN or infinity ({name_faults({'in': bad})}); its training went wrong: train the adapter again"
         )
     return tensors
 
@@ -93,15 +94,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a JSON object but {type(fields).__name__}; save the adapter again")
     return fields
-
-
-def faults_told(faults: Mapping[str, Sequence[str]]) -> str:
-    """Example: ``missing: a, b, c, ...; unexpected: d``."""
-    parts = []
-    for kind, names in faults.items():
-        if names:
-            parts.append(f"{kind}: {', '.join([*names[:3], *(['...'] if len(names) > 3 else [])])}")
-    return "; ".join(parts)
 
 
 def _tensor_names(folder: Path) -> list[str]:

@@ -22,9 +22,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from draftsmith.models.adapter_files import CONFIG, PREFIX, WEIGHTS, faults_told, read_json, read_weights
+from draftsmith.models.adapter_files import CONFIG, PREFIX, WEIGHTS, read_json, read_weights
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import BOND
+from draftsmith.models.pretrained import name_faults
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) ->
     }
     if any(faults.values()):
         raise ValueError(
-            f"{folder / WEIGHTS} does not fit its {CONFIG} ({faults_told(faults)}); train the adapter again"
+            f"{folder / WEIGHTS} does not fit its {CONFIG} ({name_faults(faults)}); train the adapter again"
         )
     with torch.no_grad():
         for key, tensor in own.items():

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from draftsmith.models.cache import KeptRows, SlotCache
@@ -25,6 +24,7 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer, resolve
 from draftsmith.models.mask import slot_positions
+from draftsmith.models.pretrained import read_config
 from draftsmith.models.reading import read_prompts, within_context
 from draftsmith.models.rollout import PackedBatch, Rollout
 from draftsmith.models.target import Target, TargetEnds
@@ -193,7 +193,13 @@ class LMDraft:
         return slot_positions(torch.cat(self._depths, dim=1), lengths_B, window)
 
 
-def load_draft_lm(path: str, dtype: str = "float32", device: str = "cpu", adapter: str | None = None) -> LMDrafter:
+def load_draft_lm(
+    path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> LMDrafter:
     """A causal LM as a drafter, with its tokenizer's fingerprint.
 
     Args:
@@ -201,19 +207,21 @@ def load_draft_lm(path: str, dtype: str = "float32", device: str = "cpu", adapte
         dtype: of its weights.
         device: where to put it.
         adapter: a PEFT adapter to merge into it.
+        trust_remote_code: whether Python files that come with it may run.
 
     Raises:
         ValueError: bad path, dtype or device, an unsupported family, what is no causal LM of Transformers (a head exported for a serving
-            engine, for instance), no tokenizer, or an adapter that names no base.
+            engine, for instance), no tokenizer, an adapter that names no base, or code that may not run.
     """
     folder = resolve(path)
     if not (folder / "config.json").is_file():
         if adapter is not None:
             raise ValueError(f"{path} is an adapter itself; give its base model and {adapter!r}, or this one alone")
         path, adapter = _base_of(folder), str(folder)
-    check_architecture(resolve(path))
-    lm = Target.load(path, dtype, device, adapter=adapter)
-    return LMDrafter(lm, tokenizer_fingerprint(load_tokenizer(path))).eval()
+    check_architecture(resolve(path), trust_remote_code)
+    lm = Target.load(path, dtype, device, adapter=adapter, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return LMDrafter(lm, tokenizer_fingerprint(tokenizer)).eval()
 
 
 def _base_of(adapter: Path) -> str:
@@ -226,16 +234,17 @@ def _base_of(adapter: Path) -> str:
     return str(base)
 
 
-def check_architecture(folder: Path) -> None:
+def check_architecture(folder: Path, trust_remote_code: bool = False) -> None:
     """Refuse another module that goes by a language model's config: whatever it lacks of the LM would be random numbers.
 
     Raises:
-        ValueError: the config in the folder names no causal LM of Transformers.
+        ValueError: the config in the folder names no causal LM, of Transformers or of code that may run.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder, trust_remote_code)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    named = config.architectures or [known]
-    if known is None or known not in named:
+    named = config.architectures or [str(known)]
+    by_own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if known not in named and not by_own_code:
         raise ValueError(
             f"{folder} holds {config.model_type!r} with architecture {named[0]!r}, which is no causal LM of transformers; give a draft LM, "
             "or a drafter as training wrote it"

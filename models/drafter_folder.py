@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from draftsmith.models.draft_lm import load_draft_lm
 from draftsmith.models.drafter import Drafter, DrafterConfig
 from draftsmith.models.fingerprint import module_fingerprint
 from draftsmith.models.loading import resolve
+from draftsmith.models.pretrained import read_config, read_model
 
 BOND = "bond.json"  # stands in the folder of a drafter's adapter, and in no other
 
@@ -33,7 +34,7 @@ def drafter_folder(name: str) -> Path:
         ) from error
 
 
-def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
+def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = False) -> Drafter:
     """A drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
 
     The folder of a drafter's adapter gives the drafter that it names with the adapter merged into it.
@@ -41,6 +42,7 @@ def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
     Args:
         path: its directory, or another name that :func:`drafter_folder` knows.
         dtype: of a draft LM, which runs beside the target; trained families keep their own.
+        trust_remote_code: whether Python files that come with a draft LM may run; trained families have none.
 
     Raises:
         ValueError: no such folder, no drafter, or a checkpoint that lacks tensors, has others or has them in other shapes: what it
@@ -48,25 +50,14 @@ def load_drafter(path: Path, dtype: str = "float32") -> Drafter:
     """
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
-        return _with_adapter(path, dtype)
-    trained = (path / "config.json").is_file() and isinstance(AutoConfig.from_pretrained(path), DrafterConfig)
+        return _with_adapter(path, dtype, trust_remote_code)
+    trained = (path / "config.json").is_file() and isinstance(read_config(path, trust_remote_code), DrafterConfig)
     if not trained:
-        return load_draft_lm(str(path), dtype)
+        return load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
     if not (path / "model.safetensors").is_file():
         raise ValueError(f"{path} holds no model.safetensors; export the drafter again")
-    # Tensors of other shapes are let through here only to be told below with the rest.
-    drafter, info = AutoModel.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    drafter = read_model(AutoModel, path, what="drafter")
     assert isinstance(drafter, Drafter)
-    faults = {
-        "missing keys": sorted(info["missing_keys"]),
-        "unexpected keys": sorted(info["unexpected_keys"]),
-        "mismatched shapes": sorted(str(found[0]) for found in info["mismatched_keys"]),
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"{path} is not a whole drafter ({told}); export it again")
     return drafter.eval()
 
 
@@ -83,12 +74,12 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
     return merge_adapter(drafter, "merged")
 
 
-def _with_adapter(adapter: Path, dtype: str) -> Drafter:
+def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool) -> Drafter:
     from draftsmith.models.adapters import read_bond
 
     below = read_bond(adapter).drafter
     try:
-        drafter = load_drafter(Path(below), dtype)
+        drafter = load_drafter(Path(below), dtype, trust_remote_code)
     except ValueError as error:
         raise ValueError(
             f"{adapter} is an adapter of the drafter {below!r}, which cannot be had; give that drafter and the adapter apart with "

@@ -9,9 +9,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from draftsmith.models.loading import holds_tokenizer, load_tokenizer, resolve_model
+from draftsmith.models.pretrained import read_config, read_generation_config
 
 
 def end_tokens(
@@ -49,7 +50,10 @@ def end_tokens(
 
 
 def read_end_tokens(
-    target: str, revision: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    target: str,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[int, ...]:
     """The end tokens of the model at a path or hub id; its weights are not loaded.
 
@@ -57,20 +61,18 @@ def read_end_tokens(
         target: directory or hub id.
         revision: the hub's revision.
         tokenizer: the model's, where it is loaded already; else it is read, but only when no config names an end token.
+        trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
         ValueError: as :func:`end_tokens`, and for a path without a model.
     """
     folder = resolve_model(target, revision)
-    config = AutoConfig.from_pretrained(folder)
-    generation = None
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-    found = end_tokens(generation, config)
+    config = read_config(folder, trust_remote_code)
+    found = end_tokens(read_generation_config(folder), config)
     if found:
         return found
     if tokenizer is None and holds_tokenizer(folder):
-        tokenizer = load_tokenizer(target, revision)
+        tokenizer = load_tokenizer(target, revision, trust_remote_code)
     return end_tokens(config=config, tokenizer=tokenizer)
 
 

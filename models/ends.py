@@ -14,10 +14,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.loading import load_causal_lm, resolve_model, target_fingerprint
+from draftsmith.models.pretrained import check_tensors, read_config, read_part
 from draftsmith.models.support import final_norm, refuse_unsupported
 
 
@@ -75,26 +76,34 @@ class TargetEnds(nn.Module):
         device: str = "cpu",
         revision: str | None = None,
         adapter: str | None = None,
+        trust_remote_code: bool = False,
     ) -> TargetEnds:
         """Load the ends alone from a local directory or a hub id.
 
-        Only an ``adapter`` that reaches the ends needs the whole target, which it is then merged into.
+        Only an ``adapter`` that reaches the ends needs the whole target, which it is then merged into. Of the trunk's tensors the names
+        and shapes are checked, since what is trained on these ends will run on that trunk.
 
         Raises:
-            ValueError: the path holds no model, or its family is not supported.
+            ValueError: the path holds no model, its family is not supported, its weights do not fit its config, or it needs code that
+                may not run.
         """
         folder = resolve_model(path, revision)
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder, trust_remote_code)
+        check_tensors(AutoModelForCausalLM, folder, trust_remote_code)
         with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
-            model = AutoModelForCausalLM.from_pretrained(folder, config=_of_one_layer(config), dtype=dtype)
+            model = read_part(
+                AutoModelForCausalLM, folder, trust_remote_code, config=_of_one_layer(config), dtype=dtype
+            )
         fingerprint = target_fingerprint(path, revision, adapter)
-        ends = read_end_tokens(path, revision)
+        ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
         if adapter is not None:
             from draftsmith.models.adapter_files import adapter_folder, reaches
 
             refuse_unsupported(model, path)
             if reaches(adapter_folder(adapter), _end_names(model)):
-                merged, fingerprint = load_causal_lm(path, dtype, device, revision=revision, adapter=adapter)
+                merged, fingerprint = load_causal_lm(
+                    path, dtype, device, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code
+                )
                 return cls(merged, name=path, fingerprint=fingerprint, end_token_ids=ends)
         return cls(model, path, fingerprint, config.get_text_config(), ends).to(device)
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from draftsmith.models.fingerprint import checkpoint_fingerprint
+from draftsmith.models.pretrained import check_tensors, read_config, read_model, read_tokenizer
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -66,16 +67,21 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     return folder
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id; code shipped with it is never run.
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id.
+
+    Args:
+        path: directory or hub id.
+        revision: the hub's revision.
+        trust_remote_code: whether Python files that come with it may run.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it needs code that may not run.
     """
     folder = resolve(path, revision)
     if not holds_tokenizer(folder):
         raise ValueError(f"{path} holds no tokenizer (tokenizer.json); give the directory of a complete model")
-    return AutoTokenizer.from_pretrained(folder)
+    return read_tokenizer(folder, trust_remote_code)
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -92,6 +98,7 @@ def load_causal_lm(
     adapter: str | None = None,
     quantization: str | None = None,
     distributed: DistributedConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """A causal LM, its adapter merged into it, and the fingerprint of both.
 
@@ -104,13 +111,15 @@ def load_causal_lm(
         adapter: directory or hub id of a PEFT adapter.
         quantization: ``8bit`` or ``4bit`` (bitsandbytes).
         distributed: how the processes of this run share the weights, each of which then reads its own part of the files only.
+        trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
-        ValueError: bad path, device or quantization, or an adapter on quantized weights.
+        ValueError: bad path, device or quantization, an adapter on quantized weights, weights that do not fit the config, or code that
+            may not run.
     """
     folder = resolve_model(path, revision)
     arguments: dict[str, Any] = {"dtype": dtype}
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = read_config(folder, trust_remote_code)
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
         arguments["attn_implementation"] = "eager"
@@ -130,7 +139,10 @@ def load_causal_lm(
         )
     # Before the weights: an adapter that is not there should not cost the time of loading a target.
     fingerprint = target_fingerprint(path, revision, adapter)
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
+    if distributed is not None or is_deepspeed_zero3_enabled():
+        # Loaders of parts report their own part, or less. Whole and before any part, every process comes to the same verdict.
+        check_tensors(AutoModelForCausalLM, folder, trust_remote_code)
+    model = read_model(AutoModelForCausalLM, folder, trust_remote_code, **arguments)
     if adapter is not None:
         from draftsmith.models.adapter_files import adapter_folder
         from draftsmith.models.target_adapter import merge_into_target

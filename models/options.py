@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from draftsmith.models.target import Target
+import torch
+
+from draftsmith.models.target import Target, TargetEnds
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class TargetOptions:
         revision: Revision of a hub id.
         adapter: PEFT adapter to merge into the target.
         quantization: 8bit or 4bit weights for the target.
+        trust_remote_code: Run Python files that come with the target, its tokenizer or a draft LM. Read them first.
     """
 
     device: str = "cpu"
@@ -27,10 +30,24 @@ class TargetOptions:
     revision: str | None = None
     adapter: str | None = None
     quantization: str | None = None
+    trust_remote_code: bool = False
 
     def load(self, path: str, dtype: str) -> Target:
         """The target at `path`. Raises what `Target.load` raises."""
-        return Target.load(path, dtype, self.device, self.device_map, self.revision, self.adapter, self.quantization)
+        return Target.load(
+            path,
+            dtype,
+            self.device,
+            self.device_map,
+            self.revision,
+            self.adapter,
+            self.quantization,
+            self.trust_remote_code,
+        )
+
+    def load_ends(self, path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TargetEnds:
+        """The ends of the target at `path`. Raises what `TargetEnds.load` raises."""
+        return TargetEnds.load(path, dtype, device, self.revision, self.adapter, self.trust_remote_code)
 
 
 DEFAULTS = TargetOptions()

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from draftsmith.models.cache import SlotCache
+from draftsmith.models.finite import refuse_non_finite
 from draftsmith.models.reading import read_again, read_prompts, read_tree, within_factors
 from draftsmith.models.shrink import shrunk
 from draftsmith.models.support import text_base
@@ -57,7 +58,9 @@ def prove(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor])
     trunk = Trunk(base, config, style, name)
     ids = torch.arange(6, device=model.device)[None] % config.vocab_size
     with torch.inference_mode():
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+        expected = model(input_ids=ids, use_cache=False).logits
+        refuse_non_finite(expected, name)
+        expected = expected.float()
         got = logits(_few_tokens(trunk, ids)).float()
     if not _close(got, expected, 1e-3 if trunk.dtype == torch.float32 else 5e-2):
         raise _refused(model, name, "in a tree of six tokens its logits are others")

@@ -19,12 +19,13 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.loading import as_dtype, load_causal_lm, resolve
+from draftsmith.models.pretrained import read_config
 from draftsmith.models.target import Target
 
 TargetSharding = Literal["none", "fsdp2", "tp", "zero3"]
@@ -98,7 +99,14 @@ def sharded_over(sharding: TargetSharding, group_size: int | None = None) -> Sha
 
 
 @torch.no_grad()
-def load_sharded(path: str, dtype: str, over: ShardedOver, device: torch.device, revision: str | None = None) -> Target:
+def load_sharded(
+    path: str,
+    dtype: str,
+    over: ShardedOver,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
     """The part of a target that this process holds; every process of the group must call it.
 
     The target's ends (embedding, final norm, head) are held whole by each process beside it, so that drafters and verification use
@@ -110,10 +118,11 @@ def load_sharded(path: str, dtype: str, over: ShardedOver, device: torch.device,
         over: the processes.
         device: where this process computes.
         revision: the hub's revision.
+        trust_remote_code: whether Python files that come with the target may run.
 
     Raises:
-        ValueError: a single process, a bad path or dtype, a family for which transformers has no plan of the kind, the CPU where there is
-            an accelerator, or no DeepSpeed.
+        ValueError: a single process, a bad path or dtype, weights that do not fit the config, code that may not run, a family for which
+            transformers has no plan of the kind, the CPU where there is an accelerator, or no DeepSpeed.
     """
     if not over.is_sharded:
         raise ValueError(
@@ -121,13 +130,15 @@ def load_sharded(path: str, dtype: str, over: ShardedOver, device: torch.device,
             "or load it whole (target_sharding none)"
         )
     with _as_local_rank(device):
-        model, fingerprint = _load_part(path, as_dtype(dtype), over, revision)
-    target = Target(model, path, fingerprint, read_end_tokens(path, revision))
+        model, fingerprint = _load_part(path, as_dtype(dtype), over, revision, trust_remote_code)
+    target = Target(model, path, fingerprint, read_end_tokens(path, revision, trust_remote_code=trust_remote_code))
     _free_whole_weights(model)
     if over.sharding == "zero3":
         # A second whole forward ends DeepSpeed's record of modules, which would grow with every forward of ours.
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target.device), use_cache=False)
-    target.ends = TargetEnds.load(path, as_dtype(dtype), "cpu", revision).to(device)
+    target.ends = TargetEnds.load(path, as_dtype(dtype), "cpu", revision, trust_remote_code=trust_remote_code).to(
+        device
+    )
     return target
 
 
@@ -154,23 +165,25 @@ def _as_local_rank(device: torch.device) -> Iterator[None]:
             os.environ.update({} if before is None else {"LOCAL_RANK": before})
 
 
-def _load_part(path: str, dtype: torch.dtype, over: ShardedOver, revision: str | None) -> tuple[PreTrainedModel, str]:
+def _load_part(
+    path: str, dtype: torch.dtype, over: ShardedOver, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, str]:
     if over.sharding == "zero3":
-        return _load_zero3(path, dtype, revision)
-    _check_plan(path, over.sharding, revision)
+        return _load_zero3(path, dtype, revision, trust_remote_code)
+    config = read_config(resolve(path, revision), trust_remote_code).get_text_config()
+    _check_plan(path, over.sharding, config)
     if over.sharding == "tp":
-        _check_heads(path, over.num_ranks, revision)
+        _check_heads(path, over.num_ranks, config)
         shares = DistributedConfig(tp_size=over.num_ranks)
     elif over.num_groups > 1:
         shares = DistributedConfig(fsdp_size=over.num_ranks, dp_replicate_size=over.num_groups)
     else:
         shares = DistributedConfig(fsdp_size=over.num_ranks)
-    return load_causal_lm(path, dtype, revision=revision, distributed=shares)
+    return load_causal_lm(path, dtype, revision=revision, distributed=shares, trust_remote_code=trust_remote_code)
 
 
-def _check_plan(path: str, sharding: TargetSharding, revision: str | None) -> None:
+def _check_plan(path: str, sharding: TargetSharding, config: PreTrainedConfig) -> None:
     """Without a plan of its own, a family's layers would not be divided, or not be gathered."""
-    config = AutoConfig.from_pretrained(resolve(path, revision)).get_text_config()
     plan, other = ("base_model_tp_plan", "fsdp2") if sharding == "tp" else ("base_model_fsdp_plan", "zero3")
     if not getattr(config, plan, None):
         raise ValueError(
@@ -179,9 +192,8 @@ def _check_plan(path: str, sharding: TargetSharding, revision: str | None) -> No
         )
 
 
-def _check_heads(path: str, num_ranks: int, revision: str | None) -> None:
+def _check_heads(path: str, num_ranks: int, config: PreTrainedConfig) -> None:
     """Each process computes some attention heads of every layer, and all equally many."""
-    config = AutoConfig.from_pretrained(resolve(path, revision)).get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if heads is not None and heads % num_ranks:
@@ -191,7 +203,9 @@ def _check_heads(path: str, num_ranks: int, revision: str | None) -> None:
             )
 
 
-def _load_zero3(path: str, dtype: torch.dtype, revision: str | None) -> tuple[PreTrainedModel, str]:
+def _load_zero3(
+    path: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, str]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
             "target_sharding 'zero3' needs DeepSpeed; pip install deepspeed, or use fsdp2, which needs nothing more"
@@ -213,7 +227,7 @@ def _load_zero3(path: str, dtype: torch.dtype, revision: str | None) -> tuple[Pr
     }
     # While it lives, every model that transformers loads is divided.
     dividing = HfDeepSpeedConfig(config)
-    model, fingerprint = load_causal_lm(path, dtype, revision=revision)
+    model, fingerprint = load_causal_lm(path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     del dividing
     engine = deepspeed.initialize(model=model.requires_grad_(False), config=config)[0]
     # Its hooks gather the weights for as long as it lives; in a list, or it would be a part of the model that it holds.

@@ -56,6 +56,7 @@ class Target(nn.Module):
         revision: str | None = None,
         adapter: str | None = None,
         quantization: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Target:
         """Load a target from a local directory or a hub id.
 
@@ -67,12 +68,23 @@ class Target(nn.Module):
             revision: the hub's revision.
             adapter: a PEFT adapter on top, merged into the weights; it is part of the fingerprint.
             quantization: ``8bit`` or ``4bit`` (bitsandbytes).
+            trust_remote_code: whether Python files that come with the target may run.
 
         Raises:
-            ValueError: bad path, dtype or device, or an unsupported family.
+            ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
+                finite, or code that may not run.
         """
-        model, fingerprint = load_causal_lm(path, as_dtype(dtype), device, device_map, revision, adapter, quantization)
-        return cls(model, path, fingerprint, read_end_tokens(path, revision))
+        model, fingerprint = load_causal_lm(
+            path,
+            as_dtype(dtype),
+            device,
+            device_map,
+            revision,
+            adapter,
+            quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(model, path, fingerprint, read_end_tokens(path, revision, trust_remote_code=trust_remote_code))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:

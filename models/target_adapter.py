@@ -12,7 +12,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from draftsmith.models.adapter_files import faults_told, reaches, read_weights
+from draftsmith.models.adapter_files import CONFIG, reaches, read_json, read_weights
+from draftsmith.models.pretrained import name_faults, read_adapter
 
 
 def merge_into_target(model: Any, folder: Path) -> Any:
@@ -22,9 +23,10 @@ def merge_into_target(model: Any, folder: Path) -> Any:
         ValueError: the adapter is of another model, broken, or of a kind that cannot be merged.
     """
     found = read_weights(folder)
+    _refuse_imports(folder)
     _part_ends(model, folder)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = read_adapter(PeftModel, model, folder)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"adapter {folder} does not fit the model; give one that was trained on it ({error})"
@@ -40,9 +42,19 @@ def merge_into_target(model: Any, folder: Path) -> Any:
     }
     if any(faults.values()):
         raise ValueError(
-            f"adapter {folder} does not fit the model ({faults_told(faults)}); give one that was trained on it"
+            f"adapter {folder} does not fit the model ({name_faults(faults)}); give one that was trained on it"
         )
     return adapted.merge_and_unload()
+
+
+def _refuse_imports(folder: Path) -> None:
+    """PEFT imports whatever module a LoRA for Megatron names."""
+    fields = read_json(folder / CONFIG)
+    if fields.get("megatron_config"):
+        raise ValueError(
+            f"{folder / CONFIG} has megatron_config, by which PEFT would import the module {fields.get('megatron_core')!r}; "
+            "set it to null, or give an adapter that was not trained with Megatron"
+        )
 
 
 def _part_ends(model: Any, folder: Path) -> None:

@@ -79,7 +79,13 @@ class TreeDecodeValidation(pl.Callback):
         if isinstance(data, OnlineDataModule):
             self.target = data.target
         else:
-            self.target = Target.load(module.target, dtype=self.dtype, revision=module.revision, adapter=module.adapter)
+            self.target = Target.load(
+                module.target,
+                dtype=self.dtype,
+                revision=module.revision,
+                adapter=module.adapter,
+                trust_remote_code=module.trust_remote_code,
+            )
         self._settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

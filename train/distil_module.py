@@ -95,6 +95,7 @@ class DraftLMModule(pl.LightningModule):
         target_dtype: of the target's weights.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
+        trust_remote_code: run Python files that come with the target; read them first.
         target_sharding: `none`: every process holds the whole target; `fsdp2`: all hold it together, each a part of every weight.
         device_map: accelerate's placement of a target too large for one device, such as auto; with one process only.
         quantization: `8bit` or `4bit` weights for the target.
@@ -124,6 +125,7 @@ class DraftLMModule(pl.LightningModule):
         target_dtype: Dtype = "float32",
         revision: str | None = None,
         adapter: str | None = None,
+        trust_remote_code: bool = False,
         target_sharding: Literal["none", "fsdp2"] = "none",
         device_map: str | None = None,
         quantization: str | None = None,
@@ -152,7 +154,7 @@ class DraftLMModule(pl.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
         self.dtype_name, self.target_dtype = dtype, target_dtype
-        self.revision, self.adapter = revision, adapter
+        self.revision, self.adapter, self.trust_remote_code = revision, adapter, trust_remote_code
         self.device_map, self.quantization, self.target_sharding = device_map, quantization, target_sharding
         self.lm: nn.Module | None = None
         # In lists, so that none of it is a parameter or part of a checkpoint.
@@ -198,6 +200,7 @@ class DraftLMModule(pl.LightningModule):
             "target_dtype",
             "revision",
             "adapter",
+            "trust_remote_code",
             "quantization",
         )
         return {"target": self.target_name, **{name: getattr(self, name) for name in names}}
@@ -228,7 +231,7 @@ class DraftLMModule(pl.LightningModule):
                 "device_map spreads one target over all devices; use it with trainer.devices 1, or leave it out"
             )
         target = self._load_target()
-        tokenizer = load_tokenizer(self.target_name, self.revision)
+        tokenizer = load_tokenizer(self.target_name, self.revision, self.trust_remote_code)
         student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora)
         # It stays in evaluation mode on purpose: with dropout, what is trained would not be what samples and drafts.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -238,7 +241,9 @@ class DraftLMModule(pl.LightningModule):
     def _load_target(self) -> Target:
         if self.is_sharded:
             over, device = sharded_over(self.target_sharding), self.trainer.strategy.root_device
-            return load_sharded(self.target_name, self.target_dtype, over, device, self.revision)
+            return load_sharded(
+                self.target_name, self.target_dtype, over, device, self.revision, self.trust_remote_code
+            )
         return Target.load(
             self.target_name,
             dtype=self.target_dtype,
@@ -246,6 +251,7 @@ class DraftLMModule(pl.LightningModule):
             revision=self.revision,
             adapter=self.adapter,
             quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
         )
 
     @property

@@ -67,6 +67,7 @@ class DraftModule(pl.LightningModule):
         ends_dtype: dtype of the target's ends.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
+        trust_remote_code: run Python files that come with the target; read them first.
         init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
             also reads the official EAGLE layouts); null starts afresh.
         lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
@@ -104,6 +105,7 @@ class DraftModule(pl.LightningModule):
         ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
         adapter: str | None = None,
+        trust_remote_code: bool = False,
         init_from: Path | None = None,
         lora: LoraSettings | None = None,
         allow_other_target: bool = False,
@@ -122,6 +124,7 @@ class DraftModule(pl.LightningModule):
         if metrics_every < 1:
             raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
         self.target, self.revision, self.adapter = target, revision, adapter
+        self.trust_remote_code = trust_remote_code
         self.beginning = Beginning(init_from, lora, allow_other_target)
         self._begun_from = ""  # fingerprint of the drafter of init_from
         self.family, self.ends_dtype = drafter, ends_dtype
@@ -184,6 +187,7 @@ class DraftModule(pl.LightningModule):
             "target",
             "revision",
             "adapter",
+            "trust_remote_code",
             "lr",
             "betas",
             "weight_decay",
@@ -209,9 +213,9 @@ class DraftModule(pl.LightningModule):
         dtype = as_dtype(self.ends_dtype)
         ends = None if online is None else online.ends(dtype)
         if ends is None:
-            ends = TargetEnds.load(self.target, dtype, "cpu", revision=self.revision, adapter=self.adapter)
+            ends = TargetEnds.load(self.target, dtype, "cpu", self.revision, self.adapter, self.trust_remote_code)
         self._ends = [ends]
-        own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision))
+        own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         cache = data.open_cache()
         cache.check_target(ends.fingerprint)
         cache.check_tokenizer(own_tokenizer)

@@ -60,6 +60,7 @@ class JudgeModule(pl.LightningModule):
         ends_dtype: dtype of the target's final norm.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
+        trust_remote_code: run Python files that come with the target; read them first.
 
     Raises ValueError for settings out of range, and in setup() for a cache of another target or tokenizer and for a strategy that divides
     weights.
@@ -83,11 +84,13 @@ class JudgeModule(pl.LightningModule):
         ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
         adapter: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         counts = {"iterations": iterations, "history": history, "num_replicates": num_replicates}
         _check_settings(feature, l2, class_weight, max_wrong, counts)
         self.target, self.revision, self.adapter = target, revision, adapter
+        self.trust_remote_code = trust_remote_code
         self.feature, self.l2, self.class_weight = feature, tuple(float(one) for one in l2), class_weight
         self.iterations, self.history, self.tolerance = iterations, history, tolerance
         self.max_wrong, self.hold_upper, self.num_replicates = max_wrong, hold_upper, num_replicates
@@ -108,6 +111,7 @@ class JudgeModule(pl.LightningModule):
             "target",
             "revision",
             "adapter",
+            "trust_remote_code",
             "feature",
             "l2",
             "class_weight",
@@ -131,9 +135,9 @@ class JudgeModule(pl.LightningModule):
             return
         data = self.data()
         ends = TargetEnds.load(
-            self.target, as_dtype(self.ends_dtype), "cpu", revision=self.revision, adapter=self.adapter
+            self.target, as_dtype(self.ends_dtype), "cpu", self.revision, self.adapter, self.trust_remote_code
         )
-        own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision))
+        own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         for cache in data.caches:
             cache.check_target(ends.fingerprint)
             cache.check_tokenizer(own_tokenizer)

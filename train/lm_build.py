@@ -17,11 +17,12 @@ from jsonargparse import auto_cli
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningCLI
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from draftsmith import configs, embedded, files
 from draftsmith.embedded.tokenizer import train_tokenizer
 from draftsmith.models.end_tokens import end_tokens
+from draftsmith.models.pretrained import read_model, read_tokenizer
 from draftsmith.train.lm_data import Mixture, conversations
 from draftsmith.train.lm_module import LmModule
 
@@ -56,9 +57,9 @@ def build(
 
 def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
     """Writes a trained LM as a bf16 Hugging Face directory, at once or not at all."""
-    lm = LlamaForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
+    lm = read_model(LlamaForCausalLM, trained, dtype=torch.bfloat16)
     lm.config.dtype = torch.bfloat16
-    words = AutoTokenizer.from_pretrained(tokenizer)
+    words = read_tokenizer(tokenizer)
     lm.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=_MAX_NEW_TOKENS,

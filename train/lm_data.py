@@ -17,12 +17,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith.embedded.grading import grade
 from draftsmith.embedded.problems import Problem, Split, sample_problems
 from draftsmith.embedded.tokenizer import ASSISTANT, END, PAD, chat_text
 from draftsmith.embedded.wordings import ALL_WORDINGS, DRAFT_STYLE, TARGET_STYLE, Style, render
+from draftsmith.models.pretrained import read_tokenizer
 
 StyleName = Literal["all", "target", "draft"]
 STYLES: dict[StyleName, Style] = {"all": ALL_WORDINGS, "target": TARGET_STYLE, "draft": DRAFT_STYLE}
@@ -167,7 +168,7 @@ class LmDataModule(pl.LightningDataModule):
         self._sets: dict[Split, LmBatches] = {}
 
     def setup(self, stage: str) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
+        tokenizer = read_tokenizer(self._tokenizer_path)
         for split in self._counts:
             if split not in self._sets:
                 self._sets[split] = self._draw(split, tokenizer)

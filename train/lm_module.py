@@ -10,9 +10,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.models.end_tokens import end_tokens
+from draftsmith.models.pretrained import read_model, read_tokenizer
 
 _IGNORED = -100
 
@@ -48,7 +49,7 @@ class LmModule(pl.LightningModule):
         schedule_steps: int | None = None,
     ) -> None:
         super().__init__()
-        words = AutoTokenizer.from_pretrained(tokenizer)
+        words = read_tokenizer(tokenizer)
         config = LlamaConfig(
             vocab_size=len(words),
             hidden_size=hidden_size,
@@ -112,7 +113,7 @@ class LmModule(pl.LightningModule):
 
 
 def _load(directory: Path, config: LlamaConfig) -> LlamaForCausalLM:
-    lm = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    lm: LlamaForCausalLM = read_model(LlamaForCausalLM, directory, dtype=torch.float32)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         found, wanted = getattr(lm.config, name), getattr(config, name)
         if found != wanted:

@@ -135,7 +135,7 @@ class OnlineDataModule(CacheDataModule):
                     f"target_sharding {over.sharding!r} reads weights part by part and cannot merge the adapter {files.adapter}; "
                     "save the merged model and train for that"
                 )
-            target = load_sharded(files.name, self.target_dtype, over, device, files.revision)
+            target = load_sharded(files.name, self.target_dtype, over, device, files.revision, files.trust_remote_code)
         else:
             target = Target.load(
                 files.name,
@@ -145,6 +145,7 @@ class OnlineDataModule(CacheDataModule):
                 files.revision,
                 files.adapter,
                 self.target_quantization,
+                files.trust_remote_code,
             )
         self._target, self._over = [target], over
 
@@ -203,7 +204,12 @@ class OnlineDataModule(CacheDataModule):
                 f"OnlineDataModule takes its target from the module that is trained, and {type(module).__name__} names none; "
                 "train DraftModule with it, through a Trainer"
             )
-        return TargetFiles(name, getattr(module, "revision", None), getattr(module, "adapter", None))
+        return TargetFiles(
+            name,
+            getattr(module, "revision", None),
+            getattr(module, "adapter", None),
+            getattr(module, "trust_remote_code", False),
+        )
 
     def _device(self) -> torch.device:
         assert self.trainer is not None

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedConfig
 
 from draftsmith import provenance
 from draftsmith.data.corpus import Corpus, template_digest
@@ -29,6 +28,7 @@ from draftsmith.data.tokens import TokenizedSample, chat_of, cut
 from draftsmith.files import atomic_directory, sha256_file
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve, target_fingerprint
+from draftsmith.models.pretrained import read_config
 
 _SHARD_TOKENS = 2**21
 
@@ -52,11 +52,12 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """Which target's tokens are meant: its name, the hub's revision, a PEFT adapter on top."""
+    """Which target's tokens are meant: its name, the hub's revision, a PEFT adapter on top, whether code that comes with it may run."""
 
     name: str
     revision: str | None = None
     adapter: str | None = None
+    trust_remote_code: bool = False
 
 
 def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
@@ -111,11 +112,14 @@ def _manifest(identity: CacheIdentity, records: Sequence[ShardRecord], counts: _
 
 
 def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus, CacheIdentity, int]:
-    tokenizer = load_tokenizer(target.name, target.revision)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(target.name, target.revision)).get_text_config()
+    tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+    config = read_config(resolve(target.name, target.revision), target.trust_remote_code).get_text_config()
     length = sample_length(text.max_length, getattr(config, "max_position_embeddings", None), target.name)
     corpus = Corpus(
-        Path(text.source), lambda: chat_of(target.name, tokenizer, text.template, target.revision), text.split, length
+        Path(text.source),
+        lambda: chat_of(target.name, tokenizer, text.template, target.revision, target.trust_remote_code),
+        text.split,
+        length,
     )
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     corpus.check_tokenizer(own_tokenizer)

@@ -19,7 +19,7 @@ NOT_PACKAGES = {"src", "tests", "docs", "benchmarks", "build", "dist", "runs", "
 BELOW = {
     "root": set(),
     "configs": set(),
-    "embedded": {"root"},
+    "embedded": {"root", "models"},
     "models": {"root"},
     "decode": {"root", "models"},
     "data": {"root", "models", "decode"},

@@ -1,0 +1,47 @@
+"""Folders in Hugging Face's form are opened by one module, which decides whether their code may run and whether they are whole."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOOR = ROOT / "models" / "pretrained.py"
+FOLDERS = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
+READERS = {"from_pretrained", "get_class_from_dynamic_module", "load_custom_generate"}
+AUTO_USES = {"register"}  # our own classes are made known to Auto classes; that reads nothing
+
+
+def openings(tree: ast.Module) -> list[str]:
+    """Where a module opens a folder by itself: `line: name`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            by_auto = isinstance(node.value, ast.Name) and node.value.id.startswith("Auto")
+            if node.attr in READERS or (by_auto and node.attr not in AUTO_USES):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nothing_is_opened_beside_the_one_door() -> None:
+    others = {
+        str(path.relative_to(ROOT)): found
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path != DOOR and (found := openings(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert others == {}, "open folders with draftsmith.models.pretrained, which says whether their code may run"
+
+
+def test_the_rule_sees_an_opening() -> None:
+    text = "AutoModelForCausalLM.from_config(x)\nload = Llama.from_pretrained\nShape.from_config(y)\nAutoModel.register(a, b)"
+    assert sorted(line.split(":")[0] for line in openings(ast.parse(text))) == ["1", "2"]
+
+
+def test_the_door_says_at_every_opening_whether_code_may_run() -> None:
+    """GenerationConfig and PEFT's class have no code to run and take no such argument."""
+    silent = []
+    for node in ast.walk(ast.parse(DOOR.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+            given = {keyword.arg for keyword in node.keywords}
+            if "trust_remote_code" not in given:
+                silent.append(ast.unparse(node))
+    assert sorted(silent) == ["GenerationConfig.from_pretrained(folder)", "kind.from_pretrained(model, str(folder))"]
