@@ -7,14 +7,11 @@ Shape legend: N samples, T tokens.
 """
 
 import bisect
-import hashlib
 import itertools
 import os
-import tempfile
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -22,15 +19,18 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from draftsmith.data.lengths import LENGTHS_FILE, check_lengths, read_lengths, write_lengths
-from draftsmith.data.manifest import MANIFEST_FILE, Manifest, ShardRecord
-from draftsmith.data.remote import Ahead, Held, RemoteFolder, Retry, ShardFolder, default_folder, location
+from draftsmith.data.lengths import LENGTHS_FILE, read_lengths
+from draftsmith.data.manifest import Manifest
+from draftsmith.data.remote import RemoteFolder, Retry, location
+from draftsmith.data.remote_shards import RemoteShards
+from draftsmith.data.shard_checks import check_lengths_agree
+from draftsmith.data.shard_folder import Held, ShardFolder
 from draftsmith.data.shards import CachedSample, ShardReader, check_digest, check_size
+from draftsmith.outside import safe_shard_name
 
 Check = Literal["open", "lazy", "off"]
 _OPEN_FILES = 4096
 _OPEN_FETCHED = 64
-_HEADER_THREADS = 16
 
 
 class HiddenStateCache:
@@ -40,9 +40,11 @@ class HiddenStateCache:
         path: the folder that `draftsmith data extract` wrote, or the URL it was copied to: `s3://bucket/cache`, `gs://...`,
             whatever fsspec knows. Shards behind a URL are fetched as a whole when they are needed and kept in `shard_cache`.
         check: when every shard's sha256 is compared with the manifest: all of them at `open`, each one before its
-            first sample is served (`lazy`, for caches of terabytes), or not at all (`off`). Sizes are always checked. Behind
-            a URL each shard is checked when it arrives, whatever this says.
-        shard_cache: the node's folder for fetched shards, shared by all its processes; by default a user's cache folder.
+            first sample is served (`lazy`, for caches of terabytes), or not at all (`off`). Sizes are always checked, and a shard's
+            own tensors whenever it is opened. Behind a URL each shard is hashed when it arrives, whatever this says, and again by
+            a process that finds it fetched; `off` leaves the second out in a folder that only this user may write in.
+        shard_cache: the node's folder for fetched shards, shared by all its processes; None: `draftsmith/shards` in
+            `$XDG_CACHE_HOME` or `~/.cache`, which nobody else may write in.
         shard_cache_gib: how much it may hold; what was not used for longest is dropped.
         retry: how often and after which pauses a failing network is tried.
 
@@ -63,7 +65,7 @@ class HiddenStateCache:
         self.path: Path | str = location(path)
         self.remote: RemoteShards | None = None
         if isinstance(self.path, str):
-            folder = ShardFolder(default_folder() if shard_cache is None else shard_cache, int(shard_cache_gib * 2**30))
+            folder = ShardFolder(shard_cache, int(shard_cache_gib * 2**30), check=check != "off")
             self.remote = RemoteShards(RemoteFolder(self.path, retry), folder)
             self.manifest = self.remote.manifest
         else:
@@ -77,6 +79,7 @@ class HiddenStateCache:
         self._starts = list(itertools.accumulate((s.num_samples for s in self.manifest.shards), initial=0))
         self._readers: OrderedDict[int, tuple[ShardReader, Held | None]] = OrderedDict()
         self._owner = os.getpid()
+        self._vocab_size = self.manifest.identity.vocab_size
         self.keep_open = _OPEN_FILES if self.remote is None else _OPEN_FETCHED
         self._unchecked = set(range(len(self.manifest.shards))) if check != "off" and self.remote is None else set()
         if isinstance(self.path, Path):
@@ -112,9 +115,8 @@ class HiddenStateCache:
         if file.is_file():
             return read_lengths(file.read_bytes(), self.manifest, str(file))
         readers = (self._open(shard) for shard in range(len(self.manifest.shards)))
-        return np.concatenate([np.diff(reader.offsets) for reader in readers] or [np.zeros(0, dtype=np.int64)]).astype(
-            np.int32
-        )
+        lengths = [np.diff(reader.offsets) for reader in readers]
+        return np.concatenate(lengths or [np.zeros(0, dtype=np.int64)]).astype(np.int32)
 
     @cached_property
     def shard_of(self) -> np.ndarray:
@@ -136,7 +138,9 @@ class HiddenStateCache:
         own = np.asarray(indices)
         parts = np.split(own, np.flatnonzero(np.diff(self.shard_of[own])) + 1) if len(own) else []
         shards = [int(self.shard_of[part[0]]) for part in parts]
-        for shard, part, (offsets, ids, mask) in zip(shards, parts, self.remote.texts(shards), strict=True):
+        for shard, part, (offsets, ids, mask) in zip(
+            shards, parts, self.remote.texts(shards, self._vocab_size), strict=True
+        ):
             bounds = offsets.tolist()
             for number in (part - self._starts[shard]).tolist():
                 start, stop = bounds[number], bounds[number + 1]
@@ -171,14 +175,27 @@ class HiddenStateCache:
             self.remote.close()
 
     def verify_integrity(self) -> None:
-        """Compares the sha256 of every shard not checked yet. Raises ValueError at the first that differs."""
+        """Compares the sha256 of every shard not checked yet, and opens it. Raises ValueError at the first that is not as it should be.
+
+        A cache behind a URL has none: its shards are checked when they are fetched.
+        """
+        if self._unchecked and isinstance(self.path, Path) and (self.path / LENGTHS_FILE).is_file():
+            _ = self.lengths  # which offsets are then held to
         for shard in sorted(self._unchecked):
             self._check(shard)
+            self._examined(shard, self._local(shard))
 
-    def check_target(self, fingerprint: str, quantization: str | None = None) -> None:
+    def verify_states(self) -> None:
+        """Reads every state of every shard. Raises ValueError, with file, sample and layer, for the first that is NaN or infinite."""
+        for shard in range(len(self.manifest.shards)):
+            self._open(shard).check_states()
+
+    def check_target(self, fingerprint: str, quantization: str | None = None, vocab_size: int | None = None) -> None:
         """Refuses to serve another target's features; warns where its weights were of other bits, as `quantization` has them.
 
-        Raises ValueError naming both.
+        With `vocab_size`, token ids are held to that many, too, in what is open and in all that is opened later.
+
+        Raises ValueError naming both targets, or the shard and the id.
         """
         own = self.manifest.identity.target_fingerprint
         if own != fingerprint:
@@ -186,6 +203,10 @@ class HiddenStateCache:
                 f"{self.path} holds states of {self.manifest.identity.target} ({own[:16]}), but this run's target is "
                 f"{fingerprint[:16]}; extract a cache with this target"
             )
+        if vocab_size is not None:
+            self._vocab_size = min(vocab_size, self._vocab_size or vocab_size)
+            for reader, _ in self._readers.values():
+                reader.check_vocabulary(self._vocab_size)
         made_with = self.manifest.identity.target_quantization
         if made_with != quantization:
             warnings.warn(
@@ -215,22 +236,34 @@ class HiddenStateCache:
         return self._open(shard)
 
     def _open(self, shard: int) -> ShardReader:
-        """Maps a shard without hashing it: enough for lengths, which its record already vouches for in sum, and for texts."""
+        """Maps a shard without hashing it: enough for lengths and texts, which are checked for sense."""
         self._forget_parents()
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard][0]
-        record = self.manifest.shards[shard]
         held = None if self.remote is None else self.remote.hold(shard, give_way=self._give_way)
         path = self._local(shard) if held is None else held.path
-        self._readers[shard] = ShardReader(path, record, self.manifest.identity.layers), held
+        try:
+            self._readers[shard] = self._examined(shard, path), held
+        except ValueError:
+            if held is not None:
+                held.release()
+            raise
         while len(self._readers) > max(1, self.keep_open):
             self._drop_oldest()
         return self._readers[shard][0]
 
+    def _examined(self, shard: int, path: Path) -> ShardReader:
+        """A shard whose own tensors agree with each other, with its record, and with the lengths as far as they were read."""
+        reader = ShardReader(path, self.manifest.shards[shard], self.manifest.identity, self._vocab_size)
+        lengths = self.__dict__.get("lengths")
+        if lengths is not None:
+            check_lengths_agree(reader.offsets, lengths[self._starts[shard] : self._starts[shard + 1]], str(path))
+        return reader
+
     def _local(self, shard: int) -> Path:
         assert isinstance(self.path, Path)
-        return self.path / self.manifest.shards[shard].name
+        return self.path / safe_shard_name(self.manifest.shards[shard].name)
 
     def _drop_oldest(self) -> None:
         self._drop(next(iter(self._readers)))
@@ -260,111 +293,3 @@ class HiddenStateCache:
     def _check(self, shard: int) -> None:
         check_digest(self._local(shard), self.manifest.shards[shard])
         self._unchecked.discard(shard)
-
-
-class RemoteShards:
-    """The shards of a cache behind a URL, those in use in a folder of this node."""
-
-    def __init__(self, source: RemoteFolder, folder: ShardFolder) -> None:
-        self.source, self.folder = source, folder
-        self.manifest = self._manifest()
-        self._ahead: tuple[int, Ahead] | None = None
-        self._needed: dict[int, list[int]] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_ahead": None}
-
-    def hold(self, shard: int, patient: bool = True, give_way: Callable[[], bool] = lambda: False) -> Held | None:
-        """A shard's file, fetched unless it is there; see `ShardFolder.hold`.
-
-        Raises ValueError, with the shard's address, when it cannot be read or is not what the manifest says.
-        """
-        record = self.manifest.shards[shard]
-
-        def fill(into: int) -> None:
-            self.source.fetch(record.name, record.sha256, record.num_bytes, into)
-
-        return self.folder.hold(record.sha256, record.num_bytes, fill, patient, give_way)
-
-    def need(self, shards: Sequence[int], reader: object) -> None:
-        """Fetches these ahead, and keeps them until this reader needs others."""
-        self._needed[id(reader)] = list(shards)
-        if self._ahead is None:
-            self._ahead = os.getpid(), Ahead(lambda shard: self.hold(shard, patient=False))
-        # The latest reader's first.
-        everyones = [*shards, *(shard for needed in self._needed.values() for shard in needed)]
-        self._ahead[1].want(list(dict.fromkeys(everyones)))
-
-    def forget_parents(self) -> None:
-        """A forked worker lets go of what its parent fetches ahead: dropped files would take up the disk until the worker ends."""
-        if self._ahead is not None and self._ahead[0] != os.getpid():
-            self._ahead[1].abandon()
-            self._ahead, self._needed = None, {}
-
-    def close(self) -> None:
-        """Ends what is fetched ahead."""
-        self.forget_parents()
-        if self._ahead is not None:
-            self._ahead[1].close()
-        self._ahead, self._needed = None, {}
-
-    def lengths(self) -> np.ndarray:
-        """int32 [N]: from the cache's own file of lengths, or from the heads of all shards.
-
-        Raises ValueError as `hold`.
-        """
-        name = self.source.address(LENGTHS_FILE)
-        try:
-            return read_lengths(self.source.read(LENGTHS_FILE), self.manifest, name)
-        except FileNotFoundError:
-            return self._lengths_of_shards()
-
-    def _lengths_of_shards(self) -> np.ndarray:
-        """Asked for once a node: there may be many shards."""
-        known = hashlib.sha256("".join(record.sha256 for record in self.manifest.shards).encode()).hexdigest()
-        folder = self.folder.path / f"lengths-{known[:16]}"
-        with self.folder.in_turn(folder.name):
-            if (folder / LENGTHS_FILE).is_file():
-                return read_lengths((folder / LENGTHS_FILE).read_bytes(), self.manifest, str(folder / LENGTHS_FILE))
-            with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-                offsets = pool.map(lambda record: self._tensors(record, ["offsets"])[0], self.manifest.shards)
-                lengths = np.concatenate([np.diff(part.numpy()) for part in offsets]).astype(np.int32)
-            check_lengths(lengths, self.manifest, self.source.url)
-            write_lengths(folder, lengths)
-        return lengths
-
-    def texts(self, shards: Sequence[int]) -> Iterator[list[Tensor]]:
-        """`offsets` int64, `input_ids` int32 and `loss_mask` bool of each shard, without its states, a few shards ahead."""
-        wanted = ["offsets", "input_ids", "loss_mask"]
-        ahead: deque[Future[list[Tensor]]] = deque()
-        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-            for shard in shards:
-                ahead.append(pool.submit(self._tensors, self.manifest.shards[shard], wanted))
-                if len(ahead) > _HEADER_THREADS:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-
-    def _tensors(self, record: ShardRecord, wanted: list[str]) -> list[Tensor]:
-        try:
-            found = self.source.tensors(record.name, record.num_bytes, wanted)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.source.address(record.name)} is missing; copy the whole cache there again"
-            ) from error
-        return [found[key] for key in wanted]
-
-    def _manifest(self) -> Manifest:
-        try:
-            content = self.source.read(MANIFEST_FILE)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.source.url} is no hidden-state cache: it has no {MANIFEST_FILE}; copy one there that "
-                "`draftsmith data extract` made"
-            ) from error
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / MANIFEST_FILE).write_bytes(content)
-            try:
-                return Manifest.load(Path(folder))
-            except ValueError as error:
-                raise ValueError(str(error).replace(folder, self.source.url)) from error

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from draftsmith.data.finite import check_codes, check_finite
 from draftsmith.models.loading import as_dtype
 
 FLOAT8 = "float8_e4m3"
@@ -84,10 +85,15 @@ class EightBitStates(Mapping[str, Tensor]):
     Args:
         codes: layer name -> float8_e4m3fn [tokens of a sample, D], one a sample.
         scales: layer name -> float32 [tokens of a sample], likewise.
+        places: what errors call each sample.
+
+    Raises ValueError when a layer is asked for whose scales are not above 0, or whose states are not finite.
     """
 
-    def __init__(self, codes: Mapping[str, Sequence[Tensor]], scales: Mapping[str, Sequence[Tensor]]) -> None:
-        self.codes, self.scales = codes, scales
+    def __init__(
+        self, codes: Mapping[str, Sequence[Tensor]], scales: Mapping[str, Sequence[Tensor]], places: Sequence[str]
+    ) -> None:
+        self.codes, self.scales, self.places = codes, scales, places
 
     @classmethod
     def joined(cls, samples: Sequence["EightBitStates"]) -> "EightBitStates":
@@ -95,14 +101,16 @@ class EightBitStates(Mapping[str, Tensor]):
         return cls(
             {layer: [part for sample in samples for part in sample.codes[layer]] for layer in samples[0]},
             {layer: [part for sample in samples for part in sample.scales[layer]] for layer in samples[0]},
+            [place for sample in samples for place in sample.places],
         )
 
     def __getitem__(self, layer: str) -> Tensor:
         codes = self.codes[layer]
         states = torch.empty(sum(map(len, codes)), codes[0].shape[1], dtype=torch.bfloat16)
-        places = states.split([len(part) for part in codes])
-        for part, scales, place in zip(codes, self.scales[layer], places, strict=True):
-            dequantise(part, scales, into=place)
+        parts = states.split([len(part) for part in codes])
+        for code, scales, part, place in zip(codes, self.scales[layer], parts, self.places, strict=True):
+            check_codes(code, scales, f"{place}: hidden.{layer}")
+            check_finite(dequantise(code, scales, into=part), f"{place}: hidden.{layer}")
         return states
 
     def __iter__(self) -> Iterator[str]:

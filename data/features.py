@@ -72,8 +72,13 @@ def features(
     return content
 
 
+def num_embeddings(target: Target) -> int:
+    """How many token ids a target can read."""
+    return int(target.model.get_input_embeddings().weight.shape[0])
+
+
 def _check_vocabulary(content: ShardContent, target: Target) -> None:
-    size = int(target.model.get_input_embeddings().weight.shape[0])
+    size = num_embeddings(target)
     outside = ((content.input_ids < 0) | (content.input_ids >= size)).nonzero()
     if outside.numel():
         place = int(outside[0])

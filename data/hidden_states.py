@@ -23,7 +23,7 @@ from draftsmith.data.cache import Check, HiddenStateCache
 from draftsmith.data.cache_folder import SURVEY_PREFIX, CacheFolder
 from draftsmith.data.corpus import Corpus, Survey, template_digest
 from draftsmith.data.eight_bit import CODES, LARGEST_ERROR, stored_dtype
-from draftsmith.data.features import features
+from draftsmith.data.features import features, num_embeddings
 from draftsmith.data.footprint import footprint
 from draftsmith.data.manifest import CacheIdentity, Manifest
 from draftsmith.data.packing import plan_batches
@@ -145,6 +145,7 @@ def extract(
             shard_mib=shard_mib,
             batch_tokens=batch_tokens,
             target_quantization=quantization,
+            vocab_size=num_embeddings(loaded),
         )
         with _explaining_a_full_disk(out):
             finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
@@ -350,7 +351,7 @@ def verify(
     check: Check = "open",
     trust_remote_code: bool = False,
 ) -> None:
-    """Recomputes some samples of a cache through the target and compares; also checks every shard's sha256.
+    """Recomputes some samples of a cache through the target and compares; also checks every shard's sha256 and all states for NaN.
 
     Args:
         cache: the folder of the cache.
@@ -364,7 +365,7 @@ def verify(
         revision: revision of a hub id; default: the one the cache names, unless `target` is given.
         adapter: PEFT adapter on top of the target.
         quantization: quantisation of the target's weights; default: the one the cache names.
-        check: whether shards are hashed first (`open`), as they are touched (`lazy`), or not (`off`).
+        check: whether shards are hashed and all states read first (`open`), as they are touched (`lazy`), or not (`off`).
         trust_remote_code: run Python files that come with the target; read them first.
     """
     if samples < 1:
@@ -376,7 +377,9 @@ def verify(
     quantization = quantization or identity.target_quantization
     where = TargetOptions(device, device_map, revision, adapter, quantization, trust_remote_code)
     loaded = where.load(target, identity.target_dtype)
-    opened.check_target(loaded.fingerprint, quantization)
+    opened.check_target(loaded.fingerprint, quantization, num_embeddings(loaded))
+    if check == "open":
+        opened.verify_states()
     eight_bits = stored_dtype(identity.dtype) == CODES
     allowed = tolerance if tolerance is not None else _TOLERANCE + (LARGEST_ERROR if eight_bits else 0.0)
     greedy_share = 1 - (_TOLERANCE if tolerance is None else tolerance)

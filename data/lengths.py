@@ -46,17 +46,23 @@ def read_lengths(payload: bytes, manifest: Manifest, name: str) -> np.ndarray:
         tensor = safetensors.torch.load(payload)[_NAME]
     except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(f"{name} is damaged ({error}); delete it: the shards' own lengths are read then") from error
+    if tensor.dtype != torch.int32 or tensor.dim() != 1:
+        raise ValueError(
+            f"{name}: {_NAME} is {tensor.dtype} {list(tensor.shape)}, it must be int32 [{manifest.num_samples}]; delete it: the shards' "
+            "own lengths are read then"
+        )
     lengths = tensor.numpy()
     check_lengths(lengths, manifest, name)
     return lengths
 
 
 def check_lengths(lengths: np.ndarray, manifest: Manifest, name: str) -> None:
-    """Raises ValueError unless `lengths` int32 [N] add up to the tokens of every shard."""
+    """Raises ValueError unless `lengths` int32 [N] are 1 or more and add up to the tokens of every shard."""
     ends = np.cumsum([shard.num_samples for shard in manifest.shards], dtype=np.int64)
     tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     wanted = np.cumsum([shard.num_tokens for shard in manifest.shards], dtype=np.int64)
-    if len(lengths) != manifest.num_samples or not np.array_equal(tokens[ends], wanted):
+    whole = len(lengths) == manifest.num_samples and bool((lengths > 0).all())
+    if not whole or not np.array_equal(tokens[ends], wanted):
         raise ValueError(
             f"{name} tells of {len(lengths)} samples and {int(tokens[-1])} tokens, which are not those of its manifest "
             f"({manifest.num_samples} and {manifest.num_tokens}, shard by shard); it belongs to another cache: delete it"

@@ -5,14 +5,16 @@ Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (
 where greedy continuations were asked for `greedy_ids` int32 [T, G]. States of eight bits are float8_e4m3fn and have
 `scale.<layer>` float32 [T] beside them.
 
-Owns: this layout. Does not know: how numbers become eight bits (`eight_bit.py`), manifests, targets, training.
+Owns: this layout. Does not know: how numbers become eight bits (`eight_bit.py`), what is refused of a shard (`shard_checks.py`),
+targets, training.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -20,10 +22,20 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.eight_bit import CODES, EightBitStates
-from draftsmith.data.manifest import ShardRecord
+from draftsmith.data.finite import check_finite
+from draftsmith.data.manifest import CacheIdentity, ShardRecord
+from draftsmith.data.shard_checks import (
+    HIDDEN,
+    SCALE,
+    TEXT,
+    TensorKind,
+    check_ids,
+    check_layout,
+    check_text,
+    sample_ids,
+)
 from draftsmith.files import atomic_write, sha256_file
 
-_HIDDEN, _SCALE = "hidden.", "scale."
 # A single metadata entry: with several, safetensors writes them in an order that changes from run to run.
 _IDS = "ids"
 
@@ -34,7 +46,8 @@ class CachedSample:
 
     `input_ids` int64 [T], `loss_mask` bool [T] (True: trained on), `hidden` layer name -> [T, D] in the stored dtype
     (a view of the file, not a copy; states of eight bits come as bfloat16, made at each access), `greedy_ids` int64
-    [T, G] or None: row t holds the target's G greedy tokens after tokens 0..t.
+    [T, G] or None: row t holds the target's G greedy tokens after tokens 0..t. From a cache, `hidden[layer]` raises ValueError
+    for states that are not finite: then and not before, since others than the wanted layers are never read from the disk.
     """
 
     id: str
@@ -75,8 +88,8 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
         "offsets": content.offsets.to(torch.int64),
         "input_ids": content.input_ids.to(torch.int32),
         "loss_mask": content.loss_mask.to(torch.bool),
-        **{_HIDDEN + name: states for name, states in content.hidden.items()},
-        **{_SCALE + name: scales for name, scales in content.scales.items()},
+        **{HIDDEN + name: states for name, states in content.hidden.items()},
+        **{SCALE + name: scales for name, scales in content.scales.items()},
     }
     if content.greedy_ids is not None:
         tensors["greedy_ids"] = content.greedy_ids.to(torch.int32)
@@ -95,36 +108,36 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
 class ShardReader:
     """Reads one shard through a memory map: states of a sample are views, nothing is copied until it is used.
 
-    Raises ValueError when the file is missing, cut off, of another size than its record, or laid out differently.
+    Args:
+        path: the shard's file.
+        record: what its manifest says of it.
+        identity: of its cache: layers, their width and dtype.
+        vocab_size: token ids are held to it where it is known.
+
+    Raises ValueError when the file is missing, cut off, of another size than its record, laid out differently, or at odds with
+    itself: see `shard_checks.py`.
     """
 
-    def __init__(self, path: Path, record: ShardRecord, layers: Sequence[str]) -> None:
-        self.path = path
-        self.record = record
+    def __init__(self, path: Path, record: ShardRecord, identity: CacheIdentity, vocab_size: int | None = None) -> None:
+        self.path, self.record = path, record
         check_size(path, record)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                missing = {"offsets", "input_ids", "loss_mask", *(_HIDDEN + layer for layer in layers)} - names
-                if missing:
-                    raise ValueError(f"{path} lacks the tensors {sorted(missing)}; extract the cache again")
-                self.ids: list[str] = json.loads((file.metadata() or {}).get(_IDS, "[]"))
-                self.offsets: list[int] = file.get_tensor("offsets").tolist()
-                self._input_ids = file.get_tensor("input_ids")
-                self._loss_mask = file.get_tensor("loss_mask")
-                self._hidden = {layer: file.get_tensor(_HIDDEN + layer) for layer in layers}
-                scaled = [layer for layer in layers if self._hidden[layer].dtype == CODES]
-                if missing := {_SCALE + layer for layer in scaled} - names:
-                    raise ValueError(f"{path} lacks the tensors {sorted(missing)}; extract the cache again")
-                self._scales = {layer: file.get_tensor(_SCALE + layer) for layer in scaled}
-                self._greedy_ids = file.get_tensor("greedy_ids") if "greedy_ids" in names else None
+                kinds = {name: _kind(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                check_layout(kinds, identity, record, str(path))
+                self.ids = sample_ids(file.metadata(), _IDS, record, str(path))
+                offsets, self._input_ids, self._loss_mask = (file.get_tensor(name) for name in TEXT)
+                self._hidden = {layer: file.get_tensor(HIDDEN + layer) for layer in identity.layers}
+                self._scales = {
+                    layer: file.get_tensor(SCALE + layer) for layer in identity.layers if SCALE + layer in kinds
+                }
+                self._greedy_ids = file.get_tensor("greedy_ids") if "greedy_ids" in kinds else None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run the extraction again") from error
-        counts = (len(self.ids), self.offsets[-1] if self.offsets else -1)
-        if counts != (record.num_samples, record.num_tokens) or len(self.offsets) != record.num_samples + 1:
-            raise ValueError(
-                f"{path} holds {counts} samples and tokens, its record says otherwise; extract the cache again"
-            )
+        check_text(offsets, self._input_ids, self._loss_mask, record, vocab_size, str(path))
+        if self._greedy_ids is not None:
+            check_ids("greedy_ids", self._greedy_ids, vocab_size, str(path))
+        self.offsets: list[int] = offsets.tolist()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -136,17 +149,58 @@ class ShardReader:
             id=self.ids[index],
             input_ids=self._input_ids[start:stop].long(),
             loss_mask=self._loss_mask[start:stop],
-            hidden=self._states(start, stop),
+            hidden=self._states(start, stop, f"{self.path}: sample {self.ids[index]}"),
             greedy_ids=None if greedy is None else greedy[start:stop].long(),
         )
 
-    def _states(self, start: int, stop: int) -> Mapping[str, Tensor]:
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError for token ids outside of a vocabulary, which is known only now."""
+        check_ids("input_ids", self._input_ids, vocab_size, str(self.path))
+        if self._greedy_ids is not None:
+            check_ids("greedy_ids", self._greedy_ids, vocab_size, str(self.path))
+
+    def check_states(self) -> None:
+        """Reads every state. Raises ValueError for the first sample that holds NaN or infinity."""
+        for index in range(len(self)):
+            hidden = self[index].hidden
+            for layer in hidden:
+                hidden[layer]
+
+    def _states(self, start: int, stop: int, place: str) -> Mapping[str, Tensor]:
         if not self._scales:
-            return {layer: stored[start:stop] for layer, stored in self._hidden.items()}
+            return WholeStates({layer: stored[start:stop] for layer, stored in self._hidden.items()}, place)
         codes, scales = (
             {layer: [stored[start:stop]] for layer, stored in of.items()} for of in (self._hidden, self._scales)
         )
-        return EightBitStates(codes, scales)
+        return EightBitStates(codes, scales, [place])
+
+
+class WholeStates(Mapping[str, Tensor]):
+    """A sample's states by layer, each checked to be finite when it is asked for.
+
+    Args:
+        states: layer name -> [T, D].
+        place: what errors call the sample.
+    """
+
+    def __init__(self, states: Mapping[str, Tensor], place: str) -> None:
+        self._stored, self._place = states, place
+
+    def __getitem__(self, layer: str) -> Tensor:
+        states = self._stored[layer]
+        check_finite(states, f"{self._place}: {HIDDEN}{layer}")
+        return states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _kind(part: Any) -> TensorKind:
+    """Of a slice that safetensors has not read yet."""
+    return TensorKind(part.get_dtype(), tuple(part.get_shape()))
 
 
 def check_size(path: Path, record: ShardRecord) -> None:

@@ -72,12 +72,13 @@ class CacheDataModule(pl.LightningDataModule):
         seed: fixes the held-out samples and every epoch's order.
         num_workers: processes that read ahead; 0 reads in the training process.
         check: when the shards' sha256 are compared: at `open`, by one process of each node; `lazy`, by each process before it
-            first reads a shard; or `off`, for caches of terabytes that `draftsmith data verify` has looked at.
+            first reads a shard; or `off`, for caches of terabytes that `draftsmith data verify` has looked at. Behind a URL, `open` is
+            as `lazy`.
         window_shards: shards of a window, or more where a step has more tokens.
         batching: `packed`: samples end to end. `bucketed`: samples of similar length, each padded to the longest.
         pad_to: padded lengths are a multiple of it, with `bucketed`.
-        shard_cache: folder of this node for fetched shards; null: `draftsmith/shards` in XDG_CACHE_HOME, or else a folder under
-            the system's temp.
+        shard_cache: folder of this node for fetched shards; null: `draftsmith/shards` in XDG_CACHE_HOME or ~/.cache, which nobody else
+            may write in.
         shard_cache_gib: how much it may hold.
 
     Raises ValueError for a cache that is missing, unfinished or altered, and for settings that leave nothing to train
@@ -169,6 +170,12 @@ class CacheDataModule(pl.LightningDataModule):
         for subset in (self.train_set, self.val_set):
             if subset is not None:
                 subset.layers = layers
+
+    def check_target(self, fingerprint: str, vocab_size: int) -> None:
+        """Holds every open cache to a target and its vocabulary. Raises ValueError as `HiddenStateCache.check_target`."""
+        for subset in (self.train_set, self.val_set):
+            if subset is not None:
+                subset.cache.check_target(fingerprint, vocab_size=vocab_size)
 
     def open_cache(self) -> HiddenStateCache:
         """The training cache. Raises ValueError before setup()."""
@@ -319,7 +326,9 @@ class CacheDataModule(pl.LightningDataModule):
 
     def _open(self, path: Path | str) -> HiddenStateCache:
         first = self.trainer is None or self.trainer.local_rank == 0
-        check = "off" if self.check == "open" and (self._checked or not first) else self.check
+        # Fetched shards may be another process's: each hashes them itself.
+        done = isinstance(location(path), Path) and (self._checked or not first)
+        check = "off" if self.check == "open" and done else self.check
         return HiddenStateCache(path, check=check, shard_cache=self.shard_cache, shard_cache_gib=self.shard_cache_gib)
 
     def _division(self, cache: HiddenStateCache) -> np.ndarray:

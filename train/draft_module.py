@@ -217,7 +217,7 @@ class DraftModule(pl.LightningModule):
         self._ends = [ends]
         own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         cache = data.open_cache()
-        cache.check_target(ends.fingerprint)
+        data.check_target(ends.fingerprint, ends.vocab_size)
         cache.check_tokenizer(own_tokenizer)
         self.drafter = self._make(data, ends, own_tokenizer)
         self.objective.check(self.drafter)

@@ -139,7 +139,7 @@ class JudgeModule(pl.LightningModule):
         )
         own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         for cache in data.caches:
-            cache.check_target(ends.fingerprint)
+            cache.check_target(ends.fingerprint, vocab_size=ends.vocab_size)
             cache.check_tokenizer(own_tokenizer)
         data.read_states(_norm_of(ends) if self.feature == POST_NORM else None)
         hidden_size, draft_hidden_size = data.feature_sizes

@@ -140,6 +140,7 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         local_horizon=0,
         shard_mib=0.0,
         batch_tokens=0,
+        vocab_size=int(config.vocab_size),
     )
     return corpus, identity, int(config.vocab_size)
 

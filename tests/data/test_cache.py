@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 
 from draftsmith.data import cache as cache_module
@@ -47,7 +48,11 @@ def test_texts_of_a_lazily_checked_cache_are_read_without_hashing_states(folder:
 
 def test_an_altered_shard_is_refused_after_its_texts_were_read(folder: Path) -> None:
     path = folder / "shard-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with safetensors.safe_open(path, framework="pt") as file:
+        num_tokens = len(file.get_tensor("loss_mask"))  # which lies last, behind the states
+    content = bytearray(path.read_bytes())
+    content[-num_tokens - 1] ^= 1
+    path.write_bytes(content)
     lazy = HiddenStateCache(folder, check="lazy")
     assert len(list(lazy.texts(range(len(lazy))))) == len(lazy)
     with pytest.raises(ValueError, match=r"shard-00001.safetensors was altered"):

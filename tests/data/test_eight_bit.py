@@ -204,18 +204,18 @@ def test_show_and_the_checks_work_on_eight_bits(
 
 def test_a_shard_without_its_scales_is_refused(cache: Path, tmp_path: Path) -> None:
     opened = HiddenStateCache(cache)
-    reader = ShardReader(cache / "shard-00000.safetensors", opened.manifest.shards[0], LAYERS)
+    reader = ShardReader(cache / "shard-00000.safetensors", opened.manifest.shards[0], opened.manifest.identity)
     content = ShardContent(
         ids=reader.ids,
         offsets=torch.tensor(reader.offsets),
         input_ids=torch.zeros(reader.offsets[-1], dtype=torch.int32),
         loss_mask=torch.ones(reader.offsets[-1], dtype=torch.bool),
         hidden={layer: torch.zeros(reader.offsets[-1], 32).to(CODES) for layer in LAYERS},
-        greedy_ids=None,
+        greedy_ids=torch.zeros(reader.offsets[-1], 2),
     )
     record = write_shard(tmp_path / "shard.safetensors", content)
     with pytest.raises(ValueError, match=r"lacks the tensors \['scale.last.pre_norm', 'scale.layer.0.output'\]"):
-        ShardReader(tmp_path / "shard.safetensors", record, LAYERS)
+        ShardReader(tmp_path / "shard.safetensors", record, opened.manifest.identity)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -20,11 +20,13 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from draftsmith.data import remote
+from draftsmith.data import remote, shard_folder
+from draftsmith.data.ahead import Ahead
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.lengths import LENGTHS_FILE, write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
-from draftsmith.data.remote import Ahead, Retry, ShardFolder, location
+from draftsmith.data.remote import Retry, location
+from draftsmith.data.shard_folder import ShardFolder
 from draftsmith.data.shards import ShardContent, write_shard
 
 LAYER = "last.pre_norm"
@@ -38,7 +40,8 @@ def write_cache(folder: Path, lengths: list[list[int]] = LENGTHS, with_lengths: 
         "t", None, "f", "k", "c", (LAYER,), 4, "bfloat16", "float32", "s", None, "m", 99, 0, 1.0, 9
     )
     flat = [length for own in lengths for length in own]
-    manifest = Manifest(identity, len(flat), sum(flat), sum(flat), 0, 0)
+    labelled = sum((sum(own) + 1) // 2 for own in lengths)
+    manifest = Manifest(identity, len(flat), sum(flat), labelled, 0, 0)
     for number, own in enumerate(lengths):
         ids = torch.arange(sum(own), dtype=torch.int32) + 100 * number
         content = ShardContent(
@@ -374,7 +377,7 @@ def test_a_process_forked_in_the_middle_of_a_fetch_keeps_nothing_locked(tmp_path
         assert process.is_alive()
         assert [held.path for held in again] == [fetched_now.path]
         again[0].release()
-        assert remote._drop_if_free(fetched_now.path)
+        assert shard_folder._drop_if_free(fetched_now.path)
     finally:
         may_end.set()
         process.join(timeout=20)
@@ -397,9 +400,9 @@ def test_a_worker_forked_in_training_does_not_keep_what_was_fetched_ahead(
     try:
         assert has_read.wait(60)
         paths = [tmp_path / "node" / f"{cache.manifest.shards[number].sha256}.safetensors" for number in (0, 2, 3)]
-        assert not any(remote._drop_if_free(path) for path in paths)
+        assert not any(shard_folder._drop_if_free(path) for path in paths)
         cache.need([2], cache)
-        assert [remote._drop_if_free(path) for path in paths] == [True, False, True]
+        assert [shard_folder._drop_if_free(path) for path in paths] == [True, False, True]
         if Path("/proc").is_dir():  # a dropped file that a process has open still takes up the disk
             opened_there = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
             assert sum(str(tmp_path / "node") in name for name in opened_there) == 1
@@ -416,7 +419,7 @@ def test_a_reader_holds_only_what_it_reads_now(tmp_path: Path, upload: Callable[
     for batch, shards in (([0, 3], {0, 1}), ([4, 12, 0], {0, 2, 4}), ([8], {3})):
         cache.read_next(np.array(batch))
         assert [cache[index].input_ids.shape[0] for index in batch] == cache.lengths[batch].tolist()
-        held = {number for number, path in enumerate(paths) if path.exists() and not remote._drop_if_free(path)}
+        held = {number for number, path in enumerate(paths) if path.exists() and not shard_folder._drop_if_free(path)}
         assert held == shards
 
 
@@ -555,7 +558,7 @@ def test_what_another_process_is_fetching_keeps_nobody_from_the_rest() -> None:
         if number == 0 and len(got) < 5:
             return None
         got.append(number)
-        return remote.Held(Path("x"), os.open(os.devnull, os.O_RDONLY))
+        return shard_folder.Held(Path("x"), os.open(os.devnull, os.O_RDONLY))
 
     ahead = Ahead(hold_some, threads=1)
     ahead.want(range(6))
@@ -709,9 +712,9 @@ def test_a_forked_worker_holds_none_of_its_parents_files(tmp_path: Path, upload:
     process.start()
     try:
         assert has_read.wait(60)
-        assert not remote._drop_if_free(parents)
+        assert not shard_folder._drop_if_free(parents)
         cache.close()
-        assert remote._drop_if_free(parents)
+        assert shard_folder._drop_if_free(parents)
         assert len(fetched(tmp_path)) == 1
     finally:
         may_end.set()

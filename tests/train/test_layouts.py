@@ -178,7 +178,7 @@ def test_states_of_eight_bits_are_packed_as_each_sample_has_them(
     for sample in samples:
         pairs = {layer: quantise(states) for layer, states in sample.hidden.items()}
         codes, scales = ({layer: [pair[place]] for layer, pair in pairs.items()} for place in (0, 1))
-        narrow.append(replace(sample, hidden=EightBitStates(codes, scales)))
+        narrow.append(replace(sample, hidden=EightBitStates(codes, scales, [sample.id])))
     wide = [replace(sample, hidden=dict(sample.hidden)) for sample in narrow]
     for layers in (None, [PRE_NORM]):
         found, expected = pack(narrow, layers, pad_to), pack(wide, layers, pad_to)
