@@ -10,7 +10,6 @@ Shape legend: B rows, T prompt tokens, padding included, L new tokens.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,17 +36,34 @@ from transformers.utils import cached_file
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.checkpoint_files import read_fields
 from draftsmith.models.drafter import Drafter
+from draftsmith.models.drafter_reader import read_drafter
 from draftsmith.models.eagle import Eagle, Eagle3
 from draftsmith.models.end_probe import other_ends
+from draftsmith.models.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number
 from draftsmith.models.limits import DraftLimits
-from draftsmith.models.pretrained import read_model
 from draftsmith.models.redrafter import ReDrafter
 from draftsmith.models.target import Target
+from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "custom_generate/settings.json"
 FAMILIES: dict[str, type[Drafter]] = {one.config_class.model_type: one for one in (ReDrafter, Eagle, Eagle3)}
 LIMITS = ("beam_width", "draft_length", "node_budget")
+_SETTINGS_RULES: dict[str, Rule] = {
+    "limits": (
+        lambda value: (
+            isinstance(value, dict) and value.keys() == set(LIMITS) and all(map(COUNT_OR_NULL[0], value.values()))
+        ),
+        f"an object of {', '.join(LIMITS)}, each a whole number of at least 1 or null",
+    ),
+    "target_ends": (
+        lambda value: (
+            isinstance(value, dict) and all(LIST[0](one) and all(map(is_number, one)) for one in value.values())
+        ),
+        "an object of lists of numbers",
+    ),
+}
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 _REFUSED = (
@@ -217,12 +233,15 @@ def _load(folder: Path, target: Target) -> tuple[Drafter, dict[str, Any]]:
     Raises:
         ValueError: it is not whole, or another model's.
     """
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{folder} holds a {kind!r}, not one of {', '.join(FAMILIES)}; export the drafter again")
-    drafter: Any = read_model(FAMILIES[kind], folder, what="drafter")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    drafter.eval().attach(target.ends)
+    name = str(read_fields(folder).get("model_type"))
+    if name not in FAMILIES:
+        raise ValueError(f"{folder} holds a {name!r:.80}, not one of {', '.join(FAMILIES)}; export the drafter again")
+    drafter = read_drafter(folder, FAMILIES[name])
+    settings = parse_json_object((folder / SETTINGS).read_bytes(), str(folder / SETTINGS), "export the drafter again")
+    check_fields(
+        settings, _SETTINGS_RULES, str(folder / SETTINGS), "export the drafter again", required=_SETTINGS_RULES
+    )
+    drafter.attach(target.ends)
     different = other_ends(target.ends, settings["target_ends"])
     if different:
         raise ValueError(

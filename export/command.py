@@ -14,10 +14,10 @@ from typing import Any
 from draftsmith import provenance
 from draftsmith.export import custom_generate, layouts
 from draftsmith.export.card import Subject, write_card
-from draftsmith.export.folder import CONFIG, WEIGHTS
 from draftsmith.export.layouts import LayoutName
 from draftsmith.export.own import family_of
 from draftsmith.files import atomic_directory, exclusive, sha256_file
+from draftsmith.models.checkpoint_files import CONFIG, WEIGHTS
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import BOND, adapted, load_drafter
 from draftsmith.models.end_tokens import read_end_tokens

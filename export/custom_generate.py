@@ -24,7 +24,7 @@ from draftsmith.models.loading import resolve
 
 FOLDER, ENTRY, SETTINGS = "custom_generate", "generate", "settings.json"
 REQUIREMENTS = ("torch>=2.9", "transformers>=5.17")
-PACKAGES = ("numpy", "torch", "transformers")
+PACKAGES = ("numpy", "safetensors", "torch", "transformers")
 """What the copied modules may import beside the standard library: Transformers and what it cannot be without."""
 
 _SOURCE = "draftsmith.decode.hf_generate"
@@ -123,12 +123,18 @@ def _shipped(module: str) -> tuple[str, list[str]]:
         if source.split(".")[0] != "draftsmith":
             continue
         assert isinstance(node, ast.ImportFrom), f"{module}: only `from {source} import` can be shipped"
-        assert source.count(".") == 2, f"{module}: imports the package {source}; import from the module that owns it"
+        assert not _is_package(source), f"{module}: imports the package {source}; import from the module that owns it"
         imported.append(source)
         names = ", ".join(one.name if one.asname is None else f"{one.name} as {one.asname}" for one in node.names)
         edits.append(_Edit.of(node, f"{' ' * node.col_offset}from .{_flat(source)} import {names}\n"))
     head = f"# From draftsmith {__version__}, module {module}. SPDX-License-Identifier: Apache-2.0\n"
     return head + _without(text, edits), imported
+
+
+def _is_package(source: str) -> bool:
+    spec = find_spec(source)
+    assert spec is not None, source
+    return spec.submodule_search_locations is not None
 
 
 def _flat(module: str) -> str:

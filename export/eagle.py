@@ -18,13 +18,14 @@ from torch import Tensor
 
 from draftsmith.export.embedding import NAME as EMBEDDING
 from draftsmith.export.embedding import embedding_rows, is_plain, refuse_other_embedding
-from draftsmith.export.folder import as_text, read_fields, read_tensors, write_files
-from draftsmith.export.llama import layer_settings, layer_specs, llama_fields
-from draftsmith.export.readback import assemble, refuse_difference, tensors_of
-from draftsmith.export.tables import Table, TensorSpec
+from draftsmith.export.llama import layer_settings, llama_fields
+from draftsmith.export.readback import refuse_difference, tensors_of
+from draftsmith.models.checkpoint_files import as_text, read_fields, read_tensors, write_files
+from draftsmith.models.drafter_reader import assemble, module_table
 from draftsmith.models.eagle import Eagle
 from draftsmith.models.eagle_config import EagleConfig
 from draftsmith.models.ends import TargetEnds
+from draftsmith.models.tables import Table, TensorSpec
 
 WHAT = "EAGLE-1"
 # SGLang's name first, vLLM's second: each passes over the other's.
@@ -32,27 +33,16 @@ ARCHITECTURES = ("LlamaForCausalLMEagle", "EagleLlamaForCausalLM")
 _FREQUENCIES = "layers.0.self_attn.rotary_emb.inv_freq"  # left by old Transformers; follows from the config
 
 
-def own_table(config: EagleConfig) -> Table:
-    """Every tensor of our own layout."""
-    D = config.hidden_size
-    specs = {"fc.weight": TensorSpec((D, 2 * D)), **layer_specs(config, "layers.0", wide=False)}
-    if config.bias:
-        specs["fc.bias"] = TensorSpec((D,))
-    if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:
-        specs["d2t"] = TensorSpec((config.draft_vocab_size,), "int64")
-    return Table(WHAT, config.vocab_size, specs)
-
-
-def engine_table(config: EagleConfig) -> Table:
-    """Every tensor that vLLM, SGLang and the official code know."""
+def engine_table(config: EagleConfig, where: str = "the config") -> Table:
+    """Every tensor that vLLM, SGLang and the official code know: our module's without a draft vocabulary, and a few more."""
     D = config.hidden_size
     specs = {
-        "fc.weight": TensorSpec((D, 2 * D)),
+        **module_table(Eagle, config, where).specs,
         "fc.bias": TensorSpec((D,), optional=True),
-        **layer_specs(config, "layers.0", wide=False),
         EMBEDDING: TensorSpec((config.vocab_size, D), optional=True),
         _FREQUENCIES: TensorSpec((config.head_dim // 2,), optional=True),
     }
+    specs.pop("d2t", None)
     return Table(WHAT, config.vocab_size, specs)
 
 
@@ -110,7 +100,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     if bias is None and fields.get("bias") is True:
         raise ValueError(f"{where}: the config says bias true, but fc.bias is missing; get a whole checkpoint")
     config = EagleConfig(**layer_settings(fields, where), num_draft_steps=1)
-    engine_table(config).check(kept, where)
+    engine_table(config, where).check(kept, where)
     config.bias = bias is not None and bool(bias.any())
     if not config.bias:
         kept.pop("fc.bias", None)

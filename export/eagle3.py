@@ -16,14 +16,15 @@ from torch import Tensor
 
 from draftsmith.export.embedding import NAME as EMBEDDING
 from draftsmith.export.embedding import embedding_rows, is_plain, refuse_other_embedding
-from draftsmith.export.folder import as_text, read_fields, read_tensors, write_files
 from draftsmith.export.layer_ids import block_counts, id_fields, layer_names, read_counts
-from draftsmith.export.llama import layer_settings, layer_specs, llama_fields
-from draftsmith.export.readback import assemble, refuse_difference, tensors_of
-from draftsmith.export.tables import Table, TensorSpec, membership, target_ids
+from draftsmith.export.llama import layer_settings, llama_fields
+from draftsmith.export.readback import refuse_difference, tensors_of
+from draftsmith.models.checkpoint_files import as_text, read_fields, read_tensors, write_files
+from draftsmith.models.drafter_reader import assemble, module_table
 from draftsmith.models.eagle import Eagle3
 from draftsmith.models.eagle_config import Eagle3Config
 from draftsmith.models.ends import TargetEnds
+from draftsmith.models.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target import PRE_NORM
 
 WHAT = "EAGLE-3"
@@ -31,26 +32,11 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER, OTHER_LAYER = "midlayer", "layers.0"
 
 
-def own_table(config: Eagle3Config, layer: str = LAYER) -> Table:
-    """Every tensor of our own layout, and of TensorRT-LLM's."""
-    D = config.hidden_size
-    truncated = config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size
-    size = int(config.draft_vocab_size or 0) if truncated else config.vocab_size
-    specs = {
-        "fc.weight": TensorSpec((D, len(config.layers) * D)),
-        **layer_specs(config, layer, wide=True),
-        "norm.weight": TensorSpec((D,)),
-        "lm_head.weight": TensorSpec((size, D)),
-    }
-    if truncated:
-        specs["d2t"] = TensorSpec((size,), "int64")
-    return Table(WHAT, config.vocab_size, specs)
-
-
-def engine_table(config: Eagle3Config, layer: str = LAYER) -> Table:
-    """Every tensor that engines and the official code know."""
-    own = own_table(config, layer)
-    specs = {**own.specs, EMBEDDING: TensorSpec((config.vocab_size, config.hidden_size), optional=True)}
+def engine_table(config: Eagle3Config, layer: str = LAYER, where: str = "the config") -> Table:
+    """Every tensor that engines and the official code know: our module's, its layer under either name, and a few more."""
+    own = module_table(Eagle3, config, where).specs
+    specs = {name.replace(f"{LAYER}.", f"{layer}.", 1): spec for name, spec in own.items()}
+    specs[EMBEDDING] = TensorSpec((config.vocab_size, config.hidden_size), optional=True)
     if "d2t" in specs:
         specs["t2d"] = TensorSpec((config.vocab_size,), "bool", optional=True)
     return Table(WHAT, config.vocab_size, specs)
@@ -118,7 +104,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         num_draft_steps=7,
     )
     layer = OTHER_LAYER if any(name.startswith(f"{OTHER_LAYER}.") for name in tensors) else LAYER
-    engine_table(config, layer).check(tensors, where)
+    engine_table(config, layer, where).check(tensors, where)
     kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
     kept.pop("t2d", None)
     embedding = kept.pop(EMBEDDING, None)

@@ -12,9 +12,9 @@ import torch
 
 from draftsmith import provenance
 from draftsmith.export import judge_autojudge
-from draftsmith.export.folder import CONFIG, WEIGHTS
 from draftsmith.export.judge_card import JudgeLayout, write_judge_card
 from draftsmith.files import atomic_directory, exclusive, sha256_file
+from draftsmith.models.checkpoint_files import CONFIG, WEIGHTS
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import Judge, load_judge

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftsmith import provenance
 from draftsmith.export import custom_generate, eagle, eagle3, own, redrafter, speculators
-from draftsmith.export.folder import read_fields, read_tensors
+from draftsmith.models.checkpoint_files import read_fields, read_tensors
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.redrafter import ReDrafterConfig

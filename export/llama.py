@@ -1,9 +1,7 @@
-"""What every layout of an EAGLE drafter shares: the tensors of its one Llama layer, and the fields by which Llama's config tells its sizes.
+"""What every layout of an EAGLE drafter shares: the fields by which Llama's config tells the sizes of its one layer.
 
 Owns the way between :class:`EagleConfig` and those fields, rotary settings in the legacy form (``rope_theta``, ``rope_scaling``), since
-Transformers 4 reads no other. Knows no layout's other tensors and no folder.
-
-Shape legend: D hidden, I intermediate, A heads x head size, K key/value heads x head size.
+Transformers 4 reads no other. Knows no tensors and no folder.
 """
 
 from __future__ import annotations
@@ -14,11 +12,23 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from draftsmith.export.tables import TensorSpec
 from draftsmith.models.eagle_config import EagleConfig
 from draftsmith.models.ends import TargetEnds
+from draftsmith.models.field_rules import COUNT, LIST, OBJECT, POSITIVE, Rule, check_fields
 
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
+_RULES: dict[str, Rule] = {
+    **{
+        name: EagleConfig.rules[name]
+        for name in (*SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
+    },
+    "draft_vocab_size": COUNT,
+    "rope_theta": POSITIVE,
+    "rope_parameters": OBJECT,
+    "rope_scaling": OBJECT,
+    "eagle_config": OBJECT,
+    "layer_types": LIST,
+}
 # What our layer is. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
@@ -33,26 +43,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "logit_scale": (1.0,),
 }
-
-
-def layer_specs(config: EagleConfig, prefix: str, wide: bool) -> dict[str, TensorSpec]:
-    """The layer's tensors under a prefix such as ``layers.0``; ``wide`` is EAGLE-3's, whose attention reads 2 D."""
-    D, inner = config.hidden_size, config.intermediate_size
-    A, K = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    width = 2 * D if wide else D
-    specs = {
-        "self_attn.q_proj": (A, width),
-        "self_attn.k_proj": (K, width),
-        "self_attn.v_proj": (K, width),
-        "self_attn.o_proj": (D, A),
-        "mlp.gate_proj": (inner, D),
-        "mlp.up_proj": (inner, D),
-        "mlp.down_proj": (D, inner),
-        "post_attention_layernorm": (D,),
-    }
-    if wide:
-        specs |= {"hidden_norm": (D,), "input_layernorm": (D,)}
-    return {f"{prefix}.{name}.weight": TensorSpec(shape) for name, shape in specs.items()}
 
 
 def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
@@ -96,11 +86,13 @@ def layer_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keyword arguments of :class:`EagleConfig` that such fields stand for.
 
     Raises:
-        ValueError: a size is missing, or a setting asks for a computation that our layer does not do.
+        ValueError: a size is missing, a field breaks its rule, or a setting asks for a computation that our layer does not do.
     """
     missing = [name for name in SIZES if fields.get(name) is None]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; without them no tensor can be checked, add them by hand")
+    given = {name: value for name, value in fields.items() if value is not None}
+    check_fields(given, _RULES, where, "correct it by hand")
     refuse_other_layers(fields, where)
     heads = int(fields["num_attention_heads"])
     return {
@@ -143,5 +135,7 @@ def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = rope.pop("rope_type", None) or kind or "default"
     if kind not in ("default", *ROPE_INIT_FUNCTIONS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where} has rotary settings that are not known here ({rope | {'rope_type': kind}})")
-    theta = float(rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0)
-    return {**rope, "rope_type": kind, "rope_theta": theta}
+    theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0
+    settings = {**rope, "rope_type": kind, "rope_theta": theta}
+    check_fields({"rope": settings}, {"rope": EagleConfig.rules["rope"]}, where, "correct it by hand")
+    return settings | {"rope_theta": float(theta)}

@@ -1,11 +1,12 @@
 """Our own layout, for every family: the module's tensors under its own names, and its config with the bond to one target.
 
-Owns that layout, both ways. What it holds a family to is the family's table. Knows nothing of cards and commands.
+Owns how that layout is written. It is read by the one reader of drafters (`models/drafter_reader.py`). Knows nothing of cards and
+commands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from draftsmith.export import eagle, eagle3, redrafter
-from draftsmith.export.folder import read_fields, read_tensors, write_files
-from draftsmith.export.readback import assemble, refuse_difference, tensors_of
-from draftsmith.export.tables import Table
-from draftsmith.models.drafter import Drafter, DrafterConfig
+from draftsmith.export.readback import refuse_difference, tensors_of
+from draftsmith.models.checkpoint_files import read_fields, read_tensors, write_files
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.drafter_reader import build_drafter, module_table
 from draftsmith.models.eagle import Eagle, Eagle3
-from draftsmith.models.eagle_config import Eagle3Config, EagleConfig
 from draftsmith.models.ends import TargetEnds
-from draftsmith.models.redrafter import ReDrafter, ReDrafterConfig
+from draftsmith.models.redrafter import ReDrafter
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Family:
 
     name: str
     drafter: type[Drafter]
-    config: type[DrafterConfig]
-    table: Callable[[Any], Table]
 
 
 FAMILIES = (
-    Family(redrafter.WHAT, ReDrafter, ReDrafterConfig, redrafter.own_table),
-    Family(eagle.WHAT, Eagle, EagleConfig, eagle.own_table),
-    Family(eagle3.WHAT, Eagle3, Eagle3Config, eagle3.own_table),
+    Family(redrafter.WHAT, ReDrafter),
+    Family(eagle.WHAT, Eagle),
+    Family(eagle3.WHAT, Eagle3),
 )
 
 
@@ -54,7 +52,7 @@ def family_of(drafter: Drafter) -> Family:
 
 def is_ours(fields: Mapping[str, Any]) -> bool:
     """Whether a config is in this layout: it tells the target it is bound to."""
-    kinds = [family.config.model_type for family in FAMILIES]
+    kinds = [family.drafter.config_class.model_type for family in FAMILIES]
     return fields.get("model_type") in kinds and "target_fingerprint" in fields
 
 
@@ -65,10 +63,10 @@ def write(drafter: Drafter, folder: Path, ends: TargetEnds | None = None) -> tup
         what a user must know of the result: nothing.
 
     Raises:
-        ValueError: the drafter does not fit its own table (NaN after a diverged training, for one).
+        ValueError: the drafter is not whole (NaN after a diverged training, for one).
     """
     tensors = tensors_of(drafter)
-    family_of(drafter).table(drafter.config).check(tensors, "the drafter in memory")
+    module_table(family_of(drafter).drafter, drafter.config).check(tensors, "the drafter in memory")
     drafter.config.architectures = [type(drafter).__name__]
     drafter.config.dtype = str(drafter.dtype).removeprefix("torch.")
     write_files(folder, drafter.config.to_json_string(), tensors)
@@ -80,9 +78,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     """A drafter from this layout, dtype as stored, attached to no target yet.
 
     Raises:
-        ValueError: the tensors are not the table's.
+        ValueError: the config breaks a rule, or the tensors are not the family's.
     """
-    [family] = [one for one in FAMILIES if one.config.model_type == fields["model_type"]]
-    config = family.config.from_dict(dict(fields))
-    family.table(config).check(tensors, where)
-    return assemble(family.drafter, config, tensors)
+    [family] = [one for one in FAMILIES if one.drafter.config_class.model_type == fields["model_type"]]
+    return build_drafter(family.drafter, fields, tensors, where)

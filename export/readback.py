@@ -1,39 +1,24 @@
 """What was read back against what was written: tensors byte for byte, and the logits of the two.
 
-Owns how a drafter is put together from tensors and how two are compared without their target. Knows no layout.
+Owns how two drafters are compared without their target. Knows no layout.
 
 Shape legend: T packed tokens, K draft steps, A anchors, D hidden, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from draftsmith.models.drafter import Drafter, DrafterConfig
+from draftsmith.models.drafter_reader import assemble
 from draftsmith.models.rollout import PackedBatch, data_rollout
 from draftsmith.models.target import TargetEnds
 
-_Family = TypeVar("_Family", bound=Drafter)
 _NUM_STEPS = 4
-
-
-def assemble(family: type[_Family], config: DrafterConfig, tensors: Mapping[str, Tensor]) -> _Family:
-    """A drafter of given tensors, in evaluation mode, attached to nothing. Of several dtypes it takes the one that holds all.
-
-    Parameters are changed one by one: to move the whole module to another dtype would round its rotary angles too.
-    """
-    drafter = family(config)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
-    for parameter in drafter.parameters():
-        parameter.data = parameter.data.to(dtype)
-    drafter.load_state_dict(dict(tensors), strict=True)
-    return cast(_Family, drafter.eval())
 
 
 def tensors_of(drafter: Drafter) -> dict[str, Tensor]:

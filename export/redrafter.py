@@ -1,9 +1,7 @@
-"""ReDrafter on disk: the table of its tensors, and Apple's layout both ways.
+"""ReDrafter on disk: Apple's layout both ways.
 
 Ours and Apple's (github.com/apple/ml-recurrent-drafter) have the same tensor names. Ours adds to the config the bond to one target and
 may add a draft vocabulary (tensor ``d2t``); Apple's has neither. Knows nothing of cards and commands.
-
-Shape legend: D hidden, E exit dimension, V vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -14,36 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.export.folder import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.export.readback import assemble, refuse_difference, tensors_of
-from draftsmith.export.tables import Table, TensorSpec
+from draftsmith.export.readback import refuse_difference, tensors_of
+from draftsmith.models.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
+from draftsmith.models.drafter_reader import assemble, module_table
 from draftsmith.models.ends import TargetEnds
+from draftsmith.models.field_rules import check_fields
 from draftsmith.models.redrafter import ReDrafter, ReDrafterConfig
 
 WHAT = "ReDrafter"
 APPLE_KEYS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "num_lookback_tokens", "rnn")
-
-
-def own_table(config: ReDrafterConfig) -> Table:
-    """Every tensor of a ReDrafter checkpoint, ours or Apple's."""
-    D, E, N = config.hidden_size, config.exit_dim, config.num_draft_layers
-    truncated = config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size
-    head_size = int(config.draft_vocab_size or 0) if truncated else config.vocab_size
-    specs = {f"lm_head.{N}.weight": TensorSpec((head_size, E))}
-    for block in range(N):
-        specs[f"lm_head.{block}.linear.weight"] = TensorSpec((E, E))
-        specs[f"lm_head.{block}.linear.bias"] = TensorSpec((E,))
-    if E != 2 * D:
-        specs |= {"input_proj.weight": TensorSpec((E, 2 * D)), "input_proj.bias": TensorSpec((E,))}
-    if config.rnn:
-        specs |= {
-            "rnn_u.weight": TensorSpec((D, D)),
-            "rnn_u.bias": TensorSpec((D,)),
-            "rnn_w.weight": TensorSpec((D, D)),
-        }
-    if truncated:
-        specs["d2t"] = TensorSpec((head_size,), "int64")
-    return Table(WHAT, config.vocab_size, specs)
 
 
 def write_apple(drafter: ReDrafter, folder: Path, ends: TargetEnds | None = None) -> tuple[str, ...]:
@@ -65,7 +42,7 @@ def write_apple(drafter: ReDrafter, folder: Path, ends: TargetEnds | None = None
     fields = {key: getattr(config, key) for key in APPLE_KEYS if key != "num_lookback_tokens"}
     fields |= {"model_type": config.model_type, "num_lookback_tokens": 1}
     tensors = tensors_of(drafter)
-    own_table(config).check(tensors, "the drafter in memory")
+    module_table(ReDrafter, config).check(tensors, "the drafter in memory")
     write_files(folder, as_text(fields), tensors)
     refuse_difference(drafter, read_apple(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
     return ()
@@ -77,11 +54,17 @@ def read_apple(
     """A drafter from Apple's layout; it knows no target yet beyond its sizes. `num_lookback_tokens` says nothing of the head itself.
 
     Raises:
-        ValueError: keys of the config are missing, or the tensors are not the table's.
+        ValueError: keys of the config are missing or break their rules, or the tensors are not those of a ReDrafter.
     """
     missing = [key for key in APPLE_KEYS if key not in fields and key != "num_lookback_tokens"]
     if missing:
         raise ValueError(f"{where}: {CONFIG} lacks {', '.join(missing)}, which Apple's layout has; add them by hand")
+    check_fields(
+        fields,
+        {key: ReDrafterConfig.rules[key] for key in APPLE_KEYS if key != "num_lookback_tokens"},
+        where,
+        "correct it",
+    )
     config = ReDrafterConfig(
         exit_dim=int(fields["exit_dim"]),
         num_draft_layers=int(fields["num_draft_layers"]),
@@ -89,5 +72,5 @@ def read_apple(
         hidden_size=int(fields["hidden_size"]),
         vocab_size=int(fields["vocab_size"]),
     )
-    own_table(config).check(tensors, where)
+    module_table(ReDrafter, config, where).check(tensors, where)
     return assemble(ReDrafter, config, tensors)

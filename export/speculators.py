@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 from draftsmith.export import eagle3
 from draftsmith.export.embedding import NAME as EMBEDDING
 from draftsmith.export.embedding import embedding_rows
-from draftsmith.export.folder import as_text, read_fields, read_tensors, write_files
 from draftsmith.export.layer_ids import KEY, block_counts
 from draftsmith.export.llama import SIZES, llama_fields
 from draftsmith.export.readback import refuse_difference, tensors_of
+from draftsmith.models.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.eagle import Eagle3
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.loading import resolve

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draftsmith.models.fingerprint import checkpoint_fingerprint
+from draftsmith.models.finite import is_finite
 from draftsmith.models.loading import resolve
 from draftsmith.models.pretrained import name_faults
+from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every tensor's name
@@ -67,11 +69,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's folder.
 
     Raises:
-        ValueError: there are none, they are pickled, the file is broken, or a number is NaN or infinite.
+        ValueError: there are none, they are pickled, the file is broken, or a tensor is not of floats or holds NaN or infinity.
     """
     _tensor_names(folder)
     tensors = load_file(folder / WEIGHTS)
-    bad = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+    whole = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())
+    if whole:
+        raise ValueError(
+            f"{folder / WEIGHTS} holds tensors that are not of floats ({name_faults({'in': whole})}); save the adapter again"
+        )
+    bad = sorted(name for name, tensor in tensors.items() if not is_finite(tensor))
     if bad:
         raise ValueError(
             f"{folder / WEIGHTS} holds NaN or infinity ({name_faults({'in': bad})}); its training went wrong: train the adapter again"
@@ -85,15 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, or holds anything else.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; give a whole adapter folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; save the adapter again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object but {type(fields).__name__}; save the adapter again")
-    return fields
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give a whole adapter folder")
+    return parse_json_object(path.read_bytes(), str(path), "save the adapter again")
 
 
 def _tensor_names(folder: Path) -> list[str]:

@@ -23,9 +23,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from draftsmith.models.adapter_files import CONFIG, PREFIX, WEIGHTS, read_json, read_weights
-from draftsmith.models.drafter import Drafter
+from draftsmith.models.drafter import Drafter, DrafterConfig
 from draftsmith.models.drafter_folder import BOND
+from draftsmith.models.field_rules import COUNT, NAMES, POSITIVE, TEXT, Rule, check_fields, is_number
 from draftsmith.models.pretrained import name_faults
+
+_REMEDY = "train the adapter again"
+_BOND_RULES: dict[str, Rule] = {
+    **{name: DrafterConfig.rules[name] for name in ("target_name", "target_fingerprint", "tokenizer_fingerprint")},
+    **{name: DrafterConfig.rules[name] for name in ("num_draft_steps", "score_scale")},
+    "drafter": TEXT,
+    "drafter_fingerprint": TEXT,
+}
+_LORA_RULES: dict[str, Rule] = {
+    "r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1"),
+    "target_modules": (lambda value: NAMES[0](value) and bool(value), "a list of names of layers, each once"),
+}
 
 
 @dataclass(frozen=True)
@@ -219,10 +234,10 @@ def read_bond(folder: Path) -> AdapterBond:
             f"{folder} holds no adapter of a drafter ({BOND} is missing); give what training with `lora` wrote"
         )
     fields = read_json(folder / BOND)
-    try:
-        return AdapterBond(**fields)
-    except TypeError as error:
-        raise ValueError(f"{folder / BOND} is not a bond of this version: {error}; train the adapter again") from error
+    check_fields(fields, _BOND_RULES, str(folder / BOND), _REMEDY, required=_BOND_RULES)
+    if unknown := sorted(fields.keys() - _BOND_RULES.keys()):
+        raise ValueError(f"{folder / BOND} is not a bond of this version: it has {', '.join(unknown)[:200]}; {_REMEDY}")
+    return AdapterBond(**fields)
 
 
 def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) -> AdapterBond:
@@ -325,13 +340,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ValueError: fields are missing, or it is of another kind.
     """
     fields = read_json(folder / CONFIG)
-    needed = ("r", "lora_alpha", "lora_dropout", "target_modules")
-    missing = [name for name in needed if name not in fields]
+    missing = [name for name in _LORA_RULES if name not in fields]
     if fields.get("peft_type") != "LORA" or missing:
         raise ValueError(
             f"{folder / CONFIG} is of the kind {fields.get('peft_type')!r} and lacks {', '.join(missing) or 'nothing'}; a drafter's "
             "adapter is a plain LORA"
         )
+    check_fields(fields, _LORA_RULES, str(folder / CONFIG), _REMEDY)
     extra = (
         "use_dora",
         "use_rslora",

@@ -9,7 +9,6 @@ Shape legend: B batch rows, E fresh tokens, M drafted nodes of a layer, T prompt
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from draftsmith.models.adapter_files import read_json
 from draftsmith.models.cache import KeptRows, SlotCache
 from draftsmith.models.draft_slots import DraftSlots
 from draftsmith.models.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
 from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.finite import is_finite
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer, resolve
 from draftsmith.models.mask import slot_positions
@@ -220,18 +221,30 @@ def load_draft_lm(
         path, adapter = _base_of(folder), str(folder)
     check_architecture(resolve(path), trust_remote_code)
     lm = Target.load(path, dtype, device, adapter=adapter, trust_remote_code=trust_remote_code)
+    _refuse_non_finite(lm)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     return LMDrafter(lm, tokenizer_fingerprint(tokenizer)).eval()
 
 
 def _base_of(adapter: Path) -> str:
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ValueError(
             f"{adapter / 'adapter_config.json'} names no base model (base_model_name_or_path); give the base model's directory and the "
             "adapter beside it"
         )
-    return str(base)
+    return base
+
+
+def _refuse_non_finite(lm: Target) -> None:
+    """A draft LM with a NaN in it decodes exactly all the same, at one token a step: nobody would see it.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    for name, weight in lm.model.named_parameters():
+        if weight.is_floating_point() and not is_finite(weight.detach()):
+            raise ValueError(f"the draft LM {lm.name!r} holds NaN or infinity in {name}; give a whole checkpoint")
 
 
 def check_architecture(folder: Path, trust_remote_code: bool = False) -> None:

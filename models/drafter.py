@@ -9,15 +9,20 @@ vocabulary, N tree nodes.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.cache import KeptRows
+from draftsmith.models.drafter_reader import read_drafter
+from draftsmith.models.field_rules import COUNT, COUNT_OR_NULL, POSITIVE, TEXT, Rule
 from draftsmith.models.kept_logits import KeptLogits
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.rollout import PackedBatch, Rollout
@@ -108,6 +113,17 @@ class DrafterConfig(PreTrainedConfig):
     """
 
     model_type = "draftsmith_drafter"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "hidden_size": COUNT,
+        "vocab_size": COUNT,
+        "draft_vocab_size": COUNT_OR_NULL,
+        "num_draft_steps": COUNT,
+        "score_scale": POSITIVE,
+        "target_name": TEXT,
+        "target_fingerprint": TEXT,
+        "tokenizer_fingerprint": TEXT,
+    }
+    """What each field must be in a file; a field that is not here is not read."""
 
     def __init__(
         self,
@@ -130,6 +146,14 @@ class DrafterConfig(PreTrainedConfig):
         self.target_fingerprint = target_fingerprint
         self.tokenizer_fingerprint = tokenizer_fingerprint
         super().__init__(**kwargs)
+
+    def fault(self) -> str:
+        """What of the fields does not go together, in words; empty where all does."""
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            return (
+                f"draft_vocab_size {self.draft_vocab_size}, which is above the target's vocabulary of {self.vocab_size}"
+            )
+        return ""
 
 
 class Drafter(PreTrainedModel):
@@ -155,6 +179,18 @@ class Drafter(PreTrainedModel):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         else:
             self.d2t: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Transformers has it; a local folder is held to what :func:`~draftsmith.models.drafter_reader.read_drafter` asks first.
+
+        Raises:
+            ValueError: the folder holds no whole drafter of this family.
+        """
+        given = pretrained_model_name_or_path
+        if isinstance(given, str | os.PathLike) and Path(given).is_dir():
+            read_drafter(Path(given), cls)
+        return super().from_pretrained(given, *args, **kwargs)
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """A drafter from the folder it was saved in, whole or not at all.
 
-Owns what a drafter may be called, what is refused of its folder, and that any other causal LM is a draft LM. Knows no trained family:
+Owns what a drafter may be called, which reader its folder needs, and that any other causal LM is a draft LM. Knows no trained family:
 importing `draftsmith.models` makes them known to `AutoModel`.
 """
 
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
+from draftsmith.models.checkpoint_files import CONFIG, read_fields
 from draftsmith.models.draft_lm import load_draft_lm
 from draftsmith.models.drafter import Drafter, DrafterConfig
+from draftsmith.models.drafter_reader import read_drafter
 from draftsmith.models.fingerprint import module_fingerprint
 from draftsmith.models.loading import resolve
-from draftsmith.models.pretrained import read_config, read_model
 
 BOND = "bond.json"  # stands in the folder of a drafter's adapter, and in no other
 
@@ -45,20 +46,27 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
         trust_remote_code: whether Python files that come with a draft LM may run; trained families have none.
 
     Raises:
-        ValueError: no such folder, no drafter, or a checkpoint that lacks tensors, has others or has them in other shapes: what it
-            lacks would be random numbers.
+        ValueError: no such folder, no drafter, or one that is not whole (see :func:`~draftsmith.models.drafter_reader.read_drafter`).
     """
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
         return _with_adapter(path, dtype, trust_remote_code)
-    trained = (path / "config.json").is_file() and isinstance(read_config(path, trust_remote_code), DrafterConfig)
-    if not trained:
+    kind = _family_in(path)
+    if kind is None:
         return load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
-    if not (path / "model.safetensors").is_file():
-        raise ValueError(f"{path} holds no model.safetensors; export the drafter again")
-    drafter = read_model(AutoModel, path, what="drafter")
-    assert isinstance(drafter, Drafter)
-    return drafter.eval()
+    return read_drafter(path, kind)
+
+
+def _family_in(folder: Path) -> type[Drafter] | None:
+    """The family of the drafter in a folder; None where its config is not that of a trained drafter."""
+    if not (folder / CONFIG).is_file():
+        return None
+    name = read_fields(folder).get("model_type")
+    if not isinstance(name, str) or name not in CONFIG_MAPPING or not issubclass(CONFIG_MAPPING[name], DrafterConfig):
+        return None
+    family = MODEL_MAPPING[CONFIG_MAPPING[name]]
+    assert isinstance(family, type)
+    return family
 
 
 def adapted(drafter: Drafter, adapter: Path) -> Drafter:

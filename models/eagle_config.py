@@ -5,15 +5,30 @@ Owns sizes, rotary settings and layer names: how a Llama layer is cut to a targe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
 from draftsmith.models.drafter import DrafterConfig
+from draftsmith.models.field_rules import COUNT, FLAG, NAMES, NOT_NEGATIVE, Rule, is_number, is_whole
 from draftsmith.models.target import PRE_NORM, TargetEnds
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def _is_rope(value: Any) -> bool:
+    """Whether these are rotary settings: a known type, a base above 0, and further numbers, lists of numbers and flags."""
+    if not isinstance(value, dict) or value.get("rope_type", "default") not in _ROPE_TYPES:
+        return False
+    theta = value.get("rope_theta", 1.0)
+    rest = [one for name, one in value.items() if name not in ("rope_type", "rope_theta")]
+    numbers = [part for one in rest for part in (one if isinstance(one, list) else [one])]
+    return (
+        is_number(theta)
+        and theta > 0
+        and all(part is None or isinstance(part, bool) or is_number(part) for part in numbers)
+    )
 
 
 class EagleConfig(DrafterConfig):
@@ -26,6 +41,17 @@ class EagleConfig(DrafterConfig):
     """
 
     model_type = "draftsmith_eagle"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **DrafterConfig.rules,
+        "intermediate_size": COUNT,
+        "num_attention_heads": COUNT,
+        "num_key_value_heads": COUNT,
+        "head_dim": (lambda value: is_whole(value, 2) and value % 2 == 0, "an even number of at least 2"),
+        "rms_norm_eps": NOT_NEGATIVE,
+        "max_position_embeddings": COUNT,
+        "rope": (_is_rope, f"an object of rotary settings: rope_type {', '.join(_ROPE_TYPES)}, and numbers"),
+        "bias": FLAG,
+    }
 
     def __init__(
         self,
@@ -48,6 +74,12 @@ class EagleConfig(DrafterConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rope = {"rope_type": "default", "rope_theta": 10000.0} if rope is None else rope
         self.bias = bias
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            return f"num_attention_heads {self.num_attention_heads}, which num_key_value_heads {self.num_key_value_heads} does not divide"
+        return super().fault()
 
     def llama(self) -> LlamaConfig:
         """The layer as a one-layer Llama's config."""
@@ -73,10 +105,15 @@ class Eagle3Config(EagleConfig):
     """
 
     model_type = "draftsmith_eagle3"
+    rules: ClassVar[Mapping[str, Rule]] = {**EagleConfig.rules, "layers": NAMES}
 
     def __init__(self, layers: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.layers = list(layers)
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        return super().fault() if self.layers else "layers [], but it reads at least one of the target's"
 
 
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:

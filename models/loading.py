@@ -30,10 +30,14 @@ def resolve(path: str, revision: str | None = None) -> Path:
     if path.startswith("embedded:"):
         from importlib.resources import files
 
-        folder = Path(str(files("draftsmith.embedded").joinpath(path.removeprefix("embedded:"))))
-        if not (folder / "config.json").exists():
+        name = path.removeprefix("embedded:")
+        # A plain name: "embedded:../.." would be another place on this disk.
+        folder = Path(str(files("draftsmith.embedded"))) / name
+        if not name.isidentifier() or not (folder / "config.json").exists():
             raise ValueError(f"there is no embedded model {path!r}; use embedded:target or embedded:draft_lm")
         return folder
+    if "\0" in path:  # a name from somebody's file, which no system call takes
+        raise ValueError(f"model path {path!r:.80} has a NUL in it; give a Hugging Face model directory or a hub id")
     local = Path(path)
     if local.is_dir():
         if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):

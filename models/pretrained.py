@@ -20,10 +20,7 @@ from transformers import (
 )
 
 _SHOWN = 3  # names of tensors that an error lists
-_REMEDIES = {
-    "drafter": "export it again",
-    "model": "its weights and its config.json belong to different models: give the complete checkpoint of one",
-}
+_REMEDY = "its weights and its config.json belong to different models: give the complete checkpoint of one"
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -51,23 +48,20 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
 
 
-def read_model(
-    kind: type[Any], folder: Path, trust_remote_code: bool = False, what: str = "model", **arguments: Any
-) -> Any:
+def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, **arguments: Any) -> Any:
     """A whole model from the safetensors in a folder.
 
     Args:
         kind: a model's class, or one of Transformers' Auto classes.
         folder: where config and weights are.
         trust_remote_code: whether Python files of the folder may run.
-        what: what messages call it.
         arguments: more for ``from_pretrained``, such as ``dtype`` and ``config``.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; or the model needs code of the folder, and that is not allowed.
     """
     model, report = _load(kind, folder, trust_remote_code, **arguments)
-    refuse_faults(folder, report, what)
+    refuse_faults(folder, report)
     return model
 
 
@@ -94,13 +88,12 @@ def read_adapter(kind: type[Any], model: Any, folder: Path) -> Any:
     return kind.from_pretrained(model, str(folder))
 
 
-def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]], what: str = "model") -> None:
+def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]]) -> None:
     """Judge what the loader reports.
 
     Args:
         folder: for the message.
         report: the loader's ``output_loading_info``; Transformers has taken out what a family may lack or have beside.
-        what: what the message calls the folder's content.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape.
@@ -111,9 +104,7 @@ def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]], what: str =
         "mismatched shapes": sorted(str(mismatch[0]) for mismatch in report["mismatched_keys"]),
     }
     if any(faults.values()):
-        raise ValueError(
-            f"{folder} is not a whole {what} ({name_faults(faults)}); {_REMEDIES.get(what, _REMEDIES['model'])}"
-        )
+        raise ValueError(f"{folder} is not a whole model ({name_faults(faults)}); {_REMEDY}")
 
 
 def name_faults(faults: Mapping[str, Iterable[str]]) -> str:

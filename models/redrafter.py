@@ -9,8 +9,9 @@ Shape legend: B batch rows, M beams, L drafted depth, A anchors, K draft steps, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModel
 
 from draftsmith.models.cache import KeptRows
 from draftsmith.models.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.field_rules import COUNT_OR_NULL, COUNT_OR_ZERO, FLAG, Rule
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.rollout import PackedBatch, Rollout
 from draftsmith.models.target import PRE_NORM, TargetEnds
@@ -35,6 +37,12 @@ class ReDrafterConfig(DrafterConfig):
     """
 
     model_type = "recurrent_drafting_drafter"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **DrafterConfig.rules,
+        "exit_dim": COUNT_OR_NULL,
+        "num_draft_layers": COUNT_OR_ZERO,
+        "rnn": FLAG,
+    }
 
     def __init__(self, exit_dim: int | None = None, num_draft_layers: int = 2, rnn: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -234,7 +234,7 @@ def test_a_disk_that_changes_a_byte_is_noticed(
         tensors[name].view(-1)[0] += 1e-3
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("draftsmith.export.folder.save_file", changing)
+    monkeypatch.setattr("draftsmith.models.checkpoint_files.save_file", changing)
     with pytest.raises(ValueError, match=rf"read back, .*{name}.* differ from what was written; check the disk"):
         write(eagle(deep.ends), tmp_path, layout, deep.ends)
 

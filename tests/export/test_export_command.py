@@ -269,7 +269,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, drafter: Path, m
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("draftsmith.export.folder.save_file", full)
+    monkeypatch.setattr("draftsmith.models.checkpoint_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export(drafter, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.export.layouts import load_any, write
 from draftsmith.export.readback import probe_logits
-from draftsmith.export.redrafter import own_table
+from draftsmith.models.drafter_reader import module_table
 from draftsmith.models.redrafter import ReDrafter, ReDrafterConfig
 from draftsmith.models.target import Target, TargetEnds
 
@@ -158,7 +158,7 @@ def test_a_drafter_written_by_apples_names_alone_is_read(tmp_path: Path, ends: T
     fields = {"vocab_size": 64, "hidden_size": 16, "exit_dim": 32, "num_draft_layers": 2, "rnn": True}
     extra = {"model_type": "recurrent_drafting_drafter", "num_lookback_tokens": -1, "transformers_version": "4.38.2"}
     (tmp_path / "config.json").write_text(json.dumps(fields | extra))
-    assert set(own_table(load_any(tmp_path, ends).config).specs) == set(tensors)
+    assert set(module_table(ReDrafter, load_any(tmp_path, ends).config).specs) == set(tensors)
 
 
 def test_a_draft_vocabulary_cannot_go_into_apples_layout(tmp_path: Path, ends: TargetEnds) -> None:

@@ -1,13 +1,18 @@
 """What a drafter's folder must hold before anything is decoded with it."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_drafter
 from torch import Tensor
 
+from draftsmith.export.layouts import load_any
 from draftsmith.models import ReDrafter
 from draftsmith.models.drafter_folder import load_drafter
 
@@ -27,20 +32,63 @@ def test_a_whole_drafter_loads_as_its_family_ready_to_decode(drafter: Path) -> N
     assert not loaded.training
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: tensors.pop("rnn_u.weight"), r"\(missing keys: rnn_u.weight\)"),
-        (lambda tensors: tensors.update(stray=torch.zeros(2)), r"\(unexpected keys: stray\)"),
-        (lambda tensors: tensors.update({"rnn_u.weight": torch.zeros(3, 5)}), r"\(mismatched shapes: rnn_u.weight\)"),
-    ],
-    ids=["missing", "unexpected", "mismatched"],
-)
-def test_a_drafter_that_does_not_load_whole_is_refused(
-    tmp_path: Path, drafter: Path, change: Callable[[dict[str, Tensor]], object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"is not a whole drafter {message}; export it again"):
-        load_drafter(with_tensors(drafter, tmp_path / "changed", change))
+TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "missing": (lambda tensors: tensors.pop("rnn_u.weight"), r"rnn_u.weight is missing \(float \[32, 32\]\)"),
+    "unexpected": (lambda tensors: tensors.update(stray=torch.zeros(2)), r"stray is unknown"),
+    "shape": (lambda tensors: tensors.update({"rnn_u.weight": torch.zeros(3, 5)}), r"rnn_u.weight is float32 \[3, 5\]"),
+    "dtype": (lambda tensors: tensors.update({"rnn_u.bias": torch.zeros(32).long()}), r"rnn_u.bias is int64 \[32\]"),
+    "NaN": (lambda tensors: tensors["rnn_w.weight"][3].fill_(float("nan")), r"rnn_w.weight holds NaN or infinity"),
+    "infinity": (lambda tensors: tensors["rnn_u.bias"][-1:].fill_(float("inf")), r"rnn_u.bias holds NaN or infinity"),
+    "ids": (lambda tensors: tensors["d2t"][4:].sub_(10), r"d2t does not map to increasing token ids below 300"),
+    "ids beyond": (lambda tensors: tensors["d2t"][-1:].add_(300), r"d2t does not map to increasing token ids"),
+}
+FIELD_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no size": ({"hidden_size": 0}, r"config.json: hidden_size is 0, it must be a whole number of at least 1"),
+    "a text for a size": ({"vocab_size": "300"}, r"vocab_size is '300'"),
+    "truth for a size": ({"num_draft_steps": True}, r"num_draft_steps is True"),
+    "a draft vocabulary beyond the target's": ({"draft_vocab_size": 301}, r"draft_vocab_size 301, which is above"),
+    "a scale that is no number": (
+        {"score_scale": float("nan")},
+        r"score_scale is nan, it must be a finite number above 0",
+    ),
+    "no flag": ({"rnn": 1}, r"rnn is 1, it must be true or false"),
+    "layers without end": ({"num_draft_layers": 2**40}, r"num_draft_layers is 1099511627776"),
+    "a null fingerprint": ({"target_fingerprint": None}, r"target_fingerprint is None, it must be text"),
+}
+
+
+@pytest.fixture(scope="module")
+def truncated(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    """A whole drafter with a draft vocabulary."""
+    return save_drafter(tmp_path_factory.mktemp("truncated"), target, torch.arange(3, 283, 7))
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_a_drafter_whose_tensors_are_not_its_familys_is_refused(tmp_path: Path, truncated: Path, fault: str) -> None:
+    change, message = TENSOR_FAULTS[fault]
+    folder = with_tensors(truncated, tmp_path / "changed", change)
+    for read in (load_drafter, ReDrafter.from_pretrained, load_any):
+        with pytest.raises(ValueError, match=rf"changed is not a whole ReDrafter of its config.json: .*{message}"):
+            read(folder)
+
+
+@pytest.mark.parametrize("fault", FIELD_FAULTS)
+def test_a_drafter_whose_config_breaks_a_rule_is_refused(tmp_path: Path, truncated: Path, fault: str) -> None:
+    fields, message = FIELD_FAULTS[fault]
+    shutil.copytree(truncated, tmp_path / "changed")
+    path = tmp_path / "changed" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    for read in (load_drafter, ReDrafter.from_pretrained, load_any):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "changed")
+
+
+def test_reading_a_drafter_draws_no_random_numbers(truncated: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_drafter(truncated)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_what_is_no_drafters_folder_is_refused_with_the_remedy(tmp_path: Path, drafter: Path) -> None:
@@ -50,5 +98,5 @@ def test_what_is_no_drafters_folder_is_refused_with_the_remedy(tmp_path: Path, d
         load_drafter(tmp_path / "nowhere")
     ReDrafter.from_pretrained(drafter).save_pretrained(tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin but no model.safetensors"):
         load_drafter(tmp_path / "pickled")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from draftsmith.export.tables import Table, TensorSpec, membership, target_ids, vocabulary_faults
+from draftsmith.models.tables import Table, TensorSpec, membership, target_ids, vocabulary_faults
 
 TABLE = Table(
     "thing",

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from draftsmith.models.finite import is_finite
+
 _DTYPES = {
     "float": (torch.float32, torch.bfloat16, torch.float16),
     "int64": (torch.int64,),
@@ -29,6 +31,12 @@ class TensorSpec:
     shape: tuple[int, ...]
     kind: Literal["float", "int64", "bool"] = "float"
     optional: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """What a tensor of a module asks of the one that is loaded into it."""
+        kinds: dict[torch.dtype, Literal["int64", "bool"]] = {torch.int64: "int64", torch.bool: "bool"}
+        return cls(tuple(tensor.shape), kinds.get(tensor.dtype, "float"))
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether shape and dtype are as they must be."""
@@ -69,7 +77,7 @@ class Table:
             if not spec.fits(tensor):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 faults.append(f"{name} is {kind} {list(tensor.shape)}, not {spec}")
-            elif spec.kind == "float" and not bool(torch.isfinite(tensor).all()):
+            elif spec.kind == "float" and not is_finite(tensor):
                 faults.append(f"{name} holds NaN or infinity")
         if not faults:
             faults += vocabulary_faults(tensors, self.vocab_size)

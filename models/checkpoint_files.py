@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from draftsmith.outside import parse_json_object
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
@@ -28,13 +30,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG}; give the folder of a trained drafter")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object but {type(fields).__name__}; give a drafter's folder")
-    return fields
+    return parse_json_object(path.read_bytes(), str(path), "give the folder of a trained drafter")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

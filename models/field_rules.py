@@ -1,0 +1,65 @@
+"""Rules for the fields of a ``config.json`` that somebody else may have written: what each must be, in one line.
+
+Owns the rules that several kinds of config share, and the refusal. Knows no family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value will do, and what it must be, in words."""
+
+_LARGEST = 2**31
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether it is an int (no bool) from ``least`` on, and small enough for a size."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _LARGEST
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+COUNT: Rule = (lambda value: is_whole(value, 1), "a whole number of at least 1")
+COUNT_OR_ZERO: Rule = (lambda value: is_whole(value, 0), "a whole number of at least 0")
+COUNT_OR_NULL: Rule = (lambda value: value is None or is_whole(value, 1), "a whole number of at least 1, or null")
+POSITIVE: Rule = (lambda value: is_number(value) and value > 0, "a finite number above 0")
+NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0, "a finite number of at least 0")
+FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
+OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
+LIST: Rule = (lambda value: isinstance(value, list), "a list")
+TEXT: Rule = (lambda value: isinstance(value, str), "text")
+NAMES: Rule = (
+    lambda value: (
+        isinstance(value, list) and all(isinstance(one, str) and one for one in value) and len(set(value)) == len(value)
+    ),
+    "a list of texts, each once",
+)
+
+
+def check_fields(
+    fields: Mapping[str, Any], rules: Mapping[str, Rule], place: str, remedy: str, required: Collection[str] = ()
+) -> None:
+    """Hold fields to their rules; those that are not there, and those without a rule, are passed over.
+
+    Args:
+        fields: by name.
+        rules: by name.
+        place: what errors call the file.
+        remedy: what errors advise.
+        required: fields that must be there.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
+    """
+    missing = [name for name in required if name not in fields]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}; {remedy}")
+    for name, (fits, rule) in rules.items():
+        if name in fields and not fits(fields[name]):
+            raise ValueError(f"{place}: {name} is {fields[name]!r:.80}, it must be {rule}; {remedy}")
