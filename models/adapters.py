@@ -234,9 +234,12 @@ def read_bond(folder: Path) -> AdapterBond:
             f"{folder} holds no adapter of a drafter ({BOND} is missing); give what training with `lora` wrote"
         )
     fields = read_json(folder / BOND)
-    check_fields(fields, _BOND_RULES, str(folder / BOND), _REMEDY, required=_BOND_RULES)
-    if unknown := sorted(fields.keys() - _BOND_RULES.keys()):
-        raise ValueError(f"{folder / BOND} is not a bond of this version: it has {', '.join(unknown)[:200]}; {_REMEDY}")
+    if fields.keys() != _BOND_RULES.keys():
+        missing, unknown = sorted(_BOND_RULES.keys() - fields.keys()), sorted(fields.keys() - _BOND_RULES.keys())
+        raise ValueError(
+            f"{folder / BOND} is not a bond of this version: it lacks {missing} and has unknown {unknown!r:.200}; {_REMEDY}"
+        )
+    check_fields(fields, _BOND_RULES, str(folder / BOND), _REMEDY)
     return AdapterBond(**fields)
 
 
