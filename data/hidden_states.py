@@ -69,6 +69,7 @@ def extract(
     world_size: int | None = None,
     target_sharding: Literal["none", "tp"] = "none",
     trust_remote_code: bool = False,
+    context: int | None = None,
 ) -> None:
     """Runs the target over samples and stores its hidden states.
 
@@ -98,6 +99,7 @@ def extract(
         world_size: how many processes share the shards; default: WORLD_SIZE of the environment, or 1.
         target_sharding: tp: all processes of torchrun hold the target together, and the first one writes all shards.
         trust_remote_code: run Python files that come with the target; read them first.
+        context: most tokens that the target reads; default: from its config, as serving engines derive it.
     """
     _check_settings(layers, local_horizon, batch_tokens, shard_mib)
     with contextlib.ExitStack() as stack:
@@ -106,7 +108,13 @@ def extract(
             _check_together(rank, world_size, device_map, adapter, quantization)
             stack.enter_context(process_group())
             loaded = load_sharded(
-                target, target_dtype, sharded_over("tp"), torch.device(own_device(device)), revision, trust_remote_code
+                target,
+                target_dtype,
+                sharded_over("tp"),
+                torch.device(own_device(device)),
+                revision,
+                trust_remote_code,
+                context,
             )
             if share.rank > 0:
                 follow(loaded, _identity_of_forwards(layers, loaded, dtype, local_horizon, batch_tokens))
@@ -116,7 +124,9 @@ def extract(
         stack.enter_context(exclusive(whole.with_name(whole.name + share.suffix)))
         CacheFolder(out).check_place()
         if compute is None:
-            where = TargetOptions(own_device(device), device_map, revision, adapter, quantization, trust_remote_code)
+            where = TargetOptions(
+                own_device(device), device_map, revision, adapter, quantization, trust_remote_code, context
+            )
             loaded = where.load(target, target_dtype)
             compute = partial(features, loaded)
         tokenizer = load_tokenizer(target, revision, trust_remote_code)
@@ -350,6 +360,7 @@ def verify(
     quantization: str | None = None,
     check: Check = "open",
     trust_remote_code: bool = False,
+    context: int | None = None,
 ) -> None:
     """Recomputes some samples of a cache through the target and compares; also checks every shard's sha256 and all states for NaN.
 
@@ -367,6 +378,7 @@ def verify(
         quantization: quantisation of the target's weights; default: the one the cache names.
         check: whether shards are hashed and all states read first (`open`), as they are touched (`lazy`), or not (`off`).
         trust_remote_code: run Python files that come with the target; read them first.
+        context: most tokens that the target reads; default: from its config, as serving engines derive it.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; recompute at least 1")
@@ -375,7 +387,7 @@ def verify(
     if target is None:
         target, revision = identity.target, revision or identity.target_revision
     quantization = quantization or identity.target_quantization
-    where = TargetOptions(device, device_map, revision, adapter, quantization, trust_remote_code)
+    where = TargetOptions(device, device_map, revision, adapter, quantization, trust_remote_code, context)
     loaded = where.load(target, identity.target_dtype)
     opened.check_target(loaded.fingerprint, quantization, num_embeddings(loaded))
     if check == "open":

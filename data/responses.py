@@ -141,11 +141,12 @@ def respond(
         chosen_engine = BundledEngine(loaded, drafter, limits, tokenizer, where.trust_remote_code)
         if where.quantization is not None:
             identity["quantization"] = where.quantization
+        if where.context is not None:
+            identity["context"] = where.context
     else:
         check_settings(settings)
         ends = where.load_ends(target)
-        longest = getattr(ends.config, "max_position_embeddings", None)
-        fingerprint, context = ends.fingerprint, None if longest is None else int(longest)
+        fingerprint, context = ends.fingerprint, ends.max_positions
         if engine == "server":
             chosen_engine = ServerEngine(server, target, len(tokenizer), context)
             context = chosen_engine.context
@@ -190,6 +191,7 @@ def _check_engine(engine: str, drafter: Path | None, limits: DraftLimits | None,
         revision=where.revision,
         adapter=where.adapter if served else None,
         trust_remote_code=where.trust_remote_code and served,
+        context=where.context,
     )
     said = [name for name, value in vars(where).items() if value != getattr(own, name)]
     said += [name for name, value in (("drafter", drafter), ("limits", limits)) if value is not None]

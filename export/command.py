@@ -24,6 +24,7 @@ from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.options import TargetOptions
 
 CARD = "README.md"
 
@@ -39,6 +40,7 @@ def export(
     adapter: str | None = None,
     drafter_adapter: Path | None = None,
     trust_remote_code: bool = False,
+    context: int | None = None,
 ) -> None:
     """Write a trained drafter as safetensors, config and model card, then read it back and compare.
 
@@ -58,6 +60,7 @@ def export(
         training: Folder or file of the training's provenance.json; by default the one in the drafter's folder.
         revision: Revision of the target's hub id.
         trust_remote_code: Run Python files that come with the target; read them first.
+        context: Most tokens that the target reads; default: from its config, as serving engines derive it.
         adapter: PEFT adapter of the target, where the drafter is for both together.
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
     """
@@ -66,7 +69,10 @@ def export(
         raise ValueError(f"adapter {adapter!r} is on a target that is not named; give the target, too")
     ends, tokenizer = None, ""
     if target is not None:
-        ends = TargetEnds.load(target, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code)
+        options = TargetOptions(
+            revision=revision, adapter=adapter, trust_remote_code=trust_remote_code, context=context
+        )
+        ends = options.load_ends(target)
         tokenizer = tokenizer_fingerprint(load_tokenizer(target, revision, trust_remote_code))
     trained = _load(drafter, drafter_adapter, ends, tokenizer)
     measured, made_by = _measured(report, trained) if report is not None else ([], {})

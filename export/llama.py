@@ -60,7 +60,7 @@ def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | Non
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": _context(config, ends),
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else dict(sorted(rope.items())),
         "attention_bias": False,
@@ -69,6 +69,12 @@ def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | Non
         "torch_dtype": str(dtype).removeprefix("torch."),
         **_special_tokens(ends),
     }
+
+
+def _context(config: EagleConfig, ends: TargetEnds | None) -> int:
+    """The target's context; the layer's own where no target is at hand, or where its rotary frequencies depend on that number."""
+    known = None if ends is None or config.rope.get("rope_type") == "dynamic" else ends.max_positions
+    return config.max_position_embeddings if known is None else known
 
 
 def _special_tokens(ends: TargetEnds | None) -> dict[str, Any]:

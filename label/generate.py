@@ -281,6 +281,8 @@ def _ask(model: str, questions: Sequence[Question], asking: Asking, where: Targe
         }
         if where.quantization is not None:
             identity["quantization"] = where.quantization
+        if where.context is not None:
+            identity["context"] = where.context
         folders.append(out / "replies" / _folder_name(model) / name)
         write_replies(folders[-1], Share(), plan, chat, engine, identity)
     return folders

@@ -19,6 +19,7 @@ from draftsmith.label.rows import LabelledRow, write_rows
 from draftsmith.label.schema import Answer, read_answers
 from draftsmith.label.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
+from draftsmith.models.context import context_of
 from draftsmith.models.loading import load_tokenizer, resolve
 from draftsmith.models.pretrained import read_config
 
@@ -76,9 +77,7 @@ def rows(
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
     found = _read(store, answers)
     tokenizer = load_tokenizer(target, revision, trust_remote_code)
-    length = max_length or getattr(
-        read_config(resolve(target, revision), trust_remote_code), "max_position_embeddings", None
-    )
+    length = max_length or context_of(read_config(resolve(target, revision), trust_remote_code))
     made = make_rows(found, tokenizer, chat_of(target, tokenizer, template, revision, trust_remote_code), after, length)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)

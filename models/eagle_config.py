@@ -131,7 +131,7 @@ def layer_fields(ends: TargetEnds) -> dict[str, Any]:
         "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or heads),
         "head_dim": int(getattr(target, "head_dim", None) or ends.hidden_size // heads),
         "rms_norm_eps": float(next((one for one in epsilons if one is not None), 1e-6)),
-        "max_position_embeddings": int(getattr(target, "max_position_embeddings", None) or 2048),
+        "max_position_embeddings": ends.max_positions or 2048,
         "rope": rope_of(target),
     }
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from draftsmith.models.context import context_of, refuse_past_table
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.loading import load_causal_lm, resolve_model, target_fingerprint
 from draftsmith.models.pretrained import check_tensors, read_config, read_part
-from draftsmith.models.support import final_norm, refuse_unsupported
+from draftsmith.models.support import final_norm, refuse_unsupported, text_base
 
 
 class TargetEnds(nn.Module):
@@ -33,6 +34,7 @@ class TargetEnds(nn.Module):
         hidden_size: D.
         vocab_size: V, rows of the head.
         eos_token_ids: what ends the target's replies.
+        max_positions: the longest context in tokens, None where the config names none.
         logit_scale: what the model multiplies its logits by, mostly 1.
     """
 
@@ -43,15 +45,19 @@ class TargetEnds(nn.Module):
         fingerprint: str,
         config: PreTrainedConfig | None = None,
         end_token_ids: tuple[int, ...] = (),
+        context: int | None = None,
     ) -> None:
         """``config`` is the text config where the model's own does not tell the truth, being that of a shortened trunk.
 
-        ``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's.
+        ``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's. ``context`` is the longest
+        text in tokens where the config's own is wrong.
         """
         super().__init__()
         self.name = name
         self.fingerprint = fingerprint
         self.config: PreTrainedConfig = model.config.get_text_config() if config is None else config
+        self.max_positions = context_of(self.config, context)
+        refuse_past_table(text_base(model), self.max_positions, name)
         self.embedding = model.get_input_embeddings()
         self.norm = final_norm(model)
         self.head = model.get_output_embeddings()
@@ -77,6 +83,7 @@ class TargetEnds(nn.Module):
         revision: str | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
+        context: int | None = None,
     ) -> TargetEnds:
         """Load the ends alone from a local directory or a hub id.
 
@@ -104,8 +111,8 @@ class TargetEnds(nn.Module):
                 merged, fingerprint = load_causal_lm(
                     path, dtype, device, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code
                 )
-                return cls(merged, name=path, fingerprint=fingerprint, end_token_ids=ends)
-        return cls(model, path, fingerprint, config.get_text_config(), ends).to(device)
+                return cls(merged, path, fingerprint, end_token_ids=ends, context=context)
+        return cls(model, path, fingerprint, config.get_text_config(), ends, context).to(device)
 
     @property
     def head_weight(self) -> Tensor:

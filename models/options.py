@@ -23,6 +23,7 @@ class TargetOptions:
         adapter: PEFT adapter to merge into the target.
         quantization: 8bit or 4bit weights for the target.
         trust_remote_code: Run Python files that come with the target, its tokenizer or a draft LM. Read them first.
+        context: Most tokens of prompt and reply together; default: from the target's config, as serving engines derive it.
     """
 
     device: str = "cpu"
@@ -31,6 +32,7 @@ class TargetOptions:
     adapter: str | None = None
     quantization: str | None = None
     trust_remote_code: bool = False
+    context: int | None = None
 
     def load(self, path: str, dtype: str) -> Target:
         """The target at `path`. Raises what `Target.load` raises."""
@@ -43,11 +45,12 @@ class TargetOptions:
             self.adapter,
             self.quantization,
             self.trust_remote_code,
+            self.context,
         )
 
     def load_ends(self, path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TargetEnds:
         """The ends of the target at `path`. Raises what `TargetEnds.load` raises."""
-        return TargetEnds.load(path, dtype, device, self.revision, self.adapter, self.trust_remote_code)
+        return TargetEnds.load(path, dtype, device, self.revision, self.adapter, self.trust_remote_code, self.context)
 
 
 DEFAULTS = TargetOptions()

@@ -55,8 +55,8 @@ class LengthRopes:
     @contextmanager
     def choosing(self, lengths_BN: Tensor | None) -> Iterator[None]:
         """Forwards inside take the factors of these text lengths, int64, each at least its token's position + 1; None: the model's own."""
-        modules = [] if lengths_BN is None else self._modules
-        handles = [module.register_forward_hook(partial(_chosen, lengths_BN), with_kwargs=True) for module in modules]
+        hooks = [] if lengths_BN is None else [(module, partial(_chosen, lengths_BN)) for module in self._modules]
+        handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
         try:
             yield
         finally:

@@ -106,6 +106,7 @@ def load_sharded(
     device: torch.device,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    context: int | None = None,
 ) -> Target:
     """The part of a target that this process holds; every process of the group must call it.
 
@@ -119,6 +120,7 @@ def load_sharded(
         device: where this process computes.
         revision: the hub's revision.
         trust_remote_code: whether Python files that come with the target may run.
+        context: the longest text in tokens where the config's own is wrong.
 
     Raises:
         ValueError: a single process, a bad path or dtype, weights that do not fit the config, code that may not run, a family for which
@@ -131,7 +133,8 @@ def load_sharded(
         )
     with _as_local_rank(device):
         model, fingerprint = _load_part(path, as_dtype(dtype), over, revision, trust_remote_code)
-    target = Target(model, path, fingerprint, read_end_tokens(path, revision, trust_remote_code=trust_remote_code))
+    ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
+    target = Target(model, path, fingerprint, ends, context)
     _free_whole_weights(model)
     if over.sharding == "zero3":
         # A second whole forward ends DeepSpeed's record of modules, which would grow with every forward of ours.

@@ -33,9 +33,17 @@ class Target(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, fingerprint: str, end_token_ids: tuple[int, ...] = ()
+        self,
+        model: PreTrainedModel,
+        name: str,
+        fingerprint: str,
+        end_token_ids: tuple[int, ...] = (),
+        context: int | None = None,
     ) -> None:
-        """``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's."""
+        """``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's.
+
+        ``context`` is the longest text in tokens where the config's own is wrong.
+        """
         super().__init__()
         refuse_unsupported(model, name)
         self._saved_end_tokens = end_token_ids
@@ -43,7 +51,7 @@ class Target(nn.Module):
         self.name = name
         self.fingerprint = fingerprint
         self.config = model.config.get_text_config()
-        self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids)
+        self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids, context=context)
         self._trunk = prove(model, name, self.ends.logits)
 
     @classmethod
@@ -57,6 +65,7 @@ class Target(nn.Module):
         adapter: str | None = None,
         quantization: str | None = None,
         trust_remote_code: bool = False,
+        context: int | None = None,
     ) -> Target:
         """Load a target from a local directory or a hub id.
 
@@ -69,6 +78,7 @@ class Target(nn.Module):
             adapter: a PEFT adapter on top, merged into the weights; it is part of the fingerprint.
             quantization: ``8bit`` or ``4bit`` (bitsandbytes).
             trust_remote_code: whether Python files that come with the target may run.
+            context: the longest text in tokens where the config's own is wrong; see :mod:`draftsmith.models.context`.
 
         Raises:
             ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
@@ -84,7 +94,8 @@ class Target(nn.Module):
             quantization,
             trust_remote_code=trust_remote_code,
         )
-        return cls(model, path, fingerprint, read_end_tokens(path, revision, trust_remote_code=trust_remote_code))
+        ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
+        return cls(model, path, fingerprint, ends, context)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
@@ -114,8 +125,7 @@ class Target(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """The longest context in tokens, or None where the config names none."""
-        longest = getattr(self.config, "max_position_embeddings", None)
-        return None if longest is None else int(longest)
+        return self.ends.max_positions
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -85,6 +85,7 @@ class TreeDecodeValidation(pl.Callback):
                 revision=module.revision,
                 adapter=module.adapter,
                 trust_remote_code=module.trust_remote_code,
+                context=module.context,
             )
         self._settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
 

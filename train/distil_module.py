@@ -96,6 +96,7 @@ class DraftLMModule(pl.LightningModule):
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
+        context: most tokens that the target reads; null takes it from its config, as serving engines derive it.
         target_sharding: `none`: every process holds the whole target; `fsdp2`: all hold it together, each a part of every weight.
         device_map: accelerate's placement of a target too large for one device, such as auto; with one process only.
         quantization: `8bit` or `4bit` weights for the target.
@@ -126,6 +127,7 @@ class DraftLMModule(pl.LightningModule):
         revision: str | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
+        context: int | None = None,
         target_sharding: Literal["none", "fsdp2"] = "none",
         device_map: str | None = None,
         quantization: str | None = None,
@@ -154,7 +156,8 @@ class DraftLMModule(pl.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
         self.dtype_name, self.target_dtype = dtype, target_dtype
-        self.revision, self.adapter, self.trust_remote_code = revision, adapter, trust_remote_code
+        self.revision, self.adapter, self.context = revision, adapter, context
+        self.trust_remote_code = trust_remote_code
         self.device_map, self.quantization, self.target_sharding = device_map, quantization, target_sharding
         self.lm: nn.Module | None = None
         # In lists, so that none of it is a parameter or part of a checkpoint.
@@ -201,6 +204,7 @@ class DraftLMModule(pl.LightningModule):
             "revision",
             "adapter",
             "trust_remote_code",
+            "context",
             "quantization",
         )
         return {"target": self.target_name, **{name: getattr(self, name) for name in names}}
@@ -242,7 +246,7 @@ class DraftLMModule(pl.LightningModule):
         if self.is_sharded:
             over, device = sharded_over(self.target_sharding), self.trainer.strategy.root_device
             return load_sharded(
-                self.target_name, self.target_dtype, over, device, self.revision, self.trust_remote_code
+                self.target_name, self.target_dtype, over, device, self.revision, self.trust_remote_code, self.context
             )
         return Target.load(
             self.target_name,
@@ -252,6 +256,7 @@ class DraftLMModule(pl.LightningModule):
             adapter=self.adapter,
             quantization=self.quantization,
             trust_remote_code=self.trust_remote_code,
+            context=self.context,
         )
 
     @property

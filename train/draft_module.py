@@ -68,6 +68,7 @@ class DraftModule(pl.LightningModule):
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
+        context: most tokens that the target reads; null takes it from its config, as serving engines derive it.
         init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
             also reads the official EAGLE layouts); null starts afresh.
         lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
@@ -106,6 +107,7 @@ class DraftModule(pl.LightningModule):
         revision: str | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
+        context: int | None = None,
         init_from: Path | None = None,
         lora: LoraSettings | None = None,
         allow_other_target: bool = False,
@@ -124,7 +126,7 @@ class DraftModule(pl.LightningModule):
         if metrics_every < 1:
             raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
         self.target, self.revision, self.adapter = target, revision, adapter
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.context = trust_remote_code, context
         self.beginning = Beginning(init_from, lora, allow_other_target)
         self._begun_from = ""  # fingerprint of the drafter of init_from
         self.family, self.ends_dtype = drafter, ends_dtype
@@ -188,6 +190,7 @@ class DraftModule(pl.LightningModule):
             "revision",
             "adapter",
             "trust_remote_code",
+            "context",
             "lr",
             "betas",
             "weight_decay",

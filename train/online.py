@@ -146,6 +146,7 @@ class OnlineDataModule(CacheDataModule):
                 files.adapter,
                 self.target_quantization,
                 files.trust_remote_code,
+                files.context,
             )
         self._target, self._over = [target], over
 
@@ -209,6 +210,7 @@ class OnlineDataModule(CacheDataModule):
             getattr(module, "revision", None),
             getattr(module, "adapter", None),
             getattr(module, "trust_remote_code", False),
+            getattr(module, "context", None),
         )
 
     def _device(self) -> torch.device:

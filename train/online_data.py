@@ -26,6 +26,7 @@ from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards import ShardContent, ShardRecord, write_shard
 from draftsmith.data.tokens import TokenizedSample, chat_of, cut
 from draftsmith.files import atomic_directory, sha256_file
+from draftsmith.models.context import context_of
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve, target_fingerprint
 from draftsmith.models.pretrained import read_config
@@ -52,12 +53,13 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """Which target's tokens are meant: its name, the hub's revision, a PEFT adapter on top, whether code that comes with it may run."""
+    """Which target's tokens are meant: its name, the hub's revision, a PEFT adapter on top, whether its code may run, its context."""
 
     name: str
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
+    context: int | None = None
 
 
 def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
@@ -114,7 +116,7 @@ def _manifest(identity: CacheIdentity, records: Sequence[ShardRecord], counts: _
 def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus, CacheIdentity, int]:
     tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
     config = read_config(resolve(target.name, target.revision), target.trust_remote_code).get_text_config()
-    length = sample_length(text.max_length, getattr(config, "max_position_embeddings", None), target.name)
+    length = sample_length(text.max_length, context_of(config, target.context), target.name)
     corpus = Corpus(
         Path(text.source),
         lambda: chat_of(target.name, tokenizer, text.template, target.revision, target.trust_remote_code),

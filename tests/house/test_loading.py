@@ -1,6 +1,7 @@
 """Folders in Hugging Face's form are opened by one module, which decides whether their code may run and whether they are whole."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,3 +48,24 @@ def test_the_door_says_at_every_opening_whether_code_may_run() -> None:
             if "trust_remote_code" not in given:
                 silent.append(ast.unparse(node))
     assert sorted(silent) == ["GenerationConfig.from_pretrained(folder)", "kind.from_pretrained(model, str(folder))"]
+
+
+def test_one_module_asks_a_config_for_its_context() -> None:
+    """Others name the field only to write it: into a drafter's config, an exported one, or that of a model they make."""
+    writers = {
+        "models/context.py",
+        "models/eagle_config.py",
+        "models/shrink.py",
+        "export/llama.py",
+        "train/lm_module.py",
+    }
+    others = {
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        if folder != "benchmarks"
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"(?<!original_)max_position_embeddings", path.read_text(encoding="utf-8"))
+    }
+    assert others == writers, (
+        "ask draftsmith.models.context.context_of, Target.max_positions or TargetEnds.max_positions"
+    )
