@@ -16,10 +16,12 @@ from draftsmith import provenance
 from draftsmith.data.formats import Conversation, Format, Message, UnusableRow, detect_format, to_conversation
 from draftsmith.data.sources import Row, read_rows, source_name
 from draftsmith.files import atomic_directory, read_jsonl, sha256_file
+from draftsmith.ownership import check_replaceable
 
 SPLITS = ("train", "validation", "test")
 PROMPT_FILE = "prompts.jsonl"
 DROPPED_FILE = "dropped.jsonl"
+STAGE = "draftsmith data prompts"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def prompts(
 
     Args:
         source: a file (.jsonl, .json, .parquet, .txt) or the id of a data set on the hub.
-        out: the folder to write; replaced as a whole when it exists.
+        out: the folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
         format: how a row is read; `auto` decides from the fields of the first row.
         validation: share of the prompts for the validation split.
         test: share of the prompts for the test split.
@@ -89,6 +91,7 @@ def prompts(
         hub_config: configuration name, for a hub id.
         hub_split: split to read, for a hub id.
     """
+    check_replaceable(out, STAGE, [Path(source)])
     _check_shares(validation, test)
     if prefix_words < 1:
         raise ValueError(f"prefix_words is {prefix_words}; a document's prompt needs at least one word")
@@ -211,7 +214,7 @@ def _hashed_split(conversation: Conversation, validation: float, test: float, se
 
 def _write(out: Path, found: list[Prompt], dropped: list[Dropped], config: dict[str, Any], source: str) -> None:
     fingerprint = sha256_file(Path(source)) if Path(source).is_file() else "hub"
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, STAGE) as folder:
         write_prompts(folder / PROMPT_FILE, found)
         with open(folder / DROPPED_FILE, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in dropped)

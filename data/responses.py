@@ -31,6 +31,7 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.ownership import check_alone, check_unclaimed
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
@@ -116,6 +117,7 @@ def respond(
         server: the server's address and how patiently it is asked; see `ServerOptions`.
         vllm: what vLLM may take; see `VllmOptions`.
     """
+    check_unclaimed(out)
     _check_engine(engine, drafter, limits, where)
     _check_other_engines(engine, server, vllm, {"batch_rows": batch_rows, "batch_tokens": batch_tokens, "dtype": dtype})
     share = own_share(rank, world_size)
@@ -340,6 +342,7 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
             # Fewer rows there mean that an earlier run was content with them; this one has to say so itself.
             _write_settings(out, share, identity, plan.num_prompts)
         return
+    check_alone(out / f"responses{share.suffix}.jsonl", path)
     atomic_write(out / f"dropped{share.suffix}.jsonl", "".join(json.dumps(row) + "\n" for row in plan.dropped))
     _write_settings(out, share, identity, plan.num_prompts)
 

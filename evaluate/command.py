@@ -29,6 +29,10 @@ from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerp
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.target import Target
+from draftsmith.ownership import check_replaceable, check_unclaimed
+
+STAGE = "draftsmith evaluate"
+TENSORBOARD = "tensorboard"
 
 
 def evaluate(
@@ -86,6 +90,8 @@ def evaluate(
         dtype: float32, bfloat16 or float16.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
+    check_unclaimed(out)
+    check_replaceable(out / TENSORBOARD, STAGE)
     plan = Plan(batch_size, repeats, transformers_prompts, prompt_lookup, ledger_prompts)
     settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)
     warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
@@ -145,7 +151,8 @@ def identity(record: Mapping[str, Any], samples: Sequence[Sample], candidates: S
 
 
 def _write(out: Path, rows: Sequence[Row], made_by: dict) -> None:
-    with atomic_directory(out / "tensorboard") as folder:
+    with atomic_directory(out / TENSORBOARD, STAGE) as folder:
         write_scalars(folder, rows)
+        provenance.write(folder, made_by)
     provenance.write(out, made_by)
     write_report(out, made_by["command"], made_by["machine"], made_by["versions"], rows, draw(rows))

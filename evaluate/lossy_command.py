@@ -34,6 +34,7 @@ from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.shapes import parse_shape
 from draftsmith.models.target import Target
+from draftsmith.ownership import check_unclaimed
 
 
 def evaluate_rules(
@@ -82,6 +83,7 @@ def evaluate_rules(
         dtype: float32, bfloat16 or float16.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
+    check_unclaimed(out)
     chosen = [Ruled(*parse_rule(text)) for text in rules]
     limits = parse_shape(shape)
     draft_folder = drafter_folder(drafter)

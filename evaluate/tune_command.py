@@ -26,6 +26,7 @@ from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.shapes import paths_json, shape_text
+from draftsmith.ownership import check_unclaimed
 
 
 def tune(
@@ -74,6 +75,7 @@ def tune(
         dtype: float32, bfloat16 or float16.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
+    check_unclaimed(out)
     grid = Grid(
         tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
     )

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import provenance
-from draftsmith.export import custom_generate, layouts
+from draftsmith.export import layouts
 from draftsmith.export.card import Subject, write_card
 from draftsmith.export.layouts import LayoutName
 from draftsmith.export.own import family_of
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.models.checkpoint_files import CONFIG, WEIGHTS
+from draftsmith.models.checkpoint_files import WEIGHTS
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import BOND, adapted, load_drafter
 from draftsmith.models.end_tokens import read_end_tokens
@@ -25,8 +25,10 @@ from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import TargetOptions
+from draftsmith.ownership import check_replaceable
 
 CARD = "README.md"
+STAGE = "draftsmith export"
 
 
 def export(
@@ -64,7 +66,7 @@ def export(
         adapter: PEFT adapter of the target, where the drafter is for both together.
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
     """
-    _check_place(drafter, out)
+    check_replaceable(out, STAGE, [path for path in (drafter, drafter_adapter, report) if path is not None])
     if adapter is not None and target is None:
         raise ValueError(f"adapter {adapter!r} is on a target that is not named; give the target, too")
     ends, tokenizer = None, ""
@@ -94,7 +96,7 @@ def export(
     if report is not None:
         inputs[str(report)] = sha256_file(report)
     record = provenance.record(provenance.command_line(), config, inputs) | {"training": history}
-    with exclusive(out), atomic_directory(out) as folder:
+    with exclusive(out), atomic_directory(out, STAGE) as folder:
         notes = (*layouts.write(trained, folder, layout, ends), *_adapter_notes(drafter, adapter, drafter_adapter))
         subject = replace(subject, notes=notes)
         (folder / CARD).write_text(write_card(subject, measured, made_by, history), encoding="utf-8")
@@ -102,17 +104,6 @@ def export(
     print(f"{out}: {subject.parameters:,} parameters in {layout} layout, read back bit for bit; see {out / CARD}")
     for note in subject.notes:
         print(f"note: {note}")
-
-
-def _check_place(drafter: Path, out: Path) -> None:
-    if out.resolve() == drafter.resolve():
-        raise ValueError(f"out is the drafter's own folder {drafter}; give another, so that the training's files stay")
-    if out.is_dir() and any(out.iterdir()):
-        known = {CONFIG, WEIGHTS, CARD, provenance.FILE_NAME, custom_generate.FOLDER}
-        others = sorted(path.name for path in out.iterdir() if path.name not in known)
-        if others or not (out / WEIGHTS).exists():
-            found = ", ".join(others[:3]) or "no earlier export"
-            raise ValueError(f"{out} holds {found}, which an export would remove; give an empty or a new folder")
 
 
 def _load(drafter: Path, adapter: Path | None, ends: TargetEnds | None, tokenizer: str) -> Drafter:

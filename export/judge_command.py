@@ -14,14 +14,15 @@ from draftsmith import provenance
 from draftsmith.export import judge_autojudge
 from draftsmith.export.judge_card import JudgeLayout, write_judge_card
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.models.checkpoint_files import CONFIG, WEIGHTS
+from draftsmith.models.checkpoint_files import WEIGHTS
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import Judge, load_judge
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.ownership import check_replaceable
 
 CARD = "README.md"
-_OURS = {CONFIG, WEIGHTS, CARD, provenance.FILE_NAME, judge_autojudge.TENSORS, judge_autojudge.NUMBERS}
+STAGE = "draftsmith judge export"
 
 
 def export_judge(
@@ -44,7 +45,7 @@ def export_judge(
         revision: Revision of the target's hub id.
         trust_remote_code: Run Python files that come with the target; read them first.
     """
-    _check_place(judge, out)
+    check_replaceable(out, STAGE, [judge])
     loaded = load_judge(judge)
     if target is not None:
         loaded.attach(TargetEnds.load(target, revision=revision, trust_remote_code=trust_remote_code))
@@ -56,7 +57,7 @@ def export_judge(
     settings["target_fingerprint"] = loaded.config.target_fingerprint
     inputs = {str(judge / WEIGHTS): sha256_file(judge / WEIGHTS)}
     record = provenance.record(provenance.command_line(), settings, inputs) | {"training": history}
-    with exclusive(out), atomic_directory(out) as folder:
+    with exclusive(out), atomic_directory(out, STAGE) as folder:
         if layout == "autojudge":
             judge_autojudge.write(loaded, folder)
         else:
@@ -74,18 +75,6 @@ def _refuse_difference(written: Judge, reread: Judge, folder: Path) -> None:
         raise ValueError(
             f"{folder}: read back, {', '.join(changed) or 'the threshold'} differ from what was written; check the disk"
         )
-
-
-def _check_place(judge: Path, out: Path) -> None:
-    if out.resolve() == judge.resolve():
-        raise ValueError(f"out is the judge's own folder {judge}; give another, so that the training's files stay")
-    if not out.is_dir():
-        return
-    found = {path.name for path in out.iterdir()}
-    others = sorted(found - _OURS)
-    if others or (found and CARD not in found):
-        told = ", ".join(others[:3]) or "no earlier export"
-        raise ValueError(f"{out} holds {told}, which an export would remove; give an empty or a new folder")
 
 
 def _training(judge: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from draftsmith.label.schema import write_answers
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.ownership import check_alone
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
 
@@ -223,6 +224,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
     """Writes what this run is, or checks that an earlier one was the same."""
     path = out / SETTINGS
     if not path.exists():
+        check_alone(out / LOG, path)
         atomic_write(path, json.dumps(identity, indent=2) + "\n")
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))

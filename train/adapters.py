@@ -75,6 +75,10 @@ class Beginning:
         add_adapter(drafter, self.lora, ADAPTER)
         return drafter, fingerprint
 
+    def needed(self) -> list[Path]:
+        """The folders that must still be there when the run is over: an adapter is nothing without the drafter below it."""
+        return [] if self.lora is None or self.folder is None else [drafter_folder(str(self.folder))]
+
     def save(self, drafter: Drafter, fingerprint: str, folder: Path) -> None:
         """Write what this run trained into an existing folder: the whole drafter, or its adapter.
 
@@ -82,23 +86,12 @@ class Beginning:
             drafter: as trained so far.
             fingerprint: what :meth:`adopt` gave.
             folder: existing and empty.
-
-        Raises:
-            ValueError: with LoRA, the folder is about to replace that of the drafter below, which the adapter is nothing without.
         """
         if self.lora is None:
             drafter.save_pretrained(folder)
             return
         assert self.folder is not None
         place = drafter_folder(str(self.folder)).resolve()
-        # Folders are written beside the one that they then replace (see `atomic_directory`).
-        if folder.resolve() == place or (
-            folder.resolve().parent == place.parent and folder.name.startswith(f".{place.name}.")
-        ):
-            raise ValueError(
-                f"the adapter would replace {self.folder}, the drafter that it adapts; give the run another default_root_dir, or "
-                "KeepBestDrafter another directory"
-            )
         base = str(place) if Path(self.folder).is_dir() else str(self.folder)
         save_adapter(drafter, folder, ADAPTER, AdapterBond.of(drafter, base, fingerprint))
 

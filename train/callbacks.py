@@ -6,10 +6,11 @@ losses, optimisers.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +22,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.target import Target
+from draftsmith.ownership import check_replaceable
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.draft_module import DraftModule
 from draftsmith.train.online import OnlineDataModule
@@ -187,21 +189,40 @@ class KeepBestDrafter(pl.Callback):
         directory: where; null takes `drafter` in the trainer's default_root_dir.
         monitor: a logged metric.
         mode: whether more of it is better.
+        replace: may replace what another run kept there. `draftsmith train fit --replace_best true` sets it.
+
+    Raises ValueError at the start of training where the folder holds what another run kept, or anything else.
     """
 
+    stage: ClassVar[str] = "draftsmith train (best drafter)"
+    name: ClassVar[str] = "drafter"
+
     def __init__(
-        self, directory: Path | None = None, monitor: str = TOKENS_PER_STEP, mode: Literal["max", "min"] = "max"
+        self,
+        directory: Path | None = None,
+        monitor: str = TOKENS_PER_STEP,
+        mode: Literal["max", "min"] = "max",
+        replace: bool = False,
     ) -> None:
-        self.directory, self.monitor, self.mode = directory, monitor, mode
+        self.directory, self.monitor, self.mode, self.replace = directory, monitor, mode, replace
         self.best: float | None = None
+        self.run = secrets.token_hex(8)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value, so that a resumed run does not replace a better drafter."""
-        return {"best": self.best}
+        """The best value, so that a resumed run does not replace a better drafter; and which run it is, so that it may replace its own."""
+        return {"best": self.best, "run": self.run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See state_dict."""
         self.best = state_dict["best"]
+        self.run = state_dict.get("run", self.run)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a folder that is not this run's own before anything is trained. All processes stop together."""
+        problem = self._problem(trainer, pl_module) if trainer.is_global_zero else None
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise ValueError(problem)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves if the metric has improved."""
@@ -223,6 +244,29 @@ class KeepBestDrafter(pl.Callback):
         if self.best is None:
             self._keep(trainer, pl_module)
 
+    def _problem(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+        """Why the best must not go where it is to go; None where it may."""
+        folder = self._folder(trainer)
+        try:
+            check_replaceable(folder, self.stage, self._inputs(pl_module))
+        except ValueError as error:
+            return str(error)
+        if self.replace or not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        if provenance.read(folder).get("config", {}).get("run") == self.run:
+            return None
+        return (
+            f"{folder} holds the best {self.name} of another run. To go on with that run, give --ckpt_path last; to keep it, give "
+            "another --trainer.default_root_dir; to replace it, give --replace_best true"
+        )
+
+    def _inputs(self, pl_module: pl.LightningModule) -> list[Path]:
+        """What must not be replaced by what this run trains, whoever wishes it."""
+        return pl_module.beginning.needed() if isinstance(pl_module, DraftModule) else []
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.directory or Path(trainer.default_root_dir) / self.name)
+
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, pl_module)
         # No process goes on, and perhaps reads the folder, before the first one has written it.
@@ -233,14 +277,17 @@ class KeepBestDrafter(pl.Callback):
         module.whole_drafter()  # on every process, since each may hold a share of it
         if not trainer.is_global_zero:
             return
-        directory = self.directory or Path(trainer.default_root_dir) / "drafter"
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        config = {**module.settings(), "step": trainer.global_step, "metrics": metrics, **_data_settings(data)}
+        config = {**module.settings(), **self._moment(trainer), **_data_settings(data)}
         identity = data.open_cache().manifest.identity
         inputs = {str(data.cache_path): identity.source, module.target: identity.target_fingerprint}
-        with atomic_directory(directory) as partial:
+        with atomic_directory(self._folder(trainer), self.stage) as partial:
             module.save_drafter(partial)
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
+
+    def _moment(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """For provenance: which run, at which step, and how good."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return {"run": self.run, "step": trainer.global_step, "metrics": metrics}
 
 
 def _data_settings(data: CacheDataModule) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith.arguments import Suggesting
@@ -41,6 +41,17 @@ class TrainingParser(Suggesting, LightningArgumentParser):
     """Lightning's parser, which answers a misspelt key with the nearest known one."""
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration once training starts: a run that is refused leaves that of an earlier one alone."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Not yet; the other subcommands change nothing in the folder."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the callbacks of the YAML have agreed to the run."""
+        super().setup(trainer, pl_module, "fit")
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI with the parser above, and without its remarks about how it was written or called."""
 
@@ -51,6 +62,18 @@ class TrainingCLI(LightningCLI):
         parser = TrainingParser(allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
         return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What this command has beyond Lightning's own."""
+        parser.add_argument(
+            "--replace_best",
+            type=bool,
+            default=False,
+            help="let this run replace the best drafter, judge or draft LM that another run left in the same folder",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint name its own module and settings here, and imports what it names. The YAML names them."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lightning warns when arguments are passed on by a program that has arguments itself; ours does that."""
@@ -83,6 +106,9 @@ class TrainingCLI(LightningCLI):
         self.before_validate()
         # Behind the checkpoint callbacks, which Lightning has sorted to the end.
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in present:
+            if isinstance(callback, callbacks.KeepBestDrafter):
+                callback.replace = callback.replace or self.config["fit"]["replace_best"]
         kinds = {type(callback) for callback in present}
         present.extend(kind() for kind in (ResumeValidation, Preemption) if kind not in kinds)
 
@@ -99,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveConfig,
             # A resumed run writes the same folder again.
             save_config_kwargs={"overwrite": True},
             args=None if arguments is None else list(arguments),

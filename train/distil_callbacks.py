@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 
@@ -84,7 +84,11 @@ class KeepBestDraftLM(KeepBestDrafter):
         monitor: a logged metric.
         mode: whether more of it is better.
         dtype: of a whole model's saved weights; null keeps that of training.
+        replace: as in KeepBestDrafter.
     """
+
+    stage: ClassVar[str] = "draftsmith train (best draft LM)"
+    name: ClassVar[str] = "draft_lm"
 
     def __init__(
         self,
@@ -92,16 +96,22 @@ class KeepBestDraftLM(KeepBestDrafter):
         monitor: str = TOKENS_PER_STEP,
         mode: Literal["max", "min"] = "max",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        replace: bool = False,
     ) -> None:
-        super().__init__(directory, monitor, mode)
+        super().__init__(directory, monitor, mode, replace)
         self.dtype = None if dtype is None else as_dtype(dtype)
+
+    def _inputs(self, pl_module: pl.LightningModule) -> list[Path]:
+        module = _expect(pl_module)
+        return (
+            [] if module.lora is None else [Path(module.student.path)]
+        )  # an adapter is nothing without what is below it
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _expect(pl_module)
         if not trainer.is_global_zero:
             return
         data, student = module.data(), module.student
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         rows: dict[str, Any] = {
             "rows": len(data.train_rows),
             "on_policy": data.on_policy,
@@ -109,9 +119,9 @@ class KeepBestDraftLM(KeepBestDrafter):
             "max_length": data.max_length,
             "seed": data.seed,
         }
-        config = {**module.settings(), "step": trainer.global_step, "metrics": metrics, "data": rows}
+        config = {**module.settings(), **self._moment(trainer), "data": rows}
         inputs = {**data.sources, module.target_name: module.target.fingerprint, student.path: student.fingerprint}
-        with atomic_directory(self.directory or Path(trainer.default_root_dir) / "draft_lm") as partial:
+        with atomic_directory(self._folder(trainer), self.stage) as partial:
             student.save(partial, module.tokenizer, self.dtype)
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 

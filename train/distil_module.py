@@ -31,6 +31,7 @@ from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.sharding import load_sharded, sharded_over
 from draftsmith.models.target import Target
 from draftsmith.train.adapters import LoraSettings
+from draftsmith.train.checkpoints import check_fits
 from draftsmith.train.distil_data import DistilDataModule, Text, TextBatch
 from draftsmith.train.distil_losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
 from draftsmith.train.distil_student import Student
@@ -305,6 +306,7 @@ class DraftLMModule(pl.LightningModule):
                     "lora of that run, or start a new run without --ckpt_path"
                 )
         checkpoint["state_dict"].update(self._frozen())
+        check_fits(self, checkpoint["state_dict"])
         kept = checkpoint.get("val_replies", {})
         if kept.get("made_by") == self._answering():
             self._val_replies = dict(kept["replies"])

@@ -27,6 +27,7 @@ from draftsmith.models.loading import as_dtype, load_tokenizer
 from draftsmith.models.target import PRE_NORM, TargetEnds
 from draftsmith.train.adapters import Beginning, LoraSettings
 from draftsmith.train.averaging import AVERAGE, AveragingAdamW
+from draftsmith.train.checkpoints import check_fits
 from draftsmith.train.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.engines import divides_weights, refuse_other_engines, whole
 from draftsmith.train.families import DrafterFamily, most_frequent
@@ -362,13 +363,14 @@ class DraftModule(pl.LightningModule):
             saved["state"] = {number: _without_average(state) for number, state in saved["state"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See on_save_checkpoint; older checkpoints have none of these."""
+        """See on_save_checkpoint; older checkpoints have none of these. Raises ValueError for one of another run."""
         if "trains" in checkpoint:
             self.beginning.check_resumed(self._begun_from, checkpoint["trains"])
         self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
         self._noise_seed = checkpoint.get("noise_seed", self._noise_seed)
         weights = checkpoint["state_dict"]
         average = {name: weights.pop(name) for name in [*weights] if name.startswith(f"{AVERAGE}.")}
+        check_fits(self, weights)
         if self.ema_decay is None or not average:
             return
         self.evaluated.load_state_dict({name.removeprefix(f"{AVERAGE}."): tensor for name, tensor in average.items()})

@@ -6,7 +6,7 @@ Owns: when, and where to. Does not know: how a judge is fitted, how figures are 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -25,29 +25,32 @@ class KeepJudge(KeepBestDrafter):
         directory: where; null takes `judge` in the trainer's default_root_dir.
         monitor: a logged metric.
         mode: whether more of it is better.
+        replace: as in KeepBestDrafter.
     """
 
-    def __init__(self, directory: Path | None = None, monitor: str = AUC, mode: Literal["max", "min"] = "max") -> None:
-        super().__init__(directory, monitor, mode)
+    stage: ClassVar[str] = "draftsmith train (best judge)"
+    name: ClassVar[str] = "judge"
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        monitor: str = AUC,
+        mode: Literal["max", "min"] = "max",
+        replace: bool = False,
+    ) -> None:
+        super().__init__(directory, monitor, mode, replace)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _expect(pl_module)
         if not trainer.is_global_zero:
             return
         judge = module.judge()
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        config = {
-            **module.settings(),
-            "step": trainer.global_step,
-            "metrics": metrics,
-            "labels": judge.config.labels,
-        }
+        config = {**module.settings(), **self._moment(trainer), "labels": judge.config.labels}
         data = module.data()
         caches = [*data.caches, *data.draft_caches]
         inputs = {str(cache.path): cache.manifest.identity.source for cache in caches}
         inputs[module.target] = judge.config.target_fingerprint
-        directory = self.directory or Path(trainer.default_root_dir) / "judge"
-        with atomic_directory(directory) as partial:
+        with atomic_directory(self._folder(trainer), self.stage) as partial:
             judge.save_pretrained(partial)
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 

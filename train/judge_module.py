@@ -21,6 +21,7 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import FEATURES, POST_NORM, Judge, JudgeConfig
 from draftsmith.models.loading import as_dtype, load_tokenizer
 from draftsmith.models.target import PRE_NORM, TargetEnds
+from draftsmith.train.checkpoints import check_fits
 from draftsmith.train.engines import refuse_dividing
 from draftsmith.train.judge_data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge_fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
@@ -254,12 +255,14 @@ class JudgeModule(pl.LightningModule):
         checkpoint["settings"] = {**self.settings(), "l2": list(self.l2)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with another objective."""
+        """Refuses to go on with another objective or another model's weights."""
+        check_fits(self, checkpoint["state_dict"])
         own = {**self.settings(), "l2": list(self.l2)}
         for name in ("feature", "l2", "class_weight"):
-            if checkpoint["settings"][name] != own[name]:
+            theirs = checkpoint.get("settings", {}).get(name)
+            if theirs != own[name]:
                 raise ValueError(
-                    f"the checkpoint was made with {name} = {checkpoint['settings'][name]!r}, this run has {own[name]!r}; resume with the "
+                    f"the checkpoint was made with {name} = {theirs!r}, this run has {own[name]!r}; resume with the "
                     "same settings, or start a new run without --ckpt_path"
                 )
 

@@ -23,6 +23,7 @@ from draftsmith import configs, embedded, files
 from draftsmith.embedded.tokenizer import train_tokenizer
 from draftsmith.models.end_tokens import end_tokens
 from draftsmith.models.pretrained import read_model, read_tokenizer
+from draftsmith.ownership import check_replaceable
 from draftsmith.train.lm_data import Mixture, conversations
 from draftsmith.train.lm_module import LmModule
 
@@ -30,6 +31,7 @@ ModelName = Literal["target", "draft_lm"]
 _CONFIG_STEMS: dict[ModelName, str] = {"target": "embedded_target", "draft_lm": "embedded_draft"}
 _TOKENIZER_TEXTS = 20_000
 _MAX_NEW_TOKENS = 160
+STAGE = "draftsmith embedded build"
 
 
 def build(
@@ -47,8 +49,10 @@ def build(
         seed: Seed of the weights and of the tokenizer's texts; the corpus's seeds are in the configs.
     """
     destination = embedded.path("target").parent if destination is None else destination
-    tokenizer = _build_tokenizer(work / "tokenizer", seed)
     names: list[ModelName] = ["target", "draft_lm"] if model == "all" else [model]
+    for name in names:
+        check_replaceable(destination / name, STAGE)
+    tokenizer = _build_tokenizer(work / "tokenizer", seed)
     for name in names:
         first = _run_phase(_CONFIG_STEMS[name] + "_wordings", work, tokenizer, None, seed)
         second = _run_phase(_CONFIG_STEMS[name] + "_house", work, tokenizer, first, seed)
@@ -66,7 +70,7 @@ def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
         eos_token_id=end_tokens(tokenizer=words)[0],
         pad_token_id=words.pad_token_id,
     )
-    with files.atomic_directory(destination) as partial:
+    with files.atomic_directory(destination, STAGE) as partial:
         lm.config.save_pretrained(partial)
         lm.generation_config.save_pretrained(partial)
         words.save_pretrained(partial)
@@ -80,7 +84,7 @@ def _build_tokenizer(directory: Path, seed: int) -> Path:
     if not directory.is_dir():
         texts = itertools.islice(conversations(Mixture(graded_share=0.5), "train", seed), _TOKENIZER_TEXTS)
         words = train_tokenizer(texts)
-        with files.atomic_directory(directory) as partial:
+        with files.atomic_directory(directory, STAGE) as partial:
             words.save_pretrained(partial)
     return directory
 
@@ -109,7 +113,7 @@ def _run_phase(config: str, work: Path, tokenizer: Path, init_from: Path | None,
         args=arguments,
     )
     assert isinstance(cli.model, LmModule)
-    with files.atomic_directory(directory) as partial:
+    with files.atomic_directory(directory, STAGE) as partial:
         cli.model.lm.save_pretrained(partial)
     return directory
 

@@ -5,6 +5,7 @@ Owns the optimiser, the schedule and the loss. Does not know the corpus. Shapes:
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.models.end_tokens import end_tokens
 from draftsmith.models.pretrained import read_model, read_tokenizer
+from draftsmith.train.checkpoints import check_fits
 
 _IGNORED = -100
 
@@ -83,6 +85,10 @@ class LmModule(pl.LightningModule):
         rows = batch["input_ids"].shape[0]
         self.log("val/loss", loss, prog_bar=True, batch_size=rows)
         self.log("val/top1", top1, prog_bar=True, batch_size=rows)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError for the weights of another model."""
+        check_fits(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         matrices = [weight for weight in self.lm.parameters() if weight.ndim > 1]

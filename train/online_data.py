@@ -30,8 +30,10 @@ from draftsmith.models.context import context_of
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve, target_fingerprint
 from draftsmith.models.pretrained import read_config
+from draftsmith.ownership import check_replaceable
 
 _SHARD_TOKENS = 2**21
+_STAGE = "draftsmith train (tokens)"
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,8 @@ def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
     if (folder / MANIFEST_FILE).exists():
         _check_same(folder, identity)
         return folder
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no tokens; name another folder")
-    with atomic_directory(folder) as partial:
+    check_replaceable(folder, _STAGE)
+    with atomic_directory(folder, _STAGE) as partial:
         counts = _Counts()
         records = [
             _write_shard(partial, number, samples, vocab_size, target.name)

@@ -336,8 +336,11 @@ def _keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
 
 
 def _last_path(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str:
-    """Where the keeper writes its last checkpoint; a file of another run there is left alone if the keeper would do so."""
-    if keeper.last_model_path:
+    """Where the keeper writes its last checkpoint; a file of another run there is left alone if the keeper would do so.
+
+    A path from a checkpoint counts only if it lies in the keeper's own folder: this is written to.
+    """
+    if keeper.last_model_path and os.path.dirname(keeper.last_model_path) == str(keeper.dirpath):
         return keeper.last_model_path
     metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
     path, version = keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST), keeper.STARTING_VERSION

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed
+
 _OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")
 _LONG_UNTOUCHED = 86_400.0
 _LOCK_ATTEMPTS = 10
@@ -41,19 +43,36 @@ def _machine() -> str:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether who was writing this half-written file or folder has certainly died: a process of this machine that is gone.
+    """Whether who was writing this half-written file or folder has certainly died.
 
-    Earlier versions named no machine. Such a one must also have lain untouched for a day.
+    Certain is: a process of this machine that is gone, or one of another machine, which cannot be asked, that has not touched it for a
+    day. Earlier versions named no machine.
     """
     owner = _OWNER.search(leftover.name)
-    if owner is None or _alive(int(owner["pid"] or owner["old_pid"])):
+    if owner is None:
         return False
-    if owner["machine"] is not None:
-        return owner["machine"] == _machine()
+    if owner["machine"] == _machine():
+        return not _alive(int(owner["pid"]))
+    if owner["machine"] is None and _alive(int(owner["old_pid"])):
+        return False
     try:
-        return time.time() - leftover.stat().st_mtime > _LONG_UNTOUCHED
+        return time.time() - leftover.lstat().st_mtime > _LONG_UNTOUCHED
     except FileNotFoundError:
         return False
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Removes from a folder what writers that died were writing into it, files and folders."""
+    for leftover in folder.glob(".*.partial-*"):
+        if is_abandoned(leftover):
+            _remove(leftover)
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:
@@ -79,11 +98,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that becomes `path` when the block ends well, and vanishes when it does not: for what is too large to hold twice.
 
+    What killed writers left half-written in the same folder goes first, so that it takes no room.
+
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is then as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(path.parent)
     partial = _beside(path, "partial")
     try:
         with open(partial, "wb") as file:
@@ -97,37 +119,53 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, stage: str = "draftsmith") -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A folder already at `path` is replaced, and put back if the exchange itself fails. What killed writers of the same
-    `path` left beside it is cleared away at the end.
+    A folder already at `path` is replaced if it is empty or this stage's own, and put back if the exchange itself fails. Links are
+    followed. The new folder gets a `provenance.json` that claims it for `stage`, or has the claim added. What killed writers left beside
+    it is cleared away; a folder that one of them had moved aside, and not yet replaced, is put back first.
+
+    A stage whose work takes long asks `check_replaceable` before it begins.
+
+    Args:
+        path: where the folder goes.
+        stage: who writes it, in the user's words: `draftsmith export`.
 
     Raises:
-        ValueError: `path` is a file.
+        ValueError: `path` is a file, or a folder that `stage` must not replace (see `check_replaceable`).
         OSError: the disk is full or the parent cannot be written; what was at `path` is untouched.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, but a folder is to be written there; remove it or name another folder")
+    shown, path = Path(path), Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(path)
+    check_replaceable(shown, stage)
+    clear_abandoned(path.parent)
     partial = _beside(path, "partial")
     partial.mkdir()
     try:
         yield partial
+        atomic_write(partial / CLAIM_FILE, claimed(partial, stage))
         _sync_directory(partial)
-        _exchange(partial, path)
+        _exchange(partial, path, stage, shown)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _sync_directory(path.parent)
-    _clear_leftovers(path)
+    for leftover in _moved_aside(path):
+        _remove(leftover)
 
 
-def _clear_leftovers(path: Path) -> None:
-    for kind in ("partial", "replaced"):
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
-            if is_abandoned(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
+def _moved_aside(path: Path) -> list[Path]:
+    """What writers that died had taken from `path`, the latest first."""
+    found = filter(is_abandoned, path.parent.glob(f".{glob.escape(path.name)}.replaced-*"))
+    return sorted(found, key=lambda leftover: leftover.lstat().st_mtime, reverse=True)
+
+
+def _put_back(path: Path) -> None:
+    """Undoes an exchange in whose middle its process died."""
+    leftovers = [] if path.exists() else _moved_aside(path)
+    if leftovers:
+        os.replace(leftovers[0], path)
 
 
 def _alive(pid: int) -> bool:
@@ -140,7 +178,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _exchange(partial: Path, path: Path) -> None:
+def _exchange(partial: Path, path: Path, stage: str, shown: Path) -> None:
     if not path.exists():
         os.replace(partial, path)
         return
@@ -148,6 +186,8 @@ def _exchange(partial: Path, path: Path) -> None:
     os.replace(path, replaced)
     with contextlib.ExitStack() as undo:
         undo.callback(os.replace, replaced, path)
+        # Here nobody can add to it any more.
+        check_contents(replaced, stage, shown)
         os.replace(partial, path)
         undo.pop_all()
     shutil.rmtree(replaced)
@@ -277,7 +317,8 @@ def exclusive(path: Path) -> Iterator[None]:
         ValueError: another process holds it; its process id is named.
     """
     path = Path(path)
-    lock = path.parent / f".{path.name}.lock"
+    place = path.resolve()  # one lock, whichever of its names a folder is called by
+    lock = place.parent / f".{place.name}.lock"
     handle = _acquire(lock, path)
     try:
         os.ftruncate(handle, 0)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.files import atomic_write
+from draftsmith.ownership import CLAIM_FILE as FILE_NAME
+from draftsmith.ownership import check_unclaimed
 
-FILE_NAME = "provenance.json"
 _PACKAGES = ("draftsmith", "torch", "transformers", "pytorch-lightning", "datasets", "safetensors", "numpy")
 
 
@@ -51,7 +52,12 @@ def record(command: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -
 
 
 def write(directory: Path, record: Mapping[str, Any]) -> Path:
-    """Writes `record` to `directory/provenance.json`, atomically, and gives that path."""
+    """Writes `record` to `directory/provenance.json`, atomically, and gives that path.
+
+    Raises:
+        ValueError: the folder is one that a stage wrote whole; its record stays.
+    """
+    check_unclaimed(Path(directory))
     path = Path(directory) / FILE_NAME
     atomic_write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return path

@@ -256,9 +256,9 @@ def test_an_export_replaces_an_earlier_one_but_nothing_else(tmp_path: Path, draf
     export(drafter, tmp_path / "out")
     export(drafter, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes.txt, which an export would remove"):
+    with pytest.raises(ValueError, match=r"holds notes.txt, which `draftsmith export` did not write and would delete"):
         export(drafter, tmp_path / "out")
-    with pytest.raises(ValueError, match="out is the drafter's own folder"):
+    with pytest.raises(ValueError, match=r"reads .*, and would delete it"):
         export(drafter, drafter)
 
 

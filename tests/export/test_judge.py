@@ -202,7 +202,7 @@ def test_a_judge_of_another_target_is_refused(
 
 def test_nothing_of_anybody_elses_is_removed(judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--judge", judge, "--out", judge) == 1
-    assert "the judge's own folder" in capsys.readouterr().err
+    assert "and would delete it" in capsys.readouterr().err
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
@@ -210,5 +210,5 @@ def test_nothing_of_anybody_elses_is_removed(judge: Path, tmp_path: Path, capsys
     assert "holds notes.txt" in capsys.readouterr().err
     shutil.copytree(judge, tmp_path / "training")
     assert run("--judge", judge, "--out", tmp_path / "training") == 1
-    assert "no earlier export" in capsys.readouterr().err
+    assert "`draftsmith judge export` did not write" in capsys.readouterr().err
     assert (other / "notes.txt").read_text() == "mine"

@@ -22,6 +22,7 @@ from draftsmith.files import (
     read_jsonl,
     sha256_file,
 )
+from draftsmith.ownership import CLAIM_FILE
 
 
 def names(folder: Path) -> list[str]:
@@ -75,7 +76,7 @@ def test_a_second_directory_replaces_the_first_entirely(tmp_path: Path) -> None:
     for name in ("old", "new"):
         with atomic_directory(path) as partial:
             (partial / name).touch()
-    assert names(path) == ["new"]
+    assert names(path) == ["new", CLAIM_FILE]
     assert names(tmp_path) == ["cache"]
 
 
@@ -140,7 +141,7 @@ def test_writers_of_one_path_with_the_same_process_id_keep_out_of_each_others_wa
     with atomic_directory(tmp_path / "d") as one, atomic_directory(tmp_path / "d") as other:
         (one / "one").touch()
         (other / "other").touch()
-    assert names(tmp_path / "d") == ["one"]
+    assert names(tmp_path / "d") == ["one", CLAIM_FILE]
     assert names(tmp_path) == ["a.txt", "d"]
 
 

@@ -7,8 +7,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from training import MakeCache, make_module, make_trainer
+from training import MakeCache, make_module, make_trainer, tiny_config
 
+from draftsmith.cli import main
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
@@ -65,6 +66,39 @@ def test_without_prompts_to_decode_the_run_is_refused_at_its_start(
     data = CacheDataModule(make_cache([9] * 6), val_fraction=0.0)
     with pytest.raises(ValueError, match="val_fraction above 0"):
         make_trainer(tmp_path, callbacks=[TreeDecodeValidation()]).fit(make_module(target_dir), data)
+
+
+def test_a_new_run_never_replaces_the_best_of_an_earlier_one_unless_it_is_told_to(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, root = tiny_config(tmp_path, target_dir, make_cache([9] * 10)), tmp_path / "run"
+    fit = ["train", "fit", f"--config={config}", "--trainer.max_epochs=-1", "--trainer.max_steps"]
+    assert main([*fit, "2"]) == 0
+    before = {path: path.read_bytes() for path in [*(root / "drafter").iterdir(), root / "config.yaml"]}
+    for arguments in (["3"], ["3", "--model.init_args.lr=1"]):
+        assert main([*fit, *arguments]) == 1
+        error = capsys.readouterr().err
+        assert "drafter holds the best drafter of another run" in error
+        assert all(way in error for way in ("--ckpt_path last", "--trainer.default_root_dir", "--replace_best true"))
+        assert {path: path.read_bytes() for path in before} == before
+    for arguments in (["4", "--ckpt_path=last"], ["4", "--replace_best=true"], ["6", "--ckpt_path=last"]):
+        assert main([*fit, *arguments]) == 0
+    (root / "drafter" / "note.txt").write_text("mine")
+    assert main([*fit, "8", "--ckpt_path=last"]) == 1
+    assert "drafter holds note.txt, which `draftsmith train (best drafter)` did not write" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_root_does_not_let_a_run_replace_the_best_of_this_one(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    data = CacheDataModule(make_cache([9] * 10), val_fraction=0.2, tokens_per_batch=40)
+    for name in "ab":
+        keeper = ModelCheckpoint(tmp_path / name, save_last=True)
+        trainer = make_trainer(tmp_path / name, callbacks=[KeepBestDrafter(), keeper], enable_checkpointing=True)
+        trainer.fit(make_module(target_dir), data)
+    other = make_trainer(tmp_path / "a", max_epochs=2, callbacks=[KeepBestDrafter()])
+    with pytest.raises(ValueError, match=r"a/drafter holds the best drafter of another run"):
+        other.fit(make_module(target_dir), data, ckpt_path=tmp_path / "b" / "last.ckpt")
 
 
 def test_without_a_metric_the_last_weights_are_kept(target_dir: Path, make_cache: MakeCache, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_adapter_never_replaces_the_drafter_below_it(
     base = shutil.copytree(trained["redrafter"], tmp_path / "drafter")
     module = make_module(target_dir, drafter=ReDrafterFamily(), init_from=base, lora=LORA)
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[KeepBestDrafter()])
-    with pytest.raises(ValueError, match=r"would replace .*drafter, the drafter that it adapts; give the run another"):
+    with pytest.raises(ValueError, match=r"reads .*drafter, and would delete it"):
         trainer.fit(module, data_of(cache))
     assert module_fingerprint(load_drafter(base)) == module_fingerprint(load_drafter(trained["redrafter"]))
     assert not list(tmp_path.glob(".drafter*"))
