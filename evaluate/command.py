@@ -3,6 +3,7 @@
 Owns the order of the work: load, refuse, race, report. Does not know the measures' definitions or the files' formats.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,6 +34,7 @@ from draftsmith.ownership import check_replaceable, check_unclaimed
 
 STAGE = "draftsmith evaluate"
 TENSORBOARD = "tensorboard"
+REPORT = "report.json"
 
 
 def evaluate(
@@ -110,7 +112,11 @@ def evaluate(
     config = asdict(settings) | asdict(plan) | {"temperatures": [one.temperature for one in warmths], "split": split}
     config |= {"drafters": [asdict(entry) for entry in entries], "dtype": dtype} | asdict(where)
     made_by = partial(provenance.record, provenance.command_line(), config, inputs)
-    with exclusive(out), parts(out, len(warmths), identity(made_by(), samples, candidates)) as unfinished:
+    facts = identity(made_by(), samples, candidates)
+    told = [one.temperature for one in warmths]
+    measured = [facts | {"temperature": one, "repeated": told[:at].count(one)} for at, one in enumerate(told)]
+    with exclusive(out), parts(out, measured) as unfinished:
+        _tell_replaced(out)
         rows: list[Row] = []
         for one, part in zip(warmths, unfinished, strict=True):
             chosen = replace(one, eos_token_ids=model.eos_token_ids)
@@ -140,14 +146,27 @@ def load_candidates(
 
 
 def identity(record: Mapping[str, Any], samples: Sequence[Sample], candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """All that replies and times depend on: two runs may share their measurements where this is equal.
+    """All that replies and times depend on but the temperature: two runs may share their measurements where this is equal.
 
-    record: the run's provenance, of which the command's wording and the time do not count.
+    record: the run's provenance, of which the command's wording, the time and the other temperatures do not count.
     """
-    facts = {name: value for name, value in record.items() if name not in ("command", "time")}
+    facts = {name: value for name, value in record.items() if name not in ("command", "time", "config")}
+    facts |= {name: value for name, value in record["config"].items() if name not in ("temperature", "temperatures")}
     drafters = [[one.label, one.fingerprint, one.drafter.config.to_json_string()] for one in candidates]
     prompts = [asdict(sample) for sample in samples]
     return facts | {"samples": prompts, "candidates": drafters, "threads": torch.get_num_threads()}
+
+
+def _tell_replaced(out: Path) -> None:
+    report = out / REPORT
+    if not report.is_file():
+        return
+    try:
+        rows = json.loads(report.read_bytes())["rows"]
+        held = ", ".join(dict.fromkeys(f"T={row['temperature']:g}" for row in rows))
+    except (ValueError, KeyError, TypeError):
+        held = "unreadable"
+    print(f"{report} of an earlier evaluation ({held}) will be replaced; to keep it, stop and give another --out")
 
 
 def _write(out: Path, rows: Sequence[Row], made_by: dict) -> None:

@@ -4,12 +4,14 @@ Owns how names, folders and shapes are joined. Does not know how a shape is read
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from draftsmith.models.drafter_folder import drafter_folder
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.shapes import parse_shape
+
+RESERVED = ("plain", "transformers")  # rows of every report
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,12 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
     Example: words `["runs/a/drafter", "wide=runs/b@10x4"]` and shapes `["1x4"]` give `drafter` with 1x4, `wide` with
         10x4.
 
-    Raises ValueError for a path that is no folder, a bad shape, no shape, or two drafters of one name.
+    Drafters without a name of their own in folders of one name are called after their parents: `runs/a/drafter` and `runs/b/drafter`
+    are `a` and `b`.
+
+    Raises ValueError for a path that is no folder, a bad shape, no shape, or two drafters that cannot be told apart.
     """
-    entries = []
+    entries, unnamed = [], []
     for word in words:
         place, _, own = word.partition("@")
         name, equals, path = place.partition("=")
@@ -42,14 +47,37 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
             raise ValueError(f"drafter {word!r} has no shape; give --shapes 1x4, or {word}@1x4")
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"drafter {word!r} has one shape twice; give each once")
-        entries.append(Entry(name if equals else _name_of(given), folder, chosen))
-    names = [entry.name for entry in entries]
+        if not equals:
+            unnamed.append(len(entries))
+        entries.append(Entry(name if equals else given, folder, chosen))
+    taken = [*RESERVED, *(entry.name for number, entry in enumerate(entries) if number not in unnamed)]
+    names = names_apart([entries[number].name for number in unnamed], taken)
+    for number, name in zip(unnamed, names, strict=True):
+        entries[number] = replace(entries[number], name=name)
+    names = [*RESERVED, *(entry.name for entry in entries)]
     for name in names:
-        if names.count(name) > 1 or name in ("plain", "transformers"):
+        if names.count(name) > 1:
             raise ValueError(f"drafter name {name!r} is taken; name the drafters apart with NAME=PATH")
     return entries
 
 
-def _name_of(given: str) -> str:
-    """Example: `runs/a/drafter` is called `drafter`, `embedded:draft_lm` `draft_lm` and a hub id's `org/small` `small`."""
-    return Path(given.removeprefix("embedded:")).resolve().name
+def names_apart(given: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """Short names for folders: each its own name, or where that is another's or taken, those of as many parents as it takes.
+
+    Example: `x/a/drafter`, `x/b/drafter`, `y/b/drafter`, `x/wide` are `x/a`, `x/b`, `y/b`, `wide`; `embedded:draft_lm` is `draft_lm`.
+        The same folder twice keeps one name.
+    """
+    places = [Path(one.removeprefix("embedded:")).resolve().parts for one in given]
+    own = [place[-1] for place in places]
+    kept = {name for name in own if own.count(name) == 1} - {*taken}
+    names = []
+    for place in places:
+        alike = [other for other in places if other[-1] == place[-1]]
+        for height in range(1, 1 if place[-1] in kept else max(map(len, alike))):
+            parents = ["/".join(other[-1 - height : -1]) for other in alike]
+            if len({*parents}) == len(parents) and not {*parents} & {*taken, *kept}:
+                names.append("/".join(place[-1 - height : -1]))
+                break
+        else:
+            names.append(place[-1])
+    return names

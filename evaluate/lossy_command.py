@@ -18,6 +18,7 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.rule_text import parse_rule
+from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy_chart import draw_trade
 from draftsmith.evaluate.lossy_report import to_markdown, trade_table
@@ -35,6 +36,8 @@ from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.shapes import parse_shape
 from draftsmith.models.target import Target
 from draftsmith.ownership import check_unclaimed
+
+_JUDGE = "judge:"
 
 
 def evaluate_rules(
@@ -84,7 +87,7 @@ def evaluate_rules(
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
     """
     check_unclaimed(out)
-    chosen = [Ruled(*parse_rule(text)) for text in rules]
+    chosen = _ruled(rules)
     limits = parse_shape(shape)
     draft_folder = drafter_folder(drafter)
     _check(chosen, batch_rows, timed_problems)
@@ -126,6 +129,22 @@ def evaluate_rules(
         _write(out, rows, provenance.record(provenance.command_line(), config, inputs), target, drafter)
     print(trade_table(rows))
     print(f"report: {out / 'report.md'}")
+
+
+def _ruled(texts: Sequence[str]) -> list[Ruled]:
+    """The rules, with names of their own for several judges that were given none."""
+    folders = {
+        text: text.removeprefix(_JUDGE).rpartition("@")[0] or text.removeprefix(_JUDGE)
+        for text in texts
+        if text.startswith(_JUDGE)
+    }
+    unlike = list(dict.fromkeys(folders.values()))
+    names = dict(zip(unlike, names_apart(unlike), strict=True)) if len(unlike) > 1 else {}
+    parsed = [(text, *parse_rule(text)) for text in texts]
+    return [
+        Ruled(f"{name} {names[folders[text]]}" if folders.get(text) in names else name, rule)
+        for text, name, rule in parsed
+    ]
 
 
 def _check(rules: Sequence[Ruled], batch_rows: int, timed_problems: int) -> None:

@@ -1,11 +1,12 @@
 """What a killed evaluation had finished, so that the same command goes on there instead of starting over.
 
-Owns the work file beside the report: a fingerprint of the evaluation, then a line for each finished round. Does not know
+Owns the work file beside the report: for each measurement what it depends on, then a line for each finished round. Does not know
 how anything is decoded, timed or reported.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,10 @@ from typing import Any
 
 from draftsmith.decode import Ledger
 from draftsmith.evaluate.records import Decoded, Place, Round, Timed
-from draftsmith.files import JsonlAppender
+from draftsmith.files import JsonlAppender, atomic_write
 
 WORK_FILE = "unfinished.jsonl"
+_FACTS = "facts"
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Part:
         ledgers: stage times by contender; empty until they are all there.
     """
 
-    number: int = 0
+    key: str = ""
     log: JsonlAppender | None = None
     rounds: dict[Place, Round] = field(default_factory=dict)
     ledgers: dict[str, Ledger] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Part:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.log is not None:
-            self.log.write({"part": self.number} | row)
+            self.log.write({"part": self.key} | row)
 
     def restore(self, row: Mapping[str, Any]) -> None:
         """Takes what `_write` wrote."""
@@ -70,33 +72,67 @@ def _timed(run: Mapping[str, Any]) -> Timed:
 
 
 @contextmanager
-def parts(out: Path, num_parts: int, identity: Mapping[str, Any]) -> Iterator[Sequence[Part]]:
-    """The parts of an evaluation with what an earlier run of the same one left in `out`.
+def parts(out: Path, identities: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Part]]:
+    """The parts of an evaluation with what earlier runs left of the same measurements in `out`.
 
-    When the block ends well, the work file goes; when it does not, the next call with the same `identity` begins where
-    it ended.
+    What they left of other measurements is dropped, and printed. When the block ends well, the work file goes; when it does not, the
+    next call with the same identities begins where it ended.
 
     Args:
         out: folder of the report.
-        num_parts: how many measurements there are.
-        identity: everything the measurements depend on. Where it differs from the earlier run's, that is thrown away.
+        identities: for each measurement everything it depends on, its `temperature` among it; no two are equal.
     """
-    head = {"identity": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
     path = out / WORK_FILE
-    with _opened(path, head) as log:
-        found = [Part(number, log) for number in range(num_parts)]
-        for row in log.rows[1:]:
-            found[row["part"]].restore(row)
-        yield found
+    heads = [_head(identity) for identity in identities]
+    for line in _drop_others(path, heads):
+        print(line)
+    with JsonlAppender(path) as log:
+        begun = {row["part"] for row in log.rows}
+        found = {head["part"]: Part(head["part"], log) for head in heads}
+        for row in log.rows:
+            if _FACTS not in row:
+                found[row["part"]].restore(row)
+        for head in heads:
+            if head["part"] not in begun:
+                log.write(head)
+        yield list(found.values())
     path.unlink()
 
 
-def _opened(path: Path, head: Mapping[str, Any]) -> JsonlAppender:
-    """The log that begins with `head`; one that does not is replaced."""
-    log = JsonlAppender(path)
-    if log.rows[:1] != [head]:
-        log.close()
-        path.unlink()
-        log = JsonlAppender(path)
-        log.write(dict(head))
-    return log
+def _head(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part is: a digest of everything, and one of each fact so that a difference can be named."""
+    facts = {name: _digest(value) for name, value in identity.items()}
+    return {"part": _digest(facts), "temperature": identity["temperature"], _FACTS: facts}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _drop_others(path: Path, heads: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Leaves only the rows of these parts in the work file; says what went, a line for each part that had finished anything."""
+    if not path.exists():
+        return []
+    with JsonlAppender(path) as log:
+        rows = log.rows
+    own = {head["part"] for head in heads}
+    others = [row for row in rows if row.get("part") not in own]
+    if not others:
+        return []
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row not in others))
+    rounds = Counter(row.get("part") for row in others if "round" in row)
+    known = {row["part"]: row for row in others if _FACTS in row}
+    return [
+        f"{path}: dropped {count} finished rounds of another evaluation, {_unlike(known.get(part), heads)}"
+        for part, count in rounds.items()
+    ]
+
+
+def _unlike(other: Mapping[str, Any] | None, heads: Sequence[Mapping[str, Any]]) -> str:
+    """Example: `at temperature 1, with other candidates, seed`."""
+    if other is None:
+        return "which an earlier version wrote"
+    own, theirs = heads[0][_FACTS], other[_FACTS]
+    names = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    others = ", ".join(name for name in names if name != "temperature")
+    return f"at temperature {other['temperature']:g}" + (f", with other {others}" if others else "")

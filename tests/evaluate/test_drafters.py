@@ -1,8 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
-from draftsmith.evaluate.drafters import parse_entries
+from draftsmith.evaluate.drafters import names_apart, parse_entries
 from draftsmith.models.limits import DraftLimits
 
 
@@ -11,6 +12,31 @@ def test_entries_have_names_and_may_have_shapes_of_their_own(drafter: Path) -> N
     assert [entry.name for entry in entries] == [drafter.name, "wide"]
     assert [len(entry.shapes) for entry in entries] == [1, 2]
     assert entries[1].shapes[0] == DraftLimits(10, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken", "names"),
+    [
+        (["a/drafter", "b/drafter"], [], ["a", "b"]),
+        (["a/train/drafter", "b/train/drafter", "wide"], [], ["a/train", "b/train", "wide"]),
+        (["x/a/drafter", "x/b/drafter", "y/b/drafter"], [], ["x/a", "x/b", "y/b"]),
+        (["x/a", "x/a/drafter", "x/b/drafter"], [], ["a", "x/a", "x/b"]),
+        (["org/small", "other/small", "embedded:draft_lm"], [], ["org", "other", "draft_lm"]),
+        (["runs/plain", "runs/mine"], ["plain"], ["runs", "mine"]),
+        (["a/drafter", "a/drafter"], [], ["drafter", "drafter"]),
+    ],
+)
+def test_folders_of_one_name_are_called_after_their_parents(
+    given: list[str], taken: list[str], names: list[str]
+) -> None:
+    assert names_apart(given, taken) == names
+
+
+def test_entries_in_folders_of_one_name_are_told_apart(drafter: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(drafter, tmp_path / name / "drafter")
+    words = [str(tmp_path / "a" / "drafter"), f"{tmp_path / 'b' / 'drafter'}@2x3", f"mine={drafter}"]
+    assert [entry.name for entry in parse_entries(words, ["1x4"])] == ["a", "b", "mine"]
 
 
 def test_an_embedded_draft_lm_is_an_entry_by_its_name() -> None:

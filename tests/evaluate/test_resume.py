@@ -117,6 +117,40 @@ def test_stage_times_of_a_finished_temperature_are_kept(tmp_path: Path, run: Run
     assert report["rows"][1]["stage_cycles"] == kept["mine 2x3"]["cycles"] > 0
 
 
+def test_finished_rounds_count_at_whichever_other_temperatures_they_are_asked_for_again(
+    tmp_path: Path, run: Run, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(tmp_path / "whole", temperatures=[0.5, 0.0])
+    calls.kill_before(CALLS + 9)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    calls.kill_before(None)
+    capsys.readouterr()
+    assert run(tmp_path / "cut", temperatures=[0.5, 0.0]) == whole
+    assert len(calls.made) == 3 + 3 * NUM_PROMPTS + 3, "those at 0.5, and one untimed round at 0"
+    told = capsys.readouterr().out
+    assert f"{WORK_FILE}: dropped 2 finished rounds of another evaluation, at temperature 1\n" in told
+
+
+def test_what_is_dropped_and_what_is_replaced_is_said(
+    tmp_path: Path, run: Run, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "out", temperatures=[0.0])
+    calls.kill_before(8)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", temperatures=[0.0])
+    calls.kill_before(None)
+    capsys.readouterr()
+    run(tmp_path / "out", temperatures=[0.0], max_new_tokens=9, seed=1)
+    told = capsys.readouterr().out
+    assert (
+        "dropped 1 finished rounds of another evaluation, at temperature 0, with other max_new_tokens, seed\n" in told
+    )
+    assert (
+        "report.json of an earlier evaluation (T=0) will be replaced; to keep it, stop and give another --out" in told
+    )
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"max_new_tokens": 9}, {"repeats": 2}, {"limit": 3}], ids=str)
 def test_another_evaluation_in_the_same_folder_starts_anew(
     tmp_path: Path, run: Run, calls: Calls, change: dict[str, int]
