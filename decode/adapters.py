@@ -27,7 +27,7 @@ from draftsmith.models.drafter import Cycle, Drafter, DrafterConfig, DraftState,
 from draftsmith.models.fingerprint import module_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.rollout import PackedBatch, Rollout
-from draftsmith.models.search import Draws, Expander
+from draftsmith.models.search import Expander
 from draftsmith.models.target import Target, TargetEnds
 from draftsmith.models.tree import DraftTree
 
@@ -307,7 +307,7 @@ def _of_rows(cycle: Cycle, group: Group) -> Cycle:
         [cycle.host_lengths[row] for row in group.rows],
         [cycle.host_fresh[row] for row in group.rows],
         None if cycle.stop_below_B is None else cycle.stop_below_B[rows_G],
-        None if draws is None else Draws(draws.noise_BU[rows_G], draws.probs),
+        None if draws is None else replace(draws, keys_BU=draws.keys_BU[rows_G]),
         cycle.temperature,
         cycle.keep_probs,
     )

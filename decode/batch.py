@@ -2,7 +2,7 @@
 
 Owns the tensors that change from cycle to cycle, their growth, and the retirement of finished rows. Knows no model.
 
-Shape legend: B batch rows, P output positions, U uniforms of a cycle, V vocabulary, E emitted tokens of a cycle.
+Shape legend: B batch rows, P output positions, U draws of a cycle, V vocabulary, E emitted tokens of a cycle.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.early_stop import StopState
 from draftsmith.models.cache import KeptRows, SlotCache
 from draftsmith.models.drafter import DraftState
+from draftsmith.models.noise import keys_at
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -53,8 +55,8 @@ class Batch:
         host_fresh: how many of them the last cycle added.
         root_B: int64, the last emitted token.
         num_emitted_B: int64, emitted tokens so far.
-        noise_BP: float64 uniforms by output position, or None at temperature 0.
-        cycle_noise_BPU: float64 uniforms of a sampled tree's cycle by the output position it starts at, or None without such trees.
+        keys_B: int64, the noise keys of the requests, or None at temperature 0.
+        cycle_keys_B: int64, those of sampled trees, or None without such trees.
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
         draft: the drafter's state, or None in plain decoding.
         stop: the early stop's controller, or None without one.
@@ -67,18 +69,25 @@ class Batch:
     host_fresh: list[int]
     root_B: Tensor
     num_emitted_B: Tensor
-    noise_BP: Tensor | None
-    cycle_noise_BPU: Tensor | None
+    keys_B: Tensor | None
+    cycle_keys_B: Tensor | None
     seen_BV: Tensor | None
     draft: DraftState | None = None
     stop: StopState | None = None
 
-    def cycle_noise(self) -> Tensor | None:
-        """float64 [B, U]: the uniforms of the cycle that begins, or None."""
-        if self.cycle_noise_BPU is None:
+    def next_keys(self, count: int) -> Tensor | None:
+        """int64 [B, P]: the noise keys of the next ``count`` output positions, or None at temperature 0."""
+        if self.keys_B is None:
             return None
-        U = self.cycle_noise_BPU.shape[2]
-        return self.cycle_noise_BPU.gather(1, self.num_emitted_B[:, None, None].expand(-1, -1, U)).squeeze(1)
+        place_P = torch.arange(count, device=self.keys_B.device)
+        return keys_at(self.keys_B[:, None], self.num_emitted_B[:, None] + place_P)
+
+    def cycle_keys(self, count: int) -> Tensor | None:
+        """int64 [B, U]: ``count`` noise keys for the sampled tree of the cycle that begins, by its first output position; or None."""
+        if self.cycle_keys_B is None:
+            return None
+        own_B1 = keys_at(self.cycle_keys_B, self.num_emitted_B)[:, None]
+        return keys_at(own_B1, torch.arange(count, device=own_B1.device))
 
     def retire(self, keep: list[int]) -> None:
         """Drop the rows that are not in ``keep`` (ascending row numbers); the last rows move into the holes they leave."""
@@ -94,8 +103,8 @@ class Batch:
         rows = kept.index
         self.lengths_B, self.root_B = self.lengths_B[rows], self.root_B[rows]
         self.num_emitted_B = self.num_emitted_B[rows]
-        self.noise_BP = None if self.noise_BP is None else self.noise_BP[rows]
-        self.cycle_noise_BPU = None if self.cycle_noise_BPU is None else self.cycle_noise_BPU[rows]
+        self.keys_B = None if self.keys_B is None else self.keys_B[rows]
+        self.cycle_keys_B = None if self.cycle_keys_B is None else self.cycle_keys_B[rows]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[rows]
         self.draft = None if self.draft is None else self.draft.select_rows(kept)
         self.stop = None if self.stop is None else self.stop.select_rows(rows)

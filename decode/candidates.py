@@ -6,7 +6,7 @@ candidates that were drawn from the draft distribution and are all shown, in the
 
 A drafter that proposes by search draws nothing, so neither rule holds for it: its trees are for :mod:`draftsmith.decode.verify`.
 
-Shape legend: B batch rows, N tree nodes, K candidates of a node, E path slots (max_depth + 1), U uniforms, V vocabulary.
+Shape legend: B batch rows, N tree nodes, K candidates of a node, E path slots (max_depth + 1), U draws, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from draftsmith.decode.verify import Walk
 from draftsmith.models.limits import Rule, SampledChildren
-from draftsmith.models.sampled_search import draw, layer_start
+from draftsmith.models.noise import Draw, draw, uniforms
+from draftsmith.models.sampled_search import layer_start
 from draftsmith.models.tree import DraftTree
 
 _HALVINGS = 32
@@ -96,22 +97,25 @@ def _normalised(weights: Tensor) -> Tensor:
     return weights / torch.where(total > 0.0, total, 1.0)
 
 
-def num_uniforms(sampled: SampledChildren) -> int:
-    """How many uniforms a walk takes: one a candidate at every depth, and one for the token that ends it."""
+def num_draws(sampled: SampledChildren) -> int:
+    """How many noise keys a walk takes: one a candidate at every depth, and one for the token that ends it."""
     return sum(sampled.children) + 1
 
 
-def candidate_walk(tree: DraftTree, sampled: SampledChildren, target_probs_BNV: Tensor, noise_BU: Tensor) -> Walk:
+def candidate_walk(
+    tree: DraftTree, sampled: SampledChildren, target_probs_BNV: Tensor, keys_BU: Tensor, draw: Draw = draw
+) -> Walk:
     """From the root, try each node's candidates in order and descend on acceptance; end with a draw from the residual, at a leaf from
     the target's own distribution.
 
-    Only one node of each depth is visited, so the nodes of a depth share their uniforms.
+    Only one node of each depth is visited, so the nodes of a depth share their keys.
 
     Args:
         tree: sampled by :func:`~draftsmith.models.sampled_search.sampled_tree`.
         sampled: the settings it was sampled with.
         target_probs_BNV: float, the target's distribution at every node, after the request's processors.
-        noise_BU: float64 uniforms in [0, 1), :func:`num_uniforms` of them, of which the drafter saw none.
+        keys_BU: int64 noise keys, :func:`num_draws` of them, of which the drafter saw none.
+        draw: how a token is drawn by weights and a key.
     """
     assert tree.draft_probs_BMV is not None
     row_B = torch.arange(tree.tokens_BN.shape[0], device=tree.tokens_BN.device)
@@ -125,7 +129,7 @@ def candidate_walk(tree: DraftTree, sampled: SampledChildren, target_probs_BNV: 
         child_BK = first_B[:, None] + torch.arange(count, device=first_B.device)
         draft_BV = tree.draft_probs_BMV[row_B, layer_start(sampled, depth) + place_B]
         accept_BK, residual_BV = accept_probs(sampled.rule, law_BV, draft_BV, tree.tokens_BN.gather(1, child_BK))
-        taken_BK = noise_BU[:, used : used + count] < accept_BK
+        taken_BK = uniforms(keys_BU[:, used : used + count]) < accept_BK
         used += count
         law_BV = torch.where(going_B[:, None], residual_BV, law_BV)
         going_B = going_B & taken_BK.any(1)
@@ -134,6 +138,6 @@ def candidate_walk(tree: DraftTree, sampled: SampledChildren, target_probs_BNV: 
         path.append(torch.where(going_B, node_B, 0))
     path_BE = torch.stack(path, dim=1)
     counts_B = 1 + (path_BE > 0).sum(1)
-    last_B1 = draw(law_BV, noise_BU[:, -1:])
+    last_B1 = draw(law_BV, keys_BU[:, -1:])
     emitted_BE = tree.tokens_BN.gather(1, path_BE).roll(-1, dims=1).scatter_(1, counts_B[:, None] - 1, last_B1)
     return Walk(path_BE, emitted_BE, counts_B)

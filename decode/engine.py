@@ -6,7 +6,7 @@ decide what is emitted.
 
 Inside a cycle the host waits for the device once, in :meth:`Engine._record`, to read what was emitted.
 
-Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache slots, P output positions, U uniforms of a cycle, D hidden,
+Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache slots, P output positions, U draws of a cycle, D hidden,
 V vocabulary.
 """
 
@@ -19,17 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Batch, Generation, Recorder
-from draftsmith.decode.candidates import candidate_walk, num_uniforms
+from draftsmith.decode.candidates import candidate_walk, num_draws
 from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
 from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.decode.lossy_walk import LossyWalk, lossy_walk
-from draftsmith.decode.sampling import GenerationSettings, choose, cycle_noise, process, request_noise
+from draftsmith.decode.sampling import GenerationSettings, choose, process
 from draftsmith.decode.verify import Walk, walk
 from draftsmith.models.cache import SlotCache
 from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
+from draftsmith.models.noise import request_keys
 from draftsmith.models.reading import CHUNK, read_again, read_prompts, read_tree, within_factors
 from draftsmith.models.search import Draws
 from draftsmith.models.target import PRE_NORM, Target, TargetOutput
@@ -162,14 +163,14 @@ class Engine:
         return self.drafter.propose(batch.draft, cycle, self.limits)
 
     def _draws(self, batch: Batch, settings: GenerationSettings) -> Draws | None:
-        """For a sampled tree: the first uniforms of the cycle, and the request's processors but for the penalty.
+        """For a sampled tree: the first keys of the cycle, and the request's processors but for the penalty.
 
         Any distribution is exact to draw from; one like the target's is accepted most.
         """
-        noise_BU = batch.cycle_noise()
-        if noise_BU is None:
+        keys_BU = batch.cycle_keys(self.limits.max_nodes - 1)
+        if keys_BU is None:
             return None
-        return Draws(noise_BU[:, : self.limits.max_nodes - 1], lambda logits: process(logits, settings).softmax(-1))
+        return Draws(keys_BU, lambda logits: process(logits, settings).softmax(-1))
 
     def _verify(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
         """One target forward over the packed tree, written behind each row's cached tokens."""
@@ -203,11 +204,7 @@ class Engine:
 
     def _choose(self, batch: Batch, tree: DraftTree, logits_BNV: Tensor, settings: GenerationSettings) -> Tensor:
         """The target's chosen next token at every node, int64 [B, N]."""
-        noise_BN = None
-        if batch.noise_BP is not None:
-            place_BN = batch.num_emitted_B[:, None] + tree.depths_BN
-            noise_BN = batch.noise_BP.gather(1, place_BN.clamp(max=batch.noise_BP.shape[1] - 1))
-        return choose(logits_BNV, settings, noise_BN)
+        return choose(logits_BNV, settings, batch.next_keys(tree.max_depth + 1), tree.depths_BN)
 
     def _walk(
         self,
@@ -219,8 +216,9 @@ class Engine:
         settings: GenerationSettings,
     ) -> Walk:
         """Rejection of candidates in a sampled tree, the target's own choices in any other; beside them what a lossy rule allows."""
-        noise_BU = batch.cycle_noise()
-        if tree.draft_probs_BMV is None or noise_BU is None or self.limits.sampled is None:
+        sampled = self.limits.sampled
+        keys_BU = None if sampled is None else batch.cycle_keys(self.limits.max_nodes - 1 + num_draws(sampled))
+        if tree.draft_probs_BMV is None or keys_BU is None or sampled is None:
             choices_BN = self._choose(batch, tree, logits_BNV, settings)
             if self.rule is None or tree.num_nodes == 1:
                 return walk(tree, ancestors_BNN, choices_BN)
@@ -229,8 +227,8 @@ class Engine:
             for token in settings.eos_token_ids:
                 allowed_BN = allowed_BN & (tree.tokens_BN != token)
             return lossy_walk(tree, choices_BN, allowed_BN)
-        unseen_BU = noise_BU[:, self.limits.max_nodes - 1 :]
-        return candidate_walk(tree, self.limits.sampled, logits_BNV.softmax(-1), unseen_BU)
+        unseen_BU = keys_BU[:, self.limits.max_nodes - 1 :]
+        return candidate_walk(tree, sampled, logits_BNV.softmax(-1), unseen_BU)
 
     def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
         """Compact the accepted path in the cache and move every row's root; rows that end are retired right after."""
@@ -290,8 +288,8 @@ class Engine:
             host_fresh=list(host_lengths),
             root_B=tokens_BT[:, 0],
             num_emitted_B=torch.zeros_like(lengths_B),
-            noise_BP=self._noise(settings, request_ids),
-            cycle_noise_BPU=self._cycle_noise(settings, request_ids),
+            keys_B=request_keys(settings.seed, request_ids, "choices", device) if settings.temperature > 0.0 else None,
+            cycle_keys_B=request_keys(settings.seed, request_ids, "cycles", device) if self._samples_trees else None,
             seen_BV=self._seen(tokens_BT, lengths_B, settings),
         )
         layers = tuple({PRE_NORM, *self._layers})
@@ -321,18 +319,9 @@ class Engine:
         self._record(batch, recorder, steps, drafted=None)
         return batch
 
-    def _noise(self, settings: GenerationSettings, request_ids: list[int]) -> Tensor | None:
-        if settings.temperature == 0.0:
-            return None
-        rows = [request_noise(settings.seed, request, settings.max_new_tokens) for request in request_ids]
-        return torch.stack(rows).to(self.target.device)
-
-    def _cycle_noise(self, settings: GenerationSettings, request_ids: list[int]) -> Tensor | None:
-        if self.drafter is None or self.limits.sampled is None:
-            return None
-        count = self.limits.max_nodes - 1 + num_uniforms(self.limits.sampled)
-        rows = [cycle_noise(settings.seed, request, settings.max_new_tokens, count) for request in request_ids]
-        return torch.stack(rows).to(self.target.device)
+    @property
+    def _samples_trees(self) -> bool:
+        return self.drafter is not None and self.limits.sampled is not None
 
     def _seen(self, tokens_BT: Tensor, lengths_B: Tensor, settings: GenerationSettings) -> Tensor | None:
         if settings.repetition_penalty == 1.0:
@@ -345,7 +334,7 @@ class Engine:
         return seen_BV.scatter_(1, real_BT, True)
 
     def _check(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
-        if self.drafter is not None and self.limits.sampled is not None and settings.temperature == 0.0:
+        if self._samples_trees and settings.temperature == 0.0:
             raise ValueError(
                 "temperature is 0 and the draft tree is sampled; rejection needs a distribution to sample from: give a temperature above "
                 "0, or draft with beams, a dynamic or a static tree"

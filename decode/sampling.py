@@ -3,25 +3,21 @@
 Owns the settings of a request and everything between logits and tokens. Knows nothing of trees beyond "a node has ancestors", nor of
 caches and drafters.
 
-The noise: the uniform number that decides output position i of request r under seed s is a function of (s, r, i) alone. All nodes that
-compete for one position share it, only one of them is ever visited, and no drafter sees it. So plain and speculative decoding draw
-the very same tokens at every temperature, and a batch draws what its rows would alone.
+The noise of token t at output position i of request r under seed s depends on (s, r, i, t) alone (:mod:`draftsmith.models.noise`). All
+nodes that compete for one position share it, only one of them is ever visited, and no drafter sees it. So plain and speculative decoding
+draw the very same tokens at every temperature, and a batch draws what its rows would alone.
 
-Sampled trees, whose drafter needs noise as well, have a stream of their own: a row of uniforms for the cycle that starts at output position
-i, again a function of (s, r, i) alone. They emit the target's distribution, but not the tokens that plain decoding would draw.
-
-Shape legend: B batch rows, N tree nodes, V vocabulary, P output positions, U uniforms of a cycle.
+Shape legend: B batch rows, N tree nodes, V vocabulary, P output positions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith.models.sampled_search import draw
+from draftsmith.models.noise import draw_at
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,6 @@ class GenerationSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
 
-def request_noise(seed: int, request: int, num_positions: int) -> Tensor:
-    """float64 [P] uniforms in [0, 1) of one request, on the CPU, the same whatever else is in its batch.
-
-    The key goes through NumPy's SeedSequence: generators seeded with plain consecutive numbers have correlated first outputs, which a
-    chi-square test over many requests sees.
-    """
-    return torch.from_numpy(np.random.default_rng([seed, request]).random(num_positions))
-
-
-def cycle_noise(seed: int, request: int, num_positions: int, num_uniforms: int) -> Tensor:
-    """float64 [P, U] uniforms in [0, 1) of one request's cycles by the position they start at; independent of :func:`request_noise`."""
-    sequence = np.random.SeedSequence([seed, request], spawn_key=(1,))
-    return torch.from_numpy(np.random.default_rng(sequence).random((num_positions, num_uniforms)))
-
-
 def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor | None = None) -> Tensor:
     """Logits after the request's processors, float32 [B, N, V], in Transformers' order (penalty, temperature, top-k, top-p, min-p).
 
@@ -112,14 +93,15 @@ def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor |
     return logits_BNV
 
 
-def choose(processed_BNV: Tensor, settings: GenerationSettings, noise_BN: Tensor | None) -> Tensor:
-    """int64 [B, N]: each node's chosen next token; the most likely one, or a draw by inverting the cumulative distribution.
+def choose(processed_BNV: Tensor, settings: GenerationSettings, keys_BP: Tensor | None, place_BN: Tensor) -> Tensor:
+    """int64 [B, N]: each node's chosen next token; the most likely one, or a draw.
 
     Args:
         processed_BNV: logits out of :func:`process`.
         settings: its temperature decides.
-        noise_BN: float64 uniforms of the output positions that the nodes compete for; None at temperature 0.
+        keys_BP: int64 noise keys of the output positions that nodes compete for; None at temperature 0.
+        place_BN: int64, which of these positions each node competes for.
     """
-    if settings.temperature == 0.0 or noise_BN is None:
+    if settings.temperature == 0.0 or keys_BP is None:
         return processed_BNV.argmax(-1)
-    return draw(processed_BNV.softmax(-1), noise_BN[..., None]).squeeze(-1)
+    return draw_at(processed_BNV, keys_BP, place_BN)

@@ -3,7 +3,7 @@
 Owns the draws and the fixed shape of such trees. Knows neither what continues the nodes, nor the target, nor the rules by which candidates
 are accepted (:mod:`draftsmith.decode.candidates`).
 
-Shape legend: B batch rows, M nodes of a layer, K children of a node, N tree nodes, U uniforms, V target vocabulary, Vd draft vocabulary.
+Shape legend: B batch rows, M nodes of a layer, K children of a node, N tree nodes, U draws, V target vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.limits import DraftLimits, Rule, SampledChildren
+from draftsmith.models.noise import Draw
 from draftsmith.models.search import Draws, Expander, acceptance_bound
 from draftsmith.models.tree import DraftTree, tree_from_layers
 
@@ -27,13 +28,13 @@ def sampled_tree(
     each with its own subtree, which keeps the rule as it is stated and the shape fixed. Padding takes the places that are not
     drawn: below padding, below nodes that the early stop stops at, and where a distribution has fewer tokens than children are drawn.
 
-    The child in node order takes the uniform of its own place, so a row draws the same in any batch.
+    The child in node order takes the key of its own place, so a row draws the same in any batch.
 
     Args:
         expander: continues nodes.
         stop_below_B: float32 [B], thresholds of the early stop, or None.
         limits: with ``sampled``, and ``early_stop`` where there are thresholds.
-        draws: the uniforms and the distribution to draw from.
+        draws: the keys and the distribution to draw from.
         vocab_size: V, of the target.
     """
     assert limits.sampled is not None
@@ -48,8 +49,8 @@ def sampled_tree(
                 break
         weights_BMV = draws.probs(logits_BMV) * alive_BM[..., None]
         first, width = layer_start(limits.sampled, depth + 1), alive_BM.shape[1] * count
-        noise_BMK = draws.noise_BU[:, first - 1 : first - 1 + width].unflatten(1, (-1, count))
-        draft_BMK, drawn_BMK = _children(limits.sampled.rule, weights_BMV, noise_BMK)
+        keys_BMK = draws.keys_BU[:, first - 1 : first - 1 + width].unflatten(1, (-1, count))
+        draft_BMK, drawn_BMK = _children(limits.sampled.rule, weights_BMV, keys_BMK, draws.draw)
         token_BC = expander.target_ids(draft_BMK).flatten(1)
         above_BC = torch.arange(width, device=token_BC.device).expand_as(token_BC) // count
         alive_BM = drawn_BMK.flatten(1)
@@ -79,27 +80,14 @@ def layer_start(sampled: SampledChildren, depth: int) -> int:
     return 0 if depth == 0 else 1 + sum(sampled.widths[: depth - 1])
 
 
-def draw(weights: Tensor, noise: Tensor) -> Tensor:
-    """int64 [..., K]: tokens drawn by inverting the cumulative distribution; never one of weight 0 where another has more.
-
-    Args:
-        weights: float [..., V], probabilities up to a factor.
-        noise: float64 [..., K] uniforms in [0, 1).
-    """
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    # Scaling by the last entry makes rounding in the sum harmless: the threshold is always below the total.
-    threshold = noise * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=weights.shape[-1] - 1)
-
-
-def _children(rule: Rule, weights_BMV: Tensor, noise_BMK: Tensor) -> tuple[Tensor, Tensor]:
+def _children(rule: Rule, weights_BMV: Tensor, keys_BMK: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """int64 [B, M, K], bool [B, M, K]: drawn draft ids, and which of them had any weight left to be drawn by."""
     if rule == "kseq":
-        draft_BMK = draw(weights_BMV, noise_BMK)
+        draft_BMK = draw(weights_BMV, keys_BMK)
         return draft_BMK, weights_BMV.gather(-1, draft_BMK) > 0.0
     draft, drawn = [], []
-    for noise_BM1 in noise_BMK.split(1, dim=-1):
-        draft.append(draw(weights_BMV, noise_BM1))
+    for keys_BM1 in keys_BMK.split(1, dim=-1):
+        draft.append(draw(weights_BMV, keys_BM1))
         drawn.append(weights_BMV.gather(-1, draft[-1]) > 0.0)
         weights_BMV = weights_BMV.scatter(-1, draft[-1], 0.0)
     return torch.cat(draft, -1), torch.cat(drawn, -1)

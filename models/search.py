@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.limits import DraftLimits, EarlyStop
+from draftsmith.models.noise import Draw, draw
 from draftsmith.models.tree import DraftTree, pack, prune, tree_from_layers, tree_from_paths
 
 Path = tuple[int, ...]
@@ -57,12 +58,14 @@ class Draws:
     """Randomness for sampled trees.
 
     Attributes:
-        noise_BU: float64 uniforms in [0, 1), as many as a tree has drafted nodes; the verifier never sees them.
+        keys_BU: int64 noise keys, as many as a tree has drafted nodes; the verifier never sees them.
         probs: draft logits [..., Vd] -> the distribution to draw from, float32 [..., Vd], with the request's temperature.
+        draw: how a token is drawn by weights and a key.
     """
 
-    noise_BU: Tensor
+    keys_BU: Tensor
     probs: Callable[[Tensor], Tensor]
+    draw: Draw = draw
 
 
 def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, score_scale: float = 1.0) -> DraftTree:

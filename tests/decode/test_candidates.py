@@ -15,11 +15,11 @@ from joint_law import chi_square_pvalue
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.candidates import accept_probs, candidate_walk, num_uniforms
-from draftsmith.decode.sampling import cycle_noise, request_noise
+from draftsmith.decode.candidates import accept_probs, candidate_walk, num_draws
 from draftsmith.models import DraftLimits, DraftTree, EarlyStop, ReDrafter, SampledChildren, Target
 from draftsmith.models.limits import Rule
-from draftsmith.models.sampled_search import draw, layer_start, sampled_tree
+from draftsmith.models.noise import draw, keys_at, request_keys, uniforms
+from draftsmith.models.sampled_search import layer_start, sampled_tree
 from draftsmith.models.search import Draws
 from draftsmith.models.tree import pack, prune
 
@@ -206,6 +206,18 @@ class TableExpander:
         return draft_ids
 
 
+def keys_of(noise: Tensor) -> Tensor:
+    """Noise keys whose uniforms are these numbers in [0, 1), to 52 bits."""
+    return (noise * 2**52).long() << 12
+
+
+def inverted(weights: Tensor, keys: Tensor) -> Tensor:
+    """A draw by inverting the cumulative distribution: what can be integrated exactly, cell by cell."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    chosen = torch.searchsorted(cumulative, uniforms(keys) * cumulative[..., -1:], right=True)
+    return chosen.clamp_(max=weights.shape[-1] - 1)
+
+
 def grid(breakpoints: list[Iterable[float]]) -> tuple[Tensor, Tensor]:
     """One point of every cell into which breakpoints cut the unit cube (one list a dimension), and the cells' volumes.
 
@@ -280,7 +292,7 @@ def test_whole_sampled_trees_emit_the_targets_joint_law_by_exact_integration(
         torch.stack([law(900 + 100 * level + token, vocab, zeros) for token in range(vocab)]) for level in range(depth)
     ]
     noise_BU, volume_B = grid(drafting_cuts(sampled, tables))
-    draws = Draws(noise_BU, lambda weights: weights)
+    draws = Draws(keys_of(noise_BU), lambda weights: weights, inverted)
     limits = DraftLimits(sampled=sampled)
     trees = sampled_tree(TableExpander(tables, len(noise_BU)), None, limits, draws, vocab)
     shapes, which_B = torch.stack([trees.tokens_BN, trees.valid_BN.long()], -1).unique(dim=0, return_inverse=True)
@@ -292,7 +304,8 @@ def test_whole_sampled_trees_emit_the_targets_joint_law_by_exact_integration(
         laws_NV = torch.stack([laws[level][token] for level, token in nodes])
         points, volumes = grid(walk_cuts(sampled, tree, laws_NV))
         rows = torch.zeros(len(points), dtype=torch.int64)
-        steps = candidate_walk(tree.select_rows(rows), sampled, laws_NV.expand(len(rows), -1, -1), points)
+        laws_BNV = laws_NV.expand(len(rows), -1, -1)
+        steps = candidate_walk(tree.select_rows(rows), sampled, laws_BNV, keys_of(points), inverted)
         for length in range(1, depth + 2):
             ended = steps.counts_B == length
             block = torch.zeros((vocab,) * length, dtype=torch.float64)
@@ -307,8 +320,8 @@ def test_children_lie_side_by_side_behind_the_layer_of_their_parents() -> None:
     sampled = SampledChildren((3, 2))
     assert [layer_start(sampled, depth) for depth in range(3)] == [0, 1, 4]
     tables = [law(20, 7).expand(7, 7), torch.stack([law(21 + token, 7) for token in range(7)])]
-    noise_BU = torch.rand(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tree = sampled_tree(TableExpander(tables, 4), None, DraftLimits(sampled=sampled), Draws(noise_BU, lambda w: w), 7)
+    keys_BU = keys_at(torch.arange(4)[:, None], torch.arange(9))
+    tree = sampled_tree(TableExpander(tables, 4), None, DraftLimits(sampled=sampled), Draws(keys_BU, lambda w: w), 7)
     assert tree.parents_BN.tolist() == [[-1, 0, 0, 0, 1, 1, 2, 2, 3, 3]] * 4
     assert tree.depths_BN.tolist() == [[0, 1, 1, 1, 2, 2, 2, 2, 2, 2]] * 4
     assert tree.draft_probs_BMV is not None
@@ -318,18 +331,18 @@ def test_children_lie_side_by_side_behind_the_layer_of_their_parents() -> None:
             token = int(tree.tokens_BN[row, node])
             torch.testing.assert_close(tree.draft_probs_BMV[row, node], tables[1][token])
             first = 4 + (node - 1) * 2
-            assert int(tree.tokens_BN[row, first]) == int(draw(tables[1][token], noise_BU[row, first - 1 : first]))
+            assert int(tree.tokens_BN[row, first]) == int(draw(tables[1][token], keys_BU[row, first - 1 : first]))
 
 
 def test_with_replacement_siblings_repeat_and_without_it_they_run_out() -> None:
     certain = torch.tensor([0.0, 1.0, 0.0]).expand(3, 3)
-    noise_BU = torch.full((1, 4), 0.5, dtype=torch.float64)
+    keys_BU = torch.arange(4)[None]
     repeated, run_out = (
         sampled_tree(
             TableExpander([certain, certain], 1),
             None,
             DraftLimits(sampled=SampledChildren((2, 1), rule)),
-            Draws(noise_BU, lambda weights: weights),
+            Draws(keys_BU, lambda weights: weights),
             3,
         )
         for rule in ("kseq", "mcsd")
@@ -341,19 +354,13 @@ def test_with_replacement_siblings_repeat_and_without_it_they_run_out() -> None:
     assert run_out.parents_BN.tolist() == [[-1, 0, 0, 1, 0]]
 
 
-def test_draws_never_hit_a_token_of_weight_zero() -> None:
-    weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
-    noise = torch.tensor([0.0, 0.3, 0.5, 1.0 - 2**-53], dtype=torch.float64)
-    assert set(draw(weights, noise).tolist()) == {1, 3}
-
-
 def test_a_small_draft_vocabulary_is_drawn_from_and_told_in_target_ids(target: Target) -> None:
     ids = torch.tensor([3, 5, 6, 20, 21, 40])
     torch.manual_seed(2)
     drafter = ReDrafter.for_target(target.ends, draft_token_ids=ids)
     limits = DraftLimits(sampled=SampledChildren((3, 2)))
     start = opening(target, [[BOS, 5, 9]], limits, drafter.features)
-    draws = Draws(torch.rand(1, 9, dtype=torch.float64), lambda logits: logits.softmax(-1))
+    draws = Draws(torch.arange(9)[None], lambda logits: logits.softmax(-1))
     with torch.inference_mode():
         tree = drafter.propose(drafter.start(start), replace(first_cycle(start), draws=draws), limits)
     assert set(tree.tokens_BN[0, 1:].tolist()) <= set(ids.tolist())
@@ -365,7 +372,7 @@ def test_a_small_draft_vocabulary_is_drawn_from_and_told_in_target_ids(target: T
 
 def test_a_sampled_tree_is_never_packed_and_never_pruned() -> None:
     tables = [law(20, 5).expand(5, 5)]
-    draws = Draws(torch.rand(2, 2, dtype=torch.float64), lambda weights: weights)
+    draws = Draws(torch.arange(4).view(2, 2), lambda weights: weights)
     tree = sampled_tree(TableExpander(tables, 2), None, DraftLimits(sampled=SampledChildren((2,))), draws, 5)
     with pytest.raises(AssertionError, match="keeps its shape"):
         pack(tree)
@@ -441,7 +448,7 @@ def test_an_early_stop_leaves_padding_below_the_nodes_it_stops_at() -> None:
         torch.stack([flat, certain, flat, flat, flat]).log(),
     ]
     limits = DraftLimits(sampled=SampledChildren((2, 1)), early_stop=EarlyStop())
-    draws = Draws(torch.full((2, 4), 0.1, dtype=torch.float64), lambda logits: logits.softmax(-1))
+    draws = Draws(keys_of(torch.full((2, 4), 0.1)), lambda logits: logits.softmax(-1), inverted)
     tables[1] = tables[1].clamp(min=-1e4)
     tree = sampled_tree(TableExpander(tables, 2), torch.tensor([0.5, 0.0]), limits, draws, 5)
     assert tree.tokens_BN[:, 1:3].tolist() == [[1, 2]] * 2
@@ -458,10 +465,18 @@ def test_a_sampled_tree_at_temperature_0_is_refused_before_anything_is_read(targ
         draft(target, drafter, [[BOS, 5, 9]], engine.limits)
 
 
-def test_cycles_have_noise_of_their_own_by_seed_request_and_position() -> None:
-    noise_PU = cycle_noise(1, 2, 8, 5)
-    assert torch.equal(noise_PU[:3], cycle_noise(1, 2, 3, 5))
-    assert not torch.equal(noise_PU, cycle_noise(1, 3, 8, 5))
-    assert not torch.equal(noise_PU, cycle_noise(2, 2, 8, 5))
-    assert not set(noise_PU.flatten().tolist()) & set(request_noise(1, 2, 40).tolist())
-    assert num_uniforms(SampledChildren((3, 2))) == 6
+def test_cycles_have_keys_of_their_own_by_seed_request_and_position() -> None:
+    sampled = SampledChildren((3, 2))
+    assert num_draws(sampled) == 6
+    device = torch.device("cpu")
+    keys_BPU = torch.stack(
+        [
+            keys_at(
+                keys_at(request_keys(seed, [2, 3], stream, device)[:, None], torch.arange(8))[..., None],
+                torch.arange(15),
+            )
+            for seed in (1, 2)
+            for stream in ("choices", "cycles")
+        ]
+    )
+    assert keys_BPU.unique().numel() == keys_BPU.numel()

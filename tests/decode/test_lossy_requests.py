@@ -14,11 +14,12 @@ from draftsmith.cli import main
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.lossy_rule import LossyRule
 from draftsmith.decode.rules import Divergence, Everything, JudgeRule, TopK
-from draftsmith.decode.sampling import choose, process, request_noise
+from draftsmith.decode.sampling import choose, process
 from draftsmith.models import Drafter, DraftTree, Eagle, ReDrafter, Target, load_tokenizer
 from draftsmith.models.draft_lm import LMDrafter
 from draftsmith.models.judge import POST_NORM, Judge, JudgeConfig
 from draftsmith.models.kept_logits import KeptLogits
+from draftsmith.models.noise import keys_at, request_keys
 from draftsmith.models.shapes import parse_shape
 from draftsmith.models.target import TargetOutput
 
@@ -119,8 +120,9 @@ def test_with_temperature_what_does_not_stand_by_the_rule_is_the_targets_draw(
         zip(PROMPTS, decode(target, draft_lm, "1x8", TopK(4), request), strict=True)
     ):
         logits, _ = reread(target, prompt, reply.token_ids)
-        noise = request_noise(request.seed, number, request.max_new_tokens)[: len(reply.token_ids)]
-        drawn = choose(process(logits[None], request), request, noise[None])[0].tolist()
+        place_1N = torch.arange(len(reply.token_ids))[None]
+        keys_1P = keys_at(request_keys(request.seed, [number], "choices", target.device)[:, None], place_1N)
+        drawn = choose(process(logits[None], request), request, keys_1P, place_1N)[0].tolist()
         differ = [place for place, token in enumerate(reply.token_ids) if token != drawn[place]]
         assert differ == reply.by_rule
         assert all(reply.token_ids[place] in logits[place].topk(4).indices for place in differ)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.sampling import choose, process, request_noise
+from draftsmith.decode.sampling import process
 from draftsmith.decode.verify import walk
 from draftsmith.models import DraftLimits, tree_from_paths
 
@@ -75,21 +75,6 @@ def test_the_walk_is_exact_by_enumeration_for_any_tree(seed: int) -> None:
             emitted[one] += weight * second[one]
     total_variation = float((emitted - first[:, None] * second).abs().sum() / 2)
     assert total_variation < 1e-12
-
-
-def test_draws_follow_the_distribution_and_edges_are_safe() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.25, 0.0, 0.25])).expand(1, 4000, 4)
-    noise = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1][None]
-    counts = choose(logits, GenerationSettings(temperature=1.0), noise)[0].bincount(minlength=4)
-    assert counts.tolist() == [2000, 1000, 0, 1000]
-    almost_one = torch.tensor([[1.0 - 2**-53, 0.0]], dtype=torch.float64)
-    assert choose(logits[:, :2], GenerationSettings(temperature=1.0), almost_one).tolist() == [[3, 0]]
-
-
-def test_noise_depends_on_seed_request_and_position_only() -> None:
-    assert torch.equal(request_noise(1, 2, 8), request_noise(1, 2, 20)[:8])
-    assert not torch.equal(request_noise(1, 2, 8), request_noise(1, 3, 8))
-    assert not torch.equal(request_noise(1, 2, 8), request_noise(2, 2, 8))
 
 
 def test_the_engines_joint_of_three_tokens_passes_a_chi_square_test() -> None:

@@ -1,0 +1,130 @@
+"""Random numbers that belong to places: made where they are needed, the same on every device, with no table and no state.
+
+Owns the hash (SplitMix64: Steele, Lea and Flood, OOPSLA 2014), the keys of requests and positions, uniforms and draws. Knows neither
+what is drawn nor who draws it.
+
+A key is one int64 that holds 64 hashed bits. A request's key comes from its seed, its number and the stream. A position's key comes from
+the request's, and a token's from the position's. All of this is integer arithmetic that wraps around, so a CPU and a GPU agree on every
+bit. Two positions share numbers only if their keys lie within V increments of each other: a chance of V / 2^63 for each pair.
+
+Shape legend: B requests, P places, N nodes, V vocabulary, K draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Stream = Literal["choices", "cycles"]
+# (weights [..., V], keys [..., K]) -> token ids [..., K]
+Draw = Callable[[Tensor, Tensor], Tensor]
+_STREAMS: dict[Stream, int] = {"choices": 0, "cycles": 1}
+
+
+def _signed(bits: int) -> int:
+    """64 bits as int64 holds them."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+_INCREMENT = _signed(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = _signed(0x94D049BB133111EB)
+# A hash's leading 52 bits plus a half are exact in float64, and never 0 or 2^52.
+_DROPPED_BITS, _SPACING = 12, 2.0**-52
+# Entries of the float64 tensors that a draw over many nodes makes at once.
+_PART = 2**21
+
+
+def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: torch.device) -> Tensor:
+    """int64 [B]: the key of each request of one stream, the same whatever else is in its batch.
+
+    NumPy's SeedSequence mixes the three, so that consecutive seeds and requests have nothing in common. The request is its last part,
+    because parts of 32 bits are concatenated: a seed of 64 bits must not be another seed's with another request.
+    """
+    sequences = [np.random.SeedSequence(seed, spawn_key=(_STREAMS[stream], request)) for request in requests]
+    states = [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]
+    return torch.tensor([_signed(state) for state in states], dtype=torch.int64, device=device)
+
+
+def keys_at(keys: Tensor, places: Tensor) -> Tensor:
+    """int64: the key of each place (from 0 on) below a key; shapes broadcast.
+
+    Example: the places 0 and 1 below the key 1234567 have the first two outputs of SplitMix64 seeded with it, 6457827717110365317 and
+    3203168211198807973.
+    """
+    return _mixed(keys + (places + 1) * _INCREMENT)
+
+
+def uniforms(keys: Tensor) -> Tensor:
+    """float64 in (0, 1), the keys' own shape, from the bits of keys that :func:`keys_at` made."""
+    return _shifted(keys, _DROPPED_BITS).double().add_(0.5).mul_(_SPACING)
+
+
+def draw(weights: Tensor, keys: Tensor) -> Tensor:
+    """int64 [..., K]: one token for each key, drawn by the weights; never one of weight 0 where another has more.
+
+    The key and a token's id give the token an exponential waiting time. The largest weight / time wins, which is the largest
+    log(weight) + Gumbel noise. Rounding changes such a draw only where the two best tokens lie within the rounding. (A draw that inverts
+    the cumulative distribution sums the rounding of all weights before its token.)
+
+    Args:
+        weights: float [..., V], probabilities up to a factor.
+        keys: int64 [..., K].
+    """
+    times = [exponentials(key[..., 0], weights.shape[-1]) for key in keys.split(1, dim=-1)]
+    return torch.stack([first_to_ring(weights, own) for own in times], dim=-1)
+
+
+def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
+    """int64 [B, N]: one token a node by the softmax of its logits; nodes at the same place share their waiting times.
+
+    Nodes are drawn for in parts, so that float64 tensors stay small however many nodes and tokens there are.
+
+    Args:
+        logits_BNV: float.
+        keys_BP: int64, the key of each place.
+        place_BN: int64 in [0, P).
+    """
+    B, N, V = logits_BNV.shape
+    times_BPV = exponentials(keys_BP, V)
+    row_B1 = torch.arange(B, device=logits_BNV.device)[:, None]
+    part = max(1, _PART // (B * V))
+    return torch.cat(
+        [
+            first_to_ring(
+                logits_BNV[:, start : start + part].softmax(-1), times_BPV[row_B1, place_BN[:, start : start + part]]
+            )
+            for start in range(0, N, part)
+        ],
+        dim=1,
+    )
+
+
+def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
+    """float64 [..., V]: each token's waiting time under a key [...]; finite and above 0.
+
+    The shortest times decide the draws. They come from uniforms near 0 in steps of 2^-52, so a vocabulary of any size has a fine tail.
+    """
+    tokens_V = torch.arange(vocab_size, device=keys.device)
+    return uniforms(keys_at(keys[..., None], tokens_V)).neg_().log1p_().neg_()
+
+
+def first_to_ring(weights: Tensor, times: Tensor) -> Tensor:
+    """int64 [...]: the token with the largest weight / time, of float [..., V] each; the lowest id of equals."""
+    return (weights / times).argmax(-1)
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """SplitMix64's output for a state; changes the tensor in place."""
+    state.bitwise_xor_(_shifted(state, 30)).mul_(_FIRST_FACTOR)
+    state.bitwise_xor_(_shifted(state, 27)).mul_(_SECOND_FACTOR)
+    return state.bitwise_xor_(_shifted(state, 31))
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """Shift right with zeros: torch's own shift repeats the sign."""
+    return bits.bitwise_right_shift(count).bitwise_and_(2 ** (64 - count) - 1)
