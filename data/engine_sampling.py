@@ -27,11 +27,22 @@ def check_settings(settings: GenerationSettings) -> None:
             f"temperature is {settings.temperature}; vLLM samples at {_COLDEST} where less is asked for, which is another distribution; "
             f"set --temperature 0 (greedy) or at least {_COLDEST}"
         )
+    _check_constraints(settings)
     if settings.min_p > 0.0 and settings.top_p < 1.0:
         # With top_k alone the order makes no difference: what is kept is what both keep.
         raise ValueError(
             f"min_p is {settings.min_p} together with top_p {settings.top_p}; vLLM leaves out by min_p before top_p, the bundled decoder "
             "after it, which is another distribution; set --min_p 0 or --top_p 1"
+        )
+
+
+def _check_constraints(settings: GenerationSettings) -> None:
+    asked = {} if settings.constraints is None else settings.constraints.asked()
+    foreign = [f"{name} ({value!r})" for name, value in asked.items() if name != "min_new_tokens"]
+    if foreign:
+        raise ValueError(
+            f"the target's generation config asks for {', '.join(foreign)}, which vLLM has no exact word for; use --engine bundled, or "
+            "ignore that file with --generation_config none"
         )
 
 
@@ -41,6 +52,7 @@ def sampling(settings: GenerationSettings, request_id: int, budget: int) -> dict
     A request's seed is a function of the run's seed and the request's id alone, so that replies do not depend on who else is asked.
     End tokens are ours, not the server's; stop strings are cut by `settle`.
     """
+    least = 0 if settings.constraints is None else settings.constraints.min_new_tokens
     return {
         "max_tokens": budget,
         "temperature": settings.temperature,
@@ -56,7 +68,7 @@ def sampling(settings: GenerationSettings, request_id: int, budget: int) -> dict
         "ignore_eos": True,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
-    }
+    } | ({"min_tokens": least} if least else {})
 
 
 def settle(

@@ -4,9 +4,11 @@ Owns: reading `generation_config.json` into `GenerationSettings`. Does not know:
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from draftsmith.decode.model_settings import honouring
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.loading import resolve
@@ -33,17 +35,22 @@ def reply_settings(
     stop_strings: tuple[str, ...] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
+    generation_config: Literal["model", "none"] = "model",
 ) -> GenerationSettings:
     """The target's own settings with a run's changes.
 
     A target whose generation config does not sample is greedy. Only settings it names are taken: defaults that
     `transformers` would fill in (such as top-k 50) are not the model's. A run that sets a temperature for such a target
-    samples from its plain distribution.
+    samples from its plain distribution. With `generation_config` none, its end tokens alone are taken.
 
-    Raises ValueError when the target names no end token, or a setting is out of range.
+    Raises ValueError when the target names no end token, a setting is out of range, or one cannot be honoured.
     """
-    folder = resolve(target, revision)
-    own = read_generation_config(folder) or GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+    own = GenerationConfig()
+    if generation_config == "model":
+        folder = resolve(target, revision)
+        own = read_generation_config(folder) or GenerationConfig.from_model_config(
+            read_config(folder, trust_remote_code)
+        )
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         repetition_penalty=own.repetition_penalty or 1.0,
@@ -59,7 +66,8 @@ def reply_settings(
             top_p=1.0 if own.top_p is None else own.top_p,
             min_p=own.min_p or 0.0,
         )
-    return replace(settings, **{name: value for name, value in vars(overrides).items() if value is not None})
+    settings = replace(settings, **{name: value for name, value in vars(overrides).items() if value is not None})
+    return honouring(settings, own, target, tells_text=True)
 
 
 def _end_tokens(

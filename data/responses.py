@@ -125,7 +125,15 @@ def respond(
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     overrides = Overrides(temperature, top_k, top_p, min_p, repetition_penalty)
     settings = reply_settings(
-        target, tokenizer, overrides, max_new_tokens, seed, stop, where.revision, where.trust_remote_code
+        target,
+        tokenizer,
+        overrides,
+        max_new_tokens,
+        seed,
+        stop,
+        where.revision,
+        where.trust_remote_code,
+        where.generation_config,
     )
     texts_only = all(prompt.text is not None for prompt in chosen)
     chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
@@ -194,6 +202,7 @@ def _check_engine(engine: str, drafter: Path | None, limits: DraftLimits | None,
         adapter=where.adapter if served else None,
         trust_remote_code=where.trust_remote_code and served,
         context=where.context,
+        generation_config=where.generation_config,
     )
     said = [name for name, value in vars(where).items() if value != getattr(own, name)]
     said += [name for name, value in (("drafter", drafter), ("limits", limits)) if value is not None]

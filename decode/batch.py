@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.early_stop import StopState
+from draftsmith.decode.processors import RequestText
 from draftsmith.models.cache import KeptRows, SlotCache
 from draftsmith.models.drafter import DraftState
 from draftsmith.models.noise import keys_at
@@ -58,6 +59,7 @@ class Batch:
         keys_B: int64, the noise keys of the requests, or None at temperature 0.
         cycle_keys_B: int64, those of sampled trees, or None without such trees.
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
+        texts: what constraints read of each row, or None without constraints.
         draft: the drafter's state, or None in plain decoding.
         stop: the early stop's controller, or None without one.
     """
@@ -72,6 +74,7 @@ class Batch:
     keys_B: Tensor | None
     cycle_keys_B: Tensor | None
     seen_BV: Tensor | None
+    texts: list[RequestText] | None = None
     draft: DraftState | None = None
     stop: StopState | None = None
 
@@ -97,6 +100,7 @@ class Batch:
         self.requests = [self.requests[row] for row in kept.order]
         self.host_lengths = [self.host_lengths[row] for row in kept.order]
         self.host_fresh = [self.host_fresh[row] for row in kept.order]
+        self.texts = None if self.texts is None else [self.texts[row] for row in kept.order]
         if not keep:
             return
         self.cache.shrink(kept)
@@ -135,7 +139,7 @@ class Recorder:
         if stop_strings and tokenizer is None:
             raise ValueError("stop strings need the text of tokens; give the engine a tokenizer")
         self.generations = [Generation() for _ in budgets]
-        self._budgets = budgets
+        self.budgets = budgets
         self._eos = frozenset(eos_token_ids)
         self._stops = stop_strings
         self._tokenizer = tokenizer
@@ -153,7 +157,7 @@ class Recorder:
             by_rule: 1 for each of the tokens that a lossy rule alone let stand; empty where there is no rule.
         """
         generation = self.generations[request]
-        kept, finish = self._cut(generation.token_ids, tokens, self._budgets[request])
+        kept, finish = self._cut(generation.token_ids, tokens, self.budgets[request])
         start = len(generation.token_ids)
         generation.by_rule += [start + place for place, ruled in enumerate(by_rule[: len(kept)]) if ruled]
         generation.token_ids.extend(kept)

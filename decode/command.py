@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.arguments import FLAT
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.rule_text import parse_rule
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import load_tokenizer
@@ -87,6 +88,7 @@ def decode(
         eos_token_ids=model.eos_token_ids,
         stop_strings=stop,
     )
+    settings = for_target(settings, model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy)
     generation = engine.generate([prompt_ids(tokenizer, prompt, chat)], settings)[0]
     console = Console(highlight=False)

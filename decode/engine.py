@@ -22,8 +22,9 @@ from draftsmith.decode.batch import Batch, Generation, Recorder
 from draftsmith.decode.candidates import candidate_walk, num_draws
 from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.lossy_rule import LossyRule
+from draftsmith.decode.lossy_rule import LossyRule, of_tokens
 from draftsmith.decode.lossy_walk import LossyWalk, lossy_walk
+from draftsmith.decode.processors import RequestText, process_texts, processors_of
 from draftsmith.decode.sampling import GenerationSettings, choose, process
 from draftsmith.decode.verify import Walk, walk
 from draftsmith.models.cache import SlotCache
@@ -194,6 +195,8 @@ class Engine:
         self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
     ) -> Tensor:
         """The target's logits at every node after the request's processors, float32 [B, N, V]."""
+        if batch.texts is not None:
+            return process_texts(self.target.logits(output.normed), tree, batch.texts)
         seen_BNV = None
         if batch.seen_BV is not None:
             seen_BNV = batch.seen_BV[:, None].repeat(1, tree.num_nodes, 1)
@@ -222,8 +225,10 @@ class Engine:
             choices_BN = self._choose(batch, tree, logits_BNV, settings)
             if self.rule is None or tree.num_nodes == 1:
                 return walk(tree, ancestors_BNN, choices_BN)
-            # That a reply ends is for the target to say.
             allowed_BN = self.rule.allows(tree, logits_BNV, output)
+            # What the model's maker forbids never stands, and that a reply ends is for the target to say.
+            if batch.texts is not None:
+                allowed_BN = allowed_BN & (of_tokens(tree, logits_BNV) > torch.finfo(logits_BNV.dtype).min)
             for token in settings.eos_token_ids:
                 allowed_BN = allowed_BN & (tree.tokens_BN != token)
             return lossy_walk(tree, choices_BN, allowed_BN)
@@ -291,6 +296,7 @@ class Engine:
             keys_B=request_keys(settings.seed, request_ids, "choices", device) if settings.temperature > 0.0 else None,
             cycle_keys_B=request_keys(settings.seed, request_ids, "cycles", device) if self._samples_trees else None,
             seen_BV=self._seen(tokens_BT, lengths_B, settings),
+            texts=self._texts(prompts, settings, recorder),
         )
         layers = tuple({PRE_NORM, *self._layers})
         states = read_prompts(
@@ -324,7 +330,7 @@ class Engine:
         return self.drafter is not None and self.limits.sampled is not None
 
     def _seen(self, tokens_BT: Tensor, lengths_B: Tensor, settings: GenerationSettings) -> Tensor | None:
-        if settings.repetition_penalty == 1.0:
+        if settings.repetition_penalty == 1.0 or settings.constraints is not None:
             return None
         place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         real_BT = torch.where(place_T < lengths_B[:, None], tokens_BT, tokens_BT[:, :1])
@@ -332,6 +338,18 @@ class Engine:
             tokens_BT.shape[0], self.target.ends.vocab_size, dtype=torch.bool, device=tokens_BT.device
         )
         return seen_BV.scatter_(1, real_BT, True)
+
+    def _texts(
+        self, prompts: list[list[int]], settings: GenerationSettings, recorder: Recorder
+    ) -> list[RequestText] | None:
+        """What constraints read of each request; its processors include the penalty and the warpers."""
+        if settings.constraints is None:
+            return None
+        found, vocab_size = [], self.target.ends.vocab_size
+        for prompt, budget, generation in zip(prompts, recorder.budgets, recorder.generations, strict=True):
+            processors = processors_of(settings, prompt, budget, vocab_size, self.target.device)
+            found.append(RequestText(prompt, processors, generation.token_ids))
+        return found
 
     def _check(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
         if self._samples_trees and settings.temperature == 0.0:

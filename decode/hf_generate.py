@@ -9,6 +9,7 @@ Shape legend: B rows, T prompt tokens, padding included, L new tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from transformers.utils import cached_file
 
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.model_settings import constraints_of
+from draftsmith.decode.processors import OF_CONSTRAINTS
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.checkpoint_files import read_fields
 from draftsmith.models.drafter import Drafter
@@ -305,6 +308,8 @@ def _settings(
                 asked["top_p"] = processor.top_p
             case MinPLogitsWarper():
                 asked["min_p"] = processor.min_p
+            case _ if isinstance(processor, OF_CONSTRAINTS):
+                pass  # made anew for each row's own text
             case _:
                 raise _not_supported(processor)
     for criterion in criteria:
@@ -315,15 +320,24 @@ def _settings(
                 asked["eos_token_ids"] = tuple(criterion.eos_token_id.tolist())
             case _:
                 raise _not_supported(criterion)
+    asked["constraints"] = constraints_of(_without_padding(config, prompt_length), "this call")
     if config.do_sample:
         asked["seed"] = int(torch.randint(2**62, ()))
     return GenerationSettings(**asked)
 
 
+def _without_padding(config: GenerationConfig, prompt_length: int) -> GenerationConfig:
+    """The config with its least length, which counts padding, as a least number of new tokens: padding is not read here."""
+    own = copy.deepcopy(config)
+    own.min_new_tokens = max(own.min_new_tokens or 0, (own.min_length or 0) - prompt_length)
+    own.min_length = None
+    return own
+
+
 def _not_supported(part: object) -> ValueError:
     return ValueError(
-        f"{type(part).__name__} is not supported with this drafter; of the processors the repetition penalty, temperature, top-k, top-p "
-        "and min-p are, of the criteria the length and the end-of-sequence tokens. Leave its setting out, or decode without custom_generate"
+        f"{type(part).__name__} is not supported with this drafter; of the criteria the length and the end-of-sequence tokens are. Leave "
+        "its setting out, or decode without custom_generate"
     )
 
 

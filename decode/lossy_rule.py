@@ -53,3 +53,9 @@ class LossyRule(ABC):
 
     def __str__(self) -> str:
         return f"{self.name} {self.threshold:g}"
+
+
+def of_tokens(tree: DraftTree, values_BNV: Tensor) -> Tensor:
+    """The entry of each node's token at its parent: [B, N, V] -> [B, N]; the root's entry means nothing."""
+    V = values_BNV.shape[-1]
+    return values_BNV.flatten(1).gather(1, tree.parents_BN.clamp(min=0) * V + tree.tokens_BN)

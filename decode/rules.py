@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftsmith.decode.lossy_rule import LossyRule
+from draftsmith.decode.lossy_rule import LossyRule, of_tokens
 from draftsmith.models.judge import Judge
 from draftsmith.models.target import Target, TargetOutput
 from draftsmith.models.tree import DraftTree
@@ -152,9 +152,3 @@ def divergence(probs: Tensor, log_others: Tensor) -> Tensor:
     """KL(probs || others) in nats over the last dimension; tokens of probability 0 add nothing."""
     cross = torch.where(probs > 0.0, probs * log_others, 0.0).sum(-1)
     return -torch.special.entr(probs).sum(-1) - cross
-
-
-def of_tokens(tree: DraftTree, values_BNV: Tensor) -> Tensor:
-    """The entry of each node's token at its parent: [B, N, V] -> [B, N]; the root's entry means nothing."""
-    V = values_BNV.shape[-1]
-    return values_BNV.flatten(1).gather(1, tree.parents_BN.clamp(min=0) * V + tree.tokens_BN)

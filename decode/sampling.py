@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.decode.constraints import Constraints
 from draftsmith.models.noise import draw_at
 
 
@@ -35,6 +36,7 @@ class GenerationSettings:
         seed: of the noise.
         eos_token_ids: any of these ends a row; it is emitted.
         stop_strings: a row ends with the first token whose text completes one of these.
+        constraints: what a model's maker forbids or demands besides, or None.
     """
 
     max_new_tokens: int = 128
@@ -46,6 +48,7 @@ class GenerationSettings:
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    constraints: Constraints | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -68,7 +71,8 @@ def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor |
 
     Args:
         logits_BNV: float.
-        settings: at temperature 0 only the penalty applies, since none of the others moves the maximum.
+        settings: at temperature 0 only the penalty applies, since none of the others moves the maximum. Constraints are for
+            :func:`draftsmith.decode.processors.process_texts`.
         seen_BNV: bool, tokens already in each node's text (prompt, emitted and its own ancestors); needed with a penalty.
     """
     logits_BNV = logits_BNV.float()

@@ -17,6 +17,7 @@ from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
+from draftsmith.decode.model_settings import for_target
 from draftsmith.evaluate.chart import draw
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import Candidate, Plan, measure
@@ -96,11 +97,12 @@ def evaluate(
     check_replaceable(out / TENSORBOARD, STAGE)
     plan = Plan(batch_size, repeats, transformers_prompts, prompt_lookup, ledger_prompts)
     settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)
-    warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
     entries = parse_entries(drafters or [], ["1x4"] if shapes is None else shapes)
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     samples = read_samples(prompts, tokenizer, template, split, limit)
     model = where.load(target, dtype)
+    settings = for_target(settings, model)
+    warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
     samples, left_out = within_context(samples, model.max_positions)
     if left_out:
         longest = f"context of {model.max_positions} tokens"

@@ -3,13 +3,14 @@
 Owns how each is called so that all are given the same work. Does not know of clocks, orders or reports.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from draftsmith.decode import Engine, Generation, GenerationSettings
@@ -76,12 +77,11 @@ class TransformersContender:
             device=self.target.device,
         )
         steps = _StepCounter() if self.prompt_lookup else None
-        output_BT = self.target.model.generate(
-            ids_BT,
-            attention_mask=mask_BT,
-            generation_config=generation_config(self.settings, self.target, longest, self.prompt_lookup),
-            streamer=steps,
-        )
+        asked = generation_config(self.settings, self.target, longest, self.prompt_lookup)
+        with _own_settings(self.target.model, asked):
+            output_BT = self.target.model.generate(
+                ids_BT, attention_mask=mask_BT, generation_config=asked, streamer=steps
+            )
         replies = [_until_eos(row[longest:].tolist(), self.settings.eos_token_ids) for row in output_BT]
         if steps is None:
             return tuple(Decoded(reply, (0,) * (len(reply) - 1)) for reply in replies)
@@ -92,7 +92,7 @@ class TransformersContender:
 def generation_config(
     settings: GenerationSettings, target: Target, prompt_length: int, prompt_lookup: int = 0
 ) -> GenerationConfig:
-    """The engine's settings in the words of `generate`, with nothing left to the model's own defaults."""
+    """The engine's settings, constraints included, in the words of `generate`."""
     room = settings.max_new_tokens if target.max_positions is None else target.max_positions - prompt_length
     sampled = settings.temperature > 0
     return GenerationConfig(
@@ -106,7 +106,19 @@ def generation_config(
         eos_token_id=list(settings.eos_token_ids) or None,
         pad_token_id=settings.eos_token_ids[0] if settings.eos_token_ids else 0,
         prompt_lookup_num_tokens=prompt_lookup or None,
+        **({} if settings.constraints is None else settings.constraints.in_transformers()),
     )
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a call leaves open from the model's generation config: inside, that is the call's own."""
+    kept = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 class _StepCounter(BaseStreamer):

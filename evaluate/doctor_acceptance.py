@@ -9,12 +9,14 @@ Shape legend: A anchors, K draft steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from draftsmith.data.packing import pack
 from draftsmith.data.shards import CachedSample
 from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.model_settings import for_target
 from draftsmith.evaluate.doctor_alignment import guesses
 from draftsmith.evaluate.doctor_case import Case, NotChecked, portion
 from draftsmith.evaluate.doctor_report import Finding
@@ -70,12 +72,9 @@ def decoded(
     bond, drafter.config.target_fingerprint = drafter.config.target_fingerprint, ""
     try:
         engine = Engine(case.target, drafter, DraftLimits(draft_length=num_steps))
-        return [
-            engine.generate([ids], GenerationSettings(budget, temperature, seed=case.seed, eos_token_ids=case.eos_ids))[
-                0
-            ]
-            for ids, budget in prompts
-        ]
+        settings = GenerationSettings(temperature=temperature, seed=case.seed, eos_token_ids=case.eos_ids)
+        settings = for_target(settings, case.target)
+        return [engine.generate([ids], replace(settings, max_new_tokens=budget))[0] for ids, budget in prompts]
     finally:
         drafter.attach(case.ends)
         drafter.config.target_fingerprint = bond

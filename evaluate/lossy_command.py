@@ -17,6 +17,7 @@ from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
+from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
@@ -106,6 +107,7 @@ def evaluate_rules(
             one.rule.check_tokenizer(own_tokenizer)
     draft = _drafter(draft_folder, model, own_tokenizer, where.trust_remote_code)
     settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
+    settings = for_target(settings, model)
     with exclusive(out):
         accepted: dict[str, Accepted | None] = {}
         if labelled_rows is not None:

@@ -13,6 +13,7 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
+from draftsmith.decode.model_settings import for_target
 from draftsmith.evaluate.command import load_candidates
 from draftsmith.evaluate.costs import Probe, TimingPlan, time_cycles
 from draftsmith.evaluate.drafters import parse_entries
@@ -93,6 +94,7 @@ def tune(
         print(f"left out: {len(left_out)} prompts that fill the context of {model.max_positions} tokens")
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
+    settings = for_target(settings, model)
     with exclusive(out):
         with progress("record", len(samples), "replies") as advance:
             replies = record(

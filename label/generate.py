@@ -266,6 +266,7 @@ def _ask(model: str, questions: Sequence[Question], asking: Asking, where: Targe
             asking.stop,
             where.revision,
             where.trust_remote_code,
+            where.generation_config,
         )
         chat = ChatTemplate(tokenizer, asking.template, settings.eos_token_ids)
         plan = make_plan(asked, chat, settings, loaded.max_positions, asking.batch_rows, asking.batch_tokens)

@@ -19,6 +19,7 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.progress import progress
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.label.checkers import Checker, load_checker
 from draftsmith.label.mine_answers import Parse, ParserName, answer_parser
@@ -89,14 +90,17 @@ def mine(
     parse, judge = _reading(checker, against)
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     check_tokenizers(tokenizer, load_tokenizer(draft, trust_remote_code=where.trust_remote_code), target, draft)
-    eos = reply_settings(
+    settings = reply_settings(
         target,
         tokenizer,
         Overrides(),
         max_new_tokens,
         revision=where.revision,
         trust_remote_code=where.trust_remote_code,
-    ).eos_token_ids
+        generation_config=where.generation_config,
+    )
+    _refuse_constraints(settings, target)
+    eos = settings.eos_token_ids
     chat = ChatTemplate(tokenizer, template, eos)
     models = (
         where.load(target, dtype),
@@ -139,6 +143,17 @@ def mine(
         report = write_outputs(out, asked, log, tokenizer, models[0].name, licence)
         atomic_write(out / REPORT, json.dumps(record | report, indent=2, ensure_ascii=False) + "\n")
     _tell(out, report)
+
+
+def _refuse_constraints(settings: GenerationSettings, target: str) -> None:
+    """Mining reads the likeliest tokens alone. Raises ValueError where the target's generation config asks for other replies."""
+    asked = [] if settings.constraints is None else [*settings.constraints.asked()]
+    asked += ["stop_strings"] if settings.stop_strings else []
+    if asked:
+        raise ValueError(
+            f"the generation config of {target} sets {', '.join(asked)}, which mining does not honour: it takes the likeliest token "
+            "everywhere; ignore that file with --generation_config none"
+        )
 
 
 def _reading(checker: str, against: str) -> tuple[Parse, Checker | None]:

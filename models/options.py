@@ -6,6 +6,7 @@ Owns names, defaults and words. Does not know how a target is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,8 @@ class TargetOptions:
         quantization: 8bit or 4bit weights for the target.
         trust_remote_code: Run Python files that come with the target, its tokenizer or a draft LM. Read them first.
         context: Most tokens of prompt and reply together; default: from the target's config, as serving engines derive it.
+        generation_config: model, to honour what the target's generation config asks for (suppressed tokens, least lengths ...); none, to
+            read only its end tokens.
     """
 
     device: str = "cpu"
@@ -33,10 +36,11 @@ class TargetOptions:
     quantization: str | None = None
     trust_remote_code: bool = False
     context: int | None = None
+    generation_config: Literal["model", "none"] = "model"
 
     def load(self, path: str, dtype: str) -> Target:
         """The target at `path`. Raises what `Target.load` raises."""
-        return Target.load(
+        target = Target.load(
             path,
             dtype,
             self.device,
@@ -47,6 +51,9 @@ class TargetOptions:
             self.trust_remote_code,
             self.context,
         )
+        if self.generation_config == "none":
+            target.forget_settings()
+        return target
 
     def load_ends(self, path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TargetEnds:
         """The ends of the target at `path`. Raises what `TargetEnds.load` raises."""

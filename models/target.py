@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
@@ -134,6 +134,10 @@ class Target(nn.Module):
         A model in memory has no tokenizer to ask.
         """
         return end_tokens(self.model.generation_config, self.model.config) or self._saved_end_tokens
+
+    def forget_settings(self) -> None:
+        """Give the model a generation config that names end tokens and asks for nothing else."""
+        self.model.generation_config = GenerationConfig(eos_token_id=list(self.eos_token_ids) or None)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Normed states [..., D] -> logits [..., V]."""

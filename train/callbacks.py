@@ -18,6 +18,7 @@ import torch
 from draftsmith import provenance
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.limits import DraftLimits
@@ -89,7 +90,8 @@ class TreeDecodeValidation(pl.Callback):
                 trust_remote_code=module.trust_remote_code,
                 context=module.context,
             )
-        self._settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
+        settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
+        self._settings = for_target(settings, self.target)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes and logs."""

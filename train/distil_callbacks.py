@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from draftsmith import provenance
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.loading import as_dtype
@@ -61,7 +62,7 @@ class ChainDecodeValidation(pl.Callback):
         prompts = module.data().val_prompts(self.num_prompts)
         if not prompts:
             raise ValueError("no row is held out to decode; give the data a val_fraction above 0")
-        settings = replace(self.settings, eos_token_ids=module.eos_token_ids)
+        settings = for_target(replace(self.settings, eos_token_ids=module.eos_token_ids), module.target)
         engine = Engine(module.target, module.student.drafter(), self.limits)
         own = list(range(trainer.global_rank, len(prompts), trainer.world_size))
         if module.is_sharded:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.sharding import load_sharded, sharded_over
@@ -389,6 +390,7 @@ class DraftLMModule(pl.LightningModule):
         max_length = self.data().max_length
         if missing:
             settings = GenerationSettings(self.sampling.max_new_tokens, eos_token_ids=self.eos_token_ids)
+            settings = for_target(settings, self.target)
             engine = Engine(self.target, self.student.drafter())
             with torch.autocast(self.device.type, enabled=False):  # the decoder casts nothing on the way
                 found = engine.generate([text.ids for text in missing], settings)
