@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import provenance
-from draftsmith.data.corpus import Skipped
 from draftsmith.data.lengths import LENGTHS_FILE, write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest, ShardRecord, read_record
 from draftsmith.data.ranks import in_turn
 from draftsmith.data.shards import ShardContent, check_digest, write_shard
 from draftsmith.files import atomic_write, is_abandoned, sha256_file
+from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines
 
 SURVEY_PREFIX = ".survey-"
-_DROPPED_FILE = "dropped.jsonl"
 
 
 class CacheFolder:
@@ -45,7 +44,7 @@ class CacheFolder:
         if others and not (self.path / MANIFEST_FILE).exists():
             raise ValueError(f"{self.path} is not empty and no cache; name another folder")
 
-    def begin(self, empty: Manifest, dropped: Iterable[Skipped], source: Mapping[str, str]) -> None:
+    def begin(self, empty: Manifest, dropped: Iterable[Dropped], source: Mapping[str, str]) -> None:
         """Writes what the cache will be, unless it is there. `source` is what is read, with its sha256.
 
         Raises ValueError when the folder holds another cache, or anything else.
@@ -56,8 +55,8 @@ class CacheFolder:
             else:
                 self.check_place()
                 empty.save(self.path)
-            if not (self.path / _DROPPED_FILE).exists():
-                atomic_write(self.path / _DROPPED_FILE, "".join(json.dumps(asdict(row)) + "\n" for row in dropped))
+            if not (self.path / DROPPED_FILE).exists():
+                atomic_write(self.path / DROPPED_FILE, dropped_lines(dropped))
             if not (self.path / provenance.FILE_NAME).exists():
                 settings: dict[str, Any] = asdict(empty.identity)
                 provenance.write(self.path, provenance.record("data extract", settings, source))

@@ -11,24 +11,20 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from draftsmith.data.formats import Message
-from draftsmith.data.prompts import PROMPT_FILE, Prompt
+from draftsmith.data.formats import UnusableRow, detect_format, row_id, to_conversation
+from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns, no_labels
 from draftsmith.files import sha256_file
+from draftsmith.json_rows import Dropped, check_encoding, is_blank, parse_object, shown, summary
 
 RESPONSE_GLOB = "responses*.jsonl"
 IDS_AS_GENERATED = "token ids as generated"
 _PART_LINES, _PART_BYTES = 4096, 2**25
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sample that is not trained on, and why."""
-
-    id: str
-    reason: str
+_LARGEST_ID = 2**31 - 1
+_NO_TOKEN = "no token is trained on"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class Survey:
     """What a corpus, or a part of it, holds once it is cut to a length.
 
     Of each sample kept, in order: its tokens (`lengths`), and the file, line and byte where its row begins. `mask` says
-    how loss masks were found. The columns are arrays, since a corpus may have ten million samples.
+    how loss masks were found. `num_rows` counts the samples, whether they are kept or not; `dropped` has the rows that are no
+    sample, and the samples that nothing is learned from. The columns are arrays, since a corpus may have ten million samples.
     """
 
     lengths: array = field(default_factory=lambda: array("i"))
@@ -57,29 +54,38 @@ class Survey:
     num_labelled: int = 0
     num_cut: int = 0
     mask: str = IDS_AS_GENERATED
-    skipped: Sequence[Skipped] = ()
+    dropped: Sequence[Dropped] = ()
 
 
 class Corpus:
     """All samples of a source, read anew in each pass so that a large one need not fit in memory.
 
     Reading all of it takes a pass over every token. A survey remembers where each sample lies, so that `samples` reads
-    and tokenizes those of one shard and no other row.
+    and tokenizes those of one shard and no other row. A row that cannot be read is left out of every pass alike.
 
     Args:
         source: a JSONL file, or a folder that `data respond` or `data prompts` wrote.
         chat: makes the template when a row needs one; rows with token ids never do.
         split: keep the rows of this split only.
         max_length: samples are cut to this many tokens.
+        vocab_size: rows with token ids that are not below this are left out; None: only those that no model has.
 
-    Raises ValueError for a missing path, and later, with file and line, for rows that cannot be read.
+    Raises ValueError for a missing path.
     """
 
-    def __init__(self, source: Path, chat: Callable[[], ChatTemplate], split: str | None, max_length: int) -> None:
+    def __init__(
+        self,
+        source: Path,
+        chat: Callable[[], ChatTemplate],
+        split: str | None,
+        max_length: int,
+        vocab_size: int | None = None,
+    ) -> None:
         self.source = source
         self.files = source_files(source)
         self.split = split
         self.max_length = max_length
+        self.vocab_size = vocab_size
         self._make_chat = chat
         self._chat: ChatTemplate | None = None
 
@@ -111,7 +117,7 @@ class Corpus:
     def survey(self) -> Survey:
         """Reads everything once.
 
-        Raises ValueError when the split is empty or no token at all is trained on, showing the first sample.
+        Raises ValueError when no row can be read, the split is empty or no token at all is trained on, showing the first sample.
         """
         return self.joined([self.survey_part(part) for part in self.parts])
 
@@ -127,12 +133,14 @@ class Corpus:
         return (part for number, file in enumerate(self.files) for part in _parts_of(number, file))
 
     def survey_part(self, part: Part) -> Survey:
-        """Reads one part. Raises ValueError, with file and line, for rows that cannot be read."""
+        """Reads one part."""
         lengths, files, lines, places = array("i"), array("i"), array("q"), array("q")
-        skipped: list[Skipped] = []
+        dropped: list[Dropped] = []
         num_rows = num_labelled = num_cut = 0
-        for line, place, row in self._rows(part):
-            sample = self._sample(row, part.file, line)
+        for line, place, sample in self._read(part):
+            if isinstance(sample, Dropped):
+                dropped.append(sample)
+                continue
             short = cut(sample, self.max_length)
             num_rows += 1
             num_cut += short is not sample
@@ -143,13 +151,14 @@ class Corpus:
                     column.append(value)
                 num_labelled += short.num_labelled
             else:
-                skipped.append(Skipped(sample.id, _why_unlabelled(sample, self.max_length)))
-        return Survey(lengths, files, lines, places, num_rows, num_labelled, num_cut, self.mask_recipe, skipped)
+                reason = _why_unlabelled(sample, self.max_length)
+                dropped.append(Dropped(self._place(part.file, line), reason, id=sample.id))
+        return Survey(lengths, files, lines, places, num_rows, num_labelled, num_cut, self.mask_recipe, dropped)
 
     def joined(self, surveys: Sequence[Survey]) -> Survey:
         """The survey of the whole corpus, of those of all its parts in order.
 
-        Raises ValueError when the split is empty or no token at all is trained on, showing the first sample.
+        Raises ValueError when no row can be read, the split is empty or no token at all is trained on, showing the first sample.
         """
         lengths, files, lines, places = array("i"), array("i"), array("q"), array("q")
         for survey in surveys:
@@ -157,13 +166,9 @@ class Corpus:
             files += survey.files
             lines += survey.lines
             places += survey.places
-        skipped = [row for survey in surveys for row in survey.skipped]
-        if not any(survey.num_rows for survey in surveys):
-            raise ValueError(f"{self.files[0]} has no row in split {self.split!r}")
-        if not lengths and skipped[0].reason.startswith("no token"):
-            raise no_labels(next(self.all_samples()), self.chat.tokenizer)
+        dropped = [row for survey in surveys for row in survey.dropped]
         if not lengths:
-            raise ValueError(f"no sample is left of {self.files[0]}: {skipped[0].id}: {skipped[0].reason}")
+            self._check_any(dropped, sum(survey.num_rows for survey in surveys))
         return Survey(
             lengths,
             files,
@@ -173,8 +178,17 @@ class Corpus:
             num_labelled=sum(survey.num_labelled for survey in surveys),
             num_cut=sum(survey.num_cut for survey in surveys),
             mask=next((survey.mask for survey in surveys if survey.mask != IDS_AS_GENERATED), IDS_AS_GENERATED),
-            skipped=skipped,
+            dropped=dropped,
         )
+
+    def _check_any(self, dropped: Sequence[Dropped], num_rows: int) -> None:
+        """Says why no sample is left. Raises ValueError always."""
+        if not num_rows and not dropped:
+            raise ValueError(f"{self.files[0]} has no row in split {self.split!r}")
+        if num_rows and all(row.reason == _NO_TOKEN for row in dropped):
+            raise no_labels(next(self.all_samples([])), self.chat.tokenizer)
+        where = "" if self.split is None else f" in split {self.split!r}"
+        raise ValueError(f"no sample is left of {self.files[0]}{where}: {summary(dropped)}")
 
     def samples(self, survey: Survey, first: int, stop: int) -> list[TokenizedSample]:
         """The kept samples number `first` to `stop - 1`, cut: no other row is parsed or tokenized.
@@ -183,14 +197,14 @@ class Corpus:
         """
         found = []
         for number in range(first, stop):
-            path, line = self.files[survey.files[number]], survey.lines[number]
-            with open(path, "rb") as file:
-                file.seek(survey.places[number])
-                row = _row(path, line, file.readline())
-            sample = cut(self._sample(row, survey.files[number], line), self.max_length)
-            if len(sample.input_ids) != survey.lengths[number]:
-                raise ValueError(f"{path}:{line} was changed while it was read; run the same command again")
-            found.append(sample)
+            file, line = survey.files[number], survey.lines[number]
+            with open(self.files[file], "rb") as lines:
+                lines.seek(survey.places[number])
+                sample = self._outcome(lines.readline(), file, line)
+            short = cut(sample, self.max_length) if isinstance(sample, TokenizedSample) else None
+            if short is None or len(short.input_ids) != survey.lengths[number]:
+                raise ValueError(f"{self._place(file, line)} was changed while it was read; run the same command again")
+            found.append(short)
         return found
 
     @property
@@ -200,38 +214,69 @@ class Corpus:
             self._chat = self._make_chat()
         return self._chat
 
-    def all_samples(self) -> Iterator[TokenizedSample]:
-        """Every sample of the split, whole, whether it has something to train on or not."""
-        for part in self._parts():
-            for line, _, row in self._rows(part):
-                yield self._sample(row, part.file, line)
+    def all_samples(self, dropped: list[Dropped] | None = None) -> Iterator[TokenizedSample]:
+        """Every sample of the split, whole, whether it has something to train on or not.
 
-    def _rows(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Line, first byte and content of the part's rows in the split."""
-        path, place = self.files[part.file], part.first_byte
-        with open(path, "rb") as file:
+        `dropped` takes the record of each row that is no sample; without it they are counted on standard error at the end.
+        """
+        left_out: list[Dropped] = [] if dropped is None else dropped
+        for found in self.read():
+            if isinstance(found, Dropped):
+                left_out.append(found)
+            else:
+                yield found
+        if dropped is None:
+            say_dropped(left_out)
+
+    def read(self) -> Iterator[TokenizedSample | Dropped]:
+        """Every row of the split in order: a whole sample, or why it is none."""
+        return (found for part in self._parts() for _, _, found in self._read(part))
+
+    def _read(self, part: Part) -> Iterator[tuple[int, int, TokenizedSample | Dropped]]:
+        """Line, first byte and sample of the part's rows in the split. A row that cannot be parsed is in every split."""
+        place = part.first_byte
+        with open(self.files[part.file], "rb") as file:
             file.seek(place)
             for line in range(part.first_line, part.first_line + part.num_lines):
                 content = file.readline()
-                row = _row(path, line, content) if content.strip() else None
-                if row is not None and (self.split is None or row.get("split") == self.split):
-                    yield line, place, row
+                found = None if is_blank(content) else self._outcome(content, part.file, line)
+                if found is not None:
+                    yield line, place, found
                 place += len(content)
 
-    def _sample(self, row: Mapping[str, Any], file: int, line: int) -> TokenizedSample:
-        place = f"{self.files[file]}:{line}"
-        sample_id = str(row.get("id", f"{self.files[file].stem}-{line}"))
+    def _place(self, file: int, line: int) -> str:
+        return f"{self.files[file]}:{line}"
+
+    def _outcome(self, content: bytes, file: int, line: int) -> TokenizedSample | Dropped | None:
+        """The sample of one row, or why it is none; None for a row of another split."""
+        row: Mapping[str, Any] = {}
         try:
-            turns = turns_of(row)
-            if turns is not None:
-                return from_turns(sample_id, turns)
-            if isinstance(row.get("text"), str):
-                return self.chat.document(sample_id, row["text"])
-            return self.chat.conversation(sample_id, conversation_of(row))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{place}: neither replies with token ids nor a conversation ({error!r})") from error
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+            row = parse_object(content)
+            if self.split is not None and row.get("split") != self.split:
+                return None
+            return self._sample(row, file, line)
+        except UnusableRow as error:
+            own_id = row.get("id")
+            name = own_id if isinstance(own_id, str) else ""
+            return Dropped(self._place(file, line), str(error), shown(content), name)
+
+    def _sample(self, row: Mapping[str, Any], file: int, line: int) -> TokenizedSample:
+        """Raises UnusableRow for a row that holds no sample, or that the template fails on."""
+        sample_id = row_id(row, f"{self.files[file].stem}-{line}")
+        turns = turns_of(row, self.vocab_size)
+        if turns is not None:
+            return _or_unusable(from_turns, sample_id, turns)
+        conversation = to_conversation(row, detect_format(row))
+        if conversation.text is not None:
+            return _or_unusable(self.chat.document, sample_id, conversation.text)
+        return _or_unusable(self.chat.conversation, sample_id, conversation.to_learn_from())
+
+
+def _or_unusable(make: Callable[[str, T], TokenizedSample], sample_id: str, content: T) -> TokenizedSample:
+    try:
+        return make(sample_id, content)
+    except ValueError as error:
+        raise UnusableRow(str(error)) from error
 
 
 def _parts_of(number: int, path: Path) -> Iterator[Part]:
@@ -239,7 +284,9 @@ def _parts_of(number: int, path: Path) -> Iterator[Part]:
     line, first_line, first_byte, place, empty = 0, 1, 0, 0, True
     with open(path, "rb") as file:
         for line, content in enumerate(file, start=1):
-            empty = empty and not content.strip()
+            if line == 1:
+                check_encoding(path, content)
+            empty = empty and is_blank(content)
             place += len(content)
             if line - first_line + 1 == _PART_LINES or place - first_byte >= _PART_BYTES:
                 yield Part(number, first_line, first_byte, line - first_line + 1)
@@ -248,16 +295,6 @@ def _parts_of(number: int, path: Path) -> Iterator[Part]:
         raise ValueError(f"{path} is empty; one JSON object a line is expected")
     if line >= first_line:
         yield Part(number, first_line, first_byte, line - first_line + 1)
-
-
-def _row(path: Path, line: int, content: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}:{line}: not valid JSON: {error}; mend or delete the line") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}:{line}: not a JSON object but {type(row).__name__}; one object a line is expected")
-    return row
 
 
 def template_digest(template: str | None) -> str | None:
@@ -322,30 +359,49 @@ def _check_all_ranks(files: list[Path]) -> None:
         )
 
 
-def turns_of(row: Mapping[str, Any]) -> list[Turn] | None:
-    """Exchanges in token ids: `turns`, or one `prompt_ids` and `reply_ids`; None for a row without ids."""
-    if "prompt_ids" in row and "reply_ids" in row:
-        return [Turn(list(row["prompt_ids"]), list(row["reply_ids"]), str(row.get("finish", "")))]
+def turns_of(row: Mapping[str, Any], vocab_size: int | None = None) -> list[Turn] | None:
+    """Exchanges in token ids: `turns`, or one `prompt_ids` and `reply_ids`; None for a row without ids.
+
+    Raises:
+        UnusableRow: ids that are no whole numbers from 0 to below `vocab_size`, a `finish` that is no text, a turn that lacks
+            either list.
+    """
+    if row.get("prompt_ids") is not None and row.get("reply_ids") is not None:
+        return [_turn(row, "", vocab_size)]
     turns = row.get("turns")
-    if not turns or not isinstance(turns[0], Mapping) or "reply_ids" not in turns[0]:
+    if not isinstance(turns, list) or not any(isinstance(turn, Mapping) and "reply_ids" in turn for turn in turns):
         return None
-    return [Turn(list(t["prompt_ids"]), list(t["reply_ids"]), str(t["finish"])) for t in turns]
+    return [_turn(turn, f"turn {number}: ", vocab_size) for number, turn in enumerate(turns)]
 
 
-def conversation_of(row: Mapping[str, Any]) -> list[Message]:
-    """A data set's own conversation: `messages` with assistant turns, or user turns and `reference` answers."""
-    messages = [Message(role=str(m["role"]), content=str(m["content"])) for m in row["messages"]]
-    if "reference" not in row:
-        return messages
-    prompt = Prompt(id="", messages=tuple(messages), split="", source="")
-    conversation: list[Message] = []
-    for turn, answer in zip(prompt.user_turns(), row["reference"], strict=False):
-        conversation += [*turn, Message(role="assistant", content=str(answer))]
-    return conversation or messages
+def _turn(turn: Any, place: str, vocab_size: int | None) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise UnusableRow(f"{place}{type(turn).__name__}, not an object")
+    finish = turn.get("finish")
+    if finish is not None and not isinstance(finish, str):
+        raise UnusableRow(f"{place}finish is {finish!r:.80}, not text")
+    prompt_ids, reply_ids = (token_ids(turn, field, vocab_size, place) for field in ("prompt_ids", "reply_ids"))
+    return Turn(prompt_ids, reply_ids, finish or "")
+
+
+def token_ids(row: Mapping[str, Any], field: str, vocab_size: int | None = None, place: str = "") -> list[int]:
+    """A field of token ids.
+
+    Raises:
+        UnusableRow: it is no list of whole numbers (true and 1.0 are none), or one is negative or not below `vocab_size`.
+    """
+    ids = row.get(field)
+    if not isinstance(ids, list) or set(map(type, ids)) - {int}:
+        raise UnusableRow(f"{place}{field} is no list of whole numbers")
+    last = _LARGEST_ID if vocab_size is None else vocab_size - 1
+    for token in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token <= last:
+            raise UnusableRow(f"{place}{field} has the token id {token!s:.20}; ids go from 0 to {last}")
+    return list(ids)
 
 
 def _why_unlabelled(sample: TokenizedSample, max_length: int) -> str:
     if sample.num_labelled:
         first = sample.loss_mask.index(True)
         return f"the assistant's first token is at {first}, past the {max_length} tokens a sample may have"
-    return "no token is trained on"
+    return _NO_TOKEN

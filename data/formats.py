@@ -1,181 +1,337 @@
-"""The row formats of public prompt sets, each turned into one `Conversation`.
+"""The row formats of public data sets, each turned into one `Conversation`: the only place that says what a field means.
 
-Owns: what the fields of a row mean. Does not know: files, ids, splits, tokenizers.
+Owns: what the fields of a row mean, and which rows are left out, with the reason. A value of another type is never made into
+text. Does not know: files, splits, tokenizers, which templates take what.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NotRequired, TypedDict, get_args
+
+from draftsmith.json_rows import UnusableRow
+
+__all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
 
 Format = Literal["auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text"]
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
+_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# What changes the words of a turn in a way that nothing here renders.
+_UNREAD_FIELDS = ("tool_calls", "function_call", "audio", "images", "image", "videos")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 class Message(TypedDict):
-    """One chat turn; `role` is "system", "user" or "assistant"."""
+    """One chat turn; `role` is "system", "user" or "assistant".
+
+    `train` False marks an assistant turn that is read and not learned from. `reasoning_content` is the thought before an
+    assistant's content. Both are absent where a row says nothing of them.
+    """
 
     role: str
     content: str
+    train: NotRequired[bool]
+    reasoning_content: NotRequired[str]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row asks, and what its data set answered.
+    """What a row holds.
 
-    `messages` holds an optional leading system turn and the user turns. `reference[i]` is the data set's own
-    answer to user turn i; there may be fewer answers than turns. `text` is set instead for a plain document
-    (base models), and then `messages` is empty.
+    `turns` are an optional system turn, then the user's turns, each with the data set's own answer behind it where there is
+    one. `text` is set instead for a plain document (base models). `flaw` says why the answers cannot be learned from, though
+    what the user asks is fit for a prompt.
     """
 
-    messages: tuple[Message, ...]
-    reference: tuple[str, ...] = ()
+    turns: tuple[Message, ...] = ()
     text: str | None = None
+    flaw: str | None = None
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The system turn and the user's turns: what a target is asked."""
+        return tuple(turn for turn in self.turns if turn["role"] != "assistant")
 
-class UnusableRow(ValueError):
-    """A row that cannot be a prompt; the message is the reason recorded in `dropped.jsonl`."""
+    @property
+    def reference(self) -> tuple[str, ...]:
+        """The answer to each user turn, possibly fewer; none at all where `no_reference` says why."""
+        return () if self.no_reference else tuple(answer["content"] for answer in self._answers)
+
+    @property
+    def no_reference(self) -> str | None:
+        """Why a row that has answers gives no reference, which holds words alone, all of them to be learned from."""
+        if self.flaw is None and any("reasoning_content" in answer for answer in self._answers):
+            return "an answer has a thought"
+        if self.flaw is None and any("train" in answer for answer in self._answers):
+            return "an answer has weight 0"
+        return self.flaw
+
+    @property
+    def _answers(self) -> list[Message]:
+        return [turn for turn in self.turns if turn["role"] == "assistant"]
+
+    def to_learn_from(self) -> tuple[Message, ...]:
+        """The turns up to the last answer; all of them where there is none.
+
+        Raises:
+            UnusableRow: an answer is empty, or none is to be learned from.
+        """
+        if self.flaw is not None:
+            raise UnusableRow(self.flaw)
+        answers = self._answers
+        if answers and not any(answer.get("train", True) for answer in answers):
+            raise UnusableRow("no assistant turn is to be learned from (weight 0)")
+        last = max((number for number, turn in enumerate(self.turns, 1) if turn["role"] == "assistant"), default=None)
+        return self.turns[:last]
 
 
 def detect_format(row: Mapping[str, Any]) -> Format:
-    """Names the format of a row from its fields.
+    """Names the format of a row from its fields; one that is null counts as absent.
 
-    Raises ValueError, with the fields seen, when none fits.
+    Raises:
+        UnusableRow: none fits; the fields are named.
     """
-    if "messages" in row:
+    fields = {name for name, value in row.items() if value is not None}
+    if "messages" in fields and (row["messages"] or "text" not in fields):
         return "openai"
-    if "conversations" in row:
+    if fields & {"conversations", "conversation"}:
         return "sharegpt"
-    if "instruction" in row:
+    if "instruction" in fields:
         return "alpaca"
-    if "question" in row and "answer" in row:
+    if {"question", "answer"} <= fields:
         return "gsm8k"
-    if "turns" in row:
-        return "specbench"
-    if "prompt" in row:
-        return "prompt"
-    if "text" in row:
-        return "text"
-    known = ", ".join(name for name in Format.__args__ if name != "auto")  # type: ignore[attr-defined]
-    raise ValueError(f"no known prompt format has the fields {sorted(row)}; name one with --format ({known})")
+    for name in ("turns", "prompt", "text"):
+        if name in fields:
+            return _SINGLE_FIELD[name]
+    known = ", ".join(name for name in get_args(Format) if name != "auto")
+    raise UnusableRow(f"no known format has the fields {sorted(fields)!s:.200}; known are {known}")
 
 
 def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
-    """Reads one row in a named format. Raises `UnusableRow` with the reason when it holds no usable prompt."""
+    """Reads one row in a named format (not `auto`).
+
+    Raises:
+        UnusableRow: the row holds no usable prompt, or a known field holds something that is not read.
+    """
     conversation = _READERS[row_format](row)
-    if conversation.text is None and not any(m["role"] == "user" for m in conversation.messages):
+    if conversation.text is not None:
+        return conversation
+    for number, turn in enumerate(conversation.turns):
+        if not turn["content"].strip():
+            reason = f"an empty turn (turn {number}, the {turn['role']}'s)"
+            if turn["role"] != "assistant":
+                raise UnusableRow(reason)
+            conversation = replace(conversation, flaw=reason)
+    if not any(turn["role"] == "user" for turn in conversation.turns):
         raise UnusableRow("no user turn")
-    if any(not m["content"].strip() for m in conversation.messages):
-        raise UnusableRow("an empty turn")
     return conversation
 
 
-def _text_field(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
+def row_id(row: Mapping[str, Any], default: str) -> str:
+    """A row's own `id`: text, or a whole number in digits; `default` where it has none.
+
+    Raises:
+        UnusableRow: an id of another type, or an empty one.
+    """
+    value = row.get("id")
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise UnusableRow(f"id is {value!r:.80}, which is neither text nor a whole number")
+    return str(value)
+
+
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        UnusableRow: it is missing, or of another type.
+    """
+    value = row.get(name)
     if not isinstance(value, str):
-        raise UnusableRow(f"field {key!r} is {type(value).__name__}, not text")
+        raise UnusableRow(f"field {name!r} is {_kind(value)}, not text")
     return value
 
 
-def _turn_content(content: Any) -> str:
-    """Text of a turn; OpenAI content parts are joined when all of them are text."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" for part in content
-    ):
-        return "".join(_text_field(part, "text") for part in content)
-    raise UnusableRow(f"a turn's content is {type(content).__name__}, not text")
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
 
 
-def _from_turns(turns: Any, role_key: str, content_key: str) -> Conversation:
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _turns(value: Any) -> list[Message]:
+    """Chat turns in their own order, whatever it is."""
+    if not _is_list(value) or not value:
         raise UnusableRow("the list of turns is empty or not a list")
-    messages: list[Message] = []
-    reference: list[str] = []
-    expected = "user"
+    return [_turn(turn, number) for number, turn in enumerate(value)]
+
+
+def _turn(turn: Any, number: int) -> Message:
+    if not isinstance(turn, Mapping):
+        raise UnusableRow(f"turn {number} is {_kind(turn)}, not an object")
+    name = _only(turn, _ROLE_FIELDS, number)
+    role = _ROLES.get(turn[name]) if isinstance(turn[name], str) else None
+    if role is None:
+        raise UnusableRow(f"turn {number} has the role {turn[name]!r:.80}; roles are {', '.join(_ROLES)}")
+    for field in _UNREAD_FIELDS:
+        if turn.get(field):
+            raise UnusableRow(f"turn {number} has {field}, which are not read")
+    message = Message(role=role, content=_content(turn[_only(turn, _CONTENT_FIELDS, number)], f"turn {number}"))
+    if not _is_trained(turn, role, number):
+        message["train"] = False
+    thought = _thought(turn, number)
+    if thought is not None:
+        if role != "assistant":
+            raise UnusableRow(f"turn {number} is the {role}'s and has a thought; only assistant turns have one")
+        message["reasoning_content"] = thought
+    return message
+
+
+def _only(turn: Mapping[str, Any], fields: Sequence[str], number: int) -> str:
+    """Which of two spellings a turn uses; null counts as absent."""
+    there = [name for name in fields if turn.get(name) is not None]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        raise UnusableRow(f"turn {number} has {there[0]} and {there[1]}; one of them is enough")
+    raise UnusableRow(f"turn {number} has no {fields[0]}")
+
+
+def _content(value: Any, place: str) -> str:
+    """Text, or a list of parts that are all text, joined."""
+    if isinstance(value, str):
+        return value
+    if not _is_list(value):
+        raise UnusableRow(f"{place}: the content is {_kind(value)}, not text")
+    texts = []
+    for part in value:
+        if not isinstance(part, Mapping):
+            raise UnusableRow(f"{place}: a part is {_kind(part)}, not an object")
+        if part.get("type") != "text":
+            raise UnusableRow(f"{place}: a part is of the type {part.get('type')!r:.80}; only text is read")
+        texts.append(text_field(part, "text"))
+    return "".join(texts)
+
+
+def _is_trained(turn: Mapping[str, Any], role: str, number: int) -> bool:
+    """OpenAI's `weight` (0 or 1), or `train` (false or true); without either, an assistant turn is learned from."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise UnusableRow(f"turn {number} has the weight {weight!r:.80}; weights are 0 and 1")
+    if train is not None and not isinstance(train, bool):
+        raise UnusableRow(f"turn {number} has train {train!r:.80}; it is true or false")
+    if role != "assistant":
+        if weight or train:
+            raise UnusableRow(f"turn {number} is the {role}'s and has a weight; only assistant turns are learned from")
+        return True
+    return bool(weight is None or weight) and train is not False
+
+
+def _thought(turn: Mapping[str, Any], number: int) -> str | None:
+    """The thought under any of its names; one that is empty is none."""
+    there = [name for name in _THOUGHT_FIELDS if turn.get(name) not in (None, "")]
+    if not there:
+        return None
+    thoughts = [text_field(turn, name) for name in there]
+    if len(set(thoughts)) > 1:
+        raise UnusableRow(f"turn {number} has two different thoughts, {there[0]} and {there[1]}")
+    return thoughts[0] if thoughts[0].strip() else None
+
+
+def _alternating(turns: Sequence[Message]) -> Conversation:
+    """Turns of a whole conversation: a system turn at most at its beginning, then user and assistant in turn."""
+    first = int(bool(turns) and turns[0]["role"] == "system")
+    for number, turn in enumerate(turns[first:], start=first):
+        expected = ("user", "assistant")[(number - first) % 2]
+        if turn["role"] != expected:
+            raise UnusableRow(f"turn {number} is the {turn['role']}'s where the {expected}'s belongs")
+    return Conversation(tuple(turns))
+
+
+def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
+    """User turns, several in a row perhaps, with the answers that stand apart from them in `field`: one text, or a list of them."""
     for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise UnusableRow(f"turn {number} is {type(turn).__name__}, not an object")
-        role = _ROLES.get(str(turn.get(role_key)))
-        if role is None:
-            raise UnusableRow(f"turn {number} has the role {turn.get(role_key)!r}")
-        content = _turn_content(turn.get(content_key))
-        if role == "system" and number == 0:
-            messages.append(Message(role=role, content=content))
-            continue
-        if role != expected:
-            raise UnusableRow(f"turn {number} is the {role}'s where the {expected}'s belongs")
-        if role == "user":
-            messages.append(Message(role=role, content=content))
-        else:
-            reference.append(content)
-        expected = "assistant" if role == "user" else "user"
-    return Conversation(tuple(messages), tuple(reference))
+        if turn["role"] == "assistant":
+            raise UnusableRow(f"turn {number} is the assistant's in a row whose answers are in {field!r}")
+        if turn["role"] == "system" and number:
+            raise UnusableRow(f"turn {number} is the system's where the user's belongs")
+    answers = [answer] if isinstance(answer, str) else [] if answer is None else answer
+    num_users = sum(turn["role"] == "user" for turn in turns)
+    if not _is_list(answers) or not all(isinstance(one, str) for one in answers):
+        return Conversation(tuple(turns), flaw=f"field {field!r} is neither text nor a list of texts")
+    if len(answers) > num_users:
+        return Conversation(tuple(turns), flaw=f"field {field!r} has {len(answers)} answers to {num_users} user turns")
+    left = iter(answers)
+    woven: list[Message] = []
+    for turn in turns:
+        woven.append(turn)
+        if turn["role"] == "user" and (text := next(left, None)) is not None:
+            woven.append(Message(role="assistant", content=text))
+    return Conversation(tuple(woven))
 
 
 def _openai(row: Mapping[str, Any]) -> Conversation:
-    """`messages`; a separate `reference` list (this project's own prompt files) stands in for assistant turns.
+    """`messages`; where a `reference` stands beside them, or the row is one of this project's prompts, they are the user's alone.
 
-    A system turn or several user turns in a row are allowed only with that list, because without answers between
-    them two user turns in a row are a broken conversation.
+    Elsewhere two user turns in a row are a broken conversation.
     """
-    turns = row.get("messages")
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise UnusableRow("the list of turns is empty or not a list")
-    answers = row.get("reference")
-    if answers is None:
-        return _from_turns(turns, "role", "content")
-    messages = tuple(Message(role=str(m.get("role")), content=_turn_content(m.get("content"))) for m in turns)
-    return Conversation(messages, tuple(str(answer) for answer in answers))
+    turns = _turns(row.get("messages"))
+    is_prompt = {"id", "split", "source"} <= row.keys() and all(turn["role"] != "assistant" for turn in turns)
+    if is_prompt or row.get("reference") is not None:
+        return _asked(turns, row.get("reference"), "reference")
+    return _alternating(turns)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Conversation:
     turns = row.get("conversations")
-    if isinstance(turns, Sequence) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
-        return _from_turns(turns, "role", "content")
-    return _from_turns(turns, "from", "value")
+    return _alternating(_turns(row.get("conversation") if turns is None else turns))
 
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
-    content = _text_field(row, "instruction")
-    if row.get("input"):
-        content = f"{content}\n\n{_text_field(row, 'input')}"
-    reference = (row["output"],) if isinstance(row.get("output"), str) else ()
-    return Conversation((Message(role="user", content=content),), reference)
+    content = text_field(row, "instruction")
+    given = row.get("input")
+    if given is not None and text_field(row, "input").strip():
+        content = f"{content}\n\n{given}"
+    return _asked([Message(role="user", content=content)], row.get("output"), "output")
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Conversation:
     """The `<<48/2=24>>` marks are instructions to a calculator, not text a model is meant to say: they are removed."""
-    answer = _CALCULATOR_MARK.sub("", _text_field(row, "answer"))
-    return Conversation((Message(role="user", content=_text_field(row, "question")),), (answer,))
+    answer = _CALCULATOR_MARK.sub("", text_field(row, "answer"))
+    return _asked([Message(role="user", content=text_field(row, "question"))], answer, "answer")
 
 
 def _specbench(row: Mapping[str, Any]) -> Conversation:
-    """`turns` are the user's; each is a string or `{"content": ...}` (Arena-Hard)."""
+    """`turns` are the user's; each is a text or `{"content": ...}` (Arena-Hard). Turns with roles are a conversation."""
     turns = row.get("turns")
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+    if not _is_list(turns) or not turns:
         raise UnusableRow("the list of turns is empty or not a list")
-    contents = [_turn_content(turn.get("content") if isinstance(turn, Mapping) else turn) for turn in turns]
-    reference = tuple(str(answer) for answer in row.get("reference") or ())
-    return Conversation(tuple(Message(role="user", content=content) for content in contents), reference)
+    if any(isinstance(turn, Mapping) and any(turn.get(name) is not None for name in _ROLE_FIELDS) for turn in turns):
+        return _alternating(_turns(turns))
+    contents = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns]
+    asked = [Message(role="user", content=_content(one, f"turn {number}")) for number, one in enumerate(contents)]
+    return _asked(asked, row.get("reference"), "reference")
 
 
 def _prompt(row: Mapping[str, Any]) -> Conversation:
     prompt = row.get("prompt")
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        return _from_turns(prompt, "role", "content")
-    return Conversation((Message(role="user", content=_text_field(row, "prompt")),))
+    if _is_list(prompt):
+        return _alternating(_turns(prompt))
+    return Conversation((Message(role="user", content=text_field(row, "prompt")),))
 
 
 def _text(row: Mapping[str, Any]) -> Conversation:
-    text = _text_field(row, "text")
+    text = text_field(row, "text")
     if not text.strip():
         raise UnusableRow("an empty document")
-    return Conversation((), (), text)
+    return Conversation(text=text)
 
+
+_SINGLE_FIELD: dict[str, Format] = {"turns": "specbench", "prompt": "prompt", "text": "text"}
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
     "openai": _openai,

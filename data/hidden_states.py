@@ -34,6 +34,7 @@ from draftsmith.data.shared_survey import shared_survey
 from draftsmith.data.together import Features, follow, leading, process_group
 from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.files import exclusive
+from draftsmith.json_rows import summary
 from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import TargetOptions
@@ -131,9 +132,8 @@ def extract(
             compute = partial(features, loaded)
         tokenizer = load_tokenizer(target, revision, trust_remote_code)
         length = sample_length(max_length, loaded.max_positions, target)
-        corpus = Corpus(
-            source, lambda: chat_of(target, tokenizer, template, revision, trust_remote_code), split, length
-        )
+        chat = partial(chat_of, target, tokenizer, template, revision, trust_remote_code)
+        corpus = Corpus(source, chat, split, length, loaded.ends.vocab_size)
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         with _explaining_a_full_disk(out):
             survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)
@@ -159,7 +159,7 @@ def extract(
         )
         with _explaining_a_full_disk(out):
             finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
-    _report(out, finished, share)
+    _report(out, finished, share, survey)
 
 
 def _check_settings(layers: Sequence[str], local_horizon: int, batch_tokens: int, shard_mib: float) -> None:
@@ -220,7 +220,7 @@ def _make(
     folder: CacheFolder, share: Share, corpus: Corpus, survey: Survey, identity: CacheIdentity, compute: Features
 ) -> Manifest:
     """This rank's shards, and the manifest as far as all ranks have come."""
-    folder.begin(_empty_manifest(identity, survey), survey.skipped, {str(corpus.source): identity.source})
+    folder.begin(_empty_manifest(identity, survey), survey.dropped, {str(corpus.source): identity.source})
     try:
         _write_shards(folder, share, corpus, survey, identity, compute)
     except (ValueError, OSError):
@@ -230,7 +230,7 @@ def _make(
     return folder.gather(survey.lengths)
 
 
-def _report(out: Path, manifest: Manifest, share: Share) -> None:
+def _report(out: Path, manifest: Manifest, share: Share, survey: Survey) -> None:
     if not manifest.complete:
         there = sum(shard.num_samples for shard in manifest.shards)
         print(
@@ -241,7 +241,7 @@ def _report(out: Path, manifest: Manifest, share: Share) -> None:
     print(
         f"{manifest.num_samples} samples, {manifest.num_tokens} tokens "
         f"({manifest.num_labelled / manifest.num_tokens:.0%} trained on) in {len(manifest.shards)} shards: {out}; "
-        f"{manifest.num_dropped} samples dropped, {manifest.num_cut} cut\n{footprint(manifest)}"
+        f"{manifest.num_cut} samples cut; {summary(survey.dropped)}\n{footprint(manifest)}"
     )
 
 
@@ -249,7 +249,10 @@ def _survey(corpus: Corpus, tokenizer: str, template: str | None, out: Path, sha
     """One process reads the corpus itself; several divide it, and leave the parts for one another beside the shards."""
     if share.world_size == 1:
         return corpus.survey()
-    settings = repr((corpus.fingerprint, corpus.split, corpus.max_length, tokenizer, template_digest(template)))
+    template = template_digest(template)
+    settings = repr(
+        ("rows", corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, tokenizer, template)
+    )
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return shared_survey(corpus, out / f"{SURVEY_PREFIX}{key}", share)
 
@@ -260,7 +263,7 @@ def _empty_manifest(identity: CacheIdentity, survey: Survey) -> Manifest:
         num_samples=len(survey.lengths),
         num_tokens=sum(survey.lengths),
         num_labelled=survey.num_labelled,
-        num_dropped=len(survey.skipped),
+        num_dropped=len(survey.dropped),
         num_cut=survey.num_cut,
     )
 

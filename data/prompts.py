@@ -6,21 +6,31 @@ Owns: ids, splits, duplicates, the prompt file. Does not know: the formats (`for
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from draftsmith import provenance
-from draftsmith.data.formats import Conversation, Format, Message, UnusableRow, detect_format, to_conversation
+from draftsmith.data.formats import (
+    Conversation,
+    Format,
+    Message,
+    UnusableRow,
+    detect_format,
+    row_id,
+    text_field,
+    to_conversation,
+)
 from draftsmith.data.sources import Row, read_rows, source_name
 from draftsmith.files import atomic_directory, read_jsonl, sha256_file
+from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, shown_row, summary
 from draftsmith.ownership import check_replaceable
 
 SPLITS = ("train", "validation", "test")
 PROMPT_FILE = "prompts.jsonl"
-DROPPED_FILE = "dropped.jsonl"
 STAGE = "draftsmith data prompts"
 
 
@@ -30,7 +40,8 @@ class Prompt:
 
     `messages` are the user's turns, after an optional system turn. `reference[i]` is the data set's own answer to
     user turn i (possibly fewer, possibly none): the text that the target's own replies are compared with. A base
-    model's prompt has `text`, a whole document, of which the first `prefix_words` words are the prompt.
+    model's prompt has `text`, a whole document, of which the first `prefix_words` words are the prompt. `place` is where it
+    was read (`FILE:LINE`), for messages; it is no part of the prompt.
     """
 
     id: str
@@ -40,6 +51,13 @@ class Prompt:
     reference: tuple[str, ...] = ()
     text: str | None = None
     prefix_words: int | None = None
+    place: str = field(default="", compare=False)
+
+    def fields(self) -> dict[str, Any]:
+        """Everything but the place: what is written, and what a run's identity depends on."""
+        found = asdict(self)
+        del found["place"]
+        return found
 
     def user_turns(self) -> list[list[Message]]:
         """The messages that come before each reply: turn 0 includes the system turn."""
@@ -51,15 +69,6 @@ class Prompt:
                 turns.append(waiting)
                 waiting = []
         return turns
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A row that became no prompt: where it was, why, and what it held (shortened)."""
-
-    place: str
-    reason: str
-    row: str
 
 
 def prompts(
@@ -98,72 +107,102 @@ def prompts(
     found: list[Prompt] = []
     dropped: list[Dropped] = []
     seen: dict[str, str] = {}
+    unanswered: list[Dropped] = []
     row_format = format
-    for place, row in read_rows(source, hub_config=hub_config, hub_split=hub_split):
+    for place, row in read_rows(source, hub_config=hub_config, hub_split=hub_split, dropped=dropped):
         if limit is not None and len(found) >= limit:
             break
-        if row_format == "auto":
-            row_format = _detect(place, row)
         try:
-            conversation = to_conversation(row, row_format)
+            own_format = detect_format(row) if row_format == "auto" else row_format
+            conversation = to_conversation(row, own_format)
             _check_new(conversation, place, seen)
         except UnusableRow as error:
-            dropped.append(Dropped(place, str(error), json.dumps(row, ensure_ascii=False, default=str)[:200]))
+            dropped.append(Dropped(place, str(error), shown_row(row)))
             continue
+        row_format = own_format
+        if conversation.no_reference:
+            unanswered.append(Dropped(place, conversation.no_reference))
         split = _given_split(row) or _hashed_split(conversation, validation, test, seed)
         found.append(_prompt(conversation, row, source, split, prefix_words))
     if not found:
-        raise ValueError(f"no usable prompt in {source}: {_reasons(dropped)}; name the format with --format")
+        raise ValueError(f"no usable prompt in {source}: {summary(dropped)}; name the format with --format")
     config = {"source": source, "out": out, "format": row_format, "validation": validation, "test": test, "seed": seed}
     config |= {"limit": limit, "prefix_words": prefix_words, "hub_config": hub_config, "hub_split": hub_split}
     _write(out, found, dropped, config, source)
-    print(f"{len(found)} prompts in {out} ({_split_counts(found)}); {len(dropped)} rows dropped ({_reasons(dropped)})")
+    if unanswered:
+        print(summary(unanswered, "kept as a prompt, without its answers"))
+    print(f"{len(found)} prompts in {out} ({_split_counts(found)}); {summary(dropped)}")
 
 
-def read_prompts(path: Path, split: str | None = None) -> list[Prompt]:
+def read_prompts(path: Path, split: str | None = None, dropped: list[Dropped] | None = None) -> list[Prompt]:
     """Reads a prompt file, or the one in a folder that `prompts` wrote; optionally one split of it.
 
-    Raises ValueError naming file and line for a malformed row, and when the split holds nothing.
+    Args:
+        path: the file or folder.
+        split: keep only the prompts of this split.
+        dropped: takes the record of each row that is no prompt. None: they are counted on standard error.
+
+    Raises:
+        ValueError: no row is a prompt, or the split holds none.
     """
     file = path / PROMPT_FILE if path.is_dir() else path
-    found = [_parse(f"{file}:{line}", row) for line, row in read_jsonl(file)]
-    chosen = [prompt for prompt in found if split is None or prompt.split == split]
+    left_out: list[Dropped] = [] if dropped is None else dropped
+    found: dict[str, Prompt] = {}
+    for line, row in read_jsonl(file, left_out):
+        place = f"{file}:{line}"
+        try:
+            prompt = _parse(place, row)
+            first = found.setdefault(prompt.id, prompt)
+            if first is not prompt:
+                raise UnusableRow(f"the id {prompt.id!r:.80} as in {first.place}")
+        except UnusableRow as error:
+            left_out.append(Dropped(place, str(error), shown_row(row)))
+    if not found:
+        raise ValueError(f"no prompt in {file}: {summary(left_out)}; make the file with `draftsmith data prompts`")
+    if dropped is None:
+        say_dropped(left_out)
+    chosen = [prompt for prompt in found.values() if split is None or prompt.split == split]
     if not chosen:
-        raise ValueError(f"{file} has no prompt in split {split!r}; it has {_split_counts(found)}")
+        raise ValueError(f"{file} has no prompt in split {split!r}; it has {_split_counts(list(found.values()))}")
     return chosen
+
+
+def say_dropped(dropped: list[Dropped]) -> None:
+    """Counts the rows left out on standard error, where there are any: for commands that write no `dropped.jsonl`."""
+    if dropped:
+        print(summary(dropped), file=sys.stderr)
 
 
 def write_prompts(path: Path, found: list[Prompt]) -> None:
     """Writes prompts as JSONL, one a line, without the fields that are empty."""
     with open(path, "w", encoding="utf-8") as file:
         for prompt in found:
-            row = {key: value for key, value in asdict(prompt).items() if value not in (None, ()) or key == "messages"}
+            row = {key: value for key, value in prompt.fields().items() if value not in (None, ()) or key == "messages"}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _parse(place: str, row: Row) -> Prompt:
-    missing = [key for key in ("id", "messages", "split", "source") if key not in row]
+    missing = [key for key in ("id", "messages", "split", "source") if row.get(key) is None]
     if missing:
-        raise ValueError(f"{place}: a prompt row needs {missing}; make the file with `draftsmith data prompts`")
-    turns: list[Message] = []
-    for turn in row["messages"]:
-        if turn.get("role") not in ("system", "user") or not isinstance(turn.get("content"), str):
-            raise ValueError(
-                f"{place}: {str(turn)[:80]} is no system or user turn; run `draftsmith data prompts` on it"
-            )
-        turns.append(Message(role=turn["role"], content=turn["content"]))
-    if not turns and not isinstance(row.get("text"), str):
-        raise ValueError(f"{place}: neither messages nor text; there is nothing to ask")
-    reference = tuple(row.get("reference") or ())
-    given = (str(row["id"]), tuple(turns), str(row["split"]), str(row["source"]), reference)
-    return Prompt(*given, text=row.get("text"), prefix_words=row.get("prefix_words"))
-
-
-def _detect(place: str, row: Row) -> Format:
-    try:
-        return detect_format(row)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise UnusableRow(f"a prompt row needs {missing}")
+    if row["messages"] and row.get("text") is not None:
+        raise UnusableRow("messages and text; one of them is the prompt")
+    conversation = to_conversation(row, detect_format(row))
+    if len(conversation.messages) < len(conversation.turns) and row.get("reference") is None:
+        raise UnusableRow("an assistant turn, which belongs into 'reference'")
+    prefix_words = row.get("prefix_words")
+    if prefix_words is not None and (type(prefix_words) is not int or prefix_words < 1):
+        raise UnusableRow(f"prefix_words is {prefix_words!r:.80}, not a whole number of 1 or more")
+    return Prompt(
+        id=row_id(row, ""),
+        messages=conversation.messages,
+        split=text_field(row, "split"),
+        source=text_field(row, "source"),
+        reference=conversation.reference,
+        text=conversation.text,
+        prefix_words=prefix_words,
+        place=place,
+    )
 
 
 def _prompt(conversation: Conversation, row: Row, source: str, split: str, prefix_words: int) -> Prompt:
@@ -216,16 +255,9 @@ def _write(out: Path, found: list[Prompt], dropped: list[Dropped], config: dict[
     fingerprint = sha256_file(Path(source)) if Path(source).is_file() else "hub"
     with atomic_directory(out, STAGE) as folder:
         write_prompts(folder / PROMPT_FILE, found)
-        with open(folder / DROPPED_FILE, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in dropped)
+        (folder / DROPPED_FILE).write_text(dropped_lines(dropped), encoding="utf-8")
         provenance.write(folder, provenance.record("data prompts", config, {source: fingerprint}))
 
 
 def _split_counts(found: list[Prompt]) -> str:
     return ", ".join(f"{count} {split}" for split, count in Counter(prompt.split for prompt in found).items())
-
-
-def _reasons(dropped: list[Dropped]) -> str:
-    """Counts of the reasons, places left out: `2 the same prompt, 1 no user turn`."""
-    counts = Counter(re.sub(r" as .*", "", row.reason) for row in dropped)
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common(5)) or "none"

@@ -13,9 +13,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from draftsmith.data.corpus import Corpus, Skipped, Survey
+from draftsmith.data.corpus import Corpus, Survey
 from draftsmith.data.ranks import Share, if_free
 from draftsmith.files import atomic_write
+from draftsmith.json_rows import Dropped
 
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 10
@@ -74,6 +75,6 @@ def _read(path: Path) -> Survey | None:
             rest = json.loads(file.metadata()["survey"])
     except (FileNotFoundError, safetensors.SafetensorError):
         return None
-    skipped = [Skipped(**row) for row in rest.pop("skipped")]
+    dropped = [Dropped(**row) for row in rest.pop("dropped")]
     columns = {name: getattr(empty, name) for name in _COLUMNS}
-    return Survey(**columns, **rest, skipped=skipped)
+    return Survey(**columns, **rest, dropped=dropped)

@@ -3,36 +3,79 @@
 Owns: finding and decoding rows, with the place of each one for messages. Does not know: what a row means.
 """
 
-import json
+from __future__ import annotations
+
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftsmith.files import read_jsonl
+from draftsmith.json_rows import (
+    Dropped,
+    UnusableRow,
+    check_encoding,
+    check_values,
+    is_blank,
+    parse_object,
+    shown,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Row = Mapping[str, Any]
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
-_DOCUMENT_END = "<|endoftext|>"
+_MARK = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(rb"\n[ \t]*\n\s*")
+_DOCUMENT_END = b"<|endoftext|>"
+# A text (closed or not), or one of the marks by which the elements of a list are told apart.
+_JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 
 
-def read_rows(source: str, *, hub_config: str | None = None, hub_split: str = "train") -> Iterator[tuple[str, Row]]:
+@dataclass(frozen=True)
+class _Unread:
+    """A row that cannot be decoded, and how it begins."""
+
+    reason: str
+    shown: str
+
+
+def read_rows(
+    source: str, *, hub_config: str | None = None, hub_split: str = "train", dropped: list[Dropped] | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yields (place, row): the place is `FILE:LINE`, `FILE[INDEX]` or `HUB_ID[INDEX]`.
 
-    Raises ValueError for a missing path, an unknown suffix, malformed content (with its line) and an empty file.
+    Args:
+        source: a file, or the id of a data set on the hub.
+        hub_config: configuration name, for a hub id.
+        hub_split: split to read, for a hub id.
+        dropped: takes the record of each row that cannot be decoded, and the others are read. None: such a row is an error.
+
+    Raises:
+        ValueError: a missing path, an unknown suffix, a file that is empty or malformed as a whole; without `dropped`, a
+            malformed row, with its place.
     """
     path = Path(source)
-    if path.is_file():
-        yield from _read_file(path)
+    if path.is_file() and path.suffix == ".jsonl":
+        for line, row in read_jsonl(path, dropped):
+            yield f"{path}:{line}", row
         return
-    if path.is_dir():
-        raise ValueError(f"{source} is a folder; give one file ({', '.join(_SUFFIXES)})")
-    if path.suffix in _SUFFIXES or path.is_absolute() or source.startswith(".") or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"no such file: {source}; check the path")
-    yield from _read_hub(source, hub_config, hub_split)
+    index = -1
+    for index, found in enumerate(_decoded(source, path, hub_config, hub_split)):
+        place = f"{source}[{index}]"
+        if not isinstance(found, _Unread):
+            yield place, found
+        elif dropped is not None:
+            dropped.append(Dropped(place, found.reason, found.shown))
+        else:
+            raise ValueError(f"{place}: {found.reason}; mend or delete the row")
+    if index < 0:
+        raise ValueError(f"{source} is empty; at least one row is needed")
 
 
 def source_name(source: str) -> str:
@@ -41,60 +84,114 @@ def source_name(source: str) -> str:
     return path.stem if path.suffix in _SUFFIXES else source
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.suffix == ".jsonl":
-        for line, row in read_jsonl(path):
-            yield f"{path}:{line}", row
-        return
-    readers = {".json": _json_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise ValueError(f"{path} has the suffix {path.suffix!r}; prompts are read from {', '.join(_SUFFIXES)}")
-    count = 0
-    for index, row in enumerate(reader(path)):
-        count += 1
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{path}[{index}] is {type(row).__name__}; each row must be an object")
-        yield f"{path}[{index}]", row
-    if count == 0:
-        raise ValueError(f"{path} is empty; a prompt file needs at least one row")
+def _decoded(source: str, path: Path, hub_config: str | None, hub_split: str) -> Iterator[Row | _Unread]:
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder; give one file ({', '.join(_SUFFIXES)})")
+    if path.is_file():
+        readers = {".json": _json_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
+        reader = readers.get(path.suffix)
+        if reader is None:
+            raise ValueError(f"{path} has the suffix {path.suffix!r}; rows are read from {', '.join(_SUFFIXES)}")
+        return reader(path)
+    if path.suffix in _SUFFIXES or path.is_absolute() or source.startswith(".") or not _HUB_ID.fullmatch(source):
+        raise ValueError(f"no such file: {source}; check the path")
+    return _hub_rows(source, hub_config, hub_split)
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    text = path.read_text(encoding="utf-8")
-    if not text.strip():
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; one object a line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds one {type(rows).__name__}; a JSON prompt file is a list of objects")
-    yield from rows
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    check_encoding(path, content)
+    return content.removeprefix(_MARK)
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
+def _json_rows(path: Path) -> Iterator[Row | _Unread]:
+    content = _content(path)
+    if content.lstrip().startswith(b"{"):
+        raise ValueError(
+            f"{path} begins with an object, but a JSON file is a list of objects; one object a line is JSONL: name the file .jsonl"
+        )
+    for element in _elements(path, content):
+        try:
+            yield parse_object(element)
+        except UnusableRow as error:
+            yield _Unread(str(error), shown(element))
+
+
+def _elements(path: Path, content: bytes) -> Iterator[bytes]:
+    """The bytes of each element of a list, so that one that cannot be parsed costs no other.
+
+    Example: `[{"a": ","}, 7]` has the elements `{"a": ","}` and ` 7`.
+
+    Raises ValueError, with the line, for a list that does not begin, is not closed, or is not all of the file.
+    """
+    depth = begin = 0
+    for token in _JSON_TOKEN.finditer(content):
+        mark = token[0]
+        if not depth and (mark != b"[" or content[: token.start()].strip()):
+            break
+        if mark in b"[{":
+            depth += 1
+            begin = token.end() if depth == 1 else begin
+        elif mark in b"]}":
+            depth -= 1
+        if (depth, mark) == (1, b",") or not depth:
+            element = content[begin : token.start()]
+            if depth or not is_blank(element):
+                yield element
+            begin = token.end()
+        if not depth:
+            break
+    if depth or content[begin:].strip():
+        rest = content[begin:]
+        line = content.count(b"\n", 0, begin + len(rest) - len(rest.lstrip())) + 1
+        wrong = "the list is never closed" if depth else "this is no list of objects"
+        raise ValueError(f"{path}:{line}: not valid JSON: {wrong}; mend the file")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row | _Unread]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+        [(name, count)] = Counter(file.schema_arrow.names).most_common(1) or [("", 0)]
+        if count > 1:
+            raise ValueError(f"{path} has {count} columns of the name {name!r}; give each a name of its own")
+        for batch in file.iter_batches():
+            yield from _rows_of_batch(batch)
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
-    for batch in file.iter_batches():
-        yield from batch.to_pylist()
 
 
-def _text_rows(path: Path) -> Iterator[Any]:
+def _rows_of_batch(batch: pa.RecordBatch) -> Iterator[Row | _Unread]:
+    """Row by row, because one that Python has no value for (a year 20000, bytes that are no text) fails its batch."""
+    for index in range(batch.num_rows):
+        try:
+            [row] = batch.slice(index, 1).to_pylist()
+            check_values(row)
+        except (ValueError, OverflowError) as error:
+            yield _Unread(str(error), "")
+        else:
+            yield row
+
+
+def _text_rows(path: Path) -> Iterator[Row | _Unread]:
     """Documents of a plain text file, separated by `<|endoftext|>` where it occurs, else by blank lines."""
-    text = path.read_text(encoding="utf-8")
-    for document in text.split(_DOCUMENT_END) if _DOCUMENT_END in text else _BLANK_LINES.split(text):
-        if document.strip():
-            yield {"text": document.strip()}
+    content = _content(path).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    for document in content.split(_DOCUMENT_END) if _DOCUMENT_END in content else _BLANK_LINES.split(content):
+        try:
+            row = {"text": document.decode("utf-8").strip()}
+            check_values(row)
+        except UnicodeDecodeError as error:
+            yield _Unread(f"not UTF-8 text: byte {error.start + 1} is 0x{document[error.start]:02x}", shown(document))
+        except UnusableRow as error:
+            yield _Unread(str(error), shown(document))
+        else:
+            if row["text"]:
+                yield row
 
 
-def _read_hub(name: str, config: str | None, split: str) -> Iterator[tuple[str, Row]]:
+def _hub_rows(name: str, config: str | None, split: str) -> Iterator[Row | _Unread]:
     import datasets
 
     try:
@@ -104,5 +201,11 @@ def _read_hub(name: str, config: str | None, split: str) -> Iterator[tuple[str, 
         raise ValueError(
             f"{name} is neither a file here nor a data set that could be loaded from the hub: {reason}"
         ) from error
-    for index, row in enumerate(rows):
-        yield f"{name}[{index}]", row
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+            check_values(row)
+        except (ValueError, OverflowError, OSError) as error:  # OSError: an image that cannot be decoded
+            yield _Unread(str(error), "")
+        else:
+            yield row

@@ -232,10 +232,10 @@ def _questions(
     Raises ValueError naming the line: no licence, a document in place of a question, or a row the checker cannot judge by.
     """
     file = _file(prompts)
-    rows = {str(row.get("id")): (f"{file}:{line}", row) for line, row in read_jsonl(file)}
+    rows = {f"{file}:{line}": row for line, row in read_jsonl(file, [])}  # `read_prompts` tells of those left out
     found = []
     for prompt in read_prompts(prompts, split)[:limit]:
-        place, row = rows[prompt.id]
+        place, row = prompt.place, rows[prompt.place]
         own = row.get("licence") or licence
         if not isinstance(own, str):
             raise ValueError(
@@ -273,7 +273,7 @@ def _ask(model: str, questions: Sequence[Question], asking: Asking, where: Targe
         identity = {
             "target_fingerprint": loaded.fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "prompts_sha256": _digest([asdict(prompt) for prompt in asked]),
+            "prompts_sha256": _digest([prompt.fields() for prompt in asked]),
             "template": _digest(chat.text or ""),
             "settings": json.loads(json.dumps(asdict(settings))),
             "batch_rows": asking.batch_rows,

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from draftsmith.json_rows import Dropped, UnusableRow, check_encoding, is_blank, parse_object, shown
 from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed
 
 _OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")
@@ -193,43 +194,48 @@ def _exchange(partial: Path, path: Path, stage: str, shown: Path) -> None:
     shutil.rmtree(replaced)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, dropped: list[Dropped] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Gives `(line number from 1, row)` for each line of a JSON-lines file; blank lines are passed over.
 
     The path is checked at the call, the lines as they are read.
 
+    Args:
+        path: the file, in UTF-8; a byte-order mark is passed over.
+        dropped: takes the record of each line that is no usable JSON object, and the others are read. None: such a line is
+            an error.
+
     Raises:
-        ValueError: the path is missing or a folder, the file is empty, or a line (named `FILE:LINE`) is no JSON object.
+        ValueError: the path is missing or a folder, the file is empty or UTF-16, or, without `dropped`, a line (named
+            `FILE:LINE`) is no usable JSON object.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; check the path (relative paths start at {Path.cwd()})")
     if path.is_dir():
         raise ValueError(f"{path} is a folder, but a JSON-lines file is expected; name a file inside it")
-    return _rows(path)
+    return _rows(path, dropped)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, dropped: list[Dropped] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     empty = True
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                empty = False
-                yield number, _parse(path, number, line)
+            if number == 1:
+                check_encoding(path, line)
+            if is_blank(line):
+                continue
+            empty = False
+            place = f"{path}:{number}"
+            try:
+                row = parse_object(line)
+            except UnusableRow as error:
+                if dropped is None:
+                    raise ValueError(f"{place}: {error}; mend or delete the line") from error
+                dropped.append(Dropped(place, str(error), shown(line)))
+                continue
+            yield number, row
     if empty:
         raise ValueError(f"{path} is empty; one JSON object a line is expected")
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}; one object a line is expected")
-    return row
 
 
 class JsonlAppender:
@@ -270,7 +276,7 @@ class JsonlAppender:
                     break
                 whole += len(line)
                 if line.strip():
-                    found.append(self._keep(_parse(self.path, number, line)))
+                    found.append(self._keep(_logged(self.path, number, line)))
         if whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
         return found
@@ -305,6 +311,15 @@ class JsonlAppender:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _logged(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(line)
+    except UnusableRow as error:
+        raise ValueError(
+            f"{path}:{number}: {error}; this log was altered from outside: delete the line, and the next run makes its row again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def test_a_broken_conversation_is_dropped_with_its_reason(row: dict[str, object]
 
 
 def test_unknown_fields_name_the_formats_there_are() -> None:
-    with pytest.raises(ValueError, match=r"fields \['foo'\].*--format.*gsm8k"):
+    with pytest.raises(ValueError, match=r"fields \['foo'\].*gsm8k"):
         detect_format({"foo": 1})
 
 
@@ -127,14 +127,14 @@ def test_json_parquet_and_text_files_are_read(tmp_path: Path) -> None:
         ("empty.jsonl", "", "empty"),
         ("empty.json", "", "empty"),
         ("blank.txt", "\n\n", "empty"),
-        ("bad.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: not valid JSON"),
+        ("bad.jsonl", '{"prompt": \n', r"bad\.jsonl:1: not valid JSON"),
         ("bad.json", '[{"prompt": "a"},\n{]', r"bad\.json:2: not valid JSON"),
         ("lines.json", '{"prompt": "a"}\n{"prompt": "b"}\n', r"name the file \.jsonl"),
         ("object.json", '{"prompt": "a"}', "is a list of objects"),
-        ("list.json", "[1]", r"\[0\] is int"),
+        ("list.json", "[1]", r"list\.json\[0\]: not a JSON object but int"),
         ("torn.parquet", "PAR1", "not a whole Parquet file"),
         ("rows.csv", "a,b", "suffix '.csv'"),
-        ("unknown.jsonl", '{"foo": 1}\n', r"unknown\.jsonl:1: no known prompt format"),
+        ("unknown.jsonl", '{"foo": 1}\n', r"unknown\.jsonl:1: no known format .*--format"),
         ("useless.jsonl", '{"messages": []}\n', "no usable prompt"),
     ],
 )
