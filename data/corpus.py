@@ -297,14 +297,6 @@ def _parts_of(number: int, path: Path) -> Iterator[Part]:
         yield Part(number, first_line, first_byte, line - first_line + 1)
 
 
-def template_digest(template: str | None) -> str | None:
-    """sha256 of a template that stands in for the tokenizer's own: of the file's content, or of the word; None for none."""
-    if template is None:
-        return None
-    path = Path(template)
-    return hashlib.sha256(path.read_bytes() if path.is_file() else template.encode()).hexdigest()
-
-
 def source_files(source: Path) -> list[Path]:
     """The files that a source stands for, without those of ranks that had nothing to answer. Raises ValueError when there is none."""
     if source.is_dir():

@@ -15,13 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
+from draftsmith.arguments import FLAT
 from draftsmith.data.cache import Check, HiddenStateCache
 from draftsmith.data.cache_folder import SURVEY_PREFIX, CacheFolder
-from draftsmith.data.corpus import Corpus, Survey, template_digest
+from draftsmith.data.corpus import Corpus, Survey
 from draftsmith.data.eight_bit import CODES, LARGEST_ERROR, stored_dtype
 from draftsmith.data.features import features, num_embeddings
 from draftsmith.data.footprint import footprint
@@ -35,9 +36,10 @@ from draftsmith.data.together import Features, follow, leading, process_group
 from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.files import exclusive
 from draftsmith.json_rows import summary
-from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
+from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions, rendering_fingerprint
 from draftsmith.models.sharding import load_sharded, sharded_over
 from draftsmith.models.target import Target
 
@@ -71,6 +73,7 @@ def extract(
     target_sharding: Literal["none", "tp"] = "none",
     trust_remote_code: bool = False,
     context: int | None = None,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Runs the target over samples and stores its hidden states.
 
@@ -101,6 +104,7 @@ def extract(
         target_sharding: tp: all processes of torchrun hold the target together, and the first one writes all shards.
         trust_remote_code: run Python files that come with the target; read them first.
         context: most tokens that the target reads; default: from its config, as serving engines derive it.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
     """
     _check_settings(layers, local_horizon, batch_tokens, shard_mib)
     with contextlib.ExitStack() as stack:
@@ -132,17 +136,18 @@ def extract(
             compute = partial(features, loaded)
         tokenizer = load_tokenizer(target, revision, trust_remote_code)
         length = sample_length(max_length, loaded.max_positions, target)
-        chat = partial(chat_of, target, tokenizer, template, revision, trust_remote_code)
+        chat = partial(chat_of, target, tokenizer, template, revision, trust_remote_code, rendering)
         corpus = Corpus(source, chat, split, length, loaded.ends.vocab_size)
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
+        rendered_by = rendering_fingerprint(tokenizer, template, rendering)
         with _explaining_a_full_disk(out):
-            survey = _survey(corpus, tokenizer_fingerprint(tokenizer), template, out, share)
+            survey = _survey(corpus, tokenizer_fingerprint(tokenizer), rendered_by, out, share)
         identity = CacheIdentity(
             target=target,
             target_revision=revision,
             target_fingerprint=loaded.fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            template_fingerprint=template_digest(template) or template_fingerprint(tokenizer),
+            template_fingerprint=rendered_by,
             layers=tuple(layers),
             hidden_size=loaded.ends.hidden_size,
             dtype=dtype,
@@ -156,6 +161,7 @@ def extract(
             batch_tokens=batch_tokens,
             target_quantization=quantization,
             vocab_size=num_embeddings(loaded),
+            template_args=rendering.as_text,
         )
         with _explaining_a_full_disk(out):
             finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
@@ -245,13 +251,12 @@ def _report(out: Path, manifest: Manifest, share: Share, survey: Survey) -> None
     )
 
 
-def _survey(corpus: Corpus, tokenizer: str, template: str | None, out: Path, share: Share) -> Survey:
+def _survey(corpus: Corpus, tokenizer: str, rendered_by: str, out: Path, share: Share) -> Survey:
     """One process reads the corpus itself; several divide it, and leave the parts for one another beside the shards."""
     if share.world_size == 1:
         return corpus.survey()
-    template = template_digest(template)
     settings = repr(
-        ("rows", corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, tokenizer, template)
+        ("rows", corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, tokenizer, rendered_by)
     )
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return shared_survey(corpus, out / f"{SURVEY_PREFIX}{key}", share)

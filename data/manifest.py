@@ -20,7 +20,7 @@ MANIFEST_FILE = "manifest.json"
 _NOT_COMPARED = ("target", "target_revision", "vocab_size")
 _REMEDY = "copy the cache again, or extract it again"
 # Fields that caches of earlier versions lack.
-_LATER = frozenset({"lengths_sha256", "target_quantization", "vocab_size"})
+_LATER = frozenset({"lengths_sha256", "target_quantization", "vocab_size", "template_args"})
 _STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3")
 _LARGEST_COUNT = 2**62
 
@@ -30,7 +30,8 @@ class CacheIdentity:
     """Everything that must agree for two extractions to give the same cache.
 
     `layers` are names (`last.pre_norm`, `layer.12.output`). `dtype` is the stored one, `target_dtype` the one the
-    target ran in, `target_quantization` what its weights were made (`8bit`, `4bit`, or None). `source` is the sha256 of
+    target ran in, `target_quantization` what its weights were made (`8bit`, `4bit`, or None). `template_args` are the chat template's
+    variables as JSON, None for none; `template_fingerprint` covers them. `source` is the sha256 of
     the texts, `mask` says how the loss mask was found, `local_horizon` is the number of greedy tokens kept after each
     position (0: none). Whatever fixes which samples share a batch is here too, since rounding depends on it.
     """
@@ -53,6 +54,7 @@ class CacheIdentity:
     batch_tokens: int
     target_quantization: str | None = None
     vocab_size: int | None = None
+    template_args: str | None = None
 
 
 @dataclass(frozen=True)

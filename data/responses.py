@@ -21,16 +21,18 @@ from draftsmith.data.engine_server import NO_SERVER, ServerEngine, ServerOptions
 from draftsmith.data.engine_vllm import ONE_GPU, VllmEngine, VllmOptions
 from draftsmith.data.engines import BundledEngine, IndependentEngine, Reply, ResponseEngine
 from draftsmith.data.progress import progress
+from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import Prompt, read_prompts
 from draftsmith.data.ranks import Share, in_turn, own_share
 from draftsmith.data.reply_settings import Overrides, reply_settings
-from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate
+from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.ownership import check_alone, check_unclaimed
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
@@ -80,6 +82,7 @@ def respond(
     limits: DraftLimits | None = None,
     dtype: str = _DTYPE,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
     engine: Literal["bundled", "vllm", "server"] = "bundled",
     server: Annotated[ServerOptions, FLAT] = NO_SERVER,
     vllm: Annotated[VllmOptions, FLAT] = ONE_GPU,
@@ -113,6 +116,7 @@ def respond(
         limits: how much the drafter drafts.
         dtype: dtype the target runs in.
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
         engine: what generates: the bundled decoder, vLLM in this process, or a server that gives back token ids.
         server: the server's address and how patiently it is asked; see `ServerOptions`.
         vllm: what vLLM may take; see `VllmOptions`.
@@ -135,15 +139,16 @@ def respond(
         where.trust_remote_code,
         where.generation_config,
     )
-    texts_only = all(prompt.text is not None for prompt in chosen)
-    chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else template, settings.eos_token_ids)
+    chat = chat_for(chosen, tokenizer, template, settings.eos_token_ids, rendering)
     identity: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts_sha256": _digest(json.dumps(asdict(prompt)) for prompt in chosen),
-        "template": _digest([chat.text or ""]),
+        "template": chat.digest,
         "settings": json.loads(json.dumps(asdict(settings))),
         "dtype": dtype,
     }
+    if rendering != NO_OPTIONS:
+        identity |= asdict(rendering)
     chosen_engine: ResponseEngine | IndependentEngine
     if engine == "bundled":
         loaded = where.load(target, dtype)
@@ -179,6 +184,11 @@ def respond(
     written = write_replies(out, share, plan, chat, chosen_engine, identity, begun)
     provenance.write(out, provenance.record("data respond", config, inputs))
     print(f"{written} replies in {out}; {len(plan.dropped)} prompts dropped")
+    if anew := _num_begun_anew(out / f"responses{share.suffix}.jsonl"):
+        print(
+            f"{anew} conversations were begun anew at a later turn, because the chat template writes what was said otherwise once more "
+            "follows; their later turns are samples of their own"
+        )
     if written < plan.num_prompts:
         told = (
             f"{plan.num_prompts - written} of {plan.num_prompts} prompts got no reply; the reasons are in "
@@ -274,13 +284,6 @@ def make_plan(
         else:
             batches.append([item])
     return Plan(batches, dropped, settings, context)
-
-
-def first_prompt_ids(prompt: Prompt, chat: ChatTemplate) -> list[int]:
-    """Ids the target reads before its first reply: the rendered first turn, or a document's first words."""
-    if prompt.text is not None:
-        return chat.plain_ids(_first_words(prompt.text, prompt.prefix_words))
-    return chat.first_prompt_ids(prompt.user_turns()[0])
 
 
 def write_replies(
@@ -393,14 +396,12 @@ def _check_other_shares(out: Path, share: Share, identity: Mapping[str, Any]) ->
             _check_same(path, json.loads(path.read_text(encoding="utf-8")), identity)
 
 
-def _first_words(text: str, count: int | None) -> str:
-    """The first words of a text with their own spacing; `count` None is the whole text."""
-    end = 0
-    for number, word in enumerate(text.split()):
-        if count is not None and number >= count:
-            break
-        end = text.index(word, end) + len(word)
-    return text[:end]
+def _num_begun_anew(path: Path) -> int:
+    """How many rows say so; they are not parsed, since there may be a million. Within a text the mark would be escaped."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as rows:
+        return sum(b'"begun_anew": [' in row for row in rows)
 
 
 def _digest(parts: Iterable[str]) -> str:

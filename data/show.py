@@ -5,17 +5,21 @@ Owns: this view. Does not know: how samples are made.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.arguments import FLAT
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
 _NO_LIMIT = 2**31
 
@@ -30,6 +34,7 @@ def show(
     template: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Prints samples with the tokens that are not trained on dimmed, and the share that is trained on.
 
@@ -45,6 +50,7 @@ def show(
         template: Jinja file for conversations, or `none` for plain text; default: the tokenizer's own.
         revision: revision of a hub id.
         trust_remote_code: run Python files that come with the target; read them first.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
     """
     if index < 0 or count < 1:
         raise ValueError(f"index {index} and count {count}: samples count from 0, and at least one is shown")
@@ -56,9 +62,8 @@ def show(
     if is_cache:
         samples = _cached(source, index, count)
     else:
-        corpus = Corpus(
-            source, lambda: chat_of(name, tokenizer, template, revision, trust_remote_code), split, _NO_LIMIT
-        )
+        chat = partial(chat_of, name, tokenizer, template, revision, trust_remote_code, rendering)
+        corpus = Corpus(source, chat, split, _NO_LIMIT)
         samples = itertools.islice(corpus.all_samples(), index, index + count)
     console = Console()
     shown = 0

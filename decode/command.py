@@ -5,6 +5,7 @@ Owns what a person sees of one decoded reply. Knows nothing of measuring; that i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from draftsmith.models import load_tokenizer
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import adapted, load_drafter
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, NO_TEMPLATE, PromptTemplate, TemplateOptions
 from draftsmith.models.shapes import parse_shape
 
 
@@ -40,10 +42,12 @@ def decode(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: tuple[str, ...] = (),
-    chat: bool = True,
+    chat: bool | None = None,
     dtype: str = "float32",
     drafter_adapter: Path | None = None,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    template: str | None = None,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Decode one prompt and show which tokens were drafted and accepted.
 
@@ -51,7 +55,7 @@ def decode(
     The text is the target's own, whatever the drafter, unless a LOSSY rule is asked for: what stands by it alone is printed in yellow.
 
     Args:
-        prompt: the user's message, or the raw text to continue with --chat false.
+        prompt: the user's message, or the raw text to continue.
         target: model directory, hub id, embedded:target or embedded:draft_lm.
         drafter: directory of an exported drafter; none decodes plainly.
         shape: how much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
@@ -65,10 +69,13 @@ def decode(
         repetition_penalty: above 1 makes tokens already in the text less likely.
         seed: of the sampling noise; with and without a drafter one seed gives one text, but for sampled trees.
         stop: strings that end the reply.
-        chat: wrap the prompt in the model's chat template.
+        chat: true wraps the prompt in the model's chat template, false continues it as raw text; default: true where the tokenizer has
+            a template.
         dtype: float32, bfloat16 ...
         drafter_adapter: a trained adapter of the drafter; without --drafter, of the one that it names.
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`.
+        template: Jinja file, or `none` for raw text; default: the tokenizer's own.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
     """
     limits = parse_shape(shape)
     _, lossy = parse_rule(rule)
@@ -90,8 +97,11 @@ def decode(
     )
     settings = for_target(settings, model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy)
-    generation = engine.generate([prompt_ids(tokenizer, prompt, chat)], settings)[0]
+    ids = prompt_ids(tokenizer, prompt, chat, template, model.eos_token_ids, rendering)
+    generation = engine.generate([ids], settings)[0]
     console = Console(highlight=False)
+    if chat is None and template is None and not tokenizer.chat_template:
+        console.print("[dim]the tokenizer has no chat template: the prompt is continued as raw text[/dim]")
     console.print(coloured(tokenizer, generation))
     if generation.accepted:
         emitted, cycles = len(generation.token_ids) - 1, len(generation.accepted)
@@ -112,19 +122,31 @@ def _drafter(folder: Path | None, adapter: Path | None, dtype: str, trust_remote
     return drafter if adapter is None else adapted(drafter, adapter)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """Token ids of one user message under the chat template, or of raw text.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    chat: bool | None = None,
+    template: str | None = None,
+    eos_ids: Iterable[int] = (),
+    options: TemplateOptions = NO_OPTIONS,
+) -> list[int]:
+    """Token ids of one user message under the chat template, or of a plain document: what other commands ask too.
+
+    `chat` None takes the template where the tokenizer has one.
 
     Raises:
-        ValueError: a chat is asked for and the tokenizer has no template.
+        ValueError: a chat is asked for and there is no template, or options of a template go with plain text.
     """
-    if not chat:
-        return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise ValueError("this target's tokenizer has no chat template; continue raw text with --chat false")
-    messages = [{"role": "user", "content": prompt}]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+    if chat is False and template not in (None, NO_TEMPLATE):
+        raise ValueError(f"chat is false and template {template!r}; raw text has no template, leave one of the two out")
+    if chat is None and template is None and not tokenizer.chat_template and options == NO_OPTIONS:
+        chat = False
+    if chat and template == NO_TEMPLATE:
+        raise ValueError("chat is true and template 'none'; leave one of the two out")
+    asked = PromptTemplate(tokenizer, NO_TEMPLATE if chat is False else template, eos_ids, options)
+    if asked.text is None:
+        return asked.document_prompt_ids(prompt)
+    return asked.first_prompt_ids([{"role": "user", "content": prompt}])
 
 
 def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text:

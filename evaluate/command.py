@@ -27,9 +27,11 @@ from draftsmith.evaluate.resume import parts
 from draftsmith.evaluate.samples import read_samples, within_context
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.target import Target
 from draftsmith.ownership import check_replaceable, check_unclaimed
 
@@ -61,6 +63,7 @@ def evaluate(
     ledger_prompts: int = 8,
     dtype: str = "float32",
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Measure what drafters gain on a target, and whether its replies stay the same.
 
@@ -92,6 +95,7 @@ def evaluate(
         ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
         dtype: float32, bfloat16 or float16.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
+        rendering: The chat template's name and variables; see `TemplateOptions`.
     """
     check_unclaimed(out)
     check_replaceable(out / TENSORBOARD, STAGE)
@@ -99,7 +103,8 @@ def evaluate(
     settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)
     entries = parse_entries(drafters or [], ["1x4"] if shapes is None else shapes)
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    samples = read_samples(prompts, tokenizer, template, split, limit)
+    ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
+    samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
     model = where.load(target, dtype)
     settings = for_target(settings, model)
     warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
@@ -112,7 +117,8 @@ def evaluate(
     inputs = {str(file): sha256_file(file), target: model.fingerprint}
     inputs |= {str(entry.path): checkpoint_fingerprint(entry.path) for entry in entries}
     config = asdict(settings) | asdict(plan) | {"temperatures": [one.temperature for one in warmths], "split": split}
-    config |= {"drafters": [asdict(entry) for entry in entries], "dtype": dtype} | asdict(where)
+    config |= {"drafters": [asdict(entry) for entry in entries], "dtype": dtype, "template": template} | asdict(where)
+    config |= asdict(rendering)
     made_by = partial(provenance.record, provenance.command_line(), config, inputs)
     facts = identity(made_by(), samples, candidates)
     told = [one.temperature for one in warmths]

@@ -19,7 +19,7 @@ from draftsmith.arguments import FLAT, suggestion
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
-from draftsmith.data.tokens import chat_of
+from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.doctor_acceptance import check_acceptance
 from draftsmith.evaluate.doctor_alignment import check_shifts, check_steps
 from draftsmith.evaluate.doctor_bonds import (
@@ -55,9 +55,11 @@ from draftsmith.evaluate.doctor_serving import check_file, check_serving
 from draftsmith.evaluate.doctor_states import check_projection, check_sound, check_states, project
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.files import atomic_write
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import as_dtype, load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
 Check = Callable[[Case], Finding]
 READS_TEXT = ("overlap", "duplicates")
@@ -120,6 +122,7 @@ def doctor(
     dtype: str | None = None,
     seed: int = 0,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Tell why a drafter's acceptance may be low: states, labels, text, vocabulary, training, export.
 
@@ -146,29 +149,28 @@ def doctor(
         dtype: What the target runs in; default: what it ran in when the cache was made, else float32.
         seed: Another seed draws other samples.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
+        rendering: The chat template's name and variables; see `TemplateOptions`.
     """
     left_out = _skipped(skip or [])
     bounds = Bounds(samples, ngram, overfit_steps, seed)
     places = find(drafter, cache, target, where.revision, where.adapter)
     tokenizer = load_tokenizer(places.target, places.revision, where.trust_remote_code)
-    asked = [] if prompts is None else read_samples(prompts, tokenizer, template, split)
+    ends = read_end_tokens(places.target, places.revision, tokenizer, where.trust_remote_code)
+    asked = [] if prompts is None else read_samples(prompts, tokenizer, template, split, None, ends, rendering)
     if prompts is not None and not asked:
         raise ValueError(f"{prompts} has no prompt in split {split!r}; name another with --split, or leave it out")
     # Whole samples: what was cut off in training is no reason to look at less of the text.
     corpus = None
     if source is not None:
-        corpus = Corpus(
-            source,
-            lambda: chat_of(places.target, tokenizer, template, places.revision, where.trust_remote_code),
-            None,
-            sys.maxsize,
-        )
+        corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template, ends, rendering), None, sys.maxsize)
     if corpus is not None:
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
     case = gather(places, tokenizer, bounds, ends_only, dtype, where)
     for sample in asked:
         check_ids(f"the prompt {sample.id} of {prompts}", max(sample.prompt_ids, default=0), case.ends.vocab_size)
-    case = replace(case, prompts=tuple(asked), use=Use(draft_length, temperature), template=template)
+    case = replace(
+        case, prompts=tuple(asked), use=Use(draft_length, temperature), template=template, rendering=rendering
+    )
     if corpus is not None and case.cache is not None:
         corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on
     findings = examine(case, bounds, left_out, corpus)

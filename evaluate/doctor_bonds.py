@@ -5,14 +5,18 @@ Owns the checks `fingerprints`, `draft-length`, `temperature`, `score-scale` and
 
 from __future__ import annotations
 
-import hashlib
-
-from draftsmith.data.corpus import IDS_AS_GENERATED, template_digest
-from draftsmith.data.tokens import NO_TEMPLATE
+from draftsmith.data.corpus import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor_case import Case, NotChecked
 from draftsmith.evaluate.doctor_report import Finding, Verdict
 from draftsmith.models.draft_lm import LMDrafter
-from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
+from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.prompt_template import (
+    NO_OPTIONS,
+    NO_TEMPLATE,
+    rendered_digest,
+    rendering_fingerprint,
+    template_digest,
+)
 
 _LAYERS = (
     "a drafter cannot have learnt from layers that its cache has not: either this is another drafter's cache (name its own with --cache), "
@@ -37,7 +41,7 @@ def check_fingerprints(case: Case) -> Finding:
     here = {
         "target": case.ends.fingerprint,
         "tokenizer": tokenizer_fingerprint(case.tokenizer),
-        "chat template": template_digest(case.template) or template_fingerprint(case.tokenizer),
+        "chat template": rendering_fingerprint(case.tokenizer, case.template, case.rendering),
         "weights": case.quantization or "whole",
     }
     named = _named(case, here["chat template"])
@@ -98,21 +102,13 @@ def _template_of_text(case: Case, template: str) -> str:
     """
     identity = case.open_cache.manifest.identity
     rendered = case.replies.get("template") if identity.mask == IDS_AS_GENERATED else None
-    if rendered is not None and rendered == _digest_of_text(case):
+    if rendered is not None and rendered == rendered_digest(case.tokenizer, case.template, case.rendering):
         return template
-    if case.template is not None:
+    if case.template is not None or case.rendering != NO_OPTIONS:
         return str(rendered or identity.template_fingerprint)
     # A tokenizer's own template is hashed otherwise than one that was given.
     given = (template_digest(NO_TEMPLATE), rendered, *([] if rendered is None else [template]))
     return "" if identity.template_fingerprint in given else identity.template_fingerprint
-
-
-def _digest_of_text(case: Case) -> str | None:
-    """The template in use as replies record it: sha256 of its text, that of nothing for none."""
-    if case.template not in (None, NO_TEMPLATE):
-        return template_digest(case.template)
-    own = case.tokenizer.chat_template if case.template is None else None
-    return hashlib.sha256(str(own or "").encode()).hexdigest()
 
 
 def _misread(case: Case) -> str:

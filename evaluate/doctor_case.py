@@ -26,6 +26,7 @@ from draftsmith.models.draft_lm import LMDrafter
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import BOND, drafter_folder, load_drafter
 from draftsmith.models.ends import TargetEnds
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.target import PRE_NORM, Target
 
 MAX_TOKENS = 2048
@@ -114,6 +115,7 @@ class Case:
         projection: see :class:`Projection`; None without a cache.
         seed: of everything that is drawn.
         template: chat template file, or `none`, that stands in for the tokenizer's own; None for that one.
+        rendering: the chat template's name and variables.
         quantization: of the target in use; None for whole weights.
     """
 
@@ -131,6 +133,7 @@ class Case:
     projection: Projection | None = None
     seed: int = 0
     template: str | None = None
+    rendering: TemplateOptions = NO_OPTIONS
     quantization: str | None = None
 
     @property

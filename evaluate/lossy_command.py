@@ -31,9 +31,11 @@ from draftsmith.label.checkers import Checker, load_checker
 from draftsmith.label.rows import read_rows
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.shapes import parse_shape
 from draftsmith.models.target import Target
 from draftsmith.ownership import check_unclaimed
@@ -60,6 +62,7 @@ def evaluate_rules(
     timed_problems: int = 40,
     dtype: str = "float32",
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Compare LOSSY rules of acceptance: right answers, accepted tokens, target forwards and speed, each with its interval.
 
@@ -86,6 +89,7 @@ def evaluate_rules(
         timed_problems: Problems decoded once more, one at a time, by all rules in turn, for the speed-up.
         dtype: float32, bfloat16 or float16.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
+        rendering: The chat template's name and variables; see `TemplateOptions`.
     """
     check_unclaimed(out)
     chosen = _ruled(rules)
@@ -95,7 +99,8 @@ def evaluate_rules(
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     judged = load_checker(checker)
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    samples = read_samples(prompts, tokenizer, template, split, limit)
+    ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
+    samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
     questions = _questions(file, samples, judged)
     model = where.load(target, dtype)
     samples, left_out = within_context(samples, model.max_positions)
@@ -127,6 +132,7 @@ def evaluate_rules(
             wrong_tokens=accepted,
         )
         config = asdict(settings) | {"shape": shape, "rules": rules, "checker": checker, "dtype": dtype} | asdict(where)
+        config |= {"template": template} | asdict(rendering)
         inputs = {str(file): sha256_file(file), target: model.fingerprint}
         _write(out, rows, provenance.record(provenance.command_line(), config, inputs), target, drafter)
     print(trade_table(rows))

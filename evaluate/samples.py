@@ -3,16 +3,17 @@
 Owns which rows count as prompts and which are too long. Does not know what decodes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
-from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
 
 def read_samples(
@@ -21,29 +22,27 @@ def read_samples(
     template: str | None = None,
     split: str | None = None,
     limit: int | None = None,
+    eos_ids: Iterable[int] = (),
+    options: TemplateOptions = NO_OPTIONS,
 ) -> list[Sample]:
     """Prompts of a file that `draftsmith data prompts` wrote, or of JSONL rows that carry `prompt_ids` themselves.
 
-    The chat template is applied to the turns before the first reply. Rows with ids are taken as they are: what the
-    target read when it made its replies. `limit` keeps the first so many.
+    A prompt is what `draftsmith data respond` asks. Rows with ids are taken as they are: what the target read when it made its
+    replies. `limit` keeps the first so many, `eos_ids` end a reply, `options` are the chat template's.
 
     Raises ValueError for a missing or malformed file and for a template that is missing or fails.
     """
     file = path / PROMPT_FILE if path.is_dir() else path
     _, first = next(iter(read_jsonl(file)))
     if "prompt_ids" in first or "turns" in first:
-        samples = [_from_ids(f"{file}:{line}", line, row) for line, row in read_jsonl(file)]
-    else:
-        chat: ChatTemplate | None = None
-        samples = []
-        for prompt in read_prompts(file, split):
-            chat = chat or ChatTemplate(tokenizer, "none" if prompt.text is not None else template)
-            if prompt.text is not None:
-                ids = chat.plain_ids(" ".join(prompt.text.split()[: prompt.prefix_words or None]))
-            else:
-                ids = chat.first_prompt_ids(prompt.user_turns()[0])
-            samples.append(Sample(prompt.id, prompt.source, tuple(ids)))
-    return samples if limit is None else samples[:limit]
+        if options != NO_OPTIONS:
+            raise ValueError(
+                f"{file} has token ids, which no template renders; leave template_name and template_args out"
+            )
+        return [_from_ids(f"{file}:{line}", line, row) for line, row in read_jsonl(file)][:limit]
+    prompts = read_prompts(file, split)[:limit]
+    chat = chat_for(prompts, tokenizer, template, eos_ids, options)
+    return [Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat))) for prompt in prompts]
 
 
 def _from_ids(place: str, line: int, row: Mapping[str, Any]) -> Sample:

@@ -22,10 +22,12 @@ from draftsmith.evaluate.samples import read_samples, within_context
 from draftsmith.evaluate.tune import Grid, weigh
 from draftsmith.evaluate.tune_report import TuneReport, best_of_each, heat_map, outcome_table, tune_json, tune_markdown
 from draftsmith.files import atomic_write, exclusive, sha256_file
+from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.shapes import paths_json, shape_text
 from draftsmith.ownership import check_unclaimed
 
@@ -49,6 +51,7 @@ def tune(
     rounds: int = 7,
     dtype: str = "float32",
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Find the draft shape that is fastest with a drafter on this machine.
 
@@ -75,6 +78,7 @@ def tune(
         rounds: Timed runs of each shape.
         dtype: float32, bfloat16 or float16.
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
+        rendering: The chat template's name and variables; see `TemplateOptions`.
     """
     check_unclaimed(out)
     grid = Grid(
@@ -87,7 +91,8 @@ def tune(
         raise ValueError(f"drafter {drafter!r} names shapes, which tune is to find; leave out what follows the @")
     [entry] = parse_entries([drafter], ["1x1"])
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    samples = read_samples(prompts, tokenizer, template, split, limit)
+    ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
+    samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
     model = where.load(target, dtype)
     samples, left_out = within_context(samples, model.max_positions)
     if left_out:
@@ -119,7 +124,12 @@ def tune(
         file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
         inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}
         config = asdict(settings) | asdict(grid) | asdict(where) | {"split": split, "limit": limit, "rounds": rounds}
-        config |= {"batch_size": batch_size, "record_batch": record_batch, "dtype": dtype}
+        config |= {
+            "batch_size": batch_size,
+            "record_batch": record_batch,
+            "dtype": dtype,
+            "template": template,
+        } | asdict(rendering)
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
     print(outcome_table(report, best_of_each(report.outcomes)))
     best = report.best

@@ -31,6 +31,7 @@ from draftsmith.label.store import Store
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
 _LEFT_OUT = ("unfinished", "empty", "repeated")
 _ENDED = ("eos", "stop")
@@ -62,6 +63,7 @@ class Asking:
     batch_rows: int
     batch_tokens: int
     dtype: str
+    rendering: TemplateOptions = NO_OPTIONS
 
     def __post_init__(self) -> None:
         if self.samples < 0 or not (self.greedy or self.samples):
@@ -132,6 +134,7 @@ def generate(
     author: str | None = None,
     dtype: str = "float32",
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Lets several models answer questions, checks every answer, and keeps the labelled answers.
 
@@ -165,6 +168,7 @@ def generate(
         author: who adds to the store, for its log; default: the user of this process.
         dtype: dtype the models run in.
         where: the models' devices, revision, adapter and quantization; see `TargetOptions`.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
     """
     asking = Asking(
         greedy,
@@ -179,6 +183,7 @@ def generate(
         batch_rows,
         batch_tokens,
         dtype,
+        rendering,
     )
     _check_models(models, where)
     if limit is not None and limit < 1:
@@ -268,18 +273,20 @@ def _ask(model: str, questions: Sequence[Question], asking: Asking, where: Targe
             where.trust_remote_code,
             where.generation_config,
         )
-        chat = ChatTemplate(tokenizer, asking.template, settings.eos_token_ids)
+        chat = ChatTemplate(tokenizer, asking.template, settings.eos_token_ids, asking.rendering)
         plan = make_plan(asked, chat, settings, loaded.max_positions, asking.batch_rows, asking.batch_tokens)
         identity = {
             "target_fingerprint": loaded.fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "prompts_sha256": _digest([prompt.fields() for prompt in asked]),
-            "template": _digest(chat.text or ""),
+            "template": chat.digest,
             "settings": json.loads(json.dumps(asdict(settings))),
             "batch_rows": asking.batch_rows,
             "batch_tokens": asking.batch_tokens,
             "dtype": asking.dtype,
         }
+        if asking.rendering != NO_OPTIONS:
+            identity |= asdict(asking.rendering)
         if where.quantization is not None:
             identity["quantization"] = where.quantization
         if where.context is not None:

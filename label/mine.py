@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -32,6 +33,7 @@ from draftsmith.label.schema import write_answers
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.ownership import check_alone
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
@@ -57,6 +59,7 @@ def mine(
     licence: str = "unknown",
     dtype: str = "float32",
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Finds out which tokens of a draft LM may stand in the target's answer (AutoJudge, arXiv:2504.20039).
 
@@ -86,6 +89,7 @@ def mine(
         licence: of the questions, for rows that name none.
         dtype: dtype that both models run in.
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`. The draft runs on the same device.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
     """
     parse, judge = _reading(checker, against)
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
@@ -101,7 +105,7 @@ def mine(
     )
     _refuse_constraints(settings, target)
     eos = settings.eos_token_ids
-    chat = ChatTemplate(tokenizer, template, eos)
+    chat = ChatTemplate(tokenizer, template, eos, rendering)
     models = (
         where.load(target, dtype),
         TargetOptions(device=where.device, trust_remote_code=where.trust_remote_code).load(draft, dtype),
@@ -125,7 +129,7 @@ def mine(
         "target_fingerprint": models[0].fingerprint,
         "draft_fingerprint": models[1].fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "template": hashlib.sha256((chat.text or "").encode()).hexdigest(),
+        "template": chat.digest,
         "eos_token_ids": list(eos),
         "checker": checker if judge is None else judge.code,
         "against": against,
@@ -133,7 +137,7 @@ def mine(
         "max_length": max_length,
         "stop_on_rejoin": stop_on_rejoin,
         "dtype": dtype,
-    }
+    } | ({} if rendering == NO_OPTIONS else asdict(rendering))
     with exclusive(out / LOG):
         _begin(out, identity)
         log = _mine(out, Miner(*models, rules, batch_rows), asked)

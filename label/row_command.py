@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.arguments import FLAT
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.label.rows import LabelledRow, write_rows
 from draftsmith.label.schema import Answer, read_answers
@@ -22,6 +23,7 @@ from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels,
 from draftsmith.models.context import context_of
 from draftsmith.models.loading import load_tokenizer, resolve
 from draftsmith.models.pretrained import read_config
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
 # As in token_labels, which jsonargparse cannot look behind.
 After = Literal["ignored", "wrong"]
@@ -52,6 +54,7 @@ def rows(
     max_length: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
     """Writes labelled answers as rows of token ids with one label a token: what a judge is trained on.
 
@@ -68,6 +71,7 @@ def rows(
         max_length: leave out rows of more tokens; default: the target's context.
         revision: revision of a hub id.
         trust_remote_code: run Python files that come with the target; read them first.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(
@@ -78,7 +82,8 @@ def rows(
     found = _read(store, answers)
     tokenizer = load_tokenizer(target, revision, trust_remote_code)
     length = max_length or context_of(read_config(resolve(target, revision), trust_remote_code))
-    made = make_rows(found, tokenizer, chat_of(target, tokenizer, template, revision, trust_remote_code), after, length)
+    chat = chat_of(target, tokenizer, template, revision, trust_remote_code, rendering)
+    made = make_rows(found, tokenizer, chat, after, length)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)
     _tell(made, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ class PromptTemplate:
         options: the template's name and its variables.
 
     Raises:
-        ValueError: the tokenizer has no such template and none is given, or options go with plain text.
+        ValueError: the tokenizer has no such template and none is given, options go with plain text, or the template does not read a
+            variable.
     """
 
     def __init__(
@@ -97,8 +99,7 @@ class PromptTemplate:
         self.text = _template_text(tokenizer, template, options.template_name)
         self.eos_ids = frozenset(eos_ids) or frozenset(end_tokens(tokenizer=tokenizer))
         self._args = dict(options.template_args or {})
-        if self.text is None and self._args:
-            raise ValueError(f"template_args is {self._args!r:.80}, but plain text has no template; leave it out")
+        self._check_args()
 
     @property
     def digest(self) -> str:
@@ -107,6 +108,15 @@ class PromptTemplate:
         if self._args:
             content += "\0" + json.dumps(self._args, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def _check_args(self) -> None:
+        if self.text is None and self._args:
+            raise ValueError(f"template_args is {self._args!r:.80}, but plain text has no template; leave it out")
+        for name in self._args:
+            if not re.search(rf"\b{name}\b", self.text or ""):
+                raise ValueError(
+                    f"template_args names {name!r}, which does not occur in the chat template; correct the name, or leave it out"
+                )
 
     def first_prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids that the target reads before its first reply.
@@ -186,6 +196,14 @@ def rendering_fingerprint(
     if options == NO_OPTIONS:
         return own
     return hashlib.sha256(json.dumps([own, options.template_name, options.as_text]).encode()).hexdigest()
+
+
+def rendered_digest(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, options: TemplateOptions = NO_OPTIONS
+) -> str:
+    """`PromptTemplate.digest`, as replies record it; that of plain text where neither the tokenizer nor `template` has a template."""
+    chosen = NO_TEMPLATE if template is None and not tokenizer.chat_template else template
+    return PromptTemplate(tokenizer, chosen, options=options).digest
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

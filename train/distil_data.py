@@ -21,12 +21,13 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.corpus import Corpus, template_digest
+from draftsmith.data.corpus import Corpus
+from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
-from draftsmith.data.responses import first_prompt_ids
-from draftsmith.data.tokens import NO_TEMPLATE, ChatTemplate
+from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import sha256_file
-from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
+from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.prompt_template import TemplateOptions, rendering_fingerprint
 from draftsmith.train.batch_plan import EpochSampler
 
 
@@ -122,6 +123,8 @@ class DistilDataModule(pl.LightningDataModule):
         template: Jinja file, or `none` for plain text; null takes the tokenizer's own. Replies with token ids need none.
         shuffle: a new order every epoch.
         seed: fixes the held-out rows, every epoch's order, and which rows are on-policy.
+        template_name: which of a tokenizer's several chat templates to use; null: the one called default.
+        template_args: variables of the chat template, such as {enable_thinking: false}.
 
     Raises ValueError for settings out of range; when reading, for rows of another tokenizer, for nothing left to train on, and for
     more prompts without a reply than `on_policy` has room for.
@@ -141,6 +144,8 @@ class DistilDataModule(pl.LightningDataModule):
         template: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
+        template_name: str | None = None,
+        template_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if replies is None and prompts is None:
@@ -166,6 +171,7 @@ class DistilDataModule(pl.LightningDataModule):
         self.val_fraction, self.max_val_rows = val_fraction, max_val_rows
         self.max_length, self.batch_size, self.max_samples = max_length, batch_size, max_samples
         self.template, self.shuffle, self.seed = template, shuffle, seed
+        self.rendering = TemplateOptions(template_name, template_args)
         self.store = TextStore()
         self.train_rows = np.empty(0, dtype=np.int64)
         self.val_rows = np.empty(0, dtype=np.int64)
@@ -187,7 +193,7 @@ class DistilDataModule(pl.LightningDataModule):
         if len(self.store):
             return
         self.max_length = self.max_length if context is None else min(self.max_length, context)
-        self._template = template_digest(self.template) or template_fingerprint(tokenizer)
+        self._template = rendering_fingerprint(tokenizer, self.template, self.rendering)
         if self.replies is not None:
             self._read_replies(self.replies, tokenizer, eos_ids)
         if self.prompts is not None:
@@ -216,7 +222,10 @@ class DistilDataModule(pl.LightningDataModule):
 
     def _read_replies(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
         corpus = Corpus(
-            source, lambda: ChatTemplate(tokenizer, self.template, eos_ids), self.split, max_length=self.max_length
+            source,
+            lambda: ChatTemplate(tokenizer, self.template, eos_ids, self.rendering),
+            self.split,
+            max_length=self.max_length,
         )
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         for sample in corpus.all_samples():
@@ -231,8 +240,7 @@ class DistilDataModule(pl.LightningDataModule):
 
     def _read_prompts(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
         found = read_prompts(source, self.split)
-        texts_only = all(prompt.text is not None for prompt in found)
-        chat = ChatTemplate(tokenizer, NO_TEMPLATE if texts_only else self.template, eos_ids)
+        chat = chat_for(found, tokenizer, self.template, eos_ids, self.rendering)
         for prompt in found:
             ids = first_prompt_ids(prompt, chat)
             if _digest(ids) in self._answered:  # its reply is a row already, and may be held out

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from draftsmith.models.prompt_template import TemplateOptions
 from draftsmith.models.sharding import ShardedOver, TargetSharding, load_sharded, sharded_over
 from draftsmith.models.target import Target, TargetEnds
 from draftsmith.train.data_module import CacheDataModule
@@ -46,6 +47,8 @@ class OnlineDataModule(CacheDataModule):
         forward_tokens: tokens of one forward of the target, padding included.
         look_ahead: run the target on the next batch before this one's step, on CUDA beside it; null: on CUDA, unless the target is
             sharded, where it is refused.
+        template_name: which of a tokenizer's several chat templates to use; null: the one called default.
+        template_args: variables of the chat template, such as {enable_thinking: false}.
 
     Raises ValueError for settings that do not work together, for what `data extract` refuses, and for a folder of other tokens.
     """
@@ -71,6 +74,8 @@ class OnlineDataModule(CacheDataModule):
         target_quantization: str | None = None,
         forward_tokens: int = 8192,
         look_ahead: bool | None = None,
+        template_name: str | None = None,
+        template_args: dict[str, Any] | None = None,
     ) -> None:
         second = val_source is not None or val_split is not None
         super().__init__(
@@ -84,9 +89,10 @@ class OnlineDataModule(CacheDataModule):
         )
         # The folder is one for all nodes, as a cache is.
         self.prepare_data_per_node = False
-        self.texts = {Path(tokens) / "train": TextSource(Path(source), split, template, max_length)}
+        rendering = TemplateOptions(template_name, template_args)
+        self.texts = {Path(tokens) / "train": TextSource(Path(source), split, template, max_length, rendering)}
         if second:
-            own = TextSource(Path(val_source or source), val_split, template, max_length)
+            own = TextSource(Path(val_source or source), val_split, template, max_length, rendering)
             self.texts[Path(tokens) / "val"] = own
         if forward_tokens < 1:
             raise ValueError(f"forward_tokens is {forward_tokens}; a forward needs at least 1 token")

@@ -9,6 +9,7 @@ that holds for a cache's samples, their order and the resuming of an epoch holds
 
 from __future__ import annotations
 
+import functools
 import itertools
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from draftsmith import provenance
-from draftsmith.data.corpus import Corpus, template_digest
+from draftsmith.data.corpus import Corpus
 from draftsmith.data.hidden_states import sample_length
 from draftsmith.data.lengths import write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
@@ -27,9 +28,10 @@ from draftsmith.data.shards import ShardContent, ShardRecord, write_shard
 from draftsmith.data.tokens import TokenizedSample, chat_of, cut
 from draftsmith.files import atomic_directory, sha256_file
 from draftsmith.models.context import context_of
-from draftsmith.models.fingerprint import template_fingerprint, tokenizer_fingerprint
+from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve, target_fingerprint
 from draftsmith.models.pretrained import read_config
+from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions, rendering_fingerprint
 from draftsmith.ownership import check_replaceable
 
 _SHARD_TOKENS = 2**21
@@ -45,12 +47,14 @@ class TextSource:
         split: keep only samples of this split.
         template: Jinja file for conversations, or `none` for plain text; None: the tokenizer's own.
         max_length: samples are cut to this many tokens; None: the target's context.
+        rendering: the chat template's name and variables.
     """
 
     source: Path
     split: str | None = None
     template: str | None = None
     max_length: int | None = None
+    rendering: TemplateOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
     length = sample_length(text.max_length, context_of(config, target.context), target.name)
     corpus = Corpus(
         Path(text.source),
-        lambda: chat_of(target.name, tokenizer, text.template, target.revision, target.trust_remote_code),
+        functools.partial(
+            chat_of, target.name, tokenizer, text.template, target.revision, target.trust_remote_code, text.rendering
+        ),
         text.split,
         length,
     )
@@ -131,7 +137,8 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         target_revision=target.revision,
         target_fingerprint=target_fingerprint(target.name, target.revision, target.adapter),
         tokenizer_fingerprint=own_tokenizer,
-        template_fingerprint=template_digest(text.template) or template_fingerprint(tokenizer),
+        template_fingerprint=rendering_fingerprint(tokenizer, text.template, text.rendering),
+        template_args=text.rendering.as_text,
         layers=(),
         hidden_size=int(config.hidden_size),
         dtype="float32",

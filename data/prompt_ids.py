@@ -1,0 +1,44 @@
+"""A prompt of a prompt file as the ids that a target reads before its first reply: the same ones for every command.
+
+Owns when a template is needed, and how much of a document is its prompt. Does not know: replies, models.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.data.prompts import Prompt
+from draftsmith.data.tokens import ChatTemplate
+from draftsmith.models.prompt_template import NO_OPTIONS, NO_TEMPLATE, TemplateOptions
+
+
+def chat_for(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    eos_ids: Iterable[int] = (),
+    options: TemplateOptions = NO_OPTIONS,
+) -> ChatTemplate:
+    """What renders these prompts. Plain documents alone need no template, so a base model's tokenizer may have none.
+
+    Raises:
+        ValueError: as `ChatTemplate`; or options are given and no prompt is rendered.
+    """
+    if any(prompt.text is None for prompt in prompts):
+        return ChatTemplate(tokenizer, template, eos_ids, options)
+    if options != NO_OPTIONS:
+        raise ValueError(
+            "template_name and template_args are for chat templates, but all prompts are plain documents; leave them out"
+        )
+    return ChatTemplate(tokenizer, NO_TEMPLATE, eos_ids)
+
+
+def first_prompt_ids(prompt: Prompt, chat: ChatTemplate) -> list[int]:
+    """Ids that the target reads before its first reply: the rendered first turn, or a document's first words.
+
+    Raises:
+        TemplateRefusal: the template fails on the turn.
+    """
+    if prompt.text is not None:
+        return chat.document_prompt_ids(prompt.text, prompt.prefix_words)
+    return chat.first_prompt_ids(prompt.user_turns()[0])
