@@ -14,7 +14,12 @@ from draftsmith.outside import parse_json_object
 
 _LENGTH_BYTES = 8
 _LARGEST = 100_000_000  # the library's own limit
-_ITEM_BYTES = {"I64": 8, "I32": 4, "BOOL": 1, "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+_ITEM_BYTES = {
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
 _REMEDY = "upload it again"
 
 
