@@ -47,6 +47,7 @@ class HiddenStateCache:
             `$XDG_CACHE_HOME` or `~/.cache`, which nobody else may write in.
         shard_cache_gib: how much it may hold; what was not used for longest is dropped.
         retry: how often and after which pauses a failing network is tried.
+        finite: refuse states that are NaN or infinite when they are read; False serves them, for who looks for them.
 
     Raises ValueError, with the file and the remedy, for a cache that is missing, unfinished, cut off or altered.
 
@@ -61,8 +62,10 @@ class HiddenStateCache:
         shard_cache: Path | None = None,
         shard_cache_gib: float = 50.0,
         retry: Retry | None = None,
+        finite: bool = True,
     ) -> None:
         self.path: Path | str = location(path)
+        self._finite = finite
         self.remote: RemoteShards | None = None
         if isinstance(self.path, str):
             folder = ShardFolder(shard_cache, int(shard_cache_gib * 2**30), check=check != "off")
@@ -255,7 +258,7 @@ class HiddenStateCache:
 
     def _examined(self, shard: int, path: Path) -> ShardReader:
         """A shard whose own tensors agree with each other, with its record, and with the lengths as far as they were read."""
-        reader = ShardReader(path, self.manifest.shards[shard], self.manifest.identity, self._vocab_size)
+        reader = ShardReader(path, self.manifest.shards[shard], self.manifest.identity, self._vocab_size, self._finite)
         lengths = self.__dict__.get("lengths")
         if lengths is not None:
             check_lengths_agree(reader.offsets, lengths[self._starts[shard] : self._starts[shard + 1]], str(path))

@@ -113,13 +113,21 @@ class ShardReader:
         record: what its manifest says of it.
         identity: of its cache: layers, their width and dtype.
         vocab_size: token ids are held to it where it is known.
+        finite: refuse states that are not finite when they are read.
 
     Raises ValueError when the file is missing, cut off, of another size than its record, laid out differently, or at odds with
     itself: see `shard_checks.py`.
     """
 
-    def __init__(self, path: Path, record: ShardRecord, identity: CacheIdentity, vocab_size: int | None = None) -> None:
-        self.path, self.record = path, record
+    def __init__(
+        self,
+        path: Path,
+        record: ShardRecord,
+        identity: CacheIdentity,
+        vocab_size: int | None = None,
+        finite: bool = True,
+    ) -> None:
+        self.path, self.record, self._finite = path, record, finite
         check_size(path, record)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -168,11 +176,12 @@ class ShardReader:
 
     def _states(self, start: int, stop: int, place: str) -> Mapping[str, Tensor]:
         if not self._scales:
-            return WholeStates({layer: stored[start:stop] for layer, stored in self._hidden.items()}, place)
+            states = {layer: stored[start:stop] for layer, stored in self._hidden.items()}
+            return WholeStates(states, place) if self._finite else states
         codes, scales = (
             {layer: [stored[start:stop]] for layer, stored in of.items()} for of in (self._hidden, self._scales)
         )
-        return EightBitStates(codes, scales, [place])
+        return EightBitStates(codes, scales, [place], self._finite)
 
 
 class WholeStates(Mapping[str, Tensor]):

@@ -211,7 +211,7 @@ def gather(
     Raises ValueError for what cannot be loaded, and for a cache or drafter whose shapes are not the target's.
     """
     # Shards are not hashed here, which would read all of a large cache; `data verify` does.
-    opened = None if places.cache is None else HiddenStateCache(places.cache, check="off")
+    opened = None if places.cache is None else HiddenStateCache(places.cache, check="off", finite=False)
     width = dtype or (opened.manifest.identity.target_dtype if opened is not None else "float32")
     whole = None
     options = replace(where, revision=places.revision, adapter=places.adapter)

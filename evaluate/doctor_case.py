@@ -257,7 +257,7 @@ def load_served(folder: Path, ends: TargetEnds, dtype: str, trust_remote_code: b
     Raises ValueError for a folder that holds no whole drafter in this package's layout, and for one of other shapes.
     """
     try:
-        drafter = load_drafter(folder, dtype, trust_remote_code)
+        drafter = load_drafter(folder, dtype, trust_remote_code, finite=False)  # `drafter-file` looks for NaN
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}): copy or export the drafter again"

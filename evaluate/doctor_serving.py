@@ -16,6 +16,7 @@ from draftsmith.data.packing import pack
 from draftsmith.evaluate.doctor_case import Case, NotChecked
 from draftsmith.evaluate.doctor_report import Finding, Verdict
 from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.finite import is_finite
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.rollout import PackedBatch, data_rollout
 
@@ -187,7 +188,7 @@ def check_file(case: Case) -> Finding:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return not tensor.is_floating_point() or is_finite(tensor)
 
 
 def _all_finite(drafter: Drafter) -> bool:

@@ -35,7 +35,7 @@ def drafter_folder(name: str) -> Path:
         ) from error
 
 
-def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = False) -> Drafter:
+def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = False, finite: bool = True) -> Drafter:
     """A drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
 
     The folder of a drafter's adapter gives the drafter that it names with the adapter merged into it.
@@ -44,6 +44,7 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
         path: its directory, or another name that :func:`drafter_folder` knows.
         dtype: of a draft LM, which runs beside the target; trained families keep their own.
         trust_remote_code: whether Python files that come with a draft LM may run; trained families have none.
+        finite: refuse NaN and infinity; False lets those of a trained family pass, for who looks for them.
 
     Raises:
         ValueError: no such folder, no drafter, or one that is not whole (see :func:`~draftsmith.models.drafter_reader.read_drafter`).
@@ -54,7 +55,7 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
     kind = _family_in(path)
     if kind is None:
         return load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
-    return read_drafter(path, kind)
+    return read_drafter(path, kind, finite)
 
 
 def _family_in(folder: Path) -> type[Drafter] | None:

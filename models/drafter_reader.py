@@ -26,20 +26,27 @@ _Family = TypeVar("_Family", bound="Drafter")
 _REMEDY = "export the drafter again"
 
 
-def read_drafter(folder: Path, kind: type[_Family]) -> _Family:
+def read_drafter(folder: Path, kind: type[_Family], finite: bool = True) -> _Family:
     """A drafter of one family from its folder, in evaluation mode, attached to nothing; dtype as stored.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        kind: the family.
+        finite: False lets NaN and infinity pass, for who looks for them.
 
     Raises:
         ValueError: a file is missing or broken, a field of the config breaks its rule, or the tensors are not those of the family: by name,
             shape and dtype, all finite, and a draft vocabulary of increasing token ids.
     """
-    return build_drafter(kind, read_fields(folder), read_tensors(folder), str(folder))
+    return build_drafter(kind, read_fields(folder), read_tensors(folder), str(folder), finite)
 
 
-def build_drafter(kind: type[_Family], fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> _Family:
+def build_drafter(
+    kind: type[_Family], fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str, finite: bool = True
+) -> _Family:
     """As :func:`read_drafter`, of what a folder holds; ``place`` is what errors call it."""
     config = drafter_config(kind, fields, place)
-    module_table(kind, config, place).check(tensors, place)
+    module_table(kind, config, place).check(tensors, place, finite)
     return assemble(kind, config, tensors)
 
 

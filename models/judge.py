@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from draftsmith.models.finite import is_finite
 from draftsmith.models.target import PRE_NORM, TargetEnds
+from draftsmith.outside import parse_json_object
 
 POST_NORM = "last.post_norm"
 FEATURES = (PRE_NORM, POST_NORM)
@@ -360,13 +361,9 @@ def _check_states(name: str, states: Tensor, size: int) -> None:
 def _fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a trained judge")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; train or export the judge again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object but {type(fields).__name__}; give the folder of a trained judge")
-    return fields
+    return parse_json_object(
+        path.read_bytes(), str(path), "give the folder of a trained judge, or train or export it again"
+    )
 
 
 def _tensors(path: Path, num_features: int) -> dict[str, Tensor]:
@@ -391,7 +388,7 @@ def _tensors(path: Path, num_features: int) -> dict[str, Tensor]:
                 f"it is float32 {shape}, as config.json has it",
                 "export it again",
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             _refuse(str(path), name, "NaN or infinite in places", "every number is finite", "train the judge again")
     if not bool((tensors["scale"] > 0).all()):
         _refuse(str(path), "scale", float(tensors["scale"].min()), "every scale is above 0", "train the judge again")

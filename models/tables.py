@@ -60,8 +60,13 @@ class Table:
     vocab_size: int
     specs: Mapping[str, TensorSpec]
 
-    def check(self, tensors: Mapping[str, Tensor], where: str) -> None:
+    def check(self, tensors: Mapping[str, Tensor], where: str, finite: bool = True) -> None:
         """Hold tensors to the table, to finite values, and a draft vocabulary to increasing ids of the target.
+
+        Args:
+            tensors: by name.
+            where: what errors call them.
+            finite: False lets NaN and infinity pass, for who looks for them.
 
         Raises:
             ValueError: naming every tensor that is missing, unknown, misshapen or not finite, and a wrong map.
@@ -77,7 +82,7 @@ class Table:
             if not spec.fits(tensor):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 faults.append(f"{name} is {kind} {list(tensor.shape)}, not {spec}")
-            elif spec.kind == "float" and not is_finite(tensor):
+            elif finite and spec.kind == "float" and not is_finite(tensor):
                 faults.append(f"{name} holds NaN or infinity")
         if not faults:
             faults += vocabulary_faults(tensors, self.vocab_size)

@@ -21,6 +21,7 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
+from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.target import Target
 from draftsmith.ownership import check_replaceable
@@ -284,6 +285,7 @@ class KeepBestDrafter(pl.Callback):
         inputs = {str(data.cache_path): identity.source, module.target: identity.target_fingerprint}
         with atomic_directory(self._folder(trainer), self.stage) as partial:
             module.save_drafter(partial)
+            load_drafter(partial)  # what is kept can be used: a training that diverged leaves NaN
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 
     def _moment(self, trainer: pl.Trainer) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from draftsmith import provenance
 from draftsmith.files import atomic_directory
+from draftsmith.models.judge import load_judge
 from draftsmith.train.callbacks import KeepBestDrafter
 from draftsmith.train.judge_figures import draw_precision_recall, draw_reliability, draw_roc
 from draftsmith.train.judge_module import AUC, JudgeModule
@@ -52,6 +53,7 @@ class KeepJudge(KeepBestDrafter):
         inputs[module.target] = judge.config.target_fingerprint
         with atomic_directory(self._folder(trainer), self.stage) as partial:
             judge.save_pretrained(partial)
+            load_judge(partial)  # what is kept can be used
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 
 

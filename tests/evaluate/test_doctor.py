@@ -318,7 +318,7 @@ def test_another_layer_under_the_last_ones_name(
 
 def test_states_that_are_no_ones(run: Run, look: Callable[..., Found], plant: Callable[..., Path]) -> None:
     def noise(tensors: dict[str, Tensor]) -> None:
-        tensors["hidden.last.pre_norm"] = torch.randn(tensors["hidden.last.pre_norm"].shape)
+        tensors["hidden.last.pre_norm"] = torch.randn_like(tensors["hidden.last.pre_norm"])
 
     found = look(run.train, cache=str(plant(noise)), skip=skip_all_but("states", "re-projection"))
     assert faults(found) == ["states", "re-projection"]
