@@ -5,7 +5,6 @@ Owns which numbers of a config are sizes and which are lengths of text, and what
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -25,43 +24,36 @@ _HEADS, _HEAD = 4, 16
 _SIZES = {
     _HEADS * _HEAD: r"hidden_size|word_embed_proj_dim|vocab_size.*|.*_vocab_size",
     32: r".*intermediate_size.*|n_inner|dff|.*ffn_(dim|hidden_size)|.*hidden_size_.*|.*_rank",
-    _HEAD: r"(?!index_).*head_dim|query_pre_attn_scalar|index_head_dim",
+    _HEAD: r".*head_dim|query_pre_attn_scalar|kv_channels",
     _HEAD // 2: r"qk_(rope|nope)_head_dim|rotary_dim",
     _HEADS: r"(swa_)?num_attention_heads|(num|n)_.*experts|num_.*_experts|moe_num_experts",
     2: r".*_per_tok(en)?|moe_top_?k|num_selected_experts|index_n_heads",
     1: r"n_group|topk_group|first_k_dense_replace",
     0: r"pad_token_id",
 }
+_KEY_VALUE_HEADS = r"(swa_|global_)?num_(swa_|global_)?(key_value|kv)_heads|num_query_groups"
+# Of the checkpoint, not of the model: a tiny copy is whole and not quantized.
+_LEFT_OUT = ("architectures", "dtype", "model_type", "quantization_config", "transformers_version")
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     """The copy. Lengths that are short already stay as they are, and so do the sizes of a model that is tiny already."""
-    tiny = copy.deepcopy(config)
-    if config.hidden_size > _LARGE:
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        _shrink_layers(tiny)
-        _shrink_heads(tiny)
-        _shrink(tiny, _SIZES)
-        tiny.rope_parameters = _rotary(getattr(tiny, "rope_parameters", None), _HEAD / head)
-    _shrink(tiny, _LENGTHS)
-    if "'dynamic'" in str(getattr(tiny, "rope_parameters", "")):  # whose original context is the context itself
-        tiny.max_position_embeddings = min(tiny.max_position_embeddings, ORIGINAL)
-    return tiny
+    names = {own: common for common, own in config.attribute_map.items()}
+    values = {names.get(name, name): value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
+    if values["hidden_size"] > _LARGE:
+        values = _with_sizes(_with_layers(values))
+    values = _marked(values, _LENGTHS)
+    if "'dynamic'" in str(values.get("rope_parameters")):  # whose original context is the context itself
+        values["max_position_embeddings"] = min(values["max_position_embeddings"], ORIGINAL)
+    return type(config)(**values)
 
 
-def _shrink(config: PreTrainedConfig, marks: dict[int, str]) -> None:
-    """Numbers by these names become the mark that they are above."""
-    aliases = config.attribute_map
-    for name in sorted({*config.to_dict(), *aliases} - set(aliases.values())):
-        value = getattr(config, name, None)
-        small = _marked(name, value, marks)
-        if small != value:
-            setattr(config, name, small)
-
-
-def _marked(name: str, value: Any, marks: dict[int, str]) -> Any:
+def _marked(value: Any, marks: dict[int, str], name: str = "") -> Any:
+    """Numbers by these names, at any depth, become the mark that they are above."""
     if isinstance(value, dict):
-        return {key: _marked(str(key), one, marks) for key, one in value.items()}
+        return {key: _marked(one, marks, str(key)) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_marked(one, marks, name) for one in value]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     # The last pattern that fits: some are special cases of those before.
@@ -69,39 +61,45 @@ def _marked(name: str, value: Any, marks: dict[int, str]) -> Any:
     return min(value, found[-1]) if found else value
 
 
-def _shrink_layers(config: PreTrainedConfig) -> None:
-    """One layer of each kind, two at least, as the config's lists by layer tell them apart."""
-    count = config.num_hidden_layers
-    lists = {name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == count}
-    shared = getattr(config, "num_kv_shared_layers", None) or 0
-    kinds = [(index >= count - shared, *(str(value[index]) for value in lists.values())) for index in range(count)]
+def _with_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind, two at least, as lists by layer tell them apart."""
+    count = values["num_hidden_layers"]
+    lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == count}
+    by_layer = {int(layer): own for layer, own in (values.get("per_layer_config") or {}).items()}
+    shared = values.get("num_kv_shared_layers") or 0
+    kinds = [
+        str((layer >= count - shared, by_layer.get(layer), *(value[layer] for value in lists.values())))
+        for layer in range(count)
+    ]
     kept = sorted({kinds.index(kind) for kind in kinds} | {0, min(1, count - 1)})
-    for name, value in lists.items():
-        setattr(config, name, [value[index] for index in kept])
+    small = values | {name: [value[layer] for layer in kept] for name, value in lists.items()}
+    if by_layer:
+        small["per_layer_config"] = {place: by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer}
     if shared:
-        config.num_kv_shared_layers = sum(index >= count - shared for index in kept)
-    config.num_hidden_layers = len(kept)
+        small["num_kv_shared_layers"] = sum(layer >= count - shared for layer in kept)
+    return small | {"num_hidden_layers": len(kept)}
 
 
-def _shrink_heads(config: PreTrainedConfig) -> None:
-    """As many key/value heads as heads, one, or half as many, whichever the model is like."""
-    for prefix in ("", "swa_", "global_"):
-        heads = getattr(config, f"{prefix}num_attention_heads", None) or config.num_attention_heads
-        for name in (f"{prefix}num_key_value_heads", f"num_{prefix}key_value_heads", f"num_{prefix}kv_heads"):
-            groups = getattr(config, name, None)
-            if isinstance(groups, int):
-                setattr(config, name, min(groups, _HEADS if groups == heads else _HEADS // 2))
+def _with_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """Few channels and heads: as many key/value heads as heads, one, or half as many, whichever the model is like."""
+    heads = values.get("num_attention_heads") or 1
+    head = values.get("head_dim") or values["hidden_size"] // heads
+    rotary = values.get("qk_rope_head_dim")
+    small = _marked(values, _SIZES)
+    for name, groups in values.items():
+        if re.fullmatch(_KEY_VALUE_HEADS, name) and isinstance(groups, int):
+            small[name] = min(groups, _HEADS if groups == heads else _HEADS // 2)
+    if rotary is not None and head == rotary:
+        small["head_dim"] = small["qk_rope_head_dim"]
+    return small | {"rope_parameters": _rotary(small.get("rope_parameters"), _HEAD / head)}
 
 
-def _rotary(value: Any, ratio: float) -> Any:
+def _rotary(value: Any, ratio: float, name: str = "") -> Any:
     """Rope parameters whose lists by channel are as long, and whose sections are as wide, as fewer channels want them."""
     if isinstance(value, dict):
-        return {
-            key: [max(1, round(part * ratio)) for part in one]
-            if key == "mrope_section"
-            else one[: max(1, round(len(one) * ratio))]
-            if isinstance(one, list)
-            else _rotary(one, ratio)
-            for key, one in value.items()
-        }
-    return value
+        return {key: _rotary(one, ratio, key) for key, one in value.items()}
+    if not isinstance(value, list):
+        return value
+    if name == "mrope_section":
+        return [max(1, round(section * ratio)) for section in value]
+    return value[: max(1, round(len(value) * ratio))]
