@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -35,8 +36,18 @@ _TRUE_PATH = (0, 2, 4)
 """The tree of a cycle: the text goes on along the second child of the root, and its second child."""
 # Two draws of the weights, since rounding may tip a router of experts in one.
 _SEEDS = (0, 1)
-# What a forward raises that a family takes in another way, or not at all.
-_RAISED = (AttributeError, TypeError, KeyError, ValueError, IndexError, RuntimeError, NotImplementedError)
+# What configs and forwards raise that are not for a family.
+_RAISED = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
 _proven: dict[str, MaskStyle | str] = {}
 
 
@@ -110,13 +121,19 @@ def _few_tokens(trunk: Trunk, ids: Tensor) -> Tensor:
 
 def _style_by_length(base: PreTrainedModel, config: PreTrainedConfig) -> MaskStyle | str:
     """How the family takes masks so that a tiny model of it is exact past its lengths, or what was found; once for each config."""
-    tiny = shrunk(config)
-    attention = getattr(config, "_attn_implementation", None)
-    key = f"{type(base).__qualname__} {attention} {json.dumps(tiny.to_dict(), sort_keys=True, default=str)}"
+    try:
+        tiny = shrunk(config)
+    except _RAISED as error:
+        return _not_run(error)
+    tiny._attn_implementation = getattr(config, "_attn_implementation", None)
+    key = f"{type(base).__qualname__} {tiny._attn_implementation} {json.dumps(tiny.to_dict(), sort_keys=True, default=str)}"
     if key not in _proven:
-        tiny._attn_implementation = attention
         _proven[key] = _prove_lengths(type(base), tiny)
     return _proven[key]
+
+
+def _not_run(error: Exception) -> str:
+    return f"a tiny copy of it cannot be made or run: {type(error).__name__}: {error}"
 
 
 @torch.inference_mode()
@@ -127,7 +144,7 @@ def _prove_lengths(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Mas
             base = _random(kind, config, seed)
             expected = [_own_steps(base, config, text, prompt) for text, prompt in _texts(config)]
         except _RAISED as error:
-            return f"a tiny copy of it cannot be run: {type(error).__name__}: {error}"
+            return _not_run(error)
         for style in mask_styles(config):
             try:
                 got = _through_trees(Trunk(base, config, style, "a tiny copy"), config)

@@ -89,6 +89,8 @@ def _with_sizes(values: dict[str, Any]) -> dict[str, Any]:
     for name, groups in values.items():
         if re.fullmatch(_KEY_VALUE_HEADS, name) and isinstance(groups, int):
             small[name] = min(groups, _HEADS if groups == heads else _HEADS // 2)
+    if small.get("mamba_n_heads"):  # of layers that need not be there, but must fit
+        small |= {"mamba_n_heads": _HEADS, "mamba_d_head": small["mamba_expand"] * small["hidden_size"] // _HEADS}
     if rotary is not None and head == rotary:
         small["head_dim"] = small["qk_rope_head_dim"]
     return small | {"rope_parameters": _rotary(small.get("rope_parameters"), _HEAD / head)}

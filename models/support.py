@@ -50,6 +50,15 @@ def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
         or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"}),
         "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "attends in chunks, which tree masks cannot follow": "chunked_attention" in kinds,
+        "keeps the window of its local attention in mask buffers of its own, which follow neither trees nor rows of unequal length": (
+            "local" in (getattr(config, "attention_layers", None) or ())
+        ),
+        "drops keys by scores of its own in texts longer than keep_window_size, which masks cannot follow": hasattr(
+            config, "keep_window_size"
+        ),
+        "selects keys by an index of its own, which masks cannot follow": any(
+            name.startswith(("index_topk", "indexer")) for name in config.to_dict()
+        ),
         "adds a position bias to attention (ALiBi), which tree positions cannot express": getattr(
             config, "alibi", False
         )

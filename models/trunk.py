@@ -73,7 +73,8 @@ def mask_styles(config: PreTrainedConfig) -> list[MaskStyle]:
     kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
     window = getattr(config, "sliding_window", None)
     window = window if not kinds or SLIDING in kinds else None
-    return [MaskStyle(kinds, window), MaskStyle((), window)] if kinds else [MaskStyle((), window)]
+    styles = [MaskStyle(kinds, window), MaskStyle((), window), MaskStyle((), None)]
+    return list(dict.fromkeys(styles))
 
 
 class Trunk:
