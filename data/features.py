@@ -7,7 +7,7 @@ Shape legend: B rows of a forward, T tokens, D hidden, G greedy tokens a positio
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,9 +109,16 @@ def padded_ids(samples: Sequence[TokenizedSample]) -> Tensor:
     return torch.tensor([sample.input_ids + [0] * (longest - len(sample.input_ids)) for sample in samples])
 
 
+def prompt_lengths(loss_masks: Iterable[Sequence[bool] | Tensor], device: torch.device) -> Tensor:
+    """int64 [B]: how many tokens stand before the first labelled one of each sample, which decoding reads at once; all where none is."""
+    masks = [torch.as_tensor(mask, dtype=torch.bool) for mask in loss_masks]
+    return torch.tensor([int(mask.int().argmax()) if mask.any() else len(mask) for mask in masks], device=device)
+
+
 def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], identity: CacheIdentity) -> _Forward:
     ids_BT = padded_ids(samples).to(target.device, non_blocking=True)
-    output = target.prefix(ids_BT, layers=identity.layers)
+    read_B = prompt_lengths((sample.loss_mask for sample in samples), ids_BT.device)
+    output = target.prefix(ids_BT, layers=identity.layers, read=read_B)
     dtype = stored_dtype(identity.dtype)
     states: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
@@ -125,7 +132,7 @@ def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], ide
         states[layer] = _to_host(states_BTD.to(dtype))
     greedy = None
     if identity.local_horizon:
-        greedy = greedy_continuations(target, ids_BT, identity.local_horizon).to("cpu", torch.int32)
+        greedy = greedy_continuations(target, ids_BT, identity.local_horizon, read_B).to("cpu", torch.int32)
     return _Forward(rows, states, scales, greedy, _ends_of_copies(sources))
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith import provenance
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import RESPONSE_GLOB
+from draftsmith.data.features import prompt_lengths
 from draftsmith.data.shards import CachedSample
 from draftsmith.evaluate.records import Sample
 from draftsmith.models.draft_lm import LMDrafter
@@ -27,7 +28,7 @@ from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import BOND, drafter_folder, load_drafter
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
-from draftsmith.models.target import PRE_NORM, Target
+from draftsmith.models.target import PRE_NORM, Target, TargetOutput
 
 MAX_TOKENS = 2048
 """Longer samples are cut to their first so many tokens before anything is computed on them."""
@@ -309,12 +310,20 @@ def _of_some_shards(cache: HiddenStateCache, generator: torch.Generator) -> Tens
     return torch.cat([torch.arange(int(starts[one]), int(starts[one] + counts[one])) for one in drawn])
 
 
+def fresh_states(
+    target: Target, sample: CachedSample, layers: tuple[str, ...], most: int | None = None
+) -> TargetOutput:
+    """What extraction would store of the sample's first tokens, ``most`` at the most: the states of one forward, [1, T, D] each."""
+    ids_1T = sample.input_ids[None, :most].to(target.device)
+    return target.prefix(ids_1T, layers, read=prompt_lengths([sample.loss_mask], target.device))
+
+
 def with_states(sample: CachedSample, layers: Sequence[str], target: Target) -> CachedSample:
     """The sample with the layers that its cache lacks, computed now: a run with the target in the loop keeps none."""
     missing = tuple(name for name in layers if name not in sample.hidden)
     if not missing:
         return sample
-    output = target.prefix(sample.input_ids[None].to(target.device), layers=missing)
+    output = fresh_states(target, sample, missing)
     # Cloned outside of inference mode, so that a trial training may use them.
     fresh = {name: output.feature(name)[0].cpu().clone() for name in missing}
     return replace(sample, hidden={**sample.hidden, **fresh})

@@ -16,7 +16,7 @@ from torch import Tensor
 from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.packing import pack
 from draftsmith.data.shards import CachedSample
-from draftsmith.evaluate.doctor_case import Case, NotChecked, Projection, has_pre_norm
+from draftsmith.evaluate.doctor_case import Case, NotChecked, Projection, fresh_states, has_pre_norm
 from draftsmith.evaluate.doctor_report import Finding, Verdict
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.target import PRE_NORM, Target
@@ -65,7 +65,7 @@ def project(
         if states is not None:
             cached.append(likeliest(ends, states))
         if target is not None:
-            now = target.prefix(sample.input_ids[None].to(target.device)).pre_norm[0]
+            now = fresh_states(target, sample, ()).pre_norm[0]
             fresh.append(likeliest(ends, now))
             states = now  # what is expected of own text must not come from states under suspicion
         if states is not None:
@@ -172,7 +172,7 @@ def distances(target: Target, samples: Sequence[CachedSample], layers: Sequence[
     """Of each layer the median distance of the cached states from a fresh forward's, relative to their length."""
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for sample in samples:
-        output = target.prefix(sample.input_ids[None].to(target.device), layers=tuple(layers))
+        output = fresh_states(target, sample, tuple(layers))
         for layer in layers:
             found[layer].append(relative(states_of(sample, layer), output.feature(layer)[0].float().cpu()))
     return {layer: float(torch.cat(parts).median()) for layer, parts in found.items()}
@@ -195,7 +195,7 @@ def _nearest(target: Target, sample: CachedSample, layer: str) -> tuple[str, flo
     """Which layer of a fresh forward, and how many tokens away, comes nearest to what is stored under a name."""
     stored = states_of(sample, layer)[:_SEARCHED]
     names = (PRE_NORM, *(f"layer.{number}.output" for number in range(target.config.num_hidden_layers)))
-    output = target.prefix(sample.input_ids[None, :_SEARCHED].to(target.device), layers=names)
+    output = fresh_states(target, sample, names, _SEARCHED)
     candidates = {name: output.feature(name)[0].float().cpu() for name in names}
     candidates[f"{PRE_NORM} {_POST_NORM}"] = output.normed[0].float().cpu()
     found: dict[str, float] = {}

@@ -57,7 +57,8 @@ def with_gaps(
         if one.plain_token is not None and one.contender_token is not None:
             number = numbers[one.prompt_id]
             ids = [*samples[number].prompt_ids, *plain[number][0][: one.position]]
-            normed = target.prefix(torch.tensor([ids], device=target.device)).normed[0, -1]
+            read_B = torch.tensor([len(samples[number].prompt_ids)], device=target.device)
+            normed = target.prefix(torch.tensor([ids], device=target.device), read=read_B).normed[0, -1]
             logits = target.logits(normed).float()
             one = replace(one, gap=float(logits[one.plain_token] - logits[one.contender_token]))
         told.append(one)

@@ -88,7 +88,7 @@ def _check(row: LabelledRow, target: Target) -> None:
 def _read(target: Target, row: LabelledRow, layers: tuple[str, ...]) -> tuple[TargetOutput, Tensor]:
     """The target's states at the last prompt token and the reply's [1, N, D], and its logits there, float32 [N, V]."""
     ids_1S = torch.tensor([row.prompt_ids + row.reply_ids], device=target.device)
-    read = target.prefix(ids_1S, layers=layers)
+    read = target.prefix(ids_1S, layers=layers, read=torch.tensor([len(row.prompt_ids)], device=target.device))
     start = len(row.prompt_ids) - 1
     states = {name: read.feature(name)[:, start:] for name in layers}
     output = TargetOutput(read.pre_norm[:, start:], read.normed[:, start:], states)

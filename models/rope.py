@@ -99,8 +99,7 @@ def _chosen(lengths_BN: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs
         # Past the boundary, long factors are those of every length.
         factors = _factors(module, args, kwargs, length, clamped=kind == DYNAMIC or length == boundary)
         chosen = factors if chosen is None else _where(lengths_BN == length, factors, chosen)
-    if kind == DYNAMIC:
-        _factors(module, args, kwargs, 1)
+    _factors(module, args, kwargs, 1)  # leaves the module as one that has read nothing
     return chosen
 
 

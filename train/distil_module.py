@@ -25,6 +25,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.features import prompt_lengths
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
@@ -437,7 +438,9 @@ class DraftLMModule(pl.LightningModule):
 
     def _target_states(self, laid: Laid) -> Tensor:
         """[R, E], where the target has them: it may lie on other devices, and of its states only those of the rows are kept."""
-        normed_BTE = self.target.prefix(laid.ids_BT.to(self.target.device)).normed
+        # The state before the first reply token is the prompt's last.
+        read_B = prompt_lengths(laid.keep_mask_BT.cpu().roll(1, dims=1), self.target.device)
+        normed_BTE = self.target.prefix(laid.ids_BT.to(self.target.device), read=read_B).normed
         return normed_BTE[laid.keep_mask_BT.to(normed_BTE.device)]
 
     def _target_logits(self, states: Tensor) -> Tensor:

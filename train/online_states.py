@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from draftsmith.data.features import length_batches
+from draftsmith.data.features import length_batches, prompt_lengths
 from draftsmith.decode.local import greedy_continuations
 from draftsmith.models.rollout import PackedBatch
 from draftsmith.models.sharding import ShardedOver
@@ -88,16 +88,18 @@ class StatesInTheLoop:
 
     def _plan(self, batches: Round) -> list[_Forward]:
         if self.over.shares_texts:
-            texts = [
-                _Text(ids, start, rank == self.over.rank) for rank, b in enumerate(batches) for ids, start in _texts(b)
-            ]
+            texts = [text for rank, batch in enumerate(batches) for text in _texts(batch, rank == self.over.rank)]
             return self._forwards(texts)
-        planned = [self._forwards([_Text(ids, start, True) for ids, start in _texts(batch)]) for batch in batches]
+        planned = [self._forwards(list(_texts(batch, True))) for batch in batches]
         if not self.over.is_sharded:
             return planned[0]
         own = planned[self.over.rank]
         missing = max(map(len, planned)) - len(own)
-        return own + [_Forward([_Text(torch.zeros(1, dtype=torch.int64), 0, False)])] * missing
+        return (
+            own
+            + [_Forward([_Text(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), 0, False)])]
+            * missing
+        )
 
     def _forwards(self, texts: list[_Text]) -> list[_Forward]:
         buckets = length_batches([len(text.ids) for text in texts], self.forward_tokens)
@@ -105,7 +107,8 @@ class StatesInTheLoop:
 
     def _run(self, forward: _Forward, hidden: dict[str, Tensor], greedy: Tensor | None) -> None:
         ids_BT = _to(forward.padded_ids(), self.target.device)
-        output = self.target.prefix(ids_BT, layers=self.layers)
+        read_B = prompt_lengths((text.loss_mask for text in forward.texts), ids_BT.device)
+        output = self.target.prefix(ids_BT, layers=self.layers, read=read_B)
         taken, places = forward.kept()
         if len(taken):
             taken, places = _to(taken, self.device), _to(places, self.device)
@@ -114,16 +117,17 @@ class StatesInTheLoop:
                 room_TD.index_copy_(0, places, states_BTD.flatten(0, 1).index_select(0, taken))
         if self.num_greedy:
             # Run by all, kept by some: see __call__.
-            greedy_BTG = greedy_continuations(self.target, ids_BT, self.num_greedy).to(self.device)
+            greedy_BTG = greedy_continuations(self.target, ids_BT, self.num_greedy, read_B).to(self.device)
             if greedy is not None and len(taken):
                 greedy.index_copy_(0, places, greedy_BTG.flatten(0, 1).index_select(0, taken))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A sample's ids [length], where they start in its packed batch, and whether that batch is this process's."""
+    """A sample's ids [length] and which are labelled, where they start in its packed batch, and whether that is this process's."""
 
     ids: Tensor
+    loss_mask: Tensor
     start: int
     is_own: bool
 
@@ -149,12 +153,13 @@ class _Forward:
         return torch.cat([*taken, nothing]), torch.cat([*places, nothing])
 
 
-def _texts(batch: CacheBatch) -> Iterator[tuple[Tensor, int]]:
-    """Ids and first place of each sample of a packed batch."""
+def _texts(batch: CacheBatch, is_own: bool) -> Iterator[_Text]:
+    """The samples of a packed batch."""
     start = 0
-    lengths = torch.unique_consecutive(batch.packed.document_ids, return_counts=True)[1]
-    for ids in batch.packed.input_ids.split(lengths.tolist()):
-        yield ids, start
+    lengths = torch.unique_consecutive(batch.packed.document_ids, return_counts=True)[1].tolist()
+    parts = zip(batch.packed.input_ids.split(lengths), batch.packed.loss_mask.split(lengths), strict=True)
+    for ids, loss_mask in parts:
+        yield _Text(ids, loss_mask, start, is_own)
         start += len(ids)
 
 
