@@ -73,8 +73,7 @@ def mask_styles(config: PreTrainedConfig) -> list[MaskStyle]:
     kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
     window = getattr(config, "sliding_window", None)
     window = window if not kinds or SLIDING in kinds else None
-    styles = [MaskStyle(kinds, window), MaskStyle((), window), MaskStyle((), None)]
-    return list(dict.fromkeys(styles))
+    return list(dict.fromkeys([MaskStyle(kinds, window), MaskStyle((), window)]))
 
 
 class Trunk:

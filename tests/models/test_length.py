@@ -76,7 +76,9 @@ def own_reply(model: transformers.PreTrainedModel, prompt: list[int]) -> list[in
     """What transformers generates, with a model that has read nothing before."""
     ids = torch.tensor([prompt])
     settings = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
-    return copy.deepcopy(model).generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+    return (
+        copy.deepcopy(model).generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", ["phi3", "phimoe", "llama-longrope", "llama-dynamic"])
@@ -198,13 +200,6 @@ def test_a_tiny_copy_keeps_a_layer_of_each_kind_and_shortens_every_length() -> N
     long = shrunk(t.Phi3Config(original_max_position_embeddings=4096, rope_parameters=LONGROPE | {"original_max_position_embeddings": 4096, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}))  # fmt: skip
     assert long.rope_parameters["original_max_position_embeddings"] == 16
     assert len(long.rope_parameters["long_factor"]) == long.hidden_size // long.num_attention_heads // 2
-
-
-def test_a_window_that_the_model_does_not_keep_is_not_put_upon_it() -> None:
-    styles = mask_styles(t.LlamaConfig(**SIZES, sliding_window=7))
-    assert [style.window for style in styles] == [7, None]
-    target = Target.from_model(random_model(t.LlamaConfig(**SIZES, sliding_window=7)))
-    assert target.window is None
 
 
 def test_a_row_of_a_padded_forward_takes_factors_by_its_own_length() -> None:
