@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 LONG, DYNAMIC = "longrope", "dynamic"
 # Their `prepare_inputs_for_generation` forgets the cache where the text grows past `original_max_position_embeddings`.
-_REREADING = ("phi3", "phi4_multimodal", "phimoe")
+_REREADING = ("phi3", "phimoe")
 
 
 class LengthRopes:

@@ -53,6 +53,9 @@ def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
         "keeps the window of its local attention in mask buffers of its own, which follow neither trees nor rows of unequal length": (
             "local" in (getattr(config, "attention_layers", None) or ())
         ),
+        "loses its text in transformers' own generation where it grows past original_max_position_embeddings": (
+            config.model_type == "phi4_multimodal"
+        ),
         "drops keys by scores of its own in texts longer than keep_window_size, which masks cannot follow": hasattr(
             config, "keep_window_size"
         ),

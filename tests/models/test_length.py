@@ -72,13 +72,18 @@ def prompts(lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
+@torch.inference_mode()
 def own_reply(model: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:
     """What transformers generates, with a model that has read nothing before."""
+    model, text = copy.deepcopy(model), list(prompt)
+    if model.config.model_type in ("phi3", "phimoe"):
+        # Its generation reads all again past the boundary (some releases of transformers lose the text there): as whole forwards do.
+        for _ in range(NEW):
+            text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        return text[len(prompt) :]
     ids = torch.tensor([prompt])
     settings = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
-    return (
-        copy.deepcopy(model).generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
-    )
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("kind", ["phi3", "phimoe", "llama-longrope", "llama-dynamic"])
@@ -144,17 +149,29 @@ def test_the_prompt_of_a_sample_ends_before_its_first_label() -> None:
     assert prompt_lengths([[False, True, True], [False] * 4], torch.device("cpu")).tolist() == [1, 4]
 
 
+def unmasked(kind: str) -> transformers.PreTrainedConfig:
+    """A config of a family whose attention no mask can follow."""
+    if kind == "gpt-neo":
+        types = [[["global", "local"], 1]]
+        return t.GPTNeoConfig(
+            vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=types, window_size=7
+        )
+    if kind == "doge":
+        return t.DogeConfig(**SIZES, keep_window_size=64)
+    heads = SIZES | {"num_key_value_heads": 4}
+    return t.GlmMoeDsaConfig(**heads, n_routed_experts=4, qk_rope_head_dim=8, moe_intermediate_size=16)
+
+
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("kind", "reason"),
     [
-        (t.GPTNeoConfig(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=7), "GPTNeo.*window of its local attention in mask buffers"),
-        (t.DogeConfig(**SIZES, keep_window_size=64), "Doge.*keep_window_size"),
-        (t.GlmMoeDsaConfig(**SIZES | {"num_key_value_heads": 4}, n_routed_experts=4, qk_rope_head_dim=8, moe_intermediate_size=16), "selects keys by an index"),
+        ("gpt-neo", "GPTNeo.*window of its local attention in mask buffers"),
+        ("doge", "Doge.*keep_window_size"),
+        ("glm-dsa", "selects keys by an index"),
     ],
-    ids=["gpt-neo", "doge", "glm-dsa"],
-)  # fmt: skip
-def test_attention_that_masks_cannot_follow_is_refused_by_name(config: t.PreTrainedConfig, reason: str) -> None:
-    model = t.AutoModelForCausalLM.from_config(config)
+)
+def test_attention_that_masks_cannot_follow_is_refused_by_name(kind: str, reason: str) -> None:
+    model = t.AutoModelForCausalLM.from_config(unmasked(kind))
     with pytest.raises(ValueError, match=reason):
         Target.from_model(model)
 
@@ -197,7 +214,8 @@ def test_a_tiny_copy_keeps_a_layer_of_each_kind_and_shortens_every_length() -> N
     assert set(tiny.layer_types) == set(large.layer_types)
     assert (tiny.sliding_window, tiny.max_position_embeddings) == (7, 64)
     assert tiny.hidden_size == tiny.num_attention_heads * tiny.head_dim
-    long = shrunk(t.Phi3Config(original_max_position_embeddings=4096, rope_parameters=LONGROPE | {"original_max_position_embeddings": 4096, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}))  # fmt: skip
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "original_max_position_embeddings": 4096}
+    long = shrunk(t.Phi3Config(original_max_position_embeddings=4096, rope_parameters=LONGROPE | factors))
     assert long.rope_parameters["original_max_position_embeddings"] == 16
     assert len(long.rope_parameters["long_factor"]) == long.hidden_size // long.num_attention_heads // 2
 
