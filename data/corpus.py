@@ -151,7 +151,7 @@ class Corpus:
                     column.append(value)
                 num_labelled += short.num_labelled
             else:
-                reason = _why_unlabelled(sample, self.max_length)
+                reason = why_unlabelled(sample, self.max_length)
                 dropped.append(Dropped(self._place(part.file, line), reason, id=sample.id))
         return Survey(lengths, files, lines, places, num_rows, num_labelled, num_cut, self.mask_recipe, dropped)
 
@@ -392,7 +392,8 @@ def token_ids(row: Mapping[str, Any], field: str, vocab_size: int | None = None,
     return list(ids)
 
 
-def _why_unlabelled(sample: TokenizedSample, max_length: int) -> str:
+def why_unlabelled(sample: TokenizedSample, max_length: int) -> str:
+    """Why nothing is learned from a sample once it is cut to a length."""
     if sample.num_labelled:
         first = sample.loss_mask.index(True)
         return f"the assistant's first token is at {first}, past the {max_length} tokens a sample may have"

@@ -8,7 +8,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +28,7 @@ from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
+from draftsmith.json_rows import Dropped, dropped_lines, summary
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
@@ -49,7 +50,7 @@ class Plan:
     """
 
     batches: list[list[tuple[Prompt, array]]]
-    dropped: list[dict[str, str]]
+    dropped: list[Dropped]
     settings: GenerationSettings
     context: int | None
 
@@ -125,7 +126,8 @@ def respond(
     _check_engine(engine, drafter, limits, where)
     _check_other_engines(engine, server, vllm, {"batch_rows": batch_rows, "batch_tokens": batch_tokens, "dtype": dtype})
     share = own_share(rank, world_size)
-    chosen = read_prompts(prompts, split)[:limit]
+    unread: list[Dropped] = []
+    chosen = read_prompts(prompts, split, unread)[:limit]
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     overrides = Overrides(temperature, top_k, top_p, min_p, repetition_penalty)
     settings = reply_settings(
@@ -142,7 +144,7 @@ def respond(
     chat = chat_for(chosen, tokenizer, template, settings.eos_token_ids, rendering)
     identity: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "prompts_sha256": _digest(json.dumps(asdict(prompt)) for prompt in chosen),
+        "prompts_sha256": _digest(json.dumps(prompt.fields()) for prompt in chosen),
         "template": chat.digest,
         "settings": json.loads(json.dumps(asdict(settings))),
         "dtype": dtype,
@@ -176,6 +178,8 @@ def respond(
         identity |= {"batch_rows": batch_rows, "batch_tokens": batch_tokens}
     own = chosen[share.rank :: share.world_size]
     plan = make_plan(own, chat, settings, context, batch_rows, batch_tokens, may_be_empty=share.world_size > 1)
+    if share.rank == 0:  # rows that are no prompt are nobody's share
+        plan = replace(plan, dropped=[*unread, *plan.dropped])
     config = identity | {"target": target, "split": split, "limit": limit, "drafter": drafter}
     if engine == "server":
         config["concurrency"] = server.concurrency
@@ -183,7 +187,7 @@ def respond(
     begun = provenance.record("data respond", config, inputs)
     written = write_replies(out, share, plan, chat, chosen_engine, identity, begun)
     provenance.write(out, provenance.record("data respond", config, inputs))
-    print(f"{written} replies in {out}; {len(plan.dropped)} prompts dropped")
+    print(f"{written} replies in {out}; {summary(plan.dropped)}")
     if anew := _num_begun_anew(out / f"responses{share.suffix}.jsonl"):
         print(
             f"{anew} conversations were begun anew at a later turn, because the chat template writes what was said otherwise once more "
@@ -248,7 +252,7 @@ def make_plan(
     batch_tokens: int,
     may_be_empty: bool = False,
 ) -> Plan:
-    """Encodes each first turn, sets aside what leaves no room for a reply, and groups the rest by length.
+    """Encodes each first turn, sets aside what the template fails on or what leaves no room for a reply, and groups the rest by length.
 
     The longest come first, so that a batch too large for the memory fails at once. The plan depends on the prompts and
     the settings only, so a restarted run has the same batches.
@@ -256,23 +260,19 @@ def make_plan(
     Raises ValueError for a repeated id, and when no prompt fits, unless it `may_be_empty`: one rank of many has nothing to do then.
     """
     fitting: list[tuple[Prompt, array]] = []
-    dropped: list[dict[str, str]] = []
+    dropped: list[Dropped] = []
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
             raise ValueError(f"the prompt id {prompt.id} occurs twice; run `draftsmith data prompts` on the file")
         seen.add(prompt.id)
-        ids = first_prompt_ids(prompt, chat)
-        if not ids:
-            dropped.append({"id": prompt.id, "reason": "the prompt has no token"})
-        elif context is not None and len(ids) >= context:
-            reason = f"the prompt has {len(ids)} tokens, the model's context {context}: no room for a reply"
-            dropped.append({"id": prompt.id, "reason": reason})
-        else:
-            fitting.append((prompt, array("i", ids)))
+        try:
+            fitting.append((prompt, array("i", _fitting_ids(prompt, chat, context))))
+        except ValueError as error:
+            dropped.append(Dropped(prompt.place, str(error), id=prompt.id))
     if not fitting and not may_be_empty:
         raise ValueError(
-            f"none of {len(prompts)} prompts can be answered" + (f": {dropped[0]['reason']}" if dropped else "")
+            f"none of {len(prompts)} prompts can be answered" + (f": {dropped[0].reason}" if dropped else "")
         )
     fitting.sort(key=lambda item: (-len(item[1]), item[0].id))
     batches: list[list[tuple[Prompt, array]]] = []
@@ -284,6 +284,18 @@ def make_plan(
         else:
             batches.append([item])
     return Plan(batches, dropped, settings, context)
+
+
+def _fitting_ids(prompt: Prompt, chat: ChatTemplate, context: int | None) -> list[int]:
+    """Ids of the first turn. Raises ValueError with the reason where the prompt, or a later turn of it, cannot be answered."""
+    ids = first_prompt_ids(prompt, chat)
+    for turn in [] if prompt.text is not None else prompt.user_turns()[1:]:
+        chat.next_turn_ids(turn, ())  # better left out now than a failure when hours of replies are there
+    if not ids:
+        raise ValueError("the prompt has no token")
+    if context is not None and len(ids) >= context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context {context}: no room for a reply")
+    return ids
 
 
 def write_replies(
@@ -355,7 +367,7 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
             _write_settings(out, share, identity, plan.num_prompts)
         return
     check_alone(out / f"responses{share.suffix}.jsonl", path)
-    atomic_write(out / f"dropped{share.suffix}.jsonl", "".join(json.dumps(row) + "\n" for row in plan.dropped))
+    atomic_write(out / f"dropped{share.suffix}.jsonl", dropped_lines(plan.dropped))
     _write_settings(out, share, identity, plan.num_prompts)
 
 

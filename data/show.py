@@ -18,6 +18,7 @@ from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import TokenizedSample, chat_of
+from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
@@ -43,7 +44,7 @@ def show(
     Args:
         source: a hidden-state cache, a folder of replies, or a JSONL file of conversations.
         target: path or hub id of the target, for its tokenizer; default, for a cache: the one it names.
-        index: first sample to show.
+        index: first sample to show; a row that training drops counts, and the reason is shown.
         count: how many samples to show.
         tokens: show where one token ends and the next begins.
         split: show samples of this split only (not for a cache, which holds one).
@@ -60,18 +61,23 @@ def show(
     name = target or Manifest.load(source).identity.target
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     if is_cache:
-        samples = _cached(source, index, count)
+        samples: Iterator[TokenizedSample | Dropped] = _cached(source, index, count)
     else:
         chat = partial(chat_of, name, tokenizer, template, revision, trust_remote_code, rendering)
         corpus = Corpus(source, chat, split, _NO_LIMIT)
-        samples = itertools.islice(corpus.all_samples(), index, index + count)
+        samples = itertools.islice(corpus.read(), index, index + count)
     console = Console()
+    dropped: list[Dropped] = []
     shown = 0
     for sample in samples:
+        if isinstance(sample, Dropped):
+            dropped.append(sample)
+            console.print(Text(f"{sample.place} is dropped: {sample.reason}\n"), soft_wrap=True)
+            continue
         console.print(render(sample, tokenizer, tokens, marks=not console.is_terminal), soft_wrap=True)
         shown += 1
     if shown == 0:
-        raise ValueError(f"{source} has no sample {index}")
+        raise ValueError(f"{source} has no sample {index}" + (f": {summary(dropped)}" if dropped else ""))
 
 
 def render(

@@ -15,6 +15,7 @@ from torch import nn
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
+from draftsmith.data.formats import row_id
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
@@ -27,6 +28,7 @@ from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import read_samples, within_context
 from draftsmith.evaluate.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.files import atomic_write, exclusive, read_jsonl, sha256_file
+from draftsmith.json_rows import UnusableRow
 from draftsmith.label.checkers import Checker, load_checker
 from draftsmith.label.rows import read_rows
 from draftsmith.models.drafter import Drafter
@@ -173,8 +175,11 @@ def _check(rules: Sequence[Ruled], batch_rows: int, timed_problems: int) -> None
 def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
     """The whole row of each problem by its id, once no answer can fail to be judged by it: better told now than when all is decoded."""
     found: dict[str, Mapping[str, Any]] = {}
-    for line, row in read_jsonl(file):
-        name = str(row.get("id", f"line-{line}"))
+    for line, row in read_jsonl(file, []):  # `read_samples` tells of those left out
+        try:
+            name = row_id(row, f"line-{line}")
+        except UnusableRow:
+            continue
         if name in found:
             raise ValueError(
                 f"{file}:{line}: id is {name!r}; another problem has it already; give each an id of its own"

@@ -3,16 +3,20 @@
 Owns which rows count as prompts and which are too long. Does not know what decodes them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.corpus import token_ids
+from draftsmith.data.formats import row_id
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
-from draftsmith.data.prompts import PROMPT_FILE, read_prompts
+from draftsmith.data.prompts import PROMPT_FILE, Prompt, read_prompts, say_dropped
+from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
+from draftsmith.json_rows import Dropped, UnusableRow, summary
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 
 
@@ -30,29 +34,53 @@ def read_samples(
     A prompt is what `draftsmith data respond` asks. Rows with ids are taken as they are: what the target read when it made its
     replies. `limit` keeps the first so many, `eos_ids` end a reply, `options` are the chat template's.
 
-    Raises ValueError for a missing or malformed file and for a template that is missing or fails.
+    Rows that are no prompt, and those that the template fails on, are left out and counted on standard error.
+
+    Raises ValueError for a missing file, for a template that is missing, and when no prompt is left.
     """
     file = path / PROMPT_FILE if path.is_dir() else path
-    _, first = next(iter(read_jsonl(file)))
+    dropped: list[Dropped] = []
+    _, first = next(read_jsonl(file, []), (0, {}))
     if "prompt_ids" in first or "turns" in first:
         if options != NO_OPTIONS:
             raise ValueError(
                 f"{file} has token ids, which no template renders; leave template_name and template_args out"
             )
-        return [_from_ids(f"{file}:{line}", line, row) for line, row in read_jsonl(file)][:limit]
-    prompts = read_prompts(file, split)[:limit]
-    chat = chat_for(prompts, tokenizer, template, eos_ids, options)
-    return [Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat))) for prompt in prompts]
+        rows = read_jsonl(file, dropped)
+        found = (_or_dropped(_from_ids, (line, row), f"{file}:{line}", dropped) for line, row in rows)
+    else:
+        prompts = read_prompts(file, split, dropped)[:limit]
+        chat = chat_for(prompts, tokenizer, template, eos_ids, options)
+        found = (_or_dropped(_from_prompt, (prompt, chat), prompt.place, dropped) for prompt in prompts)
+    samples = [sample for sample in found if sample is not None]
+    if not samples:
+        raise ValueError(f"no prompt is left of {file}: {summary(dropped)}")
+    say_dropped(dropped)
+    return samples[:limit]
 
 
-def _from_ids(place: str, line: int, row: Mapping[str, Any]) -> Sample:
+def _or_dropped(
+    make: Callable[..., Sample], arguments: tuple[Any, ...], place: str, dropped: list[Dropped]
+) -> Sample | None:
+    try:
+        return make(*arguments)
+    except ValueError as error:
+        dropped.append(Dropped(place, str(error)))
+        return None
+
+
+def _from_prompt(prompt: Prompt, chat: ChatTemplate) -> Sample:
+    return Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat)))
+
+
+def _from_ids(line: int, row: Mapping[str, Any]) -> Sample:
     turns = row.get("turns")
-    ids = turns[0].get("prompt_ids") if isinstance(turns, list) and turns else row.get("prompt_ids")
-    if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
-        raise ValueError(
-            f"{place}: prompt_ids must be a list of token ids; make the file with `draftsmith data respond`"
-        )
-    return Sample(str(row.get("id", f"line-{line}")), str(row.get("source", row.get("kind", "prompts"))), tuple(ids))
+    asked = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else row
+    ids = token_ids(asked, "prompt_ids")
+    if not ids:
+        raise UnusableRow("prompt_ids is empty")
+    source = next((row[name] for name in ("source", "kind") if isinstance(row.get(name), str)), "prompts")
+    return Sample(row_id(row, f"line-{line}"), source, tuple(ids))
 
 
 def within_context(samples: list[Sample], longest: int | None) -> tuple[list[Sample], list[Sample]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.data.formats import Message
-from draftsmith.data.prompts import PROMPT_FILE
+from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import read_jsonl
+from draftsmith.json_rows import Dropped, shown_row, summary
 from draftsmith.label.checkers import Checker, Row
 from draftsmith.label.mine_answers import Parse
 from draftsmith.label.mine_walk import Question
@@ -51,25 +52,36 @@ def read_questions(
 
     A row has `messages` of one turn (an optional system turn, then the user's) or `prompt_ids`; and, as far as there are any, `id`,
     `reply_ids` (the target's reply, so that it need not be found), `answer` or `reference` (a text or number, or a list that begins
-    with one), `source` and `licence`. Other fields are passed over.
+    with one), `source` and `licence`. Other fields are passed over. Rows that are no question, and those whose id is taken, are left
+    out and counted on standard error.
 
     Raises:
-        ValueError: naming file, line, field, value, rule and remedy; for a repeated id as well.
+        ValueError: no row is a question; each reason names file, line, field, value, rule and remedy.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1; raise it, or leave it out")
     file = path / PROMPT_FILE if path.is_dir() else path
     found: list[Asked] = []
     seen: dict[str, str] = {}
-    for line, row in read_jsonl(file):
+    dropped: list[Dropped] = []
+    for line, row in read_jsonl(file, dropped):
         if limit is not None and len(found) >= limit:
             break
         place = f"{file}:{line}"
-        asked = _asked(row, place, chat, parse, vocab_size, file.stem)
-        first = seen.setdefault(asked.question.id, place)
-        if first != place:
-            raise refusal(place, "id", asked.question.id, f"{first} has it already", "give each row an id of its own")
+        try:
+            asked = _asked(row, place, chat, parse, vocab_size, file.stem)
+            first = seen.setdefault(asked.question.id, place)
+            if first != place:
+                raise refusal(
+                    place, "id", asked.question.id, f"{first} has it already", "give each row an id of its own"
+                )
+        except ValueError as error:
+            dropped.append(Dropped(place, str(error).removeprefix(f"{place}: "), shown_row(row)))
+            continue
         found.append(asked)
+    if not found:
+        raise ValueError(f"no question in {file}: {summary(dropped)}")
+    say_dropped(dropped)
     return found
 
 

@@ -26,6 +26,7 @@ from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import sha256_file
+from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.prompt_template import TemplateOptions, rendering_fingerprint
 from draftsmith.train.batch_plan import EpochSampler
@@ -177,6 +178,7 @@ class DistilDataModule(pl.LightningDataModule):
         self.val_rows = np.empty(0, dtype=np.int64)
         self.sources: dict[str, str] = {}
         self.num_left_out = 0
+        self._dropped: list[Dropped] = []
         self._answered: set[bytes] = set()
         self._epoch, self._start = 0, 0
         self._template = ""
@@ -199,6 +201,8 @@ class DistilDataModule(pl.LightningDataModule):
         if self.prompts is not None:
             self._read_prompts(self.prompts, tokenizer, eos_ids)
         self._answered.clear()
+        if self._dropped:
+            rank_zero_info(summary(self._dropped))
         if self.num_left_out:
             rank_zero_info(
                 f"{self.num_left_out} row(s) left out: no reply in them, or no room for one within max_length {self.max_length}"
@@ -209,6 +213,7 @@ class DistilDataModule(pl.LightningDataModule):
         self.train_rows = np.sort(order[held_out:][: self.max_samples])
         if not len(self.train_rows):
             raise ValueError(
+                f"{summary(self._dropped)}; "
                 f"{len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} ({self.num_left_out} hold no reply, or "
                 f"leave no room for one within max_length {self.max_length}): none is left to train on; add rows, or raise max_length"
             )
@@ -228,7 +233,7 @@ class DistilDataModule(pl.LightningDataModule):
             max_length=self.max_length,
         )
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
-        for sample in corpus.all_samples():
+        for sample in corpus.all_samples(self._dropped):
             ids, labelled = sample.input_ids[: self.max_length], sample.loss_mask[: self.max_length]
             if any(labelled) and not labelled[0]:
                 self.store.add(ids, labelled)
@@ -239,10 +244,14 @@ class DistilDataModule(pl.LightningDataModule):
         self.sources[str(source)] = corpus.fingerprint
 
     def _read_prompts(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
-        found = read_prompts(source, self.split)
+        found = read_prompts(source, self.split, self._dropped)
         chat = chat_for(found, tokenizer, self.template, eos_ids, self.rendering)
         for prompt in found:
-            ids = first_prompt_ids(prompt, chat)
+            try:
+                ids = first_prompt_ids(prompt, chat)
+            except ValueError as error:
+                self._dropped.append(Dropped(prompt.place, str(error), id=prompt.id))
+                continue
             if _digest(ids) in self._answered:  # its reply is a row already, and may be held out
                 continue
             if 0 < len(ids) < self.max_length:

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from draftsmith import provenance
-from draftsmith.data.corpus import Corpus
+from draftsmith.data.corpus import Corpus, why_unlabelled
 from draftsmith.data.hidden_states import sample_length
 from draftsmith.data.lengths import write_lengths
 from draftsmith.data.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards import ShardContent, ShardRecord, write_shard
 from draftsmith.data.tokens import TokenizedSample, chat_of, cut
-from draftsmith.files import atomic_directory, sha256_file
+from draftsmith.files import atomic_directory, atomic_write, sha256_file
+from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, summary
 from draftsmith.models.context import context_of
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer, resolve, target_fingerprint
@@ -92,15 +93,17 @@ def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
             raise ValueError(f"{text.source} has no sample to train on")
         manifest = _manifest(replace(identity, mask=corpus.mask_recipe), records, counts, partial)
         manifest.save(partial)
+        atomic_write(partial / DROPPED_FILE, dropped_lines(counts.dropped))
         config = {**asdict(manifest.identity), "template": text.template}
         inputs = {str(text.source): manifest.identity.source}
         provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
+    print(f"{manifest.num_samples} samples in {folder}; {summary(counts.dropped)}")
     return folder
 
 
 @dataclass
 class _Counts:
-    num_dropped: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
     num_cut: int = 0
     lengths: array = field(default_factory=lambda: array("i"))
 
@@ -112,7 +115,7 @@ def _manifest(identity: CacheIdentity, records: Sequence[ShardRecord], counts: _
         num_samples=sum(record.num_samples for record in records),
         num_tokens=sum(record.num_tokens for record in records),
         num_labelled=sum(record.num_labelled for record in records),
-        num_dropped=counts.num_dropped,
+        num_dropped=len(counts.dropped),
         num_cut=counts.num_cut,
         lengths_sha256=sha256_file(lengths),
     ).with_shards(records)
@@ -129,6 +132,7 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         ),
         text.split,
         length,
+        int(config.vocab_size),
     )
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     corpus.check_tokenizer(own_tokenizer)
@@ -167,11 +171,13 @@ def _check_same(folder: Path, identity: CacheIdentity) -> None:
 
 
 def _labelled(corpus: Corpus, counts: _Counts) -> Iterator[TokenizedSample]:
-    for sample in corpus.all_samples():
+    for sample in corpus.all_samples(counts.dropped):
         short = cut(sample, corpus.max_length)
         counts.num_cut += short is not sample
         if not short.num_labelled:
-            counts.num_dropped += 1
+            counts.dropped.append(
+                Dropped(f"sample {sample.id}", why_unlabelled(sample, corpus.max_length), id=sample.id)
+            )
             continue
         counts.lengths.append(len(short.input_ids))
         yield short

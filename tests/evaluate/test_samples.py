@@ -45,12 +45,23 @@ def test_bad_files_are_refused_by_name_and_line(tmp_path: Path, target: Path) ->
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):
         read_samples(tmp_path / "empty.jsonl", tokenizer)
-    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1]}\n{"prompt_ids": [1}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl:2: not valid JSON"):
-        read_samples(tmp_path / "bad.jsonl", tokenizer)
-    file = write_rows(tmp_path / "text.jsonl", {"prompt_ids": [1]}, {"prompt_ids": "one"})
-    with pytest.raises(ValueError, match=r"text.jsonl:2: prompt_ids must be a list of token ids"):
+    file = write_rows(tmp_path / "text.jsonl", {"prompt_ids": "one"}, {"prompt_ids": [True]})
+    with pytest.raises(ValueError, match=r"text.jsonl:1: prompt_ids is no list of whole numbers \(2 such\)"):
         read_samples(file, tokenizer)
+
+
+def test_rows_that_are_no_prompt_are_left_out_and_counted(
+    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(target))
+    (tmp_path / "ids.jsonl").write_text('{"prompt_ids": [1]}\n{"prompt_ids": [1}\n')
+    assert len(read_samples(tmp_path / "ids.jsonl", tokenizer)) == 1
+    assert "1 row dropped" in (told := capsys.readouterr().err)
+    assert "ids.jsonl:2: not valid JSON" in told
+    file = write_rows(tmp_path / "p.jsonl", prompt_row("ab"), prompt_row("cd") | {"messages": "cd"}, prompt_row("ab"))
+    assert [sample.id for sample in read_samples(file, tokenizer)] == ["ab"]
+    assert "p.jsonl:2: the list of turns" in (told := capsys.readouterr().err)
+    assert "p.jsonl:3: the id 'ab' as in" in told
 
 
 def test_prompts_that_fill_the_context_are_set_aside() -> None:
