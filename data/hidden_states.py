@@ -134,6 +134,8 @@ def extract(
             )
             loaded = where.load(target, target_dtype)
             compute = partial(features, loaded)
+        for layer in layers:
+            loaded.check_layer(layer)
         tokenizer = load_tokenizer(target, revision, trust_remote_code)
         length = sample_length(max_length, loaded.max_positions, target)
         chat = partial(chat_of, target, tokenizer, template, revision, trust_remote_code, rendering)

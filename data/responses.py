@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from draftsmith import provenance
-from draftsmith.arguments import FLAT
+from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.data.dialogues import Failure, answer_batch, answer_independently
 from draftsmith.data.engine_sampling import check_settings
 from draftsmith.data.engine_server import NO_SERVER, ServerEngine, ServerOptions
@@ -72,7 +72,7 @@ def respond(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int = 0,
-    stop: tuple[str, ...] = (),
+    stop: Annotated[tuple[str, ...], WHOLE] = (),
     template: str | None = None,
     limit: int | None = None,
     batch_rows: int = _BATCH["batch_rows"],

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.arguments import FLAT
+from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
@@ -41,7 +41,7 @@ def decode(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    stop: tuple[str, ...] = (),
+    stop: Annotated[tuple[str, ...], WHOLE] = (),
     chat: bool | None = None,
     dtype: str = "float32",
     drafter_adapter: Path | None = None,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from draftsmith import provenance
-from draftsmith.arguments import FLAT
+from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.data.prompts import PROMPT_FILE
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
@@ -44,7 +44,7 @@ def evaluate(
     target: str,
     prompts: Path,
     out: Path,
-    drafters: list[str] | None = None,
+    drafters: Annotated[list[str] | None, WHOLE] = None,
     shapes: list[str] | None = None,
     temperatures: list[float] | None = None,
     top_k: int = 0,

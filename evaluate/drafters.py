@@ -41,6 +41,8 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
         place, _, own = word.partition("@")
         name, equals, path = place.partition("=")
         given = path if equals else place
+        if "," in given and not Path(given).exists():
+            raise ValueError(f"drafter {word!r} holds a comma before its shapes; name several as --drafters A B")
         folder = drafter_folder(given)
         chosen = tuple(parse_shape(shape) for shape in (own.split(",") if own else shapes))
         if not chosen:

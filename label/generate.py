@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from draftsmith import provenance
-from draftsmith.arguments import FLAT
+from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.data.engines import BundledEngine
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import PROMPT_FILE, Prompt, read_prompts
@@ -125,7 +127,7 @@ def generate(
     top_p: float | None = None,
     max_new_tokens: int = 256,
     seed: int = 0,
-    stop: tuple[str, ...] = (),
+    stop: Annotated[tuple[str, ...], WHOLE] = (),
     template: str | None = None,
     batch_rows: int = 64,
     batch_tokens: int = 32768,
@@ -191,8 +193,15 @@ def generate(
     adder = "" if store is None else author or _user()
     checking = load_checker(checker, test_seconds, unprotected)
     questions = _questions(prompts, split, limit, licence, checking)
+    tokenizers = {
+        model: load_tokenizer(model, where.revision, where.trust_remote_code) for model in models
+    }  # the last name is checked before the first answer
     with exclusive(out / "answers.jsonl"):
-        folders = [(model, folder) for model in models for folder in _ask(model, questions, asking, where, out)]
+        folders = [
+            (model, folder)
+            for model, tokenizer in tokenizers.items()
+            for folder in _ask(model, tokenizer, questions, asking, where, out)
+        ]
         tally = Tally()
         answers = list(_labelled(questions, folders, checking, out, tally))
         kept = _pairs(answers, seed) if pairs else [answer for _, answer in answers]
@@ -254,9 +263,15 @@ def _questions(
     return found
 
 
-def _ask(model: str, questions: Sequence[Question], asking: Asking, where: TargetOptions, out: Path) -> list[Path]:
+def _ask(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    asking: Asking,
+    where: TargetOptions,
+    out: Path,
+) -> list[Path]:
     """Lets a model answer what it has not answered yet; gives the folders of its replies, one a run."""
-    tokenizer = load_tokenizer(model, where.revision, where.trust_remote_code)
     loaded = where.load(model, asking.dtype)
     engine = BundledEngine(loaded, tokenizer=tokenizer)
     asked = [question.prompt for question in questions]

@@ -6,6 +6,7 @@ Owns the shape of options (lists, dashes, `--config`) and the wording of mistake
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -14,14 +15,17 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
 import jsonargparse
+import yaml
 
-FLAT = "flat"  # marks a parameter in `Annotated`, see `parser_for`
+# Marks in `Annotated`:
+FLAT = "flat"  # a dataclass whose fields are options under their own names, see `parser_for`
+WHOLE = "whole"  # a list whose values may hold commas, see `gather_lists`
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -68,6 +72,8 @@ def explain(message: str, known: Iterable[str]) -> str:
         group = found["group"].removeprefix("Group ").strip("'")
         key = f"{group}.{found['key']}" if found["group"].startswith("Group") else found["key"]
         return f"{message} (unknown key).{suggestion(key, known)}"
+    if re.search("Expected a <class '(list|tuple)'>", message):
+        return f"{message}\nA list in YAML is [a, b], or one line `- a` for each value."
     return message
 
 
@@ -81,6 +87,7 @@ class CommandParser(Suggesting, jsonargparse.ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """The help text, with `Path` for `<class 'Path'>`."""
         text: str = super().format_help() if formatter is None else super().format_help(formatter)
+        text = re.sub(rf"Annotated\[([^']*),\s+'{WHOLE}'\]", r"\1", text)
         return re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
@@ -105,18 +112,39 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
     parser.add_function_arguments(function, as_group=False, skip=set(flat))
     for kind in flat.values():
         parser.add_class_arguments(kind, as_group=False)
+    whole = whole_options(function)
     for action in parser._actions:
         if action.dest in list_options(function):
-            action.metavar = f"{action.dest.upper()}[,...]"
+            action.metavar = f"{action.dest.upper()} ..." if action.dest in whole else f"{action.dest.upper()}[,...]"
+            how = how_to_list(action.dest, action.dest in whole)
+            told = action.help or ""
+            action.help = f"{told}{'' if told.endswith('.') else '.'} {how[0].upper()}{how[1:]}."
             action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
     return parser
 
 
 def call(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> Any:
     """Calls `function` with what `arguments` say; a mistake in them ends the process with code 2."""
+    return call_parsed(function, prog, parse(function, prog, arguments))
+
+
+def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> jsonargparse.Namespace:
+    """What `arguments` say, for `call_parsed`. Help, and a mistake in them, end the process here.
+
+    Only the signature of `function` is read, so an outline of it serves as well.
+    """
     parser = parser_for(function, prog)
-    parsed = parser.parse_args(gather_lists([with_underscores(word) for word in arguments], list_options(function)))
-    values = parser.instantiate(parsed)
+    words = [with_underscores(word) for word in arguments]
+    try:
+        words = gather_lists(words, list_options(function), whole_options(function))
+    except ValueError as error:
+        parser.error(str(error))
+    return parser.parse_args(words)
+
+
+def call_parsed(function: Callable[..., Any], prog: str, parsed: jsonargparse.Namespace) -> Any:
+    """Calls `function` with arguments that `parse` has read."""
+    values = parser_for(function, prog).instantiate(parsed)
     flat = {
         name: kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
         for name, kind in flat_parameters(function).items()
@@ -140,12 +168,15 @@ def with_underscores(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
-def gather_lists(arguments: Sequence[str], lists: dict[str, bool]) -> list[str]:
-    """Turns `--widths 1 2` and repeated `--widths 1 --widths 2` into the one JSON list that jsonargparse reads.
+def gather_lists(arguments: Sequence[str], lists: dict[str, bool], whole: Collection[str] = ()) -> list[str]:
+    """Turns `--widths 1 2`, `--widths 1,2`, repeats and a JSON or YAML list into the one JSON list that jsonargparse reads.
 
     Args:
         arguments: the words after the command.
         lists: names of the options that take several values; True where the values are text.
+        whole: those of them whose values may hold commas and brackets: only a JSON list of texts is taken apart.
+
+    Raises ValueError: an option has no value, an empty one, or a list in its list.
     """
     others: list[str] = []
     values: dict[str, list[str]] = {}
@@ -162,21 +193,70 @@ def gather_lists(arguments: Sequence[str], lists: dict[str, bool]) -> list[str]:
             values[open_list].append(word)
         else:
             others.append(word)
-    return others + [f"--{name}={_json_list(found, lists[name])}" for name, found in values.items()]
+    return others + [f"--{name}={_one_list(name, words, lists[name], name in whole)}" for name, words in values.items()]
 
 
-def _json_list(values: list[str], text: bool) -> str:
-    if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
-        return values[0]
-    return f"[{', '.join(json.dumps(value) if text else value for value in values)}]"
+def _one_list(name: str, words: list[str], text: bool, whole: bool) -> str:
+    if not words:
+        raise ValueError(f"option --{name} has no value; {how_to_list(name, whole)}")
+    if words == ["null"] and not whole:
+        return "null"
+    found = [value for word in words for value in (_whole_values(word) if whole else _values(name, word))]
+    return f"[{', '.join(json.dumps(value) if text else value for value in found)}]"
+
+
+def _whole_values(word: str) -> list[str]:
+    if word.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(word)
+            if all(isinstance(value, str) for value in found):
+                return list(found)
+    return [word]
+
+
+def _values(name: str, word: str) -> list[str]:
+    bracketed = word if word.startswith("[") else f"[{word}]"
+    try:
+        # Numbers stay as they were written: jsonargparse reads them by the option's type.
+        found = yaml.load(bracketed, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        found = word.split(",")
+    if not all(isinstance(value, str) and value.strip() for value in found) or (word.endswith(",")):
+        raise ValueError(f"option --{name}: {word!r} holds an empty value or an inner list; {how_to_list(name, False)}")
+    return [value.strip() for value in found]
+
+
+def how_to_list(name: str, whole: bool) -> str:
+    """How several values of an option are given: the sentence of its help and of its mistakes."""
+    if whole:
+        return f"give several as --{name} A B or as a JSON list; a comma belongs to the value"
+    return f"give several as --{name} A B, as --{name} A,B or as a JSON list"
 
 
 def list_options(function: Callable[..., Any]) -> dict[str, bool]:
-    """Names of the list and tuple parameters; True where the elements are text or paths."""
-    found = {}
-    for name, hint in typing.get_type_hints(function).items():
-        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        for option in options:
-            if typing.get_origin(option) in (list, tuple) and name != "return":
-                found[name] = typing.get_args(option)[0] in (str, Path)
+    """Names of the options that are lists or tuples; True where the elements are text or paths."""
+    return {name: element in (str, Path) for name, (element, _) in _lists(function, "").items()}
+
+
+def whole_options(function: Callable[..., Any]) -> set[str]:
+    """Names of those lists whose values may hold commas: their type is `Annotated[ITS_TYPE, WHOLE]`."""
+    return {name for name, (_, whole) in _lists(function, "").items() if whole}
+
+
+def _lists(owner: Callable[..., Any], prefix: str) -> dict[str, tuple[Any, bool]]:
+    """The element type of each list parameter or field, dataclasses below `owner` included, and whether it is marked as whole."""
+    found: dict[str, tuple[Any, bool]] = {}
+    for name, hint in typing.get_type_hints(owner, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        plain = hint.__origin__ if marks else hint
+        options = typing.get_args(plain) if typing.get_origin(plain) in (typing.Union, types.UnionType) else (plain,)
+        for option in options if name != "return" else ():
+            if typing.get_origin(option) in (list, tuple):
+                element = typing.get_args(option)[0]
+                if typing.get_origin(element) is None:  # lists of lists are JSON
+                    found[f"{prefix}{name}"] = (element, WHOLE in marks)
+            elif dataclasses.is_dataclass(option):
+                found |= _lists(
+                    typing.cast(Callable[..., Any], option), prefix if FLAT in marks else f"{prefix}{name}."
+                )
     return found

@@ -30,6 +30,14 @@ class Command:
     summary: str
     reads_arguments: bool = False
 
+    def outline(self) -> Callable[..., Any]:
+        """The function, or where its module is not imported yet, one of the same signature: what parsing needs."""
+        if self.module in sys.modules:
+            return self.load()
+        from draftsmith.outline import outline
+
+        return outline(self.module, self.function)
+
     def load(self) -> Callable[..., Any]:
         """Imports the function."""
         found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
@@ -170,9 +178,10 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
         if command.reads_arguments:
             command.load()(arguments)
         else:
-            from draftsmith.arguments import call
+            from draftsmith.arguments import call_parsed, parse
 
-            call(command.load(), prog, arguments)
+            parsed = parse(command.outline(), prog, arguments)
+            call_parsed(command.load(), prog, parsed)
     except BrokenPipeError:
         # The reader (`| head`) has left; what Python still holds for it must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from draftsmith.arguments import FLAT, CommandParser, call, explain, gather_lists, parser_for, suggestion
+from draftsmith.arguments import FLAT, WHOLE, CommandParser, call, explain, gather_lists, parser_for, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ def bake(
     kind: Literal["rye", "wheat"] = "rye",
     note: str | None = None,
     oven: Annotated[Oven, FLAT] = Oven(),
+    marks: Annotated[tuple[str, ...], WHOLE] = (),
 ) -> dict[str, Any]:
     """Bakes bread.
 
@@ -58,6 +59,7 @@ def bake(
         kind: The grain.
         note: What to write on it.
         oven: The oven.
+        marks: What to cut into it.
     """
     return dict(locals())
 
@@ -85,6 +87,7 @@ def test_options_reach_the_function_as_its_own_types() -> None:
         "kind": "wheat",
         "note": "fresh: 12",
         "oven": Oven(),
+        "marks": (),
     }
 
 
@@ -106,10 +109,79 @@ def test_dashes_and_underscores_name_the_same_option() -> None:
     assert baked("--max_new_loaves=8")["max_new_loaves"] == 8
 
 
-def test_a_list_option_takes_several_words_repeats_and_json() -> None:
-    for words in (["--flour", "f", "g"], ["--flour", "f", "--flour=g"], ["--flour", '["f", "g"]']):
-        got = call(bake, "draftsmith bake", ["--out", "o", *words])
-        assert got["flour"] == [Path("f"), Path("g")]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--flour", "f", "g"],
+        ["--flour", "f", "--flour=g"],
+        ["--flour", '["f", "g"]'],
+        ["--flour=[f, g]"],
+        ["--flour", "f,g"],
+        ["--flour=f, g"],
+    ],
+)
+def test_a_list_option_takes_several_words_repeats_commas_and_json(words: list[str]) -> None:
+    assert call(bake, "draftsmith bake", ["--out", "o", *words])["flour"] == [Path("f"), Path("g")]
+
+
+def test_numbers_in_a_list_are_read_by_its_type() -> None:
+    assert baked("--heats", "0,0.7", "1e2")["heats"] == (0.0, 0.7, 100.0)
+
+
+def test_only_json_keeps_a_comma_in_a_value() -> None:
+    assert baked("--flour", '["a,b"]')["flour"] == [Path("f"), Path("a,b")]
+
+
+@pytest.mark.parametrize(
+    ("words", "marks"),
+    [
+        (["--marks", "a,b", "[END]", "null"], ("a,b", "[END]", "null")),
+        (["--marks", '["a,b", "c"]', "d"], ("a,b", "c", "d")),
+        (["--marks=[1]"], ("[1]",)),
+        (["--marks", "null"], ("null",)),
+        (["--marks", ""], ("",)),
+    ],
+)
+def test_commas_and_brackets_belong_to_the_values_of_a_whole_list(words: list[str], marks: tuple[str, ...]) -> None:
+    assert baked(*words)["marks"] == marks
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--heats"], "option --heats has no value; give several as --heats A B, as --heats A,B or as a JSON list"),
+        (["--heats", "--note", "x"], "option --heats has no value"),
+        (["--heats", "1,,2"], "option --heats: '1,,2' holds an empty value"),
+        (["--heats", "1,"], "holds an empty value"),
+        (["--heats", "[[1]]"], "an inner list"),
+        (["--heats", "warm,hot"], "warm"),
+        (["--marks"], "option --marks has no value; give several as --marks A B or as a JSON list; a comma belongs to"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_answered_with_how_to_write_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert message in refused(capsys, "--out", "o", "--flour", "f", *words)
+
+
+def test_a_text_where_yaml_needs_a_list_is_answered_with_how_to_write_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("heats: 0,1\n")
+    assert "A list in YAML is [a, b]" in refused(
+        capsys, "--config", str(tmp_path / "c.yaml"), "--out", "o", "--flour", "f"
+    )
+
+
+def test_help_says_how_a_list_is_written() -> None:
+    text = " ".join(parser_for(bake, "draftsmith bake").format_help().split())
+    assert (
+        "--heats HEATS[,...] Every heat to try. Give several as --heats A B, as --heats A,B or as a JSON list." in text
+    )
+    assert (
+        "--marks MARKS ... What to cut into it. Give several as --marks A B or as a JSON list; a comma belongs" in text
+    )
+    assert "whole" not in text
 
 
 def test_lists_are_gathered_behind_the_other_words() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 import draftsmith
 from draftsmith import cli
-from draftsmith.arguments import flat_parameters, parser_for
+from draftsmith.arguments import flat_parameters, gather_lists, list_options, parser_for, whole_options
+from draftsmith.outline import outline
 
 PARSED = [name for name, command in cli.COMMANDS.items() if not command.reads_arguments]
 
@@ -143,6 +144,49 @@ def test_every_option_is_explained_in_the_docstring_of_its_function(name: tuple[
     assert explained >= set(inspect.signature(function).parameters)
     assert described.short_description
     assert "usage: draftsmith" in parser_for(function, " ".join(["draftsmith", *name])).format_help()
+
+
+@pytest.mark.parametrize("name", PARSED, ids=" ".join)
+def test_the_outline_of_a_command_has_the_options_of_the_command(name: tuple[str, ...]) -> None:
+    command = cli.COMMANDS[name]
+    read, real = outline(command.module, command.function), command.load()
+    assert parser_for(read, "x").format_help().split() == parser_for(real, "x").format_help().split()
+    assert (list_options(read), whole_options(read)) == (list_options(real), whole_options(real))
+
+
+def test_help_and_mistakes_of_every_command_import_no_torch_and_make_no_folder(tmp_path: Path) -> None:
+    mistakes = [[*name, "--help"] for name in PARSED]
+    mistakes += [["evaluate", "--no-such-option", "1"], ["data", "extract", "--layers"], ["tune", "--widths", "1,a"]]
+    script = (
+        "import contextlib, io, sys\nfrom draftsmith.cli import main\ncodes = []\n"
+        f"for words in {mistakes!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        try: main(words)\n"
+        "        except SystemExit as stopped: codes.append(stopped.code)\n"
+        "print(codes, [name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    expected = [0 if words[-1] == "--help" else 2 for words in mistakes]
+    assert (done.stdout.strip(), done.stderr) == (f"{expected} []", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PARSED, ids=" ".join)
+def test_every_list_option_takes_every_form_of_a_list(name: tuple[str, ...]) -> None:
+    function = cli.COMMANDS[name].load()
+    parser = parser_for(function, "x")
+    kinds = {action.dest: action for action in parser._actions}
+    for option, text in list_options(function).items():
+        values, whole = (["1x4", "2x4"] if text else ["1", "2"]), option in whole_options(function)
+        forms = [[f"--{option}", *values], [f"--{option}", values[0], f"--{option}={values[1]}"]]
+        forms += [
+            [f"--{option}", str(values).replace("'", '"')],
+            *([] if whole else [[f"--{option}", ",".join(values)]]),
+        ]
+        read = [gather_lists(words, {option: text}, {option} if whole else ()) for words in forms]
+        assert all(words == read[0] for words in read)
+        if option in kinds:  # fields of an optional dataclass have no line of their own in the help
+            assert f"--{option} A B" in kinds[option].help
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
