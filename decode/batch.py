@@ -30,7 +30,7 @@ class Generation:
 
     Attributes:
         token_ids: emitted tokens, the end-of-sequence token included where one was produced.
-        finish: why it ended: ``eos``, ``stop`` (a stop string) or ``length`` (the budget or the context's end).
+        finish: why it ended: ``eos``, ``stop`` (a stop string or the caller's ``until``) or ``length`` (the budget or the context's end).
         accepted: accepted draft tokens of each cycle, after cutting at the end; the first token comes from the prefill and
             belongs to no cycle. Tokens per step of a request is ``(len(token_ids) - 1) / len(accepted)``.
         depths: the deepest draft proposed in each cycle.
@@ -123,6 +123,7 @@ class Recorder:
         stop_strings: see the settings.
         tokenizer: needed with stop strings.
         on_tokens: called with (request, tokens) as soon as tokens are final.
+        until: called with (request, its reply so far) for every token in turn; True ends the request with that token.
 
     Raises:
         ValueError: stop strings without a tokenizer.
@@ -135,6 +136,7 @@ class Recorder:
         stop_strings: tuple[str, ...],
         tokenizer: PreTrainedTokenizerBase | None,
         on_tokens: Callable[[int, list[int]], None] | None,
+        until: Callable[[int, list[int]], bool] | None = None,
     ) -> None:
         if stop_strings and tokenizer is None:
             raise ValueError("stop strings need the text of tokens; give the engine a tokenizer")
@@ -144,6 +146,7 @@ class Recorder:
         self._stops = stop_strings
         self._tokenizer = tokenizer
         self._on_tokens = on_tokens
+        self._until = until
         # A stop of n characters ends within the last 4 n byte-level tokens; a few more give the decoder its context.
         self._tail = 4 * max(map(len, stop_strings), default=0) + 4
 
@@ -157,7 +160,7 @@ class Recorder:
             by_rule: 1 for each of the tokens that a lossy rule alone let stand; empty where there is no rule.
         """
         generation = self.generations[request]
-        kept, finish = self._cut(generation.token_ids, tokens, self.budgets[request])
+        kept, finish = self._cut(request, tokens)
         start = len(generation.token_ids)
         generation.by_rule += [start + place for place, ruled in enumerate(by_rule[: len(kept)]) if ruled]
         generation.token_ids.extend(kept)
@@ -170,24 +173,32 @@ class Recorder:
             generation.finish = finish
         return finish is not None
 
-    def _cut(self, before: list[int], tokens: list[int], budget: int) -> tuple[list[int], Finish | None]:
+    def _cut(self, request: int, tokens: list[int]) -> tuple[list[int], Finish | None]:
         """The tokens that count, and why the request ends with them, if it does."""
-        room = budget - len(before)
+        before = self.generations[request].token_ids
+        room = self.budgets[request] - len(before)
         finish: Finish | None = "length" if len(tokens) >= room else None
         kept = tokens[:room]
         ends = next((place for place, token in enumerate(kept) if token in self._eos), None)
         if ends is not None:
             kept, finish = kept[: ends + 1], "eos"
-        stop = self._stop_at(before, kept) if self._stops else None
+        stop = self._stop_at(request, before, kept)
         if stop is not None and not (finish == "eos" and stop == len(kept)):
             kept, finish = kept[:stop], "stop"
         return kept, finish
 
-    def _stop_at(self, before: list[int], tokens: list[int]) -> int | None:
-        """How many of ``tokens`` to keep so that the last one kept completes a stop string; None where none is completed."""
-        assert self._tokenizer is not None
-        for kept in range(1, len(tokens) + 1):
-            text = self._tokenizer.decode((before + tokens[:kept])[-self._tail :])
-            if any(stop in text for stop in self._stops):
+    def _stop_at(self, request: int, before: list[int], tokens: list[int]) -> int | None:
+        """How many of ``tokens`` to keep so that the last one kept completes a stop string or meets ``until``; None where none does."""
+        for kept in range(1, len(tokens) + 1 if self._stops or self._until else 1):
+            reply = before + tokens[:kept]
+            if self._completes(reply) or (self._until is not None and self._until(request, reply)):
                 return kept
         return None
+
+    def _completes(self, reply: list[int]) -> bool:
+        """Whether the last token completes a stop string."""
+        if not self._stops:
+            return False
+        assert self._tokenizer is not None
+        text = self._tokenizer.decode(reply[-self._tail :])
+        return any(stop in text for stop in self._stops)

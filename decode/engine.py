@@ -93,6 +93,7 @@ class Engine:
         settings: GenerationSettings,
         on_tokens: Callable[[int, list[int]], None] | None = None,
         request_ids: list[int] | None = None,
+        until: Callable[[int, list[int]], bool] | None = None,
     ) -> list[Generation]:
         """Decode a batch of prompts of any lengths.
 
@@ -101,6 +102,7 @@ class Engine:
             settings: shared by the batch.
             on_tokens: called with (index of the prompt, tokens) as soon as tokens are final.
             request_ids: which noise each prompt draws; its index by default.
+            until: called with (index of the prompt, its reply so far) for every token in turn; True ends the reply with that token.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room in the context, ids outside the vocabulary, or sampled trees at
@@ -109,7 +111,7 @@ class Engine:
         self._check(prompts, settings)
         context = self.target.max_positions or 2**62
         budgets = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
-        recorder = Recorder(budgets, settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens)
+        recorder = Recorder(budgets, settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens, until)
         if not prompts:
             return []
         with phase(self.ledger, "prefill"):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
     EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
     GenerationMixin,
     GenerationMode,
     MaxLengthCriteria,
@@ -31,6 +32,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
@@ -75,15 +77,14 @@ _REFUSED = (
     "logits_processor",
     "negative_prompt_attention_mask",
     "negative_prompt_ids",
-    "past_key_values",
     "position_ids",
     "prefix_allowed_tokens_fn",
-    "stop_strings",
-    "stopping_criteria",
     "synced_gpus",
 )
 # What Transformers prepares for the model's own forward, which is not called with it here.
 _UNUSED = {"cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+# Fields of a generation config that ask for more than tokens.
+_OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
 _ATTRIBUTE = "_draftsmith_served"
 
 
@@ -94,7 +95,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     drafter: str | Path | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | GenerateDecoderOnlyOutput:
     """Decode with the drafter of this folder: what ``model.generate`` would give without it, in fewer forwards.
 
     At ``do_sample=False`` the tokens are the model's own; at ``do_sample=True`` they have its distribution, drawn from a seed that torch's
@@ -104,21 +105,22 @@ def generate(
     Args:
         model: the target that the drafter was trained for.
         inputs: int64 [B, T], or ``input_ids`` among ``kwargs``.
-        generation_config: as in ``model.generate``; of its processors the repetition penalty, temperature, top-k, top-p and min-p work.
+        generation_config: as in ``model.generate``; of its processors the repetition penalty, temperature, top-k, top-p and min-p work,
+            and every stopping criterion, which is asked token by token with one row alone.
         streamer: gets the tokens as they become final; one row only.
         drafter: folder or hub id of the drafter; by default what the caller gave as ``custom_generate``.
         kwargs: ``beam_width``, ``draft_length`` and ``node_budget`` (None: no budget) for this call's drafts; arguments of the hub
             (``revision``, ``token`` ...); and whatever else ``model.generate`` takes.
 
     Returns:
-        int64 [B, T + L]: prompts and replies, replies padded on the right.
+        int64 [B, T + L]: prompts and replies, replies padded on the right; with ``return_dict_in_generate`` as its ``sequences``.
 
     Raises:
         ValueError: the folder holds no whole drafter, it is another model's, or something is asked for that decoding here does not do.
     """
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     given = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
-    _refuse_arguments(model, generation_config, kwargs)
+    _refuse_arguments(kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
     limits = DraftLimits(**{**served.limits, **given})
 
@@ -129,18 +131,21 @@ def generate(
         stopping_criteria: Iterable[object],
         generation_config: GenerationConfig,
         **prepared: Any,
-    ) -> Tensor:
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         _refuse_config(generation_config, prepared)
-        settings = _settings(generation_config, logits_processor, stopping_criteria, input_ids.shape[1])
+        own, others = _criteria(stopping_criteria)
+        settings = _settings(generation_config, logits_processor, own, input_ids.shape[1])
         prompts = _prompts(input_ids, prepared.get("attention_mask"))
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer shows one reply, but {len(prompts)} rows are asked for; leave it out")
         with _frozen(model):
             engine = Engine(served.target, served.drafter, limits)
-            replies = engine.generate(prompts, settings, None if streamer is None else _feeder(streamer))
+            feed = None if streamer is None else _feeder(streamer)
+            replies = engine.generate(prompts, settings, feed, until=_until(others, input_ids) if others else None)
         if streamer is not None:
             streamer.end()
-        return _joined(input_ids, replies, generation_config, settings)
+        sequences = _joined(input_ids, replies, generation_config, settings)
+        return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
 
     # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
     prepare: Any = GenerationMixin.generate
@@ -254,18 +259,13 @@ def _load(folder: Path, target: Target) -> tuple[Drafter, dict[str, Any]]:
     return drafter, settings["limits"]
 
 
-def _refuse_arguments(
-    model: PreTrainedModel, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
-) -> None:
+def _refuse_arguments(arguments: Mapping[str, Any]) -> None:
     asked = [name for name in _REFUSED if _is_given(arguments.get(name))]
+    # An empty cache counts: whoever gives one wants it filled.
+    asked += ["past_key_values"] if arguments.get("past_key_values") is not None else []
     if asked:
         raise ValueError(
             f"{', '.join(asked)}: not supported with this drafter; leave it out, or decode without custom_generate"
-        )
-    config = generation_config or model.generation_config
-    if config is not None and config.stop_strings:
-        raise ValueError(
-            f"the generation config has stop_strings {config.stop_strings!r}, which are not supported with this drafter; set them to None"
         )
 
 
@@ -274,9 +274,14 @@ def _refuse_config(config: GenerationConfig, prepared: Mapping[str, Any]) -> Non
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"generation mode {mode.value!r} is not greedy_search or sample, which drafters work with")
-    if config.return_dict_in_generate:
+    outputs = [name for name in _OUTPUTS if getattr(config, name, None)]
+    if outputs:
+        raise ValueError(f"{', '.join(outputs)}: only token ids are returned with this drafter; leave it out")
+    cache = config.cache_implementation or ""
+    if config.cache_config is not None or "quantized" in cache or "offloaded" in cache:
         raise ValueError(
-            "return_dict_in_generate is set, but only token ids can be returned with this drafter; set it to False"
+            f"cache_implementation is {cache!r} and cache_config {config.cache_config!r}, but this drafter keeps a cache of its own, whole "
+            "and on the model's device; leave them out, or decode without custom_generate"
         )
     unused = [name for name, value in prepared.items() if name not in {*_UNUSED, "attention_mask"} and _is_given(value)]
     if unused:
@@ -287,13 +292,36 @@ def _is_given(value: object) -> bool:
     return value is not None and value is not False and not (isinstance(value, Sized) and len(value) == 0)
 
 
+def _criteria(criteria: Iterable[StoppingCriteria]) -> tuple[list[StoppingCriteria], list[StoppingCriteria]]:
+    """Those that the engine has itself (the length, the end-of-sequence tokens), and the others, which are asked for every token."""
+    own: list[StoppingCriteria] = []
+    others: list[StoppingCriteria] = []
+    for criterion in criteria:
+        (own if type(criterion) in (MaxLengthCriteria, EosTokenCriteria) else others).append(criterion)
+    return own, others
+
+
+def _until(criteria: list[StoppingCriteria], input_ids: Tensor) -> Callable[[int, list[int]], bool]:
+    """Whether any criterion ends a row with the last token of its reply; each sees [1, T + tokens so far] and no scores.
+
+    No scores (None) is what Transformers hands on where nobody asks for them. A criterion may answer with one truth or a tensor.
+    """
+
+    def ends(row: int, reply: list[int]) -> bool:
+        tokens = torch.tensor([reply], dtype=input_ids.dtype, device=input_ids.device)
+        text = torch.cat([input_ids[row : row + 1], tokens], dim=1)
+        return any(bool(torch.as_tensor(criterion(text, None)).any()) for criterion in criteria)
+
+    return ends
+
+
 def _settings(
-    config: GenerationConfig, processors: Iterable[object], criteria: Iterable[object], prompt_length: int
+    config: GenerationConfig, processors: Iterable[object], criteria: Iterable[StoppingCriteria], prompt_length: int
 ) -> GenerationSettings:
     """What Transformers prepared, as the engine takes it.
 
     Raises:
-        ValueError: a processor or criterion that the engine does not have.
+        ValueError: a processor that the engine does not have.
     """
     asked: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
     for processor in processors:
@@ -318,8 +346,6 @@ def _settings(
                 asked["max_new_tokens"] = criterion.max_length - prompt_length
             case EosTokenCriteria():
                 asked["eos_token_ids"] = tuple(criterion.eos_token_id.tolist())
-            case _:
-                raise _not_supported(criterion)
     asked["constraints"] = constraints_of(_without_padding(config, prompt_length), "this call")
     if config.do_sample:
         asked["seed"] = int(torch.randint(2**62, ()))
@@ -336,8 +362,7 @@ def _without_padding(config: GenerationConfig, prompt_length: int) -> Generation
 
 def _not_supported(part: object) -> ValueError:
     return ValueError(
-        f"{type(part).__name__} is not supported with this drafter; of the criteria the length and the end-of-sequence tokens are. Leave "
-        "its setting out, or decode without custom_generate"
+        f"{type(part).__name__} is not supported with this drafter; leave its setting out, or decode without custom_generate"
     )
 
 

@@ -17,8 +17,8 @@ import torch
 from doubles import family_configs, random_model
 from scipy.stats import chisquare
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
-from transformers.generation import TemperatureLogitsWarper
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 import draftsmith
@@ -451,11 +451,13 @@ def test_a_drafter_that_is_exported_anew_is_read_anew(
     [
         ({"num_beams": 2}, "generation mode 'beam_search'"),
         ({"prompt_lookup_num_tokens": 3}, "generation mode 'assisted_generation'"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores: only token ids are returned"),
+        ({"output_hidden_states": True}, "output_hidden_states: only token ids are returned"),
+        ({"past_key_values": DynamicCache()}, "past_key_values: not supported"),
+        ({"cache_implementation": "quantized"}, "cache_implementation is 'quantized'"),
         ({"min_new_tokens": 4}, "LogitsProcessor is not supported"),
         ({"do_sample": True, "typical_p": 0.5}, "TypicalLogitsWarper is not supported"),
-        ({"max_time": 1.0}, "MaxTimeCriteria is not supported"),
-        ({"stop_strings": ["."]}, "stop_strings: not supported"),
+        ({"stop_strings": ["."]}, "tokenizer"),
         ({"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)])}, "logits_processor: not supported"),
         ({"position_ids": torch.arange(3)}, "position_ids: not supported"),
         ({"synced_gpus": True}, "synced_gpus: not supported"),
@@ -475,11 +477,69 @@ def test_a_streamer_shows_one_row_only(model: PreTrainedModel, folders: dict[str
         generate(model, torch.tensor([[5, 6], [7, 8]]), drafter=folders["eagle"], streamer=Heard())
 
 
-def test_stop_strings_of_the_models_own_settings_are_refused(folders: dict[str, Path]) -> None:
+def test_stop_strings_end_a_reply_where_transformers_ends_it(
+    folders: dict[str, Path], prompts: list[list[int]], plain: list[list[int]]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(resolve("embedded:target"), dtype=torch.float32)
-    model.generation_config.stop_strings = ["."]
-    with pytest.raises(ValueError, match="stop_strings"):
-        decode(model, folders["redrafter"], [5, 6, 7])
+    tokenizer = load_tokenizer("embedded:target")
+    reply = tokenizer.decode(plain[0][len(prompts[0]) :])
+    settings: dict[str, Any] = {"stop_strings": [reply[len(reply) // 2 :][:3]], "tokenizer": tokenizer}
+    expected = model.generate(torch.tensor(prompts[:1]), do_sample=False, max_new_tokens=LONGEST, **settings)[
+        0
+    ].tolist()
+    assert len(prompts[0]) < len(expected) < len(plain[0])
+    assert decode(model, folders["redrafter"], prompts[0], **settings) == expected
+    model.generation_config.stop_strings = settings["stop_strings"]
+    assert decode(model, folders["redrafter"], prompts[0], tokenizer=tokenizer) == expected
+
+
+class AfterSum(StoppingCriteria):
+    """Ends a row once the ids behind its first `start` sum up to a multiple of 7; says so for each row."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        assert scores is None
+        return input_ids[:, self.start :].sum(1) % 7 == 0
+
+
+def test_a_stopping_criterion_of_the_caller_ends_each_row_where_transformers_ends_it(
+    model: PreTrainedModel, folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    width = max(map(len, prompts))
+    padded = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+    settings: dict[str, Any] = {
+        "attention_mask": (torch.arange(width) >= torch.tensor([[width - len(prompt)] for prompt in prompts])).long(),
+        "stopping_criteria": StoppingCriteriaList([AfterSum(width)]),
+        "do_sample": False,
+        "max_new_tokens": LONGEST,
+    }
+    expected = model.generate(padded, **settings)
+    assert len({int((row != PAD).sum()) for row in expected[:, width:]}) > 1
+    heard = generate(model, padded, drafter=folders["eagle"], **settings)
+    assert heard.tolist() == expected.tolist()
+
+
+def test_max_time_ends_a_reply_that_has_more_to_say(
+    model: PreTrainedModel, folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    assert len(decode(model, folders["eagle"], prompts[0], max_time=1e-9)) == len(prompts[0]) + 1
+
+
+def test_sequences_come_in_a_record_where_that_is_asked_for(
+    model: PreTrainedModel, folders: dict[str, Path], prompts: list[list[int]], plain: list[list[int]]
+) -> None:
+    found = generate(
+        model,
+        torch.tensor(prompts[:1]),
+        drafter=folders["eagle"],
+        do_sample=False,
+        max_new_tokens=LONGEST,
+        return_dict_in_generate=True,
+    )
+    assert found.sequences.tolist() == plain[:1]
+    assert list(found) == ["sequences"]
 
 
 def test_outside_of_a_call_of_generate_the_folder_must_be_named(model: PreTrainedModel) -> None:
