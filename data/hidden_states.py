@@ -35,6 +35,7 @@ from draftsmith.data.shared_survey import shared_survey
 from draftsmith.data.together import Features, follow, leading, process_group
 from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.files import exclusive
+from draftsmith.foreign import visible
 from draftsmith.json_rows import summary
 from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
@@ -409,7 +410,7 @@ def verify(
     for row in worst:
         differences = f"max difference {row.max_difference:.3e}  relative {row.relative_difference:.3e}"
         greedy = f"  greedy tokens equal {row.greedy_agreement:.1%}" if identity.local_horizon else ""
-        print(f"{row.sample}  {row.layer}  {differences}{greedy}")
+        print(visible(f"{row.sample}  {row.layer}  {differences}{greedy}"))
     failed = [row for row in worst if not row.relative_difference <= allowed or row.greedy_agreement < greedy_share]
     if failed:
         raise ValueError(

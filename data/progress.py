@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from draftsmith.foreign import visible
+
 
 class _RateColumn(ProgressColumn):
     def __init__(self, unit: str) -> None:
@@ -29,7 +31,7 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(unit),
@@ -38,7 +40,7 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
     started = time.perf_counter()
     now = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, completed=done)
+        task = bar.add_task(visible(title), total=total, completed=done)
 
         def advance(count: int) -> None:
             nonlocal now
@@ -47,4 +49,6 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
 
         yield advance
     if not console.is_terminal and now:
-        console.print(f"{title}: {now:,} {unit} in {time.perf_counter() - started:.1f} s", highlight=False)
+        console.print(
+            f"{visible(title)}: {now:,} {unit} in {time.perf_counter() - started:.1f} s", markup=False, highlight=False
+        )

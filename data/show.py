@@ -18,6 +18,7 @@ from draftsmith.data.cache import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import TokenizedSample, chat_of
+from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
@@ -89,10 +90,13 @@ def render(
     """
     total, labelled = len(sample.input_ids), sample.num_labelled
     share = f"{labelled / total:.0%}" if total else "none"
-    text = Text(f"{sample.id}: {total} tokens, {labelled} trained on ({share})\n", style="bold")
+    text = Text(f"{visible(sample.id)}: {total} tokens, {labelled} trained on ({share})\n", style="bold")
     for kept, ids in _runs(sample.input_ids, sample.loss_mask):
         piece = "│".join(str(tokenizer.decode([token])) for token in ids) if tokens else str(tokenizer.decode(ids))
-        text.append(f"«{piece}»" if marks and kept else piece, style="not bold green" if kept else "not bold dim")
+        text.append(
+            f"«{visible(piece)}»" if marks and kept else visible(piece),
+            style="not bold green" if kept else "not bold dim",
+        )
         if tokens:
             text.append("│", style="not bold dim")
     return text.append("\n")

@@ -20,6 +20,7 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.rule_text import parse_rule
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.foreign import visible
 from draftsmith.models import load_tokenizer
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.drafter_folder import adapted, load_drafter
@@ -110,7 +111,9 @@ def decode(
         )
     if lossy is not None:
         console.print(
-            f"[yellow]LOSSY[/yellow] [dim]by the rule {lossy}: {len(generation.by_rule)} tokens are not the target's choice[/dim]"
+            Text("LOSSY ", "yellow"),
+            Text(f"by the rule {visible(lossy)}: {len(generation.by_rule)} tokens are not the target's choice", "dim"),
+            sep="",
         )
 
 
@@ -166,6 +169,6 @@ def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text
         if whole.endswith("�"):
             continue
         style = "yellow" if index in generation.by_rule else "bold" if index in own else "green"
-        text.append(whole[len(shown) :], style=style)
+        text.append(visible(whole[len(shown) :]), style=style)
         shown = whole
     return text

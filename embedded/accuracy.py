@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from draftsmith.embedded import path
 from draftsmith.embedded.checker import Verdict, check
 from draftsmith.embedded.problems import Problem, Split, distinct_problems
+from draftsmith.foreign import visible
 from draftsmith.models.pretrained import read_model, read_tokenizer
 
 
@@ -94,7 +95,7 @@ def reply(
 def _show_wrong(asked: list[Problem], replies: list[str], verdicts: list[Verdict], show: int) -> None:
     wrong = [index for index, verdict in enumerate(verdicts) if not verdict.correct]
     for index in wrong[:show]:
-        print(f"{asked[index].question}\n{replies[index]}\n(right: {asked[index].answer})\n")
+        print(visible(f"{asked[index].question}\n{replies[index]}\n(right: {asked[index].answer})\n"))
 
 
 if __name__ == "__main__":

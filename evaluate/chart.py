@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from draftsmith.evaluate.records import Row
+from draftsmith.foreign import chart_text
 
 INK, SOFT, GRID = "#22262e", "#6b7280", "#e5e7eb"
 LOOKS = (
@@ -48,7 +49,7 @@ def draw(rows: Sequence[Row]) -> bytes:
     deep = any(row.acceptance_by_depth for row in rows)
     axes = figure.subplots(1, 2, width_ratios=(1.45, 1)) if deep else [figure.subplots()]
     several = len({row.temperature for row in rows}) > 1
-    names = [f"{row.label}  T={row.temperature:g}" if several else row.label for row in rows]
+    names = [chart_text(f"{row.label}  T={row.temperature:g}" if several else row.label) for row in rows]
     looks = _looks(rows)
     _draw_gains(axes[0], rows, names, [look.colour for look in looks])
     if deep:
@@ -61,7 +62,7 @@ def draw(rows: Sequence[Row]) -> bytes:
 
 def titled_png(figure: Figure, title: str) -> bytes:
     """PNG bytes of a figure under its title."""
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(chart_text(title), fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": ""})
     return out.getvalue()

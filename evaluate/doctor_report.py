@@ -5,7 +5,6 @@ Owns a finding's fields and how they are shown. Does not know what is checked.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,8 @@ from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from draftsmith.foreign import json_text, visible
 
 Verdict = Literal["ok", "warning", "fault", "not checked"]
 _STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "fault": "bold red", "not checked": "dim"}
@@ -61,13 +62,15 @@ def findings_table(findings: Sequence[Finding]) -> Group:
         table.add_column(title, overflow="fold", no_wrap=title in ("check", "verdict"))
     for one in findings:
         # Text, since a plain str is read as markup: ids, phrases and paths may hold brackets.
-        table.add_row(one.name, Text(one.verdict, _STYLES[one.verdict]), Text(one.measured), Text(one.expected))
+        table.add_row(
+            one.name, Text(one.verdict, _STYLES[one.verdict]), Text(visible(one.measured)), Text(visible(one.expected))
+        )
     notes: list[Text | Padding] = []
     for one in findings:
         if one.remedy:
             notes.append(Text(f"\n{one.name}", _STYLES[one.verdict]))
-            notes += [Padding(Text(line), (0, 0, 0, 2)) for line in one.details]
-            notes.append(Padding(Text(f"-> {one.remedy}", "bold"), (0, 0, 0, 2)))
+            notes += [Padding(Text(visible(line)), (0, 0, 0, 2)) for line in one.details]
+            notes.append(Padding(Text(visible(f"-> {one.remedy}"), "bold"), (0, 0, 0, 2)))
     return Group(table, *notes)
 
 
@@ -94,4 +97,4 @@ def findings_json(findings: Sequence[Finding], subject: Mapping[str, Any], made_
         {**asdict(one), "figures": {name: _number(value) for name, value in one.figures.items()}} for one in findings
     ]
     content = {"subject": dict(subject), "findings": told, "provenance": dict(made_by)}
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json_text(content, indent=2) + "\n"

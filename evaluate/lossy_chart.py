@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from draftsmith.evaluate.chart import GRID, LOOKS, SOFT, titled_png
 from draftsmith.evaluate.lossy import PLAIN, RuleRow
+from draftsmith.foreign import chart_text
 
 
 def draw_trade(rows: Sequence[RuleRow]) -> bytes:
@@ -50,7 +51,7 @@ def _draw(axes: Axes, rows: Sequence[RuleRow], measure: str, title: str) -> None
             linewidth=1.4,
             elinewidth=0.7,
             capsize=2,
-            label=name,
+            label=chart_text(name),
         )
     axes.set_xlabel(title, color=SOFT)
     axes.grid(color=GRID, linewidth=0.8)

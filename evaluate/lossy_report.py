@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftsmith.evaluate.lossy import PLAIN, RuleRow
+from draftsmith.foreign import code, plain
 
 HEADER = (
     "| rule | threshold | right answers (95 %) | change, points (95 %) | accepted a cycle (95 %) | target forwards an answer (95 %) "
@@ -32,7 +33,7 @@ def trade_table(rows: Sequence[RuleRow]) -> str:
     for row in rows:
         change = "-" if not row.lossy else _points(row.accuracy_change, row.accuracy_change_interval)
         cells = [
-            f"{row.rule} (lossy)" if row.lossy else row.rule,
+            plain(f"{row.rule} (lossy)" if row.lossy else row.rule),
             "-" if row.threshold is None else f"{row.threshold:g}",
             _share(row.accuracy, row.accuracy_interval),
             change,
@@ -50,11 +51,13 @@ def trade_table(rows: Sequence[RuleRow]) -> str:
 def to_markdown(facts: Mapping[str, Any], target: str, drafter: str, rows: Sequence[RuleRow]) -> str:
     """The page."""
     setting = (
-        f"Target `{target}`, drafter `{drafter}`, shape {next((row.shape for row in rows if row.shape), '-')}, "
+        f"Target {code(target)}, drafter {code(drafter)}, shape {plain(next((row.shape for row in rows if row.shape), '-'))}, "
         f"{rows[0].problems} problems."
     )
     machine = "\n".join(
-        f"- {key}: {value}" for part in (facts["machine"], facts["versions"]) for key, value in part.items()
+        f"- {plain(key)}: {plain(value)}"
+        for part in (facts["machine"], facts["versions"])
+        for key, value in part.items()
     )
     parts = [
         "# Lossy rules",
@@ -62,7 +65,7 @@ def to_markdown(facts: Mapping[str, Any], target: str, drafter: str, rows: Seque
         trade_table(rows),
         "![Right answers against accepted tokens and speed](report.png)",
     ]
-    return "\n\n".join([*parts, MEANING.rstrip(), f"`{facts['command']}`", machine]) + "\n"
+    return "\n\n".join([*parts, MEANING.rstrip(), code(facts["command"]), machine]) + "\n"
 
 
 def _share(value: float, interval: tuple[float, float]) -> str:

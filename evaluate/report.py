@@ -11,6 +11,7 @@ from pathlib import Path
 
 from draftsmith.evaluate.records import Row, Slice
 from draftsmith.files import atomic_write
+from draftsmith.foreign import block, code, plain
 
 HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
 MEANING = """\
@@ -63,7 +64,7 @@ def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row]
     first = rows[0]
     runs = f"{first.repeats} timed run{'s' if first.repeats > 1 else ''} a prompt"
     setting = (
-        f"Target `{first.target}`, {first.dtype} on {first.device}, batch {first.batch_size}, {first.prompts} prompts, "
+        f"Target {code(first.target)}, {first.dtype} on {plain(first.device)}, batch {first.batch_size}, {first.prompts} prompts, "
         f"at most {first.max_new_tokens} new tokens, {runs}."
     )
     parts = ["# Evaluation", setting, main_table(rows), *_warnings(rows), *_baseline(rows)]
@@ -81,7 +82,7 @@ def main_table(rows: Sequence[Row]) -> str:
         steps = _ranged(row.tokens_per_step, row.tokens_per_step_interval)
         speedup = _ranged(row.speedup, row.speedup_interval) + (" (suspicious)" if row.suspicious else "")
         lines.append(
-            f"| {row.label} | {row.temperature:g} | {steps} | {speedup} | {row.tokens_per_second:.0f} "
+            f"| {plain(row.label)} | {row.temperature:g} | {steps} | {speedup} | {row.tokens_per_second:.0f} "
             f"| {'in distribution' if row.is_sampled else _percent(row.exact_share)} | {_percent(row.looping_share)} |"
         )
     return "\n".join(lines)
@@ -89,7 +90,7 @@ def main_table(rows: Sequence[Row]) -> str:
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
     return [
-        f"**Suspicious:** `{row.label}` at T = {row.temperature:g} is {row.speedup:.2f} times faster with only "
+        f"**Suspicious:** {code(row.label)} at T = {row.temperature:g} is {row.speedup:.2f} times faster with only "
         f"{row.tokens_per_step or 0:.2f} tokens per step. A drafter cannot save more forwards than that: look for a "
         "slow baseline or a busy machine before believing this row."
         for row in rows
@@ -124,8 +125,10 @@ def _slice_table(rows: Sequence[Row]) -> str:
 def _slice_line(row: Row, part: Slice) -> str:
     steps = _ranged(part.tokens_per_step, part.tokens_per_step_interval)
     speedup = "-" if part.speedup is None else f"{part.speedup:.2f}"
-    name = f"{part.by}: {part.value}"
-    return f"| {row.label} | {row.temperature:g} | {name} | {part.prompts} | {part.tokens} | {steps} | {speedup} |"
+    name = plain(f"{part.by}: {part.value}")
+    return (
+        f"| {plain(row.label)} | {row.temperature:g} | {name} | {part.prompts} | {part.tokens} | {steps} | {speedup} |"
+    )
 
 
 def _depth_table(rows: Sequence[Row]) -> str:
@@ -140,7 +143,7 @@ def _depth_table(rows: Sequence[Row]) -> str:
     for row in found:
         cells = [f"{one.conditional:.2f} / {one.marginal:.2f}" for one in row.acceptance_by_depth]
         lines.append(
-            f"| {row.label} | {row.temperature:g} | " + " | ".join(cells + ["-"] * (deepest - len(cells))) + " |"
+            f"| {plain(row.label)} | {row.temperature:g} | " + " | ".join(cells + ["-"] * (deepest - len(cells))) + " |"
         )
     return "## Acceptance by depth\n\nConditional (given the depth before was accepted) / marginal.\n\n" + "\n".join(
         lines
@@ -155,7 +158,7 @@ def _stage_table(rows: Sequence[Row]) -> str:
     for row in (row for row in rows if row.stage_seconds):
         total = sum(row.stage_seconds.values())
         cells = [_percent(row.stage_seconds.get(stage, 0.0) / total) if total else "-" for stage in stages]
-        lines.append(f"| {row.label} | {row.temperature:g} | " + " | ".join(cells) + " |")
+        lines.append(f"| {plain(row.label)} | {row.temperature:g} | " + " | ".join(cells) + " |")
     note = "Share of the wall-clock, from a separate run with the ledger on: its clock does not slow the figures above."
     return f"## Where the time goes\n\n{note}\n\n" + "\n".join(lines)
 
@@ -166,16 +169,16 @@ def _divergence_list(rows: Sequence[Row]) -> str:
         for one in row.divergences:
             gap = "" if one.gap is None else f"; the target's logits are {one.gap:.2g} apart"
             lines.append(
-                f"- {row.label}, T = {row.temperature:g}, prompt `{one.prompt_id}`, token {one.position}: plain "
+                f"- {plain(row.label)}, T = {row.temperature:g}, prompt {code(one.prompt_id)}, token {one.position}: plain "
                 f"{one.plain_token}, got {one.contender_token}{gap}"
             )
     return "## Replies that differ from plain decoding\n\n" + "\n".join(lines) if lines else ""
 
 
 def _made_by(command: str, machine: dict, versions: dict) -> str:
-    facts = [f"- {key}: {value}" for key, value in machine.items() if value not in (None, "", [])]
-    facts += [f"- {key} {value}" for key, value in versions.items() if value]
-    return f"## How it was made\n\n```sh\n{command}\n```\n\n" + "\n".join(facts)
+    facts = [f"- {plain(key)}: {plain(value)}" for key, value in machine.items() if value not in (None, "", [])]
+    facts += [f"- {plain(key)} {plain(value)}" for key, value in versions.items() if value]
+    return f"## How it was made\n\n{block(command, 'sh')}\n\n" + "\n".join(facts)
 
 
 def _ranged(value: float | None, interval: tuple[float, float] | None) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from draftsmith.evaluate.chart import INK, SOFT
 from draftsmith.evaluate.costs import Costs
 from draftsmith.evaluate.tune import Outcome
+from draftsmith.foreign import block, code, plain
 from draftsmith.models.shapes import short_shape
 
 SHOWN = 12
@@ -92,11 +93,11 @@ def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
     """The text of tune.md."""
     best = report.best
     slow = "" if best.speedup > 1 else " Nothing in the grid is faster than plain decoding: draft less, or not at all."
-    facts = ", ".join(f"{name} {value}" for name, value in report.setting.items())
+    facts = plain(", ".join(f"{name} {value}" for name, value in report.setting.items()))
     parts = [
         "# Draft shapes",
-        f"Target `{report.target}`, drafter `{report.drafter}`: {facts}.",
-        f"**Fastest: `{report.word(best)}`**, predicted {best.speedup:.2f} times as fast as plain decoding, with "
+        f"Target {code(report.target)}, drafter {code(report.drafter)}: {facts}.",
+        f"**Fastest: {code(report.word(best))}**, predicted {best.speedup:.2f} times as fast as plain decoding, with "
         f"{best.tokens_per_step:.2f} tokens per step.{slow}",
         *_warnings(report.costs),
         f"## The fastest {min(SHOWN, len(report.outcomes))} of {len(report.outcomes)}",
@@ -107,7 +108,7 @@ def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
         MEANING,
         "## What a cycle costs",
         _cost_tables(report.costs),
-        f"## How it was made\n\n```sh\n{made_by['command']}\n```",
+        f"## How it was made\n\n{block(made_by['command'], 'sh')}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -129,7 +130,8 @@ def outcome_table(report: TuneReport, outcomes: Sequence[Outcome]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {report.name(one)} | {one.nodes} | {one.depth} | {one.tokens_per_step:.2f} ({one.interval[0]:.2f} to {one.interval[1]:.2f}) "
+        f"| {plain(report.name(one))} | {one.nodes} | {one.depth} "
+        f"| {one.tokens_per_step:.2f} ({one.interval[0]:.2f} to {one.interval[1]:.2f}) "
         f"| {1000 * one.draft_seconds:.2f} | {1000 * one.check_seconds:.2f} | {one.speedup:.2f} |"
         for one in outcomes
     ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from draftsmith.export import custom_generate
 from draftsmith.export.serving import commands
+from draftsmith.foreign import block, code, plain, yaml_text
 from draftsmith.models.drafter import DrafterConfig
 from draftsmith.models.eagle_config import Eagle3Config
 
@@ -115,7 +116,7 @@ def write_card(
     name = Path(subject.target).name if subject.target != UNKNOWN_TARGET else "its target"
     parts = [
         _front_matter(subject),
-        f"# {KINDS[subject.family].name} draft head for {name}",
+        f"# {KINDS[subject.family].name} draft head for {plain(name)}",
         _summary(subject),
         "## Use",
         _use(subject),
@@ -138,7 +139,7 @@ def _front_matter(subject: Subject) -> str:
     ]
     target = subject.config.target_name
     if target.count("/") == 1 and not target.startswith((".", "/")) and not Path(target).exists():
-        lines.append(f"base_model: {target}")
+        lines.append(f"base_model: {yaml_text(target)}")
     return "\n".join([*lines, "---"])
 
 
@@ -149,11 +150,11 @@ def _summary(subject: Subject) -> str:
         if subject.draft_vocab_size is None
         else f"a draft vocabulary of {subject.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens"
     )
-    layers = f" (`{'`, `'.join(config.layers)}`)" if isinstance(config, Eagle3Config) else ""
+    layers = f" ({', '.join(map(code, config.layers))})" if isinstance(config, Eagle3Config) else ""
     return (
         f"{kind.what} of {subject.parameters:,} parameters ({subject.dtype}) over {vocabulary}. It proposes tokens from {kind.reads} of "
-        f"`{subject.target}`{layers}, and that target verifies them: the output is the target's own, token for token at temperature 0 and "
-        f"in distribution above it. It is bound to that target (fingerprint `{config.target_fingerprint[:12] or 'unknown'}`) "
+        f"{code(subject.target)}{layers}, and that target verifies them: the output is the target's own, token for token at temperature "
+        f"0 and in distribution above it. It is bound to that target (fingerprint {code(config.target_fingerprint[:12] or 'unknown')}) "
         "and works with no other."
     )
 
@@ -209,12 +210,12 @@ def _measured(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> s
     place = ", ".join(str(machine[key]) for key in ("cpu", "gpus") if machine.get(key)) or "an unnamed machine"
     first = rows[0]
     note = (
-        f"Target `{first['target']}`, {first['dtype']}, batch {first['batch_size']}, on {place}. *Shape*: as "
+        f"Target {code(first['target'])}, {plain(first['dtype'])}, batch {plain(first['batch_size'])}, on {plain(place)}. *Shape*: as "
         "`draftsmith evaluate --shapes` reads it. *Tokens per step*: emitted tokens per target forward after the "
         "prefill, the bonus token counted, "
         "with the 95 % bootstrap interval over prompts. *Speed-up*: over plain decoding in the same engine."
     )
-    return "\n".join(lines) + f"\n\n{note}\n\nMeasured by\n\n```sh\n{report.get('command', '')}\n```"
+    return "\n".join(lines) + f"\n\n{note}\n\nMeasured by\n\n{block(report.get('command', ''), 'sh')}"
 
 
 def _measured_line(row: Mapping[str, Any]) -> str:
@@ -228,7 +229,7 @@ def _measured_line(row: Mapping[str, Any]) -> str:
     if shape[:1] in ("s", "k"):  # sampled trees have the target's distribution, not plain decoding's tokens
         share = "in distribution"
     return (
-        f"| {shape} | {row['temperature']:g} | {steps} "
+        f"| {plain(shape)} | {row['temperature']:g} | {steps} "
         f"| {row['speedup']:.2f}{suspicious} | {share} | {row['prompts']} |"
     )
 
@@ -236,18 +237,17 @@ def _measured_line(row: Mapping[str, Any]) -> str:
 def _training(training: Mapping[str, Any]) -> str:
     if not training:
         return "How these weights were trained was not recorded."
-    lines = [f"```sh\n{training.get('command', 'not recorded')}\n```", ""]
+    lines = [block(training.get("command", "not recorded"), "sh"), ""]
     data = dict(training.get("config", {}).get("data", {}))
-    lines += [f"- data: {_facts(data)}"] if data else []
-    lines += [f"- read: `{path}` (`{print_[:12]}`)" for path, print_ in training.get("inputs", {}).items()]
+    lines += [f"- data: {plain(_facts(data))}"] if data else []
+    lines += [f"- read: {code(path)} ({code(print_[:12])})" for path, print_ in training.get("inputs", {}).items()]
     revision = training.get("git_revision")
-    lines += [f"- code: revision `{revision}`"] if revision else []
-    lines += [f"- with: {_facts(training.get('versions', {}))}", f"- on: {training.get('time', 'a day not recorded')}"]
+    lines += [f"- code: revision {code(revision)}"] if revision else []
+    lines += [f"- with: {plain(_facts(training.get('versions', {})))}"]
+    lines += [f"- on: {plain(training.get('time', 'a day not recorded'))}"]
     settings = {key: value for key, value in training.get("config", {}).items() if key != "data"}
     text = json.dumps(settings, indent=2)
-    return "\n".join(
-        [*lines, "", "<details><summary>Settings</summary>", "", f"```json\n{text}\n```", "", "</details>"]
-    )
+    return "\n".join([*lines, "", "<details><summary>Settings</summary>", "", block(text, "json"), "", "</details>"])
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -6,11 +6,13 @@ Does not know how to read or write weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from draftsmith.export.judge_autojudge import NUMBERS, TENSORS
+from draftsmith.foreign import code, plain, yaml_text
 from draftsmith.models.judge import PRE_NORM, CurvePoint, JudgeConfig
 
 JudgeLayout = Literal["draftsmith", "autojudge"]
@@ -30,7 +32,7 @@ def write_judge_card(config: JudgeConfig, layout: JudgeLayout, training: Mapping
     name = Path(config.target_name).name or "its target"
     parts = [
         _front_matter(config),
-        f"# A judge for {name}",
+        f"# A judge for {plain(name)}",
         _summary(config),
         "## Use",
         _use(config) if layout == "draftsmith" else _use_autojudge(config),
@@ -48,20 +50,20 @@ def _front_matter(config: JudgeConfig) -> str:
     lines = ["---", "library_name: draftsmith", "tags: [speculative-decoding, judge-decoding, lossy]"]
     target = config.target_name
     if target.count("/") == 1 and not target.startswith((".", "/")) and not Path(target).exists():
-        lines.append(f"base_model: {target}")
+        lines.append(f"base_model: {yaml_text(target)}")
     return "\n".join([*lines, "---"])
 
 
 def _summary(config: JudgeConfig) -> str:
     reads = "before its final norm" if config.feature == PRE_NORM else "after its final norm"
-    draft = f" and the last state of `{config.draft_name or 'its draft model'}`" if config.draft_hidden_size else ""
+    draft = f" and the last state of {code(config.draft_name or 'its draft model')}" if config.draft_hidden_size else ""
     return (
         "**This is LOSSY.** A judge lets tokens of a draft stand that the target itself would not have written. With it, speculative "
         "decoding accepts more tokens a step, and its output is no longer the target's own: some of what it lets pass is wrong. At "
         "threshold 1 it accepts nothing, and decoding is lossless again.\n\n"
         f"A linear head of {config.num_features + 1:,} numbers ([Judge Decoding](https://arxiv.org/abs/2501.19309)) over the last hidden "
-        f"state of `{config.target_name or UNKNOWN_TARGET}` at the drafted token, {reads}{draft}. It is bound to that target "
-        f"(fingerprint `{config.target_fingerprint[:12] or 'unknown'}`) and works with no other."
+        f"state of {code(config.target_name or UNKNOWN_TARGET)} at the drafted token, {reads}{draft}. It is bound to that target "
+        f"(fingerprint {code(config.target_fingerprint[:12] or 'unknown')}) and works with no other."
     )
 
 
@@ -80,14 +82,14 @@ def judge_example(config: JudgeConfig) -> str:
         "from draftsmith.models import Target, load_tokenizer",
         "from draftsmith.models.judge import load_judge",
         "",
-        f'target = Target.load("{target}")',
+        f"target = Target.load({json.dumps(target)})",
         'judge = load_judge(Path(".")).attach(target.ends)',
-        f'ids = torch.tensor([load_tokenizer("{target}").encode("{_TEXT}")])',
+        f"ids = torch.tensor([load_tokenizer({json.dumps(target)}).encode({json.dumps(_TEXT)})])",
         "with torch.no_grad():",
         "    states = [target.prefix(ids).pre_norm]",
     ]
     if config.draft_hidden_size:
-        lines.append(f'    states.append(Target.load("{config.draft_name}").prefix(ids).pre_norm)')
+        lines.append(f"    states.append(Target.load({json.dumps(config.draft_name)}).prefix(ids).pre_norm)")
     return "\n".join([*lines, "    print(judge.log_odds(*states).sigmoid(), judge.accepts(*states))"]) + "\n"
 
 
@@ -149,7 +151,7 @@ def _labels(labels: Mapping[str, Any]) -> str:
     lines = ["| | questions | correct tokens | wrong tokens |", "|---|---|---|---|"]
     for split, count in labels["questions"].items():
         correct, wrong = (labels.get(kind, {}).get(split, "not recorded") for kind in ("correct", "wrong"))
-        lines.append(f"| {split} | {count} | {correct} | {wrong} |")
+        lines.append(f"| {plain(split)} | {plain(count)} | {plain(correct)} | {plain(wrong)} |")
     told = [
         f"{what}: {_listed(labels[key])}"
         for key, what in (("how", "labelled by"), ("source", "from"))
@@ -159,7 +161,7 @@ def _labels(labels: Mapping[str, Any]) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return ", ".join(f"{plain(name)} ({plain(count)})" for name, count in counts.items())
 
 
 def _training(labels: Mapping[str, Any], training: Mapping[str, Any]) -> str:
@@ -170,4 +172,4 @@ def _training(labels: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         f" Area under the ROC curve over held-out questions: {metrics['val/auc']:.4f}." if "val/auc" in metrics else ""
     )
     penalty = f" L2 penalty {labels['l2']:g}, class weight {labels.get('class_weight')}." if "l2" in labels else ""
-    return f"`{training.get('command', 'command not recorded')}`, {training.get('time', 'time not recorded')}.{penalty}{area}"
+    return f"{code(training.get('command', 'command not recorded'))}, {plain(training.get('time', 'time not recorded'))}.{penalty}{area}"

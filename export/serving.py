@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 
+from draftsmith.foreign import shell_word
+
 _METHODS = {"eagle": "eagle", "eagle3": "eagle3", "speculators": "eagle3"}
 _STEPS, _TOP_K, _NODES = 5, 8, 32
 
@@ -22,10 +24,12 @@ def commands(layout: str, target: str, num_steps: int) -> str:
     parts = []
     if layout in _METHODS:
         settings = {"method": _METHODS[layout], "model": "/path/to/this/folder", "num_speculative_tokens": num_steps}
-        parts.append(f"vLLM:\n\n```sh\nvllm serve {target} --speculative-config '{json.dumps(settings)}'\n```")
+        parts.append(
+            f"vLLM:\n\n```sh\nvllm serve {shell_word(target)} --speculative-config '{json.dumps(settings)}'\n```"
+        )
     if layout in ("eagle", "eagle3"):
         parts.append(
-            f"SGLang:\n\n```sh\npython -m sglang.launch_server --model-path {target} \\\n"
+            f"SGLang:\n\n```sh\npython -m sglang.launch_server --model-path {shell_word(target)} \\\n"
             f"  --speculative-algorithm {layout.upper()} --speculative-draft-model-path /path/to/this/folder \\\n"
             f"  --speculative-num-steps {_STEPS} --speculative-eagle-topk {_TOP_K} --speculative-num-draft-tokens {_NODES}\n```"
         )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from draftsmith.foreign import visible
 from draftsmith.label import label_studio
 from draftsmith.label.importers import Format, read_labelled
 from draftsmith.label.origin import Origin
@@ -57,7 +58,7 @@ def import_answers(
         )
     print(f"labels: {_verdicts(imported.answers)}")
     for reason in imported.left_out[:_SHOWN]:
-        print(f"left out: {reason}")
+        print(visible(f"left out: {reason}"))
     if len(imported.left_out) > _SHOWN:
         print(f"left out: {len(imported.left_out) - _SHOWN} more")
 
@@ -122,7 +123,7 @@ def stats(
     for title, names in _groups(answers).items():
         for name in sorted(set(names)):
             chosen = [answer for answer, own in zip(answers, names, strict=True) if own == name]
-            print(f"{title} {name}: {_verdicts(chosen)}")
+            print(visible(f"{title} {name}: {_verdicts(chosen)}"))
     if target is not None:
         counts = _token_counts(answers, target, after, revision, trust_remote_code)
         told = ", ".join(f"{count} {name}" for name, count in counts.items())

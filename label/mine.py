@@ -22,6 +22,7 @@ from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
+from draftsmith.foreign import visible
 from draftsmith.label.checkers import Checker, load_checker
 from draftsmith.label.mine_answers import Parse, ParserName, answer_parser
 from draftsmith.label.mine_outputs import counts, from_log, labelled_answers, to_log, token_rows
@@ -273,6 +274,6 @@ def _tell(out: Path, report: dict[str, Any]) -> None:
         f"{labels['wrong']} wrong; {report['target']['forwards']} forwards of the target, {report['draft']['forwards']} of the draft"
     )
     for reason, count in report["left_out"].items():
-        print(f"left out: {count} questions: {reason}")
+        print(visible(f"left out: {count} questions: {reason}"))
     if report["swaps_without_answer"]:
         print(f"{report['swaps_without_answer']} labels are in {ROWS} only: their token is no characters of its own")

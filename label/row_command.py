@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.tokens import ChatTemplate, chat_of
+from draftsmith.foreign import visible
 from draftsmith.label.rows import LabelledRow, write_rows
 from draftsmith.label.schema import Answer, read_answers
 from draftsmith.label.store import Store
@@ -209,4 +210,4 @@ def _tell(made: Made, out: Path) -> None:
         )
     if made.left_out:
         example, reason = made.left_out[0]
-        print(f"{len(made.left_out)} answers left out: {_reasons(made)} (first: {example}: {reason})")
+        print(visible(f"{len(made.left_out)} answers left out: {_reasons(made)} (first: {example}: {reason})"))

@@ -23,6 +23,8 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from draftsmith.foreign import visible
+
 # Marks in `Annotated`:
 FLAT = "flat"  # a dataclass whose fields are options under their own names, see `parser_for`
 WHOLE = "whole"  # a list whose values may hold commas, see `gather_lists`
@@ -53,7 +55,7 @@ class Suggesting:
         if not parser.exit_on_error:
             jsonargparse.ArgumentParser.error(parser, message, ex)
         prog = at_fault.prog.replace(" [options]", "")
-        sys.stderr.write(f"{prog}: error: {message}\nRun '{prog} --help' to see every option.\n")
+        sys.stderr.write(f"{prog}: error: {visible(message)}\nRun '{prog} --help' to see every option.\n")
         sys.exit(2)
 
 

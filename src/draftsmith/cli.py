@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith import __version__
+from draftsmith.foreign import visible
 
 PROG = "draftsmith"
 
@@ -166,7 +167,7 @@ def _unknown(name: tuple[str, ...]) -> int:
 
     known = {" ".join(command) for command in COMMANDS} | set(GROUPS)
     word = " ".join(name)
-    print(f"{PROG}: error: unknown command '{word}'.{suggestion(word, known)}", file=sys.stderr)
+    print(f"{PROG}: error: unknown command '{visible(word)}'.{suggestion(word, known)}", file=sys.stderr)
     print(f"Run '{PROG} --help' to see every command.", file=sys.stderr)
     return 2
 
@@ -187,7 +188,7 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {visible(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; the same command goes on from here where it can", file=sys.stderr)

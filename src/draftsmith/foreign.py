@@ -53,8 +53,9 @@ def yaml_text(text: object) -> str:
 
 
 def chart_text(text: object) -> str:
-    """For a label of Matplotlib, which reads formulas between dollar signs."""
-    return one_line(text).replace("$", r"\$")
+    """For a label of Matplotlib, which reads formulas between dollar signs and leaves labels that begin with `_` out of legends."""
+    label = one_line(text).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def shell_word(text: object) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.files import atomic_write
+from draftsmith.foreign import json_text
 from draftsmith.ownership import CLAIM_FILE as FILE_NAME
 from draftsmith.ownership import check_unclaimed
 
@@ -59,7 +60,7 @@ def write(directory: Path, record: Mapping[str, Any]) -> Path:
     """
     check_unclaimed(Path(directory))
     path = Path(directory) / FILE_NAME
-    atomic_write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(path, json_text(record, indent=2) + "\n")
     return path
 
 
