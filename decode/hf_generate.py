@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,13 @@ from transformers.generation import (
     MaxLengthCriteria,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
@@ -121,6 +123,7 @@ def generate(
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     given = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
     _refuse_arguments(kwargs)
+    generation_config, kwargs["stopping_criteria"] = _with_stop_strings(model, generation_config, kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
     limits = DraftLimits(**{**served.limits, **given})
 
@@ -128,7 +131,7 @@ def generate(
         model: PreTrainedModel,
         input_ids: Tensor,
         logits_processor: Iterable[object],
-        stopping_criteria: Iterable[object],
+        stopping_criteria: Iterable[StoppingCriteria],
         generation_config: GenerationConfig,
         **prepared: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -145,13 +148,16 @@ def generate(
         if streamer is not None:
             streamer.end()
         sequences = _joined(input_ids, replies, generation_config, settings)
-        return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))
+        return sequences
 
     # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
     prepare: Any = GenerationMixin.generate
-    return prepare(
-        model, inputs, generation_config=generation_config, streamer=streamer, custom_generate=decode, **kwargs
-    )
+    with _without_stop_strings(model):
+        return prepare(
+            model, inputs, generation_config=generation_config, streamer=streamer, custom_generate=decode, **kwargs
+        )
 
 
 @dataclass(frozen=True)
@@ -267,6 +273,44 @@ def _refuse_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{', '.join(asked)}: not supported with this drafter; leave it out, or decode without custom_generate"
         )
+
+
+def _with_stop_strings(
+    model: PreTrainedModel, config: GenerationConfig | None, arguments: dict[str, Any]
+) -> tuple[GenerationConfig | None, StoppingCriteriaList]:
+    """The config without stop strings, and the criteria with one for them; takes `stop_strings` and `tokenizer` out of the arguments.
+
+    Transformers makes that criterion itself, but drops the tokenizer of a call with a decoding function of its own.
+
+    Raises:
+        ValueError: stop strings without a tokenizer.
+    """
+    tokenizer, strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
+    for asked in (config, model.generation_config):
+        strings = strings or (None if asked is None else asked.stop_strings)
+    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
+    if strings and tokenizer is None:
+        raise ValueError(f"stop_strings are {strings!r}, which need the text of tokens; add tokenizer=")
+    if strings:
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    if config is not None and config.stop_strings:
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    return config, criteria
+
+
+@contextmanager
+def _without_stop_strings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's own settings have no stop strings: the criterion for them is there already."""
+    own = None if model.generation_config is None else model.generation_config.stop_strings
+    if not own:
+        yield
+        return
+    model.generation_config.stop_strings = None
+    try:
+        yield
+    finally:
+        model.generation_config.stop_strings = own
 
 
 def _refuse_config(config: GenerationConfig, prepared: Mapping[str, Any]) -> None:

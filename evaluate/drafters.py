@@ -36,7 +36,8 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
 
     Raises ValueError for a path that is no folder, a bad shape, no shape, or two drafters that cannot be told apart.
     """
-    entries, unnamed = [], []
+    entries: list[Entry] = []
+    unnamed: list[int] = []
     for word in words:
         place, _, own = word.partition("@")
         name, equals, path = place.partition("=")

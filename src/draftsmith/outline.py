@@ -86,11 +86,12 @@ def _bound(statement: ast.stmt) -> list[str]:
 def _without_bodies(statement: ast.stmt) -> ast.stmt:
     """A function with its docstring only, a class without its methods, anything else as it is."""
     if isinstance(statement, ast.FunctionDef):
-        docstring = statement.body[:1] if ast.get_docstring(statement) is not None else [ast.Pass()]
-        bare = ast.FunctionDef(statement.name, statement.args, docstring, decorator_list=[], type_params=[])
-        return ast.fix_missing_locations(ast.copy_location(bare, statement))
+        has_docstring = ast.get_docstring(statement) is not None
+        statement.body = statement.body[:1] if has_docstring else [ast.copy_location(ast.Pass(), statement)]
+        statement.decorator_list, statement.returns = [], None
     if isinstance(statement, ast.ClassDef):
-        statement.body = [part for part in statement.body if not isinstance(part, ast.FunctionDef)] or [ast.Pass()]
+        statement.body = [part for part in statement.body if not isinstance(part, ast.FunctionDef)]
+        statement.body = statement.body or [ast.copy_location(ast.Pass(), statement)]
     return statement
 
 
