@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class RequestText:
     def process(self, path: Sequence[int], logits_V: Tensor) -> Tensor:
         """float32 [V]: the logits of what follows the text and some more tokens."""
         ids_1T = torch.tensor([[*self.prompt, *self.emitted, *path]], device=logits_V.device)
-        return self.processors(ids_1T, logits_V[None])[0]
+        return self.processors(cast(torch.LongTensor, ids_1T), logits_V[None])[0]
 
 
 def process_texts(logits_BNV: Tensor, tree: DraftTree, texts: Sequence[RequestText]) -> Tensor:
@@ -152,7 +153,7 @@ def _of_text(
     settings: GenerationSettings, asked: Constraints, prompt: Sequence[int], device: torch.device
 ) -> list[LogitsProcessor]:
     """Those that look at which tokens a text holds."""
-    prompt_1T = torch.tensor([list(prompt)], device=device)
+    prompt_1T = cast(torch.LongTensor, torch.tensor([list(prompt)], device=device))
     found: list[LogitsProcessor] = []
     if asked.sequence_bias:
         found.append(SequenceBiasLogitsProcessor([[list(ids), bias] for ids, bias in asked.sequence_bias]))
