@@ -30,6 +30,7 @@ from draftsmith.decode.verify import Walk, walk
 from draftsmith.models.cache import SlotCache
 from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
 from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.finite import broken_rows, not_finite
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.noise import request_keys
 from draftsmith.models.reading import CHUNK, read_again, read_prompts, read_tree, within_factors
@@ -105,8 +106,8 @@ class Engine:
             until: called with (index of the prompt, its reply so far) for every token in turn; True ends the reply with that token.
 
         Raises:
-            ValueError: an empty prompt, one that leaves no room in the context, ids outside the vocabulary, or sampled trees at
-                temperature 0.
+            ValueError: an empty prompt, one that leaves no room in the context, ids outside the vocabulary, sampled trees at
+                temperature 0, or logits that turn into NaN or infinity.
         """
         self._check(prompts, settings)
         context = self.target.max_positions or 2**62
@@ -129,7 +130,7 @@ class Engine:
                 steps = self._walk(batch, tree, ancestors_BNN, logits_BNV, output, settings)
                 self._advance(batch, tree, steps, output)
             with phase(self.ledger, "host"):
-                self._record(batch, recorder, steps, tree.max_depth)
+                self._record(batch, recorder, steps, logits_BNV, tree.max_depth)
             if self.ledger is not None:
                 self.ledger.count(tree.num_nodes)
         return recorder.generations
@@ -258,13 +259,17 @@ class Engine:
             }
             batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
 
-    def _record(self, batch: Batch, recorder: Recorder, steps: Walk, drafted: int | None) -> None:
+    def _record(self, batch: Batch, recorder: Recorder, steps: Walk, logits_BNV: Tensor, drafted: int | None) -> None:
         """Read the cycle back in one transfer, hand tokens to the host's records and retire the rows that ended."""
         keep = []
-        columns = [steps.counts_B[:, None], steps.emitted_BE]
+        broken_B = broken_rows(logits_BNV, steps.path_BE, steps.counts_B)
+        columns = [broken_B[:, None].long(), steps.counts_B[:, None], steps.emitted_BE]
         if isinstance(steps, LossyWalk):
             columns.append(steps.by_rule_BE.long())
-        for row, (count, *cells) in enumerate(torch.cat(columns, dim=1).tolist()):
+        for row, (broken, count, *cells) in enumerate(torch.cat(columns, dim=1).tolist()):
+            if broken:
+                place = f"behind token {batch.host_lengths[row]} of prompt {batch.requests[row]}"
+                raise not_finite(self.target.name, self.target.dtype, place)
             if drafted is not None:
                 batch.host_lengths[row] += count
                 batch.host_fresh[row] = count
@@ -324,7 +329,7 @@ class Engine:
             batch.draft = self.drafter.start(Opening(pairs, tokens_BT[:, 0], self.limits, room))
             if self.limits.early_stop is not None:
                 batch.stop = StopState.begin(self.limits.early_stop, self.limits.draft_length, len(prompts), device)
-        self._record(batch, recorder, steps, drafted=None)
+        self._record(batch, recorder, steps, logits_B1V, drafted=None)
         return batch
 
     @property

@@ -119,21 +119,27 @@ class Eagle3Config(EagleConfig):
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:
     """The config's fields that follow the target's; a Llama layer's for any family."""
     target = ends.config
-    heads = int(target.num_attention_heads)
+    heads = _size(target, "num_attention_heads")
     epsilons = (getattr(target, name, None) for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"))
     return {
         "hidden_size": ends.hidden_size,
         "vocab_size": ends.vocab_size,
         "target_name": ends.name,
         "target_fingerprint": ends.fingerprint,
-        "intermediate_size": int(getattr(target, "intermediate_size", None) or 4 * ends.hidden_size),
+        "intermediate_size": _size(target, "intermediate_size", "ffn_dim") or 4 * ends.hidden_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or heads),
-        "head_dim": int(getattr(target, "head_dim", None) or ends.hidden_size // heads),
+        "num_key_value_heads": _size(target, "num_key_value_heads") or heads,
+        "head_dim": _size(target, "head_dim") or ends.hidden_size // heads,
         "rms_norm_eps": float(next((one for one in epsilons if one is not None), 1e-6)),
         "max_position_embeddings": ends.max_positions or 2048,
         "rope": rope_of(target),
     }
+
+
+def _size(target: Any, *names: str) -> int:
+    """The first of these fields that the config has, or 0. Where it differs by layer, the last layer's, which the drafter continues."""
+    value = next((found for name in names if (found := getattr(target, name, None))), 0)
+    return int(value[-1] if isinstance(value, list | tuple) else value)
 
 
 def default_layers(num_layers: int) -> tuple[str, ...]:

@@ -8,18 +8,19 @@ Shape legend: D hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.context import context_of, refuse_past_table
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.loading import load_causal_lm, resolve_model, target_fingerprint
-from draftsmith.models.pretrained import check_tensors, read_config, read_part
+from draftsmith.models.pretrained import check_tensors, language_model_class, read_config, read_part
 from draftsmith.models.support import final_norm, refuse_unsupported, text_base
 
 
@@ -64,6 +65,11 @@ class TargetEnds(nn.Module):
         if self.head is None:
             raise ValueError(f"{name}: {type(model).__name__} has no output embeddings; a causal LM is needed")
         self.hidden_size = int(self.config.hidden_size)
+        width = int(getattr(self.head, "in_features", self.hidden_size))
+        if width != self.hidden_size:
+            raise ValueError(
+                f"{name}: {type(model).__name__} is not supported: its head reads {width} numbers, its states have {self.hidden_size}"
+            )
         # A weight that ZeRO-3 has divided has no shape of its own.
         self.vocab_size = int(getattr(self.head, "out_features", self.head.weight.shape[0]))
         self.eos_token_ids = end_tokens(model.generation_config, model.config) or end_token_ids
@@ -96,11 +102,10 @@ class TargetEnds(nn.Module):
         """
         folder = resolve_model(path, revision)
         config = read_config(folder, trust_remote_code)
-        check_tensors(AutoModelForCausalLM, folder, trust_remote_code)
+        kind = language_model_class(config, folder)
         with _quiet("transformers"):  # the trunk is left out on purpose; no need to warn of it
-            model = read_part(
-                AutoModelForCausalLM, folder, trust_remote_code, config=_of_one_layer(config), dtype=dtype
-            )
+            check_tensors(kind, folder, trust_remote_code)
+            model = read_part(kind, folder, _end_names, trust_remote_code, config=_of_one_layer(config), dtype=dtype)
         fingerprint = target_fingerprint(path, revision, adapter)
         ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
         if adapter is not None:
@@ -126,8 +131,8 @@ class TargetEnds(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the norm's weights, and so of the states."""
-        return next(self.norm.parameters()).dtype
+        """The dtype of the states: that of the norm's weights, or of the embedding's where the norm has none (OLMo, NanoChat)."""
+        return next(itertools.chain(self.norm.parameters(), self.embedding.parameters())).dtype
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [...] -> input embeddings [..., D]."""
@@ -154,11 +159,16 @@ def _end_names(model: PreTrainedModel) -> list[str]:
 
 
 def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with its first layer alone, of which values that differ by layer are kept as lists of one."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
+    count = text.num_hidden_layers
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, name, value[:1])
     text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+    if getattr(text, "num_kv_shared_layers", None):
+        text.num_kv_shared_layers = 0
     return short
 
 

@@ -1,6 +1,8 @@
 """Tensors that are no numbers: the one test for NaN and infinity, and what is said of logits that hold them.
 
 Owns how the test is done cheaply, and the message about logits. Knows nothing of how tensors were made.
+
+Shape legend: B batch rows, N tree nodes, E path slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +28,19 @@ def refuse_non_finite(logits: Tensor, name: str) -> None:
     """
     if not is_finite(logits):
         raise not_finite(name, logits.dtype, "of its first tokens")
+
+
+def broken_rows(logits_BNV: Tensor, path_BE: Tensor, counts_B: Tensor) -> Tensor:
+    """bool [B]: rows whose largest logit is NaN or infinite at a node that they went through; nothing is read back from the device.
+
+    Args:
+        logits_BNV: float, at every node of a tree.
+        path_BE: int64, the node that a row went through at each depth.
+        counts_B: int64, how many of those are real. What is guessed beside the text may overflow.
+    """
+    place_E = torch.arange(path_BE.shape[1], device=path_BE.device)
+    peaks_BE = logits_BNV.amax(-1).gather(1, path_BE)
+    return (~peaks_BE.isfinite() & (place_E < counts_B[:, None])).any(1)
 
 
 def not_finite(name: str, dtype: torch.dtype, place: str) -> ValueError:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from draftsmith.models.fingerprint import checkpoint_fingerprint
-from draftsmith.models.pretrained import check_tensors, read_config, read_model, read_tokenizer
+from draftsmith.models.pretrained import check_tensors, language_model_class, read_config, read_model, read_tokenizer
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -124,6 +124,7 @@ def load_causal_lm(
     folder = resolve_model(path, revision)
     arguments: dict[str, Any] = {"dtype": dtype}
     config: Any = read_config(folder, trust_remote_code)
+    kind = language_model_class(config, folder)
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
         arguments["attn_implementation"] = "eager"
@@ -145,8 +146,8 @@ def load_causal_lm(
     fingerprint = target_fingerprint(path, revision, adapter)
     if distributed is not None or is_deepspeed_zero3_enabled():
         # Loaders of parts report their own part, or less. Whole and before any part, every process comes to the same verdict.
-        check_tensors(AutoModelForCausalLM, folder, trust_remote_code)
-    model = read_model(AutoModelForCausalLM, folder, trust_remote_code, **arguments)
+        check_tensors(kind, folder, trust_remote_code)
+    model = read_model(kind, folder, trust_remote_code, **arguments)
     if adapter is not None:
         from draftsmith.models.adapter_files import adapter_folder
         from draftsmith.models.target_adapter import merge_into_target

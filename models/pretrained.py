@@ -6,17 +6,23 @@ paths, devices, targets and drafters. Everything else in the package loads throu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 _SHOWN = 3  # names of tensors that an error lists
@@ -48,6 +54,24 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
 
 
+def language_model_class(config: PreTrainedConfig, folder: Path) -> type[Any]:
+    """The Auto class that opens a checkpoint with this config as a model that writes text.
+
+    Raises:
+        ValueError: Transformers has none for it, and neither has the folder.
+    """
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    raise ValueError(
+        f"{folder} holds a {config.model_type!r}, which Transformers cannot run as a language model; give a causal LM, or a multimodal "
+        "model that writes text"
+    )
+
+
 def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, **arguments: Any) -> Any:
     """A whole model from the safetensors in a folder.
 
@@ -73,13 +97,32 @@ def check_tensors(kind: type[Any], folder: Path, trust_remote_code: bool = False
     read_model(kind, folder, trust_remote_code, device_map="meta", **arguments)
 
 
-def read_part(kind: type[Any], folder: Path, trust_remote_code: bool = False, **arguments: Any) -> Any:
-    """A model whose config leaves out layers that the folder holds; arguments and errors as for :func:`read_model`.
+def read_part(
+    kind: type[Any],
+    folder: Path,
+    needed: Callable[[Any], Sequence[str]],
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> Any:
+    """A model whose config leaves out layers that the folder holds.
 
-    Tensors that the shortened model does not have are let pass: :func:`check_tensors` of the whole config judges them.
+    Tensors beside the needed ones are not judged: :func:`check_tensors` of the whole config does that.
+
+    Args:
+        kind: a model's class, or one of Transformers' Auto classes.
+        folder: where config and weights are.
+        needed: of the model, the names of the modules that must be whole.
+        trust_remote_code: whether Python files of the folder may run.
+        arguments: more for ``from_pretrained``, such as the shortened ``config``.
+
+    Raises:
+        ValueError: a needed tensor is missing or of another shape; or the model needs code of the folder, and that is not allowed.
     """
     model, report = _load(kind, folder, trust_remote_code, **arguments)
-    refuse_faults(folder, {**report, "unexpected_keys": ()})
+    prefixes = tuple(f"{name}." for name in needed(model))
+    missing = [name for name in report["missing_keys"] if name.startswith(prefixes)]
+    mismatched = [mismatch for mismatch in report["mismatched_keys"] if mismatch[0].startswith(prefixes)]
+    refuse_faults(folder, {"missing_keys": missing, "unexpected_keys": (), "mismatched_keys": mismatched})
     return model
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm")
 _BLOCKS = ("layers", "h", "blocks")
+_RECURRENT = {"linear_attention", "mamba", "recurrent", "conv", "hybrid"}
 
 
 def text_base(model: PreTrainedModel) -> nn.Module:
     """The decoder without its head; of a multimodal model, the one that reads text."""
-    base = model.base_model
-    return getattr(base, "language_model", base)
+    base = getattr(model.base_model, "language_model", model.base_model)
+    has_blocks = any(isinstance(getattr(base, name, None), nn.Module) for name in _BLOCKS)
+    return base if has_blocks else getattr(base, "decoder", base)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
@@ -46,8 +48,9 @@ def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
     config, kind = model.config.get_text_config(), type(model).__name__
     kinds = set(getattr(config, "layer_types", None) or ())
     reasons = {
-        "keeps a recurrent state, which cannot follow several branches of a tree": getattr(model, "_is_stateful", False)
-        or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"}),
+        # A class of stateful models also has members all of whose layers attend (Granite-4).
+        "keeps a recurrent state, which cannot follow several branches of a tree": bool(kinds & _RECURRENT)
+        or (getattr(model, "_is_stateful", False) and not kinds),
         "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "attends in chunks, which tree masks cannot follow": "chunked_attention" in kinds,
         "keeps the window of its local attention in mask buffers of its own, which follow neither trees nor rows of unequal length": (

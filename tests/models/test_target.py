@@ -181,3 +181,10 @@ def test_a_pickled_checkpoint_is_never_loaded(saved: Path) -> None:
         checkpoint_fingerprint(saved)
     with pytest.raises((ValueError, OSError)):
         Target.load(str(saved))
+
+
+def test_a_window_that_is_longer_than_the_proofs_stays_the_models_own() -> None:
+    config = family_configs()["mistral"]
+    config.sliding_window = 40
+    target = Target.from_model(random_model(config))
+    assert target.window == 40
