@@ -1,11 +1,13 @@
-"""How often rounding changes a sampled reply, and what a draw costs: waiting times by token, against the cumulative sums of before.
+"""How often rounding changes a sampled token, and what a draw costs: noise by token against cumulative sums, the draw of before.
 
-    python benchmarks/sampling_noise.py [--data ../shared/data] [--out FILE.md] [--tokens 200] [--threads 1]
+    python benchmarks/sampling_noise.py [--data ../shared/data] [--tokens 32] [--dtypes float32,bfloat16] [--threads 1]
 
 Every target decodes the same prompts at T = 1 in three ways: plainly in one batch, plainly one prompt at a time, and in a batch with trees
-that an LM of the same weights drafts. Each way should give the same tokens. Where it first does not, rounding has changed a draw, and the
-rest of that reply is not compared. The rate is first differences over compared tokens. The draw of before (`cumulative_draw`) runs on the
-same targets and prompts; both are timed in turns. Random targets have a tiny trunk and a head as large as the vocabulary.
+that an LM of the same weights drafts. At each position the two ways compared have logits that differ by rounding alone. From such a pair
+follows the exact chance, over all noise, that the draws differ; no noise is sampled for it, so a few hundred positions tell rates of one in
+a million. Beside it stands how many replies did differ. Both draws are timed in turns on random logits.
+
+Random targets have a tiny trunk and a head as large as the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draftsmith.decode import Engine, GenerationSettings, sampling
+from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.decode.batch import Batch
 from draftsmith.decode.command import prompt_ids
+from draftsmith.decode.verify import Walk
 from draftsmith.embedded.problems import distinct_problems
-from draftsmith.models import LMDrafter, Target, load_tokenizer
+from draftsmith.models import DraftTree, LMDrafter, Target, load_tokenizer
 from draftsmith.models.noise import draw_at, keys_at, uniforms
 from draftsmith.models.shapes import parse_shape
 
@@ -41,32 +45,67 @@ QUESTIONS = (
     "How do I make pancakes?",
     "Why is the sky blue?",
     "Give me three ideas for a weekend.",
-    "Explain what a river is to a child.",
-    "Who are you?",
 )
-DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cumulative_draw(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
     """int64 [B, N]: the draw of before, by one uniform a position: the first token whose cumulative probability is above it."""
     cumulative_BNV = logits_BNV.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold_BN1 = uniforms(keys_BP).gather(1, place_BN)[..., None] * cumulative_BNV[..., -1:]
-    return (
-        torch.searchsorted(cumulative_BNV, threshold_BN1, right=True).squeeze(-1).clamp_(max=logits_BNV.shape[-1] - 1)
-    )
+    chosen_BN = torch.searchsorted(cumulative_BNV, threshold_BN1, right=True).squeeze(-1)
+    return chosen_BN.clamp_(max=logits_BNV.shape[-1] - 1)
 
 
-DRAWS = {"waiting times": draw_at, "cumulative sums": cumulative_draw}
+DRAWS: dict[str, Draw] = {"noise by token": draw_at, "cumulative sums": cumulative_draw}
 
 
-@contextmanager
-def drawing_by(name: str) -> Iterator[None]:
-    """Lets the engine draw in one of the two ways."""
-    sampling.draw_at = DRAWS[name]
-    try:
-        yield
-    finally:
-        sampling.draw_at = draw_at
+def changed_by_token(one_V: Tensor, other_V: Tensor) -> float:
+    """The chance that noise by token draws two tokens from two rows of logits.
+
+    Both draw k with probability 1 / sum_j max(p_j / p_k, q_j / q_k). With q = p exp(d) that is p_k / (1 + S_k), where S_k is the sum of
+    p_j (exp(d_j - d_k) - 1) over the tokens j whose d is above d_k.
+    """
+    log_p, log_q = one_V.double().log_softmax(-1), other_V.double().log_softmax(-1)
+    shift, order = (log_q - log_p).sort(descending=True)
+    p = log_p.exp()[order]
+    # sum over j before k of p_j exp(d_j - d_k) - p_j; equal shifts add nothing either way.
+    above = (p * shift.expm1()).cumsum(-1) - shift.expm1() * p.cumsum(-1)
+    excess = (above * (-shift).exp()).clamp(min=0.0)
+    return float((p * excess / (1.0 + excess)).sum())
+
+
+def changed_by_sums(one_V: Tensor, other_V: Tensor) -> float:
+    """The chance that one uniform falls into different tokens' shares: what the shares in the order of the vocabulary do not overlap."""
+    ends = [logits.softmax(-1).cumsum(-1, dtype=torch.float64) for logits in (one_V, other_V)]
+    p_ends, q_ends = (one / one[-1] for one in ends)
+    zero = torch.zeros_like(p_ends[:1])
+    starts = torch.maximum(torch.cat([zero, p_ends[:-1]]), torch.cat([zero, q_ends[:-1]]))
+    return float(1.0 - (torch.minimum(p_ends, q_ends) - starts).clamp(min=0.0).sum())
+
+
+class Recording(Engine):
+    """An engine that keeps the target's processed logits of every emitted token but the first, by request."""
+
+    def kept_logits(self, prompts: list[list[int]], settings: GenerationSettings, first: int = 0) -> list[Kept]:
+        """The replies, with the logits of their tokens."""
+        self._kept: dict[int, list[Tensor]] = {number: [] for number in range(len(prompts))}
+        replies = self.generate(prompts, settings, request_ids=list(range(first, first + len(prompts))))
+        return [Kept(reply.token_ids, self._kept[number]) for number, reply in enumerate(replies)]
+
+    def _walk(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, logits_BNV: Tensor, *rest: Any) -> Walk:
+        steps = super()._walk(batch, tree, ancestors_BNN, logits_BNV, *rest)
+        for row, (path, count) in enumerate(zip(steps.path_BE.tolist(), steps.counts_B.tolist(), strict=True)):
+            self._kept[batch.requests[row]] += [logits_BNV[row, node].clone() for node in path[:count]]
+        return steps
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A reply and the logits of its tokens from the second one on."""
+
+    tokens: list[int]
+    logits: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,45 +118,47 @@ class Subject:
     num_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compared:
-    """Replies of another way of decoding against plain ones of the batch."""
+    """Replies of another way of decoding against those of the plain batch; positions count up to the first different token."""
 
-    num_replies: int
-    num_changed: int
-    num_tokens: int
+    by_token: list[float] = field(default_factory=list)
+    by_sums: list[float] = field(default_factory=list)
+    num_replies: int = 0
+    num_changed: int = 0
 
-    @property
-    def per_thousand(self) -> float:
-        """First differences over a thousand compared tokens."""
-        return 1000 * self.num_changed / self.num_tokens
+    def add(self, one: Kept, other: Kept) -> None:
+        """One reply in two ways."""
+        self.num_replies += 1
+        if one.tokens[0] != other.tokens[0]:
+            self.num_changed += 1
+            return
+        for place in range(1, len(one.tokens)):
+            pair = one.logits[place - 1], other.logits[place - 1]
+            self.by_token.append(changed_by_token(*pair))
+            self.by_sums.append(changed_by_sums(*pair))
+            if one.tokens[place] != other.tokens[place]:
+                self.num_changed += 1
+                return
 
     def __str__(self) -> str:
-        return f"{self.per_thousand:.2f} ({self.num_changed} of {self.num_replies} replies)"
+        rates = (1000 * statistics.fmean(chances) for chances in (self.by_token, self.by_sums))
+        return " | ".join([*(f"{rate:.4f}" for rate in rates), f"{self.num_changed} of {self.num_replies}"])
 
 
-def compare(one: list[list[int]], other: list[list[int]]) -> Compared:
-    """Where replies first differ; what is behind that place does not count."""
-    places = [
-        next((place for place, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), None)
-        for left, right in zip(one, other, strict=True)
-    ]
-    tokens = sum(len(reply) if place is None else place + 1 for reply, place in zip(one, places, strict=True))
-    return Compared(len(one), sum(place is not None for place in places), tokens)
-
-
-def measure(subject: Subject) -> tuple[Compared, Compared]:
+def measure(subject: Subject) -> dict[str, Compared]:
     """Trees against plain decoding, and one prompt at a time against the batch."""
     settings = GenerationSettings(subject.num_tokens, temperature=1.0, seed=1)
-    plain = Engine(subject.target)
-    drafting = Engine(subject.target, LMDrafter(subject.target), parse_shape(SHAPE))
-    batch = [reply.token_ids for reply in plain.generate(subject.prompts, settings)]
-    trees = [reply.token_ids for reply in drafting.generate(subject.prompts, settings)]
-    alone = [
-        plain.generate([prompt], settings, request_ids=[number])[0].token_ids
-        for number, prompt in enumerate(subject.prompts)
-    ]
-    return compare(batch, trees), compare(batch, alone)
+    plain = Recording(subject.target)
+    drafting = Recording(subject.target, LMDrafter(subject.target), parse_shape(SHAPE))
+    batch = plain.kept_logits(subject.prompts, settings)
+    trees = drafting.kept_logits(subject.prompts, settings)
+    alone = [plain.kept_logits([prompt], settings, number)[0] for number, prompt in enumerate(subject.prompts)]
+    found = {"trees against plain": Compared(), "alone against in a batch": Compared()}
+    for compared, others in zip(found.values(), (trees, alone), strict=True):
+        for one, other in zip(batch, others, strict=True):
+            compared.add(one, other)
+    return found
 
 
 def random_target(vocab_size: int, dtype: torch.dtype) -> Target:
@@ -138,19 +179,19 @@ def random_target(vocab_size: int, dtype: torch.dtype) -> Target:
 
 def subjects(data: Path | None, dtype: str, num_tokens: int) -> Iterator[Subject]:
     """The embedded target, chat-6m where there is one, and random ones with large vocabularies."""
-    named = {"embedded:target": [problem.question for problem in distinct_problems("test", 8, seed=0)]}
+    named = {"embedded:target": [problem.question for problem in distinct_problems("test", 6, seed=0)]}
     if data is not None and (data / "models/chat-6m").is_dir():
         named[str(data / "models/chat-6m")] = list(QUESTIONS)
     for path, texts in named.items():
         target, tokenizer = Target.load(path, dtype=dtype), load_tokenizer(path)
         context = target.max_positions or 2**30
-        prompts = [prompt_ids(tokenizer, text, chat=True) for text in texts] * 2
+        prompts = [prompt_ids(tokenizer, text, chat=True) for text in texts]
         room = context - max(map(len, prompts))
         yield Subject(f"{Path(path).name} (V = {target.ends.vocab_size:,})", target, prompts, min(num_tokens, room))
     for vocab_size in (2**15, 2**17):
         target = random_target(vocab_size, getattr(torch, dtype))
         generator = torch.Generator().manual_seed(1)
-        prompts = [torch.randint(vocab_size, (4 + number,), generator=generator).tolist() for number in range(8)]
+        prompts = [torch.randint(vocab_size, (4 + number,), generator=generator).tolist() for number in range(6)]
         yield Subject(target.name, target, prompts, num_tokens)
 
 
@@ -172,34 +213,33 @@ def milliseconds(rounds: int) -> Iterator[tuple[int, int, dict[str, float]]]:
 def report(arguments: argparse.Namespace) -> Iterator[str]:
     """The page, line by line, as it is measured."""
     cores, load = os.cpu_count(), os.getloadavg()[0]
-    yield f"`python benchmarks/sampling_noise.py --tokens {arguments.tokens}`"
+    yield f"`python benchmarks/sampling_noise.py --tokens {arguments.tokens} --dtypes {','.join(arguments.dtypes)}`"
     yield ""
     yield f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}; load at the start {load:.1f}."
     yield ""
-    yield "First differences per 1,000 tokens at T = 1:"
+    yield "Tokens in 1,000 that rounding changes at T = 1, and replies that it did change (drawn with noise by token):"
     yield ""
-    yield "| target | dtype | draw | trees against plain | alone against in a batch |"
-    yield "|---|---|---|---|---|"
-    for dtype in ("float32", "bfloat16"):
+    yield "| target | dtype | compared | noise by token | cumulative sums | changed replies | positions |"
+    yield "|---|---|---|---|---|---|---|"
+    for dtype in arguments.dtypes:
         for subject in subjects(arguments.data, dtype, arguments.tokens):
-            for name in DRAWS:
-                with drawing_by(name):
-                    trees, alone = measure(subject)
-                yield f"| {subject.name} | {dtype} | {name} | {trees} | {alone} |"
+            for name, compared in measure(subject).items():
+                yield f"| {subject.name} | {dtype} | {name} | {compared} | {len(compared.by_token)} |"
     yield ""
     yield "Milliseconds a draw, median of rounds in turns:"
     yield ""
-    yield "| V | nodes | waiting times | cumulative sums |"
+    yield "| V | nodes | noise by token | cumulative sums |"
     yield "|---|---|---|---|"
     for vocab_size, num_nodes, times in milliseconds(arguments.rounds):
-        yield f"| {vocab_size:,} | {num_nodes} | {times['waiting times']:.2f} | {times['cumulative sums']:.2f} |"
+        yield f"| {vocab_size:,} | {num_nodes} | {times['noise by token']:.2f} | {times['cumulative sums']:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -28,6 +28,7 @@ from draftsmith.data.ranks import Share
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.responses import make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint
 from draftsmith.models.options import TargetOptions
@@ -342,6 +343,21 @@ def test_the_models_own_settings_hold_unless_the_run_names_others(tmp_path: Path
     assert (greedy.temperature, greedy.repetition_penalty) == (0.0, 1.1)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
     assert reply_settings(str(folder), tokenizer, Overrides(), 16).temperature == 0.0
+
+
+def test_what_a_model_forbids_is_not_drawn_unless_its_config_is_ignored(tmp_path: Path) -> None:
+    folder = save_target(tmp_path / "m", seed=0)
+    config = {"eos_token_id": 4, "suppress_tokens": [7, 8], "min_new_tokens": 5, "stop_strings": ["@@"]}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    tokenizer = _tokenizer(folder)
+    own = reply_settings(str(folder), tokenizer, Overrides(), 16, stop_strings=("##",))
+    assert own.constraints == Constraints(suppress_tokens=(7, 8), min_new_tokens=5)
+    assert own.stop_strings == ("##", "@@")
+    ignored = reply_settings(str(folder), tokenizer, Overrides(), 16, generation_config="none")
+    assert ignored == GenerationSettings(16, eos_token_ids=(4,))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 4, "num_beams": 3}))
+    with pytest.raises(ValueError, match="sets num_beams to 3"):
+        reply_settings(str(folder), tokenizer, Overrides(), 16)
 
 
 def test_two_processes_do_not_write_the_same_replies(tmp_path: Path, chat: ChatTemplate) -> None:

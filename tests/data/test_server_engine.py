@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import formatdate
 from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,7 @@ from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt, read_prompts
 from draftsmith.data.responses import respond
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import Target
 
@@ -556,6 +558,13 @@ def test_every_setting_is_named_and_a_seed_belongs_to_its_request() -> None:
         check_settings(GenerationSettings(temperature=0.001))
     with pytest.raises(ValueError, match="min_p before top_p"):
         check_settings(GenerationSettings(temperature=1.0, min_p=0.1, top_p=0.9))
+    least = GenerationSettings(9, constraints=Constraints(min_new_tokens=3))
+    check_settings(least)
+    assert sampling(least, 0, 9)["min_tokens"] == 3
+    with pytest.raises(
+        ValueError, match=r"suppress_tokens \(\(5,\)\), which vLLM has no exact word for.*--engine bundled"
+    ):
+        check_settings(replace(least, constraints=Constraints(suppress_tokens=(5,), min_new_tokens=3)))
 
 
 def command(server: Server, target: Path, prompts: Path, out: Path, *more: str) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from matplotlib.image import imread
 from tiny import EOS
 
-from draftsmith.decode import GenerationSettings
+from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.decode.constraints import Constraints
 from draftsmith.evaluate.command import evaluate
-from draftsmith.evaluate.contenders import TransformersContender, generation_config
+from draftsmith.evaluate.contenders import EngineContender, TransformersContender, generation_config
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
 from draftsmith.models.redrafter import ReDrafter
@@ -104,6 +106,21 @@ def test_generate_is_left_no_defaults_of_its_own(target: Path) -> None:
     assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 56, [EOS])
     sampled = generation_config(GenerationSettings(temperature=0.7, top_p=0.9), model, prompt_length=4)
     assert (sampled.do_sample, sampled.temperature, sampled.top_k, sampled.top_p) == (True, 0.7, 0, 0.9)
+
+
+def test_generate_and_the_engine_are_given_the_same_constraints(target: Path) -> None:
+    """Those of the settings, whatever the model's own config says; afterwards that config is as it was."""
+    model = Target.load(str(target))
+    sample, plain = Sample("a", "s", (5, 6, 7, 8, 9)), GenerationSettings(max_new_tokens=8, eos_token_ids=(EOS,))
+    free = EngineContender("plain", Engine(model), plain).decode([sample], [0])[0].token_ids
+    forbidding = replace(plain, constraints=Constraints(suppress_tokens=free[:3], no_repeat_ngram_size=2))
+    model.model.generation_config.suppress_tokens = [free[0]]
+    kept = model.model.generation_config
+    for settings in (plain, forbidding):
+        theirs = TransformersContender("transformers", model, settings).decode([sample], [0])[0].token_ids
+        assert theirs == EngineContender("plain", Engine(model), settings).decode([sample], [0])[0].token_ids
+    assert theirs != free
+    assert model.model.generation_config is kept
 
 
 def test_generates_padded_batches_equal_single_prompts(target: Path) -> None:

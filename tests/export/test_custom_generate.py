@@ -277,6 +277,21 @@ def test_the_model_is_as_trainable_as_before(told: dict[str, Any]) -> None:
     assert told["still_training"]
 
 
+def test_what_a_config_forbids_or_demands_is_done_as_the_model_does_it_alone(
+    model: PreTrainedModel, folders: dict[str, Path], prompts: list[list[int]], plain: list[list[int]]
+) -> None:
+    prompt, reply = prompts[0], plain[0][len(prompts[0]) :]
+    asked: dict[str, Any] = {
+        "suppress_tokens": reply[1:2],
+        "no_repeat_ngram_size": 2,
+        "min_length": len(prompt) + 7,
+        "renormalize_logits": True,
+    }
+    alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, **asked)[0].tolist()
+    assert decode(model, folders["redrafter"], prompt, max_new_tokens=8, **asked) == alone
+    assert alone[len(prompt) :] != reply[:8]
+
+
 # ---- what is shipped -----------------------------------------------------------------------------------------------
 
 
@@ -455,8 +470,6 @@ def test_a_drafter_that_is_exported_anew_is_read_anew(
         ({"output_hidden_states": True}, "output_hidden_states: only token ids are returned"),
         ({"past_key_values": DynamicCache()}, "past_key_values: not supported"),
         ({"cache_implementation": "quantized"}, "cache_implementation is 'quantized'"),
-        ({"min_new_tokens": 4}, "LogitsProcessor is not supported"),
-        ({"do_sample": True, "typical_p": 0.5}, "TypicalLogitsWarper is not supported"),
         ({"stop_strings": ["."]}, "tokenizer"),
         ({"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)])}, "logits_processor: not supported"),
         ({"position_ids": torch.arange(3)}, "position_ids: not supported"),
