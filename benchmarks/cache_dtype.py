@@ -101,7 +101,7 @@ def train(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, seed:
         check_val_every_n_epoch=None,
         val_check_interval=steps,
         num_sanity_val_steps=0,
-        callbacks=[KeepBestDrafter(out / "drafter")],
+        callbacks=[KeepBestDrafter(out / "drafter", replace=True)],
         **QUIET,
     )
     trainer.fit(module, CacheDataModule(cache, val_fraction=0.02, tokens_per_batch=recipe.tokens_per_batch, seed=seed))

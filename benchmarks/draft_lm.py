@@ -179,7 +179,7 @@ def train(run: Run, replies: Path, out: Path, scale: Scale, lr: float, lora_lr: 
         max_steps=scale.steps,
         default_root_dir=out,
         gradient_clip_val=1.0,
-        callbacks=[KeepBestDraftLM()],
+        callbacks=[KeepBestDraftLM(replace=True)],
         **QUIET,
     )
     trainer.fit(module, data)

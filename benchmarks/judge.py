@@ -115,6 +115,7 @@ def trained(
         "trainer.default_root_dir": str(root),
         "trainer.logger.init_args.save_dir": str(root),
         "trainer.enable_progress_bar": "false",
+        "replace_best": "true",  # a stage that was interrupted begins anew
     }
     words = [f"--{key}={value}" for key, value in settings.items()]
     callbacks = [f"--trainer.callbacks+={json.dumps(one)}" for one in judge_callbacks(root)]

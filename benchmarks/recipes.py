@@ -137,7 +137,7 @@ def _fit(recipe: Recipe, target: str, cache: Path, out: Path, steps: int, second
         check_val_every_n_epoch=None,
         val_check_interval=max(1, steps // 4),
         num_sanity_val_steps=0,
-        callbacks=[counter, KeepBestDrafter(out / "drafter")],
+        callbacks=[counter, KeepBestDrafter(out / "drafter", replace=True)],
         **QUIET,
     )
     trainer.fit(

@@ -35,7 +35,7 @@ def check_accumulation(trainer: pl.Trainer, num_accumulated: int) -> None:
             "batches into the next epoch, past a checkpoint between them; set it to a number that divides these batches, or "
             f"trainer.limit_train_batches to a multiple of {num_accumulated}"
         )
-    if num_accumulated == 1 or not _validates(trainer):
+    if num_accumulated == 1 or not validates(trainer):
         return
     when, remedy = _validation_between_steps(trainer, num_accumulated)
     if when:
@@ -67,6 +67,6 @@ def _validation_between_steps(trainer: pl.Trainer, num_accumulated: int) -> tupl
     return f"after every {every} batches of {batches} in an epoch{counted}", remedy
 
 
-def _validates(trainer: pl.Trainer) -> bool:
+def validates(trainer: pl.Trainer) -> bool:
     """Whether there is anything to validate on; said to be so where the loaders are not made yet."""
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)

@@ -35,6 +35,7 @@ from draftsmith.train import (  # noqa: F401
 )
 from draftsmith.train.checkpoints import AtomicCheckpointIO
 from draftsmith.train.preemption import Preemption, ResumeValidation
+from draftsmith.train.run_length import RunLength
 
 
 class TrainingParser(Suggesting, LightningArgumentParser):
@@ -110,7 +111,7 @@ class TrainingCLI(LightningCLI):
             if isinstance(callback, callbacks.KeepBestDrafter):
                 callback.replace = callback.replace or self.config["fit"]["replace_best"]
         kinds = {type(callback) for callback in present}
-        present.extend(kind() for kind in (ResumeValidation, Preemption) if kind not in kinds)
+        present.extend(kind() for kind in (RunLength, ResumeValidation, Preemption) if kind not in kinds)
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
