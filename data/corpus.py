@@ -7,24 +7,25 @@ targets, how processes share the work (`shared_survey.py`).
 import functools
 import hashlib
 import json
-from array import array
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from draftsmith.data.formats import UnusableRow, detect_format, row_id, to_conversation
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
-from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, from_turns, no_labels
+from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
+from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
 from draftsmith.files import sha256_file
 from draftsmith.json_rows import Dropped, check_encoding, is_blank, parse_object, shown, summary
 
 RESPONSE_GLOB = "responses*.jsonl"
-IDS_AS_GENERATED = "token ids as generated"
 _PART_LINES, _PART_BYTES = 4096, 2**25
 _LARGEST_ID = 2**31 - 1
 _NO_TOKEN = "no token is trained on"
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,6 @@ class Part:
     first_line: int
     first_byte: int
     num_lines: int
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a corpus, or a part of it, holds once it is cut to a length.
-
-    Of each sample kept, in order: its tokens (`lengths`), and the file, line and byte where its row begins. `mask` says
-    how loss masks were found. `num_rows` counts the samples, whether they are kept or not; `dropped` has the rows that are no
-    sample, and the samples that nothing is learned from. The columns are arrays, since a corpus may have ten million samples.
-    """
-
-    lengths: array = field(default_factory=lambda: array("i"))
-    files: array = field(default_factory=lambda: array("i"))
-    lines: array = field(default_factory=lambda: array("q"))
-    places: array = field(default_factory=lambda: array("q"))
-    num_rows: int = 0
-    num_labelled: int = 0
-    num_cut: int = 0
-    mask: str = IDS_AS_GENERATED
-    dropped: Sequence[Dropped] = ()
 
 
 class Corpus:
@@ -134,52 +115,43 @@ class Corpus:
 
     def survey_part(self, part: Part) -> Survey:
         """Reads one part."""
-        lengths, files, lines, places = array("i"), array("i"), array("q"), array("q")
-        dropped: list[Dropped] = []
-        num_rows = num_labelled = num_cut = 0
-        for line, place, sample in self._read(part):
-            if isinstance(sample, Dropped):
-                dropped.append(sample)
+        found, dropped = Survey(), []
+        num_rows = num_labelled = num_cut = num_begun_anew = 0
+        for line, place, samples in self._read(part):
+            if isinstance(samples, Dropped):
+                dropped.append(samples)
                 continue
-            short = cut(sample, self.max_length)
-            num_rows += 1
-            num_cut += short is not sample
-            if short.num_labelled:
-                for column, value in zip(
-                    (lengths, files, lines, places), (len(short.input_ids), part.file, line, place), strict=True
-                ):
-                    column.append(value)
+            num_begun_anew += len(samples) > 1
+            for number, sample in enumerate(samples):
+                short = cut(sample, self.max_length)
+                num_rows += 1
+                num_cut += short is not sample
                 num_labelled += short.num_labelled
-            else:
-                reason = why_unlabelled(sample, self.max_length)
-                dropped.append(Dropped(self._place(part.file, line), reason, id=sample.id))
-        return Survey(lengths, files, lines, places, num_rows, num_labelled, num_cut, self.mask_recipe, dropped)
+                if not short.num_labelled:
+                    reason = why_unlabelled(sample, self.max_length)
+                    dropped.append(Dropped(self._place(part.file, line), reason, id=sample.id))
+                    continue
+                for name, value in zip(COLUMNS, (len(short.input_ids), part.file, line, place, number), strict=True):
+                    getattr(found, name).append(value)
+        return replace(
+            found,
+            num_rows=num_rows,
+            num_labelled=num_labelled,
+            num_cut=num_cut,
+            num_begun_anew=num_begun_anew,
+            mask=self.mask_recipe,
+            dropped=dropped,
+        )
 
     def joined(self, surveys: Sequence[Survey]) -> Survey:
         """The survey of the whole corpus, of those of all its parts in order.
 
         Raises ValueError when no row can be read, the split is empty or no token at all is trained on, showing the first sample.
         """
-        lengths, files, lines, places = array("i"), array("i"), array("q"), array("q")
-        for survey in surveys:
-            lengths += survey.lengths
-            files += survey.files
-            lines += survey.lines
-            places += survey.places
-        dropped = [row for survey in surveys for row in survey.dropped]
-        if not lengths:
-            self._check_any(dropped, sum(survey.num_rows for survey in surveys))
-        return Survey(
-            lengths,
-            files,
-            lines,
-            places,
-            num_rows=sum(survey.num_rows for survey in surveys),
-            num_labelled=sum(survey.num_labelled for survey in surveys),
-            num_cut=sum(survey.num_cut for survey in surveys),
-            mask=next((survey.mask for survey in surveys if survey.mask != IDS_AS_GENERATED), IDS_AS_GENERATED),
-            dropped=dropped,
-        )
+        found = Survey.joined(surveys)
+        if not found.lengths:
+            self._check_any(found.dropped, found.num_rows)
+        return found
 
     def _check_any(self, dropped: Sequence[Dropped], num_rows: int) -> None:
         """Says why no sample is left. Raises ValueError always."""
@@ -195,17 +167,26 @@ class Corpus:
 
         Raises ValueError when one is not as long as its survey says: the file was changed meanwhile.
         """
-        found = []
+        found: list[TokenizedSample] = []
+        row: tuple[int, int] | None = None
+        own: Sequence[TokenizedSample] = ()
         for number in range(first, stop):
-            file, line = survey.files[number], survey.lines[number]
-            with open(self.files[file], "rb") as lines:
-                lines.seek(survey.places[number])
-                sample = self._outcome(lines.readline(), file, line)
-            short = cut(sample, self.max_length) if isinstance(sample, TokenizedSample) else None
+            file, line, place = survey.files[number], survey.lines[number], survey.places[number]
+            if row != (file, place):
+                row, own = (file, place), self._samples_at(file, line, place)
+            which = survey.numbers[number]
+            short = cut(own[which], self.max_length) if which < len(own) else None
             if short is None or len(short.input_ids) != survey.lengths[number]:
                 raise ValueError(f"{self._place(file, line)} was changed while it was read; run the same command again")
             found.append(short)
         return found
+
+    def _samples_at(self, file: int, line: int, place: int) -> Sequence[TokenizedSample]:
+        """The samples of the row that begins at a byte; none where it cannot be read any more."""
+        with open(self.files[file], "rb") as lines:
+            lines.seek(place)
+            found = self._outcome(lines.readline(), file, line)
+        return found if isinstance(found, list) else ()
 
     @property
     def chat(self) -> ChatTemplate:
@@ -229,11 +210,20 @@ class Corpus:
             say_dropped(left_out)
 
     def read(self) -> Iterator[TokenizedSample | Dropped]:
-        """Every row of the split in order: a whole sample, or why it is none."""
-        return (found for part in self._parts() for _, _, found in self._read(part))
+        """Every row of the split in order: its whole samples, or why it has none. Says at the end how many rows have several."""
+        num_begun_anew = 0
+        for part in self._parts():
+            for _, _, found in self._read(part):
+                if isinstance(found, Dropped):
+                    yield found
+                else:
+                    num_begun_anew += len(found) > 1
+                    yield from found
+        if num_begun_anew:
+            print(begun_anew(num_begun_anew), file=sys.stderr)
 
-    def _read(self, part: Part) -> Iterator[tuple[int, int, TokenizedSample | Dropped]]:
-        """Line, first byte and sample of the part's rows in the split. A row that cannot be parsed is in every split."""
+    def _read(self, part: Part) -> Iterator[tuple[int, int, list[TokenizedSample] | Dropped]]:
+        """Line, first byte and samples of the part's rows in the split. A row that cannot be parsed is in every split."""
         place = part.first_byte
         with open(self.files[part.file], "rb") as file:
             file.seek(place)
@@ -247,32 +237,41 @@ class Corpus:
     def _place(self, file: int, line: int) -> str:
         return f"{self.files[file]}:{line}"
 
-    def _outcome(self, content: bytes, file: int, line: int) -> TokenizedSample | Dropped | None:
-        """The sample of one row, or why it is none; None for a row of another split."""
+    def _outcome(self, content: bytes, file: int, line: int) -> list[TokenizedSample] | Dropped | None:
+        """The samples of one row, or why it has none; None for a row of another split."""
         row: Mapping[str, Any] = {}
         try:
             row = parse_object(content)
             if self.split is not None and row.get("split") != self.split:
                 return None
-            return self._sample(row, file, line)
+            return self._samples(row, file, line)
         except UnusableRow as error:
             own_id = row.get("id")
             name = own_id if isinstance(own_id, str) else ""
             return Dropped(self._place(file, line), str(error), shown(content), name)
 
-    def _sample(self, row: Mapping[str, Any], file: int, line: int) -> TokenizedSample:
+    def _samples(self, row: Mapping[str, Any], file: int, line: int) -> list[TokenizedSample]:
         """Raises UnusableRow for a row that holds no sample, or that the template fails on."""
         sample_id = row_id(row, f"{self.files[file].stem}-{line}")
         turns = turns_of(row, self.vocab_size)
         if turns is not None:
-            return _or_unusable(from_turns, sample_id, turns)
+            anew = _begun_anew(row)
+            return _or_unusable(lambda own_id, read: samples_from_turns(own_id, read, anew), sample_id, turns)
         conversation = to_conversation(row, detect_format(row))
         if conversation.text is not None:
-            return _or_unusable(self.chat.document, sample_id, conversation.text)
-        return _or_unusable(self.chat.conversation, sample_id, conversation.to_learn_from())
+            return [_or_unusable(self.chat.document, sample_id, conversation.text)]
+        return _or_unusable(self.chat.samples, sample_id, conversation.to_learn_from())
 
 
-def _or_unusable(make: Callable[[str, T], TokenizedSample], sample_id: str, content: T) -> TokenizedSample:
+def _begun_anew(row: Mapping[str, Any]) -> list[int]:
+    """The turns whose prompts need not continue the turn before. Raises UnusableRow for anything but a list of numbers."""
+    found = row.get("begun_anew") or []
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise UnusableRow(f"begun_anew is {found!r:.80}; it is a list of turn numbers")
+    return found
+
+
+def _or_unusable(make: Callable[[str, T], R], sample_id: str, content: T) -> R:
     try:
         return make(sample_id, content)
     except ValueError as error:

@@ -22,7 +22,7 @@ import torch
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache import Check, HiddenStateCache
 from draftsmith.data.cache_folder import SURVEY_PREFIX, CacheFolder
-from draftsmith.data.corpus import Corpus, Survey
+from draftsmith.data.corpus import Corpus
 from draftsmith.data.eight_bit import CODES, LARGEST_ERROR, stored_dtype
 from draftsmith.data.features import features, num_embeddings
 from draftsmith.data.footprint import footprint
@@ -32,6 +32,7 @@ from draftsmith.data.progress import progress
 from draftsmith.data.ranks import Share, own_device, own_share
 from draftsmith.data.shards import CachedSample, bytes_per_token
 from draftsmith.data.shared_survey import shared_survey
+from draftsmith.data.survey import Survey, begun_anew
 from draftsmith.data.together import Features, follow, leading, process_group
 from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.files import exclusive
@@ -252,6 +253,8 @@ def _report(out: Path, manifest: Manifest, share: Share, survey: Survey) -> None
         f"({manifest.num_labelled / manifest.num_tokens:.0%} trained on) in {len(manifest.shards)} shards: {out}; "
         f"{manifest.num_cut} samples cut; {summary(survey.dropped)}\n{footprint(manifest)}"
     )
+    if survey.num_begun_anew:
+        print(begun_anew(survey.num_begun_anew))
 
 
 def _survey(corpus: Corpus, tokenizer: str, rendered_by: str, out: Path, share: Share) -> Survey:
@@ -259,7 +262,7 @@ def _survey(corpus: Corpus, tokenizer: str, rendered_by: str, out: Path, share: 
     if share.world_size == 1:
         return corpus.survey()
     settings = repr(
-        ("rows", corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, tokenizer, rendered_by)
+        ("samples", corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, tokenizer, rendered_by)
     )
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return shared_survey(corpus, out / f"{SURVEY_PREFIX}{key}", share)

@@ -25,6 +25,7 @@ from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import Prompt, read_prompts
 from draftsmith.data.ranks import Share, in_turn, own_share
 from draftsmith.data.reply_settings import Overrides, reply_settings
+from draftsmith.data.survey import begun_anew
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
@@ -189,10 +190,7 @@ def respond(
     provenance.write(out, provenance.record("data respond", config, inputs))
     print(f"{written} replies in {out}; {summary(plan.dropped)}")
     if anew := _num_begun_anew(out / f"responses{share.suffix}.jsonl"):
-        print(
-            f"{anew} conversations were begun anew at a later turn, because the chat template writes what was said otherwise once more "
-            "follows; their later turns are samples of their own"
-        )
+        print(begun_anew(anew))
     if written < plan.num_prompts:
         told = (
             f"{plan.num_prompts - written} of {plan.num_prompts} prompts got no reply; the reasons are in "

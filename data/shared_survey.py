@@ -13,14 +13,21 @@ import safetensors
 import safetensors.torch
 import torch
 
-from draftsmith.data.corpus import Corpus, Survey
+from draftsmith.data.corpus import Corpus
 from draftsmith.data.ranks import Share, if_free
+from draftsmith.data.survey import Survey
 from draftsmith.files import atomic_write
 from draftsmith.json_rows import Dropped
 
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 10
-_COLUMNS = {"lengths": torch.int32, "files": torch.int32, "lines": torch.int64, "places": torch.int64}
+_COLUMNS = {
+    "lengths": torch.int32,
+    "files": torch.int32,
+    "lines": torch.int64,
+    "places": torch.int64,
+    "numbers": torch.int32,
+}
 
 
 def shared_survey(corpus: Corpus, folder: Path, share: Share) -> Survey:

@@ -7,7 +7,7 @@ prompts, models, caches.
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -114,8 +114,7 @@ class ChatTemplate(PromptTemplate):
         to_learn = [reply for reply, learned in shown if learned]
         if not to_learn or all(whole.startswith(reply.settled_text) for reply, _ in shown):
             return [self._sample(sample_id, whole, [span for reply in to_learn for span in reply.spans])]
-        own = [self._sample(sample_id, reply.text, reply.spans) for reply in to_learn]
-        return [replace(one, id=f"{sample_id}#{number}" if number else sample_id) for number, one in enumerate(own)]
+        return _numbered([self._sample(sample_id, reply.text, reply.spans) for reply in to_learn])
 
     def document(self, sample_id: str, text: str) -> TokenizedSample:
         """A plain document, every token after the first one trained on."""
@@ -235,6 +234,28 @@ def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:
         ids = turn.prompt_ids + turn.reply_ids
         mask += [False] * new + [True] * len(turn.reply_ids)
     return TokenizedSample(sample_id, ids, mask)
+
+
+def samples_from_turns(
+    sample_id: str, turns: Sequence[Turn], begun_anew: Collection[int] = ()
+) -> list[TokenizedSample]:
+    """As `from_turns`, with a new sample at each turn of `begun_anew`, whose prompt need not continue the turn before it.
+
+    The first one has the conversation's id, the others `ID#1`, `ID#2`, ...
+
+    Raises ValueError when another turn's prompt does not continue the turn before it.
+    """
+    groups: list[list[Turn]] = []
+    for number, turn in enumerate(turns):
+        if number in begun_anew or not groups:
+            groups.append([])
+        groups[-1].append(turn)
+    return _numbered([from_turns(sample_id, group) for group in groups])
+
+
+def _numbered(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
+    """Samples of one conversation, each with an id of its own."""
+    return [replace(one, id=f"{one.id}#{number}" if number else one.id) for number, one in enumerate(samples)]
 
 
 def cut(sample: TokenizedSample, max_length: int) -> TokenizedSample:

@@ -5,7 +5,7 @@ Owns the checks `fingerprints`, `draft-length`, `temperature`, `score-scale` and
 
 from __future__ import annotations
 
-from draftsmith.data.corpus import IDS_AS_GENERATED
+from draftsmith.data.survey import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor_case import Case, NotChecked
 from draftsmith.evaluate.doctor_report import Finding, Verdict
 from draftsmith.models.draft_lm import LMDrafter

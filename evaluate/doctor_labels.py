@@ -13,9 +13,9 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from draftsmith.data.corpus import IDS_AS_GENERATED
 from draftsmith.data.shards import CachedSample
 from draftsmith.data.show import render
+from draftsmith.data.survey import IDS_AS_GENERATED
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.evaluate.acceptance import is_looping
 from draftsmith.evaluate.doctor_case import MAX_TOKENS, Case, NotChecked

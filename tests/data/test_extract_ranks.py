@@ -283,13 +283,13 @@ def test_a_rank_tokenizes_its_own_part_of_the_survey_and_its_own_shards(
 ) -> None:
     monkeypatch.setattr(corpus_module, "_PART_LINES", 2)
     read: list[str] = []
-    real = Corpus._sample
+    real = Corpus._samples
 
     def noted(self: Corpus, row: dict[str, object], file: int, line: int) -> object:
         read.append(str(row["id"]))
         return real(self, row, file, line)
 
-    monkeypatch.setattr(Corpus, "_sample", noted)
+    monkeypatch.setattr(Corpus, "_samples", noted)
     ranks(target, chats, tmp_path / "c", [0], 2)
     first = len(read)
     shards = Manifest.load(tmp_path / "c").shards

@@ -1,0 +1,61 @@
+"""What one pass over a corpus finds out: how long its samples are, and where each one lies.
+
+Owns: the columns, and how the surveys of parts become one. Does not know: files, rows, how processes share the work.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from draftsmith.json_rows import Dropped
+
+IDS_AS_GENERATED = "token ids as generated"
+COLUMNS = ("lengths", "files", "lines", "places", "numbers")
+"""The arrays of a survey: one value a sample."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a corpus, or a part of it, holds once it is cut to a length.
+
+    Of each sample kept, in order: its tokens (`lengths`), the file, line and byte where its row begins, and which of the row's samples
+    it is (`numbers`). `mask` says how loss masks were found. `num_begun_anew` counts the rows of several samples, `num_rows` all
+    samples, kept or not. `dropped` has the rows that are no sample, and the samples that nothing is learned from. The columns are
+    arrays, since a corpus may have ten million samples.
+    """
+
+    lengths: array = field(default_factory=lambda: array("i"))
+    files: array = field(default_factory=lambda: array("i"))
+    lines: array = field(default_factory=lambda: array("q"))
+    places: array = field(default_factory=lambda: array("q"))
+    numbers: array = field(default_factory=lambda: array("i"))
+    num_rows: int = 0
+    num_labelled: int = 0
+    num_cut: int = 0
+    num_begun_anew: int = 0
+    mask: str = IDS_AS_GENERATED
+    dropped: Sequence[Dropped] = ()
+
+    @classmethod
+    def joined(cls, surveys: Sequence["Survey"]) -> "Survey":
+        """The survey of several parts, given in order."""
+        found = cls(
+            num_rows=sum(survey.num_rows for survey in surveys),
+            num_labelled=sum(survey.num_labelled for survey in surveys),
+            num_cut=sum(survey.num_cut for survey in surveys),
+            num_begun_anew=sum(survey.num_begun_anew for survey in surveys),
+            mask=next((survey.mask for survey in surveys if survey.mask != IDS_AS_GENERATED), IDS_AS_GENERATED),
+            dropped=[row for survey in surveys for row in survey.dropped],
+        )
+        for survey in surveys:
+            for name in COLUMNS:
+                getattr(found, name).extend(getattr(survey, name))
+        return found
+
+
+def begun_anew(count: int) -> str:
+    """What is said of conversations whose template rewrites what was read and said before."""
+    return (
+        f"{count} conversations were begun anew at a later turn, because the chat template shows earlier turns otherwise once more follow: "
+        "each of their replies is learned in a sample of its own"
+    )
