@@ -24,12 +24,16 @@ from draftsmith.models.loading import resolve
 
 FOLDER, ENTRY, SETTINGS = "custom_generate", "generate", "settings.json"
 REQUIREMENTS = ("torch>=2.9", "transformers>=5.17")
-PACKAGES = ("numpy", "safetensors", "torch", "transformers")
+PACKAGES = ("huggingface_hub", "numpy", "safetensors", "torch", "transformers")
 """What the copied modules may import beside the standard library: Transformers and what it cannot be without."""
 
 _SOURCE = "draftsmith.decode.hf_generate"
 # What reads a target from disk. Transformers has done that already, and it would bring more packages along.
-_LEFT_OUT = {"draftsmith.models.target": {"Target.load"}, "draftsmith.models.ends": {"TargetEnds.load"}}
+_LEFT_OUT = {
+    "draftsmith.models.target": {"Target.load"},
+    "draftsmith.models.ends": {"TargetEnds.load"},
+    "draftsmith.models.end_tokens": {"read_end_tokens"},
+}
 _REGISTRIES = {"AutoConfig", "AutoModel"}
 
 
@@ -115,6 +119,7 @@ def _shipped(module: str) -> tuple[str, list[str]]:
     text = _without(text, list(_left_out(ast.parse(text), _LEFT_OUT.get(module, set()))))
     while dead := list(_dead(ast.parse(text))):
         text = _without(text, dead)
+    named = _named(ast.parse(text))
     imported, edits = [], []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.ImportFrom | ast.Import):
@@ -125,7 +130,8 @@ def _shipped(module: str) -> tuple[str, list[str]]:
         assert isinstance(node, ast.ImportFrom), f"{module}: only `from {source} import` can be shipped"
         assert not _is_package(source), f"{module}: imports the package {source}; import from the module that owns it"
         imported.append(source)
-        names = ", ".join(one.name if one.asname is None else f"{one.name} as {one.asname}" for one in node.names)
+        kept = [one for one in node.names if (one.asname or one.name) in named]
+        names = ", ".join(one.name if one.asname is None else f"{one.name} as {one.asname}" for one in kept)
         edits.append(_Edit.of(node, f"{' ' * node.col_offset}from .{_flat(source)} import {names}\n"))
     head = f"# From draftsmith {__version__}, module {module}. SPDX-License-Identifier: Apache-2.0\n"
     return head + _without(text, edits), imported
@@ -164,17 +170,17 @@ def _without(text: str, edits: list[_Edit]) -> str:
     return "".join(lines)
 
 
-def _left_out(tree: ast.Module, methods: set[str]) -> Iterator[_Edit]:
-    """The methods that are named, and whatever is registered with Transformers: a copy must not take the place of another's classes."""
-    missing = set(methods)
+def _left_out(tree: ast.Module, functions: set[str]) -> Iterator[_Edit]:
+    """What is named, and whatever is registered with Transformers: a copy must not take the place of another's classes."""
+    missing = set(functions)
     for node in tree.body:
         if isinstance(node, ast.Expr | ast.For) and any(_registers(part) for part in ast.walk(node)):
             yield _Edit.of(node)
-        elif isinstance(node, ast.ClassDef):
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef) and f"{node.name}.{member.name}" in methods:
-                    missing.discard(f"{node.name}.{member.name}")
-                    yield _Edit.of(member)
+        owner, members = (f"{node.name}.", node.body) if isinstance(node, ast.ClassDef) else ("", [node])
+        for member in members:
+            if isinstance(member, ast.FunctionDef) and f"{owner}{member.name}" in functions:
+                missing.discard(f"{owner}{member.name}")
+                yield _Edit.of(member)
     assert not missing, f"nowhere to be left out: {missing}"
 
 
