@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from draftsmith.data.sources import read_rows
+from draftsmith.json_rows import Dropped
 from draftsmith.label import calculations, label_studio
 from draftsmith.label.origin import LeftOut, Origin
 from draftsmith.label.schema import Answer, Label, Span, check_answer, from_row, refusal
@@ -24,7 +25,7 @@ STEP_BREAK = "\n"
 
 @dataclass(frozen=True)
 class Imported:
-    """What a file gave: answers with their labels, and the rows that gave none, with the reason."""
+    """What a file gave: answers with their labels, and the rows that gave none, each with its place and the reason."""
 
     answers: list[Answer]
     left_out: list[str]
@@ -32,24 +33,33 @@ class Imported:
 
 
 def read_labelled(path: Path, row_format: Format, origin: Origin) -> Imported:
-    """Reads a whole file.
+    """Reads a whole file. A row that cannot be used is left out, with its place, field, value, rule and remedy.
 
-    Raises ValueError naming file, line (or index), field, value, rule and remedy: one bad row refuses the file.
+    Raises ValueError: there is no such file, it cannot be read as a whole, or no row of it can be used (the first reason is told).
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name a JSON or JSON-lines file of labelled answers")
     answers: list[Answer] = []
     left_out: list[str] = []
-    for place, row in read_rows(str(path)):
-        if row_format == "auto":
-            row_format = detect(row, place)
+    unusable: list[str] = []
+    unread: list[Dropped] = []
+    for place, row in read_rows(str(path), dropped=unread):
         try:
-            for answer in READERS[row_format](row, place, origin):
+            own_format = detect(row, place) if row_format == "auto" else row_format
+            found = list(READERS[own_format](row, place, origin))
+            for answer in found:
                 check_answer(answer, place)
-                answers.append(answer)
         except LeftOut as reason:
             left_out.append(f"{place}: {reason}")
-    return Imported(answers, left_out, row_format)
+        except ValueError as error:
+            unusable.append(str(error))
+        else:
+            row_format = own_format
+            answers += found
+    unusable += [f"{row.place}: {row.reason}" for row in unread]
+    if unusable and not answers:
+        raise ValueError(f"no row of {path} can be used, {len(unusable)} have mistakes; the first: {unusable[0]}")
+    return Imported(answers, unusable + left_out, row_format)
 
 
 def detect(row: Row, place: str) -> Format:

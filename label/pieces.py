@@ -43,9 +43,11 @@ class Cutter:
         if self._tokenize is not None:
             # Two threads in one fast tokenizer can fail with "Already borrowed".
             with self._lock:
-                return merged(self._tokenize(answer.response).offsets), self._name
-        if answer.tokens is not None:
-            return merged(answer.tokens.offsets), "tokens"
+                pieces = merged(self._tokenize(answer.response).offsets)
+            if pieces:  # a tokenizer may know none of these characters
+                return pieces, self._name
+        if answer.tokens is not None and (pieces := merged(answer.tokens.offsets)):
+            return pieces, "tokens"
         return words(answer.response), "words"
 
 

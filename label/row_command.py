@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.arguments import FLAT
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.foreign import visible
+from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.rows import LabelledRow, write_rows
 from draftsmith.label.schema import Answer, read_answers
 from draftsmith.label.store import Store
@@ -168,7 +169,13 @@ def _add(
 
 def _read(store: str | None, answers: Path | None) -> list[Answer]:
     if answers is not None:
-        return list(read_answers(answers))
+        dropped: list[Dropped] = []
+        found = list(read_answers(answers, dropped))
+        if not found:
+            raise ValueError(f"no line of {answers} is an answer; {summary(dropped)}")
+        if dropped:
+            print(visible(summary(dropped)))
+        return found
     assert store is not None
     with Store(store) as opened:
         return opened.answers()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.json_rows import Dropped, shown_row
 
 Verdict = Literal["correct", "wrong", "unplaced"]
 How = Literal["person", "rule", "mined"]
@@ -24,6 +26,9 @@ Span = tuple[int, int]
 ROLES = ("system", "user", "assistant")
 _REQUIRED = ("messages", "response", "model", "licence", "source", "verdict")
 _OF_LABEL = ("error", "labelled_by", "how", "checked", "note")
+_NOT_KEPT = re.compile("[\0\ud800-\udfff]")
+# What the columns of a store hold.
+_LONGEST_NAME, _LONGEST_TOKENIZER = 255, 64
 _FIELDS = ("id", *_REQUIRED, *_OF_LABEL, "tokens")
 
 
@@ -98,9 +103,10 @@ def check_label(label: Label, response: str, place: str) -> None:
     """
     _one_of(label.verdict, get_args(Verdict), place, "verdict")
     _one_of(label.how, get_args(How), place, "how")
-    _words(label.labelled_by, place, "labelled_by")
+    _words(label.labelled_by, place, "labelled_by", _LONGEST_NAME)
     if not isinstance(label.note, str):
         raise refusal(place, "note", label.note, "a note is text", 'leave it out or write ""')
+    _keepable(label.note, place, "note")
     if label.verdict == "wrong" and label.error is None:
         remedy = 'give the span of the first error, or the verdict "unplaced"'
         raise refusal(place, "error", None, 'the verdict "wrong" needs the place of the first error', remedy)
@@ -125,14 +131,14 @@ def check_answer(answer: Answer, place: str) -> None:
 
     Raises ValueError with place, field, value, rule and remedy.
     """
-    _words(answer.id, place, "id")
+    _words(answer.id, place, "id", _LONGEST_NAME)
     _check_messages(answer.messages, place)
     for field in ("response", "model", "licence", "source"):
         _words(getattr(answer, field), place, field)
     if answer.label is not None:
         check_label(answer.label, answer.response, place)
     if answer.tokens is not None:
-        _words(answer.tokens.tokenizer, place, "tokens.tokenizer")
+        _words(answer.tokens.tokenizer, place, "tokens.tokenizer", _LONGEST_TOKENIZER)
         _check_offsets(answer.tokens.offsets, len(answer.response), place)
 
 
@@ -194,13 +200,25 @@ def to_row(answer: Answer) -> dict[str, Any]:
     return row
 
 
-def read_answers(path: Path) -> Iterator[Answer]:
+def read_answers(path: Path, dropped: list[Dropped] | None = None) -> Iterator[Answer]:
     """The answers of a JSON-lines file.
+
+    Args:
+        path: the file.
+        dropped: takes the record of each line that is no answer, and the others are read. None: such a line is an error.
 
     Raises ValueError naming file, line, field, value, rule and remedy.
     """
-    for line, row in read_jsonl(path):
-        yield from_row(row, f"{path}:{line}")
+    for line, row in read_jsonl(path, dropped):
+        place = f"{path}:{line}"
+        try:
+            answer = from_row(row, place)
+        except ValueError as error:
+            if dropped is None:
+                raise
+            dropped.append(Dropped(place, str(error).removeprefix(f"{place}: "), shown_row(row)))
+            continue
+        yield answer
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
@@ -261,6 +279,9 @@ def _check_span(span: Span, length: int, place: str, field: str) -> None:
 
 def _check_offsets(offsets: Sequence[Span], length: int, place: str) -> None:
     """Tokens may share characters (pieces of one multi-byte character) and may be empty, but never step back."""
+    if all(start == end for start, end in offsets):
+        rule = "at least one token covers a character, or nobody could mark an error"
+        raise refusal(place, "tokens.offsets", [list(span) for span in offsets], rule, "leave tokens out")
     last: Span = (0, 0)
     for index, (start, end) in enumerate(offsets):
         if not 0 <= start <= end <= length or start < last[0] or end < last[1]:
@@ -290,6 +311,15 @@ def _one_of(value: Any, allowed: Sequence[str], place: str, field: str) -> None:
         raise refusal(place, field, value, f"it is one of {', '.join(allowed)}", "correct it")
 
 
-def _words(value: Any, place: str, field: str) -> None:
+def _words(value: Any, place: str, field: str, longest: int | None = None) -> None:
     if not isinstance(value, str) or not value.strip():
         raise refusal(place, field, value, "it is text, and not empty", "fill it in")
+    _keepable(value, place, field)
+    if longest is not None and len(value) > longest:
+        raise refusal(place, field, value, f"it has {len(value)} characters, and a store keeps {longest}", "shorten it")
+
+
+def _keepable(value: str, place: str, field: str) -> None:
+    """A store, a page and a file hold the same text only where every one of them can encode it."""
+    if _NOT_KEPT.search(value):
+        raise refusal(place, field, value, "it holds a NUL or half of a surrogate pair", "take that character out")
