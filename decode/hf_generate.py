@@ -123,6 +123,7 @@ def generate(
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     given = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
     _refuse_arguments(kwargs)
+    _refuse_cache(generation_config or model.generation_config, kwargs)
     generation_config, kwargs["stopping_criteria"] = _with_stop_strings(model, generation_config, kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
     limits = DraftLimits(**{**served.limits, **given})
@@ -275,6 +276,17 @@ def _refuse_arguments(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_cache(config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse a cache that changes tokens (quantised) or saves memory (offloaded): Transformers would make it, and nothing would use it."""
+    kind = arguments.get("cache_implementation") or getattr(config, "cache_implementation", None) or ""
+    settings = arguments.get("cache_config") or getattr(config, "cache_config", None)
+    if settings is not None or "quantized" in kind or "offloaded" in kind:
+        raise ValueError(
+            f"cache_implementation is {kind!r} and cache_config {settings!r}, but this drafter keeps a cache of its own, whole and on the "
+            "model's device; leave them out, or decode without custom_generate"
+        )
+
+
 def _with_stop_strings(
     model: PreTrainedModel, config: GenerationConfig | None, arguments: dict[str, Any]
 ) -> tuple[GenerationConfig | None, StoppingCriteriaList]:
@@ -321,12 +333,6 @@ def _refuse_config(config: GenerationConfig, prepared: Mapping[str, Any]) -> Non
     outputs = [name for name in _OUTPUTS if getattr(config, name, None)]
     if outputs:
         raise ValueError(f"{', '.join(outputs)}: only token ids are returned with this drafter; leave it out")
-    cache = config.cache_implementation or ""
-    if config.cache_config is not None or "quantized" in cache or "offloaded" in cache:
-        raise ValueError(
-            f"cache_implementation is {cache!r} and cache_config {config.cache_config!r}, but this drafter keeps a cache of its own, whole "
-            "and on the model's device; leave them out, or decode without custom_generate"
-        )
     unused = [name for name, value in prepared.items() if name not in {*_UNUSED, "attention_mask"} and _is_given(value)]
     if unused:
         raise ValueError(f"inputs {', '.join(unused)} are not supported with this drafter, which decodes text alone")

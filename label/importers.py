@@ -52,7 +52,8 @@ def read_labelled(path: Path, row_format: Format, origin: Origin) -> Imported:
         except LeftOut as reason:
             left_out.append(f"{place}: {reason}")
         except ValueError as error:
-            unusable.append(str(error))
+            reason = str(error)
+            unusable.append(reason if reason.startswith(place) else f"{place}: {reason}")
         else:
             row_format = own_format
             answers += found
@@ -163,7 +164,7 @@ def _rated(row: Row, place: str) -> _Rated:
         ratings.append(chosen[1])
         if chosen[1] == -1:
             break
-    planned = question.get("pre_generated_steps") or []
+    planned = _list(question.get("pre_generated_steps") or [], place, "question.pre_generated_steps")
     tail = planned[len(steps) :] if planned[: len(steps)] == steps else []
     labeller = row.get("labeler")
     labelled_by = labeller if isinstance(labeller, str) and labeller else "prm800k"

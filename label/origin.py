@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.data.formats import Message
-from draftsmith.label.schema import Answer, How, Label, Span, answer_id, refusal
+from draftsmith.label.schema import Answer, How, Label, Span, answer_id, check_messages, refusal
 
 
 class LeftOut(ValueError):
@@ -52,6 +52,7 @@ class Origin:
             prompt = [Message(role="user", content=prompt)]
         if not isinstance(prompt, Sequence):
             raise refusal(place, "the question", prompt, "it is text", "correct it")
+        check_messages(prompt, place)
         messages = tuple(prompt)
         writer = model or self.model or "unknown"
         return Answer(

@@ -132,7 +132,7 @@ def check_answer(answer: Answer, place: str) -> None:
     Raises ValueError with place, field, value, rule and remedy.
     """
     _words(answer.id, place, "id", _LONGEST_NAME)
-    _check_messages(answer.messages, place)
+    check_messages(answer.messages, place)
     for field in ("response", "model", "licence", "source"):
         _words(getattr(answer, field), place, field)
     if answer.label is not None:
@@ -156,7 +156,7 @@ def from_row(row: Mapping[str, Any], place: str) -> Answer:
         if field not in row:
             remedy = "write null for an answer without a label" if field == "verdict" else "add it"
             raise ValueError(f"{place}: {field} is missing; every line has it; {remedy}")
-    _check_messages(row["messages"], place)
+    check_messages(row["messages"], place)
     messages = tuple(Message(role=one["role"], content=one["content"]) for one in row["messages"])
     for field in ("response", "model", "licence", "source"):
         _words(row[field], place, field)
@@ -291,7 +291,11 @@ def _check_offsets(offsets: Sequence[Span], length: int, place: str) -> None:
         last = (start, end)
 
 
-def _check_messages(messages: Any, place: str) -> None:
+def check_messages(messages: Any, place: str) -> None:
+    """Holds a prompt of any origin to the rules.
+
+    Raises ValueError with place, field, value, rule and remedy.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         remedy = 'write [{"role": "user", "content": "..."}]'
         raise refusal(place, "messages", messages, "the prompt is a list of at least one message", remedy)
