@@ -102,6 +102,7 @@ class ChatTemplate(PromptTemplate):
 
         Raises ValueError when the template fails, or shows a reply not exactly once.
         """
+        self._check_turns(messages)
         if self.text is None:
             return [self._plain_conversation(sample_id, messages)]
         replies = [
@@ -115,6 +116,18 @@ class ChatTemplate(PromptTemplate):
         if not to_learn or all(whole.startswith(reply.settled_text) for reply, _ in shown):
             return [self._sample(sample_id, whole, [span for reply in to_learn for span in reply.spans])]
         return _numbered([self._sample(sample_id, reply.text, reply.spans) for reply in to_learn])
+
+    def _check_turns(self, messages: Sequence[Message]) -> None:
+        """Raises ValueError for a turn that would be learned in part only: a thought without a place, an end mark in a reply."""
+        end_marks = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.eos_ids)]
+        for number, message in enumerate(messages):
+            if "reasoning_content" in message and "reasoning_content" not in (self.text or ""):
+                raise ValueError(f"turn {number} has a thought, and the chat template does not read reasoning_content")
+            if message["role"] != "assistant":
+                continue
+            inside = next((mark for mark in end_marks if mark in message["content"]), None)
+            if inside is not None:
+                raise ValueError(f"turn {number} has the end token {inside!r} in its text, where a reply would end")
 
     def document(self, sample_id: str, text: str) -> TokenizedSample:
         """A plain document, every token after the first one trained on."""
