@@ -91,7 +91,7 @@ def prompts(
     Args:
         source: a file (.jsonl, .json, .parquet, .txt) or the id of a data set on the hub.
         out: the folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
-        format: how a row is read; `auto` decides from the fields of the first row.
+        format: how a row is read; `auto` decides from the fields of the first usable row.
         validation: share of the prompts for the validation split.
         test: share of the prompts for the test split.
         seed: another seed gives another split.
