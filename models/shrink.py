@@ -43,9 +43,15 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     if values["hidden_size"] > _LARGE:
         values = _with_sizes(_with_layers(values))
     values = _marked(values, _LENGTHS)
+    # Shorter ones grow, too: learned positions end with their table.
+    values |= {name: CONTEXT for name, value in values.items() if _is_context(name, value)}
     if "'dynamic'" in str(values.get("rope_parameters")):  # whose original context is the context itself
         values["max_position_embeddings"] = min(values["max_position_embeddings"], ORIGINAL)
     return type(config)(**values)
+
+
+def _is_context(name: str, value: Any) -> bool:
+    return isinstance(value, int) and re.fullmatch(_LENGTHS[CONTEXT], name) is not None
 
 
 def _marked(value: Any, marks: dict[int, str], name: str = "") -> Any:

@@ -220,6 +220,20 @@ def test_a_tiny_copy_keeps_a_layer_of_each_kind_and_shortens_every_length() -> N
     assert len(long.rope_parameters["long_factor"]) == long.hidden_size // long.num_attention_heads // 2
 
 
+@pytest.mark.parametrize(
+    "config",
+    [t.MistralConfig(**SIZES, sliding_window=20), t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=24)],
+    ids=["a window longer than the proof's", "a table of positions shorter than the proof's texts"],
+)  # fmt: skip
+def test_lengths_of_the_proof_are_not_put_upon_the_model(config: transformers.PreTrainedConfig) -> None:
+    model = random_model(config)
+    target = Target.from_model(model)
+    assert target.window == getattr(config, "sliding_window", None)
+    (prompt,) = prompts([12])
+    reply = Engine(target).generate([prompt], GenerationSettings(max_new_tokens=NEW))[0]
+    assert reply.token_ids == own_reply(model, prompt)
+
+
 def test_a_row_of_a_padded_forward_takes_factors_by_its_own_length() -> None:
     model = by_length("llama-longrope")
     trunk = Trunk(model.model, model.config, mask_styles(model.config)[0], "tiny")
