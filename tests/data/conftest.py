@@ -3,15 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from draftsmith.models import loading
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.pretrained import read_model
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +33,8 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 def few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for bitsandbytes, which a CPU has not: `--quantization` rounds the weights to sixteenths."""
 
-    def from_pretrained(*arguments: Any, quantization_config: object = None, **options: Any) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(*arguments, **options)
+    def rounded(*arguments: Any, quantization_config: object = None, **options: Any) -> PreTrainedModel:
+        model: PreTrainedModel = read_model(*arguments, **options)
         if quantization_config is not None:
             with torch.no_grad():
                 for weight in model.parameters():
@@ -42,7 +42,7 @@ def few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         return model
 
     monkeypatch.setattr(loading, "_quantization", lambda kind: kind)
-    monkeypatch.setattr(loading, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(loading, "read_model", rounded)
 
 
 @pytest.fixture
