@@ -6,7 +6,6 @@ targets, how processes share the work (`shared_survey.py`).
 
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
 from draftsmith.files import sha256_file
 from draftsmith.json_rows import Dropped, check_encoding, is_blank, parse_object, shown, summary
+from draftsmith.outside import parse_json_object
 
 RESPONSE_GLOB = "responses*.jsonl"
 _PART_LINES, _PART_BYTES = 4096, 2**25
@@ -323,8 +323,7 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     settings = file.with_name(file.name.replace("responses", "settings").replace(".jsonl", ".json"))
     if settings == file or not settings.is_file():
         return None
-    found: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-    return found
+    return parse_json_object(settings.read_bytes(), str(settings), "copy the replies again, with all their files")
 
 
 def _check_finished(file: Path) -> None:

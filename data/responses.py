@@ -35,6 +35,7 @@ from draftsmith.models.limits import DraftLimits
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone, check_unclaimed
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
@@ -353,7 +354,7 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
     """Writes what this run is, or checks that an earlier one was the same."""
     path = out / f"settings{share.suffix}.json"
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = parse_json_object(path.read_bytes(), str(path), "name another folder")
         _check_same(path, earlier, identity)
         if earlier.get("url") != identity.get("url"):
             # Not another run: a server's job may have been started again on another node.
@@ -403,7 +404,7 @@ def _check_other_shares(out: Path, share: Share, identity: Mapping[str, Any]) ->
                 f"{out} holds {path.name}, of a run with another world size; name another folder or delete this one"
             )
         if of != share.suffix:
-            _check_same(path, json.loads(path.read_text(encoding="utf-8")), identity)
+            _check_same(path, parse_json_object(path.read_bytes(), str(path), "name another folder"), identity)
 
 
 def _num_begun_anew(path: Path) -> int:

@@ -7,7 +7,6 @@ come from, how samples are served.
 Shape legend: n samples of a shard, T tokens, D hidden, G greedy tokens a position.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from draftsmith.data.eight_bit import CODES, stored_dtype
 from draftsmith.data.manifest import CacheIdentity, ShardRecord
+from draftsmith.outside import parse_json
 
 HIDDEN, SCALE = "hidden.", "scale."
 TEXT = ("offsets", "input_ids", "loss_mask")
@@ -107,10 +107,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int | None, place: str) -> Non
 
 def sample_ids(metadata: Mapping[str, str] | None, key: str, record: ShardRecord, place: str) -> list[str]:
     """The samples' ids from a shard's metadata. Raises ValueError unless it is one text for each sample."""
-    try:
-        ids = json.loads((metadata or {}).get(key, "[]"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: {key} in its metadata is not valid JSON ({error}); {_REMEDY}") from error
+    ids = parse_json((metadata or {}).get(key, "[]"), f"{place}: {key} in its metadata", _REMEDY)
     if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids) or len(ids) != record.num_samples:
         told = f"{len(ids)} entries" if isinstance(ids, list) else type(ids).__name__
         raise ValueError(

@@ -6,7 +6,6 @@ know the checks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from draftsmith.models.drafter_folder import BOND, drafter_folder, load_drafter
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.target import PRE_NORM, Target, TargetOutput
+from draftsmith.outside import parse_json_object
 
 MAX_TOKENS = 2048
 """Longer samples are cut to their first so many tokens before anything is computed on them."""
@@ -229,10 +229,7 @@ def _named_target(folder: Path) -> str:
 def _config(folder: Path) -> Mapping[str, Any]:
     """What config.json says; empty where there is none. Raises ValueError where it is not JSON."""
     file = folder / "config.json"
-    try:
-        return _mapping(json.loads(file.read_bytes())) if file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): copy or export the drafter again") from error
+    return parse_json_object(file.read_bytes(), str(file), "copy or export the drafter again") if file.is_file() else {}
 
 
 def _origin(exported: Mapping[str, Any], folder: Path) -> Path | None:
@@ -285,7 +282,7 @@ def replies_of(cache: HiddenStateCache) -> Mapping[str, Any]:
         folder = Path(name).parent if Path(name).is_file() else Path(name)
         if any(folder.glob(RESPONSE_GLOB)):
             for file in sorted(folder.glob("settings*.json")):
-                return _mapping(json.loads(file.read_text(encoding="utf-8")))
+                return parse_json_object(file.read_bytes(), str(file), "copy the replies again, with all their files")
     return {}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from draftsmith.evaluate.records import Row, Slice
 from draftsmith.files import atomic_write
 from draftsmith.foreign import block, code, plain
+from draftsmith.outside import parse_json
 
 HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
 MEANING = """\
@@ -48,12 +49,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a report.json. Raises ValueError for a missing file, what is not JSON, and JSON that is no report."""
     if not path.is_file():
         raise ValueError(f"{path}: no such report; make one with `draftsmith evaluate --out {path.parent}`")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON: {error}; make the report again with `draftsmith evaluate`"
-        ) from error
+    report = parse_json(path.read_bytes(), str(path), "make the report again with `draftsmith evaluate`")
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
         raise ValueError(f"{path}: not a report: it has no list of rows; give the report.json of `draftsmith evaluate`")
     return report["rows"]

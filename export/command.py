@@ -5,7 +5,6 @@ Owns the order of the work and what is refused. Does not know the layouts' table
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from draftsmith.models.ends import TargetEnds
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import TargetOptions
+from draftsmith.outside import parse_json
 from draftsmith.ownership import check_replaceable
 
 CARD = "README.md"
@@ -140,11 +140,9 @@ def _measured(report: Path, drafter: Drafter) -> tuple[list[dict[str, Any]], dic
     """
     if not report.is_file():
         raise ValueError(f"{report}: no such report; make one with `draftsmith evaluate --drafters {report.parent}`")
-    try:
-        found = json.loads(report.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{report}: not valid JSON: {error}; run `draftsmith evaluate` again") from error
-    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+    found = parse_json(report.read_bytes(), str(report), "run `draftsmith evaluate` again")
+    listed = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise ValueError(
             f"{report}: not a report: it has no list of rows; give the report.json of `draftsmith evaluate`"
         )

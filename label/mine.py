@@ -35,6 +35,7 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
@@ -247,7 +248,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
         check_alone(out / LOG, path)
         atomic_write(path, json.dumps(identity, indent=2) + "\n")
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = parse_json_object(path.read_bytes(), str(path), "name another folder")
     wrong = [
         f"{key}: there {earlier.get(key)!r}, now {value!r}"
         for key, value in identity.items()

@@ -25,6 +25,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from draftsmith.outside import parse_json_object, safe_file_name
+
 _SHOWN = 3  # names of tensors that an error lists
 _REMEDY = "its weights and its config.json belong to different models: give the complete checkpoint of one"
 
@@ -165,6 +167,7 @@ def name_faults(faults: Mapping[str, Iterable[str]]) -> str:
 
 
 def _load(kind: type[Any], folder: Path, trust_remote_code: bool, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    _check_file_names(folder)
     with _naming_the_option(folder), _naming_the_folder(folder):
         # Tensors of other shapes are let through here: the report tells them with the rest.
         return kind.from_pretrained(
@@ -175,6 +178,17 @@ def _load(kind: type[Any], folder: Path, trust_remote_code: bool, **arguments: A
             ignore_mismatched_sizes=True,
             **arguments,
         )
+
+
+def _check_file_names(folder: Path) -> None:
+    """Refuse an index of weights that names files outside of its folder, which the loader would open."""
+    for index in folder.glob("*.safetensors.index.json"):
+        remedy = "give a complete checkpoint"
+        listed = parse_json_object(index.read_bytes(), str(index), remedy).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{index} has no weight_map, an object of file names; {remedy}")
+        for tensor, name in listed.items():
+            safe_file_name(name, f"{index}: the file of {tensor!r:.80}")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ reads back as the limits it was written from. Knows nothing of how a shape is dr
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.models.limits import DraftLimits, EarlyStop, Rule, SampledChildren
+from draftsmith.outside import parse_json
 
 RankPath = tuple[int, ...]
 
@@ -134,10 +134,7 @@ def read_paths(path: Path) -> tuple[RankPath, ...]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a static tree is a JSON file of paths such as [[0], [1], [0, 0]]")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; write paths such as [[0], [1], [0, 0]]") from error
+    rows = parse_json(path.read_bytes(), str(path), "write paths such as [[0], [1], [0, 0]]")
     if not isinstance(rows, list) or not all(isinstance(row, list) and all(map(_is_rank, row)) for row in rows):
         raise ValueError(f"{path} is not a list of paths of ranks such as [[0], [1], [0, 0]]")
     return tuple(tuple(row) for row in rows)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from draftsmith.outside import parse_json
+
 CLAIM_FILE = "provenance.json"
 _KEY = "folder"
 _NUM_NAMED = 3
@@ -41,7 +43,7 @@ def claimed(folder: Path, stage: str) -> str:
 def read_claim(folder: Path) -> Claim | None:
     """The claim in a folder; None where there is none that can be read."""
     try:
-        record = json.loads((folder / CLAIM_FILE).read_bytes())
+        record = parse_json((folder / CLAIM_FILE).read_bytes(), str(folder / CLAIM_FILE), "delete it")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     claim: Any = record.get(_KEY) if isinstance(record, dict) else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -21,6 +20,7 @@ from typing import Any
 
 from draftsmith.files import atomic_write
 from draftsmith.foreign import json_text
+from draftsmith.outside import parse_json_object
 from draftsmith.ownership import CLAIM_FILE as FILE_NAME
 from draftsmith.ownership import check_unclaimed
 
@@ -68,16 +68,12 @@ def read(directory: Path) -> dict[str, Any]:
     """The record in `directory`.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: there is none, or it is not a JSON object.
     """
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {directory} was not written by draftsmith, or only in part")
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); make {directory} anew") from error
-    return found
+    return parse_json_object(path.read_bytes(), str(path), f"make {directory} anew")
 
 
 def versions() -> dict[str, str]:

@@ -317,6 +317,16 @@ def _spoil_number(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def _make_whole_numbers(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor.long() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def _bind(folder: Path, **fields: object) -> None:
+    path = folder / "bond.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def _say(folder: Path, **fields: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -337,7 +347,18 @@ def _say(folder: Path, **fields: object) -> None:
         (lambda folder: _say(folder, use_dora=True), "asks for use_dora"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"), "is not valid JSON"),
+        (lambda folder: _say(folder, r="x"), r"adapter_config.json: r is 'x', it must be a whole number of at least 1"),
+        (lambda folder: _say(folder, lora_alpha=None), r"lora_alpha is None, it must be a finite number above 0"),
+        (
+            lambda folder: _say(folder, lora_dropout=1.5),
+            r"lora_dropout is 1.5, it must be a number of at least 0 and below",
+        ),
+        (lambda folder: _say(folder, target_modules="fc"), r"target_modules is 'fc', it must be a list of names"),
+        (_make_whole_numbers, r"holds tensors that are not of floats"),
         (lambda folder: (folder / "bond.json").write_text('{"drafter": "x"}'), "is not a bond of this version"),
+        (lambda folder: _bind(folder, num_draft_steps="3"), r"bond.json: num_draft_steps is '3', it must be a whole"),
+        (lambda folder: _bind(folder, drafter=None), r"bond.json: drafter is None, it must be text"),
+        (lambda folder: _bind(folder, score_scale=-1.0), r"bond.json: score_scale is -1.0"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(base_folder: Path, folder: Path, spoil, complaint: str) -> None:  # type: ignore[no-untyped-def]

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_drafter
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from draftsmith.export.layouts import load_any
 from draftsmith.models import ReDrafter
 from draftsmith.models.drafter_folder import load_drafter
+from draftsmith.models.loading import resolve
+from draftsmith.models.pretrained import read_model
 
 
 def with_tensors(drafter: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -100,3 +103,32 @@ def test_what_is_no_drafters_folder_is_refused_with_the_remedy(tmp_path: Path, d
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin but no model.safetensors"):
         load_drafter(tmp_path / "pickled")
+
+
+def test_a_draft_lm_that_holds_nan_is_refused(tmp_path: Path, target: Path) -> None:
+    folder = Path(shutil.copytree(target, tmp_path / "lm"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1] = float("nan")  # a token that no first text has
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in model.embed_tokens.weight"):
+        load_drafter(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["embedded:../..", "embedded:..", "embedded:", "embedded:target/../target", "embedded:/etc", "a\0b"]
+)
+def test_a_name_of_an_embedded_model_is_no_path(name: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no embedded model|has a NUL"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["../../victim.safetensors", "/victim.safetensors", 7])
+def test_an_index_of_weights_names_files_of_its_folder_only(tmp_path: Path, target: Path, name: object) -> None:
+    folder = Path(shutil.copytree(target, tmp_path / "lm"))
+    (folder / "model.safetensors").rename(tmp_path / "victim.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"index.json: the file of 'model.norm.weight' is .*, which is no plain file name"
+    ):
+        read_model(AutoModelForCausalLM, folder)

@@ -175,7 +175,7 @@ def test_states_that_are_not_finite_are_refused_with_the_sample(make_cache: Make
     rows = [replace(row, labels=[0, *[1] * (len(row.labels) - 1)]) for row in rows]
     data = judge_data(poisoned, save_rows(tmp_path, rows))
     data.setup()
-    with pytest.raises(ValueError, match="sample s4 hold NaN"):
+    with pytest.raises(ValueError, match=r"sample s4: hidden.last.pre_norm holds NaN"):
         data.read_states()
     # A token that nothing is learnt from may be anything.
     labels = [-100 if place == bad - len(rows[4].prompt_ids) else label for place, label in enumerate(rows[4].labels)]
