@@ -87,14 +87,18 @@ def test_rows_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureF
     assert "left out: 2 more" in told
 
 
-def test_a_bad_file_leaves_the_store_as_it_was(
+def test_a_bad_row_is_left_out_with_its_place_and_a_file_of_bad_rows_makes_no_store(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = tmp_path / "labels.db"
-    source.write_text(source.read_text() + json.dumps(ROWS[0] | {"mistake_index": 9}) + "\n")
+    place, bad = tmp_path / "labels.db", json.dumps(ROWS[0] | {"mistake_index": 9}) + "\n"
+    good = source.read_text()
+    source.write_text(bad + bad)
     assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 1
-    assert f"draftsmith label import: error: {source}:4: mistake_index is 9" in capsys.readouterr().err
+    assert f"2 have mistakes; the first: {source}:1: mistake_index is 9" in capsys.readouterr().err
     assert not place.exists()
+    source.write_text(good + bad)
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    assert f"left out: {source}:4: mistake_index is 9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [("export", "--out", "out.jsonl"), ("stats",)])
