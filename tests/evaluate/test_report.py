@@ -46,6 +46,16 @@ def test_markdown_flags_a_suspicious_row_in_the_table_and_in_words(make_row: Row
     assert "uspicious" not in to_markdown("", {}, {}, [make_row()])
 
 
+def test_foreign_names_are_text_in_the_report(make_row: RowMaker) -> None:
+    row = make_row(drafter="a|b [x](http://e) \x1b[31m", target="t`u", suspicious=True)
+    text = to_markdown("evil\n```\n# head", {"cpu": "<img>"}, {}, [row])
+    assert "| a\\|b \\[x\\](http\\://e) \\\\x1b\\[31m 1x4 | 0 |" in text
+    assert "Target ``t`u``," in text
+    assert "````sh\nevil\n```\n# head\n````" in text
+    assert "- cpu: \\<img\\>" in text
+    assert "\x1b" not in text
+
+
 def test_markdown_never_rounds_up_to_all_identical(make_row: RowMaker) -> None:
     assert "| 99.9 % |" in to_markdown("", {}, {}, [make_row(exact_share=0.9999)])
     assert "| 100 % |" in to_markdown("", {}, {}, [make_row(exact_share=1.0)])
