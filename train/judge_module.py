@@ -256,7 +256,6 @@ class JudgeModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with another objective or another model's weights."""
-        check_fits(self, checkpoint["state_dict"])
         own = {**self.settings(), "l2": list(self.l2)}
         for name in ("feature", "l2", "class_weight"):
             theirs = checkpoint.get("settings", {}).get(name)
@@ -265,6 +264,7 @@ class JudgeModule(pl.LightningModule):
                     f"the checkpoint was made with {name} = {theirs!r}, this run has {own[name]!r}; resume with the "
                     "same settings, or start a new run without --ckpt_path"
                 )
+        check_fits(self, checkpoint["state_dict"])
 
     def data(self) -> JudgeDataModule:
         """The run's tokens. Raises ValueError for another data module."""
