@@ -90,7 +90,7 @@ def test_processors_come_in_the_order_of_transformers(target: Target) -> None:
     asked = {
         **{name: value for one in asked_for([3, 4, 5, 6]).values() for name, value in one.items()},
         **SAMPLING,
-        "forced_bos_token_id": 4,
+        "forced_bos_token_id": 9,
     }
     values = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3}
     config = GenerationConfig(do_sample=True, max_length=BUDGET + 2, eos_token_id=EOS, **values, **asked)
