@@ -111,14 +111,16 @@ class History:
         grown = [*prompt_ids, *reply_ids, *self._seams.ids(self._messages, reply_ids, following)]
         if self._template.text is None:
             return grown
-        before, said = self._text, self._said(prompt_ids, reply_ids)
-        reply = Message(role="assistant", content=said.removeprefix(self._written_before_reply()))
+        before, said, header = self._text, self._said(prompt_ids, reply_ids), self._written_before_reply()
+        reply = Message(role="assistant", content=said.removeprefix(header))
         self._messages += [reply, *following]
         try:
             self._text = self._template._render(self._messages, add_generation_prompt=True)
         except TemplateRefusal:  # of an empty reply, say: nobody can tell what it would make of the turns before
             return grown
-        return grown if self._text.startswith(before + said) else self._template._encode(self._text)
+        # A header that the template writes and the target did not say changes nothing of what was said.
+        as_said = (before + said, before + header + reply["content"])
+        return grown if self._text.startswith(as_said) else self._template._encode(self._text)
 
     def _said(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> str:
         """The reply's text without its end token, as it stands behind the prompt: some tokenizers write a first word otherwise."""

@@ -65,6 +65,8 @@ def test_an_empty_reply_keeps_its_ids_and_one_end_mark(name: str, kind: str) -> 
         ("turn marks", "Nine pears.", False),
         ("turn marks", " Nine pears.", True),  # the template trims it
         ("spaces around", " Nine pears.", False),
+        ("spaces around", "Nine pears.", False),
+        ("another mark between turns", "Nine pears.", False),
         ("thought opened by the prompt", "Ten less one.\n</think>Nine.", True),
         ("empty thought before the last reply", "Nine pears.", False),
         ("another mark between turns", "<C>final<M>Nine pears.", False),
