@@ -125,16 +125,11 @@ def test_states_that_are_extracted_are_those_of_decoding_whatever_else_is_in_the
         for ids, start in zip(texts, (3, 5), strict=True)
     ]
 
+    identity = CacheIdentity(
+        "t", None, "f", "k", "c", (PRE_NORM,), 32, "float32", "float32", "s", None, "m", 99, 2, 1.0, 1000
+    )
+
     def extracted(chosen: list[TokenizedSample]) -> torch.Tensor:
-        identity = CacheIdentity.__new__(CacheIdentity)
-        for name, value in {
-            "dtype": "float32",
-            "layers": (PRE_NORM,),
-            "hidden_size": 32,
-            "batch_tokens": 1000,
-            "local_horizon": 2,
-        }.items():
-            object.__setattr__(identity, name, value)
         return features(target, chosen, identity).hidden[PRE_NORM]
 
     together, alone = extracted(samples), torch.cat([extracted([sample]) for sample in samples])
