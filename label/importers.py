@@ -49,8 +49,8 @@ def read_labelled(path: Path, row_format: Format, origin: Origin) -> Imported:
             found = list(READERS[own_format](row, place, origin))
             for answer in found:
                 check_answer(answer, place)
-        except LeftOut as reason:
-            left_out.append(f"{place}: {reason}")
+        except LeftOut as error:
+            left_out.append(f"{place}: {error}")
         except ValueError as error:
             reason = str(error)
             unusable.append(reason if reason.startswith(place) else f"{place}: {reason}")

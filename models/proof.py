@@ -67,7 +67,7 @@ def prove(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor])
     if isinstance(style, str):
         raise _refused(model, name, style)
     trunk = Trunk(base, config, style, name)
-    ids = torch.arange(6, device=model.get_input_embeddings().weight.device)[None] % config.vocab_size
+    ids = torch.arange(6, device=next(model.get_input_embeddings().parameters()).device)[None] % config.vocab_size
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits
         refuse_non_finite(expected, name)
