@@ -6,20 +6,21 @@ The rule. A reply's own ids are never changed. A reply that ended by itself brin
 comes what the template writes behind the end mark of a turn. A reply cut short (by length or a stop string) gets the template's whole
 closing. The template's end mark is the first token behind a turn's content, white space aside, if it is a special token and the template
 closes the last turn of a conversation with it or with an end token: gpt-oss writes `<|end|>` between turns, `<|return|>` behind the last.
+Where it leaves the last turn open, the end mark is an end token that does not stand before the user's first text.
 A token that opens the next turn and also ends replies (GLM-4's `<|user|>`) is left out only where the reply ended with it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 
 from draftsmith.data.formats import Message
 from draftsmith.models.prompt_template import PromptTemplate, TemplateRefusal, encoded
 
-# Stands for a reply while a conversation is rendered; plain letters, which no template trims or escapes.
-SENTINEL = "draftsmithreplygoeshere"
-_MARKED = Message(role="assistant", content=SENTINEL)
+# Stands for a reply while a conversation is rendered; plain small letters, which no template trims, escapes or puts in another case.
+_SENTINEL = "draftsmithreplygoeshere"
 
 
 class Seams:
@@ -37,7 +38,7 @@ class Seams:
         template = self._template
         if template.text is None:
             return encoded(template.tokenizer, "\n" + "\n".join(m["content"] for m in following), special=False)
-        ids = self._behind_reply(template._render([*asked, _MARKED, *following], add_generation_prompt=True))
+        ids = self._behind_reply(asked, following)
         if not reply_ids or reply_ids[-1] not in template.eos_ids:
             return ids
         return self._without_end_mark(ids, reply_ids[-1])
@@ -51,23 +52,31 @@ class Seams:
         if place is None:
             return ids
         mark = ids[place]
-        is_mark = mark == ended_by or (
-            self._is_special(mark)
-            and self._last_mark is not None
-            and self._last_mark in {mark, *self._template.eos_ids}
-        )
+        is_mark = mark == ended_by or (self._is_special(mark) and self._closes_turns(mark))
         return ids[place + 1 :] if is_mark else ids
+
+    def _closes_turns(self, mark: int) -> bool:
+        """Whether a special token behind a turn's content is its end mark, and does not open the next turn."""
+        if self._last_mark is None:
+            return mark in self._template.eos_ids and mark not in self._before_first_turn
+        return self._last_mark in {mark, *self._template.eos_ids}
+
+    @functools.cached_property
+    def _before_first_turn(self) -> list[int]:
+        """What the template writes before the user's first text."""
+        asked = Message(role="user", content=_SENTINEL)
+        return self._template._encode(self._template._render([asked], add_generation_prompt=True).split(_SENTINEL)[0])
 
     @functools.cached_property
     def _last_mark(self) -> int | None:
         """The first token that the template writes behind the last reply of a conversation, white space aside."""
-        asked = Message(role="user", content="-")
-        ids = self._behind_reply(self._template._render([asked, _MARKED], add_generation_prompt=False))
+        ids = self._behind_reply([Message(role="user", content="-")])
         place = self._first_visible(ids)
         return None if place is None else ids[place]
 
-    def _behind_reply(self, rendered: str) -> list[int]:
-        _, tail = around_sentinel(rendered)
+    def _behind_reply(self, asked: Sequence[Message], following: Sequence[Message] = ()) -> list[int]:
+        head, tail = around_reply(self._template, asked, following)
+        rendered = head + _SENTINEL + tail
         return self._template.ids_from(rendered, len(rendered) - len(tail))
 
     def _first_visible(self, ids: Sequence[int]) -> int | None:
@@ -120,7 +129,12 @@ class History:
             return grown
         # A header that the template writes and the target did not say changes nothing of what was said.
         as_said = (before + said, before + header + reply["content"])
-        return grown if self._text.startswith(as_said) else self._template._encode(self._text)
+        if self._text.startswith(as_said):
+            return grown
+        anew = self._template._encode(self._text)
+        # A tokenizer may drop white space: then a text that differs in nothing else is the same ids.
+        read = [self._template._encode(text) for text in as_said]
+        return grown if any(anew[: len(ids)] == ids for ids in read) else anew
 
     def _said(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> str:
         """The reply's text without its end token, as it stands behind the prompt: some tokenizers write a first word otherwise."""
@@ -135,13 +149,24 @@ class History:
 
     def _written_before_reply(self) -> str:
         """What the template writes between the prompt and a reply's content, in place of the target."""
-        shown, _ = around_sentinel(self._template._render([*self._messages, _MARKED], add_generation_prompt=False))
+        shown, _ = around_reply(self._template, self._messages)
         return shown.removeprefix(self._text) if shown.startswith(self._text) else ""
 
 
-def around_sentinel(rendered: str) -> tuple[str, str]:
-    """The text before and behind the sentinel. Raises ValueError where it is not there exactly once."""
-    head, *tails = rendered.split(SENTINEL)
+def around_reply(
+    template: PromptTemplate, asked: Sequence[Message], following: Sequence[Message] = ()
+) -> tuple[str, str]:
+    """The text before and behind a reply to `asked`; with `following`, the prompt of the next reply ends it.
+
+    Raises:
+        ValueError: the template shows the reply not exactly once, or fails.
+    """
+    said = str([*asked, *following])
+    mark = _SENTINEL
+    if mark in said.lower():
+        mark += hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()
+    reply = Message(role="assistant", content=mark)
+    head, *tails = template._render([*asked, reply, *following], add_generation_prompt=bool(following)).split(mark)
     if len(tails) != 1:
         raise ValueError("the chat template does not show an assistant turn exactly once; give another with --template")
     return head, tails[0]

@@ -4,6 +4,7 @@ Owns: where the chat template is applied (here, once) and which tokens count as 
 prompts, models, caches.
 """
 
+import contextlib
 import functools
 import itertools
 import re
@@ -16,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from draftsmith.data.formats import Message
 from draftsmith.data.reply_spans import Encoded, Span, reply_mask
-from draftsmith.data.seams import SENTINEL, Seams, around_sentinel
+from draftsmith.data.seams import Seams, around_reply
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.prompt_template import (
     NO_OPTIONS,
@@ -24,6 +25,7 @@ from draftsmith.models.prompt_template import (
     RENDERING_ERRORS,
     PromptTemplate,
     TemplateOptions,
+    TemplateRefusal,
     encoded,
     refusal,
     shown_fields,
@@ -119,13 +121,12 @@ class ChatTemplate(PromptTemplate):
 
     def _check_turns(self, messages: Sequence[Message]) -> None:
         """Raises ValueError for a turn that would be learned in part only: a thought without a place, an end mark in a reply."""
-        end_marks = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.eos_ids)]
         for number, message in enumerate(messages):
             if "reasoning_content" in message and "reasoning_content" not in (self.text or ""):
                 raise ValueError(f"turn {number} has a thought, and the chat template does not read reasoning_content")
             if message["role"] != "assistant":
                 continue
-            inside = next((mark for mark in end_marks if mark in message["content"]), None)
+            inside = next((mark for mark in self._end_marks if mark in message["content"]), None)
             if inside is not None:
                 raise ValueError(f"turn {number} has the end token {inside!r} in its text, where a reply would end")
 
@@ -141,23 +142,34 @@ class ChatTemplate(PromptTemplate):
     def _shown(self, messages: Sequence[Message]) -> "_ShownReply":
         """The last message's reply as the template shows it at the end of a conversation."""
         text, blocks = self._render_with_blocks(messages)
-        marked = Message(role="assistant", content=SENTINEL)
-        head, tail = around_sentinel(self._render([*messages[:-1], marked], add_generation_prompt=False))
+        head, tail = around_reply(self, messages[:-1])
         stop = len(text) - (len(tail) if text.endswith(tail) else _num_shared(reversed(text), reversed(tail)))
-        start = len(head) if text.startswith(head) else self._reply_start(messages, text, head)
+        start = self._reply_start(messages, text, head)
         learned = [Span(start, stop)] if blocks is None else _shared_parts(Span(start, stop), blocks)
         end_mark = self._end_mark_pattern.match(text, stop)
         return _ShownReply(text, learned, text[: end_mark.end() if end_mark else stop])
 
     def _reply_start(self, messages: Sequence[Message], text: str, head: str) -> int:
-        """Where a reply begins that is more than its content: a thought goes before it, in place of what the template writes for none."""
-        prompt = self._render(messages[:-1], add_generation_prompt=True)
-        return len(prompt) if text.startswith(prompt) else _num_shared(text, head)
+        """Where a reply begins: behind what the template writes before any content, and behind what the target reads before it replies.
+
+        A thought replaces what the template writes for none: then only the prompt is known. A prompt may supply what the content repeats,
+        such as an empty thought: then it reaches further.
+        """
+        before = [head]
+        with contextlib.suppress(TemplateRefusal):  # a conversation that the assistant begins has no prompt
+            before.append(self._render(messages[:-1], add_generation_prompt=True))
+        places = [len(known) for known in before if text.startswith(known)]
+        return max(places, default=_num_shared(text, head))
+
+    @functools.cached_property
+    def _end_marks(self) -> list[str]:
+        """The end tokens' texts; ids that the tokenizer lacks have none."""
+        found = self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))
+        return [mark for mark in found if mark]
 
     @functools.cached_property
     def _end_mark_pattern(self) -> re.Pattern[str]:
-        tokens = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.eos_ids)]
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, self._end_marks))})" if self._end_marks else r"(?!)")
 
     def _render_with_blocks(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
         """The rendered conversation, and its `{% generation %}` blocks; None where the template has none."""

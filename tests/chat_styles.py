@@ -99,6 +99,15 @@ STYLES = {
         ("<E>",),
         ("<A>", "<U>"),
     ),
+    "last turn left open": Style(
+        _turns(
+            "<T>assistant\n{{ m.content }}{{ '<E>\n' if not loop.last }}",
+            "<T>{{ m.role }}\n{{ m.content }}<E>\n",
+            "<T>assistant\n",
+        ),
+        ("<X>", "<E>"),
+        ("<T>",),
+    ),
     "block with header and empty thought": Style(
         _turns(
             "{% generation %}<T>assistant\n" + THOUGHT + "{{ m.content }}<E>\n{% endgeneration %}",

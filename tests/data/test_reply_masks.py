@@ -11,6 +11,9 @@ from draftsmith.data.reply_spans import Encoded, Span, reply_mask
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 from draftsmith.models.prompt_template import TemplateOptions
 
+# These formats close the last turn by nothing.
+LEAVE_LAST_OPEN = ("the next turn's opening ends replies", "last turn left open")
+
 
 def labelled(tokenizer: PreTrainedTokenizerBase, sample: TokenizedSample) -> list[list[int]]:
     """The ids of each labelled stretch."""
@@ -39,8 +42,7 @@ def test_labels_are_the_replies_and_their_end_marks_exactly(name: str, kind: str
             ended = span[-1] in ends
             assert text_of(tokenizer, span[:-1] if ended else span) == "".join(said.split()).lower(), (turns, system)
             assert not set(span[:-1]) & set(ends)
-            # This format closes its last turn by nothing.
-            assert ended != (name == "the next turn's opening ends replies" and number == turns - 1)
+            assert ended != (name in LEAVE_LAST_OPEN and number == turns - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,6 +79,33 @@ def test_a_thought_that_the_row_holds_is_learned_and_one_that_the_template_suppl
             told["reasoning_content"] = thought
         [span] = labelled(tokenizer, chat.conversation("a", [asked, told]))
         assert tokenizer.decode(span) == expected
+
+
+@pytest.mark.parametrize("said", ["Nine.", "<think>\n\n</think>\n\nNine."])
+def test_an_empty_thought_is_not_learned_where_the_prompt_supplies_it_and_the_row_repeats_it(said: str) -> None:
+    tokenizer, ends = styled_tokenizer("empty thought before the last reply", "byte-level")
+    tokenizer.chat_template = STYLES["empty thought before the last reply"].template.replace("loop.last", "false")
+    turns = [*conversation(1)[:1], Message(role="assistant", content=said)]
+    for options, learned in (
+        (TemplateOptions(), said + "<E>"),
+        (TemplateOptions(template_args={"think": False}), "Nine.<E>"),
+    ):
+        [span] = labelled(tokenizer, ChatTemplate(tokenizer, None, ends, options).conversation("a", turns))
+        assert tokenizer.decode(span) == learned
+
+
+def test_a_conversation_that_the_assistant_begins_is_learned() -> None:
+    tokenizer, ends = styled_tokenizer("turn marks", "byte-level")
+    tokenizer.chat_template = "{{ raise_exception('empty') if not messages }}" + tokenizer.chat_template
+    [span] = labelled(tokenizer, ChatTemplate(tokenizer, None, ends).conversation("a", conversation(1)[1:]))
+    assert tokenizer.decode(span) == "Nine pears are left.<E>"
+
+
+def test_an_end_token_that_the_tokenizer_lacks_is_no_word_of_a_reply() -> None:
+    tokenizer, ends = styled_tokenizer("turn marks", "byte-level")
+    turns = [*conversation(1)[:1], Message(role="assistant", content="None.")]
+    [span] = labelled(tokenizer, ChatTemplate(tokenizer, None, [*ends, 10**6]).conversation("a", turns))
+    assert tokenizer.decode(span) == "None.<E>"
 
 
 def test_variables_reach_the_template() -> None:

@@ -3,11 +3,18 @@
 import pytest
 from chat_styles import KINDS, STYLES, conversation, styled_tokenizer
 
+from draftsmith.data import seams
 from draftsmith.data.formats import Message
 from draftsmith.data.seams import History
 from draftsmith.data.tokens import ChatTemplate
 
-CHAINED = ["turn marks", "end mark, then an end of text", "spaces around", "block with a newline behind the mark"]
+CHAINED = [
+    "turn marks",
+    "end mark, then an end of text",
+    "spaces around",
+    "block with a newline behind the mark",
+    "last turn left open",
+]
 NEXT = [Message(role="user", content="Sure?")]
 
 
@@ -94,3 +101,28 @@ def test_system_text_that_moves_to_the_last_question_begins_the_conversation_ane
     found = History(chat, asked).next_prompt_ids(prompt, [*chat._encode(" Nine."), *ends], NEXT)
     assert found[: len(prompt)] != prompt
     assert "[Q] Be kind.\n\nSure?[/Q]" in tokenizer.decode(found)
+
+
+@pytest.mark.parametrize("name", ["turn marks", "last turn left open"])
+def test_white_space_that_the_tokenizer_drops_is_no_rewriting(name: str) -> None:
+    """Decoding puts a space before each word; the template's trimming takes the first one away."""
+    tokenizer, ends = styled_tokenizer(name, "words")
+    chat = ChatTemplate(tokenizer, None, ends)
+    asked = conversation(1)[:1]
+    history, prompt = History(chat, asked), chat.first_prompt_ids(asked)
+    for end in ends:  # the second reply follows a first one with another end token
+        read = [*prompt, *chat._encode("Nine pears."), end]
+        prompt = history.next_prompt_ids(prompt, read[len(prompt) :], NEXT)
+        assert prompt[: len(read)] == read
+
+
+def test_a_conversation_about_the_reply_marker_has_seams_and_masks_like_another() -> None:
+    tokenizer, ends = styled_tokenizer("turn marks", "byte-level")
+    chat = ChatTemplate(tokenizer, None, ends)
+    marker = seams._SENTINEL
+    asked = [Message(role="user", content=f"What is {marker}?")]
+    assert tokenizer.decode(chat.next_turn_ids(asked, ends)).count(marker) == 1
+    said = Message(role="assistant", content=f"{marker.upper()} is {marker}.")
+    sample = chat.conversation("c", [*asked, said, *asked, Message(role="assistant", content="Yes.")])
+    learned = [token for token, own in zip(sample.input_ids, sample.loss_mask, strict=True) if own]
+    assert tokenizer.decode(learned) == f"{marker.upper()} is {marker}.<E>Yes.<E>"
