@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from draftsmith.models.field_rules import is_number
+
 _LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -37,7 +39,7 @@ def context_of(config: PreTrainedConfig, asked: int | None = None) -> int | None
         asked: what to say instead.
 
     Raises:
-        ValueError: fewer than 2 tokens are asked for, which leave no room for a prompt and a reply.
+        ValueError: fewer than 2 tokens, which leave no room for a prompt and a reply; or a field that is no length.
 
     Example:
         ``max_position_embeddings`` 32768 and ``{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}``: 131072.
@@ -47,12 +49,12 @@ def context_of(config: PreTrainedConfig, asked: int | None = None) -> int | None
             raise ValueError(f"context is {asked}; it counts tokens of prompt and reply together: give at least 2")
         return asked
     config = config.get_text_config()
-    named = [getattr(config, name, None) for name in _LENGTHS]
-    lengths = [int(length) for length in named if length is not None]
-    own = getattr(config, "model_max_length", None) or min(lengths, default=None)
+    named = {name: getattr(config, name, None) for name in ("model_max_length", *_LENGTHS)}
+    lengths = {name: int(_number(length, name, 2)) for name, length in named.items() if length is not None}
+    own = lengths.get("model_max_length") or min(lengths.values(), default=None)
     if own is None or "gemma3" in str(config.model_type):
         return own
-    return max((_stretched(int(own), rope) for rope in _ropes(config)), default=int(own))
+    return max((_stretched(own, rope) for rope in _ropes(config)), default=own)
 
 
 def refuse_past_table(base: nn.Module, context: int | None, name: str) -> None:
@@ -80,11 +82,22 @@ def _ropes(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
 
 def _stretched(own: int, rope: Mapping[str, Any]) -> int:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    factor = float(rope.get("factor") or 1.0)
-    original = rope.get("original_max_position_embeddings")
     if kind in _COUNTED:
         return own
+    factor = float(_number(rope.get("factor") or 1.0, "factor", 0))
+    original = rope.get("original_max_position_embeddings")
+    if original is not None:
+        original = _number(original, "original_max_position_embeddings", 1)
     if kind == "yarn":
         return int((original or own) * factor)
     # Where the config names the length before stretching and the one after it, the latter is counted already.
     return own if original is not None and int(original * factor) == own else int(own * factor)
+
+
+def _number(value: Any, name: str, least: int) -> Any:
+    if not is_number(value) or value < least:
+        raise ValueError(
+            f"the config says {name} = {value!r:.80}, which is no number of at least {least}; correct its config.json, or say how long "
+            "texts may be with --context"
+        )
+    return value

@@ -19,9 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.context import context_of, refuse_past_table
 from draftsmith.models.end_tokens import end_tokens, read_end_tokens
+from draftsmith.models.field_rules import POSITIVE, check_fields
 from draftsmith.models.loading import load_causal_lm, resolve_model, target_fingerprint
 from draftsmith.models.pretrained import check_tensors, language_model_class, read_config, read_part
 from draftsmith.models.support import final_norm, refuse_unsupported, text_base
+
+_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class TargetEnds(nn.Module):
@@ -73,6 +76,7 @@ class TargetEnds(nn.Module):
         # A weight that ZeRO-3 has divided has no shape of its own.
         self.vocab_size = int(getattr(self.head, "out_features", self.head.weight.shape[0]))
         self.eos_token_ids = end_tokens(model.generation_config, model.config) or end_token_ids
+        _check_scales(self.config, name)
         self._soft_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0) / float(
@@ -151,6 +155,13 @@ class TargetEnds(nn.Module):
         if self._soft_cap is not None:
             logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
         return logits
+
+
+def _check_scales(config: PreTrainedConfig, name: str) -> None:
+    """Raise ValueError where a field by which logits are scaled is no number."""
+    found = {field: getattr(config, field, None) for field in _SCALES}
+    given = {field: value for field, value in found.items() if value}
+    check_fields(given, dict.fromkeys(_SCALES, POSITIVE), f"the config of {name}", "correct its config.json")
 
 
 def _end_names(model: PreTrainedModel) -> list[str]:

@@ -6,11 +6,15 @@ paths, devices, targets and drafters. Everything else in the package loads throu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +31,24 @@ from transformers.models.auto.modeling_auto import (
 
 from draftsmith.outside import parse_json_object, safe_file_name
 
+RAISED_BY_CONFIGS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+"""What Transformers raises where a config's values make no model."""
+_RAISED_BY_FILES = (*RAISED_BY_CONFIGS, ImportError, OSError, SafetensorError)
+_ADAPTER = "adapter_config.json"
+_ATTENTIONS = (None, "sdpa", "eager")
+# Masks that old releases of Transformers saved with some families (GPT-J, CodeGen), and that each model computes by itself.
+_COMPUTED = re.compile(r"\.attn\.(bias|masked_bias|causal_mask)")
 _SHOWN = 3  # names of tensors that an error lists
 _REMEDY = "its weights and its config.json belong to different models: give the complete checkpoint of one"
 
@@ -35,25 +57,35 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     """The model config in a folder.
 
     Raises:
-        ValueError: it needs code of the folder, and that is not allowed.
+        ValueError: it cannot be read, it asks for an attention that takes no tree mask, or it needs code of the folder, and that is not
+            allowed.
     """
-    with _naming_the_option(folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with _naming_the_folder(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check_attention(config, folder)
+    return config
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder.
 
     Raises:
-        ValueError: it needs code of the folder, and that is not allowed.
+        ValueError: it cannot be read, or it needs code of the folder, and that is not allowed.
     """
-    with _naming_the_option(folder):
+    with _naming_the_folder(folder):
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation config in a folder; None where it has no such file."""
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    """The generation config in a folder; None where it has no such file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with _naming_the_folder(folder):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def language_model_class(config: PreTrainedConfig, folder: Path) -> type[Any]:
@@ -84,7 +116,8 @@ def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, *
         arguments: more for ``from_pretrained``, such as ``dtype`` and ``config``.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; or the model needs code of the folder, and that is not allowed.
+        ValueError: a file cannot be read; a tensor is missing, unknown or of another shape; the folder holds an adapter, too; or the
+            model needs code of the folder, and that is not allowed.
     """
     model, report = _load(kind, folder, trust_remote_code, **arguments)
     refuse_faults(folder, report)
@@ -145,7 +178,7 @@ def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]]) -> None:
     """
     faults = {
         "missing keys": sorted(report["missing_keys"]),
-        "unexpected keys": sorted(report["unexpected_keys"]),
+        "unexpected keys": sorted(name for name in report["unexpected_keys"] if not _COMPUTED.search(name)),
         "mismatched shapes": sorted(str(mismatch[0]) for mismatch in report["mismatched_keys"]),
     }
     if any(faults.values()):
@@ -166,9 +199,26 @@ def name_faults(faults: Mapping[str, Iterable[str]]) -> str:
     return "; ".join(parts)
 
 
+def _check_attention(config: PreTrainedConfig, folder: Path) -> None:
+    """Refuse kernels by name, which Transformers would fetch from the hub."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for asked in (getattr(part, "_attn_implementation", None) for part in parts):
+        if asked not in _ATTENTIONS:
+            raise ValueError(
+                f"{folder / 'config.json'} asks for attn_implementation {asked!r:.80}, which takes no tree mask; take the field out, or "
+                "write 'sdpa' or 'eager'"
+            )
+
+
 def _load(kind: type[Any], folder: Path, trust_remote_code: bool, **arguments: Any) -> tuple[Any, dict[str, Any]]:
     _check_file_names(folder)
-    with _naming_the_option(folder), _naming_the_folder(folder):
+    if (folder / _ADAPTER).exists():
+        # Transformers would put it into the model without a word, and report on the adapter's tensors alone.
+        raise ValueError(
+            f"{folder} holds a model and a PEFT adapter ({_ADAPTER}); move the adapter's files to a folder of their own and give that as "
+            "--adapter, or delete them if the weights contain it"
+        )
+    with _naming_the_folder(folder):
         # Tensors of other shapes are let through here: the report tells them with the rest.
         return kind.from_pretrained(
             folder,
@@ -192,27 +242,21 @@ def _check_file_names(folder: Path) -> None:
 
 
 @contextmanager
-def _naming_the_option(folder: Path) -> Iterator[None]:
-    """Has Transformers' refusal to run code name our option."""
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{folder} needs Python files of its own (auto_map in its JSON files), which never run unasked; read them, and allow them "
-            "with --trust_remote_code true"
-        ) from error
-
-
-@contextmanager
 def _naming_the_folder(folder: Path) -> Iterator[None]:
-    """Has a loader that fails on weights, as where experts are to be stacked and some are missing, name the folder."""
+    """Makes one error that names the folder of whatever Transformers raises at its files; a refusal to run code names our option."""
     try:
         yield
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error) and "loading state_dict" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except _RAISED_BY_FILES as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder} needs Python files of its own (auto_map in its JSON files), which never run unasked; read them, and allow "
+                "them with --trust_remote_code true"
+            ) from error
+        said = " ".join(str(error).split())
+        if isinstance(error, ImportError):
+            raise ValueError(f"{folder} needs a package that is not installed: {said:.400}") from error
         raise ValueError(
-            f"the weights in {folder} do not fit its config.json ({error}); give a complete checkpoint, or its own config.json"
+            f"{folder} cannot be read ({type(error).__name__}: {said:.400}); give a complete checkpoint with its own config.json"
         ) from error

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from draftsmith.models.cache import SlotCache
 from draftsmith.models.finite import refuse_non_finite
+from draftsmith.models.pretrained import RAISED_BY_CONFIGS
 from draftsmith.models.reading import read_again, read_prompts, read_tree, within_factors
 from draftsmith.models.shrink import shrunk
 from draftsmith.models.support import text_base
@@ -36,19 +36,7 @@ _TRUE_PATH = (0, 2, 4)
 """The tree of a cycle: the text goes on along the second child of the root, and its second child."""
 # Two draws of the weights, since rounding may tip a router of experts in one.
 _SEEDS = (0, 1)
-# What configs and forwards raise that are not for a family.
-_RAISED = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-    ZeroDivisionError,
-)
-_proven: dict[str, MaskStyle | str] = {}
+_proven: dict[tuple[type, str | None, str], MaskStyle | str] = {}
 
 
 def prove(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor]) -> Trunk:
@@ -123,12 +111,13 @@ def _style_by_length(base: PreTrainedModel, config: PreTrainedConfig) -> MaskSty
     """How the family takes masks so that a tiny model of it is exact past its lengths, or what was found; once for each config."""
     try:
         tiny = shrunk(config)
-    except _RAISED as error:
+    except RAISED_BY_CONFIGS as error:
         return _not_run(error)
     tiny._attn_implementation = getattr(config, "_attn_implementation", None)
-    key = f"{type(base).__qualname__} {tiny._attn_implementation} {json.dumps(tiny.to_dict(), sort_keys=True, default=str)}"
+    key = (type(base), tiny._attn_implementation, json.dumps(tiny.to_dict(), sort_keys=True, default=str))
     if key not in _proven:
-        _proven[key] = _prove_lengths(type(base), tiny)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            _proven[key] = _prove_lengths(type(base), tiny)
     found = _proven[key]
     # The tiny copy's window is short; the model's own is what its masks take.
     return found if isinstance(found, str) else next(own for own in mask_styles(config) if own.kinds == found.kinds)
@@ -145,12 +134,12 @@ def _prove_lengths(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Mas
         try:
             base = _random(kind, config, seed)
             expected = [_own_steps(base, config, text, prompt) for text, prompt in _texts(config)]
-        except _RAISED as error:
+        except RAISED_BY_CONFIGS as error:
             return _not_run(error)
         for style in mask_styles(config):
             try:
                 got = _through_trees(Trunk(base, config, style, "a tiny copy"), config)
-            except _RAISED as error:  # this family takes its masks in another way
+            except RAISED_BY_CONFIGS as error:  # this family takes its masks in another way
                 finding = finding or f"{type(error).__name__}: {error}"
                 continue
             wrong = [row for row in range(len(got)) if not _close(got[row], expected[row], 1e-3)]
@@ -173,7 +162,7 @@ def _first(got: list[Tensor], expected: list[Tensor]) -> int:
 
 def _random(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A tiny model whose weights are so large that its states depend on all that it sees."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base = kind(config)
         for name, parameter in base.named_parameters():

@@ -47,7 +47,8 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     values |= {name: CONTEXT for name, value in values.items() if _is_context(name, value)}
     if "'dynamic'" in str(values.get("rope_parameters")):  # whose original context is the context itself
         values["max_position_embeddings"] = min(values["max_position_embeddings"], ORIGINAL)
-    return type(config)(**values)
+    # By the config's own names: some compute further fields from these.
+    return type(config)(**{config.attribute_map.get(name, name): value for name, value in values.items()})
 
 
 def _is_context(name: str, value: Any) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from doubles import family_configs, random_model
 from safetensors.torch import load_file, save_file
 from tiny import save_target
@@ -80,6 +83,18 @@ def test_what_a_family_is_known_to_have_beside_its_weights_is_let_pass(changed: 
     assert Target.load(path).fingerprint == TargetEnds.load(path).fingerprint
 
 
+def test_masks_that_old_releases_saved_with_a_family_are_let_pass(tmp_path: Path) -> None:
+    """Checkpoints of GPT-J hold each layer's causal mask, which Transformers no longer lists."""
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+    transformers.AutoModelForCausalLM.from_config(transformers.GPTJConfig(**sizes)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    masks = {
+        f"transformer.h.{layer}.attn.{name}": torch.zeros(1) for layer in (0, 1) for name in ("bias", "masked_bias")
+    }
+    save_file(tensors | masks, tmp_path / "model.safetensors", {"format": "pt"})
+    assert Target.load(str(tmp_path)).fingerprint == TargetEnds.load(str(tmp_path)).fingerprint
+
+
 def test_a_tied_head_needs_no_tensor_of_its_own(tmp_path: Path) -> None:
     config = family_configs()["qwen3"]
     config.tie_word_embeddings = True
@@ -105,6 +120,44 @@ def test_an_overflow_of_a_narrow_dtype_names_the_dtype(changed: Callable[[Change
     Target.load(path)
     with pytest.raises(ValueError, match="float16 may be too narrow"):
         Target.load(path, dtype="float16")
+
+
+def spoilt_config(**fields: object) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return spoil
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 2.0}
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "half of the weights": lambda folder: os.truncate(folder / "model.safetensors", 9000),
+    "a config that is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "a generation config that is a list": lambda folder: (folder / "generation_config.json").write_text("[3]"),
+    "no heads": spoilt_config(num_attention_heads=0),
+    "a size in words": spoilt_config(num_hidden_layers="two"),
+    "a negative size": spoilt_config(vocab_size=-3),
+    "an unknown activation": spoilt_config(hidden_act="none such"),
+    "a package that is not there": spoilt_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+    "an endless context": spoilt_config(rope_parameters=ROPE | {"rope_type": "linear", "factor": float("inf")}),
+    "no context": spoilt_config(max_position_embeddings=0),
+    "a soft-cap in words": spoilt_config(final_logit_softcapping="x"),
+    "a kernel of the hub": spoilt_config(attn_implementation="some/kernel"),
+    "an adapter beside the weights": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_folder_that_says_nonsense_is_one_error_for_the_target_and_for_its_ends(
+    whole: Path, tmp_path: Path, spoilt: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(whole, folder)
+    SPOILT[spoilt](folder)
+    for load in (Target.load, TargetEnds.load):
+        with pytest.raises(ValueError, match=r"folder|config says"):
+            load(str(folder))
 
 
 CODE = """
