@@ -37,6 +37,7 @@ from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone, check_unclaimed
+from draftsmith.same_run import differences
 
 __all__ = ["BundledEngine", "Reply", "ResponseEngine", "respond"]
 
@@ -383,11 +384,7 @@ def _check_same(path: Path, earlier: Mapping[str, Any], identity: Mapping[str, A
             f"{path} is of an earlier version, which noted no more of the prompts than their ids: nobody can tell whether they are these; "
             "name another folder or delete this one (replies that are whole may be extracted as they are)"
         )
-    wrong = [
-        f"{key}: there {earlier.get(key)!r}, now {identity.get(key)!r}"
-        for key in sorted((earlier.keys() | identity.keys()) - {"num_rows", "url"})
-        if earlier.get(key) != identity.get(key)
-    ]
+    wrong = differences(earlier, identity, without=("num_rows", "url"))
     if wrong:
         raise ValueError(
             f"{path.parent} holds replies of another run ({'; '.join(wrong)}), as {path.name} says; name another folder or delete "

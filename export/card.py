@@ -178,6 +178,7 @@ def example(subject: Subject) -> str:
     """A program that decodes one prompt with the drafter in the current folder."""
     ours = subject.layout == "draftsmith"
     imports = "from pathlib import Path\n\nfrom draftsmith.decode import Engine, GenerationSettings\n"
+    imports += "from draftsmith.decode.model_settings import for_target\n"
     imports += "" if ours else "from draftsmith.export.layouts import load_any\n"
     imports += "from draftsmith.models import Target, load_tokenizer\n"
     imports += "from draftsmith.models.drafter_folder import load_drafter\n" if ours else ""
@@ -195,7 +196,9 @@ def example(subject: Subject) -> str:
         f"drafter = {load}  # this folder\n"
         "engine = Engine(target, drafter, tokenizer=tokenizer)  # refuses any other target\n\n"
         f"{prompt}\n"
-        f"reply = engine.generate([prompt], GenerationSettings(max_new_tokens=64{ends}))[0]\n"
+        "# with what the target's generation config forbids or demands\n"
+        f"settings = for_target(GenerationSettings(max_new_tokens=64{ends}), target, tells_text=True)\n"
+        "reply = engine.generate([prompt], settings)[0]\n"
         "print(tokenizer.decode(reply.token_ids, skip_special_tokens=True))\n"
         'print(f"{len(reply.token_ids)} tokens in {1 + len(reply.accepted)} target forwards")\n'
     )

@@ -37,6 +37,7 @@ from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone
+from draftsmith.same_run import differences
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
 
@@ -105,7 +106,7 @@ def mine(
         trust_remote_code=where.trust_remote_code,
         generation_config=where.generation_config,
     )
-    _refuse_constraints(settings, target)
+    _refuse_other_replies(settings, target)
     eos = settings.eos_token_ids
     chat = ChatTemplate(tokenizer, template, eos, rendering)
     models = (
@@ -139,6 +140,8 @@ def mine(
         "max_length": max_length,
         "stop_on_rejoin": stop_on_rejoin,
         "dtype": dtype,
+        "quantization": where.quantization,
+        "context": where.context,
     } | ({} if rendering == NO_OPTIONS else asdict(rendering))
     with exclusive(out / LOG):
         _begin(out, identity)
@@ -151,9 +154,10 @@ def mine(
     _tell(out, report)
 
 
-def _refuse_constraints(settings: GenerationSettings, target: str) -> None:
+def _refuse_other_replies(settings: GenerationSettings, target: str) -> None:
     """Mining reads the likeliest tokens alone. Raises ValueError where the target's generation config asks for other replies."""
     asked = [] if settings.constraints is None else [*settings.constraints.asked()]
+    asked += ["repetition_penalty"] if settings.repetition_penalty != 1.0 else []
     asked += ["stop_strings"] if settings.stop_strings else []
     if asked:
         raise ValueError(
@@ -249,11 +253,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
         atomic_write(path, json.dumps(identity, indent=2) + "\n")
         return
     earlier = parse_json_object(path.read_bytes(), str(path), "name another folder")
-    wrong = [
-        f"{key}: there {earlier.get(key)!r}, now {value!r}"
-        for key, value in identity.items()
-        if earlier.get(key) != value
-    ]
+    wrong = differences(earlier, identity)
     if wrong:
         raise ValueError(
             f"{out} holds labels of another run ({'; '.join(wrong)}); name another folder or delete this one"

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,22 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path: Path, chat
     write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"seed": 1})
     with pytest.raises(ValueError, match=r"another run \(seed: there 1, now 2\)"):
         write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"seed": 2})
+
+
+def test_replies_of_an_earlier_version_are_completed_where_its_settings_are_these(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    """That version wrote down no constraints, so it had none."""
+    plan = make_plan(MANY[:2], chat, SETTINGS, 128, 1, 1000)
+    now = json.loads(json.dumps(asdict(SETTINGS)))
+    forced = {**now, "constraints": {"min_length": 3}}
+    before = {name: value for name, value in now.items() if name != "constraints"}
+    with pytest.raises(KeyboardInterrupt):
+        write_replies(tmp_path, Share(), plan, chat, CountingEngine(fail_after=1), {"settings": before})
+    with pytest.raises(ValueError, match=r"another run \(settings\.constraints: there None, now {'min_length': 3}\)"):
+        write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"settings": forced})
+    assert write_replies(tmp_path, Share(), plan, chat, CountingEngine(), {"settings": now}) == 2
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"] == now
 
 
 def test_ranks_share_the_prompts_and_a_missing_rank_is_noticed(tmp_path: Path, target: Path) -> None:

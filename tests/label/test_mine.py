@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tokenizer
+from tiny import make_tokenizer, save_target
 
 from draftsmith import cli, embedded
 from draftsmith.data.tokens import ChatTemplate
@@ -274,7 +274,6 @@ ROW = {"prompt_ids": [5, 6]}
     ([{"prompt_ids": []}], "prompt_ids is []"),
     ([{**ROW, "reply_ids": []}], "reply_ids is []"),
     ([{**ROW, "id": 7}], "id is 7; it is a text"),
-    ([ROW, ROW], ":1 has it already; give each row an id of its own"),
     ([{**ROW, "answer": {"a": 1}}], "it is a text or a number"),
     ([{"prompt_ids": [5] * 512}], "the target's context holds 512"),
 ])  # fmt: skip
@@ -285,6 +284,25 @@ def test_a_bad_row_is_refused_with_its_place(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(path, tmp_path / "out") == 1
     assert told in capsys.readouterr().err
+
+
+def test_a_repeated_id_is_left_out_with_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({**ROW, "id": "a"}) + "\n" for _ in range(2)))
+    chat = ChatTemplate(make_tokenizer(), None, (3,))
+    assert len(read_questions(path, chat, answer_parser("final-number"), 768)) == 1
+    assert f'two.jsonl:2: id is "a"; {path}:1 has it already' in capsys.readouterr().err
+
+
+def test_a_target_that_asks_for_other_than_its_likeliest_tokens_is_refused_by_the_field(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = save_target(tmp_path / "target", seed=0)
+    config = {"eos_token_id": 4, "repetition_penalty": 1.05, "min_new_tokens": 2, "do_sample": True, "top_k": 20}
+    (target / "generation_config.json").write_text(json.dumps(config))
+    assert run(prompts, tmp_path / "out", "--target", target, "--draft", target) == 1
+    assert "sets min_new_tokens, repetition_penalty, which mining does not honour" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_out_of_range_and_another_runs_folder_are_refused(
