@@ -86,7 +86,7 @@ class Corpus:
             own = (_run_settings(file) or {}).get("tokenizer_fingerprint", fingerprint)
             if own != fingerprint:
                 raise ValueError(
-                    f"{file} holds token ids of the tokenizer {own[:16]}, this target's is {fingerprint[:16]}; "
+                    f"{file} holds token ids of the tokenizer {str(own)[:16]}, this target's is {fingerprint[:16]}; "
                     "make replies with this target"
                 )
 
@@ -319,9 +319,9 @@ def source_files(source: Path) -> list[Path]:
 
 
 def _run_settings(file: Path) -> dict[str, Any] | None:
-    """What `data respond` wrote beside its replies; None for any other file."""
-    settings = file.with_name(file.name.replace("responses", "settings").replace(".jsonl", ".json"))
-    if settings == file or not settings.is_file():
+    """What `data respond` wrote beside its replies; None for any other file, whatever lies beside it."""
+    settings = file.with_name(file.name.replace("responses", "settings", 1).replace(".jsonl", ".json"))
+    if not file.match(RESPONSE_GLOB) or not settings.is_file():
         return None
     return parse_json_object(settings.read_bytes(), str(settings), "copy the replies again, with all their files")
 
@@ -331,7 +331,11 @@ def _check_finished(file: Path) -> None:
     settings = _run_settings(file)
     if settings is None:
         return
-    planned = settings["num_rows"]
+    planned = settings.get("num_rows")
+    if type(planned) is not int:
+        raise ValueError(
+            f"the settings beside {file} do not say num_rows; copy the replies again, with all their files"
+        )
     with open(file, "rb") as lines:
         there = sum(1 for _ in lines)
     if there < planned:

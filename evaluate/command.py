@@ -24,9 +24,8 @@ from draftsmith.evaluate.measure import Candidate, Plan, measure
 from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.report import main_table, write_report, write_scalars
 from draftsmith.evaluate.resume import parts
-from draftsmith.evaluate.samples import read_samples, within_context
+from draftsmith.evaluate.samples import read_samples, readable_by
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.foreign import visible
 from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
@@ -109,10 +108,7 @@ def evaluate(
     model = where.load(target, dtype)
     settings = for_target(settings, model)
     warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
-    samples, left_out = within_context(samples, model.max_positions)
-    if left_out:
-        longest = f"context of {model.max_positions} tokens"
-        print(visible(f"left out: {len(left_out)} prompts that fill the {longest}, {left_out[0].id} first"))
+    samples = readable_by(model, samples)
     candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     inputs = {str(file): sha256_file(file), target: model.fingerprint}

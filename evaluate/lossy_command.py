@@ -25,7 +25,7 @@ from draftsmith.evaluate.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy_chart import draw_trade
 from draftsmith.evaluate.lossy_report import to_markdown, trade_table
 from draftsmith.evaluate.records import Sample
-from draftsmith.evaluate.samples import read_samples, within_context
+from draftsmith.evaluate.samples import read_samples, readable_by
 from draftsmith.evaluate.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.files import atomic_write, exclusive, read_jsonl, sha256_file
 from draftsmith.json_rows import UnusableRow
@@ -105,9 +105,7 @@ def evaluate_rules(
     samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
     questions = _questions(file, samples, judged)
     model = where.load(target, dtype)
-    samples, left_out = within_context(samples, model.max_positions)
-    if left_out:
-        print(f"left out: {len(left_out)} prompts that fill the context of {model.max_positions} tokens")
+    samples = readable_by(model, samples)
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     for one in chosen:
         if one.rule is not None:

@@ -3,6 +3,7 @@
 Owns which rows count as prompts and which are too long. Does not know what decodes them.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from draftsmith.data.prompts import PROMPT_FILE, Prompt, read_prompts, say_dropp
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
+from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, UnusableRow, summary
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target import Target
 
 
 def read_samples(
@@ -40,8 +43,8 @@ def read_samples(
     """
     file = path / PROMPT_FILE if path.is_dir() else path
     dropped: list[Dropped] = []
-    _, first = next(read_jsonl(file, []), (0, {}))
-    if "prompt_ids" in first or "turns" in first:
+    kinds = (_has_ids(row) for _, row in read_jsonl(file, []))
+    if next((kind for kind in kinds if kind is not None), False):
         if options != NO_OPTIONS:
             raise ValueError(
                 f"{file} has token ids, which no template renders; leave template_name and template_args out"
@@ -69,28 +72,50 @@ def _or_dropped(
         return None
 
 
+def _has_ids(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row says in token ids what the target reads, or in words; None where it says neither."""
+    if _asked(row).get("prompt_ids") is not None:
+        return True
+    return False if row.get("messages") or row.get("text") else None
+
+
+def _asked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    turns = row.get("turns")
+    return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else row
+
+
 def _from_prompt(prompt: Prompt, chat: ChatTemplate) -> Sample:
     return Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat)))
 
 
 def _from_ids(line: int, row: Mapping[str, Any]) -> Sample:
-    turns = row.get("turns")
-    asked = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else row
-    ids = token_ids(asked, "prompt_ids")
+    ids = token_ids(_asked(row), "prompt_ids")
     if not ids:
         raise UnusableRow("prompt_ids is empty")
     source = next((row[name] for name in ("source", "kind") if isinstance(row.get(name), str)), "prompts")
     return Sample(row_id(row, f"line-{line}"), source, tuple(ids))
 
 
-def within_context(samples: list[Sample], longest: int | None) -> tuple[list[Sample], list[Sample]]:
-    """Samples that leave room for at least one new token in a context of `longest` tokens, and those that do not.
+def readable_by(target: Target, samples: list[Sample]) -> list[Sample]:
+    """Samples of which the target has every token, and that leave room for at least one new one in its context.
+
+    The others are counted on standard error, with the first one's id.
 
     Raises ValueError when none is left.
     """
-    fitting = [sample for sample in samples if longest is None or len(sample.prompt_ids) < longest]
-    if not fitting:
-        raise ValueError(
-            f"none of the {len(samples)} prompts fits the target's context of {longest} tokens; give shorter prompts"
-        )
-    return fitting, [sample for sample in samples if sample not in fitting]
+    longest, vocab_size = target.max_positions, target.ends.vocab_size
+    fitting, left_out = [], []
+    for sample in samples:
+        if max(sample.prompt_ids) >= vocab_size:
+            left_out.append((sample.id, f"a token id that is not below the vocabulary's {vocab_size}"))
+        elif longest is not None and len(sample.prompt_ids) >= longest:
+            left_out.append((sample.id, f"fills the context of {longest} tokens"))
+        else:
+            fitting.append(sample)
+    if left_out:
+        name, reason = left_out[0]
+        told = f"{len(left_out)} of {len(samples)} prompts left out; the first is {name}: {reason}"
+        if not fitting:
+            raise ValueError(f"no prompt is left: {told}")
+        print(visible(told), file=sys.stderr)
+    return fitting

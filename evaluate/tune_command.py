@@ -18,7 +18,7 @@ from draftsmith.evaluate.command import load_candidates
 from draftsmith.evaluate.costs import Probe, TimingPlan, time_cycles
 from draftsmith.evaluate.drafters import parse_entries
 from draftsmith.evaluate.recording import Recorded, record
-from draftsmith.evaluate.samples import read_samples, within_context
+from draftsmith.evaluate.samples import read_samples, readable_by
 from draftsmith.evaluate.tune import Grid, weigh
 from draftsmith.evaluate.tune_report import TuneReport, best_of_each, heat_map, outcome_table, tune_json, tune_markdown
 from draftsmith.files import atomic_write, exclusive, sha256_file
@@ -94,9 +94,7 @@ def tune(
     ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
     samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
     model = where.load(target, dtype)
-    samples, left_out = within_context(samples, model.max_positions)
-    if left_out:
-        print(f"left out: {len(left_out)} prompts that fill the context of {model.max_positions} tokens")
+    samples = readable_by(model, samples)
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
     settings = for_target(settings, model)

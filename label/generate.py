@@ -22,11 +22,12 @@ from draftsmith import provenance
 from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.data.engines import BundledEngine
 from draftsmith.data.formats import Message
-from draftsmith.data.prompts import PROMPT_FILE, Prompt, read_prompts
+from draftsmith.data.prompts import PROMPT_FILE, Prompt, read_prompts, say_dropped
 from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.responses import Share, make_plan, write_replies
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import JsonlAppender, exclusive, read_jsonl, sha256_file
+from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.checkers import Checked, Checker, Row, load_checker
 from draftsmith.label.schema import Answer, Label, answer_id, check_answer, write_answers
 from draftsmith.label.store import Store
@@ -241,26 +242,41 @@ def _check_models(models: Sequence[str], where: TargetOptions) -> None:
 def _questions(
     prompts: Path, split: str | None, limit: int | None, licence: str | None, checker: Checker
 ) -> list[Question]:
-    """The questions, each shown to the checker before any model is loaded.
+    """The questions, each shown to the checker before any model is loaded. The others are counted on standard error.
 
-    Raises ValueError naming the line: no licence, a document in place of a question, or a row the checker cannot judge by.
+    Raises ValueError, naming the first line and its reason, when none is left.
     """
     file = _file(prompts)
     rows = {f"{file}:{line}": row for line, row in read_jsonl(file, [])}  # `read_prompts` tells of those left out
-    found = []
+    found: list[Question] = []
+    dropped: list[Dropped] = []
     for prompt in read_prompts(prompts, split)[:limit]:
-        place, row = prompt.place, rows[prompt.place]
-        own = row.get("licence") or licence
-        if not isinstance(own, str):
-            raise ValueError(
-                f"{place}: the licence is not in the row; it goes with every answer; give it with --licence"
-            )
-        if prompt.text is not None:
-            raise ValueError(f"{place}: {prompt.id} is a document, not a question; take prompts with messages")
-        if checker.probed:
-            _checked(checker, row, "", place)
-        found.append(Question(prompt, row, place, own))
+        try:
+            found.append(_question(prompt, rows[prompt.place], licence, checker))
+        except ValueError as error:
+            dropped.append(Dropped(prompt.place, str(error), id=prompt.id))
+    if not found:
+        raise ValueError(f"no question in {file}: {summary(dropped)}")
+    say_dropped(dropped)
     return found
+
+
+def _question(prompt: Prompt, row: Row, licence: str | None, checker: Checker) -> Question:
+    """Raises ValueError: no licence, a document in place of a question, or a row the checker cannot judge by."""
+    own = licence if row.get("licence") is None else row["licence"]
+    if own is None:
+        raise ValueError("the licence is not in the row; it goes with every answer; give it with --licence")
+    if not isinstance(own, str) or not own.strip():
+        raise ValueError(f"the licence is {own!r:.80}, not text; correct it")
+    if prompt.text is not None:
+        raise ValueError(f"{prompt.id} is a document, not a question; take prompts with messages")
+    asked: dict[str, Any] = {"messages": [dict(message) for message in prompt.messages]}
+    if prompt.reference:
+        asked["reference"] = list(prompt.reference)
+    whole = {**row, **asked}  # as a checker expects them, however the row writes them
+    if checker.probed:
+        checker.check(whole, "")
+    return Question(prompt, whole, prompt.place, own)
 
 
 def _ask(

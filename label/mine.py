@@ -124,10 +124,12 @@ def mine(
         draft_window=draft_window,
         draft_length=draft_length,
     )
-    asked = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit)
-    if judge is not None:
-        asked = [judged_by(judge, one, lambda reply: _decode(tokenizer, reply)) for one in asked]
-    check_questions([one.question for one in asked], rules)
+
+    def fit(one: Asked) -> Asked:
+        check_questions([one.question], rules)
+        return one if judge is None else judged_by(judge, one, lambda reply: _decode(tokenizer, reply))
+
+    asked = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit, fit)
     identity = {
         "target_fingerprint": models[0].fingerprint,
         "draft_fingerprint": models[1].fingerprint,

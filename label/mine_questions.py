@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from draftsmith.data.formats import Message
+from draftsmith.data.formats import Message, row_id, to_conversation
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import read_jsonl
@@ -20,7 +20,7 @@ from draftsmith.json_rows import Dropped, shown_row, summary
 from draftsmith.label.checkers import Checker, Row
 from draftsmith.label.mine_answers import Parse
 from draftsmith.label.mine_walk import Question
-from draftsmith.label.schema import ROLES, Answer, refusal
+from draftsmith.label.schema import Answer, refusal
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,19 @@ class Asked:
 
 
 def read_questions(
-    path: Path, chat: ChatTemplate, parse: Parse, vocab_size: int, limit: int | None = None
+    path: Path,
+    chat: ChatTemplate,
+    parse: Parse,
+    vocab_size: int,
+    limit: int | None = None,
+    fit: Callable[[Asked], Asked] = lambda asked: asked,
 ) -> list[Asked]:
     """The first `limit` questions of a JSON-lines file, or of the folder that `draftsmith data prompts` wrote.
 
     A row has `messages` of one turn (an optional system turn, then the user's) or `prompt_ids`; and, as far as there are any, `id`,
     `reply_ids` (the target's reply, so that it need not be found), `answer` or `reference` (a text or number, or a list that begins
-    with one), `source` and `licence`. Other fields are passed over. Rows that are no question, and those whose id is taken, are left
-    out and counted on standard error.
+    with one), `source` and `licence`. Other fields are passed over. Rows that are no question, those whose id is taken, and those for
+    which `fit` (what else a run asks of a question) raises ValueError, are left out and counted on standard error.
 
     Raises:
         ValueError: no row is a question; each reason names file, line, field, value, rule and remedy.
@@ -69,7 +74,7 @@ def read_questions(
             break
         place = f"{file}:{line}"
         try:
-            asked = _asked(row, place, chat, parse, vocab_size, file.stem)
+            asked = fit(_asked(row, place, chat, parse, vocab_size, file.stem))
             first = seen.setdefault(asked.question.id, place)
             if first != place:
                 raise refusal(
@@ -105,37 +110,36 @@ def judged_by(checker: Checker, asked: Asked, decode: Callable[[list[int]], str]
 
 
 def _asked(row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse, vocab_size: int, stem: str) -> Asked:
-    messages = _messages(row.get("messages"), place)
-    if messages and "prompt_ids" in row:
-        raise ValueError(
-            f"{place}: the row has messages and prompt_ids; one of them is the prompt; leave the other out"
-        )
-    prompt_ids = chat.first_prompt_ids(messages) if messages else _ids(row, "prompt_ids", place, vocab_size)
+    messages = _messages(row, place)
+    given_ids = _ids(row, "prompt_ids", place, vocab_size)
+    if messages and given_ids:
+        raise ValueError("the row has messages and prompt_ids; one of them is the prompt; leave the other out")
+    prompt_ids = chat.first_prompt_ids(messages) if messages else given_ids
     if prompt_ids is None:
-        raise ValueError(f"{place}: the row has neither messages nor prompt_ids, so nothing is asked; add one of them")
-    own = row.get("id")
-    if own is not None and (not isinstance(own, str) or not own):
-        raise refusal(place, "id", own, "it is a text that is not empty", "write one, or leave it out")
-    name = own or hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]
+        raise ValueError("the row has neither messages nor prompt_ids, so nothing is asked; add one of them")
+    name = row_id(row, hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16])
     question = Question(name, prompt_ids, _ids(row, "reply_ids", place, vocab_size), _reference(row, place, parse))
-    return Asked(question, messages, str(row.get("source") or stem), row.get("licence"), row, place)
+    source, licence = (_text(row, field, place) for field in ("source", "licence"))
+    return Asked(question, messages, source or stem, licence, row, place)
 
 
-def _messages(value: Any, place: str) -> tuple[Message, ...]:
-    """The one turn that is asked; a later turn would need the replies before it."""
-    if value is None:
+def _text(row: Mapping[str, Any], field: str, place: str) -> str | None:
+    value = row.get(field)
+    if value is not None and not isinstance(value, str):
+        raise refusal(place, field, value, "it is text", "correct it, or leave it out")
+    return value
+
+
+def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    """The one turn that is asked, read as every command reads turns; a later turn would need the replies before it."""
+    if row.get("messages") is None:
         return ()
-    fits = isinstance(value, list) and all(
-        isinstance(one, Mapping)
-        and one.get("role") in ROLES
-        and isinstance(one.get("content"), str)
-        and one["content"].strip()
-        for one in value
-    )
-    if not fits or [one["role"] for one in value] not in (["user"], ["system", "user"]):
-        rule = "they are one question: a user turn that is not empty, with a system turn before it or none"
-        raise refusal(place, "messages", value, rule, "leave later turns out, or give the whole prompt as prompt_ids")
-    return tuple(Message(role=one["role"], content=one["content"]) for one in value)
+    turns = to_conversation({"messages": row["messages"]}, "openai").turns
+    if [turn["role"] for turn in turns] not in (["user"], ["system", "user"]):
+        rule = "they are one question: a user turn, with a system turn before it or none"
+        remedy = "leave later turns out, or give the whole prompt as prompt_ids"
+        raise refusal(place, "messages", row["messages"], rule, remedy)
+    return turns
 
 
 def _ids(row: Mapping[str, Any], field: str, place: str, vocab_size: int) -> list[int] | None:

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
+from draftsmith.data.prompts import say_dropped
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
@@ -34,6 +35,7 @@ UNPLACED = "wrong, but nobody has said where"
 SILENT = "no token is left that a label speaks of"
 TOO_LONG = "longer than the target's context"
 UNTOUCHED = "no token of this tokenizer touches the error"
+REFUSED = "the template fails on the prompt"
 
 
 @dataclass
@@ -100,7 +102,7 @@ def make_rows(
 ) -> Made:
     """One row an answer, in the order of the answers; several labels of one answer are one row (see merged_labels).
 
-    Raises ValueError when one id stands for two answers, or the template fails.
+    Raises ValueError when one id stands for two answers.
     """
     made = Made()
     by_id: dict[str, list[Answer]] = {}
@@ -154,7 +156,11 @@ def _add(
         made.left_out.append((str(error), UNTOUCHED))
         return
     reply_ids = [int(token) for token in tokenizer(first.response, add_special_tokens=False)["input_ids"]]
-    prompt_ids = chat.first_prompt_ids(first.messages)
+    try:
+        prompt_ids = chat.first_prompt_ids(first.messages)
+    except ValueError as error:
+        made.left_out.append((f"{first.id}: {error}", REFUSED))
+        return
     if max_length is not None and len(prompt_ids) + len(reply_ids) > max_length:
         made.left_out.append((f"{first.id}, {len(prompt_ids) + len(reply_ids)} of {max_length} tokens", TOO_LONG))
         return
@@ -173,8 +179,7 @@ def _read(store: str | None, answers: Path | None) -> list[Answer]:
         found = list(read_answers(answers, dropped))
         if not found:
             raise ValueError(f"no line of {answers} is an answer; {summary(dropped)}")
-        if dropped:
-            print(visible(summary(dropped)))
+        say_dropped(dropped)
         return found
     assert store is not None
     with Store(store) as opened:

@@ -184,20 +184,27 @@ class DistilDataModule(pl.LightningDataModule):
         self._template = ""
         self._drawn: tuple[int, np.ndarray] | None = None
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, context: int | None, eos_ids: Iterable[int]) -> None:
+    def read(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        eos_ids: Iterable[int],
+        vocab_size: int | None = None,
+    ) -> None:
         """Reads and encodes everything; the training module calls this once it knows the models.
 
         Args:
             tokenizer: the target's, which is the draft LM's as well.
             context: the shorter of the two models' contexts in tokens, None for no limit.
             eos_ids: tokens that end a reply.
+            vocab_size: replies with token ids that are not below this are left out.
         """
         if len(self.store):
             return
         self.max_length = self.max_length if context is None else min(self.max_length, context)
         self._template = rendering_fingerprint(tokenizer, self.template, self.rendering)
         if self.replies is not None:
-            self._read_replies(self.replies, tokenizer, eos_ids)
+            self._read_replies(self.replies, tokenizer, eos_ids, vocab_size)
         if self.prompts is not None:
             self._read_prompts(self.prompts, tokenizer, eos_ids)
         self._answered.clear()
@@ -225,12 +232,15 @@ class DistilDataModule(pl.LightningDataModule):
         wanted = max(1, round(self.val_fraction * len(self.store)))
         return wanted if self.max_val_rows is None else min(wanted, self.max_val_rows)
 
-    def _read_replies(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
+    def _read_replies(
+        self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], vocab_size: int | None
+    ) -> None:
         corpus = Corpus(
             source,
             lambda: ChatTemplate(tokenizer, self.template, eos_ids, self.rendering),
             self.split,
             max_length=self.max_length,
+            vocab_size=vocab_size,
         )
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         for sample in corpus.all_samples(self._dropped):

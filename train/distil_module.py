@@ -230,7 +230,7 @@ class DraftLMModule(pl.LightningModule):
             self._load()
         contexts = [self.target.max_positions, self.student.doors().max_positions]
         context = min((one for one in contexts if one is not None), default=None)
-        data.read(self.tokenizer, context, self.eos_token_ids)
+        data.read(self.tokenizer, context, self.eos_token_ids, self.target.ends.vocab_size)
 
     def _load(self) -> None:
         if self.device_map is not None and self.trainer.world_size > 1:

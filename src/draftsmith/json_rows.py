@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
+from draftsmith.foreign import one_line
+
 DROPPED_FILE = "dropped.jsonl"
 MAX_DEPTH = 100
 """Objects and lists inside one another. Python's own limit depends on who calls, and a row must not be read in one pass only."""
@@ -116,7 +118,7 @@ def dropped_lines(dropped: Iterable[Dropped]) -> str:
 
 
 def summary(rows: Sequence[Dropped], what: str = "dropped") -> str:
-    """One line: how many rows there are, and for each kind of reason the first place and how many are like it.
+    """One line for a terminal: how many rows there are, and for each kind of reason the first place and how many are like it.
 
     Example: `3 rows dropped: a.jsonl:2: turn 1 is empty (2 such); a.jsonl:9: no user turn`.
     """
@@ -135,7 +137,7 @@ def summary(rows: Sequence[Dropped], what: str = "dropped") -> str:
     ]
     if len(counts) > len(kinds):
         kinds.append(f"and {len(counts) - len(kinds)} other reasons")
-    return f"{counted}: {'; '.join(kinds)}"
+    return one_line(f"{counted}: {'; '.join(kinds)}")
 
 
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"

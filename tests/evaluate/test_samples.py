@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from draftsmith.evaluate.records import Sample
-from draftsmith.evaluate.samples import read_samples, within_context
+from draftsmith.evaluate.samples import read_samples, readable_by
 from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.target import Target
 
 
 def write_rows(path: Path, *rows: dict) -> Path:
@@ -64,9 +65,24 @@ def test_rows_that_are_no_prompt_are_left_out_and_counted(
     assert "p.jsonl:3: the id 'ab' as in" in told
 
 
-def test_prompts_that_fill_the_context_are_set_aside() -> None:
-    short, full = Sample("a", "s", (1, 2)), Sample("b", "s", (1, 2, 3))
-    assert within_context([short, full], 3) == ([short], [full])
-    assert within_context([short, full], None) == ([short, full], [])
-    with pytest.raises(ValueError, match="none of the 1 prompts fits the target's context of 3 tokens"):
-        within_context([full], 3)
+@pytest.mark.parametrize("broken", [{}, {"prompt_ids": None}, {"turns": ["How many?"]}])
+def test_a_broken_first_row_does_not_decide_what_the_others_are(tmp_path: Path, target: Path, broken: dict) -> None:
+    tokenizer = load_tokenizer(str(target))
+    for good in ({"id": "ab", "prompt_ids": [4]}, prompt_row("ab")):
+        file = write_rows(tmp_path / "p.jsonl", broken, good)
+        assert [sample.id for sample in read_samples(file, tokenizer)] == ["ab"]
+
+
+def test_prompts_that_the_target_cannot_read_are_left_out_and_counted(
+    target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Target.load(str(target))
+    assert model.max_positions is not None
+    short, full = Sample("a", "s", (1, 2)), Sample("b", "s", (1,) * model.max_positions)
+    foreign = Sample("c", "s", (1, model.ends.vocab_size))
+    assert readable_by(model, [short, full, foreign]) == [short]
+    assert f"2 of 3 prompts left out; the first is b: fills the context of {model.max_positions}" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match=r"no prompt is left: 1 of 1 .* c: a token id that is not below"):
+        readable_by(model, [foreign])

@@ -185,8 +185,6 @@ def test_another_checker_judges_the_same_replies_under_its_own_name(
     ("change", "options", "message"),
     [
         ({}, {"licence": None}, r"prompts.jsonl:1: the licence is not in the row"),
-        ({"answer": "none"}, {"checker": "final-number"}, r"prompts.jsonl:3: the row: its reference is \"none\""),
-        ({"text": "A book.", "messages": []}, {}, r"prompts.jsonl:3: .* is a document"),
         ({}, {"checker": "nothing"}, "checker 'nothing' is not known"),
         ({}, {"models": (MODELS[0], MODELS[0])}, "each once"),
         ({}, {"where": TargetOptions(revision="main")}, "belongs to one model"),
@@ -215,6 +213,32 @@ def test_a_mistake_is_told_with_its_place_and_leaves_no_answers(
         generate(prompts, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     assert script.asked == [] or "CODE" in options["checker"]
+
+
+def test_questions_that_cannot_be_asked_or_judged_are_left_out_with_their_place(
+    prompts: Path, tmp_path: Path, script: Scripted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    rows[2] |= {"answer": "none"}
+    rows[3] |= {"text": "A book.", "messages": []}
+    rows[4] |= {"licence": 7}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(prompts, MODELS[:1], "final-number", tmp_path / "out", licence="MIT")
+    assert len(script.asked) == len(rows) - 3
+    told = capsys.readouterr().err
+    for reason in (":3: the row: its reference", ":4: ", "is a document", ":5: the licence is 7, not text"):
+        assert reason in told
+
+
+def test_a_checker_gets_a_row_as_every_command_reads_it(prompts: Path, tmp_path: Path, script: Scripted) -> None:
+    row = json.loads(prompts.read_text().splitlines()[0])
+    [turn] = row["messages"]
+    parts = [{"type": "text", "text": turn["content"]}]
+    changed = row | {"messages": [turn | {"content": parts}], "reference": "It is 7."}
+    del changed["answer"]
+    prompts.write_text(json.dumps(changed) + "\n")
+    for checker in ("embedded", "final-number"):
+        generate(prompts, MODELS[:1], checker, tmp_path / checker, licence="MIT")
 
 
 def test_a_user_without_a_name_is_told_before_anything_is_asked(

@@ -10,8 +10,9 @@ from tiny import make_tokenizer
 
 from draftsmith import cli
 from draftsmith.data.cache import HiddenStateCache
+from draftsmith.data.formats import Message
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.label.row_command import UNPLACED, UNTOUCHED, make_rows, merged_labels
+from draftsmith.label.row_command import REFUSED, UNPLACED, UNTOUCHED, make_rows, merged_labels
 from draftsmith.label.rows import read_rows, write_rows
 from draftsmith.label.schema import Answer, Label, Tokens, write_answers
 from draftsmith.label.store import Store
@@ -137,6 +138,19 @@ def test_too_long_rows_and_errors_on_no_token_are_left_out_and_told(
     assert "1 longer than the target's context" in told
     assert "of 256 tokens" in told
     assert [row.id for row in read_rows(tmp_path / "rows")] == ["good", "bad"]
+
+
+def test_a_prompt_that_the_template_refuses_is_left_out(answers: list[Answer]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if 'tiger' in messages[0].content %}{{ raise_exception('no tigers') }}{% endif %}{{ messages[0].content }}"
+    )
+    tiger = replace(answers[0], id="tiger", messages=(Message(role="user", content="A tiger?"),))
+    made = make_rows([tiger, answers[0]], tokenizer, ChatTemplate(tokenizer))
+    assert [row.id for row in made.rows] == [answers[0].id]
+    [(name, reason)] = made.left_out
+    assert reason == REFUSED
+    assert "no tigers" in name
 
 
 def test_an_error_that_the_tokenizer_leaves_out_is_told(answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
