@@ -309,6 +309,23 @@ def test_a_target_that_asks_for_other_than_its_likeliest_tokens_is_refused_by_th
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_that_does_not_fit_the_run_is_left_out_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, {"prompt_ids": [7]})))
+
+    def fit(asked: Asked) -> Asked:
+        if asked.question.prompt_ids == [7]:
+            raise ValueError("seven is too few")
+        return asked
+
+    tokenizer = load_tokenizer("embedded:target")
+    [asked] = read_questions(path, ChatTemplate(tokenizer), lambda text: text, 768, fit=fit)
+    assert asked.place == f"{path}:1"
+    assert f"{path}:2: seven is too few" in capsys.readouterr().err
+
+
 def test_settings_out_of_range_and_another_runs_folder_are_refused(
     prompts: Path, mined: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
