@@ -83,7 +83,7 @@ class CacheFolder:
     def add(self, number: int, content: ShardContent) -> None:
         """Writes a shard, then its record. Raises OSError when the disk does not take them."""
         record = write_shard(self.path / _name(number), content)
-        atomic_write(self._record_file(number), json.dumps(asdict(record)) + "\n")
+        atomic_write(self._record_file(number), json.dumps(asdict(record)) + "\n", clear=False)
 
     def gather(self, lengths: Sequence[int]) -> Manifest:
         """Puts every shard that is there into the manifest; with the last one, the cache is complete.

@@ -366,7 +366,8 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
             # Fewer rows there mean that an earlier run was content with them; this one has to say so itself.
             _write_settings(out, share, identity, plan.num_prompts)
         return
-    check_alone(out / f"responses{share.suffix}.jsonl", path)
+    for name in ("responses", "failures"):
+        check_alone(out / f"{name}{share.suffix}.jsonl", path)
     atomic_write(out / f"dropped{share.suffix}.jsonl", dropped_lines(plan.dropped))
     _write_settings(out, share, identity, plan.num_prompts)
 

@@ -75,9 +75,13 @@ def check_text(
 ) -> None:
     """Raises ValueError unless offsets int64 [n + 1], ids int32 [T] and mask bool [T] of one shard fit each other and its record."""
     steps = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != record.num_tokens or bool((steps < 1).any()):
+    # The largest and the least too: steps between numbers of 64 bits overflow, and would then look like forward ones.
+    ends = [int(one) for one in (offsets[0], offsets[-1], *offsets.aminmax())]
+    if ends != 2 * [0, record.num_tokens] or bool((steps < 1).any()):
         backwards = (steps < 1).nonzero()
-        step = f", {int(steps[backwards[0]])} tokens for sample {int(backwards[0])}" if len(backwards) else ""
+        step = f", between {ends[2]} and {ends[3]}"
+        if len(backwards):
+            step = f", {int(steps[backwards[0]])} tokens for sample {int(backwards[0])}"
         raise ValueError(
             f"{place}: offsets run from {int(offsets[0])} to {int(offsets[-1])}{step}; they must rise from 0 to the shard's "
             f"{record.num_tokens} tokens; {_REMEDY}"

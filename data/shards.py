@@ -94,7 +94,7 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
     if content.greedy_ids is not None:
         tensors["greedy_ids"] = content.greedy_ids.to(torch.int32)
     payload = safetensors.torch.save(tensors, metadata={_IDS: json.dumps(list(content.ids), ensure_ascii=False)})
-    atomic_write(path, payload)
+    atomic_write(path, payload, clear=False)  # its folder may hold very many
     return ShardRecord(
         name=path.name,
         sha256=hashlib.sha256(payload).hexdigest(),

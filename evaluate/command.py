@@ -22,7 +22,7 @@ from draftsmith.evaluate.chart import draw
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import Candidate, Plan, measure
 from draftsmith.evaluate.records import Row, Sample
-from draftsmith.evaluate.report import main_table, write_report, write_scalars
+from draftsmith.evaluate.report import REPORTS, main_table, write_report, write_scalars
 from draftsmith.evaluate.resume import parts
 from draftsmith.evaluate.samples import read_samples, readable_by
 from draftsmith.files import atomic_directory, exclusive, sha256_file
@@ -97,7 +97,7 @@ def evaluate(
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
         rendering: The chat template's name and variables; see `TemplateOptions`.
     """
-    check_unclaimed(out)
+    check_unclaimed(out, REPORTS)
     check_replaceable(out / TENSORBOARD, STAGE)
     plan = Plan(batch_size, repeats, transformers_prompts, prompt_lookup, ledger_prompts)
     settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)

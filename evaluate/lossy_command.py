@@ -25,6 +25,7 @@ from draftsmith.evaluate.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy_chart import draw_trade
 from draftsmith.evaluate.lossy_report import to_markdown, trade_table
 from draftsmith.evaluate.records import Sample
+from draftsmith.evaluate.report import REPORTS
 from draftsmith.evaluate.samples import read_samples, readable_by
 from draftsmith.evaluate.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.files import atomic_write, exclusive, read_jsonl, sha256_file
@@ -93,7 +94,7 @@ def evaluate_rules(
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
         rendering: The chat template's name and variables; see `TemplateOptions`.
     """
-    check_unclaimed(out)
+    check_unclaimed(out, REPORTS)
     chosen = _ruled(rules)
     limits = parse_shape(shape)
     draft_folder = drafter_folder(drafter)

@@ -14,6 +14,7 @@ from draftsmith.files import atomic_write
 from draftsmith.foreign import block, code, plain
 from draftsmith.outside import parse_json
 
+REPORTS = ("report.md", "report.json", "report.png")
 HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
 MEANING = """\
 - *Tokens per step*: emitted tokens per target forward after the prefill, pooled over prompts, the bonus token counted.

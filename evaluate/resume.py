@@ -16,9 +16,11 @@ from typing import Any
 from draftsmith.decode import Ledger
 from draftsmith.evaluate.records import Decoded, Place, Round, Timed
 from draftsmith.files import JsonlAppender, atomic_write
+from draftsmith.ownership import check_begun
 
 WORK_FILE = "unfinished.jsonl"
 _FACTS = "facts"
+_EARLIER = "identity"  # how the work files of earlier versions begin
 
 
 @dataclass
@@ -81,8 +83,11 @@ def parts(out: Path, identities: Sequence[Mapping[str, Any]]) -> Iterator[Sequen
     Args:
         out: folder of the report.
         identities: for each measurement everything it depends on, its `temperature` among it; no two are equal.
+
+    Raises ValueError for a file of that name that is not an evaluation's.
     """
     path = out / WORK_FILE
+    check_begun(path, "part", _EARLIER)
     heads = [_head(identity) for identity in identities]
     for line in _drop_others(path, heads):
         print(line)

@@ -80,7 +80,7 @@ def tune(
         where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
         rendering: The chat template's name and variables; see `TemplateOptions`.
     """
-    check_unclaimed(out)
+    check_unclaimed(out, ("tune.md", "tune.json", "tune.png"))
     grid = Grid(
         tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
     )

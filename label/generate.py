@@ -35,7 +35,9 @@ from draftsmith.models.fingerprint import tokenizer_fingerprint
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.ownership import check_alone, check_begun, check_unclaimed
 
+CHECKS = "checks.jsonl"
 _LEFT_OUT = ("unfinished", "empty", "repeated")
 _ENDED = ("eos", "stop")
 
@@ -173,6 +175,7 @@ def generate(
         where: the models' devices, revision, adapter and quantization; see `TargetOptions`.
         rendering: the chat template's name and variables; see `TemplateOptions`.
     """
+    check_unclaimed(out)
     asking = Asking(
         greedy,
         samples,
@@ -198,6 +201,8 @@ def generate(
         model: load_tokenizer(model, where.revision, where.trust_remote_code) for model in models
     }  # the last name is checked before the first answer
     with exclusive(out / "answers.jsonl"):
+        check_begun(out / CHECKS, "key")
+        check_alone(out / "answers.jsonl", out / CHECKS)
         folders = [
             (model, folder)
             for model, tokenizer in tokenizers.items()
@@ -335,7 +340,7 @@ def _labelled(
         (model, {row["id"]: row for _, row in read_jsonl(folder / "responses.jsonl")}) for model, folder in folders
     ]
     seen: set[str] = set()
-    with JsonlAppender(out / "checks.jsonl") as log:
+    with JsonlAppender(out / CHECKS) as log:
         known: dict[str, Row] = {row["key"]: row for row in log.rows}
         for question in questions:
             for model, rows in replies:

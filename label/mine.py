@@ -22,7 +22,7 @@ from draftsmith.data.reply_settings import Overrides, reply_settings
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
-from draftsmith.foreign import visible
+from draftsmith.foreign import json_text, visible
 from draftsmith.label.checkers import Checker, load_checker
 from draftsmith.label.mine_answers import Parse, ParserName, answer_parser
 from draftsmith.label.mine_outputs import counts, from_log, labelled_answers, to_log, token_rows
@@ -36,7 +36,7 @@ from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.options import DEFAULTS, TargetOptions
 from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.outside import parse_json_object
-from draftsmith.ownership import check_alone
+from draftsmith.ownership import check_alone, check_unclaimed
 from draftsmith.same_run import differences
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
@@ -94,6 +94,7 @@ def mine(
         where: the target's devices, revision, adapter and quantization; see `TargetOptions`. The draft runs on the same device.
         rendering: the chat template's name and variables; see `TemplateOptions`.
     """
+    check_unclaimed(out)
     parse, judge = _reading(checker, against)
     tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     check_tokenizers(tokenizer, load_tokenizer(draft, trust_remote_code=where.trust_remote_code), target, draft)
@@ -152,7 +153,7 @@ def mine(
         config |= {"draft_window": draft_window, "draft_length": draft_length, "licence": licence}
         record = provenance.record(provenance.command_line(), config, {str(prompts): _digest(asked)})
         report = write_outputs(out, asked, log, tokenizer, models[0].name, licence)
-        atomic_write(out / REPORT, json.dumps(record | report, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(out / REPORT, json_text(record | report, indent=2) + "\n")
     _tell(out, report)
 
 
@@ -251,7 +252,8 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
     """Writes what this run is, or checks that an earlier one was the same."""
     path = out / SETTINGS
     if not path.exists():
-        check_alone(out / LOG, path)
+        for name in (LOG, ROWS, ANSWERS, REPORT):
+            check_alone(out / name, path)
         atomic_write(path, json.dumps(identity, indent=2) + "\n")
         return
     earlier = parse_json_object(path.read_bytes(), str(path), "name another folder")

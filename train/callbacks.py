@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from draftsmith import provenance
 from draftsmith.decode.batch import Generation
@@ -222,10 +223,16 @@ class KeepBestDrafter(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a folder that is not this run's own before anything is trained. All processes stop together."""
-        problem = self._problem(trainer, pl_module) if trainer.is_global_zero else None
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
+        found = self._found(trainer, pl_module) if trainer.is_global_zero else None
+        problem, is_own = trainer.strategy.broadcast(found)
+        if problem:
             raise ValueError(problem)
+        if self.best is not None and not is_own:
+            rank_zero_warn(
+                f"{self._folder(trainer)} no longer holds the best {self.name} of this run ({self.monitor} {self.best:.4g}); "
+                "the best from now on is kept there"
+            )
+            self.best = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves if the metric has improved."""
@@ -247,21 +254,21 @@ class KeepBestDrafter(pl.Callback):
         if self.best is None:
             self._keep(trainer, pl_module)
 
-    def _problem(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        """Why the best must not go where it is to go; None where it may."""
+    def _found(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[str, bool]:
+        """Why the best must not go where it is to go, or nothing; and whether this run's own best is there."""
         folder = self._folder(trainer)
         try:
             check_replaceable(folder, self.stage, self._inputs(pl_module))
-        except ValueError as error:
-            return str(error)
-        if self.replace or not folder.is_dir() or not any(folder.iterdir()):
-            return None
-        if provenance.read(folder).get("config", {}).get("run") == self.run:
-            return None
+            is_free = not folder.is_dir() or not any(folder.iterdir())
+            is_own = not is_free and _run_of(folder) == self.run
+        except (ValueError, OSError) as error:
+            return str(error), False
+        if is_free or is_own or self.replace:
+            return "", is_own
         return (
             f"{folder} holds the best {self.name} of another run. To go on with that run, give --ckpt_path last; to keep it, give "
             "another --trainer.default_root_dir; to replace it, give --replace_best true"
-        )
+        ), False
 
     def _inputs(self, pl_module: pl.LightningModule) -> list[Path]:
         """What must not be replaced by what this run trains, whoever wishes it."""
@@ -292,6 +299,12 @@ class KeepBestDrafter(pl.Callback):
         """For provenance: which run, at which step, and how good."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return {"run": self.run, "step": trainer.global_step, "metrics": metrics}
+
+
+def _run_of(folder: Path) -> str | None:
+    """The run that kept what is in a folder."""
+    config = provenance.read(folder).get("config")
+    return config.get("run") if isinstance(config, dict) else None
 
 
 def _data_settings(data: CacheDataModule) -> dict[str, Any]:

@@ -85,28 +85,37 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str, clear: bool = True) -> None:
     """Writes `data` (text as UTF-8) to `path`: a reader sees the old content or the new, never a part.
+
+    Args:
+        path: the file.
+        data: its whole content.
+        clear: as in `atomic_file`.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is then as it was.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path, clear) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, clear: bool = True) -> Iterator[BinaryIO]:
     """Yields a file that becomes `path` when the block ends well, and vanishes when it does not: for what is too large to hold twice.
 
-    What killed writers left half-written in the same folder goes first, so that it takes no room.
+    Args:
+        path: the file.
+        clear: first remove what killed writers left half-written in the same folder, so that it takes no room. False where a folder of
+            tens of thousands of files would be listed for each of them, and the stage clears it by itself.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is then as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear_abandoned(path.parent)
+    if clear:
+        clear_abandoned(path.parent)
     partial = _beside(path, "partial")
     try:
         with open(partial, "wb") as file:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from draftsmith.foreign import json_text
 from draftsmith.outside import parse_json
 
 CLAIM_FILE = "provenance.json"
@@ -37,7 +38,7 @@ def claimed(folder: Path, stage: str) -> str:
     path = folder / CLAIM_FILE
     record = json.loads(path.read_bytes()) if path.exists() else {}
     entries = sorted({*_entries(folder), CLAIM_FILE})
-    return json.dumps({**record, _KEY: {"stage": stage, "entries": entries}}, indent=2, ensure_ascii=False) + "\n"
+    return json_text({**record, _KEY: {"stage": stage, "entries": entries}}, indent=2) + "\n"
 
 
 def read_claim(folder: Path) -> Claim | None:
@@ -105,19 +106,25 @@ def check_contents(folder: Path, stage: str, shown: Path) -> None:
         )
 
 
-def check_unclaimed(folder: Path) -> None:
+def check_unclaimed(folder: Path, reports: Iterable[str] = ()) -> None:
     """Keeps stages that add files to a folder out of those that another stage writes whole: they would replace its record.
 
+    Args:
+        folder: where the files go.
+        reports: names of those that the stage writes anew, behind its record.
+
     Raises:
-        ValueError: the folder belongs to a stage.
+        ValueError: the folder belongs to a stage, or holds a file of such a name and no record.
     """
     claim = read_claim(folder)
     if claim is not None:
         raise ValueError(f"`{claim.stage}` wrote {folder}, record included; name another folder for these files")
+    for name in reports:
+        check_alone(folder / name, folder / CLAIM_FILE)
 
 
 def check_alone(log: Path, settings: Path) -> None:
-    """Keeps a stage that adds to a file, and cuts off its torn last line, away from a file that it did not begin.
+    """Keeps a stage that replaces a file, or adds to it and cuts off its torn last line, away from a file that it did not begin.
 
     Raises:
         ValueError: `log` is there and the `settings` that the stage writes before it are not.
@@ -125,6 +132,23 @@ def check_alone(log: Path, settings: Path) -> None:
     if log.exists() and not settings.exists():
         raise ValueError(
             f"{log} is there without {settings.name}, so this command did not begin it; name another folder"
+        )
+
+
+def check_begun(log: Path, *fields: str) -> None:
+    """As `check_alone`, where no settings lie beside the file: what the stage writes there begins with one of these fields.
+
+    Raises:
+        ValueError: `log` is there and begins otherwise.
+    """
+    if not log.exists():
+        return
+    openings = [f'{{"{field}": '.encode() for field in fields]
+    with open(log, "rb") as file:
+        beginning = file.read(max(map(len, openings)))
+    if not any(beginning.startswith(opening) or opening.startswith(beginning) for opening in openings):
+        raise ValueError(
+            f"{log} was not written by this command, which would change it; rename it or name another folder"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from caches import LAYER, VOCAB, WIDTH, Tensors, change_manifest, spoil_lengths, spoil_shard, write_small_cache
 
 from draftsmith.data.cache import HiddenStateCache
+from draftsmith.data.manifest import Manifest
 from draftsmith.data.remote import Retry
+from draftsmith.data.shard_checks import check_text
 
 NAN = float("nan")
 STATES = f"hidden.{LAYER}"
@@ -152,6 +155,14 @@ def test_codes_and_scales_of_eight_bits_are_numbers(tmp_path: Path, name: str, b
     assert bool(cache[3].hidden[LAYER].isfinite().all())
     with pytest.raises(ValueError, match=rf"shard-00001.safetensors: sample s1-1: {STATES} .*{message}"):
         cache[4].hidden[LAYER]
+
+
+def test_offsets_that_rise_only_because_steps_overflow_are_refused(folder: Path) -> None:
+    record = replace(Manifest.load(folder).shards[0], num_samples=4, num_labelled=10)
+    offsets = torch.tensor([0, 2**63 - 1, -(2**63), -1, 10])
+    assert bool((offsets.diff() > 0).all())
+    with pytest.raises(ValueError, match=r"here: offsets run from 0 to 10, between -9223372036854775808 and"):
+        check_text(offsets, torch.arange(10), torch.ones(10, dtype=torch.bool), record, VOCAB, "here")
 
 
 def test_lengths_that_are_not_those_of_the_shards_are_refused(folder: Path) -> None:

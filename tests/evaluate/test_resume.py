@@ -151,6 +151,18 @@ def test_what_is_dropped_and_what_is_replaced_is_said(
     )
 
 
+def test_a_file_of_the_users_under_the_name_of_the_work_file_or_a_report_is_kept(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    for name, text in ((WORK_FILE, '{"to do": "water the plants"}\n{"torn'), ("report.md", "# Mine")):
+        out.mkdir()
+        (out / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name} "):
+            run(out)
+        assert {path.name: path.read_text() for path in out.iterdir()} == {name: text}
+        (out / name).unlink()
+        out.rmdir()
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"max_new_tokens": 9}, {"repeats": 2}, {"limit": 3}], ids=str)
 def test_another_evaluation_in_the_same_folder_starts_anew(
     tmp_path: Path, run: Run, calls: Calls, change: dict[str, int]

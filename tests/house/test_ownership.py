@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith import provenance
 from draftsmith.cli import main
 from draftsmith.files import atomic_directory
-from draftsmith.ownership import CLAIM_FILE, check_replaceable, check_unclaimed, read_claim
+from draftsmith.ownership import CLAIM_FILE, check_begun, check_replaceable, check_unclaimed, read_claim
 
 STAGE = "draftsmith weave"
 
@@ -140,6 +141,32 @@ def test_an_input_is_not_replaced_even_in_a_folder_of_the_stage(tmp_path: Path) 
         with pytest.raises(ValueError, match=r"`draftsmith weave` reads .*out"):
             check_replaceable(folder, STAGE, [source])
     check_replaceable(folder, STAGE, [tmp_path / "out2" / "cloth", folder / "no such file"])
+
+
+def test_a_claim_takes_names_and_words_that_are_no_unicode(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out", STAGE) as folder:
+        (folder / os.fsdecode(b"cl\xffth")).write_text("woven")
+        provenance.write(folder, {"command": os.fsdecode(b"weave \xff")})
+    assert provenance.read(tmp_path / "out")["command"] == "weave \udcff"
+    weave(tmp_path / "out")
+
+
+def test_reports_and_logs_that_a_stage_did_not_begin_are_left_alone(tmp_path: Path) -> None:
+    report, log = tmp_path / "report.md", tmp_path / "log.jsonl"
+    for missing in (lambda: check_unclaimed(tmp_path, ["report.md"]), lambda: check_begun(log, "part", "head")):
+        missing()
+    report.write_text("mine")
+    with pytest.raises(ValueError, match=r"report.md is there without provenance.json"):
+        check_unclaimed(tmp_path, ["report.md"])
+    provenance.write(tmp_path, {})
+    check_unclaimed(tmp_path, ["report.md"])
+    for own in ('{"part": 3}\n', '{"head": "x"}\n{"part": 1}', '{"pa', ""):
+        log.write_text(own)
+        check_begun(log, "part", "head")
+    for foreign in ('{"text": "mine"}\n', '{"partner": 1}\n', "a torn note", "{\n"):
+        log.write_text(foreign)
+        with pytest.raises(ValueError, match=r"log.jsonl was not written by this command"):
+            check_begun(log, "part", "head")
 
 
 def test_a_record_is_not_overwritten_by_a_stage_that_only_adds_files(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ def test_offsets_stand_for_ids_of_the_target() -> None:
     assert membership(torch.tensor([0, 3]), 5).tolist() == [True, False, False, True, False]
 
 
+def test_ids_that_rise_only_because_steps_overflow_are_no_map() -> None:
+    ids = torch.tensor([0, 2**63 - 1, -(2**63), -1, 5])
+    assert bool((ids.diff() > 0).all())
+    assert vocabulary_faults({"d2t": ids - torch.arange(5)}, 10) == [
+        "d2t does not map to increasing token ids below 10"
+    ]
+
+
 @given(st.sets(st.integers(0, 30), min_size=1), st.integers(0, 30))
 def test_a_map_is_sound_exactly_when_it_gives_the_ids_it_was_made_of(chosen: set[int], other: int) -> None:
     ids = torch.tensor(sorted(chosen))

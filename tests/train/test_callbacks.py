@@ -1,5 +1,6 @@
 """Validation is real decoding, it picks what is kept, and what is kept is what was measured."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,31 @@ def test_a_checkpoint_of_another_root_does_not_let_a_run_replace_the_best_of_thi
     other = make_trainer(tmp_path / "a", max_epochs=2, callbacks=[KeepBestDrafter()])
     with pytest.raises(ValueError, match=r"a/drafter holds the best drafter of another run"):
         other.fit(make_module(target_dir), data, ckpt_path=tmp_path / "b" / "last.ckpt")
+
+
+def test_a_resumed_run_whose_best_is_gone_keeps_the_best_from_then_on(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    data = CacheDataModule(make_cache([9] * 10), val_fraction=0.2, tokens_per_batch=40)
+    settings: dict[str, Any] = {"monitor": "val/never_better", "mode": "min"}
+
+    class NeverBetter(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.log("val/never_better", float(trainer.global_step))
+
+    def fit(epochs: int, checkpoint: Path | None = None) -> None:
+        callbacks = [NeverBetter(), KeepBestDrafter(**settings), ModelCheckpoint(tmp_path, save_last=True)]
+        trainer = make_trainer(tmp_path, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(make_module(target_dir), data, ckpt_path=checkpoint)
+
+    fit(1)
+    first = (tmp_path / "drafter" / "provenance.json").read_bytes()
+    fit(2, tmp_path / "last.ckpt")
+    assert (tmp_path / "drafter" / "provenance.json").read_bytes() == first
+    shutil.rmtree(tmp_path / "drafter")
+    with pytest.warns(UserWarning, match=r"drafter no longer holds the best drafter of this run"):
+        fit(3, tmp_path / "last.ckpt")
+    assert (tmp_path / "drafter" / "model.safetensors").is_file()
 
 
 def test_without_a_metric_the_last_weights_are_kept(target_dir: Path, make_cache: MakeCache, tmp_path: Path) -> None:
