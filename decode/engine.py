@@ -115,8 +115,11 @@ class Engine:
         recorder = Recorder(budgets, settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens, until)
         if not prompts:
             return []
+        numbers = list(range(len(prompts))) if request_ids is None else request_ids
+        if len(numbers) != len(prompts):
+            raise ValueError(f"there are {len(numbers)} request_ids for {len(prompts)} prompts; give one each")
         with phase(self.ledger, "prefill"):
-            batch = self._prefill(prompts, settings, request_ids or list(range(len(prompts))), recorder)
+            batch = self._prefill(prompts, settings, numbers, recorder)
         while batch.requests:
             with phase(self.ledger, "draft"):
                 tree = within_factors(self.target, self._draft(batch, settings), batch.lengths_B)
@@ -374,7 +377,8 @@ class Engine:
                     "shorten the prompt"
                 )
             if min(prompt) < 0 or max(prompt) >= self.target.ends.vocab_size:
+                wrong = next(token for token in prompt if not 0 <= token < self.target.ends.vocab_size)
                 raise ValueError(
-                    f"prompt {index} holds token id {max(prompt)}, the vocabulary of {self.target.name} ends at "
+                    f"prompt {index} holds token id {wrong}, the vocabulary of {self.target.name} ends at "
                     f"{self.target.ends.vocab_size - 1}; is the tokenizer the target's?"
                 )

@@ -35,8 +35,8 @@ _FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = _signed(0x94D049BB133111EB)
 # A hash's leading 52 bits plus a half are exact in float64, and never 0 or 2^52.
 _DROPPED_BITS, _SPACING = 12, 2.0**-52
-# Entries of the float64 tensors that a draw over many nodes makes at once.
-_PART = 2**21
+# Entries of the float64 tensors that a draw over many rows and nodes makes at once.
+_PART = 2**23
 
 
 def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: torch.device) -> Tensor:
@@ -44,7 +44,13 @@ def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: tor
 
     NumPy's SeedSequence mixes the three, so that consecutive seeds and requests have nothing in common. The request is its last part,
     because parts of 32 bits are concatenated: a seed of 64 bits must not be another seed's with another request.
+
+    Raises:
+        ValueError: a negative seed or request.
     """
+    for name, number in (("seed", seed), ("request id", min(requests, default=0))):
+        if number < 0:
+            raise ValueError(f"a {name} is {number}; it must be 0 or a positive whole number")
     sequences = [np.random.SeedSequence(seed, spawn_key=(_STREAMS[stream], request)) for request in requests]
     states = [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]
     return torch.tensor([_signed(state) for state in states], dtype=torch.int64, device=device)
@@ -82,26 +88,26 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
 def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
     """int64 [B, N]: one token a node by the softmax of its logits; nodes at the same place share their waiting times.
 
-    Nodes are drawn for in parts, so that float64 tensors stay small however many nodes and tokens there are.
+    Rows and nodes are drawn for in parts, so that float64 tensors stay small however many rows, nodes and tokens there are.
 
     Args:
         logits_BNV: float.
         keys_BP: int64, the key of each place.
         place_BN: int64 in [0, P).
     """
-    B, N, V = logits_BNV.shape
+    rows = max(1, _PART // (keys_BP.shape[1] * logits_BNV.shape[-1]))
+    parts = zip(logits_BNV.split(rows), keys_BP.split(rows), place_BN.split(rows), strict=True)
+    return torch.cat([_draw_rows(*part) for part in parts])
+
+
+def _draw_rows(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
+    """:func:`draw_at` for so few rows that the waiting times of all their places fit in memory."""
+    B, _, V = logits_BNV.shape
     times_BPV = exponentials(keys_BP, V)
     row_B1 = torch.arange(B, device=logits_BNV.device)[:, None]
-    part = max(1, _PART // (B * V))
-    return torch.cat(
-        [
-            first_to_ring(
-                logits_BNV[:, start : start + part].softmax(-1), times_BPV[row_B1, place_BN[:, start : start + part]]
-            )
-            for start in range(0, N, part)
-        ],
-        dim=1,
-    )
+    nodes = max(1, _PART // (B * V))
+    parts = zip(logits_BNV.split(nodes, dim=1), place_BN.split(nodes, dim=1), strict=True)
+    return torch.cat([first_to_ring(logits.softmax(-1), times_BPV[row_B1, place]) for logits, place in parts], dim=1)
 
 
 def exponentials(keys: Tensor, vocab_size: int) -> Tensor:

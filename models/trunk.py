@@ -129,7 +129,9 @@ class Trunk:
         text_lengths: Tensor | None = None,
     ) -> TargetOutput:
         """See :meth:`draftsmith.models.target.Target.forward`."""
-        with self._catching(layers), self.ropes.choosing(positions + 1 if text_lengths is None else text_lengths):
+        if text_lengths is None and self.ropes:
+            text_lengths = positions + 1
+        with self._catching(layers), self.ropes.choosing(text_lengths):
             output = self._base(
                 input_ids=input_ids,
                 position_ids=positions,

@@ -123,9 +123,17 @@ def test_generate_and_the_engine_are_given_the_same_constraints(target: Path) ->
     assert model.model.generation_config is kept
 
 
-def test_generates_padded_batches_equal_single_prompts(target: Path) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1e4])
+def test_generates_padded_batches_equal_single_prompts(target: Path, penalty: float) -> None:
+    """Also where token 0, a usual padding, is likely and penalised once it is in the text."""
     model = Target.load(str(target))
-    contender = TransformersContender("transformers", model, GenerationSettings(max_new_tokens=8, eos_token_ids=(EOS,)))
+    settings = GenerationSettings(
+        max_new_tokens=8,
+        repetition_penalty=penalty,
+        eos_token_ids=(EOS,),
+        constraints=Constraints(sequence_bias=(((0,), 30.0),)),
+    )
+    contender = TransformersContender("transformers", model, settings)
     samples = [Sample("a", "s", (5, 6, 7, 8, 9)), Sample("b", "s", (20, 21))]
     together = contender.decode(samples, [0, 1])
     assert together == contender.decode(samples[:1], [0]) + contender.decode(samples[1:], [1])

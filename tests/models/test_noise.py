@@ -76,6 +76,12 @@ def test_keys_depend_on_no_other_request_of_the_batch() -> None:
     assert torch.equal(together[1:2], request_keys(4, [2], "choices", CPU))
 
 
+@pytest.mark.parametrize(("seed", "request_id", "told"), [(-1, 0, "a seed is -1"), (0, -3, "a request id is -3")])
+def test_negative_numbers_are_refused_by_name(seed: int, request_id: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        request_keys(seed, [4, request_id], "choices", CPU)
+
+
 def test_the_tail_is_fine_enough_for_a_large_vocabulary() -> None:
     """The shortest of V exponential times, times V, is exponential too; coarse uniforms would give few different values."""
     V = 2**17
