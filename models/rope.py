@@ -119,5 +119,7 @@ def _factors(
 
 def _where(chosen_BN: Tensor, factors: Any, others: Any) -> Any:
     if isinstance(factors, Tensor):
+        # Of a target over several devices (device_map), the module may lie on another than the ids.
+        chosen_BN = chosen_BN.to(factors.device)
         return torch.where(chosen_BN[(...,) + (None,) * (factors.ndim - 2)], factors, others)
     return tuple(_where(chosen_BN, one, other) for one, other in zip(factors, others, strict=True))
