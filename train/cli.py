@@ -37,6 +37,8 @@ from draftsmith.train.checkpoints import AtomicCheckpointIO
 from draftsmith.train.preemption import Preemption, ResumeValidation
 from draftsmith.train.run_length import RunLength
 
+PROG = "draftsmith train"
+
 
 class TrainingParser(Suggesting, LightningArgumentParser):
     """Lightning's parser, which answers a misspelt key with the nearest known one."""
@@ -130,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
             # A resumed run writes the same folder again.
             save_config_kwargs={"overwrite": True},
             args=None if arguments is None else list(arguments),
+            parser_kwargs={"prog": PROG},
         )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

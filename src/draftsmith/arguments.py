@@ -125,6 +125,25 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
     return parser
 
 
+def check_config_files(prog: str, arguments: Sequence[str]) -> None:
+    """Ends the process with code 2 where a `--config` names no YAML file: for a parser that takes seconds to import."""
+    parser = CommandParser(prog=prog, add_help=False)
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        value = value if equals else next(words, "")
+        if "://" in value or (":" in value and not Path(value).exists()):  # an address, or the YAML itself
+            continue
+        try:
+            found = yaml.safe_load(Path(value).read_bytes())
+        except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
+            parser.error(f"--config {value} cannot be read: {error}")
+        if not isinstance(found, dict | None):
+            parser.error(f"--config {value} holds no options; a line of it reads `name: value`")
+
+
 def call(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> Any:
     """Calls `function` with what `arguments` say; a mistake in them ends the process with code 2."""
     return call_parsed(function, prog, parse(function, prog, arguments))

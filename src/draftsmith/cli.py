@@ -177,6 +177,9 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
     prog = " ".join([PROG, *name])
     try:
         if command.reads_arguments:
+            from draftsmith.arguments import check_config_files
+
+            check_config_files(prog, arguments)
             command.load()(arguments)
         else:
             from draftsmith.arguments import call_parsed, parse

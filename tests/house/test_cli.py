@@ -116,14 +116,32 @@ def test_an_interrupt_ends_with_the_shells_code(install: Callable[[Callable[...,
     assert cli.main(["export"]) == 130
 
 
-def test_arguments_of_train_are_handed_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_train_are_handed_on_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     got: list[list[str]] = []
     module = types.ModuleType("draftsmith_fake_train")
     module.main = got.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(cli.COMMANDS, ("train",), cli.Command(module.__name__, "main", "Fake.", True))
-    assert cli.main(["train", "fit", "--config", "x.yaml"]) == 0
-    assert got == [["fit", "--config", "x.yaml"]]
+    (tmp_path / "x.yaml").write_text("trainer: {max_epochs: 1}")
+    words = ["fit", "--config", str(tmp_path / "x.yaml"), "--config=trainer: {devices: 1}"]
+    assert cli.main(["train", *words]) == 0
+    assert got == [words]
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "- a"])
+def test_a_config_of_train_that_is_no_file_of_options_is_told_before_lightning_is_imported(
+    content: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, ("train",), cli.Command("draftsmith_no_such_module", "main", "Fake.", True))
+    file = tmp_path / "x.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "fit", f"--config={file}"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert f"draftsmith train: error: --config {file}" in told
+    assert "draftsmith train --help" in told
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS, ids=" ".join)

@@ -45,7 +45,9 @@ def test_a_misspelt_flag_is_answered_with_the_flag_that_was_meant(
     with pytest.raises(SystemExit) as exit_info:
         main(["train", "fit", f"--config={config}", "--trainer.max_epoch=3"])
     assert exit_info.value.code == 2
-    assert "trainer.max_epochs" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "trainer.max_epochs" in told
+    assert "Run 'draftsmith train fit --help'" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that must be missing")
