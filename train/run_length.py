@@ -33,8 +33,8 @@ class RunLength(pl.Callback):
         rank_zero_info(f"this run has {steps} optimiser steps; an epoch has {batches} batches{shared}")
         if isinstance(pl_module, DraftModule) and pl_module.beginning.folder is None and steps < FEW_STEPS:
             rank_zero_warn(
-                f"{steps} optimiser steps are too few for a new drafter (fewer than {FEW_STEPS}): val/tokens_per_step stays near 1 and "
-                "tells nothing about the recipe; lower data.init_args.tokens_per_batch, raise trainer.max_epochs, or cache more replies"
+                f"{steps} optimiser steps are too few for a new drafter (fewer than {FEW_STEPS}): val/tokens_per_step may stay near 1 "
+                "and tell nothing about the recipe; lower data.init_args.tokens_per_batch, raise trainer.max_epochs, or cache more replies"
             )
         first = _first_validation(trainer)
         if first > steps:
