@@ -68,12 +68,8 @@ class TransformersContender:
             raise ValueError(f"prompt lookup decodes one prompt at a time, not {len(samples)}; set batch_size to 1")
         torch.manual_seed(self.settings.seed + numbers[0])
         longest = max(len(sample.prompt_ids) for sample in samples)
-        # To `generate`, padding is text that is penalised for repetition: so it is a token that the prompt has anyway.
         ids_BT = torch.tensor(
-            [
-                [sample.prompt_ids[0]] * (longest - len(sample.prompt_ids)) + list(sample.prompt_ids)
-                for sample in samples
-            ],
+            [[0] * (longest - len(sample.prompt_ids)) + list(sample.prompt_ids) for sample in samples],
             device=self.target.device,
         )
         mask_BT = torch.tensor(
