@@ -194,3 +194,10 @@ def test_the_record_of_a_row_names_its_place_reason_and_beginning(tmp_path: Path
         "reason": "half a surrogate pair (\\ud83d)",
         "row": '{"prompt": "Nice \\ud83d day?"}',
     }
+
+
+def test_a_file_beside_the_rows_that_only_has_their_name_says_nothing_of_them(tmp_path: Path) -> None:
+    source = tmp_path / "own.jsonl"
+    source.write_text(json.dumps(with_reply()) + "\n")
+    (tmp_path / "own.json").write_text("[]")
+    corpus_of(source).check_tokenizer("any")
