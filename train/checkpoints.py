@@ -33,6 +33,17 @@ _TRAILER = len(_MARK) + _HEX
 _END = b"PK\x05\x06"  # how the last record of an archive begins, and how long it is where it has no comment
 _END_SIZE = 22
 _BLOCK = 2**20
+# What the reader of tensors and plain values makes of bytes that are none.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ValueError,
+)
 _PROMISE = "digest"  # a field of every checkpoint that was written with a digest behind it
 # What Lightning asks of any checkpoint, and the types it takes for granted.
 _FIELDS: Mapping[str, type] = {
@@ -154,7 +165,7 @@ def _read(file: BinaryIO, path: Any, map_location: Any) -> Any:
     file.seek(0)
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{path} is no checkpoint of tensors and plain values, as draftsmith writes them; others could run code and are not read"
         ) from error
