@@ -144,7 +144,7 @@ def load_causal_lm(
         )
     # Before the weights: an adapter that is not there should not cost the time of loading a target.
     fingerprint = target_fingerprint(path, revision, adapter)
-    if distributed is not None or is_deepspeed_zero3_enabled():
+    if distributed is not None:
         # Loaders of parts report their own part, or less. Whole and before any part, every process comes to the same verdict.
         check_tensors(kind, folder, trust_remote_code)
     model = read_model(kind, folder, trust_remote_code, **arguments)

@@ -24,8 +24,8 @@ from transformers.distributed import DistributedConfig
 
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.ends import TargetEnds
-from draftsmith.models.loading import as_dtype, load_causal_lm, resolve
-from draftsmith.models.pretrained import read_config
+from draftsmith.models.loading import as_dtype, load_causal_lm, resolve, resolve_model
+from draftsmith.models.pretrained import check_tensors, language_model_class, read_config
 from draftsmith.models.target import Target
 
 TargetSharding = Literal["none", "fsdp2", "tp", "zero3"]
@@ -228,6 +228,9 @@ def _load_zero3(
             "stage3_max_reuse_distance": 0,
         },
     }
+    # Before anything is divided: transformers then neither loads without weights nor reports unknown keys.
+    folder = resolve_model(path, revision)
+    check_tensors(language_model_class(read_config(folder, trust_remote_code), folder), folder, trust_remote_code)
     # While it lives, every model that transformers loads is divided.
     dividing = HfDeepSpeedConfig(config)
     model, fingerprint = load_causal_lm(path, dtype, revision=revision, trust_remote_code=trust_remote_code)

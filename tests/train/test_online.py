@@ -248,7 +248,7 @@ def test_text_without_anything_to_train_on_is_refused(target_dir: Path, tmp_path
 def test_ids_that_the_target_lacks_are_refused(target_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "replies.jsonl"
     text.write_text(json.dumps({"prompt_ids": [3], "reply_ids": [VOCAB], "finish": "eos"}) + "\n")
-    with pytest.raises(ValueError, match=f"holds token id {VOCAB}"):
+    with pytest.raises(ValueError, match=f"has the token id {VOCAB}"):
         make_trainer(tmp_path).fit(make_module(target_dir), online(text, tmp_path))
     assert not (tmp_path / "tokens" / "train").exists()
 
@@ -317,9 +317,9 @@ def test_processes_that_hold_a_target_together_run_equally_many_forwards(
     forwards: list[list[tuple[int, ...]]] = []
     prefix = Target.prefix
 
-    def counted(self: Target, input_ids: torch.Tensor, layers: tuple[str, ...] = ()) -> Any:
+    def counted(self: Target, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         forwards[-1].append(tuple(input_ids.shape))
-        return prefix(self, input_ids, layers)
+        return prefix(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(Target, "prefix", counted)
     for rank in range(len(BATCHES)):
