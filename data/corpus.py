@@ -17,7 +17,7 @@ from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
 from draftsmith.files import sha256_file
-from draftsmith.json_rows import Dropped, check_encoding, is_blank, parse_object, shown, summary
+from draftsmith.json_rows import Dropped, check_encoding, check_values, is_blank, parse_object, shown, summary
 from draftsmith.outside import parse_json_object
 
 RESPONSE_GLOB = "responses*.jsonl"
@@ -241,7 +241,7 @@ class Corpus:
         """The samples of one row, or why it has none; None for a row of another split."""
         row: Mapping[str, Any] = {}
         try:
-            row = parse_object(content)
+            row = parse_object(content, any_text=True)
             if self.split is not None and row.get("split") != self.split:
                 return None
             return self._samples(row, file, line)
@@ -252,11 +252,13 @@ class Corpus:
 
     def _samples(self, row: Mapping[str, Any], file: int, line: int) -> list[TokenizedSample]:
         """Raises UnusableRow for a row that holds no sample, or that the template fails on."""
+        check_values({"id": row.get("id")})
         sample_id = row_id(row, f"{self.files[file].stem}-{line}")
         turns = turns_of(row, self.vocab_size)
         if turns is not None:
             anew = _begun_anew(row)
             return _or_unusable(lambda own_id, read: samples_from_turns(own_id, read, anew), sample_id, turns)
+        check_values(row)
         conversation = to_conversation(row, detect_format(row))
         if conversation.text is not None:
             return [_or_unusable(self.chat.document, sample_id, conversation.text)]

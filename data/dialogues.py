@@ -58,8 +58,9 @@ class Dialogue:
         users = self.prompt.user_turns()
         done = len(self.turns)
         if self.prompt.text is None:
-            text = chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
-            self.messages += [*users[done - 1], Message(role="assistant", content=str(text))]
+            # A NUL, which byte-level models may generate, is no text to readers of rows; the ids keep it.
+            text = str(chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)).replace("\0", "\ufffd")
+            self.messages += [*users[done - 1], Message(role="assistant", content=text)]
         if full or done >= len(users):
             return
         if self._history is None:

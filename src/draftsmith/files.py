@@ -324,7 +324,7 @@ class JsonlAppender:
 
 def _logged(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        return parse_object(line)
+        return parse_object(line, any_text=True)
     except UnusableRow as error:
         raise ValueError(
             f"{path}:{number}: {error}; this log was altered from outside: delete the line, and the next run makes its row again"

@@ -53,8 +53,10 @@ def is_blank(content: bytes) -> bool:
     return not content.removeprefix(_MARK).strip()
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
+def parse_object(content: bytes, any_text: bool = False) -> dict[str, Any]:
     """The JSON object in the bytes of one row. A byte-order mark before it is passed over.
+
+    With ``any_text`` a text may hold any character: a model's own reply may, and its token ids are what is read.
 
     Raises:
         UnusableRow: bytes that are not UTF-8 or not JSON (`NaN` and `Infinity` are not), no object, a key that occurs twice,
@@ -77,12 +79,12 @@ def parse_object(content: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UnusableRow(f"not a JSON object but {type(row).__name__}")
     if text.count("[") + text.count("{") > MAX_DEPTH or _ESCAPED_BAD_CHARACTER.search(text):
-        check_values(row)
+        check_values(row, any_text)
     return row
 
 
-def check_values(row: Mapping[Any, Any]) -> None:
-    """Holds a row of any origin to what a row of JSON may contain.
+def check_values(row: Mapping[Any, Any], any_text: bool = False) -> None:
+    """Holds a row of any origin to what a row of JSON may contain; ``any_text`` as in :func:`parse_object`.
 
     Raises:
         UnusableRow: nesting deeper than `MAX_DEPTH`, a NUL character or half a surrogate pair in any text or key.
@@ -91,7 +93,7 @@ def check_values(row: Mapping[Any, Any]) -> None:
     for _ in range(MAX_DEPTH):
         level = [inner for value in level for inner in _inside(value)]
         for value in level:
-            if isinstance(value, str):
+            if isinstance(value, str) and not any_text:
                 _check_text(value)
         if not level:
             return

@@ -212,8 +212,8 @@ def test_states_that_are_not_finite_are_refused_with_their_place(
     loaded = Target.load(str(target))
     real = loaded.prefix
 
-    def poisoned(ids: torch.Tensor, layers: tuple[str, ...] = ()) -> Any:
-        output = real(ids, layers)
+    def poisoned(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = real(ids, *args, **kwargs)
         output.pre_norm[1, 2, 7] = bad
         return output
 

@@ -316,3 +316,10 @@ def test_a_folder_cleared_away_before_the_lock_is_opened_is_made_anew(
     with exclusive(tmp_path / "parts" / "part"):
         assert names(tmp_path / "parts") == [".part.lock"]
     assert cleared
+
+
+def test_a_log_of_replies_goes_on_whatever_characters_they_hold(tmp_path: Path) -> None:
+    with files.JsonlAppender(tmp_path / "log.jsonl") as log:
+        log.write({"text": "\0"})
+    with files.JsonlAppender(tmp_path / "log.jsonl") as log:
+        assert log.rows == [{"text": "\0"}]
