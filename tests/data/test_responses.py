@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from draftsmith import provenance
 from draftsmith.data import responses
 from draftsmith.data.corpus import source_files
+from draftsmith.data.dialogues import Dialogue
 from draftsmith.data.engine_server import ServerOptions
 from draftsmith.data.engine_vllm import VllmOptions
 from draftsmith.data.engines import Reply
@@ -31,6 +32,7 @@ from draftsmith.data.responses import make_plan, respond, write_replies
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.json_rows import parse_object
 from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint
 from draftsmith.models.options import TargetOptions
 
@@ -103,6 +105,16 @@ def test_later_turns_stand_on_the_targets_own_replies_and_ids_are_never_encoded_
     assert second["prompt_ids"][: start + 7] == [*first["prompt_ids"], *spelled, EOS]
     assert [m["content"] for m in row["messages"]] == ["What?", "apples", "And?", "apples"]
     assert tokenizer.decode(second["prompt_ids"][start:]) == "apples<|end|>\n<|user|>\nAnd?\n<|assistant|>\n"
+
+
+def test_a_reply_with_a_nul_in_it_is_a_row_that_can_be_read_with_its_ids(chat: ChatTemplate) -> None:
+    nul = chat.tokenizer.convert_tokens_to_ids("\u0100")  # as byte-level tokenizers write it
+    assert chat.tokenizer.decode([nul]) == "\0"
+    dialogue = Dialogue(asking("How many?"), [1, 2])
+    dialogue.take(Reply([nul, EOS], "eos"), chat, context=None)
+    row = parse_object(json.dumps(dialogue.row(GenerationSettings())).encode())
+    assert row["turns"][0]["reply_ids"] == [nul, EOS]
+    assert row["messages"][-1]["content"] == "\ufffd"
 
 
 def test_a_prompt_longer_than_the_context_is_dropped_with_a_record(tmp_path: Path, chat: ChatTemplate) -> None:
