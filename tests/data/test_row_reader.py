@@ -201,6 +201,8 @@ def test_a_file_beside_the_rows_that_only_has_their_name_says_nothing_of_them(tm
     source.write_text(json.dumps(with_reply()) + "\n")
     (tmp_path / "own.json").write_text("[]")
     corpus_of(source).check_tokenizer("any")
+
+
 def test_a_reply_in_token_ids_may_hold_any_character_as_text(write_jsonl: WriteRows) -> None:
     turn = {"prompt_ids": [5, 6], "reply_ids": [7], "finish": "length"}
     row = {"id": "a", "turns": [turn], "messages": [USER, REPLY | {"content": "\0"}]}

@@ -10,9 +10,7 @@ import torch
 from judging import ANSWERS, LENGTHS, judge_data, labelled_states, rows_of, save_rows
 from training import HIDDEN, MakeCache
 
-from draftsmith.data.cache import HiddenStateCache
 from draftsmith.label.rows import LabelledRow
-from draftsmith.models.target import PRE_NORM
 from draftsmith.train.judge_data import JudgeDataModule, labelled_positions
 
 SPLITS = ("train", "validation")
@@ -169,17 +167,12 @@ def test_rows_of_another_tokenizer_or_a_cut_cache_are_refused(
 
 def test_states_that_are_not_finite_are_refused_with_the_sample(make_cache: MakeCache, tmp_path: Path) -> None:
     poisoned = make_cache(LENGTHS, poison=4)
-    sample = HiddenStateCache(poisoned)[4]
-    bad = int(torch.nonzero(~sample.hidden[PRE_NORM].isfinite().all(-1)))
     rows = rows_of(poisoned)
     rows = [replace(row, labels=[0, *[1] * (len(row.labels) - 1)]) for row in rows]
     data = judge_data(poisoned, save_rows(tmp_path, rows))
     data.setup()
     with pytest.raises(ValueError, match=r"sample s4: hidden.last.pre_norm holds NaN"):
         data.read_states()
-    # A token that nothing is learnt from may be anything.
-    labels = [-100 if place == bad - len(rows[4].prompt_ids) else label for place, label in enumerate(rows[4].labels)]
-    opened(judge_data(poisoned, save_rows(tmp_path, [*rows[:4], replace(rows[4], labels=labels), *rows[5:]])))
 
 
 @pytest.mark.parametrize("label", [0, 1])
