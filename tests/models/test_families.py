@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "falcon_h1": {"mamba_d_ssm": None},
     # Some members keep a recurrent state in some layers; these are refused.
     "granitemoehybrid": {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, "num_local_experts": 0},
     "hunyuan_v1_dense": _HEADS,
