@@ -223,7 +223,7 @@ class KeepBestDrafter(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a folder that is not this run's own before anything is trained. All processes stop together."""
-        found = self._found(trainer, pl_module) if trainer.is_global_zero else None
+        found = self._found(trainer, pl_module) if trainer.is_global_zero else ("", False)
         problem, is_own = trainer.strategy.broadcast(found)
         if problem:
             raise ValueError(problem)
