@@ -25,7 +25,7 @@ def rows_of(cache: Path, noise: float = 0.5) -> list[LabelledRow]:
     Every fifth reply token has no label.
     """
     generator = torch.Generator().manual_seed(5)
-    samples = list(HiddenStateCache(cache))
+    samples = list(HiddenStateCache(cache, finite=False))
     states = torch.cat([sample.hidden[PRE_NORM].float() for sample in samples])
     direction = torch.randn(states.shape[1], generator=generator)
     rows = []

@@ -191,10 +191,10 @@ def test_a_full_disk_keeps_whole_shards_and_the_next_run_finishes(
     extract(str(target), reply_file, tmp_path / "whole", shard_mib=SMALL_SHARDS)
     real = shards.atomic_write
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, **options: Any) -> None:
         if path.name == "shard-00002.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, data)
+        real(path, data, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "atomic_write", full)

@@ -51,6 +51,12 @@ def replies(tmp_path_factory: pytest.TempPathFactory, speaker: Path) -> Path:
     return save_replies(tmp_path_factory.mktemp("replies") / "replies.jsonl", Target.load(str(speaker)))
 
 
+@pytest.fixture(scope="module")
+def many_replies(tmp_path_factory: pytest.TempPathFactory, speaker: Path) -> Path:
+    """Enough that what is learnt from them holds for others, whichever were drawn."""
+    return save_replies(tmp_path_factory.mktemp("many") / "replies.jsonl", Target.load(str(speaker)), count=60)
+
+
 def set_up(root: Path, module: DraftLMModule, data: Any) -> None:
     """Everything but training."""
     make_trainer(root, max_epochs=0).fit(module, data)
@@ -87,11 +93,11 @@ def test_the_state_at_a_token_meets_the_next_one() -> None:
     ],
 )
 def test_distilling_raises_the_acceptance_on_unseen_prompts(
-    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path,
+    speaker: Path, draft_lm: Path, many_replies: Path, tmp_path: Path,
     divergence: DivergenceName, on_policy: float, lora: LoraSettings | None, gain: float,
 ) -> None:  # fmt: skip
     module = distil_module(speaker, draft_lm, divergence=divergence, lora=lora)
-    data = distil_data(replies, on_policy=on_policy)
+    data = distil_data(many_replies, on_policy=on_policy)
     [before] = make_trainer(tmp_path).validate(module, data, verbose=False)
     after = fit(tmp_path, module, data, max_epochs=10).callback_metrics
     assert float(after[ACCEPTANCE]) > before[ACCEPTANCE] + gain
