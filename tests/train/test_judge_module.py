@@ -118,9 +118,14 @@ def test_a_worse_validation_does_not_replace_a_better_judge(
     target_dir: Path, cache: Path, file: Path, tmp_path: Path
 ) -> None:
     keeper = KeepJudge()
-    keeper.best = 2.0
     fit(tmp_path, judge_module(target_dir), judge_data(cache, file), 2, callbacks=[keeper])
-    assert not (tmp_path / "judge").exists()
+    kept = (tmp_path / "judge").stat()
+    keeper.best = 2.0  # better than any area under a curve
+    fit(tmp_path, judge_module(target_dir), judge_data(cache, file), 2, callbacks=[keeper])
+    assert (tmp_path / "judge").stat() == kept
+    keeper.best = 0.0
+    fit(tmp_path, judge_module(target_dir), judge_data(cache, file), 2, callbacks=[keeper])
+    assert (tmp_path / "judge").stat() != kept
 
 
 def test_post_norm_states_are_the_targets_normed_ones(
