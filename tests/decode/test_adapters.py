@@ -254,5 +254,5 @@ def test_the_pages_example_runs(target: Target, tmp_path: Path, capsys: pytest.C
     page = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     known = {"target": target, "drafter": load_drafter(base)}
-    exec(compile(code.replace("runs/", f"{tmp_path}/"), "docs/adapters.md", "exec"), known)
+    exec(compile(code.replace("runs/", f"{tmp_path}/"), "docs/how-to/adapters.md", "exec"), known)
     assert capsys.readouterr().out.count("accepted in each cycle: [") == 3

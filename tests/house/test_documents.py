@@ -17,7 +17,7 @@ from draftsmith.models.draft_lm import load_draft_lm
 from draftsmith.models.judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
 def shell_lines(page: Path) -> Iterator[str]:
@@ -117,7 +117,7 @@ def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "accepted in each cycle: [" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["docs/judge.md", "docs/lossy.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/judge.md", "docs/how-to/lossy.md"])
 def test_the_examples_with_a_judge_run(page: str, tmp_path: Path) -> None:
     target = Target.load("embedded:target")
     Judge(JudgeConfig(hidden_size=target.ends.hidden_size, threshold=0.5)).save_pretrained(tmp_path / "judge")

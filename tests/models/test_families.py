@@ -1,4 +1,4 @@
-"""Causal LMs of transformers as tiny random targets: exact past their lengths, or refused; as docs/decoding.md says.
+"""Causal LMs of transformers as tiny random targets: exact past their lengths, or refused; as docs/reference/decoding.md says.
 
 Shape legend: B batch rows.
 """

@@ -472,7 +472,7 @@ def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     small = code.replace("10_000_000, 25_000", "10_000, 50")
     assert small != code
-    exec(compile(small, "docs/streaming.md", "exec"), {})
+    exec(compile(small, "docs/how-to/streaming.md", "exec"), {})
     assert capsys.readouterr().out.count("batches a rank") == 3
 
 
