@@ -29,6 +29,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from cost import LLAMA_3_8B, LLAMA_3_70B, Cluster, DrafterPlan, TargetShape, bill
 from families import Bench, make_rows
 from hidden_state_cache import bare_forward
 from pairs import pair_rows
@@ -49,7 +50,6 @@ from draftsmith.models.eagle_config import default_layers
 from draftsmith.models.loading import load_tokenizer
 from draftsmith.models.rollout import PackedBatch
 from draftsmith.models.target import PRE_NORM, Target
-from draftsmith.train.cost import LLAMA_3_8B, LLAMA_3_70B, Cluster, DrafterPlan, TargetShape, bill
 from draftsmith.train.data_module import CacheDataModule
 from draftsmith.train.draft_module import DraftModule
 from draftsmith.train.judge_data import JudgeDataModule

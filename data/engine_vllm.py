@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.data.engine_sampling import check_settings, sampling, settle
 from draftsmith.data.engines import RawReply, Reply
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.extras import install_command
 from draftsmith.models.loading import resolve
 
 
@@ -58,7 +59,7 @@ class VllmEngine:
             import vllm
         except ImportError as error:
             raise ValueError(
-                "--engine vllm needs vLLM, which is not installed here; `pip install draftsmith[vllm]`, or ask a server (--engine server)"
+                f"--engine vllm needs vLLM, which is not installed; run: {install_command('vllm')}; or ask a server (--engine server)"
             ) from error
         self._vllm, self._tokenizer, self._context = vllm, tokenizer, context
         self._llm = vllm.LLM(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.safetensors_head import Head, head_size, parse_head
+from draftsmith.extras import install_command
 from draftsmith.outside import safe_file_name
 
 _T = TypeVar("_T")
@@ -203,7 +204,9 @@ class RemoteFolder:
             except (ImportError, ValueError) as error:
                 scheme = re.split(r":/|::", self.url)[0]
                 package = _PACKAGES.get(scheme)
-                remedy = f"run `pip install {package}`" if package else "install the package that fsspec needs for it"
+                remedy = (
+                    f"run: {install_command(package)}" if package else "install the package that fsspec needs for it"
+                )
                 raise ValueError(f"{self.url} cannot be opened ({error}); {remedy}") from error
             self._opened = os.getpid(), file_system, root.rstrip("/")
         return self._opened[1], self._opened[2]

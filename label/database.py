@@ -14,9 +14,12 @@ import sqlalchemy
 from sqlalchemy import Connection, Engine, event, exc, insert, select
 from sqlalchemy.engine import URL, make_url
 
+from draftsmith.extras import install_command
 from draftsmith.label.tables import ABOUT, METADATA, VERSION
 
 PATIENCE_SECONDS = 30.0
+# Drivers whose module and package go by different names.
+_DRIVER_PACKAGES = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
 
 class Conflict(ValueError):
@@ -71,7 +74,9 @@ class Database:
         except exc.NoSuchModuleError as error:
             raise ValueError(f"{self.name}: {error}; use a database that SQLAlchemy knows, or a path") from error
         except ModuleNotFoundError as error:
-            raise ValueError(f"{self.name} needs the Python package {error.name}; install it") from error
+            driver = str(error.name)
+            remedy = install_command(_DRIVER_PACKAGES.get(driver, driver))
+            raise ValueError(f"{self.name} needs the Python package {driver}; run: {remedy}") from error
         if sqlite:
             event.listen(engine, "connect", _on_connect)
             event.listen(engine, "begin", _on_begin)

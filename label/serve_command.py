@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 
+from draftsmith.extras import install_command
 from draftsmith.label.gate import LOOPBACK_NAMES, Gate
 from draftsmith.label.pieces import Cutter
 from draftsmith.label.store import Store
@@ -78,7 +79,7 @@ def _need_the_extra() -> None:
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"the labelling page needs the package {error.name}; install it with pip install 'draftsmith[label]'"
+            f"the labelling page needs the package {error.name}; run: {install_command('fastapi', 'uvicorn')}"
         ) from error
 
 

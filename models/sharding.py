@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from draftsmith.extras import install_command
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.ends import TargetEnds
 from draftsmith.models.loading import as_dtype, load_causal_lm, resolve, resolve_model
@@ -211,7 +212,8 @@ def _load_zero3(
 ) -> tuple[PreTrainedModel, str]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
-            "target_sharding 'zero3' needs DeepSpeed; pip install deepspeed, or use fsdp2, which needs nothing more"
+            f"target_sharding 'zero3' needs DeepSpeed, which is not installed; run: {install_command('deepspeed')}; or use fsdp2, which "
+            "needs no other package"
         )
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig

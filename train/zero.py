@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from draftsmith.extras import install_command
 from draftsmith.train.checkpoints import AtomicCheckpointIO
 from draftsmith.train.whole_tensors import Sharded
 
@@ -44,7 +45,7 @@ class Zero(Sharded, DeepSpeedStrategy):
         process_group_backend: str | None = None,
     ) -> None:
         if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError("ZeRO needs DeepSpeed, which is not installed; pip install 'draftsmith[deepspeed]'")
+            raise ValueError(f"ZeRO needs DeepSpeed, which is not installed; run: {install_command('deepspeed')}")
         if stage not in (2, 3):
             raise ValueError(f"stage is {stage}; it must be 2 or 3")
         if bucket_size < 1:

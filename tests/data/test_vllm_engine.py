@@ -137,7 +137,7 @@ def test_without_the_package_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, target: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"pip install draftsmith\[vllm\]"):
+    with pytest.raises(ValueError, match=r"pip install 'vllm>=0\.30'"):
         VllmEngine(str(target), tokenizer)
 
 

@@ -621,4 +621,4 @@ def test_without_the_extra_the_command_says_which_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert serve("--store", place) == 1
-    assert f"the package {package}; install it with pip install 'draftsmith[label]'" in capsys.readouterr().err
+    assert f"the package {package}; run: pip install 'fastapi<1,>=0.115' 'uvicorn<1,>=0.30'" in capsys.readouterr().err

@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from doubles import random_model
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
-
-from draftsmith.models.rollout import PackedBatch
-from draftsmith.models.target import PRE_NORM, Target
-from draftsmith.train.cost import (
+from cost import (
     LLAMA_3_8B,
     LLAMA_3_70B,
     Cluster,
@@ -18,6 +12,12 @@ from draftsmith.train.cost import (
     cache_bytes,
     file_a_sample_bytes,
 )
+from doubles import random_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from draftsmith.models.rollout import PackedBatch
+from draftsmith.models.target import PRE_NORM, Target
 from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.objective import Objective, inverse_draft_ids, prepare, run
 
