@@ -237,11 +237,11 @@ def test_states_that_are_not_finite_are_refused_before_they_become_codes(
 
 
 def test_the_pages_example_runs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "cache.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "cache.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert "runs/cache8" in code
     capsys.readouterr()
-    exec(compile(code.replace("runs/cache8", str(cache)), "cache.md", "exec"), {})
+    exec(compile(code.replace("runs/cache8", str(cache)), "docs/reference/cache.md", "exec"), {})
     assert capsys.readouterr().out == "torch.bfloat16 (7, 32)\n"
 
 
