@@ -6,7 +6,7 @@
 For each target: cache the target's states over its own replies, train ReDrafter, EAGLE-1, HASS and EAGLE-3, find EAGLE's best static tree
 on training prompts, decode held-out prompts with all of them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1.
 Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/, all rows into benchmarks/report.json, and the summary between
-the marks of the README. Targets other than the embedded one need `--data`; where it is absent they are left out, and the page says so.
+the marks of docs/results.md. Targets other than the embedded one need `--data`; where it is absent they are left out, and the page says so.
 A run that was stopped goes on where it was; `rm -r runs/families` starts anew.
 """
 
@@ -318,7 +318,7 @@ def shape_nodes(shape: str) -> int:
 
 
 def summary(targets: dict[str, Tables]) -> str:
-    """The README's table: each family's best shape by speed at T = 0, trained for the same time."""
+    """The table of docs/results.md: each family's best shape by speed at T = 0, trained for the same time."""
     lines = ["| target | drafter | shape | tokens per step | speed-up | identical |", "|---|---|---|---|---|---|"]
     for target, rows in targets.items():
         for family in [
@@ -367,7 +367,7 @@ def main() -> int:
 
 
 def publish(page: list[str], found: dict[str, Tables], options: argparse.Namespace) -> None:
-    """Write what there is so far: the page, the rows, the README's table."""
+    """Write what there is so far: the page, the rows, the table of docs/results.md."""
     record = provenance.record(provenance.command_line(), {}, {})
     facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
     atomic_write(options.out / f"{options.name}.md", "\n\n".join([*page, "## The machine", "\n".join(facts)]) + "\n")
@@ -375,14 +375,14 @@ def publish(page: list[str], found: dict[str, Tables], options: argparse.Namespa
     report["rows"] = [row for tables in found.values() for rows in tables.values() for row in rows]
     for path in (options.out / f"{options.name}.json", options.out / "report.json"):
         atomic_write(path, json.dumps(report, indent=1) + "\n")
-    update_readme(options.readme, summary(found))
+    update_results(options.results, summary(found))
 
 
-def update_readme(readme: Path, table: str) -> None:
+def update_results(results: Path, table: str) -> None:
     """Replace what stands between the marks."""
-    text = readme.read_text(encoding="utf-8")
+    text = results.read_text(encoding="utf-8")
     between = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
-    atomic_write(readme, between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", text))
+    atomic_write(results, between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", text))
 
 
 def _options() -> argparse.Namespace:
@@ -390,7 +390,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/families"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--targets", type=lambda text: text.split(","), default=["embedded", "chat-6m", "stories260K"])
     parser.add_argument(
         "--scale", type=float, default=1.0, help="of steps, seconds and prompts; 0.02 tries the script out"

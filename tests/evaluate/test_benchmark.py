@@ -54,10 +54,10 @@ def test_the_summary_takes_each_familys_fastest_shape_of_the_same_training_time(
     table = families.summary({"embedded": {"seconds": timed, "steps": [row("redrafter", 9.9)]}})
     assert "| embedded | redrafter | 4x5n15 | 2.50 | 1.70 | all |" in table
     assert "9.9" not in table
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
-    families.update_readme(readme, table)
-    assert readme.read_text() == f"before\n<!-- families -->\n{table}\n<!-- /families -->\nafter\n"
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
+    families.update_results(page, table)
+    assert page.read_text() == f"before\n<!-- families -->\n{table}\n<!-- /families -->\nafter\n"
 
 
 def test_a_sampled_shape_is_not_called_identical_and_a_static_one_is_told_by_its_nodes() -> None:

@@ -40,7 +40,7 @@ def make_recipes() -> list[str]:
 
 
 def check_command(line: str) -> None:
-    words = [word for word in shlex.split(line, comments=True) if word != "…"]
+    words = [word.removeprefix(".venv/bin/") for word in shlex.split(line, comments=True) if word != "…"]
     if words[:2] == ["python", "train.py"]:
         words = ["draftsmith", "train", *words[2:]]
     if words[0] == "make":
@@ -92,28 +92,49 @@ def test_the_quickstart_names_the_folders_that_its_configuration_names() -> None
     assert "default_root_dir: runs/quickstart/train" in text
 
 
+def linked(page: Path) -> list[tuple[Path, str]]:
+    """Files of this repository that a page links to, each with the heading's anchor or an empty string."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    return [(page.parent / name if name else page, anchor) for name, _, anchor in links]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings: lower case, hyphens for spaces, no other punctuation."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ +(.*)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_every_link_on_a_page_leads_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    broken = [link for link in links if link and not (page.parent / link).exists()]
-    assert broken == []
+    links = linked(page)
+    assert [str(file) for file, _ in links if not file.exists()] == []
+    sections = [(file, anchor) for file, anchor in links if anchor and file.suffix == ".md"]
+    assert [f"{file.name}#{anchor}" for file, anchor in sections if anchor not in anchors(file)] == []
 
 
-def test_the_readme_names_every_folder() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = text.partition("## The tree")[2]
+def test_the_index_lists_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    listed = {file.resolve() for file, _ in linked(index)}
+    assert [str(page) for page in (ROOT / "docs").rglob("*.md") if page not in listed | {index}] == []
+
+
+def test_the_architecture_page_names_every_folder() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Folders")[2]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     folders = {name.partition("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
     assert [name for name in sorted(folders) if not re.search(rf"^{name}/", tree, re.MULTILINE)] == []
 
 
-def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_example_for_ones_own_model_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = TargetEnds.load("embedded:target")
     ReDrafter.for_target(ends).save_pretrained(tmp_path / "drafter")
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = ROOT / "docs" / "start" / "your-model.md"
+    [code] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert "runs/quickstart/drafter" in code
-    exec(compile(code.replace("runs/quickstart/drafter", str(tmp_path / "drafter")), "README.md", "exec"), {})
+    assert "for_target(" in code
+    exec(compile(code.replace("runs/quickstart/drafter", str(tmp_path / "drafter")), page.name, "exec"), {})
     assert "accepted in each cycle: [" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Causal LMs of transformers as tiny random targets: exact past their lengths, or refused; as docs/reference/decoding.md says.
+"""Causal LMs of transformers as tiny random targets: exact past their lengths, or refused; as docs/reference/targets.md says.
 
 Shape legend: B batch rows.
 """
@@ -23,7 +23,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import Cycle, DraftLimits, DraftTree, Target, tree_from_paths
 from draftsmith.models.shrink import shrunk
 
-PAGE = Path(__file__).parents[2] / "docs" / "decoding.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "targets.md"
 NEW = 10
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "hidden_size": 128}
 # Where the config's own defaults make no model.
