@@ -7,6 +7,7 @@ files, dialogues.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -67,7 +68,10 @@ class ServerEngine:
         base = base if base.endswith("/v1") else f"{base}/v1"
         key = os.environ.get(options.api_key_variable, "").strip()
         self._client = JsonClient(base, key, options.timeout, options.retries)
-        served, self._names = self._served(target, options.served_model)
+        with ExitStack() as on_failure:
+            on_failure.callback(self._client.close)
+            served, self._names = self._served(target, options.served_model)
+            on_failure.pop_all()
         self.model = str(served["id"])
         limits = [limit for limit in (context, served.get("max_model_len")) if isinstance(limit, int)]
         self.context = min(limits, default=None)

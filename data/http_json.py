@@ -1,37 +1,48 @@
-"""JSON over HTTP with patience.
+"""JSON over HTTP, asked again until the server answers.
 
-Owns: connections, time limits, which answers are worth another attempt and how long to wait for it. Does not know: what is asked.
+Owns: connections, proxies, limits of time and size, which answers are worth another attempt and how long to wait for it. Does not
+know: what is asked. `httpx` speaks HTTP. Its time limits begin anew with every byte, so each attempt is a task of one event loop,
+which cancels it when its time is up.
 """
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
-import http.client
-import io
+import ipaddress
 import json
 import random
-import select
-import socket
 import ssl
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar, cast
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
+
+import anyio
+import httpx
+from anyio.from_thread import start_blocking_portal
 
 from draftsmith.data.engines import Unanswered
 
-# Too early, too many, and whatever lies with the server; every other 4xx will be said again.
+MAX_ANSWER_BYTES = 256 << 20  # a reply of a million tokens takes about 16 MiB
+
+# Too early, too many, and whatever lies with the server; every other status would come again.
 _PASSING = frozenset({408, 425, 429, *range(500, 600)})
 _LONGEST_WAIT = 300.0
+_CLOSED = "the run is ending"
 
 Answer = TypeVar("Answer")
 
 
 class Retry(Exception):
-    """This attempt failed; another may not. `after` is how long the server asked to be left alone, in seconds."""
+    """This attempt failed; another may not.
+
+    Attributes:
+        after: how long the server asked to be left alone, in seconds.
+    """
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
@@ -39,23 +50,25 @@ class Retry(Exception):
 
 
 class JsonClient:
-    """Asks one server, from any number of threads; each has a connection of its own, which is kept open.
+    """Asks one server, from any number of threads; connections are kept open and shared.
 
     Args:
         url: http:// or https://, with the path that requests are under.
         key: sent as a bearer token unless empty.
-        timeout: seconds after which an attempt without a whole answer has failed, however its bytes trickle in.
+        timeout: seconds after which an attempt without a whole answer has failed, however slowly its bytes arrive.
         retries: further attempts after the first, each after a wait that doubles from `first_wait` seconds to a minute, with jitter.
         first_wait: see retries.
 
-    Raises ValueError for an address that is none or holds more than one, and for a key that no header can carry.
+    Raises:
+        ValueError: the address is none or holds more than one, no header can carry the key, the timeout or the retries are out of
+            range, or the environment names a proxy that cannot be used.
     """
 
     def __init__(
         self, url: str, key: str = "", timeout: float = 600.0, retries: int = 5, first_wait: float = 1.0
     ) -> None:
         parts = _address(url)
-        if not (key.isascii() and key.isprintable()):
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
             raise ValueError(
                 "the server's key holds line breaks or other characters that a header cannot carry; set its variable to the key alone"
             )
@@ -63,10 +76,11 @@ class JsonClient:
             raise ValueError(
                 f"timeout is {timeout} and retries {retries}; give a timeout above 0 and 0 or more retries"
             )
-        self.url, self._parts, self._key = url, parts, key
-        self.timeout, self.retries, self.first_wait = timeout, retries, first_wait
-        self._local, self._open, self._lock = threading.local(), set[http.client.HTTPConnection](), threading.Lock()
-        self._closed = threading.Event()
+        self.url, self.timeout, self.retries, self.first_wait = url, timeout, retries, first_wait
+        self._proxy = _proxy_for(parts)
+        self._http = _http_client(url, key, self._proxy)
+        self._closed, self._resources = threading.Event(), ExitStack()
+        self._portal = self._resources.enter_context(start_blocking_portal(name="draftsmith-http"))
 
     def get(self, path: str, read: Callable[[dict[str, Any]], Answer]) -> Answer:
         """What `read` makes of the object at a path. Raises as `post`."""
@@ -75,23 +89,25 @@ class JsonClient:
     def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Answer]) -> Answer:
         """What `read` makes of the server's answer to an object; it raises Retry for an answer that is none.
 
-        Raises Unanswered when the last attempt failed (no connection, no answer in time, an answer cut short or no JSON object, 429,
-        5xx), ValueError for an answer that says the request or its sender is wrong (any other status).
+        Raises:
+            Unanswered: the last attempt failed (no connection, no answer in time, an answer cut short or no JSON object, 429, 5xx), or
+                the client was closed.
+            ValueError: the answer says that the request or its sender is wrong (any other status), or it is too large.
         """
         return self._patiently("POST", path, json.dumps(body).encode(), read)
 
     def close(self) -> None:
-        """Whoever waits for an answer is told that there will be none."""
-        self._closed.set()
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError, AttributeError):  # not connected, or not any more
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+        """Ends every request under way: whoever waits for an answer gets Unanswered. A second call does nothing."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._portal.call(self._http.aclose)
+            self._portal.call(self._portal.stop, True)  # cancels requests that have no connection yet
+            self._resources.close()
 
     def _patiently(
         self, method: str, path: str, body: bytes | None, read: Callable[[dict[str, Any]], Answer]
     ) -> Answer:
-        reason, attempt = "the run is ending", 0
+        reason, attempt = _CLOSED, 0
         while attempt <= self.retries and not self._closed.is_set():
             attempt += 1
             try:
@@ -105,31 +121,23 @@ class JsonClient:
         raise Unanswered(reason, attempt)
 
     def _once(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        connection, deadline = self._connection(), time.monotonic() + self.timeout
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
         try:
-            if connection.sock is not None:
-                connection.sock.settimeout(self.timeout)
-            connection.request(method, self._parts.path.rstrip("/") + path, body, headers)
+            response, content = self._portal.call(self._exchange, method, path, body)
+        except (httpx.RequestError, TimeoutError, CancelledError, RuntimeError) as error:
             if self._closed.is_set():
-                # Closed while this connection was being made, when there was nothing yet to shut down.
-                raise ConnectionAbortedError("the run is ending")
-            connection.response_class = cast(type[http.client.HTTPResponse], partial(_TimedResponse, deadline))
-            response = connection.getresponse()
-            content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            self._drop(connection)
-            raise Retry(f"{type(error).__name__}: {error}") from error
-        if response.will_close:
-            self._drop(connection)
-        if response.status in _PASSING:
+                raise Retry(_CLOSED) from error
+            if isinstance(error, TimeoutError):
+                raise Retry(f"timed out: no whole answer in {self.timeout:g} seconds{self._way()}") from error
+            if isinstance(error, httpx.RequestError):
+                raise Retry(f"{_first_cause(error)}{self._way()}") from error
+            raise
+        if response.status_code in _PASSING:
             after = _seconds(response.headers.get("Retry-After", ""))
-            raise Retry(f"status {response.status}: {_message(content)}", after)
-        if response.status != 200:
+            raise Retry(f"status {response.status_code}: {_message(content)}{self._way()}", after)
+        if response.status_code != 200:
             raise ValueError(
-                f"{self.url} answered {path} with status {response.status}: {_message(content)}; this would not change by asking again"
+                f"{self.url} answered {path} with status {response.status_code}: {_message(content)}{self._way()}; this would not change "
+                "by asking again"
             )
         try:
             answer = json.loads(content)
@@ -139,36 +147,57 @@ class JsonClient:
             raise Retry(f"no JSON object in the answer: {content[:80]!r}")
         return answer
 
-    def _connection(self) -> http.client.HTTPConnection:
-        connection = getattr(self._local, "connection", None)
-        if connection is not None and _hung_up(connection):
-            self._drop(connection)
-            connection = None
-        if connection is None:
-            host, port = self._parts.hostname or "", self._parts.port
-            if self._parts.scheme == "https":
-                context = ssl.create_default_context()
-                connection = http.client.HTTPSConnection(host, port, timeout=self.timeout, context=context)
-            else:
-                connection = http.client.HTTPConnection(host, port, timeout=self.timeout)
-            self._local.connection = connection
-            with self._lock:
-                self._open.add(connection)
-        return connection
+    async def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[httpx.Response, bytes]:
+        """One attempt: the answer and all of its body."""
+        content = bytearray()
+        with anyio.fail_after(self.timeout):
+            async with self._http.stream(method, path, content=body) as response:
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > MAX_ANSWER_BYTES:
+                        raise ValueError(
+                            f"{self.url} answered {path} with more than {MAX_ANSWER_BYTES >> 20} MiB; a reply is far smaller; check that "
+                            "this is the address of the server"
+                        )
+        return response, bytes(content)
 
-    def _drop(self, connection: http.client.HTTPConnection) -> None:
-        connection.close()
-        self._local.connection = None
-        with self._lock:
-            self._open.discard(connection)
+    def _way(self) -> str:
+        """Words for a failure that may be a proxy's. A proxy's address can hold a password, so only its host is named."""
+        if self._proxy is None:
+            return ""
+        return f" (through the proxy {self._proxy.host} of the environment; NO_PROXY names hosts to reach without it)"
+
+
+def _http_client(url: str, key: str, proxy: httpx.URL | None) -> httpx.AsyncClient:
+    """A client with no limits of its own, for certificates that the system trusts (`SSL_CERT_FILE` names others)."""
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        return httpx.AsyncClient(
+            base_url=url,
+            headers=headers,
+            verify=ssl.create_default_context(),
+            proxy=proxy,
+            trust_env=False,
+            timeout=None,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=None),
+        )
+    except (ValueError, ImportError) as error:
+        raise _bad_proxy() from error
 
 
 def _address(url: str) -> SplitResult:
-    """Raises ValueError for what is no address of a server; names nothing of it that may be secret."""
+    """The parts of a server's address.
+
+    Raises:
+        ValueError: it is no address of a server. The message repeats nothing of it that may be secret.
+    """
     try:
         parts = urlsplit(url)
         there = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
         there = False
     if there and (parts.username is not None or parts.query or parts.fragment):
         raise ValueError(
@@ -180,46 +209,55 @@ def _address(url: str) -> SplitResult:
     return parts
 
 
-def _hung_up(connection: http.client.HTTPConnection) -> bool:
-    """Whether a connection that lies idle has been closed from the other side: servers do so after some seconds."""
-    if connection.sock is None:
-        return False
-    waiting = select.poll()
-    waiting.register(connection.sock, select.POLLIN)
-    return bool(waiting.poll(0))
+def _proxy_for(parts: SplitResult) -> httpx.URL | None:
+    """The proxy that the environment names for a server (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY).
+
+    None for this machine's own addresses: no proxy elsewhere can reach them.
+
+    Raises:
+        ValueError: the variable holds no address. The message does not repeat it, since it can hold a password.
+    """
+    host = parts.hostname or ""
+    if _is_loopback(host) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    try:
+        url = httpx.URL(proxy if "://" in proxy else f"http://{proxy}")
+    except httpx.InvalidURL as error:
+        raise _bad_proxy() from error
+    if not url.host:
+        raise _bad_proxy()
+    return url
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    """An answer that is whole in time, its head as well as its body, or raises TimeoutError."""
-
-    def __init__(self, deadline: float, own_socket: socket.socket, *arguments: Any, **named: Any) -> None:
-        super().__init__(own_socket, *arguments, **named)
-        self.fp = io.BufferedReader(_TimedBytes(self.fp.detach(), own_socket, deadline))
-
-
-class _TimedBytes(io.RawIOBase):
-    """What a socket receives. Each wait is as long as is left: a socket's own limit begins anew with every byte."""
-
-    def __init__(self, received: io.RawIOBase, own_socket: socket.socket, deadline: float) -> None:
-        self._received, self._socket, self._deadline = received, own_socket, deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if time.monotonic() > self._deadline:
-            raise TimeoutError("timed out: the answer trickles in and is not whole")
-        self._socket.settimeout(_left(self._deadline))
-        return self._received.readinto(buffer)
-
-    def close(self) -> None:
-        self._received.close()
-        super().close()
+def _bad_proxy() -> ValueError:
+    return ValueError(
+        "the environment names a proxy that cannot be used; a proxy looks like http://host:3128 (socks5:// needs pip install "
+        "'httpx[socks]'); correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or add the server's host to NO_PROXY"
+    )
 
 
-def _left(deadline: float) -> float:
-    """Seconds until then, for a socket, which takes 0 for something else."""
-    return max(1e-3, deadline - time.monotonic())
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first cause of an error that has a message: "ConnectionRefusedError: ..." instead of "All connection attempts failed"."""
+    words, following = type(error).__name__, error
+    while True:
+        words = f"{type(following).__name__}: {following}" if str(following) else words
+        if isinstance(following, BaseExceptionGroup):
+            following = following.exceptions[0]
+        elif cause := following.__cause__ or following.__context__:
+            following = cause
+        else:
+            return words
 
 
 def _seconds(retry_after: str) -> float:
@@ -239,8 +277,8 @@ def _message(content: bytes) -> str:
     text = content.decode("utf-8", "replace")
     try:
         answer = json.loads(text)
-        found = answer.get("error", answer)
-        text = str(found.get("message", found) if isinstance(found, dict) else found)
+        error = answer.get("error", answer)
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         pass
     return " ".join(text.split())[:300] or "no explanation"
