@@ -25,7 +25,9 @@ from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.report import REPORTS, main_table, write_report, write_scalars
 from draftsmith.evaluate.resume import parts
 from draftsmith.evaluate.samples import read_samples, readable_by
+from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.files import atomic_directory, exclusive, sha256_file
+from draftsmith.foreign import visible
 from draftsmith.models.drafter_folder import load_drafter
 from draftsmith.models.end_tokens import read_end_tokens
 from draftsmith.models.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
@@ -128,6 +130,8 @@ def evaluate(
             rows += measure(model, samples, candidates, chosen, plan, part)
         _write(out, rows, made_by())
     print(main_table(rows))
+    for line in slow_drafters(rows):
+        print(visible(line))
     print(f"report: {out / 'report.md'}")
 
 

@@ -11,14 +11,12 @@ from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
 from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.resume import Part
-from draftsmith.evaluate.rows import PLAIN, TRANSFORMERS, Contestant, Setting, make_row
+from draftsmith.evaluate.rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, make_row
 from draftsmith.evaluate.speed import num_calls, race
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.limits import DraftLimits
 from draftsmith.models.shapes import shape_text
 from draftsmith.models.target import Target
-
-LOOKUP = "transformers prompt lookup"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from draftsmith.evaluate.records import Row, Slice
+from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.files import atomic_write
 from draftsmith.foreign import block, code, plain
 from draftsmith.outside import parse_json
@@ -64,7 +65,14 @@ def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row]
         f"Target {code(first.target)}, {first.dtype} on {plain(first.device)}, batch {first.batch_size}, {first.prompts} prompts, "
         f"at most {first.max_new_tokens} new tokens, {runs}."
     )
-    parts = ["# Evaluation", setting, main_table(rows), *_warnings(rows), *_baseline(rows)]
+    parts = [
+        "# Evaluation",
+        setting,
+        main_table(rows),
+        *map(plain, slow_drafters(rows)),
+        *_warnings(rows),
+        *_baseline(rows),
+    ]
     if chart:
         parts.append(f"![Speed-up, tokens per step and acceptance by depth]({chart})")
     parts += [MEANING.rstrip(), _slice_table(rows), _depth_table(rows), _stage_table(rows), _divergence_list(rows)]

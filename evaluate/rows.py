@@ -20,7 +20,7 @@ from draftsmith.models.limits import DraftLimits
 from draftsmith.models.shapes import shape_text
 from draftsmith.models.target import Target
 
-PLAIN, TRANSFORMERS = "plain", "transformers"
+PLAIN, TRANSFORMERS, LOOKUP = "plain", "transformers", "transformers prompt lookup"
 
 
 @dataclass(frozen=True)

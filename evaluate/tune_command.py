@@ -19,6 +19,7 @@ from draftsmith.evaluate.costs import Probe, TimingPlan, time_cycles
 from draftsmith.evaluate.drafters import parse_entries
 from draftsmith.evaluate.recording import Recorded, record
 from draftsmith.evaluate.samples import read_samples, readable_by
+from draftsmith.evaluate.slow_drafters import slow_shapes
 from draftsmith.evaluate.tune import Grid, weigh
 from draftsmith.evaluate.tune_report import TuneReport, best_of_each, heat_map, outcome_table, tune_json, tune_markdown
 from draftsmith.files import atomic_write, exclusive, sha256_file
@@ -134,6 +135,8 @@ def tune(
     print(
         f"\nfastest: --shapes {report.word(best)}  (predicted {best.speedup:.2f}, {best.tokens_per_step:.2f} tokens per step)"
     )
+    for line in slow_shapes(best.speedup):
+        print(line)
     print(f"report: {out / 'tune.md'}")
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from draftsmith.evaluate.chart import INK, SOFT
 from draftsmith.evaluate.costs import Costs
+from draftsmith.evaluate.slow_drafters import slow_shapes
 from draftsmith.evaluate.tune import Outcome
 from draftsmith.foreign import block, code, plain
 from draftsmith.models.shapes import short_shape
@@ -92,13 +93,13 @@ def tune_json(report: TuneReport, made_by: Mapping[str, object]) -> str:
 def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
     """The text of tune.md."""
     best = report.best
-    slow = "" if best.speedup > 1 else " Nothing in the grid is faster than plain decoding: draft less, or not at all."
     facts = plain(", ".join(f"{name} {value}" for name, value in report.setting.items()))
     parts = [
         "# Draft shapes",
         f"Target {code(report.target)}, drafter {code(report.drafter)}: {facts}.",
         f"**Fastest: {code(report.word(best))}**, predicted {best.speedup:.2f} times as fast as plain decoding, with "
-        f"{best.tokens_per_step:.2f} tokens per step.{slow}",
+        f"{best.tokens_per_step:.2f} tokens per step.",
+        *map(plain, slow_shapes(best.speedup)),
         *_warnings(report.costs),
         f"## The fastest {min(SHOWN, len(report.outcomes))} of {len(report.outcomes)}",
         outcome_table(report, report.outcomes[:SHOWN]),

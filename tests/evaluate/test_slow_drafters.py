@@ -1,0 +1,99 @@
+"""The line about a drafter that does not pay."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from draftsmith.evaluate.records import Row
+from draftsmith.evaluate.report import to_markdown
+from draftsmith.evaluate.slow_drafters import slow_drafters, slow_shapes
+
+RowMaker = Callable[..., Row]
+
+
+def plain_row(make_row: RowMaker, **changes: object) -> Row:
+    return make_row(drafter="plain", shape="", speedup=1.0, **changes)
+
+
+def lookup_row(make_row: RowMaker, speedup: float, **changes: object) -> Row:
+    return make_row(drafter="transformers prompt lookup 3", shape="", speedup=speedup, **changes)
+
+
+def test_a_drafter_slower_than_plain_decoding_is_named_with_what_to_try(make_row: RowMaker) -> None:
+    [line] = slow_drafters([plain_row(make_row), make_row(speedup=0.8)])
+    assert "redrafter 1x4 at T = 0 decodes at 0.80 times the speed of plain decoding" in line
+    assert "prompt lookup" not in line
+    assert "train longer" in line
+    assert "`draftsmith tune`" in line
+    assert "trained for less than a minute" in line
+
+
+def test_a_drafter_slower_than_prompt_lookup_is_named_too(make_row: RowMaker) -> None:
+    [line] = slow_drafters([plain_row(make_row), lookup_row(make_row, 1.5), make_row(speedup=1.2)])
+    assert "0.80 times the speed of prompt lookup" in line
+    assert "plain decoding" not in line
+    [line] = slow_drafters([plain_row(make_row), lookup_row(make_row, 1.0), make_row(speedup=0.5)])
+    assert "0.50 times the speed of plain decoding and 0.50 times the speed of prompt lookup" in line
+
+
+def test_a_fast_drafter_gets_no_line(make_row: RowMaker) -> None:
+    assert slow_drafters([plain_row(make_row), lookup_row(make_row, 1.1), make_row(speedup=1.2)]) == []
+
+
+def test_only_the_fastest_shape_of_a_drafter_counts(make_row: RowMaker) -> None:
+    shapes = [make_row(speedup=0.9, shape="1x8"), make_row(speedup=1.3, shape="1x2")]
+    assert slow_drafters(shapes) == []
+    [line] = slow_drafters([replace(row, speedup=row.speedup / 2) for row in shapes])
+    assert "redrafter 1x2 at T = 0 decodes at 0.65 times" in line
+
+
+def test_each_temperature_and_drafter_is_judged_by_itself(make_row: RowMaker) -> None:
+    rows = [
+        lookup_row(make_row, 2.0, temperature=1.0),
+        make_row(speedup=1.5),
+        make_row(speedup=1.5, temperature=1.0),
+        make_row(speedup=0.7, drafter="eagle"),
+    ]
+    lines = slow_drafters(rows)
+    assert len(lines) == 2
+    assert any("T = 1 decodes at 0.75 times the speed of prompt lookup" in line for line in lines)
+    assert any("eagle" in line and "plain decoding" in line for line in lines)
+
+
+def test_the_report_carries_the_line_as_text(make_row: RowMaker) -> None:
+    assert "\n\nSlow: red\\|r 1x4 at T = 0" in to_markdown("", {}, {}, [make_row(speedup=0.8, drafter="red|r")])
+    assert "Slow:" not in to_markdown("", {}, {}, [make_row()])
+
+
+def test_a_grid_without_a_shape_that_pays_says_so() -> None:
+    [line] = slow_shapes(0.9)
+    assert "no shape of this grid is faster than plain decoding (the best reaches 0.90 times its speed)" in line
+    assert "trained for less than a minute" in line
+    assert slow_shapes(1.0) == []
+
+
+def test_both_commands_print_the_line(
+    tmp_path: Path,
+    target: Path,
+    drafter: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shape that drafts far ahead with random weights cannot pay."""
+    from draftsmith.evaluate.command import evaluate
+    from draftsmith.evaluate.tune_command import tune
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"id": "p{n}", "prompt_ids": [{4 + n}, 9, 30, 5], "source": "s"}}\n' for n in range(2)))
+    evaluate(
+        str(target), file, tmp_path / "report", drafters=[f"mine={drafter}@1x8"], max_new_tokens=12,
+        transformers_prompts=0, ledger_prompts=0,
+    )  # fmt: skip
+    assert "Slow: mine 1x8 at T = 0 decodes at " in capsys.readouterr().out
+    tune(
+        str(target), f"mine={drafter}", file, tmp_path / "tune", widths=[1], depths=[8], nodes=[8], max_new_tokens=12,
+        rounds=1,
+    )  # fmt: skip
+    assert "Slow: no shape of this grid" in capsys.readouterr().out
