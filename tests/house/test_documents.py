@@ -4,11 +4,11 @@ import itertools
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES, ROOT, make_recipes, shell_lines
 
 from draftsmith import cli
 from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
@@ -16,27 +16,7 @@ from draftsmith.models import ReDrafter, Target, TargetEnds
 from draftsmith.models.draft_lm import load_draft_lm
 from draftsmith.models.judge import Judge, JudgeConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
-
-
-def shell_lines(page: Path) -> Iterator[str]:
-    """Commands in the page's ```sh blocks, continued lines joined, comments cut."""
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.strip() and not line.lstrip().startswith("#"):
-                yield line.strip()
-
-
 COMMANDS = [(page.relative_to(ROOT), line) for page in PAGES for line in shell_lines(page)]
-
-
-def make_recipes() -> list[str]:
-    """The draftsmith commands of `make quickstart`, as make itself would run them from nothing."""
-    asked = ["make", "--always-make", "--dry-run", "RUN=runs/none", "quickstart", "embedded"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = done.stdout.replace("\\\n", " ").splitlines()
-    return [line.partition("/bin/")[2] for line in lines if "/bin/draftsmith " in line]
 
 
 def check_command(line: str) -> None:
@@ -77,7 +57,7 @@ def test_every_command_on_a_page_is_one_that_exists(page: Path, line: str) -> No
 
 
 def test_every_command_that_make_runs_is_one_that_exists() -> None:
-    recipes = make_recipes()
+    recipes = make_recipes("RUN=runs/none", "quickstart", "embedded")
     assert len(recipes) >= 8
     for line in recipes:
         check_command(re.sub(r"\$\(.*\)", "x", line))
@@ -85,7 +65,7 @@ def test_every_command_that_make_runs_is_one_that_exists() -> None:
 
 def test_the_quickstart_names_the_folders_that_its_configuration_names() -> None:
     text = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
-    recipes = "\n".join(make_recipes()).replace("runs/none", "runs/quickstart")
+    recipes = "\n".join(make_recipes("quickstart"))
     assert "--out runs/quickstart/cache" in recipes
     assert "cache: runs/quickstart/cache" in text
     assert "--drafter runs/quickstart/train/drafter" in recipes

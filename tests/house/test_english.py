@@ -1,0 +1,122 @@
+"""Plain English: no banned words, no long sentences, and a README that is read in minutes.
+
+What a reader sees is checked: the pages, the help of the commands, and messages. Code in a page is no prose, and neither are tables and
+the addresses of links; words in tables are checked against the banned ones all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT
+
+README_WORDS = 900
+SENTENCE_WORDS = 25
+# Dated records of measurements, and the list of changes, keep the words that they were published with.
+RECORDS = {page for page in PAGES if page.parent.name == "benchmarks" or page.name == "CHANGELOG.md"}
+# Pages that still wait for their edit. None may be added.
+WAITING = {
+    "docs/exactness.md",
+    "docs/how-to/adapters.md",
+    "docs/how-to/custom_generate.md",
+    "docs/how-to/doctor.md",
+    "docs/how-to/draft-lm.md",
+    "docs/how-to/evaluate.md",
+    "docs/how-to/export.md",
+    "docs/how-to/label.md",
+    "docs/how-to/online.md",
+    "docs/how-to/responses.md",
+    "docs/how-to/resuming.md",
+    "docs/how-to/scale.md",
+    "docs/how-to/streaming.md",
+    "docs/how-to/training.md",
+    "docs/how-to/tune.md",
+    "docs/reference/cache.md",
+    "docs/reference/cli.md",
+    "docs/reference/data.md",
+    "docs/reference/eagle.md",
+    "docs/reference/embedded.md",
+}
+CHECKED = [page for page in PAGES if page not in RECORDS and str(page.relative_to(ROOT)) not in WAITING]
+
+# A pattern, and what to write in its place.
+BANNED = {
+    r"\b(?:is|are|was|were|be|been|being|gets?) (?:said|told|refused)\b": "say who does it: 'the report says', 'the command stops'",
+    r"\b(?:go|goes|going|gone|went) on\b": "resumes, continues, follows",
+    r"\bst(?:and|ands|anding|ood) in\b": "is in, replaces",
+    r"\bst(?:and|ands|anding|ood) for itself\b": "is independent",
+    r"\bof them all\b": "of all",
+    r"\bheld to\b": "must agree with, is checked against",
+    r"\bleft out (?:are|is|and told)\b": "begin with the subject: 'The command skips ...'",
+    r"\btold otherwise\b": "by default",
+}
+
+
+def prose(text: str) -> str:
+    """A page's text without code, comments and the addresses of links; a span of code is one word."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^ {4,}(?![-*\d ]).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]*`", "code", text)
+    return re.sub(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]\([^)]*\)", r"\1", text)
+
+
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs and items of lists in a page's prose; headings and tables are neither."""
+    lines = [re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n\n", line) for line in prose(text).splitlines()]
+    kept = ["" if line.lstrip().startswith(("|", "#")) else line for line in lines]
+    return [" ".join(block.split()) for block in re.split(r"\n\s*\n", "\n".join(kept)) if block.strip()]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a page; each ends with its paragraph, or with a full stop, question or exclamation mark before a capital."""
+    ends = r"(?<=[.!?])[)\"*_]*\s+(?=[\"(*_]*(?:[A-Z0-9]|code))"
+    return [part for paragraph in paragraphs(text) for part in re.split(ends, paragraph)]
+
+
+def num_words(sentence: str) -> int:
+    """Words that hold a letter or a digit."""
+    return sum(any(sign.isalnum() for sign in word) for word in sentence.split())
+
+
+def banned_in(text: str) -> list[str]:
+    """Each banned phrase with its remedy and what surrounds it."""
+    flat = " ".join(text.split())
+    found = [
+        (match, remedy) for pattern, remedy in BANNED.items() for match in re.finditer(pattern, flat, re.IGNORECASE)
+    ]
+    return [
+        f"{match[0]!r} in '{flat[max(0, match.start() - 40) : match.end() + 30]}'; {remedy}" for match, remedy in found
+    ]
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=[str(page.relative_to(ROOT)) for page in CHECKED])
+def test_a_page_has_no_banned_words_and_no_long_sentences(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert banned_in(prose(text)) == []
+    assert [sentence for sentence in sentences(text) if num_words(sentence) > SENTENCE_WORDS] == []
+
+
+def test_every_page_that_waits_is_there() -> None:
+    assert [name for name in sorted(WAITING) if not (ROOT / name).is_file()] == []
+
+
+def test_the_readme_is_read_in_minutes() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= README_WORDS
+    assert len(re.findall(r"^\|[-| ]+\|$", text, re.MULTILINE)) == 1, "one table"
+    assert len(re.findall(r"!\[", text)) == 1, "one picture"
+
+
+def test_sentences_are_counted_as_a_reader_reads_them() -> None:
+    text = (
+        "# A title. It is none.\n\nOne `a. B` two (three). Four, 4.5 of\nfive!\n\n- Six\n- seven\n\n| no. | Table |\n"
+    )
+    assert sentences(text) == ["One code two (three).", "Four, 4.5 of five!", "Six", "seven"]
+    assert num_words("One code, two - [three](x) 4.") == 5
+
+
+def test_a_banned_phrase_is_found_across_lines_and_not_in_code() -> None:
+    assert len(banned_in(prose("The key is\nrefused, and the run Goes on."))) == 2
+    assert banned_in(prose("`is told` and\n```\nis refused\n```\n[goes](held to)")) == []

@@ -1,0 +1,67 @@
+"""The commands that the README and the pages to start with show do run, in their order, on the embedded target at a small size."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from pages import ROOT, make_recipes, shell_lines
+
+from draftsmith import cli, embedded
+
+FIRST_RUN, OWN_MODEL = ROOT / "docs" / "start" / "first-run.md", ROOT / "docs" / "start" / "your-model.md"
+# What keeps each command short. A page's own options come first, so these win.
+SMALL = {
+    "data respond": "--max-new-tokens 32",
+    "train": "--trainer.max_steps 3 --trainer.accelerator cpu --data.init_args.tokens_per_batch 512 --trainer.enable_progress_bar false",
+    "evaluate": "--max-new-tokens 16 --limit 2 --transformers-prompts 1 --ledger-prompts 1",
+    "tune": "--max-new-tokens 16 --limit 2 --widths 1 2 --depths 2 --nodes 3 --rounds 1",
+    "doctor": "--samples 4 --show 0 --skip overfit overlap acceptance train-serve",
+    "decode": "--max-new-tokens 16",
+}
+NOT_OURS = ("make", "source", "tensorboard")
+
+
+def run(line: str) -> None:
+    """One command of a page, in this process, in small.
+
+    Raises:
+        AssertionError: it fails. `doctor` may find faults: so short a training has some.
+    """
+    words = [word.removeprefix(".venv/bin/") for word in shlex.split(line.replace("org/name", "embedded:target"))]
+    if words[0] in NOT_OURS:
+        return
+    assert words[0] == "draftsmith", f"no test runs {words[0]!r}"
+    name = " ".join(words[1:3]) if words[1] in cli.GROUPS else words[1]
+    code = cli.main([*words[1:], *SMALL.get(name, "").split()])
+    assert code == 0 or (name == "doctor" and code == 1), line
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a checkout that has run nothing, with questions of one's own."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    questions = [problem.question for problem in embedded.distinct_problems("train", 40, seed=5)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_for_ones_own_model_run(folder: Path) -> None:
+    for line in shell_lines(OWN_MODEL):
+        run(line)
+    assert "tokens per step" in (folder / "runs/mine/report/report.md").read_text()
+
+
+def test_the_quickstart_and_what_to_try_next_run(folder: Path) -> None:
+    for line in make_recipes("TRAIN_PROMPTS=24", "TEST_PROMPTS=3", "quickstart"):
+        run(line.partition("$(")[0] if "--ckpt_path" in line else line)
+    for line in shell_lines(FIRST_RUN):
+        run(line)
+    assert os.listdir(folder / "runs/quickstart/drafter")
+
+
+def test_the_readme_shows_what_the_pages_to_start_with_show() -> None:
+    shown = {*shell_lines(FIRST_RUN), *shell_lines(OWN_MODEL)}
+    assert [line for line in shell_lines(ROOT / "README.md") if line.removeprefix(".venv/bin/") not in shown] == []

@@ -1,0 +1,25 @@
+"""The pages of the repository as tests read them: which there are, the commands they show, the commands of `make quickstart`."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    """Commands in the page's ```sh blocks, continued lines joined, comments cut."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield line.strip()
+
+
+def make_recipes(*goals: str) -> list[str]:
+    """The draftsmith commands of `make GOALS`, as make itself would run them from nothing; goals may be settings (``RUN=runs/x``)."""
+    asked = ["make", "--always-make", "--dry-run", *goals]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [line.partition("/bin/")[2] for line in lines if "/bin/draftsmith " in line]
