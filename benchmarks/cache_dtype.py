@@ -27,18 +27,18 @@ from families import REPLY_TOKENS, Bench, embedded_prompts, own_replies, write_r
 from recipes import QUIET, RECIPES, Recipe
 
 from draftsmith import provenance
-from draftsmith.data.cache import HiddenStateCache
-from draftsmith.data.hidden_states import extract
-from draftsmith.data.packing import packed_batches
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.shards.packing import packed_batches
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.evaluate.acceptance import bootstrap_interval, ratio_interval
 from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.models.drafter_folder import load_drafter
-from draftsmith.models.shapes import parse_shape
-from draftsmith.models.target import PRE_NORM, Target
-from draftsmith.train.callbacks import KeepBestDrafter
-from draftsmith.train.data_module import CacheDataModule
-from draftsmith.train.draft_module import DraftModule
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.target.target import PRE_NORM, Target
+from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter.callbacks import KeepBestDrafter
+from draftsmith.train.drafter.module import DraftModule
 
 DTYPES = ("bfloat16", "float8_e4m3")
 FAMILIES = ("redrafter", "eagle")

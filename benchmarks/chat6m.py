@@ -23,13 +23,13 @@ from recipes import Recipe, Trained
 from recipes import train as train_recipe
 
 from draftsmith import provenance
-from draftsmith.data.hidden_states import extract
-from draftsmith.evaluate.command import evaluate
+from draftsmith.data.cache.extract import extract
+from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.models.end_tokens import end_tokens
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.train.families import ReDrafterFamily
-from draftsmith.train.objective import Distillation
+from draftsmith.models.files.end_tokens import end_tokens
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.train.drafter.family_settings import ReDrafterFamily
+from draftsmith.train.drafter.objective import Distillation
 
 STAGES = ("cache", "train", "evaluate", "distil")
 # Apple's 1x5, 10x4 and 45x5 count the root; ours count drafted tokens. The others are the narrow ones a CPU wants.

@@ -26,22 +26,22 @@ import torch
 from recipes import QUIET
 
 from draftsmith import provenance
-from draftsmith.data.responses import respond
+from draftsmith.data.replies.respond import respond
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.embedded.problems import Problem, distinct_problems
 from draftsmith.embedded.sums import check, write_prompts
 from draftsmith.evaluate.acceptance import ratio_interval
 from draftsmith.files import atomic_write
-from draftsmith.models.draft_lm import LMDrafter
-from draftsmith.models.drafter_folder import load_drafter
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.shapes import parse_shape
-from draftsmith.models.target import Target
-from draftsmith.train.adapters import LoraSettings
-from draftsmith.train.distil_callbacks import KeepBestDraftLM
-from draftsmith.train.distil_data import DistilDataModule
-from draftsmith.train.distil_losses import acceptance, shared_log_probs
-from draftsmith.train.distil_module import DraftLMModule
+from draftsmith.models.drafters.draft_lm import LMDrafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import Target
+from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.train.draft_lm.callbacks import KeepBestDraftLM
+from draftsmith.train.draft_lm.data import DistilDataModule
+from draftsmith.train.draft_lm.losses import acceptance, shared_log_probs
+from draftsmith.train.draft_lm.module import DraftLMModule
+from draftsmith.train.drafter.starting_drafter import LoraSettings
 
 TARGET, DRAFT_LM = "embedded:target", "embedded:draft_lm"
 MAX_NEW_TOKENS = 160

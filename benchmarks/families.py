@@ -27,19 +27,19 @@ import torch
 from recipes import RECIPES, Trained, train
 
 from draftsmith import provenance
-from draftsmith.data.cache import HiddenStateCache
-from draftsmith.data.hidden_states import extract
-from draftsmith.data.packing import pack
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.shards.packing import pack
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.embedded import write_prompts
-from draftsmith.evaluate.command import evaluate
-from draftsmith.evaluate.tune_command import tune
+from draftsmith.evaluate.evaluate_command import evaluate
+from draftsmith.evaluate.tune import tune
 from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.models.drafter_folder import load_drafter
-from draftsmith.models.eagle_config import default_layers
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import PRE_NORM, Target
-from draftsmith.train.objective import Objective, inverse_draft_ids, prepare, run
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.eagle_config import default_layers
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import PRE_NORM, Target
+from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 
 REPLY_TOKENS = 128
 MARKS = ("<!-- families -->", "<!-- /families -->")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.features import features, length_batches, padded_ids
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.features import features, length_batches, padded_ids
-from draftsmith.data.hidden_states import HiddenStateCache, extract
-from draftsmith.data.packing import packed_batches
-from draftsmith.data.shards import write_shard
+from draftsmith.data.shards.packing import packed_batches
+from draftsmith.data.shards.shards import write_shard
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import Target
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import Target
 
 
 def bare_forward(target: Target, samples: list[TokenizedSample], batch_tokens: int) -> None:

@@ -29,24 +29,24 @@ from recipes import train as train_head
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
-from draftsmith.data.hidden_states import extract
-from draftsmith.data.responses import respond
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.replies.respond import respond
 from draftsmith.decode import Engine, Generation, GenerationSettings
-from draftsmith.decode.rule_text import parse_rule
+from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.embedded import write_prompts
-from draftsmith.evaluate.lossy_command import evaluate_rules
+from draftsmith.evaluate.lossy.lossy_command import evaluate_rules
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.label.command import import_answers
-from draftsmith.label.generate import generate
-from draftsmith.label.mine import mine
-from draftsmith.label.row_command import rows as label_rows
-from draftsmith.label.sums_answers import judge as check_sums
-from draftsmith.label.sums_answers import problem_of
+from draftsmith.label.checkers.sums_answers import judge as check_sums
+from draftsmith.label.checkers.sums_answers import problem_of
+from draftsmith.label.commands.generate_command import generate
+from draftsmith.label.commands.rows_command import rows as label_rows
+from draftsmith.label.commands.store_commands import import_answers
+from draftsmith.label.mine.mine_command import mine
 from draftsmith.models import Target, load_tokenizer
-from draftsmith.models.draft_lm import load_draft_lm
+from draftsmith.models.drafters.draft_lm import load_draft_lm
 from draftsmith.models.judge import load_judge
-from draftsmith.models.shapes import parse_shape
+from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.cli import main as train_command
 
 TARGET, DRAFT = "embedded:target", "embedded:draft_lm"
@@ -134,8 +134,8 @@ def trained(
 def judge_callbacks(root: Path) -> list[dict[str, Any]]:
     """As in configs/judge.yaml, but for the checkpoints: nobody resumes a run of seconds."""
     return [
-        {"class_path": "draftsmith.train.judge_callbacks.KeepJudge"},
-        {"class_path": "draftsmith.train.judge_callbacks.JudgeFigures", "init_args": {"every": 50}},
+        {"class_path": "draftsmith.train.judge.callbacks.KeepJudge"},
+        {"class_path": "draftsmith.train.judge.callbacks.JudgeFigures", "init_args": {"every": 50}},
         {
             "class_path": "pytorch_lightning.callbacks.EarlyStopping",
             "init_args": {"monitor": "val/auc", "mode": "max", "patience": 5, "min_delta": 1e-4},

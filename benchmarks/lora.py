@@ -26,16 +26,16 @@ from typing import Any
 from recipes import RECIPES, Recipe, Trained, train
 
 from draftsmith import provenance
-from draftsmith.data.hidden_states import extract
+from draftsmith.data.cache.extract import extract
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.command import prompt_ids
+from draftsmith.decode.decode_command import prompt_ids
 from draftsmith.evaluate.acceptance import is_looping, tokens_per_step_interval
 from draftsmith.evaluate.records import Decoded
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models import Target, load_tokenizer
-from draftsmith.models.adapters import LoraSettings
-from draftsmith.models.drafter_folder import load_drafter
-from draftsmith.models.shapes import parse_shape
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.lora import LoraSettings
+from draftsmith.models.tree.shapes import parse_shape
 
 KINDS = ("stories", "sums")
 BATCH = 16

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from draftsmith.train.losses import Taught, default_chunk_rows, head_cross_entropy, head_distillation
+from draftsmith.train.drafter.losses import Taught, default_chunk_rows, head_cross_entropy, head_distillation
 
 VOCAB, WIDTH, STEPS = 128 * 1024, 32, 2
 

@@ -17,12 +17,12 @@ import transformers
 
 from draftsmith import embedded, provenance
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.label.mine_answers import answer_parser
-from draftsmith.label.mine_plain import mine_plain
-from draftsmith.label.mine_walk import Mined, Question, Rules
-from draftsmith.label.mining import Miner
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import Target
+from draftsmith.label.mine.answers import answer_parser
+from draftsmith.label.mine.many_questions import Miner
+from draftsmith.label.mine.plain import mine_plain
+from draftsmith.label.mine.walk import Mined, Question, Rules
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import Target
 
 
 class Watch:

@@ -29,14 +29,14 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from recipes import QUIET, RECIPES
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
+from draftsmith.data.cache.extract import HiddenStateCache
+from draftsmith.data.cache.features import features
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.features import features
-from draftsmith.data.hidden_states import HiddenStateCache
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import Target
-from draftsmith.train.data_module import CacheDataModule
-from draftsmith.train.draft_module import DraftModule
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import Target
+from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter.module import DraftModule
 
 LADDER = ("one", "apart", "in step", "together")
 LONE = ("bare", "extract")

@@ -17,10 +17,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from draftsmith.files import atomic_write
-from draftsmith.train.callbacks import KeepBestDrafter
-from draftsmith.train.data_module import CacheBatch, CacheDataModule
-from draftsmith.train.draft_module import DraftModule
-from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
+from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.drafter.callbacks import KeepBestDrafter
+from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
+from draftsmith.train.drafter.module import DraftModule
 
 QUIET: dict[str, Any] = {
     "logger": False,

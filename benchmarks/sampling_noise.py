@@ -30,12 +30,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.batch import Batch
-from draftsmith.decode.command import prompt_ids
-from draftsmith.decode.verify import Walk
+from draftsmith.decode.decode_command import prompt_ids
+from draftsmith.decode.verify.lossless import Walk
 from draftsmith.embedded.problems import distinct_problems
 from draftsmith.models import DraftTree, LMDrafter, Target, load_tokenizer
-from draftsmith.models.noise import draw_at, keys_at, uniforms
-from draftsmith.models.shapes import parse_shape
+from draftsmith.models.tree.noise import draw_at, keys_at, uniforms
+from draftsmith.models.tree.shapes import parse_shape
 
 SHAPE = "2x3"
 QUESTIONS = (

@@ -39,22 +39,22 @@ from step_clock import PhaseProfiler, Round, StepClock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith import provenance
+from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.features import features
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.features import features
-from draftsmith.data.hidden_states import HiddenStateCache, extract
-from draftsmith.data.shards import write_shard
+from draftsmith.data.shards.shards import write_shard
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.label.rows import LabelledRow, write_rows
-from draftsmith.models.eagle_config import default_layers
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.rollout import PackedBatch
-from draftsmith.models.target import PRE_NORM, Target
-from draftsmith.train.data_module import CacheDataModule
-from draftsmith.train.draft_module import DraftModule
-from draftsmith.train.judge_data import JudgeDataModule
-from draftsmith.train.judge_module import JudgeModule
-from draftsmith.train.objective import Objective, inverse_draft_ids, prepare, run
+from draftsmith.label.token_rows import LabelledRow, write_rows
+from draftsmith.models.drafters.eagle_config import default_layers
+from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import PRE_NORM, Target
+from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
+from draftsmith.train.judge.data import JudgeDataModule
+from draftsmith.train.judge.module import JudgeModule
 
 FAMILIES = ("redrafter", "eagle", "eagle3")
 PLANS = {"redrafter": DrafterPlan("redrafter", 5), "eagle": DrafterPlan("eagle", 1), "eagle3": DrafterPlan("eagle3", 5)}

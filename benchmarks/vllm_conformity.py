@@ -137,7 +137,7 @@ def export_all(work: Path) -> list[tuple[str, Path, str]]:
     from safetensors.torch import load_file, save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from draftsmith.export.layouts import write
+    from draftsmith.export.layouts.layouts import write
     from draftsmith.models import Eagle, Eagle3, TargetEnds
 
     torch.manual_seed(0)

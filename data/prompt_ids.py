@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.models.prompt_template import NO_OPTIONS, NO_TEMPLATE, TemplateOptions
+from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, TemplateOptions
 
 
 def chat_for(

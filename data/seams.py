@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Sequence
 
 from draftsmith.data.formats import Message
-from draftsmith.models.prompt_template import PromptTemplate, TemplateRefusal, encoded
+from draftsmith.models.target.prompt_template import PromptTemplate, TemplateRefusal, encoded
 
 # Stands for a reply while a conversation is rendered; plain small letters, which no template trims, escapes or puts in another case.
 _SENTINEL = "draftsmithreplygoeshere"

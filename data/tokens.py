@@ -18,8 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from draftsmith.data.formats import Message
 from draftsmith.data.reply_spans import Encoded, Span, reply_mask
 from draftsmith.data.seams import Seams, around_reply
-from draftsmith.models.end_tokens import read_end_tokens
-from draftsmith.models.prompt_template import (
+from draftsmith.models.files.end_tokens import read_end_tokens
+from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
     NO_TEMPLATE,
     RENDERING_ERRORS,

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.processors import RequestText
-from draftsmith.models.cache import KeptRows, SlotCache
-from draftsmith.models.drafter import DraftState
-from draftsmith.models.noise import keys_at
+from draftsmith.models.drafters.drafter import DraftState
+from draftsmith.models.tree.noise import keys_at
+from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 
 Finish = Literal["eos", "stop", "length"]
 

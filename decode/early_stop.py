@@ -1,6 +1,6 @@
 """The threshold of AdaEDL's early stop, steered row by row (arXiv:2410.18351, section 3.2).
 
-Owns the controller. Knows nothing of how a draft is stopped (:mod:`draftsmith.models.search`) or verified.
+Owns the controller. Knows nothing of how a draft is stopped (:mod:`draftsmith.models.tree.search`) or verified.
 
 Shape legend: B batch rows, N tree nodes.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftsmith.models.limits import EarlyStop
-from draftsmith.models.tree import DraftTree
+from draftsmith.models.tree.limits import EarlyStop
+from draftsmith.models.tree.tree import DraftTree
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The decoder: draft, verify, accept, record, until every row has ended.
 
 Owns the loop and the order of things. Plain decoding is the same loop with a tree of one node. Knows no drafter family: what a
-drafter proposes goes through :mod:`draftsmith.decode.verify`, or :mod:`draftsmith.decode.candidates` where it was sampled, which alone
+drafter proposes goes through `verify/lossless.py`, or `verify/candidates.py` where it was sampled, which alone
 decide what is emitted.
 
 Inside a cycle the host waits for the device once, in :meth:`Engine._record`, to read what was emitted.
@@ -19,24 +19,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Batch, Generation, Recorder
-from draftsmith.decode.candidates import candidate_walk, num_draws
 from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.lossy_rule import LossyRule, of_tokens
-from draftsmith.decode.lossy_walk import LossyWalk, lossy_walk
 from draftsmith.decode.processors import RequestText, process_texts, processors_of
 from draftsmith.decode.sampling import GenerationSettings, choose, process
-from draftsmith.decode.verify import Walk, walk
-from draftsmith.models.cache import SlotCache
-from draftsmith.models.drafter import Cycle, Drafter, Emitted, Opening
-from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.finite import broken_rows, not_finite
-from draftsmith.models.limits import DraftLimits
-from draftsmith.models.noise import request_keys
-from draftsmith.models.reading import CHUNK, read_again, read_prompts, read_tree, within_factors
-from draftsmith.models.search import Draws
-from draftsmith.models.target import PRE_NORM, Target, TargetOutput
-from draftsmith.models.tree import DraftTree, root_tree
+from draftsmith.decode.verify.candidates import candidate_walk, num_draws
+from draftsmith.decode.verify.lossless import Walk, walk
+from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.decode.verify.lossy_walk import LossyWalk, lossy_walk
+from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.finite import broken_rows, not_finite
+from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.noise import request_keys
+from draftsmith.models.tree.search import Draws
+from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.tree.tree import DraftTree, root_tree
+from draftsmith.models.trunk.forwards import CHUNK, read_again, read_prompts, read_tree, within_factors
 
 
 class Engine:

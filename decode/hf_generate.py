@@ -43,15 +43,15 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import constraints_of
 from draftsmith.decode.processors import OF_CONSTRAINTS
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.checkpoint_files import read_fields
-from draftsmith.models.drafter import Drafter
-from draftsmith.models.drafter_reader import read_drafter
-from draftsmith.models.eagle import Eagle, Eagle3
-from draftsmith.models.end_probe import other_ends
-from draftsmith.models.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number
-from draftsmith.models.limits import DraftLimits
-from draftsmith.models.redrafter import ReDrafter
-from draftsmith.models.target import Target
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_reader import read_drafter
+from draftsmith.models.drafters.eagle import Eagle, Eagle3
+from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.files.checkpoint_files import read_fields
+from draftsmith.models.files.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number
+from draftsmith.models.target.target import Target
+from draftsmith.models.target.target_probe import other_ends
+from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "custom_generate/settings.json"

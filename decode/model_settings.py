@@ -1,7 +1,7 @@
 """Every field of a model's generation config: honoured, a flag's, without effect on the text, or refused by name.
 
 Owns that division, so that no setting is dropped in silence. Knows neither commands nor how processors work
-(:mod:`draftsmith.decode.processors`). Which tokens end a reply is read by :mod:`draftsmith.models.end_tokens`.
+(:mod:`draftsmith.decode.processors`). Which tokens end a reply is read by :mod:`draftsmith.models.files.end_tokens`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, WatermarkingConfig
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.processors import processors_of
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.target import Target
+from draftsmith.models.target.target import Target
 
 _OF_FLAGS = "do_sample temperature top_k top_p min_p repetition_penalty max_new_tokens max_length eos_token_id"
 _WITHOUT_EFFECT = """

@@ -47,7 +47,7 @@ from transformers.generation import (
 
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.tree import DraftTree
+from draftsmith.models.tree.tree import DraftTree
 
 # What Transformers makes of a config's constraints; `remove_invalid_values` and `renormalize_logits` among them.
 OF_CONSTRAINTS = (

@@ -3,7 +3,7 @@
 Owns the settings of a request and everything between logits and tokens. Knows nothing of trees beyond "a node has ancestors", nor of
 caches and drafters.
 
-The noise of token t at output position i of request r under seed s depends on (s, r, i, t) alone (:mod:`draftsmith.models.noise`). All
+The noise of token t at output position i of request r under seed s depends on (s, r, i, t) alone (:mod:`draftsmith.models.tree.noise`). All
 nodes that compete for one position share it, only one of them is ever visited, and no drafter sees it. So plain and speculative decoding
 draw the very same tokens at every temperature, and a batch draws what its rows would alone.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.constraints import Constraints
-from draftsmith.models.noise import draw_at
+from draftsmith.models.tree.noise import draw_at
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from draftsmith.embedded import path
 from draftsmith.embedded.checker import Verdict, check
 from draftsmith.embedded.problems import Problem, Split, distinct_problems
 from draftsmith.foreign import visible
-from draftsmith.models.pretrained import read_model, read_tokenizer
+from draftsmith.models.files.pretrained import read_model, read_tokenizer
 
 
 @dataclass(frozen=True)

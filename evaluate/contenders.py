@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.evaluate.records import Decoded, Sample
-from draftsmith.models.target import Target
+from draftsmith.models.target.target import Target
 
 
 class Contender(Protocol):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from draftsmith.models.drafter_folder import drafter_folder
-from draftsmith.models.limits import DraftLimits
-from draftsmith.models.shapes import parse_shape
+from draftsmith.models.drafters.drafter_folder import drafter_folder
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import parse_shape
 
 RESERVED = ("plain", "transformers")  # rows of every report
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from draftsmith.evaluate.records import Divergence, Sample
-from draftsmith.models.target import Target
+from draftsmith.models.target.target import Target
 
 Replies = Mapping[int, Sequence[tuple[int, ...]]]
 

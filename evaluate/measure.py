@@ -10,13 +10,13 @@ from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
 from draftsmith.evaluate.records import Row, Sample
+from draftsmith.evaluate.report_rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, make_row
 from draftsmith.evaluate.resume import Part
-from draftsmith.evaluate.rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, make_row
 from draftsmith.evaluate.speed import num_calls, race
-from draftsmith.models.drafter import Drafter
-from draftsmith.models.limits import DraftLimits
-from draftsmith.models.shapes import shape_text
-from draftsmith.models.target import Target
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.target.target import Target
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import shape_text
 
 
 @dataclass(frozen=True)

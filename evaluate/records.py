@@ -6,7 +6,7 @@ Owns the data and its small invariants. Does not know how anything is decoded, t
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from draftsmith.models.shapes import short_shape
+from draftsmith.models.tree.shapes import short_shape
 
 
 @dataclass(frozen=True)

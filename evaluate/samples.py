@@ -19,8 +19,8 @@ from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, UnusableRow, summary
-from draftsmith.models.prompt_template import NO_OPTIONS, TemplateOptions
-from draftsmith.models.target import Target
+from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.target import Target
 
 
 def read_samples(

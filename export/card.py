@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.export import custom_generate
+from draftsmith.export.layouts import custom_generate
 from draftsmith.export.serving import commands
 from draftsmith.foreign import block, code, plain, yaml_text
-from draftsmith.models.drafter import DrafterConfig
-from draftsmith.models.eagle_config import Eagle3Config
+from draftsmith.models.drafters.drafter import DrafterConfig
+from draftsmith.models.drafters.eagle_config import Eagle3Config
 
 QUESTION = "Tom has 3 boxes with 4 pens each. How many pens does Tom have?"
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
@@ -179,9 +179,9 @@ def example(subject: Subject) -> str:
     ours = subject.layout == "draftsmith"
     imports = "from pathlib import Path\n\nfrom draftsmith.decode import Engine, GenerationSettings\n"
     imports += "from draftsmith.decode.model_settings import for_target\n"
-    imports += "" if ours else "from draftsmith.export.layouts import load_any\n"
+    imports += "" if ours else "from draftsmith.export.layouts.layouts import load_any\n"
     imports += "from draftsmith.models import Target, load_tokenizer\n"
-    imports += "from draftsmith.models.drafter_folder import load_drafter\n" if ours else ""
+    imports += "from draftsmith.models.drafters.drafter_folder import load_drafter\n" if ours else ""
     load = 'load_drafter(Path("."))' if ours else 'load_any(Path("."), target.ends)'
     if subject.has_template:
         prompt = f'messages = [{{"role": "user", "content": {json.dumps(QUESTION)}}}]\n'

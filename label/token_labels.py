@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.label.schema import Answer, Span, Tokens
-from draftsmith.models.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 
 After = Literal["ignored", "wrong"]
 

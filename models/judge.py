@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from draftsmith.models.finite import is_finite
-from draftsmith.models.target import PRE_NORM, TargetEnds
+from draftsmith.models.files.finite import is_finite
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.outside import parse_json_object
 
 POST_NORM = "last.post_norm"

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from draftsmith.data.lengths import LENGTHS_FILE, write_lengths
-from draftsmith.data.manifest import CacheIdentity, Manifest
-from draftsmith.data.shards import ShardContent, write_shard
+from draftsmith.data.shards.lengths import LENGTHS_FILE, write_lengths
+from draftsmith.data.shards.manifest import CacheIdentity, Manifest
+from draftsmith.data.shards.shards import ShardContent, write_shard
 from draftsmith.files import sha256_file
 
 LAYER, VOCAB, WIDTH = "last.pre_norm", 100, 4

@@ -9,7 +9,7 @@ import torch
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.strategies import DDPStrategy
 
-from draftsmith.train.engines import Zero
+from draftsmith.train.run.strategies import Zero
 
 
 class ZeroOnCpu(Zero):

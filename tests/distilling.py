@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import Target
-from draftsmith.train.distil_data import DistilDataModule
-from draftsmith.train.distil_module import DraftLMModule
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import Target
+from draftsmith.train.draft_lm.data import DistilDataModule
+from draftsmith.train.draft_lm.module import DraftLMModule
 
 REPLY = 8
 

@@ -26,8 +26,8 @@ from draftsmith.models import (
     Target,
     tree_from_paths,
 )
-from draftsmith.models.drafter import DraftState
-from draftsmith.models.search import Expander
+from draftsmith.models.drafters.drafter import DraftState
+from draftsmith.models.tree.search import Expander
 
 VOCAB = 61
 BOS = 1

@@ -20,11 +20,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from training import make_module, make_trainer
 
-from draftsmith.train.adapters import LoraSettings
-from draftsmith.train.callbacks import KeepBestDrafter, TreeDecodeValidation
-from draftsmith.train.data_module import CacheDataModule
-from draftsmith.train.engines import FullyShard, Zero
-from draftsmith.train.families import Eagle3Family, EagleFamily, ReDrafterFamily
+from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
+from draftsmith.train.drafter.family_settings import Eagle3Family, EagleFamily, ReDrafterFamily
+from draftsmith.train.drafter.starting_drafter import LoraSettings
+from draftsmith.train.run.strategies import FullyShard, Zero
 
 FAMILIES = {"redrafter": ReDrafterFamily, "eagle": EagleFamily, "eagle3": Eagle3Family}
 

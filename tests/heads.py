@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from draftsmith.models import Eagle, Eagle3, PackedBatch, Target, data_rollout
-from draftsmith.models.eagle import EagleBase
-from draftsmith.models.ends import TargetEnds
+from draftsmith.models.drafters.eagle import EagleBase
+from draftsmith.models.target.ends import TargetEnds
 
 ROPE = {
     "rope_type": "llama3",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from training import PROMPT, make_trainer
 
-from draftsmith.data.cache import HiddenStateCache
-from draftsmith.label.rows import LabelledRow, write_rows
+from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.label.token_labels import IGNORED
-from draftsmith.models.target import PRE_NORM
-from draftsmith.train.judge_data import JudgeDataModule
-from draftsmith.train.judge_module import JudgeModule
+from draftsmith.label.token_rows import LabelledRow, write_rows
+from draftsmith.models.target.target import PRE_NORM
+from draftsmith.train.judge.data import JudgeDataModule
+from draftsmith.train.judge.module import JudgeModule
 
 LENGTHS = [9 + 3 * (number % 7) for number in range(60)]
 ANSWERS = 2  # a question

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from draftsmith.models import Target
 from draftsmith.models.judge import Judge, JudgeConfig
-from draftsmith.models.target import PRE_NORM
+from draftsmith.models.target.target import PRE_NORM
 
 PROMPTS = [[BOS, 7, 9, 3], [BOS, 30, 5], [BOS, 11, 12, 13, 14, 15]]
 

@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.redrafter import ReDrafter
-from draftsmith.models.target import TargetEnds
+from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import TargetEnds
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>\n"

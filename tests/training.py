@@ -7,8 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from draftsmith.train.draft_module import DraftModule
-from draftsmith.train.families import ReDrafterFamily
+from draftsmith.train.drafter.family_settings import ReDrafterFamily
+from draftsmith.train.drafter.module import DraftModule
 
 VOCAB, HIDDEN, PROMPT = 37, 16, 3
 MakeCache = Callable[..., Path]
@@ -76,7 +76,7 @@ model:
   init_args:
     target: {target_dir}
     drafter:
-      class_path: draftsmith.train.families.ReDrafterFamily
+      class_path: draftsmith.train.drafter.family_settings.ReDrafterFamily
     num_steps: 3
     metrics_every: 1
 {extra}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from draftsmith.files import JsonlAppender, atomic_directory, atomic_file, exclusive
-from draftsmith.train.checkpoints import AtomicCheckpointIO
+from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 
 _SIZE = 1_000_000
 _WEIGHTS = 100_000

@@ -2,7 +2,7 @@
 
 Owns: which base classes a run's YAML may name, and how mistakes in it are told. Does not know: any one run.
 
-Model and data are named by class_path in the YAML (`draftsmith.train.draft_module.DraftModule`, or just
+Model and data are named by class_path in the YAML (`draftsmith.train.drafter.module.DraftModule`, or just
 `DraftModule`), so the same command trains drafters and language models.
 """
 
@@ -33,9 +33,9 @@ from draftsmith.train import (  # noqa: F401
     judge_module,
     online,
 )
-from draftsmith.train.checkpoints import AtomicCheckpointIO
-from draftsmith.train.preemption import Preemption, ResumeValidation
-from draftsmith.train.run_length import RunLength
+from draftsmith.train.drafter.run_length import RunLength
+from draftsmith.train.run.checkpoints import AtomicCheckpointIO
+from draftsmith.train.run.preemption import Preemption, ResumeValidation
 
 PROG = "draftsmith train"
 

@@ -56,7 +56,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "draftsmith.embedded", "write_prompts", "Write word problems of the sums corpus as prompts."
     ),
     ("embedded", "build"): Command(
-        "draftsmith.train.lm_build", "build", "Train the embedded target and draft LM from scratch."
+        "draftsmith.train.embedded_lm.build", "build", "Train the embedded target and draft LM from scratch."
     ),
     ("embedded", "accuracy"): Command(
         "draftsmith.embedded.accuracy", "accuracy", "Count how many problems an embedded model solves."
@@ -64,64 +64,78 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("data", "prompts"): Command(
         "draftsmith.data.prompts", "prompts", "Read prompts from files or the hub; detect, dedupe and split them."
     ),
-    ("data", "respond"): Command("draftsmith.data.responses", "respond", "Let the target answer the prompts itself."),
+    ("data", "respond"): Command(
+        "draftsmith.data.replies.respond", "respond", "Let the target answer the prompts itself."
+    ),
     ("data", "extract"): Command(
-        "draftsmith.data.hidden_states", "extract", "Cache the target's hidden states over its replies."
+        "draftsmith.data.cache.extract", "extract", "Cache the target's hidden states over its replies."
     ),
     ("data", "verify"): Command(
-        "draftsmith.data.hidden_states", "verify", "Check a cache: checksums, and samples run through the target again."
+        "draftsmith.data.cache.extract", "verify", "Check a cache: checksums, and samples run through the target again."
     ),
     ("data", "show"): Command(
-        "draftsmith.data.show", "show", "Print samples with the tokens no loss is taken on dimmed."
+        "draftsmith.data.cache.show", "show", "Print samples with the tokens no loss is taken on dimmed."
     ),
     ("label", "import"): Command(
-        "draftsmith.label.command", "import_answers", "Add labelled answers, of any known format, to a store."
+        "draftsmith.label.commands.store_commands",
+        "import_answers",
+        "Add labelled answers, of any known format, to a store.",
     ),
     ("label", "generate"): Command(
-        "draftsmith.label.generate", "generate", "Let models answer questions, check every answer, keep them labelled."
+        "draftsmith.label.commands.generate_command",
+        "generate",
+        "Let models answer questions, check every answer, keep them labelled.",
     ),
     ("label", "export"): Command(
-        "draftsmith.label.command",
+        "draftsmith.label.commands.store_commands",
         "export_answers",
         "Write a store's answers and labels as JSON lines or for Label Studio.",
     ),
     ("label", "serve"): Command(
-        "draftsmith.label.serve_command", "serve", "Serve the page on which people mark the first error of each answer."
+        "draftsmith.label.page.serve_command",
+        "serve",
+        "Serve the page on which people mark the first error of each answer.",
     ),
     ("label", "stats"): Command(
-        "draftsmith.label.command", "stats", "Count a store's answers, labels and labelled tokens."
+        "draftsmith.label.commands.store_commands", "stats", "Count a store's answers, labels and labelled tokens."
     ),
     ("label", "rows"): Command(
-        "draftsmith.label.row_command",
+        "draftsmith.label.commands.rows_command",
         "rows",
         "Write labelled answers as token rows of a target: a judge's training set.",
     ),
     ("label", "mine"): Command(
-        "draftsmith.label.mine", "mine", "Find out which of a draft LM's tokens leave the target's answer as it is."
+        "draftsmith.label.mine.mine_command",
+        "mine",
+        "Find out which of a draft LM's tokens leave the target's answer as it is.",
     ),
     ("train",): Command(
         "draftsmith.train.cli", "main", "Train from a YAML file: train fit --config FILE (Lightning's own CLI).", True
     ),
     ("export",): Command(
-        "draftsmith.export.command", "export", "Write a trained drafter as safetensors, with its card."
+        "draftsmith.export.export_command", "export", "Write a trained drafter as safetensors, with its card."
     ),
     ("judge", "export"): Command(
-        "draftsmith.export.judge_command", "export_judge", "Write a trained judge as safetensors, with its card. Lossy."
+        "draftsmith.export.judge.export_command",
+        "export_judge",
+        "Write a trained judge as safetensors, with its card. Lossy.",
     ),
     ("judge", "evaluate"): Command(
-        "draftsmith.evaluate.lossy_command",
+        "draftsmith.evaluate.lossy.lossy_command",
         "evaluate_rules",
         "Measure what lossy rules gain, and what they cost in right answers.",
     ),
-    ("decode",): Command("draftsmith.decode.command", "decode", "Decode with a drafter and show what was accepted."),
+    ("decode",): Command(
+        "draftsmith.decode.decode_command", "decode", "Decode with a drafter and show what was accepted."
+    ),
     ("evaluate",): Command(
-        "draftsmith.evaluate.command", "evaluate", "Measure exactness, acceptance and speed; write a report."
+        "draftsmith.evaluate.evaluate_command", "evaluate", "Measure exactness, acceptance and speed; write a report."
     ),
     ("tune",): Command(
-        "draftsmith.evaluate.tune_command", "tune", "Find the draft shape that is fastest on this machine."
+        "draftsmith.evaluate.tune.tune_command", "tune", "Find the draft shape that is fastest on this machine."
     ),
     ("doctor",): Command(
-        "draftsmith.evaluate.doctor",
+        "draftsmith.evaluate.doctor.doctor_command",
         "doctor",
         "Tell why a drafter's acceptance is low: states, labels, text, training, export.",
     ),

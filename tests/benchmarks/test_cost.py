@@ -16,10 +16,10 @@ from doubles import random_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from draftsmith.models.rollout import PackedBatch
-from draftsmith.models.target import PRE_NORM, Target
-from draftsmith.train.families import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
-from draftsmith.train.objective import Objective, inverse_draft_ids, prepare, run
+from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.target.target import PRE_NORM, Target
+from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
+from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 
 LENGTH, DOCUMENTS = 64, 2
 

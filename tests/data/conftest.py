@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from draftsmith.models import loading
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.pretrained import read_model
+from draftsmith.models.files import loading
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.files.pretrained import read_model
 
 
 @pytest.fixture(scope="session")

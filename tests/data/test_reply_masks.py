@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.data.formats import Message
 from draftsmith.data.reply_spans import Encoded, Span, reply_mask
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
-from draftsmith.models.prompt_template import TemplateOptions
+from draftsmith.models.target.prompt_template import TemplateOptions
 
 # These formats close the last turn by nothing.
 LEAVE_LAST_OPEN = ("the next turn's opening ends replies", "last turn left open")

@@ -15,7 +15,7 @@ from draftsmith.data.corpus import Corpus
 from draftsmith.data.prompts import prompts, read_prompts
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.json_rows import Dropped, parse_object
-from draftsmith.label.mine_questions import read_questions
+from draftsmith.label.mine.questions import read_questions
 
 SEED, NUM_ROWS = 11, 1500
 SYSTEM, USER = {"role": "system", "content": "Kurz bitte."}, {"role": "user", "content": "How many äpfel?"}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tiny import make_tokenizer
 
+from draftsmith.data.cache.show import render
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.formats import UnusableRow, detect_format, to_conversation
 from draftsmith.data.prompts import prompts, read_prompts
-from draftsmith.data.show import render
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 from draftsmith.json_rows import Dropped
 

@@ -14,7 +14,7 @@ from draftsmith.decode import Engine, GenerationSettings, model_settings
 from draftsmith.decode.constraints import Constraints
 from draftsmith.decode.model_settings import OF_FLAGS, REFUSED, WITHOUT_EFFECT, constraints_of, for_target, honouring
 from draftsmith.decode.processors import processors_of
-from draftsmith.decode.rules import Everything
+from draftsmith.decode.verify.lossy_rules import Everything
 from draftsmith.models import DraftLimits, ReDrafter, SampledChildren, Target
 
 EOS = 2

@@ -8,10 +8,11 @@ from doubles import BOS, PlannedDrafter, greedy_by_hand, random_target
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from draftsmith.decode import Engine, GenerationSettings, Ledger, greedy_continuations
+from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.batch import Batch
+from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.models import DraftLimits, ReDrafter, Target
-from draftsmith.models.cache import KeptRows, SlotCache
+from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 30]]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import DraftLimits
-from draftsmith.models.finite import broken_rows
+from draftsmith.models.files.finite import broken_rows
 
 LIMITS = DraftLimits(beam_width=2, draft_length=3)
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.sampling import process
-from draftsmith.decode.verify import walk
+from draftsmith.decode.verify.lossless import walk
 from draftsmith.models import DraftLimits, tree_from_paths
 
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.files.loading import load_tokenizer
 
 
 @pytest.fixture

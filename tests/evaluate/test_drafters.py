@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.evaluate.drafters import names_apart, parse_entries
-from draftsmith.models.limits import DraftLimits
+from draftsmith.models.tree.limits import DraftLimits
 
 
 def test_entries_have_names_and_may_have_shapes_of_their_own(drafter: Path) -> None:

@@ -9,12 +9,12 @@ from tiny import EOS
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.constraints import Constraints
-from draftsmith.evaluate.command import evaluate
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender, generation_config
+from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
-from draftsmith.models.redrafter import ReDrafter
-from draftsmith.models.target import Target
+from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.target.target import Target
 
 
 @pytest.fixture

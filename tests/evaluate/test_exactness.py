@@ -3,7 +3,7 @@ import torch
 
 from draftsmith.evaluate.exactness import compare, first_difference, with_gaps
 from draftsmith.evaluate.records import Divergence, Sample
-from draftsmith.models.target import Target
+from draftsmith.models.target.target import Target
 
 SAMPLES = [Sample("a", "all", (5,)), Sample("b", "all", (6,)), Sample("c", "all", (7,))]
 

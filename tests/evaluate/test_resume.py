@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.evaluate import command
-from draftsmith.evaluate.command import evaluate
+from draftsmith.evaluate import evaluate_command as command
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender
+from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.records import Decoded, Sample
 from draftsmith.evaluate.resume import WORK_FILE
 

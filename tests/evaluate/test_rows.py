@@ -1,8 +1,8 @@
 import pytest
 
 from draftsmith.evaluate.records import Decoded, Sample, Timed
-from draftsmith.evaluate.rows import Contestant, Setting, make_row
-from draftsmith.models.limits import DraftLimits
+from draftsmith.evaluate.report_rows import Contestant, Setting, make_row
+from draftsmith.models.tree.limits import DraftLimits
 
 SAMPLES = [Sample("a", "sums", (1,)), Sample("b", "sums", (2,)), Sample("c", "tales", (3,))]
 SETTING = Setting("tiny", 0.0, "float32", "cpu", 1, 64, 1, eos_token_ids=(0,))

@@ -5,8 +5,8 @@ import pytest
 
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import read_samples, readable_by
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import Target
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import Target
 
 
 def write_rows(path: Path, *rows: dict) -> Path:

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith import provenance
-from draftsmith.export.command import export
+from draftsmith.export.export_command import export
 from draftsmith.models import PRE_NORM, Eagle, Eagle3, TargetEnds
-from draftsmith.models.drafter_folder import load_drafter
-from draftsmith.models.fingerprint import module_fingerprint, tokenizer_fingerprint
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.redrafter import ReDrafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
+from draftsmith.models.files.loading import load_tokenizer
 
 DRAFT_IDS = torch.arange(0, 280, 3)
 
@@ -269,7 +269,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, drafter: Path, m
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("draftsmith.models.checkpoint_files.save_file", full)
+    monkeypatch.setattr("draftsmith.models.files.checkpoint_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export(drafter, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

@@ -9,7 +9,7 @@ from draftsmith.cli import main
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-# Fragments are no runs by themselves: tests/train/test_engine_presets.py parses each with each drafter.
+# Fragments are no runs by themselves: tests/train/run/test_engine_presets.py parses each with each drafter.
 RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("engine_")]
 
 

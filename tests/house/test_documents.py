@@ -13,7 +13,7 @@ from pages import PAGES, ROOT, make_recipes, shell_lines
 from draftsmith import cli
 from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
 from draftsmith.models import ReDrafter, Target, TargetEnds
-from draftsmith.models.draft_lm import load_draft_lm
+from draftsmith.models.drafters.draft_lm import load_draft_lm
 from draftsmith.models.judge import Judge, JudgeConfig
 
 COMMANDS = [(page.relative_to(ROOT), line) for page in PAGES for line in shell_lines(page)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OWNER = "models/end_tokens.py"
+OWNER = "models/files/end_tokens.py"
 # Not the model's end tokens: the criterion of one call to transformers' generate.
 ALLOWED = {("decode/hf_generate.py", "criterion")}
 NAMES = {"eos_token_id", "eos_token"}

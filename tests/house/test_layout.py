@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 NOT_PACKAGES = {"src", "tests", "docs", "benchmarks", "build", "dist", "runs", "cache"}
+MOST_FILES = 14
+"""In one folder of the package or of its tests, ``__init__.py`` left out."""
 
 # Each package with all that it may import from; `root` is files, provenance and arguments. Only cli stands above all,
 # and it imports lazily, by name.
@@ -27,6 +29,48 @@ BELOW = {
     "train": {"root", "models", "decode", "data", "label", "embedded", "configs"},
     "evaluate": {"root", "models", "decode", "data", "label", "train", "embedded"},
     "export": {"root", "models"},
+}
+
+# The rooms of each package with those that each may import from; "" is the package's own files.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "models": {
+        "files": set(),
+        "tree": set(),
+        "trunk": {"files", "tree"},
+        "target": {"files", "trunk"},
+        "drafters": {"files", "tree", "trunk", "target"},
+        "": {"files", "tree", "target", "drafters"},
+    },
+    "decode": {"verify": set(), "": {"verify"}},
+    "data": {
+        "": set(),
+        "shards": set(),
+        "remote": {"shards"},
+        "cache": {"", "shards", "remote"},
+        "replies": {""},
+    },
+    "label": {
+        "": set(),
+        "checkers": {""},
+        "store": {""},
+        "formats": {"", "store"},
+        "page": {"", "store"},
+        "mine": {"", "checkers"},
+        "commands": {"", "checkers", "store", "formats"},
+    },
+    "train": {
+        "run": set(),
+        "batches": set(),
+        "drafter": {"run", "batches"},
+        "draft_lm": {"run", "batches", "drafter"},
+        "judge": {"run", "drafter"},
+        "embedded_lm": {"run"},
+        "": {"run", "batches", "drafter", "draft_lm", "judge"},
+    },
+    "evaluate": {"": set(), "doctor": {""}, "tune": {""}, "lossy": {""}},
+    "export": {"layouts": set(), "judge": set(), "": {"layouts"}},
+    "embedded": {"": set()},
+    "configs": {"": set()},
 }
 
 
@@ -52,17 +96,86 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def rooms(package: str) -> list[Path]:
+    """The subfolders of a package that hold code."""
+    return [path.parent for path in sorted((ROOT / package).rglob("*.py")) if path.parent != ROOT / package]
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the package by its full name."""
+    found = {}
+    for package in BELOW:
+        base = ROOT / "src" if package == "root" else ROOT
+        for path in sources(package):
+            parts = list(path.relative_to(base).with_suffix("").parts)
+            names = parts if package == "root" else ["draftsmith", *parts]
+            found[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
+    return found
+
+
+def imports_at_run_time(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of ours that a file imports, inside of functions too; imports for type checkers are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    names = {name if name in modules else name.rpartition(".")[0] for name in imported(tree)}
+    return {name for name in names if name in modules and modules[name] != path}
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """What remains when modules that import nothing that remains are taken away again and again."""
+    left = {name: set(others) for name, others in graph.items()}
+    while done := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in done}
+    return sorted(left)
+
+
 def test_every_folder_is_a_mapped_package() -> None:
     names = {f"draftsmith.{name}" for name in folders()} | {"draftsmith"}
-    assert set(SETUPTOOLS["packages"]) == names
+    nested = {".".join(("draftsmith", *room.relative_to(ROOT).parts)) for name in folders() for room in rooms(name)}
+    assert set(SETUPTOOLS["packages"]) == names | nested
     expected = {f"draftsmith.{name}": name for name in folders()} | {"draftsmith": "src/draftsmith"}
     assert SETUPTOOLS["package-dir"] == expected
-    assert all((ROOT / folder / "__init__.py").is_file() for folder in expected.values())
+    own = [ROOT / folder for folder in expected.values()]
+    assert all((folder / "__init__.py").is_file() for folder in [*own, *(r for name in folders() for r in rooms(name))])
 
 
-def test_no_package_has_an_unlisted_subpackage() -> None:
-    nested = [path for name in folders() for path in (ROOT / name).rglob("*/__init__.py")]
-    assert nested == [], "a nested package is missing from the wheel unless pyproject.toml lists it"
+def test_no_folder_is_crowded() -> None:
+    crowded = {}
+    for top in [*sorted(folders()), "src/draftsmith", "tests"]:
+        for folder in {path.parent for path in (ROOT / top).rglob("*.py")}:
+            count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+            if count > MOST_FILES:
+                crowded[str(folder.relative_to(ROOT))] = count
+    assert crowded == {}, "make rooms: subfolders that hold what belongs together"
+
+
+def test_no_two_files_import_each_other() -> None:
+    modules = module_files()
+    assert circles({name: imports_at_run_time(path, modules) for name, path in modules.items()}) == []
+
+
+def test_the_search_for_circles_finds_one() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("package", sorted(folders()))
+def test_rooms_import_in_one_order(package: str) -> None:
+    modules = module_files()
+    found = {path.parent.name if path.parent != ROOT / package else "" for path in sources(package)}
+    assert found == set(ROOMS[package]), f"the rooms of {package}/ and their order belong in ROOMS"
+    assert circles(ROOMS[package]) == []
+    for path in sources(package):
+        room = "" if path.parent == ROOT / package else path.parent.name
+        if path.name == "__init__.py":
+            continue  # offers public names of the rooms below
+        for name in imports_at_run_time(path, modules):
+            parts = name.split(".")
+            if len(parts) < 3 or parts[1] != package:
+                continue
+            other = parts[2] if parts[2] in ROOMS[package] else ""
+            assert other == room or other in ROOMS[package][room], f"{path.relative_to(ROOT)} imports {name}"
 
 
 @pytest.mark.parametrize("package", sorted({*BELOW, *folders()}))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DOOR = ROOT / "models" / "pretrained.py"
+DOOR = ROOT / "models" / "files" / "pretrained.py"
 FOLDERS = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
 READERS = {"from_pretrained", "get_class_from_dynamic_module", "load_custom_generate"}
 AUTO_USES = {"register"}  # our own classes are made known to Auto classes; that reads nothing
@@ -31,7 +31,7 @@ def test_nothing_is_opened_beside_the_one_door() -> None:
         for path in sorted((ROOT / folder).rglob("*.py"))
         if path != DOOR and (found := openings(ast.parse(path.read_text(encoding="utf-8"))))
     }
-    assert others == {}, "open folders with draftsmith.models.pretrained, which says whether their code may run"
+    assert others == {}, "open folders with draftsmith.models.files.pretrained, which says whether their code may run"
 
 
 def test_the_rule_sees_an_opening() -> None:
@@ -53,11 +53,11 @@ def test_the_door_says_at_every_opening_whether_code_may_run() -> None:
 def test_one_module_asks_a_config_for_its_context() -> None:
     """Others name the field only to write it: into a drafter's config, an exported one, or that of a model they make."""
     writers = {
-        "models/context.py",
-        "models/eagle_config.py",
-        "models/shrink.py",
-        "export/llama.py",
-        "train/lm_module.py",
+        "models/target/context.py",
+        "models/drafters/eagle_config.py",
+        "models/trunk/shrink.py",
+        "export/layouts/llama.py",
+        "train/embedded_lm/module.py",
     }
     others = {
         str(path.relative_to(ROOT))
@@ -67,5 +67,5 @@ def test_one_module_asks_a_config_for_its_context() -> None:
         if re.search(r"(?<!original_)max_position_embeddings", path.read_text(encoding="utf-8"))
     }
     assert others == writers, (
-        "ask draftsmith.models.context.context_of, Target.max_positions or TargetEnds.max_positions"
+        "ask draftsmith.models.target.context.context_of, Target.max_positions or TargetEnds.max_positions"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from draftsmith.data.formats import Message
 from draftsmith.label.schema import Answer, Label
-from draftsmith.label.store import Store
+from draftsmith.label.store.store import Store
 
 
 def an_answer(name: str = "a", response: str = "1+1=3, so 3", label: Label | None = None) -> Answer:

@@ -9,14 +9,14 @@ import pytest
 from tiny import make_tokenizer
 
 from draftsmith import cli
-from draftsmith.data.cache import HiddenStateCache
+from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.formats import Message
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.label.row_command import REFUSED, UNPLACED, UNTOUCHED, make_rows, merged_labels
-from draftsmith.label.rows import read_rows, write_rows
+from draftsmith.label.commands.rows_command import REFUSED, UNPLACED, UNTOUCHED, make_rows, merged_labels
 from draftsmith.label.schema import Answer, Label, Tokens, write_answers
-from draftsmith.label.store import Store
+from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
+from draftsmith.label.token_rows import read_rows, write_rows
 
 Make = Callable[..., Answer]
 CORRECT_LABEL = Label("correct", "bob", "rule")
@@ -156,7 +156,7 @@ def test_a_prompt_that_the_template_refuses_is_left_out(answers: list[Answer]) -
 def test_an_error_that_the_tokenizer_leaves_out_is_told(answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer()
     short = Tokens("x", ((0, 3),))
-    monkeypatch.setattr("draftsmith.label.row_command.tokenize", lambda *_: short)
+    monkeypatch.setattr("draftsmith.label.commands.rows_command.tokenize", lambda *_: short)
     made = make_rows([answers[1]], tokenizer, ChatTemplate(tokenizer))
     assert made.rows == []
     assert [reason for _, reason in made.left_out] == [UNTOUCHED]

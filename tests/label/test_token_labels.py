@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from draftsmith.data.formats import Message
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
-from draftsmith.models.loading import load_tokenizer
+from draftsmith.models.files.loading import load_tokenizer
 
 OFFSETS = ((0, 1), (1, 2), (2, 3), (3, 5), (5, 9), (9, 11))  # "1", "+", "1", "=3", ", so", " 3"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from draftsmith.models.judge import POST_NORM, Judge, JudgeConfig, load_judge, log_odds_of
-from draftsmith.models.target import PRE_NORM, Target
+from draftsmith.models.target.target import PRE_NORM, Target
 
 D = 32
 POINT = dict.fromkeys(("threshold", "correct", "correct_low", "correct_high", "wrong", "wrong_low", "wrong_high"), 0.5)

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from training import HIDDEN, PROMPT, VOCAB, MakeCache
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftsmith.data.manifest import CacheIdentity, Manifest
-from draftsmith.data.shards import ShardContent, write_shard
-from draftsmith.models.fingerprint import tokenizer_fingerprint
-from draftsmith.models.loading import load_tokenizer
-from draftsmith.models.target import PRE_NORM, Target
+from draftsmith.data.shards.manifest import CacheIdentity, Manifest
+from draftsmith.data.shards.shards import ShardContent, write_shard
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.target import PRE_NORM, Target
 
 
 @pytest.fixture(scope="session")

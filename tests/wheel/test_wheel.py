@@ -53,7 +53,7 @@ def test_the_configs_are_those_of_the_checkout() -> None:
 
 
 def test_the_labelling_page_comes_whole() -> None:
-    shipped = {entry.name for entry in importlib.resources.files("draftsmith.label").joinpath("web").iterdir()}
+    shipped = {entry.name for entry in importlib.resources.files("draftsmith.label.page").joinpath("web").iterdir()}
     assert shipped == {path.name for path in (CHECKOUT / "label" / "web").iterdir()}
 
 

@@ -1,0 +1,42 @@
+"""What a cache takes on disk, against the same states kept as one file a sample.
+
+Owns: that comparison. Does not know: how either is written.
+"""
+
+import functools
+import io
+
+import torch
+
+from draftsmith.data.shards.manifest import Manifest
+
+
+def bytes_as_files(manifest: Manifest) -> int:
+    """Bytes of a cache's samples if each were one `torch.save` file of bfloat16 states, int64 ids and an int64 mask.
+
+    Over N samples, S tokens and L layers of D numbers: `S * (8 + 8 + 2 * L * D) + N * overhead`, the overhead of a file
+    being measured. Same samples, same layers; the file system's rounding up to blocks is left out.
+    """
+    identity = manifest.identity
+    per_token = 8 + 8 + 2 * len(identity.layers) * identity.hidden_size
+    return manifest.num_tokens * per_token + manifest.num_samples * file_overhead(len(identity.layers))
+
+
+@functools.cache
+def file_overhead(num_layers: int) -> int:
+    """Bytes that `torch.save` adds to a dictionary of ids, mask and so many layers of states, measured on one token."""
+    tensors = {name: torch.zeros(1, dtype=torch.int64) for name in ("input_ids", "loss_mask")}
+    tensors |= {f"hidden_state_{number}": torch.zeros(1, 1, dtype=torch.bfloat16) for number in range(num_layers)}
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return len(buffer.getvalue()) - sum(tensor.nbytes for tensor in tensors.values())
+
+
+def footprint(manifest: Manifest) -> str:
+    """The comparison in a line."""
+    here = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_tokens
+    files = bytes_as_files(manifest) / manifest.num_tokens
+    return (
+        f"{here:,.1f} bytes a token as {manifest.identity.dtype}; one torch.save file a sample, the same layers in bfloat16 "
+        f"with int64 ids and mask, would take {files:,.1f} ({here / files:.2f} of that is taken here)"
+    )

@@ -1,0 +1,185 @@
+"""The target's forward over samples: its chosen layers, token after token, without padding.
+
+Owns: length buckets, the overlap of copying and computing, and the refusal of states that are not finite. Does not
+know: files.
+
+Shape legend: B rows of a forward, T tokens, D hidden, G greedy tokens a position.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.data.shards.eight_bit import CODES, quantise, stored_dtype
+from draftsmith.data.shards.manifest import CacheIdentity
+from draftsmith.data.shards.shards import ShardContent
+from draftsmith.data.tokens import TokenizedSample
+from draftsmith.decode.greedy_continuations import greedy_continuations
+from draftsmith.models.target.target import Target
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward whose states may still be on their way to the host, until all of `arrived`; `scales` as in `ShardContent`."""
+
+    rows: list[int]
+    states: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    greedy_ids: Tensor | None
+    arrived: list[torch.cuda.Event]
+
+
+@torch.inference_mode()
+def features(
+    target: Target,
+    samples: Sequence[TokenizedSample],
+    identity: CacheIdentity,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> ShardContent:
+    """States of some samples, end to end: `hidden[layer]` is [sum of lengths, D] in the stored dtype, with `scales`.
+
+    Samples of similar length share a forward. On a GPU the copy to the host runs behind the next forward.
+
+    Raises ValueError naming sample, layer and position of the first state that is not finite.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    ends = list(itertools.accumulate(lengths, initial=0))
+    dtype = stored_dtype(identity.dtype)
+    horizon = identity.local_horizon
+    hidden = {layer: torch.empty(ends[-1], identity.hidden_size, dtype=dtype) for layer in identity.layers}
+    greedy = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
+    content = ShardContent(
+        ids=[sample.id for sample in samples],
+        offsets=torch.tensor(ends),
+        input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.int32),
+        loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
+        hidden=hidden,
+        greedy_ids=greedy,
+        scales={layer: torch.empty(ends[-1]) for layer in identity.layers if dtype == CODES},
+    )
+    _check_vocabulary(content, target)
+    waiting: _Forward | None = None
+    for rows in length_batches(lengths, identity.batch_tokens):
+        launched = _launch(target, [samples[row] for row in rows], rows, identity)
+        if waiting is not None:
+            advance(_store(waiting, content))
+        waiting = launched
+    if waiting is not None:
+        advance(_store(waiting, content))
+    return content
+
+
+def num_embeddings(target: Target) -> int:
+    """How many token ids a target can read."""
+    return int(target.model.get_input_embeddings().weight.shape[0])
+
+
+def _check_vocabulary(content: ShardContent, target: Target) -> None:
+    size = num_embeddings(target)
+    outside = ((content.input_ids < 0) | (content.input_ids >= size)).nonzero()
+    if outside.numel():
+        place = int(outside[0])
+        raise ValueError(
+            f"the corpus holds token id {int(content.input_ids[place])}, but {target.name} has {size} tokens; "
+            "is the text in this target's tokens?"
+        )
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Groups samples of similar length, longest first, so that rows times longest stays within `batch_tokens`.
+
+    Example: lengths `[2, 9, 8, 3]` and 18 tokens give `[[1, 2], [3, 0]]`.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def padded_ids(samples: Sequence[TokenizedSample]) -> Tensor:
+    """int64 [B, T]: ids padded on the right with 0, which causal attention keeps from every real token."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    return torch.tensor([sample.input_ids + [0] * (longest - len(sample.input_ids)) for sample in samples])
+
+
+def prompt_lengths(loss_masks: Iterable[Sequence[bool] | Tensor], device: torch.device) -> Tensor:
+    """int64 [B]: how many tokens stand before the first labelled one of each sample, which decoding reads at once; all where none is."""
+    masks = [torch.as_tensor(mask, dtype=torch.bool) for mask in loss_masks]
+    return torch.tensor([int(mask.int().argmax()) if mask.any() else len(mask) for mask in masks], device=device)
+
+
+def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], identity: CacheIdentity) -> _Forward:
+    ids_BT = padded_ids(samples).to(target.device, non_blocking=True)
+    read_B = prompt_lengths((sample.loss_mask for sample in samples), ids_BT.device)
+    output = target.prefix(ids_BT, layers=identity.layers, read=read_B)
+    dtype = stored_dtype(identity.dtype)
+    states: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    sources: set[torch.device] = set()
+    for layer in identity.layers:
+        states_BTD = output.feature(layer)
+        sources.add(states_BTD.device)
+        if dtype == CODES:
+            states_BTD, scales_BT = quantise(states_BTD)
+            scales[layer] = _to_host(scales_BT)
+        states[layer] = _to_host(states_BTD.to(dtype))
+    greedy = None
+    if identity.local_horizon:
+        greedy = greedy_continuations(target, ids_BT, identity.local_horizon, read_B).to("cpu", torch.int32)
+    return _Forward(rows, states, scales, greedy, _ends_of_copies(sources))
+
+
+def _ends_of_copies(sources: set[torch.device]) -> list[torch.cuda.Event]:
+    """Events after the copies from these devices: each on its own device's stream, which is seldom the current device's.
+
+    A process that torchrun started runs on `cuda:LOCAL_RANK` while the current device stays cuda:0, and a target that is
+    spread by `device_map` has its layers on several.
+    """
+    devices = (device for device in sources if device.type == "cuda")
+    return [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
+def _to_host(states: Tensor) -> Tensor:
+    if states.device.type != "cuda":
+        return states.cpu()
+    pinned = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+    return pinned.copy_(states, non_blocking=True)
+
+
+def _store(forward: _Forward, content: ShardContent) -> int:
+    """Moves the real tokens of a forward to their places; gives how many there are."""
+    for copied in forward.arrived:
+        copied.synchronize()
+    stored = 0
+    for row, index in enumerate(forward.rows):
+        start, stop = int(content.offsets[index]), int(content.offsets[index + 1])
+        for layer, states_BTD in forward.states.items():
+            kept = states_BTD[row, : stop - start]
+            # Codes of eight bits hold no infinity and may hide a NaN: their scales tell.
+            telling = forward.scales[layer][row, : stop - start, None] if forward.scales else kept
+            if not torch.isfinite(telling.sum(dtype=torch.float32)):
+                _refuse_non_finite(telling, kept.dtype, content.ids[index], layer)
+            content.hidden[layer][start:stop] = kept
+            if forward.scales:
+                content.scales[layer][start:stop] = telling[:, 0]
+        if forward.greedy_ids is not None and content.greedy_ids is not None:
+            content.greedy_ids[start:stop] = forward.greedy_ids[row, : stop - start]
+        stored += stop - start
+    return stored
+
+
+def _refuse_non_finite(states_TD: Tensor, dtype: torch.dtype, sample_id: str, layer: str) -> None:
+    """The sum that led here may overflow on its own; only a state that is not finite is an error."""
+    bad = (~torch.isfinite(states_TD)).any(dim=-1).nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"sample {sample_id}: {layer} at position {int(bad[0])} is NaN or infinite as {dtype}; "
+            "store it with --dtype bfloat16 or float32, or run the target with --target-dtype float32"
+        )

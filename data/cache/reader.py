@@ -1,0 +1,298 @@
+"""Reading a hidden-state cache: refuses what is incomplete, altered or foreign before it serves anything.
+
+Owns: opening, checking and indexing a cache, here or behind a URL. Does not know: how it is made (`hidden_states.py`), how
+files come over a network (`remote.py`), how samples are batched (`packing.py`).
+
+Shape legend: N samples, T tokens.
+"""
+
+import bisect
+import itertools
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from draftsmith.data.remote.node_folder import Held, ShardFolder
+from draftsmith.data.remote.remote_folder import RemoteFolder, Retry, location
+from draftsmith.data.remote.remote_shards import RemoteShards
+from draftsmith.data.shards.lengths import LENGTHS_FILE, read_lengths
+from draftsmith.data.shards.manifest import Manifest
+from draftsmith.data.shards.shard_checks import check_lengths_agree
+from draftsmith.data.shards.shards import CachedSample, ShardReader, check_digest, check_size
+from draftsmith.outside import safe_shard_name
+
+Check = Literal["open", "lazy", "off"]
+_OPEN_FILES = 4096
+_OPEN_FETCHED = 64
+
+
+class HiddenStateCache:
+    """A finished cache as a sequence of samples.
+
+    Args:
+        path: the folder that `draftsmith data extract` wrote, or the URL it was copied to: `s3://bucket/cache`, `gs://...`,
+            whatever fsspec knows. Shards behind a URL are fetched as a whole when they are needed and kept in `shard_cache`.
+        check: when every shard's sha256 is compared with the manifest: all of them at `open`, each one before its
+            first sample is served (`lazy`, for caches of terabytes), or not at all (`off`). Sizes are always checked, and a shard's
+            own tensors whenever it is opened. Behind a URL each shard is hashed when it arrives, whatever this says, and again by
+            a process that finds it fetched; `off` leaves the second out in a folder that only this user may write in.
+        shard_cache: the node's folder for fetched shards, shared by all its processes; None: `draftsmith/shards` in
+            `$XDG_CACHE_HOME` or `~/.cache`, which nobody else may write in.
+        shard_cache_gib: how much it may hold; what was not used for longest is dropped.
+        retry: how often and after which pauses a failing network is tried.
+        finite: refuse states that are NaN or infinite when they are read; False serves them, for who looks for them.
+
+    Raises ValueError, with the file and the remedy, for a cache that is missing, unfinished, cut off or altered.
+
+    Copies sent to worker processes open the files anew and do not check again what was checked here.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        check: Check = "open",
+        shard_cache: Path | None = None,
+        shard_cache_gib: float = 50.0,
+        retry: Retry | None = None,
+        finite: bool = True,
+    ) -> None:
+        self.path: Path | str = location(path)
+        self._finite = finite
+        self.remote: RemoteShards | None = None
+        if isinstance(self.path, str):
+            folder = ShardFolder(shard_cache, int(shard_cache_gib * 2**30), check=check != "off")
+            self.remote = RemoteShards(RemoteFolder(self.path, retry), folder)
+            self.manifest = self.remote.manifest
+        else:
+            self.manifest = Manifest.load(self.path)
+        if not self.manifest.complete:
+            done = sum(shard.num_samples for shard in self.manifest.shards)
+            raise ValueError(
+                f"{self.path} is incomplete: {done} of {self.manifest.num_samples} samples; "
+                "run the same `draftsmith data extract` again, it continues at the next shard"
+            )
+        self._starts = list(itertools.accumulate((s.num_samples for s in self.manifest.shards), initial=0))
+        self._readers: OrderedDict[int, tuple[ShardReader, Held | None]] = OrderedDict()
+        self._owner = os.getpid()
+        self._vocab_size = self.manifest.identity.vocab_size
+        self.keep_open = _OPEN_FILES if self.remote is None else _OPEN_FETCHED
+        self._unchecked = set(range(len(self.manifest.shards))) if check != "off" and self.remote is None else set()
+        if isinstance(self.path, Path):
+            for shard in self.manifest.shards:
+                check_size(self.path / shard.name, shard)
+        if check == "open":
+            self.verify_integrity()
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> CachedSample:
+        return self._sample(index, self._reader)
+
+    def __iter__(self) -> Iterator[CachedSample]:
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_readers": OrderedDict()}
+
+    @property
+    def sample_lengths(self) -> list[int]:
+        """Tokens of each sample, in order."""
+        return self.lengths.tolist()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [N]: tokens of each sample, in order. Caches that do not say so in one file are asked shard by shard."""
+        if self.remote is not None:
+            return self.remote.lengths()
+        assert isinstance(self.path, Path)
+        file = self.path / LENGTHS_FILE
+        if file.is_file():
+            return read_lengths(file.read_bytes(), self.manifest, str(file))
+        readers = (self._open(shard) for shard in range(len(self.manifest.shards)))
+        lengths = [np.diff(reader.offsets) for reader in readers]
+        return np.concatenate(lengths or [np.zeros(0, dtype=np.int64)]).astype(np.int32)
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        """int32 [N]: the shard of each sample, never falling."""
+        counts = np.diff(self._starts)
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    def texts(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """`input_ids` int64 [T] and `loss_mask` bool [T] of some samples, in rising order.
+
+        No states are read, nor fetched from behind a URL, so no sha256 is compared: sizes and layout are. What `check` asks for
+        is done when the samples themselves are served.
+        """
+        if self.remote is None:
+            for index in np.asarray(indices).tolist():
+                sample = self._sample(index, self._open)
+                yield sample.input_ids, sample.loss_mask
+            return
+        own = np.asarray(indices)
+        parts = np.split(own, np.flatnonzero(np.diff(self.shard_of[own])) + 1) if len(own) else []
+        shards = [int(self.shard_of[part[0]]) for part in parts]
+        for shard, part, (offsets, ids, mask) in zip(
+            shards, parts, self.remote.texts(shards, self._vocab_size), strict=True
+        ):
+            bounds = offsets.tolist()
+            for number in (part - self._starts[shard]).tolist():
+                start, stop = bounds[number], bounds[number + 1]
+                yield ids[start:stop].long(), mask[start:stop]
+
+    def need(self, shards: Sequence[int], reader: object) -> None:
+        """Says which shards a reader reads or will soon, most urgent first: behind a URL they are fetched ahead and kept.
+
+        They are until the same reader needs others; none, when it is through.
+        """
+        if self.remote is not None:
+            self._forget_parents()
+            self.remote.need(shards, reader)
+
+    def read_next(self, indices: np.ndarray) -> None:
+        """Says which samples a reader reads now: behind a URL the files of all others are let go, so that they can be dropped.
+
+        A process may read few shards of a window; those of many windows would add up to more than the node's folder holds.
+        """
+        if self.remote is None:
+            return
+        self._forget_parents()
+        wanted = set(self.shard_of[indices].tolist())
+        for shard in self._readers.keys() - wanted:
+            self._drop(shard)
+
+    def close(self) -> None:
+        """Closes all files and ends what is fetched ahead; reading on opens them anew."""
+        while self._readers:
+            self._drop_oldest()
+        if self.remote is not None:
+            self.remote.close()
+
+    def verify_integrity(self) -> None:
+        """Compares the sha256 of every shard not checked yet, and opens it. Raises ValueError at the first that is not as it should be.
+
+        A cache behind a URL has none: its shards are checked when they are fetched.
+        """
+        if self._unchecked and isinstance(self.path, Path) and (self.path / LENGTHS_FILE).is_file():
+            _ = self.lengths  # which offsets are then held to
+        for shard in sorted(self._unchecked):
+            self._check(shard)
+            self._examined(shard, self._local(shard))
+
+    def verify_states(self) -> None:
+        """Reads every state of every shard. Raises ValueError, with file, sample and layer, for the first that is NaN or infinite."""
+        for shard in range(len(self.manifest.shards)):
+            self._open(shard).check_states()
+
+    def check_target(self, fingerprint: str, quantization: str | None = None, vocab_size: int | None = None) -> None:
+        """Refuses to serve another target's features; warns where its weights were of other bits, as `quantization` has them.
+
+        With `vocab_size`, token ids are held to that many, too, in what is open and in all that is opened later.
+
+        Raises ValueError naming both targets, or the shard and the id.
+        """
+        own = self.manifest.identity.target_fingerprint
+        if own != fingerprint:
+            raise ValueError(
+                f"{self.path} holds states of {self.manifest.identity.target} ({own[:16]}), but this run's target is "
+                f"{fingerprint[:16]}; extract a cache with this target"
+            )
+        if vocab_size is not None:
+            self._vocab_size = min(vocab_size, self._vocab_size or vocab_size)
+            for reader, _ in self._readers.values():
+                reader.check_vocabulary(self._vocab_size)
+        made_with = self.manifest.identity.target_quantization
+        if made_with != quantization:
+            warnings.warn(
+                f"{self.path} holds states of {self.manifest.identity.target} with {made_with or 'whole'} weights, this run's target "
+                f"has {quantization or 'whole'} ones: what is learnt from them fits the former; decode with those, or extract again",
+                stacklevel=2,
+            )
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Refuses token ids of another tokenizer. Raises ValueError naming both."""
+        own = self.manifest.identity.tokenizer_fingerprint
+        if own != fingerprint:
+            raise ValueError(
+                f"{self.path} was made with the tokenizer {own[:16]}, but this run's is {fingerprint[:16]}; "
+                "extract a cache with this tokenizer"
+            )
+
+    def _sample(self, index: int, reader: Callable[[int], ShardReader]) -> CachedSample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a cache with {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return reader(shard)[index - self._starts[shard]]
+
+    def _reader(self, shard: int) -> ShardReader:
+        if shard in self._unchecked:
+            self._check(shard)
+        return self._open(shard)
+
+    def _open(self, shard: int) -> ShardReader:
+        """Maps a shard without hashing it: enough for lengths and texts, which are checked for sense."""
+        self._forget_parents()
+        if shard in self._readers:
+            self._readers.move_to_end(shard)
+            return self._readers[shard][0]
+        held = None if self.remote is None else self.remote.hold(shard, give_way=self._give_way)
+        path = self._local(shard) if held is None else held.path
+        try:
+            self._readers[shard] = self._examined(shard, path), held
+        except ValueError:
+            if held is not None:
+                held.release()
+            raise
+        while len(self._readers) > max(1, self.keep_open):
+            self._drop_oldest()
+        return self._readers[shard][0]
+
+    def _examined(self, shard: int, path: Path) -> ShardReader:
+        """A shard whose own tensors agree with each other, with its record, and with the lengths as far as they were read."""
+        reader = ShardReader(path, self.manifest.shards[shard], self.manifest.identity, self._vocab_size, self._finite)
+        lengths = self.__dict__.get("lengths")
+        if lengths is not None:
+            check_lengths_agree(reader.offsets, lengths[self._starts[shard] : self._starts[shard + 1]], str(path))
+        return reader
+
+    def _local(self, shard: int) -> Path:
+        assert isinstance(self.path, Path)
+        return self.path / safe_shard_name(self.manifest.shards[shard].name)
+
+    def _drop_oldest(self) -> None:
+        self._drop(next(iter(self._readers)))
+
+    def _drop(self, shard: int) -> None:
+        _, held = self._readers.pop(shard)
+        if held is not None:
+            held.release()
+
+    def _give_way(self) -> bool:
+        """Lets go of the file not read for longest, if there is one."""
+        if self._readers:
+            self._drop_oldest()
+            return True
+        return False
+
+    def _forget_parents(self) -> None:
+        """A forked worker lets go of its parent's files: they would take up the disk until the worker ends."""
+        if self._owner == os.getpid():
+            return
+        self._owner = os.getpid()
+        if self.remote is not None:
+            self.remote.forget_parents()
+        while self.remote is not None and self._readers:
+            self._drop_oldest()
+
+    def _check(self, shard: int) -> None:
+        check_digest(self._local(shard), self.manifest.shards[shard])
+        self._unchecked.discard(shard)

@@ -1,0 +1,115 @@
+"""Prints samples the way training sees them: what is masked is dimmed.
+
+Owns: this view. Does not know: how samples are made.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.arguments import FLAT
+from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.corpus import Corpus
+from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest
+from draftsmith.data.tokens import TokenizedSample, chat_of
+from draftsmith.foreign import visible
+from draftsmith.json_rows import Dropped, summary
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+
+_NO_LIMIT = 2**31
+
+
+def show(
+    source: Path,
+    target: str | None = None,
+    index: int = 0,
+    count: int = 1,
+    tokens: bool = False,
+    split: str | None = None,
+    template: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+) -> None:
+    """Prints samples with the tokens that are not trained on dimmed, and the share that is trained on.
+
+    Where the output is no terminal, the tokens that are trained on stand between « and ».
+
+    Args:
+        source: a hidden-state cache, a folder of replies, or a JSONL file of conversations.
+        target: path or hub id of the target, for its tokenizer; default, for a cache: the one it names.
+        index: first sample to show; a row that training drops counts, and the reason is shown.
+        count: how many samples to show.
+        tokens: show where one token ends and the next begins.
+        split: show samples of this split only (not for a cache, which holds one).
+        template: Jinja file for conversations, or `none` for plain text; default: the tokenizer's own.
+        revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
+    """
+    if index < 0 or count < 1:
+        raise ValueError(f"index {index} and count {count}: samples count from 0, and at least one is shown")
+    is_cache = (source / MANIFEST_FILE).exists()
+    if target is None and not is_cache:
+        raise ValueError(f"{source} does not name its tokenizer; give the target with --target")
+    name = target or Manifest.load(source).identity.target
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    if is_cache:
+        samples: Iterator[TokenizedSample | Dropped] = _cached(source, index, count)
+    else:
+        chat = partial(chat_of, name, tokenizer, template, revision, trust_remote_code, rendering)
+        corpus = Corpus(source, chat, split, _NO_LIMIT)
+        samples = itertools.islice(corpus.read(), index, index + count)
+    console = Console()
+    dropped: list[Dropped] = []
+    shown = 0
+    for sample in samples:
+        if isinstance(sample, Dropped):
+            dropped.append(sample)
+            console.print(Text(f"{sample.place} is dropped: {sample.reason}\n"), soft_wrap=True)
+            continue
+        console.print(render(sample, tokenizer, tokens, marks=not console.is_terminal), soft_wrap=True)
+        shown += 1
+    if shown == 0:
+        raise ValueError(f"{source} has no sample {index}" + (f": {summary(dropped)}" if dropped else ""))
+
+
+def render(
+    sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase, tokens: bool = False, marks: bool = False
+) -> Text:
+    """One sample as styled text: a title line, then its text with masked parts dimmed.
+
+    `tokens` puts a thin bar between tokens, `marks` puts « » around what is trained on.
+    """
+    total, labelled = len(sample.input_ids), sample.num_labelled
+    share = f"{labelled / total:.0%}" if total else "none"
+    text = Text(f"{visible(sample.id)}: {total} tokens, {labelled} trained on ({share})\n", style="bold")
+    for kept, ids in _runs(sample.input_ids, sample.loss_mask):
+        piece = "│".join(str(tokenizer.decode([token])) for token in ids) if tokens else str(tokenizer.decode(ids))
+        text.append(
+            f"«{visible(piece)}»" if marks and kept else visible(piece),
+            style="not bold green" if kept else "not bold dim",
+        )
+        if tokens:
+            text.append("│", style="not bold dim")
+    return text.append("\n")
+
+
+def _runs(ids: Sequence[int], mask: Iterable[bool]) -> Iterator[tuple[bool, list[int]]]:
+    """Stretches of equal mask. They are decoded whole: one character may be several byte-level tokens."""
+    for kept, group in itertools.groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
+        yield kept, [token for _, token in group]
+
+
+def _cached(source: Path, index: int, count: int) -> Iterator[TokenizedSample]:
+    cache = HiddenStateCache(source, check="lazy")
+    for number in range(index, min(index + count, len(cache))):
+        sample = cache[number]
+        yield TokenizedSample(sample.id, sample.input_ids.tolist(), sample.loss_mask.tolist())

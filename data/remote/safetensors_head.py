@@ -1,0 +1,85 @@
+"""The head of a safetensors file, for files that lie where the library cannot open them.
+
+Owns what such a head must be: every tensor inside the file, of as many bytes as its dtype and shape take. Does not know: networks,
+caches, which tensors a file should have.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from draftsmith.data.shards.shard_checks import TensorKind
+from draftsmith.outside import parse_json_object
+
+_LENGTH_BYTES = 8
+_LARGEST = 100_000_000  # the library's own limit
+_ITEM_BYTES = {
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+_REMEDY = "upload it again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: what it is, and its first byte and the one after its last, counted from the beginning of the file."""
+
+    kind: TensorKind
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """All tensors of a file of `num_bytes` bytes by name, and as much of the file as was read to know them."""
+
+    entries: Mapping[str, Entry]
+    content: bytes
+    num_bytes: int
+
+
+def head_size(beginning: bytes, num_bytes: int, place: str) -> int:
+    """Bytes up to the first tensor, from the first 8 of the file. Raises ValueError for more than the file has."""
+    size = _LENGTH_BYTES + int.from_bytes(beginning[:_LENGTH_BYTES], "little")
+    if len(beginning) < _LENGTH_BYTES or size > min(num_bytes, _LARGEST):
+        raise ValueError(
+            f"{place} is no shard or is damaged (its head has {size} bytes, the file {num_bytes}); {_REMEDY}"
+        )
+    return size
+
+
+def parse_head(content: bytes, num_bytes: int, place: str) -> Head:
+    """The tensors of a file of that size from its beginning, which holds the whole head.
+
+    Raises ValueError for what is no such head, naming the tensor that does not fit.
+    """
+    size = head_size(content, num_bytes, place)
+    table = parse_json_object(content[_LENGTH_BYTES:size], f"{place}: its head", _REMEDY)
+    table.pop("__metadata__", None)
+    entries = {name: _entry(found, size, num_bytes, f"{place}: {name}") for name, found in table.items()}
+    return Head(entries, content, num_bytes)
+
+
+def _entry(found: Any, begin: int, num_bytes: int, place: str) -> Entry:
+    if not isinstance(found, dict) or not {"dtype", "shape", "data_offsets"} <= found.keys():
+        raise ValueError(f"{place} is {found!r:.80} in the head, it must have dtype, shape and data_offsets; {_REMEDY}")
+    dtype, shape, span = found["dtype"], found["shape"], found["data_offsets"]
+    if dtype not in _ITEM_BYTES or not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
+        raise ValueError(
+            f"{place} has dtype {dtype!r:.40}, shape {shape!r:.40} and data_offsets {span!r:.40}; {_REMEDY}"
+        )
+    start, stop = begin + span[0], begin + span[1]
+    if stop > num_bytes or stop - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise ValueError(
+            f"{place} lies at bytes {start} to {stop} of {num_bytes}, which are not those of {dtype} {shape}; {_REMEDY}"
+        )
+    return Entry(TensorKind(dtype, tuple(shape)), start, stop)
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
+    )

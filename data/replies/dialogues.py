@@ -1,0 +1,178 @@
+"""Conversations with the target, turn by turn: a batch of them in step, or many of them each at its own pace.
+
+Owns: turns, which request comes next, the row that a finished dialogue becomes. Does not know: files, resuming, how a reply is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from draftsmith.data.formats import Message
+from draftsmith.data.prompts import Prompt
+from draftsmith.data.replies.reply_sources import (
+    BadReply,
+    IndependentEngine,
+    RawReply,
+    Reply,
+    ResponseEngine,
+    Unanswered,
+)
+from draftsmith.data.replies.source_settings import settle
+from draftsmith.data.seams import History
+from draftsmith.data.tokens import ChatTemplate, Turn
+from draftsmith.decode.sampling import GenerationSettings
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt without a reply, and why."""
+
+    id: str
+    reason: str
+    attempts: int
+
+
+@dataclass
+class Dialogue:
+    """A conversation while it grows: the user's turns still to come, and the exchanges so far.
+
+    `begun_anew` are the turns before which the template rewrote what was said: their prompts do not continue the turn before.
+    """
+
+    prompt: Prompt
+    next_ids: list[int] | None
+    messages: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    begun_anew: list[int] = field(default_factory=list)
+    _history: History | None = None
+
+    @property
+    def request_id(self) -> int:
+        """Which noise the next turn draws: a property of the prompt, not of its place in the file."""
+        return int.from_bytes(hashlib.sha256(f"{self.prompt.id}\0{len(self.turns)}".encode()).digest()[:4], "big")
+
+    def take(self, reply: Reply, chat: ChatTemplate, context: int | None) -> None:
+        """Appends the reply to `next_ids` and prepares the next turn; a conversation that fills the context ends there."""
+        ids = self.next_ids or []
+        full = context is not None and len(ids) + len(reply.token_ids) >= context and reply.finish == "length"
+        self.turns.append(Turn(ids, reply.token_ids, "context" if full else reply.finish))
+        self.next_ids = None
+        users = self.prompt.user_turns()
+        done = len(self.turns)
+        if self.prompt.text is None:
+            # A NUL, which byte-level models may generate, is no text to readers of rows; the ids keep it.
+            text = str(chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)).replace("\0", "\ufffd")
+            self.messages += [*users[done - 1], Message(role="assistant", content=text)]
+        if full or done >= len(users):
+            return
+        if self._history is None:
+            self._history = History(chat, users[0])
+        longer = self._history.next_prompt_ids(ids, reply.token_ids, users[done])
+        if context is not None and len(longer) >= context:
+            self.turns[-1] = replace(self.turns[-1], finish="context")
+            return
+        self.next_ids = longer
+        grown = [*ids, *reply.token_ids]
+        if longer[: len(grown)] != grown:
+            self.begun_anew.append(done)
+
+    def row(self, settings: GenerationSettings) -> dict[str, Any]:
+        """What is written of it; `begun_anew` only where there is such a turn."""
+        anew = {"begun_anew": self.begun_anew} if self.begun_anew else {}
+        return {
+            "id": self.prompt.id,
+            "messages": self.messages,
+            "turns": [asdict(turn) for turn in self.turns],
+            "source": self.prompt.source,
+            "split": self.prompt.split,
+            "settings": asdict(settings),
+            **anew,
+        }
+
+
+def answer_batch(
+    batch: Iterable[tuple[Prompt, Sequence[int]]],
+    settings: GenerationSettings,
+    context: int | None,
+    chat: ChatTemplate,
+    engine: ResponseEngine,
+) -> Iterator[dict[str, Any]]:
+    """Rows of one batch: all user turns of each prompt, every later one on top of the target's own earlier replies."""
+    dialogues = [Dialogue(prompt, list(ids)) for prompt, ids in batch]
+    while active := [dialogue for dialogue in dialogues if dialogue.next_ids is not None]:
+        prompts = [dialogue.next_ids or [] for dialogue in active]
+        requests = [dialogue.request_id for dialogue in active]
+        for dialogue, reply in zip(active, engine.reply(prompts, settings, requests), strict=True):
+            dialogue.take(reply, chat, context)
+    for dialogue in dialogues:
+        yield dialogue.row(settings)
+
+
+def answer_independently(
+    prompts: Iterable[tuple[Prompt, Sequence[int]]],
+    settings: GenerationSettings,
+    context: int | None,
+    chat: ChatTemplate,
+    engine: IndependentEngine,
+    trusted: bool = False,
+) -> Iterator[dict[str, Any] | Failure]:
+    """The same rows in the order in which they are finished; a dialogue that got no answer is a Failure, and the others go on.
+
+    As many dialogues as the engine takes are under way all the time: whenever one ends, the next begins. Threads do nothing but wait
+    for the engine: tokenizers do not stand being shared.
+
+    A bad reply is an error as long as there was no good one, and afterwards a Failure like another: one in a million must not keep
+    the rest from being answered. `trusted` says that an earlier run had good ones.
+
+    Raises ValueError when the engine says that no request can go well, when the first reply is bad, and when one dialogue after
+    another fails.
+    """
+    waiting = (Dialogue(prompt, list(ids)) for prompt, ids in prompts)
+    running: dict[Future[RawReply], Dialogue] = {}
+    patience = max(16, 2 * engine.concurrency)
+    failed_in_a_row = 0
+    with ThreadPoolExecutor(engine.concurrency, thread_name_prefix="ask") as pool:
+
+        def ask(dialogue: Dialogue) -> None:
+            running[pool.submit(engine.ask, dialogue.next_ids or [], settings, dialogue.request_id)] = dialogue
+
+        try:
+            for dialogue in islice(waiting, engine.concurrency):
+                ask(dialogue)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    dialogue = running.pop(future)
+                    outcome: dict[str, Any] | Failure | None = None
+                    try:
+                        raw, prompt = future.result(), dialogue.next_ids or []
+                        reply = settle(raw, settings, engine.budget(prompt, settings), chat.tokenizer)
+                        dialogue.take(reply, chat, context)
+                        failed_in_a_row, trusted = 0, True
+                        outcome = dialogue.row(settings) if dialogue.next_ids is None else None
+                    except Unanswered as error:
+                        failed_in_a_row += 1
+                        outcome = Failure(dialogue.prompt.id, error.reason, error.attempts)
+                    except BadReply as error:
+                        if not trusted:
+                            raise
+                        failed_in_a_row += 1
+                        outcome = Failure(dialogue.prompt.id, str(error), 1)
+                    following = dialogue if outcome is None else next(waiting, None)
+                    if following is not None and failed_in_a_row < patience:
+                        ask(following)
+                    if outcome is not None:
+                        yield outcome
+                    if failed_in_a_row >= patience:
+                        raise ValueError(
+                            f"the last {failed_in_a_row} prompts got no answer ({outcome}); see to the engine and run the same command "
+                            "again, which goes on where this one stopped"
+                        )
+        finally:
+            for future in running:
+                future.cancel()
+            engine.close()

@@ -1,0 +1,110 @@
+"""What can generate replies: two interfaces, and the bundled decoder behind one of them.
+
+Owns: those interfaces. Does not know: prompts' files, batches, resuming, what serves elsewhere (`engine_server`, `engine_vllm`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.target.target import Target
+from draftsmith.models.tree.limits import DraftLimits
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One generated reply: ids with the end token if it was produced, and why it ended (`eos`, `stop`, `length`)."""
+
+    token_ids: list[int]
+    finish: str
+
+
+class ResponseEngine(Protocol):
+    """Whatever can generate: the bundled decoder here, a serving engine elsewhere."""
+
+    def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+        """One reply a prompt, in order, each within the model's context.
+
+        A reply must depend on its prompt, the settings and its request id alone, not on its neighbours in the batch:
+        else a run that was killed would not continue to the same replies.
+        """
+
+
+class Unanswered(Exception):
+    """One request got no answer, however often it was asked: why, and after how many attempts. The others may do better."""
+
+    def __init__(self, reason: str, attempts: int) -> None:
+        super().__init__(f"{reason} ({attempts} attempts)")
+        self.reason, self.attempts = reason, attempts
+
+
+class BadReply(ValueError):
+    """A reply that cannot be the target's. The first one says that the engine is set up wrong, one among many good ones only itself."""
+
+
+@dataclass(frozen=True)
+class RawReply:
+    """What another engine said: ids as it generated them, and its own word for why it stopped."""
+
+    token_ids: list[int]
+    finish: str
+
+
+@runtime_checkable
+class IndependentEngine(Protocol):
+    """An engine that batches by itself: it is kept busy with many single requests, and none waits for another's end."""
+
+    concurrency: int
+
+    def ask(self, prompt: list[int], settings: GenerationSettings, request_id: int) -> RawReply:
+        """One reply, of at most `budget` tokens; called from up to `concurrency` threads at once.
+
+        It depends on the arguments alone. Raises Unanswered and BadReply for this request, ValueError where no request can go well.
+        """
+
+    def budget(self, prompt: list[int], settings: GenerationSettings) -> int:
+        """How many tokens the reply to a prompt may have: what was asked for, within the engine's context."""
+
+    def close(self) -> None:
+        """Ends what is under way; a request that waits raises Unanswered."""
+
+
+class BundledEngine:
+    """The bundled decoder as a response engine; the replies are the same with a drafter as without.
+
+    Args:
+        target: the model that replies.
+        drafter: the folder of a trained drafter.
+        limits: how much it drafts.
+        tokenizer: the target's.
+        trust_remote_code: whether Python files that come with a draft LM may run.
+
+    Raises ValueError when the drafter belongs to another target or tokenizer.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Path | None = None,
+        limits: DraftLimits | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        loaded = None
+        if drafter is not None:
+            loaded = load_drafter(drafter, str(target.dtype).removeprefix("torch."), trust_remote_code)
+        if loaded is not None:
+            # The base class's `to`: the one of transformers is not typed for a device alone.
+            nn.Module.to(loaded, target.device)
+        self._engine = Engine(target, loaded, limits, tokenizer)
+
+    def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
+        """See `ResponseEngine.reply`."""
+        generations = self._engine.generate(prompts, settings, request_ids=request_ids)
+        return [Reply(generation.token_ids, generation.finish) for generation in generations]

@@ -1,0 +1,233 @@
+"""One shard of a hidden-state cache: several samples end to end in a safetensors file.
+
+Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (sample i is
+`offsets[i]:offsets[i + 1]`), `input_ids` int32 [T], `loss_mask` bool [T], `hidden.<layer>` [T, D] for each layer, and
+where greedy continuations were asked for `greedy_ids` int32 [T, G]. States of eight bits are float8_e4m3fn and have
+`scale.<layer>` float32 [T] beside them.
+
+Owns: this layout. Does not know: how numbers become eight bits (`eight_bit.py`), what is refused of a shard (`shard_checks.py`),
+targets, training.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from draftsmith.data.shards.eight_bit import CODES, EightBitStates
+from draftsmith.data.shards.finite import check_finite
+from draftsmith.data.shards.manifest import CacheIdentity, ShardRecord
+from draftsmith.data.shards.shard_checks import (
+    HIDDEN,
+    SCALE,
+    TEXT,
+    TensorKind,
+    check_ids,
+    check_layout,
+    check_text,
+    sample_ids,
+)
+from draftsmith.files import atomic_write, sha256_file
+
+# A single metadata entry: with several, safetensors writes them in an order that changes from run to run.
+_IDS = "ids"
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """One sample as it comes out of a cache.
+
+    `input_ids` int64 [T], `loss_mask` bool [T] (True: trained on), `hidden` layer name -> [T, D] in the stored dtype
+    (a view of the file, not a copy; states of eight bits come as bfloat16, made at each access), `greedy_ids` int64
+    [T, G] or None: row t holds the target's G greedy tokens after tokens 0..t. From a cache, `hidden[layer]` raises ValueError
+    for states that are not finite: then and not before, since others than the wanted layers are never read from the disk.
+    """
+
+    id: str
+    input_ids: Tensor
+    loss_mask: Tensor
+    hidden: Mapping[str, Tensor]
+    greedy_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """Tensors of one shard before it is written; shapes as in the module's docstring, ids one a sample.
+
+    `scales` has the layers of `hidden` where states have eight bits, and none otherwise.
+    """
+
+    ids: Sequence[str]
+    offsets: Tensor
+    input_ids: Tensor
+    loss_mask: Tensor
+    hidden: dict[str, Tensor]
+    greedy_ids: Tensor | None
+    scales: dict[str, Tensor] = field(default_factory=dict)
+
+
+def bytes_per_token(hidden_size: int, num_layers: int, dtype: torch.dtype, horizon: int) -> int:
+    """Bytes that one token takes on disk: states (a scale with each of eight bits), id, mask and greedy tokens."""
+    scale = torch.float32.itemsize if dtype == CODES else 0
+    return num_layers * (hidden_size * dtype.itemsize + scale) + 5 + 4 * horizon
+
+
+def write_shard(path: Path, content: ShardContent) -> ShardRecord:
+    """Writes a shard atomically; the same content gives the same bytes.
+
+    Raises OSError when the disk does not take it; no partial file stays behind.
+    """
+    tensors = {
+        "offsets": content.offsets.to(torch.int64),
+        "input_ids": content.input_ids.to(torch.int32),
+        "loss_mask": content.loss_mask.to(torch.bool),
+        **{HIDDEN + name: states for name, states in content.hidden.items()},
+        **{SCALE + name: scales for name, scales in content.scales.items()},
+    }
+    if content.greedy_ids is not None:
+        tensors["greedy_ids"] = content.greedy_ids.to(torch.int32)
+    payload = safetensors.torch.save(tensors, metadata={_IDS: json.dumps(list(content.ids), ensure_ascii=False)})
+    atomic_write(path, payload, clear=False)  # its folder may hold very many
+    return ShardRecord(
+        name=path.name,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        num_bytes=len(payload),
+        num_samples=len(content.ids),
+        num_tokens=int(content.input_ids.shape[0]),
+        num_labelled=int(content.loss_mask.sum()),
+    )
+
+
+class ShardReader:
+    """Reads one shard through a memory map: states of a sample are views, nothing is copied until it is used.
+
+    Args:
+        path: the shard's file.
+        record: what its manifest says of it.
+        identity: of its cache: layers, their width and dtype.
+        vocab_size: token ids are held to it where it is known.
+        finite: refuse states that are not finite when they are read.
+
+    Raises ValueError when the file is missing, cut off, of another size than its record, laid out differently, or at odds with
+    itself: see `shard_checks.py`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        record: ShardRecord,
+        identity: CacheIdentity,
+        vocab_size: int | None = None,
+        finite: bool = True,
+    ) -> None:
+        self.path, self.record, self._finite = path, record, finite
+        check_size(path, record)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                kinds = {name: _kind(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                check_layout(kinds, identity, record, str(path))
+                self.ids = sample_ids(file.metadata(), _IDS, record, str(path))
+                offsets, self._input_ids, self._loss_mask = (file.get_tensor(name) for name in TEXT)
+                self._hidden = {layer: file.get_tensor(HIDDEN + layer) for layer in identity.layers}
+                self._scales = {
+                    layer: file.get_tensor(SCALE + layer) for layer in identity.layers if SCALE + layer in kinds
+                }
+                self._greedy_ids = file.get_tensor("greedy_ids") if "greedy_ids" in kinds else None
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run the extraction again") from error
+        check_text(offsets, self._input_ids, self._loss_mask, record, vocab_size, str(path))
+        if self._greedy_ids is not None:
+            check_ids("greedy_ids", self._greedy_ids, vocab_size, str(path))
+        self.offsets: list[int] = offsets.tolist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> CachedSample:
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        greedy = self._greedy_ids
+        return CachedSample(
+            id=self.ids[index],
+            input_ids=self._input_ids[start:stop].long(),
+            loss_mask=self._loss_mask[start:stop],
+            hidden=self._states(start, stop, f"{self.path}: sample {self.ids[index]}"),
+            greedy_ids=None if greedy is None else greedy[start:stop].long(),
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError for token ids outside of a vocabulary, which is known only now."""
+        check_ids("input_ids", self._input_ids, vocab_size, str(self.path))
+        if self._greedy_ids is not None:
+            check_ids("greedy_ids", self._greedy_ids, vocab_size, str(self.path))
+
+    def check_states(self) -> None:
+        """Reads every state. Raises ValueError for the first sample that holds NaN or infinity."""
+        for index in range(len(self)):
+            hidden = self[index].hidden
+            for layer in hidden:
+                hidden[layer]
+
+    def _states(self, start: int, stop: int, place: str) -> Mapping[str, Tensor]:
+        if not self._scales:
+            states = {layer: stored[start:stop] for layer, stored in self._hidden.items()}
+            return WholeStates(states, place) if self._finite else states
+        codes, scales = (
+            {layer: [stored[start:stop]] for layer, stored in of.items()} for of in (self._hidden, self._scales)
+        )
+        return EightBitStates(codes, scales, [place], self._finite)
+
+
+class WholeStates(Mapping[str, Tensor]):
+    """A sample's states by layer, each checked to be finite when it is asked for.
+
+    Args:
+        states: layer name -> [T, D].
+        place: what errors call the sample.
+    """
+
+    def __init__(self, states: Mapping[str, Tensor], place: str) -> None:
+        self._stored, self._place = states, place
+
+    def __getitem__(self, layer: str) -> Tensor:
+        states = self._stored[layer]
+        check_finite(states, f"{self._place}: {HIDDEN}{layer}")
+        return states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _kind(part: Any) -> TensorKind:
+    """Of a slice that safetensors has not read yet."""
+    return TensorKind(part.get_dtype(), tuple(part.get_shape()))
+
+
+def check_size(path: Path, record: ShardRecord) -> None:
+    """Raises ValueError when a shard is missing or has another size than its record says."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run the extraction again, it makes only what is not there")
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        raise ValueError(
+            f"{path} has {size} bytes, its record says {record.num_bytes}: it was cut off or changed; "
+            "delete it and run the extraction again"
+        )
+
+
+def check_digest(path: Path, record: ShardRecord) -> None:
+    """Raises ValueError when one byte of a shard differs from what was written."""
+    check_size(path, record)
+    if sha256_file(path) != record.sha256:
+        raise ValueError(
+            f"{path} was altered: its sha256 is not the recorded one; delete it and run the extraction again"
+        )

@@ -1,0 +1,313 @@
+"""Several adapters on one drafter, each request drafted for by its own.
+
+Owns which request has which adapter: rows of a batch are drafted for in groups of one adapter, and the groups' trees are verified in one
+forward of the target. Knows no family and no rule of verification: what is emitted is the target's own, whichever adapter proposed.
+
+Shape legend: B batch rows, G rows of one group, N tree nodes, M nodes with children, E emitted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.decode.batch import Generation
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.ledger import Ledger
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.drafters.drafter import Cycle, Drafter, DrafterConfig, DraftState, Emitted, Opening
+from draftsmith.models.drafters.lora import activate, load_adapter
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.target.target import Target, TargetEnds
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.search import Expander
+from draftsmith.models.tree.slot_cache import KeptRows
+from draftsmith.models.tree.tree import DraftTree
+
+
+class AdapterEngine:
+    """An :class:`Engine` whose requests name the adapter that drafts for them.
+
+    Args:
+        target: the frozen model.
+        drafter: trained; it is changed in place, its weights stay as they are.
+        adapters: folders that training with ``lora`` wrote, by the names that requests use.
+        limits, tokenizer, ledger: see :class:`Engine`.
+
+    Raises:
+        ValueError: an adapter of another drafter or another target.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        adapters: Mapping[str, Path],
+        limits: DraftLimits | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._switch = AdapterSwitch(drafter, adapters)
+        self._engine = Engine(target, self._switch, limits, tokenizer, ledger)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        settings: GenerationSettings,
+        adapters: Sequence[str | None],
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+        request_ids: list[int] | None = None,
+    ) -> list[Generation]:
+        """Decode a batch; see :meth:`Engine.generate`.
+
+        Args:
+            prompts, settings, on_tokens, request_ids: as there.
+            adapters: of each prompt, the name of its adapter, or None for the drafter as it is.
+
+        Raises:
+            ValueError: as there; or an unknown name, or not one name a prompt.
+        """
+        if len(adapters) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(adapters)} adapters are given; name one for each, or None"
+            )
+        self._switch.assign(adapters)
+        return self._engine.generate(prompts, settings, on_tokens, request_ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share an adapter.
+
+    Attributes:
+        adapter: its name, or None.
+        rows: where they stand in the batch, in the order of ``state``.
+        rows_G: int64 [G], the same on the device.
+        state: the drafter's, of these rows.
+    """
+
+    adapter: str | None
+    rows: list[int]
+    rows_G: Tensor
+    state: DraftState
+
+    def select(self, places: Mapping[int, int]) -> Group | None:
+        """The rows that go on, ``places`` giving the new place of each old row that does; None where none does."""
+        keep = [number for number, row in enumerate(self.rows) if row in places]
+        if not keep:
+            return None
+        kept = KeptRows.of(keep, self.rows_G.device)
+        rows = [places[self.rows[number]] for number in kept.order]
+        state = self.state if len(keep) == len(self.rows) else self.state.select_rows(kept)
+        return Group(self.adapter, rows, torch.tensor(rows, device=self.rows_G.device), state)
+
+
+@dataclass(frozen=True)
+class SwitchState:
+    """The groups of a batch."""
+
+    groups: tuple[Group, ...]
+
+    def select_rows(self, kept: KeptRows) -> SwitchState:
+        """The state of some batch rows only."""
+        places = {row: place for place, row in enumerate(kept.order)}
+        chosen = (group.select(places) for group in self.groups)
+        return SwitchState(tuple(group for group in chosen if group is not None))
+
+
+class AdapterSwitch(Drafter):
+    """A drafter with several adapters, as the engine sees it.
+
+    Args:
+        drafter: below the adapters.
+        adapters: their folders by name.
+
+    Raises:
+        ValueError: an adapter of another drafter.
+    """
+
+    def __init__(self, drafter: Drafter, adapters: Mapping[str, Path]) -> None:
+        config = drafter.config
+        super().__init__(DrafterConfig(hidden_size=config.hidden_size, vocab_size=config.vocab_size))
+        fingerprint = module_fingerprint(drafter)
+        self._plain = (config.target_fingerprint, float(config.score_scale))
+        # Numbered inside, since adapters are stored as modules, which cannot go by every name (not by "pop", "type" or "v1.2").
+        self._inside = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
+        self._bonds = {
+            name: load_adapter(drafter, folder, self._inside[name], fingerprint) for name, folder in adapters.items()
+        }
+        self.below = drafter
+        self._assigned: list[str | None] = []
+        self._acting: str | None = None
+
+    def assign(self, adapters: Sequence[str | None]) -> None:
+        """Say which adapter drafts for each row of the next batch.
+
+        Raises:
+            ValueError: a name that was not given, or None where the drafter below belongs to another target.
+        """
+        for name in adapters:
+            if name is not None and name not in self._bonds:
+                raise ValueError(f"adapter {name!r} is unknown; there are {', '.join(sorted(self._bonds)) or 'none'}")
+        own = self._plain[0]
+        if None in adapters and self._borrowed and own and own != self.ends.fingerprint:
+            raise ValueError(
+                f"a request without an adapter needs a drafter of {self.ends.name!r}, this one is of another target; name an adapter"
+            )
+        self._assigned = list(adapters)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Those of the drafter below."""
+        return self.below.features
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Of the adapter that acts."""
+        return self.below.head_weight
+
+    def attach(self, ends: TargetEnds) -> Drafter:
+        """Borrow the target's ends.
+
+        Raises:
+            ValueError: an adapter was trained for another target.
+        """
+        for name, bond in self._bonds.items():
+            if bond.target_fingerprint and ends.fingerprint and bond.target_fingerprint != ends.fingerprint:
+                raise ValueError(
+                    f"adapter {name!r} was trained for target {bond.target_name!r} (fingerprint {bond.target_fingerprint[:12]}), not for "
+                    f"{ends.name!r} ({ends.fingerprint[:12]}); use that target, or leave the adapter out"
+                )
+        if any(bond.target_fingerprint for bond in self._bonds.values()):
+            self.below.config.target_fingerprint = ends.fingerprint
+        self.below.attach(ends)
+        self._borrowed[:] = [ends]
+        return self
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """See :meth:`Drafter.check_tokenizer`."""
+        self.below.check_tokenizer(fingerprint)
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """Not for this one.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "several adapters on one drafter are for decoding; train one with the `lora` option of DraftModule"
+        )
+
+    def expander(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> Expander:
+        """Not for this one, whose rows are drafted for in groups.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("several adapters have no expander in common; call propose")
+
+    def start(self, opening: Opening) -> SwitchState:
+        """Every row with the adapter that :meth:`assign` gave it.
+
+        Raises:
+            ValueError: another number of rows was assigned.
+        """
+        if len(self._assigned) != len(opening.first_B):
+            raise ValueError(
+                f"{len(opening.first_B)} rows start, {len(self._assigned)} were assigned an adapter; call assign first"
+            )
+        groups = []
+        for name in dict.fromkeys(self._assigned):
+            rows = [row for row, own in enumerate(self._assigned) if own == name]
+            rows_G = torch.tensor(rows, device=opening.first_B.device)
+            part = replace(opening, prompt=opening.prompt.select_rows(rows_G), first_B=opening.first_B[rows_G])
+            self._take(name)
+            groups.append(Group(name, rows, rows_G, self.below.start(part)))
+        return SwitchState(tuple(groups))
+
+    def advance(self, state: SwitchState, emitted: Emitted) -> SwitchState:  # type: ignore[override]
+        """Each group's state after its own tokens."""
+        groups = []
+        # Backwards, since the last group's adapter still acts from its draft: half as many switches a cycle.
+        for group in reversed(state.groups):
+            self._take(group.adapter)
+            groups.append(replace(group, state=self.below.advance(group.state, emitted.select_rows(group.rows_G))))
+        return SwitchState(tuple(reversed(groups)))
+
+    def propose(self, state: SwitchState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
+        """Draft for each group in turn; one batch of trees, in the order of the rows."""
+        trees = []
+        for group in state.groups:
+            self._take(group.adapter)
+            trees.append(self.below.propose(group.state, _of_rows(cycle, group), limits))
+        return in_batch_order(trees, [group.rows_G for group in state.groups])
+
+    def _take(self, name: str | None) -> None:
+        if name == self._acting:
+            return
+        self._acting = name
+        activate(self.below, None if name is None else self._inside[name])
+        self.below.config.score_scale = self._plain[1] if name is None else self._bonds[name].score_scale
+
+
+def in_batch_order(trees: Sequence[DraftTree], rows: Sequence[Tensor]) -> DraftTree:
+    """Trees of several groups as one; smaller ones get padding nodes.
+
+    Args:
+        trees: of each group.
+        rows: int64 [G] each, the place of a group's rows in the batch; together 0 to B - 1.
+    """
+    num_nodes = max(tree.num_nodes for tree in trees)
+    wide = [_widened(tree, num_nodes) for tree in trees]
+    order_B = torch.cat(list(rows)).argsort()
+    probs = [tree.draft_probs_BMV for tree in wide if tree.draft_probs_BMV is not None]
+    scores = [tree.scores_BN for tree in wide if tree.scores_BN is not None]
+    return DraftTree(
+        tokens_BN=torch.cat([tree.tokens_BN for tree in wide])[order_B],
+        parents_BN=torch.cat([tree.parents_BN for tree in wide])[order_B],
+        depths_BN=torch.cat([tree.depths_BN for tree in wide])[order_B],
+        valid_BN=torch.cat([tree.valid_BN for tree in wide])[order_B],
+        max_depth=max(tree.max_depth for tree in wide),
+        scores_BN=torch.cat(scores)[order_B] if len(scores) == len(wide) else None,
+        chain=all(tree.chain for tree in wide),
+        draft_probs_BMV=_cat_probs(probs)[order_B] if len(probs) == len(wide) else None,
+    )
+
+
+def _widened(tree: DraftTree, num_nodes: int) -> DraftTree:
+    """The tree with padding nodes up to ``num_nodes``."""
+    more = (0, num_nodes - tree.num_nodes)
+    return replace(
+        tree,
+        tokens_BN=F.pad(tree.tokens_BN, more),
+        parents_BN=F.pad(tree.parents_BN, more),
+        depths_BN=F.pad(tree.depths_BN, more),
+        valid_BN=F.pad(tree.valid_BN, more, value=False),
+        scores_BN=None if tree.scores_BN is None else F.pad(tree.scores_BN, more, value=-torch.inf),
+    )
+
+
+def _cat_probs(probs: Sequence[Tensor]) -> Tensor:
+    """[G, M, V] each -> [B, M, V]; nodes that a group has not drew nothing."""
+    most = max(one.shape[1] for one in probs)
+    return torch.cat([F.pad(one, (0, 0, 0, most - one.shape[1])) for one in probs])
+
+
+def _of_rows(cycle: Cycle, group: Group) -> Cycle:
+    rows_G, draws = group.rows_G, cycle.draws
+    return Cycle(
+        cycle.lengths_B[rows_G],
+        [cycle.host_lengths[row] for row in group.rows],
+        [cycle.host_fresh[row] for row in group.rows],
+        None if cycle.stop_below_B is None else cycle.stop_below_B[rows_G],
+        None if draws is None else replace(draws, keys_BU=draws.keys_BU[rows_G]),
+        cycle.temperature,
+        cycle.keep_probs,
+    )

@@ -1,0 +1,154 @@
+"""LOSSY rules: which draft tokens may stand although the target would have chosen others.
+
+Owns the judge as a rule of decoding and the rules that need no training, its rivals. With any of them the text is no longer the target's
+own. Knows nothing of how a path is picked among what is allowed (:mod:`draftsmith.decode.verify.lossy_walk`), of caches or drafters.
+
+Shape legend: B batch rows, N tree nodes, L drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.models.judge import Judge
+from draftsmith.models.target.target import Target, TargetOutput
+from draftsmith.models.tree.tree import DraftTree
+
+
+class JudgeRule(LossyRule):
+    """A trained judge (Judge Decoding, arXiv:2501.19309): allowed where it finds the draft token's own state to be a correct token's.
+
+    A threshold of 1 allows nothing, so that the output is the lossless one.
+
+    Raises:
+        ValueError: the judge reads the draft model's states too, which no drafter hands on.
+    """
+
+    name = "judge"
+
+    def __init__(self, judge: Judge) -> None:
+        if judge.reads_draft:
+            raise ValueError(
+                "this judge reads the draft model's states beside the target's, which decoding does not have; train one on the target's "
+                "alone"
+            )
+        self.judge, self.threshold = judge, float(judge.config.threshold)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The judge's."""
+        return self.judge.features
+
+    def attach(self, target: Target) -> None:
+        """Bind the judge to the target's ends and bring it to the target's device."""
+        torch.nn.Module.to(self.judge.attach(target.ends), target.device)
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """The judge's."""
+        self.judge.check_tokenizer(fingerprint)
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        return self.judge.accepts(output.feature(self.features[0]))
+
+
+@dataclass(frozen=True, repr=False)
+class TopK(LossyRule):
+    """Allowed if among the target's ``threshold`` likeliest tokens: the baseline of AutoJudge's experiments (arXiv:2504.20039)."""
+
+    threshold: float
+    name = "top-k"
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.threshold < math.inf and self.threshold == int(self.threshold)):
+            raise ValueError(f"top-k is {self.threshold}; it counts tokens: give a whole number from 1 on")
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        least_BN = logits_BNV.topk(min(int(self.threshold), logits_BNV.shape[-1]), dim=-1).values[..., -1]
+        least_BN = least_BN.gather(1, tree.parents_BN.clamp(min=0))
+        own_BN = of_tokens(tree, logits_BNV)
+        # Where the request's own top-k or top-p leaves fewer tokens than these, those it ruled out tie at minus infinity.
+        return (own_BN >= least_BN) & (own_BN > -torch.inf)
+
+
+@dataclass(frozen=True, repr=False)
+class Typical(LossyRule):
+    """Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1): p(token) > min(epsilon, delta * exp(-entropy of p)).
+
+    ``threshold`` is epsilon; delta is its square root, as there. p is the target's distribution at the request's temperature, at
+    temperature 0 that of temperature 1.
+    """
+
+    threshold: float
+    name = "typical"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"typical's epsilon is {self.threshold}; it is a probability above 0; Medusa takes 0.09")
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        log_probs_BNV = logits_BNV.log_softmax(-1)
+        entropy_BN = torch.special.entr(log_probs_BNV.exp()).sum(-1)
+        floor_BN = (self.threshold**0.5 * (-entropy_BN).exp()).clamp(max=self.threshold)
+        return of_tokens(tree, log_probs_BNV).exp() > floor_BN.gather(1, tree.parents_BN.clamp(min=0))
+
+
+@dataclass(frozen=True, repr=False)
+class Divergence(LossyRule):
+    """Allowed where draft and target agree about the place: KL(draft || target) below ``threshold`` nats (after arXiv:2601.04766).
+
+    In this direction it is finite for draft vocabularies that lack some of the target's tokens. The target's distribution is that of the
+    request, the draft's is as it was learned: where top-k, top-p or min-p leave the target fewer tokens, it is mostly infinite. Chains
+    only.
+    """
+
+    threshold: float
+    name = "kl"
+    reads_draft = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold < math.inf:
+            raise ValueError(
+                f"the KL threshold is {self.threshold}; a divergence is at least 0: give a number of nats, such as 0.5"
+            )
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        assert tree.draft_probs_BMV is not None
+        # The draft's l-th distribution is about what follows node l, of which node l + 1 is one token.
+        log_target_BLV = logits_BNV[:, :-1].log_softmax(-1)
+        apart_BL = divergence(tree.draft_probs_BMV, log_target_BLV)
+        return torch.nn.functional.pad(apart_BL < self.threshold, (1, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class Everything(LossyRule):
+    """Allows whatever was drafted: the most that any rule can gain, and the least quality. The end of a reply stays the target's."""
+
+    threshold: float = 0.0
+    name = "everything"
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        return tree.valid_BN.clone()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TRAINING_FREE: dict[str, type[TopK] | type[Typical] | type[Divergence]] = {
+    rule.name: rule for rule in (TopK, Typical, Divergence)
+}
+
+
+def divergence(probs: Tensor, log_others: Tensor) -> Tensor:
+    """KL(probs || others) in nats over the last dimension; tokens of probability 0 add nothing."""
+    cross = torch.where(probs > 0.0, probs * log_others, 0.0).sum(-1)
+    return -torch.special.entr(probs).sum(-1) - cross

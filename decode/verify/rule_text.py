@@ -1,0 +1,61 @@
+"""Lossy rules as the command line names them.
+
+Owns the words. Knows nothing of what a rule does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from draftsmith.decode.verify.lossy_rule import LossyRule
+from draftsmith.decode.verify.lossy_rules import TRAINING_FREE, Everything, JudgeRule
+from draftsmith.models.judge import load_judge
+
+
+def parse_rule(text: str) -> tuple[str, LossyRule | None]:
+    """A rule and its name from ``[NAME=]KIND[:FOLDER][@THRESHOLD]``; without a name it has its kind's.
+
+    Kinds: ``lossless`` (no rule), ``judge:FOLDER`` with the head's own threshold unless one is given, ``top-k@3``, ``typical@0.09``,
+    ``kl@0.5``, ``everything``.
+
+    Raises:
+        ValueError: an unknown kind, a threshold that is missing, not wanted or out of range, or a folder that holds no whole judge.
+    """
+    given, rest = _name(text)
+    kind, colon, behind = rest.partition(":")
+    where, at, number = (behind if colon else kind).rpartition("@")
+    if not at:
+        where = number
+    kind, folder = (kind, where) if colon else (where, "")
+    name, threshold = given or kind, _number(text, number) if at else None
+    if kind == "judge" and folder:
+        judge = load_judge(Path(folder))
+        return name, JudgeRule(judge if threshold is None else judge.with_threshold(threshold))
+    if folder:
+        raise ValueError(f"rule {text!r}: only a judge has a folder; write {kind}@THRESHOLD")
+    if kind in ("lossless", "everything") and threshold is None:
+        return name, None if kind == "lossless" else Everything()
+    if kind in TRAINING_FREE and threshold is not None:
+        return name, TRAINING_FREE[kind](threshold)
+    raise ValueError(
+        f"rule {text!r} is not known; write lossless, judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5 or everything"
+    )
+
+
+def _name(text: str) -> tuple[str, str]:
+    """The name, empty where none is given, and what is behind it. A folder may have an = in its own name."""
+    name, equals, rest = text.partition("=")
+    if not equals or ":" in name:
+        return "", text
+    if not name:
+        raise ValueError(f"rule {text!r} has an empty name; write one before the =, or leave the = out")
+    return name, rest
+
+
+def _number(text: str, number: str) -> float:
+    try:
+        return float(number)
+    except ValueError:
+        raise ValueError(
+            f"rule {text!r}: {number!r} is no number; write a threshold behind the @, such as 0.9"
+        ) from None

@@ -1,0 +1,135 @@
+"""Do tokens, states and labels stand beside each other? The drafter's first step is judged with each of them moved by one.
+
+Owns the check `shifts` and the accuracy of every draft step. Does not know decoding.
+
+Shape legend: T packed tokens, A anchors, E head inputs, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from draftsmith.data.shards.packing import pack
+from draftsmith.evaluate.doctor.case import Case, NotChecked
+from draftsmith.evaluate.doctor.report import Finding
+from draftsmith.evaluate.doctor.states import as_named
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout
+
+_SHIFTS = (-1, 0, 1)
+_ROWS = 1024  # logits of so many rows are in memory at a time
+_LOSES, _CLEAR = (
+    0.02,
+    0.10,
+)  # another shift is better by more than the first: a fault; shift 0 leads by less than the second: a warning
+_ENOUGH = 30  # predictions below which nothing is concluded
+
+
+def batches(case: Case) -> Iterator[PackedBatch]:
+    """The samples one by one, on the drafter's device."""
+    for sample in case.samples:
+        yield pack([sample], case.trainable.features).to(case.ends.device)
+
+
+@torch.no_grad()
+def guesses(drafter: Drafter, batch: PackedBatch, rollout: Rollout) -> Tensor:
+    """int64 [A, K]: the target id that the drafter thinks likeliest at every step of every anchor."""
+    if not len(rollout.anchors):
+        return rollout.targets
+    inputs = drafter.teacher_forced(batch, rollout)
+    weight = drafter.head_weight
+    rows = [(part.to(weight.dtype) @ weight.T).argmax(-1) for part in inputs.flatten(0, 1).split(_ROWS)]
+    return drafter.to_target_ids(torch.cat(rows)).view(inputs.shape[:2]).T
+
+
+def shift_labels(batch: PackedBatch, rollout: Rollout, shift: int) -> Tensor:
+    """int64 [A]: the token `shift` positions after the one that step 0 predicts.
+
+    At anchor t step 0 predicts x[t + 2]. Example: text `a b c d e`, anchor 0: shift -1 gives b (the root itself), 0 c, +1 d.
+    """
+    return batch.input_ids[(rollout.anchors + 2 + shift).clamp(max=len(batch.input_ids) - 1)]
+
+
+def shift_states(batch: PackedBatch, shift: int) -> PackedBatch:
+    """The batch with the state of token t + shift at token t; those rolled in from the other end are at nobody's anchor."""
+    return replace(batch, hidden={name: states.roll(-shift, 0) for name, states in batch.hidden.items()})
+
+
+def check_shifts(case: Case) -> Finding:
+    """Accuracy of step 0 with labels, and with states, moved by -1, 0 and +1: 0 must win."""
+    drafter = case.trainable
+    hits = {(kind, shift): 0 for kind in ("labels", "states") for shift in _SHIFTS}
+    total = 0
+    for batch in batches(case):
+        rollout = data_rollout(batch, 1)
+        last = len(batch.input_ids) - 1
+        # Positions that exist whichever way things are moved, so that all shares are of the same predictions.
+        kept = rollout.valid[:, 0] & (rollout.anchors >= 1) & (rollout.anchors + 3 <= last)
+        total += int(kept.sum())
+        for shift in _SHIFTS:
+            of_states = guesses(drafter, shift_states(batch, shift), rollout)[:, 0]
+            hits["states", shift] += int((of_states == rollout.targets[:, 0])[kept].sum())
+            if shift == 0:
+                for moved in _SHIFTS:
+                    hits["labels", moved] += int((of_states == shift_labels(batch, rollout, moved))[kept].sum())
+    if total < _ENOUGH:
+        raise NotChecked(f"the samples hold {total} predictions only: raise --samples")
+    shares = {key: count / total for key, count in hits.items()}
+    # By the layers that this drafter reads: another one may be sound beside them.
+    return _judge(shares, total, as_named(case, drafter.features))
+
+
+def _judge(shares: dict[tuple[str, int], float], total: int, sound: bool) -> Finding:
+    own = shares["labels", 0]
+    figures = {f"{kind} {shift:+d}": share for (kind, shift), share in shares.items()} | {"predictions": total}
+    details = tuple(
+        f"{kind} moved by -1, 0, +1: " + ", ".join(f"{shares[kind, shift]:.1%}" for shift in _SHIFTS)
+        for kind in ("labels", "states")
+    )
+    others = {key: share for key, share in shares.items() if key[1] != 0}
+    kind, shift = max(others, key=lambda key: others[key])
+    rival = others[kind, shift]
+    measured = f"step 0 is right at {own:.1%}; next: {kind} {shift:+d} with {rival:.1%}"
+    expected = "0 wins clearly"
+    if rival > own + _LOSES:
+        remedy = f"the drafter is right more often with {kind} moved by {shift:+d}" + (
+            f", and this cache is sound: either it learnt from {kind} that were moved (a state one token ahead holds the answer, which "
+            "decoding has not), or it has hardly learnt at all (see `steps`, `drafter-file`); train it from this cache"
+            if sound
+            else f": cache and drafter are {abs(shift)} token apart; extract the cache again, and train from that"
+        )
+        return Finding("shifts", "fault", measured, expected, remedy, figures, details)
+    if own < max(shares["labels", -1], shares["labels", 1]) + _CLEAR:
+        remedy = (
+            "the drafter has learnt little, or the text repeats one token over and over: look at the samples, train longer, and see the "
+            "check `overfit`"
+        )
+        return Finding("shifts", "warning", measured, expected, remedy, figures, details)
+    return Finding("shifts", "ok", measured, expected, "", figures, details)
+
+
+def check_steps(case: Case) -> Finding:
+    """Accuracy at every draft step it was trained for: which depth is lost."""
+    drafter = case.trainable
+    num_steps = max(1, drafter.config.num_draft_steps)
+    right, rows = torch.zeros(num_steps), torch.zeros(num_steps)
+    for batch in batches(case):
+        rollout = data_rollout(batch, num_steps)
+        correct = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
+        right += correct.sum(0).cpu()
+        rows += rollout.valid.sum(0).cpu()
+    if float(rows[0]) < _ENOUGH:
+        raise NotChecked(f"the samples hold {int(rows[0])} predictions only: raise --samples")
+    shares = [float(share) for share in right / rows.clamp(min=1)]
+    figures = {f"step {step}": share for step, share in enumerate(shares)}
+    proxy = 1.0 + float(torch.tensor(shares).cumprod(0).sum())
+    figures["proxy tokens per step"] = proxy
+    measured = " ".join(f"{share:.0%}" for share in shares) + f" (proxy: {proxy:.2f} tokens per step)"
+    if shares[0] < 0.3:
+        remedy = "the first draft step is mostly wrong on the training's own text: train longer; see `overfit`, `states` and `labels` first"
+        return Finding("steps", "warning", measured, "step 0 above 30%", remedy, figures)
+    return Finding("steps", "ok", measured, "step 0 above 30%", "", figures)

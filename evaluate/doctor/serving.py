@@ -1,0 +1,204 @@
+"""Does the drafter say in decoding what it said in training? The trained one in its training form against the served one, draft by draft.
+
+Owns the checks `train-serve` and `drafter-file`. Does not know engines, trees or verification: it feeds the drafter the text itself.
+
+Shape legend: T tokens of a sample, R roots, K draft steps, D hidden, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.data.shards.packing import pack
+from draftsmith.evaluate.doctor.case import Case, NotChecked
+from draftsmith.evaluate.doctor.report import Finding, Verdict
+from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
+from draftsmith.models.files.finite import is_finite
+from draftsmith.models.tree.limits import DraftLimits
+
+_NUM_ROOTS = 3
+_MAX_SAMPLES = 16
+_AGREE, _MOSTLY = 0.99, 0.95  # shares of equal argmax: sound; below the second, a fault
+_SAME_FILE = 0.01  # relative difference of logits that no two ways of computing the same float32 weights have
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two drafters' logits at the same places: largest difference, the same relative to the largest logit, shares of equal argmax."""
+
+    max_difference: float
+    relative: float
+    agreement: float
+    predictions: int
+
+
+@torch.no_grad()
+def trained_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_steps: int) -> Tensor:
+    """float32 [R, K, Vd]: training's own forward at the anchors before the roots."""
+    rollout = data_rollout(batch, num_steps)
+    place = {anchor: row for row, anchor in enumerate(rollout.anchors.tolist())}
+    rows = torch.tensor([place[root - 1] for root in roots], device=rollout.anchors.device)
+    inputs = drafter.teacher_forced(batch, rollout)[:, rows]
+    weight = drafter.head_weight
+    return (inputs.to(weight.dtype) @ weight.T).float().transpose(0, 1)
+
+
+@torch.no_grad()
+def served_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_steps: int) -> Tensor:
+    """float32 [R, K, Vd]: what decoding computes when the text itself is drafted and accepted from root to root.
+
+    The text up to the first root is the prompt; `start`, `expander` and `advance` are called as the engine calls them.
+    """
+    ids, device = batch.input_ids, batch.input_ids.device
+    limits = DraftLimits(draft_length=num_steps)
+
+    def emitted(before: int, root: int) -> Emitted:
+        """Tokens before + 1 to root, each with the state before it."""
+        states = {name: batch.hidden[name][None, before:root] for name in drafter.features}
+        return Emitted(ids[None, before + 1 : root + 1], states, torch.tensor([root - before], device=device))
+
+    state = drafter.start(Opening(emitted(0, roots[0]), ids[:1], limits, room=len(ids) + num_steps))
+    found, before = [], 0
+    for root in roots:
+        if before:
+            state = drafter.advance(state, emitted(before, root))
+        cycle = Cycle(torch.tensor([root], device=device), [root], [root - before])
+        draft = drafter.expander(state, cycle, limits)
+        logits = [draft.begin()]
+        for step in range(1, num_steps):
+            token = ids[None, root + step, None]
+            logits.append(draft.extend(token, torch.zeros_like(token)))
+        found.append(torch.cat(logits, 1)[0].float())
+        before = root
+    return torch.stack(found)
+
+
+def roots_of(loss_mask: Tensor, num_steps: int) -> list[int]:
+    """Up to three labelled positions, evenly spread, that have a token before and `num_steps` after them.
+
+    Example: mask `0011111111`, 2 steps -> [2, 4, 7].
+    """
+    fitting = [int(place) for place in torch.nonzero(loss_mask).flatten() if 1 <= place < len(loss_mask) - num_steps]
+    if len(fitting) <= _NUM_ROOTS:
+        return fitting
+    return [fitting[number * (len(fitting) - 1) // (_NUM_ROOTS - 1)] for number in range(_NUM_ROOTS)]
+
+
+def compare_forms(case: Case) -> Compared:
+    """The trained drafter in training's form against the served one in decoding's. Raises NotChecked where no sample is long enough."""
+    trained, served = case.trainable, case.drafter
+    num_steps = max(1, min(trained.config.num_draft_steps, 5))
+    most, largest, equal, count = 0.0, 1e-12, 0, 0
+    for sample in case.samples[:_MAX_SAMPLES]:
+        roots = roots_of(sample.loss_mask, num_steps)
+        if not roots:
+            continue
+        batch = pack([sample], trained.features).to(case.ends.device)
+        before = trained_logits(trained, batch, roots, num_steps)
+        after = served_logits(served, batch, roots, num_steps)
+        if before.shape != after.shape:
+            raise NotChecked(
+                f"the two have draft vocabularies of {before.shape[-1]} and {after.shape[-1]} tokens: see `drafter-file`"
+            )
+        most = max(most, float((before - after).abs().max()))
+        largest = max(largest, float(before.abs().max()))
+        equal += int((before.argmax(-1) == after.argmax(-1)).sum())
+        count += before.shape[0] * before.shape[1]
+    if not count:
+        raise NotChecked(f"no sample has a labelled token with {num_steps} tokens behind it: raise --samples")
+    return Compared(most, most / largest, equal / count, count)
+
+
+def check_serving(case: Case) -> Finding:
+    """Logits of training's forward against decoding's, through the served file."""
+    compared = compare_forms(case)
+    dtypes = [str(one.dtype).removeprefix("torch.") for one in (case.trained, case.drafter)]
+    through = f"trained {dtypes[0]}, served {dtypes[1]}" if dtypes[0] != dtypes[1] else dtypes[0]
+    equal = f"argmax equal at {compared.agreement:.1%} of {compared.predictions}"
+    measured = f"{equal}, logits within {compared.max_difference:.2g} ({through})"
+    figures = {
+        "agreement": compared.agreement,
+        "max difference": compared.max_difference,
+        "relative difference": compared.relative,
+        "predictions": compared.predictions,
+    }
+    same = dtypes[0] == dtypes[1] == "float32"
+    expected = f"{_AGREE:.0%} or more" + (f", within {_SAME_FILE:.0%} of the largest logit" if same else "")
+    exact = compared.relative <= _SAME_FILE or not same
+    if compared.agreement >= _AGREE and exact:
+        return Finding("train-serve", "ok", measured, expected, "", figures)
+    remedy = (
+        "what is served is not what was trained: export the drafter again from the training's folder and compare with `drafter-file`; if "
+        "its files agree, the two forms of this family disagree, which is a fault of the code: please report it"
+        if same or compared.agreement < _MOSTLY
+        else f"{dtypes[1]} rounds some likeliest tokens away: serve in {dtypes[0]}, or evaluate whether it costs anything"
+    )
+    verdict: Verdict = "fault" if compared.agreement < _MOSTLY or not exact else "warning"
+    return Finding("train-serve", verdict, measured, expected, remedy, figures)
+
+
+def check_file(case: Case) -> Finding:
+    """Tensors of the served file: finite, and those of the folder that it was exported from."""
+    own = case.drafter.state_dict()
+    broken = sorted(name for name, tensor in own.items() if not _finite(tensor))
+    parameters = sum(tensor.numel() for tensor in own.values())
+    measured = f"{parameters:,} numbers in {len(own)} tensors, {str(case.drafter.dtype).removeprefix('torch.')}"
+    expected = "finite, as trained"
+    if broken:
+        remedy = "training diverged: lower lr or set trainer.gradient_clip_val, and train again"
+        if case.trained is not case.drafter and _all_finite(case.trained):
+            remedy = f"{case.places.origin}, which it was exported from, is whole: export it again"
+        return Finding(
+            "drafter-file",
+            "fault",
+            f"NaN or infinity in {', '.join(broken[:3])}",
+            expected,
+            remedy,
+            {"broken": len(broken)},
+        )
+    if case.trained is case.drafter:
+        # Biases may well be zero, and so is the head of a drafter whose training begins there.
+        empty = [
+            name for name, tensor in own.items() if tensor.ndim > 1 and tensor.is_floating_point() and not tensor.any()
+        ]
+        figures = {"numbers": parameters, "all zero": len(empty)}
+        if empty:
+            remedy = "these weights say nothing: they never learnt (fresh, or left out of training), or the file was damaged; train again"
+            zero = f"{len(empty)} of {len(own)} tensors are all zero: {', '.join(empty[:3])}"
+            return Finding("drafter-file", "warning", zero, expected, remedy, figures)
+        if case.places.exported:
+            measured += "; not compared with what was trained, which is not there or had an adapter merged into it"
+        return Finding("drafter-file", "ok", measured, expected, "", figures)
+    trained = case.trained.state_dict()
+    changed = {name: _away(trained.get(name), own.get(name)) for name in sorted(own.keys() | trained.keys())}
+    worst = max(changed, key=lambda name: changed[name])
+    figures = {"numbers": parameters, "largest change": changed[worst]}
+    # bfloat16 keeps 8 bits of a number, float16 11.
+    allowed = 0.0 if case.drafter.dtype == case.trained.dtype else 2.0**-8
+    if changed[worst] <= allowed:
+        return Finding("drafter-file", "ok", f"{measured}, as in {case.places.origin}", expected, "", figures)
+    names = [name for name, change in changed.items() if change > allowed]
+    remedy = f"it is not what {case.places.origin} holds (trained on since, or altered): export it again"
+    measured = f"{len(names)} tensors differ from {case.places.origin}: {', '.join(names[:3])}"
+    return Finding("drafter-file", "fault", measured, expected, remedy, figures)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or is_finite(tensor)
+
+
+def _all_finite(drafter: Drafter) -> bool:
+    return all(_finite(tensor) for tensor in drafter.state_dict().values())
+
+
+def _away(before: Tensor | None, after: Tensor | None) -> float:
+    """The largest change, relative to the tensor's largest number; infinite where shapes differ or one is not there."""
+    if before is None or after is None or before.shape != after.shape:
+        return float("inf")
+    largest = float(before.abs().max()) if before.numel() else 0.0
+    change = float((before.double() - after.double()).abs().max()) if before.numel() else 0.0
+    return change / max(largest, 1e-12)

@@ -1,0 +1,200 @@
+"""What lossy rules gain and what they cost: every rule answers the same problems, each answer is checked, speed is raced.
+
+Owns the measures of a rule. Does not know files, the names of commands, or how a rule decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from draftsmith.data.progress import progress
+from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.verify.lossy_rule import LossyRule
+from draftsmith.evaluate.acceptance import bootstrap_interval, ratio_interval
+from draftsmith.evaluate.contenders import Contender, EngineContender
+from draftsmith.evaluate.lossy.wrong_tokens import Accepted
+from draftsmith.evaluate.records import Sample, Timed
+from draftsmith.evaluate.speed import race, speedup, speedup_interval, track
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.target.target import Target
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import shape_text
+
+PLAIN, LOSSLESS = "plain", "lossless"
+
+Interval = tuple[float, float]
+IsRight = Callable[[int, str], bool]
+"""Whether an answer, by the number of its problem and its text, is right."""
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """One way of decoding: a name, and the rule, or None for lossless verification."""
+
+    name: str
+    rule: LossyRule | None
+
+    @property
+    def label(self) -> str:
+        """Name and threshold: distinct for each."""
+        return self.name if self.rule is None else f"{self.name} {self.rule.threshold:g}"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How one rule answered every problem: its replies, and whether each is right."""
+
+    replies: Sequence[Generation]
+    right: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """One row of the report; intervals are 95 %, over problems (``wrong_accepted_share``: over questions).
+
+    Attributes:
+        rule, threshold, shape: what decoded; threshold is None where there is none.
+        lossy: whether the text may differ from the target's own.
+        problems: how many were answered.
+        accuracy: share of right answers; accuracy_change: minus plain decoding's, paired by problem.
+        accepted_per_cycle: accepted draft tokens, without the target's own one that ends a cycle.
+        target_forwards_per_answer: the prompt's forward included.
+        speedup: tokens/s over plain decoding; its tokens are the rule's own, which need not be plain decoding's.
+        same_text_share: replies that are plain decoding's, token for token.
+        by_rule_share: emitted tokens that the target would not have chosen.
+        wrong_accepted_share, correct_accepted_share: of held-out tokens labelled so; None where none were given.
+    """
+
+    rule: str
+    threshold: float | None
+    shape: str
+    lossy: bool
+    problems: int
+    accuracy: float
+    accuracy_interval: Interval
+    accuracy_change: float
+    accuracy_change_interval: Interval
+    accepted_per_cycle: float
+    accepted_per_cycle_interval: Interval
+    target_forwards_per_answer: float
+    target_forwards_per_answer_interval: Interval
+    speedup: float
+    speedup_interval: Interval
+    same_text_share: float
+    by_rule_share: float
+    wrong_accepted_share: float | None
+    wrong_accepted_share_interval: Interval | None
+    correct_accepted_share: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def answer_all(
+    engine: Engine,
+    samples: Sequence[Sample],
+    settings: GenerationSettings,
+    is_right: IsRight,
+    text_of: Callable[[Sequence[int]], str],
+    batch_rows: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Answered:
+    """Every problem answered, in batches of prompts of like length, and checked."""
+    order = sorted(range(len(samples)), key=lambda number: len(samples[number].prompt_ids))
+    replies: dict[int, Generation] = {}
+    for start in range(0, len(order), batch_rows):
+        numbers = order[start : start + batch_rows]
+        prompts = [list(samples[number].prompt_ids) for number in numbers]
+        replies |= dict(zip(numbers, engine.generate(prompts, settings, request_ids=numbers), strict=True))
+        advance(len(numbers))
+    found = [replies[number] for number in range(len(samples))]
+    return Answered(found, [is_right(number, text_of(reply.token_ids)) for number, reply in enumerate(found)])
+
+
+def compare(
+    target: Target,
+    drafter: Drafter,
+    limits: DraftLimits,
+    rules: Sequence[Ruled],
+    samples: Sequence[Sample],
+    is_right: IsRight,
+    text_of: Callable[[Sequence[int]], str],
+    settings: GenerationSettings,
+    *,
+    timed_problems: int,
+    batch_rows: int = 32,
+    wrong_tokens: Mapping[str, Accepted | None] | None = None,
+) -> list[RuleRow]:
+    """Rows of plain decoding and of every rule, in this order.
+
+    Args:
+        timed_problems: the first so many problems are decoded once more, one at a time, by all in turn, for the speed-up.
+        wrong_tokens: what each rule, by its label, accepts of labelled tokens.
+    """
+    engines = {PLAIN: Engine(target)}
+    engines |= {one.label: Engine(target, drafter, limits, rule=one.rule) for one in rules}
+    with progress("answers", len(engines) * len(samples), "answers", 0) as advance:
+        answered = {
+            name: answer_all(engine, samples, settings, is_right, text_of, batch_rows, advance)
+            for name, engine in engines.items()
+        }
+    contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
+    with progress("race", len(engines) * timed_problems, "answers", 0) as advance:
+        runs = race(contenders, samples[:timed_problems], advance=advance)
+    chosen = [Ruled(PLAIN, None), *rules]
+    accepted = wrong_tokens or {}
+    return [_row(one, shape_text(limits), answered, runs, accepted.get(one.label)) for one in chosen]
+
+
+def _row(
+    one: Ruled,
+    shape: str,
+    answered: Mapping[str, Answered],
+    runs: Mapping[str, Sequence[Timed]],
+    accepted: Accepted | None,
+) -> RuleRow:
+    own, plain = answered[one.label], answered[PLAIN]
+    fast, base = track(runs[one.label]), track(runs[PLAIN])
+    right = [float(good) for good in own.right]
+    change = [good - before for good, before in zip(right, map(float, plain.right), strict=True)]
+    taken = [sum(reply.accepted) for reply in own.replies]
+    cycles = [len(reply.accepted) for reply in own.replies]
+    ones = [1.0] * len(right)
+    forwards = [1.0 + count for count in cycles]
+    same = [mine.token_ids == theirs.token_ids for mine, theirs in zip(own.replies, plain.replies, strict=True)]
+    return RuleRow(
+        rule=one.name,
+        threshold=None if one.rule is None or one.name == "everything" else float(one.rule.threshold),
+        shape="" if one.name == PLAIN else shape,
+        lossy=one.rule is not None,
+        problems=len(right),
+        accuracy=float(np.mean(right)),
+        accuracy_interval=ratio_interval(right, ones),
+        accuracy_change=float(np.mean(change)),
+        accuracy_change_interval=ratio_interval(change, ones),
+        accepted_per_cycle=sum(taken) / max(1, sum(cycles)),
+        accepted_per_cycle_interval=_interval(taken, cycles),
+        target_forwards_per_answer=float(np.mean(forwards)),
+        target_forwards_per_answer_interval=ratio_interval(forwards, ones),
+        speedup=speedup(fast, base),
+        speedup_interval=speedup_interval(fast, base),
+        same_text_share=float(np.mean(same)),
+        by_rule_share=sum(len(reply.by_rule) for reply in own.replies)
+        / max(1, sum(len(reply.token_ids) for reply in own.replies)),
+        wrong_accepted_share=None if accepted is None else accepted.wrong_share,
+        wrong_accepted_share_interval=None if accepted is None else accepted.wrong_interval,
+        correct_accepted_share=None if accepted is None else accepted.correct_share,
+    )
+
+
+def _interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    """Of a ratio of sums, 0 where nothing was counted."""
+    if not any(denominators):
+        return 0.0, 0.0
+    rows = list(zip(numerators, denominators, strict=True))
+    return bootstrap_interval(rows, lambda sums: sums[:, 0] / sums[:, 1])

@@ -1,0 +1,177 @@
+"""From timed runs to the rows of the report.
+
+Owns which runs are compared with which. Does not know how a contender decodes or how a row is printed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from draftsmith.evaluate.acceptance import (
+    acceptance_by_depth,
+    accepted_length_counts,
+    is_looping,
+    tokens_per_step,
+    tokens_per_step_interval,
+)
+from draftsmith.evaluate.exactness import compare, with_gaps
+from draftsmith.evaluate.records import Decoded, Divergence, Row, Sample, Slice, Timed
+from draftsmith.evaluate.speed import Track, is_suspicious, shared, speedup, speedup_interval, speedup_median, track
+from draftsmith.models.target.target import Target
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import shape_text
+
+PLAIN, TRANSFORMERS, LOOKUP = "plain", "transformers", "transformers prompt lookup"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of one evaluation share."""
+
+    target_name: str
+    temperature: float
+    dtype: str
+    device: str
+    batch_size: int
+    max_new_tokens: int
+    repeats: int
+    eos_token_ids: tuple[int, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What a row says of a contender beyond its runs."""
+
+    name: str
+    drafter: str
+    limits: DraftLimits | None = None
+    parameters: int = 0
+    fingerprint: str = ""
+    stage_seconds: Mapping[str, float] | None = None
+    stage_cycles: int = 0
+
+
+def first_replies(runs: Sequence[Timed]) -> dict[int, Decoded]:
+    """Sample number -> what was decoded in the first repeat."""
+    return {
+        number: one for run in runs if run.repeat == 0 for number, one in zip(run.samples, run.decoded, strict=True)
+    }
+
+
+def all_replies(runs: Sequence[Timed]) -> dict[int, list[tuple[int, ...]]]:
+    """Sample number -> token ids of every repeat."""
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for run in runs:
+        for number, one in zip(run.samples, run.decoded, strict=True):
+            found.setdefault(number, []).append(one.token_ids)
+    return found
+
+
+def make_row(
+    contestant: Contestant,
+    runs: Mapping[str, Sequence[Timed]],
+    samples: Sequence[Sample],
+    setting: Setting,
+    target: Target | None = None,
+) -> Row:
+    """One row from the runs of a contender, of plain decoding and, where it ran, of `transformers`.
+
+    runs: contender name -> its timed calls; `plain` must be among them. With `target`, replies that differ at
+    temperature 0 are told with the gap between the two tokens' logits.
+    """
+    own, base = track(runs[contestant.name]), track(runs[PLAIN])
+    other = track(runs[TRANSFORMERS]) if TRANSFORMERS in runs else None
+    replies, plain = first_replies(runs[contestant.name]), all_replies(runs[PLAIN])
+    share, divergences = compare(samples, plain, all_replies(runs[contestant.name]))
+    decoded, limits = list(replies.values()), contestant.limits
+    steps, gain = tokens_per_step(decoded), speedup(own, base)
+    common = shared(own, base)
+    return Row(
+        target=setting.target_name,
+        drafter=contestant.drafter,
+        temperature=setting.temperature,
+        prompts=len(replies),
+        exact_share=share,
+        tokens_per_step=steps,
+        tokens_per_step_interval=tokens_per_step_interval(decoded, setting.seed),
+        speedup=gain,
+        tokens_per_second=own.rate(common),
+        baseline_tokens_per_second=base.rate(common),
+        transformers_tokens_per_second=None if other is None else other.rate(list(other.tokens)),
+        speedup_interval=speedup_interval(own, base, setting.seed),
+        speedup_median=speedup_median(own, base),
+        speedup_over_transformers=None if other is None else speedup(own, other),
+        engine_vs_transformers=None if other is None else speedup(base, other),
+        transformers_exact_share=_transformers_share(runs, samples, plain, setting),
+        suspicious=is_suspicious(gain, steps),
+        shape="" if limits is None else shape_text(limits),
+        beam_width=None if limits is None or limits.paths or limits.sampled else limits.beam_width,
+        draft_length=None if limits is None else limits.draft_length,
+        node_budget=None if limits is None else limits.node_budget,
+        min_probability=0.0 if limits is None else limits.min_probability,
+        drafter_fingerprint=contestant.fingerprint,
+        parameters=contestant.parameters,
+        dtype=setting.dtype,
+        device=setting.device,
+        batch_size=setting.batch_size,
+        max_new_tokens=setting.max_new_tokens,
+        repeats=setting.repeats,
+        tokens=sum(len(one.token_ids) for one in decoded),
+        looping_share=len(looping_samples(replies, setting.eos_token_ids)) / len(replies),
+        acceptance_by_depth=() if limits is None else acceptance_by_depth(decoded),
+        accepted_lengths=accepted_length_counts(decoded),
+        stage_seconds=dict(contestant.stage_seconds or {}),
+        stage_cycles=contestant.stage_cycles,
+        slices=_slices(replies, samples, own, base, setting),
+        divergences=_explained(divergences, samples, plain, setting, target),
+    )
+
+
+def looping_samples(replies: Mapping[int, Decoded], eos_token_ids: Sequence[int]) -> set[int]:
+    """Numbers of the samples whose reply ends in a loop."""
+    return {number for number, one in replies.items() if is_looping(one.token_ids, eos_token_ids)}
+
+
+def _explained(
+    divergences: tuple[Divergence, ...],
+    samples: Sequence[Sample],
+    plain: Mapping[int, Sequence[tuple[int, ...]]],
+    setting: Setting,
+    target: Target | None,
+) -> tuple[Divergence, ...]:
+    if target is None or setting.temperature > 0:
+        return divergences[:20]
+    return with_gaps(divergences, samples, plain, target)
+
+
+def _transformers_share(
+    runs: Mapping[str, Sequence[Timed]],
+    samples: Sequence[Sample],
+    plain: Mapping[int, Sequence[tuple[int, ...]]],
+    setting: Setting,
+) -> float | None:
+    """At temperature 0 only: above it `generate` draws other random numbers."""
+    if TRANSFORMERS not in runs or setting.temperature > 0:
+        return None
+    return compare(samples, plain, all_replies(runs[TRANSFORMERS]))[0]
+
+
+def _slices(
+    replies: Mapping[int, Decoded], samples: Sequence[Sample], own: Track, base: Track, setting: Setting
+) -> tuple[Slice, ...]:
+    """By source, and looping replies apart from the others; a split that leaves one part empty is left out."""
+    loops = looping_samples(replies, setting.eos_token_ids)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number in sorted(replies):
+        groups.setdefault(("source", samples[number].source), []).append(number)
+        groups.setdefault(("looping", "yes" if number in loops else "no"), []).append(number)
+    parts = []
+    for (by, value), numbers in groups.items():
+        if len(numbers) < len(replies):
+            decoded = [replies[number] for number in numbers]
+            # a batch mixes prompts: seconds belong to a part only where each prompt was decoded alone
+            gain = speedup(own, base, numbers) if setting.batch_size == 1 else None
+            tokens = sum(len(one.token_ids) for one in decoded)
+            interval = tokens_per_step_interval(decoded, setting.seed)
+            parts.append(Slice(by, value, len(numbers), tokens, tokens_per_step(decoded), interval, gain))
+    return tuple(sorted(parts, key=lambda part: (part.by, part.value)))

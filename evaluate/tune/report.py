@@ -1,0 +1,221 @@
+"""What `draftsmith tune` leaves behind: a page to read, JSON to compute with, a heat map.
+
+Owns formats and words. Does not know how anything was recorded, timed or weighed.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from draftsmith.evaluate.chart import INK, SOFT
+from draftsmith.evaluate.slow_drafters import slow_shapes
+from draftsmith.evaluate.tune.costs import Costs
+from draftsmith.evaluate.tune.tune import Outcome
+from draftsmith.foreign import block, code, plain
+from draftsmith.models.tree.shapes import short_shape
+
+SHOWN = 12
+WOBBLY = 0.25
+MEANING = """\
+- *Tokens per step*: what the engine would have emitted per target forward with this shape on these replies, replayed from one
+  recorded pass; the bonus token counted, prefill left out. In brackets the 95 % percentile bootstrap over prompts.
+- *Draft*, *check*: median milliseconds of a cycle on this machine, made to rise with depth and nodes; checking is the target's
+  forward and all bookkeeping.
+- *Speed-up*: predicted, tokens per step x a step of plain decoding / (draft + check). It leaves the prefill out. To see it
+  measured, race the shape against plain decoding with `draftsmith evaluate`.
+- A static tree's tokens per step are those of trees chosen on the other half of the prompts; paths that the widest recorded tree
+  does not continue are missing from it."""
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """All that is reported.
+
+    Attributes:
+        target, drafter: their names.
+        setting: what was run: prompts, tokens, batch size, dtype, device, temperature.
+        outcomes: the fastest first.
+        costs: of the cycles.
+        files: shape text -> the file that a static tree was written to.
+    """
+
+    target: str
+    drafter: str
+    setting: Mapping[str, object]
+    outcomes: Sequence[Outcome]
+    costs: Costs
+    files: Mapping[str, str]
+
+    @property
+    def best(self) -> Outcome:
+        """The fastest."""
+        return self.outcomes[0]
+
+    def word(self, outcome: Outcome) -> str:
+        """What to type for a shape: static trees by their file."""
+        file = self.files.get(outcome.shape)
+        return outcome.shape if file is None else f"tree:{file}"
+
+    def name(self, outcome: Outcome) -> str:
+        """What a table calls it."""
+        return self.word(outcome) if outcome.shape in self.files else short_shape(outcome.shape)
+
+
+def tune_json(report: TuneReport, made_by: Mapping[str, object]) -> str:
+    """The text of tune.json: everything, the fastest shape first."""
+    costs = report.costs
+    return json.dumps(
+        {
+            "command": made_by["command"],
+            "machine": made_by["machine"],
+            "versions": made_by["versions"],
+            "target": report.target,
+            "drafter": report.drafter,
+            "setting": dict(report.setting),
+            "best": report.word(report.best),
+            "plain_seconds": costs.plain,
+            "wobble": costs.wobble,
+            "draft_seconds": {f"{width}x{depth}": seconds for (width, depth), seconds in costs.draft.items()},
+            "check_seconds": {str(nodes): seconds for nodes, seconds in costs.check.items()},
+            "shapes": [asdict(outcome) | {"word": report.word(outcome)} for outcome in report.outcomes],
+        },
+        indent=2,
+        allow_nan=False,
+    )
+
+
+def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
+    """The text of tune.md."""
+    best = report.best
+    facts = plain(", ".join(f"{name} {value}" for name, value in report.setting.items()))
+    parts = [
+        "# Draft shapes",
+        f"Target {code(report.target)}, drafter {code(report.drafter)}: {facts}.",
+        f"**Fastest: {code(report.word(best))}**, predicted {best.speedup:.2f} times as fast as plain decoding, with "
+        f"{best.tokens_per_step:.2f} tokens per step.",
+        *map(plain, slow_shapes(best.speedup)),
+        *_warnings(report.costs),
+        f"## The fastest {min(SHOWN, len(report.outcomes))} of {len(report.outcomes)}",
+        outcome_table(report, report.outcomes[:SHOWN]),
+        "## The best of each manner and width",
+        outcome_table(report, best_of_each(report.outcomes)),
+        "![Predicted speed-up by width, depth and nodes](tune.png)",
+        MEANING,
+        "## What a cycle costs",
+        _cost_tables(report.costs),
+        f"## How it was made\n\n{block(made_by['command'], 'sh')}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _warnings(costs: Costs) -> list[str]:
+    if costs.wobble < WOBBLY:
+        return []
+    return [
+        f"**Wobbly clock:** the quartiles of one shape's cycles lie {100 * costs.wobble:.0f} % of their median apart, so the machine was "
+        "doing other things. Run again on an idle one, or with more rounds, before believing in small differences of speed. Tokens per "
+        "step do not suffer."
+    ]
+
+
+def outcome_table(report: TuneReport, outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| shape | nodes | depth | tokens per step (95 %) | draft, ms | check, ms | speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {plain(report.name(one))} | {one.nodes} | {one.depth} "
+        f"| {one.tokens_per_step:.2f} ({one.interval[0]:.2f} to {one.interval[1]:.2f}) "
+        f"| {1000 * one.draft_seconds:.2f} | {1000 * one.check_seconds:.2f} | {one.speedup:.2f} |"
+        for one in outcomes
+    ]
+    return "\n".join(lines)
+
+
+def best_of_each(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The fastest chain, the fastest dynamic tree of each width, the fastest static tree; the fastest first as given."""
+    found: dict[tuple[str, int], Outcome] = {}
+    for outcome in outcomes:
+        found.setdefault((outcome.manner, outcome.width), outcome)
+    return list(found.values())
+
+
+def _cost_tables(costs: Costs) -> str:
+    lines = [f"A step of plain decoding: {1000 * costs.plain:.2f} ms."]
+    if costs.check:
+        nodes = sorted(costs.check)
+        lines += [
+            "",
+            "| nodes checked | " + " | ".join(map(str, nodes)) + " |",
+            "|---" * (len(nodes) + 1) + "|",
+            "| ms | " + " | ".join(f"{1000 * costs.check[count]:.2f}" for count in nodes) + " |",
+            "",
+            "| drafted, ms | " + " | ".join(f"depth {depth}" for depth in _depths(costs)) + " |",
+            "|---" * (len(_depths(costs)) + 1) + "|",
+        ]
+        for width in sorted({width for width, _ in costs.draft}):
+            cells = [f"{1000 * costs.draft[width, depth]:.2f}" for depth in _depths(costs)]
+            lines.append(f"| width {width} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _depths(costs: Costs) -> list[int]:
+    return sorted({depth for _, depth in costs.draft})
+
+
+def heat_map(outcomes: Sequence[Outcome]) -> bytes:
+    """PNG bytes: predicted speed-up in colour and words. A panel of depths and nodes for each width of dynamic trees, two side by side;
+    below them a strip of the chains by depth and one of the static trees by nodes."""
+    widths = sorted({one.width for one in outcomes if one.manner == "dynamic"})
+    panels = [[one for one in outcomes if one.manner == "dynamic" and one.width == width] for width in widths]
+    strips = [[one for one in outcomes if one.manner == manner] for manner in ("chain", "static")]
+    most_columns = max(len({one.nodes for one in part}) for part in [*panels, *strips] if part)
+    heights = [_num_depths(panels[place : place + 2]) for place in range(0, len(panels), 2)] + [1]
+    size = (2 * (0.9 + 0.5 * most_columns), 1.2 + sum(0.8 + 0.36 * height for height in heights))
+    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(len(heights), 2, squeeze=False, height_ratios=[height + 1 for height in heights])
+    low, high = min(one.speedup for one in outcomes), max(one.speedup for one in outcomes)
+    titled = [(f"width {width}", panel) for width, panel in zip(widths, panels, strict=True)]
+    titled += [("", [])] * (len(titled) % 2) + list(zip(("chains", "static trees"), strips, strict=True))
+    for axes, (title, panel) in zip(places.flat, titled, strict=True):
+        axes.set_axis_off()
+        if panel:
+            axes.set_axis_on()
+            axes.set_title(title, loc="left", fontsize=10, color=INK)
+            _draw_panel(axes, panel, low, high)
+    figure.suptitle("Predicted speed-up over plain decoding", fontsize=11, color=INK, x=0.01, ha="left", weight="bold")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": ""})
+    return out.getvalue()
+
+
+def _num_depths(panels: Sequence[Sequence[Outcome]]) -> int:
+    return max(len({one.depth for one in panel}) for panel in panels)
+
+
+def _draw_panel(axes: Axes, panel: Sequence[Outcome], low: float, high: float) -> None:
+    flat = panel[0].manner != "dynamic"
+    rows = [0] if flat else sorted({one.depth for one in panel})
+    columns = sorted({one.nodes for one in panel})
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for one in panel:
+        grid[0 if flat else rows.index(one.depth), columns.index(one.nodes)] = one.speedup
+    axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-9))
+    for (row, column), speed in np.ndenumerate(grid):
+        if not np.isnan(speed):
+            colour = "white" if speed < low + 0.6 * (high - low) else INK
+            axes.text(column, row, f"{speed:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+    axes.set_xticks(range(len(columns)), list(map(str, columns)))
+    axes.set_yticks([] if flat else range(len(rows)), [] if flat else list(map(str, rows)))
+    axes.set_xlabel("drafted depth" if panel[0].manner == "chain" else "nodes checked", fontsize=8.5, color=SOFT)
+    axes.set_ylabel("" if flat else "drafted depth", fontsize=8.5, color=SOFT)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=SOFT, labelsize=8, length=0)

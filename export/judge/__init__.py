@@ -1,0 +1,1 @@
+"""A judge as files that others load."""

@@ -1,0 +1,125 @@
+"""EAGLE-3 on disk: the common layout of vLLM, SGLang and the official code, and the one of TensorRT-LLM.
+
+Owns their tables and config fields. TensorRT-LLM's differs by what it leaves out: ``t2d``, and the embedding. Knows nothing of cards and
+commands.
+
+Shape legend: D hidden, V vocabulary, Vd draft vocabulary, n fused layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from draftsmith.export.layouts.embedding import NAME as EMBEDDING
+from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
+from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
+from draftsmith.export.layouts.llama import layer_settings, llama_fields
+from draftsmith.export.layouts.readback import refuse_difference, tensors_of
+from draftsmith.models.drafters.drafter_reader import assemble, module_table
+from draftsmith.models.drafters.eagle import Eagle3
+from draftsmith.models.drafters.eagle_config import Eagle3Config
+from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
+from draftsmith.models.target.ends import TargetEnds
+from draftsmith.models.target.target import PRE_NORM
+
+WHAT = "EAGLE-3"
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+LAYER, OTHER_LAYER = "midlayer", "layers.0"
+
+
+def engine_table(config: Eagle3Config, layer: str = LAYER, where: str = "the config") -> Table:
+    """Every tensor that engines and the official code know: our module's, its layer under either name, and a few more."""
+    own = module_table(Eagle3, config, where).specs
+    specs = {name.replace(f"{LAYER}.", f"{layer}.", 1): spec for name, spec in own.items()}
+    specs[EMBEDDING] = TensorSpec((config.vocab_size, config.hidden_size), optional=True)
+    if "d2t" in specs:
+        specs["t2d"] = TensorSpec((config.vocab_size,), "bool", optional=True)
+    return Table(WHAT, config.vocab_size, specs)
+
+
+def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """Write the common layout into an existing folder, read it back and compare.
+
+    Returns:
+        what a user must know of the result.
+
+    Raises:
+        ValueError: the drafter does not fit its table, or reads layers that engines cannot be told.
+    """
+    tensors, notes = with_membership(tensors_of(drafter), drafter.config.vocab_size), []
+    if ends is not None and not is_plain(ends):
+        tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
+        notes.append(
+            "The target computes more than a look-up for its embedding, so `embed_tokens` with the result is here. vLLM reads it; SGLang "
+            "takes the target's bare matrix. A constant factor makes no difference behind the drafter's own norm."
+        )
+    if PRE_NORM in drafter.config.layers:
+        notes.append("It reads the last block's output, which vLLM captures; no other engine was tried with it.")
+    _write(drafter, folder, ends, tensors)
+    return tuple(notes)
+
+
+def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`."""
+    _write(drafter, folder, ends, tensors_of(drafter))
+    counts = block_counts(drafter.config.layers, num_layers(ends))
+    captured = ", ".join(str(count - 1) for count in counts)
+    return (f"TensorRT-LLM is told which layers to capture: `eagle3_layers_to_capture={{{captured}}}`.",)
+
+
+def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict[str, Tensor]) -> None:
+    config = drafter.config
+    fields = {"architectures": [ARCHITECTURE], **llama_fields(config, drafter.dtype, ends)}
+    fields["draft_vocab_size"] = len(tensors["lm_head.weight"])
+    fields |= id_fields(block_counts(config.layers, num_layers(ends)), num_layers(ends))
+    engine_table(config).check(tensors, "the drafter in memory")
+    write_files(folder, as_text(fields), tensors)
+    refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
+
+
+def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> Eagle3:
+    """A drafter from the engines' or the official layout; it knows no target yet beyond its sizes and layers.
+
+    Args:
+        fields: of the config.
+        tensors: of the checkpoint.
+        ends: the target's; without them a stored embedding is not looked at, and the config must name the layers.
+        where: for messages.
+
+    Raises:
+        ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
+            not the target's.
+    """
+    settings, depth = layer_settings(fields, where), num_layers(ends)
+    size = fields.get("draft_vocab_size")
+    config = Eagle3Config(
+        **settings,
+        layers=layer_names(read_counts(fields, depth, where), depth, where),
+        draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),
+        num_draft_steps=7,
+    )
+    layer = OTHER_LAYER if any(name.startswith(f"{OTHER_LAYER}.") for name in tensors) else LAYER
+    engine_table(config, layer, where).check(tensors, where)
+    kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
+    kept.pop("t2d", None)
+    embedding = kept.pop(EMBEDDING, None)
+    if embedding is not None and ends is not None:
+        refuse_other_embedding(embedding, ends, where)
+    return assemble(Eagle3, config, kept)
+
+
+def with_membership(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """The tensors with ``t2d`` beside ``d2t``, which the official code and speculators want."""
+    if "d2t" in tensors:
+        tensors["t2d"] = membership(target_ids(tensors["d2t"]), vocab_size)
+    return tensors
+
+
+def num_layers(ends: TargetEnds | None) -> int | None:
+    """L, where a target is at hand."""
+    return None if ends is None else int(ends.config.num_hidden_layers)

@@ -1,0 +1,52 @@
+"""The target's embedding in a drafter's folder: when it is written, and what is done with one that is found.
+
+Owns both. Our drafters always borrow the target's embedding. Engines do so too, but look up its bare matrix: where a family computes
+more (Gemma multiplies by a factor), what the drafter was trained with must come with it. Knows no layout.
+
+Shape legend: V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.target.ends import TargetEnds
+
+NAME = "embed_tokens.weight"
+_CHUNK = 4096
+
+
+@torch.no_grad()
+def embedding_rows(ends: TargetEnds) -> Tensor:
+    """[V, D]: what the target's embedding gives for every token."""
+    return torch.cat([rows for _, rows in _chunks(ends)])
+
+
+@torch.no_grad()
+def is_plain(ends: TargetEnds) -> bool:
+    """Whether the target's embedding gives the rows of its matrix as they are."""
+    weight = dict(ends.embedding.named_parameters())["weight"].cpu()
+    return all(torch.equal(rows, weight[ids].to(rows.dtype)) for ids, rows in _chunks(ends))
+
+
+@torch.no_grad()
+def refuse_other_embedding(found: Tensor, ends: TargetEnds, where: str) -> None:
+    """A drafter's stored embedding must be its target's: ours have none of their own.
+
+    Raises:
+        ValueError: they differ, at the dtype that is stored.
+    """
+    different = sum(int((rows.to(found.dtype) != found[ids]).any(-1).sum()) for ids, rows in _chunks(ends))
+    if different:
+        raise ValueError(
+            f"{where}: {NAME} differs from the embedding of {ends.name!r} in {different:,} of {len(found):,} rows; name the target that "
+            "the drafter was made for. Drafters with an embedding of their own cannot be read"
+        )
+
+
+def _chunks(ends: TargetEnds) -> Iterator[tuple[Tensor, Tensor]]:
+    for ids in torch.arange(ends.vocab_size).split(_CHUNK):
+        yield ids, ends.embed(ids.to(ends.device)).cpu()

@@ -1,0 +1,147 @@
+"""What every layout of an EAGLE drafter shares: the fields by which Llama's config tells the sizes of its one layer.
+
+Owns the way between :class:`EagleConfig` and those fields, rotary settings in the legacy form (``rope_theta``, ``rope_scaling``), since
+Transformers 4 reads no other. Knows no tensors and no folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from draftsmith.models.drafters.eagle_config import EagleConfig
+from draftsmith.models.files.field_rules import COUNT, LIST, OBJECT, POSITIVE, Rule, check_fields
+from draftsmith.models.target.ends import TargetEnds
+
+SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
+_RULES: dict[str, Rule] = {
+    **{
+        name: EagleConfig.rules[name]
+        for name in (*SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
+    },
+    "draft_vocab_size": COUNT,
+    "rope_theta": POSITIVE,
+    "rope_parameters": OBJECT,
+    "rope_scaling": OBJECT,
+    "eagle_config": OBJECT,
+    "layer_types": LIST,
+}
+# What our layer is. Another value means another computation, which loading the weights alone would hide.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "num_hidden_layers": (1,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "norm_before_residual": (False,),
+    "norm_before_fc": (False,),
+    "fc_norm": (False,),
+    "norm_output": (False,),
+    "parallel_drafting": (False,),
+    "partial_rotary_factor": (1.0,),
+    "logit_scale": (1.0,),
+}
+
+
+def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
+    """The layer as the fields of a one-layer Llama's ``config.json``. Token ids are the target's, as far as it is at hand."""
+    rope = dict(config.rope)
+    theta = float(rope.pop("rope_theta", 10000.0))
+    return {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": _context(config, ends),
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else dict(sorted(rope.items())),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **_special_tokens(ends),
+    }
+
+
+def _context(config: EagleConfig, ends: TargetEnds | None) -> int:
+    """The target's context; the layer's own where no target is at hand, or where its rotary frequencies depend on that number."""
+    known = None if ends is None or config.rope.get("rope_type") == "dynamic" else ends.max_positions
+    return config.max_position_embeddings if known is None else known
+
+
+def _special_tokens(ends: TargetEnds | None) -> dict[str, Any]:
+    if ends is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    end_ids = ends.eos_token_ids
+    return {
+        "bos_token_id": getattr(ends.config, "bos_token_id", None),
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids) or None,
+        "pad_token_id": getattr(ends.config, "pad_token_id", None),
+    }
+
+
+def layer_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keyword arguments of :class:`EagleConfig` that such fields stand for.
+
+    Raises:
+        ValueError: a size is missing, a field breaks its rule, or a setting asks for a computation that our layer does not do.
+    """
+    missing = [name for name in SIZES if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; without them no tensor can be checked, add them by hand")
+    given = {name: value for name, value in fields.items() if value is not None}
+    check_fields(given, _RULES, where, "correct it by hand")
+    refuse_other_layers(fields, where)
+    heads = int(fields["num_attention_heads"])
+    return {
+        "hidden_size": int(fields["hidden_size"]),
+        "vocab_size": int(fields["vocab_size"]),
+        "intermediate_size": int(fields["intermediate_size"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(fields.get("num_key_value_heads") or heads),
+        "head_dim": int(fields.get("head_dim") or int(fields["hidden_size"]) // heads),
+        "rms_norm_eps": float(fields.get("rms_norm_eps") or 1e-6),
+        "max_position_embeddings": int(fields.get("max_position_embeddings") or 2048),
+        "rope": _rope(fields, where),
+    }
+
+
+def refuse_other_layers(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse settings under which the same tensors would mean something else.
+
+    Raises:
+        ValueError: naming each.
+    """
+    nested = fields.get("eagle_config") or {}
+    given = [(name, place[name]) for place in (fields, nested) for name in _FIXED if place.get(name) is not None]
+    faults = [f"{name} {value!r}" for name, value in given if value not in _FIXED[name]]
+    width = fields.get("target_hidden_size")
+    if width is not None and width != fields["hidden_size"]:
+        faults.append(f"target_hidden_size {width!r}")
+    if "sliding_attention" in (fields.get("layer_types") or ()):
+        faults.append("layer_types with sliding attention")
+    if faults:
+        raise ValueError(
+            f"{where} asks for {', '.join(faults)}, which our one Llama layer does not do; such a drafter cannot be read"
+        )
+
+
+def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Either form, Transformers 5's ``rope_parameters`` or the legacy one, as one flat dictionary."""
+    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    kind = rope.pop("type", None)
+    kind = rope.pop("rope_type", None) or kind or "default"
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{where} has rotary settings that are not known here ({rope | {'rope_type': kind}})")
+    theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0
+    settings = {**rope, "rope_type": kind, "rope_theta": theta}
+    check_fields({"rope": settings}, {"rope": EagleConfig.rules["rope"]}, where, "correct it by hand")
+    return settings | {"rope_theta": float(theta)}

@@ -1,0 +1,1 @@
+"""The commands of `draftsmith label` that read and write labelled answers."""

@@ -1,0 +1,226 @@
+"""The command `draftsmith label rows`: labelled answers as token rows of one target.
+
+Owns how an answer becomes a row (prompt by the chat template, labels by characters), what is done where labels of one answer disagree,
+and what is left out. Knows nothing of caches and training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.arguments import FLAT
+from draftsmith.data.prompts import say_dropped
+from draftsmith.data.tokens import ChatTemplate, chat_of
+from draftsmith.foreign import visible
+from draftsmith.json_rows import Dropped, summary
+from draftsmith.label.schema import Answer, read_answers
+from draftsmith.label.store.store import Store
+from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
+from draftsmith.label.token_rows import LabelledRow, write_rows
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.files.pretrained import read_config
+from draftsmith.models.target.context import context_of
+from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+
+# As in token_labels, which jsonargparse cannot look behind.
+After = Literal["ignored", "wrong"]
+
+UNPLACED = "wrong, but nobody has said where"
+SILENT = "no token is left that a label speaks of"
+TOO_LONG = "longer than the target's context"
+UNTOUCHED = "no token of this tokenizer touches the error"
+REFUSED = "the template fails on the prompt"
+
+
+@dataclass
+class Made:
+    """Rows, the answers left out with their reason, and two things to know of the rest."""
+
+    rows: list[LabelledRow] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    num_realigned: int = 0
+    num_disputed: int = 0
+
+
+def rows(
+    target: str,
+    out: Path,
+    store: str | None = None,
+    answers: Path | None = None,
+    after: After = "ignored",
+    template: str | None = None,
+    max_length: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+) -> None:
+    """Writes labelled answers as rows of token ids with one label a token: what a judge is trained on.
+
+    The prompt goes through the target's chat template, and labels go by characters, so that labels made on another tokenizer's tokens
+    fit too. The file is also a source for `draftsmith data extract`, which caches the states that the labels belong to.
+
+    Args:
+        target: path or hub id of the target whose tokenizer and template are used.
+        out: the file to write; replaced as a whole when it exists.
+        store: a store of labels (path, or an SQLAlchemy URL).
+        answers: a file of labelled answers, instead of a store.
+        after: what the tokens behind the first error are.
+        template: Jinja file for the prompts, or `none` for plain text; default: the tokenizer's own.
+        max_length: leave out rows of more tokens; default: the target's context.
+        revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
+    """
+    if max_length is not None and max_length < 1:
+        raise ValueError(
+            f"max_length is {max_length}; it counts tokens: give at least 1, or nothing for the target's context"
+        )
+    if (store is None) == (answers is None):
+        raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
+    found = _read(store, answers)
+    tokenizer = load_tokenizer(target, revision, trust_remote_code)
+    length = max_length or context_of(read_config(resolve(target, revision), trust_remote_code))
+    chat = chat_of(target, tokenizer, template, revision, trust_remote_code, rendering)
+    made = make_rows(found, tokenizer, chat, after, length)
+    _refuse_one_class(made, store or str(answers))
+    write_rows(out, made.rows)
+    _tell(made, out)
+
+
+def make_rows(
+    answers: Iterable[Answer],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTemplate,
+    after: After = "ignored",
+    max_length: int | None = None,
+) -> Made:
+    """One row an answer, in the order of the answers; several labels of one answer are one row (see merged_labels).
+
+    Raises ValueError when one id stands for two answers.
+    """
+    made = Made()
+    by_id: dict[str, list[Answer]] = {}
+    for answer in answers:
+        group = by_id.setdefault(answer.id, [])
+        if group and (group[0].messages, group[0].response) != (answer.messages, answer.response):
+            raise ValueError(f"{answer.id}: two answers have this id; give each an id of its own, or none")
+        if answer.label is not None:
+            group.append(answer)
+    for group in by_id.values():
+        if group:
+            _add(made, group, tokenizer, chat, after, max_length)
+    return made
+
+
+def merged_labels(several: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
+    """Labels of the same tokens by several people as one, and whether they disagreed.
+
+    What one says and the others leave open stands. From the first token on that one calls correct and another wrong, everything is
+    ignored: what follows continues from a mistake, or not.
+
+    Worked example: 1 1 0 - - and 1 1 1 1 - give 1 1 - - -, disagreed; 1 - - and - - 0 give 1 - 0.
+    """
+    merged: list[int] = []
+    for column in zip(*several, strict=True):
+        said = set(column) - {IGNORED}
+        if len(said) > 1:
+            return merged + [IGNORED] * (len(several[0]) - len(merged)), True
+        merged.append(said.pop() if said else IGNORED)
+    return merged, False
+
+
+def _add(
+    made: Made,
+    group: Sequence[Answer],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTemplate,
+    after: After,
+    max_length: int | None,
+) -> None:
+    first = group[0]
+    placed = [answer for answer in group if answer.label is not None and answer.label.verdict != "unplaced"]
+    # One who finds no error does not place the error of another.
+    if len(placed) < len(group) and not any(one.label is not None and one.label.error for one in placed):
+        made.left_out.append((first.id, UNPLACED))
+        return
+    tokens = tokenize(first.response, tokenizer)
+    try:
+        labels, disputed = merged_labels([token_labels(answer, tokens.offsets, after) for answer in placed])
+    except ValueError as error:
+        made.left_out.append((str(error), UNTOUCHED))
+        return
+    reply_ids = [int(token) for token in tokenizer(first.response, add_special_tokens=False)["input_ids"]]
+    try:
+        prompt_ids = chat.first_prompt_ids(first.messages)
+    except ValueError as error:
+        made.left_out.append((f"{first.id}: {error}", REFUSED))
+        return
+    if max_length is not None and len(prompt_ids) + len(reply_ids) > max_length:
+        made.left_out.append((f"{first.id}, {len(prompt_ids) + len(reply_ids)} of {max_length} tokens", TOO_LONG))
+        return
+    if set(labels) <= {IGNORED}:
+        made.left_out.append((first.id, SILENT))
+        return
+    made.num_disputed += disputed
+    made.num_realigned += any(one.tokens is not None and one.tokens.tokenizer != tokens.tokenizer for one in placed)
+    how = "+".join(sorted({answer.label.how for answer in placed if answer.label is not None}))
+    made.rows.append(LabelledRow(first.id, first.question(), first.source, how, prompt_ids, reply_ids, labels))
+
+
+def _read(store: str | None, answers: Path | None) -> list[Answer]:
+    if answers is not None:
+        dropped: list[Dropped] = []
+        found = list(read_answers(answers, dropped))
+        if not found:
+            raise ValueError(f"no line of {answers} is an answer; {summary(dropped)}")
+        say_dropped(dropped)
+        return found
+    assert store is not None
+    with Store(store) as opened:
+        return opened.answers()
+
+
+def _counts(made: Made) -> Counter[int]:
+    return Counter(label for row in made.rows for label in row.labels)
+
+
+def _refuse_one_class(made: Made, source: str) -> None:
+    counts = _counts(made)
+    if counts[CORRECT] and counts[WRONG]:
+        return
+    left_out = f" ({_reasons(made)})" if made.left_out else ""
+    raise ValueError(
+        f"{source} gives {counts[CORRECT]} correct and {counts[WRONG]} wrong tokens, {len(made.left_out)} answers left out{left_out}; a "
+        "judge learns from both kinds; label more answers"
+    )
+
+
+def _reasons(made: Made) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(why for _, why in made.left_out).most_common())
+
+
+def _tell(made: Made, out: Path) -> None:
+    counts = _counts(made)
+    questions = len({row.question for row in made.rows})
+    print(
+        f"{len(made.rows)} rows of {questions} questions in {out}: {counts[CORRECT]} correct, {counts[WRONG]} wrong and "
+        f"{counts[IGNORED]} ignored tokens"
+    )
+    if made.num_realigned:
+        print(
+            f"{made.num_realigned} answers were labelled on another tokenizer's tokens; their labels were placed by characters"
+        )
+    if made.num_disputed:
+        print(
+            f"{made.num_disputed} answers have labels that contradict each other; their tokens are ignored from there on"
+        )
+    if made.left_out:
+        example, reason = made.left_out[0]
+        print(visible(f"{len(made.left_out)} answers left out: {_reasons(made)} (first: {example}: {reason})"))

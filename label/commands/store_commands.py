@@ -1,0 +1,175 @@
+"""The commands `draftsmith label import`, `export` and `stats`.
+
+Owns their options and what they print. Knows nothing of how rows are read or kept.
+"""
+
+from __future__ import annotations
+
+import getpass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from draftsmith.foreign import visible
+from draftsmith.label.formats import label_studio
+from draftsmith.label.formats.importers import Format, read_labelled
+from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.store.label_source import Origin
+from draftsmith.label.store.store import Store
+
+ExportFormat = Literal["answers", "label-studio"]
+After = Literal["ignored", "wrong"]
+
+_SHOWN = 5
+
+
+def import_answers(
+    source: Path,
+    store: str,
+    format: Format = "auto",
+    licence: str | None = None,
+    model: str | None = None,
+    labelled_by: str | None = None,
+    author: str | None = None,
+) -> None:
+    """Adds the labelled answers of a file to a store, all of them or none.
+
+    Importing a file again adds nothing. What is in the store is never changed: another label by the same author is one more
+    entry of the log.
+
+    Args:
+        source: a JSON or JSON-lines file.
+        store: path of the store (SQLite, made when absent), or an SQLAlchemy URL.
+        format: how a row is read; `auto` decides from the fields of the first row.
+        licence: the licence of the source, where the file does not say it.
+        model: the model that wrote the answers, where the file does not say it; default: unknown.
+        labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
+        author: who imports, for the log; default: the user of this process.
+    """
+    origin = Origin(source.stem, labelled_by or source.stem, licence, model)
+    imported = read_labelled(source, format, origin)
+    with Store(store, create=True) as opened:
+        added = opened.add(imported.answers, author or _user())
+        print(
+            f"{len(imported.answers)} answers in {source} ({imported.format}): {added.items} new answers and {added.labels} "
+            f"new labels in {opened.name}, {added.known_labels} labels known already; {len(imported.left_out)} rows left out"
+        )
+    print(f"labels: {_verdicts(imported.answers)}")
+    for reason in imported.left_out[:_SHOWN]:
+        print(visible(f"left out: {reason}"))
+    if len(imported.left_out) > _SHOWN:
+        print(f"left out: {len(imported.left_out) - _SHOWN} more")
+
+
+def export_answers(
+    store: str,
+    out: Path,
+    format: ExportFormat = "answers",
+    unlabelled: bool = False,
+    target: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes the answers of a store with the labels that stand, one line for each author's label of each answer.
+
+    Args:
+        store: path of the store, or an SQLAlchemy URL.
+        out: the file to write; replaced as a whole when it exists.
+        format: this project's JSON lines, or Label Studio's JSON.
+        unlabelled: write answers without a label too.
+        target: path or hub id of a target: each line then holds the character offsets of its tokenizer's tokens.
+        revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
+    """
+    if target is not None and format == "label-studio":
+        raise ValueError("label-studio's JSON has no place for tokens; leave --target out, or export answers")
+    with Store(store) as opened:
+        answers = opened.answers(unlabelled)
+    if not answers:
+        raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
+    if target is not None:
+        answers = _tokenized(answers, target, revision, trust_remote_code)
+    if format == "answers":
+        write_answers(out, answers)
+    else:
+        label_studio.write_tasks(out, answers)
+    print(f"{len(answers)} lines of {len({answer.id for answer in answers})} answers in {out}: {_verdicts(answers)}")
+
+
+def stats(
+    store: str,
+    target: str | None = None,
+    after: After = "ignored",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Counts what a store holds: by source, model and who labelled, and with a target the labelled tokens.
+
+    Args:
+        store: path of the store, or an SQLAlchemy URL.
+        target: path or hub id of a target whose tokenizer's tokens are counted.
+        after: what the tokens behind the first error count as.
+        revision: revision of a hub id.
+        trust_remote_code: run Python files that come with the target; read them first.
+    """
+    with Store(store) as opened:
+        answers = opened.answers(unlabelled=True)
+        num_entries = opened.num_entries()
+    num_items = len({answer.id for answer in answers})
+    num_questions = len({answer.question() for answer in answers})
+    print(f"{num_items} answers to {num_questions} questions, {num_entries} entries in the log: {_verdicts(answers)}")
+    for title, names in _groups(answers).items():
+        for name in sorted(set(names)):
+            chosen = [answer for answer, own in zip(answers, names, strict=True) if own == name]
+            print(visible(f"{title} {name}: {_verdicts(chosen)}"))
+    if target is not None:
+        counts = _token_counts(answers, target, after, revision, trust_remote_code)
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        print(f"tokens of {target}: {told}")
+
+
+def _groups(answers: Sequence[Answer]) -> dict[str, list[str]]:
+    return {
+        "source": [f"{answer.source} ({answer.licence})" for answer in answers],
+        "model": [answer.model for answer in answers],
+        "labelled by": [
+            "nobody" if answer.label is None else f"{answer.label.labelled_by} ({answer.label.how})"
+            for answer in answers
+        ],
+    }
+
+
+def _verdicts(answers: Sequence[Answer]) -> str:
+    counts = Counter("unlabelled" if answer.label is None else answer.label.verdict for answer in answers)
+    order = ("correct", "wrong", "unplaced", "unlabelled")
+    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "none"
+
+
+def _tokenized(answers: Sequence[Answer], target: str, revision: str | None, trust_remote_code: bool) -> list[Answer]:
+    # Only here: these imports bring torch, which the other ways do not need.
+    from draftsmith.label.token_labels import tokenize
+    from draftsmith.models.files.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(target, revision, trust_remote_code)
+    return [replace(answer, tokens=tokenize(answer.response, tokenizer)) for answer in answers]
+
+
+def _token_counts(
+    answers: Sequence[Answer], target: str, after: After, revision: str | None, trust_remote_code: bool
+) -> dict[str, int]:
+    from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels
+
+    counts: Counter[int] = Counter()
+    for answer in _tokenized(answers, target, revision, trust_remote_code):
+        assert answer.tokens is not None
+        counts.update(token_labels(answer, answer.tokens.offsets, after))
+    return {"correct": counts[CORRECT], "wrong": counts[WRONG], "ignored": counts[IGNORED]}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError) as error:
+        raise ValueError("this process's user has no name; say who imports with --author") from error

@@ -1,0 +1,1 @@
+"""Labelled answers in the formats of other projects."""

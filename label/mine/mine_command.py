@@ -1,0 +1,284 @@
+"""The command `draftsmith label mine`: which of the draft's tokens leave the target's answer as it is.
+
+Owns its options, the log that a killed run goes on from, and the files that it leaves. How a question is mined is
+:mod:`draftsmith.label.mine.walk`'s to know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith import provenance
+from draftsmith.arguments import FLAT
+from draftsmith.data.progress import progress
+from draftsmith.data.replies.reply_settings import Overrides, reply_settings
+from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.files import JsonlAppender, atomic_write, exclusive
+from draftsmith.foreign import json_text, visible
+from draftsmith.label.checkers.checkers import Checker, load_checker
+from draftsmith.label.mine.answers import Parse, ParserName, answer_parser
+from draftsmith.label.mine.many_questions import Forwards, Miner, check_questions
+from draftsmith.label.mine.outputs import counts, from_log, labelled_answers, to_log, token_rows
+from draftsmith.label.mine.questions import Asked, judged_by, read_questions
+from draftsmith.label.mine.walk import Mined, Rules
+from draftsmith.label.schema import write_answers
+from draftsmith.label.token_rows import write_rows
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.options import DEFAULTS, TargetOptions
+from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.outside import parse_json_object
+from draftsmith.ownership import check_alone, check_unclaimed
+from draftsmith.same_run import differences
+
+LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
+
+Log = list[tuple[Mined, tuple[Forwards, Forwards]]]
+
+
+def mine(
+    target: str,
+    draft: str,
+    prompts: Path,
+    out: Path,
+    checker: str = "final-number",
+    against: Literal["answer", "reference"] = "answer",
+    limit: int | None = None,
+    batch_rows: int = 8,
+    max_new_tokens: int = 512,
+    max_length: float | None = None,
+    stop_on_rejoin: int | None = None,
+    draft_window: int = 16,
+    draft_length: int = 5,
+    template: str | None = None,
+    licence: str = "unknown",
+    dtype: str = "float32",
+    where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+) -> None:
+    """Finds out which tokens of a draft LM may stand in the target's answer (AutoJudge, arXiv:2504.20039).
+
+    Wherever the draft would have said another token than the target's own greedy answer, its token is put in and the target goes on. Does
+    it come to the same answer, the token is correct (1) and stays in; else it is wrong (0). Writes OUT/rows.jsonl (token rows for a
+    judge), OUT/answers.jsonl (the same as text, for a store of labels) and OUT/report.json. A killed run goes on behind the last
+    question that was finished when the same command is started again.
+
+    Args:
+        target: path or hub id of the target.
+        draft: path or hub id of a causal LM with the target's tokenizer.
+        prompts: JSON lines with `messages` or `prompt_ids`, or the folder that `data prompts` wrote.
+        out: the folder to write.
+        checker: how an answer is read out of a reply: final-number or multiple-choice. Or what judges a reply by its question's row,
+            with `against` reference: embedded, unit-tests, or a function of yours as package.module:function or
+            file.py:function.
+        against: judge by the target's own answer, or leave out what it does not answer as the prompts' reference does.
+        limit: mine the first so many questions only.
+        batch_rows: most questions in flight.
+        max_new_tokens: longest reply.
+        max_length: an alternative is at most so many times as long as the first answer; default: no such bound.
+        stop_on_rejoin: take an alternative whose last so many tokens stand in a known answer to go on as that one does. A guess, which
+            gives some wrong labels; default: let the target go on.
+        draft_window: most tokens of a known answer that one forward verifies; changes no label.
+        draft_length: most tokens that the draft guesses ahead of the target; changes no label.
+        template: Jinja file for the prompts, or `none` for plain text; default: the tokenizer's own.
+        licence: of the questions, for rows that name none.
+        dtype: dtype that both models run in.
+        where: the target's devices, revision, adapter and quantization; see `TargetOptions`. The draft runs on the same device.
+        rendering: the chat template's name and variables; see `TemplateOptions`.
+    """
+    check_unclaimed(out)
+    parse, judge = _reading(checker, against)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
+    check_tokenizers(tokenizer, load_tokenizer(draft, trust_remote_code=where.trust_remote_code), target, draft)
+    settings = reply_settings(
+        target,
+        tokenizer,
+        Overrides(),
+        max_new_tokens,
+        revision=where.revision,
+        trust_remote_code=where.trust_remote_code,
+        generation_config=where.generation_config,
+    )
+    _refuse_other_replies(settings, target)
+    eos = settings.eos_token_ids
+    chat = ChatTemplate(tokenizer, template, eos, rendering)
+    models = (
+        where.load(target, dtype),
+        TargetOptions(device=where.device, trust_remote_code=where.trust_remote_code).load(draft, dtype),
+    )
+    rules = Rules(
+        parse=lambda reply: parse(_decode(tokenizer, reply)),
+        eos_token_ids=eos,
+        max_new_tokens=max_new_tokens,
+        against=against,
+        max_length=max_length,
+        stop_on_rejoin=stop_on_rejoin,
+        context=models[0].max_positions,
+        draft_window=draft_window,
+        draft_length=draft_length,
+    )
+
+    def fit(one: Asked) -> Asked:
+        check_questions([one.question], rules)
+        return one if judge is None else judged_by(judge, one, lambda reply: _decode(tokenizer, reply))
+
+    asked = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit, fit)
+    identity = {
+        "target_fingerprint": models[0].fingerprint,
+        "draft_fingerprint": models[1].fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "template": chat.digest,
+        "eos_token_ids": list(eos),
+        "checker": checker if judge is None else judge.code,
+        "against": against,
+        "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
+        "stop_on_rejoin": stop_on_rejoin,
+        "dtype": dtype,
+        "quantization": where.quantization,
+        "context": where.context,
+    } | ({} if rendering == NO_OPTIONS else asdict(rendering))
+    with exclusive(out / LOG):
+        _begin(out, identity)
+        log = _mine(out, Miner(*models, rules, batch_rows), asked)
+        config = identity | {"target": target, "draft": draft, "limit": limit, "batch_rows": batch_rows}
+        config |= {"draft_window": draft_window, "draft_length": draft_length, "licence": licence}
+        record = provenance.record(provenance.command_line(), config, {str(prompts): _digest(asked)})
+        report = write_outputs(out, asked, log, tokenizer, models[0].name, licence)
+        atomic_write(out / REPORT, json_text(record | report, indent=2) + "\n")
+    _tell(out, report)
+
+
+def _refuse_other_replies(settings: GenerationSettings, target: str) -> None:
+    """Mining reads the likeliest tokens alone. Raises ValueError where the target's generation config asks for other replies."""
+    asked = [] if settings.constraints is None else [*settings.constraints.asked()]
+    asked += ["repetition_penalty"] if settings.repetition_penalty != 1.0 else []
+    asked += ["stop_strings"] if settings.stop_strings else []
+    if asked:
+        raise ValueError(
+            f"the generation config of {target} sets {', '.join(asked)}, which mining does not honour: it takes the likeliest token "
+            "everywhere; ignore that file with --generation_config none"
+        )
+
+
+def _reading(checker: str, against: str) -> tuple[Parse, Checker | None]:
+    """How replies are read; with a checker that judges them, nothing is read without it."""
+    if checker in get_args(ParserName):
+        return answer_parser(checker), None
+    judge = load_checker(checker)
+    if against != "reference":
+        raise ValueError(
+            f"checker is {checker!r} and against is {against!r}; this checker says whether a reply is right, so two wrong ones are not "
+            "the same answer; add --against reference"
+        )
+    return lambda text: None, judge
+
+
+def check_tokenizers(
+    target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, target_name: str, draft_name: str
+) -> None:
+    """Refuses a draft whose token ids mean something else.
+
+    Raises:
+        ValueError: the tokenizers differ; the first difference is told.
+    """
+    if tokenizer_fingerprint(target) == tokenizer_fingerprint(draft):
+        return
+    theirs, ours = ({number: token for token, number in one.get_vocab().items()} for one in (target, draft))
+    first = next((number for number in sorted({*theirs, *ours}) if theirs.get(number) != ours.get(number)), None)
+    told = "their special tokens differ"
+    if first is not None:
+        told = f"token {first} is {theirs.get(first)!r} in the target's and {ours.get(first)!r} in the draft's"
+    raise ValueError(
+        f"the draft {draft_name} has another tokenizer than the target {target_name}: {told}; mining swaps token ids, which must mean the "
+        "same; use a draft of the target's own model family, with its tokenizer"
+    )
+
+
+def write_outputs(
+    out: Path, asked: Sequence[Asked], log: Log, tokenizer: PreTrainedTokenizerBase, model: str, licence: str
+) -> dict[str, Any]:
+    """Writes rows and answers in the order of the questions, and gives the report's counts."""
+    by_id = {mined.id: mined for mined, _ in log}
+    pairs = [(one, by_id[one.question.id]) for one in asked]
+    write_rows(out / ROWS, [row for one, mined in pairs for row in token_rows(one, mined)])
+    answers, num_without = [], 0
+    for one, mined in pairs:
+        found, missing = labelled_answers(one, mined, lambda reply: _decode(tokenizer, reply), model, licence)
+        answers += found
+        num_without += missing
+    write_answers(out / ANSWERS, answers)
+    return counts(log) | {"answers": len(answers), "swaps_without_answer": num_without}
+
+
+def _mine(out: Path, miner: Miner, asked: Sequence[Asked]) -> Log:
+    """Mines what the log does not hold yet; gives the log of the questions asked, in their order."""
+    with JsonlAppender(out / LOG) as appender:
+        there = {row["id"]: row for row in appender.rows}
+        for one in asked:
+            row = there.get(one.question.id)
+            if row is not None and row["prompt_ids"] != one.question.prompt_ids:
+                raise ValueError(
+                    f"{out / LOG} holds a question {one.question.id!r} with another prompt; an id stands for one question; name "
+                    "another folder or delete this one"
+                )
+        waiting = [one.question for one in asked if one.question.id not in there]
+        with progress("mine", len(asked), "questions", done=len(asked) - len(waiting)) as advance:
+            for mined, spent in _spent(miner, miner.mine(waiting)):
+                appender.write(to_log(mined, spent))
+                advance(1)
+        rows = {row["id"]: row for row in appender.rows}
+    return [from_log(rows[one.question.id]) for one in asked]
+
+
+def _spent(miner: Miner, found: Iterator[Mined]) -> Iterator[tuple[Mined, list[Forwards]]]:
+    """With each outcome, the forwards since the one before, so that their sum over a log is what its questions took."""
+    before: tuple[Forwards, Forwards] = Forwards(), Forwards()
+    for mined in found:
+        now = miner.forwards()
+        yield mined, [new.since(old) for new, old in zip(now, before, strict=True)]
+        before = now
+
+
+def _begin(out: Path, identity: dict[str, Any]) -> None:
+    """Writes what this run is, or checks that an earlier one was the same."""
+    path = out / SETTINGS
+    if not path.exists():
+        for name in (LOG, ROWS, ANSWERS, REPORT):
+            check_alone(out / name, path)
+        atomic_write(path, json.dumps(identity, indent=2) + "\n")
+        return
+    earlier = parse_json_object(path.read_bytes(), str(path), "name another folder")
+    wrong = differences(earlier, identity)
+    if wrong:
+        raise ValueError(
+            f"{out} holds labels of another run ({'; '.join(wrong)}); name another folder or delete this one"
+        )
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, reply: list[int]) -> str:
+    return str(tokenizer.decode(reply, skip_special_tokens=True))
+
+
+def _digest(asked: Sequence[Asked]) -> str:
+    return hashlib.sha256(json.dumps([one.question.prompt_ids for one in asked]).encode()).hexdigest()
+
+
+def _tell(out: Path, report: dict[str, Any]) -> None:
+    labels = report["labels"]
+    print(
+        f"{labels['correct'] + labels['wrong']} labels of {report['mined']} questions in {out}: {labels['correct']} correct, "
+        f"{labels['wrong']} wrong; {report['target']['forwards']} forwards of the target, {report['draft']['forwards']} of the draft"
+    )
+    for reason, count in report["left_out"].items():
+        print(visible(f"left out: {count} questions: {reason}"))
+    if report["swaps_without_answer"]:
+        print(f"{report['swaps_without_answer']} labels are in {ROWS} only: their token is no characters of its own")

@@ -1,0 +1,316 @@
+"""One question on its way through AutoJudge's mining (arXiv:2504.20039): which tokens of an answer may be the draft's.
+
+Owns the order of the procedure: the target's answer, the draft's tokens along it, one swap after the other, the answer that follows, the
+label. Knows no model: it says what is to be read, and is told which tokens came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from draftsmith.label.mine.known_answers import SHORTEST_RUN, KnownAnswers
+from draftsmith.label.token_labels import CORRECT, WRONG
+
+Against = Literal["answer", "reference"]
+Phase = Literal["prompt", "answer", "alternative", "draft", "done"]
+Work = Literal["prompt", "answer", "alternative", "draft", "guess"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt in token ids; the target's answer where it is known already; what the data set says the answer is.
+
+    `parse` stands in for the rules' where a reply to this question is read in the light of more than the reply.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    reply_ids: list[int] | None = None
+    reference: str | None = None
+    parse: Callable[[list[int]], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How answers are found and judged.
+
+    Attributes:
+        parse: what a reply, in token ids, answers; None where it answers nothing.
+        eos_token_ids: any of these ends a reply, and is part of it.
+        max_new_tokens: most tokens of a reply.
+        against: "answer" judges by the target's own answer, "reference" leaves questions out which the target does not answer
+            as their reference does.
+        max_length: an alternative is at most so many times as long as the first answer; None sets no such bound.
+        stop_on_rejoin: an alternative whose last so many tokens stand in a known answer is taken to go on as that one does. A
+            guess, not exact; None always lets the target go on.
+        context: most tokens of prompt and reply together; None for no limit.
+        draft_window: most tokens of a known answer that one forward of the target verifies.
+        draft_length: most tokens that the draft guesses for one forward of the target, where no known answer tells what comes.
+        look_ahead: tokens of the answer along which the draft is asked in one forward.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    parse: Callable[[list[int]], str | None]
+    eos_token_ids: tuple[int, ...]
+    max_new_tokens: int = 512
+    against: Against = "answer"
+    max_length: float | None = None
+    stop_on_rejoin: int | None = None
+    context: int | None = None
+    draft_window: int = 16
+    draft_length: int = 5
+    look_ahead: int = 16
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 1, "draft_window": 0, "draft_length": 0, "look_ahead": 1, "max_length": 1}
+        least["stop_on_rejoin"] = SHORTEST_RUN
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} is {value}; it must be at least {bound}; raise it")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """At `place` of the reply the target said `target_token` and the draft `draft_token`; `label`: 1 may be accepted, 0 is wrong."""
+
+    place: int
+    target_token: int
+    draft_token: int
+    label: int
+
+
+@dataclass
+class Cost:
+    """Tokens read, and forwards in which a question took part, by what they were for.
+
+    The target reads the prompt, finds its answer and the alternatives; the draft says its tokens along the answer ("draft") and
+    guesses ahead of the target ("guess").
+    """
+
+    tokens: dict[Work, int] = field(default_factory=dict)
+    row_forwards: dict[Work, int] = field(default_factory=dict)
+
+    def add(self, work: Work, num_tokens: int, num_forwards: int) -> None:
+        """Charges one reading."""
+        self.tokens[work] = self.tokens.get(work, 0) + num_tokens
+        self.row_forwards[work] = self.row_forwards.get(work, 0) + num_forwards
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What came of a question.
+
+    Attributes:
+        id: the question's.
+        prompt_ids: as the target read them.
+        first_reply_ids: the target's answer.
+        reply_ids: the answer in the end, every accepted swap in it. A rejected swap at place i was tried behind its first i tokens.
+        answer: what it comes to; None where the question was left out.
+        swaps: in the order of their places.
+        cost: what it took.
+        left_out: why the question was left out; None where it was not.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    first_reply_ids: list[int]
+    reply_ids: list[int]
+    answer: str | None
+    swaps: tuple[Swap, ...]
+    cost: Cost
+    left_out: str | None = None
+
+
+@dataclass
+class _Growing:
+    """A reply that the target goes on with.
+
+    Its first `first` tokens are given, it ends at `limit`. `guess` is what may come next, `known` whether a known answer tells so.
+    """
+
+    tokens: list[int]
+    limit: int
+    first: int = 0
+    guess: list[int] = field(default_factory=list)
+    known: bool = False
+
+
+class Walk:
+    """A question under way.
+
+    While `phase` is "prompt", "answer" or "alternative", the target is to read :meth:`target_tokens` and its next tokens go to
+    :meth:`take_target`; while it is "draft", the same with the draft; "done" ends it, and :meth:`mined` tells the outcome.
+    """
+
+    def __init__(self, question: Question, rules: Rules) -> None:
+        self.question = question
+        self.phase: Phase = "prompt"
+        self.cost = Cost()
+        self._rules = rules
+        self._parse = question.parse or rules.parse
+        self._known = KnownAnswers()
+        self._first_reply: list[int] = []
+        self._reply: list[int] = []
+        self._drafted: list[int] = []
+        self._place = 0
+        self._limit = 0
+        self._answer: str | None = None
+        self._swaps: list[Swap] = []
+        self._left_out: str | None = None
+        self._growing = _Growing([], self._within_context(rules.max_new_tokens))
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the target's next tokens are what this question waits for."""
+        return self.phase in ("prompt", "answer", "alternative")
+
+    def charge(self, num_tokens: int, num_forwards: int, ahead: bool = False) -> None:
+        """Notes what a reading in this phase takes; `ahead`: it was the draft's, which guesses ahead of the target."""
+        assert self.phase != "done"
+        self.cost.add("guess" if ahead else self.phase, num_tokens, num_forwards)
+
+    def target_tokens(self) -> tuple[list[int], int]:
+        """What the target is to read, and after how many tokens at its end the next one is asked."""
+        growing = self._growing
+        return self.question.prompt_ids + growing.tokens + growing.guess, 1 + len(growing.guess)
+
+    def take_target(self, next_tokens: list[int]) -> None:
+        """The target's own choices: those along the guess that it confirms are its continuation, and one more."""
+        if self.phase == "prompt" and self.question.reply_ids is not None:
+            self._begin(self._cut(self.question.reply_ids))
+            return
+        guess = self._growing.guess
+        kept = next((n for n, token in enumerate(guess) if next_tokens[n] != token), len(guess))
+        if self.phase == "prompt":
+            self.phase = "answer"
+        if self._grow(next_tokens[: kept + 1]):
+            (self._begin if self.phase == "answer" else self._judge)(self._growing.tokens)
+        else:
+            self._look_up()
+
+    def wants_guess(self) -> bool:
+        """Whether the draft is to guess on what the target says next, token by token, because no known answer tells it."""
+        growing = self._growing
+        if self.phase not in ("answer", "alternative") or growing.known:
+            return False
+        ended = bool(growing.guess) and growing.guess[-1] in self._rules.eos_token_ids
+        return not ended and len(growing.guess) < self._room(self._rules.draft_length)
+
+    def guess(self, token: int) -> None:
+        """The draft's next guess."""
+        self._growing.guess.append(token)
+
+    def draft_tokens(self) -> tuple[list[int], int]:
+        """What the draft is to read, and after how many tokens at its end the next one is asked."""
+        end = min(len(self._reply), len(self._drafted) + self._rules.look_ahead)
+        return self.question.prompt_ids + self._reply[: end - 1], end - len(self._drafted)
+
+    def take_draft(self, next_tokens: list[int]) -> None:
+        """The draft's choices along the answer."""
+        self._drafted += next_tokens
+        self._to_next_mismatch()
+
+    def mined(self) -> Mined:
+        """The outcome."""
+        assert self.phase == "done"
+        given, swaps = self.question, tuple(self._swaps)
+        replies = (self._first_reply, self._reply)
+        return Mined(given.id, given.prompt_ids, *replies, self._answer, swaps, self.cost, self._left_out)
+
+    def _look_up(self) -> None:
+        """Guesses what the target says next from a known answer, if the last tokens stand in one."""
+        growing = self._growing
+        place = self._known.rejoin(growing.tokens)
+        growing.guess = [] if place is None else self._known.following(place, self._room(self._rules.draft_window))
+        growing.known = bool(growing.guess)
+
+    def _room(self, most: int) -> int:
+        """How many of `most` guesses may still count: the target adds one token to those it confirms."""
+        return max(0, min(most, self._growing.limit - len(self._growing.tokens) - 1))
+
+    def _grow(self, tokens: list[int]) -> bool:
+        """Appends what the target said; True where the reply ends with it."""
+        growing, rejoin = self._growing, self._rules.stop_on_rejoin
+        for token in tokens:
+            growing.tokens.append(token)
+            if token in self._rules.eos_token_ids or len(growing.tokens) >= growing.limit:
+                return True
+            if rejoin is not None and self.phase == "alternative" and len(growing.tokens) - growing.first >= rejoin:
+                place = self._known.rejoin(growing.tokens, rejoin)
+                if place is not None:
+                    growing.tokens += self._known.following(place, growing.limit - len(growing.tokens))
+                    return True
+        return False
+
+    def _begin(self, reply: list[int]) -> None:
+        """The target's answer is there: judge by it, and look for the first mismatch."""
+        rules = self._rules
+        self._first_reply = self._reply = reply
+        self._answer = self._parse(reply)
+        if self._answer is None:
+            self._leave_out("the target's reply has no answer that can be read")
+            return
+        if rules.against == "reference" and self._answer != self.question.reference:
+            self._leave_out("the target's answer is not the reference's")
+            return
+        self._limit = max(rules.max_new_tokens, len(reply))
+        if rules.max_length is not None:
+            self._limit = min(self._limit, int(rules.max_length * len(reply)))
+        self._known.add(reply)
+        self._to_next_mismatch()
+
+    def _leave_out(self, reason: str) -> None:
+        self._left_out, self._answer, self.phase = reason, None, "done"
+
+    def _to_next_mismatch(self) -> None:
+        while self._place < min(len(self._reply), self._limit):
+            if self._place >= len(self._drafted):
+                self.phase = "draft"
+                return
+            if self._drafted[self._place] != self._reply[self._place]:
+                self._swap()
+                return
+            self._place += 1
+        self.phase = "done"
+
+    def _swap(self) -> None:
+        """Puts the draft's token in and lets the target go on, for one token at least, as the reference procedure does."""
+        tokens = [*self._reply[: self._place], self._drafted[self._place]]
+        first = len(tokens)
+        limit = self._within_context(max(self._limit, first + 1))
+        self._growing = _Growing(tokens, limit, first)
+        self.phase = "alternative"
+        if tokens[-1] in self._rules.eos_token_ids or limit <= first:
+            self._judge(tokens)
+        else:
+            self._look_up()
+
+    def _judge(self, alternative: list[int]) -> None:
+        place = self._place
+        kept = self._parse(alternative) == self._answer
+        draft_token = alternative[place]
+        self._swaps.append(Swap(place, self._reply[place], draft_token, CORRECT if kept else WRONG))
+        self._known.add(alternative, place)
+        if kept:
+            self._reply = alternative
+            self._drafted = self._drafted[: place + 1]
+        self._place += 1
+        # The reference ends its walk behind a swapped end token, whatever became of it.
+        if draft_token in self._rules.eos_token_ids:
+            self.phase = "done"
+        else:
+            self._to_next_mismatch()
+
+    def _cut(self, reply: list[int]) -> list[int]:
+        """A given reply up to its first end token."""
+        ends = (place + 1 for place, token in enumerate(reply) if token in self._rules.eos_token_ids)
+        return reply[: next(ends, len(reply))]
+
+    def _within_context(self, limit: int) -> int:
+        context = self._rules.context
+        return limit if context is None else min(limit, context - len(self.question.prompt_ids))

@@ -1,0 +1,162 @@
+"""Where a label store lies: a file or a database URL, opened for transactions that several processes may hold.
+
+Owns connections, locks, the making of tables, and how a database's failures are told. Knows nothing of labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, event, exc, insert, select
+from sqlalchemy.engine import URL, make_url
+
+from draftsmith.extras import install_command
+from draftsmith.label.store.tables import ABOUT, METADATA, VERSION
+
+PATIENCE_SECONDS = 30.0
+# Drivers whose module and package go by different names.
+_DRIVER_PACKAGES = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+
+
+class Conflict(ValueError):
+    """Two writers wanted to add the same row; the second one's transaction left no trace."""
+
+
+class Unavailable(ValueError):
+    """The database could not do it now: another process holds it, its disk is full, its server is gone.
+
+    Nothing was written, and the same call may succeed later.
+    """
+
+
+def now() -> str:
+    """The time as the tables keep it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+class Database:
+    """A label store's tables, made if `create` says so.
+
+    `place` is a path (SQLite) or an SQLAlchemy URL. A writer waits `patience_seconds` for another one's transaction.
+
+    Raises ValueError: there is no store and `create` is False; what is there is something else or of another version; the
+    URL or its driver is at fault; the database cannot be reached or stays locked.
+    """
+
+    def __init__(self, place: str, create: bool = False, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.url = _url(place)
+        self.name = self.url.render_as_string(hide_password=True) if "://" in place else place
+        if self._is_file() and not Path(str(self.url.database)).exists():
+            if not create:
+                raise ValueError(f"{self.name} does not exist; check the path, or import answers into it first")
+            Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
+        self.engine = self._engine(patience_seconds)
+        with self.read() as connection:
+            ready = self._is_ready(connection, create)
+        if not ready:
+            with self.write() as connection:
+                # Another process may have been quicker since we looked.
+                if not self._is_ready(connection, create):
+                    METADATA.create_all(connection)
+                    connection.execute(insert(ABOUT).values(version=VERSION, at=now()))
+
+    def _is_file(self) -> bool:
+        return self.url.get_backend_name() == "sqlite" and self.url.database not in (None, "", ":memory:")
+
+    def _engine(self, patience_seconds: float) -> Engine:
+        sqlite = self.url.get_backend_name() == "sqlite"
+        try:
+            engine = sqlalchemy.create_engine(self.url, connect_args={"timeout": patience_seconds} if sqlite else {})
+        except exc.NoSuchModuleError as error:
+            raise ValueError(f"{self.name}: {error}; use a database that SQLAlchemy knows, or a path") from error
+        except ModuleNotFoundError as error:
+            driver = str(error.name)
+            remedy = install_command(_DRIVER_PACKAGES.get(driver, driver))
+            raise ValueError(f"{self.name} needs the Python package {driver}; run: {remedy}") from error
+        if sqlite:
+            event.listen(engine, "connect", _on_connect)
+            event.listen(engine, "begin", _on_begin)
+        return engine
+
+    def _is_ready(self, connection: Connection, create: bool) -> bool:
+        found = set(sqlalchemy.inspect(connection).get_table_names())
+        if ABOUT.name in found:
+            version = connection.scalar(select(ABOUT.c.version))
+            if version != VERSION:
+                raise ValueError(
+                    f"{self.name} is a label store of version {version}, this draftsmith reads version {VERSION}; use "
+                    "the draftsmith that wrote it, export its answers as JSON lines, and import those here"
+                )
+            return True
+        if found:
+            raise ValueError(f"{self.name} holds other tables ({', '.join(sorted(found)[:5])}); name another database")
+        if not create:
+            raise ValueError(f"{self.name} holds no label store; check the name, or import answers into it first")
+        return False
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the store."""
+        with self._told(), self.engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction whose rows are all there afterwards, on the disk, or none of them."""
+        with self._told(), self.engine.execution_options(writes=True).begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except exc.IntegrityError as error:
+            rule = "another process wrote the same row at the same moment, and nothing of this was written"
+            raise Conflict(f"{self.name}: {error.orig}; {rule}; try again") from error
+        except exc.OperationalError as error:
+            raise Unavailable(f"{self.name}: {error.orig}; {_remedy(str(error.orig))}") from error
+        except exc.DBAPIError as error:
+            raise ValueError(f"{self.name}: {error.orig}; {_remedy(str(error.orig))}") from error
+        except exc.TimeoutError as error:
+            raise Unavailable(
+                f"{self.name}: every connection to it is in use; try again, nothing was written"
+            ) from error
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.engine.dispose()
+
+
+def _url(place: str) -> URL:
+    if "://" not in place:
+        return URL.create("sqlite", database=place)
+    try:
+        return make_url(place)
+    except (exc.ArgumentError, ValueError) as error:
+        raise ValueError("the store's URL cannot be read; write DIALECT://USER:PASSWORD@HOST/DATABASE") from error
+
+
+def _remedy(failure: str) -> str:
+    if "locked" in failure:
+        return "another process has held it for long; wait for it or end it, nothing was written"
+    if "not a database" in failure or "malformed" in failure:
+        return "the file is damaged or something else; name another, or restore it from a copy"
+    return "check that the database is there and may be written"
+
+
+def _on_connect(connection: object, _record: object) -> None:
+    connection.isolation_level = None  # type: ignore[attr-defined]  # we begin ourselves: see _on_begin
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.close()
+
+
+def _on_begin(connection: Connection) -> None:
+    # A writer that first reads and then upgrades its lock can meet another one doing the same, and both would fail.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

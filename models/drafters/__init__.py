@@ -1,0 +1,1 @@
+"""The drafter seam and the drafter families, one file each."""

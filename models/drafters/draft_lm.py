@@ -1,0 +1,265 @@
+"""An ordinary small causal LM as a drafter.
+
+Owns how a language model that shares the target's tokenizer drafts: through the doors of `Target`, with
+keys and values of its own. It reads nothing of the target but its tokens. Knows nothing of verification, nor of training: any causal LM
+will do, and `configs/draft_lm.yaml` distils one towards its target.
+
+Shape legend: B batch rows, E fresh tokens, M drafted nodes of a layer, T prompt tokens, S cache slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from draftsmith.models.drafters.draft_slots import DraftSlots
+from draftsmith.models.drafters.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.files.adapter_files import read_json
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.finite import is_finite
+from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.files.pretrained import read_config
+from draftsmith.models.target.target import Target, TargetEnds
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.mask import slot_positions
+from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
+from draftsmith.models.trunk.forwards import read_prompts, within_context
+
+
+@dataclass(frozen=True)
+class DraftLMState:
+    """What a draft LM carries between cycles.
+
+    Attributes:
+        cache: its keys and values of the text, up to the tokens that are pending.
+        pending: tokens emitted since the last draft; the last one is the root, which it reads, too.
+    """
+
+    cache: SlotCache
+    pending: Emitted
+
+    def select_rows(self, kept: KeptRows) -> DraftLMState:
+        """The state of some batch rows only."""
+        self.cache.shrink(kept)
+        return DraftLMState(self.cache, self.pending.select_rows(kept.index))
+
+
+class LMDrafter(Drafter):
+    """A causal LM that drafts for a larger one with the same tokenizer (arXiv:2211.17192).
+
+    Vocabularies may differ in their padded rows: tokens that the target has not are never proposed, tokens that the LM has not are read
+    as its last one. Texts beyond the LM's context are drafted for badly, but decoded exactly.
+
+    Args:
+        lm: the draft model.
+        tokenizer: fingerprint of its tokenizer; empty if unknown.
+    """
+
+    def __init__(self, lm: Target, tokenizer: str = "") -> None:
+        super().__init__(
+            DrafterConfig(
+                hidden_size=lm.ends.hidden_size, vocab_size=lm.ends.vocab_size, tokenizer_fingerprint=tokenizer
+            )
+        )
+        self.lm = lm
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """None: it reads tokens."""
+        return ()
+
+    def attach(self, ends: TargetEnds) -> Drafter:
+        """Any target will do whose tokenizer is its own, which :meth:`check_tokenizer` sees to."""
+        self._borrowed[:] = [ends]
+        return self
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Refuse a target with another tokenizer.
+
+        Raises:
+            ValueError: both fingerprints are known and differ.
+        """
+        own = self.config.tokenizer_fingerprint
+        if own and fingerprint and own != fingerprint:
+            raise ValueError(
+                f"the draft LM {self.lm.name!r} has another tokenizer ({own[:12]}) than the target ({fingerprint[:12]}); token ids would "
+                "not mean the same; use an LM of the target's own model family, with its tokenizer"
+            )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the LM's own."""
+        return self.lm.ends.head_weight
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """Not for this family.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "an ordinary draft LM is not trained from the target's states; distil it towards the target with configs/draft_lm.yaml, or "
+            "train it as any language model on the target's replies"
+        )
+
+    def start(self, opening: Opening) -> DraftLMState:
+        """Read the prompts; the first emitted token is pending."""
+        spare = 1 + max(opening.limits.max_fed, opening.limits.draft_length + 1)
+        cache = SlotCache(opening.room + spare, self.lm.config.num_hidden_layers)
+        prompt = opening.prompt
+        # Shorter prompts have their root and padding behind them here; the first draft writes over both.
+        tokens_BT = torch.cat([opening.first_B[:, None], prompt.tokens_BE[:, :-1]], dim=1)
+        read_prompts(self.lm, cache, self.known(tokens_BT), prompt.counts_B)
+        root_B1 = prompt.tokens_BE.gather(1, prompt.counts_B[:, None] - 1)
+        return DraftLMState(cache, Emitted(root_B1, {}, torch.ones_like(prompt.counts_B)))
+
+    def advance(self, state: DraftLMState, emitted: Emitted) -> DraftLMState:  # type: ignore[override]
+        """What was emitted is pending until the next draft."""
+        return DraftLMState(state.cache, emitted)
+
+    def expander(self, state: DraftLMState, cycle: Cycle, limits: DraftLimits) -> LMDraft:  # type: ignore[override]
+        """See :class:`LMDraft`."""
+        return LMDraft(self, state, cycle)
+
+    def known(self, tokens: Tensor) -> Tensor:
+        """Target ids of any shape as ids that the LM can embed."""
+        return tokens.clamp(max=next(self.lm.ends.embedding.parameters()).shape[0] - 1)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """The LM's normed states [..., D] -> logits [..., V] of the tokens that the target has, too."""
+        return self.lm.logits(normed)[..., : self.ends.vocab_size]
+
+
+class LMDraft:
+    """One draft: the pending tokens up to the root first, then layer by layer of nodes."""
+
+    def __init__(self, drafter: LMDrafter, state: DraftLMState, cycle: Cycle) -> None:
+        self._drafter = drafter
+        self._pending = state.pending
+        # Of the prompt, which counts as fresh in the first cycle, only the root is pending.
+        slots = state.pending.tokens_BE.shape[1]
+        fresh = [min(count, slots) for count in cycle.host_fresh]
+        self._slots = DraftSlots(state.cache, replace(cycle, host_fresh=fresh), ahead=1)
+        self._last_B1 = state.pending.counts_B[:, None] - 1
+        self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
+        self._depth = -1
+        self._depths: list[Tensor] = []
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """The same: both count tokens alike."""
+        return draft_ids
+
+    def begin(self) -> Tensor:
+        """[B, 1, V]: what follows the root, once all pending tokens are read."""
+        tokens_BE = self._pending.tokens_BE[:, : self._slots.num_fresh]
+        positions_BE = self._slots.aim_fresh(self._pending.counts_B)
+        normed = self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
+        last_B11 = self._last_B1[..., None]
+        return self._drafter.logits(normed.gather(1, last_B11.expand(-1, -1, normed.shape[-1])))
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """[B, M, V]: what follows new nodes."""
+        self._depth += 1
+        self._depths.append(torch.full_like(tokens_BM, self._depth))
+        mask = self._slots.aim_nodes(above_BM)
+        positions_B1 = self._slots.lengths_B[:, None] + self._depth
+        return self._drafter.logits(self._run(tokens_BM, positions_B1.expand(tokens_BM.shape), mask))
+
+    def _run(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Normed states of new tokens at the slots that were aimed at."""
+        lm, cache = self._drafter.lm, self._slots.cache
+        key_positions = None
+        if lm.window is not None:
+            key_positions = self._key_positions()
+            if mask is None:  # what a windowed model makes of none is its own affair
+                mask = torch.ones(1, 1, tokens.shape[1], cache.window, dtype=torch.bool, device=tokens.device)
+        return lm(
+            self._drafter.known(tokens),
+            cache=cache,
+            positions=within_context(lm, positions),
+            mask=mask,
+            key_positions=key_positions,
+        ).normed
+
+    def _key_positions(self) -> Tensor:
+        """int64 [B, S]: the position of what lies at each visible slot: text, then nodes."""
+        lengths_B, window = self._slots.lengths_B, self._slots.cache.window
+        if not self._depths:
+            return torch.arange(window, device=lengths_B.device).expand(lengths_B.shape[0], -1)
+        return slot_positions(torch.cat(self._depths, dim=1), lengths_B, window)
+
+
+def load_draft_lm(
+    path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> LMDrafter:
+    """A causal LM as a drafter, with its tokenizer's fingerprint.
+
+    Args:
+        path: directory, hub id or ``embedded:draft_lm``; a PEFT adapter's directory, whose config names its base, also does.
+        dtype: of its weights.
+        device: where to put it.
+        adapter: a PEFT adapter to merge into it.
+        trust_remote_code: whether Python files that come with it may run.
+
+    Raises:
+        ValueError: bad path, dtype or device, an unsupported family, what is no causal LM of Transformers (a head exported for a serving
+            engine, for instance), no tokenizer, an adapter that names no base, or code that may not run.
+    """
+    folder = resolve(path)
+    if not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise ValueError(f"{path} is an adapter itself; give its base model and {adapter!r}, or this one alone")
+        path, adapter = _base_of(folder), str(folder)
+    check_architecture(resolve(path), trust_remote_code)
+    lm = Target.load(path, dtype, device, adapter=adapter, trust_remote_code=trust_remote_code)
+    _refuse_non_finite(lm)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return LMDrafter(lm, tokenizer_fingerprint(tokenizer)).eval()
+
+
+def _base_of(adapter: Path) -> str:
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{adapter / 'adapter_config.json'} names no base model (base_model_name_or_path); give the base model's directory and the "
+            "adapter beside it"
+        )
+    return base
+
+
+def _refuse_non_finite(lm: Target) -> None:
+    """A draft LM with a NaN in it decodes exactly all the same, at one token a step: nobody would see it.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    for name, weight in lm.model.named_parameters():
+        if weight.is_floating_point() and not is_finite(weight.detach()):
+            raise ValueError(f"the draft LM {lm.name!r} holds NaN or infinity in {name}; give a whole checkpoint")
+
+
+def check_architecture(folder: Path, trust_remote_code: bool = False) -> None:
+    """Refuse another module that goes by a language model's config: whatever it lacks of the LM would be random numbers.
+
+    Raises:
+        ValueError: the config in the folder names no causal LM, of Transformers or of code that may run.
+    """
+    config = read_config(folder, trust_remote_code)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = config.architectures or [str(known)]
+    by_own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if known not in named and not by_own_code:
+        raise ValueError(
+            f"{folder} holds {config.model_type!r} with architecture {named[0]!r}, which is no causal LM of transformers; give a draft LM, "
+            "or a drafter as training wrote it"
+        )

@@ -1,0 +1,70 @@
+"""Where a drafter with keys and values of its own writes one draft, and what each drafted node sees.
+
+Owns the bookkeeping that EAGLE's layer and an ordinary draft LM share: its cache holds the accepted text only; the nodes of a draft
+lie behind it and are overwritten by the next one. Knows nothing of layers.
+
+Shape legend: B batch rows, E fresh tokens, M nodes of a layer, N nodes so far, S visible slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.drafters.drafter import Cycle
+from draftsmith.models.tree.mask import slot_mask
+from draftsmith.models.tree.slot_cache import SlotCache
+
+
+class DraftSlots:
+    """The slots of one draft.
+
+    Args:
+        cache: of the drafter; what it holds of the accepted text ends ``cycle.host_fresh`` tokens before ``cycle.host_lengths``.
+        cycle: what the decoder knows of the rows.
+        ahead: tokens that the drafter's cache holds beyond the target's; 1 where it is fed the root itself.
+    """
+
+    def __init__(self, cache: SlotCache, cycle: Cycle, ahead: int = 0) -> None:
+        self.cache = cache
+        self.lengths_B = cycle.lengths_B + ahead
+        self.longest = max(cycle.host_lengths) + ahead
+        self.num_fresh = max(cycle.host_fresh)
+        self.single = len(cycle.host_lengths) == 1
+        self._sees_BMN: Tensor | None = None
+        self._is_chain = True
+
+    def aim_fresh(self, counts_B: Tensor) -> Tensor:
+        """Aim the cache at the fresh tokens of every row; gives their positions, int64 [B, E].
+
+        Rows with fewer than E write what is not theirs behind their text, where the draft's nodes overwrite it.
+        """
+        place_E = torch.arange(self.num_fresh, device=counts_B.device)
+        positions_BE = (self.lengths_B - counts_B)[:, None] + place_E
+        first = self.longest - self.num_fresh if self.single else None
+        self.cache.aim(positions_BE, self.longest, first)
+        return positions_BE
+
+    def text_mask(self, positions_BE: Tensor) -> Tensor | None:
+        """bool [B, 1, E, S]: tokens of the text see what stands at or before them; None where that is all."""
+        if self.single and positions_BE.shape[1] == 1:
+            return None
+        slot_S = torch.arange(self.cache.window, device=positions_BE.device)
+        return (slot_S <= positions_BE[..., None])[:, None]
+
+    def aim_nodes(self, above_BM: Tensor) -> Tensor | None:
+        """Aim the cache at M new nodes below those of the last call; gives the mask bool [B, 1, M, S], None where all is seen."""
+        B, M = above_BM.shape
+        eye_BMM = torch.eye(M, dtype=torch.bool, device=above_BM.device).expand(B, -1, -1)
+        if self._sees_BMN is None:
+            sees_BMN, before = eye_BMM, 0
+        else:
+            before = self._sees_BMN.shape[2]
+            inherited_BMN = self._sees_BMN.gather(1, above_BM[..., None].expand(-1, -1, before))
+            sees_BMN = torch.cat([inherited_BMN, eye_BMM], dim=2)
+        self._sees_BMN = sees_BMN
+        place_M = torch.arange(before, before + M, device=above_BM.device)
+        window = self.longest + before + M
+        self.cache.aim(self.lengths_B[:, None] + place_M, window, self.longest + before if self.single else None)
+        self._is_chain = self._is_chain and M == 1
+        return None if self.single and self._is_chain else slot_mask(sees_BMN, self.lengths_B, window)

@@ -1,0 +1,321 @@
+"""The drafter seam: the one interface that the trainer, the decoder and the exporter share.
+
+Owns what every family has in common: which features of the target it reads, the draft vocabulary, the bond to one target, and what
+passes between it and the decoder. Knows no family, no Lightning and no cache format.
+
+Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, E emitted tokens, D hidden, V target vocabulary, Vd draft
+vocabulary, N tree nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from draftsmith.models.drafters.drafter_reader import read_drafter
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, POSITIVE, TEXT, Rule
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.tree.kept_logits import KeptLogits
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.sampled_search import sampled_tree
+from draftsmith.models.tree.search import Draws, Expander, search
+from draftsmith.models.tree.slot_cache import KeptRows
+from draftsmith.models.tree.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Tokens that became final, each with the target's features at the position that predicted it.
+
+    Attributes:
+        tokens_BE: int64 [B, E]; the last counted one of a row is the new root.
+        features: layer name -> [B, E, D]; ``[b, i]`` is the target's state of the token before ``tokens_BE[b, i]``.
+        counts_B: int64 [B], how many of the E are real in each row, at least 1.
+    """
+
+    tokens_BE: Tensor
+    features: dict[str, Tensor]
+    counts_B: Tensor
+
+    def select_rows(self, rows: Tensor) -> Emitted:
+        """The same of some batch rows only. ``rows``: int64 [B']."""
+        features = {name: states[rows] for name, states in self.features.items()}
+        return Emitted(self.tokens_BE[rows], features, self.counts_B[rows])
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a drafter is told when a batch begins.
+
+    Attributes:
+        prompt: the pairs of the prompts: every token but the first, then the first emitted one, each with the state before it.
+        first_B: int64 [B], the first token of each prompt, which stands in no such pair.
+        limits: how drafts will be made.
+        room: tokens that a row can come to hold, prompt included; for buffers.
+    """
+
+    prompt: Emitted
+    first_B: Tensor
+    limits: DraftLimits
+    room: int
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What the decoder knows of its rows when it asks for a draft.
+
+    Attributes:
+        lengths_B: int64 [B], tokens of each row in the target's cache; the root is not among them.
+        host_lengths: the same numbers on the host, so that shapes can follow them without asking the device.
+        host_fresh: how many of them are new since the last draft (all of them in the first).
+        stop_below_B: float32 [B], threshold of the early stop, or None.
+        draws: for sampled trees, or None.
+        temperature: of the requests; decides how sharply scores are read.
+        keep_probs: whether verification compares distributions; chains then carry theirs.
+    """
+
+    lengths_B: Tensor
+    host_lengths: list[int]
+    host_fresh: list[int]
+    stop_below_B: Tensor | None = None
+    draws: Draws | None = None
+    temperature: float = 0.0
+    keep_probs: bool = False
+
+
+class DraftState(Protocol):
+    """What a drafter carries from cycle to cycle; its content is the family's own."""
+
+    def select_rows(self, kept: KeptRows) -> DraftState:
+        """The state of some batch rows only."""
+        ...
+
+
+class DrafterConfig(PreTrainedConfig):
+    """Fields common to every drafter: which target and tokenizer it belongs to, and its vocabulary.
+
+    Attributes:
+        hidden_size: the target's hidden size D.
+        vocab_size: the target's vocabulary size V.
+        draft_vocab_size: Vd; None or V means the full vocabulary.
+        num_draft_steps: the horizon it was trained for.
+        score_scale: what draft logits are multiplied by before paths are compared at temperature 0 (see :meth:`Drafter.score_scale`).
+        target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
+    """
+
+    model_type = "draftsmith_drafter"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "hidden_size": COUNT,
+        "vocab_size": COUNT,
+        "draft_vocab_size": COUNT_OR_NULL,
+        "num_draft_steps": COUNT,
+        "score_scale": POSITIVE,
+        "target_name": TEXT,
+        "target_fingerprint": TEXT,
+        "tokenizer_fingerprint": TEXT,
+    }
+    """What each field must be in a file; a field that is not here is not read."""
+
+    def __init__(
+        self,
+        hidden_size: int = 0,
+        vocab_size: int = 0,
+        draft_vocab_size: int | None = None,
+        num_draft_steps: int = 5,
+        score_scale: float = 1.0,
+        target_name: str = "",
+        target_fingerprint: str = "",
+        tokenizer_fingerprint: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.draft_vocab_size = draft_vocab_size
+        self.num_draft_steps = num_draft_steps
+        self.score_scale = score_scale
+        self.target_name = target_name
+        self.target_fingerprint = target_fingerprint
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        super().__init__(**kwargs)
+
+    def fault(self) -> str:
+        """What of the fields does not go together, in words; empty where all does."""
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            return (
+                f"draft_vocab_size {self.draft_vocab_size}, which is above the target's vocabulary of {self.vocab_size}"
+            )
+        return ""
+
+
+class Drafter(PreTrainedModel):
+    """A small trained module that proposes tokens from a frozen target's states.
+
+    Saved and loaded as any ``PreTrainedModel``. The target's frozen ends (embedding, final norm, head) are borrowed through
+    :meth:`attach` and are never saved with it.
+    """
+
+    config: DrafterConfig
+    config_class: type[DrafterConfig] = DrafterConfig
+    base_model_prefix = ""
+    predicts_features: ClassVar[bool] = False
+    """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        scale = config.score_scale
+        if not isinstance(scale, int | float) or not 0.0 < scale < float("inf"):
+            raise ValueError(f"score_scale is {scale!r}; it must be a positive number; 1.0 reads scores as they are")
+        super().__init__(config)
+        self._borrowed: list[TargetEnds] = []
+        if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        else:
+            self.d2t: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Transformers has it; a local folder is held to what `read_drafter` asks first.
+
+        Raises:
+            ValueError: the folder holds no whole drafter of this family.
+        """
+        given = pretrained_model_name_or_path
+        if isinstance(given, str | os.PathLike) and Path(given).is_dir():
+            read_drafter(Path(given), cls)
+        return super().from_pretrained(given, *args, **kwargs)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the target's layers that it reads."""
+        return (PRE_NORM,)
+
+    @property
+    def ends(self) -> TargetEnds:
+        """The target's frozen ends.
+
+        Raises:
+            ValueError: :meth:`attach` was not called.
+        """
+        if not self._borrowed:
+            raise ValueError("this drafter is attached to no target; call drafter.attach(target.ends) first")
+        return self._borrowed[0]
+
+    def attach(self, ends: TargetEnds) -> Drafter:
+        """Borrow the target's frozen ends.
+
+        Raises:
+            ValueError: the drafter was made for another target (its weights or shapes differ).
+        """
+        own = self.config.target_fingerprint
+        if own and ends.fingerprint and own != ends.fingerprint:
+            raise ValueError(
+                f"this drafter was trained for target {self.config.target_name!r} (fingerprint {own[:12]}), not for {ends.name!r} "
+                f"({ends.fingerprint[:12]}); use that target, or train a drafter for this one"
+            )
+        if (self.config.hidden_size, self.config.vocab_size) != (ends.hidden_size, ends.vocab_size):
+            raise ValueError(
+                f"this drafter expects hidden size {self.config.hidden_size} and vocabulary {self.config.vocab_size}, the target "
+                f"{ends.name!r} has {ends.hidden_size} and {ends.vocab_size}; use the target it was trained for"
+            )
+        self._borrowed[:] = [ends]
+        return self
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Refuse a tokenizer that is not the one of training.
+
+        Raises:
+            ValueError: both fingerprints are known and differ.
+        """
+        own = self.config.tokenizer_fingerprint
+        if own and fingerprint and own != fingerprint:
+            raise ValueError(
+                f"this drafter was trained with another tokenizer ({own[:12]}) than this one ({fingerprint[:12]}); token ids would "
+                "not mean the same; use the tokenizer of the drafter's target"
+            )
+
+    def draft_ids(self) -> Tensor:
+        """int64 [Vd]: the target token id of each draft token id."""
+        size = self.config.vocab_size if self.d2t is None else self.d2t.shape[0]
+        ids = torch.arange(size, device=self.device)
+        return ids if self.d2t is None else ids + self.d2t
+
+    def to_target_ids(self, draft_token_ids: Tensor) -> Tensor:
+        """Map draft ids to target ids, any shape, int64."""
+        return draft_token_ids if self.d2t is None else draft_token_ids + self.d2t[draft_token_ids]
+
+    def set_draft_ids(self, target_ids: Tensor) -> None:
+        """Choose the draft vocabulary. ``target_ids``: int64 [Vd], strictly increasing.
+
+        Raises:
+            ValueError: the ids are not increasing, out of range, or of another number than ``config.draft_vocab_size``.
+        """
+        if self.d2t is None:
+            raise ValueError("this drafter has the full vocabulary; set draft_vocab_size in its config first")
+        if target_ids.shape != self.d2t.shape:
+            raise ValueError(f"{tuple(target_ids.shape)} draft ids given, draft_vocab_size is {self.d2t.shape[0]}")
+        if (
+            bool((target_ids.diff() <= 0).any())
+            or int(target_ids[0]) < 0
+            or int(target_ids[-1]) >= self.config.vocab_size
+        ):
+            raise ValueError(f"draft ids must be strictly increasing and within [0, {self.config.vocab_size})")
+        self.d2t.copy_(target_ids.to(self.d2t.device) - torch.arange(target_ids.shape[0], device=self.d2t.device))
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """[Vd, E]: the output head applied to what :meth:`teacher_forced` returns."""
+
+    @abstractmethod
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """[K, A, E]: the inputs of the output head at every step of every anchor, in training."""
+
+    @abstractmethod
+    def start(self, opening: Opening) -> DraftState:
+        """The state after the prompt and the first emitted token."""
+
+    @abstractmethod
+    def expander(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> Expander:
+        """What continues one node after another below each row's root, for the search."""
+
+    @abstractmethod
+    def advance(self, state: DraftState, emitted: Emitted) -> DraftState:
+        """The state after a cycle's emitted tokens."""
+
+    def score_scale(self, temperature: float) -> float:
+        """What draft logits are multiplied by before paths are compared, so that a path's score is about its chance of acceptance.
+
+        Greedy targets accept their likeliest token only, for which the distribution that drafters are taught is too flat; training fits
+        the factor for them on held-out text. At temperatures above 0 it is what the target's own distribution is sharpened by, if that is
+        less. Distributions that candidates are drawn from are never touched.
+        """
+        own = float(self.config.score_scale)
+        return own if temperature == 0.0 else min(own, 1.0 / temperature)
+
+    def propose(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftTree:
+        """Draft a tree below each row's root. On a GPU nothing is read back to the host.
+
+        Raises:
+            ValueError: a sampled tree is asked for without draws, as at temperature 0.
+        """
+        expander = self.expander(state, cycle, limits)
+        if limits.sampled is None:
+            scale = self.score_scale(cycle.temperature)
+            if not cycle.keep_probs:
+                return search(expander, cycle.stop_below_B, limits, scale)
+            kept = KeptLogits(expander)
+            return kept.onto(search(kept, cycle.stop_below_B, limits, scale), self.ends.vocab_size)
+        if cycle.draws is None:
+            raise ValueError(
+                "a sampled tree is asked for without draws, which are there at temperatures above 0 only; at temperature 0 draft with "
+                "beams, a dynamic or a static tree"
+            )
+        return sampled_tree(expander, cycle.stop_below_B, limits, cycle.draws, self.ends.vocab_size)

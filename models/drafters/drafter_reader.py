@@ -1,0 +1,94 @@
+"""The one strict reader of trained drafters: whatever decodes, evaluates, trains on, checks or exports a drafter gets it from here.
+
+Owns what is refused of a drafter's config and tensors, and how the module is put together from them. Loaders elsewhere are lax: a
+tensor that is missing may become random numbers, and a NaN decodes at one token a step in silence. What a family's tensors must be
+follows from its module. Knows no family, and runs nothing that lies in a drafter's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors
+from draftsmith.models.files.field_rules import check_fields
+from draftsmith.models.files.tables import Table, TensorSpec
+
+if TYPE_CHECKING:
+    from draftsmith.models.drafters.drafter import Drafter, DrafterConfig
+
+_Family = TypeVar("_Family", bound="Drafter")
+_REMEDY = "export the drafter again"
+
+
+def read_drafter(folder: Path, kind: type[_Family], finite: bool = True) -> _Family:
+    """A drafter of one family from its folder, in evaluation mode, attached to nothing; dtype as stored.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        kind: the family.
+        finite: False lets NaN and infinity pass, for who looks for them.
+
+    Raises:
+        ValueError: a file is missing or broken, a field of the config breaks its rule, or the tensors are not those of the family: by name,
+            shape and dtype, all finite, and a draft vocabulary of increasing token ids.
+    """
+    return build_drafter(kind, read_fields(folder), read_tensors(folder), str(folder), finite)
+
+
+def build_drafter(
+    kind: type[_Family], fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str, finite: bool = True
+) -> _Family:
+    """As :func:`read_drafter`, of what a folder holds; ``place`` is what errors call it."""
+    config = drafter_config(kind, fields, place)
+    module_table(kind, config, place).check(tensors, place, finite)
+    return assemble(kind, config, tensors)
+
+
+def drafter_config(kind: type[_Family], fields: Mapping[str, Any], place: str) -> DrafterConfig:
+    """The family's config from the fields of a ``config.json``; those that mean nothing to the family are passed over.
+
+    Raises:
+        ValueError: naming the field, its value and its rule.
+    """
+    rules = kind.config_class.rules
+    check_fields(fields, rules, f"{place}: {CONFIG}", _REMEDY, required=("hidden_size", "vocab_size"))
+    config = kind.config_class(**{name: fields[name] for name in rules if name in fields})
+    if fault := config.fault():
+        raise ValueError(f"{place}: {CONFIG} says {fault}; {_REMEDY}")
+    return config
+
+
+def module_table(kind: type[Drafter], config: DrafterConfig, place: str = "the config") -> Table:
+    """Every tensor of a family's checkpoint: those of its module, which is made without memory for it.
+
+    Raises:
+        ValueError: no module can be made of the config.
+    """
+    try:
+        with torch.device("meta"):
+            module = kind(config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{place}: no {kind.__name__} can be made of its {CONFIG} ({error}); {_REMEDY}") from error
+    specs = {name: TensorSpec.of(tensor) for name, tensor in module.state_dict().items()}
+    return Table(kind.__name__, config.vocab_size, specs)
+
+
+def assemble(kind: type[_Family], config: DrafterConfig, tensors: Mapping[str, Tensor]) -> _Family:
+    """A drafter of given tensors, in evaluation mode, attached to nothing. Of several dtypes it takes the one that holds all.
+
+    Parameters are changed one by one: to move the whole module to another dtype would round its rotary angles too. Torch's random
+    numbers are left as they were, though a fresh module draws some.
+    """
+    with torch.random.fork_rng(devices=[]):
+        drafter = kind(config)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
+    for parameter in drafter.parameters():
+        parameter.data = parameter.data.to(dtype)
+    drafter.load_state_dict(dict(tensors), strict=True)
+    return cast(_Family, drafter.eval())

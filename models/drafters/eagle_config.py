@@ -1,0 +1,170 @@
+"""The configs of EAGLE drafters, and what of them follows the target.
+
+Owns sizes, rotary settings and layer names: how a Llama layer is cut to a target of any family. Knows no weights and no runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig
+
+from draftsmith.models.drafters.drafter import DrafterConfig
+from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, NOT_NEGATIVE, Rule, is_number, is_whole
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
+
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def _is_rope(value: Any) -> bool:
+    """Whether these are rotary settings: a known type, a base above 0, and further numbers, lists of numbers and flags."""
+    if not isinstance(value, dict) or value.get("rope_type", "default") not in _ROPE_TYPES:
+        return False
+    theta = value.get("rope_theta", 1.0)
+    rest = [one for name, one in value.items() if name not in ("rope_type", "rope_theta")]
+    numbers = [part for one in rest for part in (one if isinstance(one, list) else [one])]
+    return (
+        is_number(theta)
+        and theta > 0
+        and all(part is None or isinstance(part, bool) or is_number(part) for part in numbers)
+    )
+
+
+class EagleConfig(DrafterConfig):
+    """The decoder layer's sizes, which follow the target's, and the common fields.
+
+    Attributes:
+        intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, max_position_embeddings: as in Llama.
+        rope: rotary settings in Transformers' form (``rope_type``, ``rope_theta`` and the type's own).
+        bias: whether EAGLE-1's ``fc`` has one, as the public heads of its authors do. Ours begin without: vLLM drops it in silence.
+    """
+
+    model_type = "draftsmith_eagle"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **DrafterConfig.rules,
+        "intermediate_size": COUNT,
+        "num_attention_heads": COUNT,
+        "num_key_value_heads": COUNT,
+        "head_dim": (lambda value: is_whole(value, 2) and value % 2 == 0, "an even number of at least 2"),
+        "rms_norm_eps": NOT_NEGATIVE,
+        "max_position_embeddings": COUNT,
+        "rope": (_is_rope, f"an object of rotary settings: rope_type {', '.join(_ROPE_TYPES)}, and numbers"),
+        "bias": FLAG,
+    }
+
+    def __init__(
+        self,
+        intermediate_size: int = 0,
+        num_attention_heads: int = 1,
+        num_key_value_heads: int = 1,
+        head_dim: int = 0,
+        rms_norm_eps: float = 1e-6,
+        max_position_embeddings: int = 2048,
+        rope: dict[str, Any] | None = None,
+        bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.intermediate_size = intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.rms_norm_eps = rms_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        self.rope = {"rope_type": "default", "rope_theta": 10000.0} if rope is None else rope
+        self.bias = bias
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            return f"num_attention_heads {self.num_attention_heads}, which num_key_value_heads {self.num_key_value_heads} does not divide"
+        return super().fault()
+
+    def llama(self) -> LlamaConfig:
+        """The layer as a one-layer Llama's config."""
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.rms_norm_eps,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters=dict(self.rope),
+        )
+
+
+class Eagle3Config(EagleConfig):
+    """EAGLE-3's fields.
+
+    Attributes:
+        layers: names of the target's layers that are fused, from low to high.
+    """
+
+    model_type = "draftsmith_eagle3"
+    rules: ClassVar[Mapping[str, Rule]] = {**EagleConfig.rules, "layers": NAMES}
+
+    def __init__(self, layers: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layers = list(layers)
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        return super().fault() if self.layers else "layers [], but it reads at least one of the target's"
+
+
+def layer_fields(ends: TargetEnds) -> dict[str, Any]:
+    """The config's fields that follow the target's; a Llama layer's for any family."""
+    target = ends.config
+    heads = _size(target, "num_attention_heads")
+    epsilons = (getattr(target, name, None) for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"))
+    return {
+        "hidden_size": ends.hidden_size,
+        "vocab_size": ends.vocab_size,
+        "target_name": ends.name,
+        "target_fingerprint": ends.fingerprint,
+        "intermediate_size": _size(target, "intermediate_size", "ffn_dim") or 4 * ends.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": _size(target, "num_key_value_heads") or heads,
+        "head_dim": _size(target, "head_dim") or ends.hidden_size // heads,
+        "rms_norm_eps": float(next((one for one in epsilons if one is not None), 1e-6)),
+        "max_position_embeddings": ends.max_positions or 2048,
+        "rope": rope_of(target),
+    }
+
+
+def _size(target: Any, *names: str) -> int:
+    """The first of these fields that the config has, or 0. Where it differs by layer, the last layer's, which the drafter continues."""
+    value = next((found for name in names if (found := getattr(target, name, None))), 0)
+    return int(value[-1] if isinstance(value, list | tuple) else value)
+
+
+def default_layers(num_layers: int) -> tuple[str, ...]:
+    """The three layers that EAGLE-3 fuses: outputs of layers 2, L/2 and L - 3 counted from 1, as every engine has it by default.
+
+    Targets so shallow that these coincide take the first, the middle and the last but one instead.
+
+    Raises:
+        ValueError: fewer than three layers.
+    """
+    if num_layers < 3:
+        raise ValueError(f"EAGLE-3 fuses three layers, the target has {num_layers}; use EAGLE-1 or ReDrafter for it")
+    counts = (2, num_layers // 2, num_layers - 3)
+    if not counts[0] < counts[1] < counts[2]:
+        counts = (1, (num_layers + 1) // 2, num_layers - 1 if num_layers > 3 else num_layers)
+    return tuple(PRE_NORM if count == num_layers else f"layer.{count - 1}.output" for count in counts)
+
+
+def rope_of(target: Any) -> dict[str, Any]:
+    """The target's rotary settings as one flat dictionary; those of full attention where layers differ, plain ones where it has none."""
+    rope = getattr(target, "rope_parameters", None) or {}
+    if rope and all(isinstance(one, dict) for one in rope.values()):
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    theta = float(rope.get("rope_theta") or getattr(target, "rope_theta", None) or 10000.0)
+    if rope.get("rope_type", "default") not in _ROPE_TYPES or rope.get("mrope_section"):
+        rope = {}
+    return {"rope_type": "default", **rope, "rope_theta": theta}

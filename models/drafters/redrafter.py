@@ -1,0 +1,281 @@
+"""ReDrafter: a recurrent draft head searched with a beam (arXiv:2403.09919).
+
+Owns the head's architecture, its teacher-forced run and the step of its draft. Parameter names and shapes are those of Apple's
+checkpoints (``lm_head.{i}.linear``, ``lm_head.{N}``, ``rnn_u``, ``rnn_w``, ``input_proj``); a draft vocabulary and a head that starts
+from the target's are additions. Knows nothing of verification: what it proposes is exact because of the walk, not of this file.
+
+Shape legend: B batch rows, M beams, L drafted depth, A anchors, K draft steps, D target hidden, E exit dimension, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
+
+from draftsmith.models.drafters.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.files.field_rules import COUNT_OR_NULL, COUNT_OR_ZERO, FLAG, Rule
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.slot_cache import KeptRows
+
+
+class ReDrafterConfig(DrafterConfig):
+    """Apple's fields and the common ones.
+
+    Attributes:
+        exit_dim: width E of the residual blocks and of the output head's input. Apple uses 2 D; D makes the head as small as the
+            target's and lets it start from the target's.
+        num_draft_layers: residual blocks before the head.
+        rnn: True for the gated sum s' = SiLU(W e + U s); False for a plain sum of embeddings.
+    """
+
+    model_type = "recurrent_drafting_drafter"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **DrafterConfig.rules,
+        "exit_dim": COUNT_OR_NULL,
+        "num_draft_layers": COUNT_OR_ZERO,
+        "rnn": FLAG,
+    }
+
+    def __init__(self, exit_dim: int | None = None, num_draft_layers: int = 2, rnn: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.exit_dim = self.hidden_size if exit_dim is None else exit_dim
+        self.num_draft_layers = num_draft_layers
+        self.rnn = rnn
+
+
+@dataclass(frozen=True)
+class ReDrafterState:
+    """What ReDrafter carries between cycles.
+
+    Attributes:
+        context_BD: the target's normed state of the last cached token, constant over a draft.
+        root_B: int64, the last emitted token.
+    """
+
+    context_BD: Tensor
+    root_B: Tensor
+
+    def select_rows(self, kept: KeptRows) -> ReDrafterState:
+        """The state of some batch rows only."""
+        return ReDrafterState(self.context_BD[kept.index], self.root_B[kept.index])
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(A x + a); starts as the identity when its weights are zero."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
+        return x + F.silu(self.linear(x))
+
+
+class ReDrafter(Drafter):
+    """The recurrent head: s' = SiLU(W e(token) + U s + b), logits = head(blocks([context; s']))."""
+
+    config_class: type[DrafterConfig] = ReDrafterConfig
+    config: ReDrafterConfig
+
+    def __init__(self, config: ReDrafterConfig) -> None:
+        super().__init__(config)
+        D, E = config.hidden_size, config.exit_dim
+        head_size = (
+            config.vocab_size if config.draft_vocab_size is None else min(config.draft_vocab_size, config.vocab_size)
+        )
+        if E != 2 * D:
+            self.input_proj = nn.Linear(2 * D, E)
+        self.lm_head = nn.Sequential(
+            *(ResidualBlock(E) for _ in range(config.num_draft_layers)), nn.Linear(E, head_size, bias=False)
+        )
+        if config.rnn:
+            self.rnn_u = nn.Linear(D, D)
+            self.rnn_w = nn.Linear(D, D, bias=False)
+        self.post_init()
+
+    @classmethod
+    def for_target(
+        cls,
+        ends: TargetEnds,
+        *,
+        exit_dim: int | None = None,
+        num_draft_layers: int = 2,
+        rnn: bool = True,
+        draft_token_ids: Tensor | None = None,
+        head_init: Literal["random", "target"] = "target",
+        freeze_head: bool = False,
+        num_draft_steps: int = 5,
+        tokenizer_fingerprint: str = "",
+    ) -> ReDrafter:
+        """A fresh head for one target, attached to it.
+
+        Args:
+            ends: the target's frozen ends.
+            exit_dim: E; None takes D.
+            num_draft_layers: residual blocks.
+            rnn: see the config.
+            draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
+            head_init: ``target`` starts the output head from the target's own rows, the blocks from the identity and the projection
+                from "the context alone", so that training begins at the target's own next-token guess; needs E = D or E = 2 D.
+            freeze_head: keep the output head as it starts (smaller optimiser state, faster steps).
+            num_draft_steps: the horizon K it will be trained for, stored in its config.
+            tokenizer_fingerprint: stored, and checked by those who decode with text.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
+        config = ReDrafterConfig(
+            exit_dim=exit_dim,
+            num_draft_layers=num_draft_layers,
+            rnn=rnn,
+            hidden_size=ends.hidden_size,
+            vocab_size=ends.vocab_size,
+            draft_vocab_size=None if draft_token_ids is None else int(draft_token_ids.shape[0]),
+            num_draft_steps=num_draft_steps,
+            target_name=ends.name,
+            target_fingerprint=ends.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        drafter = cls(config)
+        if drafter.d2t is not None and draft_token_ids is not None:
+            drafter.set_draft_ids(draft_token_ids)
+        drafter.attach(ends)
+        if head_init == "target":
+            drafter._start_from_target(ends)
+        drafter.lm_head[-1].weight.requires_grad_(not freeze_head)
+        return drafter
+
+    @torch.no_grad()
+    def _start_from_target(self, ends: TargetEnds) -> None:
+        D, E = self.config.hidden_size, self.config.exit_dim
+        if E not in (D, 2 * D):
+            raise ValueError(
+                f"head_init 'target' needs exit_dim {D} or {2 * D} for this target, not {E}; use one, or head_init 'random'"
+            )
+        rows_VD = ends.head_weight[self.draft_ids().to(ends.device)].to(self.lm_head[-1].weight.dtype)
+        self.lm_head[-1].weight.zero_()[:, :D].copy_(rows_VD)
+        for block in self.lm_head[:-1]:
+            block.linear.weight.zero_()
+            block.linear.bias.zero_()
+        if E == D:
+            self.input_proj.weight[:, :D].copy_(torch.eye(D))
+            self.input_proj.bias.zero_()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[Vd, E]."""
+        return self.lm_head[-1].weight
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """[K, A, E]: the head's inputs at every step of every anchor (Apple's training loop, at supervised anchors only)."""
+        context_AD = self.ends.final_norm(batch.hidden[PRE_NORM][rollout.anchors]).to(self.dtype)
+        state_AD = torch.zeros_like(context_AD)
+        states = []
+        for step in range(rollout.tokens.shape[1]):
+            state_AD = self._recur(state_AD, self._embed(rollout.tokens[:, step]))
+            states.append(state_AD)
+        return self._exit(self._exit_context(context_AD), torch.stack(states), self._exit_parts())
+
+    def start(self, opening: Opening) -> ReDrafterState:
+        """The context and root after the prompt."""
+        return self._at(opening.prompt)
+
+    def advance(self, state: ReDrafterState, emitted: Emitted) -> ReDrafterState:  # type: ignore[override]
+        """Only the last emitted token and the state that predicted it matter."""
+        return self._at(emitted)
+
+    def _at(self, emitted: Emitted) -> ReDrafterState:
+        last_B = emitted.counts_B - 1
+        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
+        context_BD = self.ends.final_norm(emitted.features[PRE_NORM][rows_B, last_B]).to(self.dtype)
+        return ReDrafterState(context_BD, emitted.tokens_BE[rows_B, last_B])
+
+    def expander(self, state: ReDrafterState, cycle: Cycle, limits: DraftLimits) -> Recurrence:  # type: ignore[override]
+        """See :class:`Recurrence`."""
+        return Recurrence(self, state)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.ends.embed(tokens).to(self.dtype)
+
+    def _recur(self, state: Tensor, embedded: Tensor) -> Tensor:
+        return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
+
+    def step_logits(self, context: Tensor, state: Tensor) -> Tensor:
+        """Draft logits [..., Vd] of one step from the normed context [..., D] and the recurrent state [..., D]."""
+        parts = self._exit_parts()
+        return parts.head(self._exit(self._exit_context(context), state, parts))
+
+    def _exit_context(self, context: Tensor) -> Tensor:
+        """The context's share of the projection, the same for every step of a draft: [..., D] -> [..., E] (or [..., D] without one)."""
+        if self.config.exit_dim == 2 * self.config.hidden_size:
+            return context
+        return F.linear(context, self.input_proj.weight[:, : self.config.hidden_size], self.input_proj.bias)
+
+    def _exit(self, shared: Tensor, state: Tensor, parts: _ExitParts) -> Tensor:
+        """Blocks over [context; state]: what :meth:`_exit_context` gave broadcasts against the state [..., D] -> [..., E]."""
+        x = (
+            torch.cat([shared.expand_as(state), state], -1)
+            if parts.of_state is None
+            else shared + F.linear(state, parts.of_state)
+        )
+        for block in parts.blocks:
+            x = block(x)
+        return x
+
+    def _exit_parts(self) -> _ExitParts:
+        of_state = None
+        if self.config.exit_dim != 2 * self.config.hidden_size:
+            of_state = self.input_proj.weight[:, self.config.hidden_size :]
+        *blocks, head = self.lm_head
+        return _ExitParts(of_state, tuple(blocks), head)
+
+
+class Recurrence:
+    """One draft: every node's recurrent state comes from its parent's, the context stays (section 3.1)."""
+
+    def __init__(self, drafter: ReDrafter, state: ReDrafterState) -> None:
+        self.root_B = state.root_B
+        self.target_ids = drafter.to_target_ids
+        self._drafter = drafter
+        # Looked up once a draft: on a small target each look-up costs as much as a product.
+        self._parts = drafter._exit_parts()
+        self._shared_B1E = drafter._exit_context(state.context_BD[:, None])
+        self._state_BMD = state.context_BD.new_zeros(state.context_BD.shape[0], 1, state.context_BD.shape[1])
+
+    def begin(self) -> Tensor:
+        """[B, 1, Vd]: the first step is fed the root."""
+        return self._step(self.root_B[:, None])
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """[B, M, Vd]: one more step for nodes that continue those of the last call."""
+        if self._state_BMD.shape[1] > 1:
+            D = self._state_BMD.shape[-1]
+            self._state_BMD = self._state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
+        return self._step(tokens_BM)
+
+    def _step(self, tokens_BM: Tensor) -> Tensor:
+        drafter = self._drafter
+        self._state_BMD = drafter._recur(self._state_BMD, drafter._embed(tokens_BM))
+        return self._parts.head(drafter._exit(self._shared_B1E, self._state_BMD, self._parts))
+
+
+@dataclass(frozen=True)
+class _ExitParts:
+    """The head's parts as a draft step calls them."""
+
+    of_state: Tensor | None
+    blocks: tuple[nn.Module, ...]
+    head: nn.Module
+
+
+AutoConfig.register(ReDrafterConfig.model_type, ReDrafterConfig)
+AutoModel.register(ReDrafterConfig, ReDrafter)

@@ -1,0 +1,1 @@
+"""What lies on a disk: model folders, checkpoints and adapters, and how their fields and tensors are checked."""

@@ -1,0 +1,123 @@
+"""A PEFT adapter's folder on disk, of a target or of a drafter.
+
+Owns what the folder must hold, how it is read without trusting it, and its fingerprint. Knows no model: what an adapter does to one stands
+in `target_adapter.py` and `adapters.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from draftsmith.models.files.fingerprint import checkpoint_fingerprint
+from draftsmith.models.files.finite import is_finite
+from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.files.pretrained import name_faults
+from draftsmith.outside import parse_json_object
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's, before every tensor's name
+BOND = "bond.json"  # in the folder of a drafter's adapter, and in no other
+
+
+def adapter_folder(name: str) -> Path:
+    """Where a target's adapter lies: a directory or a hub id's snapshot.
+
+    Raises:
+        ValueError: there is no such thing, it is no adapter, its weights are pickled, or their file is cut off.
+    """
+    try:
+        folder = resolve(name)
+    except ValueError as error:
+        raise ValueError(
+            f"adapter {name!r} cannot be had; give the directory or hub id of a PEFT adapter ({error})"
+        ) from error
+    _tensor_names(folder)
+    return folder
+
+
+def reaches(folder: Path, modules: Iterable[str]) -> bool:
+    """Whether a target's adapter touches any of these modules, or one of which that cannot be told; ``folder`` is whole.
+
+    Example: an adapter of ``q_proj`` alone does not reach ``("model.embed_tokens", "model.norm", "lm_head")``.
+    """
+    own = tuple(f"{PREFIX}{name}." for name in modules)
+    return any(not key.startswith(PREFIX) or key.startswith(own) for key in _tensor_names(folder))
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """sha256 (hex) of an adapter: of its weights, and of what its config says about their use (rank, alpha, layers ...).
+
+    Raises:
+        ValueError: no safetensors weights, or a broken config.
+    """
+    origin = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type")
+    fields = {key: value for key, value in read_json(folder / CONFIG).items() if key not in origin and value}
+    # PEFT writes sets as lists of any order.
+    fields |= {key: sorted(value, key=str) for key, value in fields.items() if isinstance(value, list)}
+    text = json.dumps([checkpoint_fingerprint(folder), fields], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder.
+
+    Raises:
+        ValueError: there are none, they are pickled, the file is broken, or a tensor is not of floats or holds NaN or infinity.
+    """
+    _tensor_names(folder)
+    tensors = load_file(folder / WEIGHTS)
+    whole = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())
+    if whole:
+        raise ValueError(
+            f"{folder / WEIGHTS} holds tensors that are not of floats ({name_faults({'in': whole})}); save the adapter again"
+        )
+    bad = sorted(name for name, tensor in tensors.items() if not is_finite(tensor))
+    if bad:
+        raise ValueError(
+            f"{folder / WEIGHTS} holds NaN or infinity ({name_faults({'in': bad})}); its training went wrong: train the adapter again"
+        )
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: it is missing, or holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give a whole adapter folder")
+    return parse_json_object(path.read_bytes(), str(path), "save the adapter again")
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names of an adapter's tensors; of the file only its head is read.
+
+    Raises:
+        ValueError: a file is missing, the weights are pickled, or their file is cut off.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds no adapter ({CONFIG} is missing); give the folder that PEFT's save_pretrained wrote"
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        raise ValueError(
+            f"{folder} holds {', '.join(pickled) or 'no weights'} and no {WEIGHTS}; pickled adapters are never loaded, save the adapter "
+            "with `save_pretrained(path, safe_serialization=True)`"
+        )
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is cut off or no safetensors file: {error}; save the adapter again"
+        ) from error

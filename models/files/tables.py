@@ -1,0 +1,115 @@
+"""Tables of tensors: what a checkpoint must hold, by name, shape and dtype, and how it is held to that.
+
+Owns the check. Loaders elsewhere are lax (a missing tensor may load in silence), so nothing is trusted because "it loads". Knows no
+family and no file.
+
+Shape legend: V target vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.files.finite import is_finite
+
+_DTYPES = {
+    "float": (torch.float32, torch.bfloat16, torch.float16),
+    "int64": (torch.int64,),
+    "bool": (torch.bool,),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor must be: its shape, the kind of its dtype, and whether it may be absent."""
+
+    shape: tuple[int, ...]
+    kind: Literal["float", "int64", "bool"] = "float"
+    optional: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """What a tensor of a module asks of the one that is loaded into it."""
+        kinds: dict[torch.dtype, Literal["int64", "bool"]] = {torch.int64: "int64", torch.bool: "bool"}
+        return cls(tuple(tensor.shape), kinds.get(tensor.dtype, "float"))
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether shape and dtype are as they must be."""
+        return tuple(tensor.shape) == self.shape and tensor.dtype in _DTYPES[self.kind]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every tensor of one checkpoint by name, no more and no less.
+
+    Attributes:
+        what: the family's name, for messages.
+        vocab_size: V; tensors named ``d2t`` and ``t2d`` are held to it.
+        specs: by name.
+    """
+
+    what: str
+    vocab_size: int
+    specs: Mapping[str, TensorSpec]
+
+    def check(self, tensors: Mapping[str, Tensor], where: str, finite: bool = True) -> None:
+        """Hold tensors to the table, to finite values, and a draft vocabulary to increasing ids of the target.
+
+        Args:
+            tensors: by name.
+            where: what errors call them.
+            finite: False lets NaN and infinity pass, for who looks for them.
+
+        Raises:
+            ValueError: naming every tensor that is missing, unknown, misshapen or not finite, and a wrong map.
+        """
+        faults = [
+            f"{name} is missing ({spec})"
+            for name, spec in self.specs.items()
+            if name not in tensors and not spec.optional
+        ]
+        faults += [f"{name} is unknown" for name in tensors if name not in self.specs]
+        for name in self.specs.keys() & tensors.keys():
+            spec, tensor = self.specs[name], tensors[name]
+            if not spec.fits(tensor):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                faults.append(f"{name} is {kind} {list(tensor.shape)}, not {spec}")
+            elif finite and spec.kind == "float" and not is_finite(tensor):
+                faults.append(f"{name} holds NaN or infinity")
+        if not faults:
+            faults += vocabulary_faults(tensors, self.vocab_size)
+        if faults:
+            raise ValueError(f"{where} is not a whole {self.what} of its config.json: {'; '.join(sorted(faults))}")
+
+
+def vocabulary_faults(tensors: Mapping[str, Tensor], vocab_size: int) -> list[str]:
+    """What is wrong with ``d2t`` (int64 [Vd], target id = i + d2t[i]) and ``t2d`` (bool [V]), where they are there."""
+    if "d2t" not in tensors:
+        return []
+    ids = target_ids(tensors["d2t"])
+    # Not only the first and the last: steps between numbers of 64 bits overflow, and would then look like forward ones.
+    if bool((ids < 0).any()) or bool((ids >= vocab_size).any()) or bool((ids.diff() <= 0).any()):
+        return [f"d2t does not map to increasing token ids below {vocab_size}"]
+    if "t2d" in tensors and not torch.equal(tensors["t2d"], membership(ids, vocab_size)):
+        return ["t2d does not mark the token ids that d2t maps to"]
+    return []
+
+
+def target_ids(d2t: Tensor) -> Tensor:
+    """Offsets int64 [Vd] -> target ids int64 [Vd]: ``[0, 2, 2]`` stands for ``[0, 3, 4]``."""
+    return d2t + torch.arange(len(d2t))
+
+
+def membership(ids: Tensor, vocab_size: int) -> Tensor:
+    """Target ids int64 [Vd] -> bool [V], True at them."""
+    inside = torch.zeros(vocab_size, dtype=torch.bool)
+    inside[ids] = True
+    return inside

@@ -1,0 +1,258 @@
+"""What a target reads before it replies: messages through its chat template, or plain text, as token ids.
+
+Owns which template counts, the variables that it takes, and how a prompt is rendered and encoded: here, once, for every command. Does
+not know: replies, masks, files of prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.models.files.end_tokens import end_tokens
+from draftsmith.models.files.fingerprint import template_fingerprint
+
+NO_TEMPLATE = "none"
+_DEFAULT_NAME = "default"
+# What a message may hold for a template to show; everything else of it is for us.
+_SHOWN_FIELDS = ("role", "content", "reasoning_content")
+# Variables that templates read and that are also named in the signature of `apply_chat_template`.
+_PASSED_ON = frozenset({"tools", "documents"})
+_RESERVED = {"messages"} | inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - _PASSED_ON
+# What a template may raise on messages that it was not written for.
+RENDERING_ERRORS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, ValueError)
+
+
+class TemplateRefusal(ValueError):
+    """A chat template that fails on messages: they break its rules, or it has a mistake."""
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What a chat template is given beside the messages.
+
+    Args:
+        template_name: Which of a tokenizer's several chat templates to use; default: the one called default.
+        template_args: Variables of the chat template as JSON, such as {"enable_thinking": false}; or one each, as in
+            --template_args.enable_thinking=false.
+    """
+
+    template_name: str | None = None
+    template_args: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (self.template_args or {}).items():
+            if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+                raise ValueError(
+                    f"template_args names {name!r}, which is no variable of a chat template; give names that your template reads, "
+                    "such as enable_thinking"
+                )
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"template_args.{name} is {value!r:.80}, which JSON cannot hold ({error}); give text, numbers, true, false, "
+                    "null, lists or mappings"
+                ) from error
+
+    @property
+    def as_text(self) -> str | None:
+        """The variables as JSON in one order, for manifests and records; None where there are none."""
+        return json.dumps(self.template_args, sort_keys=True, ensure_ascii=False) if self.template_args else None
+
+
+NO_OPTIONS = TemplateOptions()
+
+
+class PromptTemplate:
+    """Turns what is asked into token ids for one tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: None for the tokenizer's own template, the path of a Jinja file, or "none" for plain text (base models: the texts
+            one after the other, a newline between them).
+        eos_ids: tokens that end a reply; the tokenizer's own end token when empty.
+        options: the template's name and its variables.
+
+    Raises:
+        ValueError: the tokenizer has no such template and none is given, options go with plain text, or the template does not read a
+            variable.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        eos_ids: Iterable[int] = (),
+        options: TemplateOptions = NO_OPTIONS,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text = _template_text(tokenizer, template, options.template_name)
+        self.eos_ids = frozenset(eos_ids) or frozenset(end_tokens(tokenizer=tokenizer))
+        self._args = dict(options.template_args or {})
+        self._check_args()
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the template's text and its variables: prompts that are rendered alike have one digest."""
+        content = self.text or ""
+        if self._args:
+            content += "\0" + json.dumps(self._args, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _check_args(self) -> None:
+        if self.text is None and self._args:
+            raise ValueError(f"template_args is {self._args!r:.80}, but plain text has no template; leave it out")
+        for name in self._args:
+            if not re.search(rf"\b{name}\b", self.text or ""):
+                raise ValueError(
+                    f"template_args names {name!r}, which does not occur in the chat template; correct the name, or leave it out"
+                )
+
+    def first_prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids that the target reads before its first reply.
+
+        Raises:
+            TemplateRefusal: the template fails on these messages.
+        """
+        if self.text is None:
+            return self.plain_ids("\n".join(str(m["content"]) for m in messages))
+        return self._encode(self._render(messages, add_generation_prompt=True))
+
+    def plain_ids(self, text: str) -> list[int]:
+        """A plain text's ids with the tokenizer's own first token, if any, and no end token."""
+        ids = encoded(self.tokenizer, text, special=True)
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+
+    def document_prompt_ids(self, text: str, num_words: int | None = None) -> list[int]:
+        """Ids of the first `num_words` words of a plain document, None for all of it."""
+        return self.plain_ids(first_words(text, num_words))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """Raises TemplateRefusal where the template fails."""
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                shown_fields(messages),
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._args,
+            )
+        except RENDERING_ERRORS as error:
+            raise refusal(messages, error) from error
+        return str(rendered)
+
+    def _encode(self, rendered: str) -> list[int]:
+        """Special tokens are in the rendered text already."""
+        return encoded(self.tokenizer, rendered, special=False)
+
+    def ids_and_offsets(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """A rendered text's ids, and the characters that each stands for: its first, and the one behind its last."""
+        found = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def ids_from(self, rendered: str, place: int) -> list[int]:
+        """Ids of a rendered text from a character on, as in the whole text; encoded apart where a token reaches over that place."""
+        ids, offsets = self.ids_and_offsets(rendered)
+        first = next(
+            (number for number, (start, stop) in enumerate(offsets) if max(start, stop - 1) >= place), len(ids)
+        )
+        whole = first == len(ids) or offsets[first][0] >= place
+        return ids[first:] if whole else self._encode(rendered[place:])
+
+
+def first_words(text: str, count: int | None) -> str:
+    """The first words of a text with their own spacing; `count` None is the whole text."""
+    if count is None:
+        return text
+    end = 0
+    for word in text.split()[:count]:
+        end = text.index(word, end) + len(word)
+    return text[:end]
+
+
+def template_digest(template: str | None) -> str | None:
+    """sha256 of a template that stands in for the tokenizer's own: of the file's content, or of the word; None for none."""
+    if template is None:
+        return None
+    path = Path(template)
+    return hashlib.sha256(path.read_bytes() if path.is_file() else template.encode()).hexdigest()
+
+
+def rendering_fingerprint(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, options: TemplateOptions = NO_OPTIONS
+) -> str:
+    """sha256 (hex) of what turns messages into text: the template in use, its name and its variables; empty for no template."""
+    own = template_digest(template) or template_fingerprint(tokenizer)
+    if options == NO_OPTIONS:
+        return own
+    return hashlib.sha256(json.dumps([own, options.template_name, options.as_text]).encode()).hexdigest()
+
+
+def rendered_digest(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, options: TemplateOptions = NO_OPTIONS
+) -> str:
+    """`PromptTemplate.digest`, as replies record it; that of plain text where neither the tokenizer nor `template` has a template."""
+    chosen = NO_TEMPLATE if template is None and not tokenizer.chat_template else template
+    return PromptTemplate(tokenizer, chosen, options=options).digest
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """Ids of a text; `special` adds the tokenizer's own first and last tokens."""
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
+
+
+def shown_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as a template gets them."""
+    return [{name: message[name] for name in _SHOWN_FIELDS if name in message} for message in messages]
+
+
+def refusal(messages: Sequence[Mapping[str, Any]], error: Exception) -> TemplateRefusal:
+    """The error of a template that fails on messages."""
+    roles = [message["role"] for message in messages]
+    return TemplateRefusal(
+        f"the chat template fails on turns {roles}: {error}; change the data or give another with --template"
+    )
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str | None) -> str | None:
+    if template is not None and name is not None:
+        raise ValueError(f"template_name is {name!r} and template {template!r}; give one of the two")
+    if template == NO_TEMPLATE:
+        return None
+    if template is not None:
+        path = Path(template)
+        if not path.is_file():
+            raise ValueError(f"template {template!r} is no file; give a Jinja file, or {NO_TEMPLATE!r} for plain text")
+        return path.read_text(encoding="utf-8")
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, Mapping):
+        return _named(own, name or _DEFAULT_NAME, tokenizer)
+    if not isinstance(own, str):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give one with --template FILE.jinja, "
+            f"or --template {NO_TEMPLATE} for a base model"
+        )
+    if name is not None:
+        raise ValueError(
+            f"template_name is {name!r}, but the tokenizer {tokenizer.name_or_path!r} has one chat template, without a name; leave it out"
+        )
+    return own
+
+
+def _named(templates: Mapping[str, str], name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if name not in templates:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template called {name!r}; choose one of {', '.join(sorted(templates))} "
+            "with --template_name"
+        )
+    return templates[name]

@@ -1,0 +1,193 @@
+"""The target seam: a frozen Hugging Face causal LM behind a few doors that every family opens alike.
+
+Owns the doors (embed, forward, final norm, logits) and their loading. Knows no drafter, no tree and no cache layout, nor how a family
+takes masks and positions (:mod:`draftsmith.models.trunk.trunk`) and how it is proven that it does (:mod:`draftsmith.models.trunk.proof`).
+
+Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from draftsmith.models.files.end_tokens import end_tokens, read_end_tokens
+from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.files.loading import as_dtype, load_causal_lm
+from draftsmith.models.target.ends import TargetEnds
+from draftsmith.models.trunk.known_models import refuse_unsupported
+from draftsmith.models.trunk.proof import prove
+from draftsmith.models.trunk.trunk import PRE_NORM, TargetOutput
+
+__all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
+
+
+class Target(nn.Module):
+    """The frozen model, whole.
+
+    Raises:
+        ValueError: the family cannot decode trees (recurrent state, positional bias in attention, chunked attention, an encoder),
+            named in the message.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        fingerprint: str,
+        end_token_ids: tuple[int, ...] = (),
+        context: int | None = None,
+    ) -> None:
+        """``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's.
+
+        ``context`` is the longest text in tokens where the config's own is wrong.
+        """
+        super().__init__()
+        refuse_unsupported(model, name)
+        self._saved_end_tokens = end_token_ids
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.fingerprint = fingerprint
+        self.config = model.config.get_text_config()
+        self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids, context=context)
+        self._trunk = prove(model, name, self.ends.logits)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        device_map: str | None = None,
+        revision: str | None = None,
+        adapter: str | None = None,
+        quantization: str | None = None,
+        trust_remote_code: bool = False,
+        context: int | None = None,
+    ) -> Target:
+        """Load a target from a local directory or a hub id.
+
+        Args:
+            path: directory or hub id.
+            dtype: a torch dtype's name, such as float32 or bfloat16.
+            device: where to put it, such as cpu or cuda:0; ignored with ``device_map``.
+            device_map: accelerate's placement over several devices, such as auto.
+            revision: the hub's revision.
+            adapter: a PEFT adapter on top, merged into the weights; it is part of the fingerprint.
+            quantization: ``8bit`` or ``4bit`` (bitsandbytes).
+            trust_remote_code: whether Python files that come with the target may run.
+            context: the longest text in tokens where the config's own is wrong; see :mod:`draftsmith.models.target.context`.
+
+        Raises:
+            ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
+                finite, or code that may not run.
+        """
+        model, fingerprint = load_causal_lm(
+            path,
+            as_dtype(dtype),
+            device,
+            device_map,
+            revision,
+            adapter,
+            quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
+        return cls(model, path, fingerprint, ends, context)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
+        """Wrap a model that is already in memory; its fingerprint hashes every parameter."""
+        return cls(model, name=name, fingerprint=module_fingerprint(model))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.ends.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the states."""
+        return self.ends.dtype
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a layer with a sliding window sees; None where no layer has one."""
+        return self._trunk.window
+
+    @property
+    def rereads_past(self) -> int | None:
+        """The text length past which the model reads its whole text again; see :mod:`draftsmith.models.trunk.rope`."""
+        return self._trunk.rereads_past
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context in tokens, or None where the config names none."""
+        return self.ends.max_positions
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply, as :mod:`draftsmith.models.files.end_tokens` finds them; empty where nothing names one.
+
+        A model in memory has no tokenizer to ask.
+        """
+        return end_tokens(self.model.generation_config, self.model.config) or self._saved_end_tokens
+
+    def forget_settings(self) -> None:
+        """Give the model a generation config that names end tokens and asks for nothing else."""
+        self.model.generation_config = GenerationConfig(eos_token_id=list(self.eos_token_ids) or None)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Normed states [..., D] -> logits [..., V]."""
+        return self.ends.logits(normed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache,
+        positions: Tensor,
+        mask: Tensor | None,
+        key_positions: Tensor | None = None,
+        layers: tuple[str, ...] = (),
+        text_lengths: Tensor | None = None,
+    ) -> TargetOutput:
+        """One forward over new tokens with a cache and an explicit mask.
+
+        Args:
+            input_ids: int64 [B, N].
+            cache: where keys and values of the new tokens go, and those of S visible slots come from.
+            positions: int64 [B, N].
+            mask: bool [B, 1, N, S], True where a new token sees a slot; None for one new token that sees every slot, which attention
+                kernels do faster.
+            key_positions: int64 [B, S], the position of each slot's token; needed where the target has a sliding window.
+            layers: names of further layers to return.
+            text_lengths: int64 [B, N], how long the row's text is when each new token is read: for a prompt's tokens all of it. Rotary
+                factors that change with length are chosen by it. None: up to the token itself.
+        """
+        return self._trunk.forward(
+            input_ids,
+            cache=cache,
+            positions=positions,
+            mask=mask,
+            key_positions=key_positions,
+            layers=layers,
+            text_lengths=text_lengths,
+        )
+
+    def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
+        """One plain causal forward without a cache.
+
+        Args:
+            input_ids: int64 [B, T], padded on the right, where padding harms nobody.
+            layers: names of further layers to return.
+            read: int64 [B], how many tokens of each row are read at once, as decoding does with a prompt; those behind are read as
+                they would be decoded. It matters to rotary factors that change with length. None: all T, of every row.
+        """
+        return self._trunk.prefix(input_ids, layers, read)
+
+    def check_layer(self, name: str) -> None:
+        """Raises ValueError, naming the ones there are, for a layer that the target does not have."""
+        self._trunk.check_layer(name)

@@ -1,0 +1,101 @@
+"""Sampled draft trees: children drawn at every node from the drafter's own distribution.
+
+Owns the draws and the fixed shape of such trees. Knows neither what continues the nodes, nor the target, nor the rules by which candidates
+are accepted (:mod:`draftsmith.decode.verify.candidates`).
+
+Shape legend: B batch rows, M nodes of a layer, K children of a node, N tree nodes, U draws, V target vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
+from draftsmith.models.tree.noise import Draw
+from draftsmith.models.tree.search import Draws, Expander, acceptance_bound
+from draftsmith.models.tree.tree import DraftTree, tree_from_layers
+
+
+def sampled_tree(
+    expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, draws: Draws, vocab_size: int
+) -> DraftTree:
+    """A tree of ``limits.sampled.children`` nodes below each node, layer behind layer, siblings side by side in the order of drawing.
+
+    ``mcsd`` draws siblings without replacement, ``kseq`` with it: siblings may then hold the same token. Both stay nodes of their own,
+    each with its own subtree, which keeps the rule as it is stated and the shape fixed. Padding takes the places that are not
+    drawn: below padding, below nodes that the early stop stops at, and where a distribution has fewer tokens than children are drawn.
+
+    The child in node order takes the key of its own place, so a row draws the same in any batch.
+
+    Args:
+        expander: continues nodes.
+        stop_below_B: float32 [B], thresholds of the early stop, or None.
+        limits: with ``sampled``, and ``early_stop`` where there are thresholds.
+        draws: the keys and the distribution to draw from.
+        vocab_size: V, of the target.
+    """
+    assert limits.sampled is not None
+    tokens, parents, scores, probs = [], [], [], []
+    logits_BMV = expander.begin()
+    alive_BM = torch.ones(logits_BMV.shape[:2], dtype=torch.bool, device=logits_BMV.device)
+    for depth, count in enumerate(limits.sampled.children):
+        if depth > 0 and limits.early_stop is not None and stop_below_B is not None:
+            bound_BM = acceptance_bound(logits_BMV.float().log_softmax(-1), limits.early_stop.scale)
+            alive_BM = alive_BM & (bound_BM >= stop_below_B[:, None])
+            if alive_BM.device.type == "cpu" and not bool(alive_BM.any()):
+                break
+        weights_BMV = draws.probs(logits_BMV) * alive_BM[..., None]
+        first, width = layer_start(limits.sampled, depth + 1), alive_BM.shape[1] * count
+        keys_BMK = draws.keys_BU[:, first - 1 : first - 1 + width].unflatten(1, (-1, count))
+        draft_BMK, drawn_BMK = _children(limits.sampled.rule, weights_BMV, keys_BMK, draws.draw)
+        token_BC = expander.target_ids(draft_BMK).flatten(1)
+        above_BC = torch.arange(width, device=token_BC.device).expand_as(token_BC) // count
+        alive_BM = drawn_BMK.flatten(1)
+        tokens.append(token_BC)
+        parents.append(above_BC + layer_start(limits.sampled, depth))
+        scores.append(torch.zeros_like(alive_BM, dtype=torch.float32).masked_fill(~alive_BM, -torch.inf))
+        probs.append(over_target(expander, weights_BMV, vocab_size))
+        if depth + 1 < len(limits.sampled.children):
+            logits_BMV = expander.extend(token_BC, above_BC)
+    tree = tree_from_layers(expander.root_B, tokens, parents, scores)
+    return replace(
+        tree,
+        parents_BN=tree.parents_BN.masked_fill(~tree.valid_BN, 0),
+        depths_BN=tree.depths_BN.masked_fill(~tree.valid_BN, 0),
+        scores_BN=None,
+        draft_probs_BMV=torch.cat(probs, dim=1),
+    )
+
+
+def layer_start(sampled: SampledChildren, depth: int) -> int:
+    """Index of the first node at a depth, the root's being 0.
+
+    Child i of the m-th node of a layer is the (m * children + i)-th node of the next.
+
+    Example: children (3, 2) start their layers at nodes 0, 1 and 4; the second child of node 2 is node 4 + 1 * 2 + 1 = 7.
+    """
+    return 0 if depth == 0 else 1 + sum(sampled.widths[: depth - 1])
+
+
+def _children(rule: Rule, weights_BMV: Tensor, keys_BMK: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """int64 [B, M, K], bool [B, M, K]: drawn draft ids, and which of them had any weight left to be drawn by."""
+    if rule == "kseq":
+        draft_BMK = draw(weights_BMV, keys_BMK)
+        return draft_BMK, weights_BMV.gather(-1, draft_BMK) > 0.0
+    draft, drawn = [], []
+    for keys_BM1 in keys_BMK.split(1, dim=-1):
+        draft.append(draw(weights_BMV, keys_BM1))
+        drawn.append(weights_BMV.gather(-1, draft[-1]) > 0.0)
+        weights_BMV = weights_BMV.scatter(-1, draft[-1], 0.0)
+    return torch.cat(draft, -1), torch.cat(drawn, -1)
+
+
+def over_target(expander: Expander, weights_BMV: Tensor, vocab_size: int) -> Tensor:
+    """Weights over draft ids -> over target ids, [B, M, Vd] -> [B, M, V]; a draft vocabulary as large as the target's is the target's."""
+    if weights_BMV.shape[-1] == vocab_size:
+        return weights_BMV
+    ids = expander.target_ids(torch.arange(weights_BMV.shape[-1], device=weights_BMV.device))
+    return weights_BMV.new_zeros(*weights_BMV.shape[:2], vocab_size).index_copy_(2, ids, weights_BMV)

@@ -1,0 +1,282 @@
+"""From a drafter that can continue one node after another to a draft tree: beams, dynamic trees, static trees.
+
+Owns every manner of deterministic drafting, for all families alike (sampled trees are in `sampled_search.py`). Knows
+neither what continues the nodes nor the target.
+
+Nothing here reads a device's numbers on the host, so that shapes stay static on a GPU; on a CPU, where reading is free, an early stop also
+ends the search.
+
+Shape legend: B batch rows, M nodes continued in a layer, C candidates of a layer, L drafted depth, R ranks, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.tree.limits import DraftLimits, EarlyStop
+from draftsmith.models.tree.noise import Draw, draw
+from draftsmith.models.tree.tree import DraftTree, pack, prune, tree_from_layers, tree_from_paths
+
+Path = tuple[int, ...]
+
+
+class Expander(Protocol):
+    """A drafter in the middle of one draft."""
+
+    @property
+    def root_B(self) -> Tensor:
+        """int64 [B], the token that the draft hangs on."""
+        ...
+
+    def begin(self) -> Tensor:
+        """Draft logits [B, 1, Vd] of what follows the root. Called first."""
+        ...
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """Draft logits [B, M, Vd] of what follows M new nodes.
+
+        Args:
+            tokens_BM: int64, target ids.
+            above_BM: int64, which node of the last call each one continues (0 after :meth:`begin`).
+        """
+        ...
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft ids -> target ids, int64, any shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Randomness for sampled trees.
+
+    Attributes:
+        keys_BU: int64 noise keys, as many as a tree has drafted nodes; the verifier never sees them.
+        probs: draft logits [..., Vd] -> the distribution to draw from, float32 [..., Vd], with the request's temperature.
+        draw: how a token is drawn by weights and a key.
+    """
+
+    keys_BU: Tensor
+    probs: Callable[[Tensor], Tensor]
+    draw: Draw = draw
+
+
+def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, score_scale: float = 1.0) -> DraftTree:
+    """Draft in the manner that ``limits`` ask for.
+
+    Args:
+        expander: continues nodes.
+        stop_below_B: float32 [B], thresholds of the early stop, or None.
+        limits: the manner and its numbers.
+        score_scale: draft logits are multiplied by it before paths are compared (an inverse temperature).
+
+    Raises:
+        ValueError: more continuations are asked for than the draft vocabulary has tokens.
+    """
+    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale)
+    if limits.paths is not None:
+        tree = static_tree(expander, limits.paths, scorer)
+    elif limits.node_budget is not None:
+        tree = dynamic_tree(expander, limits.beam_width, limits.draft_length, scorer)
+    else:
+        tree = beam_tree(expander, limits.beam_width, limits.draft_length, scorer)
+    if limits.min_probability > 0.0 and tree.scores_BN is not None:
+        likely_BN = tree.scores_BN >= math.log(limits.min_probability)
+        tree = pack(replace(tree, valid_BN=tree.valid_BN & likely_BN))
+    return tree if limits.node_budget is None else prune(tree, limits.node_budget)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """The likeliest continuations of nodes and their cumulative log-probabilities; minus infinity below a node that is stopped at."""
+
+    stop: EarlyStop | None
+    below_B: Tensor | None
+    scale: float
+
+    def best(self, score_BM: Tensor, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
+        """float32 [B, M, R], int64 [B, M, R]: scores and draft ids of the ``count`` likeliest continuations of nodes at a depth.
+
+        The root (depth 0) is always continued.
+        """
+        if count > logits_BMV.shape[-1]:
+            raise ValueError(
+                f"{count} continuations of a node are asked for, the draft vocabulary has {logits_BMV.shape[-1]} tokens; narrow the draft"
+            )
+        top_BMR, draft_BMR = (logits_BMV.float() * self.scale).log_softmax(-1).topk(count, dim=-1)
+        top_BMR = score_BM[..., None] + top_BMR
+        if self.stop is not None and self.below_B is not None and depth > 0:
+            log_probs_BMV = logits_BMV.float().log_softmax(-1)
+            stopped_BM = acceptance_bound(log_probs_BMV, self.stop.scale) < self.below_B[:, None]
+            top_BMR = top_BMR.masked_fill(stopped_BM[..., None], -torch.inf)
+        return top_BMR, draft_BMR
+
+    def standing(self, scores_BMR: Tensor, standing_BM: Tensor) -> Tensor:
+        """float32 [B, M, R], what beams compete with: a beam that was stopped takes part, as its own first continuation, with what it has.
+
+        Without it a beam would lose its place, and the nodes it has, for having been stopped.
+        """
+        first_BM = scores_BMR[..., 0]
+        first_BM = torch.where(first_BM == -torch.inf, standing_BM, first_BM)
+        return torch.cat([first_BM[..., None], scores_BMR[..., 1:]], dim=-1)
+
+    def all_stopped(self, score_BM: Tensor) -> bool:
+        """Whether no row has a node left, as far as that is free to ask."""
+        return self.stop is not None and score_BM.device.type == "cpu" and bool((score_BM == -torch.inf).all())
+
+
+def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
+    """1 - sqrt(scale * entropy), a lower bound on the chance that the target accepts a draw (AdaEDL, arXiv:2410.18351, equation 5).
+
+    Args:
+        log_probs: float [..., Vd], the drafter's, at temperature 1.
+        scale: the paper's gamma.
+    """
+    entropy = torch.special.entr(log_probs.exp()).sum(-1)
+    return 1.0 - (scale * entropy).clamp(min=0.0).sqrt()
+
+
+def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
+    """Beam search; the tree of the surviving beams (ReDrafter, arXiv:2403.09919, sections 3.2 and 3.3)."""
+    tokens, above, scores = [], [], []
+    for layer in _beam_layers(expander, width, length, scorer, stopped_stay=scorer.stop is not None):
+        tokens.append(layer.token_BM)
+        above.append(layer.above_BM)
+        scores.append(layer.score_BM)
+    if width == 1:
+        parents = [torch.full_like(token_B1, depth) for depth, token_B1 in enumerate(tokens)]
+        return pack(tree_from_layers(expander.root_B, tokens, parents, scores))
+    return _surviving(expander.root_B, tokens, above, scores)
+
+
+def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
+    """Every continuation that was scored while the best were continued (EAGLE-2, arXiv:2406.16858, section 4.1), to be pruned."""
+    tokens, parents, scores = [], [], []
+    parent_BM = torch.zeros_like(expander.root_B)[:, None]
+    num_nodes = 1
+    for layer in _beam_layers(expander, width, length, scorer, stopped_stay=False):
+        tokens.append(layer.tokens_BMR.flatten(1))
+        parents.append(parent_BM.repeat_interleave(width, dim=1))
+        scores.append(layer.scores_BMR.flatten(1))
+        parent_BM = layer.flat_BM + num_nodes
+        num_nodes += layer.flat_size
+    return tree_from_layers(expander.root_B, tokens, parents, scores)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a beam search: all continuations, and which of them are continued in turn.
+
+    tokens_BMR and scores_BMR are of all; token_BM, above_BM (the beam of the layer before) and score_BM of the best; flat_BM is the place
+    of the best among all.
+    """
+
+    tokens_BMR: Tensor
+    scores_BMR: Tensor
+    token_BM: Tensor
+    score_BM: Tensor
+    flat_BM: Tensor
+
+    @property
+    def above_BM(self) -> Tensor:
+        return self.flat_BM // self.tokens_BMR.shape[2]
+
+    @property
+    def flat_size(self) -> int:
+        return self.tokens_BMR.shape[1] * self.tokens_BMR.shape[2]
+
+
+def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, stopped_stay: bool) -> Iterator[_Layer]:
+    """Beam search, layer by layer; ``stopped_stay`` where a beam that is stopped early keeps its place among the beams."""
+    logits_BMV = expander.begin()
+    score_BM = standing_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)
+    for depth in range(length):
+        scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, width, depth)
+        tokens_BMR = expander.target_ids(draft_BMR)
+        # The best of all lie among the best of each beam, so that no [M * Vd] sort is needed.
+        if scores_BMR.shape[1] == 1:
+            score_BM, token_BM = scores_BMR[:, 0], tokens_BMR[:, 0]
+            standing_BM, flat_BM = score_BM, torch.arange(width, device=token_BM.device).expand_as(token_BM)
+        else:
+            competing_BMR = scorer.standing(scores_BMR, standing_BM) if stopped_stay else scores_BMR
+            standing_BM, flat_BM = competing_BMR.flatten(1).topk(width, dim=-1)
+            score_BM = scores_BMR.flatten(1).gather(1, flat_BM) if stopped_stay else standing_BM
+            token_BM = tokens_BMR.flatten(1).gather(1, flat_BM)
+        if depth > 0 and scorer.all_stopped(score_BM):
+            return
+        layer = _Layer(tokens_BMR, scores_BMR, token_BM, score_BM, flat_BM)
+        yield layer
+        if depth + 1 < length:
+            logits_BMV = expander.extend(token_BM, layer.above_BM)
+
+
+def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) -> DraftTree:
+    """A tree of fixed shape, filled by rank (EAGLE-1, arXiv:2401.15077, section 4.1; Medusa, arXiv:2401.10774, section 2.1.2)."""
+    tokens, parents, scores = [], [], []
+    logits_BMV = expander.begin()
+    score_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)
+    for depth, plan in enumerate(_plan(paths)):
+        scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, plan.num_ranks, depth)
+        place_C = torch.tensor(plan.places, device=score_BM.device)
+        token_BC = expander.target_ids(draft_BMR.flatten(1)[:, place_C])
+        score_BC = scores_BMR.flatten(1)[:, place_C]
+        if depth > 0 and scorer.all_stopped(score_BC):
+            break
+        tokens.append(token_BC)
+        parents.append(torch.tensor(plan.parents, device=score_BM.device).expand_as(token_BC))
+        scores.append(score_BC)
+        if plan.continued:
+            continued_M = torch.tensor(plan.continued, device=score_BM.device)
+            above_BM = (place_C[continued_M] // plan.num_ranks).expand(token_BC.shape[0], -1)
+            score_BM = score_BC[:, continued_M]
+            logits_BMV = expander.extend(token_BC[:, continued_M], above_BM)
+    return pack(tree_from_layers(expander.root_B, tokens, parents, scores))
+
+
+@dataclass(frozen=True)
+class _LayerPlan:
+    """One layer of a static tree: num_ranks R are taken of every continued node; places (in the flattened [M, R]) and parents (node
+    indices) of the layer's nodes; which of them are continued."""
+
+    num_ranks: int
+    places: list[int]
+    parents: list[int]
+    continued: list[int]
+
+
+@lru_cache(maxsize=64)
+def _plan(paths: tuple[Path, ...]) -> tuple[_LayerPlan, ...]:
+    """The layers of a static tree. Its nodes are numbered by depth, then as sorted."""
+    index: dict[Path, int] = {(): 0}
+    frontier: list[Path] = [()]
+    layers = []
+    continued = {path[:-1] for path in paths}
+    for depth in range(1, 1 + max(map(len, paths))):
+        layer = sorted(path for path in paths if len(path) == depth)
+        num_ranks = 1 + max(path[-1] for path in layer)
+        places = [frontier.index(path[:-1]) * num_ranks + path[-1] for path in layer]
+        parents = [index[path[:-1]] for path in layer]
+        index |= {path: len(index) + place for place, path in enumerate(layer)}
+        onward = [place for place, path in enumerate(layer) if path in continued]
+        layers.append(_LayerPlan(num_ranks, places, parents, onward))
+        frontier = [layer[place] for place in onward]
+    return tuple(layers)
+
+
+def _surviving(root_B: Tensor, tokens: list[Tensor], above: list[Tensor], scores: list[Tensor]) -> DraftTree:
+    """Trace the beams back from the last layer ([B, M] a layer) and merge their shared prefixes."""
+    width = tokens[-1].shape[1]
+    beam_BM = torch.arange(width, device=root_B.device).expand(root_B.shape[0], -1)
+    path_tokens, path_scores = [], []
+    for layer in reversed(range(len(tokens))):
+        path_tokens.append(tokens[layer].gather(1, beam_BM))
+        path_scores.append(scores[layer].gather(1, beam_BM))
+        beam_BM = above[layer].gather(1, beam_BM)
+    return tree_from_paths(root_B, torch.stack(path_tokens[::-1], -1), torch.stack(path_scores[::-1], -1))

@@ -1,0 +1,190 @@
+"""How text is fed to a model: prompts in chunks, packed trees, positions within its context, a whole text once more.
+
+Owns what the engine, a draft LM and the proof at loading do alike when they read. Knows nothing of how trees are made and judged.
+
+Shape legend: B batch rows, T prompt tokens, N tree nodes, S cache slots, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from draftsmith.models.tree.mask import slot_mask, slot_positions
+from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.trunk.trunk import TargetOutput
+
+CHUNK = 1024
+"""Prompt tokens a forward, which bounds the memory of long prompts."""
+
+
+class Reader(Protocol):
+    """What is read with: a target, or its trunk alone."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context in tokens."""
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a layer with a sliding window sees."""
+
+    @property
+    def rereads_past(self) -> int | None:
+        """The text length past which a whole text is read again."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: SlotCache,
+        positions: Tensor,
+        mask: Tensor | None,
+        key_positions: Tensor | None = None,
+        layers: tuple[str, ...] = (),
+        text_lengths: Tensor | None = None,
+    ) -> TargetOutput:
+        """As :meth:`draftsmith.models.target.target.Target.forward`."""
+
+
+def read_prompts(
+    target: Reader,
+    cache: SlotCache,
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    layers: tuple[str, ...] = (),
+    chunk: int = CHUNK,
+    slot_step: int = 1,
+) -> dict[str, Tensor]:
+    """Run prompts through a model; the states of the layers asked for by name, [B, T, D] each.
+
+    Args:
+        target: the model.
+        cache: empty; receives keys and values at slots 0 to T - 1.
+        tokens_BT: int64, padded on the right, where what is written is overwritten by what comes.
+        lengths_B: int64, how long each row's text is, by which rotary factors that change with length are chosen: mostly the prompt.
+        layers: names of layers.
+        chunk: tokens a forward.
+        slot_step: visible slots are a multiple of it, up to the cache's capacity.
+    """
+    B, T = tokens_BT.shape
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for begin in range(0, T, chunk):
+        end = min(begin + chunk, T)
+        window = _slots(end, slot_step, cache.capacity)
+        positions = torch.arange(begin, end, device=tokens_BT.device).expand(B, -1)
+        key_positions = torch.arange(window, device=tokens_BT.device).expand(B, -1)
+        cache.aim(positions, window, first=begin)
+        output = target(
+            tokens_BT[:, begin:end],
+            cache=cache,
+            positions=within_context(target, positions),
+            mask=key_positions[:, None, None, :] <= positions[:, None, :, None],
+            key_positions=key_positions,
+            layers=layers,
+            text_lengths=torch.maximum(lengths_B[:, None], positions + 1),
+        )
+        for name in layers:
+            parts[name].append(output.feature(name))
+    return {name: torch.cat(states, dim=1) for name, states in parts.items()}
+
+
+def read_tree(
+    target: Reader,
+    cache: SlotCache,
+    tree: DraftTree,
+    ancestors_BNN: Tensor,
+    lengths_B: Tensor,
+    host_lengths: list[int],
+    layers: tuple[str, ...] = (),
+    slot_step: int = 1,
+) -> TargetOutput:
+    """One forward over a packed tree, written behind each row's cached tokens.
+
+    Args:
+        target: the model.
+        cache: holds ``lengths_B`` tokens of each row.
+        tree: its root is the first token that is not cached.
+        ancestors_BNN: bool, ``tree.ancestors()``.
+        lengths_B: int64, cached tokens of each row.
+        host_lengths: the same numbers on the host.
+        layers, slot_step: as in :func:`read_prompts`.
+    """
+    nodes = tree.num_nodes
+    window = _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
+    slots_BN = lengths_B[:, None] + torch.arange(nodes, device=lengths_B.device)
+    cache.aim(slots_BN, window, host_lengths[0] if len(host_lengths) == 1 else None)
+    mask = key_positions = None
+    # One node of one row, no slot of another's and no sliding window need no mask.
+    if nodes > 1 or len(host_lengths) > 1 or window != host_lengths[0] + 1 or target.window is not None:
+        mask = slot_mask(ancestors_BNN, lengths_B, window)
+        key_positions = slot_positions(tree.depths_BN, lengths_B, window)
+    return target(
+        tree.tokens_BN,
+        cache=cache,
+        positions=within_context(target, lengths_B[:, None] + tree.depths_BN),
+        mask=mask,
+        key_positions=key_positions,
+        layers=layers,
+    )
+
+
+def within_context(target: Reader, positions: Tensor) -> Tensor:
+    """Positions, those past the model's context as its last one: what is guessed there is never emitted, but must not fail."""
+    return positions if target.max_positions is None else positions.clamp(max=target.max_positions - 1)
+
+
+def within_factors(target: Reader, tree: DraftTree, lengths_B: Tensor) -> DraftTree:
+    """The tree without the nodes that would be read with other rotary factors than their root; see :func:`read_again`.
+
+    In most families that is the tree itself.
+    """
+    boundary = target.rereads_past
+    if boundary is None:
+        return tree
+    room_B1 = torch.where(lengths_B < boundary, boundary - 1 - lengths_B, tree.max_depth)[:, None]
+    probs_BMV = tree.draft_probs_BMV
+    if probs_BMV is not None:
+        # To rejection, a candidate that was drawn with no probability is padding.
+        leaf_BM = tree.depths_BN[:, : probs_BMV.shape[1]] >= room_B1
+        probs_BMV = probs_BMV.masked_fill(leaf_BM[..., None], 0.0)
+    return replace(tree, valid_BN=tree.valid_BN & (tree.depths_BN <= room_B1), draft_probs_BMV=probs_BMV)
+
+
+def read_again(
+    target: Reader,
+    cache: SlotCache,
+    texts: list[list[int]],
+    host_lengths: list[int],
+    device: torch.device,
+    chunk: int = CHUNK,
+) -> None:
+    """Where the cached text of a row has reached the length past which the model's rotary factors are others, cache it anew with those.
+
+    Transformers does the same. Every row passes this length exactly, since trees end there (:func:`within_factors`). In most families
+    nothing is done.
+
+    Args:
+        target: the model.
+        cache: holds ``host_lengths`` tokens of each row.
+        texts: all tokens of each row, of which the first ones are cached.
+        host_lengths: of each row, how many.
+        device: where token ids go in.
+        chunk: tokens a forward.
+    """
+    boundary = target.rereads_past
+    rows = [row for row, length in enumerate(host_lengths) if length == boundary]
+    if boundary is None or not rows:
+        return
+    tokens_BT = torch.tensor([texts[row][:boundary] for row in rows], device=device)
+    fresh = SlotCache(boundary, len(cache))
+    read_prompts(target, fresh, tokens_BT, torch.full_like(tokens_BT[:, 0], boundary + 1), chunk=chunk)
+    cache.replace(rows, fresh)
+
+
+def _slots(needed: int, step: int, capacity: int) -> int:
+    return min(-(-needed // step) * step, capacity)

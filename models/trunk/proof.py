@@ -1,0 +1,239 @@
+"""The proof at loading: that a model, run through explicit masks, positions and caches, gives its own numbers.
+
+Owns two proofs. The loaded weights are proven on a few tokens. What only shows with length (windows, contexts that factors of rotary
+positions change at, chunks, selections of keys) is proven on a tiny random model of the same class with layers of the same kinds and short
+lengths, past all of them: prompts in chunks, two rows of unequal length, and trees with branches, against the model's own generation
+step by step. Knows no family by name.
+
+Shape legend: B batch rows, N tree nodes, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from draftsmith.models.files.finite import refuse_non_finite
+from draftsmith.models.files.pretrained import RAISED_BY_CONFIGS
+from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.trunk.forwards import read_again, read_prompts, read_tree, within_factors
+from draftsmith.models.trunk.known_models import text_base
+from draftsmith.models.trunk.shrink import shrunk
+from draftsmith.models.trunk.trunk import PRE_NORM, MaskStyle, Trunk, mask_styles
+
+PROMPTS, NEW_TOKENS, CHUNK = (5, 19), 16, 4
+"""Tokens of the two prompts, of what follows each, and of a chunk of a prompt: one text grows past every length, one begins past some."""
+_PARENTS = (-1, 0, 0, 2, 2, 1)
+_TRUE_PATH = (0, 2, 4)
+"""The tree of a cycle: the text goes on along the second child of the root, and its second child."""
+# Two draws of the weights, since rounding may tip a router of experts in one.
+_SEEDS = (0, 1)
+_proven: dict[tuple[type, str | None, str], MaskStyle | str] = {}
+
+
+def prove(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor]) -> Trunk:
+    """The model's decoder, proven.
+
+    Args:
+        model: whole, with weights.
+        name: for messages.
+        logits: normed states [..., D] -> logits [..., V].
+
+    Raises:
+        ValueError: through masks and caches the model does not give its own numbers.
+    """
+    base, config = cast(PreTrainedModel, text_base(model)), model.config.get_text_config()
+    style = _style_by_length(base, config)
+    if isinstance(style, str):
+        raise _refused(model, name, style)
+    trunk = Trunk(base, config, style, name)
+    ids = torch.arange(6, device=next(model.get_input_embeddings().parameters()).device)[None] % config.vocab_size
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits
+        refuse_non_finite(expected, name)
+        expected = expected.float()
+        got = logits(_few_tokens(trunk, ids)).float()
+    if not _close(got, expected, 1e-3 if trunk.dtype == torch.float32 else 5e-2):
+        raise _refused(model, name, "in a tree of six tokens its logits are others")
+    return trunk
+
+
+def _refused(model: PreTrainedModel, name: str, finding: str) -> ValueError:
+    return ValueError(
+        f"{name}: {type(model).__name__} is not supported: run through explicit masks it does not give its own numbers ({finding}); it "
+        "may build its attention in a way that masks cannot express. Please report the model's name"
+    )
+
+
+def _close(got: Tensor, expected: Tensor, share: float) -> bool:
+    tolerance = share * float(expected.abs().max().clamp(min=1.0))
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=0.0, atol=tolerance)
+
+
+def _few_tokens(trunk: Trunk, ids: Tensor) -> Tensor:
+    """Normed states [1, T, D] of a prefill of two tokens and a packed tree of two branches, of which the second is the text."""
+    cache, total = DynamicCache(), ids.shape[1]
+    positions = torch.arange(total, device=ids.device)[None]
+    causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()[None, None]
+    first = trunk.forward(
+        ids[:, :2],
+        cache=cache,
+        positions=positions[:, :2],
+        mask=causal[:, :, :2, :2],
+        key_positions=positions[:, :2],
+    )
+    decoy = ids[:, 3:4]
+    tree = torch.cat([decoy, ids[:, 2:]], dim=1)
+    tree_positions = torch.cat([positions[:, 2:3], positions[:, 2:]], dim=1)
+    tree_mask = torch.zeros(1, 1, total - 1, total + 1, dtype=torch.bool, device=ids.device)
+    tree_mask[..., :2] = True
+    tree_mask[..., 0, 2] = True
+    tree_mask[..., 1:, 3:] = causal[..., 2:, 2:]
+    second = trunk.forward(
+        tree,
+        cache=cache,
+        positions=tree_positions,
+        mask=tree_mask,
+        key_positions=torch.cat([positions[:, :2], tree_positions], 1),
+    )
+    return torch.cat([first.normed, second.normed[:, 1:]], dim=1)
+
+
+def _style_by_length(base: PreTrainedModel, config: PreTrainedConfig) -> MaskStyle | str:
+    """How the family takes masks so that a tiny model of it is exact past its lengths, or what was found; once for each config."""
+    try:
+        tiny = shrunk(config)
+    except RAISED_BY_CONFIGS as error:
+        return _not_run(error)
+    tiny._attn_implementation = getattr(config, "_attn_implementation", None)
+    key = (type(base), tiny._attn_implementation, json.dumps(tiny.to_dict(), sort_keys=True, default=str))
+    if key not in _proven:
+        with torch.device("cpu"):  # whatever the caller's default device is
+            _proven[key] = _prove_lengths(type(base), tiny)
+    found = _proven[key]
+    # The tiny copy's window is short; the model's own is what its masks take.
+    return found if isinstance(found, str) else next(own for own in mask_styles(config) if own.kinds == found.kinds)
+
+
+def _not_run(error: Exception) -> str:
+    return f"a tiny copy of it cannot be made or run: {type(error).__name__}: {error}"
+
+
+@torch.inference_mode()
+def _prove_lengths(kind: type[PreTrainedModel], config: PreTrainedConfig) -> MaskStyle | str:
+    finding = ""
+    for seed in _SEEDS:
+        try:
+            base = _random(kind, config, seed)
+            expected = [_own_steps(base, config, text, prompt) for text, prompt in _texts(config)]
+        except RAISED_BY_CONFIGS as error:
+            return _not_run(error)
+        for style in mask_styles(config):
+            try:
+                got = _through_trees(Trunk(base, config, style, "a tiny copy"), config)
+            except RAISED_BY_CONFIGS as error:  # this family takes its masks in another way
+                finding = finding or f"{type(error).__name__}: {error}"
+                continue
+            wrong = [row for row in range(len(got)) if not _close(got[row], expected[row], 1e-3)]
+            if not wrong:
+                return style
+            finding = (
+                f"past its lengths its states are others, first at token {_first(got, expected)} of a tiny copy's text"
+            )
+    return finding
+
+
+def _first(got: list[Tensor], expected: list[Tensor]) -> int:
+    """The first place of any row that differs."""
+    apart = [
+        (one - own).abs().amax(-1) > 1e-3 * own.abs().max().clamp(min=1.0)
+        for one, own in zip(got, expected, strict=True)
+    ]
+    return min(int(places.nonzero()[0]) for places in apart if places.any())
+
+
+def _random(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A tiny model whose weights are so large that its states depend on all that it sees."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = kind(config)
+        for name, parameter in base.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.25)
+            elif "bias" in name or "sink" in name:
+                parameter.normal_(0.0, 0.3)
+    return base.float().eval()
+
+
+def _texts(config: PreTrainedConfig) -> list[tuple[Tensor, int]]:
+    """int64 [T] and how many of them are the prompt, of each row."""
+    generator = torch.Generator().manual_seed(0)
+    size = min(config.vocab_size, 64)
+    return [(torch.randint(1, size, (prompt + NEW_TOKENS,), generator=generator), prompt) for prompt in PROMPTS]
+
+
+def _own_steps(base: PreTrainedModel, config: PreTrainedConfig, text: Tensor, prompt: int) -> Tensor:
+    """Normed states [T, D] as transformers' generation has them: the prompt at once, then token by token."""
+    base = copy.deepcopy(base)  # rotary factors may depend on what a model has read before
+    rereads_past = Trunk(base, config, mask_styles(config)[0], "").rereads_past
+    states: list[Tensor] = []
+    cached, cache = 0, DynamicCache(config=config)
+    for end in range(prompt, len(text) + 1):
+        if end - 1 == rereads_past:
+            cached, cache = 0, DynamicCache(config=config)
+        normed_TD = base(input_ids=text[None, cached:end], past_key_values=cache, use_cache=True).last_hidden_state[0]
+        states.append(normed_TD[-1:] if states else normed_TD)
+        cached = end
+    return torch.cat(states)
+
+
+def _through_trees(trunk: Trunk, config: PreTrainedConfig) -> list[Tensor]:
+    """The same states [T, D] of each row, as one ragged batch: prompts in chunks, then trees with branches."""
+    texts = _texts(config)
+    host_lengths = [prompt for _, prompt in texts]
+    lengths_B = torch.tensor(host_lengths)
+    tokens_BT = torch.nn.utils.rnn.pad_sequence([text[:prompt] for text, prompt in texts], batch_first=True)
+    cache = SlotCache(max(PROMPTS) + NEW_TOKENS + len(_PARENTS), config.num_hidden_layers)
+    states = read_prompts(trunk, cache, tokens_BT, lengths_B, (PRE_NORM,), CHUNK)[PRE_NORM]
+    found = [[trunk.final_norm(states[row, :prompt])] for row, prompt in enumerate(host_lengths)]
+    while any(length < len(text) for length, (text, _) in zip(host_lengths, texts, strict=True)):
+        tree = within_factors(trunk, _tree([text for text, _ in texts], host_lengths), lengths_B)
+        read_again(trunk, cache, [text.tolist() for text, _ in texts], host_lengths, lengths_B.device, CHUNK)
+        output = read_tree(trunk, cache, tree, tree.ancestors(), lengths_B, host_lengths)
+        path_E = torch.tensor(_TRUE_PATH)
+        kept_BE = tree.valid_BN[:, path_E]
+        for row, (text, _) in enumerate(texts):
+            kept_BE[row, len(text) - host_lengths[row] :] = False
+            found[row].append(output.normed[row, path_E[kept_BE[row]]])
+        cache.move(lengths_B[:, None] + path_E, lengths_B[:, None] + torch.arange(len(path_E)))
+        lengths_B = lengths_B + kept_BE.sum(1)
+        host_lengths = lengths_B.tolist()
+    return [torch.cat(parts) for parts in found]
+
+
+def _tree(texts: list[Tensor], lengths: list[int]) -> DraftTree:
+    """Behind each row's cached tokens: its text along the true path, other tokens elsewhere."""
+    parents = torch.tensor(_PARENTS)
+    depths = torch.tensor([0, 1, 1, 2, 2, 2])
+    rows = []
+    for text, length in zip(texts, lengths, strict=True):
+        rest = torch.cat([text[length:], text[:3]])[:3]
+        tokens = (rest[depths] + 1) % int(text.max())
+        tokens[torch.tensor(_TRUE_PATH)] = rest
+        rows.append(tokens)
+    tokens_BN = torch.stack(rows)
+    return DraftTree(
+        tokens_BN=tokens_BN,
+        parents_BN=parents.expand_as(tokens_BN),
+        depths_BN=depths.expand_as(tokens_BN),
+        valid_BN=torch.ones_like(tokens_BN, dtype=torch.bool),
+        max_depth=2,
+    )

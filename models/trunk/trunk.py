@@ -1,0 +1,228 @@
+"""The target's decoder without its head, run with explicit masks, positions and caches.
+
+Owns the forward that every family takes alike: masks as the family wants them, rotary factors as each row's own length wants them, and
+the states of layers by name. Knows no embedding, no head, no drafter, no tree and no cache layout.
+
+Layer names: ``last.pre_norm`` is the last decoder block's output *before* the final norm (Hugging Face's ``hidden_states[-1]`` is
+after it); ``layer.{i}.output`` is the output of the 0-based decoder block i.
+
+Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
+from draftsmith.models.trunk.rope import LengthRopes
+
+PRE_NORM = "last.pre_norm"
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """States of one forward.
+
+    Attributes:
+        pre_norm: [B, N, D], the last block's output before the final norm.
+        normed: [B, N, D], the same after it.
+        layers: the other layers asked for, by name, [B, N, D] each.
+    """
+
+    pre_norm: Tensor
+    normed: Tensor
+    layers: dict[str, Tensor] = field(default_factory=dict)
+
+    def feature(self, name: str) -> Tensor:
+        """[B, N, D], a layer by name."""
+        return self.pre_norm if name == PRE_NORM else self.layers[name]
+
+    def where(self, chosen_BN: Tensor, other: TargetOutput) -> TargetOutput:
+        """These states where ``chosen_BN`` is True, the other ones elsewhere."""
+        pick = chosen_BN[..., None]
+        return TargetOutput(
+            torch.where(pick, self.pre_norm, other.pre_norm),
+            torch.where(pick, self.normed, other.normed),
+            {name: torch.where(pick, states, other.layers[name]) for name, states in self.layers.items()},
+        )
+
+
+@dataclass(frozen=True)
+class MaskStyle:
+    """How a family takes its masks.
+
+    Attributes:
+        kinds: the layer types that get a mask each, by name; empty where one mask is for all layers.
+        window: how many tokens a layer with a sliding window sees, itself included; None without one.
+    """
+
+    kinds: tuple[str, ...]
+    window: int | None
+
+
+def mask_styles(config: PreTrainedConfig) -> list[MaskStyle]:
+    """The ways in which a family with this config may take its masks, the likeliest first."""
+    kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
+    window = getattr(config, "sliding_window", None)
+    window = window if not kinds or SLIDING in kinds else None
+    return list(dict.fromkeys([MaskStyle(kinds, window), MaskStyle((), window)]))
+
+
+class Trunk:
+    """A decoder without its head.
+
+    Args:
+        base: the decoder, as Hugging Face has it.
+        config: its text config.
+        style: how it takes masks.
+        name: for messages.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: PreTrainedConfig, style: MaskStyle, name: str) -> None:
+        self.name = name
+        self.style = style
+        self.max_positions: int | None = None  # the proof looks beyond the context, where rotary factors may change
+        self.ropes = LengthRopes.of(base)
+        self._base = base
+        self._norm = final_norm(base)
+        self._blocks = decoder_blocks(base)
+        self._caught: dict[str, Tensor] = {}
+        self._additive_mask = getattr(config, "_attn_implementation", "sdpa") == "eager"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self._base.dtype
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Pre-norm states [..., D] -> normed [..., D]."""
+        return self._norm(hidden)
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a layer with a sliding window sees; None where no layer has one."""
+        return self.style.window
+
+    @property
+    def rereads_past(self) -> int | None:
+        """The text length past which the model reads its whole text again; see :class:`~draftsmith.models.trunk.rope.LengthRopes`."""
+        return self.ropes.rereads_past
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache,
+        positions: Tensor,
+        mask: Tensor | None,
+        key_positions: Tensor | None = None,
+        layers: tuple[str, ...] = (),
+        text_lengths: Tensor | None = None,
+    ) -> TargetOutput:
+        """See :meth:`draftsmith.models.target.target.Target.forward`."""
+        if text_lengths is None and self.ropes:
+            text_lengths = positions + 1
+        with self._catching(layers), self.ropes.choosing(text_lengths):
+            output = self._base(
+                input_ids=input_ids,
+                position_ids=positions,
+                attention_mask=None if mask is None else self._masks(mask, positions, key_positions),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return self._output(output.last_hidden_state, layers, input_ids.device)
+
+    __call__ = forward
+
+    @torch.inference_mode()
+    def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
+        """See :meth:`draftsmith.models.target.target.Target.prefix`."""
+        if not self.ropes:
+            return self._whole(input_ids, layers, None)
+        B, T = input_ids.shape
+        place_T = torch.arange(T, device=input_ids.device)
+        read_B1 = torch.full((B, 1), T, device=input_ids.device) if read is None else read[:, None]
+        first = self._whole(input_ids, layers, torch.maximum(read_B1, place_T + 1))
+        boundary = self.rereads_past
+        if read is None or boundary is None or boundary >= T:
+            return first
+        again = self._whole(input_ids, layers, torch.full_like(input_ids, T))
+        return again.where((place_T >= boundary).expand(B, T), first)
+
+    def check_layer(self, name: str) -> None:
+        """Raises ValueError, naming the ones there are, for a layer that the target does not have."""
+        if name != PRE_NORM:
+            self._block(name)
+
+    def _whole(self, input_ids: Tensor, layers: tuple[str, ...], text_lengths: Tensor | None) -> TargetOutput:
+        with self._catching(layers), self.ropes.choosing(text_lengths):
+            output = self._base(input_ids=input_ids, use_cache=False)
+        return self._output(output.last_hidden_state, layers, input_ids.device)
+
+    def _output(self, normed: Tensor, layers: tuple[str, ...], device: torch.device) -> TargetOutput:
+        # Forgotten here, or the last forward's states would stay in memory until the next one.
+        caught, self._caught = self._caught, {}
+        # Of a target over several devices (device_map), each layer leaves its states on its own.
+        states = {name: caught[name].to(device) for name in layers if name != PRE_NORM}
+        return TargetOutput(caught[PRE_NORM].to(device), normed.to(device), states)
+
+    def _catch_pre_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._caught[PRE_NORM] = inputs[0]
+
+    @contextmanager
+    def _catching(self, layers: tuple[str, ...]) -> Iterator[None]:
+        blocks = {name: self._block(name) for name in layers if name != PRE_NORM}
+        # Hooked for the forward only: others call the same norm, whose inputs would be kept for nothing.
+        handles = [self._norm.register_forward_pre_hook(self._catch_pre_norm)]
+        handles += [
+            block.register_forward_hook(lambda _module, _inputs, output, name=name: self._keep(name, output))
+            for name, block in blocks.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._caught[name] = output if isinstance(output, Tensor) else output[0]
+
+    def _block(self, name: str) -> nn.Module:
+        parts = name.split(".")
+        if (
+            len(parts) != 3
+            or parts[0] != "layer"
+            or parts[2] != "output"
+            or not parts[1].isdigit()
+            or int(parts[1]) >= len(self._blocks)
+        ):
+            raise ValueError(
+                f"unknown layer {name!r}; use {PRE_NORM!r} or 'layer.i.output' with i from 0 to {len(self._blocks) - 1} for {self.name}"
+            )
+        return self._blocks[int(parts[1])]
+
+    def _masks(self, mask: Tensor, positions: Tensor, key_positions: Tensor | None) -> Tensor | dict[str, Tensor]:
+        windowed = mask
+        if self.style.window is not None:
+            if key_positions is None:
+                raise ValueError("a target with a sliding window needs key_positions")
+            near = positions[:, None, :, None] - key_positions[:, None, None, :] < self.style.window
+            windowed = mask & near
+        if not self.style.kinds:
+            return self._as_mask(windowed)
+        return {kind: self._as_mask(windowed if kind == SLIDING else mask) for kind in self.style.kinds}
+
+    def _as_mask(self, mask: Tensor) -> Tensor:
+        if not self._additive_mask:
+            return mask
+        dtype = self.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

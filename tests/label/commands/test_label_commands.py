@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from draftsmith import cli
+from draftsmith.label.schema import read_answers
+from draftsmith.label.store.store import Store
+
+ROWS = [
+    {"input": "Sort.", "steps": ["ab", "cde", "f"], "mistake_index": 1},
+    {"input": "Sort.", "steps": ["ab"], "mistake_index": None},
+    {"input": "Count.", "steps": ["1", "2"], "mistake_index": None},
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "steps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def run(*words: object) -> int:
+    return cli.main(["label", *map(str, words)])
+
+
+def test_import_stats_and_export_go_together(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, out = tmp_path / "runs" / "labels.db", tmp_path / "out.jsonl"
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT", "--author", "me") == 0
+    told = capsys.readouterr().out
+    assert "(mistake): 3 new answers and 3 new labels" in told
+    assert "labels: 2 correct, 1 wrong" in told
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    assert "0 new answers and 0 new labels" in capsys.readouterr().out
+    assert run("stats", "--store", place) == 0
+    told = capsys.readouterr().out
+    assert "3 answers to 2 questions, 3 entries in the log: 2 correct, 1 wrong" in told
+    assert "source steps (MIT): 2 correct, 1 wrong" in told
+    assert "labelled by steps (person): 2 correct, 1 wrong" in told
+    assert run("export", "--store", place, "--out", out) == 0
+    assert len(list(read_answers(out))) == 3
+    with Store(str(place)) as store:
+        assert {entry.author for answer in store.answers() for entry in store.history(answer.id)} == {"me"}
+
+
+def test_an_export_imports_into_another_store_as_it_was(source: Path, tmp_path: Path) -> None:
+    first, second, out = tmp_path / "a.db", tmp_path / "b.db", tmp_path / "out"
+    assert run("import", "--source", source, "--store", first, "--licence", "MIT") == 0
+    for name in ("answers", "label-studio"):
+        path = out.with_suffix(".jsonl" if name == "answers" else ".json")
+        assert run("export", "--store", first, "--out", path, "--format", name) == 0
+        assert run("import", "--source", path, "--store", second) == 0
+    with Store(str(first)) as one, Store(str(second)) as other:
+        assert one.answers() == other.answers()
+        assert other.num_entries() == 3
+
+
+def test_with_a_target_lines_hold_its_tokens_and_stats_count_them(
+    source: Path, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, out = tmp_path / "labels.db", tmp_path / "out.jsonl"
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    assert run("export", "--store", place, "--out", out, "--target", target) == 0
+    answers = list(read_answers(out))
+    num_tokens = sum(len(answer.tokens.offsets) for answer in answers if answer.tokens)
+    capsys.readouterr()
+    for after in ("ignored", "wrong"):
+        assert run("stats", "--store", place, "--target", target, "--after", after) == 0
+    ignored, wrong = (line for line in capsys.readouterr().out.splitlines() if line.startswith("tokens of"))
+    assert sum(int(word) for word in ignored.split() if word.isdigit()) == num_tokens
+    assert not ignored.endswith(" 0 ignored")
+    assert wrong.endswith(" 0 ignored")
+    assert run("import", "--source", out, "--store", place) == 0
+    with Store(str(place)) as store:
+        assert [answer.tokens for answer in store.answers()] == [answer.tokens for answer in answers]
+
+
+def test_rows_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rated.jsonl"
+    rows = [{"problem": "?", "steps": ["a"], "ratings": [rating]} for rating in (1, *[None] * 7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("import", "--source", path, "--store", tmp_path / "labels.db", "--licence", "MIT") == 0
+    told = capsys.readouterr().out
+    assert "7 rows left out" in told
+    assert f"left out: {path}:2: no step is rated" in told
+    assert "left out: 2 more" in told
+
+
+def test_a_bad_row_is_left_out_with_its_place_and_a_file_of_bad_rows_makes_no_store(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, bad = tmp_path / "labels.db", json.dumps(ROWS[0] | {"mistake_index": 9}) + "\n"
+    good = source.read_text()
+    source.write_text(bad + bad)
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 1
+    assert f"2 have mistakes; the first: {source}:1: mistake_index is 9" in capsys.readouterr().err
+    assert not place.exists()
+    source.write_text(good + bad)
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    assert f"left out: {source}:4: mistake_index is 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("export", "--out", "out.jsonl"), ("stats",)])
+def test_a_missing_store_is_one_message(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words, "--store", tmp_path / "none.db") == 1
+    assert "none.db does not exist" in capsys.readouterr().err
+
+
+def test_an_export_of_nothing_and_tokens_for_label_studio_are_refused(
+    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Store(str(tmp_path / "labels.db"), create=True).close()
+    words = ("export", "--store", tmp_path / "labels.db", "--out", tmp_path / "out")
+    assert run(*words) == 1
+    assert "has no labelled answer" in capsys.readouterr().err
+    assert run(*words, "--format", "label-studio", "--target", target) == 1
+    assert "no place for tokens" in capsys.readouterr().err
+    assert run("import", "--source", tmp_path / "none.jsonl", "--store", tmp_path / "labels.db") == 1
+    assert "none.jsonl is not a file" in capsys.readouterr().err

@@ -1,0 +1,306 @@
+"""The chunked losses against their eager twins, in double precision, and what they promise about memory and dtypes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from draftsmith.train.drafter.losses import (
+    OUTSIDE,
+    StepSums,
+    Taught,
+    TopEmphasis,
+    feature_smooth_l1,
+    group_by_teacher,
+    head_cross_entropy,
+    head_distillation,
+)
+from draftsmith.train.drafter.losses_eager import (
+    feature_smooth_l1_eager,
+    head_cross_entropy_eager,
+    head_distillation_eager,
+)
+
+STEPS, ANCHORS, WIDTH, VOCAB = 3, 11, 6, 17
+
+
+@dataclass(frozen=True)
+class Case:
+    head_inputs: Tensor
+    head_weight: Tensor
+    targets: Tensor
+    valid: Tensor
+    step_weights: Tensor
+    teacher_logits: Tensor
+    teacher_rows: Tensor
+
+
+def make_case(dtype: torch.dtype = torch.float64, seed: int = 0, anchors: int = ANCHORS, vocab: int = VOCAB) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(-1, vocab, (anchors, STEPS), generator=generator)
+    return Case(
+        head_inputs=torch.randn(STEPS, anchors, WIDTH, generator=generator, dtype=dtype).requires_grad_(),
+        head_weight=torch.randn(vocab, WIDTH, generator=generator, dtype=dtype).requires_grad_(),
+        targets=targets,
+        valid=torch.rand(anchors, STEPS, generator=generator) < 0.8,
+        step_weights=torch.tensor([1.0, 0.8, 0.64], dtype=dtype),
+        teacher_logits=3 * torch.randn(anchors + STEPS, vocab, generator=generator, dtype=dtype),
+        teacher_rows=torch.arange(anchors)[:, None] + torch.arange(STEPS)[None],
+    )
+
+
+def cross_entropy(case: Case, chunk_rows: int | None = None, metrics: bool = True) -> StepSums:
+    return head_cross_entropy(
+        case.head_inputs, case.head_weight, case.targets, case.valid, case.step_weights, chunk_rows, metrics
+    )
+
+
+KEPT = torch.tensor([place % 3 != 1 for place in range(ANCHORS + STEPS)])
+TEACHINGS = {
+    "cross_entropy": (None, None),
+    "distillation": (None, None),
+    "top-k": (None, TopEmphasis(0.7, 3)),
+    "kept": (KEPT, None),
+    "top-k of kept": (KEPT, TopEmphasis(1.5, 4)),
+}
+
+
+def fast_of(case: Case, kind: str, chunk_rows: int | None = None) -> StepSums:
+    kept, emphasis = TEACHINGS[kind]
+    return (
+        cross_entropy(case, chunk_rows) if kind == "cross_entropy" else distillation(case, chunk_rows, kept, emphasis)
+    )
+
+
+def distillation(
+    case: Case, chunk_rows: int | None = None, kept: Tensor | None = None, emphasis: TopEmphasis | None = None
+) -> StepSums:
+    return head_distillation(
+        case.head_inputs,
+        case.head_weight,
+        lambda rows: Taught(case.teacher_logits[rows], None if kept is None else kept[rows]),
+        case.teacher_rows,
+        case.targets,
+        case.valid,
+        case.step_weights,
+        chunk_rows,
+        emphasis=emphasis,
+    )
+
+
+def eager(case: Case, kind: str) -> StepSums:
+    if kind == "cross_entropy":
+        return head_cross_entropy_eager(case.head_inputs, case.head_weight, case.targets, case.valid, case.step_weights)
+    kept, emphasis = TEACHINGS[kind]
+    return head_distillation_eager(
+        case.head_inputs,
+        case.head_weight,
+        Taught(case.teacher_logits, kept),
+        case.teacher_rows,
+        case.targets,
+        case.valid,
+        case.step_weights,
+        emphasis,
+    )
+
+
+def gradients(sums: StepSums, case: Case) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(1.7 * sums.total, (case.head_inputs, case.head_weight))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
+@pytest.mark.parametrize("kind", TEACHINGS)
+def test_the_chunked_loss_and_its_gradients_equal_the_eager_twin(kind: str, chunk_rows: int) -> None:
+    case = make_case()
+    fast = fast_of(case, kind, chunk_rows)
+    plain = eager(case, kind)
+    for name in ("total", "loss_sum", "loss_rows", "rows", "top1", "top5"):
+        torch.testing.assert_close(getattr(fast, name), getattr(plain, name), msg=name)
+    for fast_grad, plain_grad in zip(gradients(fast, case), gradients(plain, case), strict=True):
+        torch.testing.assert_close(fast_grad, plain_grad)
+
+
+@pytest.mark.parametrize("kind", TEACHINGS)
+def test_the_hand_written_gradient_equals_finite_differences(kind: str) -> None:
+    case = make_case(anchors=4, vocab=5)
+
+    def total(head_inputs: Tensor, head_weight: Tensor) -> Tensor:
+        moved = Case(**{**case.__dict__, "head_inputs": head_inputs, "head_weight": head_weight})
+        return fast_of(moved, kind, 3).total
+
+    assert torch.autograd.gradcheck(total, (case.head_inputs, case.head_weight))
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_inputs_keep_theirs() -> None:
+    case = make_case()
+    wanted = gradients(cross_entropy(case), case)[0]
+    case.head_weight.requires_grad_(False)
+    cross_entropy(case, 4).total.backward()
+    assert case.head_weight.grad is None
+    torch.testing.assert_close(case.head_inputs.grad, wanted / 1.7)
+
+
+def test_no_gradient_is_made_under_no_grad() -> None:
+    case = make_case()
+    with torch.no_grad():
+        total = cross_entropy(case).total
+    assert not total.requires_grad
+    torch.testing.assert_close(total, eager(case, "cross_entropy").total.detach())
+
+
+def test_distilling_from_oneself_costs_nothing_and_pulls_nowhere() -> None:
+    case = make_case()
+    own_logits = (case.head_inputs[0] @ case.head_weight.T).detach()
+    same_rows = torch.arange(ANCHORS)[:, None].expand(ANCHORS, STEPS)
+    inputs = case.head_inputs[:1].detach().expand(STEPS, -1, -1).clone().requires_grad_()
+    sums = head_distillation(
+        inputs,
+        case.head_weight,
+        lambda rows: Taught(own_logits[rows]),
+        same_rows,
+        case.targets,
+        case.valid,
+        case.step_weights,
+    )
+    torch.testing.assert_close(sums.loss_sum, torch.zeros(STEPS, dtype=torch.float64), atol=1e-12, rtol=0)
+    grad = torch.autograd.grad(sums.total, inputs)[0]
+    torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
+
+
+def test_a_token_the_target_can_never_say_adds_nothing_to_the_divergence() -> None:
+    case = make_case()
+    case.teacher_logits[:, 3] = -torch.inf
+    fast, plain = distillation(case, 5), eager(case, "distillation")
+    assert torch.isfinite(fast.total)
+    torch.testing.assert_close(fast.total, plain.total)
+
+
+def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_no_loss() -> None:
+    head_inputs, head_weight = torch.eye(2)[None], 9 * torch.eye(2)
+    targets, valid = torch.tensor([[0], [OUTSIDE]]), torch.ones(2, 1, dtype=torch.bool)
+    sums = head_cross_entropy(head_inputs, head_weight, targets, valid, torch.ones(1))
+    assert (sums.loss_rows.tolist(), sums.rows.tolist()) == ([1], [2])
+    assert sums.top1 is not None
+    assert sums.top5 is not None
+    assert (sums.top1.tolist(), sums.top5.tolist()) == ([1], [1])
+    assert sums.loss_sum.item() == pytest.approx(torch.log1p(torch.tensor(-9.0).exp()).item(), rel=1e-3)
+
+
+def test_ties_go_to_the_smaller_id_so_that_a_zero_head_scores_as_argmax_would() -> None:
+    targets, valid = torch.tensor([[0], [1], [4], [5]]), torch.ones(4, 1, dtype=torch.bool)
+    sums = head_cross_entropy(torch.zeros(1, 4, 3), torch.zeros(8, 3), targets, valid, torch.ones(1))
+    assert sums.top1 is not None
+    assert sums.top5 is not None
+    assert (sums.top1.tolist(), sums.top5.tolist()) == ([1], [3])
+
+
+def test_rows_are_grouped_by_teacher_with_masked_ones_left_out() -> None:
+    teacher_rows = torch.tensor([7, 8, 7, 9])
+    ids, grid = group_by_teacher(teacher_rows, torch.tensor([True, True, True, False]))
+    assert ids.tolist() == [7, 8]
+    assert grid.tolist() == [[0, 2], [1, -1]]
+
+
+def test_each_teacher_distribution_is_asked_for_once() -> None:
+    case = make_case()
+    asked: list[int] = []
+
+    def teacher(rows: Tensor) -> Taught:
+        asked.extend(rows.tolist())
+        return Taught(case.teacher_logits[rows])
+
+    head_distillation(
+        case.head_inputs, case.head_weight, teacher, case.teacher_rows, case.targets, case.valid, case.step_weights, 6
+    )
+    assert sorted(asked) == sorted(set(case.teacher_rows[case.valid].tolist()))
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+def test_a_batch_without_a_valid_row_gives_zero_and_zero_gradients(kind: str) -> None:
+    case = make_case()
+    case.valid[:] = False
+    sums = cross_entropy(case) if kind == "cross_entropy" else distillation(case)
+    assert sums.total.item() == 0.0
+    assert all(not grad.any() for grad in gradients(sums, case))
+
+
+def test_bf16_inputs_are_normalised_in_float32() -> None:
+    case = make_case(torch.float32)
+    exact = cross_entropy(case).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = cross_entropy(case)
+    assert mixed.total.dtype == torch.float32
+    assert mixed.total.item() == pytest.approx(exact.item(), rel=2e-2)
+    assert mixed.total.item() != exact.item(), "autocast was ignored"
+    for grad, wanted in zip(gradients(mixed, case), gradients(cross_entropy(case), case), strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, wanted, atol=0.15, rtol=0.1)
+    half = Case(
+        **{**case.__dict__, "head_inputs": case.head_inputs.bfloat16(), "head_weight": case.head_weight.bfloat16()}
+    )
+    assert cross_entropy(half).total.dtype == torch.float32
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements any operation produced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+def test_no_tensor_exceeds_a_chunk_of_logits_at_a_vocabulary_of_128k(kind: str) -> None:
+    vocab, chunk_rows, peaks = 128 * 1024, 6, []
+    for anchors in (8, 64):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(STEPS, anchors, 2, generator=generator).requires_grad_()
+        weight = torch.randn(vocab, 2, generator=generator).requires_grad_()
+        targets = torch.randint(0, vocab, (anchors, STEPS), generator=generator)
+        valid, step_weights = torch.ones(anchors, STEPS, dtype=torch.bool), torch.ones(STEPS)
+        with LargestTensor() as seen:
+            if kind == "cross_entropy":
+                sums = head_cross_entropy(inputs, weight, targets, valid, step_weights, chunk_rows)
+            else:
+                rows = torch.arange(anchors)[:, None] + torch.arange(STEPS)[None]
+                sums = head_distillation(
+                    inputs,
+                    weight,
+                    lambda ids: Taught(ids[:, None] * torch.linspace(0, 1, vocab)),
+                    rows,
+                    targets,
+                    valid,
+                    step_weights,
+                    chunk_rows,
+                )
+            sums.total.backward()
+        peaks.append(seen.numel)
+    assert peaks[0] == peaks[1] <= chunk_rows * vocab
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match=r"targets has shape \(3, 11\)"):
+        head_cross_entropy(case.head_inputs, case.head_weight, case.targets.T, case.valid, case.step_weights)
+    with pytest.raises(ValueError, match="head_weight takes 4 inputs"):
+        head_cross_entropy(case.head_inputs, case.head_weight[:, :4], case.targets, case.valid, case.step_weights)
+
+
+def test_the_feature_loss_equals_the_formula_row_by_row() -> None:
+    case = make_case()
+    features = 2 * torch.randn(ANCHORS + STEPS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arguments = (case.head_inputs, features, case.teacher_rows, case.valid, case.step_weights)
+    fast, plain = feature_smooth_l1(*arguments), feature_smooth_l1_eager(*arguments)
+    torch.testing.assert_close(fast.total, plain)
+    torch.testing.assert_close((case.step_weights * fast.loss_sum).sum(), plain.detach())
+    fast_grad, plain_grad = (torch.autograd.grad(total, case.head_inputs)[0] for total in (fast.total, plain))
+    torch.testing.assert_close(fast_grad, plain_grad)

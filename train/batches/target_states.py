@@ -1,0 +1,300 @@
+"""States of a batch from the target itself, in the loop, and the order in which forwards and training steps run.
+
+Owns: the length buckets of a batch's forwards, who runs which forwards when several processes hold the target together, and the
+look-ahead by one batch. Does not know: where texts come from, losses, optimisers.
+
+Shape legend: B rows of a forward, T tokens (of the packed batch, or of the longest row of a forward), D hidden, G greedy tokens a
+position, n real tokens of a forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from draftsmith.data.cache.features import length_batches, prompt_lengths
+from draftsmith.decode.greedy_continuations import greedy_continuations
+from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.target.sharding import ShardedOver
+from draftsmith.models.target.target import Target
+from draftsmith.train.batches.batch_plan import EpochSampler
+from draftsmith.train.batches.data_module import CacheBatch
+
+Round = Sequence[CacheBatch]
+"""Batches that several processes train on at the same step, without states: one a process, or this process's own only."""
+
+
+class BatchInTheLoop(CacheBatch):
+    """A batch that lies where it is wanted, so that there are no two of it."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CacheBatch:
+        """Itself, on its own device; Lightning calls this."""
+        here = self.packed.input_ids.device
+        return self if torch.device(device) == here else super().to(device, non_blocking)
+
+
+class StatesInTheLoop:
+    """Runs the frozen target over batches of token ids.
+
+    Args:
+        target: whole, spread over devices, or this process's part of it.
+        over: the processes that hold it; where it is sharded, a call needs the batches of all of them, and all must call.
+        layers: names of the layers that are wanted.
+        num_greedy: G, the target's greedy tokens after each position, 0 for none.
+        forward_tokens: tokens of one forward at most, padding included; a longer sample is a forward of its own.
+        device: where the states are wanted.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        over: ShardedOver,
+        layers: Sequence[str],
+        num_greedy: int,
+        forward_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.target, self.over, self.layers = target, over, tuple(layers)
+        self.num_greedy, self.forward_tokens, self.device = num_greedy, forward_tokens, device
+
+    @torch.no_grad()
+    def __call__(self, batches: Round) -> CacheBatch:
+        """This process's batch of the round with `hidden[layer]` [T, D] in the target's dtype and `greedy_ids` int64 [T, G].
+
+        A forward takes samples of similar length, so little of it is padding. Where processes share a forward (`tp`), it runs over
+        the samples of all their batches and each keeps its own. Where they gather weights for each other, those with fewer forwards
+        make up for it with one token each, or the others would wait for ever.
+        """
+        own = batches[self.over.rank] if self.over.is_sharded else batches[0]
+        packed = _packed_to(own.packed, self.device)
+        # Made outside of inference mode, which the target's own tensors come from: autograd could not keep those.
+        hidden = {layer: self._room(packed) for layer in self.layers}
+        greedy = packed.input_ids.new_zeros(len(packed.input_ids), self.num_greedy) if self.num_greedy else None
+        for forward in self._plan(batches):
+            self._run(forward, hidden, greedy)
+        return BatchInTheLoop(replace(packed, hidden=hidden, greedy_ids=greedy), own.sample_ids)
+
+    def _room(self, packed: PackedBatch) -> Tensor:
+        size = self.target.ends.hidden_size
+        return torch.zeros(len(packed.input_ids), size, dtype=self.target.dtype, device=self.device)
+
+    def _plan(self, batches: Round) -> list[_Forward]:
+        if self.over.shares_texts:
+            texts = [text for rank, batch in enumerate(batches) for text in _texts(batch, rank == self.over.rank)]
+            return self._forwards(texts)
+        planned = [self._forwards(list(_texts(batch, True))) for batch in batches]
+        if not self.over.is_sharded:
+            return planned[0]
+        own = planned[self.over.rank]
+        missing = max(map(len, planned)) - len(own)
+        return (
+            own
+            + [_Forward([_Text(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), 0, False)])]
+            * missing
+        )
+
+    def _forwards(self, texts: list[_Text]) -> list[_Forward]:
+        buckets = length_batches([len(text.ids) for text in texts], self.forward_tokens)
+        return [_Forward([texts[row] for row in rows]) for rows in buckets]
+
+    def _run(self, forward: _Forward, hidden: dict[str, Tensor], greedy: Tensor | None) -> None:
+        ids_BT = _to(forward.padded_ids(), self.target.device)
+        read_B = prompt_lengths((text.loss_mask for text in forward.texts), ids_BT.device)
+        output = self.target.prefix(ids_BT, layers=self.layers, read=read_B)
+        taken, places = forward.kept()
+        if len(taken):
+            taken, places = _to(taken, self.device), _to(places, self.device)
+            for layer, room_TD in hidden.items():
+                states_BTD = output.feature(layer).to(room_TD)
+                room_TD.index_copy_(0, places, states_BTD.flatten(0, 1).index_select(0, taken))
+        if self.num_greedy:
+            # Run by all, kept by some: see __call__.
+            greedy_BTG = greedy_continuations(self.target, ids_BT, self.num_greedy, read_B).to(self.device)
+            if greedy is not None and len(taken):
+                greedy.index_copy_(0, places, greedy_BTG.flatten(0, 1).index_select(0, taken))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A sample's ids [length] and which are labelled, where they start in its packed batch, and whether that is this process's."""
+
+    ids: Tensor
+    loss_mask: Tensor
+    start: int
+    is_own: bool
+
+
+@dataclass(frozen=True)
+class _Forward:
+    texts: list[_Text]
+
+    def padded_ids(self) -> Tensor:
+        """int64 [B, T], padded on the right with 0, which causal attention keeps from every real token."""
+        return pad_sequence([text.ids for text in self.texts], batch_first=True)
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """int64 [n] each: which of the B x T states are kept, and their places in the packed batch.
+
+        Example: own texts of 3 and 2 tokens that start at 5 and 0 -> (0, 1, 2, 3, 4) and (5, 6, 7, 0, 1).
+        """
+        longest = max(len(text.ids) for text in self.texts)
+        rows = [(row, text) for row, text in enumerate(self.texts) if text.is_own]
+        taken = [row * longest + torch.arange(len(text.ids)) for row, text in rows]
+        places = [text.start + torch.arange(len(text.ids)) for _, text in rows]
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return torch.cat([*taken, nothing]), torch.cat([*places, nothing])
+
+
+def _texts(batch: CacheBatch, is_own: bool) -> Iterator[_Text]:
+    """The samples of a packed batch."""
+    start = 0
+    lengths = torch.unique_consecutive(batch.packed.document_ids, return_counts=True)[1].tolist()
+    parts = zip(batch.packed.input_ids.split(lengths), batch.packed.loss_mask.split(lengths), strict=True)
+    for ids, loss_mask in parts:
+        yield _Text(ids, loss_mask, start, is_own)
+        start += len(ids)
+
+
+def _packed_to(packed: PackedBatch, device: torch.device) -> PackedBatch:
+    return replace(
+        packed,
+        input_ids=_to(packed.input_ids, device),
+        loss_mask=_to(packed.loss_mask, device),
+        document_ids=_to(packed.document_ids, device),
+        positions=_to(packed.positions, device),
+    )
+
+
+def _to(values: Tensor, device: torch.device) -> Tensor:
+    """On a GPU the copy does not hold up this process."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+class RoundSampler(DistributedSampler):
+    """The sample numbers of the batches of some processes at each step, or of this process's own only, by its own sampler.
+
+    A DistributedSampler only in name, so that Lightning leaves the split over ranks to it.
+    """
+
+    def __init__(self, own: EpochSampler, members: range | None) -> None:
+        self.own, self.members = own, members
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on."""
+        self.own.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        if self.members is None:
+            return ([numbers] for numbers in self.own)
+        plan, members = self.own.plan(), self.members
+        steps = (plan.step(number) for number in range(self.own.start, len(plan.bounds)))
+        return ([step[rank] for rank in members] for step in steps)
+
+
+class Rounds(Dataset):
+    """Batches of a data set by round: indexed with one list of sample numbers a process."""
+
+    def __init__(self, batches: Dataset) -> None:
+        self.batches = batches
+
+    def __getitem__(self, numbers: Sequence[Sequence[int]]) -> Round:
+        return [self.batches[own] for own in numbers]
+
+
+class StatesAhead:
+    """A loader whose batches have their states; on a GPU those of the next one are computed while the caller works on this one.
+
+    The forward of batch i + 1 is queued on a stream of its own before batch i is handed out, behind everything that the caller queued
+    for batch i - 1: it runs beside step i. Without `ahead`, the same batches come in the same order, each computed when it is asked
+    for. A batch has its states until the next one is asked for, so that no more than two have theirs at any time, or one.
+
+    Args:
+        rounds: gives rounds of batches without states.
+        states: computes them; what it returns must be of the same batch, whenever it is called.
+        ahead: whether to run ahead by one batch.
+        device: whose stream is used; on others than CUDA there is none, and running ahead only changes the order of calls.
+    """
+
+    def __init__(
+        self, rounds: DataLoader, states: Callable[[Round], CacheBatch], ahead: bool, device: torch.device
+    ) -> None:
+        self.rounds, self.states, self.ahead, self.device = rounds, states, ahead, device
+
+    @property
+    def sampler(self) -> object:
+        """What Lightning tells the epoch's number."""
+        return self.rounds.sampler
+
+    @property
+    def batch_sampler(self) -> None:
+        """Lightning asks for it where there is a sampler: the sampler gives whole batches itself."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __iter__(self) -> Iterator[CacheBatch]:
+        stream = torch.cuda.Stream(self.device) if self.ahead and self.device.type == "cuda" else None
+        launched: deque[_Launched] = deque()
+        handed: Callable[[], CacheBatch | None] = _nothing
+        for batches in self.rounds:
+            _forget(handed())
+            launched.append(_launch(self.states, batches, stream))
+            if len(launched) > self.ahead:
+                handed = weakref.ref(launched[0].batch)
+                yield launched.popleft().arrived()
+        while launched:
+            _forget(handed())
+            handed = weakref.ref(launched[0].batch)
+            yield launched.popleft().arrived()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _forget(batch: CacheBatch | None) -> None:
+    """Lets go of the states of a batch that somebody may still hold: Lightning's validation does while it asks for the next."""
+    if batch is not None:
+        batch.packed.hidden.clear()
+
+
+@dataclass(frozen=True)
+class _Launched:
+    batch: CacheBatch
+    done: torch.cuda.Event | None
+
+    def arrived(self) -> CacheBatch:
+        """The batch, once the stream that it is used on waits for its states; this process does not wait."""
+        if self.done is not None:
+            stream = torch.cuda.current_stream(self.batch.packed.input_ids.device)
+            stream.wait_event(self.done)
+            for values in _tensors(self.batch.packed):
+                values.record_stream(stream)
+        return self.batch
+
+
+def _launch(states: Callable[[Round], CacheBatch], batches: Round, stream: torch.cuda.Stream | None) -> _Launched:
+    if stream is None:
+        return _Launched(states(batches), None)
+    # Behind the step before this one, so that memory stays bounded however far this process is ahead of the device.
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        batch = states(batches)
+        return _Launched(batch, stream.record_event())
+
+
+def _tensors(packed: PackedBatch) -> list[Tensor]:
+    plain = [packed.input_ids, packed.loss_mask, packed.document_ids, packed.positions, *packed.hidden.values()]
+    return plain if packed.greedy_ids is None else [*plain, packed.greedy_ids]

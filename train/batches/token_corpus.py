@@ -1,0 +1,218 @@
+"""A corpus in token ids on disk: a hidden-state cache without hidden states, for targets that compute them in the loop.
+
+Owns: how a source that `data extract` reads becomes such a folder, once, and when one that is there may be used again. Does not
+know: targets' weights, batches, training.
+
+Five bytes a token instead of the thousands that states take. It is read by the reader of caches (`data/cache/reader.py`), so everything
+that holds for a cache's samples, their order and the resuming of an epoch holds for these.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from draftsmith import provenance
+from draftsmith.data.cache.extract import sample_length
+from draftsmith.data.corpus import Corpus, why_unlabelled
+from draftsmith.data.shards.lengths import write_lengths
+from draftsmith.data.shards.manifest import MANIFEST_FILE, CacheIdentity, Manifest
+from draftsmith.data.shards.shards import ShardContent, ShardRecord, write_shard
+from draftsmith.data.tokens import TokenizedSample, chat_of, cut
+from draftsmith.files import atomic_directory, atomic_write, sha256_file
+from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, summary
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.loading import load_tokenizer, target_fingerprint
+from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.files.pretrained import read_config
+from draftsmith.models.target.context import context_of
+from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions, rendering_fingerprint
+from draftsmith.ownership import check_replaceable
+
+_SHARD_TOKENS = 2**21
+_STAGE = "draftsmith train (tokens)"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """What is trained on: a source as `draftsmith data extract` takes it.
+
+    Attributes:
+        source: a folder or JSONL file of replies, conversations or documents.
+        split: keep only samples of this split.
+        template: Jinja file for conversations, or `none` for plain text; None: the tokenizer's own.
+        max_length: samples are cut to this many tokens; None: the target's context.
+        rendering: the chat template's name and variables.
+    """
+
+    source: Path
+    split: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    rendering: TemplateOptions = NO_OPTIONS
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """Which target's tokens are meant: its name, the hub's revision, a PEFT adapter on top, whether its code may run, its context."""
+
+    name: str
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+    context: int | None = None
+
+
+def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
+    """Makes the folder from the source, or leaves it as it is where it holds just that already.
+
+    The folder appears whole or not at all. Reads the target's configuration and tokenizer, no weights.
+
+    Raises ValueError where the folder holds other text or another target's, where the source cannot be read or has nothing to train
+    on, and for token ids that the target does not have.
+    """
+    corpus, identity, vocab_size = _corpus_and_identity(text, target)
+    if (folder / MANIFEST_FILE).exists():
+        _check_same(folder, identity)
+        return folder
+    check_replaceable(folder, _STAGE)
+    with atomic_directory(folder, _STAGE) as partial:
+        counts = _Counts()
+        records = [
+            _write_shard(partial, number, samples, vocab_size, target.name)
+            for number, samples in enumerate(_shards(_labelled(corpus, counts)))
+        ]
+        if not records:
+            corpus.survey()  # names what is wrong with the text
+            raise ValueError(f"{text.source} has no sample to train on")
+        manifest = _manifest(replace(identity, mask=corpus.mask_recipe), records, counts, partial)
+        manifest.save(partial)
+        atomic_write(partial / DROPPED_FILE, dropped_lines(counts.dropped))
+        config = {**asdict(manifest.identity), "template": text.template}
+        inputs = {str(text.source): manifest.identity.source}
+        provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
+    print(f"{manifest.num_samples} samples in {folder}; {summary(counts.dropped)}")
+    return folder
+
+
+@dataclass
+class _Counts:
+    dropped: list[Dropped] = field(default_factory=list)
+    num_cut: int = 0
+    lengths: array = field(default_factory=lambda: array("i"))
+
+
+def _manifest(identity: CacheIdentity, records: Sequence[ShardRecord], counts: _Counts, folder: Path) -> Manifest:
+    lengths = write_lengths(folder, np.asarray(counts.lengths, dtype=np.int32))
+    return Manifest(
+        identity=identity,
+        num_samples=sum(record.num_samples for record in records),
+        num_tokens=sum(record.num_tokens for record in records),
+        num_labelled=sum(record.num_labelled for record in records),
+        num_dropped=len(counts.dropped),
+        num_cut=counts.num_cut,
+        lengths_sha256=sha256_file(lengths),
+    ).with_shards(records)
+
+
+def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus, CacheIdentity, int]:
+    tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+    config = read_config(resolve(target.name, target.revision), target.trust_remote_code).get_text_config()
+    length = sample_length(text.max_length, context_of(config, target.context), target.name)
+    corpus = Corpus(
+        Path(text.source),
+        functools.partial(
+            chat_of, target.name, tokenizer, text.template, target.revision, target.trust_remote_code, text.rendering
+        ),
+        text.split,
+        length,
+        int(config.vocab_size),
+    )
+    own_tokenizer = tokenizer_fingerprint(tokenizer)
+    corpus.check_tokenizer(own_tokenizer)
+    identity = CacheIdentity(
+        target=target.name,
+        target_revision=target.revision,
+        target_fingerprint=target_fingerprint(target.name, target.revision, target.adapter),
+        tokenizer_fingerprint=own_tokenizer,
+        template_fingerprint=rendering_fingerprint(tokenizer, text.template, text.rendering),
+        template_args=text.rendering.as_text,
+        layers=(),
+        hidden_size=int(config.hidden_size),
+        dtype="float32",
+        target_dtype="float32",
+        source=corpus.fingerprint,
+        split=text.split,
+        mask="",
+        max_length=length,
+        local_horizon=0,
+        shard_mib=0.0,
+        batch_tokens=0,
+        vocab_size=int(config.vocab_size),
+    )
+    return corpus, identity, int(config.vocab_size)
+
+
+def _check_same(folder: Path, identity: CacheIdentity) -> None:
+    manifest = Manifest.load(folder)
+    # How masks were found is known only when rows have been read.
+    differences = manifest.differences(replace(identity, mask=manifest.identity.mask))
+    if differences:
+        raise ValueError(
+            f"{folder} holds the tokens of other text or of another target ({'; '.join(differences)}); "
+            "name another folder or delete this one"
+        )
+
+
+def _labelled(corpus: Corpus, counts: _Counts) -> Iterator[TokenizedSample]:
+    for sample in corpus.all_samples(counts.dropped):
+        short = cut(sample, corpus.max_length)
+        counts.num_cut += short is not sample
+        if not short.num_labelled:
+            counts.dropped.append(
+                Dropped(f"sample {sample.id}", why_unlabelled(sample, corpus.max_length), id=sample.id)
+            )
+            continue
+        counts.lengths.append(len(short.input_ids))
+        yield short
+
+
+def _shards(samples: Iterator[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
+    shard: list[TokenizedSample] = []
+    tokens = 0
+    for sample in samples:
+        shard.append(sample)
+        tokens += len(sample.input_ids)
+        if tokens >= _SHARD_TOKENS:
+            yield shard
+            shard, tokens = [], 0
+    if shard:
+        yield shard
+
+
+def _write_shard(
+    folder: Path, number: int, samples: Sequence[TokenizedSample], vocab_size: int, name: str
+) -> ShardRecord:
+    ids = torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.int32)
+    outside = ((ids < 0) | (ids >= vocab_size)).nonzero()
+    if len(outside):
+        raise ValueError(
+            f"the corpus holds token id {int(ids[outside[0]])}, but {name} has {vocab_size} tokens; "
+            "is the text in this target's tokens?"
+        )
+    content = ShardContent(
+        ids=[sample.id for sample in samples],
+        offsets=torch.tensor(list(itertools.accumulate((len(s.input_ids) for s in samples), initial=0))),
+        input_ids=ids,
+        loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
+        hidden={},
+        greedy_ids=None,
+    )
+    return write_shard(folder / f"shard-{number:05d}.safetensors", content)

@@ -1,0 +1,1 @@
+"""Distilling an ordinary draft LM towards its target."""

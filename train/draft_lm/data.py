@@ -1,0 +1,395 @@
+"""Prompts and replies for distilling a draft LM: which rows a step sees, and which of them the draft LM continues itself.
+
+Owns: reading and encoding, the held-out rows, the mixture of on-policy rows and the target's own replies, where a resumed run goes on.
+Does not know: models, losses, how a continuation is sampled.
+
+Shape legend: N rows, L tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.data.corpus import Corpus
+from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
+from draftsmith.data.prompts import PROMPT_FILE, read_prompts
+from draftsmith.data.tokens import ChatTemplate
+from draftsmith.files import sha256_file
+from draftsmith.json_rows import Dropped, summary
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.target.prompt_template import TemplateOptions, rendering_fingerprint
+from draftsmith.train.batches.batch_plan import EpochSampler
+
+
+class Text:
+    """One row: a prompt, and the rest of the text if there is one.
+
+    Deliberately no dataclass, like the batch: Lightning would walk into one.
+
+    Args:
+        number: of the row in the run's data.
+        ids: token ids, the prompt first.
+        labelled: True where a token is the target's own reply.
+        num_prompt: tokens before the first labelled one.
+    """
+
+    def __init__(self, number: int, ids: list[int], labelled: list[bool], num_prompt: int) -> None:
+        self.number, self.ids, self.labelled, self.num_prompt = number, ids, labelled, num_prompt
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether there is anything behind the prompt."""
+        return len(self.ids) > self.num_prompt
+
+    def with_reply(self, reply_ids: Sequence[int], max_length: int) -> Text:
+        """The prompt with another reply, cut to `max_length` tokens."""
+        reply = list(reply_ids)[: max_length - self.num_prompt]
+        labelled = [False] * self.num_prompt + [True] * len(reply)
+        return Text(self.number, self.ids[: self.num_prompt] + reply, labelled, self.num_prompt)
+
+
+class TextBatch:
+    """Some rows."""
+
+    def __init__(self, texts: list[Text]) -> None:
+        self.texts = texts
+
+
+class TextStore(Dataset):
+    """All rows in flat arrays: five bytes a token, however many rows there are. Indexing with row numbers gives a batch."""
+
+    def __init__(self) -> None:
+        self._ids, self._labelled = array("i"), bytearray()
+        self._starts, self._prompts = array("q", [0]), array("q")
+
+    def add(self, ids: Sequence[int], labelled: Sequence[bool] | None) -> None:
+        """Appends a row; `labelled` None is a prompt alone."""
+        flags = [False] * len(ids) if labelled is None else labelled
+        self._ids.extend(ids)
+        self._labelled.extend(flags)
+        self._starts.append(len(self._ids))
+        self._prompts.append(len(ids) if labelled is None else list(labelled).index(True))
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def text(self, number: int) -> Text:
+        """One row."""
+        span = slice(self._starts[number], self._starts[number + 1])
+        labelled = [bool(flag) for flag in self._labelled[span]]
+        return Text(int(number), self._ids[span].tolist(), labelled, self._prompts[number])
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows together."""
+        return len(self._ids)
+
+    def with_reply(self) -> np.ndarray:
+        """bool [N]: which rows are more than a prompt."""
+        return np.diff(np.asarray(self._starts)) > np.asarray(self._prompts)
+
+    def __getitem__(self, numbers: Sequence[int]) -> TextBatch:
+        return TextBatch([self.text(number) for number in numbers])
+
+
+class DistilDataModule(pl.LightningDataModule):
+    """Rows for :class:`~draftsmith.train.draft_lm.module.DraftLMModule`.
+
+    An epoch passes every row once. A share `on_policy` of an epoch's rows is continued by the draft LM itself (of a reply, only the
+    prompt is then used); on the others it learns along the target's own reply. Which ones is drawn anew every epoch, exactly that many.
+    A prompt without a reply is always on-policy.
+
+    Args:
+        replies: the target's own replies: a folder or JSONL that `draftsmith data respond` wrote.
+        prompts: further prompts, or the only ones: a folder or JSONL that `draftsmith data prompts` wrote; those that `replies`
+            answer are passed over.
+        on_policy: share of the rows of an epoch that the draft LM continues itself.
+        split: read the rows of this split only; null for all.
+        val_fraction: share of the rows held out, at least one.
+        max_val_rows: hold out no more than so many; null for no limit. Every one that has no reply costs the target an answer.
+        max_length: texts are cut to so many tokens; prompts that leave no room for a reply, and empty replies, are left out and counted.
+        batch_size: rows of a step on each process, on average: an epoch is cut into nearly equal batches.
+        max_samples: train on no more than so many rows (the same ones under the same seed).
+        template: Jinja file, or `none` for plain text; null takes the tokenizer's own. Replies with token ids need none.
+        shuffle: a new order every epoch.
+        seed: fixes the held-out rows, every epoch's order, and which rows are on-policy.
+        template_name: which of a tokenizer's several chat templates to use; null: the one called default.
+        template_args: variables of the chat template, such as {enable_thinking: false}.
+
+    Raises ValueError for settings out of range; when reading, for rows of another tokenizer, for nothing left to train on, and for
+    more prompts without a reply than `on_policy` has room for.
+    """
+
+    def __init__(
+        self,
+        replies: Path | None = None,
+        prompts: Path | None = None,
+        on_policy: float = 1.0,
+        split: str | None = None,
+        val_fraction: float = 0.02,
+        max_val_rows: int | None = 512,
+        max_length: int = 1024,
+        batch_size: int = 16,
+        max_samples: int | None = None,
+        template: str | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        template_name: str | None = None,
+        template_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if replies is None and prompts is None:
+            raise ValueError(
+                "neither replies nor prompts are given; give the folder of `data respond` or `data prompts`"
+            )
+        if not 0.0 <= on_policy <= 1.0:
+            raise ValueError(f"on_policy is {on_policy}; it is a share of the rows, between 0 and 1")
+        if not 0.0 <= val_fraction < 1.0:
+            raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
+        counts = {
+            "max_val_rows": max_val_rows,
+            "max_length": max_length,
+            "batch_size": batch_size,
+            "max_samples": max_samples,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        self.replies = None if replies is None else Path(replies)
+        self.prompts = None if prompts is None else Path(prompts)
+        self.on_policy, self.split = on_policy, split
+        self.val_fraction, self.max_val_rows = val_fraction, max_val_rows
+        self.max_length, self.batch_size, self.max_samples = max_length, batch_size, max_samples
+        self.template, self.shuffle, self.seed = template, shuffle, seed
+        self.rendering = TemplateOptions(template_name, template_args)
+        self.store = TextStore()
+        self.train_rows = np.empty(0, dtype=np.int64)
+        self.val_rows = np.empty(0, dtype=np.int64)
+        self.sources: dict[str, str] = {}
+        self.num_left_out = 0
+        self._dropped: list[Dropped] = []
+        self._answered: set[bytes] = set()
+        self._epoch, self._start = 0, 0
+        self._template = ""
+        self._drawn: tuple[int, np.ndarray] | None = None
+
+    def read(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        eos_ids: Iterable[int],
+        vocab_size: int | None = None,
+    ) -> None:
+        """Reads and encodes everything; the training module calls this once it knows the models.
+
+        Args:
+            tokenizer: the target's, which is the draft LM's as well.
+            context: the shorter of the two models' contexts in tokens, None for no limit.
+            eos_ids: tokens that end a reply.
+            vocab_size: replies with token ids that are not below this are left out.
+        """
+        if len(self.store):
+            return
+        self.max_length = self.max_length if context is None else min(self.max_length, context)
+        self._template = rendering_fingerprint(tokenizer, self.template, self.rendering)
+        if self.replies is not None:
+            self._read_replies(self.replies, tokenizer, eos_ids, vocab_size)
+        if self.prompts is not None:
+            self._read_prompts(self.prompts, tokenizer, eos_ids)
+        self._answered.clear()
+        if self._dropped:
+            rank_zero_info(summary(self._dropped))
+        if self.num_left_out:
+            rank_zero_info(
+                f"{self.num_left_out} row(s) left out: no reply in them, or no room for one within max_length {self.max_length}"
+            )
+        order = torch.randperm(len(self.store), generator=torch.Generator().manual_seed(self.seed)).numpy()
+        held_out = self._num_held_out()
+        self.val_rows = np.sort(order[:held_out])
+        self.train_rows = np.sort(order[held_out:][: self.max_samples])
+        if not len(self.train_rows):
+            raise ValueError(
+                f"{summary(self._dropped)}; "
+                f"{len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} ({self.num_left_out} hold no reply, or "
+                f"leave no room for one within max_length {self.max_length}): none is left to train on; add rows, or raise max_length"
+            )
+        choose_on_policy(self._with_reply(), self.on_policy, self.seed, 0)
+
+    def _num_held_out(self) -> int:
+        if not self.val_fraction or not len(self.store):
+            return 0
+        wanted = max(1, round(self.val_fraction * len(self.store)))
+        return wanted if self.max_val_rows is None else min(wanted, self.max_val_rows)
+
+    def _read_replies(
+        self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], vocab_size: int | None
+    ) -> None:
+        corpus = Corpus(
+            source,
+            lambda: ChatTemplate(tokenizer, self.template, eos_ids, self.rendering),
+            self.split,
+            max_length=self.max_length,
+            vocab_size=vocab_size,
+        )
+        corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
+        for sample in corpus.all_samples(self._dropped):
+            ids, labelled = sample.input_ids[: self.max_length], sample.loss_mask[: self.max_length]
+            if any(labelled) and not labelled[0]:
+                self.store.add(ids, labelled)
+                if self.prompts is not None:
+                    self._answered.add(_digest(ids[: labelled.index(True)]))
+            else:
+                self.num_left_out += 1
+        self.sources[str(source)] = corpus.fingerprint
+
+    def _read_prompts(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
+        found = read_prompts(source, self.split, self._dropped)
+        chat = chat_for(found, tokenizer, self.template, eos_ids, self.rendering)
+        for prompt in found:
+            try:
+                ids = first_prompt_ids(prompt, chat)
+            except ValueError as error:
+                self._dropped.append(Dropped(prompt.place, str(error), id=prompt.id))
+                continue
+            if _digest(ids) in self._answered:  # its reply is a row already, and may be held out
+                continue
+            if 0 < len(ids) < self.max_length:
+                self.store.add(ids, None)
+            else:
+                self.num_left_out += 1
+        self.sources[str(source)] = sha256_file(source / PROMPT_FILE if source.is_dir() else source)
+
+    def is_on_policy(self, number: int, epoch: int) -> bool:
+        """Whether the draft LM continues this row itself in an epoch."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            drawn = np.zeros(len(self.store), dtype=bool)
+            drawn[self.train_rows] = choose_on_policy(self._with_reply(), self.on_policy, self.seed, epoch)
+            self._drawn = epoch, drawn
+        return bool(self._drawn[1][number])
+
+    def val_prompts(self, num_prompts: int) -> list[list[int]]:
+        """Token ids of the first held-out prompts."""
+        texts = [self.store.text(number) for number in self.val_rows[:num_prompts]]
+        return [text.ids[: text.num_prompt] for text in texts]
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of this rank, from where a resumed run stopped."""
+        return self._loader(self.train_rows, self.shuffle, self._epoch, self._start)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Batches of the held-out rows in a fixed order; none when nothing is held out. Raises ValueError for fewer rows than processes."""
+        if 0 < len(self.val_rows) < self._world()[1]:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} (max_val_rows {self.max_val_rows}) holds out {len(self.val_rows)} row(s), and each of "
+                f"{self._world()[1]} processes needs one; raise them, or set val_fraction to 0"
+            )
+        return self._loader(self.val_rows, False, 0, 0) if len(self.val_rows) else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data the run is; saved in every checkpoint."""
+        assert self.trainer is not None
+        return {
+            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
+            "batches_per_epoch": self.trainer.num_training_batches,
+            "layout": self._layout(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called on resume, before the loaders are made.
+
+        Raises ValueError when the rows, their order or the batches differ from those of the interrupted run.
+        """
+        own = self._layout()
+        # Checkpoints of earlier versions tell neither split nor template nor the number of tokens.
+        before = {**own, **state_dict["layout"]}
+        for name, value in own.items():
+            if before[name] != value:
+                raise ValueError(
+                    f"the checkpoint was made with {name} = {before[name]!r}, this run has {value!r}; resume with the same data, or start "
+                    "a new run without --ckpt_path"
+                )
+        self._epoch, self._start = divmod(state_dict["batches_done"], state_dict["batches_per_epoch"])
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "source": hashlib.sha256("".join(self.sources.values()).encode()).hexdigest(),
+            "split": self.split,
+            "template": self._template,
+            "max_length": self.max_length,
+            "rows": len(self.train_rows),
+            "tokens": self.store.num_tokens,
+            "batch_size": self.batch_size,
+            "on_policy": self.on_policy,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "world_size": self._world()[1],
+        }
+
+    def _with_reply(self) -> np.ndarray:
+        return self.store.with_reply()[self.train_rows]
+
+    def _world(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _loader(self, rows: np.ndarray, shuffle: bool, epoch: int, start: int) -> DataLoader:
+        rank, world_size = self._world()
+        # Each row counts as one token of the plan's budget.
+        sampler = EpochSampler(
+            np.ones(len(rows), dtype=np.int64),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            epoch=epoch,
+            start=start,
+        )
+        return DataLoader(_Subset(self.store, rows), batch_size=None, sampler=sampler)
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    """Stands for a prompt: 16 bytes, however long it is."""
+    return hashlib.blake2b(array("i", ids).tobytes(), digest_size=16).digest()
+
+
+class _Subset(Dataset):
+    def __init__(self, store: TextStore, rows: np.ndarray) -> None:
+        self._store, self._rows = store, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, places: Sequence[int]) -> TextBatch:
+        return self._store[self._rows[places].tolist()]
+
+
+def choose_on_policy(with_reply: Sequence[bool] | np.ndarray, share: float, seed: int, epoch: int) -> np.ndarray:
+    """bool [N]: which rows of an epoch the draft LM continues itself: `share` of all, those without a reply first of all.
+
+    Example: of four rows with replies and a share of 0.5, two, and in another epoch perhaps others.
+
+    Raises ValueError when more rows have no reply than the share has room for.
+    """
+    chosen = ~np.asarray(with_reply, dtype=bool)
+    wanted = round(share * len(chosen))
+    if chosen.sum() > wanted:
+        raise ValueError(
+            f"on_policy is {share}, which of {len(chosen)} rows is {wanted}, and {chosen.sum()} rows are prompts without a reply; raise "
+            "on_policy, or let the target answer them (`draftsmith data respond`)"
+        )
+    free = np.flatnonzero(~chosen)
+    rng = np.random.default_rng([seed, epoch])
+    chosen[rng.permutation(free)[: wanted - chosen.sum()]] = True
+    return chosen

@@ -1,0 +1,1 @@
+"""Training a drafter of any family: its module, objective, losses and callbacks."""

@@ -1,0 +1,81 @@
+"""Plain twins of train.losses: the same sums in a few lines each, with every logit in memory at once.
+
+Owns: the definitions that the chunked losses must equal (tests hold them together), for reading and for small problems.
+Does not know: chunks, hand-written gradients, anything of training.
+
+Shape legend: K draft steps, A anchors, E head inputs, Vd draft vocabulary, R teacher rows.
+"""
+
+import torch
+from torch import Tensor
+
+from draftsmith.train.drafter.losses import OUTSIDE, StepSums, Taught, TopEmphasis
+
+
+def head_cross_entropy_eager(
+    head_inputs: Tensor, head_weight: Tensor, targets: Tensor, valid: Tensor, step_weights: Tensor
+) -> StepSums:
+    """Twin of losses.head_cross_entropy (same arguments but chunk_rows and metrics)."""
+    log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
+    step_targets, step_valid = targets.T, valid.T  # [K, A]
+    in_loss = step_valid & (step_targets != OUTSIDE)
+    picked = log_probs.gather(-1, step_targets.clamp(min=0)[..., None]).squeeze(-1)
+    loss_sum = torch.where(in_loss, -picked, 0.0).sum(1)
+    return _sums(loss_sum, in_loss, log_probs, step_targets, step_valid, step_weights)
+
+
+def head_distillation_eager(
+    head_inputs: Tensor,
+    head_weight: Tensor,
+    taught: Taught,
+    teacher_rows: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    step_weights: Tensor,
+    emphasis: TopEmphasis | None = None,
+) -> StepSums:
+    """Twin of losses.head_distillation; `taught` holds all teachers, indexed by teacher_rows."""
+    log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
+    target_probs = torch.softmax(taught.logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
+    terms = torch.xlogy(target_probs, target_probs) - target_probs * log_probs
+    loss = terms.sum(-1)
+    if emphasis is not None:
+        top = target_probs.topk(min(emphasis.count, target_probs.shape[-1]), dim=-1).indices
+        loss = loss + emphasis.weight * terms.gather(-1, top).sum(-1)
+    if taught.kept is not None:
+        loss = loss * taught.kept[teacher_rows.T]
+    loss_sum = torch.where(valid.T, loss, 0.0).sum(1)
+    return _sums(loss_sum, valid.T, log_probs, targets.T, valid.T, step_weights)
+
+
+def feature_smooth_l1_eager(
+    predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
+) -> Tensor:
+    """Twin of losses.feature_smooth_l1's total, row by row as the paper's formula has it."""
+    total = predicted.new_zeros(())
+    for anchor in range(valid.shape[0]):
+        for step in range(valid.shape[1]):
+            if valid[anchor, step]:
+                gap = (predicted[step, anchor] - features[feature_rows[anchor, step]]).abs()
+                total = total + step_weights[step] * torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
+    return total
+
+
+def _sums(
+    loss_sum: Tensor,
+    in_loss: Tensor,
+    log_probs: Tensor,
+    step_targets: Tensor,
+    step_valid: Tensor,
+    step_weights: Tensor,
+) -> StepSums:
+    best = log_probs.topk(min(5, log_probs.shape[-1]), dim=-1).indices  # [K, A, 5]
+    hits = (best == step_targets[..., None]) & (step_valid & (step_targets != OUTSIDE))[..., None]
+    return StepSums(
+        total=(step_weights * loss_sum).sum(),
+        loss_sum=loss_sum.detach(),
+        loss_rows=in_loss.sum(1).to(loss_sum.dtype),
+        rows=step_valid.sum(1).to(loss_sum.dtype),
+        top1=hits[..., 0].sum(1).to(loss_sum.dtype),
+        top5=hits.any(-1).sum(1).to(loss_sum.dtype),
+    )

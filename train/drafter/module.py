@@ -1,0 +1,482 @@
+"""Training a drafter against a frozen target, for any family.
+
+Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, what is evaluated of a drafter
+that is spread over processes or averaged, teacher-forced metrics, refusal of what is not finite. Does not know: how
+samples are stored or batched, how weights are spread, real decoding (a callback's business), files of a run.
+
+Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.files.loading import as_dtype, load_tokenizer
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.batches.online import OnlineDataModule
+from draftsmith.train.drafter.family_settings import DrafterFamily, most_frequent
+from draftsmith.train.drafter.losses import StepSums, TopEmphasis
+from draftsmith.train.drafter.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
+from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
+from draftsmith.train.drafter.starting_drafter import Beginning, LoraSettings
+from draftsmith.train.run.averaging import AVERAGE, AveragingAdamW
+from draftsmith.train.run.checkpoints import check_fits
+from draftsmith.train.run.collectives import start_sum, sum_over_ranks, world_size
+from draftsmith.train.run.schedule import warm_up_then_cosine, weight_groups
+from draftsmith.train.run.strategies import divides_weights, refuse_other_engines, whole
+
+
+class DraftModule(pl.LightningModule):
+    """A drafter in training.
+
+    Args:
+        target: the frozen target: a model directory, a hub id, or `embedded:target`.
+        drafter: which family to train, with its settings.
+        num_steps: draft steps K trained on; drafting longer than this is untrained.
+        distillation: what teaches. `none`: the tokens of the text. `path`: the target's own distribution at each
+            position of the text, free from the cached states. `local`: the target's greedy continuation from every
+            position; needs a cache made with --local-horizon num_steps + 1.
+        horizon_decay: step k (from 0) weighs horizon_decay ** k.
+        feature_weight: of smooth L1 on the predicted feature, for drafters that predict it; EAGLE-1 uses 1.0.
+        logit_weight: of the loss on tokens; EAGLE-1 uses 0.1.
+        top_k_weight: of HASS's extra loss on the target's `top_k` likeliest tokens; needs distillation path.
+        top_k: see top_k_weight.
+        skip_outside: with distillation path, learn nothing where the target's likeliest token is outside the draft
+            vocabulary (EAGLE-3).
+        val_steps: draft steps of the validation's accuracies; null takes num_steps.
+        lr: peak learning rate.
+        betas: AdamW's.
+        weight_decay: AdamW's, on matrices only.
+        warmup_ratio: share of all steps over which the rate rises linearly.
+        min_lr_ratio: the rate falls on a cosine to this share of its peak.
+        ema_decay: validate and save a running average of the weights with this decay; null uses the weights themselves.
+        chunk_rows: rows of logits in memory at a time; null chooses.
+        metrics_every: compute top-1 and top-5 of the training batch every so many steps.
+        ends_dtype: dtype of the target's ends.
+        revision: of the target on the hub.
+        adapter: a PEFT adapter on top of the target.
+        trust_remote_code: run Python files that come with the target; read them first.
+        context: most tokens that the target reads; null takes it from its config, as serving engines derive it.
+        init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
+            also reads the official EAGLE layouts); null starts afresh.
+        lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
+            `target_modules`; null trains all weights.
+        allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer (the one
+            that yours was fine-tuned from); what comes out belongs to yours.
+
+    Raises ValueError for settings out of range; in setup() for a cache of another target or tokenizer, or without the
+    layers that the drafter reads; in training for a loss that is not finite.
+    """
+
+    may_be_divided = True  # by the strategies of engines.py
+
+    def __init__(
+        self,
+        target: str,
+        drafter: DrafterFamily,
+        num_steps: int = 5,
+        distillation: Distillation = "none",
+        horizon_decay: float = 1.0,
+        feature_weight: float = 0.0,
+        logit_weight: float = 1.0,
+        top_k_weight: float = 0.0,
+        top_k: int = 10,
+        skip_outside: bool = False,
+        val_steps: int | None = None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.05,
+        min_lr_ratio: float = 0.0,
+        ema_decay: float | None = None,
+        chunk_rows: int | None = None,
+        metrics_every: int = 10,
+        ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        revision: str | None = None,
+        adapter: str | None = None,
+        trust_remote_code: bool = False,
+        context: int | None = None,
+        init_from: Path | None = None,
+        lora: LoraSettings | None = None,
+        allow_other_target: bool = False,
+    ) -> None:
+        super().__init__()
+        emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
+        self.objective = Objective(
+            num_steps, distillation, horizon_decay, chunk_rows, feature_weight, logit_weight, emphasis, skip_outside
+        )
+        self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows)
+        for name, value in {"warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+            raise ValueError(f"ema_decay is {ema_decay}; it must be between 0 and 1, or null for no average")
+        if metrics_every < 1:
+            raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
+        self.target, self.revision, self.adapter = target, revision, adapter
+        self.trust_remote_code, self.context = trust_remote_code, context
+        self.beginning = Beginning(init_from, lora, allow_other_target)
+        self._begun_from = ""  # fingerprint of the drafter of init_from
+        self.family, self.ends_dtype = drafter, ends_dtype
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
+        self.metrics_every = metrics_every
+        self.drafter: Drafter | None = None
+        # In lists, so that neither the frozen ends nor the copy that is evaluated are parameters or part of a checkpoint.
+        self._ends: list[TargetEnds] = []
+        self._copy: list[Drafter] = []
+        self._to_draft = torch.empty(0, dtype=torch.int64)
+        self._unsound: tuple[Callable[[], Tensor], Tensor, CacheBatch] | None = None
+        self._val_sums: list[Tensor] = []
+        self._surprise = torch.zeros(len(SCALES))
+        self._eos_token_ids: tuple[int, ...] = ()
+        self._noise_seed = 0
+
+    @property
+    def ends(self) -> TargetEnds:
+        """The target's frozen ends. Raises ValueError before setup()."""
+        if not self._ends:
+            raise ValueError("the module is not set up; call setup() first")
+        return self._ends[0]
+
+    @property
+    def evaluated(self) -> Drafter:
+        """The drafter that is validated, decoded with and saved: the running average where there is one.
+
+        Where it is averaged or divided among processes, that is a copy as of the last whole_drafter(), which every
+        validation begins with. Raises ValueError before setup().
+        """
+        chosen = self._copy[0] if self._copy else self.drafter
+        if chosen is None:
+            raise ValueError("the module is not set up; call setup() first")
+        return chosen
+
+    @torch.no_grad()
+    def whole_drafter(self) -> Drafter:
+        """The evaluated drafter with the weights of this moment, plain and in full, on the run's device.
+
+        Collective: every process calls it.
+        """
+        chosen = self.evaluated
+        if chosen is self.drafter or self.drafter is None:
+            return chosen
+        _move(chosen, self.device)
+        names = dict(chosen.named_parameters())
+        for name, weight in self.drafter.named_parameters():
+            average = None if self.ema_decay is None else whole(self.trainer.strategy, weight, AVERAGE)
+            value = whole(self.trainer.strategy, weight) if average is None else average
+            assert value is not None
+            names[name].copy_(value)
+        for name, buffer in chosen.named_buffers():
+            buffer.copy_(self.drafter.get_buffer(name))
+        return chosen
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the run that concerns the drafter, for provenance."""
+        names = (
+            "target",
+            "revision",
+            "adapter",
+            "trust_remote_code",
+            "context",
+            "lr",
+            "betas",
+            "weight_decay",
+            "warmup_ratio",
+            "min_lr_ratio",
+            "ema_decay",
+        )
+        chosen = {name: getattr(self, name) for name in names}
+        return {
+            **chosen,
+            **self.beginning.settings(),
+            "drafter": self.family.settings(),
+            "objective": vars(self.objective),
+        }
+
+    def setup(self, stage: str) -> None:
+        """Loads the target's ends, checks the cache against them, builds the drafter."""
+        if self.drafter is not None:
+            return
+        refuse_other_engines(self.trainer.strategy)
+        data = self._data()
+        online = data if isinstance(data, OnlineDataModule) else None
+        dtype = as_dtype(self.ends_dtype)
+        ends = None if online is None else online.ends(dtype)
+        if ends is None:
+            ends = TargetEnds.load(self.target, dtype, "cpu", self.revision, self.adapter, self.trust_remote_code)
+        self._ends = [ends]
+        own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
+        cache = data.open_cache()
+        data.check_target(ends.fingerprint, ends.vocab_size)
+        cache.check_tokenizer(own_tokenizer)
+        self.drafter = self._make(data, ends, own_tokenizer)
+        self.objective.check(self.drafter)
+        layers = {*self.drafter.features, *([PRE_NORM] if self.objective.reads_features else [])}
+        if online is None:
+            _check_layers(sorted(layers), type(self.drafter).__name__, cache)
+            data.read_layers(tuple(sorted(layers)))
+        else:
+            online.compute(tuple(sorted(layers)), self._num_greedy())
+        if self.ema_decay is not None or divides_weights(self.trainer.strategy):
+            # The ends are shared, not copied.
+            self._copy = [copy.deepcopy(self.drafter, {id(ends): ends}).requires_grad_(False).eval()]
+        self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
+        self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        self._eos_token_ids = ends.eos_token_ids
+
+    def save_drafter(self, folder: Path) -> None:
+        """Write what is evaluated into an existing folder: the drafter, or with lora its adapter."""
+        self.beginning.save(self.evaluated, self._begun_from, folder)
+
+    def _make(self, data: CacheDataModule, ends: TargetEnds, tokenizer: str) -> Drafter:
+        """The drafter as training starts: fresh, or as init_from left it."""
+        if self.beginning.folder is not None:
+            drafter, self._begun_from = self.beginning.adopt(self.family, ends, tokenizer)
+            return drafter
+        wanted, draft_token_ids = self.family.draft_vocab_size, None
+        if wanted is not None:
+            draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
+        return self.family.build(ends, draft_token_ids, self.objective.num_steps, tokenizer)
+
+    def configure_model(self) -> None:
+        """Nothing: setup() has built the drafter, and strategies divide it. Lightning asks model-parallel runs for this."""
+
+    def on_fit_start(self) -> None:
+        """Brings what Lightning does not manage to the run's device."""
+        self._to_device()
+
+    def on_validation_start(self) -> None:
+        """As on_fit_start, for a run that only validates; and takes the weights of this moment."""
+        self._to_device()
+        if self.trainer.state.fn == "fit" or self.ema_decay is None:
+            self.whole_drafter()
+        _move(self.evaluated, self.device)  # an average that is only validated came with the checkpoint
+
+    def on_validation_end(self) -> None:
+        """Between validations the copy waits on the CPU."""
+        for drafter in self._copy:
+            _move(drafter, "cpu")
+
+    def on_train_end(self) -> None:
+        """Leaves the last weights in what is evaluated."""
+        self.whole_drafter()
+
+    def _to_device(self) -> None:
+        self.ends.to(self.device)
+        self._to_draft = self._to_draft.to(self.device)
+
+    def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
+        """Weighted mean loss of one batch; see _step_weights for what the mean is over."""
+        assert self.drafter is not None
+        torch.manual_seed(self._seed_of(batch_idx))
+        lesson = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
+        metrics = (self.global_step + 1) % self.metrics_every == 0
+        sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
+        loss = sums.total.detach()
+        self._unsound = start_sum(self, (~torch.isfinite(loss)).float()), loss, batch
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
+        if metrics:
+            self._log_scalars(self._means(_pool(sums), "train"))
+        return sums.total
+
+    def on_after_backward(self) -> None:
+        """Refuses a loss that is not finite: here and not earlier, because to look at it is to wait for it."""
+        assert self._unsound is not None
+        (unsound, loss, batch), self._unsound = self._unsound, None
+        # All processes stop together: one alone would leave the others waiting for its gradients.
+        if bool(unsound()):
+            self._refuse(loss, batch)
+
+    def _seed_of(self, batch_idx: int) -> int:
+        """What a batch draws (noise, dropout) is a function of the run's seed, the batch and the process, so it resumes anywhere."""
+        own = (self._noise_seed, self.current_epoch, batch_idx, self.global_rank)
+        return int.from_bytes(hashlib.sha256(repr(own).encode()).digest()[:8], "big") >> 1
+
+    def _step_weights(self, lesson: Lesson) -> Tensor:
+        """float32 [K]: horizon weight of a step / rows of that step over all ranks, horizon weights scaled to sum to 1.
+
+        So each step's loss is a mean over the rows of the joint batch of all ranks, however unequal their shares; the
+        number of ranks in front undoes the mean that DDP takes over gradients.
+        """
+        rows = sum_over_ranks(self, lesson.loss_rows.float())
+        horizon = self.objective.horizon_weights(rows.device)
+        return world_size(self) * (horizon / horizon.sum()) / rows.clamp(min=1.0)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the sums of the last validation."""
+        self._val_sums = []
+        self._surprise = torch.zeros(len(SCALES), device=self.device)
+
+    def validation_step(self, batch: CacheBatch, batch_idx: int) -> None:
+        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation; the drafter's score scale."""
+        lesson = prepare(self.val_objective, batch.packed, self._to_draft)
+        weights = torch.zeros(self.val_objective.num_steps, device=self.device)
+        self._val_sums.append(_pool(run(self.val_objective, lesson, self.evaluated, self.ends, weights, True)))
+        if PRE_NORM in batch.packed.hidden:
+            self._surprise += surprise_by_scale(batch.packed, self.evaluated, self.ends, self._to_draft)
+            # After every batch, not at the end, because callbacks that decode come before this module's own end of a validation.
+            self.evaluated.config.score_scale = best_scale(self._surprise)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all ranks."""
+        if self._val_sums:
+            means = self._means(torch.stack(self._val_sums).sum(0), "val")
+            self.log_dict(means, batch_size=1)
+        if self.settle_score_scale():
+            self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
+
+    def settle_score_scale(self) -> bool:
+        """Gives the drafter the score scale of all processes' validation batches; False where they tell none. Collective."""
+        surprise = sum_over_ranks(self, self._surprise)
+        told = bool(surprise.any())
+        if told:
+            self.evaluated.config.score_scale = best_scale(surprise)
+        return told
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what is no weight: score scale, seed of the noise, which drafter an adapter is of; and the average among the weights."""
+        checkpoint["score_scale"] = self.evaluated.config.score_scale
+        checkpoint["noise_seed"] = self._noise_seed
+        checkpoint["trains"] = self.beginning.trains(self._begun_from)
+        if self.ema_decay is None:
+            return
+        weights = self.whole_drafter().state_dict()
+        if self.trainer.is_global_zero:  # which writes the file; others would only spend memory
+            average = {f"{AVERAGE}.{name}": tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+            checkpoint["state_dict"].update(average)
+        _move(self._copy[0], "cpu")
+        for saved in checkpoint.get("optimizer_states", []):
+            saved["state"] = {number: _without_average(state) for number, state in saved["state"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See on_save_checkpoint; older checkpoints have none of these. Raises ValueError for one of another run."""
+        if "trains" in checkpoint:
+            self.beginning.check_resumed(self._begun_from, checkpoint["trains"])
+        self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
+        self._noise_seed = checkpoint.get("noise_seed", self._noise_seed)
+        weights = checkpoint["state_dict"]
+        average = {name: weights.pop(name) for name in [*weights] if name.startswith(f"{AVERAGE}.")}
+        check_fits(self, weights)
+        if self.ema_decay is None or not average:
+            return
+        self.evaluated.load_state_dict({name.removeprefix(f"{AVERAGE}."): tensor for name, tensor in average.items()})
+        assert self.drafter is not None
+        names = {id(weight): name for name, weight in self.drafter.named_parameters()}
+        trained = [names[id(weight)] for group in self._groups() for weight in group["params"]]
+        for saved in checkpoint.get("optimizer_states", []):
+            for number, state in saved["state"].items():
+                state[AVERAGE] = average[f"{AVERAGE}.{trained[number]}"].clone()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, decay on matrices only; linear warm-up, then cosine."""
+        optimizer = (
+            torch.optim.AdamW(self._groups(), lr=self.lr, betas=self.betas)
+            if self.ema_decay is None
+            else AveragingAdamW(self._groups(), self.lr, self.betas, self.ema_decay)
+        )
+        return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        assert self.drafter is not None
+        return weight_groups(self.drafter.parameters(), self.weight_decay)
+
+    def _means(self, pooled: Tensor, stage: str) -> dict[str, float]:
+        """pooled [6, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""
+        loss_sum, loss_rows, rows, top1, top5, feature_sum = sum_over_ranks(self, pooled)
+        losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
+        objective = self.objective if stage == "train" else self.val_objective
+        horizon = objective.horizon_weights(losses.device)
+        means = {f"{stage}/loss": float((losses * horizon).sum() / horizon.sum())}
+        for step in range(len(losses)):
+            means[f"{stage}/step{step}/loss"] = float(losses[step])
+            means[f"{stage}/step{step}/top1"] = float(accuracies[step])
+            means[f"{stage}/step{step}/top5"] = float(top5[step] / rows[step].clamp(min=1))
+            if objective.feature_weight > 0.0:
+                means[f"{stage}/step{step}/feature_loss"] = float(feature_sum[step] / rows[step].clamp(min=1))
+        means[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
+        return means
+
+    def _log_scalars(self, means: dict[str, float]) -> None:
+        # Straight to the loggers: Lightning would drop values of steps that are not on its own logging interval.
+        for logger in self.loggers:
+            logger.log_metrics(means, step=self.global_step)
+
+    def _refuse(self, loss: Tensor, batch: CacheBatch) -> NoReturn:
+        culprits = _samples_not_finite(batch)
+        if bool(torch.isfinite(loss)):
+            found = "the batch of another process, which says more"
+        elif culprits:
+            found = f"features of {culprits} hold NaN or infinity"
+        else:
+            found = f"samples: {', '.join(batch.sample_ids[:8])}"
+        raise ValueError(
+            f"the loss is {loss.item()} at step {self.global_step}; {found}; if the features are sound, lower lr "
+            "or set trainer.gradient_clip_val"
+        )
+
+    def _num_greedy(self) -> int:
+        """The target's greedy tokens that a batch needs after each position."""
+        return self.objective.num_steps + 1 if self.objective.distillation == "local" else 0
+
+    def _data(self) -> CacheDataModule:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, CacheDataModule):
+            raise ValueError(
+                f"DraftModule trains from a hidden-state cache, or with the target in the loop: give it CacheDataModule or "
+                f"OnlineDataModule, not {type(data).__name__}"
+            )
+        return data
+
+
+def proxy_tokens_per_step(accuracies: Tensor) -> float:
+    """1 + the sum of products of teacher-forced top-1 accuracies [K], as if steps were right independently.
+
+    Reported because everybody reports it; real decoding differs. Example: (0.5, 0.5) -> 1 + 0.5 + 0.25.
+    """
+    return 1.0 + float(accuracies.cumprod(0).sum())
+
+
+def _pool(sums: StepSums) -> Tensor:
+    """[6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned)."""
+    assert sums.top1 is not None
+    assert sums.top5 is not None
+    features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
+    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features])
+
+
+def _move(drafter: Drafter, device: torch.device | str) -> None:
+    torch.nn.Module.to(drafter, device)
+
+
+def _without_average(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != AVERAGE}
+
+
+def _samples_not_finite(batch: CacheBatch) -> str:
+    bad = torch.zeros_like(batch.packed.loss_mask)
+    for states in batch.packed.hidden.values():
+        bad |= ~torch.isfinite(states).all(-1)
+    return ", ".join(batch.sample_ids[number] for number in batch.packed.document_ids[bad].unique().tolist()[:8])
+
+
+def _check_layers(layers: list[str], reader: str, cache: HiddenStateCache) -> None:
+    missing = [name for name in layers if name not in cache.manifest.identity.layers]
+    if missing:
+        raise ValueError(
+            f"training {reader} reads the layers {missing}, {cache.path} holds {list(cache.manifest.identity.layers)}; "
+            "extract a cache with them (--layers)"
+        )

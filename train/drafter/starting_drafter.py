@@ -1,0 +1,128 @@
+"""How a training run begins with a trained drafter: its bond to the run's target, and LoRA on it.
+
+Owns the choice between all weights and an adapter's alone, what of an adapter a checkpoint must agree on, and what such a run leaves.
+Does not know: losses, batches, how an adapter's folder is laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
+from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.target.target import TargetEnds
+from draftsmith.train.drafter.family_settings import DrafterFamily, ReDrafterFamily
+
+__all__ = ["Beginning", "LoraSettings"]
+
+ADAPTER = "lora"  # what the adapter in training is called in memory
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The trained drafter that a run goes on from, and how.
+
+    Args:
+        folder: of the drafter; None starts afresh.
+        lora: train a low-rank adapter of it alone; None trains all weights.
+        other_target: it may belong to another target of the same sizes and tokenizer; what comes out belongs to the run's.
+
+    Raises:
+        ValueError: LoRA or another target without a drafter to go on from.
+    """
+
+    folder: Path | None
+    lora: LoraSettings | None = None
+    other_target: bool = False
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            return
+        if self.lora is not None:
+            raise ValueError("lora adapts a trained drafter, and init_from names none; give its folder as init_from")
+        if self.other_target:
+            raise ValueError(
+                "allow_other_target is about the drafter of init_from, which is null; name one, or drop it"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """For provenance."""
+        return {
+            "init_from": None if self.folder is None else str(self.folder),
+            "lora": None if self.lora is None else vars(self.lora),
+            "allow_other_target": self.other_target,
+        }
+
+    def adopt(self, family: DrafterFamily, ends: TargetEnds, tokenizer: str) -> tuple[Drafter, str]:
+        """The drafter as training starts, attached to ends, and with LoRA the fingerprint of its weights below the adapter.
+
+        Raises:
+            ValueError: a folder without a whole drafter, one of another family, tokenizer, or target without ``other_target``; layers that
+                it has not.
+        """
+        assert self.folder is not None
+        drafter = self._rebound(family, ends) if self.other_target else family.adopt(self.folder, ends, tokenizer)
+        drafter.check_tokenizer(tokenizer)
+        if isinstance(family, ReDrafterFamily) and family.freeze_head:
+            drafter.lm_head[-1].requires_grad_(False)
+        if self.lora is None:
+            return drafter, ""
+        fingerprint = module_fingerprint(drafter)
+        add_adapter(drafter, self.lora, ADAPTER)
+        return drafter, fingerprint
+
+    def needed(self) -> list[Path]:
+        """The folders that must still be there when the run is over: an adapter is nothing without the drafter below it."""
+        return [] if self.lora is None or self.folder is None else [drafter_folder(str(self.folder))]
+
+    def save(self, drafter: Drafter, fingerprint: str, folder: Path) -> None:
+        """Write what this run trained into an existing folder: the whole drafter, or its adapter.
+
+        Args:
+            drafter: as trained so far.
+            fingerprint: what :meth:`adopt` gave.
+            folder: existing and empty.
+        """
+        if self.lora is None:
+            drafter.save_pretrained(folder)
+            return
+        assert self.folder is not None
+        place = drafter_folder(str(self.folder)).resolve()
+        base = str(place) if Path(self.folder).is_dir() else str(self.folder)
+        save_adapter(drafter, folder, ADAPTER, AdapterBond.of(drafter, base, fingerprint))
+
+    def trains(self, fingerprint: str) -> str:
+        """What is trained, in words that a resumed run must agree with; ``fingerprint`` is what :meth:`adopt` gave."""
+        if self.lora is None:
+            return "all weights"
+        return f"an adapter (rank {self.lora.rank}, alpha {self.lora.alpha:g}) of the drafter {fingerprint}"
+
+    def check_resumed(self, fingerprint: str, saved: str) -> None:
+        """Refuse a checkpoint that trained something else; ``saved`` is what :meth:`trains` said then.
+
+        Raises:
+            ValueError: they differ.
+        """
+        own = self.trains(fingerprint)
+        if saved != own:
+            raise ValueError(
+                f"the checkpoint trained {saved}, this run trains {own}; resume with the init_from and lora of that run"
+            )
+
+    def _rebound(self, family: DrafterFamily, ends: TargetEnds) -> Drafter:
+        """As DrafterFamily.adopt, for a drafter of whichever target."""
+        assert self.folder is not None
+        drafter = load_drafter(self.folder).float()
+        if not isinstance(drafter, family.kind):
+            raise ValueError(
+                f"init_from {str(self.folder)!r} holds a {type(drafter).__name__}, the run's family makes a {family.kind.__name__}; name "
+                "the family that fits"
+            )
+        drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
+        drafter.attach(ends)
+        family.configure(drafter)
+        return drafter.train()

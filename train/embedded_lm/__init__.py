@@ -1,0 +1,1 @@
+"""Training the embedded target and draft LM from scratch."""

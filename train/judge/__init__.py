@@ -1,0 +1,1 @@
+"""Training a judge: its data, its fit, its metrics and figures."""

@@ -1,0 +1,367 @@
+"""Runs that are told to go: a checkpoint at once, a clean end, and a resumed run that is the same run.
+
+Owns: which signals mean go, where all processes stop together, the checkpoint of that moment, the call to requeue under SLURM, the
+validation that follows a checkpoint. Does not know: models, data, what a batch draws at random, how a checkpoint reaches the disk.
+
+Lightning 2.6 notices SIGTERM too, but saves nothing, asks only rank 0 in training, looks at it in validation only between batches,
+and broadcasts from inside the signal handler, among whatever other collectives are under way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loops.evaluation_loop import RestartStage
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from draftsmith.train.run.accumulation import accumulations, check_accumulation
+
+Wish = Literal["stop", "requeue"]
+Phase = Literal["training", "idle", "leaving", "gone"]
+
+_LINK = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
+
+
+class Preemption(pl.Callback):
+    """SIGTERM saves a checkpoint and ends the run with exit code 0; SLURM's requeue signal also puts the job back into the queue.
+
+    In training all processes stop at the end of the same optimiser step, whichever of them was told, and save there. Validation may
+    take longer than the grace, so the checkpoint is written before it begins, and a process that is told in validation leaves at once;
+    the resumed run does that validation again. The checkpoint goes where ModelCheckpoint keeps its last one, so that
+    `--ckpt_path last` finds it; a step that is there already is not written again.
+
+    Belongs behind the checkpoint callbacks, so that what they keep at the same step is kept; `draftsmith train fit` puts it there.
+
+    Args:
+        leave_after: seconds after which a process that was told in validation, and is still waiting for others there, is ended.
+        peers_after: seconds that a process waits for its own signal when validation fails because another process has left.
+
+    Raises ValueError at the start of training where a validation could fall inside an accumulation; see check_accumulation.
+    """
+
+    def __init__(self, leave_after: float = 15.0, peers_after: float = 5.0) -> None:
+        self.leave_after, self.peers_after = leave_after, peers_after
+        self._wish: Wish | None = None
+        self._phase: Phase = "training"
+        self._signals: dict[int, Wish] = {}
+        self._trainer: pl.Trainer | None = None
+        self._saved_step = -1
+        self._passed_on = False
+        self._path = ""
+        self._pipe: tuple[int, int] | None = None
+        # Made when it is needed: callbacks are sent to processes that a strategy spawns, and locks cannot be.
+        self._disarmed: threading.Event | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Learns which signals there are, before loaders start their processes."""
+        if stage != "fit" or self._signals:
+            return
+        self._signals = {signal.SIGTERM: "stop"}
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            self._signals[environment.requeue_signal] = "requeue"
+        _shield_forks(weakref.ref(self))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over from Lightning, which gives all of them back at the end of the fit.
+
+        Raises ValueError for a run that could not be resumed exactly; see check_accumulation.
+        """
+        for num_accumulated in accumulations(trainer):
+            check_accumulation(trainer, num_accumulated)
+        # What came in the moments before, Lightning has noted; it would end this process alone, and without a checkpoint.
+        self._wish = "stop" if trainer.received_sigterm else None
+        self._phase, self._trainer = "training", trainer
+        self._saved_step, self._passed_on = -1, False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in self._signals:
+            signal.signal(number, self._told)
+        self._watch()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Where a run in training stops: after an optimiser step, never between the batches of one."""
+        if trainer.fit_loop._should_accumulate() or not self._agree(trainer):
+            return
+        self._save(trainer)
+        self._leave()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the checkpoint that makes it safe to leave in the middle of a validation."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._save(trainer)
+        if self._agree(trainer):
+            self._leave()
+        self._phase = "idle"
+        if self._wish:
+            self._leave()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes on together, or not at all."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        # From here on a signal only makes a note: a process that left after the others had been asked would strand them.
+        self._phase = "leaving"
+        stop = self._agree(trainer)
+        self._phase = "training"
+        if stop:
+            # What validation found is kept, so that it need not be done again.
+            self._saved_step = -1
+            self._save(trainer)
+            self._leave()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A collective that fails in validation may mean that another process was told first and has left."""
+        if trainer.world_size == 1 or self._phase not in ("idle", "leaving"):
+            self._unwatch()
+            return
+        deadline = time.monotonic() + self.peers_after
+        while self._wish is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self._wish:
+            # No exception: Lightning would skip its own clean-up, and loaders' workers would be waited for without having been told.
+            self._say_goodbye()
+            os._exit(0)
+        self._unwatch()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ends the watch."""
+        self._signals, self._trainer = {}, None
+        self._unwatch()
+
+    def _told(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: makes a note, and leaves where nothing can be lost."""
+        self._pass_on(number)
+        if self._wish != "requeue":
+            self._wish = self._signals.get(number, self._wish)
+        if self._phase == "idle":
+            self._leave()
+
+    def _pass_on(self, number: int) -> None:
+        """Tells the processes that Lightning has started from this one, once."""
+        launcher = None if self._passed_on or self._trainer is None else self._trainer.strategy.launcher
+        self._passed_on = True
+        if launcher is not None:
+            launcher.kill(number)
+
+    def _agree(self, trainer: pl.Trainer) -> bool:
+        """Whether any process has been told. Every process asks at the same place."""
+        if trainer.world_size == 1:
+            return self._wish is not None
+        if not trainer.strategy.reduce_boolean_decision(self._wish is not None, all=False):
+            return False
+        wants_requeue = trainer.strategy.reduce_boolean_decision(self._wish == "requeue", all=False)
+        self._wish = "requeue" if wants_requeue else "stop"
+        return True
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Writes the checkpoint of this step unless it is there; called by all processes together."""
+        keeper = _keeper(trainer)
+        if keeper is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = _last_path(trainer, keeper)
+        own = getattr(keeper, "_last_global_step_saved", -1) == trainer.global_step
+        if self._saved_step == trainer.global_step or (own and getattr(keeper, "_last_checkpoint_saved", "") == path):
+            self._path = path
+            return
+        # Before saving, because the keeper's state is part of the checkpoint.
+        keeper.last_model_path = path
+        trainer.save_checkpoint(path)
+        self._saved_step, self._path = trainer.global_step, path
+
+    def _leave(self) -> None:
+        """Raises SIGTERMException, with which a process ends with exit code 0."""
+        self._say_goodbye()
+        raise SIGTERMException
+
+    def _say_goodbye(self) -> None:
+        if self._phase == "gone":
+            return
+        self._phase = "gone"
+        trainer = self._trainer
+        assert trainer is not None
+        if not self._path:
+            rank_zero_warn(
+                "told to stop, and there is no checkpoint: the run keeps none (trainer.enable_checkpointing)"
+            )
+        elif self._wish == "requeue" and trainer.is_global_zero:
+            link_for_requeue(Path(trainer.default_root_dir), self._path)
+            requeue()
+        rank_zero_info(f"told to stop: step {trainer.global_step} is in {self._path or 'no checkpoint'}")
+
+    def _watch(self) -> None:
+        """Ends the process when it was told in validation and cannot listen, because it waits for others inside a collective."""
+        self._unwatch()
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        if before != -1:
+            # Somebody else listens (an event loop); then only signals that Python gets to handle are obeyed.
+            signal.set_wakeup_fd(before)
+            os.close(read)
+            os.close(write)
+            return
+        self._pipe, self._disarmed = (read, write), threading.Event()
+        arguments = (read, self._disarmed)
+        threading.Thread(target=self._end_when_stuck, args=arguments, name="preemption", daemon=True).start()
+
+    def _unwatch(self) -> None:
+        if self._pipe is None or self._disarmed is None:
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+        self._disarmed.set()
+        os.close(self._pipe[1])
+        self._pipe = self._disarmed = None
+
+    def _end_when_stuck(self, read: int, disarmed: threading.Event) -> None:
+        while numbers := os.read(read, 1):
+            wish = self._signals.get(numbers[0])
+            if wish is None:
+                continue
+            # Here too: a process that waits inside a collective may wait for those that have to be told.
+            self._pass_on(numbers[0])
+            if disarmed.wait(self.leave_after) or self._phase == "training":
+                continue
+            if self._phase != "gone":
+                self._wish = wish if self._wish is None else self._wish
+                self._say_goodbye()
+            # The checkpoint of this step was on the disk before validation began.
+            os._exit(0)
+        os.close(read)
+
+
+class ResumeValidation(pl.Callback):
+    """A validation that was due when a checkpoint was written is the first thing that a run resumed from it does.
+
+    Lightning would skip it, and with it what may have been the best drafter.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called for every checkpoint that can be resumed from, whoever writes it."""
+        checkpoint["validation_due"] = _validation_due(trainer)
+        if checkpoint["validation_due"]:
+            _count_batch_as_done(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Checkpoints written without this callback resume as Lightning has it."""
+        self._due = checkpoint.get("validation_due", False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Between Lightning's own look at where the checkpoint lies and the first batch."""
+        if self._due:
+            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        self._due = False
+
+
+def _shield_forks(preemption: weakref.ref[Preemption]) -> None:
+    """Lets processes forked from here, such as loaders' workers, outlive the signals of a running fit.
+
+    SLURM signals every process of a job; a worker that died of it would take the run with it before the checkpoint is written. They
+    end with their run all the same, which tells them so by other means.
+    """
+
+    def shield() -> None:
+        running = preemption()
+        if running is not None and running._signals:
+            signal.pthread_sigmask(signal.SIG_BLOCK, running._signals)
+
+    os.register_at_fork(after_in_child=shield)
+
+
+def link_for_requeue(root: Path, checkpoint: str) -> None:
+    """Lets Lightning find a checkpoint where it looks for one by itself in a requeued job: `hpc_ckpt_N.ckpt` in the run's root folder.
+
+    A link, always to the latest checkpoint, where Lightning would write another file at each requeue and leave it. An address with a
+    scheme cannot be linked to, nor can a disk be that knows no links; the job then needs `--ckpt_path last`.
+    """
+    if "://" in str(root) or "://" in checkpoint:
+        return
+    there = {int(name[1]): path for path in root.glob("*") if (name := _LINK.fullmatch(path.name))}
+    newest = max(there, default=0)
+    link = root / f"hpc_ckpt_{newest + 1}.ckpt"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if newest and there[newest].is_symlink():
+            link = there[newest]
+            link.unlink()
+        link.symlink_to(os.path.relpath(checkpoint, root))
+    except OSError as error:
+        rank_zero_warn(f"{link} cannot be made ({error}); the requeued job needs --ckpt_path last to go on")
+
+
+def requeue() -> None:
+    """Asks SLURM to put this job, or this task of an array, back into the queue; a failure is said, not raised."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+        problem = "" if done.returncode == 0 else f"code {done.returncode}: {done.stderr.strip()}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        rank_zero_warn(
+            f"scontrol requeue {job} failed ({problem}); submit the job again, it goes on from its checkpoint"
+        )
+    else:
+        rank_zero_info(f"SLURM job {job} is back in the queue")
+
+
+def _keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """The callback whose folder `--ckpt_path last` looks into: the one that keeps a last checkpoint, or else the first."""
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return next((keeper for keeper in keepers if keeper.save_last), keepers[0] if keepers else None)
+
+
+def _last_path(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str:
+    """Where the keeper writes its last checkpoint; a file of another run there is left alone if the keeper would do so.
+
+    A path from a checkpoint counts only if it lies in the keeper's own folder: this is written to.
+    """
+    if keeper.last_model_path and os.path.dirname(keeper.last_model_path) == str(keeper.dirpath):
+        return keeper.last_model_path
+    metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+    path, version = keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST), keeper.STARTING_VERSION
+    while getattr(keeper, "_enable_version_counter", False) and keeper.file_exists(path, trainer):
+        path = keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST, ver=version)
+        version += 1
+    return path
+
+
+def _validation_due(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint made now lies between a training batch and the validation that follows it."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.validating:
+        return loop.val_loop.batch_progress.current.completed == 0
+    batches, fetcher = loop.batch_progress, trainer.fit_loop._data_fetcher
+    # Between those two counts lies on_train_batch_end, where checkpoints every so many steps are written.
+    ended = batches.current.processed == batches.current.completed + 1  # type: ignore[attr-defined]
+    return ended and fetcher is not None and loop._should_check_val_fx(fetcher)
+
+
+def _count_batch_as_done(progress: dict[str, Any]) -> None:
+    """Makes Lightning resume between the batch and its validation; a batch that is not complete stands for a validation to be skipped."""
+    for counts in (progress["total"], progress["current"]):
+        counts["completed"] = counts["processed"]
