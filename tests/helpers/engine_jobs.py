@@ -155,7 +155,7 @@ def launch(jobs: Sequence[Job], folder: Path, devices: int = 2, kind: str = "cpu
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": {"cpu": "cpu", "gpu": "cuda"}[kind],
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
