@@ -468,11 +468,11 @@ def test_a_cache_behind_a_url_is_verified(
 
 
 def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "how-to" / "streaming.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reference" / "batches.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     small = code.replace("10_000_000, 25_000", "10_000, 50")
     assert small != code
-    exec(compile(small, "docs/how-to/streaming.md", "exec"), {})
+    exec(compile(small, "docs/reference/batches.md", "exec"), {})
     assert capsys.readouterr().out.count("batches a rank") == 3
 
 
