@@ -24,7 +24,6 @@ WAITING = {
     "docs/how-to/doctor.md",
     "docs/how-to/draft-lm.md",
     "docs/how-to/evaluate.md",
-    "docs/how-to/responses.md",
     "docs/how-to/tune.md",
     "docs/reference/cache.md",
     "docs/reference/cli.md",
