@@ -134,8 +134,8 @@ def trained(
 def judge_callbacks(root: Path) -> list[dict[str, Any]]:
     """As in configs/judge.yaml, but for the checkpoints: nobody resumes a run of seconds."""
     return [
-        {"class_path": "draftsmith.train.judge.callbacks.KeepJudge"},
-        {"class_path": "draftsmith.train.judge.callbacks.JudgeFigures", "init_args": {"every": 50}},
+        {"class_path": "draftsmith.train.KeepJudge"},
+        {"class_path": "draftsmith.train.JudgeFigures", "init_args": {"every": 50}},
         {
             "class_path": "pytorch_lightning.callbacks.EarlyStopping",
             "init_args": {"monitor": "val/auc", "mode": "max", "patience": 5, "min_delta": 1e-4},

@@ -76,7 +76,7 @@ model:
   init_args:
     target: {target_dir}
     drafter:
-      class_path: draftsmith.train.drafter.family_settings.ReDrafterFamily
+      class_path: draftsmith.train.ReDrafterFamily
     num_steps: 3
     metrics_every: 1
 {extra}

@@ -15,6 +15,7 @@ from draftsmith import cli, embedded
 
 PACKAGE = Path(draftsmith.__file__).resolve().parent
 CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE_CONFIGS = PACKAGE / "configs"
 
 pytestmark = [
     pytest.mark.wheel,
@@ -52,9 +53,38 @@ def test_the_configs_are_those_of_the_checkout() -> None:
     assert "quickstart.yaml" in shipped
 
 
+@pytest.mark.parametrize("path", ["draftsmith.train.DraftModule", "draftsmith.train.draft_module.DraftModule"])
+def test_a_users_yaml_is_a_run_by_public_and_by_earlier_class_paths(path: str, tmp_path: Path) -> None:
+    text = (PACKAGE_CONFIGS / "quickstart.yaml").read_text(encoding="utf-8")
+    assert "draftsmith.train.DraftModule" in text
+    (tmp_path / "run.yaml").write_text(text.replace("draftsmith.train.DraftModule", path), encoding="utf-8")
+    shown = draftsmith_command("train", "fit", "--config", "run.yaml", "--print_config", cwd=tmp_path)
+    assert "DraftModule" in shown
+
+
+def test_the_training_script_runs_with_the_installed_package(tmp_path: Path) -> None:
+    command = [sys.executable, CHECKOUT / "train.py", "fit", "--config", PACKAGE_CONFIGS / "quickstart.yaml"]
+    done = subprocess.run(
+        [*command, "--print_config"], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "default_root_dir: runs/quickstart/train" in done.stdout
+
+
+def test_every_module_comes_with_the_wheel() -> None:
+    packages = ("models", "decode", "data", "label", "train", "export", "evaluate", "embedded")
+    missing = [
+        str(path.relative_to(CHECKOUT))
+        for package in packages
+        for path in (CHECKOUT / package).rglob("*.py")
+        if not (PACKAGE / path.relative_to(CHECKOUT)).is_file()
+    ]
+    assert missing == []
+
+
 def test_the_labelling_page_comes_whole() -> None:
     shipped = {entry.name for entry in importlib.resources.files("draftsmith.label.page").joinpath("web").iterdir()}
-    assert shipped == {path.name for path in (CHECKOUT / "label" / "web").iterdir()}
+    assert shipped == {path.name for path in (CHECKOUT / "label" / "page" / "web").iterdir()}
 
 
 def test_the_licence_and_the_type_marker_are_there() -> None:

@@ -452,7 +452,7 @@ def online_config(folder: Path, target_dir: Path, source: Path) -> Path:
     head = head.replace("save_top_k: 0", "save_top_k: -1, filename: '{step}'")
     head = head.replace("max_new_tokens: 8", "max_new_tokens: 40, beam_width: 32")
     data = {
-        "class_path": "draftsmith.train.batches.online.OnlineDataModule",
+        "class_path": "draftsmith.train.OnlineDataModule",
         "init_args": {
             "source": str(source),
             "tokens": str(folder / "tokens"),

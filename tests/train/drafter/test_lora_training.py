@@ -258,7 +258,7 @@ def test_two_processes_train_the_adapter_that_one_does_whole_or_in_shares(
     engines = {
         "one": (1, "auto"),
         "ddp": (2, "ddp"),
-        "fsdp2": (2, "{class_path: draftsmith.train.run.strategies.FullyShard}"),
+        "fsdp2": (2, "{class_path: draftsmith.train.FullyShard}"),
     }
     found = {}
     for name, (devices, strategy) in engines.items():

@@ -110,7 +110,7 @@ def new_run(folder: Path, target: Path, cache: Path) -> tuple[Path, Path]:
 
 
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3")
-SHARDED = (*TWO, "--trainer.strategy={class_path: draftsmith.train.run.strategies.FullyShard}")
+SHARDED = (*TWO, "--trainer.strategy={class_path: draftsmith.train.FullyShard}")
 
 
 @pytest.fixture(scope="module")
