@@ -19,7 +19,6 @@ RECORDS = {page for page in PAGES if page.parent.name == "benchmarks" or page.na
 # Pages that still wait for their edit. None may be added.
 WAITING = {
     "docs/exactness.md",
-    "docs/how-to/adapters.md",
     "docs/how-to/custom_generate.md",
     "docs/how-to/doctor.md",
     "docs/how-to/draft-lm.md",
