@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--write", action="store_true", help="write the page into --out")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     paragraphs = []

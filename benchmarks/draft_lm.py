@@ -208,7 +208,7 @@ def main() -> int:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     scale, work = SCALES[options.scale], options.work / options.scale
-    out = options.out or (Path("benchmarks") if options.scale == "full" else work)
+    out = options.out or (Path("benchmarks/results") if options.scale == "full" else work)
     load, begun = os.getloadavg()[0], time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     write_prompts(work / "prompts.jsonl", "train", scale.prompts)

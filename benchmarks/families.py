@@ -5,7 +5,7 @@
 
 For each target: cache the target's states over its own replies, train ReDrafter, EAGLE-1, HASS and EAGLE-3, find EAGLE's best static tree
 on training prompts, decode held-out prompts with all of them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1.
-Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/, all rows into benchmarks/report.json, and the summary between
+Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/, all rows into report.json there, and the summary between
 the marks of docs/results.md. Targets other than the embedded one need `--data`; where it is absent they are left out, and the page says so.
 A run that was stopped goes on where it was; `rm -r runs/families` starts anew.
 """
@@ -389,7 +389,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/families"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--targets", type=lambda text: text.split(","), default=["embedded", "chat-6m", "stories260K"])
     parser.add_argument(

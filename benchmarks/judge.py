@@ -8,7 +8,7 @@ Questions of the training split: the target and the draft LM answer them, the co
 and pairs of a right and a wrong answer train judges of several sizes; other questions are mined. Shares of wrong tokens are counted on
 answers to the validation split, everything else on problems of the test split. Then out of domain: a judge trained without division
 judges division. With `--people`, a judge is also fitted to people's labels with a real model's states.
-Writes `<date>-judge.md`, `.json` and charts into benchmarks/, and the rows into `runs/judge/report.json`. A run that was stopped goes on
+Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/, and the rows into `runs/judge/report.json`. A run that was stopped goes on
 where it was; `rm -r runs/judge` starts anew.
 """
 
@@ -449,7 +449,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--people", action="store_true", help="fit a judge to people's labels too; needs --data")
     parser.add_argument("--work", type=Path, default=Path("runs/judge"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--scale", type=float, default=1.0, help="of questions and problems; 0.05 tries the script out")
     return parser.parse_args()
 
