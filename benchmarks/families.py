@@ -5,9 +5,9 @@
 
 For each target: cache the target's states over its own replies, train ReDrafter, EAGLE-1, HASS and EAGLE-3, find EAGLE's best static tree
 on training prompts, decode held-out prompts with all of them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1.
-Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/, all rows into report.json there, and the summary between
-the marks of docs/results.md. Targets other than the embedded one need `--data`; where it is absent they are left out, and the page says so.
-A run that was stopped goes on where it was; `rm -r runs/families` starts anew.
+Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/, all rows into report.json there, and the summary
+between the marks of docs/results.md. Targets other than the embedded one need `--data`; without it the page says that they are missing.
+The same command resumes a run that was stopped; `rm -r runs/families` starts again.
 """
 
 import argparse

@@ -8,8 +8,8 @@ Questions of the training split: the target and the draft LM answer them, the co
 and pairs of a right and a wrong answer train judges of several sizes; other questions are mined. Shares of wrong tokens are counted on
 answers to the validation split, everything else on problems of the test split. Then out of domain: a judge trained without division
 judges division. With `--people`, a judge is also fitted to people's labels with a real model's states.
-Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/, and the rows into `runs/judge/report.json`. A run that was stopped goes on
-where it was; `rm -r runs/judge` starts anew.
+Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/, and the rows into `runs/judge/report.json`. The same command
+resumes a run that was stopped; `rm -r runs/judge` starts again.
 """
 
 import argparse
