@@ -96,7 +96,7 @@ def example(target: str, question: str, has_template: bool) -> str:
 def shipped_modules() -> dict[str, str]:
     """Every module that is shipped, by its name there: ``generate`` and what it imports, directly or not.
 
-    Names are flat (``draftsmith.models.tree.tree`` becomes ``models_tree_tree``), as Transformers copies relative imports of one level only.
+    Names are flat: ``draftsmith.models.tree.tree`` becomes ``models_tree_tree``. Transformers copies relative imports of one level only.
     """
     found: dict[str, str] = {}
     pending = [_SOURCE]
