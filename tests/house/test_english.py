@@ -16,11 +16,7 @@ README_WORDS = 900
 SENTENCE_WORDS = 25
 # Dated records of measurements, and the list of changes, keep the words that they were published with.
 RECORDS = {page for page in PAGES if page.is_relative_to(ROOT / "benchmarks") or page.name == "CHANGELOG.md"}
-# Pages that still wait for their edit. None may be added.
-WAITING = {
-    "docs/how-to/draft-lm.md",
-}
-CHECKED = [page for page in PAGES if page not in RECORDS and str(page.relative_to(ROOT)) not in WAITING]
+CHECKED = [page for page in PAGES if page not in RECORDS]
 
 # A pattern, and what to write in its place.
 BANNED = {
@@ -77,10 +73,6 @@ def test_a_page_has_no_banned_words_and_no_long_sentences(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert banned_in(prose(text)) == []
     assert [sentence for sentence in sentences(text) if num_words(sentence) > SENTENCE_WORDS] == []
-
-
-def test_every_page_that_waits_is_there() -> None:
-    assert [name for name in sorted(WAITING) if not (ROOT / name).is_file()] == []
 
 
 def test_the_readme_is_read_in_minutes() -> None:
