@@ -97,7 +97,7 @@ def _own_code() -> str:
     """What changes with any of the package's own checkers, also between two versions of it."""
     folder = Path(__file__).parent
     files = [folder / f"{name}.py" for name in ("checkers", "final_answers", "sums_answers", "unit_tests")]
-    files += [folder / f"{name}.py" for name in ("sandbox", "sandbox_launcher")]
+    files += [folder / f"{name}.py" for name in ("sandbox", "sandbox_launcher", "bubblewrap")]
     files.append(Path(str(embedded_checker.__file__)))
     return " ".join([__version__, *(sha256_file(path)[:12] for path in files)])
 

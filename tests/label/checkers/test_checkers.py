@@ -186,6 +186,7 @@ def test_tests_are_found_under_the_names_that_sets_give_them() -> None:
     assert row_tests({"test": "def check(f): ...", "entry_point": "g"}) == "def check(f): ...\ncheck(g)"
 
 
+@pytest.mark.usefixtures("sandbox")
 @pytest.mark.parametrize(
     ("response", "passed", "note"),
     [

@@ -2,30 +2,22 @@ import ast
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from draftsmith.label.checkers import sandbox_launcher
+from draftsmith.label.checkers.bubblewrap import find_confinement
 from draftsmith.label.checkers.sandbox import Limits, Ran, SandboxError, run
 
-
-def permitted() -> str:
-    """Why there is no sandbox here; empty where there is one."""
-    try:
-        run("pass")
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-REFUSED = permitted()
-pytestmark = pytest.mark.skipif(bool(REFUSED), reason=REFUSED)
+pytestmark = pytest.mark.usefixtures("sandbox")
 
 
 def try_to(act: str, **limits: float) -> Ran:
@@ -136,9 +128,9 @@ def test_its_own_folder_is_empty_bounded_and_gone_afterwards() -> None:
 
 
 def test_there_is_no_network_where_that_is_permitted_and_it_is_told_where_not() -> None:
-    ran = try_to("import socket; socket.create_connection(('127.0.0.1', 9), 1)")
-    reached = "ConnectionRefusedError" in ran.output  # the loopback of this machine answered
-    assert reached == ("network" in ran.missing)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ran = try_to(f"import socket; socket.create_connection({listener.getsockname()!r}, 1)")
+    assert (ran.output == "done\n") == ("network" in ran.missing)
 
 
 def test_it_cannot_signal_the_processes_of_its_user() -> None:
@@ -193,6 +185,64 @@ def test_where_nothing_can_be_protected_it_refuses() -> None:
         pytest.skip("user namespaces are not permitted here")
     # Root inside a namespace that holds no other user: its processes have no limit.
     assert "cannot become another user" in done.stderr
+
+
+@pytest.fixture
+def bwrap_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str | None], None]]:
+    """Puts a bwrap on the path that only says a sentence and fails; None leaves it out."""
+
+    def put(sentence: str | None) -> None:
+        for name in ("setpriv", "prlimit"):
+            (tmp_path / name).symlink_to(shutil.which(name) or name)
+        if sentence is not None:
+            (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{sentence}' >&2\nexit 1\n")
+            (tmp_path / "bwrap").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        find_confinement.cache_clear()
+
+    yield put
+    find_confinement.cache_clear()
+
+
+def test_without_bwrap_nothing_runs_and_the_package_is_named(bwrap_says: Callable[[str | None], None]) -> None:
+    bwrap_says(None)
+    with pytest.raises(ValueError, match=r"bwrap is not installed\. .*apt install bubblewrap.*--unprotected true"):
+        run("pass")
+
+
+def test_a_bwrap_that_cannot_make_a_sandbox_is_told_with_its_words_unless_another_user_protects(
+    bwrap_says: Callable[[str | None], None],
+) -> None:
+    bwrap_says("bwrap: no namespaces here")
+    if os.getuid() == 0:
+        confinement = find_confinement(sys.executable)
+        assert (confinement.missing, confinement.needs_consent) == (("network",), False)
+    else:
+        with pytest.raises(ValueError, match=r"bwrap: no namespaces here\. .*kernel\.unprivileged_userns_clone"):
+            run("pass")
+
+
+def test_without_bwrap_limits_hold_and_what_is_left_behind_dies_too(
+    bwrap_says: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bwrap_says(None)
+    if os.getuid() == 0:
+        if not os.path.exists("/usr/bin/python3"):
+            pytest.skip("there is no Python that other users can surely read")
+        monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    marker = f"left-without-bwrap-{os.getpid()}"
+    sleeper = f"[sys.executable, '-c', 'import time; time.sleep(60)', {marker!r}]"
+    program = (
+        "import os, subprocess, sys\n"
+        f"subprocess.Popen({sleeper}, start_new_session=True)\n"
+        "print(os.listdir(), flush=True)\n"
+        "bytearray(1 << 30)"
+    )
+    ran = run(program, Limits(seconds=30, memory_bytes=256 << 20), unprotected=True)
+    assert "network" in ran.missing
+    assert ran.output.startswith("['program.py']")
+    assert "MemoryError" in ran.output
+    assert processes_with(marker) == []
 
 
 @pytest.fixture(scope="module")
