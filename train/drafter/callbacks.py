@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from draftsmith import provenance
 from draftsmith.decode.batch import Generation
@@ -28,6 +28,7 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.ownership import check_replaceable
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule
+from draftsmith.train.drafter.decode_budget import DecodeBudget
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.collectives import sum_over_ranks
 
@@ -43,13 +44,15 @@ class TreeDecodeValidation(pl.Callback):
     or where ranks hold the target together all of them.
 
     Args:
-        num_prompts: how many prompts.
+        num_prompts: at most so many prompts.
         max_new_tokens: budget of each.
         draft_length: drafted tokens a cycle; null takes the module's num_steps.
         beam_width: beams.
         node_budget: at most so many drafted nodes are verified; null for no limit.
         batch_size: prompts decoded together.
         dtype: of the target; one that is in memory already, for states in the loop, is used as it is.
+        time_share: decoding may take this share of the training time: 0.15 for 15 %. The first validation finds out for how many
+            of the prompts that is enough, one batch at least; later ones decode the same. null decodes all of them.
 
     Raises ValueError at the start of a fit when no held-out sample has a prompt.
     """
@@ -63,12 +66,14 @@ class TreeDecodeValidation(pl.Callback):
         node_budget: int | None = None,
         batch_size: int = 8,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        time_share: float | None = 0.15,
     ) -> None:
         if min(num_prompts, batch_size) < 1:
             raise ValueError(f"num_prompts is {num_prompts} and batch_size {batch_size}; both must be at least 1")
         self.num_prompts, self.max_new_tokens, self.batch_size = num_prompts, max_new_tokens, batch_size
         self.draft_length, self.beam_width, self.node_budget = draft_length, beam_width, node_budget
         self.dtype = dtype
+        self.budget = DecodeBudget(time_share)
         self.target: Target | None = None
         self._prompts: list[list[int]] = []
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
@@ -95,6 +100,26 @@ class TreeDecodeValidation(pl.Callback):
         settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
         self._settings = for_target(settings, self.target)
 
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of prompts a validation decodes, once that is known: a resumed run decodes the same."""
+        return {"rounds": self.budget.rounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See state_dict."""
+        self.budget.rounds = state_dict["rounds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training time counts from here."""
+        self.budget.start_training()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training time counts to here."""
+        self.budget.stop_training()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """And from here to the next validation."""
+        self.budget.start_training()
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes and logs."""
         module, data = _expect(trainer, pl_module)
@@ -111,11 +136,28 @@ class TreeDecodeValidation(pl.Callback):
         drafter = module.evaluated
         was_training = drafter.training
         engine = Engine(self.target, drafter.eval(), limits)
-        generations: list[Generation] = []
-        for start in range(0, len(own), self.batch_size):
-            generations += engine.generate(own[start : start + self.batch_size], self._settings)
+        generations = self._decode(trainer, engine, own)
         drafter.train(was_training).attach(module.ends)
         log_acceptance(module, generations, length)
+
+    def _decode(self, trainer: pl.Trainer, engine: Engine, prompts: list[list[int]]) -> list[Generation]:
+        """Replies to this process's prompts, batch after batch, until all are there or the time is up."""
+        self.budget.start_decoding()
+        generations: list[Generation] = []
+        # All processes go through the same number of rounds: the first has the most prompts.
+        rounds = trainer.strategy.broadcast(-(-len(prompts) // self.batch_size))
+        for number in range(rounds):
+            batch = prompts[number * self.batch_size : (number + 1) * self.batch_size]
+            if batch:
+                generations += engine.generate(batch, self._settings)
+            if self.budget.is_used_up(trainer, number + 1):
+                break
+        if self.budget.settle(trainer, number + 1) and number + 1 < rounds:
+            rank_zero_info(
+                f"each validation decodes {(number + 1) * self.batch_size} of {len(prompts)} prompts a process; more would take over "
+                f"{100 * (self.budget.share or 0.0):g} % of the training time (time_share of TreeDecodeValidation)"
+            )
+        return generations
 
 
 def log_acceptance(module: pl.LightningModule, generations: Sequence[Generation], draft_length: int) -> None:

@@ -1,6 +1,6 @@
-"""How long a run is, said at its start, and whether its validations can tell anything.
+"""What a run will do, in a few lines at its start: steps, text, validations; and whether its validations can tell anything.
 
-Owns: the count of steps and validations, the warnings. Does not know: losses, data, what a validation measures.
+Owns: the counts and the warnings. Does not know: losses, how samples are read, what a validation measures.
 """
 
 from __future__ import annotations
@@ -9,17 +9,25 @@ import math
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
+from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter.callbacks import TreeDecodeValidation
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.accumulation import validates
 
 FEW_STEPS = 100
+COUNTED_SAMPLES = 4096
+"""Labelled tokens are counted in at most so many samples: enough to tell their distribution, and seconds to read."""
+COVERED = 0.99
+"""A draft vocabulary is proposed that has this share of the labelled tokens."""
 
 
 class RunLength(pl.Callback):
-    """Prints how many optimiser steps a run has; warns where a new drafter gets too few of them, or no validation comes.
+    """Prints what a run will do: optimiser steps and epochs, labelled tokens and how many of them are distinct, what a draft
+    vocabulary would save, validations and their share of the time.
 
-    `draftsmith train fit` adds it.
+    Warns where a new drafter gets too few steps, or where no validation comes. `draftsmith train fit` adds it.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -30,7 +38,12 @@ class RunLength(pl.Callback):
             return
         batches, processes = trainer.num_training_batches, trainer.world_size
         shared = f" on each of {processes} processes" if processes > 1 else ""
-        rank_zero_info(f"this run has {steps} optimiser steps; an epoch has {batches} batches{shared}")
+        rank_zero_info(
+            f"this run has {steps} optimiser steps{_epochs(trainer)}; an epoch has {batches} batches{shared}"
+        )
+        if trainer.is_global_zero:
+            for line in [*_text(trainer, pl_module), *_validations(trainer)]:
+                rank_zero_info(line)
         if isinstance(pl_module, DraftModule) and pl_module.beginning.folder is None and steps < FEW_STEPS:
             rank_zero_warn(
                 f"{steps} optimiser steps are too few for a new drafter (fewer than {FEW_STEPS}): val/tokens_per_step may stay near 1 "
@@ -42,6 +55,55 @@ class RunLength(pl.Callback):
                 f"no validation comes: the first would follow step {first:.0f}, and the run has {steps}; lower trainer.val_check_interval "
                 "or trainer.check_val_every_n_epoch"
             )
+
+
+def _epochs(trainer: pl.Trainer) -> str:
+    epochs = trainer.max_epochs
+    return "" if epochs is None or epochs < 1 else f" in at most {epochs} epoch{'s' * (epochs > 1)}"
+
+
+def _text(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
+    """What a drafter is trained on, and what a draft vocabulary would save."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(module, DraftModule) or not isinstance(data, CacheDataModule):
+        return []
+    counts, counted, samples = data.sampled_token_counts(module.ends.vocab_size, COUNTED_SAMPLES)
+    labelled, distinct = int(counts.sum()), int((counts > 0).sum())
+    part = "" if counted == samples else f"; counted in {counted} of them"
+    lines = [
+        f"it trains on {samples} samples with {labelled} labelled tokens, {distinct} distinct of a vocabulary of {len(counts)}{part}"
+    ]
+    drafter = module.drafter
+    if drafter is not None and len(drafter.draft_ids()) == len(counts) and labelled:
+        lines += _draft_vocabulary(counts)
+    return lines
+
+
+def _draft_vocabulary(counts: Tensor) -> list[str]:
+    """The power of two that covers enough of the labelled tokens, where it halves the head at least. counts: int64 [V]."""
+    covered = counts.sort(descending=True).values.cumsum(0) / counts.sum()
+    least = int((covered < COVERED).sum()) + 1
+    size = 1 << (least - 1).bit_length()
+    if 2 * size > len(counts):
+        return []
+    return [
+        f"draft_vocab_size {size} would make the drafter's head {len(counts) / size:.1f} times smaller and have "
+        f"{100 * float(covered[size - 1]):.1f} % of the labelled tokens"
+    ]
+
+
+def _validations(trainer: pl.Trainer) -> list[str]:
+    """How much of the time validation may take by decoding."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    shares = [callback.budget.share for callback in callbacks if isinstance(callback, TreeDecodeValidation)]
+    if not shares or not validates(trainer):
+        return []
+    [share, *_] = shares
+    if share is None:
+        return ["each validation decodes all its prompts, however long that takes (time_share is null)"]
+    return [
+        f"validations decode for at most {100 * share:g} % of the training time, and for one batch of prompts at least"
+    ]
 
 
 def _first_validation(trainer: pl.Trainer) -> float:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import MakeCache, make_module, make_trainer
 
+from draftsmith.models.target.target import TargetEnds
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter import run_length
 from draftsmith.train.drafter.run_length import RunLength
@@ -35,7 +37,7 @@ def test_a_run_says_how_many_steps_it_has_and_that_so_few_tell_nothing(
     target_dir: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     printed, warned = told(target_dir, cache, tmp_path, caplog, max_epochs=3, accumulate_grad_batches=2)
-    assert printed == "this run has 6 optimiser steps; an epoch has 4 batches"
+    assert printed == "this run has 6 optimiser steps in at most 3 epochs; an epoch has 4 batches"
     [few] = warned
     assert few.startswith("6 optimiser steps are too few for a new drafter (fewer than 100)")
 
@@ -65,3 +67,38 @@ def test_a_run_in_which_no_validation_comes_says_so(
     assert [one.partition(",")[0] for one in warned] == (
         [] if first is None else [f"no validation comes: the first would follow step {first}"]
     )
+
+
+def test_a_run_says_what_it_trains_on_and_what_a_draft_vocabulary_would_save(
+    target_dir: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told(target_dir, cache, tmp_path, caplog, max_epochs=1)
+    vocabulary = TargetEnds.load(str(target_dir)).vocab_size
+    data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=20)
+    data.setup()
+    texts = list(data.open_cache().texts(data.train_set.indices))  # type: ignore[union-attr]
+    labelled = torch.cat([ids[mask] for ids, mask in texts])
+    [line] = [record.message for record in caplog.records if "it trains on" in record.message]
+    assert line == (
+        f"it trains on 8 samples with {len(labelled)} labelled tokens, {len(labelled.unique())} distinct of a vocabulary of {vocabulary}"
+    )
+
+
+def test_the_proposed_draft_vocabulary_has_nearly_all_labelled_tokens_in_half_the_head_at_most() -> None:
+    counts = torch.zeros(64, dtype=torch.int64)
+    counts[[3, 9, 40]] = torch.tensor([90, 9, 1])
+    assert run_length._draft_vocabulary(counts) == [
+        "draft_vocab_size 2 would make the drafter's head 32.0 times smaller and have 99.0 % of the labelled tokens"
+    ]
+    assert run_length._draft_vocabulary(torch.ones(64, dtype=torch.int64)) == []
+
+
+def test_counting_takes_a_sample_of_a_large_cache(cache: Path) -> None:
+    data = CacheDataModule(cache, val_fraction=0.0)
+    data.setup()
+    counts, counted, samples = data.sampled_token_counts(300, 4)
+    assert (counted, samples) == (4, 10)
+    whole, counted, _ = data.sampled_token_counts(300, 10)
+    assert counted == 10
+    assert torch.equal(whole, data.token_counts(300))
+    assert 0 < int(counts.sum()) < int(whole.sum())
