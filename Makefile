@@ -28,7 +28,8 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 # ---- the quickstart ------------------------------------------------------------------------------------------------
-# A stage is done when its stamp is there. An interrupted stage goes on where it was; `rm -r runs/quickstart` starts anew.
+# A stage is done when its stamp is there. An interrupted stage resumes; `rm -r runs/quickstart` starts anew.
+# `make -n quickstart` shows the commands. What a stage prints of the report comes at the end, after the last stage.
 
 RUN := runs/quickstart
 DONE := $(RUN)/.done
@@ -38,44 +39,57 @@ TEST_PROMPTS ?= 200
 SHAPE ?= 4x5n11
 
 quickstart: $(DONE)/card
+	@printf '\nWhat the drafter gains on prompts that it has not seen ("plain" is the target alone):\n\n'
 	@awk '/^\| drafter/ { table = 1 } table && /^$$/ { exit } table' $(RUN)/report.md
+	@grep '^Slow:' $(RUN)/report.md | tr -d '\\' || true
+	@printf '\nOne reply to such a prompt. Green tokens were drafted, white ones are the target'"'"'s:\n\n'
 	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --shape $(SHAPE) --prompt \
 	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
-	@echo "The whole report: $(RUN)/report.md"
+	@printf '\nThe whole report: $(RUN)/report.md. Try next:\n'
+	@printf '  %s\n' \
+	  '$(BIN)/draftsmith decode --drafter $(RUN)/drafter --shape $(SHAPE) --prompt "Tom has 3 bags of 4 apples. How many apples does he have?"' \
+	  '$(BIN)/draftsmith tune --target $(TARGET) --drafter $(RUN)/drafter --prompts $(RUN)/test.jsonl --out runs/tune' \
+	  '$(BIN)/draftsmith doctor --drafter $(RUN)/train --prompts $(RUN)/test.jsonl'
 
 $(DONE)/prompts: | install
-	mkdir -p $(DONE)
-	$(DRAFTSMITH) embedded prompts --path $(RUN)/train.jsonl --split train --count $(TRAIN_PROMPTS)
-	$(DRAFTSMITH) embedded prompts --path $(RUN)/test.jsonl --split test --count $(TEST_PROMPTS)
-	touch $@
+	@echo "1/6 prompts: write $(TRAIN_PROMPTS) word problems to learn from and $(TEST_PROMPTS) others to test on"
+	@mkdir -p $(DONE)
+	@$(DRAFTSMITH) embedded prompts --path $(RUN)/train.jsonl --split train --count $(TRAIN_PROMPTS)
+	@$(DRAFTSMITH) embedded prompts --path $(RUN)/test.jsonl --split test --count $(TEST_PROMPTS)
+	@touch $@
 
 $(DONE)/respond: $(DONE)/prompts
-	$(DRAFTSMITH) data respond --target $(TARGET) --prompts $(RUN)/train.jsonl --out $(RUN)/replies \
+	@echo "2/6 respond: the target answers them, because a drafter learns to guess the target's own words"
+	@$(DRAFTSMITH) data respond --target $(TARGET) --prompts $(RUN)/train.jsonl --out $(RUN)/replies \
 	  --max-new-tokens 160 --batch-rows 64
-	touch $@
+	@touch $@
 
 $(DONE)/extract: $(DONE)/respond
-	$(DRAFTSMITH) data extract --target $(TARGET) --source $(RUN)/replies --out $(RUN)/cache
-	touch $@
+	@echo "3/6 extract: cache the target's hidden states over its replies, so that training need not run the target"
+	@$(DRAFTSMITH) data extract --target $(TARGET) --source $(RUN)/replies --out $(RUN)/cache
+	@touch $@
 
 $(DONE)/train: $(DONE)/extract
-	$(DRAFTSMITH) train fit --config configs/quickstart.yaml \
-	  $$(test -e $(RUN)/train/checkpoints/last.ckpt && echo --ckpt_path $(RUN)/train/checkpoints/last.ckpt)
-	touch $@
+	@echo "4/6 train: teach a draft head to guess from those states, and keep the best by decoding held-out prompts"
+	@$(DRAFTSMITH) train fit --config configs/quickstart.yaml --ckpt_path last
+	@touch $@
 
 $(DONE)/export: $(DONE)/train
-	$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter
-	touch $@
+	@echo "5/6 export: write the best head as safetensors, ready to decode with"
+	@$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter
+	@touch $@
 
 $(DONE)/evaluate: $(DONE)/export
-	$(DRAFTSMITH) evaluate --target $(TARGET) --prompts $(RUN)/test.jsonl --drafters redrafter=$(RUN)/drafter \
-	  --shapes $(SHAPE) --out $(RUN)
-	touch $@
+	@echo "6/6 evaluate: race the head against plain decoding and prompt lookup, and compare every reply"
+	@$(DRAFTSMITH) evaluate --target $(TARGET) --prompts $(RUN)/test.jsonl --drafters redrafter=$(RUN)/drafter \
+	  --shapes $(SHAPE) --prompt-lookup 5 --out $(RUN) > /dev/null
+	@touch $@
 
 # Once more, so that the model card holds what was measured.
 $(DONE)/card: $(DONE)/evaluate
-	$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter --report $(RUN)/report.json
-	touch $@
+	@$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter --report $(RUN)/report.json \
+	  > /dev/null
+	@touch $@
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""One progress bar for all long work of this folder: done, rate, time left."""
+"""How long work tells how far it is: one bar in a terminal, a line now and then in a log file. Done, rate, time left."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,14 +6,17 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from draftsmith.foreign import visible
 
+LINE_EVERY_SECONDS = 30.0
+
 
 class _RateColumn(ProgressColumn):
     def __init__(self, unit: str) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self.unit = unit
 
     def render(self, task: Task) -> Text:
@@ -22,33 +25,78 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {self.unit}/s")
 
 
+class ProgressMeter:
+    """Shows on stderr how much of some work is done, how fast it goes and how long it will take.
+
+    A terminal shows a bar. Anything else gets a line every 30 seconds, and one at the end.
+
+    Args:
+        title: what is done.
+        total: how many units there are; None where nobody knows.
+        unit: what they are called, in the plural.
+        done: units that an earlier run did. They count towards the total, not towards the rate.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        self._title, self._total, self._unit, self._before = visible(title), total, unit, done
+        self._now = 0
+        self._started = self._told = time.perf_counter()
+        self._console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _RateColumn(unit),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
+        )
+        self._bar = Progress(*columns, console=self._console, expand=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task(self._title, total=total, completed=done, note="")
+
+    def start(self) -> None:
+        """Shows the bar, and starts the clock."""
+        self._started = self._told = time.perf_counter()
+        self._bar.start()
+
+    def advance(self, count: int, note: str | None = None) -> None:
+        """`count` more units are done. A `note` stands behind the figures until the next one takes its place."""
+        self._now += count
+        if note is None:
+            self._bar.advance(self._task, count)
+        else:
+            self._bar.update(self._task, advance=count, note=visible(note))
+        if not self._console.is_terminal and time.perf_counter() - self._told >= LINE_EVERY_SECONDS:
+            self._told = time.perf_counter()
+            self._print(self._state(note))
+
+    def stop(self) -> None:
+        """Leaves the bar as it is; in a log file a last line says how long the work took."""
+        self._bar.stop()
+        if not self._console.is_terminal and self._now:
+            self._print(f"{self._now:,} {self._unit} in {time.perf_counter() - self._started:.1f} s")
+
+    def _state(self, note: str | None) -> str:
+        """Example: `96 of 2,400 replies, 16.3 replies/s, 141 s left`."""
+        rate = self._now / max(1e-9, time.perf_counter() - self._started)
+        parts = [f"{self._before + self._now:,} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        if self._total is not None:
+            left = self._total - self._before - self._now
+            parts[0] = f"{self._before + self._now:,} of {self._total:,} {self._unit}"
+            parts.append(f"{left / max(1e-9, rate):,.0f} s left")
+        return ", ".join([*parts, visible(note)] if note else parts)
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on stderr; the value is a function that takes how many more units are done.
-
-    `done` units were done by an earlier run: they count towards the total, not towards the rate. Where stderr is no
-    terminal, one line is printed at the end instead.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(unit),
-        TimeRemainingColumn(),
-    )
-    started = time.perf_counter()
-    now = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(visible(title), total=total, completed=done)
-
-        def advance(count: int) -> None:
-            nonlocal now
-            now += count
-            bar.advance(task, count)
-
-        yield advance
-    if not console.is_terminal and now:
-        console.print(
-            f"{visible(title)}: {now:,} {unit} in {time.perf_counter() - started:.1f} s", markup=False, highlight=False
-        )
+    """A `ProgressMeter` around a block; the value is a function that takes how many more units are done."""
+    meter = ProgressMeter(title, total, unit, done)
+    meter.start()
+    try:
+        yield meter.advance
+    finally:
+        meter.stop()

@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -36,6 +37,7 @@ from draftsmith.train import (  # noqa: F401
 from draftsmith.train.drafter.run_length import RunLength
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption, ResumeValidation
+from draftsmith.train.run.progress_bar import RunProgress
 
 PROG = "draftsmith train"
 
@@ -91,6 +93,15 @@ class TrainingCLI(LightningCLI):
             warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
             super().instantiate_classes()
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Lightning's, with one bar for the whole run where the YAML leaves the bar to Lightning."""
+        wanted = self.config_init[self.subcommand]["trainer"]
+        chosen = wanted["callbacks"] or []
+        chosen = chosen if isinstance(chosen, list) else [chosen]
+        if wanted["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in chosen):
+            kwargs.setdefault("callbacks", [*chosen, RunProgress()])
+        return super().instantiate_trainer(**kwargs)
+
     def before_validate(self) -> None:
         """Checkpoints are read without running code, and written whole."""
         strategy = self.trainer.strategy
@@ -103,9 +114,6 @@ class TrainingCLI(LightningCLI):
         """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them, and the run against
         being told to go.
         """
-        if type(self.datamodule).state_dict is not pl.LightningDataModule.state_dict:
-            # Lightning looks at the loader alone; the data module knows where in the epoch it was.
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         self.before_validate()
         # Behind the checkpoint callbacks, which Lightning has sorted to the end.
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -131,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
             save_config_callback=SaveConfig,
             # A resumed run writes the same folder again.
             save_config_kwargs={"overwrite": True},
+            # A table of modules, which says nothing about a drafter that its card does not.
+            trainer_defaults={"enable_model_summary": False},
             args=None if arguments is None else list(arguments),
             parser_kwargs={"prog": PROG},
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from draftsmith import __version__
 from draftsmith.foreign import visible
+from draftsmith.quiet import quiet_libraries
 
 PROG = "draftsmith"
 
@@ -194,12 +195,14 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
             from draftsmith.arguments import check_config_files
 
             check_config_files(prog, arguments)
-            command.load()(arguments)
+            with quiet_libraries():
+                command.load()(arguments)
         else:
             from draftsmith.arguments import call_parsed, parse
 
             parsed = parse(command.outline(), prog, arguments)
-            call_parsed(command.load(), prog, parsed)
+            with quiet_libraries():
+                call_parsed(command.load(), prog, parsed)
     except BrokenPipeError:
         # The reader (`| head`) has left; what Python still holds for it must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
