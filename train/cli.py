@@ -19,21 +19,9 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from draftsmith import train
 from draftsmith.arguments import Suggesting
-
-# A YAML can name the classes of these without the full path.
-from draftsmith.train import (  # noqa: F401
-    callbacks,
-    data_module,
-    distil_callbacks,
-    distil_data,
-    distil_module,
-    draft_module,
-    judge_callbacks,
-    judge_data,
-    judge_module,
-    online,
-)
+from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.run_length import RunLength
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption, ResumeValidation
@@ -118,10 +106,16 @@ class TrainingCLI(LightningCLI):
         # Behind the checkpoint callbacks, which Lightning has sorted to the end.
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in present:
-            if isinstance(callback, callbacks.KeepBestDrafter):
+            if isinstance(callback, KeepBestDrafter):
                 callback.replace = callback.replace or self.config["fit"]["replace_best"]
         kinds = {type(callback) for callback in present}
         present.extend(kind() for kind in (RunLength, ResumeValidation, Preemption) if kind not in kinds)
+
+
+def import_public_names() -> None:
+    """Imports the classes that a YAML may name without their path: the parser finds those that are imported."""
+    for name in dir(train):
+        getattr(train, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
@@ -130,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
     Raises ValueError for settings that do not work together or on this machine (a device that is not there); a mistake
     in the arguments or in the YAML ends the process with code 2.
     """
+    import_public_names()
     try:
         return TrainingCLI(
             pl.LightningModule,
