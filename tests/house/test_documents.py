@@ -1,6 +1,7 @@
 """What the pages promise: their commands parse, their links lead somewhere, their configurations exist."""
 
 import itertools
+import pydoc
 import re
 import shlex
 import subprocess
@@ -92,6 +93,31 @@ def test_every_link_on_a_page_leads_somewhere(page: Path) -> None:
     assert [str(file) for file, _ in links if not file.exists()] == []
     sections = [(file, anchor) for file, anchor in links if anchor and file.suffix == ".md"]
     assert [f"{file.name}#{anchor}" for file, anchor in sections if anchor not in anchors(file)] == []
+
+
+def named_files(text: str) -> set[str]:
+    """Files of this repository that a page's spans of code name, such as ``models/tree/tree.py``."""
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    named = re.findall(r"`([a-z_]+/[\w/]+\.(?:py|yaml))`", text)
+    return {name for name in named if name.partition("/")[0] in tops}
+
+
+def named_objects(text: str) -> set[str]:
+    """Modules, classes and functions that a page names in full or imports in an example."""
+    spans = set(re.findall(r"`(draftsmith(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?)", text))
+    imports = re.findall(r"from (draftsmith[\w.]*) import ([\w, ]+)", text)
+    imported = {f"{module}.{name.strip()}" for module, names in imports for name in names.split(",")}
+    return (spans | imported) - {"draftsmith.families"}  # a group of entry points
+
+
+def test_every_file_and_object_that_a_page_names_exists() -> None:
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    texts[ROOT / "README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [(page.name, name) for page, text in texts.items() for name in named_files(text)]
+    objects = [(page.name, name) for page, text in texts.items() for name in named_objects(text)]
+    assert min(len(files), len(objects)) >= 10
+    assert [(page, name) for page, name in files if not (ROOT / name).is_file()] == []
+    assert [(page, name) for page, name in objects if pydoc.locate(name) is None] == []
 
 
 def test_the_index_lists_every_page() -> None:
