@@ -8,6 +8,7 @@ Model and data are named by class_path in the YAML (`draftsmith.train.drafter.mo
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,13 @@ from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith import train
 from draftsmith.arguments import Suggesting
+from draftsmith.train.config_files import KEY as BASE
+from draftsmith.train.config_files import already_read, with_bases
 from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.run_length import RunLength
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
@@ -65,6 +69,10 @@ class TrainingCLI(LightningCLI):
             help="let this run replace the best drafter, judge or draft LM that another run left in the same folder",
         )
 
+        parser.add_argument(
+            f"--{BASE}", type=already_read, default=None, help="in a file: the configuration beside it that it changes"
+        )
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint name its own module and settings here, and imports what it names. The YAML names them."""
 
@@ -82,8 +90,13 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Lightning's, with one bar for the whole run where the YAML leaves the bar to Lightning."""
+        """Lightning's, with one bar for the whole run where the YAML leaves the bar to Lightning.
+
+        A run without a logger gets TensorBoard's, in default_root_dir itself. Checkpoints then go to `checkpoints` in there.
+        """
         wanted = self.config_init[self.subcommand]["trainer"]
+        if wanted["logger"] is None and wanted["default_root_dir"] is not None:
+            kwargs.setdefault("logger", TensorBoardLogger(str(wanted["default_root_dir"]), name=None, version=""))
         chosen = wanted["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         if wanted["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in chosen):
@@ -136,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
             save_config_kwargs={"overwrite": True},
             # A table of modules, which says nothing about a drafter that its card does not.
             trainer_defaults={"enable_model_summary": False},
-            args=None if arguments is None else list(arguments),
+            args=with_bases(sys.argv[1:] if arguments is None else arguments),
             parser_kwargs={"prog": PROG},
         )
     except MisconfigurationException as error:

@@ -1,0 +1,59 @@
+"""A configuration may change another one, and the run's folder is typed once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from training import MakeCache, tiny_config
+
+from draftsmith.cli import main
+from draftsmith.train.config_files import with_bases
+
+
+def write(path: Path, **content: object) -> Path:
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_bases_are_read_first_and_once(tmp_path: Path) -> None:
+    lowest = write(tmp_path / "lowest.yaml", trainer={})
+    middle = write(tmp_path / "middle.yaml", base="lowest.yaml")
+    own, other = write(tmp_path / "own.yaml", base="middle.yaml"), write(tmp_path / "other.yaml", base="middle.yaml")
+    assert with_bases(["fit", "--config", str(own), f"--config={other}", "--trainer.max_epochs", "2"]) == [
+        "fit",
+        *(f"--config={file}" for file in (lowest, middle, own, other)),
+        "--trainer.max_epochs",
+        "2",
+    ]
+
+
+def test_files_without_a_base_and_what_is_no_file_are_left_to_the_parser(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [", encoding="utf-8")
+    arguments = ["fit", f"--config={broken}", "--config=missing.yaml", f"--config={write(tmp_path / 'a.yaml', b=1)}"]
+    assert with_bases(arguments) == arguments
+    assert with_bases(["fit", "--config"]) == ["fit", "--config"]
+
+
+def test_a_base_that_is_missing_or_its_own_base_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no .*missing\.yaml; name a file beside this one"):
+        with_bases(["--config", str(write(tmp_path / "a.yaml", base="missing.yaml"))])
+    write(tmp_path / "b.yaml", base="c.yaml")
+    with pytest.raises(ValueError, match="whose base is this file"):
+        with_bases(["--config", str(write(tmp_path / "c.yaml", base="b.yaml"))])
+
+
+def test_a_run_changes_its_base_and_its_saved_configuration_needs_no_other_file(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    base = tiny_config(tmp_path, target_dir, make_cache([9] * 10))
+    content = yaml.safe_load(base.read_text(encoding="utf-8"))
+    content["trainer"].pop("logger", None)
+    base.write_text(yaml.safe_dump(content), encoding="utf-8")
+    change = write(tmp_path / "change.yaml", base=base.name, model={"init_args": {"lr": 0.25}})
+    root = tmp_path / "elsewhere"
+    assert main(["train", "fit", f"--config={change}", f"--trainer.default_root_dir={root}"]) == 0
+    saved = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+    assert (saved["model"]["init_args"]["lr"], saved["base"]) == (0.25, None)
+    assert list(root.glob("events.out.tfevents.*")), "logs belong in the run's folder"
+    assert (root / "drafter").is_dir()
