@@ -1,23 +1,23 @@
 """Who may speak to the labelling server, and with how much.
 
 Owns the token, its cookie, the checks of Host, Origin and size, and the headers that every reply carries. Knows nothing of
-what is asked. An ASGI application around another one, in the terms of that specification.
+what is asked.
+
+The check of Host is ours and not Starlette's `TrustedHostMiddleware`. That one answers "Invalid host header" without a remedy, lets a
+malformed Host pass where any name is allowed, and in releases that `fastapi>=0.115` permits it cannot read `[::1]:8010`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from collections.abc import Iterable
+from urllib.parse import urlsplit
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 64 * 1024
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -37,15 +37,25 @@ _HEADERS = {
 
 
 class Refusal(Exception):
-    """A request that goes no further, with the status and the one sentence that tells why."""
+    """A request that goes no further.
+
+    Attributes:
+        status: the HTTP status of the reply.
+        sentence: why, and what to do.
+    """
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
-        self.status = status
-        self.sentence = sentence
+        self.status, self.sentence = status, sentence
+
+    def reply(self, path: str) -> Response:
+        """As the API or as a page tells it."""
+        if path.startswith("/api/"):
+            return JSONResponse({"error": self.sentence}, self.status)
+        return PlainTextResponse(f"{self.status}: {self.sentence}\n", self.status)
 
 
-class Gate:
+class Gate(BaseHTTPMiddleware):
     """Lets a request through to `inner` if it comes with the token and from the server's own pages.
 
     Args:
@@ -55,77 +65,61 @@ class Gate:
             On loopback they keep a web site from reaching the server under a name of its own (DNS rebinding).
     """
 
-    def __init__(self, inner: Application, token: str, host_names: Iterable[str] | None) -> None:
-        self._inner = inner
-        self._token = token.encode()
+    def __init__(self, inner: ASGIApp, token: str, host_names: Iterable[str] | None) -> None:
+        super().__init__(inner)
+        self._token = token
         self._host_names = None if host_names is None else frozenset(host_names)
         # Cookies do not tell ports apart: two servers on one machine need two names.
-        self._cookie = f"draftsmith-{hashlib.sha256(self._token).hexdigest()[:12]}"
+        self._cookie = f"draftsmith-{hashlib.sha256(token.encode()).hexdigest()[:12]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        if scope["type"] == "lifespan":
-            await self._inner(scope, receive, send)
-            return
-        if scope["type"] != "http":
+        """Answers one request; turns websockets away."""
+        if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers = _Headers(scope)
-        cookies: list[tuple[bytes, bytes]] = []
+        await super().__call__(scope, _bounded(receive), send)
 
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *own, *cookies]
-            await send(message)
-
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Checks a request before the application sees it, and adds the headers."""
+        token_in_address = False
         try:
-            self._check_host(headers)
-            if self._check_token(scope, headers):
-                cookies.append((b"set-cookie", self._set_cookie()))
-            if scope["method"] not in READING:
-                _check_origin(headers)
-                receive = await _whole_body(headers, receive)
+            self._check_host(request)
+            token_in_address = self._check_token(request)
+            if request.method not in READING:
+                _check_origin(request)
+                await request.body()
+        except ClientDisconnect:
+            response = Refusal(400, "the request broke off before its end; send it again").reply(request.url.path)
         except Refusal as refusal:
-            await _refuse(refusal, scope, send_guarded)
-            return
-        await self._inner(scope, receive, send_guarded)
+            response = refusal.reply(request.url.path)
+        else:
+            response = await call_next(request)
+        response.headers.update(_HEADERS)
+        if token_in_address:
+            response.set_cookie(self._cookie, self._token, path="/", httponly=True, samesite="strict")
+        return response
 
-    def _check_host(self, headers: _Headers) -> None:
-        host = headers.one("host")
-        name = None if host is None else _host_name(host)
+    def _check_host(self, request: Request) -> None:
+        name = _host_name(_only_value(request, "host"))
         if name is None or (self._host_names is not None and name not in self._host_names):
             raise Refusal(403, "this server answers only to its own address; open the one that it has printed")
 
-    def _check_token(self, scope: Scope, headers: _Headers) -> bool:
+    def _check_token(self, request: Request) -> bool:
         """Whether the token came in the address, so that a cookie is due."""
-        if scope["method"] in READING:
-            query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-            if any(self._is_token(value) for value in query.get("token", [])):
-                return True
-        if any(self._is_token(value) for value in headers.cookies(self._cookie)):
+        if request.method in READING and any(map(self._is_token, request.query_params.getlist("token"))):
+            return True
+        if self._cookie in request.cookies and self._is_token(request.cookies[self._cookie]):
             return False
         raise Refusal(403, "this needs the token; open the address that 'draftsmith label serve' has printed")
 
     def _is_token(self, value: str) -> bool:
-        return hmac.compare_digest(value.encode("utf-8", "surrogatepass"), self._token)
-
-    def _set_cookie(self) -> bytes:
-        return f"{self._cookie}={self._token.decode()}; Path=/; HttpOnly; SameSite=Strict".encode()
+        return hmac.compare_digest(value.encode("utf-8", "surrogatepass"), self._token.encode())
 
 
-class _Headers:
-    def __init__(self, scope: Scope) -> None:
-        self._pairs = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-
-    def one(self, name: str) -> str | None:
-        """The header's value; None where it is absent or stands there more than once."""
-        found = [value for own, value in self._pairs if own == name]
-        return found[0] if len(found) == 1 else None
-
-    def cookies(self, name: str) -> list[str]:
-        parts = [part.strip() for own, value in self._pairs if own == "cookie" for part in value.split(";")]
-        return [part.partition("=")[2] for part in parts if part.partition("=")[0] == name]
+def _only_value(request: Request, header: str) -> str:
+    """The header's value; empty where it is absent or occurs more than once."""
+    values = request.headers.getlist(header)
+    return values[0] if len(values) == 1 else ""
 
 
 def _host_name(host: str) -> str | None:
@@ -135,50 +129,23 @@ def _host_name(host: str) -> str | None:
         return None
 
 
-def _check_origin(headers: _Headers) -> None:
+def _check_origin(request: Request) -> None:
     """The page that sends must be one of ours: scheme aside (a proxy may add TLS), its origin is the Host asked."""
-    origin = headers.one("origin") or ""
-    scheme, _, place = origin.partition("://")
-    if scheme not in ("http", "https") or place != headers.one("host"):
+    scheme, _, place = _only_value(request, "origin").partition("://")
+    if scheme not in ("http", "https") or place != _only_value(request, "host"):
         raise Refusal(403, "only this server's own pages may change anything; open the address that it has printed")
 
 
-async def _whole_body(headers: _Headers, receive: Receive) -> Receive:
-    """Takes the body in, whether its length was told or not, and gives a `receive` that hands it on at once."""
-    told = headers.one("content-length")
-    if told is not None and told.isdecimal() and (len(told) > 15 or int(told) > MAX_BODY_BYTES):
-        raise _too_large()
-    body = bytearray()
-    more = True
-    while more:
+def _bounded(receive: Receive) -> Receive:
+    """A `receive` that raises Refusal once the body is too large, whether its length was told or not."""
+    num_bytes = 0
+
+    async def bounded() -> Message:
+        nonlocal num_bytes
         message = await receive()
-        if message["type"] != "http.request":
-            raise Refusal(400, "the request broke off before its end; send it again")
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
-    handed_on = False
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > MAX_BODY_BYTES:
+            raise Refusal(413, f"the request is too large; at most {MAX_BODY_BYTES} bytes are taken; shorten the note")
+        return message
 
-    async def replay() -> Message:
-        nonlocal handed_on
-        if handed_on:
-            return await receive()
-        handed_on = True
-        return {"type": "http.request", "body": bytes(body), "more_body": False}
-
-    return replay
-
-
-def _too_large() -> Refusal:
-    return Refusal(413, f"the request is too large; at most {MAX_BODY_BYTES} bytes are taken; shorten the note")
-
-
-async def _refuse(refusal: Refusal, scope: Scope, send: Send) -> None:
-    is_api = scope["path"].startswith("/api/")
-    text = json.dumps({"error": refusal.sentence}) if is_api else f"{refusal.status}: {refusal.sentence}\n"
-    body = text.encode()
-    kind = b"application/json" if is_api else b"text/plain; charset=utf-8"
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return bounded

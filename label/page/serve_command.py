@@ -10,11 +10,14 @@ import ipaddress
 import os
 import secrets
 import socket
+from typing import TYPE_CHECKING
 
 from draftsmith.extras import install_command
-from draftsmith.label.page.access import LOOPBACK_NAMES, Gate
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.store.store import Store
+
+if TYPE_CHECKING:
+    from draftsmith.label.page.access import Gate
 
 # A page waits for its reply: sooner than a program should it be told that the store is held by somebody else.
 PATIENCE_SECONDS = 5.0
@@ -121,6 +124,7 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _application(store: Store, cutter: Cutter, token: str, host: str, listener: socket.socket, shared: float) -> Gate:
+    from draftsmith.label.page.access import LOOPBACK_NAMES
     from draftsmith.label.page.server import build_app
 
     names = (*LOOPBACK_NAMES, host.lower()) if _is_loopback(listener) else None

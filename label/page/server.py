@@ -1,7 +1,7 @@
 """The web application behind `draftsmith label serve`: its pages, and what they ask for.
 
 Owns routes, what a request must look like, and how a refusal is told. Knows nothing of the token and the checks before it
-(`gate`), of how the server is started, or of how the page looks (`web/`).
+(`access`), of how the server is started, or of how the page looks (`web/`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from draftsmith.label.page.access import Application, Gate
+from draftsmith.label.page.access import Gate
 from draftsmith.label.page.markable_spans import Cutter, segments
 from draftsmith.label.schema import Answer, Label, Span
 from draftsmith.label.store.agreement import Agreement, agreements
@@ -77,8 +77,7 @@ def build_app(store: Store, cutter: Cutter, token: str, host_names: tuple[str, .
     for path, action in routes.items():
         app.post(path)(_endpoint(action))
     app.get("/api/agreement")(desk.agreement)
-    inner: Application = app
-    return Gate(inner, token, host_names)
+    return Gate(app, token, host_names)
 
 
 class Desk:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from draftsmith.label.page.access import LOOPBACK_NAMES
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.schema import Answer, Label, Tokens
 from draftsmith.label.store.store import Store
@@ -21,6 +20,7 @@ pytest.importorskip("playwright.sync_api", reason="the page is driven through pl
 import uvicorn
 from playwright.sync_api import sync_playwright
 
+from draftsmith.label.page.access import LOOPBACK_NAMES
 from draftsmith.label.page.serve_command import listen
 from draftsmith.label.page.server import build_app
 

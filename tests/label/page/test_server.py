@@ -1,5 +1,6 @@
 """The labelling server without a browser: what it lets in, what it refuses, and that a refusal writes nothing."""
 
+import asyncio
 import json
 import re
 import signal
@@ -21,7 +22,6 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import IntegrityError
 
 from draftsmith import cli
-from draftsmith.label.page.access import LOOPBACK_NAMES, MAX_BODY_BYTES, Gate
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.schema import Answer, Label, Tokens
 from draftsmith.label.store.store import Store
@@ -31,6 +31,7 @@ pytest.importorskip("fastapi", reason="the labelling server needs the extra draf
 from fastapi.testclient import TestClient
 
 from draftsmith.label.page import access as gate_module
+from draftsmith.label.page.access import LOOPBACK_NAMES, MAX_BODY_BYTES, Gate
 from draftsmith.label.page.serve_command import cutter_for
 from draftsmith.label.page.server import build_app
 from draftsmith.label.store import store as store_module
@@ -114,7 +115,7 @@ def test_the_token_in_the_address_gives_a_cookie_that_scripts_and_other_sites_ca
     reply = client.get("/", params={"token": TOKEN})
     assert reply.status_code == 200
     cookie = reply.headers["set-cookie"]
-    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
+    assert {"httponly", "samesite=strict", "path=/"} <= set(cookie.lower().split("; "))
     assert client.get("/agreement").status_code == 200, "from now on the cookie is enough"
     assert "set-cookie" not in client.get("/agreement").headers
 
@@ -536,6 +537,26 @@ def test_a_prompt_with_a_script_in_it_is_sent_as_data_only(store: Store, make: C
     assert reply.headers["content-type"] == "application/json"
     assert "".join(one[0] for one in reply.json()["item"]["segments"]) == "<script>alert(1)</script>"
     assert "alert(1)" not in client.get("/").text
+
+
+def test_a_request_that_breaks_off_reaches_nobody() -> None:
+    sent: list[Any] = []
+
+    async def inner(*_: Any) -> None:
+        raise AssertionError("it got through")
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    gate = Gate(inner, TOKEN, None)
+    headers = {"host": "h:1", "origin": "http://h:1", "cookie": f"{gate._cookie}={TOKEN}"}
+    scope = {"type": "http", "method": "POST", "path": "/api/next", "query_string": b""}
+    asyncio.run(gate(scope | {"headers": [(k.encode(), v.encode()) for k, v in headers.items()]}, receive, send))
+    assert sent[0]["status"] == 400
+    assert "broke off" in sent[1]["body"].decode()
 
 
 def test_a_websocket_is_turned_away() -> None:
