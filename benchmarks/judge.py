@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
             f"prompts-{name}",
             lambda split=split, name=name, amount=amount: write_prompts(work / f"{name}.jsonl", split, amount),
         )  # type: ignore[misc]
-    # Few mined tokens are wrong, and judges are held to some of them: fewer questions would be too few.
+    # Few mined tokens are wrong, and each judge must find some of these: fewer questions would be too few.
     stages.once("prompts-mine", lambda: mining_prompts(work, max(200, count["mine"])))
     stages.once(
         "answers-train",

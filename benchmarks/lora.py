@@ -166,7 +166,7 @@ def main() -> int:
     target, test = Target.load(str(options.target)), {}
     for kind in KINDS:
         rows, test[kind] = answer(options, target, kind)
-        extract(str(options.target), rows, options.work / f"cache-{kind}")  # goes on where a killed run was
+        extract(str(options.target), rows, options.work / f"cache-{kind}")  # resumes a killed run
     lora = LoraSettings(options.rank, options.alpha, target_modules=options.target_modules)
     runs = {"base": fit(options, "base", "stories", scale.base_steps)}
     begun = {"init_from": options.work / "base" / "drafter"}

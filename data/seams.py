@@ -127,7 +127,7 @@ class History:
             self._text = self._template._render(self._messages, add_generation_prompt=True)
         except TemplateRefusal:  # of an empty reply, say: nobody can tell what it would make of the turns before
             return grown
-        # A header that the template writes and the target did not say changes nothing of what was said.
+        # A header that the template writes and the target did not say leaves the target's words unchanged.
         as_said = (before + said, before + header + reply["content"])
         if self._text.startswith(as_said):
             return grown

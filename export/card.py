@@ -259,7 +259,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 def _files(subject: Subject) -> str:
     return (
-        f"This is {LAYOUTS[subject.layout]}. Names, shapes and dtypes were held to a strict table before writing and after reading back, "
-        "and the logits of what was read back equal those of what was trained bit for bit. `provenance.json` says what "
+        f"This is {LAYOUTS[subject.layout]}. Names, shapes and dtypes were checked against a strict table before writing and after reading "
+        "back, and the logits of what was read back equal those of what was trained bit for bit. `provenance.json` says what "
         "made this folder."
     )

@@ -152,8 +152,8 @@ def _measured(report: Path, drafter: Drafter) -> tuple[list[dict[str, Any]], dic
     if not rows:
         names = ", ".join(sorted({str(row.get("drafter")) for row in found["rows"]}))
         raise ValueError(
-            f"{report} holds no row of these weights (fingerprint {own[:12]}), only of {names}; figures of other "
-            "weights do not go on this card: evaluate this drafter first"
+            f"{report} holds no row of these weights (fingerprint {own[:12]}), only of {names}; this card "
+            "takes no figures of other weights: evaluate this drafter first"
         )
     return rows, found
 

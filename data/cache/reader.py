@@ -183,7 +183,7 @@ class HiddenStateCache:
         A cache behind a URL has none: its shards are checked when they are fetched.
         """
         if self._unchecked and isinstance(self.path, Path) and (self.path / LENGTHS_FILE).is_file():
-            _ = self.lengths  # which offsets are then held to
+            _ = self.lengths  # the offsets of shards must then agree with these
         for shard in sorted(self._unchecked):
             self._check(shard)
             self._examined(shard, self._local(shard))

@@ -66,7 +66,7 @@ class Ahead:
             try:
                 held = self._hold(number)
             except (ValueError, OSError):
-                with self._changed:  # whoever needs it tries again, and is told
+                with self._changed:  # whoever needs it tries again, and gets the error
                     self._given_up.add(number)
             with self._changed:
                 self._busy.discard(number)

@@ -169,8 +169,8 @@ def answer_independently(
                         yield outcome
                     if failed_in_a_row >= patience:
                         raise ValueError(
-                            f"the last {failed_in_a_row} prompts got no answer ({outcome}); see to the engine and run the same command "
-                            "again, which goes on where this one stopped"
+                            f"the last {failed_in_a_row} prompts got no answer ({outcome}); repair the engine and run the same command "
+                            "again; it resumes where this one stopped"
                         )
         finally:
             for future in running:

@@ -222,7 +222,7 @@ def _check_engine(engine: str, drafter: Path | None, limits: DraftLimits | None,
     said += [name for name, value in (("drafter", drafter), ("limits", limits)) if value is not None]
     if said:
         raise ValueError(
-            f"--{said[0]} is the bundled decoder's; --engine {engine} is told such things by its own means; leave it out"
+            f"--{said[0]} is an option of the bundled decoder; leave it out, and give --engine {engine} its own settings"
         )
 
 
@@ -360,7 +360,7 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
         if earlier.get("url") != identity.get("url"):
             # Not another run: a server's job may have been started again on another node.
             print(
-                f"{out}: begun with {earlier.get('url')}, goes on with {identity.get('url')}; they must serve the very same weights"
+                f"{out}: begun with {earlier.get('url')}, resumes with {identity.get('url')}; both must serve the same weights"
             )
         if earlier != {**identity, "num_rows": plan.num_prompts}:
             # Fewer rows there mean that an earlier run was content with them; this one has to say so itself.

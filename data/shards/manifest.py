@@ -222,7 +222,7 @@ _RULES: dict[Any, _Rule] = {
     tuple[ShardRecord, ...]: (lambda value: isinstance(value, list), "a list of objects"),
     CacheIdentity: (lambda value: isinstance(value, dict), "an object"),
 }
-# Fields that are held to more than their type.
+# Fields with a rule beyond their type.
 _FIELD_RULES: dict[str, _Rule] = {
     "name": (is_shard_name, f"text: {SHARD_NAME_RULE}"),
     "sha256": (is_sha256, f"text of {SHA256_RULE}"),

@@ -24,7 +24,7 @@ from draftsmith.models.drafters.rollout import data_rollout
 from draftsmith.models.tree.limits import DraftLimits
 
 _MAX_PROMPTS, _MAX_NEW_TOKENS = 8, 64
-_SLIGHT = 0.02  # tokens per step; of so little nothing can be said
+_SLIGHT = 0.02  # tokens per step; a difference this small says nothing
 _SERVES, _KEEPS = 0.85, 0.75  # of what is promised, of what is had on trained prompts (both as drafted tokens a step)
 
 
@@ -127,7 +127,7 @@ def check_acceptance(case: Case) -> Finding:
     figures = {"trained prompts": own, "said again": len(again), "steps": num_steps, "temperature": temperature}
     measured = f"{own:.2f} tokens per step on trained prompts"
     promise = kept = 1.0
-    expected = f"chains of {num_steps}: no promise, since no reply is said again word for word"
+    expected = f"chains of {num_steps}: no promise, because the engine repeats no reply word for word"
     if again:
         promise = promised(case, [samples[number] for number in again], num_steps)
         kept = tokens_per_step([replies[number] for number in again])

@@ -69,7 +69,7 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     _write(drafter, folder, ends, tensors_of(drafter))
     counts = block_counts(drafter.config.layers, num_layers(ends))
     captured = ", ".join(str(count - 1) for count in counts)
-    return (f"TensorRT-LLM is told which layers to capture: `eagle3_layers_to_capture={{{captured}}}`.",)
+    return (f"TensorRT-LLM needs the layers to capture from you: `eagle3_layers_to_capture={{{captured}}}`.",)
 
 
 def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict[str, Tensor]) -> None:

@@ -136,10 +136,12 @@ def check_questions(questions: Sequence[Question], rules: Rules) -> None:
     for question in questions:
         num_prompt, num_reply = len(question.prompt_ids), len(question.reply_ids or ())
         if not num_prompt:
-            raise ValueError(f"{question.id}: the prompt has no token; a model needs one to go on from; leave it out")
+            raise ValueError(
+                f"{question.id}: the prompt has no token; a model needs one to continue; leave the question out"
+            )
         if question.reply_ids is not None and not num_reply:
             raise ValueError(
-                f"{question.id}: the given reply has no token; there is nothing to walk along; leave it out"
+                f"{question.id}: the given reply has no token; there is nothing to walk along; leave the question out"
             )
         if rules.context is not None and num_prompt + max(1, num_reply) > rules.context:
             raise ValueError(

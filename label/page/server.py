@@ -123,7 +123,9 @@ class Desk:
         _only(fields, "annotator", "entry")
         number = fields.get("entry")
         if type(number) is not int or not 0 <= number < 2**63:
-            raise BadRequest(f"entry is {_short(number)}; it is the number of a label; send the one the page was told")
+            raise BadRequest(
+                f"entry is {_short(number)}; it is the number of a label; send the one that the page received"
+            )
         item = self._store.undo(_name(fields), number)
         return {"item": item, "label": _told(self._store.history(item), number)}
 

@@ -95,7 +95,7 @@ def cohens_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
     count = len(pairs)
     first = sum(one for one, _ in pairs)
     second = sum(other for _, other in pairs)
-    # In whole numbers up to the last step, so that "no chance left" is told exactly.
+    # In whole numbers up to the last step, so that "no chance left" is recognised exactly.
     expected = first * second + (count - first) * (count - second)
     observed = sum(one == other for one, other in pairs) * count
     return None if expected == count * count else (observed - expected) / (count * count - expected)

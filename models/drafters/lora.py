@@ -317,7 +317,7 @@ def _inject(drafter: Drafter, rank: int, alpha: float, dropout: float, layers: l
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=f"(?:{pattern})")  # type: ignore[arg-type]
     config._register_custom_module({nn.Linear: AdaptedLinear})
     inject_adapter_in_model(config, drafter, name)
-    # A second adapter would be told of the first as of an accident.
+    # PEFT would warn of the first adapter when it adds a second.
     del drafter.peft_config
     for _, layer in adapted_layers(drafter):
         layer.lora_A.float()

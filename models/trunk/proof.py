@@ -33,7 +33,7 @@ PROMPTS, NEW_TOKENS, CHUNK = (5, 19), 16, 4
 """Tokens of the two prompts, of what follows each, and of a chunk of a prompt: one text grows past every length, one begins past some."""
 _PARENTS = (-1, 0, 0, 2, 2, 1)
 _TRUE_PATH = (0, 2, 4)
-"""The tree of a cycle: the text goes on along the second child of the root, and its second child."""
+"""The tree of a cycle: the text continues along the second child of the root, and its second child."""
 # Two draws of the weights, since rounding may tip a router of experts in one.
 _SEEDS = (0, 1)
 _proven: dict[tuple[type, str | None, str], MaskStyle | str] = {}

@@ -211,7 +211,7 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
         print(f"{prog}: error: {visible(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; the same command goes on from here where it can", file=sys.stderr)
+        print(f"\n{prog}: interrupted; repeat the command to resume it, where that is possible", file=sys.stderr)
         return 130
     return 0
 

@@ -20,7 +20,7 @@ CHECKED = [page for page in PAGES if page not in RECORDS]
 
 # A pattern, and what to write in its place.
 BANNED = {
-    r"\b(?:is|are|was|were|be|been|being|gets?) (?:said|told|refused)\b": "say who does it: 'the report says', 'the command stops'",
+    r"\b(?:is|are|was|were|be|been|being|gets?) (?:said|told(?! apart)|refused)\b": "say who does it: 'the command stops'",
     r"\b(?:go|goes|going|gone|went) on\b": "resumes, continues, follows",
     r"\bst(?:and|ands|anding|ood) in\b": "is in, replaces",
     r"\bst(?:and|ands|anding|ood) for itself\b": "is independent",

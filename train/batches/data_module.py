@@ -275,7 +275,7 @@ class CacheDataModule(pl.LightningDataModule):
                 f"resume with {interrupted}"
             )
         rank_zero_info(
-            f"the run goes on with {now} instead of {interrupted} processes: a step keeps its samples and its {joint} tokens, "
+            f"the run resumes with {now} instead of {interrupted} processes: a step keeps its samples and its {joint} tokens, "
             f"each process now takes {float(self._budget()):g} of them instead of {float(Fraction(joint, interrupted)):g}; sums "
             "may differ in their last digits"
         )
@@ -299,7 +299,7 @@ class CacheDataModule(pl.LightningDataModule):
 
     def _layout(self) -> dict[str, Any]:
         train = self._train()
-        # Settings first: a difference is told by its cause.
+        # Settings first: a message names the first difference, which should be the cause.
         return {
             "source": self.open_cache().manifest.identity.source,
             "seed": self.seed,

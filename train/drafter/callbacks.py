@@ -308,7 +308,7 @@ class KeepBestDrafter(pl.Callback):
         if is_free or is_own or self.replace:
             return "", is_own
         return (
-            f"{folder} holds the best {self.name} of another run. To go on with that run, give --ckpt_path last; to keep it, give "
+            f"{folder} holds the best {self.name} of another run. To resume that run, give --ckpt_path last; to keep it, give "
             "another --trainer.default_root_dir; to replace it, give --replace_best true"
         ), False
 
@@ -321,7 +321,7 @@ class KeepBestDrafter(pl.Callback):
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, pl_module)
-        # No process goes on, and perhaps reads the folder, before the first one has written it.
+        # No process continues, and perhaps reads the folder, before the first one has written it.
         trainer.strategy.barrier("the kept folder is written")
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

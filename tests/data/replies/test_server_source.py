@@ -748,7 +748,7 @@ def test_a_run_goes_on_with_another_server_in_so_many_words_and_not_with_another
     moved = [word.replace("127.0.0.1", host) for word in asked]
     assert main(moved) == 0
     said = capsys.readouterr()
-    assert f"begun with {server.url}, goes on with http://{host}:{port};" in said.out
+    assert f"begun with {server.url}, resumes with http://{host}:{port};" in said.out
     assert json.loads((out / "settings.json").read_text())["url"] == f"http://{host}:{port}"
     assert main(moved) == 0
     assert "begun with" not in capsys.readouterr().out

@@ -643,7 +643,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_samples_a_s
     resumed = opened(in_shards, **chosen)
     with caplog.at_level(logging.INFO):
         resumed.load_state_dict(saved)
-    assert f"goes on with {now} instead of {before} processes" in caplog.text
+    assert f"resumes with {now} instead of {before} processes" in caplog.text
     assert f"its 96 tokens, each process now takes {96 / now:g}" in caplog.text
     assert steps(monkeypatch, resumed, now) == expected
     # And once more, from its own checkpoint, with as many processes.
