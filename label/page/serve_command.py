@@ -19,7 +19,7 @@ from draftsmith.label.store.store import Store
 if TYPE_CHECKING:
     from draftsmith.label.page.access import Gate
 
-# A page waits for its reply: sooner than a program should it be told that the store is held by somebody else.
+# A page waits for its reply, so it must learn sooner than a program that somebody else holds the store.
 PATIENCE_SECONDS = 5.0
 _SECONDS_TO_END = 5
 
