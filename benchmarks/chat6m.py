@@ -26,9 +26,9 @@ from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.files.end_tokens import end_tokens
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.train.drafter.family_settings import ReDrafterFamily
 from draftsmith.train.drafter.objective import Distillation
 
 STAGES = ("cache", "train", "evaluate", "distil")

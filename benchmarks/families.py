@@ -36,7 +36,7 @@ from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.tune import tune
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
-from draftsmith.models.drafters.eagle_config import default_layers
+from draftsmith.models.families.eagle3 import default_layers
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run

@@ -17,9 +17,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from draftsmith.files import atomic_write
+from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter
-from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.drafter.module import DraftModule
 
 QUIET: dict[str, Any] = {

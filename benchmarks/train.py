@@ -46,8 +46,8 @@ from draftsmith.data.shards.shards import write_shard
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.label.token_rows import LabelledRow, write_rows
-from draftsmith.models.drafters.eagle_config import default_layers
 from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.families.eagle3 import default_layers
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule

@@ -169,9 +169,13 @@ class AdapterSwitch(Drafter):
         return self.below.features
 
     @property
-    def head_weight(self) -> Tensor:
+    def max_draft_steps(self) -> int | None:
         """Of the adapter that acts."""
-        return self.below.head_weight
+        return self.below.max_draft_steps
+
+    def step_weight(self, step: int) -> Tensor:
+        """Of the adapter that acts."""
+        return self.below.step_weight(step)
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """Borrow the target's ends.

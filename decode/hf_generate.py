@@ -45,24 +45,20 @@ from draftsmith.decode.processors import OF_CONSTRAINTS
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
-from draftsmith.models.drafters.eagle import Eagle, Eagle3
-from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.drafters.served_families import drafter_class
 from draftsmith.models.files.checkpoint_files import read_fields
-from draftsmith.models.files.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number
+from draftsmith.models.files.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number, is_whole
 from draftsmith.models.target.target import Target
 from draftsmith.models.target.target_probe import other_ends
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "custom_generate/settings.json"
-FAMILIES: dict[str, type[Drafter]] = {one.config_class.model_type: one for one in (ReDrafter, Eagle, Eagle3)}
-LIMITS = ("beam_width", "draft_length", "node_budget")
+LIMITS = ("beam_width", "draft_length", "node_budget", "paths")
 _SETTINGS_RULES: dict[str, Rule] = {
     "limits": (
-        lambda value: (
-            isinstance(value, dict) and value.keys() == set(LIMITS) and all(map(COUNT_OR_NULL[0], value.values()))
-        ),
-        f"an object of {', '.join(LIMITS)}, each a whole number of at least 1 or null",
+        lambda value: isinstance(value, dict) and value.keys() <= set(LIMITS) and _are_limits(value),
+        f"an object of {', '.join(LIMITS)}, each a whole number of at least 1 or null, paths lists of ranks or null",
     ),
     "target_ends": (
         lambda value: (
@@ -111,8 +107,8 @@ def generate(
             and every stopping criterion, which is asked token by token with one row alone.
         streamer: gets the tokens as they become final; one row only.
         drafter: folder or hub id of the drafter; by default what the caller gave as ``custom_generate``.
-        kwargs: ``beam_width``, ``draft_length`` and ``node_budget`` (None: no budget) for this call's drafts; arguments of the hub
-            (``revision``, ``token`` ...); and whatever else ``model.generate`` takes.
+        kwargs: ``beam_width``, ``draft_length``, ``node_budget`` (None: no budget) and ``paths`` for this call's drafts; arguments of the
+            hub (``revision``, ``token`` ...); and whatever else ``model.generate`` takes.
 
     Returns:
         int64 [B, T + L]: prompts and replies, replies padded on the right; with ``return_dict_in_generate`` as its ``sequences``.
@@ -126,7 +122,7 @@ def generate(
     _refuse_cache(generation_config or model.generation_config, kwargs)
     generation_config, kwargs["stopping_criteria"] = _with_stop_strings(model, generation_config, kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
-    limits = DraftLimits(**{**served.limits, **given})
+    limits = _limits(served.limits, given)
 
     def decode(
         model: PreTrainedModel,
@@ -159,6 +155,28 @@ def generate(
         return prepare(
             model, inputs, generation_config=generation_config, streamer=streamer, custom_generate=decode, **kwargs
         )
+
+
+def _are_limits(value: Mapping[str, Any]) -> bool:
+    """Whether fields of a file can be limits; which numbers go together is the limits' own affair."""
+    paths = value.get("paths")
+    ranks = [rank for path in paths for rank in path] if _is_list_of_lists(paths) else []
+    return (paths is None or (_is_list_of_lists(paths) and all(is_whole(rank, 0) for rank in ranks))) and all(
+        COUNT_OR_NULL[0](number) for name, number in value.items() if name != "paths"
+    )
+
+
+def _is_list_of_lists(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, list) for one in value)
+
+
+def _limits(default: Mapping[str, Any], given: Mapping[str, Any]) -> DraftLimits:
+    """The limits of one call. One that says anything of its own is not drafted for with the default static tree."""
+    chosen = {**default, **given}
+    if given and "paths" not in given:
+        chosen["paths"] = None
+    paths = chosen.pop("paths", None)
+    return DraftLimits(**chosen, paths=None if paths is None else tuple(map(tuple, paths)))
 
 
 @dataclass(frozen=True)
@@ -248,10 +266,7 @@ def _load(folder: Path, target: Target) -> tuple[Drafter, dict[str, Any]]:
     Raises:
         ValueError: it is not whole, or another model's.
     """
-    name = str(read_fields(folder).get("model_type"))
-    if name not in FAMILIES:
-        raise ValueError(f"{folder} holds a {name!r:.80}, not one of {', '.join(FAMILIES)}; export the drafter again")
-    drafter = read_drafter(folder, FAMILIES[name])
+    drafter = read_drafter(folder, drafter_class(str(read_fields(folder).get("model_type"))))
     settings = parse_json_object((folder / SETTINGS).read_bytes(), str(folder / SETTINGS), "export the drafter again")
     check_fields(
         settings, _SETTINGS_RULES, str(folder / SETTINGS), "export the drafter again", required=_SETTINGS_RULES

@@ -13,57 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.export.layouts import custom_generate
-from draftsmith.export.serving import commands
+from draftsmith.export.layouts.layout import Layout
 from draftsmith.foreign import block, code, plain, yaml_text
 from draftsmith.models.drafters.drafter import DrafterConfig
-from draftsmith.models.drafters.eagle_config import Eagle3Config
+from draftsmith.models.drafters.family import Family
+from draftsmith.models.target.target import PRE_NORM
 
 QUESTION = "Tom has 3 boxes with 4 pens each. How many pens does Tom have?"
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A family in words: its name with an article, what it is, what it reads of the target, its tag."""
-
-    name: str
-    what: str
-    reads: str
-    tag: str
-
-
-KINDS = {
-    "ReDrafter": Kind(
-        "A ReDrafter",
-        "A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919))",
-        "the last hidden state",
-        "redrafter",
-    ),
-    "EAGLE-1": Kind(
-        "An EAGLE-1",
-        "A draft head of one decoder layer that predicts the target's next feature "
-        "([EAGLE](https://arxiv.org/abs/2401.15077), or with a dynamic tree [EAGLE-2](https://arxiv.org/abs/2406.16858))",
-        "the last hidden states",
-        "eagle",
-    ),
-    "EAGLE-3": Kind(
-        "An EAGLE-3",
-        "A draft head of one decoder layer over fused states ([EAGLE-3](https://arxiv.org/abs/2503.01840))",
-        "hidden states of several layers",
-        "eagle3",
-    ),
-}
-LAYOUTS = {
-    "draftsmith": "draftsmith's layout: `config.json` names the target, `model.safetensors` the tensors",
-    "apple": "the layout of Apple's ml-recurrent-drafter: `config.json` with its keys only, `model.safetensors` with its tensor "
-    "names. The target is named in `provenance.json`",
-    "eagle": "the EAGLE-1 layout that vLLM and SGLang both load: two architectures, each engine's own, and an `fc.bias` of zeros. "
-    "Embedding and head are the target's. The target is named in `provenance.json`",
-    "eagle3": "the EAGLE-3 layout that vLLM, SGLang and the official code load. The target is named in `provenance.json`",
-    "tensorrt-llm": "the EAGLE-3 layout of TensorRT-LLM, without `t2d` and embedding. The target is named in `provenance.json`",
-    "speculators": "the layout of the speculators package, with the target's embedding",
-    "custom_generate": "draftsmith's layout, and in `custom_generate/` the code with which Transformers decodes",
-}
 
 
 @dataclass(frozen=True)
@@ -71,21 +28,23 @@ class Subject:
     """What a card speaks of.
 
     Attributes:
-        family: its name, a key of KINDS.
+        family: its family.
         config: the drafter's.
+        features: names of the target's layers that it reads.
         parameters: number of them.
         dtype: of the weights.
-        layout: a key of LAYOUTS.
+        layout: what the folder is in.
         has_template: whether the target's tokenizer has a chat template; None where the target was not at hand.
         eos_token_ids: what ends the target's replies, as far as known.
         notes: what a user must know of this layout of this drafter.
     """
 
-    family: str
+    family: Family
     config: DrafterConfig
+    features: tuple[str, ...]
     parameters: int
     dtype: str
-    layout: str
+    layout: Layout
     has_template: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
@@ -97,8 +56,8 @@ class Subject:
 
     @property
     def draft_vocab_size(self) -> int | None:
-        """Vd as this folder has it; None for the whole vocabulary, which an EAGLE-1 always has in engines."""
-        size = None if self.layout == "eagle" else self.config.draft_vocab_size
+        """Vd as this folder has it; None for the whole vocabulary, which some layouts always have in engines."""
+        size = None if self.layout.whole_vocabulary else self.config.draft_vocab_size
         return None if size is None or size >= self.config.vocab_size else size
 
 
@@ -116,7 +75,7 @@ def write_card(
     name = Path(subject.target).name if subject.target != UNKNOWN_TARGET else "its target"
     parts = [
         _front_matter(subject),
-        f"# {KINDS[subject.family].name} draft head for {plain(name)}",
+        f"# {subject.family.about.with_article} draft head for {plain(name)}",
         _summary(subject),
         "## Use",
         _use(subject),
@@ -135,7 +94,7 @@ def _front_matter(subject: Subject) -> str:
     lines = [
         "---",
         "library_name: draftsmith",
-        f"tags: [speculative-decoding, draft-head, {KINDS[subject.family].tag}]",
+        f"tags: [speculative-decoding, draft-head, {subject.family.name}]",
     ]
     target = subject.config.target_name
     if target.count("/") == 1 and not target.startswith((".", "/")) and not Path(target).exists():
@@ -144,15 +103,15 @@ def _front_matter(subject: Subject) -> str:
 
 
 def _summary(subject: Subject) -> str:
-    config, kind = subject.config, KINDS[subject.family]
+    config, about = subject.config, subject.family.about
     vocabulary = (
         f"the target's whole vocabulary of {config.vocab_size:,}"
         if subject.draft_vocab_size is None
         else f"a draft vocabulary of {subject.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens"
     )
-    layers = f" ({', '.join(map(code, config.layers))})" if isinstance(config, Eagle3Config) else ""
+    layers = "" if subject.features == (PRE_NORM,) else f" ({', '.join(map(code, subject.features))})"
     return (
-        f"{kind.what} of {subject.parameters:,} parameters ({subject.dtype}) over {vocabulary}. It proposes tokens from {kind.reads} of "
+        f"{about.what} of {subject.parameters:,} parameters ({subject.dtype}) over {vocabulary}. It proposes tokens from {about.reads} of "
         f"{code(subject.target)}{layers}, and that target verifies them: the output is the target's own, token for token at temperature "
         f"0 and in distribution above it. It is bound to that target (fingerprint {code(config.target_fingerprint[:12] or 'unknown')}) "
         "and works with no other."
@@ -160,14 +119,15 @@ def _summary(subject: Subject) -> str:
 
 
 def _use(subject: Subject) -> str:
-    if subject.layout == "custom_generate":
+    if subject.layout.name == custom_generate.FOLDER:
         program = custom_generate.example(subject.target, QUESTION, bool(subject.has_template))
         return f"Needs `torch` and `transformers` only. In this folder:\n\n```python\n{program}```"
     return "Needs `pip install draftsmith`. In this folder:\n\n```python\n" + example(subject) + "```"
 
 
 def _serve(subject: Subject) -> list[str]:
-    text = commands(subject.layout, subject.target, max(3, subject.config.num_draft_steps))
+    commands = subject.layout.commands
+    text = "" if commands is None else commands(subject.target, max(3, subject.config.num_draft_steps))
     if not text and not subject.notes:
         return []
     told = [text, "No figure on this page is from one of these engines."] if text else []
@@ -176,7 +136,7 @@ def _serve(subject: Subject) -> list[str]:
 
 def example(subject: Subject) -> str:
     """A program that decodes one prompt with the drafter in the current folder."""
-    ours = subject.layout == "draftsmith"
+    ours = subject.layout.name == "draftsmith"
     imports = "from pathlib import Path\n\nfrom draftsmith.decode import Engine, GenerationSettings\n"
     imports += "from draftsmith.decode.model_settings import for_target\n"
     imports += "" if ours else "from draftsmith.export.layouts.layouts import load_any\n"
@@ -259,7 +219,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 def _files(subject: Subject) -> str:
     return (
-        f"This is {LAYOUTS[subject.layout]}. Names, shapes and dtypes were checked against a strict table before writing and after reading "
+        f"This is {subject.layout.what}. Names, shapes and dtypes were checked against a strict table before writing and after reading "
         "back, and the logits of what was read back equal those of what was trained bit for bit. `provenance.json` says what "
         "made this folder."
     )

@@ -13,11 +13,10 @@ from typing import Any
 from draftsmith import provenance
 from draftsmith.export.card import Subject, write_card
 from draftsmith.export.layouts import layouts
-from draftsmith.export.layouts.layouts import LayoutName
-from draftsmith.export.layouts.own_layout import family_of
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
+from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import WEIGHTS
 from draftsmith.models.files.end_tokens import read_end_tokens
@@ -36,7 +35,7 @@ def export(
     drafter: Path,
     out: Path,
     target: str | None = None,
-    layout: LayoutName = "draftsmith",
+    layout: str = "draftsmith",
     report: Path | None = None,
     training: Path | None = None,
     revision: str | None = None,
@@ -80,12 +79,14 @@ def export(
     trained = _load(drafter, drafter_adapter, ends, tokenizer)
     measured, made_by = _measured(report, trained) if report is not None else ([], {})
     history = _training(drafter if drafter_adapter is None else drafter_adapter, training)
+    family = family_of(trained)
     subject = Subject(
-        family=family_of(trained).name,
+        family=family,
         config=trained.config,
+        features=trained.features,
         parameters=sum(parameter.numel() for parameter in trained.parameters()),
         dtype=str(trained.dtype).removeprefix("torch."),
-        layout=layout,
+        layout=layouts.layout_for(family, layout),
     )
     if target is not None:
         subject = replace(subject, **_target_facts(target, revision, trust_remote_code))

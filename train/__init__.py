@@ -3,9 +3,11 @@
 Its public names are what a run's YAML names: ``class_path: draftsmith.train.DraftModule``. They stay where modules move.
 """
 
+from typing import Any
+
 from draftsmith.public import lazy_names
 
-__getattr__, __dir__ = lazy_names(
+_look_up, _listing = lazy_names(
     __name__,
     {
         "CacheDataModule": "batches.data_module",
@@ -17,9 +19,6 @@ __getattr__, __dir__ = lazy_names(
         "KeepBestDrafter": "drafter.callbacks",
         "Throughput": "drafter.callbacks",
         "TreeDecodeValidation": "drafter.callbacks",
-        "Eagle3Family": "drafter.family_settings",
-        "EagleFamily": "drafter.family_settings",
-        "ReDrafterFamily": "drafter.family_settings",
         "DraftModule": "drafter.module",
         "LmDataModule": "embedded_lm.data",
         "LmModule": "embedded_lm.module",
@@ -31,3 +30,19 @@ __getattr__, __dir__ = lazy_names(
         "Zero": "run.strategies",
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, and the settings class of every drafter family."""
+    if not name.endswith("Family"):
+        return _look_up(name)
+    from draftsmith.train.drafter import family_settings
+
+    return getattr(family_settings, name)
+
+
+def __dir__() -> list[str]:
+    """As :func:`__getattr__`."""
+    from draftsmith.train.drafter.family_settings import settings_classes
+
+    return sorted([*_listing(), *settings_classes()])

@@ -126,7 +126,7 @@ class TrainingCLI(LightningCLI):
 
 
 def import_public_names() -> None:
-    """Imports the classes that a YAML may name without their path: the parser finds those that are imported."""
+    """Imports the classes that a YAML may name without their path, every family's settings included: the parser finds what is imported."""
     for name in dir(train):
         getattr(train, name)
 

@@ -41,9 +41,11 @@ def guesses(drafter: Drafter, batch: PackedBatch, rollout: Rollout) -> Tensor:
     if not len(rollout.anchors):
         return rollout.targets
     inputs = drafter.teacher_forced(batch, rollout)
-    weight = drafter.head_weight
-    rows = [(part.to(weight.dtype) @ weight.T).argmax(-1) for part in inputs.flatten(0, 1).split(_ROWS)]
-    return drafter.to_target_ids(torch.cat(rows)).view(inputs.shape[:2]).T
+    steps = [
+        torch.cat([drafter.logits(part, step).argmax(-1) for part in inputs_AE.split(_ROWS)])
+        for step, inputs_AE in enumerate(inputs)
+    ]
+    return drafter.to_target_ids(torch.stack(steps, dim=1))
 
 
 def shift_labels(batch: PackedBatch, rollout: Rollout, shift: int) -> Tensor:

@@ -18,8 +18,8 @@ from draftsmith.evaluate.doctor.alignment import guesses
 from draftsmith.evaluate.doctor.case import Case, NotChecked, portion
 from draftsmith.evaluate.doctor.report import Finding, Verdict
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
-from draftsmith.train.drafter.family_settings import DrafterFamily
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 
 _TOKENS, _LABELS = 256, 16  # at most so many tokens, at least so many labels
@@ -116,19 +116,16 @@ def _as_begun(case: Case) -> Drafter | None:
     """By its family's settings, from the record and else from the config; None where that gives another drafter than the trained one."""
     trained = case.trainable
     recorded = dict(case.places.record.get("drafter") or {})
-    for family in DrafterFamily.__subclasses__():
-        if family.kind is not type(trained):
-            continue
-        names = list(inspect.signature(family).parameters)
-        settings = {name: getattr(trained.config, name) for name in names if hasattr(trained.config, name)}
-        settings |= {name: value for name, value in recorded.items() if name in names}
-        ids = None if trained.d2t is None else trained.draft_ids().cpu()
-        try:
-            made = family(**settings).build(case.ends, ids, trained.config.num_draft_steps, "")
-        except ValueError:  # a shape of somebody else's, which this family does not start from the target
-            return None
-        return made if _shapes(made) == _shapes(trained) and made.features == trained.features else None
-    return None
+    family = family_of(trained).settings
+    names = list(inspect.signature(family).parameters)
+    settings = {name: getattr(trained.config, name) for name in names if hasattr(trained.config, name)}
+    settings |= {name: value for name, value in recorded.items() if name in names}
+    ids = None if trained.d2t is None else trained.draft_ids().cpu()
+    try:
+        made = family(**settings).build(case.ends, ids, trained.config.num_draft_steps, "")
+    except ValueError:  # a shape of somebody else's, which this family does not start from the target
+        return None
+    return made if _shapes(made) == _shapes(trained) and made.features == trained.features else None
 
 
 def _shapes(drafter: Drafter) -> dict[str, torch.Size]:

@@ -43,8 +43,7 @@ def trained_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_s
     place = {anchor: row for row, anchor in enumerate(rollout.anchors.tolist())}
     rows = torch.tensor([place[root - 1] for root in roots], device=rollout.anchors.device)
     inputs = drafter.teacher_forced(batch, rollout)[:, rows]
-    weight = drafter.head_weight
-    return (inputs.to(weight.dtype) @ weight.T).float().transpose(0, 1)
+    return drafter.rollout_logits(inputs).float().transpose(0, 1)
 
 
 @torch.no_grad()

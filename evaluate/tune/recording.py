@@ -114,9 +114,13 @@ class Recording(Drafter):
         return self.inner.features
 
     @property
-    def head_weight(self) -> Tensor:
+    def max_draft_steps(self) -> int | None:
         """The recorded drafter's."""
-        return self.inner.head_weight
+        return self.inner.max_draft_steps
+
+    def step_weight(self, step: int) -> Tensor:
+        """The recorded drafter's."""
+        return self.inner.step_weight(step)
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`."""

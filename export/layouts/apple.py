@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from draftsmith.export.layouts.layout import Foreign, Layout
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
-from draftsmith.models.drafters.redrafter import ReDrafter, ReDrafterConfig
+from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import check_fields
 from draftsmith.models.target.ends import TargetEnds
 
-WHAT = "ReDrafter"
 APPLE_KEYS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "num_lookback_tokens", "rnn")
 
 
@@ -74,3 +74,19 @@ def read_apple(
     )
     module_table(ReDrafter, config, where).check(tensors, where)
     return assemble(ReDrafter, config, tensors)
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in Apple's layout: it has the same model type as ours, and names no target."""
+    return fields.get("model_type") == ReDrafterConfig.model_type and "target_fingerprint" not in fields
+
+
+LAYOUTS = (
+    Layout(
+        "apple",
+        write_apple,
+        "the layout of Apple's ml-recurrent-drafter: `config.json` with its keys only, `model.safetensors` with its tensor names. The "
+        "target is named in `provenance.json`",
+        Foreign("Apple's", holds, read_apple),
+    ),
+)

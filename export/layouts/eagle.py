@@ -18,11 +18,13 @@ from torch import Tensor
 
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
-from draftsmith.export.layouts.llama import layer_settings, llama_fields
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.llama import SPECULATORS_KEY, has_own_head, layer_settings, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
+from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
-from draftsmith.models.drafters.eagle import Eagle
-from draftsmith.models.drafters.eagle_config import EagleConfig
+from draftsmith.models.families.eagle import Eagle
+from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec
 from draftsmith.models.target.ends import TargetEnds
@@ -116,3 +118,25 @@ def _served(drafter: Eagle) -> Eagle:
     fields = drafter.config.to_dict() | {"draft_vocab_size": None, "bias": False}
     tensors = {name: tensor for name, tensor in tensors_of(drafter).items() if name not in ("d2t", "fc.bias")}
     return assemble(Eagle, EagleConfig.from_dict(fields), tensors)
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in this layout. Engines' configs of EAGLE-1 and EAGLE-3 look alike; their tensors do not."""
+    return SPECULATORS_KEY not in fields and "fc.weight" in tensors and not has_own_head(tensors)
+
+
+def _commands(target: str, num_steps: int) -> str:
+    return vllm("eagle", target, num_steps) + "\n\n" + sglang("EAGLE", target)
+
+
+LAYOUTS = (
+    Layout(
+        "eagle",
+        write,
+        "the EAGLE-1 layout that vLLM and SGLang both load: two architectures, each engine's own, and an `fc.bias` of zeros. Embedding and "
+        "head are the target's. The target is named in `provenance.json`",
+        Foreign("the common EAGLE-1", holds, read),
+        _commands,
+        whole_vocabulary=True,
+    ),
+)

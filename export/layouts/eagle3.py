@@ -17,11 +17,12 @@ from torch import Tensor
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
 from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
-from draftsmith.export.layouts.llama import layer_settings, llama_fields
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.llama import SPECULATORS_KEY, has_own_head, layer_settings, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
+from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
-from draftsmith.models.drafters.eagle import Eagle3
-from draftsmith.models.drafters.eagle_config import Eagle3Config
+from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target.ends import TargetEnds
@@ -123,3 +124,33 @@ def with_membership(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Te
 def num_layers(ends: TargetEnds | None) -> int | None:
     """L, where a target is at hand."""
     return None if ends is None else int(ends.config.num_hidden_layers)
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in the engines' or the official layout."""
+    return SPECULATORS_KEY not in fields and "fc.weight" in tensors and has_own_head(tensors)
+
+
+def _commands(target: str, num_steps: int) -> str:
+    return vllm("eagle3", target, num_steps) + "\n\n" + sglang("EAGLE3", target)
+
+
+def _tensorrt_commands(target: str, num_steps: int) -> str:
+    return f"TensorRT-LLM: `Eagle3DecodingConfig(max_draft_len={num_steps}, speculative_model=...)`."
+
+
+LAYOUTS = (
+    Layout(
+        "eagle3",
+        write,
+        "the EAGLE-3 layout that vLLM, SGLang and the official code load. The target is named in `provenance.json`",
+        Foreign("the common EAGLE-3", holds, read),
+        _commands,
+    ),
+    Layout(
+        "tensorrt-llm",
+        write_tensorrt,
+        "the EAGLE-3 layout of TensorRT-LLM, without `t2d` and embedding. The target is named in `provenance.json`",
+        commands=_tensorrt_commands,
+    ),
+)

@@ -1,50 +1,60 @@
 """Every layout by name: who writes it, whose drafters it can hold, and which of them a folder is in.
 
-Owns that choice and the bond of what is read to one target. Does not know the layouts' tables.
+Owns that choice and the bond of what is read to one target. Every family's record names the modules of its foreign layouts. Does not know
+the layouts' tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from draftsmith import provenance
-from draftsmith.export.layouts import apple as redrafter
-from draftsmith.export.layouts import custom_generate, eagle, eagle3, speculators
+from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts import own_layout as own
+from draftsmith.export.layouts.layout import Foreign, Layout
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.redrafter import ReDrafterConfig
+from draftsmith.models.drafters.family import Family
+from draftsmith.models.drafters.registry import all_families, family_of, missing_families
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors
 from draftsmith.models.target.ends import TargetEnds
 
-LayoutName = Literal["draftsmith", "apple", "eagle", "eagle3", "tensorrt-llm", "speculators", "custom_generate"]
-Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], TargetEnds | None, str], Drafter]
+FOR_ALL = (own.LAYOUT, custom_generate.LAYOUT)
+"""The layouts that hold a drafter of any family."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One layout: its writer, which gives notes for the card, and the one family it is for (empty: any)."""
-
-    write: Callable[[Any, Path, TargetEnds | None], tuple[str, ...]]
-    family: str = ""
+def foreign_layouts(family: Family) -> tuple[Layout, ...]:
+    """The layouts of other software that can hold a family's drafters."""
+    modules = [importlib.import_module(name) for name in family.layouts]
+    return tuple(layout for module in modules for layout in module.LAYOUTS)
 
 
-LAYOUTS: dict[LayoutName, Layout] = {
-    "draftsmith": Layout(own.write),
-    "apple": Layout(redrafter.write_apple, redrafter.WHAT),
-    "eagle": Layout(eagle.write, eagle.WHAT),
-    "eagle3": Layout(eagle3.write, eagle3.WHAT),
-    "tensorrt-llm": Layout(eagle3.write_tensorrt, eagle3.WHAT),
-    "speculators": Layout(speculators.write, eagle3.WHAT),
-    "custom_generate": Layout(custom_generate.write),
-}
+def layout_names() -> list[str]:
+    """What ``--layout`` may be, for one family or another."""
+    return [
+        layout.name for layout in (*FOR_ALL, *(one for family in all_families() for one in foreign_layouts(family)))
+    ]
 
 
-def write(drafter: Drafter, folder: Path, layout: LayoutName, ends: TargetEnds | None = None) -> tuple[str, ...]:
+def layout_for(family: Family, name: str) -> Layout:
+    """A layout by name that can hold a family's drafters.
+
+    Raises:
+        ValueError: there is no such layout, or it is for another family.
+    """
+    fitting = {layout.name: layout for layout in (*FOR_ALL, *foreign_layouts(family))}
+    if name in fitting:
+        return fitting[name]
+    owners = [other.about.title for other in all_families() if name in (one.name for one in foreign_layouts(other))]
+    problem = f"is for {' and '.join(owners)}" if owners else "is not known"
+    raise ValueError(f"layout {name!r} {problem}, this drafter is {family.about.title}; use {' or '.join(fitting)}")
+
+
+def write(drafter: Drafter, folder: Path, layout: str, ends: TargetEnds | None = None) -> tuple[str, ...]:
     """Write a drafter into an existing folder, read it back, and compare tensors and logits.
 
     Args:
@@ -59,17 +69,11 @@ def write(drafter: Drafter, folder: Path, layout: LayoutName, ends: TargetEnds |
     Raises:
         ValueError: a layout of another family, or one that cannot express this drafter.
     """
-    family = own.family_of(drafter).name
-    fitting = [name for name, one in LAYOUTS.items() if one.family in ("", family)]
-    if layout not in fitting:
-        raise ValueError(
-            f"layout {layout!r} is for {LAYOUTS[layout].family}, this drafter is {family}; use {' or '.join(fitting)}"
-        )
-    return LAYOUTS[layout].write(drafter, folder, ends)
+    return layout_for(family_of(drafter), layout).write(drafter, folder, ends)
 
 
 def load_any(folder: Path, ends: TargetEnds | None = None, tokenizer_fingerprint: str = "") -> Drafter:
-    """A drafter from a folder in any layout: ours, Apple's, the official EAGLE code's, vLLM's and SGLang's, TensorRT-LLM's, speculators'.
+    """A drafter from a folder in any layout: our own, or that of other software which one of the families knows.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``.
@@ -90,29 +94,27 @@ def load_any(folder: Path, ends: TargetEnds | None = None, tokenizer_fingerprint
             drafter.check_tokenizer(tokenizer_fingerprint)
         return drafter
     tensors = read_tensors(folder)
-    reader, whose = _foreign(fields, tensors, folder)
+    layout = _foreign(fields, tensors, folder)
     if ends is None:
-        raise ValueError(f"{folder} is in {whose} layout, which names no target; say which one it is for with --target")
+        raise ValueError(
+            f"{folder} is in {layout.software} layout, which names no target; say which one it is for with --target"
+        )
     _check_bond(folder, ends)
-    drafter = reader(fields, tensors, ends, str(folder))
+    drafter = layout.read(fields, tensors, ends, str(folder))
     drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
     drafter.config.tokenizer_fingerprint = tokenizer_fingerprint
     return drafter.attach(ends)
 
 
-def _foreign(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> tuple[Reader, str]:
-    """Who reads a folder that is not in our layout. Engines' configs of EAGLE-1 and EAGLE-3 look alike; their tensors do not."""
-    if fields.get("model_type") == ReDrafterConfig.model_type:
-        return redrafter.read_apple, "Apple's"
-    if speculators.TYPE_KEY in fields:
-        return speculators.read, "the speculators package's"
-    if "fc.weight" in tensors and any(name.startswith(("norm.", f"{eagle3.LAYER}.")) for name in tensors):
-        return eagle3.read, "the common EAGLE-3"
-    if "fc.weight" in tensors:
-        return eagle.read, "the common EAGLE-1"
+def _foreign(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Foreign:
+    """How a folder is read that is not in our layout."""
+    known = [one.foreign for family in all_families() for one in foreign_layouts(family) if one.foreign is not None]
+    for layout in known:
+        if layout.holds(fields, tensors):
+            return layout
     raise ValueError(
-        f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r}, no tensor fc.weight); give a folder of "
-        "draftsmith, ml-recurrent-drafter, speculators, or an EAGLE head as the official code, vLLM or SGLang read it"
+        f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r:.80}); give a folder in draftsmith's layout "
+        f"or in {' or '.join(dict.fromkeys(layout.software for layout in known))}{missing_families()}"
     )
 
 

@@ -6,16 +6,17 @@ Transformers 4 reads no other. Knows no tensors and no folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from draftsmith.models.drafters.eagle_config import EagleConfig
+from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.files.field_rules import COUNT, LIST, OBJECT, POSITIVE, Rule, check_fields
 from draftsmith.models.target.ends import TargetEnds
 
+SPECULATORS_KEY = "speculators_model_type"  # only configs of the speculators package have it
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
 _RULES: dict[str, Rule] = {
     **{
@@ -145,3 +146,8 @@ def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     settings = {**rope, "rope_type": kind, "rope_theta": theta}
     check_fields({"rope": settings}, {"rope": EagleConfig.rules["rope"]}, where, "correct it by hand")
     return settings | {"rope_theta": float(theta)}
+
+
+def has_own_head(tensors: Iterable[str]) -> bool:
+    """Whether names of tensors are those of an EAGLE-3, which has a norm and a head of its own; an EAGLE-1 has the target's."""
+    return any(name.startswith(("norm.", "midlayer.")) for name in tensors)

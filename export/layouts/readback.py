@@ -77,5 +77,6 @@ def probe_logits(drafter: Drafter, num_tokens: int = 12) -> Tensor:
         positions=torch.arange(num_tokens),
         hidden={name: torch.randn(num_tokens, config.hidden_size, generator=generator) for name in probe.features},
     )
-    inputs = probe.teacher_forced(batch, data_rollout(batch, _NUM_STEPS))
-    return inputs if probe.predicts_features else inputs @ probe.head_weight.T
+    num_steps = min(_NUM_STEPS, probe.max_draft_steps or _NUM_STEPS)
+    inputs = probe.teacher_forced(batch, data_rollout(batch, num_steps))
+    return inputs if probe.predicts_features else probe.rollout_logits(inputs)

@@ -17,14 +17,16 @@ from draftsmith.export.layouts import eagle3
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows
 from draftsmith.export.layouts.layer_ids import KEY, block_counts
-from draftsmith.export.layouts.llama import SIZES, llama_fields
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.llama import SIZES, SPECULATORS_KEY, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
-from draftsmith.models.drafters.eagle import Eagle3
+from draftsmith.export.layouts.serving import vllm
+from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.target.ends import TargetEnds
 
-TYPE_KEY, VERSION = "speculators_model_type", "0.9.0"
+VERSION = "0.9.0"
 
 
 def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
     dtype = layer.pop("torch_dtype")
     return {
         "architectures": ["Eagle3DraftModel"],
-        TYPE_KEY: "eagle3",
+        SPECULATORS_KEY: "eagle3",
         "speculators_version": VERSION,
         "speculators_config": {
             "algorithm": "eagle3",
@@ -86,7 +88,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     Raises:
         ValueError: another algorithm than EAGLE-3, and whatever :func:`eagle3.read` refuses.
     """
-    algorithm = fields.get(TYPE_KEY)
+    algorithm = fields.get(SPECULATORS_KEY)
     if algorithm != "eagle3":
         raise ValueError(
             f"{where} is a {algorithm!r} of the speculators package; of its drafters only 'eagle3' can be read"
@@ -107,3 +109,23 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
 def _outside(name: str) -> str:
     """``midlayer.mlp.up_proj.weight`` -> ``layers.0.mlp.up_proj.weight``."""
     return name.replace(f"{eagle3.LAYER}.", f"{eagle3.OTHER_LAYER}.", 1) if name.startswith(eagle3.LAYER) else name
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in this layout."""
+    return SPECULATORS_KEY in fields
+
+
+def _commands(target: str, num_steps: int) -> str:
+    return vllm("eagle3", target, num_steps)
+
+
+LAYOUTS = (
+    Layout(
+        "speculators",
+        write,
+        "the layout of the speculators package, with the target's embedding",
+        Foreign("the speculators package's", holds, read),
+        _commands,
+    ),
+)

@@ -131,7 +131,7 @@ class LMDrafter(Drafter):
         """Target ids of any shape as ids that the LM can embed."""
         return tokens.clamp(max=next(self.lm.ends.embedding.parameters()).shape[0] - 1)
 
-    def logits(self, normed: Tensor) -> Tensor:
+    def shared_logits(self, normed: Tensor) -> Tensor:
         """The LM's normed states [..., D] -> logits [..., V] of the tokens that the target has, too."""
         return self.lm.logits(normed)[..., : self.ends.vocab_size]
 
@@ -161,7 +161,7 @@ class LMDraft:
         positions_BE = self._slots.aim_fresh(self._pending.counts_B)
         normed = self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
         last_B11 = self._last_B1[..., None]
-        return self._drafter.logits(normed.gather(1, last_B11.expand(-1, -1, normed.shape[-1])))
+        return self._drafter.shared_logits(normed.gather(1, last_B11.expand(-1, -1, normed.shape[-1])))
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """[B, M, V]: what follows new nodes."""
@@ -169,7 +169,7 @@ class LMDraft:
         self._depths.append(torch.full_like(tokens_BM, self._depth))
         mask = self._slots.aim_nodes(above_BM)
         positions_B1 = self._slots.lengths_B[:, None] + self._depth
-        return self._drafter.logits(self._run(tokens_BM, positions_B1.expand(tokens_BM.shape), mask))
+        return self._drafter.shared_logits(self._run(tokens_BM, positions_B1.expand(tokens_BM.shape), mask))
 
     def _run(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Normed states of new tokens at the slots that were aimed at."""

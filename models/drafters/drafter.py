@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.drafters.drafter_reader import read_drafter
@@ -270,9 +271,38 @@ class Drafter(PreTrainedModel):
         self.d2t.copy_(target_ids.to(self.d2t.device) - torch.arange(target_ids.shape[0], device=self.d2t.device))
 
     @property
-    @abstractmethod
     def head_weight(self) -> Tensor:
-        """[Vd, E]: the output head applied to what :meth:`teacher_forced` returns."""
+        """[Vd, E]: the output head, where one serves every draft step. Such a family overrides this.
+
+        Raises:
+            ValueError: this family has a head for each step.
+        """
+        raise ValueError(f"a {type(self).__name__} has no one output head; ask step_weight(step)")
+
+    def step_weight(self, step: int) -> Tensor:
+        """[Vd, E]: the output head of one draft step, counted from 0. A family whose head differs from step to step overrides this."""
+        return self.head_weight
+
+    @property
+    def has_one_head(self) -> bool:
+        """Whether one output head serves every draft step."""
+        return type(self).step_weight is Drafter.step_weight
+
+    @property
+    def max_draft_steps(self) -> int | None:
+        """The deepest draft that it can make; None for any depth. A family with a head for each step overrides this."""
+        return None
+
+    def logits(self, head_inputs: Tensor, step: int) -> Tensor:
+        """Draft logits [..., Vd] of one draft step from its head's inputs [..., E]."""
+        weight = self.step_weight(step)
+        return F.linear(head_inputs.to(weight.dtype), weight)
+
+    def rollout_logits(self, head_inputs_KAE: Tensor) -> Tensor:
+        """Draft logits [K, A, Vd] of what :meth:`teacher_forced` returns."""
+        if self.has_one_head:
+            return self.logits(head_inputs_KAE, 0)
+        return torch.stack([self.logits(inputs_AE, step) for step, inputs_AE in enumerate(head_inputs_KAE)])
 
     @abstractmethod
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
@@ -290,6 +320,18 @@ class Drafter(PreTrainedModel):
     def advance(self, state: DraftState, emitted: Emitted) -> DraftState:
         """The state after a cycle's emitted tokens."""
 
+    def check_depth(self, limits: DraftLimits) -> None:
+        """Refuse drafts that are deeper than this drafter can make.
+
+        Raises:
+            ValueError: naming both depths.
+        """
+        most = self.max_draft_steps
+        if most is not None and limits.draft_length > most:
+            raise ValueError(
+                f"a draft of {limits.draft_length} tokens is asked for, this {type(self).__name__} has heads for {most}; draft no deeper"
+            )
+
     def score_scale(self, temperature: float) -> float:
         """What draft logits are multiplied by before paths are compared, so that a path's score is about its chance of acceptance.
 
@@ -304,8 +346,9 @@ class Drafter(PreTrainedModel):
         """Draft a tree below each row's root. On a GPU nothing is read back to the host.
 
         Raises:
-            ValueError: a sampled tree is asked for without draws, as at temperature 0.
+            ValueError: a sampled tree is asked for without draws, as at temperature 0; or a draft deeper than this drafter can make.
         """
+        self.check_depth(limits)
         expander = self.expander(state, cycle, limits)
         if limits.sampled is None:
             scale = self.score_scale(cycle.temperature)

@@ -1,18 +1,17 @@
 """A drafter from the folder it was saved in, whole or not at all.
 
 Owns what a drafter may be called, which reader its folder needs, and that any other causal LM is a draft LM. Knows no trained family:
-importing `draftsmith.models` makes them known to `AutoModel`.
+the registry does.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, MODEL_MAPPING
-
 from draftsmith.models.drafters.draft_lm import load_draft_lm
-from draftsmith.models.drafters.drafter import Drafter, DrafterConfig
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
+from draftsmith.models.drafters.registry import missing_families, registry
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields
 from draftsmith.models.files.fingerprint import module_fingerprint
@@ -58,15 +57,23 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
 
 
 def _family_in(folder: Path) -> type[Drafter] | None:
-    """The family of the drafter in a folder; None where its config is not that of a trained drafter."""
+    """The class of the drafter in a folder; None where its config is not that of a trained drafter.
+
+    Raises:
+        ValueError: a trained drafter of a family that is not installed, or whose package cannot be read.
+    """
     if not (folder / CONFIG).is_file():
         return None
-    name = read_fields(folder).get("model_type")
-    if not isinstance(name, str) or name not in CONFIG_MAPPING or not issubclass(CONFIG_MAPPING[name], DrafterConfig):
+    fields = read_fields(folder)
+    name = fields.get("model_type")
+    if not isinstance(name, str):
         return None
-    family = MODEL_MAPPING[CONFIG_MAPPING[name]]
-    assert isinstance(family, type)
-    return family
+    family = registry().get(name)
+    if family is None and "target_fingerprint" in fields:
+        raise ValueError(
+            f"{folder} holds a drafter of a family that is not known here (model_type {name!r:.80}){missing_families()}"
+        )
+    return None if family is None else family.drafter
 
 
 def adapted(drafter: Drafter, adapter: Path) -> Drafter:

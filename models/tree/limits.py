@@ -5,7 +5,7 @@ Owns the settings of the search and their rules. Knows no drafter and no search.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -154,6 +154,19 @@ class DraftLimits:
         if self.sampled is not None:
             return sum(self.sampled.widths[:-1])
         return self.beam_width * (self.draft_length - 1)
+
+    def no_deeper_than(self, depth: int) -> DraftLimits:
+        """The same manner of drafting, cut at a depth; deeper paths and children are dropped.
+
+        Example: paths (0,), (1,), (0, 0) cut at 1 are (0,), (1,).
+        """
+        if self.draft_length <= depth:
+            return self
+        if self.paths is not None:
+            return replace(self, paths=tuple(path for path in self.paths if len(path) <= depth))
+        if self.sampled is not None:
+            return replace(self, sampled=replace(self.sampled, children=self.sampled.children[:depth]))
+        return replace(self, draft_length=depth)
 
 
 def check_paths(paths: tuple[tuple[int, ...], ...]) -> None:

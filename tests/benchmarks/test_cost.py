@@ -16,9 +16,12 @@ from doubles import random_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import PRE_NORM, Target
-from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 
 LENGTH, DOCUMENTS = 64, 2

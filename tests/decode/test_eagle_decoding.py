@@ -9,7 +9,7 @@ from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import DraftLimits, Eagle, Eagle3, EarlyStop, Emitted, Target
-from draftsmith.models.drafters.eagle import EagleBase, EagleState
+from draftsmith.models.families.eagle_base import EagleBase, EagleState
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 33, 34, 35, 36]]
 FAMILIES = (Eagle, Eagle3)

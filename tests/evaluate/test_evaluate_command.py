@@ -13,7 +13,7 @@ from draftsmith.evaluate.contenders import EngineContender, TransformersContende
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
-from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target.target import Target
 
 

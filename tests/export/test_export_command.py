@@ -13,7 +13,7 @@ from draftsmith import provenance
 from draftsmith.export.export_command import export
 from draftsmith.models import PRE_NORM, Eagle, Eagle3, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
-from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 

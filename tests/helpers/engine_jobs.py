@@ -20,9 +20,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from training import make_module, make_trainer
 
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
-from draftsmith.train.drafter.family_settings import Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.strategies import FullyShard, Zero
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from draftsmith.models import Eagle, Eagle3, PackedBatch, Target, data_rollout
-from draftsmith.models.drafters.eagle import EagleBase
+from draftsmith.models.families.eagle_base import EagleBase
 from draftsmith.models.target.ends import TargetEnds
 
 ROPE = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from draftsmith.train.drafter.family_settings import ReDrafterFamily
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.drafter.module import DraftModule
 
 VOCAB, HIDDEN, PROMPT = 37, 16, 3

@@ -39,7 +39,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "trunk": {"files", "tree"},
         "target": {"files", "trunk"},
         "drafters": {"files", "tree", "trunk", "target"},
-        "": {"files", "tree", "target", "drafters"},
+        "families": {"files", "tree", "target", "drafters"},
+        "": {"files", "tree", "target", "drafters", "families"},
     },
     "decode": {"verify": set(), "": {"verify"}},
     "data": {

@@ -54,7 +54,7 @@ def test_one_module_asks_a_config_for_its_context() -> None:
     """Others name the field only to write it: into a drafter's config, an exported one, or that of a model they make."""
     writers = {
         "models/target/context.py",
-        "models/drafters/eagle_config.py",
+        "models/families/eagle_config.py",
         "models/trunk/shrink.py",
         "export/layouts/llama.py",
         "train/embedded_lm/module.py",

@@ -64,7 +64,7 @@ def test_a_run_leaves_curves_the_resolved_config_and_a_drafter_that_loads(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from draftsmith.models.drafters.redrafter import ReDrafter
+    from draftsmith.models.families.redrafter import ReDrafter
 
     config = tiny_config(tmp_path, target_dir, make_cache([9] * 10))
     assert main(["train", "fit", f"--config={config}"]) == 0

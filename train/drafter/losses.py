@@ -13,7 +13,7 @@ Shape legend: T packed tokens, K draft steps, A anchors, D hidden, E head inputs
 vocabulary, R rows = (step, anchor) pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,20 @@ class StepSums:
     top1: Tensor | None
     top5: Tensor | None
     feature_sum: Tensor | None = None
+
+
+def joined(parts: Sequence[StepSums]) -> StepSums:
+    """The sums of consecutive draft steps, each part's steps behind those of the part before it."""
+    top1 = [part.top1 for part in parts if part.top1 is not None]
+    top5 = [part.top5 for part in parts if part.top5 is not None]
+    return StepSums(
+        total=torch.stack([part.total for part in parts]).sum(),
+        loss_sum=torch.cat([part.loss_sum for part in parts]),
+        loss_rows=torch.cat([part.loss_rows for part in parts]),
+        rows=torch.cat([part.rows for part in parts]),
+        top1=torch.cat(top1) if top1 else None,
+        top5=torch.cat(top5) if top5 else None,
+    )
 
 
 def default_chunk_rows(draft_vocab_size: int) -> int:

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import as_dtype, load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule
-from draftsmith.train.drafter.family_settings import DrafterFamily, most_frequent
+from draftsmith.train.drafter.family_settings import most_frequent
 from draftsmith.train.drafter.losses import StepSums, TopEmphasis
 from draftsmith.train.drafter.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale

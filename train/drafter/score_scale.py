@@ -40,7 +40,7 @@ def surprise_by_scale(batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to
     for inputs, seen in zip(head_inputs[valid].split(rows), states[valid].split(rows), strict=True):
         choices = to_draft[ends.logits(ends.final_norm(seen)).argmax(-1)]
         inside = choices != OUTSIDE
-        logits = (inputs[inside].to(drafter.head_weight.dtype) @ drafter.head_weight.T).float()
+        logits = drafter.logits(inputs[inside], 0).float()
         for number, scale in enumerate(SCALES):
             sums[number] += torch.nn.functional.cross_entropy(scale * logits, choices[inside], reduction="sum")
     return sums

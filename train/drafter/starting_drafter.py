@@ -12,10 +12,10 @@ from typing import Any
 
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.target.target import TargetEnds
-from draftsmith.train.drafter.family_settings import DrafterFamily, ReDrafterFamily
 
 __all__ = ["Beginning", "LoraSettings"]
 
@@ -65,10 +65,7 @@ class Beginning:
                 it has not.
         """
         assert self.folder is not None
-        drafter = self._rebound(family, ends) if self.other_target else family.adopt(self.folder, ends, tokenizer)
-        drafter.check_tokenizer(tokenizer)
-        if isinstance(family, ReDrafterFamily) and family.freeze_head:
-            drafter.lm_head[-1].requires_grad_(False)
+        drafter = adopt(self.folder, family, ends, tokenizer, self.other_target)
         if self.lora is None:
             return drafter, ""
         fingerprint = module_fingerprint(drafter)
@@ -113,16 +110,29 @@ class Beginning:
                 f"the checkpoint trained {saved}, this run trains {own}; resume with the init_from and lora of that run"
             )
 
-    def _rebound(self, family: DrafterFamily, ends: TargetEnds) -> Drafter:
-        """As DrafterFamily.adopt, for a drafter of whichever target."""
-        assert self.folder is not None
-        drafter = load_drafter(self.folder).float()
-        if not isinstance(drafter, family.kind):
-            raise ValueError(
-                f"init_from {str(self.folder)!r} holds a {type(drafter).__name__}, the run's family makes a {family.kind.__name__}; name "
-                "the family that fits"
-            )
+
+def adopt(folder: Path, family: DrafterFamily, ends: TargetEnds, tokenizer: str, other_target: bool = False) -> Drafter:
+    """A drafter of the run's family from a folder, in training mode and attached to ends; its shape and draft vocabulary stay its own.
+
+    Args:
+        folder: of the trained drafter.
+        family: the run's.
+        ends: the target's.
+        tokenizer: fingerprint of the target's tokenizer.
+        other_target: it may belong to another target, and belongs to this one from then on.
+
+    Raises:
+        ValueError: a folder without a whole drafter, or one of another family, target or tokenizer.
+    """
+    drafter = load_drafter(folder).float()  # exports may be narrower than what is trained
+    if not isinstance(drafter, family.kind):
+        raise ValueError(
+            f"init_from {str(folder)!r} holds a {type(drafter).__name__}, the run's family makes a {family.kind.__name__}; "
+            "name the family that fits"
+        )
+    if other_target:
         drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
-        drafter.attach(ends)
-        family.configure(drafter)
-        return drafter.train()
+    drafter.attach(ends)
+    drafter.check_tokenizer(tokenizer)
+    family.configure(drafter)
+    return drafter.train()

@@ -25,9 +25,12 @@ from draftsmith.data.shards.eight_bit import (
 from draftsmith.data.shards.packing import pack
 from draftsmith.data.shards.shards import ShardContent, ShardReader, bytes_per_token, write_shard
 from draftsmith.data.tokens import TokenizedSample
+from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 
 SMALL_SHARDS = 0.002
 LAYERS = ("last.pre_norm", "layer.0.output")

@@ -34,12 +34,12 @@ from draftsmith.evaluate.doctor.doctor_command import NAMES, Bounds, doctor, gat
 from draftsmith.evaluate.doctor.states import as_named
 from draftsmith.export.export_command import export
 from draftsmith.models import Eagle, Eagle3, ReDrafter, Target, TargetEnds
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter
-from draftsmith.train.drafter.family_settings import ReDrafterFamily
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 

@@ -22,11 +22,22 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from draftsmith.decode.hf_generate import FAMILIES, generate
+from draftsmith.decode.hf_generate import generate
 from draftsmith.export.export_command import export
 from draftsmith.export.layouts import custom_generate
-from draftsmith.export.layouts import own_layout as own
-from draftsmith.models import Drafter, Eagle, Eagle3, PackedBatch, ReDrafter, Target, TargetEnds, data_rollout
+from draftsmith.export.layouts.shipped_code import PACKAGES, shipped_code
+from draftsmith.models import (
+    Drafter,
+    Eagle,
+    Eagle3,
+    Family,
+    PackedBatch,
+    ReDrafter,
+    Target,
+    TargetEnds,
+    all_families,
+    data_rollout,
+)
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 
@@ -189,7 +200,7 @@ def told(
         "longest": LONGEST,
         "short": SHORT,
         "others": others,
-        "model_types": list(FAMILIES),
+        "model_types": [family.config.model_type for family in all_families()],
     }
     (place / "job.json").write_text(json.dumps(job))
     cached_repository(place / "hub", "someone/a-drafter.v1", folders["eagle3"])
@@ -310,9 +321,12 @@ def definitions(text: str) -> dict[str, str]:
     return found
 
 
-def test_shipped_code_is_the_code_that_is_tested_here() -> None:
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_shipped_code_is_the_code_that_is_tested_here(family: Family) -> None:
     left_out = set()
-    for text in custom_generate.shipped_modules().values():
+    modules = shipped_code(family.drafter).modules
+    del modules["models_drafters_served_families"]  # written for this family
+    for text in modules.values():
         module = re.match(r"# From draftsmith \S+, module draftsmith\.(\S+)\. SPDX", text)
         assert module is not None
         spec = find_spec(f"draftsmith.{module[1]}")
@@ -322,11 +336,13 @@ def test_shipped_code_is_the_code_that_is_tested_here() -> None:
         shipped = definitions(text)
         assert shipped.items() <= source.items(), module[1]
         left_out |= {name for name in source.keys() - shipped.keys() if not name.startswith("_")}
-    assert left_out == {"Target.load", "TargetEnds.load", "read_end_tokens"}
+    of_settings = {name for name in left_out if name.split(".")[0] == family.settings.__name__}
+    assert left_out - of_settings == {"Target.load", "TargetEnds.load", "read_end_tokens", "FAMILY"}
 
 
-def test_shipped_code_imports_transformers_and_what_comes_with_it() -> None:
-    modules = custom_generate.shipped_modules()
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_shipped_code_imports_transformers_and_what_comes_with_it(family: Family) -> None:
+    modules = shipped_code(family.drafter).modules
     for name, text in modules.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -339,11 +355,15 @@ def test_shipped_code_imports_transformers_and_what_comes_with_it() -> None:
             elif isinstance(node, ast.ImportFrom):
                 named = [str(node.module)]
             packages = {one.split(".")[0] for one in named} - set(sys.stdlib_module_names)
-            assert packages <= set(custom_generate.PACKAGES), name
+            assert packages <= set(PACKAGES), name
 
 
-def test_every_family_can_be_shipped() -> None:
-    assert set(FAMILIES) == {family.drafter.config_class.model_type for family in own.FAMILIES}
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_a_folder_holds_the_code_of_its_own_family_alone(family: Family) -> None:
+    modules = shipped_code(family.drafter).modules
+    others = {other.drafter.__module__ for other in all_families() if other is not family}
+    assert family.drafter.__module__.removeprefix("draftsmith.").replace(".", "_") in modules
+    assert not {other.removeprefix("draftsmith.").replace(".", "_") for other in others} & set(modules)
 
 
 def test_the_folder_is_also_one_in_our_own_layout(folders: dict[str, Path], target: Target) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.export.layouts.readback import assemble, probe_logits, refuse_difference, tensors_of
 from draftsmith.models import Eagle, EagleConfig, Target, TargetEnds
-from draftsmith.models.drafters.eagle_config import rope_of
+from draftsmith.models.families.eagle_config import rope_of
 
 NAMES = {
     "fc.weight": (32, 64),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from draftsmith.export.layouts.layer_ids import KEY, block_counts, default_counts, id_fields, layer_names, read_counts
 from draftsmith.models import PRE_NORM
-from draftsmith.models.drafters.eagle_config import default_layers
+from draftsmith.models.families.eagle3 import default_layers
 
 
 def test_names_and_numbers_literally() -> None:

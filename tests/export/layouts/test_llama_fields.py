@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from draftsmith.export.layouts.llama import layer_settings, llama_fields, refuse_other_layers
 from draftsmith.models import EagleConfig, Target
-from draftsmith.models.drafters.eagle_config import rope_of
+from draftsmith.models.families.eagle_config import rope_of
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
 

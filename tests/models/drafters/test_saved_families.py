@@ -13,7 +13,7 @@ from doubles import PlannedDrafter
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import DraftLimits, Target, TargetEnds
-from draftsmith.models.drafters.eagle import Eagle
+from draftsmith.models.families.eagle import Eagle
 
 V, NEW = 61, 12
 SIZES = {

@@ -11,7 +11,7 @@ from doubles import family_configs, random_model
 
 from draftsmith.export.layouts.llama import llama_fields
 from draftsmith.models import Target, TargetEnds
-from draftsmith.models.drafters.eagle import Eagle
+from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.target.context import context_of
 
 _LLAMA = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61}

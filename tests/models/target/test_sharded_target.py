@@ -26,7 +26,7 @@ from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target import sharding as sharding_module
 from draftsmith.models.target.sharding import ShardedOver, bytes_held, load_sharded, sharded_over
 from draftsmith.models.target.target import PRE_NORM, Target

@@ -30,11 +30,14 @@ from draftsmith.data.shards.packing import pack
 from draftsmith.data.shards.shards import CachedSample, ShardContent, write_shard
 from draftsmith.models.drafters import rollout_attention
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.drafters.rollout_attention import RolloutAttention
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.drafter.losses import TopEmphasis
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.judge.data import JudgeTokens

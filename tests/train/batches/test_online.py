@@ -28,6 +28,8 @@ from transformers import AutoModel
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.batch_plan import EpochSampler
@@ -36,7 +38,6 @@ from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.batches.target_states import RoundSampler, StatesAhead, StatesInTheLoop
 from draftsmith.train.batches.token_corpus import TargetFiles, TextSource, write_tokens
 from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
-from draftsmith.train.drafter.family_settings import Eagle3Family, EagleFamily
 from draftsmith.train.drafter.module import DraftModule
 
 SHARDINGS = ["fsdp2", "tp", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]

@@ -14,7 +14,7 @@ from draftsmith.cli import main
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafters.redrafter import ReDrafter
+from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.train.batches.data_module import CacheDataModule

@@ -9,8 +9,8 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from training import VOCAB, KeepLosses, MakeCache, make_module, make_trainer
 
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.family_settings import ReDrafterFamily
 from draftsmith.train.drafter.module import DraftModule, proxy_tokens_per_step
 from draftsmith.train.run.schedule import lr_share
 

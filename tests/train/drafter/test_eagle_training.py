@@ -8,10 +8,13 @@ import torch
 from training import KeepLosses, MakeCache, make_module, make_trainer
 from transformers import AutoModel
 
+from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import PRE_NORM
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
-from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.drafter.module import DraftModule
 
 LAYERS = ("layer.0.output", PRE_NORM)

@@ -23,13 +23,16 @@ from transformers import AutoModelForCausalLM
 from draftsmith.cli import main
 from draftsmith.decode.decode_command import prompt_ids
 from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.drafters.lora import LoraSettings, merge_adapter, read_bond
+from draftsmith.models.families.eagle import EagleFamily
+from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
-from draftsmith.train.drafter.family_settings import DrafterFamily, Eagle3Family, EagleFamily, ReDrafterFamily
 from draftsmith.train.drafter.module import DraftModule
 
 SCRIPT = Path(__file__).resolve().parents[3] / "train.py"

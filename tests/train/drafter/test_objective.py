@@ -7,8 +7,8 @@ import torch
 from training import HIDDEN, VOCAB
 
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.redrafter import ReDrafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.drafter.family_settings import most_frequent
 from draftsmith.train.drafter.losses import OUTSIDE, StepSums

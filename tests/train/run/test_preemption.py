@@ -17,10 +17,10 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from training import MakeCache, make_module, make_trainer, tiny_config
 
+from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.cli import main
 from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
-from draftsmith.train.drafter.family_settings import EagleFamily
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.judge.callbacks import KeepJudge
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO

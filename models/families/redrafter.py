@@ -1,8 +1,8 @@
 """ReDrafter: a recurrent draft head searched with a beam (arXiv:2403.09919).
 
-Owns the head's architecture, its teacher-forced run and the step of its draft. Parameter names and shapes are those of Apple's
-checkpoints (``lm_head.{i}.linear``, ``lm_head.{N}``, ``rnn_u``, ``rnn_w``, ``input_proj``); a draft vocabulary and a head that starts
-from the target's are additions. Knows nothing of verification: what it proposes is exact because of the walk, not of this file.
+Owns the head's architecture, its teacher-forced run, the step of its draft, its settings and its record. Parameter names and shapes are
+those of Apple's checkpoints (``lm_head.{i}.linear``, ``lm_head.{N}``, ``rnn_u``, ``rnn_w``, ``input_proj``); a draft vocabulary and a head
+that starts from the target's are additions. Knows nothing of verification: what it proposes is exact because of the walk, not of this file.
 
 Shape legend: B batch rows, M beams, L drafted depth, A anchors, K draft steps, D target hidden, E exit dimension, Vd draft vocabulary.
 """
@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
 
 from draftsmith.models.drafters.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, COUNT_OR_ZERO, FLAG, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
@@ -277,5 +277,66 @@ class _ExitParts:
     head: nn.Module
 
 
-AutoConfig.register(ReDrafterConfig.model_type, ReDrafterConfig)
-AutoModel.register(ReDrafterConfig, ReDrafter)
+class ReDrafterFamily(DrafterFamily):
+    """ReDrafter's recurrent head (arXiv 2403.09919).
+
+    Args:
+        exit_dim: width of the residual blocks and of the head's input; null takes the target's hidden size, Apple's
+            checkpoints have twice that.
+        num_draft_layers: residual blocks before the head.
+        rnn: the gated recurrence; false sums embeddings instead.
+        draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps
+            all.
+        head_init: start the output head from the target's own head, or at random.
+        freeze_head: leave the output head as it starts.
+    """
+
+    kind = ReDrafter
+
+    def __init__(
+        self,
+        exit_dim: int | None = None,
+        num_draft_layers: int = 2,
+        rnn: bool = True,
+        draft_vocab_size: int | None = None,
+        head_init: Literal["random", "target"] = "target",
+        freeze_head: bool = False,
+    ) -> None:
+        self.exit_dim = exit_dim
+        self.num_draft_layers = num_draft_layers
+        self.rnn = rnn
+        self.draft_vocab_size = draft_vocab_size
+        self.head_init = head_init
+        self.freeze_head = freeze_head
+
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> ReDrafter:
+        """See DrafterFamily.build. Raises ValueError for sizes that do not fit the target."""
+        return ReDrafter.for_target(
+            ends,
+            exit_dim=self.exit_dim,
+            num_draft_layers=self.num_draft_layers,
+            rnn=self.rnn,
+            draft_token_ids=draft_token_ids,
+            head_init=self.head_init,
+            freeze_head=self.freeze_head,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+    def configure(self, drafter: Drafter) -> None:
+        """See DrafterFamily.configure."""
+        assert isinstance(drafter, ReDrafter)
+        if self.freeze_head:
+            drafter.lm_head[-1].requires_grad_(False)
+
+
+FAMILY = Family(
+    name="redrafter",
+    drafter=ReDrafter,
+    config=ReDrafterConfig,
+    settings=ReDrafterFamily,
+    about=About(title="ReDrafter", what="A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919))"),
+    layouts=("draftsmith.export.layouts.apple",),
+)

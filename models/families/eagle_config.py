@@ -5,14 +5,14 @@ Owns sizes, rotary settings and layer names: how a Llama layer is cut to a targe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
 from draftsmith.models.drafters.drafter import DrafterConfig
-from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, NOT_NEGATIVE, Rule, is_number, is_whole
-from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.files.field_rules import COUNT, FLAG, NOT_NEGATIVE, Rule, is_number, is_whole
+from draftsmith.models.target.target import TargetEnds
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -97,25 +97,6 @@ class EagleConfig(DrafterConfig):
         )
 
 
-class Eagle3Config(EagleConfig):
-    """EAGLE-3's fields.
-
-    Attributes:
-        layers: names of the target's layers that are fused, from low to high.
-    """
-
-    model_type = "draftsmith_eagle3"
-    rules: ClassVar[Mapping[str, Rule]] = {**EagleConfig.rules, "layers": NAMES}
-
-    def __init__(self, layers: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.layers = list(layers)
-
-    def fault(self) -> str:
-        """See :meth:`DrafterConfig.fault`."""
-        return super().fault() if self.layers else "layers [], but it reads at least one of the target's"
-
-
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:
     """The config's fields that follow the target's; a Llama layer's for any family."""
     target = ends.config
@@ -140,22 +121,6 @@ def _size(target: Any, *names: str) -> int:
     """The first of these fields that the config has, or 0. Where it differs by layer, the last layer's, which the drafter continues."""
     value = next((found for name in names if (found := getattr(target, name, None))), 0)
     return int(value[-1] if isinstance(value, list | tuple) else value)
-
-
-def default_layers(num_layers: int) -> tuple[str, ...]:
-    """The three layers that EAGLE-3 fuses: outputs of layers 2, L/2 and L - 3 counted from 1, as every engine has it by default.
-
-    Targets so shallow that these coincide take the first, the middle and the last but one instead.
-
-    Raises:
-        ValueError: fewer than three layers.
-    """
-    if num_layers < 3:
-        raise ValueError(f"EAGLE-3 fuses three layers, the target has {num_layers}; use EAGLE-1 or ReDrafter for it")
-    counts = (2, num_layers // 2, num_layers - 3)
-    if not counts[0] < counts[1] < counts[2]:
-        counts = (1, (num_layers + 1) // 2, num_layers - 1 if num_layers > 3 else num_layers)
-    return tuple(PRE_NORM if count == num_layers else f"layer.{count - 1}.output" for count in counts)
 
 
 def rope_of(target: Any) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""What a layout of drafters on disk is: its writer, its reader, and the words about it.
+
+Owns that record. A module of a family's foreign layouts offers a tuple of them as ``LAYOUTS``. Knows no single layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.target.ends import TargetEnds
+
+Writer = Callable[[Any, Path, TargetEnds | None], tuple[str, ...]]
+Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], TargetEnds | None, str], Drafter]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """How a layout of other software is recognised and read.
+
+    Attributes:
+        software: whose it is, for messages, such as ``Apple's``.
+        holds: whether a config and tensors are in this layout; no two layouts say so of one folder.
+        read: config, tensors, the target's ends and what errors call the folder -> a drafter attached to nothing.
+    """
+
+    software: str
+    holds: Callable[[Mapping[str, Any], Mapping[str, Tensor]], bool]
+    read: Reader
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout.
+
+    Attributes:
+        name: what ``draftsmith export --layout`` calls it.
+        write: drafter, existing empty folder and the target's ends -> what a user must know of the result.
+        what: the layout in words, for the card; continues "This is".
+        foreign: how it is read where it is other software's; None for our own, and for variants that another one reads.
+        commands: the target's name and the tokens of a chain -> how engines serve the folder, in Markdown.
+        whole_vocabulary: engines score the whole vocabulary with it, whatever the drafter's draft vocabulary.
+    """
+
+    name: str
+    write: Writer
+    what: str
+    foreign: Foreign | None = None
+    commands: Callable[[str, int], str] | None = None
+    whole_vocabulary: bool = False

@@ -1,0 +1,38 @@
+"""How a folder is served by an engine: commands for the model card.
+
+Owns their text. Knows no layout, no card and no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+
+from draftsmith.foreign import shell_word
+
+_STEPS, _TOP_K, _NODES = 5, 8, 32
+
+
+def vllm(method: str, target: str, num_steps: int) -> str:
+    """What starts vLLM, in Markdown.
+
+    Args:
+        method: what vLLM calls the manner of drafting.
+        target: what the engine is to load as its model.
+        num_steps: tokens to draft in a chain.
+    """
+    settings = {"method": method, "model": "/path/to/this/folder", "num_speculative_tokens": num_steps}
+    return f"vLLM:\n\n```sh\nvllm serve {shell_word(target)} --speculative-config '{json.dumps(settings)}'\n```"
+
+
+def sglang(algorithm: str, target: str) -> str:
+    """What starts SGLang, in Markdown.
+
+    Args:
+        algorithm: what SGLang calls the manner of drafting.
+        target: what the engine is to load as its model.
+    """
+    return (
+        f"SGLang:\n\n```sh\npython -m sglang.launch_server --model-path {shell_word(target)} \\\n"
+        f"  --speculative-algorithm {algorithm} --speculative-draft-model-path /path/to/this/folder \\\n"
+        f"  --speculative-num-steps {_STEPS} --speculative-eagle-topk {_TOP_K} --speculative-num-draft-tokens {_NODES}\n```"
+    )

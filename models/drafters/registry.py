@@ -1,0 +1,140 @@
+"""Every drafter family that this machine has: those of the package, and those of other installed packages.
+
+Owns how families are found: the package's own by looking into `models/families/`, others by the entry point group
+``draftsmith.families``. Knows no family by name. Packages are imported when a family is looked for that is not the package's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from transformers import AutoConfig, AutoModel
+
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.family import Family
+from draftsmith.models.tree.limits import DraftLimits
+
+GROUP = "draftsmith.families"
+_HOME = "draftsmith.models.families"
+
+
+class Registry:
+    """The families known so far.
+
+    Attributes:
+        faults: entry points that gave no family, each with the reason.
+    """
+
+    def __init__(self) -> None:
+        self._by_model_type: dict[str, Family] = {}
+        self._plugins_read = False
+        self.faults: list[str] = []
+
+    def add(self, family: Family) -> None:
+        """Make a family known here, and to Transformers' ``AutoConfig`` and ``AutoModel``. Adding it again changes nothing.
+
+        Raises:
+            ValueError: another family has its name or its model type.
+        """
+        model_type = family.config.model_type
+        if self._by_model_type.get(model_type) == family:
+            return
+        for known in self._by_model_type.values():
+            if family.name == known.name or model_type == known.config.model_type:
+                raise ValueError(
+                    f"family {family.name!r} with model_type {model_type!r} would take the place of {known.name!r} with model_type "
+                    f"{known.config.model_type!r}; choose another name and model_type"
+                )
+        self._by_model_type[model_type] = family
+        AutoConfig.register(model_type, family.config)
+        AutoModel.register(family.config, family.drafter)
+
+    def get(self, model_type: str) -> Family | None:
+        """The family of a config's ``model_type``; other packages are imported only where the package's own have no such family."""
+        if model_type not in self._by_model_type:
+            self.read_plugins()
+        return self._by_model_type.get(model_type)
+
+    def all(self) -> tuple[Family, ...]:
+        """Every family, the package's own first."""
+        self.read_plugins()
+        return tuple(self._by_model_type.values())
+
+    def read_plugins(self) -> None:
+        """Import the families of other packages, once. One that fails is left out with a warning that names its distribution."""
+        if self._plugins_read:
+            return
+        self._plugins_read = True  # before the imports, which may come here again
+        for point in entry_points(group=GROUP):
+            if fault := self._add_plugin(point):
+                self.faults.append(fault)
+                warnings.warn(fault, stacklevel=2)
+
+    def _add_plugin(self, point: EntryPoint) -> str:
+        """What is wrong with an entry point; empty where nothing is."""
+        owner = "an unknown distribution" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        place = f"the drafter family {point.name!r} of {owner} ({point.value}) is left out"
+        try:
+            loaded = point.load()
+            if not isinstance(loaded, Family):
+                return f"{place}: it is a {type(loaded).__name__}, not a Family; name the Family record in its pyproject.toml"
+            self.add(loaded)
+        except Exception as error:  # noqa: BLE001 - other people's code, of which commands for other families know nothing
+            return f"{place}: {type(error).__name__}: {error}; repair or uninstall it"
+        return ""
+
+
+@cache
+def registry() -> Registry:
+    """The one registry of this process, with the package's own families."""
+    known = Registry()
+    home = importlib.import_module(_HOME)
+    for found in pkgutil.iter_modules(home.__path__, f"{_HOME}."):
+        family = getattr(importlib.import_module(found.name), "FAMILY", None)
+        if isinstance(family, Family):
+            known.add(family)
+    return known
+
+
+def all_families() -> tuple[Family, ...]:
+    """Every family, those of other installed packages last."""
+    return registry().all()
+
+
+def register(family: Family) -> None:
+    """Make a family known in this process: for notebooks and tests. An installed package is found by its entry point.
+
+    Raises:
+        ValueError: another family has its name or its model type.
+    """
+    registry().add(family)
+
+
+def family_of(drafter: Drafter) -> Family:
+    """The family of a drafter in memory.
+
+    Raises:
+        ValueError: it is of no known family.
+    """
+    family = registry().get(drafter.config.model_type)
+    if family is None or type(drafter) is not family.drafter:
+        known = ", ".join(one.about.title for one in all_families())
+        raise ValueError(f"a {type(drafter).__name__} is of no known family ({known}){missing_families()}")
+    return family
+
+
+def default_limits(drafter: Drafter, otherwise: DraftLimits) -> DraftLimits:
+    """How a drafter drafts where nobody says: as its family's record has it, or ``otherwise``; no deeper than it can."""
+    family = registry().get(drafter.config.model_type)
+    limits = otherwise if family is None or family.limits is None else family.limits
+    return limits if drafter.max_draft_steps is None else limits.no_deeper_than(drafter.max_draft_steps)
+
+
+def missing_families() -> str:
+    """For errors about unknown families: which installed ones could not be read, and how a family becomes known."""
+    faults = "".join(f"; {fault}" for fault in registry().faults)
+    return f"; install the package of its family, which names it in the entry point group {GROUP}{faults}"

@@ -1,0 +1,8 @@
+"""Drafter families: a file for each, with its record ``FAMILY``. A module here with such a record is a family of the package."""
+
+from draftsmith.models.families.eagle import Eagle
+from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
+from draftsmith.models.families.eagle_config import EagleConfig
+from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
+
+__all__ = ["Eagle", "Eagle3", "Eagle3Config", "EagleConfig", "ReDrafter", "ReDrafterConfig"]
