@@ -23,9 +23,6 @@ from draftsmith.models.drafters.registry import all_families, family_of, missing
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors
 from draftsmith.models.target.ends import TargetEnds
 
-FOR_ALL = (own.LAYOUT, custom_generate.LAYOUT)
-"""The layouts that hold a drafter of any family."""
-
 
 def foreign_layouts(family: Family) -> tuple[Layout, ...]:
     """The layouts of other software that can hold a family's drafters."""
@@ -33,11 +30,9 @@ def foreign_layouts(family: Family) -> tuple[Layout, ...]:
     return tuple(layout for module in modules for layout in module.LAYOUTS)
 
 
-def layout_names() -> list[str]:
-    """What ``--layout`` may be, for one family or another."""
-    return [
-        layout.name for layout in (*FOR_ALL, *(one for family in all_families() for one in foreign_layouts(family)))
-    ]
+def layouts_of(family: Family) -> tuple[Layout, ...]:
+    """Every layout that can hold a family's drafters."""
+    return (own.LAYOUT, *foreign_layouts(family), custom_generate.LAYOUT)
 
 
 def layout_for(family: Family, name: str) -> Layout:
@@ -46,7 +41,7 @@ def layout_for(family: Family, name: str) -> Layout:
     Raises:
         ValueError: there is no such layout, or it is for another family.
     """
-    fitting = {layout.name: layout for layout in (*FOR_ALL, *foreign_layouts(family))}
+    fitting = {layout.name: layout for layout in layouts_of(family)}
     if name in fitting:
         return fitting[name]
     owners = [other.about.title for other in all_families() if name in (one.name for one in foreign_layouts(other))]
