@@ -69,9 +69,8 @@ def evaluate(
 ) -> None:
     """Measure what drafters gain on a target, and whether its replies stay the same.
 
-    Every prompt is decoded plainly and with every drafter, one after the other before the next prompt comes, so that
-    all meet the same machine. Writes report.md, report.json, report.png and TensorBoard scalars. A killed run goes on
-    where it was when the same command is started again.
+    Plain decoding and every drafter decode a prompt before the next prompt comes, so that all meet the same machine. Writes report.md,
+    report.json, report.png and TensorBoard scalars. To resume a killed run, repeat the command.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.

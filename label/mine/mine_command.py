@@ -64,12 +64,12 @@ def mine(
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
 ) -> None:
-    """Finds out which tokens of a draft LM may stand in the target's answer (AutoJudge, arXiv:2504.20039).
+    """Find out which tokens of a draft LM leave the target's answer right (AutoJudge, arXiv:2504.20039).
 
-    Wherever the draft would have said another token than the target's own greedy answer, its token is put in and the target goes on. Does
-    it come to the same answer, the token is correct (1) and stays in; else it is wrong (0). Writes OUT/rows.jsonl (token rows for a
-    judge), OUT/answers.jsonl (the same as text, for a store of labels) and OUT/report.json. A killed run goes on behind the last
-    question that was finished when the same command is started again.
+    Wherever the draft would write another token than the target's own greedy answer, the command puts that token in and lets the target
+    continue. If the target comes to the same answer, the token is correct (1) and stays; otherwise it is wrong (0). Writes OUT/rows.jsonl
+    (token rows for a judge), OUT/answers.jsonl (the same as text, for a label store) and OUT/report.json. To resume a killed run, repeat
+    the command: it starts behind the last finished question.
 
     Args:
         target: path or hub id of the target.
@@ -84,8 +84,8 @@ def mine(
         batch_rows: most questions in flight.
         max_new_tokens: longest reply.
         max_length: an alternative is at most so many times as long as the first answer; default: no such bound.
-        stop_on_rejoin: take an alternative whose last so many tokens stand in a known answer to go on as that one does. A guess, which
-            gives some wrong labels; default: let the target go on.
+        stop_on_rejoin: if so many last tokens of an alternative are also in a known answer, assume that it continues like that one. This
+            is a guess and gives some wrong labels; default: let the target continue.
         draft_window: most tokens of a known answer that one forward verifies; changes no label.
         draft_length: most tokens that the draft guesses ahead of the target; changes no label.
         template: Jinja file for the prompts, or `none` for plain text; default: the tokenizer's own.
