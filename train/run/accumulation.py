@@ -70,3 +70,21 @@ def _validation_between_steps(trainer: pl.Trainer, num_accumulated: int) -> tupl
 def validates(trainer: pl.Trainer) -> bool:
     """Whether there is anything to validate on; said to be so where the loaders are not made yet."""
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
+
+
+def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a validation comes right after a training batch; never said of one that comes by the clock.
+
+    Example: 10 batches an epoch and `val_check_interval: 0.5` -> after the batches 4 and 9, counted from 0.
+
+    Args:
+        trainer: in the middle of a fit.
+        batch_idx: of the batch, in its epoch.
+    """
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if every is None or not validates(trainer) or (epochs is not None and (trainer.current_epoch + 1) % epochs):
+        return False
+    if math.isinf(every):  # an epoch of unknown length
+        limit = trainer.limit_train_batches
+        return (batch_idx + 1) % limit == 0 if isinstance(limit, int) else trainer.is_last_batch
+    return ((trainer.fit_loop.total_batch_idx if epochs is None else batch_idx) + 1) % every == 0

@@ -1,18 +1,23 @@
-"""Runs that are told to go: a checkpoint at once, a clean end, and a resumed run that is the same run.
+"""Runs that a scheduler stops: a checkpoint at once, a clean end, and a resumed run that is the same run.
 
-Owns: which signals mean go, where all processes stop together, the checkpoint of that moment, the call to requeue under SLURM, the
-validation that follows a checkpoint. Does not know: models, data, what a batch draws at random, how a checkpoint reaches the disk.
+Owns: which signals stop a run, where all processes stop together, and the checkpoint of that moment. Does not know: models, data, SLURM's
+commands (`slurm`), which validation is due (`resume_validation`), how a checkpoint reaches the disk.
 
-Lightning 2.6 notices SIGTERM too, but saves nothing, asks only rank 0 in training, looks at it in validation only between batches,
-and broadcasts from inside the signal handler, among whatever other collectives are under way.
+Built on Lightning's public hooks. Two things that Lightning offers are not enough:
+
+- Its own handling of SIGTERM (2.6) saves nothing, asks only rank 0 in training, looks at the signal in validation only between batches,
+  and broadcasts from inside the handler, among whatever other collectives are under way.
+- `Trainer.should_stop` makes Lightning validate before the run ends, and waits for `min_epochs`. Validation may take longer than a
+  scheduler's grace. So the run ends by SIGTERMException, from the hooks after a step and around a validation.
+
+The thread that ends a process is ours for the same reason: one that waits in a collective hears no signal in Python.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 import signal
-import subprocess
 import threading
 import time
 import weakref
@@ -22,18 +27,18 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from draftsmith.train.run.accumulation import accumulations, check_accumulation
+from draftsmith.train.run.resume_validation import ResumeValidation
+from draftsmith.train.run.slurm import link_for_requeue, requeue, requeue_signal
+
+__all__ = ["Preemption", "ResumeValidation"]
 
 Wish = Literal["stop", "requeue"]
 Phase = Literal["training", "idle", "leaving", "gone"]
-
-_LINK = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 
 
 class Preemption(pl.Callback):
@@ -59,7 +64,8 @@ class Preemption(pl.Callback):
         self._phase: Phase = "training"
         self._signals: dict[int, Wish] = {}
         self._trainer: pl.Trainer | None = None
-        self._saved_step = -1
+        self._step = self._saved_step = -1
+        self._before: tuple[int, int] | None = None
         self._passed_on = False
         self._path = ""
         self._pipe: tuple[int, int] | None = None
@@ -71,9 +77,8 @@ class Preemption(pl.Callback):
         if stage != "fit" or self._signals:
             return
         self._signals = {signal.SIGTERM: "stop"}
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            self._signals[environment.requeue_signal] = "requeue"
+        if number := requeue_signal(trainer):
+            self._signals[number] = "requeue"
         _shield_forks(weakref.ref(self))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,19 +91,26 @@ class Preemption(pl.Callback):
         # What came in the moments before, Lightning has noted; it would end this process alone, and without a checkpoint.
         self._wish = "stop" if trainer.received_sigterm else None
         self._phase, self._trainer = "training", trainer
-        self._saved_step, self._passed_on = -1, False
+        self._step, self._saved_step, self._passed_on = trainer.global_step, -1, False
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self._signals:
             signal.signal(number, self._told)
         self._watch()
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Looks at the last checkpoint, to see later whether this step has written it."""
+        keeper = _keeper(trainer)
+        self._before = None if keeper is None else _identity(keeper.last_model_path)
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Where a run in training stops: after an optimiser step, never between the batches of one."""
-        if trainer.fit_loop._should_accumulate() or not self._agree(trainer):
+        if trainer.global_step == self._step:
             return
-        self._save(trainer)
-        self._leave()
+        self._step = trainer.global_step
+        if self._agree(trainer):
+            self._save(trainer)
+            self._leave()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the checkpoint that makes it safe to leave in the middle of a validation."""
@@ -121,7 +133,7 @@ class Preemption(pl.Callback):
         self._phase = "training"
         if stop:
             # What validation found is kept, so that it need not be done again.
-            self._saved_step = -1
+            self._saved_step, self._before = -1, _identity(self._path)
             self._save(trainer)
             self._leave()
 
@@ -175,13 +187,12 @@ class Preemption(pl.Callback):
         if keeper is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = _last_path(trainer, keeper)
-        own = getattr(keeper, "_last_global_step_saved", -1) == trainer.global_step
-        if self._saved_step == trainer.global_step or (own and getattr(keeper, "_last_checkpoint_saved", "") == path):
-            self._path = path
-            return
-        # Before saving, because the keeper's state is part of the checkpoint.
-        keeper.last_model_path = path
-        trainer.save_checkpoint(path)
+        # Disks may show a new file later elsewhere: the first process decides for all.
+        is_new = trainer.strategy.broadcast(_identity(path) not in (None, self._before))
+        if self._saved_step != trainer.global_step and not is_new:
+            # Before saving, because the keeper's state is part of the checkpoint.
+            keeper.last_model_path = path
+            trainer.save_checkpoint(path)
         self._saved_step, self._path = trainer.global_step, path
 
     def _leave(self) -> None:
@@ -246,36 +257,6 @@ class Preemption(pl.Callback):
         os.close(read)
 
 
-class ResumeValidation(pl.Callback):
-    """A validation that was due when a checkpoint was written is the first thing that a run resumed from it does.
-
-    Lightning would skip it, and with it what may have been the best drafter.
-    """
-
-    def __init__(self) -> None:
-        self._due = False
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Called for every checkpoint that can be resumed from, whoever writes it."""
-        checkpoint["validation_due"] = _validation_due(trainer)
-        if checkpoint["validation_due"]:
-            _count_batch_as_done(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Checkpoints written without this callback resume as Lightning has it."""
-        self._due = checkpoint.get("validation_due", False)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Between Lightning's own look at where the checkpoint lies and the first batch."""
-        if self._due:
-            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-        self._due = False
-
-
 def _shield_forks(preemption: weakref.ref[Preemption]) -> None:
     """Lets processes forked from here, such as loaders' workers, outlive the signals of a running fit.
 
@@ -291,44 +272,6 @@ def _shield_forks(preemption: weakref.ref[Preemption]) -> None:
     os.register_at_fork(after_in_child=shield)
 
 
-def link_for_requeue(root: Path, checkpoint: str) -> None:
-    """Lets Lightning find a checkpoint where it looks for one by itself in a requeued job: `hpc_ckpt_N.ckpt` in the run's root folder.
-
-    A link, always to the latest checkpoint, where Lightning would write another file at each requeue and leave it. An address with a
-    scheme cannot be linked to, nor can a disk be that knows no links; the job then needs `--ckpt_path last`.
-    """
-    if "://" in str(root) or "://" in checkpoint:
-        return
-    there = {int(name[1]): path for path in root.glob("*") if (name := _LINK.fullmatch(path.name))}
-    newest = max(there, default=0)
-    link = root / f"hpc_ckpt_{newest + 1}.ckpt"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if newest and there[newest].is_symlink():
-            link = there[newest]
-            link.unlink()
-        link.symlink_to(os.path.relpath(checkpoint, root))
-    except OSError as error:
-        rank_zero_warn(f"{link} cannot be made ({error}); the requeued job needs --ckpt_path last to go on")
-
-
-def requeue() -> None:
-    """Asks SLURM to put this job, or this task of an array, back into the queue; a failure is said, not raised."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-        problem = "" if done.returncode == 0 else f"code {done.returncode}: {done.stderr.strip()}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem:
-        rank_zero_warn(
-            f"scontrol requeue {job} failed ({problem}); submit the job again, it goes on from its checkpoint"
-        )
-    else:
-        rank_zero_info(f"SLURM job {job} is back in the queue")
-
-
 def _keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """The callback whose folder `--ckpt_path last` looks into: the one that keeps a last checkpoint, or else the first."""
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
@@ -336,32 +279,24 @@ def _keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
 
 
 def _last_path(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str:
-    """Where the keeper writes its last checkpoint; a file of another run there is left alone if the keeper would do so.
+    """Where the keeper writes its last checkpoint; a file of another run there is left alone.
 
     A path from a checkpoint counts only if it lies in the keeper's own folder: this is written to.
     """
     if keeper.last_model_path and os.path.dirname(keeper.last_model_path) == str(keeper.dirpath):
         return keeper.last_model_path
     metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-    path, version = keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST), keeper.STARTING_VERSION
-    while getattr(keeper, "_enable_version_counter", False) and keeper.file_exists(path, trainer):
-        path = keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST, ver=version)
-        version += 1
-    return path
+    names = (
+        keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST, ver=version or None)
+        for version in itertools.count()
+    )
+    return next(name for name in names if not keeper.file_exists(name, trainer))
 
 
-def _validation_due(trainer: pl.Trainer) -> bool:
-    """Whether a checkpoint made now lies between a training batch and the validation that follows it."""
-    loop = trainer.fit_loop.epoch_loop
-    if trainer.validating:
-        return loop.val_loop.batch_progress.current.completed == 0
-    batches, fetcher = loop.batch_progress, trainer.fit_loop._data_fetcher
-    # Between those two counts lies on_train_batch_end, where checkpoints every so many steps are written.
-    ended = batches.current.processed == batches.current.completed + 1  # type: ignore[attr-defined]
-    return ended and fetcher is not None and loop._should_check_val_fx(fetcher)
-
-
-def _count_batch_as_done(progress: dict[str, Any]) -> None:
-    """Makes Lightning resume between the batch and its validation; a batch that is not complete stands for a validation to be skipped."""
-    for counts in (progress["total"], progress["current"]):
-        counts["completed"] = counts["processed"]
+def _identity(path: str) -> tuple[int, int] | None:
+    """Tells one file from the next under the same name; None where there is none, or at an address with a scheme."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -24,7 +24,9 @@ from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValida
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.judge.callbacks import KeepJudge
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
-from draftsmith.train.run.preemption import Preemption, ResumeValidation, link_for_requeue, requeue
+from draftsmith.train.run.preemption import Preemption
+from draftsmith.train.run.resume_validation import ResumeValidation
+from draftsmith.train.run.slurm import link_for_requeue, requeue
 
 
 class Tell(pl.Callback):
