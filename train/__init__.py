@@ -28,6 +28,8 @@ _look_up, _listing = lazy_names(
         "JudgeModule": "judge.module",
         "FullyShard": "run.strategies",
         "Zero": "run.strategies",
+        "Preemption": "run.preemption",
+        "ResumeValidation": "run.resume_validation",
     },
 )
 

@@ -37,32 +37,33 @@ from draftsmith.train.run.slurm import link_for_requeue, requeue, requeue_signal
 
 __all__ = ["Preemption", "ResumeValidation"]
 
-Wish = Literal["stop", "requeue"]
-Phase = Literal["training", "idle", "leaving", "gone"]
+Request = Literal["stop", "requeue"]
+Phase = Literal["training", "validating", "leaving", "ended"]
 
 
 class Preemption(pl.Callback):
     """SIGTERM saves a checkpoint and ends the run with exit code 0; SLURM's requeue signal also puts the job back into the queue.
 
-    In training all processes stop at the end of the same optimiser step, whichever of them was told, and save there. Validation may
-    take longer than the grace, so the checkpoint is written before it begins, and a process that is told in validation leaves at once;
-    the resumed run does that validation again. The checkpoint goes where ModelCheckpoint keeps its last one, so that
-    `--ckpt_path last` finds it; a step that is there already is not written again.
+    In training all processes stop at the end of the same optimiser step, whichever of them got the signal, and save there. Validation
+    may take longer than the grace. So the checkpoint is written before it begins, and a process that gets the signal in validation
+    leaves at once; the resumed run repeats that validation. The checkpoint goes where ModelCheckpoint keeps its last one, so that
+    `--ckpt_path last` finds it. A step that this file holds already is not written again.
 
-    Belongs behind the checkpoint callbacks, so that what they keep at the same step is kept; `draftsmith train fit` puts it there.
+    Place it after the checkpoint callbacks, so that they still save at the step of the stop; `draftsmith train fit` does.
 
     Args:
-        leave_after: seconds after which a process that was told in validation, and is still waiting for others there, is ended.
+        leave_after: seconds until a process that got the signal in validation, and still waits for others there, is ended.
         peers_after: seconds that a process waits for its own signal when validation fails because another process has left.
 
-    Raises ValueError at the start of training where a validation could fall inside an accumulation; see check_accumulation.
+    Raises:
+        ValueError: at the start of training, where a validation could fall inside an accumulation; see `check_accumulation`.
     """
 
     def __init__(self, leave_after: float = 15.0, peers_after: float = 5.0) -> None:
         self.leave_after, self.peers_after = leave_after, peers_after
-        self._wish: Wish | None = None
+        self._request: Request | None = None
         self._phase: Phase = "training"
-        self._signals: dict[int, Wish] = {}
+        self._signals: dict[int, Request] = {}
         self._trainer: pl.Trainer | None = None
         self._step = self._saved_step = -1
         self._before: tuple[int, int] | None = None
@@ -84,18 +85,19 @@ class Preemption(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the signals over from Lightning, which gives all of them back at the end of the fit.
 
-        Raises ValueError for a run that could not be resumed exactly; see check_accumulation.
+        Raises:
+            ValueError: the run could not be resumed exactly; see `check_accumulation`.
         """
         for num_accumulated in accumulations(trainer):
             check_accumulation(trainer, num_accumulated)
-        # What came in the moments before, Lightning has noted; it would end this process alone, and without a checkpoint.
-        self._wish = "stop" if trainer.received_sigterm else None
+        # Lightning has noted a signal of the moments before; it would end this process alone, and without a checkpoint.
+        self._request = "stop" if trainer.received_sigterm else None
         self._phase, self._trainer = "training", trainer
         self._step, self._saved_step, self._passed_on = trainer.global_step, -1, False
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self._signals:
-            signal.signal(number, self._told)
+            signal.signal(number, self._handle)
         self._watch()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -119,12 +121,12 @@ class Preemption(pl.Callback):
         self._save(trainer)
         if self._agree(trainer):
             self._leave()
-        self._phase = "idle"
-        if self._wish:
+        self._phase = "validating"
+        if self._request:
             self._leave()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes on together, or not at all."""
+        """All processes continue, or none does."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         # From here on a signal only makes a note: a process that left after the others had been asked would strand them.
@@ -138,16 +140,16 @@ class Preemption(pl.Callback):
             self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A collective that fails in validation may mean that another process was told first and has left."""
-        if trainer.world_size == 1 or self._phase not in ("idle", "leaving"):
+        """A collective that fails in validation may mean that another process got the signal first and has left."""
+        if trainer.world_size == 1 or self._phase not in ("validating", "leaving"):
             self._unwatch()
             return
         deadline = time.monotonic() + self.peers_after
-        while self._wish is None and time.monotonic() < deadline:
+        while self._request is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        if self._wish:
-            # No exception: Lightning would skip its own clean-up, and loaders' workers would be waited for without having been told.
-            self._say_goodbye()
+        if self._request:
+            # No exception: Lightning would skip its own clean-up, and wait for loaders' workers that nobody has asked to end.
+            self._report()
             os._exit(0)
         self._unwatch()
 
@@ -156,29 +158,29 @@ class Preemption(pl.Callback):
         self._signals, self._trainer = {}, None
         self._unwatch()
 
-    def _told(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: makes a note, and leaves where nothing can be lost."""
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: makes a note, and leaves if nothing can be lost."""
         self._pass_on(number)
-        if self._wish != "requeue":
-            self._wish = self._signals.get(number, self._wish)
-        if self._phase == "idle":
+        if self._request != "requeue":
+            self._request = self._signals.get(number, self._request)
+        if self._phase == "validating":
             self._leave()
 
     def _pass_on(self, number: int) -> None:
-        """Tells the processes that Lightning has started from this one, once."""
+        """Sends the signal to the processes that Lightning has started from this one, once."""
         launcher = None if self._passed_on or self._trainer is None else self._trainer.strategy.launcher
         self._passed_on = True
         if launcher is not None:
             launcher.kill(number)
 
     def _agree(self, trainer: pl.Trainer) -> bool:
-        """Whether any process has been told. Every process asks at the same place."""
+        """Whether any process got a signal. Every process asks at the same place."""
         if trainer.world_size == 1:
-            return self._wish is not None
-        if not trainer.strategy.reduce_boolean_decision(self._wish is not None, all=False):
+            return self._request is not None
+        if not trainer.strategy.reduce_boolean_decision(self._request is not None, all=False):
             return False
-        wants_requeue = trainer.strategy.reduce_boolean_decision(self._wish == "requeue", all=False)
-        self._wish = "requeue" if wants_requeue else "stop"
+        wants_requeue = trainer.strategy.reduce_boolean_decision(self._request == "requeue", all=False)
+        self._request = "requeue" if wants_requeue else "stop"
         return True
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -187,7 +189,7 @@ class Preemption(pl.Callback):
         if keeper is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = _last_path(trainer, keeper)
-        # Disks may show a new file later elsewhere: the first process decides for all.
+        # Another machine may see a new file later: the first process decides for all.
         is_new = trainer.strategy.broadcast(_identity(path) not in (None, self._before))
         if self._saved_step != trainer.global_step and not is_new:
             # Before saving, because the keeper's state is part of the checkpoint.
@@ -197,39 +199,39 @@ class Preemption(pl.Callback):
 
     def _leave(self) -> None:
         """Raises SIGTERMException, with which a process ends with exit code 0."""
-        self._say_goodbye()
+        self._report()
         raise SIGTERMException
 
-    def _say_goodbye(self) -> None:
-        if self._phase == "gone":
+    def _report(self) -> None:
+        if self._phase == "ended":
             return
-        self._phase = "gone"
+        self._phase = "ended"
         trainer = self._trainer
         assert trainer is not None
         if not self._path:
             rank_zero_warn(
-                "told to stop, and there is no checkpoint: the run keeps none (trainer.enable_checkpointing)"
+                "stopped by a signal, and there is no checkpoint: the run keeps none (trainer.enable_checkpointing)"
             )
-        elif self._wish == "requeue" and trainer.is_global_zero:
+        elif self._request == "requeue" and trainer.is_global_zero:
             link_for_requeue(Path(trainer.default_root_dir), self._path)
             requeue()
-        rank_zero_info(f"told to stop: step {trainer.global_step} is in {self._path or 'no checkpoint'}")
+        rank_zero_info(f"stopped by a signal: step {trainer.global_step} is in {self._path or 'no checkpoint'}")
 
     def _watch(self) -> None:
-        """Ends the process when it was told in validation and cannot listen, because it waits for others inside a collective."""
+        """Starts the thread that ends a process which got the signal in validation, but waits in a collective and hears nothing."""
         self._unwatch()
         read, write = os.pipe()
         os.set_blocking(write, False)
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         if before != -1:
-            # Somebody else listens (an event loop); then only signals that Python gets to handle are obeyed.
+            # An event loop has this already. Then only signals that Python gets to handle count.
             signal.set_wakeup_fd(before)
             os.close(read)
             os.close(write)
             return
         self._pipe, self._disarmed = (read, write), threading.Event()
         arguments = (read, self._disarmed)
-        threading.Thread(target=self._end_when_stuck, args=arguments, name="preemption", daemon=True).start()
+        threading.Thread(target=self._end_if_stuck, args=arguments, name="preemption", daemon=True).start()
 
     def _unwatch(self) -> None:
         if self._pipe is None or self._disarmed is None:
@@ -240,18 +242,18 @@ class Preemption(pl.Callback):
         os.close(self._pipe[1])
         self._pipe = self._disarmed = None
 
-    def _end_when_stuck(self, read: int, disarmed: threading.Event) -> None:
+    def _end_if_stuck(self, read: int, disarmed: threading.Event) -> None:
         while numbers := os.read(read, 1):
-            wish = self._signals.get(numbers[0])
-            if wish is None:
+            request = self._signals.get(numbers[0])
+            if request is None:
                 continue
-            # Here too: a process that waits inside a collective may wait for those that have to be told.
+            # Here too: a process that waits in a collective may wait for those that need the signal.
             self._pass_on(numbers[0])
             if disarmed.wait(self.leave_after) or self._phase == "training":
                 continue
-            if self._phase != "gone":
-                self._wish = wish if self._wish is None else self._wish
-                self._say_goodbye()
+            if self._phase != "ended":
+                self._request = request if self._request is None else self._request
+                self._report()
             # The checkpoint of this step was on the disk before validation began.
             os._exit(0)
         os.close(read)
@@ -260,8 +262,8 @@ class Preemption(pl.Callback):
 def _shield_forks(preemption: weakref.ref[Preemption]) -> None:
     """Lets processes forked from here, such as loaders' workers, outlive the signals of a running fit.
 
-    SLURM signals every process of a job; a worker that died of it would take the run with it before the checkpoint is written. They
-    end with their run all the same, which tells them so by other means.
+    SLURM signals every process of a job. A worker that died of it would end the run before the checkpoint is written. Workers still end
+    with their run, which asks them by other means.
     """
 
     def shield() -> None:
@@ -273,7 +275,7 @@ def _shield_forks(preemption: weakref.ref[Preemption]) -> None:
 
 
 def _keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
-    """The callback whose folder `--ckpt_path last` looks into: the one that keeps a last checkpoint, or else the first."""
+    """The callback whose folder `--ckpt_path last` searches: the one that keeps a last checkpoint, or else the first."""
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return next((keeper for keeper in keepers if keeper.save_last), keepers[0] if keepers else None)
 
@@ -281,7 +283,7 @@ def _keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
 def _last_path(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str:
     """Where the keeper writes its last checkpoint; a file of another run there is left alone.
 
-    A path from a checkpoint counts only if it lies in the keeper's own folder: this is written to.
+    A path that a checkpoint names counts only if it lies in the keeper's own folder, because this run writes there.
     """
     if keeper.last_model_path and os.path.dirname(keeper.last_model_path) == str(keeper.dirpath):
         return keeper.last_model_path
@@ -294,7 +296,7 @@ def _last_path(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str:
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Tells one file from the next under the same name; None where there is none, or at an address with a scheme."""
+    """Differs between two files that had the same name in turn; None where there is none, or at an address with a scheme."""
     try:
         found = os.stat(path)
     except OSError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from draftsmith.train.run.accumulation import validation_follows
 
@@ -25,6 +26,11 @@ class ResumeValidation(pl.Callback):
     def __init__(self) -> None:
         self._batch_idx = 0
         self._has_validated = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says where a resumed run begins."""
+        if trainer.ckpt_path and trainer.global_step:
+            rank_zero_info(f"resumed from {trainer.ckpt_path} at step {trainer.global_step}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

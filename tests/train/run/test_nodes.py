@@ -28,7 +28,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.run.preemption import Preemption, ResumeValidation
+from draftsmith.train import Preemption, ResumeValidation
 from training import make_module, make_trainer
 
 target, cache, folder, devices = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
@@ -258,5 +258,5 @@ def test_a_lost_node_comes_back_and_training_ends_with_the_weights_of_an_undistu
                     agents[name] = start(name)
             time.sleep(0.2)
     assert restarts >= 2
-    assert "Restoring states" in log.with_name(names[0]).read_text()
+    assert "resumed from" in log.with_name(names[0]).read_text()
     assert_same(content(tmp_path / "run"), expected)
