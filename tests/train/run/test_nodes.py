@@ -57,7 +57,7 @@ trainer.fit(make_module(target), CacheDataModule(cache, val_fraction=0.2, tokens
 @contextmanager
 def started(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own; whatever happens, the group is gone in the end."""
-    paths = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    paths = f"{ROOT / 'tests' / 'helpers'}:{os.environ.get('PYTHONPATH', '')}"
     variables = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     with log.open("ab") as output:
         process = subprocess.Popen(
