@@ -1,7 +1,7 @@
 """Batches for training drafters whose hidden states are never written: the target computes them in the loop.
 
 Owns: the target of a run in memory, what it is loaded with, and how batches get their states. Does not know: drafters, losses, how
-text becomes token ids (`online_data.py`), the forwards themselves (`online_states.py`).
+text becomes token ids (`token_corpus.py`), the forwards themselves (`target_states.py`).
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from draftsmith.train.batches.token_corpus import TargetFiles, TextSource, write
 class OnlineDataModule(CacheDataModule):
     """Training and validation batches of a text, with states from the frozen target as they are needed.
 
-    Samples, their order, the held-out share and the resuming of an interrupted epoch are those of `CacheDataModule`: the text lies in
-    token ids in a folder that its first run makes. Which target it is the module says (`target`, `revision`, `adapter`).
+    Samples, their order, the held-out share and the resuming of an interrupted epoch work as in `CacheDataModule`. The first run writes
+    the text as token ids into a folder. The module names the target (`target`, `revision`, `adapter`).
 
     Args:
         source: what `draftsmith data extract` takes: replies of the target, conversations or documents, a folder or a JSONL file.
-        tokens: folder for the text in token ids (5 bytes a token), seen by all processes; used again where it holds this text.
+        tokens: folder for the text as token ids (5 bytes a token), which all processes read; a later run of the same text uses it again.
         split: keep only samples of this split.
-        val_source: a second text for validation; without one, and without `val_split`, `val_fraction` of the samples is held out.
-        val_split: keep only samples of this split for validation; of `source`, which then needs another `split`, without `val_source`.
+        val_source: a second text for validation; without it and without `val_split`, the run holds out `val_fraction` of the samples.
+        val_split: keep only samples of this split for validation; without `val_source`, of `source`, which needs another `split`.
         template: Jinja file for conversations, or `none` for plain text; null: the tokenizer's own.
         max_length: cut samples to this many tokens; null: the target's context.
         val_fraction: the share held out, at least one sample.
         tokens_per_batch: tokens of a batch on each process, prompt tokens included, on average over batches.
-        max_samples: train on no more than so many samples (the same ones under the same seed).
+        max_samples: train on at most this many samples (the same ones with the same seed).
         shuffle: a new order every epoch.
         seed: fixes the held-out samples and every epoch's order.
         target_dtype: of the target's weights and states.
-        target_sharding: `none`: every process holds the target; `fsdp2`, `tp` (tensor parallel) or `zero3`: all hold it together.
-        target_group: with `fsdp2`, so many consecutive processes hold a target together, as on one machine of several; null: all do.
+        target_sharding: `none`: every process holds the whole target; `fsdp2`, `tp` (tensor parallel) or `zero3`: all processes share one.
+        target_group: with `fsdp2`, this many consecutive processes share a target, such as those of one machine; null: all share one.
         target_device_map: placement of a target over the devices of one process, such as auto.
         target_quantization: 8bit or 4bit weights for the target.
         forward_tokens: tokens of one forward of the target, padding included.
-        look_ahead: run the target on the next batch before this one's step, on CUDA beside it; null: on CUDA, unless the target is
-            sharded, where it is refused.
+        look_ahead: run the target on the next batch before this one's step, on CUDA at the same time. null: on CUDA, unless the target
+            is sharded. true is an error with a sharded target.
         template_name: which of a tokenizer's several chat templates to use; null: the one called default.
         template_args: variables of the chat template, such as {enable_thinking: false}.
 
-    Raises ValueError for settings that do not work together, for what `data extract` refuses, and for a folder of other tokens.
+    Raises ValueError for settings that do not work together, for a source that `data extract` cannot read, and for another text's folder.
     """
 
     def __init__(
@@ -98,23 +98,23 @@ class OnlineDataModule(CacheDataModule):
             raise ValueError(f"forward_tokens is {forward_tokens}; a forward needs at least 1 token")
         if val_split is not None and val_source is None and split in (None, val_split):
             raise ValueError(
-                f"val_split is {val_split!r} and split {split!r} of the same source, so what is validated on would be trained on too; "
+                f"val_split is {val_split!r} and split {split!r} of the same source, so training would use the validation samples; "
                 "set split to the other samples, or val_source to another text"
             )
         if look_ahead and target_sharding != "none":
             raise ValueError(
-                f"look_ahead would run the collectives of target_sharding {target_sharding!r} beside those of the gradients, which can "
-                "wait for each other for ever; leave it null"
+                f"look_ahead is true and target_sharding {target_sharding!r}: their collectives and the gradients' could wait "
+                "for each other for ever; leave it null"
             )
         if target_sharding != "none" and (target_device_map or target_quantization):
             raise ValueError(
-                f"target_sharding {target_sharding!r} places the target's weights itself and takes them as they are; "
+                f"target_sharding {target_sharding!r} places the target's weights itself and does not quantize them; "
                 "drop target_device_map and target_quantization, or set target_sharding to none"
             )
         self.target_dtype, self.target_sharding, self.target_group = target_dtype, target_sharding, target_group
         self.target_device_map, self.target_quantization = target_device_map, target_quantization
         self.forward_tokens, self.look_ahead = forward_tokens, look_ahead
-        # In a list, as the module keeps its ends: nothing here may take it for a part of itself.
+        # In a list, like the module's ends, so that Lightning does not see it as a submodule.
         self._target: list[Target] = []
         self._wanted: tuple[tuple[str, ...], int] = ((), 0)
 

@@ -1,10 +1,10 @@
 """A corpus in token ids on disk: a hidden-state cache without hidden states, for targets that compute them in the loop.
 
-Owns: how a source that `data extract` reads becomes such a folder, once, and when one that is there may be used again. Does not
-know: targets' weights, batches, training.
+Owns: how a source that `data extract` reads becomes such a folder, once, and when a later run may use it again. Does not know: targets'
+weights, batches, training.
 
-Five bytes a token instead of the thousands that states take. It is read by the reader of caches (`data/cache/reader.py`), so everything
-that holds for a cache's samples, their order and the resuming of an epoch holds for these.
+It takes five bytes a token instead of the thousands that states take. The reader of caches (`data/cache/reader.py`) reads it. So samples,
+their order and the resuming of an epoch work as with a cache.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STAGE = "draftsmith train (tokens)"
 
 @dataclass(frozen=True)
 class TextSource:
-    """What is trained on: a source as `draftsmith data extract` takes it.
+    """The training text: a source that `draftsmith data extract` takes.
 
     Attributes:
         source: a folder or JSONL file of replies, conversations or documents.
@@ -71,12 +71,12 @@ class TargetFiles:
 
 
 def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
-    """Makes the folder from the source, or leaves it as it is where it holds just that already.
+    """Makes the folder from the source, or leaves it unchanged if it already holds that text.
 
     The folder appears whole or not at all. Reads the target's configuration and tokenizer, no weights.
 
-    Raises ValueError where the folder holds other text or another target's, where the source cannot be read or has nothing to train
-    on, and for token ids that the target does not have.
+    Raises ValueError if the folder holds other text or another target's, if the source cannot be read or has nothing to train on, and
+    for token ids that the target does not have.
     """
     corpus, identity, vocab_size = _corpus_and_identity(text, target)
     if (folder / MANIFEST_FILE).exists():
@@ -90,7 +90,7 @@ def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
             for number, samples in enumerate(_shards(_labelled(corpus, counts)))
         ]
         if not records:
-            corpus.survey()  # names what is wrong with the text
+            corpus.survey()  # says what is wrong with the text
             raise ValueError(f"{text.source} has no sample to train on")
         manifest = _manifest(replace(identity, mask=corpus.mask_recipe), records, counts, partial)
         manifest.save(partial)

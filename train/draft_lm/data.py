@@ -106,21 +106,21 @@ class TextStore(Dataset):
 class DistilDataModule(pl.LightningDataModule):
     """Rows for :class:`~draftsmith.train.draft_lm.module.DraftLMModule`.
 
-    An epoch passes every row once. A share `on_policy` of an epoch's rows is continued by the draft LM itself (of a reply, only the
-    prompt is then used); on the others it learns along the target's own reply. Which ones is drawn anew every epoch, exactly that many.
-    A prompt without a reply is always on-policy.
+    An epoch uses every row once. The draft LM itself answers a share `on_policy` of the rows, and uses only their prompts. On the others
+    it learns along the target's own reply. Each epoch draws anew which rows are on-policy, always the same number. A prompt without a
+    reply is always on-policy.
 
     Args:
         replies: the target's own replies: a folder or JSONL that `draftsmith data respond` wrote.
-        prompts: further prompts, or the only ones: a folder or JSONL that `draftsmith data prompts` wrote; those that `replies`
-            answer are passed over.
-        on_policy: share of the rows of an epoch that the draft LM continues itself.
+        prompts: more prompts, or all of them: a folder or JSONL that `draftsmith data prompts` wrote. The run skips prompts that
+            `replies` answers.
+        on_policy: share of an epoch's rows that the draft LM answers itself.
         split: read the rows of this split only; null for all.
         val_fraction: share of the rows held out, at least one.
-        max_val_rows: hold out no more than so many; null for no limit. Every one that has no reply costs the target an answer.
-        max_length: texts are cut to so many tokens; prompts that leave no room for a reply, and empty replies, are left out and counted.
-        batch_size: rows of a step on each process, on average: an epoch is cut into nearly equal batches.
-        max_samples: train on no more than so many rows (the same ones under the same seed).
+        max_val_rows: hold out at most this many; null for no limit. The target answers each one without a reply.
+        max_length: cut texts to this many tokens. The run skips and counts empty replies and prompts that leave no room for a reply.
+        batch_size: rows of a step on each process, on average; the batches of an epoch are nearly equal.
+        max_samples: train on at most this many rows (the same ones with the same seed).
         template: Jinja file, or `none` for plain text; null takes the tokenizer's own. Replies with token ids need none.
         shuffle: a new order every epoch.
         seed: fixes the held-out rows, every epoch's order, and which rows are on-policy.

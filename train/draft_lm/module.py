@@ -76,12 +76,12 @@ def lay_out(texts: Sequence[Text], device: torch.device | str = "cpu") -> Laid:
 class DraftLMModule(pl.LightningModule):
     """A draft LM in training.
 
-    The draft LM is whole on every process, in `dtype`; the target, frozen and in no checkpoint, in `target_dtype`.
+    Every process holds the whole draft LM, in `dtype`. The target, in `target_dtype`, is frozen and in no checkpoint.
 
     Args:
         target: the frozen target: a model directory, a hub id, or `embedded:target`.
-        draft_lm: the draft LM to begin with, with the target's tokenizer: a model directory, a hub id, or `embedded:draft_lm`.
-        divergence: what is minimised: `forward_kl`, `reverse_kl`, `jsd`, `total_variation` (which is 1 - acceptance), or
+        draft_lm: the draft LM to start from, with the target's tokenizer: a model directory, a hub id, or `embedded:draft_lm`.
+        divergence: the loss: `forward_kl`, `reverse_kl`, `jsd`, `total_variation` (which is 1 - acceptance), or
             `cross_entropy`, plain fine-tuning on the target's replies (the data's on_policy must then be 0).
         beta: of `jsd`.
         max_new_tokens: of a sampled reply.
@@ -100,13 +100,13 @@ class DraftLMModule(pl.LightningModule):
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
         context: most tokens that the target reads; null takes it from its config, as serving engines derive it.
-        target_sharding: `none`: every process holds the whole target; `fsdp2`: all hold it together, each a part of every weight.
+        target_sharding: `none`: every process holds the whole target; `fsdp2`: each process holds a part of every weight.
         device_map: accelerate's placement of a target too large for one device, such as auto; with one process only.
         quantization: `8bit` or `4bit` weights for the target.
-        seed: of the sampling, which belongs to rows and epochs and to no generator of torch.
+        seed: of the sampling; the noise depends on this seed, the epoch and the row.
 
-    Raises ValueError for settings out of range; in setup() for models that do not fit together, or a strategy that cuts the draft LM
-    into pieces; in training for a loss that is not finite.
+    Raises ValueError for settings out of range; in setup() for models that do not fit together, or a strategy that divides the
+    draft LM; in training for a loss that is not finite.
     """
 
     def __init__(
@@ -145,12 +145,12 @@ class DraftLMModule(pl.LightningModule):
                 raise ValueError(f"{name} is {count}; it must be at least 1, or null")
         if target_sharding != "none" and (adapter or device_map or quantization):
             raise ValueError(
-                f"target_sharding {target_sharding!r} places the target's weights itself and takes them as they are; drop adapter, "
+                f"target_sharding {target_sharding!r} places the target's weights itself and does not change them; drop adapter, "
                 "device_map and quantization, or set target_sharding to none"
             )
         if lora is not None and lora.dropout > 0:
             raise ValueError(
-                f"lora dropout is {lora.dropout}; what is trained must be what samples and drafts, which drop nothing: set it to 0"
+                f"lora dropout is {lora.dropout}, but sampling and drafting use no dropout, and training must match them; set it to 0"
             )
         self.divergence = Divergence(divergence, beta)
         self.sampling = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

@@ -107,19 +107,19 @@ class _Split:
 class JudgeDataModule(pl.LightningDataModule):
     """Labelled tokens with the target's states, from rows (`draftsmith label rows`) and a cache made of the same rows.
 
-    All answers to one question are in training or in validation, never in both. One batch is the whole of this process's tokens: sums
-    go over all of them, `batch_tokens` at a time. Processes hold different rows, and none is held twice.
+    All answers to one question are in training or in validation, never in both. One batch holds all tokens of this process. Sums go over
+    all of them, `batch_tokens` at a time. Each row is on exactly one process.
 
     Args:
         cache: folder that `draftsmith data extract` made of the rows, or several.
         rows: file of labelled rows, or several.
-        draft_cache: the same samples through the draft model, for a judge that reads its states too; or several.
-        val_fraction: share of the questions held out, at least one; the threshold is made from them.
-        seed: fixes which.
-        max_questions: train on no more than so many questions; the held-out ones stay the same, and fewer are among more.
-        batch_tokens: tokens gone through at a time; a matter of memory only.
-        on_device: keep all features on the accelerator; false sends them there a part at a time, for more than fits.
-        check: when the shards' sha256 are compared: at `open`, `lazy` before first use, or `off`.
+        draft_cache: the draft model's cache of the same samples, or several; for a judge that reads its states too.
+        val_fraction: share of the questions held out, at least one; they set the threshold.
+        seed: decides which questions.
+        max_questions: train on at most this many questions. The held-out ones stay the same, and a smaller number is a part of a larger.
+        batch_tokens: tokens in memory at a time; changes the memory only.
+        on_device: keep all features on the accelerator; false sends a part at a time, if they do not fit.
+        check: when to compare the shards' sha256: at `open`, `lazy` before first use, or `off`.
 
     Raises ValueError in setup() for rows that are not in the cache or have other tokens there, for ids that come twice, and when
     training or validation lacks one class; when reading, for states that are not finite, with the sample's id.

@@ -40,7 +40,7 @@ def check_accumulation(trainer: pl.Trainer, num_accumulated: int) -> None:
     when, remedy = _validation_between_steps(trainer, num_accumulated)
     if when:
         raise ValueError(
-            f"{accumulated}, and validation comes {when}: a checkpoint made there could be without the gradients of an unfinished step, "
+            f"{accumulated}, and validation comes {when}: a checkpoint made there could lack the gradients of an unfinished step, "
             f"and a run resumed from it would end with other weights; {remedy}"
         )
 
@@ -68,7 +68,7 @@ def _validation_between_steps(trainer: pl.Trainer, num_accumulated: int) -> tupl
 
 
 def validates(trainer: pl.Trainer) -> bool:
-    """Whether there is anything to validate on; said to be so where the loaders are not made yet."""
+    """Whether there is anything to validate on; True while the loaders do not exist yet."""
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
 
 

@@ -33,7 +33,7 @@ _TRAILER = len(_MARK) + _HEX
 _END = b"PK\x05\x06"  # how the last record of an archive begins, and how long it is where it has no comment
 _END_SIZE = 22
 _BLOCK = 2**20
-# What the reader of tensors and plain values makes of bytes that are none.
+# Errors that torch raises for bytes that hold no tensors and plain values.
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -45,7 +45,7 @@ _UNREADABLE = (
     ValueError,
 )
 _PROMISE = "digest"  # a field of every checkpoint that was written with a digest behind it
-# What Lightning asks of any checkpoint, and the types it takes for granted.
+# The fields that Lightning reads from any checkpoint, and their types.
 _FIELDS: Mapping[str, type] = {
     "state_dict": dict,
     "loops": dict,
@@ -56,12 +56,12 @@ _FIELDS: Mapping[str, type] = {
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the final place and renames; reads back only what its digest vouches for, tensors and plain values alone."""
+    """Writes a temporary file and renames it; reads only files whose digest is right, and only tensors and plain values."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Saves a checkpoint with its digest; what killed processes left of earlier ones in the same folder is cleared away.
+        """Saves a checkpoint with its digest, and removes what killed processes left in the same folder.
 
-        Raises OSError when the disk does not take it; the checkpoint that was there stays.
+        Raises OSError if the disk cannot hold it; the earlier checkpoint stays.
         """
         if "://" in str(path):  # s3://... and the like: an object appears whole or not at all
             buffer = io.BytesIO()

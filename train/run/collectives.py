@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside their gradients."""
+"""What the processes of a run send each other in addition to gradients."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def sum_over_ranks(module: pl.LightningModule, values: Tensor) -> Tensor:
 
 
 def start_sum(module: pl.LightningModule, values: Tensor) -> Callable[[], Tensor]:
-    """As sum_over_ranks, but goes on while the sum is under way: the sum is what the returned function waits for."""
+    """Like sum_over_ranks, but returns at once; the returned function waits for the sum."""
     if world_size(module) == 1:
         return lambda: values
     summed = values.clone()

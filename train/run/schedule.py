@@ -1,6 +1,6 @@
 """The optimiser's groups and the course of the learning rate that all trained modules here share.
 
-Owns: which weights decay, warm-up and cosine. Does not know: what is trained.
+Owns: which weights decay, warm-up and cosine. Does not know: what the weights are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 def weight_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser: what is trained, decay on matrices only; groups without weights are left out."""
+    """Groups of the trained weights for an optimiser: decay on matrices only, no empty groups."""
     trained = [weight for weight in weights if weight.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},

@@ -29,8 +29,8 @@ class Zero(Sharded, DeepSpeedStrategy):
 
     Args:
         stage: 2 or 3.
-        bucket_size: gradients are reduced, and weights gathered, so many numbers at a time.
-        overlap_comm: reduce gradients while the backward pass goes on.
+        bucket_size: how many numbers to reduce or gather at a time.
+        overlap_comm: reduce gradients during the backward pass.
         process_group_backend: null chooses by the device.
 
     Raises ValueError where DeepSpeed is not installed, and at the start of a run without CUDA devices, of a module that must stay

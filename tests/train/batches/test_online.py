@@ -260,7 +260,7 @@ def test_ids_that_the_target_lacks_are_refused(target_dir: Path, tmp_path: Path)
         ({"forward_tokens": 0}, "at least 1 token"),
         ({"target_sharding": "tp", "target_device_map": "auto"}, "drop target_device_map"),
         ({"target_sharding": "fsdp2", "look_ahead": True}, "leave it null"),
-        ({"val_split": "val"}, "would be trained on too"),
+        ({"val_split": "val"}, "would use the validation samples"),
         ({"target_sharding": "rings"}, "use one of none, fsdp2, tp, zero3"),
         ({"target_sharding": "fsdp2"}, "start several"),
         ({"max_length": 4096}, "has a context of"),
