@@ -17,9 +17,19 @@ def shell_lines(page: Path) -> Iterator[str]:
                 yield line.strip()
 
 
-def make_recipes(*goals: str) -> list[str]:
-    """The draftsmith commands of `make GOALS`, as make itself would run them from nothing; goals may be settings (``RUN=runs/x``)."""
+def make_lines(*goals: str) -> list[str]:
+    """The lines that `make GOALS` would run from nothing, each whole; goals may be settings (``RUN=runs/x``)."""
     asked = ["make", "--always-make", "--dry-run", *goals]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = done.stdout.replace("\\\n", " ").splitlines()
-    return [line.partition("/bin/")[2] for line in lines if "/bin/draftsmith " in line]
+    return done.stdout.replace("\\\n", " ").splitlines()
+
+
+def make_recipes(*goals: str) -> list[str]:
+    """The draftsmith commands that `make GOALS` runs."""
+    runs = re.compile(r"[^'\"]*/bin/(draftsmith .*)")
+    return [match[1] for line in make_lines(*goals) if (match := runs.match(line))]
+
+
+def make_suggestions(*goals: str) -> list[str]:
+    """The draftsmith commands that `make GOALS` prints in single quotes, to try next."""
+    return [command for line in make_lines(*goals) for command in re.findall(r"'[^' ]*/bin/(draftsmith [^']*)'", line)]

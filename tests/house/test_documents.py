@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import PAGES, ROOT, make_recipes, shell_lines
+from pages import PAGES, ROOT, make_recipes, make_suggestions, shell_lines
 
 from draftsmith import cli
 from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
@@ -57,10 +57,12 @@ def test_every_command_on_a_page_is_one_that_exists(page: Path, line: str) -> No
     check_command(line)
 
 
-def test_every_command_that_make_runs_is_one_that_exists() -> None:
+def test_every_command_that_make_runs_or_suggests_is_one_that_exists() -> None:
     recipes = make_recipes("RUN=runs/none", "quickstart", "embedded")
+    suggestions = make_suggestions("RUN=runs/none", "quickstart")
     assert len(recipes) >= 8
-    for line in recipes:
+    assert len(suggestions) >= 3
+    for line in recipes + suggestions:
         check_command(re.sub(r"\$\(.*\)", "x", line))
 
 
