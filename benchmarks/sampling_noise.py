@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.batch import Batch
 from draftsmith.decode.decode_command import prompt_ids
-from draftsmith.decode.verify.lossless import Walk
+from draftsmith.decode.verify.verifier import Reading, Walk
 from draftsmith.embedded.problems import distinct_problems
-from draftsmith.models import DraftTree, LMDrafter, Target, load_tokenizer
+from draftsmith.models import LMDrafter, Target, load_tokenizer
 from draftsmith.models.tree.noise import draw_at, keys_at, uniforms
 from draftsmith.models.tree.shapes import parse_shape
 
@@ -93,10 +92,10 @@ class Recording(Engine):
         replies = self.generate(prompts, settings, request_ids=list(range(first, first + len(prompts))))
         return [Kept(reply.token_ids, self._kept[number]) for number, reply in enumerate(replies)]
 
-    def _walk(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, logits_BNV: Tensor, *rest: Any) -> Walk:
-        steps = super()._walk(batch, tree, ancestors_BNN, logits_BNV, *rest)
+    def _walk(self, batch: Batch, reading: Reading) -> Walk:
+        steps = super()._walk(batch, reading)
         for row, (path, count) in enumerate(zip(steps.path_BE.tolist(), steps.counts_B.tolist(), strict=True)):
-            self._kept[batch.requests[row]] += [logits_BNV[row, node].clone() for node in path[:count]]
+            self._kept[batch.requests[row]] += [reading.logits_BNV[row, node].clone() for node in path[:count]]
         return steps
 
 

@@ -8,12 +8,13 @@ Shape legend: B batch rows, G rows of one group, N tree nodes, M nodes with chil
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ class AdapterEngine:
 
     Args:
         target: the frozen model.
-        drafter: trained; it is changed in place, its weights stay as they are.
+        drafter: trained; it stays as it is.
         adapters: folders that training with ``lora`` wrote, by the names that requests use.
         limits, tokenizer, ledger: see :class:`Engine`.
 
@@ -54,8 +55,7 @@ class AdapterEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        self._switch = AdapterSwitch(drafter, adapters)
-        self._engine = Engine(target, self._switch, limits, tokenizer, ledger)
+        self._engine = Engine(target, AdapterSwitch(drafter, adapters), limits, tokenizer, ledger)
 
     def generate(
         self,
@@ -78,7 +78,9 @@ class AdapterEngine:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(adapters)} adapters are given; name one for each, or None"
             )
-        self._switch.assign(adapters)
+        switch = self._engine.drafter
+        assert isinstance(switch, AdapterSwitch)
+        switch.assign(adapters)
         return self._engine.generate(prompts, settings, on_tokens, request_ids)
 
 
@@ -126,7 +128,7 @@ class AdapterSwitch(Drafter):
     """A drafter with several adapters, as the engine sees it.
 
     Args:
-        drafter: below the adapters.
+        drafter: below the adapters; a copy of it that shares its weights gets them.
         adapters: their folders by name.
 
     Raises:
@@ -138,12 +140,14 @@ class AdapterSwitch(Drafter):
         super().__init__(DrafterConfig(hidden_size=config.hidden_size, vocab_size=config.vocab_size))
         fingerprint = module_fingerprint(drafter)
         self._plain = (config.target_fingerprint, float(config.score_scale))
+        self.below = _sharing_weights(drafter)
         # Numbered inside, since adapters are stored as modules, which cannot go by every name (not by "pop", "type" or "v1.2").
         self._inside = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
         self._bonds = {
-            name: load_adapter(drafter, folder, self._inside[name], fingerprint) for name, folder in adapters.items()
+            name: load_adapter(self.below, folder, self._inside[name], fingerprint) for name, folder in adapters.items()
         }
-        self.below = drafter
+        if any(bond.target_fingerprint for bond in self._bonds.values()):
+            self.below = self.below.for_any_target()  # adapters of a fine-tuned target: their own bonds count
         self._assigned: list[str | None] = []
         self._acting: str | None = None
 
@@ -189,9 +193,7 @@ class AdapterSwitch(Drafter):
                     f"adapter {name!r} was trained for target {bond.target_name!r} (fingerprint {bond.target_fingerprint[:12]}), not for "
                     f"{ends.name!r} ({ends.fingerprint[:12]}); use that target, or leave the adapter out"
                 )
-        if any(bond.target_fingerprint for bond in self._bonds.values()):
-            self.below.config.target_fingerprint = ends.fingerprint
-        self.below.attach(ends)
+        self.below = self.below.bound(ends)
         self._borrowed[:] = [ends]
         return self
 
@@ -259,6 +261,13 @@ class AdapterSwitch(Drafter):
         self._acting = name
         activate(self.below, None if name is None else self._inside[name])
         self.below.config.score_scale = self._plain[1] if name is None else self._bonds[name].score_scale
+
+
+def _sharing_weights(drafter: Drafter) -> Drafter:
+    """A copy with modules and config of its own whose weights lie in the same memory, frozen."""
+    memo: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), False) for weight in drafter.parameters()}
+    memo |= {id(part): part for part in (*drafter.buffers(), *drafter._borrowed)}
+    return copy.deepcopy(drafter, memo)
 
 
 def in_batch_order(trees: Sequence[DraftTree], rows: Sequence[Tensor]) -> DraftTree:

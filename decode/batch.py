@@ -1,8 +1,8 @@
 """The state of one batch in flight, and the host's record of each request.
 
-Owns the tensors that change from cycle to cycle, their growth, and the retirement of finished rows. Knows no model.
+Owns which rows are still decoding, the retirement of finished ones, and what each request has emitted. Knows no model.
 
-Shape legend: B batch rows, P output positions, U draws of a cycle, V vocabulary, E emitted tokens of a cycle.
+Shape legend: B batch rows.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.decode.early_stop import StopState
-from draftsmith.decode.processors import RequestText
+from draftsmith.decode.rows import Rows
 from draftsmith.models.drafters.drafter import DraftState
-from draftsmith.models.tree.noise import keys_at
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 
 Finish = Literal["eos", "stop", "length"]
@@ -46,7 +43,7 @@ class Generation:
 
 @dataclass
 class Batch:
-    """Tensors of the rows still decoding.
+    """The rows still decoding, and what is cached of them.
 
     Attributes:
         requests: index of each row's request.
@@ -55,13 +52,8 @@ class Batch:
         host_lengths: the same numbers on the host.
         host_fresh: how many of them the last cycle added.
         root_B: int64, the last emitted token.
-        num_emitted_B: int64, emitted tokens so far.
-        keys_B: int64, the noise keys of the requests, or None at temperature 0.
-        cycle_keys_B: int64, those of sampled trees, or None without such trees.
-        seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
-        texts: what constraints read of each row, or None without constraints.
+        rows: noise, processors and early stop of each row.
         draft: the drafter's state, or None in plain decoding.
-        stop: the early stop's controller, or None without one.
     """
 
     requests: list[int]
@@ -70,27 +62,8 @@ class Batch:
     host_lengths: list[int]
     host_fresh: list[int]
     root_B: Tensor
-    num_emitted_B: Tensor
-    keys_B: Tensor | None
-    cycle_keys_B: Tensor | None
-    seen_BV: Tensor | None
-    texts: list[RequestText] | None = None
+    rows: Rows
     draft: DraftState | None = None
-    stop: StopState | None = None
-
-    def next_keys(self, count: int) -> Tensor | None:
-        """int64 [B, P]: the noise keys of the next ``count`` output positions, or None at temperature 0."""
-        if self.keys_B is None:
-            return None
-        place_P = torch.arange(count, device=self.keys_B.device)
-        return keys_at(self.keys_B[:, None], self.num_emitted_B[:, None] + place_P)
-
-    def cycle_keys(self, count: int) -> Tensor | None:
-        """int64 [B, U]: ``count`` noise keys for the sampled tree of the cycle that begins, by its first output position; or None."""
-        if self.cycle_keys_B is None:
-            return None
-        own_B1 = keys_at(self.cycle_keys_B, self.num_emitted_B)[:, None]
-        return keys_at(own_B1, torch.arange(count, device=own_B1.device))
 
     def retire(self, keep: list[int]) -> None:
         """Drop the rows that are not in ``keep`` (ascending row numbers); the last rows move into the holes they leave."""
@@ -100,18 +73,12 @@ class Batch:
         self.requests = [self.requests[row] for row in kept.order]
         self.host_lengths = [self.host_lengths[row] for row in kept.order]
         self.host_fresh = [self.host_fresh[row] for row in kept.order]
-        self.texts = None if self.texts is None else [self.texts[row] for row in kept.order]
         if not keep:
             return
         self.cache.shrink(kept)
-        rows = kept.index
-        self.lengths_B, self.root_B = self.lengths_B[rows], self.root_B[rows]
-        self.num_emitted_B = self.num_emitted_B[rows]
-        self.keys_B = None if self.keys_B is None else self.keys_B[rows]
-        self.cycle_keys_B = None if self.cycle_keys_B is None else self.cycle_keys_B[rows]
-        self.seen_BV = None if self.seen_BV is None else self.seen_BV[rows]
+        self.lengths_B, self.root_B = self.lengths_B[kept.index], self.root_B[kept.index]
+        self.rows = self.rows.select(kept)
         self.draft = None if self.draft is None else self.draft.select_rows(kept)
-        self.stop = None if self.stop is None else self.stop.select_rows(rows)
 
 
 class Recorder:

@@ -14,13 +14,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.decode.verify.lossless import Walk
-from draftsmith.models.tree.limits import Rule, SampledChildren
+from draftsmith.decode.verify.lossless import LosslessVerifier
+from draftsmith.decode.verify.verifier import Reading, Walk
+from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.sampled_search import layer_start
 from draftsmith.models.tree.tree import DraftTree
 
 _HALVINGS = 32
+
+
+class CandidateVerifier:
+    """Accepts or rejects what was drawn for a sampled tree; a draft that was not drawn is verified losslessly.
+
+    Args:
+        limits: how much is drafted, with ``sampled``.
+        sampled: the same settings of the sampled tree.
+    """
+
+    layers: tuple[str, ...] = ()
+    reads_draft_probs = False
+
+    def __init__(self, limits: DraftLimits, sampled: SampledChildren) -> None:
+        self._sampled = sampled
+        self._lossless = LosslessVerifier()
+        self.num_draft_keys = limits.max_nodes - 1
+        self.num_walk_keys = num_draws(sampled)
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Accept every tokenizer; see :meth:`Verifier.check_tokenizer`."""
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse temperature 0; see :meth:`Verifier.check_temperature`."""
+        if temperature == 0.0:
+            raise ValueError(
+                "temperature is 0 and the draft tree is sampled; rejection needs a distribution to sample from: give a temperature above "
+                "0, or draft with beams, a dynamic or a static tree"
+            )
+
+    def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
+        """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`candidate_walk`."""
+        if reading.tree.draft_probs_BMV is None:
+            return self._lossless.walk(reading, None)
+        assert keys_BU is not None
+        return candidate_walk(reading.tree, self._sampled, reading.logits_BNV.softmax(-1), keys_BU)
 
 
 def accept_probs(rule: Rule, target_probs: Tensor, draft_probs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

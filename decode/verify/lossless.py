@@ -10,27 +10,30 @@ Shape legend: B batch rows, N tree nodes, E path slots (max_depth + 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from draftsmith.decode.verify.verifier import Reading, Walk
 from draftsmith.models.tree.tree import DraftTree
 
 
-@dataclass(frozen=True)
-class Walk:
-    """Where the walk went in each row.
+class LosslessVerifier:
+    """Emits what the target would have chosen alone; no draft and no temperature is out of its reach."""
 
-    Attributes:
-        path_BE: int64, node index at each depth, the root first; the root's index 0 behind the end.
-        emitted_BE: int64, the target's choice at each node of the path: accepted tokens, then one of the target's own.
-        counts_B: int64, how many of ``emitted_BE`` are real: accepted drafts + 1.
-    """
+    layers: tuple[str, ...] = ()
+    reads_draft_probs = False
+    num_draft_keys = 0
+    num_walk_keys = 0
 
-    path_BE: Tensor
-    emitted_BE: Tensor
-    counts_B: Tensor
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Accept every tokenizer; see :meth:`Verifier.check_tokenizer`."""
+
+    def check_temperature(self, temperature: float) -> None:
+        """Accept every temperature; see :meth:`Verifier.check_temperature`."""
+
+    def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
+        """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`walk`."""
+        return walk(reading.tree, reading.ancestors_BNN, reading.choose())
 
 
 def walk(tree: DraftTree, ancestors_BNN: Tensor, choices_BN: Tensor) -> Walk:

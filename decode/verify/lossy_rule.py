@@ -35,11 +35,20 @@ class LossyRule(ABC):
         """None, for most rules."""
         return ()
 
-    def attach(self, target: Target) -> None:  # noqa: B027  (most rules fit any target)
-        """Check that the rule is meant for this target; raises ValueError where it is not."""
+    def bound(self, target: Target) -> LossyRule:
+        """The rule for one target; this one stays as it is. Most rules fit every target and give themselves.
 
-    def check_tokenizer(self, fingerprint: str) -> None:  # noqa: B027  (as above)
-        """Refuse a tokenizer that is not the rule's; raises ValueError."""
+        Raises:
+            ValueError: the rule is meant for another target.
+        """
+        return self
+
+    def check_tokenizer(self, fingerprint: str) -> None:  # noqa: B027  (most rules fit any tokenizer)
+        """Compare a tokenizer with the rule's.
+
+        Raises:
+            ValueError: they differ.
+        """
 
     @abstractmethod
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:

@@ -44,9 +44,10 @@ class JudgeRule(LossyRule):
         """The judge's."""
         return self.judge.features
 
-    def attach(self, target: Target) -> None:
-        """Bind the judge to the target's ends and bring it to the target's device."""
-        torch.nn.Module.to(self.judge.attach(target.ends), target.device)
+    def bound(self, target: Target) -> JudgeRule:
+        """With a copy of the judge, attached to the target's ends and on the target's device."""
+        judge = self.judge.with_threshold(self.threshold).attach(target.ends)
+        return JudgeRule(torch.nn.Module.to(judge, target.device))
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """The judge's."""

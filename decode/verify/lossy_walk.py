@@ -8,27 +8,82 @@ Shape legend: B batch rows, N tree nodes, E path slots (max_depth + 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from draftsmith.decode.verify.lossless import Walk
+from draftsmith.decode.verify.lossless import LosslessVerifier
+from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.decode.verify.verifier import Reading, Walk
+from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.tree import DraftTree
 
 
-@dataclass(frozen=True)
-class LossyWalk(Walk):
-    """A walk on which a rule had a say.
+class LossyVerifier:
+    """Keeps what the target chooses and what a rule allows.
 
-    Attributes:
-        by_rule_BE: bool, which of ``emitted_BE`` are not what the target would have chosen there.
+    Args:
+        rule: bound to the target that decodes.
+        limits: how much is drafted.
+
+    Raises:
+        ValueError: the rule cannot verify drafts of such limits.
     """
 
-    by_rule_BE: Tensor
+    num_draft_keys = 0
+    num_walk_keys = 0
+
+    def __init__(self, rule: LossyRule, limits: DraftLimits) -> None:
+        if limits.sampled is not None:
+            raise ValueError(
+                f"a sampled tree is verified by rejection, which has no place for the rule {rule}; draft with beams, a dynamic or a static "
+                "tree, or leave the rule out"
+            )
+        if rule.reads_draft and (limits.beam_width != 1 or limits.paths is not None):
+            raise ValueError(
+                f"the rule {rule} compares the distributions of draft and target, which only chains keep; draft a chain such as 1x16"
+            )
+        self._rule = rule
+        self._lossless = LosslessVerifier()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The rule's."""
+        return self._rule.features
+
+    @property
+    def reads_draft_probs(self) -> bool:
+        """The rule's."""
+        return self._rule.reads_draft
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Ask the rule; see :meth:`Verifier.check_tokenizer`."""
+        self._rule.check_tokenizer(fingerprint)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Accept every temperature; see :meth:`Verifier.check_temperature`."""
+
+    def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
+        """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`lossy_walk`."""
+        if reading.tree.num_nodes == 1:
+            steps = self._lossless.walk(reading, keys_BU)
+            return replace(steps, by_rule_BE=torch.zeros_like(steps.emitted_BE, dtype=torch.bool))
+        return lossy_walk(reading.tree, reading.choose(), self._allowed(reading))
+
+    def _allowed(self, reading: Reading) -> Tensor:
+        """bool [B, N]: nodes that may stay although the target chooses others."""
+        tree, logits_BNV = reading.tree, reading.logits_BNV
+        allowed_BN = self._rule.allows(tree, logits_BNV, reading.output)
+        # What the model's maker forbids never stays, and only the target ends a reply.
+        if reading.is_constrained:
+            allowed_BN = allowed_BN & (of_tokens(tree, logits_BNV) > torch.finfo(logits_BNV.dtype).min)
+        for token in reading.eos_token_ids:
+            allowed_BN = allowed_BN & (tree.tokens_BN != token)
+        return allowed_BN
 
 
-def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> LossyWalk:
+def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> Walk:
     """From the root, descend to the child that is the target's choice, else to the likeliest allowed one.
 
     Args:
@@ -48,7 +103,7 @@ def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> Lossy
     emitted_BE = tree.tokens_BN.gather(1, path_BE).roll(-1, dims=1).scatter_(1, last_B1, own_B1)
     by_rule_BE = (~matches_BN).gather(1, path_BE).roll(-1, dims=1)
     place_E = torch.arange(path_BE.shape[1], device=path_BE.device)
-    return LossyWalk(path_BE, emitted_BE, counts_B, by_rule_BE & (place_E < last_B1))
+    return Walk(path_BE, emitted_BE, counts_B, by_rule_BE & (place_E < last_B1))
 
 
 def _chain(stands_BN: Tensor) -> Tensor:

@@ -68,16 +68,10 @@ def decoded(
     """
     if case.target is None:
         raise NotChecked("needs the whole target, of which only the ends were loaded: leave --ends-only out")
-    drafter = case.drafter
-    bond, drafter.config.target_fingerprint = drafter.config.target_fingerprint, ""
-    try:
-        engine = Engine(case.target, drafter, DraftLimits(draft_length=num_steps))
-        settings = GenerationSettings(temperature=temperature, seed=case.seed, eos_token_ids=case.eos_ids)
-        settings = for_target(settings, case.target)
-        return [engine.generate([ids], replace(settings, max_new_tokens=budget))[0] for ids, budget in prompts]
-    finally:
-        drafter.attach(case.ends)
-        drafter.config.target_fingerprint = bond
+    engine = Engine(case.target, case.drafter, DraftLimits(draft_length=num_steps))
+    settings = GenerationSettings(temperature=temperature, seed=case.seed, eos_token_ids=case.eos_ids)
+    settings = for_target(settings, case.target)
+    return [engine.generate([ids], replace(settings, max_new_tokens=budget))[0] for ids, budget in prompts]
 
 
 def tokens_per_step(replies: Sequence[Generation]) -> float:

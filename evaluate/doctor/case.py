@@ -268,11 +268,8 @@ def load_served(folder: Path, ends: TargetEnds, dtype: str, trust_remote_code: b
             f"{error}. A drafter in another software's layout is read by `draftsmith export --drafter {folder} --target TARGET --out "
             "FOLDER`: then give that folder"
         ) from error
-    bond, drafter.config.target_fingerprint = drafter.config.target_fingerprint, ""
-    drafter.attach(ends)
-    drafter.config.target_fingerprint = bond
     torch.nn.Module.to(drafter, ends.device)
-    return drafter.eval()
+    return drafter.eval().for_any_target().bound(ends)
 
 
 def replies_of(cache: HiddenStateCache) -> Mapping[str, Any]:

@@ -107,9 +107,8 @@ def fresh(case: Case) -> Drafter:
             made = type(case.trainable)(copy.deepcopy(case.trainable.config))
             if made.d2t is not None:
                 made.set_draft_ids(case.trainable.draft_ids().cpu())
-    made.config.target_fingerprint = ""
-    made.attach(case.ends)
-    return torch.nn.Module.to(made, case.ends.device)
+    torch.nn.Module.to(made, case.ends.device)
+    return made.for_any_target().bound(case.ends)
 
 
 def _as_begun(case: Case) -> Drafter | None:

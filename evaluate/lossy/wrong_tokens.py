@@ -45,10 +45,8 @@ def accepted_tokens(
     """
     counts: list[dict[str, list[int]]] = [defaultdict(lambda: [0, 0, 0, 0]) for _ in rules]
     lm = drafter if isinstance(drafter, LMDrafter) else None
+    rules = [None if rule is None else rule.bound(target) for rule in rules]
     layers = tuple({name for rule in rules if rule is not None for name in rule.features})
-    for rule in rules:
-        if rule is not None:
-            rule.attach(target)
     for row in rows:
         _check(row, target)
         output, logits_NV = _read(target, row, layers)

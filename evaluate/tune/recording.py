@@ -99,7 +99,7 @@ class Recording(Drafter):
     The engine then emits one token a cycle, so that every position is met, and met with the state that decoding would have there.
 
     Attributes:
-        drafted: of the batch at hand, by request: width -> one tree a position.
+        drafted: of the batch at hand, by request: width -> one tree a position. One list, which engines' views of this drafter fill too.
     """
 
     def __init__(self, inner: Drafter, widths: Sequence[int], depth: int) -> None:
@@ -123,8 +123,8 @@ class Recording(Drafter):
         return self.inner.step_weight(step)
 
     def attach(self, ends: TargetEnds) -> Drafter:
-        """See :meth:`Drafter.attach`."""
-        self.inner.attach(ends)
+        """See :meth:`Drafter.attach`; the recorded drafter itself stays as it is."""
+        self.inner = self.inner.bound(ends)
         return self
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
@@ -134,7 +134,7 @@ class Recording(Drafter):
     def start(self, opening: Opening) -> RecordingState:
         """Empties the record for a new batch."""
         num_rows = len(opening.first_B)
-        self.drafted = [{width: [] for width in self.limits} for _ in range(num_rows)]
+        self.drafted[:] = [{width: [] for width in self.limits} for _ in range(num_rows)]
         most = max(self.limits.values(), key=lambda limits: limits.max_fed)
         return RecordingState(self.inner.start(replace(opening, limits=most)), list(range(num_rows)))
 

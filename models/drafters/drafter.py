@@ -9,6 +9,7 @@ vocabulary, N tree nodes.
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -176,6 +177,7 @@ class Drafter(PreTrainedModel):
             raise ValueError(f"score_scale is {scale!r}; it must be a positive number; 1.0 reads scores as they are")
         super().__init__(config)
         self._borrowed: list[TargetEnds] = []
+        self._any_target = False
         if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         else:
@@ -209,13 +211,39 @@ class Drafter(PreTrainedModel):
             raise ValueError("this drafter is attached to no target; call drafter.attach(target.ends) first")
         return self._borrowed[0]
 
+    def bound(self, ends: TargetEnds) -> Self:
+        """A view of this drafter that is attached to a target: the same weights, with ends of its own.
+
+        This drafter stays as it is, so several engines can share one. What a view carries from cycle to cycle belongs in its
+        :class:`DraftState`: attributes that it sets on itself are not seen here.
+
+        Raises:
+            ValueError: as :meth:`attach`.
+        """
+        view = self._view()
+        view.attach(ends)
+        return view
+
+    def for_any_target(self) -> Self:
+        """A view, attached to nothing, that may be attached to every target of its sizes, whatever its weights: for a diagnosis."""
+        view = self._view()
+        view._any_target = True
+        return view
+
+    def _view(self) -> Self:
+        """A shallow copy that shares all weights and buffers; attributes set on one of the two are not seen by the other."""
+        view = copy.copy(self)
+        view._modules = dict(self._modules)
+        view._borrowed = []
+        return view
+
     def attach(self, ends: TargetEnds) -> Drafter:
         """Borrow the target's frozen ends.
 
         Raises:
             ValueError: the drafter was made for another target (its weights or shapes differ).
         """
-        own = self.config.target_fingerprint
+        own = "" if self._any_target else self.config.target_fingerprint
         if own and ends.fingerprint and own != ends.fingerprint:
             raise ValueError(
                 f"this drafter was trained for target {self.config.target_name!r} (fingerprint {own[:12]}), not for {ends.name!r} "

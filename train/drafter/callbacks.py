@@ -133,11 +133,8 @@ class TreeDecodeValidation(pl.Callback):
         length = self.draft_length or module.objective.num_steps
         limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
         module.settle_score_scale()
-        drafter = module.evaluated
-        was_training = drafter.training
-        engine = Engine(self.target, drafter.eval(), limits)
+        engine = Engine(self.target, module.evaluated, limits)
         generations = self._decode(trainer, engine, own)
-        drafter.train(was_training).attach(module.ends)
         log_acceptance(module, generations, length)
 
     def _decode(self, trainer: pl.Trainer, engine: Engine, prompts: list[list[int]]) -> list[Generation]:

@@ -1,0 +1,103 @@
+"""What verification asks for and gives back, whichever way drafts are verified.
+
+Owns the interface that the engine asks, and what passes through it. The ways are :mod:`draftsmith.decode.verify.lossless`,
+:mod:`draftsmith.decode.verify.candidates` and :mod:`draftsmith.decode.verify.lossy_walk`. Knows none of them, no caches and no drafters.
+
+Shape legend: B batch rows, N tree nodes, E path slots (max_depth + 1), U draws of a walk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from draftsmith.models.target.target import TargetOutput
+from draftsmith.models.tree.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where verification went in each row.
+
+    Attributes:
+        path_BE: int64, node index at each depth, the root first; the root's index 0 behind the end.
+        emitted_BE: int64, the token after each node of the path: accepted drafts, then one token of the target.
+        counts_B: int64, how many of ``emitted_BE`` are real: accepted drafts + 1.
+        by_rule_BE: bool, which of ``emitted_BE`` the target would not have chosen; None where verification is lossless.
+    """
+
+    path_BE: Tensor
+    emitted_BE: Tensor
+    counts_B: Tensor
+    by_rule_BE: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the target says of one draft.
+
+    Attributes:
+        tree: the draft.
+        ancestors_BNN: bool, ``tree.ancestors()``.
+        logits_BNV: float32, the target's logits after each node and after the request's processors.
+        choose: gives the target's own next token after each node, int64 [B, N]; draws it only when called.
+        output: the target's states at the nodes, with the layers that the verifier asked for.
+        eos_token_ids: the request's end-of-sequence tokens.
+        is_constrained: whether constraints of the model's maker are among the processors.
+    """
+
+    tree: DraftTree
+    ancestors_BNN: Tensor
+    logits_BNV: Tensor
+    choose: Callable[[], Tensor]
+    output: TargetOutput
+    eos_token_ids: tuple[int, ...] = ()
+    is_constrained: bool = False
+
+
+class Verifier(Protocol):
+    """Decides which drafted tokens stay, and which token follows them."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the target's layers that it reads at the nodes."""
+
+    @property
+    def reads_draft_probs(self) -> bool:
+        """Whether chains must carry the distributions that they were drafted from."""
+
+    @property
+    def num_draft_keys(self) -> int:
+        """Noise keys of a cycle with which the drafter draws its nodes; 0 where drafts are not drawn."""
+
+    @property
+    def num_walk_keys(self) -> int:
+        """Further noise keys of a cycle that :meth:`walk` takes and the drafter does not see."""
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Compare the fingerprint of a tokenizer with the one that the verifier was made for.
+
+        Raises:
+            ValueError: they differ.
+        """
+
+    def check_temperature(self, temperature: float) -> None:
+        """Check that drafts can be verified at a temperature.
+
+        Raises:
+            ValueError: they cannot.
+        """
+
+    def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
+        """Verify one draft.
+
+        Args:
+            reading: the draft and what the target says of it; a draft of the root alone emits the target's choice.
+            keys_BU: int64, noise keys, ``num_walk_keys`` in number; None where that is 0, and for a draft of the root alone.
+
+        Returns:
+            at least one emitted token in every row.
+        """
