@@ -1,17 +1,16 @@
 """``model.generate(..., custom_generate=FOLDER)``: Transformers' arguments in, this package's decoding, Transformers' tensor out.
 
-Owns the way between the two, and what is refused because it cannot be kept. ``draftsmith export --layout custom_generate`` copies this
-module into a drafter's folder as ``custom_generate/generate.py``, with the modules it imports: it must do with torch and transformers,
-and touch no registry of theirs. Knows nothing of that copying.
+Owns the way between the two, and the drafter that a model keeps; :mod:`draftsmith.decode.hf_request` reads the arguments.
+``draftsmith export --layout custom_generate`` copies this module into a drafter's folder as ``custom_generate/generate.py``, with the
+modules it imports: it must do with torch and transformers, and touch no registry of theirs. Knows nothing of that copying.
 
 Shape legend: B rows, T prompt tokens, padding included, L new tokens.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,31 +20,30 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
-    EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     GenerationMixin,
-    GenerationMode,
-    MaxLengthCriteria,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
-from draftsmith.decode.model_settings import constraints_of
-from draftsmith.decode.processors import OF_CONSTRAINTS
+from draftsmith.decode.hf_request import (
+    refuse_arguments,
+    refuse_cache,
+    refuse_config,
+    settings_of,
+    split_criteria,
+    take_stop_strings,
+    until_of,
+    without_stop_strings,
+)
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.served_families import drafter_class
+from draftsmith.models.evaluating import evaluating
 from draftsmith.models.files.checkpoint_files import read_fields
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number, is_whole
 from draftsmith.models.target.target import Target
@@ -69,20 +67,6 @@ _SETTINGS_RULES: dict[str, Rule] = {
 }
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-_REFUSED = (
-    "assistant_model",
-    "inputs_embeds",
-    "logits_processor",
-    "negative_prompt_attention_mask",
-    "negative_prompt_ids",
-    "position_ids",
-    "prefix_allowed_tokens_fn",
-    "synced_gpus",
-)
-# What Transformers prepares for the model's own forward, which is not called with it here.
-_UNUSED = {"cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
-# Fields of a generation config that ask for more than tokens.
-_OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
 _ATTRIBUTE = "_draftsmith_served"
 
 
@@ -118,11 +102,25 @@ def generate(
     """
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     given = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
-    _refuse_arguments(kwargs)
-    _refuse_cache(generation_config or model.generation_config, kwargs)
-    generation_config, kwargs["stopping_criteria"] = _with_stop_strings(model, generation_config, kwargs)
+    refuse_arguments(kwargs)
+    refuse_cache(generation_config or model.generation_config, kwargs)
+    generation_config, kwargs["stopping_criteria"] = take_stop_strings(model, generation_config, kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
     limits = _limits(served.limits, given)
+
+    decode = _decoder(served, limits, streamer)
+    # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
+    prepare: Any = GenerationMixin.generate
+    with without_stop_strings(model):
+        return prepare(
+            model, inputs, generation_config=generation_config, streamer=streamer, custom_generate=decode, **kwargs
+        )
+
+
+def _decoder(
+    served: _Served, limits: DraftLimits, streamer: BaseStreamer | None
+) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
+    """What Transformers calls once it has prepared prompts, masks, lengths and processors."""
 
     def decode(
         model: PreTrainedModel,
@@ -132,16 +130,16 @@ def generate(
         generation_config: GenerationConfig,
         **prepared: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        _refuse_config(generation_config, prepared)
-        own, others = _criteria(stopping_criteria)
-        settings = _settings(generation_config, logits_processor, own, input_ids.shape[1])
+        refuse_config(generation_config, prepared)
+        own, others = split_criteria(stopping_criteria)
+        settings = settings_of(generation_config, logits_processor, own, input_ids.shape[1])
         prompts = _prompts(input_ids, prepared.get("attention_mask"))
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer shows one reply, but {len(prompts)} rows are asked for; leave it out")
         with _frozen(model):
             engine = Engine(served.target, served.drafter, limits)
             feed = None if streamer is None else _feeder(streamer)
-            replies = engine.generate(prompts, settings, feed, until=_until(others, input_ids) if others else None)
+            replies = engine.generate(prompts, settings, feed, until=until_of(others, input_ids) if others else None)
         if streamer is not None:
             streamer.end()
         sequences = _joined(input_ids, replies, generation_config, settings)
@@ -149,12 +147,7 @@ def generate(
             return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))
         return sequences
 
-    # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
-    prepare: Any = GenerationMixin.generate
-    with _without_stop_strings(model):
-        return prepare(
-            model, inputs, generation_config=generation_config, streamer=streamer, custom_generate=decode, **kwargs
-        )
+    return decode
 
 
 def _are_limits(value: Mapping[str, Any]) -> bool:
@@ -215,14 +208,11 @@ def _serve(model: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> _Served
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards the model is as trainable as it was."""
-    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -279,156 +269,6 @@ def _load(folder: Path, target: Target) -> tuple[Drafter, dict[str, Any]]:
             f"({', '.join(different)}); use that target, or train a drafter for this one"
         )
     return drafter, settings["limits"]
-
-
-def _refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    asked = [name for name in _REFUSED if _is_given(arguments.get(name))]
-    # An empty cache counts: whoever gives one wants it filled.
-    asked += ["past_key_values"] if arguments.get("past_key_values") is not None else []
-    if asked:
-        raise ValueError(
-            f"{', '.join(asked)}: not supported with this drafter; leave it out, or decode without custom_generate"
-        )
-
-
-def _refuse_cache(config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse a cache that changes tokens (quantised) or saves memory (offloaded): Transformers would make it, and nothing would use it."""
-    kind = arguments.get("cache_implementation") or getattr(config, "cache_implementation", None) or ""
-    settings = arguments.get("cache_config") or getattr(config, "cache_config", None)
-    if settings is not None or "quantized" in kind or "offloaded" in kind:
-        raise ValueError(
-            f"cache_implementation is {kind!r} and cache_config {settings!r}, but this drafter keeps a cache of its own, whole and on the "
-            "model's device; leave them out, or decode without custom_generate"
-        )
-
-
-def _with_stop_strings(
-    model: PreTrainedModel, config: GenerationConfig | None, arguments: dict[str, Any]
-) -> tuple[GenerationConfig | None, StoppingCriteriaList]:
-    """The config without stop strings, and the criteria with one for them; takes `stop_strings` and `tokenizer` out of the arguments.
-
-    Transformers makes that criterion itself, but drops the tokenizer of a call with a decoding function of its own.
-
-    Raises:
-        ValueError: stop strings without a tokenizer.
-    """
-    tokenizer, strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
-    for asked in (config, model.generation_config):
-        strings = strings or (None if asked is None else asked.stop_strings)
-    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
-    if strings and tokenizer is None:
-        raise ValueError(f"stop_strings are {strings!r}, which need the text of tokens; add tokenizer=")
-    if strings:
-        criteria.append(StopStringCriteria(tokenizer, strings))
-    if config is not None and config.stop_strings:
-        config = copy.deepcopy(config)
-        config.stop_strings = None
-    return config, criteria
-
-
-@contextmanager
-def _without_stop_strings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's own settings have no stop strings: the criterion for them is there already."""
-    own = None if model.generation_config is None else model.generation_config.stop_strings
-    if not own:
-        yield
-        return
-    model.generation_config.stop_strings = None
-    try:
-        yield
-    finally:
-        model.generation_config.stop_strings = own
-
-
-def _refuse_config(config: GenerationConfig, prepared: Mapping[str, Any]) -> None:
-    """Refuse what Transformers prepared, but decoding here would drop."""
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"generation mode {mode.value!r} is not greedy_search or sample, which drafters work with")
-    outputs = [name for name in _OUTPUTS if getattr(config, name, None)]
-    if outputs:
-        raise ValueError(f"{', '.join(outputs)}: only token ids are returned with this drafter; leave it out")
-    unused = [name for name, value in prepared.items() if name not in {*_UNUSED, "attention_mask"} and _is_given(value)]
-    if unused:
-        raise ValueError(f"inputs {', '.join(unused)} are not supported with this drafter, which decodes text alone")
-
-
-def _is_given(value: object) -> bool:
-    return value is not None and value is not False and not (isinstance(value, Sized) and len(value) == 0)
-
-
-def _criteria(criteria: Iterable[StoppingCriteria]) -> tuple[list[StoppingCriteria], list[StoppingCriteria]]:
-    """Those that the engine has itself (the length, the end-of-sequence tokens), and the others, which are asked for every token."""
-    own: list[StoppingCriteria] = []
-    others: list[StoppingCriteria] = []
-    for criterion in criteria:
-        (own if type(criterion) in (MaxLengthCriteria, EosTokenCriteria) else others).append(criterion)
-    return own, others
-
-
-def _until(criteria: list[StoppingCriteria], input_ids: Tensor) -> Callable[[int, list[int]], bool]:
-    """Whether any criterion ends a row with the last token of its reply; each sees [1, T + tokens so far] and no scores.
-
-    No scores (None) is what Transformers hands on where nobody asks for them. A criterion may answer with one truth or a tensor.
-    """
-
-    def ends(row: int, reply: list[int]) -> bool:
-        tokens = torch.tensor([reply], dtype=input_ids.dtype, device=input_ids.device)
-        text = torch.cat([input_ids[row : row + 1], tokens], dim=1)
-        return any(bool(torch.as_tensor(criterion(text, None)).any()) for criterion in criteria)
-
-    return ends
-
-
-def _settings(
-    config: GenerationConfig, processors: Iterable[object], criteria: Iterable[StoppingCriteria], prompt_length: int
-) -> GenerationSettings:
-    """What Transformers prepared, as the engine takes it.
-
-    Raises:
-        ValueError: a processor that the engine does not have.
-    """
-    asked: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
-    for processor in processors:
-        match processor:
-            case RepetitionPenaltyLogitsProcessor():
-                asked["repetition_penalty"] = processor.penalty
-            case TemperatureLogitsWarper():
-                asked["temperature"] = processor.temperature
-            case TopKLogitsWarper():
-                asked["top_k"] = processor.top_k
-            case TopPLogitsWarper():
-                asked["top_p"] = processor.top_p
-            case MinPLogitsWarper():
-                asked["min_p"] = processor.min_p
-            case _ if isinstance(processor, OF_CONSTRAINTS):
-                pass  # made anew for each row's own text
-            case _:
-                raise _not_supported(processor)
-    for criterion in criteria:
-        match criterion:
-            case MaxLengthCriteria():
-                asked["max_new_tokens"] = criterion.max_length - prompt_length
-            case EosTokenCriteria():
-                asked["eos_token_ids"] = tuple(criterion.eos_token_id.tolist())
-    asked["constraints"] = constraints_of(_without_padding(config, prompt_length), "this call")
-    if config.do_sample:
-        asked["seed"] = int(torch.randint(2**62, ()))
-    return GenerationSettings(**asked)
-
-
-def _without_padding(config: GenerationConfig, prompt_length: int) -> GenerationConfig:
-    """The config with its least length, which counts padding, as a least number of new tokens: padding is not read here."""
-    own = copy.deepcopy(config)
-    own.min_new_tokens = max(own.min_new_tokens or 0, (own.min_length or 0) - prompt_length)
-    own.min_length = None
-    return own
-
-
-def _not_supported(part: object) -> ValueError:
-    return ValueError(
-        f"{type(part).__name__} is not supported with this drafter; leave its setting out, or decode without custom_generate"
-    )
 
 
 def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:

@@ -1,0 +1,65 @@
+"""What belongs to each row stays with it when others end."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from transformers.generation import LogitsProcessorList
+
+from draftsmith.decode.early_stop import StopState
+from draftsmith.decode.processors import RequestText
+from draftsmith.decode.rows import Rows, seen_tokens
+from draftsmith.models import EarlyStop
+from draftsmith.models.tree.slot_cache import KeptRows
+
+
+def rows_of(numbers: list[int]) -> Rows:
+    """Rows whose every part tells their number."""
+    number_B = torch.tensor(numbers)
+    stop = StopState(EarlyStop(0.3), 4, number_B.float(), number_B.float())
+    texts = [RequestText([number], LogitsProcessorList()) for number in numbers]
+    return Rows(number_B, number_B, number_B, torch.eye(8, dtype=torch.bool)[number_B], texts, stop)
+
+
+def test_every_part_of_a_row_is_selected_with_it() -> None:
+    """Keeping 1, 2, 4 of five rows moves row 4 into place 0."""
+    kept = rows_of([0, 1, 2, 3, 4]).select(KeptRows.of([1, 2, 4], torch.device("cpu")))
+    expected = rows_of([4, 1, 2])
+    assert kept.texts == expected.texts
+    assert kept.stop is not None
+    assert kept.stop.threshold_B.tolist() == kept.stop.rate_B.tolist() == [4.0, 1.0, 2.0]
+    for name in {field.name for field in fields(Rows)} - {"texts", "stop"}:
+        torch.testing.assert_close(getattr(kept, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Rows) if field.name != "num_emitted_B"])
+def test_a_part_that_is_not_needed_stays_away(name: str) -> None:
+    rows = replace(rows_of([0, 1, 2]), **{name: None})
+    assert getattr(rows.select(KeptRows.of([1], torch.device("cpu"))), name) is None
+
+
+def test_noise_belongs_to_the_output_position() -> None:
+    """The second key of a position is the first of the next; draft and walk share a cycle's keys between them."""
+    rows = Rows(torch.tensor([3, 5]), torch.tensor([11, 12]), torch.tensor([21, 22]))
+    later = replace(rows, num_emitted_B=rows.num_emitted_B + 1)
+    here, next_one = rows.choice_keys(2), later.choice_keys(1)
+    assert here is not None
+    assert next_one is not None
+    assert here[:, 1:].tolist() == next_one.tolist()
+    whole, draft, walk = rows.cycle_keys(0, 5), rows.cycle_keys(0, 3), rows.cycle_keys(3, 2)
+    assert whole is not None
+    assert draft is not None
+    assert walk is not None
+    assert whole.tolist() == torch.cat([draft, walk], dim=1).tolist()
+    assert later.cycle_keys(0, 5) is not None
+    assert rows.cycle_keys(3, 0) is None
+
+
+def test_padding_is_no_token_of_a_text() -> None:
+    seen_BV = seen_tokens(torch.tensor([[3, 4, 0], [5, 6, 7]]), torch.tensor([2, 3]), vocab_size=8)
+    rows = Rows(torch.tensor([0, 0]), seen_BV=seen_BV)
+    rows.emit(torch.tensor([[1, 0], [2, 3]]), torch.tensor([1, 2]))
+    assert [row.nonzero().flatten().tolist() for row in seen_BV] == [[1, 3, 4], [2, 3, 5, 6, 7]]
+    assert rows.num_emitted_B.tolist() == [1, 2]
