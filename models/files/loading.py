@@ -78,22 +78,9 @@ def load_causal_lm(
             may not run.
     """
     folder = resolve_model(path, revision)
-    arguments: dict[str, Any] = {"dtype": dtype}
     config: Any = read_config(folder, trust_remote_code)
     kind = language_model_class(config, folder)
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
-        arguments["attn_implementation"] = "eager"
-    if device_map is not None:
-        arguments["device_map"] = device_map
-    if distributed is not None:
-        arguments |= {"distributed_config": distributed, "config": config}
-        # FSDP's plans keep the last weights whole for the backward pass, which a frozen model has not.
-        plan = getattr(config.get_text_config(), "base_model_fsdp_plan", None)
-        if plan:
-            config.get_text_config().base_model_fsdp_plan = dict.fromkeys(plan, "free_full_weight")
-    if quantization is not None:
-        arguments["quantization_config"] = _quantization(quantization)
+    arguments = _reading_arguments(config, device_map, quantization, distributed)
     if adapter is not None and quantization is not None:
         raise ValueError(
             "an adapter is merged into the weights, which 8bit and 4bit weights do not allow; drop one of the two"
@@ -103,7 +90,7 @@ def load_causal_lm(
     if distributed is not None:
         # Loaders of parts report their own part, or less. Whole and before any part, every process comes to the same verdict.
         check_tensors(kind, folder, trust_remote_code)
-    model = read_model(kind, folder, trust_remote_code, **arguments)
+    model = read_model(kind, folder, trust_remote_code, dtype=dtype, **arguments)
     if adapter is not None:
         from draftsmith.models.files.adapter_files import adapter_folder
         from draftsmith.models.files.merged_adapter import merge_into_target
@@ -112,6 +99,32 @@ def load_causal_lm(
     if device_map is None and quantization is None and distributed is None and not is_deepspeed_zero3_enabled():
         nn.Module.to(model, as_device(device))
     return model, fingerprint
+
+
+def _reading_arguments(
+    config: Any, device_map: str | None, quantization: str | None, distributed: DistributedConfig | None
+) -> dict[str, Any]:
+    """What ``from_pretrained`` needs besides the dtype: attention, placement, quantization.
+
+    Raises:
+        ValueError: an unknown quantization.
+    """
+    text_config = config.get_text_config()
+    arguments: dict[str, Any] = {}
+    if getattr(text_config, "attn_logit_softcapping", None):
+        # Transformers' SDPA path leaves attention soft-caps out (Gemma-2), which would change the target.
+        arguments["attn_implementation"] = "eager"
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    if distributed is not None:
+        arguments |= {"distributed_config": distributed, "config": config}
+        # FSDP's plans keep the last weights whole for the backward pass, which a frozen model has not.
+        plan = getattr(text_config, "base_model_fsdp_plan", None)
+        if plan:
+            text_config.base_model_fsdp_plan = dict.fromkeys(plan, "free_full_weight")
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization(quantization)
+    return arguments
 
 
 def target_fingerprint(path: str, revision: str | None = None, adapter: str | None = None) -> str:
