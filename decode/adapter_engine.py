@@ -160,8 +160,8 @@ class AdapterSwitch(Drafter):
         for name in adapters:
             if name is not None and name not in self._bonds:
                 raise ValueError(f"adapter {name!r} is unknown; there are {', '.join(sorted(self._bonds)) or 'none'}")
-        own = self._plain[0]
-        if None in adapters and self._borrowed and own and own != self.ends.fingerprint:
+        drafter_fingerprint = self._plain[0]
+        if None in adapters and self._borrowed and drafter_fingerprint and drafter_fingerprint != self.ends.fingerprint:
             raise ValueError(
                 f"a request without an adapter needs a drafter of {self.ends.name!r}, this one is of another target; name an adapter"
             )
@@ -231,7 +231,7 @@ class AdapterSwitch(Drafter):
             )
         groups = []
         for name in dict.fromkeys(self._assigned):
-            rows = [row for row, own in enumerate(self._assigned) if own == name]
+            rows = [row for row, assigned in enumerate(self._assigned) if assigned == name]
             rows_G = torch.tensor(rows, device=opening.first_B.device)
             part = replace(opening, prompt=opening.prompt.select_rows(rows_G), first_B=opening.first_B[rows_G])
             self._take(name)
@@ -309,8 +309,8 @@ def _widened(tree: DraftTree, num_nodes: int) -> DraftTree:
 
 def _cat_probs(probs: Sequence[Tensor]) -> Tensor:
     """[G, M, V] each -> [B, M, V]; nodes that a group has not drew nothing."""
-    most = max(one.shape[1] for one in probs)
-    return torch.cat([F.pad(one, (0, 0, 0, most - one.shape[1])) for one in probs])
+    most = max(probs_GMV.shape[1] for probs_GMV in probs)
+    return torch.cat([F.pad(probs_GMV, (0, 0, 0, most - probs_GMV.shape[1])) for probs_GMV in probs])
 
 
 def _of_rows(cycle: Cycle, group: Group) -> Cycle:

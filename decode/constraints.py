@@ -50,4 +50,4 @@ class Constraints:
 
 def _as_lists(value: Any) -> Any:
     """Tuples at any depth as lists, which Transformers checks for."""
-    return [_as_lists(one) for one in value] if isinstance(value, tuple) else value
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

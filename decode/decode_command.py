@@ -157,18 +157,18 @@ def coloured(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Text
 
     Text is decoded incrementally, so that characters of several tokens appear once, with the token that completes them.
     """
-    own = {0}
+    target_places = {0}
     place = 1
     for accepted in generation.accepted:
         place += accepted
-        own.add(place)
+        target_places.add(place)
         place += 1
     text, shown = Text(), ""
     for index in range(len(generation.token_ids)):
         whole = str(tokenizer.decode(generation.token_ids[: index + 1]))
         if whole.endswith("�"):
             continue
-        style = "yellow" if index in generation.by_rule else "bold" if index in own else "green"
+        style = "yellow" if index in generation.by_rule else "bold" if index in target_places else "green"
         text.append(visible(whole[len(shown) :]), style=style)
         shown = whole
     return text

@@ -56,12 +56,12 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with their names.
     """
-    asked = [name for name in _REFUSED if _is_given(arguments.get(name))]
+    given = [name for name in _REFUSED if _is_given(arguments.get(name))]
     # An empty cache counts: whoever gives one wants it filled.
-    asked += ["past_key_values"] if arguments.get("past_key_values") is not None else []
-    if asked:
+    given += ["past_key_values"] if arguments.get("past_key_values") is not None else []
+    if given:
         raise ValueError(
-            f"{', '.join(asked)}: not supported with this drafter; leave it out, or decode without custom_generate"
+            f"{', '.join(given)}: not supported with this drafter; leave it out, or decode without custom_generate"
         )
 
 
@@ -107,15 +107,15 @@ def take_stop_strings(
 @contextmanager
 def without_stop_strings(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's own settings have no stop strings: the criterion for them is there already."""
-    own = None if model.generation_config is None else model.generation_config.stop_strings
-    if not own:
+    stop_strings = None if model.generation_config is None else model.generation_config.stop_strings
+    if not stop_strings:
         yield
         return
     model.generation_config.stop_strings = None
     try:
         yield
     finally:
-        model.generation_config.stop_strings = own
+        model.generation_config.stop_strings = stop_strings
 
 
 def refuse_config(config: GenerationConfig, prepared: Mapping[str, Any]) -> None:
@@ -141,11 +141,11 @@ def _is_given(value: object) -> bool:
 
 def split_criteria(criteria: Iterable[StoppingCriteria]) -> tuple[list[StoppingCriteria], list[StoppingCriteria]]:
     """Those that the engine has itself (the length, the end-of-sequence tokens), and the others, which are asked for every token."""
-    own: list[StoppingCriteria] = []
+    known: list[StoppingCriteria] = []
     others: list[StoppingCriteria] = []
     for criterion in criteria:
-        (own if type(criterion) in (MaxLengthCriteria, EosTokenCriteria) else others).append(criterion)
-    return own, others
+        (known if type(criterion) in (MaxLengthCriteria, EosTokenCriteria) else others).append(criterion)
+    return known, others
 
 
 def until_of(criteria: list[StoppingCriteria], input_ids: Tensor) -> Callable[[int, list[int]], bool]:
@@ -170,19 +170,19 @@ def settings_of(
     Raises:
         ValueError: a processor that the engine does not have.
     """
-    asked: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
+    fields: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
     for processor in processors:
         match processor:
             case RepetitionPenaltyLogitsProcessor():
-                asked["repetition_penalty"] = processor.penalty
+                fields["repetition_penalty"] = processor.penalty
             case TemperatureLogitsWarper():
-                asked["temperature"] = processor.temperature
+                fields["temperature"] = processor.temperature
             case TopKLogitsWarper():
-                asked["top_k"] = processor.top_k
+                fields["top_k"] = processor.top_k
             case TopPLogitsWarper():
-                asked["top_p"] = processor.top_p
+                fields["top_p"] = processor.top_p
             case MinPLogitsWarper():
-                asked["min_p"] = processor.min_p
+                fields["min_p"] = processor.min_p
             case _ if isinstance(processor, OF_CONSTRAINTS):
                 pass  # made anew for each row's own text
             case _:
@@ -190,21 +190,21 @@ def settings_of(
     for criterion in criteria:
         match criterion:
             case MaxLengthCriteria():
-                asked["max_new_tokens"] = criterion.max_length - prompt_length
+                fields["max_new_tokens"] = criterion.max_length - prompt_length
             case EosTokenCriteria():
-                asked["eos_token_ids"] = tuple(criterion.eos_token_id.tolist())
-    asked["constraints"] = constraints_of(_without_padding(config, prompt_length), "this call")
+                fields["eos_token_ids"] = tuple(criterion.eos_token_id.tolist())
+    fields["constraints"] = constraints_of(_without_padding(config, prompt_length), "this call")
     if config.do_sample:
-        asked["seed"] = int(torch.randint(2**62, ()))
-    return GenerationSettings(**asked)
+        fields["seed"] = int(torch.randint(2**62, ()))
+    return GenerationSettings(**fields)
 
 
 def _without_padding(config: GenerationConfig, prompt_length: int) -> GenerationConfig:
     """The config with its least length, which counts padding, as a least number of new tokens: padding is not read here."""
-    own = copy.deepcopy(config)
-    own.min_new_tokens = max(own.min_new_tokens or 0, (own.min_length or 0) - prompt_length)
-    own.min_length = None
-    return own
+    padless = copy.deepcopy(config)
+    padless.min_new_tokens = max(padless.min_new_tokens or 0, (padless.min_length or 0) - prompt_length)
+    padless.min_length = None
+    return padless
 
 
 def _not_supported(part: object) -> ValueError:

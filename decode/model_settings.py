@@ -64,10 +64,10 @@ def honouring(
     if config is None:
         return settings
     refuse(config, source, handled=("stop_strings",) if tells_text else ())
-    asked = constraints_of(config, source)
+    constraints = constraints_of(config, source)
     stops = () if config.stop_strings is None else _strings(config.stop_strings)
     together = tuple(dict.fromkeys((*settings.stop_strings, *stops)))
-    return replace(settings, constraints=asked, stop_strings=together)
+    return replace(settings, constraints=constraints, stop_strings=together)
 
 
 def for_target(settings: GenerationSettings, target: Target, tells_text: bool = False) -> GenerationSettings:
@@ -123,13 +123,13 @@ def constraints_of(config: GenerationConfig, source: str) -> Constraints | None:
                 f"the generation config of {source} sets {name} to {value!r}, which is no value for it ({error}); correct it there, or "
                 "ignore that file with --generation_config none"
             ) from error
-    found = Constraints(**fields)
-    return found if found.asked() else None
+    constraints = Constraints(**fields)
+    return constraints if constraints.asked() else None
 
 
-def _try_out(asked: Constraints) -> None:
+def _try_out(constraints: Constraints) -> None:
     """Lets the processors look at their values."""
-    settings = GenerationSettings(temperature=1.0, eos_token_ids=(0,), constraints=asked)
+    settings = GenerationSettings(temperature=1.0, eos_token_ids=(0,), constraints=constraints)
     processors_of(settings, [0], 1, vocab_size=1, device=torch.device("cpu"))
 
 

@@ -134,79 +134,86 @@ def processors_of(
     Raises:
         ValueError: Transformers' own, for a value that a processor does not take.
     """
-    asked = settings.constraints or Constraints()
-    shaping = [*_of_text(settings, asked, prompt, device), *_of_length(settings, asked, prompt, budget, device)]
-    if asked.suppress_tokens:
-        shaping.append(SuppressTokensLogitsProcessor(asked.suppress_tokens, device=str(device)))
-    if asked.begin_suppress_tokens:
-        begin = len(prompt) + (len(prompt) == 1 and asked.forced_bos_token_id is not None)
-        shaping.append(SuppressTokensAtBeginLogitsProcessor(asked.begin_suppress_tokens, begin, device=str(device)))
+    constraints = settings.constraints or Constraints()
+    shaping = [
+        *_of_text(settings, constraints, prompt, device),
+        *_of_length(settings, constraints, prompt, budget, device),
+    ]
+    if constraints.suppress_tokens:
+        shaping.append(SuppressTokensLogitsProcessor(constraints.suppress_tokens, device=str(device)))
+    if constraints.begin_suppress_tokens:
+        begin = len(prompt) + (len(prompt) == 1 and constraints.forced_bos_token_id is not None)
+        shaping.append(
+            SuppressTokensAtBeginLogitsProcessor(constraints.begin_suppress_tokens, begin, device=str(device))
+        )
     if settings.temperature > 0.0:
-        shaping += _of_sampling(settings, asked, device)
-    if asked.watermarking_config:
-        watermark = WatermarkingConfig(**dict(asked.watermarking_config))
+        shaping += _of_sampling(settings, constraints, device)
+    if constraints.watermarking_config:
+        watermark = WatermarkingConfig(**dict(constraints.watermarking_config))
         shaping.append(watermark.construct_processor(vocab_size, device))
     return LogitsProcessorList(shaping)
 
 
 def _of_text(
-    settings: GenerationSettings, asked: Constraints, prompt: Sequence[int], device: torch.device
+    settings: GenerationSettings, constraints: Constraints, prompt: Sequence[int], device: torch.device
 ) -> list[LogitsProcessor]:
     """Those that look at which tokens a text holds."""
     prompt_1T = cast(torch.LongTensor, torch.tensor([list(prompt)], device=device))
-    found: list[LogitsProcessor] = []
-    if asked.sequence_bias:
-        found.append(SequenceBiasLogitsProcessor([[list(ids), bias] for ids, bias in asked.sequence_bias]))
-    if asked.encoder_repetition_penalty != 1.0:
-        found.append(EncoderRepetitionPenaltyLogitsProcessor(asked.encoder_repetition_penalty, prompt_1T))
+    processors: list[LogitsProcessor] = []
+    if constraints.sequence_bias:
+        processors.append(SequenceBiasLogitsProcessor([[list(ids), bias] for ids, bias in constraints.sequence_bias]))
+    if constraints.encoder_repetition_penalty != 1.0:
+        processors.append(EncoderRepetitionPenaltyLogitsProcessor(constraints.encoder_repetition_penalty, prompt_1T))
     if settings.repetition_penalty != 1.0:
-        found.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if asked.no_repeat_ngram_size:
-        found.append(NoRepeatNGramLogitsProcessor(asked.no_repeat_ngram_size))
-    if asked.encoder_no_repeat_ngram_size:
-        found.append(EncoderNoRepeatNGramLogitsProcessor(asked.encoder_no_repeat_ngram_size, prompt_1T))
-    if asked.bad_words_ids:
-        words = [list(ids) for ids in asked.bad_words_ids]
-        found.append(NoBadWordsLogitsProcessor(words, list(settings.eos_token_ids) or None))
-    return found
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if constraints.no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(constraints.no_repeat_ngram_size))
+    if constraints.encoder_no_repeat_ngram_size:
+        processors.append(EncoderNoRepeatNGramLogitsProcessor(constraints.encoder_no_repeat_ngram_size, prompt_1T))
+    if constraints.bad_words_ids:
+        words = [list(ids) for ids in constraints.bad_words_ids]
+        processors.append(NoBadWordsLogitsProcessor(words, list(settings.eos_token_ids) or None))
+    return processors
 
 
 def _of_length(
-    settings: GenerationSettings, asked: Constraints, prompt: Sequence[int], budget: int, device: torch.device
+    settings: GenerationSettings, constraints: Constraints, prompt: Sequence[int], budget: int, device: torch.device
 ) -> list[LogitsProcessor]:
     """Those that look at a text's length; without end tokens there is no end to hold back or to hasten."""
     ends, length, where = list(settings.eos_token_ids), len(prompt), str(device)
-    found: list[LogitsProcessor] = []
-    if ends and asked.min_length:
-        found.append(MinLengthLogitsProcessor(asked.min_length, ends, device=where))
-    if ends and asked.min_new_tokens:
-        found.append(MinNewTokensLengthLogitsProcessor(length, asked.min_new_tokens, ends, device=where))
-    if asked.forced_bos_token_id is not None:
-        found.append(ForcedBOSTokenLogitsProcessor(asked.forced_bos_token_id))
-    if asked.forced_eos_token_id:
-        found.append(ForcedEOSTokenLogitsProcessor(length + budget, list(asked.forced_eos_token_id), device=where))
-    if asked.remove_invalid_values:
-        found.append(InfNanRemoveLogitsProcessor())
-    if ends and asked.exponential_decay_length_penalty is not None:
-        found.append(ExponentialDecayLengthPenalty(asked.exponential_decay_length_penalty, ends, length))
-    return found
+    processors: list[LogitsProcessor] = []
+    if ends and constraints.min_length:
+        processors.append(MinLengthLogitsProcessor(constraints.min_length, ends, device=where))
+    if ends and constraints.min_new_tokens:
+        processors.append(MinNewTokensLengthLogitsProcessor(length, constraints.min_new_tokens, ends, device=where))
+    if constraints.forced_bos_token_id is not None:
+        processors.append(ForcedBOSTokenLogitsProcessor(constraints.forced_bos_token_id))
+    if constraints.forced_eos_token_id:
+        processors.append(
+            ForcedEOSTokenLogitsProcessor(length + budget, list(constraints.forced_eos_token_id), device=where)
+        )
+    if constraints.remove_invalid_values:
+        processors.append(InfNanRemoveLogitsProcessor())
+    if ends and constraints.exponential_decay_length_penalty is not None:
+        processors.append(ExponentialDecayLengthPenalty(constraints.exponential_decay_length_penalty, ends, length))
+    return processors
 
 
-def _of_sampling(settings: GenerationSettings, asked: Constraints, device: torch.device) -> list[LogitsProcessor]:
+def _of_sampling(settings: GenerationSettings, constraints: Constraints, device: torch.device) -> list[LogitsProcessor]:
     """Those that matter only where a token is drawn."""
-    found: list[LogitsProcessor] = [TemperatureLogitsWarper(settings.temperature)]
-    if asked.top_h is not None:
-        found.append(TopHLogitsWarper(asked.top_h))
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(settings.temperature)]
+    if constraints.top_h is not None:
+        processors.append(TopHLogitsWarper(constraints.top_h))
     if settings.top_k:
-        found.append(TopKLogitsWarper(settings.top_k))
+        processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1.0:
-        found.append(TopPLogitsWarper(settings.top_p))
+        processors.append(TopPLogitsWarper(settings.top_p))
     if settings.min_p:
-        found.append(MinPLogitsWarper(settings.min_p))
-    if asked.typical_p < 1.0:
-        found.append(TypicalLogitsWarper(asked.typical_p))
-    if asked.epsilon_cutoff:
-        found.append(EpsilonLogitsWarper(asked.epsilon_cutoff))
-    if asked.eta_cutoff:
-        found.append(EtaLogitsWarper(asked.eta_cutoff, device=str(device)))
-    return found
+        processors.append(MinPLogitsWarper(settings.min_p))
+    if constraints.typical_p < 1.0:
+        processors.append(TypicalLogitsWarper(constraints.typical_p))
+    if constraints.epsilon_cutoff:
+        processors.append(EpsilonLogitsWarper(constraints.epsilon_cutoff))
+    if constraints.eta_cutoff:
+        processors.append(EtaLogitsWarper(constraints.eta_cutoff, device=str(device)))
+    return processors

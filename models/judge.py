@@ -151,10 +151,10 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: the judge was made for another target (its weights or hidden size differ).
         """
-        own = self.config.target_fingerprint
-        if own and ends.fingerprint and own != ends.fingerprint:
+        trained_for = self.config.target_fingerprint
+        if trained_for and ends.fingerprint and trained_for != ends.fingerprint:
             raise ValueError(
-                f"this judge was trained for target {self.config.target_name!r} (fingerprint {own[:12]}), not for {ends.name!r} "
+                f"this judge was trained for target {self.config.target_name!r} (fingerprint {trained_for[:12]}), not for {ends.name!r} "
                 f"({ends.fingerprint[:12]}); use that target, or train a judge for this one"
             )
         if self.config.hidden_size != ends.hidden_size:
@@ -171,11 +171,11 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: both fingerprints are known and differ.
         """
-        own = self.config.tokenizer_fingerprint
-        if own and fingerprint and own != fingerprint:
+        trained_with = self.config.tokenizer_fingerprint
+        if trained_with and fingerprint and trained_with != fingerprint:
             raise ValueError(
-                f"this judge was trained with another tokenizer ({own[:12]}) than this one ({fingerprint[:12]}); use the tokenizer of "
-                "the judge's target"
+                f"this judge was trained with another tokenizer ({trained_with[:12]}) than this one "
+                f"({fingerprint[:12]}); use the tokenizer of the judge's target"
             )
 
     def check_draft(self, name: str, fingerprint: str) -> None:
@@ -184,10 +184,10 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: both fingerprints are known and differ.
         """
-        own = self.config.draft_fingerprint
-        if self.reads_draft and own and fingerprint and own != fingerprint:
+        trained_with = self.config.draft_fingerprint
+        if self.reads_draft and trained_with and fingerprint and trained_with != fingerprint:
             raise ValueError(
-                f"this judge reads the states of draft model {self.config.draft_name!r} (fingerprint {own[:12]}), not of {name!r} "
+                f"this judge reads the states of draft model {self.config.draft_name!r} (fingerprint {trained_with[:12]}), not of {name!r} "
                 f"({fingerprint[:12]}); use that draft model, or train a judge that reads the target alone"
             )
 
@@ -204,9 +204,9 @@ class Judge(PreTrainedModel):
         """
         _check_states("states", states_D, self.config.hidden_size)
         if self.reads_draft != (draft_states is not None):
-            told = "it reads the draft model's states too" if self.reads_draft else "it reads the target's states only"
+            reads = "it reads the draft model's states too" if self.reads_draft else "it reads the target's states only"
             raise ValueError(
-                f"draft_states are {'missing' if self.reads_draft else 'given'}; {told} (draft_hidden_size "
+                f"draft_states are {'missing' if self.reads_draft else 'given'}; {reads} (draft_hidden_size "
                 f"{self.config.draft_hidden_size}); call it so"
             )
         if self.config.feature == POST_NORM:

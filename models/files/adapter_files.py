@@ -48,8 +48,8 @@ def reaches(folder: Path, modules: Iterable[str]) -> bool:
 
     Example: an adapter of ``q_proj`` alone does not reach ``("model.embed_tokens", "model.norm", "lm_head")``.
     """
-    own = tuple(f"{PREFIX}{name}." for name in modules)
-    return any(not key.startswith(PREFIX) or key.startswith(own) for key in _tensor_names(folder))
+    own_prefixes = tuple(f"{PREFIX}{name}." for name in modules)
+    return any(not key.startswith(PREFIX) or key.startswith(own_prefixes) for key in _tensor_names(folder))
 
 
 def adapter_fingerprint(folder: Path) -> str:

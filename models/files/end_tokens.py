@@ -36,10 +36,10 @@ def end_tokens(
         ("the model's text config", text_config),
         ("the tokenizer", tokenizer),
     ):
-        found = _ids(getattr(source, "eos_token_id", None), place)
-        known = tuple(token for token in found if token >= 0 and (vocab_size is None or token < vocab_size))
-        if len(known) < len(found):
-            strange = sorted(set(found) - set(known))
+        ids = _ids(getattr(source, "eos_token_id", None), place)
+        known = tuple(token for token in ids if token >= 0 and (vocab_size is None or token < vocab_size))
+        if len(known) < len(ids):
+            strange = sorted(set(ids) - set(known))
             warnings.warn(
                 f"{place} names the end tokens {strange}, which are outside the vocabulary of {vocab_size} tokens and end no reply; "
                 "correct eos_token_id there",
@@ -69,9 +69,9 @@ def read_end_tokens(
     """
     folder = resolve_model(target, revision)
     config = read_config(folder, trust_remote_code)
-    found = end_tokens(read_generation_config(folder), config)
-    if found:
-        return found
+    ids = end_tokens(read_generation_config(folder), config)
+    if ids:
+        return ids
     if tokenizer is None and holds_tokenizer(folder):
         tokenizer = load_tokenizer(target, revision, trust_remote_code)
     return end_tokens(config=config, tokenizer=tokenizer)

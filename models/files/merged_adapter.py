@@ -22,7 +22,7 @@ def merge_into_target(model: Any, folder: Path) -> Any:
     Raises:
         ValueError: the adapter is of another model, broken, or of a kind that cannot be merged.
     """
-    found = read_weights(folder)
+    weights = read_weights(folder)
     _refuse_imports(folder)
     _part_ends(model, folder)
     try:
@@ -37,8 +37,8 @@ def merge_into_target(model: Any, folder: Path) -> Any:
     # PEFT only warns of these, and the target would be the model without its adapter.
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     faults = {
-        "missing": sorted(wanted - found.keys()),
-        "unexpected": sorted(found.keys() - wanted - adapted.state_dict().keys()),
+        "missing": sorted(wanted - weights.keys()),
+        "unexpected": sorted(weights.keys() - wanted - adapted.state_dict().keys()),
     }
     if any(faults.values()):
         raise ValueError(

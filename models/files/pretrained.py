@@ -254,9 +254,9 @@ def _naming_the_folder(folder: Path) -> Iterator[None]:
                 f"{folder} needs Python files of its own (auto_map in its JSON files), which never run unasked; read them, and allow "
                 "them with --trust_remote_code true"
             ) from error
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         if isinstance(error, ImportError):
-            raise ValueError(f"{folder} needs a package that is not installed: {said:.400}") from error
+            raise ValueError(f"{folder} needs a package that is not installed: {reason:.400}") from error
         raise ValueError(
-            f"{folder} cannot be read ({type(error).__name__}: {said:.400}); give a complete checkpoint with its own config.json"
+            f"{folder} cannot be read ({type(error).__name__}: {reason:.400}); give a complete checkpoint with its own config.json"
         ) from error

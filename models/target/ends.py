@@ -160,8 +160,8 @@ class TargetEnds(nn.Module):
 
 def _check_scales(config: PreTrainedConfig, name: str) -> None:
     """Raise ValueError where a field by which logits are scaled is no number."""
-    found = {field: getattr(config, field, None) for field in _SCALES}
-    given = {field: value for field, value in found.items() if value}
+    scales = {field: getattr(config, field, None) for field in _SCALES}
+    given = {field: value for field, value in scales.items() if value}
     check_fields(given, dict.fromkeys(_SCALES, POSITIVE), f"the config of {name}", "correct its config.json")
 
 

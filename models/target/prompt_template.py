@@ -157,8 +157,8 @@ class PromptTemplate:
 
     def ids_and_offsets(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
         """A rendered text's ids, and the characters that each stands for: its first, and the one behind its last."""
-        found = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-        return list(found["input_ids"]), list(found["offset_mapping"])
+        encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
     def ids_from(self, rendered: str, place: int) -> list[int]:
         """Ids of a rendered text from a character on, as in the whole text; encoded apart where a token reaches over that place."""

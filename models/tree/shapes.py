@@ -59,25 +59,25 @@ def parse_shape(text: str) -> DraftLimits:
     Raises:
         ValueError: anything else, a file that holds no tree, or limits that exclude each other.
     """
-    found = _SHAPE.fullmatch(text.strip())
-    if found is None:
+    parts = _SHAPE.fullmatch(text.strip())
+    if parts is None:
         raise ValueError(f"shape {text!r} cannot be read: {_EXPLAINED}")
     chosen: dict[str, Any] = {}
-    if found["width"]:
-        chosen = {"beam_width": int(found["width"]), "draft_length": int(found["length"])}
-        chosen["node_budget"] = int(found["nodes"]) if found["nodes"] else None
-    elif found["file"]:
-        chosen = {"paths": read_paths(Path(found["file"]))}
-    elif found["leaves"]:
-        chosen = {"paths": _with_prefixes(_leaves(found["leaves"]))}
-    elif found["kind"] == "t":
-        chosen = {"paths": full_tree(_numbers(found["children"]))}
+    if parts["width"]:
+        chosen = {"beam_width": int(parts["width"]), "draft_length": int(parts["length"])}
+        chosen["node_budget"] = int(parts["nodes"]) if parts["nodes"] else None
+    elif parts["file"]:
+        chosen = {"paths": read_paths(Path(parts["file"]))}
+    elif parts["leaves"]:
+        chosen = {"paths": _with_prefixes(_leaves(parts["leaves"]))}
+    elif parts["kind"] == "t":
+        chosen = {"paths": full_tree(_numbers(parts["children"]))}
     else:
-        chosen = {"sampled": SampledChildren(_numbers(found["children"]), _RULES[found["kind"]])}
-    if found["floor"]:
-        chosen["min_probability"] = float(found["floor"])
-    if found["threshold"]:
-        chosen["early_stop"] = _early_stop(found["threshold"], found["controls"])
+        chosen = {"sampled": SampledChildren(_numbers(parts["children"]), _RULES[parts["kind"]])}
+    if parts["floor"]:
+        chosen["min_probability"] = float(parts["floor"])
+    if parts["threshold"]:
+        chosen["early_stop"] = _early_stop(parts["threshold"], parts["controls"])
     return DraftLimits(**chosen)
 
 

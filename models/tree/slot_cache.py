@@ -110,8 +110,8 @@ class SlotCache(Cache):
     def replace(self, rows: list[int], fresh: SlotCache) -> None:
         """Put another cache's rows, all of its slots, in the place of these rows' first slots."""
         for index in range(len(self)):
-            for own, new in zip(self.layer(index), fresh.layer(index), strict=True):
-                own[rows, :, : fresh.capacity] = new
+            for buffer, new in zip(self.layer(index), fresh.layer(index), strict=True):
+                buffer[rows, :, : fresh.capacity] = new
 
     def shrink(self, kept: KeptRows) -> None:
         """Keep some rows; only those that fill holes are copied."""

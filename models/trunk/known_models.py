@@ -79,7 +79,7 @@ def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
 
 def _child(base: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     for name in names:
-        found = getattr(base, name, None)
-        if isinstance(found, nn.Module):
-            return found
+        module = getattr(base, name, None)
+        if isinstance(module, nn.Module):
+            return module
     raise ValueError(f"{type(base).__name__} is not supported: its {what} is not at any of {', '.join(names)}")

@@ -154,8 +154,8 @@ def _prove_lengths(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Mas
 def _first(got: list[Tensor], expected: list[Tensor]) -> int:
     """The first place of any row that differs."""
     apart = [
-        (one - own).abs().amax(-1) > 1e-3 * own.abs().max().clamp(min=1.0)
-        for one, own in zip(got, expected, strict=True)
+        (states - own).abs().amax(-1) > 1e-3 * own.abs().max().clamp(min=1.0)
+        for states, own in zip(got, expected, strict=True)
     ]
     return min(int(places.nonzero()[0]) for places in apart if places.any())
 

@@ -45,9 +45,9 @@ class LengthRopes:
     @classmethod
     def of(cls, base: PreTrainedModel) -> LengthRopes:
         """Those of a decoder."""
-        found = [module for module in base.modules() if {LONG, DYNAMIC} & set(_rope_types(module).values())]
-        rereads = bool(found) and base.config.get_text_config().model_type in _REREADING
-        return cls(found, _boundary(found[0], None) if rereads else None)
+        modules = [module for module in base.modules() if {LONG, DYNAMIC} & set(_rope_types(module).values())]
+        rereads = bool(modules) and base.config.get_text_config().model_type in _REREADING
+        return cls(modules, _boundary(modules[0], None) if rereads else None)
 
     def __bool__(self) -> bool:
         return bool(self._modules)
@@ -109,11 +109,11 @@ def _factors(
     """What the module gives in a forward that reaches the last position of a text of this length; positions behind count as that one."""
     positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     last = positions.new_full((positions.shape[0], 1), length - 1)
-    asked = torch.cat([positions.clamp(max=length - 1) if clamped else positions, last], dim=1)
+    positions_with_last = torch.cat([positions.clamp(max=length - 1) if clamped else positions, last], dim=1)
     if "position_ids" in kwargs:
-        factors = module.forward(*args, **{**kwargs, "position_ids": asked})
+        factors = module.forward(*args, **{**kwargs, "position_ids": positions_with_last})
     else:
-        factors = module.forward(args[0], asked, *args[2:], **kwargs)
+        factors = module.forward(args[0], positions_with_last, *args[2:], **kwargs)
     return factors[:, :-1] if isinstance(factors, Tensor) else tuple(part[:, :-1] for part in factors)
 
 

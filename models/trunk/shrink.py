@@ -64,8 +64,8 @@ def _marked(value: Any, marks: dict[int, str], name: str = "") -> Any:
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     # The last pattern that fits: some are special cases of those before.
-    found = [mark for mark, names in marks.items() if re.fullmatch(names, name)]
-    return min(value, found[-1]) if found else value
+    sizes = [mark for mark, names in marks.items() if re.fullmatch(names, name)]
+    return min(value, sizes[-1]) if sizes else value
 
 
 def _with_layers(values: dict[str, Any]) -> dict[str, Any]:
