@@ -45,11 +45,16 @@ quickstart: $(DONE)/card
 	@printf '\nOne reply to such a prompt. Green tokens were drafted, white ones are the target'"'"'s:\n\n'
 	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --shape $(SHAPE) --prompt \
 	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
-	@printf '\nThe whole report: $(RUN)/report.md. Try next:\n'
-	@printf '  %s\n' \
-	  '$(BIN)/draftsmith decode --drafter $(RUN)/drafter --shape $(SHAPE) --prompt "Tom has 3 bags of 4 apples. How many apples does he have?"' \
-	  '$(BIN)/draftsmith tune --target $(TARGET) --drafter $(RUN)/drafter --prompts $(RUN)/test.jsonl --out runs/tune' \
-	  '$(BIN)/draftsmith doctor --drafter $(RUN)/train --prompts $(RUN)/test.jsonl'
+	@printf '%s\n' "$$NEXT_STEPS"
+
+define NEXT_STEPS
+
+The whole report: $(RUN)/report.md. Try next:
+  $(BIN)/draftsmith decode --drafter $(RUN)/drafter --shape $(SHAPE) --prompt "Tom has 3 bags of 4 apples. How many apples does he have?"
+  $(BIN)/draftsmith tune --target $(TARGET) --drafter $(RUN)/drafter --prompts $(RUN)/test.jsonl --out runs/tune
+  $(BIN)/draftsmith doctor --drafter $(RUN)/drafter --prompts $(RUN)/test.jsonl
+endef
+export NEXT_STEPS
 
 $(DONE)/prompts: | install
 	@echo "1/6 prompts: write $(TRAIN_PROMPTS) word problems to learn from and $(TEST_PROMPTS) others to test on"

@@ -26,6 +26,7 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 
 from draftsmith.data.replies.reply_sources import Unanswered
+from draftsmith.extras import install_command
 
 MAX_ANSWER_BYTES = 256 << 20  # a reply of a million tokens takes about 16 MiB
 
@@ -235,8 +236,8 @@ def _proxy_for(parts: SplitResult) -> httpx.URL | None:
 
 def _bad_proxy() -> ValueError:
     return ValueError(
-        "the environment names a proxy that cannot be used; a proxy looks like http://host:3128 (socks5:// needs pip install "
-        "'httpx[socks]'); correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or add the server's host to NO_PROXY"
+        "the environment names a proxy that cannot be used; a proxy looks like http://host:3128 (for socks5:// run: "
+        f"{install_command('httpx[socks]')}); correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or add the server's host to NO_PROXY"
     )
 
 

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from draftsmith.models.files.hub_download import DownloadBar, announce_download
+
+_NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]
+
 
 def resolve(path: str, revision: str | None = None) -> Path:
     """The local directory of a model: the path itself, one of the embedded models (``embedded:target``), or a hub id's snapshot.
@@ -39,9 +43,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
             f"model path {path!r} does not exist; give a Hugging Face model directory or a hub id such as org/name"
         )
     try:
-        return Path(
-            snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
-        )
+        announce_download(path, revision)
+        return Path(snapshot_download(path, revision=revision, ignore_patterns=_NOT_NEEDED, tqdm_class=DownloadBar))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path!r} is neither a local directory nor a hub id that can be had: {error}") from error
 

@@ -84,7 +84,9 @@ def _environment() -> Iterator[None]:
 def _log_lines() -> Iterator[None]:
     """A handler at the root, in whose presence Lightning adds none of its own."""
     root, handler = logging.getLogger(), _Messages()
-    strict = [logging.getLogger(name) for name in _ERRORS_ONLY]
+    strict, ours = [logging.getLogger(name) for name in _ERRORS_ONLY], logging.getLogger("draftsmith")
+    level = ours.level
+    ours.setLevel(logging.INFO)
     root.addHandler(handler)
     for logger in strict:
         logger.addFilter(_is_error)
@@ -92,6 +94,7 @@ def _log_lines() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
+        ours.setLevel(level)
         for logger in strict:
             logger.removeFilter(_is_error)
 
