@@ -27,7 +27,7 @@ from families import REPLY_TOKENS, Bench, embedded_prompts, own_replies, write_r
 from recipes import QUIET, RECIPES, Recipe
 
 from draftsmith import provenance
-from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.shards.packing import packed_batches
 from draftsmith.decode import Engine, GenerationSettings
@@ -191,7 +191,7 @@ def page(options: argparse.Namespace, work: Path) -> Iterator[str]:
     replies, prompts = make_rows(options.target, name, scale, options.data, work)
     caches = {dtype: work / dtype for dtype in DTYPES}
     for dtype, cache in caches.items():
-        extract(name, replies, cache, dtype=dtype)  # type: ignore[arg-type]
+        extract(name, replies, cache, storage=StorageOptions(dtype=dtype))  # type: ignore[arg-type]
     yield f"# A cache of eight bits, {date.today().isoformat()}"
     yield f"`{provenance.command_line()}`"
     yield (

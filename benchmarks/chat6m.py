@@ -23,8 +23,10 @@ from recipes import Recipe, Trained
 from recipes import train as train_recipe
 
 from draftsmith import provenance
-from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.prompts import PromptSelection
 from draftsmith.evaluate.evaluate_command import evaluate
+from draftsmith.evaluate.measure import Plan
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.files.end_tokens import end_tokens
@@ -55,7 +57,7 @@ def make_cache(options: argparse.Namespace, rows: Path, out: Path, horizon: int 
     note = out.parent / f"{out.name}-seconds.json"
     if not note.is_file():
         started = time.perf_counter()
-        extract(str(options.target), rows, out, local_horizon=horizon)
+        extract(str(options.target), rows, out, storage=StorageOptions(local_horizon=horizon))
         atomic_write(note, json.dumps(time.perf_counter() - started))
     return float(json.loads(note.read_text()))
 
@@ -102,10 +104,10 @@ def run_evaluation(
             out,
             drafters,
             shapes,
-            limit=options.prompts,
-            transformers_prompts=options.prompts if lookup else 0,
-            prompt_lookup=lookup,
-            repeats=options.repeats,
+            selection=PromptSelection(limit=options.prompts),
+            plan=Plan(
+                transformers_prompts=options.prompts if lookup else 0, prompt_lookup=lookup, repeats=options.repeats
+            ),
         )
     rows: list[dict] = json.loads((out / "report.json").read_text())["rows"]
     return rows

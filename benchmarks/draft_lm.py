@@ -26,8 +26,10 @@ import torch
 from recipes import QUIET
 
 from draftsmith import provenance
+from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.embedded.problems import Problem, distinct_problems
 from draftsmith.embedded.sums import check, write_prompts
 from draftsmith.evaluate.acceptance import ratio_interval
@@ -212,7 +214,13 @@ def main() -> int:
     load, begun = os.getloadavg()[0], time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     write_prompts(work / "prompts.jsonl", "train", scale.prompts)
-    respond(TARGET, work / "prompts.jsonl", work / "replies", max_new_tokens=MAX_NEW_TOKENS, batch_rows=64)
+    respond(
+        TARGET,
+        work / "prompts.jsonl",
+        work / "replies",
+        reply=ReplyOptions(max_new_tokens=MAX_NEW_TOKENS),
+        batches=BatchOptions(batch_rows=64),
+    )
     examination = Examination(distinct_problems("test", scale.problems, seed=3))
     rows: list[dict[str, Any]] = []
     for run in (None, *RUNS):

@@ -27,13 +27,17 @@ import torch
 from recipes import RECIPES, Trained, train
 
 from draftsmith import provenance
-from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.shards.packing import pack
 from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.evaluate_command import evaluate
+from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.tune import tune
+from draftsmith.evaluate.tune.tune_command import TimingOptions
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.eagle3 import default_layers
@@ -165,7 +169,7 @@ def cached(bench: Bench, replies: Path, out: Path) -> Path:
     done = out.with_suffix(".done")
     if not done.is_file():
         layers = (PRE_NORM, *default_layers(Target.load(bench.target).config.num_hidden_layers))
-        extract(bench.target, replies, out, layers=layers)
+        extract(bench.target, replies, out, storage=StorageOptions(layers=layers))
         done.touch()
     return out
 
@@ -197,8 +201,8 @@ def static_tree(bench: Bench, drafter: Path, replies: Path, work: Path) -> Path:
             [1, 4, 8],
             [4, 5, 6],
             [8, 12, 16, STATIC_NODES],
-            limit=24,
-            rounds=5,
+            selection=PromptSelection(limit=24),
+            timing=TimingOptions(rounds=5),
         )
     return found
 
@@ -220,28 +224,33 @@ def run_target(bench: Bench, options: argparse.Namespace) -> tuple[list[str], Ta
         for name, shapes in SHAPES.items()
     ]
     lm = [] if bench.draft_lm is None else [f"draft_lm={bench.draft_lm}@1x4"]
-    common: dict[str, Any] = {"max_new_tokens": REPLY_TOKENS, "limit": bench.prompts, "ledger_prompts": 4}
+    common: dict[str, Any] = {"selection": PromptSelection(limit=bench.prompts)}
     rows = {
-        "seconds": measured(bench, tests, work / "report", [*drafters, *lm], transformers_prompts=20, **common),
+        "seconds": measured(bench, tests, work / "report", [*drafters, *lm], 20, **common),
         "steps": measured(
             bench, tests, work / "report-steps",
-            [f"{name}={work / 'steps' / name / 'drafter'}@{SMALL}" for name in SHAPES], transformers_prompts=0, **common,
+            [f"{name}={work / 'steps' / name / 'drafter'}@{SMALL}" for name in SHAPES], 0, **common,
         ),
     }  # fmt: skip
     warm = [f"{name}={work / 'seconds' / name / 'drafter'}@{SMALL}" for name in SHAPES if name != "hass"]
     warm += [f"hass={work / 'seconds' / 'hass' / 'drafter'}@{SMALL},1x4,t3.2.1.1,s1.1.1.1,s3.2.1.1,k3.2.1.1"]
     if bench.draft_lm is not None:
         warm += [f"draft_lm={bench.draft_lm}@1x4,t3.2.1.1,s1.1.1.1,s3.2.1.1,k3.2.1.1"]
-    common |= {"limit": bench.prompts // 2, "temperatures": [1.0]}
-    rows["warm"] = measured(bench, tests, work / "report-warm", warm, transformers_prompts=10, **common)
+    common = {"selection": PromptSelection(limit=bench.prompts // 2), "temperatures": [1.0]}
+    rows["warm"] = measured(bench, tests, work / "report-warm", warm, 10, **common)
     shutil.copyfile(work / "report" / "report.png", options.out / f"{options.name}-{bench.name}.png")
     return page_of(bench, rows, timed, counted, top1, options), rows
 
 
-def measured(bench: Bench, tests: Path, out: Path, drafters: list[str], **settings: Any) -> list[dict[str, Any]]:
+def measured(
+    bench: Bench, tests: Path, out: Path, drafters: list[str], transformers_prompts: int, **settings: Any
+) -> list[dict[str, Any]]:
     """Rows of one evaluation."""
     if not (out / "report.json").is_file():
-        evaluate(bench.target, tests, out, drafters, **settings)
+        plan = Plan(transformers_prompts=transformers_prompts, ledger_prompts=4)
+        evaluate(
+            bench.target, tests, out, drafters, reply=ReplyOptions(max_new_tokens=REPLY_TOKENS), plan=plan, **settings
+        )
     found: list[dict[str, Any]] = json.loads((out / "report.json").read_text())["rows"]
     return found
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.features import features, length_batches, padded_ids
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.packing import packed_batches
 from draftsmith.data.shards.shards import write_shard
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
 from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target
 
 
@@ -48,8 +49,14 @@ def main() -> None:
     tokens = sum(len(sample.input_ids) for sample in samples)
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        extract(options.target, options.replies, where / "cache", batch_tokens=options.batch_tokens,
-                target_dtype=options.dtype, device=options.device)  # fmt: skip
+        extract(
+            options.target,
+            options.replies,
+            where / "cache",
+            storage=StorageOptions(batch_tokens=options.batch_tokens),
+            target_dtype=options.dtype,
+            where=PlacementOptions(device=options.device),
+        )
         cache = HiddenStateCache(where / "cache")
         bare, whole = [], []
         for _ in range(options.repeats + 1):

@@ -30,11 +30,14 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
+from draftsmith.data.prompts import PromptSelection
+from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.options import DrawOptions, ReplyOptions
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.embedded import write_prompts
-from draftsmith.evaluate.lossy.lossy_command import evaluate_rules
+from draftsmith.evaluate.lossy.lossy_command import WorkloadOptions, evaluate_rules
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.label.checkers.sums_answers import judge as check_sums
@@ -42,7 +45,7 @@ from draftsmith.label.checkers.sums_answers import problem_of
 from draftsmith.label.commands.generate_command import generate
 from draftsmith.label.commands.rows_command import rows as label_rows
 from draftsmith.label.commands.store_commands import import_answers
-from draftsmith.label.mine.mine_command import mine
+from draftsmith.label.mine.mine_command import MiningOptions, mine
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.drafters.draft_lm import load_draft_lm
 from draftsmith.models.judge import load_judge
@@ -192,7 +195,10 @@ def run(options: argparse.Namespace) -> None:
         cached(stages, "held", work / "held-answers" / "answers.jsonl"),
     )
     stages.once(
-        "mine", lambda: mine(TARGET, DRAFT, work / "mine.jsonl", work / "mined", max_new_tokens=160, batch_rows=32)
+        "mine",
+        lambda: mine(
+            TARGET, DRAFT, work / "mine.jsonl", work / "mined", mining=MiningOptions(max_new_tokens=160, batch_rows=32)
+        ),
     )
     stages.once("cache-mined", lambda: extract(TARGET, work / "mined" / "rows.jsonl", work / "mined" / "cache"))
 
@@ -226,9 +232,17 @@ def compare(work: Path, judges: dict[str, Judged], held: Path, options: argparse
     rules += [f"judge checker-{PAPER_SIZE}=judge:{paper}@{threshold}" for threshold in THRESHOLDS]
     rules += [f"judge mined=judge:{judges['mined'].folder}@{THRESHOLDS[0]}"]
     evaluate_rules(
-        TARGET, DRAFT, work / "test.jsonl", "final-number", rules, work / "report",
-        shape=SHAPE, labelled_rows=held, max_new_tokens=200, timed_problems=max(2, int(options.scale * 30)),
-    )  # fmt: skip
+        TARGET,
+        DRAFT,
+        work / "test.jsonl",
+        "final-number",
+        rules,
+        work / "report",
+        shape=SHAPE,
+        labelled_rows=held,
+        draw=DrawOptions(max_new_tokens=200),
+        workload=WorkloadOptions(timed_problems=max(2, int(options.scale * 30))),
+    )
 
 
 def first_errors(work: Path, judge: Path) -> None:
@@ -306,8 +320,8 @@ def out_of_domain(stages: Stages, judges: dict[str, Judged], options: argparse.N
                 rules,
                 work / f"report-{name}",
                 shape=SHAPE,
-                max_new_tokens=200,
-                timed_problems=max(2, int(options.scale * 15)),
+                draw=DrawOptions(max_new_tokens=200),
+                workload=WorkloadOptions(timed_problems=max(2, int(options.scale * 15))),
             ),
         )
 
@@ -318,7 +332,14 @@ def drafters(stages: Stages, judges: dict[str, Judged], options: argparse.Namesp
     few = max(64, int(options.scale * 1200))
 
     def replies() -> None:
-        respond(TARGET, work / "train.jsonl", work / "replies", limit=few, max_new_tokens=160, batch_rows=64)
+        respond(
+            TARGET,
+            work / "train.jsonl",
+            work / "replies",
+            selection=PromptSelection(limit=few),
+            reply=ReplyOptions(max_new_tokens=160),
+            batches=BatchOptions(batch_rows=64),
+        )
         extract(TARGET, work / "replies", work / "replies-cache")
 
     stages.once("eagle-cache", replies)
@@ -342,9 +363,9 @@ def drafters(stages: Stages, judges: dict[str, Judged], options: argparse.Namesp
                     rules,
                     work / f"report-{name}-{shape}",
                     shape=shape,
-                    max_new_tokens=200,
-                    limit=max(4, int(options.scale * 200)),
-                    timed_problems=max(2, int(options.scale * 15)),
+                    draw=DrawOptions(max_new_tokens=200),
+                    selection=PromptSelection(limit=max(4, int(options.scale * 200))),
+                    workload=WorkloadOptions(timed_problems=max(2, int(options.scale * 15))),
                 ),
             )
 

@@ -39,7 +39,7 @@ from step_clock import PhaseProfiler, Round, StepClock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith import provenance
-from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.features import features
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.shards import write_shard
@@ -72,7 +72,7 @@ def prepare_cache(target: str, options: argparse.Namespace) -> tuple[Path, Path]
         write_rows(rows, random_labels(replies, options.samples))
     cache = work / "cache"
     layers = tuple(dict.fromkeys((*default_layers(Target.load(target).config.num_hidden_layers), PRE_NORM)))
-    extract(target, rows, cache, layers=layers)
+    extract(target, rows, cache, storage=StorageOptions(layers=layers))
     return cache, rows
 
 

@@ -9,7 +9,9 @@ import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,26 @@ class Prompt:
         return turns
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptSelection:
+    """Which prompts of a file are taken.
+
+    Args:
+        split: Take only the prompts of this split.
+        limit: Take only the first so many prompts; null for all.
+    """
+
+    split: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1; raise it, or leave it out")
+
+
+ALL_PROMPTS = PromptSelection()
+
+
 def prompts(
     source: str,
     out: Path,
@@ -89,49 +111,63 @@ def prompts(
     row left out, with the reason) and OUT/provenance.json. The same text always gets the same id and split.
 
     Args:
-        source: a file (.jsonl, .json, .parquet, .txt) or the id of a data set on the hub.
-        out: the folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
-        format: how a row is read; `auto` decides from the fields of the first usable row.
-        validation: share of the prompts for the validation split.
-        test: share of the prompts for the test split.
-        seed: another seed gives another split.
-        limit: stop after this many prompts.
-        prefix_words: words of a plain document that serve as its prompt.
-        hub_config: configuration name, for a hub id.
-        hub_split: split to read, for a hub id.
+        source: A file (.jsonl, .json, .parquet, .txt) or the id of a data set on the hub.
+        out: The folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
+        format: How a row is read; `auto` decides from the fields of the first usable row.
+        validation: Share of the prompts for the validation split.
+        test: Share of the prompts for the test split.
+        seed: Another seed gives another split.
+        limit: Stop after this many prompts.
+        prefix_words: Words of a plain document that serve as its prompt.
+        hub_config: Configuration name, for a hub id.
+        hub_split: Split to read, for a hub id.
     """
     check_replaceable(out, STAGE, [Path(source)])
     _check_shares(validation, test)
     if prefix_words < 1:
         raise ValueError(f"prefix_words is {prefix_words}; a document's prompt needs at least one word")
-    found: list[Prompt] = []
-    dropped: list[Dropped] = []
-    seen: dict[str, str] = {}
-    unanswered: list[Dropped] = []
-    row_format = format
-    for place, row in read_rows(source, hub_config=hub_config, hub_split=hub_split, dropped=dropped):
-        if limit is not None and len(found) >= limit:
+    read = _ReadPrompts(format)
+    for place, row in read_rows(source, hub_config=hub_config, hub_split=hub_split, dropped=read.dropped):
+        if limit is not None and len(read.prompts) >= limit:
             break
-        try:
-            own_format = detect_format(row) if row_format == "auto" else row_format
-            conversation = to_conversation(row, own_format)
-            _check_new(conversation, place, seen)
-        except UnusableRow as error:
-            dropped.append(Dropped(place, str(error), shown_row(row)))
-            continue
-        row_format = own_format
-        if conversation.no_reference:
-            unanswered.append(Dropped(place, conversation.no_reference))
-        split = _given_split(row) or _hashed_split(conversation, validation, test, seed)
-        found.append(_prompt(conversation, row, source, split, prefix_words))
-    if not found:
-        raise ValueError(f"no usable prompt in {source}: {summary(dropped)}; name the format with --format")
-    config = {"source": source, "out": out, "format": row_format, "validation": validation, "test": test, "seed": seed}
+        split = _given_split(row) or partial(_hashed_split, validation=validation, test=test, seed=seed)
+        read.add(place, row, source, split, prefix_words)
+    if not read.prompts:
+        raise ValueError(f"no usable prompt in {source}: {summary(read.dropped)}; name the format with --format")
+    config = {"source": source, "out": out, "format": read.format, "validation": validation, "test": test, "seed": seed}
     config |= {"limit": limit, "prefix_words": prefix_words, "hub_config": hub_config, "hub_split": hub_split}
-    _write(out, found, dropped, config, source)
-    if unanswered:
-        print(summary(unanswered, "kept as a prompt, without its answers"))
-    print(f"{len(found)} prompts in {out} ({_split_counts(found)}); {summary(dropped)}")
+    _write(out, read.prompts, read.dropped, config, source)
+    if read.unanswered:
+        print(summary(read.unanswered, "kept as a prompt, without its answers"))
+    print(f"{len(read.prompts)} prompts in {out} ({_split_counts(read.prompts)}); {summary(read.dropped)}")
+
+
+@dataclass
+class _ReadPrompts:
+    """Prompts and the rows that were dropped. The first usable row settles the format where it is `auto`."""
+
+    format: Format
+    prompts: list[Prompt] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    unanswered: list[Dropped] = field(default_factory=list)
+    _seen: dict[str, str] = field(default_factory=dict)
+
+    def add(
+        self, place: str, row: Row, source: str, split: str | Callable[[Conversation], str], prefix_words: int
+    ) -> None:
+        """Takes the prompt of a row; `split` is the row's own, or tells that of a conversation."""
+        try:
+            own_format = detect_format(row) if self.format == "auto" else self.format
+            conversation = to_conversation(row, own_format)
+            _check_new(conversation, place, self._seen)
+        except UnusableRow as error:
+            self.dropped.append(Dropped(place, str(error), shown_row(row)))
+            return
+        self.format = own_format
+        if conversation.no_reference:
+            self.unanswered.append(Dropped(place, conversation.no_reference))
+        chosen = split if isinstance(split, str) else split(conversation)
+        self.prompts.append(_prompt(conversation, row, source, chosen, prefix_words))
 
 
 def read_prompts(path: Path, split: str | None = None, dropped: list[Dropped] | None = None) -> list[Prompt]:

@@ -1,6 +1,6 @@
 """Several processes at one job without a word between them: who does what, and what only one may do at a time.
 
-Owns: rank and world size from flags or the environment, a process's own GPU, locks that wait. Knows nothing of what the
+Owns: rank and world size from flags or the environment, locks that wait. Knows nothing of what the
 processes make.
 """
 
@@ -33,10 +33,31 @@ class Share:
         return range(self.rank, num_pieces, self.world_size)
 
 
-def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
-    """What was asked for; by default RANK and WORLD_SIZE of the environment, as torchrun sets both, or a single process.
+@dataclass(frozen=True, kw_only=True)
+class ShareOptions:
+    """Which part of a job this process does.
 
-    Raises ValueError for a rank outside of 0 to world_size - 1, and where only one of the two is known.
+    Args:
+        rank: Which share this process makes; default: RANK of the environment, or 0.
+        world_size: How many processes share the job; default: WORLD_SIZE of the environment, or 1.
+    """
+
+    rank: int | None = None
+    world_size: int | None = None
+
+    def own(self) -> Share:
+        """The share that is asked for. Raises what `own_share` raises."""
+        return own_share(self.rank, self.world_size)
+
+
+OWN_SHARE = ShareOptions()
+
+
+def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
+    """The share that is asked for; by default RANK and WORLD_SIZE of the environment, as torchrun sets both, or a single process.
+
+    Raises:
+        ValueError: a rank outside of 0 to world_size - 1, or only one of the two is known.
     """
     if (rank is None) != (world_size is None):
         raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
@@ -47,12 +68,6 @@ def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size} processes does not exist; ranks run from 0 to world_size - 1")
     return Share(rank, world_size)
-
-
-def own_device(device: str) -> str:
-    """`cuda` becomes this process's GPU of its machine, `cuda:LOCAL_RANK`, where a launcher has set that; else unchanged."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if device == "cuda" and local_rank is not None else device
 
 
 @contextlib.contextmanager

@@ -18,14 +18,20 @@ from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.options import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
-from draftsmith.models import load_tokenizer
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, PromptTemplate, TemplateOptions
+from draftsmith.models.target.prompt_template import (
+    NO_OPTIONS,
+    NO_TEMPLATE,
+    OWN_TEMPLATE,
+    PromptTemplate,
+    TemplateChoice,
+    TemplateOptions,
+)
 from draftsmith.models.tree.shapes import parse_shape
 
 
@@ -35,84 +41,64 @@ def decode(
     drafter: Path | None = None,
     shape: str = "1x4",
     rule: str = "lossless",
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
+    draw: Annotated[DrawOptions, FLAT] = GREEDY,
+    filters: Annotated[FilterOptions, FLAT] = NO_FILTERS,
     stop: Annotated[tuple[str, ...], WHOLE] = (),
     chat: bool | None = None,
-    dtype: str = "float32",
     drafter_adapter: Path | None = None,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
-    template: str | None = None,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Decode one prompt and show which tokens were drafted and accepted.
 
     Accepted draft tokens are printed in green, the target's own in bold white; the last line gives the tokens per step (bonus counted).
-    The text is the target's own, whatever the drafter, unless a LOSSY rule is asked for: what stands by it alone is printed in yellow.
+    The text is the target's own, whatever the drafter, unless you choose a LOSSY rule: tokens that only the rule accepted are yellow.
 
     Args:
-        prompt: the user's message, or the raw text to continue.
-        target: model directory, hub id, embedded:target or embedded:draft_lm.
-        drafter: directory of an exported drafter; none decodes plainly.
-        shape: how much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
+        prompt: The user's message, or the raw text to continue.
+        target: Model directory, hub id, embedded:target or embedded:draft_lm.
+        drafter: Directory of an exported drafter; none decodes plainly.
+        shape: How much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
             static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early.
         rule: lossless; or LOSSY: judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, everything.
-        max_new_tokens: length of the reply at most.
-        temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with this probability.
-        min_p: drop tokens below this share of the likeliest one's probability.
-        repetition_penalty: above 1 makes tokens already in the text less likely.
-        seed: of the sampling noise; with and without a drafter one seed gives one text, but for sampled trees.
-        stop: strings that end the reply.
+        draw: Length, seed and temperature; see `DrawOptions`. With and without a drafter one seed gives one text, except for sampled trees.
+        filters: Which tokens can be drawn; see `FilterOptions`.
+        stop: Strings that end the reply.
         chat: true wraps the prompt in the model's chat template, false continues it as raw text; default: true where the tokenizer has
             a template.
-        dtype: float32, bfloat16 ...
-        drafter_adapter: a trained adapter of the drafter; without --drafter, of the one that it names.
-        where: the target's devices, revision, adapter and quantization; see `TargetOptions`.
-        template: Jinja file, or `none` for raw text; default: the tokenizer's own.
-        rendering: the chat template's name and variables; see `TemplateOptions`.
+        drafter_adapter: A trained adapter of the drafter; without --drafter, of the one that it names.
+        where: Where the target runs; see `TargetOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     limits = parse_shape(shape)
     _, lossy = parse_rule(rule)
-    model = where.load(target, dtype)
-    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    head = _drafter(drafter, drafter_adapter, dtype, where.trust_remote_code)
+    where = where.resolved(target)
+    model, tokenizer = where.load(target), where.tokenizer(target)
+    head = _drafter(drafter, drafter_adapter, where.dtype, where.trust_remote_code)
     if head is not None:
         nn.Module.to(head, model.device)
-    settings = GenerationSettings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        eos_token_ids=model.eos_token_ids,
-        stop_strings=stop,
-    )
-    settings = for_target(settings, model, tells_text=True)
+    settings = for_target(settings_of(draw, filters, model.eos_token_ids, stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy)
-    ids = prompt_ids(tokenizer, prompt, chat, template, model.eos_token_ids, rendering)
-    generation = engine.generate([ids], settings)[0]
+    ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)
     console = Console(highlight=False)
-    if chat is None and template is None and not tokenizer.chat_template:
+    generation = engine.generate([ids], settings)[0]
+    if chat is None and rendering.template is None and not tokenizer.chat_template:
         console.print("[dim]the tokenizer has no chat template: the prompt is continued as raw text[/dim]")
     console.print(coloured(tokenizer, generation))
+    _print_counts(console, generation, None if lossy is None else str(lossy))
+
+
+def _print_counts(console: Console, generation: Generation, rule: str | None) -> None:
+    """The line on tokens and steps, and where a lossy rule decided, how often."""
     if generation.accepted:
         emitted, cycles = len(generation.token_ids) - 1, len(generation.accepted)
         console.print(
             f"[dim]{emitted} tokens in {cycles} target steps: {emitted / cycles:.2f} tokens per step; ended by {generation.finish}[/dim]"
         )
-    if lossy is not None:
+    if rule is not None:
         console.print(
             Text("LOSSY ", "yellow"),
-            Text(f"by the rule {visible(lossy)}: {len(generation.by_rule)} tokens are not the target's choice", "dim"),
+            Text(f"by the rule {visible(rule)}: {len(generation.by_rule)} tokens are not the target's choice", "dim"),
             sep="",
         )
 

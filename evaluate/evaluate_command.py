@@ -4,7 +4,7 @@ Owns the order of the work: load, refuse, race, report. Does not know the measur
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,31 +15,31 @@ from torch import nn
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT, WHOLE
-from draftsmith.data.prompts import PROMPT_FILE
+from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
+from draftsmith.decode.options import NO_FILTERS, FilterOptions, ReplyOptions, settings_of
 from draftsmith.evaluate.chart import draw
 from draftsmith.evaluate.drafters import Entry, parse_entries
-from draftsmith.evaluate.measure import Candidate, Plan, measure
+from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, measure
 from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.report import REPORTS, main_table, write_report, write_scalars
 from draftsmith.evaluate.resume import parts
-from draftsmith.evaluate.samples import read_samples, readable_by
+from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.foreign import visible
 from draftsmith.models.drafters.drafter_folder import load_drafter
-from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
-from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
 from draftsmith.ownership import check_replaceable, check_unclaimed
 
 STAGE = "draftsmith evaluate"
 TENSORBOARD = "tensorboard"
 REPORT = "report.json"
+REPLY = ReplyOptions()
 
 
 def evaluate(
@@ -49,23 +49,12 @@ def evaluate(
     drafters: Annotated[list[str] | None, WHOLE] = None,
     shapes: list[str] | None = None,
     temperatures: list[float] | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    max_new_tokens: int = 128,
-    limit: int | None = None,
-    split: str | None = None,
-    template: str | None = None,
-    batch_size: int = 1,
-    repeats: int = 1,
-    transformers_prompts: int = 40,
-    prompt_lookup: int = 0,
-    ledger_prompts: int = 8,
-    dtype: str = "float32",
+    reply: Annotated[ReplyOptions, FLAT] = REPLY,
+    filters: Annotated[FilterOptions, FLAT] = NO_FILTERS,
+    selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
+    plan: Annotated[Plan, FLAT] = ONE_RUN,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Measure what drafters gain on a target, and whether its replies stay the same.
 
@@ -80,58 +69,70 @@ def evaluate(
         shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json
             or t3.2.1 a static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default 1x4.
         temperatures: One row each; 0 is greedy. Default 0.
-        top_k: Sample among the k most likely tokens only; 0 for all.
-        top_p: Sample within this share of the probability.
-        min_p: Leave out tokens below this share of the most likely one.
-        repetition_penalty: Weaken tokens already seen; 1 for not.
-        seed: Seed of the sampling noise, the same for plain decoding and drafters.
-        max_new_tokens: Longest reply.
-        limit: Only the first so many prompts.
-        split: Only this split of the prompts.
-        template: Chat template file where the tokenizer has none, or "none".
-        batch_size: Prompts decoded together.
-        repeats: Timed runs of every prompt; medians are taken.
-        transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
-        prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens; 0 for not.
-        ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
-        dtype: float32, bfloat16 or float16.
-        where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
-        rendering: The chat template's name and variables; see `TemplateOptions`.
+        reply: Length and seed; see `ReplyOptions`.
+        filters: Which tokens can be drawn; see `FilterOptions`.
+        selection: Which prompts; see `PromptSelection`.
+        plan: How much is measured; see `Plan`.
+        where: Where the target runs; see `TargetOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     check_unclaimed(out, REPORTS)
     check_replaceable(out / TENSORBOARD, STAGE)
-    plan = Plan(batch_size, repeats, transformers_prompts, prompt_lookup, ledger_prompts)
-    settings = GenerationSettings(max_new_tokens, 0.0, top_k, top_p, min_p, repetition_penalty, seed)
+    settings = settings_of(reply, filters)
     entries = parse_entries(drafters or [], ["1x4"] if shapes is None else shapes)
-    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
-    samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
-    model = where.load(target, dtype)
+    where = where.resolved(target)
+    tokenizer = where.tokenizer(target)
+    samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
+    model = where.load(target)
     settings = for_target(settings, model)
-    warmths = [replace(settings, temperature=one) for one in ([0.0] if temperatures is None else temperatures)]
+    by_temperature = [
+        replace(settings, temperature=value) for value in ([0.0] if temperatures is None else temperatures)
+    ]
     samples = readable_by(model, samples)
     candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
-    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    inputs = {str(file): sha256_file(file), target: model.fingerprint}
-    inputs |= {str(entry.path): checkpoint_fingerprint(entry.path) for entry in entries}
-    config = asdict(settings) | asdict(plan) | {"temperatures": [one.temperature for one in warmths], "split": split}
-    config |= {"drafters": [asdict(entry) for entry in entries], "dtype": dtype, "template": template} | asdict(where)
-    config |= asdict(rendering)
-    made_by = partial(provenance.record, provenance.command_line(), config, inputs)
-    facts = identity(made_by(), samples, candidates)
-    told = [one.temperature for one in warmths]
-    measured = [facts | {"temperature": one, "repeated": told[:at].count(one)} for at, one in enumerate(told)]
-    with exclusive(out), parts(out, measured) as unfinished:
-        _tell_replaced(out)
-        rows: list[Row] = []
-        for one, part in zip(warmths, unfinished, strict=True):
-            chosen = replace(one, eos_token_ids=model.eos_token_ids)
-            rows += measure(model, samples, candidates, chosen, plan, part)
-        _write(out, rows, made_by())
+    config = asdict(settings) | asdict(plan) | {"temperatures": [each.temperature for each in by_temperature]}
+    config |= {"drafters": [asdict(entry) for entry in entries], "split": selection.split}
+    config |= asdict(where) | asdict(rendering)
+    inputs = _inputs(prompts, model, entries)
+    record = partial(provenance.record, provenance.command_line(), config, inputs)
+    rows = _measured(out, model, samples, candidates, by_temperature, plan, record)
     print(main_table(rows))
     for line in slow_drafters(rows):
         print(visible(line))
     print(f"report: {out / 'report.md'}")
+
+
+def _inputs(prompts: Path, target: Target, entries: Sequence[Entry]) -> dict[str, str]:
+    """What is read, by name or path, each with its fingerprint."""
+    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    drafters = {str(entry.path): checkpoint_fingerprint(entry.path) for entry in entries}
+    return {str(file): sha256_file(file), target.name: target.fingerprint} | drafters
+
+
+def _measured(
+    out: Path,
+    target: Target,
+    samples: Sequence[Sample],
+    candidates: Sequence[Candidate],
+    by_temperature: Sequence[GenerationSettings],
+    plan: Plan,
+    record: Callable[[], dict[str, Any]],
+) -> list[Row]:
+    """Rows of all temperatures, each taken up where an earlier run stopped; written as reports."""
+    facts = identity(record(), samples, candidates)
+    temperatures = [settings.temperature for settings in by_temperature]
+    measurements = [
+        facts | {"temperature": value, "repeated": temperatures[:index].count(value)}
+        for index, value in enumerate(temperatures)
+    ]
+    with exclusive(out), parts(out, measurements) as unfinished:
+        _tell_replaced(out)
+        rows: list[Row] = []
+        for settings, part in zip(by_temperature, unfinished, strict=True):
+            ending = replace(settings, eos_token_ids=target.eos_token_ids)
+            rows += measure(target, samples, candidates, ending, plan, part)
+        _write(out, rows, record())
+    return rows
 
 
 def load_candidates(
@@ -160,7 +161,7 @@ def identity(record: Mapping[str, Any], samples: Sequence[Sample], candidates: S
     """
     facts = {name: value for name, value in record.items() if name not in ("command", "time", "config")}
     facts |= {name: value for name, value in record["config"].items() if name not in ("temperature", "temperatures")}
-    drafters = [[one.label, one.fingerprint, one.drafter.config.to_json_string()] for one in candidates]
+    drafters = [[each.label, each.fingerprint, each.drafter.config.to_json_string()] for each in candidates]
     prompts = [asdict(sample) for sample in samples]
     return facts | {"samples": prompts, "candidates": drafters, "threads": torch.get_num_threads()}
 

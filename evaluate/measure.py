@@ -23,12 +23,12 @@ from draftsmith.models.tree.shapes import shape_text
 class Plan:
     """How much is measured.
 
-    Attributes:
-        batch_size: prompts decoded together.
-        repeats: timed runs of every prompt.
-        transformers_prompts: prompts on which `transformers.generate` runs too; 0 for none.
-        prompt_lookup: tokens that transformers' prompt lookup drafts, on the same prompts; 0 leaves it out.
-        ledger_prompts: prompts decoded once more with the ledger on; 0 for none.
+    Args:
+        batch_size: Prompts decoded together.
+        repeats: Timed runs of every prompt; medians are taken.
+        transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
+        prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not.
+        ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
     """
 
     batch_size: int = 1
@@ -46,6 +46,9 @@ class Plan:
                 f"prompt_lookup is {self.prompt_lookup}; it must be at least 0, and above 0 it needs batch_size 1 and "
                 "transformers_prompts above 0"
             )
+
+
+ONE_RUN = Plan()
 
 
 @dataclass(frozen=True)

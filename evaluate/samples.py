@@ -13,14 +13,40 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.data.corpus import token_ids
 from draftsmith.data.formats import row_id
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
-from draftsmith.data.prompts import PROMPT_FILE, Prompt, read_prompts, say_dropped
+from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, say_dropped
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, UnusableRow, summary
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.options import TokenizerOptions
+from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateChoice, TemplateOptions
 from draftsmith.models.target.target import Target
+
+
+def selected_samples(
+    path: Path,
+    target: str,
+    tokenizer: PreTrainedTokenizerBase,
+    selection: PromptSelection,
+    rendering: TemplateChoice,
+    where: TokenizerOptions,
+) -> list[Sample]:
+    """As `read_samples`, by the options of a command.
+
+    Args:
+        path: the prompts.
+        target: path or hub id.
+        tokenizer: the target's.
+        selection: which prompts.
+        rendering: the chat template.
+        where: how the target's files are read.
+
+    Raises:
+        ValueError: as `read_samples`.
+    """
+    ends = where.end_tokens(target, tokenizer)
+    return read_samples(path, tokenizer, rendering.template, selection.split, selection.limit, ends, rendering.options)
 
 
 def read_samples(

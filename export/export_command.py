@@ -5,12 +5,13 @@ Owns the order of the work and what is refused. Does not know the layouts' table
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from draftsmith import provenance
+from draftsmith.arguments import FLAT
 from draftsmith.export.card import Subject, write_card
 from draftsmith.export.layouts import layouts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
@@ -19,11 +20,9 @@ from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
 from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import WEIGHTS
-from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
-from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.ends import TargetEnds
-from draftsmith.models.target.options import TargetOptions
+from draftsmith.models.target.options import EndsOptions
 from draftsmith.outside import parse_json
 from draftsmith.ownership import check_replaceable
 
@@ -31,81 +30,102 @@ CARD = "README.md"
 STAGE = "draftsmith export"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What the model card is told about the drafter.
+
+    Args:
+        report: A report.json of `draftsmith evaluate` with rows of these very weights.
+        training: Folder or file of the training's provenance.json; by default the one in the drafter's folder.
+    """
+
+    report: Path | None = None
+    training: Path | None = None
+
+
+NO_RECORDS = RecordOptions()
+OWN_ENDS = EndsOptions()
+
+
 def export(
     drafter: Path,
     out: Path,
     target: str | None = None,
     layout: str = "draftsmith",
-    report: Path | None = None,
-    training: Path | None = None,
-    revision: str | None = None,
-    adapter: str | None = None,
     drafter_adapter: Path | None = None,
-    trust_remote_code: bool = False,
-    context: int | None = None,
+    records: Annotated[RecordOptions, FLAT] = NO_RECORDS,
+    where: Annotated[EndsOptions, FLAT] = OWN_ENDS,
 ) -> None:
     """Write a trained drafter as safetensors, config and model card, then read it back and compare.
 
-    Reads draftsmith's layout and, with --target, those of other software: Apple's, the official EAGLE code's, vLLM's
-    and SGLang's, TensorRT-LLM's, speculators'. The card's figures come from --report and the training record only;
-    without them it says that nothing was measured or recorded.
+    Reads draftsmith's layout and, with --target, those of other software: Apple's, the official EAGLE code's, vLLM's and SGLang's,
+    TensorRT-LLM's, speculators'. The card's figures come from --report and the training record only; without them the card states
+    that nothing was measured or recorded.
 
     Args:
         drafter: Folder of the trained drafter.
         out: Folder to write; an earlier export there is replaced as a whole.
-        target: Directory or hub id of the drafter's target, or embedded:target; checked to be the one it was trained
-            for.
+        target: Directory or hub id of the drafter's target, or embedded:target; checked to be the one it was trained for.
         layout: draftsmith or custom_generate (Transformers alone) for any drafter; apple (ml-recurrent-drafter) for a
             ReDrafter; eagle (vLLM and SGLang) for an EAGLE-1; eagle3 (vLLM and SGLang), tensorrt-llm or speculators
             for an EAGLE-3.
-        report: A report.json of `draftsmith evaluate` with rows of these very weights.
-        training: Folder or file of the training's provenance.json; by default the one in the drafter's folder.
-        revision: Revision of the target's hub id.
-        trust_remote_code: Run Python files that come with the target; read them first.
-        context: Most tokens that the target reads; default: from its config, as serving engines derive it.
-        adapter: PEFT adapter of the target, where the drafter is for both together.
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
+        records: What the card is told; see `RecordOptions`.
+        where: Which target is meant; see `EndsOptions`. Name its adapter where the drafter is for both together.
     """
-    check_replaceable(out, STAGE, [path for path in (drafter, drafter_adapter, report) if path is not None])
-    if adapter is not None and target is None:
-        raise ValueError(f"adapter {adapter!r} is on a target that is not named; give the target, too")
+    read = [path for path in (drafter, drafter_adapter, records.report) if path is not None]
+    check_replaceable(out, STAGE, read)
+    if where.adapter is not None and target is None:
+        raise ValueError(f"adapter {where.adapter!r} is on a target that is not named; give the target, too")
     ends, tokenizer = None, ""
     if target is not None:
-        options = TargetOptions(
-            revision=revision, adapter=adapter, trust_remote_code=trust_remote_code, context=context
-        )
-        ends = options.load_ends(target)
-        tokenizer = tokenizer_fingerprint(load_tokenizer(target, revision, trust_remote_code))
+        ends, tokenizer = where.load_ends(target), tokenizer_fingerprint(where.tokenizer(target))
     trained = _load(drafter, drafter_adapter, ends, tokenizer)
-    measured, made_by = _measured(report, trained) if report is not None else ([], {})
-    history = _training(drafter if drafter_adapter is None else drafter_adapter, training)
-    family = family_of(trained)
-    subject = Subject(
-        family=family,
-        config=trained.config,
-        features=trained.features,
-        parameters=sum(parameter.numel() for parameter in trained.parameters()),
-        dtype=str(trained.dtype).removeprefix("torch."),
-        layout=layouts.layout_for(family, layout),
-    )
-    if target is not None:
-        subject = replace(subject, **_target_facts(target, revision, trust_remote_code))
-    config = {"layout": layout, "target_name": trained.config.target_name}
-    config["target_fingerprint"] = trained.config.target_fingerprint
-    inputs = {str(drafter / WEIGHTS): sha256_file(drafter / WEIGHTS)}
-    if drafter_adapter is not None:
-        inputs[str(drafter_adapter)] = checkpoint_fingerprint(drafter_adapter)
-    if report is not None:
-        inputs[str(report)] = sha256_file(report)
-    record = provenance.record(provenance.command_line(), config, inputs) | {"training": history}
+    measured, made_by = _measured(records.report, trained) if records.report is not None else ([], {})
+    history = _training(drafter if drafter_adapter is None else drafter_adapter, records.training)
+    subject = _subject(trained, layout, target, where)
+    record = provenance.record(provenance.command_line(), _config(trained, layout), _inputs(drafter, read))
     with exclusive(out), atomic_directory(out, STAGE) as folder:
-        notes = (*layouts.write(trained, folder, layout, ends), *_adapter_notes(drafter, adapter, drafter_adapter))
+        notes = (
+            *layouts.write(trained, folder, layout, ends),
+            *_adapter_notes(drafter, where.adapter, drafter_adapter),
+        )
         subject = replace(subject, notes=notes)
         (folder / CARD).write_text(write_card(subject, measured, made_by, history), encoding="utf-8")
-        provenance.write(folder, record)
+        provenance.write(folder, record | {"training": history})
     print(f"{out}: {subject.parameters:,} parameters in {layout} layout, read back bit for bit; see {out / CARD}")
     for note in subject.notes:
         print(f"note: {note}")
+
+
+def _subject(drafter: Drafter, layout: str, target: str | None, where: EndsOptions) -> Subject:
+    """What the card is about, as far as the drafter and its target show it."""
+    family = family_of(drafter)
+    subject = Subject(
+        family=family,
+        config=drafter.config,
+        features=drafter.features,
+        parameters=sum(parameter.numel() for parameter in drafter.parameters()),
+        dtype=str(drafter.dtype).removeprefix("torch."),
+        layout=layouts.layout_for(family, layout),
+    )
+    if target is None:
+        return subject
+    tokenizer = where.tokenizer(target)
+    has_template = bool(tokenizer.chat_template)
+    return replace(subject, has_template=has_template, eos_token_ids=where.end_tokens(target, tokenizer))
+
+
+def _config(drafter: Drafter, layout: str) -> dict[str, str]:
+    names = ("target_name", "target_fingerprint")
+    return {"layout": layout} | {name: getattr(drafter.config, name) for name in names}
+
+
+def _inputs(drafter: Path, read: Sequence[Path]) -> dict[str, str]:
+    """The files and folders that an export is made of, each with its fingerprint."""
+    others = [path for path in read if path != drafter]
+    fingerprints = {str(path): checkpoint_fingerprint(path) if path.is_dir() else sha256_file(path) for path in others}
+    return {str(drafter / WEIGHTS): sha256_file(drafter / WEIGHTS)} | fingerprints
 
 
 def _load(drafter: Path, adapter: Path | None, ends: TargetEnds | None, tokenizer: str) -> Drafter:
@@ -170,9 +190,3 @@ def _training(drafter: Path, training: Path | None) -> dict[str, Any]:
     record = provenance.read(folder)
     history = record.get("training", record)
     return history if isinstance(history, dict) else {}
-
-
-def _target_facts(target: str, revision: str | None, trust_remote_code: bool) -> Mapping[str, Any]:
-    tokenizer = load_tokenizer(target, revision, trust_remote_code)
-    ends = read_end_tokens(target, revision, tokenizer, trust_remote_code)
-    return {"has_template": bool(tokenizer.chat_template), "eos_token_ids": ends}

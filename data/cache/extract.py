@@ -1,10 +1,8 @@
-"""Making and checking hidden-state caches: chosen layers of a frozen target over tokenized samples.
+"""The command `draftsmith data extract`: chosen layers of a frozen target over tokenized samples, as a cache of hidden states.
 
-Owns: the two commands, which process makes which shard, and the recomputing check. Does not know: how samples are made
+Owns: the command, and which process makes which shard. Does not know: how samples are made
 (`corpus.py`), the forward (`features.py`), the files' layout (`shards.py`, `manifest.py`), what is there of a cache that
 is being made (`cache_folder.py`), training.
-
-Shape legend: T tokens, D hidden.
 """
 
 import contextlib
@@ -18,38 +16,75 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.cache_folder import SURVEY_PREFIX, CacheFolder
 from draftsmith.data.cache.disk_use import footprint
 from draftsmith.data.cache.features import features, num_embeddings
-from draftsmith.data.cache.reader import Check, HiddenStateCache
+from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.cache.sharded_extraction import Features, follow, leading, process_group
 from draftsmith.data.cache.shared_survey import shared_survey
+from draftsmith.data.cache.verify_cache import compare, verify
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
-from draftsmith.data.shards.eight_bit import CODES, LARGEST_ERROR, stored_dtype
+from draftsmith.data.shards.eight_bit import stored_dtype
 from draftsmith.data.shards.manifest import CacheIdentity, Manifest
 from draftsmith.data.shards.packing import plan_batches
 from draftsmith.data.shards.shards import CachedSample, bytes_per_token
-from draftsmith.data.shared_work import Share, own_device, own_share
+from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
 from draftsmith.data.survey import Survey, begun_anew
-from draftsmith.data.tokens import TokenizedSample, chat_of
+from draftsmith.data.tokens import chat_of
 from draftsmith.files import exclusive
-from draftsmith.foreign import visible
 from draftsmith.json_rows import summary
+from draftsmith.models.files.device_and_dtype import AUTO
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.target.options import TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions, rendering_fingerprint
+from draftsmith.models.target.options import PlacementOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice, rendering_fingerprint
 from draftsmith.models.target.sharding import load_sharded, sharded_over
 from draftsmith.models.target.target import Target
 
-__all__ = ["CachedSample", "HiddenStateCache", "extract", "verify"]
+__all__ = ["CachedSample", "HiddenStateCache", "compare", "extract", "verify"]
 
 StoredDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3"]
-_TOLERANCE = 0.02
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """What a cache holds of each sample.
+
+    Args:
+        layers: Names of the layers to store: `last.pre_norm`, `layer.3.output`, ...
+        dtype: Stored dtype of the states; float8_e4m3 keeps eight bits and a scale a token.
+        max_length: Cut samples to this many tokens; default: the target's context.
+        local_horizon: Store this many greedy tokens of the target after each position (for `local` distillation).
+        batch_tokens: Tokens of one forward, padding included.
+        shard_mib: Size of a shard in MiB.
+    """
+
+    layers: tuple[str, ...] = ("last.pre_norm",)
+    dtype: StoredDtype = "bfloat16"
+    max_length: int | None = None
+    local_horizon: int = 0
+    batch_tokens: int = 4096
+    shard_mib: float = 64.0
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers are {list(self.layers)}; name at least one, and each once")
+        if self.local_horizon < 0:
+            raise ValueError(
+                f"local_horizon is {self.local_horizon}; it must be at least 0, which stores no greedy tokens"
+            )
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+        if not 0.0 < self.shard_mib < float("inf"):
+            raise ValueError(f"shard_mib is {self.shard_mib}; it must be a positive number of MiB")
+
+
+LAST_STATES = StorageOptions()
+ANYWHERE = PlacementOptions()
 
 
 def extract(
@@ -57,172 +92,163 @@ def extract(
     source: Path,
     out: Path,
     split: str | None = None,
-    layers: tuple[str, ...] = ("last.pre_norm",),
-    dtype: StoredDtype = "bfloat16",
-    template: str | None = None,
-    max_length: int | None = None,
-    local_horizon: int = 0,
-    batch_tokens: int = 4096,
-    shard_mib: float = 64.0,
-    target_dtype: str = "float32",
-    device: str = "cpu",
-    device_map: str | None = None,
-    revision: str | None = None,
-    adapter: str | None = None,
-    quantization: str | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
+    storage: Annotated[StorageOptions, FLAT] = LAST_STATES,
+    target_dtype: str = AUTO,
     target_sharding: Literal["none", "tp"] = "none",
-    trust_remote_code: bool = False,
-    context: int | None = None,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    share: Annotated[ShareOptions, FLAT] = OWN_SHARE,
+    where: Annotated[PlacementOptions, FLAT] = ANYWHERE,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Runs the target over samples and stores its hidden states.
 
-    SOURCE is what `data respond` wrote (the target's own replies, token by token), or a file of conversations. A killed
-    run continues at the next shard when it is started again, and ends with the same bytes. Several processes share the
-    shards by rank; they need not run at the same time, and may be replaced by another number of them.
+    SOURCE is what `data respond` wrote (the target's own replies, token by token), or a file of conversations. To resume a run, start
+    the same command again: it continues at the next shard and ends with the same bytes. Several processes share the shards by rank.
+    They need not run at the same time, and you may resume with another number of them.
 
     Args:
-        target: path or hub id of the target.
-        source: a folder or JSONL file of replies, conversations or documents.
-        out: the folder of the cache.
-        split: keep only samples of this split.
-        layers: names of the layers to store: `last.pre_norm`, `layer.3.output`, ...
-        dtype: stored dtype of the states; float8_e4m3 keeps eight bits and a scale a token.
-        template: Jinja file for conversations, or `none` for plain text; default: the tokenizer's own.
-        max_length: cut samples to this many tokens; default: the target's context.
-        local_horizon: store this many greedy tokens of the target after each position (for `local` distillation).
-        batch_tokens: tokens of one forward, padding included.
-        shard_mib: size of a shard in MiB.
-        target_dtype: dtype the target runs in.
-        device: device the target runs on; under torchrun, cuda is each process's own GPU.
-        device_map: spreads a large target over devices, as in `transformers`.
-        revision: revision of a hub id.
-        adapter: PEFT adapter on top of the target.
-        quantization: quantisation of the target's weights.
-        rank: which share of the shards this process makes; default: RANK of the environment, or 0.
-        world_size: how many processes share the shards; default: WORLD_SIZE of the environment, or 1.
+        target: Path or hub id of the target.
+        source: A folder or JSONL file of replies, conversations or documents.
+        out: The folder of the cache.
+        split: Keep only samples of this split.
+        storage: What the cache holds; see `StorageOptions`.
+        target_dtype: What the target runs in: float32, bfloat16 or float16; auto: its checkpoint's own on CUDA, float32 on a CPU.
         target_sharding: tp: all processes of torchrun hold the target together, and the first one writes all shards.
-        trust_remote_code: run Python files that come with the target; read them first.
-        context: most tokens that the target reads; default: from its config, as serving engines derive it.
-        rendering: the chat template's name and variables; see `TemplateOptions`.
+        share: Which part of the shards this process makes; see `ShareOptions`.
+        where: Where the target runs; see `PlacementOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
-    _check_settings(layers, local_horizon, batch_tokens, shard_mib)
+    where = where.placed()
+    target_dtype = where.resolve_dtype(target, target_dtype)
     with contextlib.ExitStack() as stack:
-        share, compute = own_share(rank, world_size), None
         if target_sharding == "tp":
-            _check_together(rank, world_size, device_map, adapter, quantization)
-            stack.enter_context(process_group())
-            loaded = load_sharded(
-                target,
-                target_dtype,
-                sharded_over("tp"),
-                torch.device(own_device(device)),
-                revision,
-                trust_remote_code,
-                context,
-            )
-            if share.rank > 0:
-                follow(loaded, _identity_of_forwards(layers, loaded, dtype, local_horizon, batch_tokens))
-                return
-            share, compute = Share(), stack.enter_context(leading(loaded))
-        whole = out.absolute()  # "." has no name of its own
-        stack.enter_context(exclusive(whole.with_name(whole.name + share.suffix)))
-        CacheFolder(out).check_place()
-        if compute is None:
-            where = TargetOptions(
-                own_device(device), device_map, revision, adapter, quantization, trust_remote_code, context
-            )
-            loaded = where.load(target, target_dtype)
-            compute = partial(features, loaded)
-        for layer in layers:
-            loaded.check_layer(layer)
-        tokenizer = load_tokenizer(target, revision, trust_remote_code)
-        length = sample_length(max_length, loaded.max_positions, target)
-        chat = partial(chat_of, target, tokenizer, template, revision, trust_remote_code, rendering)
-        corpus = Corpus(source, chat, split, length, loaded.ends.vocab_size)
-        corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
-        rendered_by = rendering_fingerprint(tokenizer, template, rendering)
+            worker = _sharded_worker(stack, out, target, target_dtype, where, share, storage)
+        else:
+            worker = _whole_worker(stack, out, target, target_dtype, where, share.own())
+        if worker is None:
+            return  # the first process writes what this one has helped to compute
+        tokenizer = where.tokenizer(target)
+        corpus = _corpus(source, split, worker.target, tokenizer, storage, where, rendering)
+        rendered_by = rendering_fingerprint(tokenizer, rendering.template, rendering.options)
         with _explaining_a_full_disk(out):
-            survey = _survey(corpus, tokenizer_fingerprint(tokenizer), rendered_by, out, share)
-        identity = CacheIdentity(
-            target=target,
-            target_revision=revision,
-            target_fingerprint=loaded.fingerprint,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            template_fingerprint=rendered_by,
-            layers=tuple(layers),
-            hidden_size=loaded.ends.hidden_size,
-            dtype=dtype,
-            target_dtype=target_dtype,
-            source=corpus.fingerprint,
-            split=split,
-            mask=survey.mask,
-            max_length=length,
-            local_horizon=local_horizon,
-            shard_mib=shard_mib,
-            batch_tokens=batch_tokens,
-            target_quantization=quantization,
-            vocab_size=num_embeddings(loaded),
-            template_args=rendering.as_text,
-        )
-        with _explaining_a_full_disk(out):
-            finished = _make(CacheFolder(out), share, corpus, survey, identity, compute)
-    _report(out, finished, share, survey)
+            survey = _survey(corpus, tokenizer_fingerprint(tokenizer), rendered_by, out, worker.share)
+            identity = replace(
+                _identity_of_forwards(worker.target, storage),
+                target_revision=where.revision,
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+                template_fingerprint=rendered_by,
+                template_args=rendering.as_text,
+                target_dtype=target_dtype,
+                target_quantization=where.quantization,
+                source=corpus.fingerprint,
+                split=split,
+                mask=survey.mask,
+                max_length=corpus.max_length,
+            )
+            manifest = _make(CacheFolder(out), worker.share, corpus, survey, identity, worker.compute)
+    _report(out, manifest, worker.share, survey)
 
 
-def _check_settings(layers: Sequence[str], local_horizon: int, batch_tokens: int, shard_mib: float) -> None:
-    """What would be wrong with any target; said before one is loaded."""
-    if not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers are {list(layers)}; name at least one, and each once")
-    if local_horizon < 0:
-        raise ValueError(f"local_horizon is {local_horizon}; it must be at least 0, which stores no greedy tokens")
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    if not 0.0 < shard_mib < float("inf"):
-        raise ValueError(f"shard_mib is {shard_mib}; it must be a positive number of MiB")
+@dataclass(frozen=True)
+class _Worker:
+    """This process's part of the work: which shards, and how it computes states."""
+
+    share: Share
+    target: Target
+    compute: Features
 
 
-def _check_together(
-    rank: int | None, world_size: int | None, device_map: str | None, adapter: str | None, quantization: str | None
-) -> None:
-    given = {
-        "rank": rank,
-        "world_size": world_size,
-        "device_map": device_map,
-        "adapter": adapter,
-        "quantization": quantization,
-    }
-    wrong = [name for name, value in given.items() if value is not None]
-    if wrong:
+def _whole_worker(
+    stack: contextlib.ExitStack, out: Path, target: str, dtype: str, where: PlacementOptions, share: Share
+) -> _Worker:
+    """A process with a target of its own."""
+    _claim(stack, out, share)
+    loaded = where.load(target, dtype)
+    return _Worker(share, loaded, partial(features, loaded))
+
+
+def _sharded_worker(
+    stack: contextlib.ExitStack,
+    out: Path,
+    target: str,
+    dtype: str,
+    where: PlacementOptions,
+    share: ShareOptions,
+    storage: StorageOptions,
+) -> _Worker | None:
+    """The first of the processes that hold a target together; in each of the others, None once the first one is done.
+
+    Raises:
+        ValueError: options that do not go with a target which processes hold together.
+    """
+    options = vars(share) | vars(where)
+    given = [
+        name for name in ("rank", "world_size", "device_map", "adapter", "quantization") if options[name] is not None
+    ]
+    if given:
         raise ValueError(
-            "target_sharding tp divides the target's weights, as its files have them, among all processes of torchrun, which "
-            f"{', '.join(wrong)} does not go with; drop that, or the sharding"
+            f"target_sharding tp divides the target's own weights among all processes of torchrun; {', '.join(given)} cannot be "
+            "combined with it; leave that out, or set target_sharding to none"
         )
+    own = share.own()
+    stack.enter_context(process_group())
+    device = torch.device(where.device)
+    over = sharded_over("tp")
+    loaded = load_sharded(target, dtype, over, device, where.revision, where.trust_remote_code, where.context)
+    if own.rank > 0:
+        follow(loaded, _identity_of_forwards(loaded, storage))
+        return None
+    compute = stack.enter_context(leading(loaded))
+    _claim(stack, out, Share())
+    return _Worker(Share(), loaded, compute)
 
 
-def _identity_of_forwards(
-    layers: tuple[str, ...], target: Target, dtype: StoredDtype, local_horizon: int, batch_tokens: int
-) -> CacheIdentity:
-    """As much of an identity as forwards depend on, for a process that reads no text."""
+def _claim(stack: contextlib.ExitStack, out: Path, share: Share) -> None:
+    """Holds the right to make this share of the cache. Raises ValueError where another process does, or the place is taken."""
+    whole = out.absolute()  # "." has no name of its own
+    stack.enter_context(exclusive(whole.with_name(whole.name + share.suffix)))
+    CacheFolder(out).check_place()
+
+
+def _corpus(
+    source: Path,
+    split: str | None,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    storage: StorageOptions,
+    where: PlacementOptions,
+    rendering: TemplateChoice,
+) -> Corpus:
+    """The samples of the source. Raises ValueError for another tokenizer's ids, and for a layer that the target does not have."""
+    for layer in storage.layers:
+        target.check_layer(layer)
+    length = sample_length(storage.max_length, target.max_positions, target.name)
+    revision, trust = where.revision, where.trust_remote_code
+    chat = partial(chat_of, target.name, tokenizer, rendering.template, revision, trust, rendering.options)
+    corpus = Corpus(source, chat, split, length, target.ends.vocab_size)
+    corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
+    return corpus
+
+
+def _identity_of_forwards(target: Target, storage: StorageOptions) -> CacheIdentity:
+    """As much of an identity as forwards depend on: all of it that a process knows which reads no text."""
     return CacheIdentity(
         target=target.name,
         target_revision=None,
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint="",
         template_fingerprint="",
-        layers=tuple(layers),
+        layers=storage.layers,
         hidden_size=target.ends.hidden_size,
-        dtype=dtype,
+        dtype=storage.dtype,
         target_dtype="",
         source="",
         split=None,
         mask="",
         max_length=0,
-        local_horizon=local_horizon,
-        shard_mib=0.0,
-        batch_tokens=batch_tokens,
+        local_horizon=storage.local_horizon,
+        shard_mib=storage.shard_mib,
+        batch_tokens=storage.batch_tokens,
+        vocab_size=num_embeddings(target),
     )
 
 
@@ -344,102 +370,3 @@ def _explaining_a_full_disk(out: Path) -> Iterator[None]:
                 "free space and run the same command again"
             ) from error
         raise
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A cached sample against its recomputation.
-
-    `max_difference` is the largest of a single number, `relative_difference` the largest of a token's state relative to
-    that state's length; `greedy_agreement` is the share of equal greedy tokens (1 where none are stored).
-    """
-
-    sample: str
-    layer: str
-    max_difference: float
-    relative_difference: float
-    greedy_agreement: float
-
-
-def verify(
-    cache: Path,
-    target: str | None = None,
-    samples: int = 8,
-    seed: int = 0,
-    tolerance: float | None = None,
-    device: str = "cpu",
-    device_map: str | None = None,
-    revision: str | None = None,
-    adapter: str | None = None,
-    quantization: str | None = None,
-    check: Check = "open",
-    trust_remote_code: bool = False,
-    context: int | None = None,
-) -> None:
-    """Recomputes some samples of a cache through the target and compares; also checks every shard's sha256 and all states for NaN.
-
-    Args:
-        cache: the folder of the cache.
-        target: path or hub id; default: the one the cache names.
-        samples: how many samples to recompute, drawn at random.
-        seed: another seed draws others.
-        tolerance: largest allowed distance of a state from its recomputation, relative to the state's length; default:
-            0.02, and with eight bits 0.09.
-        device: device the target runs on.
-        device_map: spreads a large target over devices, as in `transformers`.
-        revision: revision of a hub id; default: the one the cache names, unless `target` is given.
-        adapter: PEFT adapter on top of the target.
-        quantization: quantisation of the target's weights; default: the one the cache names.
-        check: whether shards are hashed and all states read first (`open`), as they are touched (`lazy`), or not (`off`).
-        trust_remote_code: run Python files that come with the target; read them first.
-        context: most tokens that the target reads; default: from its config, as serving engines derive it.
-    """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; recompute at least 1")
-    opened = HiddenStateCache(cache, check=check)
-    identity = opened.manifest.identity
-    if target is None:
-        target, revision = identity.target, revision or identity.target_revision
-    quantization = quantization or identity.target_quantization
-    where = TargetOptions(device, device_map, revision, adapter, quantization, trust_remote_code, context)
-    loaded = where.load(target, identity.target_dtype)
-    opened.check_target(loaded.fingerprint, quantization, num_embeddings(loaded))
-    if check == "open":
-        opened.verify_states()
-    eight_bits = stored_dtype(identity.dtype) == CODES
-    allowed = tolerance if tolerance is not None else _TOLERANCE + (LARGEST_ERROR if eight_bits else 0.0)
-    greedy_share = 1 - (_TOLERANCE if tolerance is None else tolerance)
-    worst = list(compare(opened, loaded, samples, seed))
-    for row in worst:
-        differences = f"max difference {row.max_difference:.3e}  relative {row.relative_difference:.3e}"
-        greedy = f"  greedy tokens equal {row.greedy_agreement:.1%}" if identity.local_horizon else ""
-        print(visible(f"{row.sample}  {row.layer}  {differences}{greedy}"))
-    failed = [row for row in worst if not row.relative_difference <= allowed or row.greedy_agreement < greedy_share]
-    if failed:
-        raise ValueError(
-            f"{cache}: {len(failed)} of {len(worst)} comparisons differ by more than {allowed:.3g} "
-            f"(first: {failed[0].sample}, {failed[0].layer}, {failed[0].relative_difference:.3e}); "
-            "the cache does not hold this target's states"
-        )
-    print(f"{cache}: {min(samples, len(opened))} samples recomputed, all within {allowed:.3g}")
-
-
-def compare(cache: HiddenStateCache, target: Target, num_samples: int, seed: int) -> Iterator[Comparison]:
-    """Recomputes randomly drawn samples, one forward each; states of eight bits are held against whole ones."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(cache), generator=generator)[:num_samples].tolist()
-    identity = cache.manifest.identity
-    if stored_dtype(identity.dtype) == CODES:
-        identity = replace(identity, dtype="float32")
-    for index in chosen:
-        sample = cache[index]
-        text = TokenizedSample(sample.id, sample.input_ids.tolist(), sample.loss_mask.tolist())
-        again = features(target, [text], identity)
-        agreement = 1.0
-        if sample.greedy_ids is not None and again.greedy_ids is not None:
-            agreement = float((sample.greedy_ids == again.greedy_ids).float().mean())
-        for layer in identity.layers:
-            stored_TD, fresh_TD = sample.hidden[layer].float(), again.hidden[layer].float()
-            difference_TD = stored_TD - fresh_TD
-            relative_T = difference_TD.norm(dim=-1) / fresh_TD.norm(dim=-1).clamp_min(1e-12)
-            yield Comparison(sample.id, layer, float(difference_TD.abs().max()), float(relative_T.max()), agreement)

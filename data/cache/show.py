@@ -20,8 +20,8 @@ from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import TokenizedSample, chat_of
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
-from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.options import OWN_FILES, TokenizerOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 
 _NO_LIMIT = 2**31
 
@@ -33,26 +33,22 @@ def show(
     count: int = 1,
     tokens: bool = False,
     split: str | None = None,
-    template: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    where: Annotated[TokenizerOptions, FLAT] = OWN_FILES,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Prints samples with the tokens that are not trained on dimmed, and the share that is trained on.
 
     Where the output is no terminal, the tokens that are trained on stand between « and ».
 
     Args:
-        source: a hidden-state cache, a folder of replies, or a JSONL file of conversations.
-        target: path or hub id of the target, for its tokenizer; default, for a cache: the one it names.
-        index: first sample to show; a row that training drops counts, and the reason is shown.
-        count: how many samples to show.
-        tokens: show where one token ends and the next begins.
-        split: show samples of this split only (not for a cache, which holds one).
-        template: Jinja file for conversations, or `none` for plain text; default: the tokenizer's own.
-        revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
-        rendering: the chat template's name and variables; see `TemplateOptions`.
+        source: A hidden-state cache, a folder of replies, or a JSONL file of conversations.
+        target: Path or hub id of the target, for its tokenizer; default, for a cache: the one it names.
+        index: First sample to show; a row that training drops counts, and the reason is shown.
+        count: How many samples to show.
+        tokens: Show where one token ends and the next begins.
+        split: Show samples of this split only (not for a cache, which holds one).
+        where: How the target's files are read; see `TokenizerOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     if index < 0 or count < 1:
         raise ValueError(f"index {index} and count {count}: samples count from 0, and at least one is shown")
@@ -60,11 +56,12 @@ def show(
     if target is None and not is_cache:
         raise ValueError(f"{source} does not name its tokenizer; give the target with --target")
     name = target or Manifest.load(source).identity.target
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    tokenizer = where.tokenizer(name)
     if is_cache:
         samples: Iterator[TokenizedSample | Dropped] = _cached(source, index, count)
     else:
-        chat = partial(chat_of, name, tokenizer, template, revision, trust_remote_code, rendering)
+        revision, trust = where.revision, where.trust_remote_code
+        chat = partial(chat_of, name, tokenizer, rendering.template, revision, trust, rendering.options)
         corpus = Corpus(source, chat, split, _NO_LIMIT)
         samples = itertools.islice(corpus.read(), index, index + count)
     console = Console()

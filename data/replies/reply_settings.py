@@ -4,20 +4,28 @@ Owns: reading `generation_config.json` into `GenerationSettings`. Does not know:
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from draftsmith.decode.model_settings import honouring
+from draftsmith.decode.options import GREEDY, ReplyOptions
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import read_config, read_generation_config
+from draftsmith.models.target.options import DEFAULTS, TargetOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """Settings of a run; None leaves the model's own. `temperature` 0 is greedy."""
+    """What a run changes about the model's own sampling settings (its generation config); null leaves the model's own.
+
+    Args:
+        temperature: 0 takes the likeliest token (greedy); above 0 draws.
+        top_k: Draw among the k likeliest tokens; 0 for all.
+        top_p: Draw within the smallest set of tokens with this probability.
+        min_p: Leave out tokens below this share of the likeliest one's probability.
+        repetition_penalty: Above 1 makes tokens already in the text less likely.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -26,36 +34,45 @@ class Overrides:
     repetition_penalty: float | None = None
 
 
+MODELS_OWN = Overrides()
+
+
 def reply_settings(
     target: str,
     tokenizer: PreTrainedTokenizerBase,
-    overrides: Overrides,
-    max_new_tokens: int,
-    seed: int = 0,
+    overrides: Overrides = MODELS_OWN,
+    reply: ReplyOptions = GREEDY,
     stop_strings: tuple[str, ...] = (),
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    generation_config: Literal["model", "none"] = "model",
+    where: TargetOptions = DEFAULTS,
 ) -> GenerationSettings:
     """The target's own settings with a run's changes.
 
-    A target whose generation config does not sample is greedy. Only settings it names are taken: defaults that
-    `transformers` would fill in (such as top-k 50) are not the model's. A run that sets a temperature for such a target
-    samples from its plain distribution. With `generation_config` none, its end tokens alone are taken.
+    A target whose generation config does not sample is greedy. Only settings it names are taken: defaults that `transformers` would
+    fill in (such as top-k 50) are not the model's. A run that sets a temperature for such a target samples from its plain
+    distribution. With `generation_config` none, its end tokens alone are taken.
 
-    Raises ValueError when the target names no end token, a setting is out of range, or one cannot be honoured.
+    Args:
+        target: path or hub id.
+        tokenizer: the target's.
+        overrides: what the run changes.
+        reply: length and seed.
+        stop_strings: they end a reply.
+        where: how the target's files are read, and whether its generation config counts.
+
+    Raises:
+        ValueError: the target names no end token, a setting is out of range, or one cannot be honoured.
     """
     own = GenerationConfig()
-    if generation_config == "model":
-        folder = resolve(target, revision)
+    if where.generation_config == "model":
+        folder = resolve(target, where.revision)
         own = read_generation_config(folder) or GenerationConfig.from_model_config(
-            read_config(folder, trust_remote_code)
+            read_config(folder, where.trust_remote_code)
         )
     settings = GenerationSettings(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=reply.max_new_tokens,
         repetition_penalty=own.repetition_penalty or 1.0,
-        seed=seed,
-        eos_token_ids=_end_tokens(target, revision, tokenizer, trust_remote_code),
+        seed=reply.seed,
+        eos_token_ids=_end_tokens(target, tokenizer, where),
         stop_strings=stop_strings,
     )
     if own.do_sample:
@@ -70,12 +87,10 @@ def reply_settings(
     return honouring(settings, own, target, tells_text=True)
 
 
-def _end_tokens(
-    target: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
-) -> tuple[int, ...]:
-    found = read_end_tokens(target, revision, tokenizer, trust_remote_code)
-    if not found:
+def _end_tokens(target: str, tokenizer: PreTrainedTokenizerBase, where: TargetOptions) -> tuple[int, ...]:
+    end_tokens = where.end_tokens(target, tokenizer)
+    if not end_tokens:
         raise ValueError(
             f"{target} names no end token, so no reply would ever end; set eos_token_id in its generation config"
         )
-    return found
+    return end_tokens

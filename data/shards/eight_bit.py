@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.shards.finite import check_codes, check_finite
-from draftsmith.models.files.loading import as_dtype
+from draftsmith.models.files.device_and_dtype import as_dtype
 
 FLOAT8 = "float8_e4m3"
 CODES = torch.float8_e4m3fn

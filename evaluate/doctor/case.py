@@ -74,10 +74,18 @@ class Places:
 
 @dataclass(frozen=True)
 class Use:
-    """How the drafter is used, as far as the user says: drafted tokens a cycle, temperature; None where not said."""
+    """How the drafter is used, as far as it is known.
+
+    Args:
+        draft_length: Tokens that you draft in a cycle, to be compared with what was trained.
+        temperature: What you decode at, to be compared with the replies'.
+    """
 
     draft_length: int | None = None
     temperature: float | None = None
+
+
+UNKNOWN_USE = Use()
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Case:
     samples: tuple[CachedSample, ...] = ()
     replies: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[Sample, ...] = ()
-    use: Use = Use()
+    use: Use = UNKNOWN_USE
     projection: Projection | None = None
     seed: int = 0
     template: str | None = None

@@ -6,11 +6,11 @@ Owns the command and the order of the checks, from what everything rests on to w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from draftsmith.arguments import FLAT, suggestion
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
+from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.doctor.acceptance import check_acceptance
 from draftsmith.evaluate.doctor.alignment import check_shifts, check_steps
@@ -30,6 +31,7 @@ from draftsmith.evaluate.doctor.bonds import (
     check_temperature,
 )
 from draftsmith.evaluate.doctor.case import (
+    UNKNOWN_USE,
     Case,
     NotChecked,
     Places,
@@ -53,13 +55,14 @@ from draftsmith.evaluate.doctor.overlap import (
 from draftsmith.evaluate.doctor.report import Finding, console, findings_json, findings_table, summary
 from draftsmith.evaluate.doctor.serving import check_file, check_serving
 from draftsmith.evaluate.doctor.states import check_projection, check_sound, check_states, project
-from draftsmith.evaluate.samples import read_samples
+from draftsmith.evaluate.records import Sample
+from draftsmith.evaluate.samples import selected_samples
 from draftsmith.files import atomic_write
-from draftsmith.models.files.end_tokens import read_end_tokens
+from draftsmith.models.files.device_and_dtype import AUTO, as_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import as_dtype, load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
+from draftsmith.models.target.target import Target, TargetEnds
 
 Check = Callable[[Case], Finding]
 READS_TEXT = ("overlap", "duplicates")
@@ -89,7 +92,14 @@ NAMES = (*CHECKS, "overfit", *READS_TEXT)
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much is looked at: samples drawn from the cache, n of the n-grams, steps of the trial training, the seed of all draws."""
+    """How much is looked at.
+
+    Args:
+        samples: How many samples of the cache are looked at; `overlap` and `duplicates` read the tokens of all.
+        ngram: Tokens of the n-grams by which prompts are looked for.
+        overfit_steps: Most steps of the trial training on one sample; 0 leaves it out.
+        seed: Another seed draws other samples.
+    """
 
     samples: int = 64
     ngram: int = 13
@@ -102,32 +112,29 @@ class Bounds:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
+USUAL_BOUNDS = Bounds()
+
+
 def doctor(
     drafter: str,
     target: str | None = None,
     cache: str | None = None,
     prompts: Path | None = None,
     split: str | None = None,
-    template: str | None = None,
     out: Path | None = None,
     skip: list[str] | None = None,
-    samples: int = 64,
     show: int = 2,
     source: Path | None = None,
-    draft_length: int | None = None,
-    temperature: float | None = None,
-    ngram: int = 13,
-    overfit_steps: int = 80,
     ends_only: bool = False,
-    dtype: str | None = None,
-    seed: int = 0,
+    bounds: Annotated[Bounds, FLAT] = USUAL_BOUNDS,
+    use: Annotated[Use, FLAT] = UNKNOWN_USE,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Tell why a drafter's acceptance may be low: states, labels, text, vocabulary, training, export.
 
-    Target, cache and settings are those that the drafter's provenance names; options go before it. Every finding says what to do. Exits
-    with 1 where something is at fault.
+    Target, cache and settings are those that the drafter's provenance names, unless you give others. With dtype auto, the target runs
+    in what it ran in when the cache was made. Every finding names a remedy. Exits with 1 where it finds a fault.
 
     Args:
         drafter: Folder of a training run, or of a drafter as training or `draftsmith export` wrote it.
@@ -135,46 +142,71 @@ def doctor(
         cache: The hidden-state cache that it was trained from; default: the one that its provenance names.
         prompts: Prompts that acceptance is measured on, to be looked for in the training text: as for `draftsmith evaluate`.
         split: Only this split of the prompts.
-        template: Chat template file where the tokenizer has none, or "none".
         out: Also write the report here, as JSON.
         skip: Checks to leave out, by name.
-        samples: How many samples of the cache are looked at; `overlap` and `duplicates` read the tokens of all.
-        show: How many of them are printed, with what is trained on marked.
+        show: How many of the samples are printed, with what is trained on marked.
         source: The text that was trained on, as `draftsmith data extract` takes it; read instead of the cache's tokens.
-        draft_length: Tokens that you draft in a cycle, to be compared with what was trained.
-        temperature: What you decode at, to be compared with the replies'.
-        ngram: Tokens of the n-grams by which prompts are looked for.
-        overfit_steps: Most steps of the trial training on one sample; 0 leaves it out.
         ends_only: Load the target's embedding, norm and head alone: for a target too large for this machine. No fresh forward then.
-        dtype: What the target runs in; default: what it ran in when the cache was made, else float32.
-        seed: Another seed draws other samples.
-        where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
-        rendering: The chat template's name and variables; see `TemplateOptions`.
+        bounds: How much is looked at; see `Bounds`.
+        use: How you use the drafter; see `Use`.
+        where: Where the target runs; see `TargetOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     left_out = _skipped(skip or [])
-    bounds = Bounds(samples, ngram, overfit_steps, seed)
     places = find(drafter, cache, target, where.revision, where.adapter)
-    tokenizer = load_tokenizer(places.target, places.revision, where.trust_remote_code)
-    ends = read_end_tokens(places.target, places.revision, tokenizer, where.trust_remote_code)
-    asked = [] if prompts is None else read_samples(prompts, tokenizer, template, split, None, ends, rendering)
-    if prompts is not None and not asked:
-        raise ValueError(f"{prompts} has no prompt in split {split!r}; name another with --split, or leave it out")
-    # Whole samples: what was cut off in training is no reason to look at less of the text.
-    corpus = None
-    if source is not None:
-        corpus = Corpus(source, lambda: ChatTemplate(tokenizer, template, ends, rendering), None, sys.maxsize)
-    if corpus is not None:
-        corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
-    case = gather(places, tokenizer, bounds, ends_only, dtype, where)
+    where = replace(where.placed(), revision=places.revision, adapter=places.adapter)
+    tokenizer = where.tokenizer(places.target)
+    asked = _prompts(prompts, split, places.target, tokenizer, rendering, where)
+    corpus = _text(source, where.end_tokens(places.target, tokenizer), tokenizer, rendering)
+    case = gather(places, tokenizer, bounds, ends_only, where)
     for sample in asked:
         check_ids(f"the prompt {sample.id} of {prompts}", max(sample.prompt_ids, default=0), case.ends.vocab_size)
-    case = replace(
-        case, prompts=tuple(asked), use=Use(draft_length, temperature), template=template, rendering=rendering
-    )
+    case = replace(case, prompts=tuple(asked), use=use, template=rendering.template, rendering=rendering.options)
     if corpus is not None and case.cache is not None:
         corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on
     findings = examine(case, bounds, left_out, corpus)
-    screen = console()
+    _print(case, findings, show)
+    if out is not None:
+        settings = {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts}
+        _write(out, case, findings, settings)
+    print(summary(findings))
+    faults = [finding.name for finding in findings if finding.verdict == "fault"]
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(findings)} checks found a fault: {', '.join(faults)}")
+
+
+def _prompts(
+    prompts: Path | None,
+    split: str | None,
+    target: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: TemplateChoice,
+    where: TargetOptions,
+) -> list[Sample]:
+    """The prompts to look for, none where no file is given. Raises ValueError where the split has none."""
+    if prompts is None:
+        return []
+    samples = selected_samples(prompts, target, tokenizer, PromptSelection(split=split), rendering, where)
+    if not samples:
+        raise ValueError(f"{prompts} has no prompt in split {split!r}; name another with --split, or leave it out")
+    return samples
+
+
+def _text(
+    source: Path | None, ends: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, rendering: TemplateChoice
+) -> Corpus | None:
+    """The text to read instead of the cache's tokens. Its samples are whole: what training cut off can be a duplicate all the same."""
+    if source is None:
+        return None
+    chat = partial(ChatTemplate, tokenizer, rendering.template, ends, rendering.options)
+    corpus = Corpus(source, chat, None, sys.maxsize)
+    corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
+    return corpus
+
+
+def _print(case: Case, findings: Sequence[Finding], show: int) -> None:
+    """The findings as a table, and some samples."""
+    screen, places = console(), case.places
     screen.print(
         f"drafter {places.folder}  target {places.target}  cache {places.cache or 'unknown'}\n",
         highlight=False,
@@ -184,18 +216,15 @@ def doctor(
     screen.print()
     for view in shown_samples(case, show, marks=not screen.is_terminal):
         screen.print(view, soft_wrap=True)
-    if out is not None:
-        subject = {"drafter": places.folder, "origin": places.origin, "target": places.target, "cache": places.cache}
-        named = {name: None if value is None else str(value) for name, value in subject.items()}
-        settings = {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts}
-        made_by = provenance.record(provenance.command_line(), settings, {places.target: case.ends.fingerprint})
-        atomic_write(out, findings_json(findings, named, made_by))
-    print(summary(findings))
-    faults = [one for one in findings if one.verdict == "fault"]
-    if faults:
-        raise ValueError(
-            f"{len(faults)} of {len(findings)} checks found a fault: {', '.join(one.name for one in faults)}"
-        )
+
+
+def _write(out: Path, case: Case, findings: Sequence[Finding], settings: Mapping[str, Any]) -> None:
+    """The report as JSON."""
+    places = case.places
+    subject = {"drafter": places.folder, "origin": places.origin, "target": places.target, "cache": places.cache}
+    named = {name: None if value is None else str(value) for name, value in subject.items()}
+    made_by = provenance.record(provenance.command_line(), settings, {places.target: case.ends.fingerprint})
+    atomic_write(out, findings_json(findings, named, made_by))
 
 
 def gather(
@@ -203,58 +232,60 @@ def gather(
     tokenizer: PreTrainedTokenizerBase,
     bounds: Bounds,
     ends_only: bool,
-    dtype: str | None,
     where: TargetOptions,
 ) -> Case:
     """Loads target, drafter and samples, each once.
 
-    Raises ValueError for what cannot be loaded, and for a cache or drafter whose shapes are not the target's.
+    Args:
+        places: where they are.
+        tokenizer: the target's.
+        bounds: how many samples.
+        ends_only: whether the target's trunk stays unloaded.
+        where: where the target runs; with dtype `auto` it runs in what it ran in when the cache was made.
+
+    Raises:
+        ValueError: something cannot be loaded, or the shapes of cache or drafter are not the target's.
     """
     # Shards are not hashed here, which would read all of a large cache; `data verify` does.
     opened = None if places.cache is None else HiddenStateCache(places.cache, check="off", finite=False)
-    width = dtype or (opened.manifest.identity.target_dtype if opened is not None else "float32")
-    whole = None
-    options = replace(where, revision=places.revision, adapter=places.adapter)
-    if ends_only:
-        ends = options.load_ends(places.target, as_dtype(width), where.device)
-    else:
-        whole = options.load(places.target, width)
-        ends = whole.ends
-        if where.device_map is not None and places.adapter is None:
-            # Embedding, norm and head of a spread target lie on several devices; the drafter's checks want them on one.
-            ends = options.load_ends(places.target, as_dtype(width), where.device)
+    made_in = where.dtype if opened is None else opened.manifest.identity.target_dtype
+    where = replace(where, dtype=made_in if where.dtype == AUTO else where.dtype).resolved(places.target)
+    ends, whole = _target(places, ends_only, where)
     if opened is not None and opened.manifest.identity.hidden_size != ends.hidden_size:
         raise ValueError(
             f"{places.cache} holds states of {opened.manifest.identity.hidden_size} numbers, {places.target} has {ends.hidden_size}; name "
             "the cache of this target with --cache"
         )
-    served = load_served(places.folder, ends, width, where.trust_remote_code)
-    trained = served if places.origin is None else load_served(places.origin, ends, width, where.trust_remote_code)
-    if opened is None:
-        return Case(places, served, trained, ends, whole, tokenizer, seed=bounds.seed, quantization=where.quantization)
-    chosen = draw(opened, bounds.samples, bounds.seed)
+    served = load_served(places.folder, ends, where.dtype, where.trust_remote_code)
+    trained = served
+    if places.origin is not None:
+        trained = load_served(places.origin, ends, where.dtype, where.trust_remote_code)
+    case = Case(places, served, trained, ends, whole, tokenizer, seed=bounds.seed, quantization=where.quantization)
+    return case if opened is None else _with_samples(case, opened, bounds.samples)
+
+
+def _target(places: Places, ends_only: bool, where: TargetOptions) -> tuple[TargetEnds, Target | None]:
+    """The target's ends on one device, and the whole target unless its ends alone are wanted."""
+    whole = None if ends_only else where.load(places.target)
+    spread = where.device_map is not None and places.adapter is None
+    if whole is not None and not spread:
+        return whole.ends, whole
+    # Embedding, norm and head of a spread target lie on several devices; the drafter's checks want them on one.
+    return where.load_ends(places.target, as_dtype(where.dtype), where.device), whole
+
+
+def _with_samples(case: Case, cache: HiddenStateCache, num_samples: int) -> Case:
+    """The case with some samples of its cache, and the target's likeliest tokens for them."""
+    chosen = draw(cache, num_samples, case.seed)
     for sample in chosen:
-        check_ids(f"sample {sample.id} of {places.cache}", int(sample.input_ids.max()), ends.vocab_size)
-    if whole is not None:
-        chosen = tuple(with_states(sample, trained.features, whole) for sample in chosen)
-    replies = replies_of(opened)
-    warmth = replies.get("settings", {}).get("temperature")
+        check_ids(f"sample {sample.id} of {case.places.cache}", int(sample.input_ids.max()), case.ends.vocab_size)
+    if case.target is not None:
+        chosen = tuple(with_states(sample, case.trained.features, case.target) for sample in chosen)
+    replies = replies_of(cache)
+    temperature = replies.get("settings", {}).get("temperature")
     with progress("doctor: project", len(chosen), "samples") as advance:
-        projection = project(opened, chosen, ends, whole, warmth, advance)
-    return Case(
-        places,
-        served,
-        trained,
-        ends,
-        whole,
-        tokenizer,
-        opened,
-        chosen,
-        replies,
-        projection=projection,
-        seed=bounds.seed,
-        quantization=where.quantization,
-    )
+        projection = project(cache, chosen, case.ends, case.target, temperature, advance)
+    return replace(case, cache=cache, samples=chosen, replies=replies, projection=projection)
 
 
 def check_ids(place: str, largest: int, vocab_size: int) -> None:

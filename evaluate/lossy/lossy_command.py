@@ -6,44 +6,66 @@ Owns the order of the work and its files. Does not know the measures' definition
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.formats import row_id
-from draftsmith.data.prompts import PROMPT_FILE
-from draftsmith.decode import GenerationSettings
+from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode.model_settings import for_target
+from draftsmith.decode.options import DrawOptions, settings_of
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy.chart import draw_trade
-from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
+from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, IsRight, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy.report import to_markdown, trade_table
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.report import REPORTS
-from draftsmith.evaluate.samples import read_samples, readable_by
+from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.files import atomic_write, exclusive, read_jsonl, sha256_file
 from draftsmith.json_rows import UnusableRow
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.token_rows import read_rows
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
-from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.ownership import check_unclaimed
 
 _JUDGE = "judge:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions:
+    """How many problems are answered together, and how many are timed.
+
+    Args:
+        batch_rows: Problems answered together, except for the race.
+        timed_problems: Problems decoded once more, one at a time, by all rules in turn, for the speed-up.
+    """
+
+    batch_rows: int = 32
+    timed_problems: int = 40
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "timed_problems"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+WORKLOAD = WorkloadOptions()
+LONG_ANSWERS = DrawOptions(max_new_tokens=256)
 
 
 def evaluate_rules(
@@ -55,89 +77,84 @@ def evaluate_rules(
     out: Path,
     shape: str = "1x16",
     labelled_rows: Path | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    max_new_tokens: int = 256,
-    limit: int | None = None,
-    split: str | None = None,
-    template: str | None = None,
-    batch_rows: int = 32,
-    timed_problems: int = 40,
-    dtype: str = "float32",
+    draw: Annotated[DrawOptions, FLAT] = LONG_ANSWERS,
+    selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
+    workload: Annotated[WorkloadOptions, FLAT] = WORKLOAD,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Compare LOSSY rules of acceptance: right answers, accepted tokens, target forwards and speed, each with its interval.
 
-    Plain decoding is always the first row, and its answers are what accuracy is compared with. Writes report.md, report.json and
-    report.png.
+    Plain decoding is the first row, which accuracy is compared with. Writes report.md, report.json and report.png.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
         drafter: Folder of a trained drafter, or a draft LM.
         prompts: JSONL file of problems with their reference answers.
-        checker: What says whether an answer is right, as in `draftsmith label generate`.
+        checker: What judges whether an answer is right, as in `draftsmith label generate`.
         rules: lossless, judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, everything; NAME=RULE names one.
         out: Folder for the report.
         shape: How much to draft: long chains such as 1x16 pay here; e0.5 behind it stops early.
-        labelled_rows: Rows of `draftsmith label rows` of other questions than the judges were trained on: the share of wrong tokens that
-            each rule accepts is counted on them.
-        temperature: 0 is greedy.
-        seed: Of the sampling noise.
-        max_new_tokens: Longest answer.
-        limit: Only the first so many problems.
-        split: Only this split of the prompts.
-        template: Chat template file where the tokenizer has none, or "none".
-        batch_rows: Problems answered together, except for the race.
-        timed_problems: Problems decoded once more, one at a time, by all rules in turn, for the speed-up.
-        dtype: float32, bfloat16 or float16.
-        where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
-        rendering: The chat template's name and variables; see `TemplateOptions`.
+        labelled_rows: Rows of `draftsmith label rows` that no judge was trained on: counts the wrong tokens that each rule accepts.
+        draw: Length, seed and temperature of the answers; see `DrawOptions`.
+        selection: Which problems; see `PromptSelection`.
+        workload: How many problems are answered together and timed; see `WorkloadOptions`.
+        where: Where the target runs; see `TargetOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     check_unclaimed(out, REPORTS)
-    chosen = _ruled(rules)
-    limits = parse_shape(shape)
+    chosen, limits = _ruled(rules), parse_shape(shape)
     draft_folder = drafter_folder(drafter)
-    _check(chosen, batch_rows, timed_problems)
+    answer_checker = load_checker(checker)
+    where = where.resolved(target)
+    tokenizer = where.tokenizer(target)
+    samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    judged = load_checker(checker)
-    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
-    samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
-    questions = _questions(file, samples, judged)
-    model = where.load(target, dtype)
+    questions = _questions(file, samples, answer_checker)
+    model = where.load(target)
     samples = readable_by(model, samples)
-    own_tokenizer = tokenizer_fingerprint(tokenizer)
-    for one in chosen:
-        if one.rule is not None:
-            one.rule.check_tokenizer(own_tokenizer)
-    draft = _drafter(draft_folder, model, own_tokenizer, where.trust_remote_code)
-    settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
-    settings = for_target(settings, model)
+    draft = _drafter(draft_folder, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
+    _check_tokenizers(chosen, tokenizer_fingerprint(tokenizer))
+    settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
+    is_right, text_of = _judging(questions, samples, answer_checker), _decoding(tokenizer)
+    contest = partial(compare, model, draft, limits, chosen, samples, is_right, text_of, settings)
+    config = asdict(settings) | {"shape": shape, "rules": rules, "checker": checker} | asdict(where) | asdict(rendering)
+    inputs = {str(file): sha256_file(file), target: model.fingerprint}
     with exclusive(out):
-        accepted: dict[str, Accepted | None] = {}
-        if labelled_rows is not None:
-            found = accepted_tokens(model, draft, [one.rule for one in chosen], list(read_rows(labelled_rows)))
-            accepted = {one.label: shares for one, shares in zip(chosen, found, strict=True)}
-        rows = compare(
-            model,
-            draft,
-            limits,
-            chosen,
-            samples,
-            lambda number, text: judged.check(questions[samples[number].id], text).verdict == "correct",
-            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-            settings,
-            timed_problems=min(timed_problems, len(samples)),
-            batch_rows=batch_rows,
-            wrong_tokens=accepted,
+        rows = contest(
+            timed_problems=min(workload.timed_problems, len(samples)),
+            batch_rows=workload.batch_rows,
+            wrong_tokens=_wrong_tokens(model, draft, chosen, labelled_rows),
         )
-        config = asdict(settings) | {"shape": shape, "rules": rules, "checker": checker, "dtype": dtype} | asdict(where)
-        config |= {"template": template} | asdict(rendering)
-        inputs = {str(file): sha256_file(file), target: model.fingerprint}
         _write(out, rows, provenance.record(provenance.command_line(), config, inputs), target, drafter)
-    print(trade_table(rows))
-    print(f"report: {out / 'report.md'}")
+    print(f"{trade_table(rows)}\nreport: {out / 'report.md'}")
+
+
+def _judging(questions: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], checker: Checker) -> IsRight:
+    """Tells whether a text answers the problem of a sample, by its number."""
+    return lambda number, text: checker.check(questions[samples[number].id], text).verdict == "correct"
+
+
+def _decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Token ids as text without special tokens."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _check_tokenizers(rules: Sequence[Ruled], tokenizer: str) -> None:
+    """Raises ValueError for a judge of another tokenizer than the target's, given by its fingerprint."""
+    for each in rules:
+        if each.rule is not None:
+            each.rule.check_tokenizer(tokenizer)
+
+
+def _wrong_tokens(
+    target: Target, drafter: Drafter, rules: Sequence[Ruled], labelled_rows: Path | None
+) -> dict[str, Accepted | None]:
+    """By each rule's label, the shares of right and wrong labelled tokens that it accepts; empty without labelled rows."""
+    if labelled_rows is None:
+        return {}
+    shares = accepted_tokens(target, drafter, [each.rule for each in rules], list(read_rows(labelled_rows)))
+    return {each.label: share for each, share in zip(rules, shares, strict=True)}
 
 
 def _ruled(texts: Sequence[str]) -> list[Ruled]:
@@ -150,25 +167,25 @@ def _ruled(texts: Sequence[str]) -> list[Ruled]:
     unlike = list(dict.fromkeys(folders.values()))
     names = dict(zip(unlike, names_apart(unlike), strict=True)) if len(unlike) > 1 else {}
     parsed = [(text, *parse_rule(text)) for text in texts]
-    return [
+    ruled = [
         Ruled(f"{name} {names[folders[text]]}" if folders.get(text) in names else name, rule)
         for text, name, rule in parsed
     ]
+    _check_names(ruled)
+    return ruled
 
 
-def _check(rules: Sequence[Ruled], batch_rows: int, timed_problems: int) -> None:
-    for one in rules:
-        if one.name == PLAIN or (one.name == LOSSLESS and one.rule is not None):
+def _check_names(rules: Sequence[Ruled]) -> None:
+    """Raises ValueError for a rule with the name of a row that is not lossy, and for two rules of one name."""
+    for each in rules:
+        if each.name == PLAIN or (each.name == LOSSLESS and each.rule is not None):
             raise ValueError(
-                f"a rule is named {one.name!r}, which is the name of a row that is not lossy; give another NAME=RULE"
+                f"a rule is named {each.name!r}, which is the name of a row that is not lossy; give another NAME=RULE"
             )
-    labels = [one.label for one in rules]
+    labels = [each.label for each in rules]
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"rule {label!r} is there twice; name the rules apart with NAME=RULE")
-    for name, value in (("batch_rows", batch_rows), ("timed_problems", timed_problems)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:

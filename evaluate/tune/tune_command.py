@@ -4,33 +4,59 @@ Owns the order of the work: load, record, time, weigh, write. Does not know how 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.progress import progress
-from draftsmith.data.prompts import PROMPT_FILE
+from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
+from draftsmith.decode.options import GREEDY, DrawOptions, settings_of
 from draftsmith.evaluate.drafters import parse_entries
 from draftsmith.evaluate.evaluate_command import load_candidates
-from draftsmith.evaluate.samples import read_samples, readable_by
+from draftsmith.evaluate.measure import Candidate
+from draftsmith.evaluate.records import Sample
+from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_shapes
 from draftsmith.evaluate.tune.costs import Probe, TimingPlan, time_cycles
 from draftsmith.evaluate.tune.recording import Recorded, record
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, outcome_table, tune_json, tune_markdown
 from draftsmith.evaluate.tune.tune import Grid, weigh
 from draftsmith.files import atomic_write, exclusive, sha256_file
-from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
+from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import paths_json, shape_text
 from draftsmith.ownership import check_unclaimed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """How shapes are recorded and timed.
+
+    Args:
+        batch_size: Prompts decoded together where cycles are timed: the batch size to tune for.
+        record_batch: Prompts decoded together for the record; changes its speed and memory, not its content.
+        rounds: Timed runs of each shape.
+    """
+
+    batch_size: int = 1
+    record_batch: int = 8
+    rounds: int = 7
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "record_batch", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+ONE_PROMPT = TimingOptions()
+FORTY_PROMPTS = PromptSelection(limit=40)
 
 
 def tune(
@@ -41,24 +67,17 @@ def tune(
     widths: list[int] | None = None,
     depths: list[int] | None = None,
     nodes: list[int] | None = None,
-    max_new_tokens: int = 128,
-    limit: int | None = 40,
-    split: str | None = None,
-    template: str | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 1,
-    record_batch: int = 8,
-    rounds: int = 7,
-    dtype: str = "float32",
+    draw: Annotated[DrawOptions, FLAT] = GREEDY,
+    selection: Annotated[PromptSelection, FLAT] = FORTY_PROMPTS,
+    timing: Annotated[TimingOptions, FLAT] = ONE_PROMPT,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Find the draft shape that is fastest with a drafter on this machine.
 
-    The prompts are decoded once, the drafter drafting the widest trees behind every token. From that record follows what any chain,
-    dynamic tree or static tree would have emitted a step; a clock on single cycles says what each would cost. Writes tune.md, tune.json,
-    tune.png, and the best static trees as static-NODES.json for `tree:FILE.json`.
+    The prompts are decoded once, and behind every token the drafter drafts the widest trees. That record shows what any chain, dynamic
+    tree or static tree would have emitted a step; timed single cycles show what each would cost. Writes tune.md, tune.json, tune.png,
+    and the best static trees as static-NODES.json for `tree:FILE.json`.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
@@ -68,68 +87,68 @@ def tune(
         widths: Nodes continued in each layer; 1 weighs chains. Default 1 2 4 8.
         depths: Drafted tokens along one path. Default 2 3 4 5 6 8.
         nodes: Verified nodes of a tree. Default 4 8 12 16 24 32 48.
-        max_new_tokens: Longest reply.
-        limit: Only the first so many prompts; null for all.
-        split: Only this split of the prompts.
-        template: Chat template file where the tokenizer has none, or "none".
-        temperature: Of the replies; 0 is greedy.
-        seed: Seed of the sampling noise.
-        batch_size: Prompts decoded together where cycles are timed: the batch size to tune for.
-        record_batch: Prompts decoded together for the record; changes its speed and memory, not its content.
-        rounds: Timed runs of each shape.
-        dtype: float32, bfloat16 or float16.
-        where: The target's devices, revision, adapter and quantization; see `TargetOptions`.
-        rendering: The chat template's name and variables; see `TemplateOptions`.
+        draw: Length, seed and temperature of the replies; see `DrawOptions`.
+        selection: Which prompts; see `PromptSelection`.
+        timing: How shapes are timed; see `TimingOptions`.
+        where: Where the target runs; see `TargetOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     check_unclaimed(out, ("tune.md", "tune.json", "tune.png"))
     grid = Grid(
         tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
     )
-    for name, value in (("batch_size", batch_size), ("record_batch", record_batch), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     if "@" in drafter:
         raise ValueError(f"drafter {drafter!r} names shapes, which tune is to find; leave out what follows the @")
     [entry] = parse_entries([drafter], ["1x1"])
-    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
-    ends = read_end_tokens(target, where.revision, tokenizer, where.trust_remote_code)
-    samples = read_samples(prompts, tokenizer, template, split, limit, ends, rendering)
-    model = where.load(target, dtype)
+    where = where.resolved(target)
+    tokenizer = where.tokenizer(target)
+    samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
+    model = where.load(target)
     samples = readable_by(model, samples)
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
-    settings = GenerationSettings(max_new_tokens, temperature, seed=seed, eos_token_ids=model.eos_token_ids)
-    settings = for_target(settings, model)
+    settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
+    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}
+    config = asdict(settings) | asdict(grid) | asdict(timing) | asdict(selection) | asdict(where) | asdict(rendering)
     with exclusive(out):
-        with progress("record", len(samples), "replies") as advance:
-            replies = record(
-                model, candidate.drafter, samples, settings, grid.widths, grid.depth, record_batch, advance
-            )
-        dynamic, static = grid.shapes(), grid.static_shapes(replies)
-        plan = TimingPlan.of([*dynamic, *static])
-        probe = Probe(typical_text(replies, model.max_positions), batch_size, rounds=rounds)
-        with progress("time", plan.num_runs(probe), "runs") as advance:
-            costs = time_cycles(model, candidate.drafter, plan, probe, advance)
-        setting = {
-            "prompts": len(replies),
-            "tokens": sum(len(reply.token_ids) for reply in replies),
-            "temperature": temperature,
-            "batch size": batch_size,
-            "context of the timed cycles": len(probe.prompt),
-            "dtype": dtype,
-            "device": str(model.device),
-        }
-        files = _write_trees(out, static)
-        report = TuneReport(target, entry.name, setting, weigh(replies, dynamic, static, costs), costs, files)
-        file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-        inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}
-        config = asdict(settings) | asdict(grid) | asdict(where) | {"split": split, "limit": limit, "rounds": rounds}
-        config |= {
-            "batch_size": batch_size,
-            "record_batch": record_batch,
-            "dtype": dtype,
-            "template": template,
-        } | asdict(rendering)
+        report = _tuned(out, model, candidate, samples, settings, grid, timing)
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
+    _print_fastest(report)
+    print(f"report: {out / 'tune.md'}")
+
+
+def _tuned(
+    out: Path,
+    target: Target,
+    candidate: Candidate,
+    samples: Sequence[Sample],
+    settings: GenerationSettings,
+    grid: Grid,
+    timing: TimingOptions,
+) -> TuneReport:
+    """Records the replies, times every shape of the grid, and weighs them; writes the static trees."""
+    drafter = candidate.drafter
+    with progress("record", len(samples), "replies") as advance:
+        replies = record(target, drafter, samples, settings, grid.widths, grid.depth, timing.record_batch, advance)
+    dynamic, static = grid.shapes(), grid.static_shapes(replies)
+    plan = TimingPlan.of([*dynamic, *static])
+    probe = Probe(typical_text(replies, target.max_positions), timing.batch_size, rounds=timing.rounds)
+    with progress("time", plan.num_runs(probe), "runs") as advance:
+        costs = time_cycles(target, drafter, plan, probe, advance)
+    setting = {
+        "prompts": len(replies),
+        "tokens": sum(len(reply.token_ids) for reply in replies),
+        "temperature": settings.temperature,
+        "batch size": timing.batch_size,
+        "context of the timed cycles": len(probe.prompt),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": str(target.device),
+    }
+    files = _write_trees(out, static)
+    return TuneReport(target.name, candidate.name, setting, weigh(replies, dynamic, static, costs), costs, files)
+
+
+def _print_fastest(report: TuneReport) -> None:
     print(outcome_table(report, best_of_each(report.outcomes)))
     best = report.best
     print(
@@ -137,7 +156,6 @@ def tune(
     )
     for line in slow_shapes(best.speedup):
         print(line)
-    print(f"report: {out / 'tune.md'}")
 
 
 def typical_text(replies: Sequence[Recorded], longest: int | None, room: int = 32) -> tuple[int, ...]:

@@ -23,11 +23,11 @@ from draftsmith.label.schema import Answer, read_answers
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
 from draftsmith.label.token_rows import LabelledRow, write_rows
-from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import read_config
 from draftsmith.models.target.context import context_of
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.options import OWN_FILES, TokenizerOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 
 # As in token_labels, which jsonargparse cannot look behind.
 After = Literal["ignored", "wrong"]
@@ -55,11 +55,9 @@ def rows(
     store: str | None = None,
     answers: Path | None = None,
     after: After = "ignored",
-    template: str | None = None,
     max_length: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    where: Annotated[TokenizerOptions, FLAT] = OWN_FILES,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Writes labelled answers as rows of token ids with one label a token: what a judge is trained on.
 
@@ -72,11 +70,9 @@ def rows(
         store: a store of labels (path, or an SQLAlchemy URL).
         answers: a file of labelled answers, instead of a store.
         after: what the tokens behind the first error are.
-        template: Jinja file for the prompts, or `none` for plain text; default: the tokenizer's own.
         max_length: leave out rows of more tokens; default: the target's context.
-        revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
-        rendering: the chat template's name and variables; see `TemplateOptions`.
+        where: How the target's files are read; see `TokenizerOptions`.
+        rendering: The chat template; see `TemplateChoice`.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(
@@ -85,9 +81,10 @@ def rows(
     if (store is None) == (answers is None):
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
     found = _read(store, answers)
-    tokenizer = load_tokenizer(target, revision, trust_remote_code)
-    length = max_length or context_of(read_config(resolve(target, revision), trust_remote_code))
-    chat = chat_of(target, tokenizer, template, revision, trust_remote_code, rendering)
+    revision, trust = where.revision, where.trust_remote_code
+    tokenizer = where.tokenizer(target)
+    length = max_length or context_of(read_config(resolve(target, revision), trust))
+    chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
     made = make_rows(found, tokenizer, chat, after, length)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)

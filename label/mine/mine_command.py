@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.progress import progress
-from draftsmith.data.replies.reply_settings import Overrides, reply_settings
+from draftsmith.data.replies.reply_settings import reply_settings
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.foreign import json_text, visible
@@ -34,7 +35,8 @@ from draftsmith.label.token_rows import write_rows
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
-from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
+from draftsmith.models.target.target import Target
 from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone, check_unclaimed
 from draftsmith.same_run import differences
@@ -44,25 +46,66 @@ LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jso
 Log = list[tuple[Mined, tuple[Forwards, Forwards]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MiningOptions:
+    """How a question is mined.
+
+    Args:
+        against: Judge by the target's own answer, or leave out what it does not answer as the prompts' reference does.
+        batch_rows: Most questions in flight.
+        max_new_tokens: Longest reply, in tokens.
+        max_length: An alternative is at most so many times as long as the first answer; default: no such bound.
+        stop_on_rejoin: If so many last tokens of an alternative are also in a known answer, assume that it continues like that one. This
+            is a guess and gives some wrong labels; default: let the target continue.
+        draft_window: Most tokens of a known answer that one forward verifies; changes no label.
+        draft_length: Most tokens that the draft guesses ahead of the target; changes no label.
+    """
+
+    against: Literal["answer", "reference"] = "answer"
+    batch_rows: int = 8
+    max_new_tokens: int = 512
+    max_length: float | None = None
+    stop_on_rejoin: int | None = None
+    draft_window: int = 16
+    draft_length: int = 5
+
+    def rules(
+        self, parse: Parse, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], context: int | None
+    ) -> Rules:
+        """The rules that a question is mined by. Raises ValueError for a setting that is out of range."""
+        return Rules(
+            parse=lambda reply: parse(_decode(tokenizer, reply)),
+            eos_token_ids=eos,
+            max_new_tokens=self.max_new_tokens,
+            against=self.against,
+            max_length=self.max_length,
+            stop_on_rejoin=self.stop_on_rejoin,
+            context=context,
+            draft_window=self.draft_window,
+            draft_length=self.draft_length,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that labels depend on."""
+        names = ("against", "max_new_tokens", "max_length", "stop_on_rejoin")
+        return {name: getattr(self, name) for name in names}
+
+
+MINING = MiningOptions()
+
+
 def mine(
     target: str,
     draft: str,
     prompts: Path,
     out: Path,
     checker: str = "final-number",
-    against: Literal["answer", "reference"] = "answer",
     limit: int | None = None,
-    batch_rows: int = 8,
-    max_new_tokens: int = 512,
-    max_length: float | None = None,
-    stop_on_rejoin: int | None = None,
-    draft_window: int = 16,
-    draft_length: int = 5,
-    template: str | None = None,
     licence: str = "unknown",
-    dtype: str = "float32",
+    mining: Annotated[MiningOptions, FLAT] = MINING,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
-    rendering: Annotated[TemplateOptions, FLAT] = NO_OPTIONS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Find out which tokens of a draft LM leave the target's answer right (AutoJudge, arXiv:2504.20039).
 
@@ -72,89 +115,72 @@ def mine(
     the command: it starts behind the last finished question.
 
     Args:
-        target: path or hub id of the target.
-        draft: path or hub id of a causal LM with the target's tokenizer.
+        target: Path or hub id of the target.
+        draft: Path or hub id of a causal LM with the target's tokenizer.
         prompts: JSON lines with `messages` or `prompt_ids`, or the folder that `data prompts` wrote.
-        out: the folder to write.
-        checker: how an answer is read out of a reply: final-number or multiple-choice. Or what judges a reply by its question's row,
+        out: The folder to write.
+        checker: How an answer is read out of a reply: final-number or multiple-choice. Or what judges a reply by its question's row,
             with `against` reference: embedded, unit-tests, or a function of yours as package.module:function or
             file.py:function.
-        against: judge by the target's own answer, or leave out what it does not answer as the prompts' reference does.
-        limit: mine the first so many questions only.
-        batch_rows: most questions in flight.
-        max_new_tokens: longest reply.
-        max_length: an alternative is at most so many times as long as the first answer; default: no such bound.
-        stop_on_rejoin: if so many last tokens of an alternative are also in a known answer, assume that it continues like that one. This
-            is a guess and gives some wrong labels; default: let the target continue.
-        draft_window: most tokens of a known answer that one forward verifies; changes no label.
-        draft_length: most tokens that the draft guesses ahead of the target; changes no label.
-        template: Jinja file for the prompts, or `none` for plain text; default: the tokenizer's own.
-        licence: of the questions, for rows that name none.
-        dtype: dtype that both models run in.
-        where: the target's devices, revision, adapter and quantization; see `TargetOptions`. The draft runs on the same device.
-        rendering: the chat template's name and variables; see `TemplateOptions`.
+        limit: Mine the first so many questions only.
+        licence: Of the questions, for rows that name none.
+        mining: How a question is mined; see `MiningOptions`.
+        where: Where the target runs; see `TargetOptions`. The draft runs on the same device in the same dtype.
+        rendering: The chat template; see `TemplateChoice`.
     """
     check_unclaimed(out)
-    parse, judge = _reading(checker, against)
-    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
+    where = where.resolved(target)
+    parse, judge = _reading(checker, mining.against)
+    tokenizer = where.tokenizer(target)
     check_tokenizers(tokenizer, load_tokenizer(draft, trust_remote_code=where.trust_remote_code), target, draft)
-    settings = reply_settings(
-        target,
-        tokenizer,
-        Overrides(),
-        max_new_tokens,
-        revision=where.revision,
-        trust_remote_code=where.trust_remote_code,
-        generation_config=where.generation_config,
-    )
+    settings = reply_settings(target, tokenizer, reply=ReplyOptions(max_new_tokens=mining.max_new_tokens), where=where)
     _refuse_other_replies(settings, target)
-    eos = settings.eos_token_ids
-    chat = ChatTemplate(tokenizer, template, eos, rendering)
-    models = (
-        where.load(target, dtype),
-        TargetOptions(device=where.device, trust_remote_code=where.trust_remote_code).load(draft, dtype),
-    )
-    rules = Rules(
-        parse=lambda reply: parse(_decode(tokenizer, reply)),
-        eos_token_ids=eos,
-        max_new_tokens=max_new_tokens,
-        against=against,
-        max_length=max_length,
-        stop_on_rejoin=stop_on_rejoin,
-        context=models[0].max_positions,
-        draft_window=draft_window,
-        draft_length=draft_length,
-    )
+    chat = ChatTemplate(tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
+    models = where.load(target), _draft_options(where).load(draft)
+    rules = mining.rules(parse, tokenizer, settings.eos_token_ids, models[0].max_positions)
 
-    def fit(one: Asked) -> Asked:
-        check_questions([one.question], rules)
-        return one if judge is None else judged_by(judge, one, lambda reply: _decode(tokenizer, reply))
+    def fit(asked: Asked) -> Asked:
+        check_questions([asked.question], rules)
+        return asked if judge is None else judged_by(judge, asked, lambda reply: _decode(tokenizer, reply))
 
     asked = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit, fit)
-    identity = {
-        "target_fingerprint": models[0].fingerprint,
-        "draft_fingerprint": models[1].fingerprint,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "template": chat.digest,
-        "eos_token_ids": list(eos),
-        "checker": checker if judge is None else judge.code,
-        "against": against,
-        "max_new_tokens": max_new_tokens,
-        "max_length": max_length,
-        "stop_on_rejoin": stop_on_rejoin,
-        "dtype": dtype,
-        "quantization": where.quantization,
-        "context": where.context,
-    } | ({} if rendering == NO_OPTIONS else asdict(rendering))
+    identity = _identity(models, tokenizer, chat, settings, mining, where) | rendering.recorded
+    identity["checker"] = checker if judge is None else judge.code
     with exclusive(out / LOG):
         _begin(out, identity)
-        log = _mine(out, Miner(*models, rules, batch_rows), asked)
-        config = identity | {"target": target, "draft": draft, "limit": limit, "batch_rows": batch_rows}
-        config |= {"draft_window": draft_window, "draft_length": draft_length, "licence": licence}
+        log = _mine(out, Miner(*models, rules, mining.batch_rows), asked)
+        config = identity | vars(mining) | {"target": target, "draft": draft, "limit": limit, "licence": licence}
         record = provenance.record(provenance.command_line(), config, {str(prompts): _digest(asked)})
         report = write_outputs(out, asked, log, tokenizer, models[0].name, licence)
         atomic_write(out / REPORT, json_text(record | report, indent=2) + "\n")
     _tell(out, report)
+
+
+def _draft_options(where: TargetOptions) -> TargetOptions:
+    """The draft runs where the target does; files and adapters are its own."""
+    return TargetOptions(device=where.device, dtype=where.dtype, trust_remote_code=where.trust_remote_code)
+
+
+def _identity(
+    models: tuple[Target, Target],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTemplate,
+    settings: GenerationSettings,
+    mining: MiningOptions,
+    where: TargetOptions,
+) -> dict[str, Any]:
+    """What the labels depend on, besides the checker and the template's variables."""
+    return {
+        "target_fingerprint": models[0].fingerprint,
+        "draft_fingerprint": models[1].fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "template": chat.digest,
+        "eos_token_ids": list(settings.eos_token_ids),
+        **mining.identity,
+        "dtype": where.dtype,
+        "quantization": where.quantization,
+        "context": where.context,
+    }
 
 
 def _refuse_other_replies(settings: GenerationSettings, target: str) -> None:

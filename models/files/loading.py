@@ -1,7 +1,6 @@
-"""From names to what they stand for on this machine: tokenizers, weights, dtypes, devices.
+"""From the name of a model to its tokenizer and weights.
 
-Owns what a dtype, device or quantization may be called, and how weights are read. Knows nothing of the doors of a
-target or of drafters.
+Owns what a quantization may be called, and how weights are read. Knows nothing of the doors of a target or of drafters.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from draftsmith.models.files.device_and_dtype import as_device
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve, resolve_model
 from draftsmith.models.files.pretrained import (
@@ -140,36 +140,6 @@ def target_fingerprint(path: str, revision: str | None = None, adapter: str | No
 
     # Hashed together: messages show the beginning of a fingerprint, which must tell base and base with adapter apart.
     return hashlib.sha256(f"{fingerprint}{adapter_fingerprint(adapter_folder(adapter))}".encode()).hexdigest()
-
-
-def as_dtype(name: str) -> torch.dtype:
-    """A torch dtype from its name.
-
-    Raises:
-        ValueError: not a floating dtype that targets are run in.
-    """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in dtypes:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
-    return dtypes[name]
-
-
-def as_device(name: str) -> torch.device:
-    """A torch device that is really there.
-
-    Raises:
-        ValueError: the name is no device, or this machine has none such.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not a device; use cpu, cuda, cuda:1, mps ...") from error
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "meta": 0}
-    if (device.index or 0) >= there.get(device.type, 0):
-        raise ValueError(
-            f"device {name!r} is not there: this machine has {there['cuda']} CUDA device(s); use --device cpu or one that it has"
-        )
-    return device
 
 
 def _quantization(kind: str) -> Any:

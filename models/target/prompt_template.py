@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,30 @@ class TemplateOptions:
 
 
 NO_OPTIONS = TemplateOptions()
+
+
+@dataclass(frozen=True)
+class TemplateChoice(TemplateOptions):
+    """Which chat template turns messages into text, and what it is given beside them.
+
+    Args:
+        template: Jinja file with a chat template, or "none" for plain text (base models); default: the tokenizer's own.
+    """
+
+    template: str | None = field(default=None, kw_only=True)
+
+    @property
+    def options(self) -> TemplateOptions:
+        """The template's name and variables alone."""
+        return TemplateOptions(self.template_name, self.template_args)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a run's settings hold of the options: nothing where none are given."""
+        return {} if self.options == NO_OPTIONS else asdict(self.options)
+
+
+OWN_TEMPLATE = TemplateChoice()
 
 
 class PromptTemplate:

@@ -23,8 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from draftsmith.extras import install_command
+from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.files.end_tokens import read_end_tokens
-from draftsmith.models.files.loading import as_dtype, load_causal_lm
+from draftsmith.models.files.loading import load_causal_lm
 from draftsmith.models.files.model_folder import resolve, resolve_model
 from draftsmith.models.files.pretrained import check_tensors, language_model_class, read_config
 from draftsmith.models.target.ends import TargetEnds

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from draftsmith.models.files.device_and_dtype import as_dtype, resolved_device, resolved_dtype
 from draftsmith.models.files.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.files.fingerprint import module_fingerprint
-from draftsmith.models.files.loading import as_dtype, load_causal_lm
+from draftsmith.models.files.loading import load_causal_lm
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.trunk.known_models import refuse_unsupported
 from draftsmith.models.trunk.proof import prove
@@ -71,8 +72,8 @@ class Target(nn.Module):
 
         Args:
             path: directory or hub id.
-            dtype: a torch dtype's name, such as float32 or bfloat16.
-            device: where to put it, such as cpu or cuda:0; ignored with ``device_map``.
+            dtype: a torch dtype's name, such as float32 or bfloat16; auto: the checkpoint's own on CUDA, float32 elsewhere.
+            device: where to put it, such as cpu or cuda:0; auto: CUDA where there is one, else the CPU. Ignored with ``device_map``.
             device_map: accelerate's placement over several devices, such as auto.
             revision: the hub's revision.
             adapter: a PEFT adapter on top, merged into the weights; it is part of the fingerprint.
@@ -84,9 +85,10 @@ class Target(nn.Module):
             ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
                 finite, or code that may not run.
         """
+        device = resolved_device(device)
         model, fingerprint = load_causal_lm(
             path,
-            as_dtype(dtype),
+            as_dtype(resolved_dtype(dtype, path, device, revision, trust_remote_code)),
             device,
             device_map,
             revision,

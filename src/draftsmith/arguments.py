@@ -112,8 +112,9 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
     parser.add_argument("--config", action="config", metavar="FILE", help="Read options from this YAML file.")
     flat = flat_parameters(function)
     parser.add_function_arguments(function, as_group=False, skip=set(flat))
-    for kind in flat.values():
+    for name, kind in flat.items():
         parser.add_class_arguments(kind, as_group=False)
+        _describe(parser, kind, inspect.signature(function).parameters[name].default)
     whole = whole_options(function)
     for action in parser._actions:
         if action.dest in list_options(function):
@@ -123,6 +124,27 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
             action.help = f"{told}{'' if told.endswith('.') else '.'} {how[0].upper()}{how[1:]}."
             action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
     return parser
+
+
+def _describe(parser: CommandParser, kind: type[Any], preset: Any) -> None:
+    """Gives the options of a dataclass the values that `preset`, one of it, has, and the help that its parents' docstrings hold."""
+    explained = field_help(kind)
+    for action in parser._actions:
+        if action.dest in explained:
+            action.help = explained[action.dest]
+    if isinstance(preset, kind):
+        given = {field.name: getattr(preset, field.name) for field in dataclasses.fields(kind)}
+        own = {field.name: field.default for field in dataclasses.fields(kind)}
+        parser.set_defaults({name: value for name, value in given.items() if value != own[name]})
+
+
+def field_help(kind: type[Any]) -> dict[str, str]:
+    """The description of each field of a dataclass, from its own docstring or from that of the parent which defines it."""
+    described = [
+        docstring_parser.parse(owner.__doc__ or "").params for owner in kind.__mro__[::-1] if owner is not object
+    ]
+    texts = {param.arg_name: param.description for params in described for param in params}
+    return {field.name: texts.get(field.name) or "" for field in dataclasses.fields(kind)}
 
 
 def check_config_files(prog: str, arguments: Sequence[str]) -> None:

@@ -72,7 +72,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "draftsmith.data.cache.extract", "extract", "Cache the target's hidden states over its replies."
     ),
     ("data", "verify"): Command(
-        "draftsmith.data.cache.extract", "verify", "Check a cache: checksums, and samples run through the target again."
+        "draftsmith.data.cache.verify_cache",
+        "verify",
+        "Check a cache: checksums, and samples run through the target again.",
     ),
     ("data", "show"): Command(
         "draftsmith.data.cache.show", "show", "Print samples with the tokens no loss is taken on dimmed."

@@ -9,6 +9,7 @@ from tiny import EOS
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.constraints import Constraints
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender, generation_config
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
@@ -32,10 +33,8 @@ def test_a_report_of_everything_is_written(tmp_path: Path, target: Path, drafter
         tmp_path / "out",
         drafters=[f"mine={drafter}@1x2,3x2"],
         temperatures=[0.0, 1.0],
-        max_new_tokens=12,
-        transformers_prompts=2,
-        prompt_lookup=3,
-        ledger_prompts=1,
+        reply=ReplyOptions(max_new_tokens=12),
+        plan=Plan(transformers_prompts=2, prompt_lookup=3, ledger_prompts=1),
     )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report) == ["command", "machine", "versions", "rows"]
@@ -61,7 +60,12 @@ def test_a_report_of_everything_is_written(tmp_path: Path, target: Path, drafter
 
 def test_ragged_batches_give_the_same_replies(tmp_path: Path, target: Path, drafter: Path, prompts: Path) -> None:
     evaluate(
-        str(target), prompts, tmp_path / "out", [str(drafter)], max_new_tokens=10, batch_size=3, transformers_prompts=3
+        str(target),
+        prompts,
+        tmp_path / "out",
+        [str(drafter)],
+        reply=ReplyOptions(max_new_tokens=10),
+        plan=Plan(batch_size=3, transformers_prompts=3),
     )
     rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
     assert [row["exact_share"] for row in rows] == [1.0, 1.0]

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.data.prompts import PromptSelection
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.evaluate import evaluate_command as command
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender
 from draftsmith.evaluate.evaluate_command import evaluate
+from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Decoded, Sample
 from draftsmith.evaluate.resume import WORK_FILE
 
@@ -59,7 +62,8 @@ def run(tmp_path: Path, target: Path, drafter: Path) -> Run:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def start(out: Path, **settings: object) -> list[dict]:
-        fields: dict = {"temperatures": [0.0, 1.0], "max_new_tokens": 8, "ledger_prompts": 1} | settings
+        fields: dict = {"temperatures": [0.0, 1.0], "plan": Plan(ledger_prompts=1)} | settings
+        fields["reply"] = ReplyOptions(max_new_tokens=fields.pop("max_new_tokens", 8), seed=fields.pop("seed", 0))
         evaluate(str(target), prompts, out, [f"mine={drafter}@2x3"], **fields)
         report = json.loads((out / "report.json").read_text())
         without_times = [{key: value for key, value in row.items() if key not in TIMES} for row in report["rows"]]
@@ -163,7 +167,16 @@ def test_a_file_of_the_users_under_the_name_of_the_work_file_or_a_report_is_kept
         out.rmdir()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"max_new_tokens": 9}, {"repeats": 2}, {"limit": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"max_new_tokens": 9},
+        {"plan": Plan(ledger_prompts=1, repeats=2)},
+        {"selection": PromptSelection(limit=3)},
+    ],
+    ids=str,
+)
 def test_another_evaluation_in_the_same_folder_starts_anew(
     tmp_path: Path, run: Run, calls: Calls, change: dict[str, int]
 ) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.decode.options import DrawOptions, ReplyOptions
+from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Row
 from draftsmith.evaluate.report import to_markdown
 from draftsmith.evaluate.slow_drafters import slow_drafters, slow_shapes
+from draftsmith.evaluate.tune.tune_command import TimingOptions
 
 RowMaker = Callable[..., Row]
 
@@ -88,12 +91,23 @@ def test_both_commands_print_the_line(
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"id": "p{n}", "prompt_ids": [{4 + n}, 9, 30, 5], "source": "s"}}\n' for n in range(2)))
     evaluate(
-        str(target), file, tmp_path / "report", drafters=[f"mine={drafter}@1x8"], max_new_tokens=12,
-        transformers_prompts=0, ledger_prompts=0,
-    )  # fmt: skip
+        str(target),
+        file,
+        tmp_path / "report",
+        drafters=[f"mine={drafter}@1x8"],
+        reply=ReplyOptions(max_new_tokens=12),
+        plan=Plan(transformers_prompts=0, ledger_prompts=0),
+    )
     assert "Slow: mine 1x8 at T = 0 decodes at " in capsys.readouterr().out
     tune(
-        str(target), f"mine={drafter}", file, tmp_path / "tune", widths=[1], depths=[8], nodes=[8], max_new_tokens=12,
-        rounds=1,
-    )  # fmt: skip
+        str(target),
+        f"mine={drafter}",
+        file,
+        tmp_path / "tune",
+        widths=[1],
+        depths=[8],
+        nodes=[8],
+        draw=DrawOptions(max_new_tokens=12),
+        timing=TimingOptions(rounds=1),
+    )
     assert "Slow: no shape of this grid" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith import provenance
-from draftsmith.export.export_command import export
+from draftsmith.export.export_command import RecordOptions, export
 from draftsmith.models import PRE_NORM, Eagle, Eagle3, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
@@ -203,7 +203,7 @@ def test_apples_layout_needs_a_target(tmp_path: Path, drafter: Path) -> None:
 
 def test_the_card_shows_what_the_report_measured(tmp_path: Path, drafter: Path) -> None:
     report = write_report(tmp_path / "report.json", row_for(drafter), row_for(drafter, drafter_fingerprint="other"))
-    export(drafter, tmp_path / "out", report=report)
+    export(drafter, tmp_path / "out", records=RecordOptions(report=report))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("| 2x4 | 0 | 3.22 (3.10 to 3.30) | 1.73 | all | 200 |") == 1
     assert "Test CPU" in card
@@ -212,7 +212,7 @@ def test_the_card_shows_what_the_report_measured(tmp_path: Path, drafter: Path) 
 
 def test_the_card_does_not_round_up_to_all(tmp_path: Path, drafter: Path) -> None:
     report = write_report(tmp_path / "report.json", row_for(drafter, exact_share=0.9998))
-    export(drafter, tmp_path / "out", report=report)
+    export(drafter, tmp_path / "out", records=RecordOptions(report=report))
     assert "| 99.9 % | 200 |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -226,19 +226,19 @@ def test_the_card_invents_nothing(tmp_path: Path, drafter: Path) -> None:
 def test_a_report_of_other_weights_is_refused(tmp_path: Path, drafter: Path) -> None:
     report = write_report(tmp_path / "report.json", row_for(drafter, drafter_fingerprint="0" * 64))
     with pytest.raises(ValueError, match=r"holds no row of these weights.*only of mine"):
-        export(drafter, tmp_path / "out", report=report)
+        export(drafter, tmp_path / "out", records=RecordOptions(report=report))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_report_is_refused(tmp_path: Path, drafter: Path) -> None:
     with pytest.raises(ValueError, match="no such report"):
-        export(drafter, tmp_path / "out", report=tmp_path / "report.json")
+        export(drafter, tmp_path / "out", records=RecordOptions(report=tmp_path / "report.json"))
 
 
 def test_the_training_record_is_handed_on(tmp_path: Path, drafter: Path) -> None:
     record = provenance.record("draftsmith train fit", {"data": {"cache": "c", "tokens": 77}, "lr": 1e-3}, {"c": "ab"})
     provenance.write(tmp_path / "run", record)
-    export(drafter, tmp_path / "once", training=tmp_path / "run")
+    export(drafter, tmp_path / "once", records=RecordOptions(training=tmp_path / "run"))
     export(tmp_path / "once", tmp_path / "twice")
     for name in ("once", "twice"):
         card = (tmp_path / name / "README.md").read_text()
@@ -249,7 +249,7 @@ def test_the_training_record_is_handed_on(tmp_path: Path, drafter: Path) -> None
 
 def test_a_training_record_that_is_not_there_is_refused(tmp_path: Path, drafter: Path) -> None:
     with pytest.raises(ValueError, match=r"provenance.json does not exist"):
-        export(drafter, tmp_path / "out", training=tmp_path)
+        export(drafter, tmp_path / "out", records=RecordOptions(training=tmp_path))
 
 
 def test_an_export_replaces_an_earlier_one_but_nothing_else(tmp_path: Path, drafter: Path) -> None:

@@ -17,7 +17,7 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
-from draftsmith.models.files.loading import as_dtype
+from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.draft_lm.module import DraftLMModule
 from draftsmith.train.drafter.callbacks import TOKENS_PER_STEP, KeepBestDrafter, log_acceptance

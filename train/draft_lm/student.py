@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.draft_lm import LMDrafter, check_architecture
+from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
-from draftsmith.models.files.loading import as_dtype, load_causal_lm, load_tokenizer
+from draftsmith.models.files.loading import load_causal_lm, load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.target.target import Target
 from draftsmith.models.trunk.known_models import text_base

@@ -23,8 +23,9 @@ from torch import Tensor
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import as_dtype, load_tokenizer
+from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule

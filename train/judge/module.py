@@ -17,8 +17,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import as_dtype, load_tokenizer
+from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.judge import FEATURES, POST_NORM, Judge, JudgeConfig
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.judge.data import JudgeDataModule, JudgeTokens

@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from draftsmith.data.cache.extract import HiddenStateCache, extract, verify
+from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract, verify
 from draftsmith.data.cache.features import features, length_batches
 from draftsmith.data.shards import shards
 from draftsmith.data.shards.manifest import Manifest
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.files import exclusive
+from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target
 
 SMALL_SHARDS = 0.003  # MiB: a few samples each
@@ -34,7 +35,7 @@ def cache_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def cache(tmp_path: Path, target: Path, reply_file: Path) -> Path:
     out = tmp_path / "cache"
-    extract(str(target), reply_file, out, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, out, storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2))
     return out
 
 
@@ -53,7 +54,9 @@ def test_every_sample_comes_back_in_order_with_its_mask(cache: Path, reply_file:
 
 def test_cached_states_are_the_models_own(tmp_path: Path, target: Path, reply_file: Path) -> None:
     layers = ("last.pre_norm", "layer.0.output")
-    extract(str(target), reply_file, tmp_path / "c", layers=layers, dtype="float32", batch_tokens=40)
+    extract(
+        str(target), reply_file, tmp_path / "c", storage=StorageOptions(layers=layers, dtype="float32", batch_tokens=40)
+    )
     model = AutoModelForCausalLM.from_pretrained(target)
     for sample in HiddenStateCache(tmp_path / "c"):
         with torch.no_grad():
@@ -75,7 +78,9 @@ def test_greedy_continuations_are_what_the_model_generates(cache: Path, target: 
 
 
 def test_the_same_input_gives_the_same_bytes(cache: Path, tmp_path: Path, target: Path, reply_file: Path) -> None:
-    extract(str(target), reply_file, tmp_path / "again", shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(
+        str(target), reply_file, tmp_path / "again", storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2)
+    )
     assert cache_bytes(cache) == cache_bytes(tmp_path / "again")
 
 
@@ -165,7 +170,7 @@ def test_another_targets_cache_is_refused(cache: Path, target: Path, other_targe
 def test_extraction_mends_a_damaged_cache(cache: Path, target: Path, reply_file: Path) -> None:
     before = cache_bytes(cache)
     flip_byte(cache / "shard-00001.safetensors")
-    extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, cache, storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2))
     assert cache_bytes(cache) == before
 
 
@@ -173,7 +178,12 @@ def test_a_folder_with_another_cache_or_other_files_is_refused(
     cache: Path, tmp_path: Path, target: Path, reply_file: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"another cache \(dtype: here 'bfloat16', wanted 'float32'\)"):
-        extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2, dtype="float32")
+        extract(
+            str(target),
+            reply_file,
+            cache,
+            storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2, dtype="float32"),
+        )
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and no cache"):
@@ -188,7 +198,7 @@ def test_two_processes_do_not_write_one_cache(tmp_path: Path, target: Path, repl
 def test_a_full_disk_keeps_whole_shards_and_the_next_run_finishes(
     tmp_path: Path, target: Path, reply_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(str(target), reply_file, tmp_path / "whole", shard_mib=SMALL_SHARDS)
+    extract(str(target), reply_file, tmp_path / "whole", storage=StorageOptions(shard_mib=SMALL_SHARDS))
     real = shards.atomic_write
 
     def full(path: Path, data: bytes, **options: Any) -> None:
@@ -199,9 +209,9 @@ def test_a_full_disk_keeps_whole_shards_and_the_next_run_finishes(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "atomic_write", full)
         with pytest.raises(ValueError, match=r"No space left on device.*free space and run the same command again"):
-            extract(str(target), reply_file, tmp_path / "cache", shard_mib=SMALL_SHARDS)
+            extract(str(target), reply_file, tmp_path / "cache", storage=StorageOptions(shard_mib=SMALL_SHARDS))
     assert len(Manifest.load(tmp_path / "cache").shards) == 2
-    extract(str(target), reply_file, tmp_path / "cache", shard_mib=SMALL_SHARDS)
+    extract(str(target), reply_file, tmp_path / "cache", storage=StorageOptions(shard_mib=SMALL_SHARDS))
     assert cache_bytes(tmp_path / "cache") == cache_bytes(tmp_path / "whole")
 
 
@@ -236,7 +246,7 @@ def test_long_samples_are_cut_and_those_without_labels_left_are_recorded(
         {"id": "a", "prompt_ids": [5] * 4, "reply_ids": [6] * 9},
         {"id": "b", "prompt_ids": [5] * 9, "reply_ids": [6]},
     ]
-    extract(str(target), write_jsonl(rows), tmp_path / "c", max_length=8)
+    extract(str(target), write_jsonl(rows), tmp_path / "c", storage=StorageOptions(max_length=8))
     opened = HiddenStateCache(tmp_path / "c")
     assert opened.sample_lengths == [8]
     assert (opened.manifest.num_cut, opened.manifest.num_dropped) == (2, 1)
@@ -244,7 +254,7 @@ def test_long_samples_are_cut_and_those_without_labels_left_are_recorded(
     assert dropped["id"] == "b"
     assert "at 9, past the 8 tokens" in dropped["reason"]
     with pytest.raises(ValueError, match="context of 256"):
-        extract(str(target), write_jsonl(rows), tmp_path / "d", max_length=500)
+        extract(str(target), write_jsonl(rows), tmp_path / "d", storage=StorageOptions(max_length=500))
 
 
 def test_a_corpus_without_labels_is_refused_before_anything_is_written(
@@ -283,7 +293,9 @@ def test_verify_recomputes_and_notices_states_of_another_layer(
 ) -> None:
     verify(cache, samples=3)
     assert "3 samples recomputed" in capsys.readouterr().out
-    extract(str(target), reply_file, tmp_path / "off", layers=("layer.0.output",), shard_mib=1.0)
+    extract(
+        str(target), reply_file, tmp_path / "off", storage=StorageOptions(layers=("layer.0.output",), shard_mib=1.0)
+    )
     manifest = (tmp_path / "off" / "manifest.json").read_text()
     (tmp_path / "off" / "manifest.json").write_text(manifest.replace("layer.0.output", "layer.1.output"))
     with pytest.raises(ValueError, match=r"lacks the tensors \['hidden.layer.1.output'\]"):
@@ -298,11 +310,23 @@ def test_states_of_few_bits_are_told_from_those_of_whole_weights(
     cache: Path, tmp_path: Path, target: Path, reply_file: Path, few_bits: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     narrow = tmp_path / "narrow"
-    extract(str(target), reply_file, narrow, shard_mib=SMALL_SHARDS, local_horizon=2, quantization="4bit")
+    extract(
+        str(target),
+        reply_file,
+        narrow,
+        storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2),
+        where=PlacementOptions(quantization="4bit"),
+    )
     with pytest.raises(ValueError, match=r"another cache \(target_quantization: here '4bit', wanted None\)"):
-        extract(str(target), reply_file, narrow, shard_mib=SMALL_SHARDS, local_horizon=2)
+        extract(str(target), reply_file, narrow, storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2))
     with pytest.raises(ValueError, match=r"another cache \(target_quantization: here None, wanted '4bit'\)"):
-        extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2, quantization="4bit")
+        extract(
+            str(target),
+            reply_file,
+            cache,
+            storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2),
+            where=PlacementOptions(quantization="4bit"),
+        )
     fingerprint = Target.load(str(target)).fingerprint
     assert HiddenStateCache(narrow).manifest.identity.target_fingerprint == fingerprint
     with warnings.catch_warnings():
@@ -318,7 +342,7 @@ def test_states_of_few_bits_are_told_from_those_of_whole_weights(
         pytest.warns(UserWarning, match="with whole weights, this run's target has 4bit ones"),
         pytest.raises(ValueError, match="does not hold this target's states"),
     ):
-        verify(cache, samples=3, quantization="4bit")
+        verify(cache, samples=3, where=PlacementOptions(quantization="4bit"))
 
 
 def test_caches_made_before_quantization_was_noted_are_read_and_gone_on_with(
@@ -328,7 +352,7 @@ def test_caches_made_before_quantization_was_noted_are_read_and_gone_on_with(
     del manifest["identity"]["target_quantization"]
     (cache / "manifest.json").write_text(json.dumps(manifest))
     assert HiddenStateCache(cache).manifest.identity.target_quantization is None
-    extract(str(target), reply_file, cache, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, cache, storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2))
 
 
 def test_verify_takes_the_revision_that_the_cache_names_and_no_other_targets(
@@ -344,7 +368,7 @@ def test_verify_takes_the_revision_that_the_cache_names_and_no_other_targets(
 
     monkeypatch.setattr(Target, "load", noting)
     verify(cache, samples=1)
-    verify(cache, samples=1, revision="v3")
+    verify(cache, samples=1, where=PlacementOptions(revision="v3"))
     verify(cache, samples=1, target=str(target))
     assert asked == ["v2", "v3", None]
 
@@ -366,7 +390,8 @@ def slow(*arguments):
     time.sleep(0.5)
     return real(*arguments)
 hidden_states.features = slow
-hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), shard_mib=0.003, local_horizon=2)
+storage = hidden_states.StorageOptions(shard_mib=0.003, local_horizon=2)
+hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), storage=storage)
 """
 
 
@@ -377,11 +402,11 @@ def test_kill_9_while_extracting_then_the_same_bytes(
     command = [sys.executable, "-c", SLOW_EXTRACT, str(target), str(reply_file), str(killed)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not (killed / "shard-00000.safetensors").exists() and time.monotonic() < deadline:
+    while not (killed / "shard-00000.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with pytest.raises(ValueError, match="incomplete"):
         HiddenStateCache(killed)
-    extract(str(target), reply_file, killed, shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(str(target), reply_file, killed, storage=StorageOptions(shard_mib=SMALL_SHARDS, local_horizon=2))
     assert cache_bytes(killed) == cache_bytes(cache)

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from tiny import TEMPLATE
 
 from draftsmith.data import corpus as corpus_module
-from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.shared_survey import shared_survey
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.lengths import read_lengths
 from draftsmith.data.shards.manifest import Manifest
-from draftsmith.data.shared_work import Share, own_device, own_share
+from draftsmith.data.shared_work import Share, ShareOptions, own_share
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.files import exclusive, sha256_file
+from draftsmith.models.files.device_and_dtype import resolved_device
+from draftsmith.models.target.prompt_template import TemplateChoice
 
 SMALL_SHARDS = 0.002
 
@@ -58,7 +60,7 @@ def chats(write_jsonl: Callable[..., Path]) -> Path:
 @pytest.fixture
 def alone(tmp_path: Path, target: Path, chats: Path) -> Path:
     out = tmp_path / "alone"
-    extract(str(target), chats, out, shard_mib=SMALL_SHARDS, max_length=120)
+    extract(str(target), chats, out, storage=StorageOptions(shard_mib=SMALL_SHARDS, max_length=120))
     assert sorted(shas(out)) == [
         "dropped.jsonl",
         "lengths.safetensors",
@@ -71,8 +73,12 @@ def alone(tmp_path: Path, target: Path, chats: Path) -> Path:
 def ranks(target: Path, source: Path, out: Path, order: list[int], world_size: int) -> None:
     for rank in order:
         extract(
-            str(target), source, out, shard_mib=SMALL_SHARDS, max_length=120, rank=rank, world_size=world_size
-        )  # fmt: skip
+            str(target),
+            source,
+            out,
+            storage=StorageOptions(shard_mib=SMALL_SHARDS, max_length=120),
+            share=ShareOptions(rank=rank, world_size=world_size),
+        )
 
 
 @pytest.mark.parametrize(("world_size", "order"), [(1, [0]), (2, [1, 0]), (3, [0, 2, 1]), (40, list(range(40)))])
@@ -107,7 +113,8 @@ def slow(*arguments):
     time.sleep(float(os.environ["SLOW"]))
     return real(*arguments)
 hidden_states.features = slow
-hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), shard_mib=0.002, max_length=120)
+storage = hidden_states.StorageOptions(shard_mib=0.002, max_length=120)
+hidden_states.extract(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), storage=storage)
 """
 
 
@@ -195,7 +202,7 @@ def test_settings_that_no_target_can_follow_are_refused(
     tmp_path: Path, target: Path, chats: Path, setting: dict[str, object], rule: str
 ) -> None:
     with pytest.raises(ValueError, match=rule):
-        extract(str(target), chats, tmp_path / "c", **setting)  # type: ignore[arg-type]
+        extract(str(target), chats, tmp_path / "c", storage=StorageOptions(**setting))  # type: ignore[arg-type]
     assert not (tmp_path / "c").exists()
 
 
@@ -249,7 +256,7 @@ def test_a_cache_of_an_earlier_version_is_read_and_finished(alone: Path, target:
     (alone / "lengths.safetensors").unlink()
     assert HiddenStateCache(alone).manifest.lengths_sha256 is None
     (alone / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": manifest["shards"][:1]}))
-    extract(str(target), chats, alone, shard_mib=SMALL_SHARDS, max_length=120)
+    extract(str(target), chats, alone, storage=StorageOptions(shard_mib=SMALL_SHARDS, max_length=120))
     assert shas(alone) == before
 
 
@@ -351,14 +358,14 @@ def test_a_survey_that_is_cleared_away_while_it_is_read_or_written_is_made_again
 def test_ranks_come_from_flags_or_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert (own_share(), own_device("cuda")) == (Share(0, 1), "cuda")
+    assert (own_share(), resolved_device("cuda")) == (Share(0, 1), "cuda")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert own_share() == Share(0, 1)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert own_share() == Share(5, 8)
     assert own_share(2, 3) == Share(2, 3)
-    assert [own_device(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
+    assert [resolved_device(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
     with pytest.raises(ValueError, match="rank 3 of 3 processes does not exist"):
         own_share(3, 3)
     with pytest.raises(ValueError, match="give both or neither"):
@@ -375,11 +382,32 @@ def test_shares_cover_every_piece_once(pieces: int, world_size: int) -> None:
 def test_ranks_with_another_template_are_refused(alone: Path, tmp_path: Path, target: Path, chats: Path) -> None:
     for name, text in (("a", TEMPLATE), ("b", TEMPLATE + "{# another #}")):
         (tmp_path / f"{name}.jinja").write_text(text)
-    settings = {"shard_mib": SMALL_SHARDS, "max_length": 120, "world_size": 2}
+    storage = StorageOptions(shard_mib=SMALL_SHARDS, max_length=120)
     out = tmp_path / "c"
-    extract(str(target), chats, out, template=str(tmp_path / "a.jinja"), rank=0, **settings)  # type: ignore[arg-type]
+    extract(
+        str(target),
+        chats,
+        out,
+        rendering=TemplateChoice(template=str(tmp_path / "a.jinja")),
+        share=ShareOptions(rank=0, world_size=2),
+        storage=storage,
+    )  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"another cache \(template_fingerprint: here"):
-        extract(str(target), chats, out, template=str(tmp_path / "b.jinja"), rank=1, **settings)  # type: ignore[arg-type]
-    extract(str(target), chats, out, template=str(tmp_path / "a.jinja"), rank=1, **settings)  # type: ignore[arg-type]
+        extract(
+            str(target),
+            chats,
+            out,
+            rendering=TemplateChoice(template=str(tmp_path / "b.jinja")),
+            share=ShareOptions(rank=1, world_size=2),
+            storage=storage,
+        )  # type: ignore[arg-type]
+    extract(
+        str(target),
+        chats,
+        out,
+        rendering=TemplateChoice(template=str(tmp_path / "a.jinja")),
+        share=ShareOptions(rank=1, world_size=2),
+        storage=storage,
+    )  # type: ignore[arg-type]
     names = [name for name in shas(alone) if name.startswith("shard-")]
     assert {name: shas(out)[name] for name in names} == {name: shas(alone)[name] for name in names}

@@ -10,14 +10,14 @@ import safetensors
 import torch
 
 from draftsmith.data.cache import reader as cache_module
-from draftsmith.data.cache.extract import HiddenStateCache, extract
+from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.shards.manifest import Manifest
 
 
 @pytest.fixture
 def folder(tmp_path: Path, target: Path, reply_file: Path) -> Path:
     out = tmp_path / "cache"
-    extract(str(target), reply_file, out, shard_mib=0.003)
+    extract(str(target), reply_file, out, storage=StorageOptions(shard_mib=0.003))
     return out
 
 

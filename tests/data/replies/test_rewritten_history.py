@@ -20,10 +20,11 @@ from draftsmith.data.replies.respond import respond
 from draftsmith.data.shards.manifest import Manifest
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.decode_command import prompt_ids
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.target.prompt_template import TemplateOptions
+from draftsmith.models.target.prompt_template import TemplateChoice, TemplateOptions
 
 # The thought of an earlier turn is dropped; `quiet` has the prompt supply an empty one.
 THOUGHTFUL = (
@@ -130,8 +131,13 @@ def test_replies_that_began_anew_are_samples_of_their_own_and_others_must_contin
 def test_replies_and_caches_name_the_variables_and_refuse_others(thoughtful: Path, tmp_path: Path) -> None:
     asked = write(tmp_path / "asked.jsonl", {"prompt": "How many?"})
     prompts(str(asked), tmp_path / "p", validation=0.0, test=0.0)
-    quiet = TemplateOptions(None, {"quiet": True})
-    run = {"target": str(thoughtful), "prompts": tmp_path / "p", "out": tmp_path / "r", "max_new_tokens": 4}
+    quiet = TemplateChoice(None, {"quiet": True})
+    run = {
+        "target": str(thoughtful),
+        "prompts": tmp_path / "p",
+        "out": tmp_path / "r",
+        "reply": ReplyOptions(max_new_tokens=4),
+    }
     respond(**run, rendering=quiet)  # type: ignore[arg-type]
     told = json.loads((tmp_path / "r" / "settings.json").read_text())
     assert told["template_args"] == {"quiet": True}
@@ -152,7 +158,7 @@ def test_a_prompt_that_the_template_refuses_is_dropped_with_the_reason(tmp_path:
     folder = save_target(tmp_path / "t", template=template)
     asked = write(tmp_path / "asked.jsonl", {"prompt": "Yes?"}, {"prompt": "No?"})
     prompts(str(asked), tmp_path / "p", validation=0.0, test=0.0)
-    respond(str(folder), tmp_path / "p", tmp_path / "r", max_new_tokens=2)
+    respond(str(folder), tmp_path / "p", tmp_path / "r", reply=ReplyOptions(max_new_tokens=2))
     assert len((tmp_path / "r" / "responses.jsonl").read_text().splitlines()) == 1
     assert "not that" in (tmp_path / "r" / "dropped.jsonl").read_text()
 
@@ -170,7 +176,13 @@ def test_evaluate_respond_and_decode_ask_the_same_prompt(
 ) -> None:
     prompts(str(write(tmp_path / "in.jsonl", row)), tmp_path / "p", validation=0.0, test=0.0, prefix_words=3)
     tokenizer = load_tokenizer(str(thoughtful))
-    respond(str(thoughtful), tmp_path / "p", tmp_path / "r", max_new_tokens=2, template=template)
+    respond(
+        str(thoughtful),
+        tmp_path / "p",
+        tmp_path / "r",
+        reply=ReplyOptions(max_new_tokens=2),
+        rendering=TemplateChoice(template=template),
+    )
     [answered] = [json.loads(line) for line in (tmp_path / "r" / "responses.jsonl").read_text().splitlines()]
     [sample] = read_samples(tmp_path / "p", tokenizer, template)
     decoded = prompt_ids(tokenizer, "Once  there was", template="none" if "text" in row else template)

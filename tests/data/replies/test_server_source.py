@@ -29,12 +29,14 @@ from draftsmith.data.replies import http_json
 from draftsmith.data.replies import respond as responses
 from draftsmith.data.replies import server_source as engine_server
 from draftsmith.data.replies.dialogues import Failure, answer_independently
+from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.reply_sources import BundledEngine, RawReply, Unanswered
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.server_source import ServerEngine, ServerOptions
 from draftsmith.data.replies.source_settings import check_settings, sampling, settle
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.constraints import Constraints
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import Target
 
@@ -190,7 +192,8 @@ def test_a_served_target_gives_the_rows_of_the_bundled_decoder(
         return one.token_ids, "length" if one.finish == "length" else "stop"
 
     server.reply, server.models = reply, [{"id": server.name, "max_model_len": 256}]
-    common = {"target": str(target), "prompts": prompt_file, "max_new_tokens": 12, "temperature": 0.0}
+    common = {"target": str(target), "prompts": prompt_file, "reply": ReplyOptions(max_new_tokens=12)}
+    common["sampling"] = Overrides(temperature=0.0)
     respond(out=tmp_path / "bundled", **common)
     respond(out=tmp_path / "served", engine="server", server=ServerOptions(server.url, concurrency=4), **common)
     both = [
@@ -755,7 +758,9 @@ def test_a_run_goes_on_with_another_server_in_so_many_words_and_not_with_another
     assert not [path for path in out.iterdir() if b"sesame" in path.read_bytes()]
     assert "sesame" not in said.out + said.err
     with pytest.raises(ValueError, match="engine: there 'server', now None"):
-        respond(str(target), prompt_file, out, max_new_tokens=6, temperature=0.0)
+        respond(
+            str(target), prompt_file, out, reply=ReplyOptions(max_new_tokens=6), sampling=Overrides(temperature=0.0)
+        )
 
 
 def test_a_server_that_is_gone_for_good_ends_the_run(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,9 +11,11 @@ import pytest
 from tiny import EOS
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.reply_sources import BundledEngine, IndependentEngine, Reply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.vllm_source import VllmEngine, VllmOptions
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import Target
 from draftsmith.models.target.options import TargetOptions
@@ -82,13 +84,20 @@ def test_it_gives_the_rows_of_the_bundled_decoder(
             for n in range(5)
         ]
     )
-    common = {"target": str(target), "prompts": prompts, "max_new_tokens": 8, "temperature": 0.0}
+    common = {
+        "target": str(target),
+        "prompts": prompts,
+        "reply": ReplyOptions(max_new_tokens=8),
+        "sampling": Overrides(temperature=0.0),
+    }
     respond(out=tmp_path / "bundled", **common)  # type: ignore[arg-type]
-    respond(out=tmp_path / "vllm", engine="vllm", vllm=VllmOptions(2, 0.5), dtype="bfloat16", **common)  # type: ignore[arg-type]
+    respond(
+        out=tmp_path / "vllm", engine="vllm", vllm=VllmOptions(2, 0.5), where=TargetOptions(dtype="bfloat16"), **common
+    )  # type: ignore[arg-type]
     rows = [(tmp_path / name / "responses.jsonl").read_text() for name in ("bundled", "vllm")]
     assert rows[0] == rows[1] != ""
     with pytest.raises(ValueError, match="engine: there 'vllm', now None"):
-        respond(out=tmp_path / "vllm", dtype="bfloat16", **common)  # type: ignore[arg-type]
+        respond(out=tmp_path / "vllm", where=TargetOptions(dtype="bfloat16"), **common)  # type: ignore[arg-type]
     [settings] = vllm.built
     assert settings == {
         "model": str(target),

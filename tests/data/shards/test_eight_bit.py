@@ -10,7 +10,7 @@ from judging import judge_data, labelled_states, rows_of, save_rows
 from training import KeepLosses, make_module, make_trainer
 
 from draftsmith.data.cache.disk_use import bytes_as_files, file_overhead
-from draftsmith.data.cache.extract import HiddenStateCache, compare, extract, verify
+from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, compare, extract, verify
 from draftsmith.data.cache.features import _ends_of_copies, features
 from draftsmith.data.cache.show import show
 from draftsmith.data.shards import eight_bit
@@ -29,6 +29,7 @@ from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.redrafter import ReDrafterFamily
+from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.data_module import CacheDataModule
 
@@ -39,7 +40,12 @@ LAYERS = ("last.pre_norm", "layer.0.output")
 @pytest.fixture
 def cache(tmp_path: Path, target: Path, reply_file: Path) -> Path:
     out = tmp_path / "cache"
-    extract(str(target), reply_file, out, layers=LAYERS, dtype="float8_e4m3", shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(
+        str(target),
+        reply_file,
+        out,
+        storage=StorageOptions(layers=LAYERS, dtype="float8_e4m3", shard_mib=SMALL_SHARDS, local_horizon=2),
+    )
     return out
 
 
@@ -114,7 +120,12 @@ def test_what_bfloat16_cannot_hold_is_not_finite_and_what_float32_hardly_can_is_
 def test_a_cache_of_eight_bits_gives_bfloat16_states_near_the_whole_ones(
     cache: Path, tmp_path: Path, target: Path, reply_file: Path
 ) -> None:
-    extract(str(target), reply_file, tmp_path / "whole", layers=LAYERS, dtype="float32", local_horizon=2)
+    extract(
+        str(target),
+        reply_file,
+        tmp_path / "whole",
+        storage=StorageOptions(layers=LAYERS, dtype="float32", local_horizon=2),
+    )
     eight, whole = HiddenStateCache(cache), HiddenStateCache(tmp_path / "whole")
     assert len(eight.manifest.shards) > 2
     for sample, exact in zip(eight, whole, strict=True):
@@ -169,7 +180,12 @@ def test_the_end_of_extraction_compares_with_files_as_they_would_be(
     assert file_overhead(2) > 1000
     # The container aligns each tensor to 64 bytes, and keeps the file's name in it.
     assert there == pytest.approx(bytes_as_files(opened.manifest), abs=len(opened) * (4 * 64 + 64))
-    extract(str(target), reply_file, cache, layers=LAYERS, dtype="float8_e4m3", shard_mib=SMALL_SHARDS, local_horizon=2)
+    extract(
+        str(target),
+        reply_file,
+        cache,
+        storage=StorageOptions(layers=LAYERS, dtype="float8_e4m3", shard_mib=SMALL_SHARDS, local_horizon=2),
+    )
     line = capsys.readouterr().out.splitlines()[-1]
     assert f"would take {bytes_as_files(opened.manifest) / opened.manifest.num_tokens:,.1f}" in line
     assert "as float8_e4m3" in line
@@ -190,7 +206,12 @@ def test_verify_allows_what_eight_bits_lose_and_no_more(
 
 
 def test_verify_notices_eight_bit_states_of_another_layer(tmp_path: Path, target: Path, reply_file: Path) -> None:
-    extract(str(target), reply_file, tmp_path / "off", layers=("layer.0.output",), dtype="float8_e4m3")
+    extract(
+        str(target),
+        reply_file,
+        tmp_path / "off",
+        storage=StorageOptions(layers=("layer.0.output",), dtype="float8_e4m3"),
+    )
     for path in (tmp_path / "off" / "manifest.json", tmp_path / "off" / "shard-00000.safetensors"):
         path.write_bytes(path.read_bytes().replace(b"layer.0.output", b"layer.1.output"))
     with pytest.raises(ValueError, match="does not hold this target's states"):
@@ -203,7 +224,12 @@ def test_show_and_the_checks_work_on_eight_bits(
     show(cache)
     assert "s0: " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"another cache \(dtype: here 'float8_e4m3', wanted 'bfloat16'\)"):
-        extract(str(target), reply_file, cache, layers=LAYERS, shard_mib=SMALL_SHARDS, local_horizon=2)
+        extract(
+            str(target),
+            reply_file,
+            cache,
+            storage=StorageOptions(layers=LAYERS, shard_mib=SMALL_SHARDS, local_horizon=2),
+        )
     path = cache / "shard-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -266,7 +292,12 @@ FAMILIES: dict[str, tuple[DrafterFamily, dict[str, Any]]] = {
 def test_every_family_learns_from_eight_bits_nearly_what_it_learns_from_whole_states(
     cache: Path, tmp_path: Path, target: Path, reply_file: Path, name: str
 ) -> None:
-    extract(str(target), reply_file, tmp_path / "whole", layers=LAYERS, dtype="float32", local_horizon=2)
+    extract(
+        str(target),
+        reply_file,
+        tmp_path / "whole",
+        storage=StorageOptions(layers=LAYERS, dtype="float32", local_horizon=2),
+    )
     family, settings = FAMILIES[name]
     losses: dict[str, list[float]] = {}
     for folder in (cache, tmp_path / "whole"):
@@ -310,7 +341,13 @@ def test_copies_are_waited_for_on_the_devices_that_they_come_from(monkeypatch: p
 def test_a_process_on_the_second_gpu_stores_the_states_of_its_own_forwards(
     tmp_path: Path, target: Path, reply_file: Path
 ) -> None:
-    extract(str(target), reply_file, tmp_path / "second", device="cuda:1", shard_mib=SMALL_SHARDS)
+    extract(
+        str(target),
+        reply_file,
+        tmp_path / "second",
+        where=PlacementOptions(device="cuda:1"),
+        storage=StorageOptions(shard_mib=SMALL_SHARDS),
+    )
     verify(tmp_path / "second", samples=12)
 
 

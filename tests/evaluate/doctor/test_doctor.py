@@ -26,10 +26,13 @@ from transformers import LlamaForCausalLM
 
 from draftsmith import provenance
 from draftsmith.cli import main
-from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extract import StorageOptions, extract
+from draftsmith.data.prompts import PromptSelection
+from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.respond import respond
+from draftsmith.decode.options import ReplyOptions
 from draftsmith.evaluate.doctor import overfit as doctor_overfit
-from draftsmith.evaluate.doctor.case import find
+from draftsmith.evaluate.doctor.case import Use, find
 from draftsmith.evaluate.doctor.doctor_command import NAMES, Bounds, doctor, gather
 from draftsmith.evaluate.doctor.states import as_named
 from draftsmith.export.export_command import export
@@ -37,7 +40,8 @@ from draftsmith.models import Eagle, Eagle3, ReDrafter, Target, TargetEnds
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.target.options import DEFAULTS
+from draftsmith.models.target.options import DEFAULTS, TargetOptions
+from draftsmith.models.target.prompt_template import TemplateChoice
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.module import DraftModule
@@ -81,9 +85,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         model.model.norm.weight.copy_(torch.linspace(0.2, 3.0, 32)[torch.randperm(32)])
     model.save_pretrained(target)
     prompts = write_prompts(folder / "train.jsonl", 0, 16)
-    respond(str(target), prompts, folder / "replies", max_new_tokens=32, temperature=0.0)
+    respond(
+        str(target),
+        prompts,
+        folder / "replies",
+        reply=ReplyOptions(max_new_tokens=32),
+        sampling=Overrides(temperature=0.0),
+    )
     extract(
-        str(target), folder / "replies", folder / "cache", dtype="float32", layers=("last.pre_norm", "layer.0.output")
+        str(target),
+        folder / "replies",
+        folder / "cache",
+        storage=StorageOptions(dtype="float32", layers=("last.pre_norm", "layer.0.output")),
     )
     module = DraftModule(str(target), ReDrafterFamily(exit_dim=64), num_steps=2, lr=5e-3)
     data = CacheDataModule(folder / "cache", val_fraction=0.1, tokens_per_batch=500)
@@ -151,7 +164,7 @@ def faults(found: Found) -> list[str]:
 
 
 def test_a_healthy_run_has_no_fault(run: Run, look: Callable[..., Found], capsys: pytest.CaptureFixture[str]) -> None:
-    found = look(run.train, prompts=run.held_out, draft_length=2, temperature=0.0)
+    found = look(run.train, prompts=run.held_out, use=Use(draft_length=2, temperature=0.0))
     assert list(found) == list(NAMES)
     assert faults(found) == []
     unchecked = [name for name, one in found.items() if one["verdict"] == "not checked"]
@@ -194,14 +207,14 @@ def test_the_command_exits_with_1_where_something_is_at_fault(run: Run, capsys: 
 
 def test_the_same_seed_draws_the_same_samples(run: Run, look: Callable[..., Found]) -> None:
     only = skip_all_but("shifts", "sound-states")
-    first, again = (look(run.train, samples=5, seed=3, skip=only) for _ in range(2))
+    first, again = (look(run.train, bounds=Bounds(samples=5, seed=3), skip=only) for _ in range(2))
     assert first == again
     assert first["sound-states"]["figures"]["samples"] == 5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3"])
 def test_a_cache_of_fewer_bits_is_no_fault(run: Run, look: Callable[..., Found], tmp_path: Path, dtype: Any) -> None:
-    extract(str(run.target), run.replies, tmp_path / "narrow", dtype=dtype)
+    extract(str(run.target), run.replies, tmp_path / "narrow", storage=StorageOptions(dtype=dtype))
     found = look(run.train, cache=str(tmp_path / "narrow"), skip=["overfit"])
     assert faults(found) == []
     assert [found[name]["verdict"] for name in ("states", "re-projection", "own-text")] == ["ok"] * 3
@@ -210,7 +223,9 @@ def test_a_cache_of_fewer_bits_is_no_fault(run: Run, look: Callable[..., Found],
 @pytest.mark.parametrize("family", ["eagle", "eagle3"])
 def test_every_family_can_be_looked_at(run: Run, look: Callable[..., Found], tmp_path: Path, family: str) -> None:
     layers = ["layer.0.output", "layer.1.output", "last.pre_norm"]
-    extract(str(run.target), run.replies, tmp_path / "cache", dtype="float32", layers=tuple(layers))
+    extract(
+        str(run.target), run.replies, tmp_path / "cache", storage=StorageOptions(dtype="float32", layers=tuple(layers))
+    )
     ends = TargetEnds.load(str(run.target))
     torch.manual_seed(0)
     ids = torch.tensor(sorted({*labelled_ids(run), EOS}))
@@ -389,7 +404,7 @@ def test_foreign_text(run: Run, look: Callable[..., Found], tmp_path: Path) -> N
     for row in rows:
         row["messages"].append({"role": "assistant", "content": "He has seven apples and four pears now."})
     (tmp_path / "foreign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    extract(str(run.target), tmp_path / "foreign.jsonl", tmp_path / "foreign", dtype="float32")
+    extract(str(run.target), tmp_path / "foreign.jsonl", tmp_path / "foreign", storage=StorageOptions(dtype="float32"))
     only = skip_all_but("own-text", "states", "re-projection")
     found = look(run.train, cache=str(tmp_path / "foreign"), skip=only)
     assert faults(found) == ["own-text"]  # the states are sound
@@ -411,7 +426,7 @@ def test_states_that_are_no_ones_do_not_excuse_foreign_text_as_sampled(
             turn["reply_ids"] = torch.randint(5, 300, (len(turn["reply_ids"]),), generator=generator).tolist()
     (tmp_path / "foreign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "cache"
-    extract(str(run.target), tmp_path / "foreign.jsonl", folder, dtype="float32")
+    extract(str(run.target), tmp_path / "foreign.jsonl", folder, storage=StorageOptions(dtype="float32"))
     only = skip_all_but("own-text", "re-projection")
     fresh = look(run.train, cache=str(folder), skip=only)["own-text"]
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -450,7 +465,13 @@ def test_rows_of_another_split_than_the_caches_were_not_trained_on(
     asked = {row["id"] for row in rows if row["split"] == "test"}
     prompts = [line for line in run.prompts.read_text().splitlines() if json.loads(line)["id"] in asked]
     (tmp_path / "test.jsonl").write_text("\n".join(prompts) + "\n")
-    extract(str(run.target), tmp_path / "text.jsonl", tmp_path / "cache", split="train", dtype="float32")
+    extract(
+        str(run.target),
+        tmp_path / "text.jsonl",
+        tmp_path / "cache",
+        split="train",
+        storage=StorageOptions(dtype="float32"),
+    )
     options = {"cache": str(tmp_path / "cache"), "skip": skip_all_but("overlap", "duplicates")}
     found = look(run.train, prompts=tmp_path / "test.jsonl", source=tmp_path / "text.jsonl", **options)
     assert found["overlap"]["verdict"] != "fault"
@@ -614,7 +635,9 @@ def test_a_sample_that_nobody_can_learn(run: Run, look: Callable[..., Found], pl
         tensors["hidden.last.pre_norm"][:] = 0.0
         tensors["input_ids"] = 5 + torch.randint(2, tensors["input_ids"].shape, generator=generator).int()
 
-    found = look(run.train, cache=str(plant(scramble)), skip=skip_all_but("overfit"), overfit_steps=30)["overfit"]
+    found = look(run.train, cache=str(plant(scramble)), skip=skip_all_but("overfit"), bounds=Bounds(overfit_steps=30))[
+        "overfit"
+    ]
     assert found["verdict"] == "fault"
     assert "do not fit together" in found["remedy"]
 
@@ -649,10 +672,10 @@ def test_a_cache_of_conversations_is_held_to_the_template_that_is_given(
     only = skip_all_but("fingerprints")
     for template, measured in ((str(alike), "5 compared, all equal"), ("none", "5 compared, all equal")):
         cache = str(tmp_path / Path(template).stem)
-        extract(str(run.target), tmp_path / "talk.jsonl", Path(cache), template=template)
-        found = look(run.train, cache=cache, template=template, skip=only)["fingerprints"]
+        extract(str(run.target), tmp_path / "talk.jsonl", Path(cache), rendering=TemplateChoice(template=template))
+        found = look(run.train, cache=cache, rendering=TemplateChoice(template=template), skip=only)["fingerprints"]
         assert (found["verdict"], found["measured"]) == ("ok", measured)
-    found = look(run.train, cache=cache, template=str(alike), skip=only)["fingerprints"]
+    found = look(run.train, cache=cache, rendering=TemplateChoice(template=str(alike)), skip=only)["fingerprints"]
     assert (found["verdict"], found["measured"]) == ("warning", "1 of 5 differ")
     found = look(run.train, cache=cache, skip=only)["fingerprints"]
     assert (found["verdict"], found["measured"]) == ("ok", "4 compared, all equal; chat template not compared")
@@ -664,19 +687,29 @@ def test_replies_kept_as_ids_are_held_to_the_template_that_they_were_rendered_by
 ) -> None:
     only, equal = skip_all_but("fingerprints"), ("ok", "7 compared, all equal")
     replies, other = tmp_path / "replies", str(alike)
-    respond(str(run.target), run.prompts, replies, max_new_tokens=2, temperature=0.0, limit=2, template=other)
+    respond(
+        str(run.target),
+        run.prompts,
+        replies,
+        reply=ReplyOptions(max_new_tokens=2),
+        sampling=Overrides(temperature=0.0),
+        selection=PromptSelection(limit=2),
+        rendering=TemplateChoice(template=other),
+    )
 
     def measured(cache: str, template: str | None) -> tuple[str, str]:
-        found = look(run.train, cache=str(tmp_path / cache), template=template, skip=only)["fingerprints"]
+        found = look(run.train, cache=str(tmp_path / cache), rendering=TemplateChoice(template=template), skip=only)[
+            "fingerprints"
+        ]
         return found["verdict"], found["measured"]
 
     untold = ("ok", "6 compared, all equal; chat template not compared")
     for name, template in (("told", other), ("default", None)):
-        extract(str(run.target), replies, tmp_path / name, template=template)
+        extract(str(run.target), replies, tmp_path / name, rendering=TemplateChoice(template=template))
         assert measured(name, other) == equal
         assert measured(name, None) == untold
         assert measured(name, "none") == ("warning", "1 of 7 differ")
-    extract(str(run.target), run.replies, tmp_path / "own", template=other)
+    extract(str(run.target), run.replies, tmp_path / "own", rendering=TemplateChoice(template=other))
     assert measured("own", None) == equal  # the replies were rendered by the tokenizer's
 
 
@@ -692,7 +725,7 @@ def test_states_of_few_bits_and_whole_weights_are_told_apart(
 
 def test_use_that_differs_from_training(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
     only = skip_all_but("draft-length", "temperature", "score-scale")
-    found = look(run.train, draft_length=8, temperature=1.0, skip=only)
+    found = look(run.train, use=Use(draft_length=8, temperature=1.0), skip=only)
     assert [found[name]["verdict"] for name in ("draft-length", "temperature")] == ["warning", "warning"]
     assert look(save_drafter(run, tmp_path / "fresh"), skip=only)["score-scale"]["verdict"] == "warning"
 
@@ -751,7 +784,7 @@ def test_replies_that_were_cut_off_are_no_slip_of_the_mask(run: Run, look: Calla
 
 
 def test_other_rounding_is_not_taken_for_a_drafter_that_serves_badly(run: Run, look: Callable[..., Found]) -> None:
-    found = look(run.train, dtype="bfloat16", skip=skip_all_but("acceptance"))["acceptance"]
+    found = look(run.train, where=TargetOptions(dtype="bfloat16"), skip=skip_all_but("acceptance"))["acceptance"]
     assert found["verdict"] == "ok"
     assert found["figures"]["said again"] < 8  # the others took another turn, for which nothing was promised
 
@@ -761,7 +794,7 @@ def test_one_sound_layer_does_not_vouch_for_another(run: Run, plant: Callable[..
         tensors["hidden.layer.0.output"] = tensors["hidden.layer.0.output"].roll(1, 0)
 
     places = find(str(run.train), str(plant(move)), None, None, None)
-    case = gather(places, load_tokenizer(str(run.target)), Bounds(), False, None, DEFAULTS)
+    case = gather(places, load_tokenizer(str(run.target)), Bounds(), False, DEFAULTS)
     assert as_named(case, ["last.pre_norm"])
     assert not as_named(case, ["last.pre_norm", "layer.0.output"])
 
@@ -988,7 +1021,6 @@ def test_without_a_cache_the_checks_that_need_one_say_so(run: Run, look: Callabl
 
 def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "train", {"skip": ["overlaps"]}, "Did you mean overlap"
-    yield "train", {"samples": 0}, "samples is 0"
     yield "replies", {}, "holds no drafter"
 
 
@@ -996,6 +1028,11 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
 def test_mistakes_are_answered_in_words(run: Run, place: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         doctor(str(getattr(run, place)), **options)
+
+
+def test_no_sample_is_too_few() -> None:
+    with pytest.raises(ValueError, match="samples is 0"):
+        Bounds(samples=0)
 
 
 def test_a_folder_in_another_layout_is_shown_the_way(run: Run, tmp_path: Path) -> None:

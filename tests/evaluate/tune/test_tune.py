@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.decode.options import DrawOptions
 from draftsmith.evaluate.acceptance import tokens_per_step
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.tune import tune
@@ -28,7 +29,7 @@ from draftsmith.evaluate.tune.recording import NOWHERE, Drafted, Recorded, Recor
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, tune_json, tune_markdown
 from draftsmith.evaluate.tune.simulate import best_static_tree, path_counts, replay
 from draftsmith.evaluate.tune.tune import Grid, weigh
-from draftsmith.evaluate.tune.tune_command import typical_text
+from draftsmith.evaluate.tune.tune_command import TimingOptions, typical_text
 from draftsmith.models import Cycle, Drafter, DraftLimits, Eagle, ReDrafter, Target
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.shapes import full_tree, parse_shape, shape_text
@@ -420,9 +421,16 @@ def test_the_command_writes_all_that_it_promises(
 ) -> None:
     out = tmp_path / "out"
     tune(
-        str(target), f"mine={drafter}", prompts, out, widths=[1, 8], depths=[1, 2], nodes=[3, 6],
-        max_new_tokens=16, rounds=1, record_batch=3,
-    )  # fmt: skip
+        str(target),
+        f"mine={drafter}",
+        prompts,
+        out,
+        widths=[1, 8],
+        depths=[1, 2],
+        nodes=[3, 6],
+        draw=DrawOptions(max_new_tokens=16),
+        timing=TimingOptions(rounds=1, record_batch=3),
+    )
     found = json.loads((out / "tune.json").read_text())
     shapes = [one["shape"] for one in found["shapes"] if one["manner"] != "static"]
     assert sorted(shapes) == ["1x1", "1x2", "8x1n3", "8x1n6", "8x2n3", "8x2n6"]
@@ -443,6 +451,6 @@ def test_the_command_refuses_shapes_and_numbers_that_make_no_sense(
     with pytest.raises(ValueError, match="names shapes, which tune is to find"):
         tune(str(target), f"{drafter}@1x4", prompts, tmp_path / "out")
     with pytest.raises(ValueError, match="rounds is 0"):
-        tune(str(target), str(drafter), prompts, tmp_path / "out", rounds=0)
+        tune(str(target), str(drafter), prompts, tmp_path / "out", timing=TimingOptions(rounds=0))
     with pytest.raises(ValueError, match="the draft vocabulary has"):
         tune(str(target), str(drafter), prompts, tmp_path / "out", widths=[4000], depths=[2])

@@ -10,12 +10,15 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import cli, provenance
+from draftsmith.data.prompts import PromptSelection
+from draftsmith.data.replies.reply_plan import BatchOptions
+from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.embedded.sums import TARGET_STYLE, distinct_problems, render, write_prompts
 from draftsmith.files import read_jsonl
 from draftsmith.label.commands import generate_command as module
-from draftsmith.label.commands.generate_command import generate
+from draftsmith.label.commands.generate_command import AnswerOptions, generate
 from draftsmith.label.schema import read_answers
 from draftsmith.label.store.store import Store
 from draftsmith.models.target.options import TargetOptions
@@ -113,7 +116,7 @@ def test_pairs_keep_one_right_and_one_wrong_answer_of_a_question(
 ) -> None:
     usual, alike = script.say, script.questions[:3]
     script.say = lambda model, question, settings: usual(MODELS[0] if question in alike else model, question, settings)
-    generate(prompts, MODELS, "embedded", tmp_path / "out", licence="MIT", pairs=True, samples=2)
+    generate(prompts, MODELS, "embedded", tmp_path / "out", licence="MIT", pairs=True, answers=AnswerOptions(samples=2))
     assert "pairs: 7; 3 questions lack a right or a wrong answer" in capsys.readouterr().out
     by_question: dict[str, list[str]] = {}
     for answer in read_answers(tmp_path / "out" / "answers.jsonl"):
@@ -136,13 +139,13 @@ def test_a_killed_run_goes_on_and_neither_asks_nor_checks_twice(
     script.lives = 3
     for _ in range(2):  # once at work on replies, once at work on checks
         with pytest.raises(KeyboardInterrupt):
-            generate(**arguments, out=tmp_path / "cut", batch_rows=4)
+            generate(**arguments, out=tmp_path / "cut", batches=BatchOptions(batch_rows=4, batch_tokens=32768))
         script.lives = 1000
-    generate(**arguments, out=tmp_path / "cut", batch_rows=4)
+    generate(**arguments, out=tmp_path / "cut", batches=BatchOptions(batch_rows=4, batch_tokens=32768))
     assert len(script.asked) == len(set(script.asked)) == 20
     assert len(log.read_text().split()) == 21  # the one that was cut short was checked again
     log.write_text("\n" * 20)
-    generate(**arguments, out=tmp_path / "whole", batch_rows=4)
+    generate(**arguments, out=tmp_path / "whole", batches=BatchOptions(batch_rows=4, batch_tokens=32768))
     cut, whole = (tmp_path / name / "answers.jsonl" for name in ("cut", "whole"))
     assert cut.read_text() == whole.read_text()
 
@@ -150,7 +153,16 @@ def test_a_killed_run_goes_on_and_neither_asks_nor_checks_twice(
 def test_samples_are_drawn_apart_and_the_same_answer_counts_once(
     prompts: Path, tmp_path: Path, script: Scripted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate(prompts, MODELS, "embedded", tmp_path / "out", licence="MIT", samples=3, temperature=0.7, limit=5)
+    generate(
+        prompts,
+        MODELS,
+        "embedded",
+        tmp_path / "out",
+        licence="MIT",
+        answers=AnswerOptions(samples=3),
+        sampling=Overrides(temperature=0.7),
+        selection=PromptSelection(limit=5),
+    )
     assert "embedded:target: 5 correct; left out: 15 repeated" in capsys.readouterr().out
     assert [settings.temperature for settings in script.settings] == [0.0, 0.7, 0.7, 0.7] * 2
     drawn = [settings.seed for settings in script.settings if settings.temperature]
@@ -188,9 +200,7 @@ def test_another_checker_judges_the_same_replies_under_its_own_name(
         ({}, {"checker": "nothing"}, "checker 'nothing' is not known"),
         ({}, {"models": (MODELS[0], MODELS[0])}, "each once"),
         ({}, {"where": TargetOptions(revision="main")}, "belongs to one model"),
-        ({}, {"samples": 1, "temperature": 0.0}, "temperature is 0.0"),
-        ({}, {"greedy": False}, "at least one answer"),
-        ({}, {"limit": -1}, "limit is -1; it must be at least 1"),
+        ({}, {"answers": AnswerOptions(samples=1), "sampling": Overrides(temperature=0.0)}, "temperature is 0.0"),
         ({}, {"checker": "CODE:beyond"}, r"prompts.jsonl:1 \(question .*, answer of embedded:target\): error is"),
         ({}, {"checker": "CODE:fails"}, r"prompts.jsonl:1 .* failed with ZeroDivisionError"),
     ],
@@ -213,6 +223,13 @@ def test_a_mistake_is_told_with_its_place_and_leaves_no_answers(
         generate(prompts, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     assert script.asked == [] or "CODE" in options["checker"]
+
+
+def test_no_answer_and_no_question_are_mistakes() -> None:
+    with pytest.raises(ValueError, match="at least one answer"):
+        AnswerOptions(greedy=False)
+    with pytest.raises(ValueError, match="limit is -1; it must be at least 1"):
+        PromptSelection(limit=-1)
 
 
 def test_questions_that_cannot_be_asked_or_judged_are_left_out_with_their_place(
@@ -248,7 +265,8 @@ def test_a_user_without_a_name_is_told_before_anything_is_asked(
         raise OSError("No username set in the environment")
 
     monkeypatch.setattr(getpass, "getuser", nameless)
-    asked: dict[str, Any] = {"models": MODELS, "checker": "embedded", "licence": "MIT", "limit": 1}
+    asked: dict[str, Any] = {"models": MODELS, "checker": "embedded", "licence": "MIT"}
+    asked["selection"] = PromptSelection(limit=1)
     with pytest.raises(ValueError, match="say who adds to the store with --author"):
         generate(prompts, out=tmp_path / "out", store=str(tmp_path / "labels.db"), **asked)
     assert script.asked == []

@@ -20,14 +20,16 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from draftsmith.data.cache import sharded_extraction as together
-from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.shared_work import ShareOptions
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target import sharding as sharding_module
+from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.sharding import ShardedOver, bytes_held, load_sharded, sharded_over
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.models.tree.limits import DraftLimits
@@ -106,11 +108,7 @@ def extracted(root: Path, target_sharding: Literal["none", "tp"]) -> Path:
         str(root / "llama"),
         source,
         out,
-        layers=LAYERS,
-        dtype="float32",
-        local_horizon=2,
-        batch_tokens=48,
-        shard_mib=0.02,
+        storage=StorageOptions(layers=LAYERS, dtype="float32", local_horizon=2, batch_tokens=48, shard_mib=0.02),
         target_sharding=target_sharding,
     )
     return out
@@ -268,8 +266,11 @@ def test_a_group_that_does_not_divide_the_processes_is_refused() -> None:
 def test_extraction_together_needs_a_launcher_and_whole_weights(tmp_path: Path) -> None:
     for settings, complaint in (
         ({}, "start them with torchrun"),
-        ({"quantization": "8bit", "device_map": "auto"}, "which device_map, quantization does not go with"),
-        ({"rank": 0, "world_size": 1}, "which rank, world_size does not go with"),
+        (
+            {"where": PlacementOptions(quantization="8bit", device_map="auto")},
+            "device_map, quantization cannot be combined",
+        ),
+        ({"share": ShareOptions(rank=0, world_size=1)}, "rank, world_size cannot be combined"),
     ):
         with pytest.raises(ValueError, match=complaint):
             extract("embedded:target", tmp_path, tmp_path / "cache", target_sharding="tp", **settings)  # type: ignore[arg-type]

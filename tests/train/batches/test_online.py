@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from training import PROMPT, VOCAB, KeepLosses, make_module, make_trainer, tiny_config
 from transformers import AutoModel
 
-from draftsmith.data.cache.extract import extract
+from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.families.eagle import EagleFamily
@@ -77,7 +77,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cached(target_dir: Path, source: Path, folder: Path, dtype: Any = "float32") -> Path:
     """The cache that `data extract` makes of the same text, with all that any recipe reads."""
-    extract(str(target_dir), source, folder, layers=LAYERS, dtype=dtype, local_horizon=4)
+    extract(str(target_dir), source, folder, storage=StorageOptions(layers=LAYERS, dtype=dtype, local_horizon=4))
     return folder
 
 
@@ -222,7 +222,7 @@ def test_any_source_of_extract_becomes_the_same_samples(tmp_path: Path) -> None:
         {"id": "reply", "prompt_ids": [7, 8, 9], "reply_ids": [10, 11, 4], "finish": "eos"},
     ]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    extract(str(target_dir), text, tmp_path / "cache", max_length=40)
+    extract(str(target_dir), text, tmp_path / "cache", storage=StorageOptions(max_length=40))
     write_tokens(tmp_path / "tokens", TextSource(text, max_length=40), TargetFiles(str(target_dir)))
     cache, tokens = HiddenStateCache(tmp_path / "cache"), HiddenStateCache(tmp_path / "tokens")
     for name in ("num_samples", "num_tokens", "num_labelled", "num_dropped", "num_cut"):
