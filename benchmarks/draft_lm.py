@@ -29,7 +29,7 @@ from draftsmith import provenance
 from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode import Engine, Generation, GenerationSettings
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.embedded.problems import Problem, distinct_problems
 from draftsmith.embedded.sums import check, write_prompts
 from draftsmith.evaluate.acceptance import ratio_interval

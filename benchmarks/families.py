@@ -32,7 +32,7 @@ from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.shards.packing import pack
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan

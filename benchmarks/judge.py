@@ -34,7 +34,7 @@ from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
 from draftsmith.decode import Engine, Generation, GenerationSettings
-from draftsmith.decode.options import DrawOptions, ReplyOptions
+from draftsmith.decode.sampling import DrawOptions, ReplyOptions
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy.lossy_command import WorkloadOptions, evaluate_rules

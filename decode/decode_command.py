@@ -18,7 +18,7 @@ from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
-from draftsmith.decode.options import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
+from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
 from draftsmith.models.drafters.drafter import Drafter

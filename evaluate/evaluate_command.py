@@ -18,7 +18,7 @@ from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
-from draftsmith.decode.options import NO_FILTERS, FilterOptions, ReplyOptions, settings_of
+from draftsmith.decode.sampling import NO_FILTERS, FilterOptions, ReplyOptions, settings_of
 from draftsmith.evaluate.chart import draw
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, measure

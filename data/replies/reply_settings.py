@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from draftsmith.decode.model_settings import honouring
-from draftsmith.decode.options import GREEDY, ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GREEDY, GenerationSettings, ReplyOptions
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import read_config, read_generation_config
 from draftsmith.models.target.options import DEFAULTS, TargetOptions

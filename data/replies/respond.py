@@ -25,8 +25,7 @@ from draftsmith.data.replies.vllm_source import ONE_GPU, VllmOptions
 from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
 from draftsmith.data.survey import begun_anew
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.decode.options import ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice

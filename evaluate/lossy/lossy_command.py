@@ -20,7 +20,7 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.formats import row_id
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode.model_settings import for_target
-from draftsmith.decode.options import DrawOptions, settings_of
+from draftsmith.decode.sampling import DrawOptions, settings_of
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy.chart import draw_trade

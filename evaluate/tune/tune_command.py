@@ -14,7 +14,7 @@ from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
-from draftsmith.decode.options import GREEDY, DrawOptions, settings_of
+from draftsmith.decode.sampling import GREEDY, DrawOptions, settings_of
 from draftsmith.evaluate.drafters import parse_entries
 from draftsmith.evaluate.evaluate_command import load_candidates
 from draftsmith.evaluate.measure import Candidate

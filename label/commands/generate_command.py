@@ -26,7 +26,7 @@ from draftsmith.data.replies.reply_sources import BundledEngine
 from draftsmith.data.replies.respond import REPLY
 from draftsmith.data.shared_work import Share
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.files import exclusive, read_jsonl, sha256_file
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.checkers.checkers import Checker, Row, load_checker

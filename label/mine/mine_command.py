@@ -20,8 +20,7 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.progress import progress
 from draftsmith.data.replies.reply_settings import reply_settings
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.decode.options import ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.foreign import json_text, visible
 from draftsmith.label.checkers.checkers import Checker, load_checker

@@ -9,7 +9,7 @@ from tiny import EOS
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.constraints import Constraints
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender, generation_config
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan

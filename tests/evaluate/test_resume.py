@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.data.prompts import PromptSelection
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate import evaluate_command as command
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender
 from draftsmith.evaluate.evaluate_command import evaluate

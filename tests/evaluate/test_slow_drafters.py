@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.decode.options import DrawOptions, ReplyOptions
+from draftsmith.decode.sampling import DrawOptions, ReplyOptions
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Row
 from draftsmith.evaluate.report import to_markdown

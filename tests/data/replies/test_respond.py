@@ -33,8 +33,7 @@ from draftsmith.data.replies.vllm_source import VllmOptions
 from draftsmith.data.shared_work import Share, ShareOptions
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.constraints import Constraints
-from draftsmith.decode.options import ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.json_rows import parse_object
 from draftsmith.models import ReDrafter, TargetEnds, tokenizer_fingerprint
 from draftsmith.models.target.options import TargetOptions
@@ -496,7 +495,7 @@ from draftsmith.data.replies import engine_choice
 from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.respond import respond
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 class Slow(engine_choice.BundledEngine):
     def reply(self, *arguments):
         time.sleep(float(sys.argv[4]))

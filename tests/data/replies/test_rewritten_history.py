@@ -20,8 +20,7 @@ from draftsmith.data.replies.respond import respond
 from draftsmith.data.shards.manifest import Manifest
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.decode_command import prompt_ids
-from draftsmith.decode.options import ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.evaluate.samples import read_samples
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.prompt_template import TemplateChoice, TemplateOptions

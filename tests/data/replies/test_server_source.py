@@ -36,8 +36,7 @@ from draftsmith.data.replies.server_source import ServerEngine, ServerOptions
 from draftsmith.data.replies.source_settings import check_settings, sampling, settle
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.constraints import Constraints
-from draftsmith.decode.options import ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.models import Target
 
 SETTINGS = GenerationSettings(max_new_tokens=6, eos_token_ids=(EOS,))

@@ -15,8 +15,7 @@ from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.reply_sources import BundledEngine, IndependentEngine, Reply
 from draftsmith.data.replies.respond import respond
 from draftsmith.data.replies.vllm_source import VllmEngine, VllmOptions
-from draftsmith.decode.options import ReplyOptions
-from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.models import Target
 from draftsmith.models.target.options import TargetOptions
 

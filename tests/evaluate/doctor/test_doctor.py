@@ -30,7 +30,7 @@ from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.replies.reply_settings import Overrides
 from draftsmith.data.replies.respond import respond
-from draftsmith.decode.options import ReplyOptions
+from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate.doctor import overfit as doctor_overfit
 from draftsmith.evaluate.doctor.case import Use, find
 from draftsmith.evaluate.doctor.doctor_command import NAMES, Bounds, doctor, gather

@@ -20,7 +20,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.options import DrawOptions
+from draftsmith.decode.sampling import DrawOptions
 from draftsmith.evaluate.acceptance import tokens_per_step
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.tune import tune
