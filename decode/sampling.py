@@ -1,7 +1,7 @@
 """From logits to one chosen token a node: processors, and draws whose noise belongs to the output position.
 
-Owns the settings of a request, the options by which commands ask for them, and everything between logits and tokens. Knows nothing of trees beyond "a node has ancestors", nor of
-caches and drafters.
+Owns the settings of a request, the options by which commands ask for them, and everything between logits and tokens. Knows nothing of
+trees beyond "a node has ancestors", nor of caches and drafters.
 
 The noise of token t at output position i of request r under seed s depends on (s, r, i, t) alone (:mod:`draftsmith.models.tree.noise`). All
 nodes that compete for one position share it, only one of them is ever visited, and no drafter sees it. So plain and speculative decoding
