@@ -113,7 +113,11 @@ class Group:
 
 @dataclass(frozen=True)
 class SwitchState:
-    """The groups of a batch."""
+    """What the drafter carries from cycle to cycle.
+
+    Attributes:
+        groups: of the batch; every row is in one of them.
+    """
 
     groups: tuple[Group, ...]
 

@@ -121,7 +121,13 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids of one user message under the chat template, or of a plain document: what other commands ask too.
 
-    `chat` None takes the template where the tokenizer has one.
+    Args:
+        tokenizer: of the target.
+        prompt: the message or the raw text.
+        chat: whether the template is applied; None applies it where the tokenizer has one.
+        template: Jinja file, or ``none`` for raw text; None takes the tokenizer's own.
+        eos_ids: the target's end-of-sequence tokens.
+        options: the chat template's name and variables.
 
     Raises:
         ValueError: a chat is asked for and there is no template, or options of a template go with plain text.

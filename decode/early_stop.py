@@ -34,7 +34,14 @@ class StopState:
 
     @classmethod
     def begin(cls, settings: EarlyStop, longest: int, num_rows: int, device: torch.device) -> StopState:
-        """All rows at the settings' threshold and goal."""
+        """All rows at the settings' threshold and goal.
+
+        Args:
+            settings: shared by the rows.
+            longest: tokens of a draft that nothing stops.
+            num_rows: B.
+            device: of the tensors.
+        """
         ones_B = torch.ones(num_rows, device=device)
         return cls(settings, longest, settings.threshold * ones_B, settings.goal * ones_B)
 

@@ -167,6 +167,12 @@ def settings_of(
 ) -> GenerationSettings:
     """What Transformers prepared, as the engine takes it.
 
+    Args:
+        config: of the call.
+        processors: that Transformers made of it.
+        criteria: those of length and end-of-sequence tokens.
+        prompt_length: T.
+
     Raises:
         ValueError: a processor that the engine does not have.
     """

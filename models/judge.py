@@ -110,6 +110,9 @@ class Judge(PreTrainedModel):
     ``mean`` and ``scale`` float32 [F] standardise the features; ``weight`` float32 [F] and ``bias`` float32 [] are the regression's.
     One polarity everywhere: 1 is correct. A new judge has zeros for weights, and threshold 1: it accepts nothing.
 
+    Args:
+        config: which target it belongs to, what it reads, and its threshold.
+
     Raises:
         ValueError: a field of the config breaks its rule.
     """

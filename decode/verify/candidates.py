@@ -28,8 +28,8 @@ class CandidateVerifier:
     """Accepts or rejects what was drawn for a sampled tree; a draft that was not drawn is verified losslessly.
 
     Args:
-        limits: how much is drafted, with ``sampled``.
-        sampled: the same settings of the sampled tree.
+        limits: how much is drafted.
+        sampled: how many children each sampled node has; ``limits.sampled``.
     """
 
     layers: tuple[str, ...] = ()
@@ -42,10 +42,14 @@ class CandidateVerifier:
         self.num_walk_keys = num_draws(sampled)
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Accept every tokenizer; see :meth:`Verifier.check_tokenizer`."""
+        """Accept every tokenizer; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""
 
     def check_temperature(self, temperature: float) -> None:
-        """Refuse temperature 0; see :meth:`Verifier.check_temperature`."""
+        """See :meth:`~draftsmith.decode.verify.verifier.Verifier.check_temperature`.
+
+        Raises:
+            ValueError: the temperature is 0, at which the target has no distribution.
+        """
         if temperature == 0.0:
             raise ValueError(
                 "temperature is 0 and the draft tree is sampled; rejection needs a distribution to sample from: give a temperature above "

@@ -18,7 +18,7 @@ from draftsmith.models.tree.tree import DraftTree
 
 
 class LosslessVerifier:
-    """Emits what the target would have chosen alone; no draft and no temperature is out of its reach."""
+    """Emits what the target would have chosen alone, for every draft and every temperature."""
 
     layers: tuple[str, ...] = ()
     reads_draft_probs = False
@@ -26,10 +26,10 @@ class LosslessVerifier:
     num_walk_keys = 0
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Accept every tokenizer; see :meth:`Verifier.check_tokenizer`."""
+        """Accept every tokenizer; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""
 
     def check_temperature(self, temperature: float) -> None:
-        """Accept every temperature; see :meth:`Verifier.check_temperature`."""
+        """Accept every temperature; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""
 
     def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
         """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`walk`."""

@@ -25,6 +25,9 @@ class JudgeRule(LossyRule):
 
     A threshold of 1 allows nothing, so that the output is the lossless one.
 
+    Args:
+        judge: trained on the target's states alone.
+
     Raises:
         ValueError: the judge reads the draft model's states too, which no drafter hands on.
     """
@@ -60,7 +63,14 @@ class JudgeRule(LossyRule):
 
 @dataclass(frozen=True, repr=False)
 class TopK(LossyRule):
-    """Allowed if among the target's ``threshold`` likeliest tokens: the baseline of AutoJudge's experiments (arXiv:2504.20039)."""
+    """Allowed if among the target's likeliest tokens: the baseline of AutoJudge's experiments (arXiv:2504.20039).
+
+    Attributes:
+        threshold: how many tokens are allowed, a whole number of at least 1.
+
+    Raises:
+        ValueError: another threshold.
+    """
 
     threshold: float
     name = "top-k"
@@ -82,8 +92,14 @@ class TopK(LossyRule):
 class Typical(LossyRule):
     """Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1): p(token) > min(epsilon, delta * exp(-entropy of p)).
 
-    ``threshold`` is epsilon; delta is its square root, as there. p is the target's distribution at the request's temperature, at
-    temperature 0 that of temperature 1.
+    p is the target's distribution at the request's temperature, at temperature 0 that of temperature 1. Delta is the square root of
+    epsilon, as in the paper.
+
+    Attributes:
+        threshold: epsilon, a probability above 0.
+
+    Raises:
+        ValueError: another threshold.
     """
 
     threshold: float
@@ -108,6 +124,12 @@ class Divergence(LossyRule):
     In this direction it is finite for draft vocabularies that lack some of the target's tokens. The target's distribution is that of the
     request, the draft's is as it was learned: where top-k, top-p or min-p leave the target fewer tokens, it is mostly infinite. Chains
     only.
+
+    Attributes:
+        threshold: nats, at least 0.
+
+    Raises:
+        ValueError: another threshold.
     """
 
     threshold: float
@@ -131,7 +153,11 @@ class Divergence(LossyRule):
 
 @dataclass(frozen=True, repr=False)
 class Everything(LossyRule):
-    """Allows whatever was drafted: the most that any rule can gain, and the least quality. The end of a reply stays the target's."""
+    """Allows whatever was drafted: the most that any rule can gain, and the least quality. The end of a reply stays the target's.
+
+    Attributes:
+        threshold: without meaning here.
+    """
 
     threshold: float = 0.0
     name = "everything"

@@ -58,11 +58,11 @@ class LossyVerifier:
         return self._rule.reads_draft
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Ask the rule; see :meth:`Verifier.check_tokenizer`."""
+        """Ask the rule; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""
         self._rule.check_tokenizer(fingerprint)
 
     def check_temperature(self, temperature: float) -> None:
-        """Accept every temperature; see :meth:`Verifier.check_temperature`."""
+        """Accept every temperature; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""
 
     def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
         """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`lossy_walk`."""

@@ -26,7 +26,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor must be: its shape, the kind of its dtype, and whether it may be absent."""
+    """What a tensor in a file must be.
+
+    Attributes:
+        shape: of the tensor.
+        kind: of its dtype; ``float`` is float32, bfloat16 or float16.
+        optional: whether it may be absent.
+    """
 
     shape: tuple[int, ...]
     kind: Literal["float", "int64", "bool"] = "float"

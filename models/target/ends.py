@@ -101,6 +101,15 @@ class TargetEnds(nn.Module):
         Only an ``adapter`` that reaches the ends needs the whole target, which it is then merged into. Of the trunk's tensors the names
         and shapes are checked, since what is trained on these ends will run on that trunk.
 
+        Args:
+            path: directory, hub id or ``embedded:target``.
+            dtype: of the weights.
+            device: where to put them.
+            revision: the hub's revision of the model.
+            adapter: a PEFT adapter to merge into the model.
+            trust_remote_code: whether Python files that come with the model may run.
+            context: the longest text in tokens where the config's own is wrong.
+
         Raises:
             ValueError: the path holds no model, its family is not supported, its weights do not fit its config, or it needs code that
                 may not run.

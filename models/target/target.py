@@ -28,6 +28,13 @@ __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
 class Target(nn.Module):
     """The frozen model, whole.
 
+    Args:
+        model: a causal LM; it is put into evaluation mode, and its parameters are frozen.
+        name: for messages.
+        fingerprint: sha256 of its files; empty if unknown.
+        end_token_ids: end a reply where neither config of the model names any: the tokenizer's.
+        context: the longest text in tokens where the config's own is wrong.
+
     Raises:
         ValueError: the family cannot decode trees (recurrent state, positional bias in attention, chunked attention, an encoder),
             named in the message.
@@ -41,10 +48,6 @@ class Target(nn.Module):
         end_token_ids: tuple[int, ...] = (),
         context: int | None = None,
     ) -> None:
-        """``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's.
-
-        ``context`` is the longest text in tokens where the config's own is wrong.
-        """
         super().__init__()
         refuse_unsupported(model, name)
         self._saved_end_tokens = end_token_ids

@@ -18,7 +18,14 @@ from draftsmith.models.tree.tree import DraftTree
 
 
 class KeptLogits:
-    """An expander that goes through another and remembers its logits."""
+    """An expander that goes through another and remembers its logits.
+
+    Args:
+        inner: expands.
+
+    Attributes:
+        logits: float [B, M, Vd] of each layer so far.
+    """
 
     def __init__(self, inner: Expander) -> None:
         self.inner = inner

@@ -45,6 +45,12 @@ def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: tor
     NumPy's SeedSequence mixes the three, so that consecutive seeds and requests have nothing in common. The request is its last part,
     because parts of 32 bits are concatenated: a seed of 64 bits must not be another seed's with another request.
 
+    Args:
+        seed: of the noise, at least 0.
+        requests: number of each request, at least 0.
+        stream: what is drawn with the keys.
+        device: of the keys.
+
     Raises:
         ValueError: a negative seed or request.
     """

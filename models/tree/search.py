@@ -105,6 +105,9 @@ class _Scorer:
         """float32 [B, M, R], int64 [B, M, R]: scores and draft ids of the ``count`` likeliest continuations of nodes at a depth.
 
         The root (depth 0) is always continued.
+
+        Raises:
+            ValueError: the draft vocabulary has fewer tokens than ``count``.
         """
         if count > logits_BMV.shape[-1]:
             raise ValueError(
@@ -144,7 +147,14 @@ def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
 
 
 def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
-    """Beam search; the tree of the surviving beams (ReDrafter, arXiv:2403.09919, sections 3.2 and 3.3)."""
+    """Beam search; the tree of the surviving beams (ReDrafter, arXiv:2403.09919, sections 3.2 and 3.3).
+
+    Args:
+        expander: continues nodes.
+        width: beams.
+        length: tokens of each beam.
+        scorer: ranks continuations.
+    """
     tokens, above, scores = [], [], []
     for layer in _beam_layers(expander, width, length, scorer, stopped_stay=scorer.stop is not None):
         tokens.append(layer.token_BM)
@@ -157,7 +167,14 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
 
 
 def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
-    """Every continuation that was scored while the best were continued (EAGLE-2, arXiv:2406.16858, section 4.1), to be pruned."""
+    """Every continuation that was scored while the best were continued (EAGLE-2, arXiv:2406.16858, section 4.1), to be pruned.
+
+    Args:
+        expander: continues nodes.
+        width: nodes continued in each layer, and continuations of each.
+        length: layers.
+        scorer: ranks continuations.
+    """
     tokens, parents, scores = [], [], []
     parent_BM = torch.zeros_like(expander.root_B)[:, None]
     num_nodes = 1
