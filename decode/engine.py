@@ -74,7 +74,6 @@ class Engine:
         self.limits = limits or DraftLimits()
         self.tokenizer = tokenizer
         self.ledger = ledger
-        self.rule = rule
         self.verifier = verifier_for(target, None if drafter is None else self.limits, rule)
         self.drafter = None if drafter is None else drafter.bound(target.ends)
         self._prefill_chunk = prefill_chunk

@@ -71,13 +71,15 @@ def test_engines_with_different_targets_share_one_drafter_in_turns(
 def test_decoding_never_drops_out_even_while_the_drafter_trains(targets: tuple[Target, Target]) -> None:
     """Engines run in evaluation mode; afterwards each part is in the mode it was in."""
     drafter = fresh(ReDrafter, targets[0])
+    assert isinstance(drafter, ReDrafter)
+    first, second = drafter.lm_head[0], drafter.lm_head[1]
     modes: list[bool] = []
-    drafter.lm_head[0].register_forward_pre_hook(lambda part, inputs: modes.append(part.training))  # type: ignore[operator,index]
-    drafter.lm_head[1].eval()  # type: ignore[operator,index]
+    first.register_forward_pre_hook(lambda part, inputs: modes.append(part.training))
+    second.eval()
     Engine(targets[0], drafter).generate(PROMPTS, REQUEST)
     assert modes
     assert not any(modes)
-    assert [drafter.lm_head[place].training for place in (0, 1)] == [True, False]  # type: ignore[index,operator]
+    assert (first.training, second.training) == (True, False)
 
 
 def test_a_drafter_comes_out_of_an_engine_that_refuses_it_as_it_was(targets: tuple[Target, Target]) -> None:
