@@ -33,7 +33,7 @@ from draftsmith.decode.hf_request import (
     refuse_arguments,
     refuse_cache,
     refuse_config,
-    settings_of,
+    request_settings,
     split_criteria,
     take_stop_strings,
     until_of,
@@ -132,7 +132,7 @@ def _decoder(
     ) -> Tensor | GenerateDecoderOnlyOutput:
         refuse_config(generation_config, prepared)
         own, others = split_criteria(stopping_criteria)
-        settings = settings_of(generation_config, logits_processor, own, input_ids.shape[1])
+        settings = request_settings(generation_config, logits_processor, own, input_ids.shape[1])
         prompts = _prompts(input_ids, prepared.get("attention_mask"))
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer shows one reply, but {len(prompts)} rows are asked for; leave it out")

@@ -162,7 +162,7 @@ def until_of(criteria: list[StoppingCriteria], input_ids: Tensor) -> Callable[[i
     return ends
 
 
-def settings_of(
+def request_settings(
     config: GenerationConfig, processors: Iterable[object], criteria: Iterable[StoppingCriteria], prompt_length: int
 ) -> GenerationSettings:
     """What Transformers prepared, as the engine takes it.
