@@ -1,4 +1,4 @@
-"""How long work tells how far it is: one bar in a terminal, a line now and then in a log file. Done, rate, time left."""
+"""Progress of long work: one bar in a terminal, a line every 30 seconds in a log file. Done, rate, time left."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ class ProgressMeter:
         self._bar.start()
 
     def advance(self, count: int, note: str | None = None) -> None:
-        """`count` more units are done. A `note` stands behind the figures until the next one takes its place."""
+        """`count` more units are done. A `note` follows the figures until the next one replaces it."""
         self._now += count
         if note is None:
             self._bar.advance(self._task, count)

@@ -29,7 +29,7 @@ _ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-# Loggers with handlers of their own, which speak of what no user can change.
+# Loggers with handlers of their own, whose warnings no user can act on.
 _ERRORS_ONLY = ("DeepSpeed",)
 # No module of ours warns with these: they are for the developers of the libraries.
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)

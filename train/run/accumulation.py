@@ -73,7 +73,7 @@ def validates(trainer: pl.Trainer) -> bool:
 
 
 def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a validation comes right after a training batch; never said of one that comes by the clock.
+    """Whether a validation comes right after a training batch. One that comes by the clock does not count.
 
     Example: 10 batches an epoch and `val_check_interval: 0.5` -> after the batches 4 and 9, counted from 0.
 

@@ -1,6 +1,6 @@
-"""How far a training run is: one bar for the whole run in a terminal, a line now and then in a log file.
+"""Progress of a training run: one bar for the whole run in a terminal, a line every 30 seconds in a log file.
 
-Owns what stands beside the bar. Does not know what is trained. Lightning's own bars begin anew in every epoch and fill log files.
+Owns the metrics beside the bar. Does not know what is trained. Lightning's own bars begin anew in every epoch and fill log files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A validation that was due when a checkpoint was written comes first when a run resumes from it.
 
-Owns which checkpoints lie before such a validation, and how a resumed run learns it. Does not know who writes them, or why.
+Owns which checkpoints lie before such a validation, and how they mark it. Does not know who writes them, or why.
 
 Only public hooks of Lightning are used. Lightning itself would skip the validation, and with it what may have been the best drafter.
 It reads from the counts in a checkpoint where the run was: a checkpoint between a batch and its validation is made to look like one in
@@ -59,7 +59,7 @@ class ResumeValidation(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called before Lightning reads the counts. Checkpoints written without this callback resume as Lightning has it."""
+        """Called before Lightning reads the counts. Checkpoints written without this callback resume the way Lightning does by itself."""
         if "validation_due" not in checkpoint:
             return
         for counts in _counts(checkpoint, _VALIDATION):
