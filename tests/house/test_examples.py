@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from pages import ROOT, make_recipes, shell_lines
+from pages import ROOT, make_recipes, make_suggestions, shell_lines
 
 from draftsmith import cli, embedded
 
@@ -29,7 +29,8 @@ def run(line: str) -> None:
     Raises:
         AssertionError: it fails. `doctor` may find faults: so short a training has some.
     """
-    words = [word.removeprefix(".venv/bin/") for word in shlex.split(line.replace("org/name", "embedded:target"))]
+    command = line.partition(" > ")[0].replace("org/name", "embedded:target")
+    words = [word.removeprefix(".venv/bin/") for word in shlex.split(command)]
     if words[0] in NOT_OURS:
         return
     assert words[0] == "draftsmith", f"no test runs {words[0]!r}"
@@ -56,10 +57,17 @@ def test_the_commands_for_ones_own_model_run(folder: Path) -> None:
 
 def test_the_quickstart_and_what_to_try_next_run(folder: Path) -> None:
     for line in make_recipes("TRAIN_PROMPTS=24", "TEST_PROMPTS=3", "quickstart"):
-        run(line.partition("$(")[0] if "--ckpt_path" in line else line)
+        run(line)
     for line in shell_lines(FIRST_RUN):
         run(line)
     assert os.listdir(folder / "runs/quickstart/drafter")
+
+
+def test_the_page_on_the_first_run_shows_what_the_quickstart_says_to_try_next() -> None:
+    shown = [shlex.split(line) for line in shell_lines(FIRST_RUN)]
+    printed = [shlex.split(line) for line in make_suggestions("quickstart")]
+    assert len(printed) == 3
+    assert [words for words in printed if words not in shown] == []
 
 
 def test_the_readme_shows_what_the_pages_to_start_with_show() -> None:
