@@ -32,7 +32,7 @@ STAGE = "draftsmith export"
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:
-    """What the model card is told about the drafter.
+    """Records that the model card quotes.
 
     Args:
         report: A report.json of `draftsmith evaluate` with rows of these very weights.
@@ -70,7 +70,7 @@ def export(
             ReDrafter; eagle (vLLM and SGLang) for an EAGLE-1; eagle3 (vLLM and SGLang), tensorrt-llm or speculators
             for an EAGLE-3.
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
-        records: What the card is told; see `RecordOptions`.
+        records: What the model card quotes; see `RecordOptions`.
         where: Which target is meant; see `EndsOptions`. Name its adapter where the drafter is for both together.
     """
     read = [path for path in (drafter, drafter_adapter, records.report) if path is not None]

@@ -30,6 +30,9 @@ def make_recipes(*goals: str) -> list[str]:
     return [match[1] for line in make_lines(*goals) if (match := runs.match(line))]
 
 
-def make_suggestions(*goals: str) -> list[str]:
-    """The draftsmith commands that `make GOALS` prints in single quotes, to try next."""
-    return [command for line in make_lines(*goals) for command in re.findall(r"'[^' ]*/bin/(draftsmith [^']*)'", line)]
+def make_suggestions(*settings: str) -> list[str]:
+    """The draftsmith commands that `make quickstart` prints at its end, to try next; settings as ``RUN=runs/x``."""
+    show = 'next-steps:; @printf "%s\\n" "$$NEXT_STEPS"'
+    asked = ["make", "--no-print-directory", "--eval", show, *settings, "next-steps"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    return re.findall(r"/bin/(draftsmith .*)", done.stdout)

@@ -65,7 +65,7 @@ def test_the_quickstart_and_what_to_try_next_run(folder: Path) -> None:
 
 def test_the_page_on_the_first_run_shows_what_the_quickstart_says_to_try_next() -> None:
     shown = [shlex.split(line) for line in shell_lines(FIRST_RUN)]
-    printed = [shlex.split(line) for line in make_suggestions("quickstart")]
+    printed = [shlex.split(line) for line in make_suggestions()]
     assert len(printed) == 3
     assert [words for words in printed if words not in shown] == []
 
