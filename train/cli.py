@@ -27,11 +27,10 @@ from draftsmith.train.config_files import KEY as BASE
 from draftsmith.train.config_files import already_read, with_bases
 from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.run_length import RunLength
+from draftsmith.train.help import PROG, lightnings_words
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption, ResumeValidation
 from draftsmith.train.run.progress_bar import RunProgress
-
-PROG = "draftsmith train"
 
 
 class TrainingParser(Suggesting, LightningArgumentParser):
@@ -149,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
             save_config_kwargs={"overwrite": True},
             # A table of modules, which says nothing about a drafter that its card does not.
             trainer_defaults={"enable_model_summary": False},
-            args=with_bases(sys.argv[1:] if arguments is None else arguments),
+            args=with_bases(lightnings_words(sys.argv[1:] if arguments is None else arguments)),
             parser_kwargs={"prog": PROG},
         )
     except MisconfigurationException as error:

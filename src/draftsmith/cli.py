@@ -24,13 +24,15 @@ PROG = "draftsmith"
 class Command:
     """One subcommand: where its function is, and what it does in a line.
 
-    `reads_arguments` marks a function that takes the list of arguments itself instead of parsed values.
+    `reads_arguments` marks a function that takes the list of arguments itself instead of parsed values. `help` is the module whose
+    `early_answer` gives help for such a function without importing it.
     """
 
     module: str
     function: str
     summary: str
     reads_arguments: bool = False
+    help: str | None = None
 
     def outline(self) -> Callable[..., Any]:
         """The function, or where its module is not imported yet, one of the same signature: what parsing needs."""
@@ -113,7 +115,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "Find out which of a draft LM's tokens leave the target's answer as it is.",
     ),
     ("train",): Command(
-        "draftsmith.train.cli", "main", "Train from a YAML file: train fit --config FILE (Lightning's own CLI).", True
+        "draftsmith.train.cli",
+        "main",
+        "Train from a YAML file: train fit --config FILE (Lightning's own CLI).",
+        reads_arguments=True,
+        help="draftsmith.train.help",
     ),
     ("export",): Command(
         "draftsmith.export.export_command", "export", "Write a trained drafter as safetensors, with its card."
@@ -196,6 +202,9 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
         if command.reads_arguments:
             from draftsmith.arguments import check_config_files
 
+            code = _early_answer(command, arguments)
+            if code is not None:
+                return code
             check_config_files(prog, arguments)
             with quiet_libraries():
                 command.load()(arguments)
@@ -216,6 +225,14 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
         print(f"\n{prog}: interrupted; repeat the command to resume it, where that is possible", file=sys.stderr)
         return 130
     return 0
+
+
+def _early_answer(command: Command, arguments: list[str]) -> int | None:
+    """The exit code where help or a mistake is answered without the command itself, else None."""
+    if command.help is None:
+        return None
+    code: int | None = importlib.import_module(command.help).early_answer(arguments)
+    return code
 
 
 if __name__ == "__main__":

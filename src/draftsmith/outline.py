@@ -11,8 +11,11 @@ import builtins
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import docstring_parser
 
 PACKAGE = "draftsmith"
 
@@ -24,6 +27,46 @@ def outline(module: str, function: str) -> Callable[..., Any]:
     """
     found: Callable[..., Any] = _Outlines().value(module, function)
     return found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One parameter of a class: its name, its default as it is written (None where it is required), and what it is for."""
+
+    name: str
+    default: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class ClassSettings:
+    """What a class is for, and its parameters with what its docstring says of each."""
+
+    summary: str
+    settings: tuple[Setting, ...]
+
+
+def class_settings(module: str, name: str) -> ClassSettings:
+    """The parameters of a class by which it is made, from its source alone.
+
+    Raises:
+        ValueError: the module defines no such class with an `__init__` of its own.
+    """
+    body = ast.parse(_source(module).read_bytes()).body
+    found = next((part for part in body if isinstance(part, ast.ClassDef) and part.name == name), None)
+    made = (
+        [part for part in found.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"] if found else []
+    )
+    if found is None or not made:
+        raise ValueError(f"{module} defines no class {name} with an __init__")
+    described = docstring_parser.parse(ast.get_docstring(found) or "")
+    texts = {param.arg_name: param.description or "" for param in described.params}
+    arguments = made[0].args
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)][1:]
+    defaults: list[ast.expr | None] = [*arguments.defaults, *arguments.kw_defaults]
+    written = [None] * (len(names) - len(defaults)) + [ast.unparse(value) if value else None for value in defaults]
+    settings = tuple(Setting(each, default, texts.get(each, "")) for each, default in zip(names, written, strict=True))
+    return ClassSettings(described.short_description or "", settings)
 
 
 class _Outlines:

@@ -169,15 +169,16 @@ def test_the_outline_of_a_command_has_the_options_of_the_command(name: tuple[str
 
 
 def test_help_and_mistakes_of_every_command_import_no_torch_and_make_no_folder(tmp_path: Path) -> None:
-    mistakes = [[*name, "--help"] for name in PARSED]
+    mistakes = [[*name, "--help"] for name in cli.COMMANDS]
+    mistakes += [["train", "fit", "--help"], ["train", "ftt"], ["train", "fit", "--config", "none.yaml"]]
     mistakes += [["evaluate", "--no-such-option", "1"], ["data", "extract", "--layers"], ["tune", "--widths", "1,a"]]
     script = (
         "import contextlib, io, sys\nfrom draftsmith.cli import main\ncodes = []\n"
         f"for words in {mistakes!r}:\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
-        "        try: main(words)\n"
+        "        try: codes.append(main(words))\n"
         "        except SystemExit as stopped: codes.append(stopped.code)\n"
-        "print(codes, [name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+        "print(codes, [name for name in ('torch', 'transformers', 'numpy', 'pytorch_lightning') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     expected = [0 if words[-1] == "--help" else 2 for words in mistakes]

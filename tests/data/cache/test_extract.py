@@ -381,6 +381,16 @@ def test_length_buckets_hold_the_budget_and_every_sample_once() -> None:
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 21 for b in batches)
 
 
+def test_a_cache_records_what_auto_means_and_resumes_under_either_name(
+    target: Path, reply_file: Path, tmp_path: Path
+) -> None:
+    extract(str(target), reply_file, tmp_path / "c", target_dtype="auto", where=PlacementOptions(device="cpu"))
+    assert HiddenStateCache(tmp_path / "c").manifest.identity.target_dtype == "float32"
+    before = (tmp_path / "c" / "manifest.json").read_bytes()
+    extract(str(target), reply_file, tmp_path / "c", target_dtype="float32", where=PlacementOptions(device="cpu"))
+    assert (tmp_path / "c" / "manifest.json").read_bytes() == before
+
+
 SLOW_EXTRACT = """
 import sys, time
 from pathlib import Path
