@@ -315,26 +315,7 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], load: float) -> str
         "product). *In step*: they wait for the slower one at every step, and keep their gradients. *Together*: they send them "
         "too, which is training."
     )
-    lines.append(
-        "## Peak memory of a step\n\nMiB above the loaded weights; hidden size 256, float32, one text, full draft vocabulary.\n\n"
-        "| | vocabulary | "
-        + " | ".join(f"{length:,} tokens" for length in sorted({row["tokens"] for row in by("memory")}))
-        + " |\n"
-        "|---|---|"
-        + "---|" * len({row["tokens"] for row in by("memory")})
-        + "\n"
-        + "\n".join(
-            f"| {family} | {vocabulary:,} | "
-            + " | ".join(
-                f"{row['peak_mib']:,.0f}"
-                for row in by("memory")
-                if (row["drafter"], row["vocabulary"]) == (family, vocabulary)
-            )
-            + " |"
-            for family in FAMILIES
-            for vocabulary in VOCABULARIES
-        )
-    )
+    lines.append(memory_section(by("memory")))
     lines.append(
         "## The cost model against this run\n\n| | operations, model / counted | seconds, model / measured |\n|---|---|---|\n"
         + "\n".join(
@@ -346,6 +327,22 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], load: float) -> str
     )
     facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
     return "\n\n".join([*lines, "## The machine", "\n".join(facts)]) + "\n"
+
+
+def memory_section(rows: list[dict[str, Any]]) -> str:
+    """The table of a step's peak memory, a column for each length of the text."""
+    lengths = sorted({row["tokens"] for row in rows})
+    lines = [
+        "## Peak memory of a step\n\nMiB above the loaded weights; hidden size 256, float32, one text, full draft vocabulary.\n",
+        "| | vocabulary | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |",
+        "|---|---|" + "---|" * len(lengths),
+    ]
+    for family in FAMILIES:
+        for vocabulary in VOCABULARIES:
+            own = [row for row in rows if (row["drafter"], row["vocabulary"]) == (family, vocabulary)]
+            peaks = " | ".join(f"{row['peak_mib']:,.0f}" for row in own)
+            lines.append(f"| {family} | {vocabulary:,} | {peaks} |")
+    return "\n".join(lines)
 
 
 def main() -> int:

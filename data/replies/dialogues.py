@@ -121,21 +121,28 @@ def answer_independently(
     engine: IndependentEngine,
     trusted: bool = False,
 ) -> Iterator[dict[str, Any] | Failure]:
-    """The same rows in the order in which they are finished; a dialogue that got no answer is a Failure, and the others go on.
+    """The same rows in the order in which they are finished; a dialogue that got no answer is a Failure, and the others continue.
 
     As many dialogues as the engine takes are under way all the time: whenever one ends, the next begins. Threads do nothing but wait
-    for the engine: tokenizers do not stand being shared.
+    for the engine, because tokenizers cannot be shared by threads.
 
     A bad reply is an error as long as there was no good one, and afterwards a Failure like another: one in a million must not keep
-    the rest from being answered. `trusted` says that an earlier run had good ones.
+    the rest from being answered.
 
-    Raises ValueError when the engine says that no request can go well, when the first reply is bad, and when one dialogue after
-    another fails.
+    Args:
+        prompts: prompts with the ids of their first turn.
+        settings: of generation.
+        context: the model's context in tokens, None for no limit.
+        chat: renders later turns.
+        engine: what generates; it is closed at the end.
+        trusted: whether an earlier run had good replies.
+
+    Raises:
+        ValueError: the engine reports that no request can go well, the first reply is bad, or one dialogue after another fails.
     """
     waiting = (Dialogue(prompt, list(ids)) for prompt, ids in prompts)
     running: dict[Future[RawReply], Dialogue] = {}
-    patience = max(16, 2 * engine.concurrency)
-    failed_in_a_row = 0
+    answers = _Answers(settings, context, chat, engine, trusted)
     with ThreadPoolExecutor(engine.concurrency, thread_name_prefix="ask") as pool:
 
         def ask(dialogue: Dialogue) -> None:
@@ -147,32 +154,65 @@ def answer_independently(
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     dialogue = running.pop(future)
-                    outcome: dict[str, Any] | Failure | None = None
-                    try:
-                        raw, prompt = future.result(), dialogue.next_ids or []
-                        reply = settle(raw, settings, engine.budget(prompt, settings), chat.tokenizer)
-                        dialogue.take(reply, chat, context)
-                        failed_in_a_row, trusted = 0, True
-                        outcome = dialogue.row(settings) if dialogue.next_ids is None else None
-                    except Unanswered as error:
-                        failed_in_a_row += 1
-                        outcome = Failure(dialogue.prompt.id, error.reason, error.attempts)
-                    except BadReply as error:
-                        if not trusted:
-                            raise
-                        failed_in_a_row += 1
-                        outcome = Failure(dialogue.prompt.id, str(error), 1)
+                    outcome = answers.take(future, dialogue)
                     following = dialogue if outcome is None else next(waiting, None)
-                    if following is not None and failed_in_a_row < patience:
+                    if following is not None and not answers.hopeless:
                         ask(following)
                     if outcome is not None:
                         yield outcome
-                    if failed_in_a_row >= patience:
-                        raise ValueError(
-                            f"the last {failed_in_a_row} prompts got no answer ({outcome}); repair the engine and run the same command "
-                            "again; it resumes where this one stopped"
-                        )
+                    answers.check(outcome)
         finally:
             for future in running:
                 future.cancel()
             engine.close()
+
+
+@dataclass
+class _Answers:
+    """What requests came to: turns of their dialogues, and how many failed in a row."""
+
+    settings: GenerationSettings
+    context: int | None
+    chat: ChatTemplate
+    engine: IndependentEngine
+    trusted: bool
+    failed_in_a_row: int = 0
+
+    @property
+    def patience(self) -> int:
+        """How many failures in a row end the run."""
+        return max(16, 2 * self.engine.concurrency)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many failed in a row that nothing more is asked."""
+        return self.failed_in_a_row >= self.patience
+
+    def take(self, future: Future[RawReply], dialogue: Dialogue) -> dict[str, Any] | Failure | None:
+        """The dialogue's row where this answer ended it, a Failure, or None where another turn follows.
+
+        Raises:
+            BadReply: the first reply of all is bad.
+        """
+        try:
+            raw, prompt = future.result(), dialogue.next_ids or []
+            budget = self.engine.budget(prompt, self.settings)
+            dialogue.take(settle(raw, self.settings, budget, self.chat.tokenizer), self.chat, self.context)
+        except Unanswered as error:
+            self.failed_in_a_row += 1
+            return Failure(dialogue.prompt.id, error.reason, error.attempts)
+        except BadReply as error:
+            if not self.trusted:
+                raise
+            self.failed_in_a_row += 1
+            return Failure(dialogue.prompt.id, str(error), 1)
+        self.failed_in_a_row, self.trusted = 0, True
+        return dialogue.row(self.settings) if dialogue.next_ids is None else None
+
+    def check(self, outcome: dict[str, Any] | Failure | None) -> None:
+        """Raises ValueError where one dialogue after another failed."""
+        if self.hopeless:
+            raise ValueError(
+                f"the last {self.failed_in_a_row} prompts got no answer ({outcome}); repair the engine and run the same command again; it "
+                "resumes where this one stopped"
+            )

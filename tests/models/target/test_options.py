@@ -60,7 +60,12 @@ def test_on_cuda_auto_is_cuda_and_the_checkpoints_own_dtype(cuda: None, narrow: 
 
 def test_under_a_launcher_auto_is_a_gpu_for_each_process(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [resolved_device(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert [resolved_device(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cuda:0",
+        "cpu",
+    ]
 
 
 def test_a_checkpoint_whose_config_names_no_dtype_is_asked_for_its_tensors(narrow: Path) -> None:
