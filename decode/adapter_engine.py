@@ -90,7 +90,7 @@ class Group:
 
     Attributes:
         adapter: its name, or None.
-        rows: where they stand in the batch, in the order of ``state``.
+        rows: their numbers in the batch, in the order of ``state``.
         rows_G: int64 [G], the same on the device.
         state: the drafter's, of these rows.
     """
@@ -101,7 +101,7 @@ class Group:
     state: DraftState
 
     def select(self, places: Mapping[int, int]) -> Group | None:
-        """The rows that go on, ``places`` giving the new place of each old row that does; None where none does."""
+        """The rows that remain; None where none does. ``places`` gives each of them its new number."""
         keep = [number for number, row in enumerate(self.rows) if row in places]
         if not keep:
             return None
@@ -129,7 +129,7 @@ class SwitchState:
 
 
 class AdapterSwitch(Drafter):
-    """A drafter with several adapters, as the engine sees it.
+    """A drafter with several adapters, behind the interface of one.
 
     Args:
         drafter: below the adapters; a copy of it that shares its weights gets them.
@@ -256,7 +256,8 @@ class AdapterSwitch(Drafter):
         trees = []
         for group in state.groups:
             self._take(group.adapter)
-            trees.append(self.below.propose(group.state, _of_rows(cycle, group), limits))
+            own_cycle = cycle.select_rows(group.rows, group.rows_G)
+            trees.append(self.below.propose(group.state, own_cycle, limits))
         return in_batch_order(trees, [group.rows_G for group in state.groups])
 
     def _take(self, name: str | None) -> None:
@@ -315,16 +316,3 @@ def _cat_probs(probs: Sequence[Tensor]) -> Tensor:
     """[G, M, V] each -> [B, M, V]; nodes that a group has not drew nothing."""
     most = max(probs_GMV.shape[1] for probs_GMV in probs)
     return torch.cat([F.pad(probs_GMV, (0, 0, 0, most - probs_GMV.shape[1])) for probs_GMV in probs])
-
-
-def _of_rows(cycle: Cycle, group: Group) -> Cycle:
-    rows_G, draws = group.rows_G, cycle.draws
-    return Cycle(
-        cycle.lengths_B[rows_G],
-        [cycle.host_lengths[row] for row in group.rows],
-        [cycle.host_fresh[row] for row in group.rows],
-        None if cycle.stop_below_B is None else cycle.stop_below_B[rows_G],
-        None if draws is None else replace(draws, keys_BU=draws.keys_BU[rows_G]),
-        cycle.temperature,
-        cycle.keep_probs,
-    )

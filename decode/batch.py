@@ -31,7 +31,7 @@ class Generation:
         accepted: accepted draft tokens of each cycle, after cutting at the end; the first token comes from the prefill and
             belongs to no cycle. Tokens per step of a request is ``(len(token_ids) - 1) / len(accepted)``.
         depths: the deepest draft proposed in each cycle.
-        by_rule: places in ``token_ids`` of tokens that stand by a LOSSY rule alone, the target having chosen others; empty without one.
+        by_rule: positions in ``token_ids`` of tokens that only a LOSSY rule accepted; empty without a rule.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Recorder:
             request: which one.
             tokens: what the walk emitted.
             drafted: depth of the cycle's tree; None for the prefill's token, which belongs to no cycle.
-            by_rule: 1 for each of the tokens that a lossy rule alone let stand; empty where there is no rule.
+            by_rule: 1 for each token that only a lossy rule accepted; empty without a rule.
         """
         generation = self.generations[request]
         kept, finish = self._cut(request, tokens)

@@ -18,7 +18,7 @@ from draftsmith.models.tree.tree import DraftTree
 
 @dataclass(frozen=True)
 class StopState:
-    """Where each row's controller stands.
+    """The state of each row's controller.
 
     Attributes:
         settings: shared by the rows.

@@ -23,7 +23,7 @@ def greedy_continuations(target: Target, input_ids: Tensor, num_tokens: int, rea
 
     Args:
         target: the frozen model.
-        input_ids: int64 [B, T], padded on the right; what stands at padding is meaningless in the result too.
+        input_ids: int64 [B, T], padded on the right; the result at padding is meaningless.
         num_tokens: G, at least 1.
         read: as in :meth:`Target.prefix`. A model that reads its text again past some length continues every prefix as it reads the
             prefix itself, also where the continuation crosses that length.

@@ -88,7 +88,7 @@ def generate(
         model: the target that the drafter was trained for.
         inputs: int64 [B, T], or ``input_ids`` among ``kwargs``.
         generation_config: as in ``model.generate``; of its processors the repetition penalty, temperature, top-k, top-p and min-p work,
-            and every stopping criterion, which is asked token by token with one row alone.
+            and every stopping criterion; each is called after every token, with one row.
         streamer: gets the tokens as they become final; one row only.
         drafter: folder or hub id of the drafter; by default what the caller gave as ``custom_generate``.
         kwargs: ``beam_width``, ``draft_length``, ``node_budget`` (None: no budget) and ``paths`` for this call's drafts; arguments of the
@@ -98,7 +98,7 @@ def generate(
         int64 [B, T + L]: prompts and replies, replies padded on the right; with ``return_dict_in_generate`` as its ``sequences``.
 
     Raises:
-        ValueError: the folder holds no whole drafter, it is another model's, or something is asked for that decoding here does not do.
+        ValueError: the folder holds no whole drafter, it is another model's, or an argument asks for what decoding here cannot do.
     """
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     given = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}

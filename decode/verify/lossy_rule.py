@@ -1,6 +1,6 @@
-"""What a LOSSY rule is: whoever says of each draft token whether it may stand although the target would have chosen another.
+"""The interface of LOSSY rules, which accept draft tokens that the target would not have chosen.
 
-Owns the interface that the engine asks. Knows no rule.
+Owns the interface. Knows no rule.
 
 Shape legend: B batch rows, N tree nodes, V vocabulary.
 """
@@ -17,7 +17,7 @@ from draftsmith.models.tree.tree import DraftTree
 
 
 class LossyRule(ABC):
-    """Says of each draft token whether it may stand. What the target chooses itself stands anyway.
+    """Accepts or rejects each draft token. The target's own choices are accepted without it.
 
     Attributes:
         name: of the rule, as reports have it.
@@ -52,12 +52,15 @@ class LossyRule(ABC):
 
     @abstractmethod
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
-        """bool [B, N]: whether the token of each node may stand; the root's entry is not read.
+        """Which draft tokens the rule accepts.
 
         Args:
             tree: the draft.
-            logits_BNV: float32, what the target says behind each node, after the request's processors.
+            logits_BNV: float32, the target's logits after each node and after the request's processors.
             output: the target's states at the nodes.
+
+        Returns:
+            bool [B, N], for the token of each node; nobody reads the root's entry.
         """
 
     def __str__(self) -> str:

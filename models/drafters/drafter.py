@@ -13,7 +13,7 @@ import copy
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -92,6 +92,22 @@ class Cycle:
     draws: Draws | None = None
     temperature: float = 0.0
     keep_probs: bool = False
+
+    def select_rows(self, rows: list[int], rows_B: Tensor) -> Cycle:
+        """The same of some batch rows only.
+
+        Args:
+            rows: their numbers.
+            rows_B: int64 [B'], the same on the device.
+        """
+        return replace(
+            self,
+            lengths_B=self.lengths_B[rows_B],
+            host_lengths=[self.host_lengths[row] for row in rows],
+            host_fresh=[self.host_fresh[row] for row in rows],
+            stop_below_B=None if self.stop_below_B is None else self.stop_below_B[rows_B],
+            draws=None if self.draws is None else replace(self.draws, keys_BU=self.draws.keys_BU[rows_B]),
+        )
 
 
 class DraftState(Protocol):
