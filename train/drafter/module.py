@@ -1,19 +1,16 @@
 """Training a drafter against a frozen target, for any family.
 
-Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, what is evaluated of a drafter
-that is spread over processes or averaged, teacher-forced metrics, refusal of what is not finite. Does not know: how
-samples are stored or batched, how weights are spread, real decoding (a callback's business), files of a run.
+Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, teacher-forced validation. Does not
+know: how samples are stored or batched, how weights are spread or averaged, real decoding (a callback's business), files of a run.
 
 Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -30,15 +27,19 @@ from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.family_settings import most_frequent
-from draftsmith.train.drafter.losses import StepSums, TopEmphasis
+from draftsmith.train.drafter.losses import TopEmphasis
+from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
+from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
 from draftsmith.train.drafter.starting_drafter import Beginning, LoraSettings
-from draftsmith.train.run.averaging import AVERAGE, AveragingAdamW
+from draftsmith.train.run.averaging import AveragingAdamW
+from draftsmith.train.run.batch_seed import batch_seed
 from draftsmith.train.run.checkpoints import check_fits
-from draftsmith.train.run.collectives import start_sum, sum_over_ranks, world_size
+from draftsmith.train.run.collectives import sum_over_ranks, world_size
+from draftsmith.train.run.finite_loss import FiniteLoss
 from draftsmith.train.run.schedule import warm_up_then_cosine, weight_groups
-from draftsmith.train.run.strategies import divides_weights, refuse_other_engines, whole
+from draftsmith.train.run.strategies import divides_weights, refuse_other_engines
 
 
 class DraftModule(pl.LightningModule):
@@ -137,11 +138,11 @@ class DraftModule(pl.LightningModule):
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
         self.metrics_every = metrics_every
         self.drafter: Drafter | None = None
-        # In lists, so that neither the frozen ends nor the copy that is evaluated are parameters or part of a checkpoint.
+        # In a list, so that the frozen ends are neither parameters nor part of a checkpoint.
         self._ends: list[TargetEnds] = []
-        self._copy: list[Drafter] = []
+        self._copy: ServedCopy | None = None
         self._to_draft = torch.empty(0, dtype=torch.int64)
-        self._unsound: tuple[Callable[[], Tensor], Tensor, CacheBatch] | None = None
+        self._finite = FiniteLoss()
         self._val_sums: list[Tensor] = []
         self._surprise = torch.zeros(len(SCALES))
         self._eos_token_ids: tuple[int, ...] = ()
@@ -161,30 +162,19 @@ class DraftModule(pl.LightningModule):
         Where it is averaged or divided among processes, that is a copy as of the last whole_drafter(), which every
         validation begins with. Raises ValueError before setup().
         """
-        chosen = self._copy[0] if self._copy else self.drafter
+        chosen = self.drafter if self._copy is None else self._copy.drafter
         if chosen is None:
             raise ValueError("the module is not set up; call setup() first")
         return chosen
 
-    @torch.no_grad()
     def whole_drafter(self) -> Drafter:
         """The evaluated drafter with the weights of this moment, plain and in full, on the run's device.
 
         Collective: every process calls it.
         """
-        chosen = self.evaluated
-        if chosen is self.drafter or self.drafter is None:
-            return chosen
-        _move(chosen, self.device)
-        names = dict(chosen.named_parameters())
-        for name, weight in self.drafter.named_parameters():
-            average = None if self.ema_decay is None else whole(self.trainer.strategy, weight, AVERAGE)
-            value = whole(self.trainer.strategy, weight) if average is None else average
-            assert value is not None
-            names[name].copy_(value)
-        for name, buffer in chosen.named_buffers():
-            buffer.copy_(self.drafter.get_buffer(name))
-        return chosen
+        if self._copy is not None:
+            self._copy.refresh(self.trainer.strategy, self.device)
+        return self.evaluated
 
     def settings(self) -> dict[str, Any]:
         """Every setting of the run that concerns the drafter, for provenance."""
@@ -234,8 +224,7 @@ class DraftModule(pl.LightningModule):
         else:
             online.compute(tuple(sorted(layers)), self._num_greedy())
         if self.ema_decay is not None or divides_weights(self.trainer.strategy):
-            # The ends are shared, not copied.
-            self._copy = [copy.deepcopy(self.drafter, {id(ends): ends}).requires_grad_(False).eval()]
+            self._copy = ServedCopy(self.drafter, ends, self.ema_decay is not None)
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
         self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self._eos_token_ids = ends.eos_token_ids
@@ -266,12 +255,13 @@ class DraftModule(pl.LightningModule):
         self._to_device()
         if self.trainer.state.fn == "fit" or self.ema_decay is None:
             self.whole_drafter()
-        _move(self.evaluated, self.device)  # an average that is only validated came with the checkpoint
+        if self._copy is not None:
+            self._copy.move(self.device)  # an average that is only validated came with the checkpoint
 
     def on_validation_end(self) -> None:
         """Between validations the copy waits on the CPU."""
-        for drafter in self._copy:
-            _move(drafter, "cpu")
+        if self._copy is not None:
+            self._copy.move("cpu")
 
     def on_train_end(self) -> None:
         """Leaves the last weights in what is evaluated."""
@@ -284,29 +274,20 @@ class DraftModule(pl.LightningModule):
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
         """Weighted mean loss of one batch; see _step_weights for what the mean is over."""
         assert self.drafter is not None
-        torch.manual_seed(self._seed_of(batch_idx))
+        torch.manual_seed(batch_seed(self._noise_seed, self, batch_idx))
         lesson = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
         metrics = (self.global_step + 1) % self.metrics_every == 0
         sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
         loss = sums.total.detach()
-        self._unsound = start_sum(self, (~torch.isfinite(loss)).float()), loss, batch
+        self._finite.watch(self, loss, partial(self._not_finite, loss, batch))
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
         if metrics:
-            self._log_scalars(self._means(_pool(sums), "train"))
+            self._log_scalars(means(sum_over_ranks(self, pool(sums)), self.objective, "train"))
         return sums.total
 
     def on_after_backward(self) -> None:
-        """Refuses a loss that is not finite: here and not earlier, because to look at it is to wait for it."""
-        assert self._unsound is not None
-        (unsound, loss, batch), self._unsound = self._unsound, None
-        # All processes stop together: one alone would leave the others waiting for its gradients.
-        if bool(unsound()):
-            self._refuse(loss, batch)
-
-    def _seed_of(self, batch_idx: int) -> int:
-        """What a batch draws (noise, dropout) is a function of the run's seed, the batch and the process, so it resumes anywhere."""
-        own = (self._noise_seed, self.current_epoch, batch_idx, self.global_rank)
-        return int.from_bytes(hashlib.sha256(repr(own).encode()).digest()[:8], "big") >> 1
+        """Ends the run where the loss is not finite."""
+        self._finite.check()
 
     def _step_weights(self, lesson: Lesson) -> Tensor:
         """float32 [K]: horizon weight of a step / rows of that step over all ranks, horizon weights scaled to sum to 1.
@@ -327,7 +308,7 @@ class DraftModule(pl.LightningModule):
         """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation; the drafter's score scale."""
         lesson = prepare(self.val_objective, batch.packed, self._to_draft)
         weights = torch.zeros(self.val_objective.num_steps, device=self.device)
-        self._val_sums.append(_pool(run(self.val_objective, lesson, self.evaluated, self.ends, weights, True)))
+        self._val_sums.append(pool(run(self.val_objective, lesson, self.evaluated, self.ends, weights, True)))
         if PRE_NORM in batch.packed.hidden:
             self._surprise += surprise_by_scale(batch.packed, self.evaluated, self.ends, self._to_draft)
             # After every batch, not at the end, because callbacks that decode come before this module's own end of a validation.
@@ -336,8 +317,8 @@ class DraftModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all ranks."""
         if self._val_sums:
-            means = self._means(torch.stack(self._val_sums).sum(0), "val")
-            self.log_dict(means, batch_size=1)
+            pooled = sum_over_ranks(self, torch.stack(self._val_sums).sum(0))
+            self.log_dict(means(pooled, self.val_objective, "val"), batch_size=1)
         if self.settle_score_scale():
             self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
 
@@ -354,15 +335,10 @@ class DraftModule(pl.LightningModule):
         checkpoint["score_scale"] = self.evaluated.config.score_scale
         checkpoint["noise_seed"] = self._noise_seed
         checkpoint["trains"] = self.beginning.trains(self._begun_from)
-        if self.ema_decay is None:
-            return
-        weights = self.whole_drafter().state_dict()
-        if self.trainer.is_global_zero:  # which writes the file; others would only spend memory
-            average = {f"{AVERAGE}.{name}": tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-            checkpoint["state_dict"].update(average)
-        _move(self._copy[0], "cpu")
-        for saved in checkpoint.get("optimizer_states", []):
-            saved["state"] = {number: _without_average(state) for number, state in saved["state"].items()}
+        if self.ema_decay is not None and self._copy is not None:
+            self.whole_drafter()
+            self._copy.save_average(checkpoint, self.trainer.is_global_zero)
+            self._copy.move("cpu")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See on_save_checkpoint; older checkpoints have none of these. Raises ValueError for one of another run."""
@@ -371,17 +347,10 @@ class DraftModule(pl.LightningModule):
         self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
         self._noise_seed = checkpoint.get("noise_seed", self._noise_seed)
         weights = checkpoint["state_dict"]
-        average = {name: weights.pop(name) for name in [*weights] if name.startswith(f"{AVERAGE}.")}
+        average = pop_average(weights)
         check_fits(self, weights)
-        if self.ema_decay is None or not average:
-            return
-        self.evaluated.load_state_dict({name.removeprefix(f"{AVERAGE}."): tensor for name, tensor in average.items()})
-        assert self.drafter is not None
-        names = {id(weight): name for name, weight in self.drafter.named_parameters()}
-        trained = [names[id(weight)] for group in self._groups() for weight in group["params"]]
-        for saved in checkpoint.get("optimizer_states", []):
-            for number, state in saved["state"].items():
-                state[AVERAGE] = average[f"{AVERAGE}.{trained[number]}"].clone()
+        if self.ema_decay is not None and self._copy is not None and average:
+            self._copy.load_average(average, checkpoint, self._groups())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
@@ -396,37 +365,21 @@ class DraftModule(pl.LightningModule):
         assert self.drafter is not None
         return weight_groups(self.drafter.parameters(), self.weight_decay)
 
-    def _means(self, pooled: Tensor, stage: str) -> dict[str, float]:
-        """pooled [6, K] sums of one rank -> means over all ranks, by name, with the usual proxy for tokens per step."""
-        loss_sum, loss_rows, rows, top1, top5, feature_sum = sum_over_ranks(self, pooled)
-        losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
-        objective = self.objective if stage == "train" else self.val_objective
-        horizon = objective.horizon_weights(losses.device)
-        means = {f"{stage}/loss": float((losses * horizon).sum() / horizon.sum())}
-        for step in range(len(losses)):
-            means[f"{stage}/step{step}/loss"] = float(losses[step])
-            means[f"{stage}/step{step}/top1"] = float(accuracies[step])
-            means[f"{stage}/step{step}/top5"] = float(top5[step] / rows[step].clamp(min=1))
-            if objective.feature_weight > 0.0:
-                means[f"{stage}/step{step}/feature_loss"] = float(feature_sum[step] / rows[step].clamp(min=1))
-        means[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
-        return means
-
     def _log_scalars(self, means: dict[str, float]) -> None:
         # Straight to the loggers: Lightning would drop values of steps that are not on its own logging interval.
         for logger in self.loggers:
             logger.log_metrics(means, step=self.global_step)
 
-    def _refuse(self, loss: Tensor, batch: CacheBatch) -> NoReturn:
-        culprits = _samples_not_finite(batch)
+    def _not_finite(self, loss: Tensor, batch: CacheBatch) -> ValueError:
+        samples = _samples_not_finite(batch)
         if bool(torch.isfinite(loss)):
-            found = "the batch of another process, which says more"
-        elif culprits:
-            found = f"features of {culprits} hold NaN or infinity"
+            cause = "the batch of another process, which says more"
+        elif samples:
+            cause = f"features of {samples} hold NaN or infinity"
         else:
-            found = f"samples: {', '.join(batch.sample_ids[:8])}"
-        raise ValueError(
-            f"the loss is {loss.item()} at step {self.global_step}; {found}; if the features are sound, lower lr "
+            cause = f"samples: {', '.join(batch.sample_ids[:8])}"
+        return ValueError(
+            f"the loss is {loss.item()} at step {self.global_step}; {cause}; if the features are sound, lower lr "
             "or set trainer.gradient_clip_val"
         )
 
@@ -442,30 +395,6 @@ class DraftModule(pl.LightningModule):
                 f"OnlineDataModule, not {type(data).__name__}"
             )
         return data
-
-
-def proxy_tokens_per_step(accuracies: Tensor) -> float:
-    """1 + the sum of products of teacher-forced top-1 accuracies [K], as if steps were right independently.
-
-    Reported because everybody reports it; real decoding differs. Example: (0.5, 0.5) -> 1 + 0.5 + 0.25.
-    """
-    return 1.0 + float(accuracies.cumprod(0).sum())
-
-
-def _pool(sums: StepSums) -> Tensor:
-    """[6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned)."""
-    assert sums.top1 is not None
-    assert sums.top5 is not None
-    features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
-    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features])
-
-
-def _move(drafter: Drafter, device: torch.device | str) -> None:
-    torch.nn.Module.to(drafter, device)
-
-
-def _without_average(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != AVERAGE}
 
 
 def _samples_not_finite(batch: CacheBatch) -> str:

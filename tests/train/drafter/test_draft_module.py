@@ -11,7 +11,8 @@ from training import VOCAB, KeepLosses, MakeCache, make_module, make_trainer
 
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.module import DraftModule, proxy_tokens_per_step
+from draftsmith.train.drafter.metrics import proxy_tokens_per_step
+from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.schedule import lr_share
 
 

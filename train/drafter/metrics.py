@@ -1,0 +1,47 @@
+"""From the sums of a batch or a validation to the numbers that are logged, step by step. Pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from draftsmith.train.drafter.losses import StepSums
+from draftsmith.train.drafter.objective import Objective
+
+
+def pool(sums: StepSums) -> Tensor:
+    """float [6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned)."""
+    assert sums.top1 is not None
+    assert sums.top5 is not None
+    features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
+    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features])
+
+
+def means(pooled: Tensor, objective: Objective, stage: str) -> dict[str, float]:
+    """Means by name, with the usual proxy for tokens per step.
+
+    Args:
+        pooled: float [6, K], as `pool` makes it, summed over batches and processes.
+        objective: whose steps these are.
+        stage: `train` or `val`, which every name begins with.
+    """
+    loss_sum, loss_rows, rows, top1, top5, feature_sum = pooled
+    losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
+    horizon = objective.horizon_weights(losses.device)
+    named = {f"{stage}/loss": float((losses * horizon).sum() / horizon.sum())}
+    for step in range(len(losses)):
+        named[f"{stage}/step{step}/loss"] = float(losses[step])
+        named[f"{stage}/step{step}/top1"] = float(accuracies[step])
+        named[f"{stage}/step{step}/top5"] = float(top5[step] / rows[step].clamp(min=1))
+        if objective.feature_weight > 0.0:
+            named[f"{stage}/step{step}/feature_loss"] = float(feature_sum[step] / rows[step].clamp(min=1))
+    named[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
+    return named
+
+
+def proxy_tokens_per_step(accuracies: Tensor) -> float:
+    """1 + the sum of products of teacher-forced top-1 accuracies [K], as if steps were right independently.
+
+    Reported because everybody reports it; real decoding differs. Example: (0.5, 0.5) -> 1 + 0.5 + 0.25.
+    """
+    return 1.0 + float(accuracies.cumprod(0).sum())
