@@ -26,7 +26,9 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule
+from draftsmith.train.drafter.batch_seed import batch_seed
 from draftsmith.train.drafter.family_settings import most_frequent
+from draftsmith.train.drafter.finite_loss import FiniteLoss
 from draftsmith.train.drafter.losses import TopEmphasis
 from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
@@ -34,10 +36,8 @@ from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
 from draftsmith.train.drafter.starting_drafter import Beginning, LoraSettings
 from draftsmith.train.run.averaging import AveragingAdamW
-from draftsmith.train.run.batch_seed import batch_seed
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
-from draftsmith.train.run.finite_loss import FiniteLoss
 from draftsmith.train.run.schedule import warm_up_then_cosine, weight_groups
 from draftsmith.train.run.strategies import divides_weights, refuse_other_engines
 
