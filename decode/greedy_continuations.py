@@ -1,4 +1,4 @@
-"""The target's greedy continuations from every position of a text: what ReDrafter's local distillation is trained on.
+"""The target's greedy continuations from every position of a text: what local distillation is trained on (arXiv:2403.09919, section 4.2).
 
 Owns the diagonal mask by which all positions of a text continue at once. Knows no drafter.
 

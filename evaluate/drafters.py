@@ -23,8 +23,10 @@ class Entry:
     shapes: tuple[DraftLimits, ...]
 
 
-def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
+def parse_entries(words: Sequence[str], shapes: Sequence[str] | None) -> list[Entry]:
     """Drafters from `PATH`, `NAME=PATH` or either with its own shapes, `NAME=PATH@1x4,10x4n60`; else they take `shapes`.
+
+    Where `shapes` is None they get none: each is drafted with as its family has it.
 
     PATH may also be a hub id or `embedded:draft_lm`.
 
@@ -45,8 +47,8 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str]) -> list[Entry]:
         if "," in given and not Path(given).exists():
             raise ValueError(f"drafter {word!r} holds a comma before its shapes; name several as --drafters A B")
         folder = drafter_folder(given)
-        chosen = tuple(parse_shape(shape) for shape in (own.split(",") if own else shapes))
-        if not chosen:
+        chosen = tuple(parse_shape(shape) for shape in (own.split(",") if own else shapes or ()))
+        if not chosen and shapes is not None:
             raise ValueError(f"drafter {word!r} has no shape; give --shapes 1x4, or {word}@1x4")
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"drafter {word!r} has one shape twice; give each once")

@@ -30,10 +30,12 @@ from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.foreign import visible
 from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
+from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.ownership import check_replaceable, check_unclaimed
 
 STAGE = "draftsmith evaluate"
@@ -67,7 +69,8 @@ def evaluate(
         out: Folder for the report.
         drafters: Folders of trained or exported drafters; NAME=PATH names one, PATH@1x4,10x4 gives it its own shapes.
         shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json
-            or t3.2.1 a static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default 1x4.
+            or t3.2.1 a static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: the family's
+            own, else 1x4.
         temperatures: One row each; 0 is greedy. Default 0.
         reply: Length and seed; see `ReplyOptions`.
         filters: Which tokens can be drawn; see `FilterOptions`.
@@ -79,7 +82,7 @@ def evaluate(
     check_unclaimed(out, REPORTS)
     check_replaceable(out / TENSORBOARD, STAGE)
     settings = settings_of(reply, filters)
-    entries = parse_entries(drafters or [], ["1x4"] if shapes is None else shapes)
+    entries = parse_entries(drafters or [], shapes)
     where = where.resolved(target)
     tokenizer = where.tokenizer(target)
     samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
@@ -140,8 +143,8 @@ def load_candidates(
 ) -> list[Candidate]:
     """Every drafter with every shape, on the target's device and attached to it.
 
-    Raises ValueError for a drafter of another target or another tokenizer (by fingerprint), or one that does not load
-    whole.
+    Raises ValueError for a drafter of another target or another tokenizer (by fingerprint), one that does not load
+    whole, or a shape that is deeper than it can draft.
     """
     candidates = []
     for entry in entries:
@@ -150,7 +153,10 @@ def load_candidates(
         drafter.check_tokenizer(tokenizer)
         fingerprint = module_fingerprint(drafter)
         nn.Module.to(drafter, target.device)
-        candidates += [Candidate(entry.name, drafter, limits, fingerprint) for limits in entry.shapes]
+        shapes = entry.shapes or (default_limits(drafter, DraftLimits(draft_length=4)),)
+        for limits in shapes:
+            drafter.check_depth(limits)
+        candidates += [Candidate(entry.name, drafter, limits, fingerprint) for limits in shapes]
     return candidates
 
 

@@ -157,5 +157,5 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Short name for tables and charts, e.g. `redrafter 10x4` (beam width x drafted tokens)."""
+        """Short name for tables and charts, e.g. `mine 10x4` (beam width x drafted tokens)."""
         return f"{self.drafter} {short_shape(self.shape)}" if self.shape else self.drafter

@@ -17,7 +17,7 @@ _OPTIONS = ("--config", "-c")
 def with_bases(arguments: Sequence[str]) -> list[str]:
     """The arguments with the base of every configuration file before it. Each file is read once.
 
-    Example: `fit --config eagle.yaml`, and eagle.yaml holds `base: drafter.yaml` -> `fit --config drafter.yaml --config eagle.yaml`.
+    Example: `fit --config mine.yaml`, and mine.yaml holds `base: drafter.yaml` -> `fit --config drafter.yaml --config mine.yaml`.
 
     Raises:
         ValueError: a base that does not exist, or files that are each other's base.

@@ -100,7 +100,9 @@ def first_replies(samples: Sequence[CachedSample]) -> list[CachedSample]:
 def check_acceptance(case: Case) -> Finding:
     """Tokens per step on trained prompts against the promise, and on the evaluation's prompts against the trained ones."""
     _ = case.trainable
-    num_steps = min(max(1, case.trained.config.num_draft_steps), case.use.draft_length or 8)
+    num_steps = min(
+        max(1, case.trained.config.num_draft_steps), case.use.draft_length or 8, case.drafter.max_draft_steps or 8
+    )
     temperature = case.use.temperature or 0.0
     samples = first_replies(case.samples)
     if not samples:

@@ -140,7 +140,7 @@ def check_draft_length(case: Case) -> Finding:
         return Finding("draft-length", "ok", measured, expected, "", figures)
     remedy = (
         f"steps beyond {trained} were never trained: draft {trained} tokens (`draftsmith tune` finds the best shape), or train with "
-        f"num_steps {case.use.draft_length}; for EAGLE-1, trained for one step as its paper does, HASS trains several"
+        f"num_steps {case.use.draft_length}"
     )
     return Finding("draft-length", "warning", measured, expected, remedy, figures)
 

@@ -6,7 +6,7 @@ Owns the grid and the prediction. Knows neither how replies are recorded and cyc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from draftsmith.evaluate.acceptance import tokens_per_step, tokens_per_step_interval
@@ -37,6 +37,15 @@ class Grid:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < 1:
                 raise ValueError(f"{name} is {list(values)}; give numbers of at least 1, each once")
+
+    def no_deeper_than(self, most: int | None) -> Grid:
+        """Without the depths that a drafter cannot draft to; its deepest one in their place. None changes nothing.
+
+        Example: depths 2, 4, 8 and at most 3 -> 2, 3.
+        """
+        if most is None or self.depth <= most:
+            return self
+        return replace(self, depths=(*(depth for depth in self.depths if depth < most), most))
 
     @property
     def depth(self) -> int:

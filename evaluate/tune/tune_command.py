@@ -85,7 +85,7 @@ def tune(
         prompts: Held-out prompts: JSONL file or folder of `draftsmith data prompts`, or JSONL rows with prompt_ids.
         out: Folder for the result.
         widths: Nodes continued in each layer; 1 weighs chains. Default 1 2 4 8.
-        depths: Drafted tokens along one path. Default 2 3 4 5 6 8.
+        depths: Drafted tokens along one path; those that the drafter has no heads for are left out. Default 2 3 4 5 6 8.
         nodes: Verified nodes of a tree. Default 4 8 12 16 24 32 48.
         draw: Length, seed and temperature of the replies; see `DrawOptions`.
         selection: Which prompts; see `PromptSelection`.
@@ -106,6 +106,7 @@ def tune(
     model = where.load(target)
     samples = readable_by(model, samples)
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
+    grid = grid.no_deeper_than(candidate.drafter.max_draft_steps)
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}

@@ -1,6 +1,6 @@
 """Where a drafter with keys and values of its own writes one draft, and what each drafted node sees.
 
-Owns the bookkeeping that EAGLE's layer and an ordinary draft LM share: its cache holds the accepted text only; the nodes of a draft
+Owns the bookkeeping that a draft layer and an ordinary draft LM share: its cache holds the accepted text only; the nodes of a draft
 lie behind it and are overwritten by the next one. Knows nothing of layers.
 
 Shape legend: B batch rows, E fresh tokens, M nodes of a layer, N nodes so far, S visible slots.

@@ -48,6 +48,12 @@ class Emitted:
     features: dict[str, Tensor]
     counts_B: Tensor
 
+    def last(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The new root int64 [B], and the target's state [B, D] of the token before it, which predicted it."""
+        last_B = self.counts_B - 1
+        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
+        return self.tokens_BE[rows_B, last_B], self.features[layer][rows_B, last_B]
+
     def select_rows(self, rows: Tensor) -> Emitted:
         """The same of some batch rows only. ``rows``: int64 [B']."""
         features = {name: states[rows] for name, states in self.features.items()}
@@ -164,6 +170,40 @@ class DrafterConfig(PreTrainedConfig):
         self.target_fingerprint = target_fingerprint
         self.tokenizer_fingerprint = tokenizer_fingerprint
         super().__init__(**kwargs)
+
+    @classmethod
+    def for_target(
+        cls,
+        ends: TargetEnds,
+        draft_token_ids: Tensor | None,
+        num_draft_steps: int,
+        tokenizer_fingerprint: str,
+        **own: Any,
+    ) -> Self:
+        """A config with the common fields of one target.
+
+        Args:
+            ends: the target's.
+            draft_token_ids: int64 [Vd], the draft vocabulary; None keeps the target's whole vocabulary.
+            num_draft_steps: the horizon that it will be trained for.
+            tokenizer_fingerprint: of the target's tokenizer.
+            own: the fields of the family.
+        """
+        return cls(
+            **own,
+            hidden_size=ends.hidden_size,
+            vocab_size=ends.vocab_size,
+            draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
+            num_draft_steps=num_draft_steps,
+            target_name=ends.name,
+            target_fingerprint=ends.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Vd: rows of an output head."""
+        return self.vocab_size if self.draft_vocab_size is None else min(self.draft_vocab_size, self.vocab_size)
 
     def fault(self) -> str:
         """What of the fields does not go together, in words; empty where all does."""

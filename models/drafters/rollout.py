@@ -97,7 +97,7 @@ def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
 
 
 def local_rollout(batch: PackedBatch, num_steps: int, eos_token_ids: tuple[int, ...] = ()) -> Rollout:
-    """Roll out along the target's own greedy continuation from every position (ReDrafter's local distillation, section 4.2).
+    """Roll out along the target's own greedy continuation from every position (local distillation, arXiv:2403.09919, section 4.2).
 
     Anchors are those of :func:`data_rollout`; step k is fed ``greedy_ids[t, k]`` and predicts ``greedy_ids[t, k + 1]``. Steps that
     are fed one of ``eos_token_ids``, and those behind them, are not valid: decoding has ended there.

@@ -1,6 +1,6 @@
 """Attention of a drafter's simulated steps: every anchor sees its own text up to itself, and its own earlier steps.
 
-Owns EAGLE-3's training-time-test mask (arXiv:2503.01840, section 3.2): causal over the text's keys, diagonal over those of each further
+Owns the mask of the training-time test (arXiv:2503.01840, section 3.2): causal over the text's keys, diagonal over those of each further
 step. It is what a drafter sees in decoding, where the target's states reach as far as the root and everything below is its own.
 Knows nothing of layers or losses.
 

@@ -52,11 +52,10 @@ class Eagle3(EagleBase):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
         D = config.hidden_size
-        size = config.vocab_size if config.draft_vocab_size is None else min(config.draft_vocab_size, config.vocab_size)
         self.fc = nn.Linear(len(config.layers) * D, D, bias=False)
         self.midlayer = DraftLayer(config.llama(), wide=True)
         self.norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(D, size, bias=False)
+        self.lm_head = nn.Linear(D, config.num_draft_tokens, bias=False)
         self.post_init()
 
     @classmethod

@@ -89,13 +89,11 @@ class ReDrafter(Drafter):
     def __init__(self, config: ReDrafterConfig) -> None:
         super().__init__(config)
         D, E = config.hidden_size, config.exit_dim
-        head_size = (
-            config.vocab_size if config.draft_vocab_size is None else min(config.draft_vocab_size, config.vocab_size)
-        )
         if E != 2 * D:
             self.input_proj = nn.Linear(2 * D, E)
         self.lm_head = nn.Sequential(
-            *(ResidualBlock(E) for _ in range(config.num_draft_layers)), nn.Linear(E, head_size, bias=False)
+            *(ResidualBlock(E) for _ in range(config.num_draft_layers)),
+            nn.Linear(E, config.num_draft_tokens, bias=False),
         )
         if config.rnn:
             self.rnn_u = nn.Linear(D, D)
@@ -133,17 +131,14 @@ class ReDrafter(Drafter):
         Raises:
             ValueError: sizes that do not fit together.
         """
-        config = ReDrafterConfig(
+        config = ReDrafterConfig.for_target(
+            ends,
+            draft_token_ids,
+            num_draft_steps,
+            tokenizer_fingerprint,
             exit_dim=exit_dim,
             num_draft_layers=num_draft_layers,
             rnn=rnn,
-            hidden_size=ends.hidden_size,
-            vocab_size=ends.vocab_size,
-            draft_vocab_size=None if draft_token_ids is None else int(draft_token_ids.shape[0]),
-            num_draft_steps=num_draft_steps,
-            target_name=ends.name,
-            target_fingerprint=ends.fingerprint,
-            tokenizer_fingerprint=tokenizer_fingerprint,
         )
         drafter = cls(config)
         if drafter.d2t is not None and draft_token_ids is not None:
@@ -194,10 +189,8 @@ class ReDrafter(Drafter):
         return self._at(emitted)
 
     def _at(self, emitted: Emitted) -> ReDrafterState:
-        last_B = emitted.counts_B - 1
-        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        context_BD = self.ends.final_norm(emitted.features[PRE_NORM][rows_B, last_B]).to(self.dtype)
-        return ReDrafterState(context_BD, emitted.tokens_BE[rows_B, last_B])
+        root_B, state_BD = emitted.last(PRE_NORM)
+        return ReDrafterState(self.ends.final_norm(state_BD).to(self.dtype), root_B)
 
     def expander(self, state: ReDrafterState, cycle: Cycle, limits: DraftLimits) -> Recurrence:  # type: ignore[override]
         """See :class:`Recurrence`."""

@@ -77,9 +77,9 @@ class EarlyStop:
 class DraftLimits:
     """How much to draft in one cycle. Exactly one manner of drafting results:
 
-    - beams (ReDrafter): the default; the nodes of the surviving beams are verified;
-    - a dynamic tree (EAGLE-2): with ``node_budget``, the best nodes among all continuations of the beams are verified;
-    - a static tree (EAGLE-1, Medusa): with ``paths``;
+    - beams (arXiv:2403.09919): the default; the nodes of the surviving beams are verified;
+    - a dynamic tree (arXiv:2406.16858): with ``node_budget``, the best nodes among all continuations of the beams are verified;
+    - a static tree (arXiv:2401.10774): with ``paths``;
     - a sampled tree: with ``sampled``.
 
     Attributes:

@@ -147,7 +147,7 @@ def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
 
 
 def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
-    """Beam search; the tree of the surviving beams (ReDrafter, arXiv:2403.09919, sections 3.2 and 3.3).
+    """Beam search; the tree of the surviving beams (arXiv:2403.09919, sections 3.2 and 3.3).
 
     Args:
         expander: continues nodes.
@@ -167,7 +167,7 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
 
 
 def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
-    """Every continuation that was scored while the best were continued (EAGLE-2, arXiv:2406.16858, section 4.1), to be pruned.
+    """Every continuation that was scored while the best were continued (arXiv:2406.16858, section 4.1), to be pruned.
 
     Args:
         expander: continues nodes.
@@ -235,7 +235,7 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, s
 
 
 def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) -> DraftTree:
-    """A tree of fixed shape, filled by rank (EAGLE-1, arXiv:2401.15077, section 4.1; Medusa, arXiv:2401.10774, section 2.1.2)."""
+    """A tree of fixed shape, filled by rank (arXiv:2401.15077, section 4.1; arXiv:2401.10774, section 2.1.2)."""
     tokens, parents, scores = [], [], []
     logits_BMV = expander.begin()
     score_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)

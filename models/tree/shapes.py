@@ -45,8 +45,8 @@ def parse_shape(text: str) -> DraftLimits:
 
     ======================  ===============================================================================================
     ``10x4``                beams: width 10, 4 drafted tokens below the root
-    ``10x6n60``             a dynamic tree (EAGLE-2): width 10, depth 6, the best 60 nodes are verified
-    ``tree:FILE.json``      a static tree (EAGLE-1, Medusa): a JSON list of paths of ranks, ``[[0], [1], [0, 0]]``
+    ``10x6n60``             a dynamic tree (arXiv:2406.16858): width 10, depth 6, the best 60 nodes are verified
+    ``tree:FILE.json``      a static tree (arXiv:2401.10774): a JSON list of paths of ranks, ``[[0], [1], [0, 0]]``
     ``t3.2.1``              a full static tree: 3 children of the root, 2 of each of them, 1 of each of those
     ``paths:0.0+0.1+1``     a static tree by the paths to its leaves; every report writes static trees so
     ``s1.1.1.1``            a sampled chain; ``s4.2.1`` a sampled tree without replacement (MCSD)
@@ -127,7 +127,7 @@ def full_tree(children: Sequence[int]) -> tuple[RankPath, ...]:
 
 
 def read_paths(path: Path) -> tuple[RankPath, ...]:
-    """The paths of a static tree from a JSON file: a list of lists of ranks, as Medusa's and EAGLE-1's trees are written.
+    """The paths of a static tree from a JSON file: a list of lists of ranks, as other projects write such trees.
 
     Raises:
         ValueError: no such file, no JSON, or no list of lists of numbers.

@@ -89,7 +89,7 @@ def root_tree(root_B: Tensor) -> DraftTree:
 
 
 def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None = None) -> DraftTree:
-    """Merge paths that share a prefix into one tree (ReDrafter's dynamic tree attention, arXiv:2403.09919 section 3.3).
+    """Merge paths that share a prefix into one tree (dynamic tree attention, arXiv:2403.09919 section 3.3).
 
     Two path elements are one node where their whole prefixes agree, that is, nodes are distinct by (parent node, token).
 
@@ -150,7 +150,7 @@ def tree_from_layers(
 
 
 def prune(tree: DraftTree, node_budget: int) -> DraftTree:
-    """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (EAGLE-2's rerank, arXiv:2406.16858 section 4).
+    """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (the rerank of arXiv:2406.16858 section 4).
 
     A parent never scores below its child and precedes it; the sort is stable, so ties go to the parent and what is kept is
     connected, which is asserted. The root is kept beside the budget.

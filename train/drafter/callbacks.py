@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +24,10 @@ from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.ownership import check_replaceable
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule
@@ -36,7 +39,7 @@ TOKENS_PER_STEP = "val/tokens_per_step"
 
 
 class TreeDecodeValidation(pl.Callback):
-    """Decodes held-out prompts with the real engine and the current weights, greedily, at every validation.
+    """Decodes held-out prompts with the real engine and the current weights at every validation.
 
     Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over
     the prompts: what ModelCheckpoint should monitor, mode max) and `val/accept_depth{d}` (share of cycles that accept
@@ -49,12 +52,16 @@ class TreeDecodeValidation(pl.Callback):
         draft_length: drafted tokens a cycle; null takes the module's num_steps.
         beam_width: beams.
         node_budget: at most so many drafted nodes are verified; null for no limit.
+        shape: the draft's shape as `draftsmith evaluate --shapes` reads it: `10x6n60`, `t3.2.1`, `tree:FILE.json`, or with a
+            temperature `s1.1.1`; instead of the three settings above. Without any of them the family's own shape, else a chain.
         batch_size: prompts decoded together.
         dtype: of the target; one that is in memory already, for states in the loop, is used as it is.
+        temperature: of the replies; 0 is greedy.
         time_share: decoding may take this share of the training time: 0.15 for 15 %. The first validation finds out for how many
             of the prompts that is enough, one batch at least; later ones decode the same. null decodes all of them.
 
-    Raises ValueError at the start of a fit when no held-out sample has a prompt.
+    Raises ValueError for a shape beside the settings that it replaces; at the start of a fit when no held-out sample has
+    a prompt, or for a draft deeper than the drafter can make.
     """
 
     def __init__(
@@ -67,16 +74,23 @@ class TreeDecodeValidation(pl.Callback):
         batch_size: int = 8,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         time_share: float | None = 0.15,
+        shape: str | None = None,
+        temperature: float = 0.0,
     ) -> None:
         if min(num_prompts, batch_size) < 1:
             raise ValueError(f"num_prompts is {num_prompts} and batch_size {batch_size}; both must be at least 1")
         self.num_prompts, self.max_new_tokens, self.batch_size = num_prompts, max_new_tokens, batch_size
         self.draft_length, self.beam_width, self.node_budget = draft_length, beam_width, node_budget
+        self.limits = None if shape is None else parse_shape(shape)
+        if shape is not None and (draft_length, beam_width, node_budget) != (None, 1, None):
+            raise ValueError(
+                f"shape {shape!r} says all of draft_length, beam_width and node_budget; leave those three out"
+            )
         self.dtype = dtype
         self.budget = DecodeBudget(time_share)
         self.target: Target | None = None
         self._prompts: list[list[int]] = []
-        self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
+        self._settings = GenerationSettings(max_new_tokens, temperature)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Loads the whole target, or takes the one that states come from in the loop, and picks the prompts."""
@@ -97,8 +111,7 @@ class TreeDecodeValidation(pl.Callback):
                 trust_remote_code=module.trust_remote_code,
                 context=module.context,
             )
-        settings = GenerationSettings(self.max_new_tokens, eos_token_ids=self.target.eos_token_ids)
-        self._settings = for_target(settings, self.target)
+        self._settings = for_target(replace(self._settings, eos_token_ids=self.target.eos_token_ids), self.target)
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches of prompts a validation decodes, once that is known: a resumed run decodes the same."""
@@ -109,7 +122,9 @@ class TreeDecodeValidation(pl.Callback):
         self.budget.rounds = state_dict["rounds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training time counts from here."""
+        """Training time counts from here. Refuses a draft that is deeper than the drafter can make."""
+        module, _ = _expect(trainer, pl_module)
+        module.evaluated.check_depth(self.limits_for(module))
         self.budget.start_training()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,12 +145,20 @@ class TreeDecodeValidation(pl.Callback):
         elif data.over.is_sharded:
             # Processes that hold a target together must run its forwards together.
             own = self._prompts[data.over.group :: data.over.num_groups]
-        length = self.draft_length or module.objective.num_steps
-        limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
+        limits = self.limits_for(module)
         module.settle_score_scale()
         engine = Engine(self.target, module.evaluated, limits)
         generations = self._decode(trainer, engine, own)
-        log_acceptance(module, generations, length)
+        log_acceptance(module, generations, limits.draft_length)
+
+    def limits_for(self, module: DraftModule) -> DraftLimits:
+        """How drafts are made of a module's drafter."""
+        if self.limits is not None:
+            return self.limits
+        length = self.draft_length or module.objective.num_steps
+        limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
+        is_given = (self.draft_length, self.beam_width, self.node_budget) != (None, 1, None)
+        return limits if is_given else default_limits(module.evaluated, limits)
 
     def _decode(self, trainer: pl.Trainer, engine: Engine, prompts: list[list[int]]) -> list[Generation]:
         """Replies to this process's prompts, batch after batch, until all are there or the time is up."""

@@ -90,7 +90,7 @@ def head_cross_entropy(
     chunk_rows: int | None = None,
     metrics: bool = True,
 ) -> StepSums:
-    """Teacher-forced cross-entropy of every draft step (ReDrafter, arXiv 2403.09919, section 4; Apple's training loss).
+    """Teacher-forced cross-entropy of every draft step (arXiv 2403.09919, section 4; Apple's training loss).
 
     head_inputs [K, A, E] float; head_weight [Vd, E] float; targets [A, K] int64 draft ids, OUTSIDE where the draft
     vocabulary lacks the token; valid [A, K] bool; step_weights [K] float. A target outside the draft vocabulary adds
@@ -128,11 +128,11 @@ def head_distillation(
     As head_cross_entropy, with teacher_rows [A, K] int64: which teacher distribution row (a, k) is to match, and
     teacher(ids [n] int64) -> Taught of n rows. The softmax of its logits is the target's distribution renormalised over
     the draft vocabulary, and the divergence is exact with respect to it; mass outside is not counted. Rows whose teacher
-    is not kept add nothing and still count in the mean (EAGLE-3, arXiv 2503.01840, leaves those out whose likeliest
+    is not kept add nothing and still count in the mean (arXiv 2503.01840, leaves those out whose likeliest
     token is outside). targets serve the accuracies only. Rows that share a teacher row are computed together, so each
     teacher distribution is computed once. emphasis adds the sum over the target's top tokens of target_probs x
     log(target_probs / draft_probs), which may be negative.
-    (Soft cross-entropy, EAGLE's choice, is the same up to a constant. Local distillation of arXiv 2403.09919, section
+    (Soft cross-entropy is the same up to a constant. Local distillation of arXiv 2403.09919, section
     4.2, is head_cross_entropy on another rollout.)
     """
     _check_shapes(head_inputs, head_weight, targets, valid, step_weights)
@@ -165,7 +165,7 @@ class FeatureSums:
 def feature_smooth_l1(
     predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
 ) -> FeatureSums:
-    """Smooth L1 between predicted and true features, averaged over their entries (EAGLE-1, arXiv 2401.15077, eq. 3).
+    """Smooth L1 between predicted and true features, averaged over their entries (arXiv 2401.15077, eq. 3).
 
     predicted [K, A, D] float; features [T, D] float, the target's; feature_rows [A, K] int64: which of them row (a, k)
     predicts; valid [A, K] bool; step_weights [K] float.

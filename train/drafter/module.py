@@ -53,12 +53,12 @@ class DraftModule(pl.LightningModule):
             position of the text, free from the cached states. `local`: the target's greedy continuation from every
             position; needs a cache made with --local-horizon num_steps + 1.
         horizon_decay: step k (from 0) weighs horizon_decay ** k.
-        feature_weight: of smooth L1 on the predicted feature, for drafters that predict it; EAGLE-1 uses 1.0.
-        logit_weight: of the loss on tokens; EAGLE-1 uses 0.1.
+        feature_weight: of smooth L1 on the predicted feature, for drafters that predict it; arXiv 2401.15077 uses 1.0.
+        logit_weight: of the loss on tokens; arXiv 2401.15077 uses 0.1.
         top_k_weight: of HASS's extra loss on the target's `top_k` likeliest tokens; needs distillation path.
         top_k: see top_k_weight.
         skip_outside: with distillation path, learn nothing where the target's likeliest token is outside the draft
-            vocabulary (EAGLE-3).
+            vocabulary (arXiv 2503.01840).
         val_steps: draft steps of the validation's accuracies; null takes num_steps.
         lr: peak learning rate.
         betas: AdamW's.
@@ -74,7 +74,7 @@ class DraftModule(pl.LightningModule):
         trust_remote_code: run Python files that come with the target; read them first.
         context: most tokens that the target reads; null takes it from its config, as serving engines derive it.
         init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
-            also reads the official EAGLE layouts); null starts afresh.
+            also reads the layouts of other software); null starts afresh.
         lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
             `target_modules`; null trains all weights.
         allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer (the one
@@ -217,6 +217,7 @@ class DraftModule(pl.LightningModule):
         cache.check_tokenizer(own_tokenizer)
         self.drafter = self._make(data, ends, own_tokenizer)
         self.objective.check(self.drafter)
+        self.val_objective.check(self.drafter)
         layers = {*self.drafter.features, *([PRE_NORM] if self.objective.reads_features else [])}
         if online is None:
             _check_layers(sorted(layers), type(self.drafter).__name__, cache)

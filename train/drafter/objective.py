@@ -40,9 +40,9 @@ class Objective:
     distillation: `none`: cross-entropy on the tokens of the text; `path`: KL to the target's own distribution at each
     predicted position of the text; `local`: cross-entropy on the target's greedy continuation from every position
     (needs a cache made with --local-horizon). num_steps K; horizon_decay: step k weighs horizon_decay ** k;
-    feature_weight, logit_weight: weights of smooth L1 on predicted features and of the loss on tokens (EAGLE-1: 1.0 and
-    0.1); emphasis: HASS's top-K distillation, with `path` only; skip_outside: with `path`, learn nothing where the
-    target's likeliest token is outside the draft vocabulary (EAGLE-3); chunk_rows: rows of logits in memory at a time,
+    feature_weight, logit_weight: weights of smooth L1 on predicted features and of the loss on tokens (arXiv
+    2401.15077: 1.0 and 0.1); emphasis: HASS's top-K distillation, with `path` only; skip_outside: with `path`, learn nothing where the
+    target's likeliest token is outside the draft vocabulary (arXiv 2503.01840); chunk_rows: rows of logits in memory at a time,
     None chooses.
     """
 
@@ -93,6 +93,12 @@ class Objective:
 
     def check(self, drafter: Drafter) -> None:
         """Refuses what this drafter cannot be taught. Raises ValueError."""
+        most = drafter.max_draft_steps
+        if most is not None and self.num_steps > most:
+            raise ValueError(
+                f"{self.num_steps} draft steps are asked for, this {type(drafter).__name__} has heads for {most}; lower num_steps or "
+                "val_steps, or train a drafter with more heads"
+            )
         if self.feature_weight > 0.0 and not drafter.predicts_features:
             raise ValueError(
                 f"feature_weight is {self.feature_weight}, but {type(drafter).__name__} predicts tokens only, no features; set it to 0"
