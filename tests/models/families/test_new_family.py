@@ -11,13 +11,10 @@ from tiny import TEXTS, save_target
 from transformers import AutoModel, AutoModelForCausalLM
 
 from draftsmith.cli import main
-from draftsmith.data.cache.extract import extract
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.data.replies.respond import respond
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.hf_generate import generate
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.evaluate.doctor.doctor_command import doctor
 from draftsmith.export.layouts.layouts import load_any
 from draftsmith.models import DraftLimits, Target, all_families, register
 from draftsmith.models.drafters.drafter_folder import load_drafter
@@ -37,7 +34,6 @@ class Run:
 
     target: Path
     prompts: Path
-    replies: Path
     cache: Path
     yaml: Path
     train: Path
@@ -97,12 +93,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     register(FAMILY)
     folder = tmp_path_factory.mktemp("family")
     target, prompts = save_target(folder / "target"), write_prompts(folder / "prompts.jsonl")
-    respond(str(target), prompts, folder / "replies", max_new_tokens=16, temperature=0.0)
-    extract(str(target), folder / "replies", folder / "cache", dtype="float32")
+    replies, cache = folder / "replies", folder / "cache"
+    asked = ["--target", str(target), "--max-new-tokens", "16", "--temperature", "0"]
+    assert main(["data", "respond", *asked, "--prompts", str(prompts), "--out", str(replies)]) == 0
+    assert main(["data", "extract", "--target", str(target), "--source", str(replies), "--out", str(cache)]) == 0
     yaml = folder / "run.yaml"
-    yaml.write_text(YAML.format(train=folder / "train", target=target, cache=folder / "cache"))
+    yaml.write_text(YAML.format(train=folder / "train", target=target, cache=cache))
     assert main(["train", "fit", "--config", str(yaml)]) == 0
-    return Run(target, prompts, folder / "replies", folder / "cache", yaml, folder / "train")
+    return Run(target, prompts, cache, yaml, folder / "train")
 
 
 def texts(run: Run) -> list[list[int]]:
@@ -209,7 +207,17 @@ def test_decoding_gives_the_targets_own_text(
 
 def test_the_doctor_finds_no_fault(run: Run) -> None:
     report = run.train / "doctor.json"
-    doctor(str(run.drafter), target=str(run.target), cache=run.cache, out=report)
+    words = [
+        "--drafter",
+        str(run.drafter),
+        "--target",
+        str(run.target),
+        "--cache",
+        str(run.cache),
+        "--out",
+        str(report),
+    ]
+    assert main(["doctor", *words]) == 0
     findings = {one["name"]: one["verdict"] for one in json.loads(report.read_text())["findings"]}
     assert findings["train-serve"] == "ok"
     assert findings["acceptance"] == "ok"
