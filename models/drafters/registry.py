@@ -38,7 +38,7 @@ class Registry:
         """Make a family known here, and to Transformers' ``AutoConfig`` and ``AutoModel``. Adding it again changes nothing.
 
         Raises:
-            ValueError: another family has its name or its model type.
+            ValueError: another family, or a model of Transformers, has its name or its model type.
         """
         model_type = family.config.model_type
         if self._by_model_type.get(model_type) == family:
@@ -49,9 +49,9 @@ class Registry:
                     f"family {family.name!r} with model_type {model_type!r} would take the place of {known.name!r} with model_type "
                     f"{known.config.model_type!r}; choose another name and model_type"
                 )
-        self._by_model_type[model_type] = family
         AutoConfig.register(model_type, family.config)
         AutoModel.register(family.config, family.drafter)
+        self._by_model_type[model_type] = family
 
     def get(self, model_type: str) -> Family | None:
         """The family of a config's ``model_type``; other packages are imported only where the package's own have no such family."""

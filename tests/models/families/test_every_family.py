@@ -1,0 +1,119 @@
+"""What every family promises: training and decoding agree, tokens stay the target's, and folders are read back whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from every_family import EVERY_FAMILY, fresh, name_of
+from heads import deep_target
+from safetensors.torch import load_file, save_file
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
+from draftsmith.export.layouts.layouts import layouts_of, load_any, write
+from draftsmith.models import PRE_NORM, Drafter, DraftLimits, Family, PackedBatch, Target
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.lora import LoraSettings, add_adapter
+from draftsmith.models.drafters.registry import default_limits
+from draftsmith.train.drafter.losses_eager import head_cross_entropy_eager
+from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
+
+STEPS, LENGTH = 3, 24
+DRAFT_IDS = torch.arange(1, 64, 2)
+every_family = pytest.mark.parametrize("family", EVERY_FAMILY, ids=name_of)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return deep_target()
+
+
+def batch_of(target: Target, drafter: Drafter) -> PackedBatch:
+    ids = torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(0))
+    names = tuple({PRE_NORM, *drafter.features})
+    with torch.no_grad():
+        output = target.prefix(ids[None], layers=names)
+    return PackedBatch(
+        input_ids=ids,
+        loss_mask=torch.arange(LENGTH) >= 2,
+        document_ids=torch.zeros(LENGTH, dtype=torch.int64),
+        positions=torch.arange(LENGTH),
+        hidden={name: output.feature(name)[0].clone() for name in names},
+    )
+
+
+@every_family
+def test_decoding_has_the_logits_of_training_at_every_step(family: Family, target: Target) -> None:
+    drafter = fresh(family, target.ends, DRAFT_IDS)
+    batch, roots = batch_of(target, drafter), [2, 7, 15]
+    trained = trained_logits(drafter, batch, roots, STEPS)
+    served = served_logits(drafter, batch, roots, STEPS)
+    assert trained.shape == (3, STEPS, len(DRAFT_IDS))
+    torch.testing.assert_close(served, trained, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_the_tokens_are_the_targets_own(family: Family, target: Target) -> None:
+    drafter, prompts = fresh(family, target.ends), [[1, 5, 9], [1, 7, 7, 30, 2]]
+    settings = GenerationSettings(max_new_tokens=16)
+    plain = Engine(target).generate(prompts, settings)
+    for limits in (default_limits(drafter, DraftLimits(2, STEPS)), DraftLimits(3, STEPS, node_budget=6)):
+        drafted = Engine(target, drafter, limits).generate(prompts, settings)
+        assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
+
+
+@every_family
+@pytest.mark.parametrize("distillation", ["none", "path"])
+def test_the_loss_is_that_of_each_steps_own_head(family: Family, target: Target, distillation: str) -> None:
+    drafter = fresh(family, target.ends, DRAFT_IDS)
+    objective = Objective(STEPS, distillation)  # type: ignore[arg-type]
+    lesson = prepare(objective, batch_of(target, drafter), inverse_draft_ids(drafter.draft_ids(), 64))
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    sums = run(objective, lesson, drafter, target.ends, weights, True)
+    inputs = drafter.teacher_forced(lesson.batch, lesson.rollout)
+    assert sums.top1 is not None
+    for step in range(STEPS):
+        one = slice(step, step + 1)
+        place = (lesson.draft_targets[:, one], lesson.rollout.valid[:, one], weights[one])
+        alone = head_cross_entropy_eager(inputs[one], drafter.step_weight(step), *place)
+        assert alone.top1 is not None
+        assert sums.top1[step] == alone.top1[0]
+        assert sums.rows[step] == alone.rows[0]
+        if distillation == "none":
+            torch.testing.assert_close(sums.loss_sum[step], alone.loss_sum[0])
+    torch.testing.assert_close(sums.total, (weights * sums.loss_sum).sum())
+    sums.total.backward()
+    trained = [weight for weight in drafter.parameters() if weight.requires_grad]
+    assert all(weight.grad is not None for weight in trained)
+
+
+@every_family
+def test_a_folder_is_read_back_whole_or_not_at_all(family: Family, target: Target, tmp_path: Path) -> None:
+    drafter = fresh(family, target.ends, DRAFT_IDS)
+    for layout in layouts_of(family)[::-1][:1] + layouts_of(family)[:1]:
+        folder = tmp_path / layout.name
+        folder.mkdir()
+        write(drafter, folder, layout.name, target.ends)
+        again = load_any(folder, target.ends)
+        assert type(again) is family.drafter
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+    file = tmp_path / "draftsmith" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        load_drafter(file.parent)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        load_drafter(file.parent)
+
+
+@every_family
+def test_a_fresh_adapter_changes_nothing(family: Family, target: Target) -> None:
+    drafter = fresh(family, target.ends)
+    batch = batch_of(target, drafter)
+    before = trained_logits(drafter, batch, [2, 9], STEPS)
+    add_adapter(drafter, LoraSettings(rank=2), "a")
+    torch.testing.assert_close(trained_logits(drafter, batch, [2, 9], STEPS), before)
+    torch.testing.assert_close(served_logits(drafter, batch, [2, 9], STEPS), before, rtol=1e-4, atol=1e-4)
