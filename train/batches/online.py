@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from draftsmith.models.files.device_and_dtype import resolved_dtype
 from draftsmith.models.target.prompt_template import TemplateOptions
 from draftsmith.models.target.sharding import ShardedOver, TargetSharding, load_sharded, sharded_over
 from draftsmith.models.target.target import Target, TargetEnds
@@ -39,7 +40,7 @@ class OnlineDataModule(CacheDataModule):
         max_samples: train on at most this many samples (the same ones with the same seed).
         shuffle: a new order every epoch.
         seed: fixes the held-out samples and every epoch's order.
-        target_dtype: of the target's weights and states.
+        target_dtype: of the target's weights and states; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         target_sharding: `none`: every process holds the whole target; `fsdp2`, `tp` (tensor parallel) or `zero3`: all processes share one.
         target_group: with `fsdp2`, this many consecutive processes share a target, such as those of one machine; null: all share one.
         target_device_map: placement of a target over the devices of one process, such as auto.
@@ -67,7 +68,7 @@ class OnlineDataModule(CacheDataModule):
         max_samples: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
-        target_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         target_sharding: TargetSharding = "none",
         target_group: int | None = None,
         target_device_map: str | None = None,
@@ -135,17 +136,18 @@ class OnlineDataModule(CacheDataModule):
                 f"{self._world()[1]}, which would use the same ones; train with one process, or set target_sharding instead"
             )
         over = sharded_over(self.target_sharding, self.target_group)
+        dtype = resolved_dtype(self.target_dtype, files.name, str(device), files.revision, files.trust_remote_code)
         if over.sharding != "none":
             if files.adapter is not None:
                 raise ValueError(
                     f"target_sharding {over.sharding!r} reads weights part by part and cannot merge the adapter {files.adapter}; "
                     "save the merged model and train for that"
                 )
-            target = load_sharded(files.name, self.target_dtype, over, device, files.revision, files.trust_remote_code)
+            target = load_sharded(files.name, dtype, over, device, files.revision, files.trust_remote_code)
         else:
             target = Target.load(
                 files.name,
-                self.target_dtype,
+                dtype,
                 str(device),
                 self.target_device_map,
                 files.revision,

@@ -29,6 +29,7 @@ from draftsmith.data.cache.features import prompt_lengths
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.files.device_and_dtype import resolved_dtype
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.sharding import load_sharded, sharded_over
 from draftsmith.models.target.target import Target
@@ -95,7 +96,7 @@ class DraftLMModule(pl.LightningModule):
         chunk_rows: rows of logits of both models in memory at a time; null chooses.
         sampling_rows: rows sampled together; null takes a whole batch.
         dtype: of the draft LM's weights; keep float32 and set trainer.precision to bf16-mixed for bf16.
-        target_dtype: of the target's weights.
+        target_dtype: of the target's weights; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
@@ -126,7 +127,7 @@ class DraftLMModule(pl.LightningModule):
         chunk_rows: int | None = None,
         sampling_rows: int | None = None,
         dtype: Dtype = "float32",
-        target_dtype: Dtype = "float32",
+        target_dtype: Literal["auto"] | Dtype = "auto",
         revision: str | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
@@ -158,7 +159,7 @@ class DraftLMModule(pl.LightningModule):
         self.lora, self.chunk_rows, self.sampling_rows = lora, chunk_rows, sampling_rows
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
-        self.dtype_name, self.target_dtype = dtype, target_dtype
+        self.dtype_name, self.target_dtype = dtype, str(target_dtype)
         self.revision, self.adapter, self.context = revision, adapter, context
         self.trust_remote_code = trust_remote_code
         self.device_map, self.quantization, self.target_sharding = device_map, quantization, target_sharding
@@ -237,6 +238,10 @@ class DraftLMModule(pl.LightningModule):
             raise ValueError(
                 "device_map spreads one target over all devices; use it with trainer.devices 1, or leave it out"
             )
+        device = str(self.trainer.strategy.root_device)
+        self.target_dtype = resolved_dtype(
+            self.target_dtype, self.target_name, device, self.revision, self.trust_remote_code
+        )
         target = self._load_target()
         tokenizer = load_tokenizer(self.target_name, self.revision, self.trust_remote_code)
         student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora)

@@ -25,6 +25,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.files import atomic_directory
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.registry import default_limits
+from draftsmith.models.files.device_and_dtype import resolved_dtype
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape
@@ -55,7 +56,8 @@ class TreeDecodeValidation(pl.Callback):
         shape: the draft's shape as `draftsmith evaluate --shapes` reads it: `10x6n60`, `t3.2.1`, `tree:FILE.json`, or with a
             temperature `s1.1.1`; instead of the three settings above. Without any of them the family's own shape, else a chain.
         batch_size: prompts decoded together.
-        dtype: of the target; one that is in memory already, for states in the loop, is used as it is.
+        dtype: of the target; `auto` is its checkpoint's own on CUDA, float32 elsewhere. A target that is in memory already, for states in
+            the loop, is used as it is.
         temperature: of the replies; 0 is greedy.
         time_share: decoding may take this share of the training time: 0.15 for 15 %. The first validation finds out for how many
             of the prompts that is enough, one batch at least; later ones decode the same. null decodes all of them.
@@ -72,7 +74,7 @@ class TreeDecodeValidation(pl.Callback):
         beam_width: int = 1,
         node_budget: int | None = None,
         batch_size: int = 8,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         time_share: float | None = 0.15,
         shape: str | None = None,
         temperature: float = 0.0,
@@ -103,9 +105,10 @@ class TreeDecodeValidation(pl.Callback):
         if isinstance(data, OnlineDataModule):
             self.target = data.target
         else:
+            device = str(trainer.strategy.root_device)
             self.target = Target.load(
                 module.target,
-                dtype=self.dtype,
+                resolved_dtype(self.dtype, module.target, device, module.revision, module.trust_remote_code),
                 revision=module.revision,
                 adapter=module.adapter,
                 trust_remote_code=module.trust_remote_code,

@@ -74,7 +74,7 @@ def script(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted(list(problems), say)
     monkeypatch.setattr(module, "BundledEngine", scripted.engine)
 
-    def load(self: TargetOptions, path: str, dtype: str) -> SimpleNamespace:
+    def load(self: TargetOptions, path: str, dtype: str | None = None) -> SimpleNamespace:
         return SimpleNamespace(name=path, fingerprint=path, max_positions=512)
 
     monkeypatch.setattr(TargetOptions, "load", load)
