@@ -25,8 +25,7 @@ from draftsmith.cli import main
 from draftsmith.data.corpus import source_files
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt, read_prompts
-from draftsmith.data.replies import http_json
-from draftsmith.data.replies import respond as responses
+from draftsmith.data.replies import http_json, reply_files
 from draftsmith.data.replies import server_source as engine_server
 from draftsmith.data.replies.dialogues import Failure, answer_independently
 from draftsmith.data.replies.reply_settings import Overrides
@@ -730,14 +729,14 @@ def test_a_run_goes_on_with_another_server_in_so_many_words_and_not_with_another
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, kept = tmp_path / "out", list[responses.JsonlAppender]()
+    out, kept = tmp_path / "out", list[reply_files.JsonlAppender]()
 
-    class Watched(responses.JsonlAppender):
+    class Watched(reply_files.JsonlAppender):
         def __init__(self, path: Path, **settings: Any) -> None:
             super().__init__(path, **settings)
             kept.append(self)
 
-    monkeypatch.setattr(responses, "JsonlAppender", Watched)
+    monkeypatch.setattr(reply_files, "JsonlAppender", Watched)
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     asked = command(server, target, prompt_file, out)
     assert main(asked) == 0
