@@ -116,7 +116,6 @@ def trained(
         "data.init_args.rows": json.dumps([str(folder / "rows.jsonl") for folder in folders]),
         "data.init_args.max_questions": "null" if max_questions is None else str(max_questions),
         "trainer.default_root_dir": str(root),
-        "trainer.logger.init_args.save_dir": str(root),
         "trainer.enable_progress_bar": "false",
         "replace_best": "true",  # a stage that was interrupted begins anew
     }

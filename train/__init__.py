@@ -27,6 +27,7 @@ _look_up, _listing = lazy_names(
         "JudgeDataModule": "judge.data",
         "JudgeModule": "judge.module",
         "FullyShard": "run.strategies",
+        "RunLogger": "run.run_logger",
         "Zero": "run.strategies",
         "Preemption": "run.preemption",
         "ResumeValidation": "run.resume_validation",

@@ -18,7 +18,6 @@ from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith import train
@@ -82,6 +81,13 @@ class TrainingCLI(LightningCLI):
             warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
             super().parse_arguments(parser, args)
 
+    def before_instantiate_classes(self) -> None:
+        """A RunLogger without a folder writes into the run's."""
+        trainer = self.config[self.subcommand]["trainer"]
+        logger = trainer["logger"]
+        if getattr(logger, "class_path", "").endswith(".RunLogger") and logger["init_args"]["save_dir"] is None:
+            logger["init_args"]["save_dir"] = trainer["default_root_dir"]
+
     def instantiate_classes(self) -> None:
         """Lightning calls functions that jsonargparse will rename; no user can do anything about it."""
         with warnings.catch_warnings():
@@ -89,13 +95,8 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Lightning's, with one bar for the whole run where the YAML leaves the bar to Lightning.
-
-        A run without a logger gets TensorBoard's, in default_root_dir itself. Checkpoints then go to `checkpoints` in there.
-        """
+        """Lightning's, with one bar for the whole run where the YAML leaves the bar to Lightning."""
         wanted = self.config_init[self.subcommand]["trainer"]
-        if wanted["logger"] is None and wanted["default_root_dir"] is not None:
-            kwargs.setdefault("logger", TensorBoardLogger(str(wanted["default_root_dir"]), name=None, version=""))
         chosen = wanted["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         if wanted["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in chosen):

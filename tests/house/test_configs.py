@@ -1,5 +1,6 @@
 """Every YAML in configs/ is a run that the training command accepts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from draftsmith.cli import main
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-# Fragments are no runs by themselves: tests/train/run/test_engine_presets.py parses each with each drafter.
-RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("engine_")]
+# Fragments are no runs by themselves: tests/train/run/test_engine_presets.py parses each with each drafter. Nor is the base.
+RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("engine_") and path.stem != "base"]
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda path: path.stem)
@@ -19,3 +20,10 @@ def test_every_shipped_configuration_parses(config: Path, capsys: pytest.Capture
         main(["train", "fit", "--config", str(config), "--print_config"])
     assert stopped.value.code == 0, capsys.readouterr().err
     assert "class_path:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", [path for path in RUNS if "embedded_" not in path.stem], ids=lambda path: path.stem)
+def test_the_runs_folder_is_typed_once(config: Path) -> None:
+    text = config.read_text(encoding="utf-8")
+    assert len(re.findall(r"^  default_root_dir: ", text, re.MULTILINE)) == 1
+    assert not re.search(r"dirpath|save_dir", text)

@@ -48,7 +48,7 @@ def test_a_run_changes_its_base_and_its_saved_configuration_needs_no_other_file(
 ) -> None:
     base = tiny_config(tmp_path, target_dir, make_cache([9] * 10))
     content = yaml.safe_load(base.read_text(encoding="utf-8"))
-    content["trainer"].pop("logger", None)
+    content["trainer"]["logger"] = {"class_path": "RunLogger"}
     base.write_text(yaml.safe_dump(content), encoding="utf-8")
     change = write(tmp_path / "change.yaml", base=base.name, model={"init_args": {"lr": 0.25}})
     root = tmp_path / "elsewhere"
@@ -57,3 +57,13 @@ def test_a_run_changes_its_base_and_its_saved_configuration_needs_no_other_file(
     assert (saved["model"]["init_args"]["lr"], saved["base"]) == (0.25, None)
     assert list(root.glob("events.out.tfevents.*")), "logs belong in the run's folder"
     assert (root / "drafter").is_dir()
+
+
+def test_logs_may_go_elsewhere(target_dir: Path, make_cache: MakeCache, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, target_dir, make_cache([9] * 10))
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content["trainer"] |= {"logger": {"class_path": "draftsmith.train.RunLogger"}, "max_epochs": 1}
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    logs = tmp_path / "logs"
+    assert main(["train", "fit", f"--config={config}", f"--trainer.logger.init_args.save_dir={logs}"]) == 0
+    assert list(logs.glob("events.out.tfevents.*"))
