@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ def _are_limits(value: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_list_of_lists(value: object) -> bool:
+def _is_list_of_lists(value: object) -> TypeGuard[list[list[Any]]]:
     return isinstance(value, list) and all(isinstance(one, list) for one in value)
 
 

@@ -102,16 +102,7 @@ class OnlineDataModule(CacheDataModule):
                 f"val_split is {val_split!r} and split {split!r} of the same source, so training would use the validation samples; "
                 "set split to the other samples, or val_source to another text"
             )
-        if look_ahead and target_sharding != "none":
-            raise ValueError(
-                f"look_ahead is true and target_sharding {target_sharding!r}: their collectives and the gradients' could wait "
-                "for each other for ever; leave it null"
-            )
-        if target_sharding != "none" and (target_device_map or target_quantization):
-            raise ValueError(
-                f"target_sharding {target_sharding!r} places the target's weights itself and does not quantize them; "
-                "drop target_device_map and target_quantization, or set target_sharding to none"
-            )
+        _check_sharding(target_sharding, look_ahead, bool(target_device_map or target_quantization))
         self.target_dtype, self.target_sharding, self.target_group = target_dtype, target_sharding, target_group
         self.target_device_map, self.target_quantization = target_device_map, target_quantization
         self.forward_tokens, self.look_ahead = forward_tokens, look_ahead
@@ -224,3 +215,19 @@ class OnlineDataModule(CacheDataModule):
     def _device(self) -> torch.device:
         assert self.trainer is not None
         return self.trainer.strategy.root_device
+
+
+def _check_sharding(target_sharding: str, look_ahead: bool | None, is_placed: bool) -> None:
+    """Raises ValueError for settings that a target divided among processes cannot have."""
+    if target_sharding == "none":
+        return
+    if look_ahead:
+        raise ValueError(
+            f"look_ahead is true and target_sharding {target_sharding!r}: their collectives and the gradients' could wait "
+            "for each other for ever; leave it null"
+        )
+    if is_placed:
+        raise ValueError(
+            f"target_sharding {target_sharding!r} places the target's weights itself and does not quantize them; "
+            "drop target_device_map and target_quantization, or set target_sharding to none"
+        )

@@ -39,7 +39,7 @@ from draftsmith.train.draft_lm.student import Student
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
-from draftsmith.train.run.schedule import warm_up_then_cosine, weight_groups
+from draftsmith.train.run.schedule import check_ratios, warm_up_then_cosine, weight_groups
 from draftsmith.train.run.strategies import refuse_dividing
 from draftsmith.train.run.whole_tensors import PRECISIONS
 
@@ -138,9 +138,7 @@ class DraftLMModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio}.items():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         for name, count in {"chunk_rows": chunk_rows, "sampling_rows": sampling_rows}.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}; it must be at least 1, or null")

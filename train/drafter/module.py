@@ -38,7 +38,7 @@ from draftsmith.train.drafter.starting_drafter import Beginning, LoraSettings
 from draftsmith.train.run.averaging import AveragingAdamW
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
-from draftsmith.train.run.schedule import warm_up_then_cosine, weight_groups
+from draftsmith.train.run.schedule import check_ratios, warm_up_then_cosine, weight_groups
 from draftsmith.train.run.strategies import divides_weights, refuse_other_engines
 
 
@@ -122,9 +122,7 @@ class DraftModule(pl.LightningModule):
             num_steps, distillation, horizon_decay, chunk_rows, feature_weight, logit_weight, emphasis, skip_outside
         )
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows)
-        for name, value in {"warmup_ratio": warmup_ratio, "min_lr_ratio": min_lr_ratio}.items():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         if ema_decay is not None and not 0.0 < ema_decay < 1.0:
             raise ValueError(f"ema_decay is {ema_decay}; it must be between 0 and 1, or null for no average")
         if metrics_every < 1:

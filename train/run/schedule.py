@@ -47,3 +47,10 @@ def lr_share(step: int, total: int, warmup_ratio: float, min_lr_ratio: float) ->
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def check_ratios(**ratios: float) -> None:
+    """Raises ValueError for a share of the run's steps or of the learning rate that is not between 0 and 1."""
+    for name, value in ratios.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value}; it must be between 0 and 1")
