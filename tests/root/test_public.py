@@ -51,11 +51,14 @@ def test_a_room_offers_what_the_module_before_it_held() -> None:
 
 
 def test_a_yaml_with_earlier_class_paths_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "configs" / "redrafter.yaml").read_text(encoding="utf-8")
+    texts = {name: (ROOT / "configs" / name).read_text(encoding="utf-8") for name in ("base.yaml", "redrafter.yaml")}
     for name, earlier in EARLIER.items():
-        assert name in text
-        text = text.replace(f"class_path: {name}\n", f"class_path: {earlier}\n")
-    (tmp_path / "earlier.yaml").write_text(text, encoding="utf-8")
+        assert any(name in text for text in texts.values())
+        texts = {
+            file: text.replace(f"class_path: {name}\n", f"class_path: {earlier}\n") for file, text in texts.items()
+        }
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "fit", "--config", str(tmp_path / "earlier.yaml"), "--print_config"])
+        main(["train", "fit", "--config", str(tmp_path / "redrafter.yaml"), "--print_config"])
     assert stopped.value.code == 0, capsys.readouterr().err
