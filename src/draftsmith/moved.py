@@ -147,7 +147,7 @@ MOVED = {
     "draftsmith.train.accumulation": "draftsmith.train.run.accumulation",
     "draftsmith.train.adapters": "draftsmith.train.drafter.starting_drafter",
     "draftsmith.train.averaging": "draftsmith.train.run.averaging",
-    "draftsmith.train.batch_plan": "draftsmith.train.batches.batch_plan",
+    "draftsmith.train.batch_plan": "draftsmith.train.batches",
     "draftsmith.train.callbacks": "draftsmith.train.drafter.callbacks",
     "draftsmith.train.checkpoints": "draftsmith.train.run.checkpoints",
     "draftsmith.train.data_module": "draftsmith.train.batches.data_module",

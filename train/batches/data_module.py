@@ -23,7 +23,9 @@ from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.remote.remote_folder import location
 from draftsmith.data.shards.packing import pack
 from draftsmith.models.drafters.rollout import PackedBatch
-from draftsmith.train.batches.batch_plan import Buckets, EpochSampler, Windows, plan_epoch, steps_differ
+from draftsmith.train.batches.batch_plan import plan_epoch, steps_differ
+from draftsmith.train.batches.epoch_order import Buckets, Windows
+from draftsmith.train.batches.epoch_sampler import EpochSampler
 
 Shuffle = Literal["full", "windowed"]
 Batching = Literal["packed", "bucketed"]

@@ -25,8 +25,8 @@ from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import Target
-from draftsmith.train.batches.batch_plan import EpochSampler
 from draftsmith.train.batches.data_module import CacheBatch
+from draftsmith.train.batches.epoch_sampler import EpochSampler
 
 Round = Sequence[CacheBatch]
 """Batches that several processes train on at the same step, without states: one a process, or this process's own only."""

@@ -29,7 +29,7 @@ from draftsmith.files import sha256_file
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.prompt_template import TemplateOptions, rendering_fingerprint
-from draftsmith.train.batches.batch_plan import EpochSampler
+from draftsmith.train.batches.epoch_sampler import EpochSampler
 
 
 class Text:

@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.train.batches.batch_plan import (
-    Buckets,
-    EpochSampler,
-    Windows,
-    count_batches,
-    deal_by_length,
-    deal_out,
-    needed_shards,
-    plan_epoch,
-    steps_differ,
-)
+from draftsmith.train.batches.batch_plan import count_batches, plan_epoch, steps_differ
+from draftsmith.train.batches.epoch_order import Buckets, Windows
+from draftsmith.train.batches.epoch_sampler import EpochSampler, needed_shards
+from draftsmith.train.batches.shares import deal_by_length, deal_out
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=4, max_size=60)
 

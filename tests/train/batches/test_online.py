@@ -32,8 +32,8 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import PRE_NORM, Target
-from draftsmith.train.batches.batch_plan import EpochSampler
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.batches.target_states import RoundSampler, StatesAhead, StatesInTheLoop
 from draftsmith.train.batches.token_corpus import TargetFiles, TextSource, write_tokens
