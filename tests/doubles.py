@@ -181,6 +181,7 @@ def first_cycle(start: Opening) -> Cycle:
 @torch.inference_mode()
 def draft(target: Target, drafter: Drafter, texts: list[list[int]], limits: DraftLimits) -> DraftTree:
     """One draft behind texts of one length."""
+    drafter = drafter.bound(target.ends)
     start = opening(target, texts, limits, drafter.features)
     return drafter.propose(drafter.start(start), first_cycle(start), limits)
 

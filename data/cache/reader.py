@@ -1,7 +1,7 @@
 """Reading a hidden-state cache: refuses what is incomplete, altered or foreign before it serves anything.
 
-Owns: opening, checking and indexing a cache, here or behind a URL. Does not know: how it is made (`hidden_states.py`), how
-files come over a network (`remote.py`), how samples are batched (`packing.py`).
+Owns: the samples, their numbers, the open files, and when each check comes. Does not know: where shards come from (a `ShardSource`), how
+a cache is made (`extract.py`), how samples are batched (`packing.py`).
 
 Shape legend: N samples, T tokens.
 """
@@ -19,18 +19,15 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from draftsmith.data.remote.node_folder import Held, ShardFolder
+from draftsmith.data.cache.local_shards import LocalShards
+from draftsmith.data.remote.node_folder import ShardFolder
 from draftsmith.data.remote.remote_folder import RemoteFolder, Retry, location
 from draftsmith.data.remote.remote_shards import RemoteShards
-from draftsmith.data.shards.lengths import LENGTHS_FILE, read_lengths
-from draftsmith.data.shards.manifest import Manifest
 from draftsmith.data.shards.shard_checks import check_lengths_agree
-from draftsmith.data.shards.shards import CachedSample, ShardReader, check_digest, check_size
-from draftsmith.outside import safe_shard_name
+from draftsmith.data.shards.shard_source import ShardFile, ShardSource
+from draftsmith.data.shards.shards import CachedSample, ShardReader
 
 Check = Literal["open", "lazy", "off"]
-_OPEN_FILES = 4096
-_OPEN_FETCHED = 64
 
 
 class HiddenStateCache:
@@ -66,13 +63,13 @@ class HiddenStateCache:
     ) -> None:
         self.path: Path | str = location(path)
         self._finite = finite
-        self.remote: RemoteShards | None = None
+        self.shards: ShardSource
         if isinstance(self.path, str):
             folder = ShardFolder(shard_cache, int(shard_cache_gib * 2**30), check=check != "off")
-            self.remote = RemoteShards(RemoteFolder(self.path, retry), folder)
-            self.manifest = self.remote.manifest
+            self.shards = RemoteShards(RemoteFolder(self.path, retry), folder)
         else:
-            self.manifest = Manifest.load(self.path)
+            self.shards = LocalShards(self.path, checked=check != "off")
+        self.manifest = self.shards.manifest
         if not self.manifest.complete:
             done = sum(shard.num_samples for shard in self.manifest.shards)
             raise ValueError(
@@ -80,14 +77,11 @@ class HiddenStateCache:
                 "run the same `draftsmith data extract` again, it continues at the next shard"
             )
         self._starts = list(itertools.accumulate((s.num_samples for s in self.manifest.shards), initial=0))
-        self._readers: OrderedDict[int, tuple[ShardReader, Held | None]] = OrderedDict()
+        self._readers: OrderedDict[int, tuple[ShardReader, ShardFile]] = OrderedDict()
         self._owner = os.getpid()
         self._vocab_size = self.manifest.identity.vocab_size
-        self.keep_open = _OPEN_FILES if self.remote is None else _OPEN_FETCHED
-        self._unchecked = set(range(len(self.manifest.shards))) if check != "off" and self.remote is None else set()
-        if isinstance(self.path, Path):
-            for shard in self.manifest.shards:
-                check_size(self.path / shard.name, shard)
+        self.keep_open = self.shards.most_open
+        self.shards.prepare()
         if check == "open":
             self.verify_integrity()
 
@@ -111,12 +105,9 @@ class HiddenStateCache:
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32 [N]: tokens of each sample, in order. Caches that do not say so in one file are asked shard by shard."""
-        if self.remote is not None:
-            return self.remote.lengths()
-        assert isinstance(self.path, Path)
-        file = self.path / LENGTHS_FILE
-        if file.is_file():
-            return read_lengths(file.read_bytes(), self.manifest, str(file))
+        known = self.shards.lengths()
+        if known is not None:
+            return known
         readers = (self._open(shard) for shard in range(len(self.manifest.shards)))
         lengths = [np.diff(reader.offsets) for reader in readers]
         return np.concatenate(lengths or [np.zeros(0, dtype=np.int64)]).astype(np.int32)
@@ -133,17 +124,18 @@ class HiddenStateCache:
         No states are read, nor fetched from behind a URL, so no sha256 is compared: sizes and layout are. What `check` asks for
         is done when the samples themselves are served.
         """
-        if self.remote is None:
-            for index in np.asarray(indices).tolist():
+        own = np.asarray(indices, dtype=np.int64)
+        for index in own[(own < 0) | (own >= len(self))].tolist():
+            raise _no_sample(index, len(self))
+        parts = np.split(own, np.flatnonzero(np.diff(self.shard_of[own])) + 1) if len(own) else []
+        shards = [int(self.shard_of[part[0]]) for part in parts]
+        texts = self.shards.texts(shards, self._vocab_size)
+        if texts is None:
+            for index in own.tolist():
                 sample = self._sample(index, self._open)
                 yield sample.input_ids, sample.loss_mask
             return
-        own = np.asarray(indices)
-        parts = np.split(own, np.flatnonzero(np.diff(self.shard_of[own])) + 1) if len(own) else []
-        shards = [int(self.shard_of[part[0]]) for part in parts]
-        for shard, part, (offsets, ids, mask) in zip(
-            shards, parts, self.remote.texts(shards, self._vocab_size), strict=True
-        ):
+        for shard, part, (offsets, ids, mask) in zip(shards, parts, texts, strict=True):
             bounds = offsets.tolist()
             for number in (part - self._starts[shard]).tolist():
                 start, stop = bounds[number], bounds[number + 1]
@@ -154,16 +146,15 @@ class HiddenStateCache:
 
         They are until the same reader needs others; none, when it is through.
         """
-        if self.remote is not None:
-            self._forget_parents()
-            self.remote.need(shards, reader)
+        self._forget_parents()
+        self.shards.need(shards, reader)
 
     def read_next(self, indices: np.ndarray) -> None:
         """Says which samples a reader reads now: behind a URL the files of all others are let go, so that they can be dropped.
 
         A process may read few shards of a window; those of many windows would add up to more than the node's folder holds.
         """
-        if self.remote is None:
+        if not self.shards.fetches:
             return
         self._forget_parents()
         wanted = set(self.shard_of[indices].tolist())
@@ -174,19 +165,19 @@ class HiddenStateCache:
         """Closes all files and ends what is fetched ahead; reading on opens them anew."""
         while self._readers:
             self._drop_oldest()
-        if self.remote is not None:
-            self.remote.close()
+        self.shards.close()
 
     def verify_integrity(self) -> None:
         """Compares the sha256 of every shard not checked yet, and opens it. Raises ValueError at the first that is not as it should be.
 
         A cache behind a URL has none: its shards are checked when they are fetched.
         """
-        if self._unchecked and isinstance(self.path, Path) and (self.path / LENGTHS_FILE).is_file():
-            _ = self.lengths  # the offsets of shards must then agree with these
-        for shard in sorted(self._unchecked):
-            self._check(shard)
-            self._examined(shard, self._local(shard))
+        unchecked = self.shards.unchecked()
+        if unchecked and "lengths" not in self.__dict__ and (known := self.shards.lengths()) is not None:
+            self.lengths = known  # which offsets are then compared with
+        for shard in unchecked:
+            self.shards.check(shard)
+            self._examined(shard, self.shards.hold(shard, give_way=self._give_way).path)
 
     def verify_states(self) -> None:
         """Reads every state of every shard. Raises ValueError, with file, sample and layer, for the first that is NaN or infinite."""
@@ -229,13 +220,12 @@ class HiddenStateCache:
 
     def _sample(self, index: int, reader: Callable[[int], ShardReader]) -> CachedSample:
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a cache with {len(self)}")
+            raise _no_sample(index, len(self))
         shard = bisect.bisect_right(self._starts, index) - 1
         return reader(shard)[index - self._starts[shard]]
 
     def _reader(self, shard: int) -> ShardReader:
-        if shard in self._unchecked:
-            self._check(shard)
+        self.shards.check(shard)
         return self._open(shard)
 
     def _open(self, shard: int) -> ShardReader:
@@ -244,13 +234,11 @@ class HiddenStateCache:
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard][0]
-        held = None if self.remote is None else self.remote.hold(shard, give_way=self._give_way)
-        path = self._local(shard) if held is None else held.path
+        file = self.shards.hold(shard, give_way=self._give_way)
         try:
-            self._readers[shard] = self._examined(shard, path), held
+            self._readers[shard] = self._examined(shard, file.path), file
         except ValueError:
-            if held is not None:
-                held.release()
+            file.release()
             raise
         while len(self._readers) > max(1, self.keep_open):
             self._drop_oldest()
@@ -264,17 +252,12 @@ class HiddenStateCache:
             check_lengths_agree(reader.offsets, lengths[self._starts[shard] : self._starts[shard + 1]], str(path))
         return reader
 
-    def _local(self, shard: int) -> Path:
-        assert isinstance(self.path, Path)
-        return self.path / safe_shard_name(self.manifest.shards[shard].name)
-
     def _drop_oldest(self) -> None:
         self._drop(next(iter(self._readers)))
 
     def _drop(self, shard: int) -> None:
-        _, held = self._readers.pop(shard)
-        if held is not None:
-            held.release()
+        _, file = self._readers.pop(shard)
+        file.release()
 
     def _give_way(self) -> bool:
         """Lets go of the file not read for longest, if there is one."""
@@ -288,11 +271,10 @@ class HiddenStateCache:
         if self._owner == os.getpid():
             return
         self._owner = os.getpid()
-        if self.remote is not None:
-            self.remote.forget_parents()
-        while self.remote is not None and self._readers:
+        self.shards.forget_parents()
+        while self.shards.fetches and self._readers:
             self._drop_oldest()
 
-    def _check(self, shard: int) -> None:
-        check_digest(self._local(shard), self.manifest.shards[shard])
-        self._unchecked.discard(shard)
+
+def _no_sample(index: int, num_samples: int) -> IndexError:
+    return IndexError(f"sample {index} of a cache with {num_samples}")

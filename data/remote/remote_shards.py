@@ -25,7 +25,9 @@ _HEADER_THREADS = 16
 
 
 class RemoteShards:
-    """The shards of a cache behind a URL, those in use in a folder of this node."""
+    """The shards of a cache behind a URL, those in use in a folder of this node. A `ShardSource`."""
+
+    fetches, most_open = True, 64
 
     def __init__(self, source: RemoteFolder, folder: ShardFolder) -> None:
         self.source, self.folder = source, folder
@@ -36,8 +38,27 @@ class RemoteShards:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_ahead": None}
 
-    def hold(self, shard: int, patient: bool = True, give_way: Callable[[], bool] = lambda: False) -> Held | None:
-        """A shard's file, fetched unless it is there; see `ShardFolder.hold`.
+    def prepare(self) -> None:
+        """Nothing: sizes are compared when shards are fetched."""
+
+    def unchecked(self) -> list[int]:
+        """None: each shard is hashed when it arrives."""
+        return []
+
+    def check(self, shard: int) -> None:
+        """See unchecked."""
+
+    def hold(self, shard: int, *, give_way: Callable[[], bool]) -> Held:
+        """A shard's file, fetched unless it is there.
+
+        Raises ValueError, with the shard's address, when it cannot be read or is not what the manifest says.
+        """
+        held = self._hold(shard, True, give_way)
+        assert held is not None, "a patient reader gets the file or an error"
+        return held
+
+    def _hold(self, shard: int, patient: bool, give_way: Callable[[], bool] = lambda: False) -> Held | None:
+        """See `ShardFolder.hold`.
 
         Raises ValueError, with the shard's address, when it cannot be read or is not what the manifest says.
         """
@@ -52,7 +73,7 @@ class RemoteShards:
         """Fetches these ahead, and keeps them until this reader needs others."""
         self._needed[id(reader)] = list(shards)
         if self._ahead is None:
-            self._ahead = os.getpid(), Ahead(lambda shard: self.hold(shard, patient=False))
+            self._ahead = os.getpid(), Ahead(lambda shard: self._hold(shard, patient=False))
         # The latest reader's first.
         everyones = [*shards, *(shard for needed in self._needed.values() for shard in needed)]
         self._ahead[1].want(list(dict.fromkeys(everyones)))

@@ -196,7 +196,7 @@ class CacheDataModule(pl.LightningDataModule):
             the counts, int64 [V]; how many samples were counted; how many there are.
         """
         train = self._train()
-        step = 1 if train.cache.remote is not None else -(-len(train) // most_samples)
+        step = 1 if train.cache.shards.fetches else -(-len(train) // most_samples)
         indices = train.indices[::step][:most_samples]
         return self._count(indices, vocab_size), len(indices), len(train)
 
@@ -329,7 +329,7 @@ class CacheDataModule(pl.LightningDataModule):
         return Buckets(self.pad_to) if self.batching == "bucketed" else None
 
     def _windows(self, subset: CacheSubset) -> Windows | None:
-        by_shard = self._by_shard or subset.cache.remote is not None
+        by_shard = self._by_shard or subset.cache.shards.fetches
         return Windows(subset.cache.shard_of[subset.indices], self.window_shards) if by_shard else None
 
     def _budget(self) -> int | Fraction:
@@ -393,9 +393,9 @@ class CacheDataModule(pl.LightningDataModule):
             start=start,
             windows=windows,
             buckets=self._buckets,
-            need=None if subset.cache.remote is None else partial(subset.cache.need, reader=subset),
+            need=partial(subset.cache.need, reader=subset) if subset.cache.shards.fetches else None,
         )
-        if windows is not None and subset.cache.remote is not None:
+        if windows is not None and subset.cache.shards.fetches:
             self._check_room(subset, sampler)
         return DataLoader(
             subset,

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import torch
 
-from draftsmith.data.cache import reader as cache_module
+from draftsmith.data.cache import local_shards as shards_module
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.shards.manifest import Manifest
 
@@ -25,13 +25,13 @@ def folder(tmp_path: Path, target: Path, reply_file: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all shards whose sha256 is computed."""
     names: list[str] = []
-    real = cache_module.check_digest
+    real = shards_module.check_digest
 
     def noted(path: Path, record: Any) -> None:
         names.append(path.name)
         real(path, record)
 
-    monkeypatch.setattr(cache_module, "check_digest", noted)
+    monkeypatch.setattr(shards_module, "check_digest", noted)
     return names
 
 

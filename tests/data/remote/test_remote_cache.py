@@ -26,6 +26,7 @@ from draftsmith.data.remote import remote_folder as remote
 from draftsmith.data.remote.node_folder import ShardFolder
 from draftsmith.data.remote.prefetch import Ahead
 from draftsmith.data.remote.remote_folder import Retry, location
+from draftsmith.data.remote.remote_shards import RemoteShards
 from draftsmith.data.shards.lengths import LENGTHS_FILE, write_lengths
 from draftsmith.data.shards.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards.shards import ShardContent, write_shard
@@ -169,8 +170,8 @@ def test_options_of_a_file_system_come_from_fsspecs_own_configuration(
     url = upload(write_cache(tmp_path / "cache"))
     monkeypatch.setitem(fsspec.config.conf, "flaky", {"token": "hush"})
     cache = opened(url, tmp_path)
-    assert cache.remote is not None
-    assert cache.remote.source._file_system()[0].storage_options == {"token": "hush"}
+    assert isinstance(cache.shards, RemoteShards)
+    assert cache.shards.source._file_system()[0].storage_options == {"token": "hush"}
 
 
 def test_a_path_with_spaces_is_read_from_both_sides(tmp_path: Path) -> None:
@@ -390,8 +391,8 @@ def test_a_worker_forked_in_training_does_not_keep_what_was_fetched_ahead(
 ) -> None:
     cache = opened(upload(write_cache(tmp_path / "cache")), tmp_path)
     cache.need([0, 2, 3], cache)
-    assert cache.remote is not None
-    ahead = cache.remote._ahead
+    assert isinstance(cache.shards, RemoteShards)
+    ahead = cache.shards._ahead
     assert ahead is not None
     wait_for(lambda: ahead[1].held == {0, 2, 3})
     context = multiprocessing.get_context("fork")
@@ -533,8 +534,8 @@ def test_what_will_be_needed_is_fetched_ahead_and_kept(tmp_path: Path, upload: C
     before = Flaky.reads.total()
     assert (cache[3].id, cache[4].id, cache[8].id) == ("s1-0", "s2-0", "s3-0")
     assert Flaky.reads.total() == before
-    assert cache.remote is not None
-    ahead = cache.remote._ahead
+    assert isinstance(cache.shards, RemoteShards)
+    ahead = cache.shards._ahead
     assert ahead is not None
     wait_for(lambda: ahead[1].held == {1, 2, 3})
     cache.need([3], reader)

@@ -13,9 +13,9 @@ ENGINES = sorted(FOLDER.glob("engine_*.yaml"))
 DRAFTERS = [path for path in sorted(FOLDER.glob("*.yaml")) if "\nbase: " in path.read_text()]
 CLASSES: dict[str, tuple[str, dict[str, object]]] = {
     "engine_ddp": ("pytorch_lightning.strategies.DDPStrategy", {"gradient_as_bucket_view": True}),
-    "engine_fsdp2": ("draftsmith.train.run.strategies.FullyShard", {}),
-    "engine_zero2": ("draftsmith.train.run.strategies.Zero", {"stage": 2}),
-    "engine_zero3": ("draftsmith.train.run.strategies.Zero", {"stage": 3}),
+    "engine_fsdp2": ("draftsmith.train.FullyShard", {}),
+    "engine_zero2": ("draftsmith.train.Zero", {"stage": 2}),
+    "engine_zero3": ("draftsmith.train.Zero", {"stage": 3}),
 }
 
 
