@@ -36,8 +36,7 @@ from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
-from draftsmith.evaluate.tune import tune
-from draftsmith.evaluate.tune.tune_command import TimingOptions
+from draftsmith.evaluate.tune.tune_command import TimingOptions, tune
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.eagle3 import default_layers

@@ -23,13 +23,12 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.sampling import DrawOptions
 from draftsmith.evaluate.acceptance import tokens_per_step
 from draftsmith.evaluate.records import Sample
-from draftsmith.evaluate.tune import tune
 from draftsmith.evaluate.tune.costs import Cost, Costs, CycleClock, Probe, TimingPlan, rising, time_cycles
 from draftsmith.evaluate.tune.recording import NOWHERE, Drafted, Recorded, Recording, record, trace, unpruned
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, tune_json, tune_markdown
 from draftsmith.evaluate.tune.simulate import best_static_tree, path_counts, replay
 from draftsmith.evaluate.tune.tune import Grid, weigh
-from draftsmith.evaluate.tune.tune_command import TimingOptions, typical_text
+from draftsmith.evaluate.tune.tune_command import TimingOptions, tune, typical_text
 from draftsmith.models import Cycle, Drafter, DraftLimits, Eagle, ReDrafter, Target
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.shapes import full_tree, parse_shape, shape_text
