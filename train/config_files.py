@@ -1,4 +1,6 @@
-"""Configurations that change others: `base: other.yaml` in a file means that `other.yaml`, beside it, is read first.
+"""Configurations that change others: `base: other.yaml` in a file means that `other.yaml` is read first.
+
+It lies beside the file, or is one that ships with draftsmith.
 
 Owns: the order in which configuration files are read. Does not know: what the files hold.
 """
@@ -6,6 +8,7 @@ Owns: the order in which configuration files are read. Does not know: what the f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -46,8 +49,12 @@ def _bases(file: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     if name is None:
         return
     base = file.parent / name
+    if not base.is_file() and name == Path(name).name:
+        base = Path(str(files("draftsmith.configs"))) / name
     if not base.is_file():
-        raise ValueError(f"{file}: base is {name!r}, and there is no {base}; name a file beside this one")
+        raise ValueError(
+            f"{file}: base is {name!r}, which is neither a file beside this one nor one of draftsmith's configurations; name one of these"
+        )
     if base.resolve() in (one.resolve() for one in (*above, file)):
         raise ValueError(f"{file}: base is {name!r}, whose base is this file; remove one of the two")
     yield from _bases(base, (*above, file))

@@ -132,7 +132,7 @@ def check_serving(case: Case) -> Finding:
         return Finding("train-serve", "ok", measured, expected, "", figures)
     remedy = (
         "what is served is not what was trained: export the drafter again from the training's folder and compare with `drafter-file`; if "
-        "its files agree, the two forms of this family disagree, which is a fault of the code: please report it"
+        "its files agree, the two forms of this family disagree, which is a fault of the family's code: report it to its authors"
         if same or compared.agreement < _MOSTLY
         else f"{dtypes[1]} rounds some likeliest tokens away: serve in {dtypes[0]}, or evaluate whether it costs anything"
     )

@@ -101,13 +101,13 @@ def shape_text(limits: DraftLimits) -> str:
 def short_shape(text: str, longest: int = 28) -> str:
     """A shape's text for a table or a chart: static trees of many paths by their size and a mark that tells them apart.
 
-    Example: ``static 26x5 #3fa2`` has 26 nodes down to depth 5.
+    Example: ``static 26x5 (3fa2)`` has 26 nodes down to depth 5.
     """
     if len(text) <= longest or not text.startswith("paths:"):
         return text
     paths = parse_shape(text).paths or ()
     mark = hashlib.sha256(text.encode()).hexdigest()[:4]
-    return f"static {len(paths)}x{max(map(len, paths))} #{mark}"
+    return f"static {len(paths)}x{max(map(len, paths))} ({mark})"
 
 
 def full_tree(children: Sequence[int]) -> tuple[RankPath, ...]:

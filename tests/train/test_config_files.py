@@ -36,11 +36,16 @@ def test_files_without_a_base_and_what_is_no_file_are_left_to_the_parser(tmp_pat
 
 
 def test_a_base_that_is_missing_or_its_own_base_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no .*missing\.yaml; name a file beside this one"):
+    with pytest.raises(ValueError, match="neither a file beside this one nor one of draftsmith's configurations"):
         with_bases(["--config", str(write(tmp_path / "a.yaml", base="missing.yaml"))])
     write(tmp_path / "b.yaml", base="c.yaml")
     with pytest.raises(ValueError, match="whose base is this file"):
         with_bases(["--config", str(write(tmp_path / "c.yaml", base="b.yaml"))])
+
+
+def test_a_shipped_configuration_is_a_base_from_any_folder(tmp_path: Path) -> None:
+    bases = with_bases(["--config", str(write(tmp_path / "own.yaml", base="hass.yaml"))])[:-1]
+    assert [Path(one.partition("=")[2]).name for one in bases] == ["base.yaml", "eagle.yaml", "hass.yaml"]
 
 
 def test_a_run_changes_its_base_and_its_saved_configuration_needs_no_other_file(

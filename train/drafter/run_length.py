@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import TreeDecodeValidation
+from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.accumulation import validates
 
@@ -49,12 +49,23 @@ class RunLength(pl.Callback):
                 f"{steps} optimiser steps are too few for a new drafter (fewer than {FEW_STEPS}): val/tokens_per_step may stay near 1 "
                 "and tell nothing about the recipe; lower data.init_args.tokens_per_batch, raise trainer.max_epochs, or cache more replies"
             )
+        if isinstance(pl_module, DraftModule) and not any(
+            isinstance(one, KeepBestDrafter) for one in _callbacks(trainer)
+        ):
+            rank_zero_warn(
+                "nothing keeps this run's drafter; add draftsmith.train.KeepBestDrafter to trainer.callbacks, with `callbacks+:` in a "
+                "file that has a base"
+            )
         first = _first_validation(trainer)
         if first > steps:
             rank_zero_warn(
                 f"no validation comes: the first would follow step {first:.0f}, and the run has {steps}; lower trainer.val_check_interval "
                 "or trainer.check_val_every_n_epoch"
             )
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
 def _epochs(trainer: pl.Trainer) -> str:
@@ -94,8 +105,7 @@ def _draft_vocabulary(counts: Tensor) -> list[str]:
 
 def _validations(trainer: pl.Trainer) -> list[str]:
     """How much of the time validation may take by decoding."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    shares = [callback.budget.share for callback in callbacks if isinstance(callback, TreeDecodeValidation)]
+    shares = [callback.budget.share for callback in _callbacks(trainer) if isinstance(callback, TreeDecodeValidation)]
     if not shares or not validates(trainer):
         return []
     [share, *_] = shares

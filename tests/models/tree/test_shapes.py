@@ -146,5 +146,5 @@ def test_only_long_static_trees_are_shortened_and_still_told_apart() -> None:
         assert short_shape(text) == text
     one = shape_text(DraftLimits(paths=EAGLE_LIKE))
     other = shape_text(DraftLimits(paths=(*EAGLE_LIKE[:-1], (0, 0, 0, 1))))
-    assert short_shape(one, longest=12).startswith("static 9x4 #")
+    assert short_shape(one, longest=12).startswith("static 9x4 (")
     assert short_shape(one, longest=12) != short_shape(other, longest=12)

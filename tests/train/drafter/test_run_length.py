@@ -102,3 +102,9 @@ def test_counting_takes_a_sample_of_a_large_cache(cache: Path) -> None:
     assert counted == 10
     assert torch.equal(whole, data.token_counts(300))
     assert 0 < int(counts.sum()) < int(whole.sum())
+
+
+def test_a_run_that_keeps_no_drafter_says_so(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=20)
+    with pytest.warns(UserWarning, match="nothing keeps this run's drafter; add draftsmith.train.KeepBestDrafter"):
+        make_trainer(tmp_path, callbacks=[RunLength()], max_epochs=1).fit(make_module(target_dir), data)
