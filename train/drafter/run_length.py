@@ -65,7 +65,7 @@ class RunLength(pl.Callback):
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _epochs(trainer: pl.Trainer) -> str:
