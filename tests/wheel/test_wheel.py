@@ -55,11 +55,13 @@ def test_the_configs_are_those_of_the_checkout() -> None:
 
 @pytest.mark.parametrize("path", ["draftsmith.train.DraftModule", "draftsmith.train.draft_module.DraftModule"])
 def test_a_users_yaml_is_a_run_by_public_and_by_earlier_class_paths(path: str, tmp_path: Path) -> None:
-    text = (PACKAGE_CONFIGS / "quickstart.yaml").read_text(encoding="utf-8")
+    text = (PACKAGE_CONFIGS / "base.yaml").read_text(encoding="utf-8")
     assert "draftsmith.train.DraftModule" in text
-    (tmp_path / "run.yaml").write_text(text.replace("draftsmith.train.DraftModule", path), encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(text.replace("draftsmith.train.DraftModule", path), encoding="utf-8")
+    text = (PACKAGE_CONFIGS / "quickstart.yaml").read_text(encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     shown = draftsmith_command("train", "fit", "--config", "run.yaml", "--print_config", cwd=tmp_path)
-    assert "DraftModule" in shown
+    assert f"class_path: {path}\n" in shown
 
 
 def test_the_training_script_runs_with_the_installed_package(tmp_path: Path) -> None:
