@@ -18,10 +18,10 @@ from draftsmith.models.tree.tree import DraftTree
 
 
 class KeptLogits:
-    """An expander that goes through another and remembers its logits.
+    """An expander that passes every call to another one and keeps its logits.
 
     Args:
-        inner: expands.
+        inner: the expander that continues the nodes.
 
     Attributes:
         logits: float [B, M, Vd] of each layer so far.
@@ -49,7 +49,15 @@ class KeptLogits:
         return self.inner.target_ids(draft_ids)
 
     def onto(self, chain: DraftTree, vocab_size: int) -> DraftTree:
-        """The chain with ``draft_probs_BMV`` [B, L, V], of which entry l is about what follows node l."""
+        """Add the recorded distributions to a chain.
+
+        Args:
+            chain: the chain that was drafted.
+            vocab_size: V, of the target.
+
+        Returns:
+            The chain with ``draft_probs_BMV`` float32 [B, L, V]; entry l is the distribution of the token behind node l.
+        """
         probs_BLV = over_target(self.inner, torch.cat(self.logits, dim=1).float().softmax(-1), vocab_size)
         return replace(chain, draft_probs_BMV=probs_BLV[:, : chain.num_nodes - 1])
 

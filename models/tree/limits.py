@@ -20,6 +20,9 @@ class SampledChildren:
         children: how many are drawn below each node, depth by depth; ``(1, 1, 1)`` is the classic chain of three.
         rule: ``mcsd`` draws without replacement and rejects candidate by candidate (arXiv:2401.06706, section 3.3); ``kseq`` draws
             independently and accepts by SpecTr's K-SEQ (arXiv:2310.15141, algorithm 2).
+
+    Raises:
+        ValueError: no children, a number of children below 1, or an unknown rule.
     """
 
     children: tuple[int, ...]
@@ -45,17 +48,20 @@ class SampledChildren:
 class EarlyStop:
     """AdaEDL: stop drafting where the drafter's entropy says that the next token would hardly be accepted (arXiv:2410.18351).
 
-    A node is continued only while ``1 - sqrt(scale * entropy)``, a lower bound on the chance of acceptance, is at least the threshold;
-    that is decided before any continuation is drawn, and from the drafter alone, so the output is untouched. After every cycle
-    the threshold of a row moves by ``step`` towards the acceptance rate ``goal``.
+    A node is continued only while ``1 - sqrt(scale * entropy)`` is at least the threshold. That number is a lower bound on the chance of
+    acceptance. The decision comes before any continuation is drawn, and from the drafter alone, so the output does not change. After every
+    cycle the threshold of a row moves by ``step`` towards the acceptance rate ``goal``.
 
     Attributes:
         threshold: where it starts, in [0, 1).
-        scale: the paper's gamma.
-        step: the paper's epsilon.
-        goal: the paper's alpha, the acceptance rate that is aimed at.
-        rate_memory: the paper's beta_1, of the running acceptance rate.
-        threshold_memory: the paper's beta_2, of the running threshold.
+        scale: the paper's gamma, above 0.
+        step: the paper's epsilon, in [0, 1).
+        goal: the paper's alpha, the acceptance rate to reach, in [0, 1).
+        rate_memory: the paper's beta_1, of the running acceptance rate, in [0, 1).
+        threshold_memory: the paper's beta_2, of the running threshold, in [0, 1).
+
+    Raises:
+        ValueError: a number outside its range.
     """
 
     threshold: float = 0.5
@@ -93,8 +99,8 @@ class DraftLimits:
         early_stop: do not continue nodes of high entropy.
 
     Raises:
-        ValueError: numbers out of range, manners that exclude each other, a sampled tree that would be pruned by score (the rules
-            of acceptance hold only for what was really drawn).
+        ValueError: a number is out of range, or two manners exclude each other. Also for a sampled tree that would be pruned by score:
+            the rules of acceptance hold only for candidates that were really drawn.
     """
 
     beam_width: int = 1
@@ -156,9 +162,15 @@ class DraftLimits:
         return self.beam_width * (self.draft_length - 1)
 
     def no_deeper_than(self, depth: int) -> DraftLimits:
-        """The same manner of drafting, cut at a depth; deeper paths and children are dropped.
+        """Cut the draft at a depth, and keep its manner. Deeper paths and children are dropped.
 
         Example: paths (0,), (1,), (0, 0) cut at 1 are (0,), (1,).
+
+        Args:
+            depth: drafted tokens below the root, at least 1.
+
+        Returns:
+            The limits with a ``draft_length`` of at most ``depth``.
         """
         if self.draft_length <= depth:
             return self
@@ -170,7 +182,10 @@ class DraftLimits:
 
 
 def check_paths(paths: tuple[tuple[int, ...], ...]) -> None:
-    """Refuse what is no static tree.
+    """Check that paths are a static tree.
+
+    Args:
+        paths: every node as the ranks that lead to it, each at least 0.
 
     Raises:
         ValueError: no paths, a negative rank, a path twice, or one whose prefix is not among them.

@@ -35,9 +35,18 @@ def slot_mask(sees_BMN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
 
 
 def slot_positions(depths_BN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
-    """int64 [B, S]: the position of each slot's token; a node's is its row's length and its own depth. ``depths_BN``: int64.
+    """Which position the token of each slot has: its row's length and its own depth for a node, the slot's number for a cached token.
 
-    Example: the nodes above give the positions ``[0, 1, 2, 3, 3]``.
+    Args:
+        depths_BN: int64, each node's distance from the root.
+        lengths_B: int64, cached tokens of each row.
+        window: number of visible slots S.
+
+    Returns:
+        int64 [B, S].
+
+    Example:
+        the nodes of :func:`slot_mask` give the positions ``[0, 1, 2, 3, 3]``.
     """
     node_BS, drafted_BS = _nodes_at(lengths_B, window, depths_BN.shape[1])
     slot_S = torch.arange(window, device=lengths_B.device)

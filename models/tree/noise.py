@@ -40,16 +40,19 @@ _PART = 2**23
 
 
 def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: torch.device) -> Tensor:
-    """int64 [B]: the key of each request of one stream, the same whatever else is in its batch.
+    """Make the key of each request of one stream, the same whatever else is in its batch.
 
-    NumPy's SeedSequence mixes the three, so that consecutive seeds and requests have nothing in common. The request is its last part,
-    because parts of 32 bits are concatenated: a seed of 64 bits must not be another seed's with another request.
+    NumPy's SeedSequence mixes the three, so that consecutive seeds and requests have nothing in common. It concatenates parts of 32 bits.
+    The request is the last part, so that a seed of 64 bits never equals another seed with another request.
 
     Args:
         seed: of the noise, at least 0.
         requests: number of each request, at least 0.
         stream: what is drawn with the keys.
         device: of the keys.
+
+    Returns:
+        int64 [B].
 
     Raises:
         ValueError: a negative seed or request.
@@ -63,21 +66,35 @@ def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: tor
 
 
 def keys_at(keys: Tensor, places: Tensor) -> Tensor:
-    """int64: the key of each place (from 0 on) below a key; shapes broadcast.
+    """Make the key of each place below a key. The shapes of both broadcast.
 
     Example: the places 0 and 1 below the key 1234567 have the first two outputs of SplitMix64 seeded with it, 6457827717110365317 and
     3203168211198807973.
+
+    Args:
+        keys: int64.
+        places: int64, from 0 on.
+
+    Returns:
+        int64, the broadcast shape.
     """
     return _mixed(keys + (places + 1) * _INCREMENT)
 
 
 def uniforms(keys: Tensor) -> Tensor:
-    """float64 in (0, 1), the keys' own shape, from the bits of keys that :func:`keys_at` made."""
+    """Turn keys into uniform numbers.
+
+    Args:
+        keys: int64 [...], made by :func:`keys_at`.
+
+    Returns:
+        float64 [...] in (0, 1).
+    """
     return _shifted(keys, _DROPPED_BITS).double().add_(0.5).mul_(_SPACING)
 
 
 def draw(weights: Tensor, keys: Tensor) -> Tensor:
-    """int64 [..., K]: one token for each key, drawn by the weights; never one of weight 0 where another has more.
+    """Draw one token for each key by the weights; never one of weight 0 where another has more.
 
     The key and a token's id give the token an exponential waiting time. The largest weight / time wins, which is the largest
     log(weight) + Gumbel noise. Rounding changes such a draw only where the two best tokens lie within the rounding. (A draw that inverts
@@ -86,13 +103,16 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
     Args:
         weights: float [..., V], probabilities up to a factor.
         keys: int64 [..., K].
+
+    Returns:
+        Token ids, int64 [..., K].
     """
     times = [exponentials(key[..., 0], weights.shape[-1]) for key in keys.split(1, dim=-1)]
     return torch.stack([first_to_ring(weights, own) for own in times], dim=-1)
 
 
 def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
-    """int64 [B, N]: one token a node by the softmax of its logits; nodes at the same place share their waiting times.
+    """Draw one token a node by the softmax of its logits. Nodes at the same place share their waiting times.
 
     Rows and nodes are drawn for in parts, so that float64 tensors stay small however many rows, nodes and tokens there are.
 
@@ -100,6 +120,9 @@ def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
         logits_BNV: float.
         keys_BP: int64, the key of each place.
         place_BN: int64 in [0, P).
+
+    Returns:
+        Token ids, int64 [B, N].
     """
     rows = max(1, _PART // (keys_BP.shape[1] * logits_BNV.shape[-1]))
     parts = zip(logits_BNV.split(rows), keys_BP.split(rows), place_BN.split(rows), strict=True)
@@ -117,16 +140,31 @@ def _draw_rows(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
 
 
 def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
-    """float64 [..., V]: each token's waiting time under a key [...]; finite and above 0.
+    """Give each token its waiting time under a key.
 
     The shortest times decide the draws. They come from uniforms near 0 in steps of 2^-52, so a vocabulary of any size has a fine tail.
+
+    Args:
+        keys: int64 [...].
+        vocab_size: V.
+
+    Returns:
+        float64 [..., V], finite and above 0.
     """
     tokens_V = torch.arange(vocab_size, device=keys.device)
     return uniforms(keys_at(keys[..., None], tokens_V)).neg_().log1p_().neg_()
 
 
 def first_to_ring(weights: Tensor, times: Tensor) -> Tensor:
-    """int64 [...]: the token with the largest weight / time, of float [..., V] each; the lowest id of equals."""
+    """Find the token with the largest weight / time.
+
+    Args:
+        weights: float [..., V], at least 0.
+        times: float [..., V], above 0.
+
+    Returns:
+        Token ids, int64 [...]; of equals the lowest.
+    """
     return (weights / times).argmax(-1)
 
 

@@ -3,7 +3,8 @@
 Owns the draws and the fixed shape of such trees. Knows neither what continues the nodes, nor the target, nor the rules by which candidates
 are accepted (:mod:`draftsmith.decode.verify.candidates`).
 
-Shape legend: B batch rows, M nodes of a layer, K children of a node, N tree nodes, U draws, V target vocabulary, Vd draft vocabulary.
+Shape legend: B batch rows, M nodes of a layer, K children of a node, N tree nodes, U draws.
+V target vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from draftsmith.models.tree.tree import DraftTree, tree_from_layers
 def sampled_tree(
     expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, draws: Draws, vocab_size: int
 ) -> DraftTree:
-    """A tree of ``limits.sampled.children`` nodes below each node, layer behind layer, siblings side by side in the order of drawing.
+    """Draw ``limits.sampled.children`` nodes below each node, layer behind layer, siblings side by side in the order of drawing.
 
     ``mcsd`` draws siblings without replacement, ``kseq`` with it: siblings may then hold the same token. Both stay nodes of their own,
     each with its own subtree, which keeps the rule as it is stated and the shape fixed. Padding takes the places that are not
@@ -36,6 +37,9 @@ def sampled_tree(
         limits: with ``sampled``, and ``early_stop`` where there are thresholds.
         draws: the keys and the distribution to draw from.
         vocab_size: V, of the target.
+
+    Returns:
+        The tree, with ``draft_probs_BMV`` and without scores.
     """
     assert limits.sampled is not None
     tokens, parents, scores, probs = [], [], [], []
@@ -71,11 +75,18 @@ def sampled_tree(
 
 
 def layer_start(sampled: SampledChildren, depth: int) -> int:
-    """Index of the first node at a depth, the root's being 0.
+    """Index of the first node at a depth.
 
     Child i of the m-th node of a layer is the (m * children + i)-th node of the next.
 
-    Example: children (3, 2) start their layers at nodes 0, 1 and 4; the second child of node 2 is node 4 + 1 * 2 + 1 = 7.
+    Example: children (3, 2) start their layers at nodes 0, 1 and 4. The second child of node 2 is node 4 + 1 * 2 + 1 = 7.
+
+    Args:
+        sampled: how many children each depth has.
+        depth: 0 for the root.
+
+    Returns:
+        The index among all nodes; the root's is 0.
     """
     return 0 if depth == 0 else 1 + sum(sampled.widths[: depth - 1])
 
@@ -94,7 +105,16 @@ def _children(rule: Rule, weights_BMV: Tensor, keys_BMK: Tensor, draw: Draw) -> 
 
 
 def over_target(expander: Expander, weights_BMV: Tensor, vocab_size: int) -> Tensor:
-    """Weights over draft ids -> over target ids, [B, M, Vd] -> [B, M, V]; a draft vocabulary as large as the target's is the target's."""
+    """Spread weights over draft ids onto target ids. A draft vocabulary as large as the target's is the target's.
+
+    Args:
+        expander: knows which target id each draft id is.
+        weights_BMV: float [B, M, Vd].
+        vocab_size: V, of the target.
+
+    Returns:
+        The same dtype, [B, M, V]; 0 for target ids outside the draft vocabulary.
+    """
     if weights_BMV.shape[-1] == vocab_size:
         return weights_BMV
     ids = expander.target_ids(torch.arange(weights_BMV.shape[-1], device=weights_BMV.device))

@@ -3,8 +3,8 @@
 Owns every manner of deterministic drafting, for all families alike (sampled trees are in `sampled_search.py`). Knows
 neither what continues the nodes nor the target.
 
-Nothing here reads a device's numbers on the host, so that shapes stay static on a GPU; on a CPU, where reading is free, an early stop also
-ends the search.
+Nothing here reads a device's numbers on the host, so that shapes stay static on a GPU. On a CPU, where reading is free, an early stop
+also ends the search.
 
 Shape legend: B batch rows, M nodes continued in a layer, C candidates of a layer, L drafted depth, R ranks, Vd draft vocabulary.
 """
@@ -36,20 +36,34 @@ class Expander(Protocol):
         ...
 
     def begin(self) -> Tensor:
-        """Draft logits [B, 1, Vd] of what follows the root. Called first."""
+        """Begin the draft at the root. Called first.
+
+        Returns:
+            float [B, 1, Vd], the draft logits of what follows the root.
+        """
         ...
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """Draft logits [B, M, Vd] of what follows M new nodes.
+        """Continue M new nodes.
 
         Args:
             tokens_BM: int64, target ids.
             above_BM: int64, which node of the last call each one continues (0 after :meth:`begin`).
+
+        Returns:
+            float [B, M, Vd], the draft logits of what follows each node.
         """
         ...
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft ids -> target ids, int64, any shape."""
+        """Map draft ids to target ids.
+
+        Args:
+            draft_ids: int64, any shape.
+
+        Returns:
+            int64, the same shape.
+        """
         ...
 
 
@@ -77,6 +91,9 @@ def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits,
         limits: the manner and its numbers.
         score_scale: draft logits are multiplied by it before paths are compared (an inverse temperature).
 
+    Returns:
+        The tree, pruned to the limits.
+
     Raises:
         ValueError: more continuations are asked for than the draft vocabulary has tokens.
     """
@@ -95,16 +112,29 @@ def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits,
 
 @dataclass(frozen=True)
 class _Scorer:
-    """The likeliest continuations of nodes and their cumulative log-probabilities; minus infinity below a node that is stopped at."""
+    """Ranks continuations by cumulative log-probability; minus infinity below a node where drafting stops.
+
+    Attributes:
+        stop: the early stop, or None.
+        below_B: float32 [B], its thresholds, or None.
+        scale: draft logits are multiplied by it first.
+    """
 
     stop: EarlyStop | None
     below_B: Tensor | None
     scale: float
 
     def best(self, score_BM: Tensor, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
-        """float32 [B, M, R], int64 [B, M, R]: scores and draft ids of the ``count`` likeliest continuations of nodes at a depth.
+        """Find the ``count`` likeliest continuations of nodes at a depth. The root (depth 0) is always continued.
 
-        The root (depth 0) is always continued.
+        Args:
+            score_BM: float32, cumulative log-probabilities of the nodes.
+            logits_BMV: float [B, M, Vd].
+            count: R.
+            depth: of the nodes.
+
+        Returns:
+            Scores float32 [B, M, R], and draft ids int64 [B, M, R].
 
         Raises:
             ValueError: the draft vocabulary has fewer tokens than ``count``.
@@ -122,9 +152,10 @@ class _Scorer:
         return top_BMR, draft_BMR
 
     def standing(self, scores_BMR: Tensor, standing_BM: Tensor) -> Tensor:
-        """float32 [B, M, R], what beams compete with: a beam that was stopped takes part, as its own first continuation, with what it has.
+        """What beams compete with, float32 [B, M, R].
 
-        Without it a beam would lose its place, and the nodes it has, for having been stopped.
+        A beam that was stopped takes part with the score it has, as its own first continuation. Otherwise it would lose its place and its
+        nodes.
         """
         first_BM = scores_BMR[..., 0]
         first_BM = torch.where(first_BM == -torch.inf, standing_BM, first_BM)
@@ -141,6 +172,9 @@ def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
     Args:
         log_probs: float [..., Vd], the drafter's, at temperature 1.
         scale: the paper's gamma.
+
+    Returns:
+        float [...], at most 1.
     """
     entropy = torch.special.entr(log_probs.exp()).sum(-1)
     return 1.0 - (scale * entropy).clamp(min=0.0).sqrt()
@@ -154,6 +188,9 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
         width: beams.
         length: tokens of each beam.
         scorer: ranks continuations.
+
+    Returns:
+        The tree with its scores; shared prefixes are one node.
     """
     tokens, above, scores = [], [], []
     for layer in _beam_layers(expander, width, length, scorer, stopped_stay=scorer.stop is not None):
@@ -174,6 +211,9 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -
         width: nodes continued in each layer, and continuations of each.
         length: layers.
         scorer: ranks continuations.
+
+    Returns:
+        The whole tree with its scores.
     """
     tokens, parents, scores = [], [], []
     parent_BM = torch.zeros_like(expander.root_B)[:, None]
@@ -191,8 +231,12 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -
 class _Layer:
     """A layer of a beam search: all continuations, and which of them are continued in turn.
 
-    tokens_BMR and scores_BMR are of all; token_BM, above_BM (the beam of the layer before) and score_BM of the best; flat_BM is the place
-    of the best among all.
+    Attributes:
+        tokens_BMR: int64, target ids of all continuations.
+        scores_BMR: float32, their cumulative log-probabilities.
+        token_BM: int64, the best of all.
+        score_BM: float32, the scores of the best.
+        flat_BM: int64, the place of the best among all, in the flattened [M, R].
     """
 
     tokens_BMR: Tensor
@@ -235,7 +279,19 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, s
 
 
 def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) -> DraftTree:
-    """A tree of fixed shape, filled by rank (arXiv:2401.15077, section 4.1; arXiv:2401.10774, section 2.1.2)."""
+    """A tree of fixed shape, filled by rank (arXiv:2401.15077, section 4.1; arXiv:2401.10774, section 2.1.2).
+
+    Args:
+        expander: continues nodes.
+        paths: every node as the ranks that lead to it, with all prefixes.
+        scorer: ranks continuations.
+
+    Returns:
+        The tree with its scores.
+
+    Raises:
+        ValueError: a rank is beyond the draft vocabulary.
+    """
     tokens, parents, scores = [], [], []
     logits_BMV = expander.begin()
     score_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)
@@ -259,8 +315,14 @@ def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) ->
 
 @dataclass(frozen=True)
 class _LayerPlan:
-    """One layer of a static tree: num_ranks R are taken of every continued node; places (in the flattened [M, R]) and parents (node
-    indices) of the layer's nodes; which of them are continued."""
+    """One layer of a static tree.
+
+    Attributes:
+        num_ranks: R, how many continuations are ranked below every continued node.
+        places: of the layer's nodes, in the flattened [M, R].
+        parents: of the layer's nodes, as node indices.
+        continued: which of the layer's nodes have children.
+    """
 
     num_ranks: int
     places: list[int]

@@ -1,7 +1,7 @@
 """The little language of draft shapes: `10x4`, `10x6n60`, `t3.2.1`, `s1.1.1.1`, `1x8e0.5`.
 
-Owns what can be written on a command line, in a report and in a file of paths for anything that :class:`DraftLimits` can say; each text
-reads back as the limits it was written from. Knows nothing of how a shape is drafted, and which limits make sense is the limits' own.
+Owns how every :class:`DraftLimits` is written on a command line, in a report and in a file of paths. Each text reads back as the limits
+it was written from. Knows nothing of how a shape is drafted; which limits make sense is decided in :mod:`draftsmith.models.tree.limits`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _EXPLAINED = (
 
 
 def parse_shape(text: str) -> DraftLimits:
-    """The limits that a text stands for.
+    """The limits that a text describes.
 
     ======================  ===============================================================================================
     ``10x4``                beams: width 10, 4 drafted tokens below the root
@@ -55,6 +55,12 @@ def parse_shape(text: str) -> DraftLimits:
     ``...e0.5``             behind any of them: stop early (AdaEDL) from this threshold on; then, where they differ from the defaults of
                             :class:`EarlyStop`, ``g`` scale, ``a`` goal, ``s`` step, ``r`` rate memory, ``m`` threshold memory
     ======================  ===============================================================================================
+
+    Args:
+        text: one of these.
+
+    Returns:
+        The limits.
 
     Raises:
         ValueError: anything else, a file that holds no tree, or limits that exclude each other.
@@ -82,7 +88,14 @@ def parse_shape(text: str) -> DraftLimits:
 
 
 def shape_text(limits: DraftLimits) -> str:
-    """The text that :func:`parse_shape` reads back."""
+    """Write limits as :func:`parse_shape` reads them.
+
+    Args:
+        limits: any.
+
+    Returns:
+        The text; parsing it gives equal limits.
+    """
     if limits.sampled is not None:
         letters = {rule: letter for letter, rule in _RULES.items()}
         text = letters[limits.sampled.rule] + _dotted(limits.sampled.children)
@@ -99,9 +112,16 @@ def shape_text(limits: DraftLimits) -> str:
 
 
 def short_shape(text: str, longest: int = 28) -> str:
-    """A shape's text for a table or a chart: static trees of many paths by their size and a mark that tells them apart.
+    """Shorten a shape's text for a table or a chart. A static tree of many paths becomes its size and a mark of four hexadecimal digits.
 
     Example: ``static 26x5 (3fa2)`` has 26 nodes down to depth 5.
+
+    Args:
+        text: a shape, as :func:`shape_text` writes it.
+        longest: characters up to which a text stays as it is.
+
+    Returns:
+        The text or its short form.
     """
     if len(text) <= longest or not text.startswith("paths:"):
         return text
@@ -115,6 +135,12 @@ def full_tree(children: Sequence[int]) -> tuple[RankPath, ...]:
 
     Example: (2, 1) gives (0,), (1,), (0, 0), (1, 0).
 
+    Args:
+        children: of each node, depth by depth.
+
+    Returns:
+        The paths, by depth and rank.
+
     Raises:
         ValueError: more nodes than any machine would verify in one step.
     """
@@ -127,7 +153,13 @@ def full_tree(children: Sequence[int]) -> tuple[RankPath, ...]:
 
 
 def read_paths(path: Path) -> tuple[RankPath, ...]:
-    """The paths of a static tree from a JSON file: a list of lists of ranks, as other projects write such trees.
+    """Read the paths of a static tree from a JSON file: a list of lists of ranks, as other projects write such trees.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The paths, in the order of the file.
 
     Raises:
         ValueError: no such file, no JSON, or no list of lists of numbers.
@@ -141,7 +173,14 @@ def read_paths(path: Path) -> tuple[RankPath, ...]:
 
 
 def paths_json(paths: Sequence[RankPath]) -> str:
-    """What :func:`read_paths` reads, a line for each depth."""
+    """Write paths as :func:`read_paths` reads them.
+
+    Args:
+        paths: of a static tree.
+
+    Returns:
+        JSON, a line for each depth.
+    """
     depths = sorted({len(path) for path in paths})
     lines = [", ".join(str(list(path)) for path in paths if len(path) == depth) for depth in depths]
     return "[\n  " + ",\n  ".join(lines) + "\n]\n"

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Which rows of a batch go on, in an order that moves as few as possible.
+    """Which rows of a batch continue, in an order that moves as few as possible.
 
     Attributes:
         order: old number of each row that is kept, in the new order.
@@ -34,7 +34,15 @@ class KeptRows:
 
     @classmethod
     def of(cls, keep: list[int], device: torch.device) -> KeptRows:
-        """From ascending row numbers. Example: keeping 1, 2, 4 of five rows gives the order 4, 1, 2: row 4 moves into place 0."""
+        """Plan the moves. Example: keeping 1, 2, 4 of five rows gives the order 4, 1, 2: row 4 moves into place 0.
+
+        Args:
+            keep: numbers of the rows to keep, ascending.
+            device: of ``index``.
+
+        Returns:
+            The plan.
+        """
         kept = set(keep)
         holes = [row for row in range(len(keep)) if row not in kept]
         movers = [row for row in keep if row >= len(keep)]
@@ -47,13 +55,17 @@ class KeptRows:
 class SlotCache(Cache):
     """Static buffers of S slots a layer, written at row-specific slots.
 
-    Layers of one shape and device, which is all of them in most models, share one buffer, so that an accepted path is compacted in two
-    operations. Buffers are made at a layer's first write, on its device and in its dtype; a layer of another shape gets its own. Layers
+    Layers of one shape and device share one buffer, so that an accepted path is compacted in two operations. In most models these are all
+    layers. Buffers are made at a layer's first write, on its device and in its dtype; a layer of another shape gets its own. Layers
     with a sliding window keep all slots too; the mask hides what is out of the window.
 
     Args:
         capacity: number of slots S of each row.
         num_layers: how many layers the model has.
+
+    Attributes:
+        capacity: S.
+        window: how many slots the next forward sees, from slot 0 on.
     """
 
     def __init__(self, capacity: int, num_layers: int) -> None:
@@ -86,7 +98,18 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, H, N, Dh]; return those of the visible slots."""
+        """Write new keys and values. Transformers' models call it in each layer.
+
+        Args:
+            key_states: float [B, H, N, Dh].
+            value_states: float [B, H, N, Dh].
+            layer_idx: the layer; its first call makes its buffers.
+            args: ignored, as in other caches of Transformers.
+            kwargs: ignored, likewise.
+
+        Returns:
+            Keys and values of the visible slots, [B, H, window, Dh] each.
+        """
         if layer_idx == len(self._places):
             self._places.append(self._allocate(key_states, value_states))
         keys, values = self.layer(layer_idx)
@@ -101,27 +124,48 @@ class SlotCache(Cache):
         return keys[:, :, : self.window], values[:, :, : self.window]
 
     def move(self, source_BE: Tensor, target_BE: Tensor) -> None:
-        """Copy slots to other slots of the same row, in all layers: the compaction of an accepted path. int64 [B, E] each."""
+        """Copy slots to other slots of the same row, in all layers: the compaction of an accepted path.
+
+        Args:
+            source_BE: int64, where each token lies.
+            target_BE: int64, where it goes.
+        """
         for pool in self._pools:
             shape = (pool.shape[0], -1, pool.shape[2], -1, pool.shape[4])
             moved = pool.gather(3, source_BE[None, :, None, :, None].to(pool.device).expand(shape))
             pool.scatter_(3, target_BE[None, :, None, :, None].to(pool.device).expand(shape), moved)
 
     def replace(self, rows: list[int], fresh: SlotCache) -> None:
-        """Put another cache's rows, all of its slots, in the place of these rows' first slots."""
+        """Put another cache's rows, all of its slots, in the place of these rows' first slots.
+
+        Args:
+            rows: numbers of the rows to overwrite.
+            fresh: a cache with as many rows, and no more slots.
+        """
         for index in range(len(self)):
             for buffer, new in zip(self.layer(index), fresh.layer(index), strict=True):
                 buffer[rows, :, : fresh.capacity] = new
 
     def shrink(self, kept: KeptRows) -> None:
-        """Keep some rows; only those that fill holes are copied."""
+        """Keep some rows; only those that fill holes are copied.
+
+        Args:
+            kept: which rows, and where they go.
+        """
         for index, pool in enumerate(self._pools):
             if kept.holes:
                 pool[:, kept.holes] = pool[:, kept.movers]
             self._pools[index] = pool[:, : len(kept.order)]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [B, H, S, Dh] each."""
+        """Give the buffers of a layer.
+
+        Args:
+            index: of the layer.
+
+        Returns:
+            Keys and values, [B, H, S, Dh] each.
+        """
         (key_pool, key_row), (value_pool, value_row) = self._places[index]
         return self._pools[key_pool][key_row], self._pools[value_pool][value_row]
 

@@ -31,10 +31,10 @@ class DraftTree:
         valid_BN: bool, True at real nodes.
         max_depth: largest depth that any row can have (a host number, so that shapes stay static).
         scores_BN: cumulative draft log-probability of the path to a node, float; None where the drafter gives none.
-        chain: True where node i is known to be the parent of node i + 1 in every row, so that an accepted path needs no compaction.
-        draft_probs_BMV: of a sampled tree, float [B, M, V] over target ids: what the children of each of the first M nodes were drawn
-            from, zeros where a node has none (the other N - M are leaves). None in other trees. Such a tree is neither
-            packed nor pruned: the rules of acceptance need every candidate in the order of drawing. Of a chain, the same where
+        chain: True where node i is known to be the parent of node i + 1 in every row. An accepted path then needs no compaction.
+        draft_probs_BMV: of a sampled tree, float [B, M, V] over target ids: the distribution that the children of each of the first M
+            nodes were drawn from. It is 0 where a node has none; the other N - M nodes are leaves. None in other trees. Such a tree is
+            neither packed nor pruned: the rules of acceptance need every candidate in the order of drawing. Of a chain, the same where
             verification asked for it.
     """
 
@@ -53,7 +53,11 @@ class DraftTree:
         return self.tokens_BN.shape[1]
 
     def ancestors(self) -> Tensor:
-        """bool [B, N, N]: ``[b, i, j]`` is True where node j is node i itself or one of its ancestors."""
+        """Mark the ancestors of every node.
+
+        Returns:
+            bool [B, N, N]: ``[b, i, j]`` is True where node j is node i itself or one of its ancestors.
+        """
         eye_NN = torch.eye(self.num_nodes, dtype=torch.bool, device=self.tokens_BN.device)
         if self.num_nodes == 1:
             return eye_NN[None].expand(self.tokens_BN.shape[0], 1, 1)
@@ -68,7 +72,14 @@ class DraftTree:
         return reach_BNN.bool()
 
     def select_rows(self, rows: Tensor) -> DraftTree:
-        """The tree of some batch rows only. ``rows``: int64 [B']."""
+        """Keep some batch rows only.
+
+        Args:
+            rows: int64 [B'].
+
+        Returns:
+            The tree of these rows.
+        """
         return replace(
             self,
             tokens_BN=self.tokens_BN[rows],
@@ -81,7 +92,14 @@ class DraftTree:
 
 
 def root_tree(root_B: Tensor) -> DraftTree:
-    """The tree of plain decoding: nothing proposed, one node a row. ``root_B``: int64 [B]."""
+    """The tree of plain decoding: nothing proposed, one node a row.
+
+    Args:
+        root_B: int64 [B], the root tokens.
+
+    Returns:
+        A tree of N = 1 node.
+    """
     zeros_B1 = torch.zeros_like(root_B)[:, None]
     return DraftTree(
         root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0, chain=True
@@ -97,6 +115,9 @@ def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None
         root_B: int64 [B], the root tokens.
         paths_BML: int64 [B, M, L], tokens of M drafted paths below the root.
         scores_BML: optional float [B, M, L], cumulative log-probability of each path's prefix; minus infinity marks padding.
+
+    Returns:
+        The tree, packed.
 
     Example:
         paths ``[[5, 6], [5, 7]]`` give the nodes root, 5, 6, 7 with parents -1, 0, 1, 1.
@@ -135,6 +156,9 @@ def tree_from_layers(
         tokens: of each depth from 1 on, int64 [B, C], C may differ from depth to depth.
         parents: of each depth, int64 [B, C], index of the parent among all nodes (0 is the root).
         scores: of each depth, float [B, C], cumulative log-probabilities.
+
+    Returns:
+        The tree, not packed: N is 1 and the sum of all C.
     """
     depths = [torch.full_like(layer, depth) for depth, layer in enumerate(tokens, 1)]
     scores_BN = _under(scores[0].new_zeros(root_B.shape[0], 1), scores)
@@ -152,8 +176,15 @@ def tree_from_layers(
 def prune(tree: DraftTree, node_budget: int) -> DraftTree:
     """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (the rerank of arXiv:2406.16858 section 4).
 
-    A parent never scores below its child and precedes it; the sort is stable, so ties go to the parent and what is kept is
+    A parent never scores below its child and precedes it, and the sort is stable. So ties go to the parent and what is kept is
     connected, which is asserted. The root is kept beside the budget.
+
+    Args:
+        tree: with scores.
+        node_budget: how many drafted nodes to keep, at least 1.
+
+    Returns:
+        The tree, packed to at most ``node_budget`` + 1 nodes.
 
     Raises:
         ValueError: ``node_budget`` is below 1, or the tree carries no scores.
@@ -176,8 +207,12 @@ def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
     """Move the valid nodes of each row to the front, in order, and cut the padding off.
 
     Args:
-        width: static number of nodes to keep. None keeps as many as the fullest row has where that number is free to read
-            (on a CPU), and all of them elsewhere, since reading it would synchronise the host with the device.
+        tree: any but a sampled one, which keeps its shape.
+        width: static number of nodes to keep. None keeps as many as the fullest row has on a CPU, where that number is free to read.
+            Elsewhere None keeps all, since reading it would synchronise the host with the device.
+
+    Returns:
+        The tree with N = ``width``.
     """
     assert tree.draft_probs_BMV is None, "a sampled tree keeps its shape"
     if tree.tokens_BN.device.type == "cpu":
