@@ -58,7 +58,7 @@ def export(
 ) -> None:
     """Write a trained drafter as safetensors, config and model card, then read it back and compare.
 
-    Reads draftsmith's layout and, with --target, those of other software, which docs/how-to/export.md lists. The card's
+    Reads draftsmith's layout and, with --target, those of other software, which docs/how-to/serve/export.md lists. The card's
     figures come from --report and the training record only; without them the card states that nothing was measured or recorded.
 
     Args:
@@ -66,7 +66,7 @@ def export(
         out: Folder to write; an earlier export there is replaced as a whole.
         target: Directory or hub id of the drafter's target, or embedded:target; checked to be the one it was trained for.
         layout: draftsmith or custom_generate (Transformers alone) for any drafter, or an engine's layout for its family.
-            docs/how-to/export.md lists them; the error for another name lists those that fit the drafter.
+            docs/how-to/serve/export.md lists them; the error for another name lists those that fit the drafter.
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
         records: What the model card quotes; see `RecordOptions`.
         where: Which target is meant; see `EndsOptions`. Name its adapter where the drafter is for both together.

@@ -100,7 +100,7 @@ def run_help(command: str) -> str:
     lines += _wrapped(
         "A YAML file names three things: `trainer` (Lightning's Trainer: devices, precision, length, callbacks), `model` and `data`. "
         "`class_path` names a class of model and data, `init_args` its settings. Any key is also a flag, joined by dots. The files in "
-        "configs/ are complete examples; start as docs/how-to/training.md shows.",
+        "configs/ are complete examples; start as docs/how-to/train/training.md shows.",
         "",
     )
     lines += ["", "flags that are used most:"]

@@ -1,6 +1,6 @@
 """Label Studio's JSON, both ways: a task an answer, a span labelled `error`, a choice for the verdict.
 
-Owns that layout and its offsets. Knows nothing of other formats or the store. See docs/how-to/label.md for the labelling
+Owns that layout and its offsets. Knows nothing of other formats or the store. See docs/how-to/judge/label.md for the labelling
 configuration that fits.
 """
 

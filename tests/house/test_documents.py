@@ -156,7 +156,7 @@ def test_the_python_example_for_ones_own_model_runs(tmp_path: Path, capsys: pyte
     assert "accepted in each cycle: [" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["docs/how-to/judge.md", "docs/how-to/lossy.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/judge/judge.md", "docs/how-to/judge/lossy.md"])
 def test_the_examples_with_a_judge_run(page: str, tmp_path: Path) -> None:
     target = Target.load("embedded:target")
     Judge(JudgeConfig(hidden_size=target.ends.hidden_size, threshold=0.5)).save_pretrained(tmp_path / "judge")

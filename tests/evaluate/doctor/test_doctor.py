@@ -992,7 +992,9 @@ def test_a_broken_line_of_the_text_is_left_out_and_named(
 
 
 def test_the_page_explains_every_check() -> None:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "how-to" / "doctor.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "how-to" / "measure" / "doctor.md").read_text(
+        encoding="utf-8"
+    )
     explained = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
     assert sorted(explained) == sorted(NAMES)
     told = page.partition("## What each finding means")[2].partition("\n## ")[0]

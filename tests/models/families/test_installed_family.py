@@ -16,7 +16,7 @@ from draftsmith.models import Family
 from draftsmith.models.drafters.registry import GROUP, Registry
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = ROOT / "docs" / "how-to" / "new-family.md"
+PAGE = ROOT / "docs" / "how-to" / "drafters" / "new-family.md"
 HEADS = Path(parallel_heads.__file__)
 
 # A program with the package installed: the drafter is read, and exported in both layouts.
