@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from banned_words import banned_in
 from pages import PAGES, ROOT
 
 from draftsmith import cli
@@ -28,18 +29,6 @@ RECORDS = {page for page in PAGES if page.is_relative_to(ROOT / "benchmarks") or
 CHECKED = [page for page in PAGES if page not in RECORDS]
 PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
 CODE = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-
-# A pattern, and what to write in its place.
-BANNED = {
-    r"\b(?:is|are|was|were|be|been|being|gets?) (?:said|told(?! apart)|refused)\b": "say who does it: 'the command stops'",
-    r"\b(?:go|goes|going|gone|went) on\b": "resumes, continues, follows",
-    r"\bst(?:and|ands|anding|ood) in\b": "is in, replaces",
-    r"\bst(?:and|ands|anding|ood) for itself\b": "is independent",
-    r"\bof them all\b": "of all",
-    r"\bheld to\b": "must agree with, is checked against",
-    r"\bleft out (?:are|is|and told)\b": "begin with the subject: 'The command skips ...'",
-    r"\btold otherwise\b": "by default",
-}
 
 
 def prose(text: str) -> str:
@@ -66,17 +55,6 @@ def sentences(text: str) -> list[str]:
 def num_words(sentence: str) -> int:
     """Words that hold a letter or a digit."""
     return sum(any(sign.isalnum() for sign in word) for word in sentence.split())
-
-
-def banned_in(text: str) -> list[str]:
-    """Each banned phrase with its remedy and what surrounds it."""
-    flat = " ".join(text.split())
-    found = [
-        (match, remedy) for pattern, remedy in BANNED.items() for match in re.finditer(pattern, flat, re.IGNORECASE)
-    ]
-    return [
-        f"{match[0]!r} in '{flat[max(0, match.start() - 40) : match.end() + 30]}'; {remedy}" for match, remedy in found
-    ]
 
 
 def docstrings(tree: ast.Module) -> set[ast.AST]:
