@@ -88,7 +88,7 @@ def raised_by(function: ast.AST) -> set[str]:
     return names - OWN_ERRORS
 
 
-def constructors(owner: Owner) -> list[ast.AST]:
+def constructors(owner: Owner) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """The methods that make an object of a class; none where the owner is a function."""
     body = owner.node.body if isinstance(owner.node, ast.ClassDef) else []
     return [node for node in body if isinstance(node, FUNCTIONS) and node.name in CONSTRUCTORS]
@@ -100,7 +100,7 @@ def missing_errors(owner: Owner) -> set[str]:
     documented = sections(owner.docstring).get("Raises", "")
     for method in constructors(owner):
         raised_here |= raised_by(method)
-        documented += sections(ast.get_docstring(method) or "").get("Raises", "")  # type: ignore[arg-type]
+        documented += sections(ast.get_docstring(method) or "").get("Raises", "")
     return {name for name in raised_here if not re.search(rf"^\s+(\w+, )*{name}\b.*:", documented, re.MULTILINE)}
 
 
