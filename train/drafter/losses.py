@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Heads = Tensor | Sequence[Tensor]
+"""Output heads: one [Vd, E] for all draft steps, or one for each of the K."""
+
 OUTSIDE = -1
 """Draft id of a target token that the draft vocabulary does not hold."""
 
@@ -62,20 +65,6 @@ class StepSums:
     feature_sum: Tensor | None = None
 
 
-def joined(parts: Sequence[StepSums]) -> StepSums:
-    """The sums of consecutive draft steps, each part's steps behind those of the part before it."""
-    top1 = [part.top1 for part in parts if part.top1 is not None]
-    top5 = [part.top5 for part in parts if part.top5 is not None]
-    return StepSums(
-        total=torch.stack([part.total for part in parts]).sum(),
-        loss_sum=torch.cat([part.loss_sum for part in parts]),
-        loss_rows=torch.cat([part.loss_rows for part in parts]),
-        rows=torch.cat([part.rows for part in parts]),
-        top1=torch.cat(top1) if top1 else None,
-        top5=torch.cat(top5) if top5 else None,
-    )
-
-
 def default_chunk_rows(draft_vocab_size: int) -> int:
     """Rows of a chunk: about a million logits, but at least 512 rows (thinner matrix products waste the machine)."""
     return max(512, min(4096, 2**20 // max(1, draft_vocab_size)))
@@ -83,7 +72,7 @@ def default_chunk_rows(draft_vocab_size: int) -> int:
 
 def head_cross_entropy(
     head_inputs: Tensor,
-    head_weight: Tensor,
+    heads: Heads,
     targets: Tensor,
     valid: Tensor,
     step_weights: Tensor,
@@ -92,28 +81,29 @@ def head_cross_entropy(
 ) -> StepSums:
     """Teacher-forced cross-entropy of every draft step (arXiv 2403.09919, section 4; Apple's training loss).
 
-    head_inputs [K, A, E] float; head_weight [Vd, E] float; targets [A, K] int64 draft ids, OUTSIDE where the draft
-    vocabulary lacks the token; valid [A, K] bool; step_weights [K] float. A target outside the draft vocabulary adds
-    nothing to the loss and counts as a miss in top-1 and top-5: a drafter can never propose it.
+    head_inputs [K, A, E] float; heads: one head's weights [Vd, E] float, or those of each step; targets [A, K] int64
+    draft ids, OUTSIDE where the draft vocabulary lacks the token; valid [A, K] bool; step_weights [K] float. A target
+    outside the draft vocabulary adds nothing to the loss and counts as a miss in top-1 and top-5: a drafter can never
+    propose it.
     Raises ValueError on shapes that do not fit.
     """
-    _check_shapes(head_inputs, head_weight, targets, valid, step_weights)
+    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     row_ids = torch.nonzero(flat_valid & (flat_targets != OUTSIDE)).squeeze(1)
     job = _CrossEntropyJob(
         row_ids=row_ids,
         row_targets=flat_targets[row_ids],
         num_anchors=head_inputs.shape[1],
-        chunk_rows=chunk_rows or default_chunk_rows(head_weight.shape[0]),
+        chunk_rows=chunk_rows or default_chunk_rows(weights[0].shape[0]),
         metrics=metrics,
         grad_enabled=torch.is_grad_enabled(),
     )
-    return _run(job, head_inputs, head_weight, valid, step_weights)
+    return _run(job, head_inputs, weights, valid, step_weights)
 
 
 def head_distillation(
     head_inputs: Tensor,
-    head_weight: Tensor,
+    heads: Heads,
     teacher: Callable[[Tensor], Taught],
     teacher_rows: Tensor,
     targets: Tensor,
@@ -135,7 +125,7 @@ def head_distillation(
     (Soft cross-entropy is the same up to a constant. Local distillation of arXiv 2403.09919, section
     4.2, is head_cross_entropy on another rollout.)
     """
-    _check_shapes(head_inputs, head_weight, targets, valid, step_weights)
+    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     teacher_ids, grid = group_by_teacher(teacher_rows.T.reshape(-1), flat_valid)
     num_grouped = max(1, grid.shape[1])
@@ -146,11 +136,11 @@ def head_distillation(
         grid=grid,
         flat_targets=flat_targets,
         num_anchors=head_inputs.shape[1],
-        chunk_positions=max(1, (chunk_rows or default_chunk_rows(head_weight.shape[0])) // num_grouped),
+        chunk_positions=max(1, (chunk_rows or default_chunk_rows(weights[0].shape[0])) // num_grouped),
         metrics=metrics,
         grad_enabled=torch.is_grad_enabled(),
     )
-    return _run(job, head_inputs, head_weight, valid, step_weights)
+    return _run(job, head_inputs, weights, valid, step_weights)
 
 
 @dataclass(frozen=True)
@@ -287,57 +277,60 @@ class _ChunkedHead(torch.autograd.Function):
     """Sums over chunks of rows; gradients are made beside the loss and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, head_inputs: Tensor, head_weight: Tensor, step_weights: Tensor, job: _Job) -> tuple:
+    def forward(ctx: Any, head_inputs: Tensor, step_weights: Tensor, job: _Job, *heads: Tensor) -> tuple:
         num_steps, num_anchors, width = head_inputs.shape
         device_type = head_inputs.device.type
         compute_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         flat_inputs = head_inputs.reshape(num_steps * num_anchors, width)
-        compute_dtype = compute_dtype or torch.promote_types(head_inputs.dtype, head_weight.dtype)
-        weight = head_weight.to(compute_dtype)
-        sum_dtype = torch.promote_types(torch.float32, head_weight.dtype)
+        compute_dtype = compute_dtype or torch.promote_types(head_inputs.dtype, heads[0].dtype)
+        weights = [head.to(compute_dtype) for head in heads]
+        sum_dtype = torch.promote_types(torch.float32, heads[0].dtype)
         sums = torch.zeros(4, num_steps, dtype=sum_dtype, device=head_inputs.device)
         grad_inputs = torch.zeros_like(flat_inputs) if job.grad_enabled and head_inputs.requires_grad else None
-        grad_weight = (
-            torch.zeros_like(head_weight, dtype=sum_dtype) if job.grad_enabled and head_weight.requires_grad else None
-        )
+        grad_weights = [
+            torch.zeros_like(head, dtype=sum_dtype) if job.grad_enabled and head.requires_grad else None
+            for head in heads
+        ]
         with torch.autocast(device_type, enabled=False):
             for chunk in job.chunks():
                 if not len(chunk.row_ids):  # splitting nothing gives one empty piece
                     continue
                 inputs = flat_inputs.index_select(0, chunk.row_ids).to(compute_dtype)
-                _one_chunk(job, chunk, inputs, weight, step_weights.to(sum_dtype), sums, grad_inputs, grad_weight)
+                _one_chunk(job, chunk, inputs, weights, step_weights.to(sum_dtype), sums, grad_inputs, grad_weights)
         total = (step_weights.to(sum_dtype) * sums[0]).sum()
-        ctx.has_grads = (grad_inputs is not None, grad_weight is not None)
         ctx.shape = head_inputs.shape
-        ctx.weight_dtype = head_weight.dtype
-        ctx.save_for_backward(*[grad for grad in (grad_inputs, grad_weight) if grad is not None])
+        ctx.head_dtypes = [head.dtype for head in heads]
+        ctx.save_for_backward(grad_inputs, *grad_weights)
         ctx.mark_non_differentiable(sums)
         return total, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _grad_sums: Tensor) -> tuple:
-        saved = list(ctx.saved_tensors)
-        has_inputs, has_weight = ctx.has_grads
-        grad_inputs = (saved.pop(0) * grad_total).view(ctx.shape) if has_inputs else None
-        grad_weight = (saved.pop(0) * grad_total).to(ctx.weight_dtype) if has_weight else None
-        return grad_inputs, grad_weight, None, None
+        inputs_grad, *weight_grads = ctx.saved_tensors
+        grad_inputs = None if inputs_grad is None else (inputs_grad * grad_total).view(ctx.shape)
+        grad_weights = [
+            None if grad is None else (grad * grad_total).to(dtype)
+            for grad, dtype in zip(weight_grads, ctx.head_dtypes, strict=True)
+        ]
+        return grad_inputs, None, None, *grad_weights
 
 
 def _one_chunk(
     job: _Job,
     chunk: _Chunk,
     inputs: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     step_weights: Tensor,
     sums: Tensor,
     grad_inputs: Tensor | None,
-    grad_weight: Tensor | None,
+    grad_weights: Sequence[Tensor | None],
 ) -> None:
     """Adds one chunk to sums [4, K] (loss, loss rows, top-1, top-5) and, scaled by step weights, to the gradients."""
     steps = torch.div(chunk.row_ids, job.num_anchors, rounding_mode="floor")
+    rows_of_heads = _rows_of_heads(steps, len(weights))
     # Softmax in float32 (or better) whatever the matrix product's dtype: bf16 has 8 bits and a vocabulary has 2^17.
-    log_probs = torch.log_softmax(inputs @ weight.T, dim=-1, dtype=sums.dtype)
+    log_probs = torch.log_softmax(_logits(inputs, weights, rows_of_heads), dim=-1, dtype=sums.dtype)
     keep = torch.ones_like(steps, dtype=sums.dtype) if chunk.row_mask is None else chunk.row_mask.to(sums.dtype)
     if job.metrics:
         ranks = _ranks(log_probs, job.targets_of(chunk))
@@ -346,19 +339,42 @@ def _one_chunk(
     loss, grad_logits = job.loss_and_grad(chunk, log_probs)
     sums[0].index_add_(0, steps, loss * keep)
     sums[1].index_add_(0, steps, keep)
-    if grad_inputs is None and grad_weight is None:
-        return
     scales = (keep * step_weights[steps])[:, None]
-    grad_logits = grad_logits.to(weight.dtype)
-    if grad_weight is not None:
-        scaled_inputs = inputs * scales.to(inputs.dtype)
-        if grad_weight.dtype == grad_logits.dtype:
-            grad_weight.addmm_(grad_logits.T, scaled_inputs)
-        else:
-            grad_weight += grad_logits.T @ scaled_inputs
-    if grad_inputs is not None:
-        chunk_grad = ((grad_logits @ weight) * scales).to(grad_inputs.dtype)
-        grad_inputs.index_add_(0, chunk.row_ids, chunk_grad)  # masked slots add exact zeros to row 0
+    for rows, weight, grad_weight in zip(rows_of_heads, weights, grad_weights, strict=True):
+        if grad_inputs is None and grad_weight is None:
+            continue
+        rows_grad = grad_logits[rows].to(weight.dtype)
+        if grad_weight is not None:
+            _add_product(grad_weight, rows_grad.T, inputs[rows] * scales[rows].to(inputs.dtype))
+        if grad_inputs is not None:
+            # Masked slots add exact zeros to row 0.
+            grad_inputs.index_add_(0, chunk.row_ids[rows], ((rows_grad @ weight) * scales[rows]).to(grad_inputs.dtype))
+
+
+def _rows_of_heads(steps: Tensor, num_heads: int) -> list[Tensor | slice]:
+    """Which rows of a chunk each head is for: all of them for the only one, else those of its step; steps int64 [C]."""
+    if num_heads == 1:
+        return [slice(None)]
+    sizes = torch.bincount(steps, minlength=num_heads).tolist()
+    return list(steps.argsort(stable=True).split(sizes))
+
+
+def _logits(inputs: Tensor, weights: Sequence[Tensor], rows_of_heads: Sequence[Tensor | slice]) -> Tensor:
+    """inputs [C, E] -> [C, Vd], each row by its own head."""
+    if len(weights) == 1:
+        return inputs @ weights[0].T
+    logits = inputs.new_empty(len(inputs), weights[0].shape[0])
+    for rows, weight in zip(rows_of_heads, weights, strict=True):
+        logits[rows] = inputs[rows] @ weight.T
+    return logits
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a tensor between where the dtypes allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _ranks(log_probs: Tensor, targets: Tensor) -> Tensor:
@@ -376,20 +392,28 @@ def _ranks(log_probs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(targets == OUTSIDE, log_probs.shape[-1], better)
 
 
-def _run(job: _Job, head_inputs: Tensor, head_weight: Tensor, valid: Tensor, step_weights: Tensor) -> StepSums:
-    total, sums = _ChunkedHead.apply(head_inputs, head_weight, step_weights, job)
+def _run(job: _Job, head_inputs: Tensor, weights: Sequence[Tensor], valid: Tensor, step_weights: Tensor) -> StepSums:
+    total, sums = _ChunkedHead.apply(head_inputs, step_weights, job, *weights)
     top1, top5 = (sums[2], sums[3]) if job.metrics else (None, None)
     return StepSums(total, sums[0], sums[1], valid.sum(0).to(sums.dtype), top1, top5)
 
 
-def _check_shapes(
-    head_inputs: Tensor, head_weight: Tensor, targets: Tensor, valid: Tensor, step_weights: Tensor
-) -> None:
+def _checked_weights(
+    head_inputs: Tensor, heads: Heads, targets: Tensor, valid: Tensor, step_weights: Tensor
+) -> list[Tensor]:
+    """The heads as a list of one or K. Raises ValueError on shapes that do not fit."""
     num_steps, num_anchors, width = head_inputs.shape
     expected = {"targets": (num_anchors, num_steps), "valid": (num_anchors, num_steps), "step_weights": (num_steps,)}
     given = {"targets": targets.shape, "valid": valid.shape, "step_weights": step_weights.shape}
     for name, shape in expected.items():
         if tuple(given[name]) != shape:
             raise ValueError(f"{name} has shape {tuple(given[name])}; head_inputs {num_steps, num_anchors} ask {shape}")
-    if head_weight.shape[1] != width:
-        raise ValueError(f"head_weight takes {head_weight.shape[1]} inputs, head_inputs have {width}")
+    weights = [heads] if isinstance(heads, Tensor) else list(heads)
+    if len(weights) not in (1, num_steps):
+        raise ValueError(f"{len(weights)} heads are given for {num_steps} draft steps; give one, or one for each step")
+    for weight in weights:
+        if weight.shape != (weights[0].shape[0], width):
+            raise ValueError(
+                f"a head has shape {tuple(weight.shape)}; head_inputs of width {width} need {(weights[0].shape[0], width)}"
+            )
+    return weights

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -27,7 +26,6 @@ from draftsmith.train.drafter.losses import (
     feature_smooth_l1,
     head_cross_entropy,
     head_distillation,
-    joined,
 )
 
 Distillation = Literal["none", "path", "local"]
@@ -150,58 +148,19 @@ def _token_loss(
     step_weights: Tensor,
     metrics: bool,
 ) -> StepSums:
-    """The loss on tokens: all steps at once where one head serves them, else step by step with the head of each.
-
-    Step by step, the target's distribution at a position is computed for every step that predicts it, instead of once.
-    """
-    draft_ids = None if drafter.d2t is None else drafter.draft_ids()
-    loss = partial(_head_loss, objective, metrics, path_teacher(lesson.batch, ends, draft_ids, objective.skip_outside))
-    teacher_rows = path_teacher_rows(lesson.rollout, len(lesson.batch.input_ids))
-    targets, valid = lesson.draft_targets, lesson.rollout.valid
-    if drafter.has_one_head:
-        return loss(head_inputs, drafter.head_weight, teacher_rows, targets, valid, step_weights)
-    steps = [slice(step, step + 1) for step in range(objective.num_steps)]
-    return joined(
-        [
-            loss(
-                head_inputs[one],
-                drafter.step_weight(one.start),
-                teacher_rows[:, one],
-                targets[:, one],
-                valid[:, one],
-                step_weights[one],
-            )
-            for one in steps
-        ]
+    """The loss on tokens of all steps, with one head or with that of each step."""
+    heads = (
+        drafter.head_weight
+        if drafter.has_one_head
+        else [drafter.step_weight(step) for step in range(objective.num_steps)]
     )
-
-
-def _head_loss(
-    objective: Objective,
-    metrics: bool,
-    teacher: Callable[[Tensor], Taught],
-    head_inputs: Tensor,
-    head_weight: Tensor,
-    teacher_rows: Tensor,
-    targets: Tensor,
-    valid: Tensor,
-    step_weights: Tensor,
-) -> StepSums:
-    """The chosen loss of steps that share one head; shapes as in :mod:`draftsmith.train.drafter.losses`."""
+    given = (lesson.draft_targets, lesson.rollout.valid, step_weights, objective.chunk_rows, metrics)
     if objective.distillation != "path":
-        return head_cross_entropy(head_inputs, head_weight, targets, valid, step_weights, objective.chunk_rows, metrics)
-    return head_distillation(
-        head_inputs,
-        head_weight,
-        teacher,
-        teacher_rows,
-        targets,
-        valid,
-        step_weights,
-        objective.chunk_rows,
-        metrics,
-        objective.emphasis,
-    )
+        return head_cross_entropy(head_inputs, heads, *given)
+    draft_ids = None if drafter.d2t is None else drafter.draft_ids()
+    teacher = path_teacher(lesson.batch, ends, draft_ids, objective.skip_outside)
+    teacher_rows = path_teacher_rows(lesson.rollout, len(lesson.batch.input_ids))
+    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:

@@ -12,12 +12,12 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
 from draftsmith.export.layouts.layouts import layouts_of, load_any, write
-from draftsmith.models import PRE_NORM, Drafter, DraftLimits, Family, PackedBatch, Target
+from draftsmith.models import PRE_NORM, Drafter, DraftLimits, Family, PackedBatch, Target, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.lora import LoraSettings, add_adapter
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.train.drafter.losses_eager import head_cross_entropy_eager
-from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
+from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, path_teacher_rows, prepare, run
 
 STEPS, LENGTH = 3, 24
 DRAFT_IDS = torch.arange(1, 64, 2)
@@ -86,6 +86,25 @@ def test_the_loss_is_that_of_each_steps_own_head(family: Family, target: Target,
     sums.total.backward()
     trained = [weight for weight in drafter.parameters() if weight.requires_grad]
     assert all(weight.grad is not None for weight in trained)
+
+
+@every_family
+def test_path_distillation_asks_for_the_targets_distribution_once_a_position(
+    family: Family, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = fresh(family, target.ends)
+    lesson = prepare(Objective(STEPS, "path"), batch_of(target, drafter), inverse_draft_ids(drafter.draft_ids(), 64))
+    rows: list[int] = []
+    logits = TargetEnds.logits
+
+    def counted(ends: TargetEnds, states: torch.Tensor) -> torch.Tensor:
+        rows.append(len(states))
+        return logits(ends, states)
+
+    monkeypatch.setattr(TargetEnds, "logits", counted)
+    run(Objective(STEPS, "path"), lesson, drafter, target.ends, torch.ones(STEPS), True)
+    predicted = path_teacher_rows(lesson.rollout, LENGTH)[lesson.rollout.valid]
+    assert sum(rows) == len(predicted.unique()) < len(predicted)
 
 
 @every_family

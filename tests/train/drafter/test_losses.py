@@ -1,6 +1,6 @@
 """The chunked losses against their eager twins, in double precision, and what they promise about memory and dtypes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ class Case:
     step_weights: Tensor
     teacher_logits: Tensor
     teacher_rows: Tensor
+    heads: tuple[Tensor, ...] = ()
 
 
 def make_case(dtype: torch.dtype = torch.float64, seed: int = 0, anchors: int = ANCHORS, vocab: int = VOCAB) -> Case:
@@ -52,9 +53,8 @@ def make_case(dtype: torch.dtype = torch.float64, seed: int = 0, anchors: int = 
 
 
 def cross_entropy(case: Case, chunk_rows: int | None = None, metrics: bool = True) -> StepSums:
-    return head_cross_entropy(
-        case.head_inputs, case.head_weight, case.targets, case.valid, case.step_weights, chunk_rows, metrics
-    )
+    heads = case.heads or case.head_weight
+    return head_cross_entropy(case.head_inputs, heads, case.targets, case.valid, case.step_weights, chunk_rows, metrics)
 
 
 KEPT = torch.tensor([place % 3 != 1 for place in range(ANCHORS + STEPS)])
@@ -79,7 +79,7 @@ def distillation(
 ) -> StepSums:
     return head_distillation(
         case.head_inputs,
-        case.head_weight,
+        case.heads or case.head_weight,
         lambda rows: Taught(case.teacher_logits[rows], None if kept is None else kept[rows]),
         case.teacher_rows,
         case.targets,
@@ -131,6 +131,43 @@ def test_the_hand_written_gradient_equals_finite_differences(kind: str) -> None:
         return fast_of(moved, kind, 3).total
 
     assert torch.autograd.gradcheck(total, (case.head_inputs, case.head_weight))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
+@pytest.mark.parametrize("kind", TEACHINGS)
+def test_heads_of_their_own_give_each_step_the_sums_and_gradients_of_that_step_alone(
+    kind: str, chunk_rows: int
+) -> None:
+    case = make_case()
+    heads = tuple(case.head_weight.detach().roll(step, 0).requires_grad_(step != 1) for step in range(STEPS))
+    fast = fast_of(replace(case, heads=heads), kind, chunk_rows)
+    fast.total.backward()
+    assert heads[1].grad is None, "it is frozen"
+    for step, head in enumerate(heads):
+        alone = step_alone(case, head, step)
+        plain = eager(alone, kind)
+        for name in ("loss_sum", "loss_rows", "rows", "top1", "top5"):
+            torch.testing.assert_close(getattr(fast, name)[step], getattr(plain, name)[0], msg=name)
+        plain.total.backward()
+        assert case.head_inputs.grad is not None
+        assert alone.head_inputs.grad is not None
+        torch.testing.assert_close(case.head_inputs.grad[step], alone.head_inputs.grad[0])
+        if head.grad is not None:
+            torch.testing.assert_close(head.grad, alone.head_weight.grad)
+
+
+def step_alone(case: Case, head: Tensor, step: int) -> Case:
+    """One step of a case as a case of its own, with another head."""
+    one = slice(step, step + 1)
+    return replace(
+        case,
+        head_inputs=case.head_inputs[one].detach().requires_grad_(),
+        head_weight=head.detach().requires_grad_(),
+        targets=case.targets[:, one],
+        valid=case.valid[:, one],
+        step_weights=case.step_weights[one],
+        teacher_rows=case.teacher_rows[:, one],
+    )
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_inputs_keep_theirs() -> None:
@@ -203,7 +240,8 @@ def test_rows_are_grouped_by_teacher_with_masked_ones_left_out() -> None:
     assert grid.tolist() == [[0, 2], [1, -1]]
 
 
-def test_each_teacher_distribution_is_asked_for_once() -> None:
+@pytest.mark.parametrize("num_heads", [1, STEPS])
+def test_each_teacher_distribution_is_asked_for_once(num_heads: int) -> None:
     case = make_case()
     asked: list[int] = []
 
@@ -212,7 +250,14 @@ def test_each_teacher_distribution_is_asked_for_once() -> None:
         return Taught(case.teacher_logits[rows])
 
     head_distillation(
-        case.head_inputs, case.head_weight, teacher, case.teacher_rows, case.targets, case.valid, case.step_weights, 6
+        case.head_inputs,
+        [case.head_weight] * num_heads,
+        teacher,
+        case.teacher_rows,
+        case.targets,
+        case.valid,
+        case.step_weights,
+        6,
     )
     assert sorted(asked) == sorted(set(case.teacher_rows[case.valid].tolist()))
 
@@ -291,8 +336,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     case = make_case()
     with pytest.raises(ValueError, match=r"targets has shape \(3, 11\)"):
         head_cross_entropy(case.head_inputs, case.head_weight, case.targets.T, case.valid, case.step_weights)
-    with pytest.raises(ValueError, match="head_weight takes 4 inputs"):
-        head_cross_entropy(case.head_inputs, case.head_weight[:, :4], case.targets, case.valid, case.step_weights)
+    given = (case.targets, case.valid, case.step_weights)
+    with pytest.raises(ValueError, match=r"a head has shape \(17, 4\); head_inputs of width 6"):
+        head_cross_entropy(case.head_inputs, case.head_weight[:, :4], *given)
+    with pytest.raises(ValueError, match="2 heads are given for 3 draft steps"):
+        head_cross_entropy(case.head_inputs, [case.head_weight] * 2, *given)
 
 
 def test_the_feature_loss_equals_the_formula_row_by_row() -> None:
