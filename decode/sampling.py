@@ -37,6 +37,9 @@ class GenerationSettings:
         eos_token_ids: any of these ends a row; it is emitted.
         stop_strings: a row ends with the first token whose text completes one of these.
         constraints: what a model's maker forbids or demands besides, or None.
+
+    Raises:
+        ValueError: a setting is outside its range, or a stop string is empty.
     """
 
     max_new_tokens: int = 128

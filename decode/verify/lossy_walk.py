@@ -1,7 +1,7 @@
 """Verification with a LOSSY rule: one walk down the tree along what the target chooses or the rule allows.
 
-Owns the choice of the path. The target's own choice goes first wherever it was drafted, so nothing that lossless verification accepts is
-lost; where the walk ends, the target says the next token, and from there goes on from the draft's tokens. Knows no rule.
+Owns the choice of the path. Wherever the target's own choice was drafted the walk follows it, so it loses nothing that lossless
+verification accepts. Where the walk ends, the target chooses the next token. Knows no rule.
 
 Shape legend: B batch rows, N tree nodes, E path slots (max_depth + 1).
 """

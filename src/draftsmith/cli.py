@@ -1,4 +1,4 @@
-"""The one command, `draftsmith`: which subcommand is which function, and how a failure is told.
+"""The one command, `draftsmith`: which function each subcommand is, and how it reports a failure.
 
 Owns names and exit codes: 0 done, 1 the data or a file is at fault, 2 the command line or its YAML is. Knows nothing
 of what the subcommands do, and imports one only when it is called, so that `draftsmith --help` needs no torch.

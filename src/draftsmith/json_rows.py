@@ -43,7 +43,11 @@ class Dropped:
 
 
 def check_encoding(name: object, start: bytes) -> None:
-    """Refuses a file by its first bytes. Raises ValueError for UTF-16, in which lines cannot be told apart."""
+    """Refuses a file by its first bytes.
+
+    Raises:
+        ValueError: the file is UTF-16, in which lines cannot be told apart.
+    """
     if start.startswith(_UTF16_MARKS):
         raise ValueError(f"{name} is UTF-16; text is read as UTF-8: convert it with `iconv -f UTF-16 -t UTF-8`")
 
