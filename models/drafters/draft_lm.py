@@ -45,7 +45,14 @@ class DraftLMState:
     pending: Emitted
 
     def select_rows(self, kept: KeptRows) -> DraftLMState:
-        """The state of some batch rows only."""
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
         self.cache.shrink(kept)
         return DraftLMState(self.cache, self.pending.select_rows(kept.index))
 
@@ -53,7 +60,7 @@ class DraftLMState:
 class LMDrafter(Drafter):
     """A causal LM that drafts for a larger one with the same tokenizer (arXiv:2211.17192).
 
-    Vocabularies may differ in their padded rows: tokens that the target has not are never proposed, tokens that the LM has not are read
+    Vocabularies may differ in their padded rows. Tokens that the target has not are never proposed; tokens that the LM has not are read
     as its last one. Texts beyond the LM's context are drafted for badly, but decoded exactly.
 
     Args:
@@ -75,12 +82,15 @@ class LMDrafter(Drafter):
         return ()
 
     def attach(self, ends: TargetEnds) -> Drafter:
-        """Any target will do whose tokenizer is its own, which :meth:`check_tokenizer` sees to."""
+        """See :meth:`Drafter.attach`. Any target with the same tokenizer will do; :meth:`check_tokenizer` compares the two."""
         self._borrowed[:] = [ends]
         return self
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Refuse a target with another tokenizer.
+        """Check that the target has the LM's tokenizer.
+
+        Args:
+            fingerprint: of the target's tokenizer; empty if unknown.
 
         Raises:
             ValueError: both fingerprints are known and differ.
@@ -128,11 +138,25 @@ class LMDrafter(Drafter):
         return LMDraft(self, state, cycle)
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Target ids of any shape as ids that the LM can embed."""
+        """Map target ids to ids that the LM can embed.
+
+        Args:
+            tokens: int64, any shape.
+
+        Returns:
+            int64, the same shape.
+        """
         return tokens.clamp(max=next(self.lm.ends.embedding.parameters()).shape[0] - 1)
 
     def shared_logits(self, normed: Tensor) -> Tensor:
-        """The LM's normed states [..., D] -> logits [..., V] of the tokens that the target has, too."""
+        """Score the tokens that the target has, too.
+
+        Args:
+            normed: [..., D], the LM's normed states.
+
+        Returns:
+            Logits [..., V].
+        """
         return self.lm.logits(normed)[..., : self.ends.vocab_size]
 
 
@@ -152,11 +176,11 @@ class LMDraft:
         self._depths: list[Tensor] = []
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """The same: both count tokens alike."""
+        """See :class:`Expander`: the same ids, since both models count tokens alike."""
         return draft_ids
 
     def begin(self) -> Tensor:
-        """[B, 1, V]: what follows the root, once all pending tokens are read."""
+        """See :class:`Expander`: what follows the root, once all pending tokens are read."""
         tokens_BE = self._pending.tokens_BE[:, : self._slots.num_fresh]
         positions_BE = self._slots.aim_fresh(self._pending.counts_B)
         normed = self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
@@ -164,7 +188,7 @@ class LMDraft:
         return self._drafter.shared_logits(normed.gather(1, last_B11.expand(-1, -1, normed.shape[-1])))
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """[B, M, V]: what follows new nodes."""
+        """See :class:`Expander`: what follows new nodes."""
         self._depth += 1
         self._depths.append(torch.full_like(tokens_BM, self._depth))
         mask = self._slots.aim_nodes(above_BM)
@@ -202,7 +226,7 @@ def load_draft_lm(
     adapter: str | None = None,
     trust_remote_code: bool = False,
 ) -> LMDrafter:
-    """A causal LM as a drafter, with its tokenizer's fingerprint.
+    """Load a causal LM as a drafter, with its tokenizer's fingerprint.
 
     Args:
         path: directory, hub id or ``embedded:draft_lm``; a PEFT adapter's directory, whose config names its base, also does.
@@ -211,9 +235,12 @@ def load_draft_lm(
         adapter: a PEFT adapter to merge into it.
         trust_remote_code: whether Python files that come with it may run.
 
+    Returns:
+        The drafter in evaluation mode, attached to nothing.
+
     Raises:
-        ValueError: bad path, dtype or device, an unsupported family, what is no causal LM of Transformers (a head exported for a serving
-            engine, for instance), no tokenizer, an adapter that names no base, or code that may not run.
+        ValueError: bad path, dtype or device, an unsupported family, no tokenizer, or an adapter that names no base. Also for code that
+            may not run, and for what is no causal LM of Transformers (a head exported for a serving engine, for instance).
     """
     folder = resolve(path)
     if not (folder / "config.json").is_file():
@@ -249,7 +276,11 @@ def _refuse_non_finite(lm: Target) -> None:
 
 
 def check_architecture(folder: Path, trust_remote_code: bool = False) -> None:
-    """Refuse another module that goes by a language model's config: whatever it lacks of the LM would be random numbers.
+    """Check that a folder holds a causal LM. Whatever another module lacks of the LM would be random numbers.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: whether Python files of the folder may run.
 
     Raises:
         ValueError: the config in the folder names no causal LM, of Transformers or of code that may run.

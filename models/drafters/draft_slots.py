@@ -1,7 +1,7 @@
 """Where a drafter with keys and values of its own writes one draft, and what each drafted node sees.
 
-Owns the bookkeeping that a draft layer and an ordinary draft LM share: its cache holds the accepted text only; the nodes of a draft
-lie behind it and are overwritten by the next one. Knows nothing of layers.
+Owns the bookkeeping that a draft layer and an ordinary draft LM share. Their cache holds the accepted text only. The nodes of a draft
+lie behind it, and the next draft overwrites them. Knows nothing of layers.
 
 Shape legend: B batch rows, E fresh tokens, M nodes of a layer, N nodes so far, S visible slots.
 """
@@ -35,9 +35,15 @@ class DraftSlots:
         self._is_chain = True
 
     def aim_fresh(self, counts_B: Tensor) -> Tensor:
-        """Aim the cache at the fresh tokens of every row; gives their positions, int64 [B, E].
+        """Aim the cache at the fresh tokens of every row.
 
         Rows with fewer than E write what is not theirs behind their text, where the draft's nodes overwrite it.
+
+        Args:
+            counts_B: int64, fresh tokens of each row.
+
+        Returns:
+            Their positions, int64 [B, E].
         """
         place_E = torch.arange(self.num_fresh, device=counts_B.device)
         positions_BE = (self.lengths_B - counts_B)[:, None] + place_E
@@ -46,14 +52,28 @@ class DraftSlots:
         return positions_BE
 
     def text_mask(self, positions_BE: Tensor) -> Tensor | None:
-        """bool [B, 1, E, S]: tokens of the text see what stands at or before them; None where that is all."""
+        """Let tokens of the text see the slots at or before their positions.
+
+        Args:
+            positions_BE: int64.
+
+        Returns:
+            bool [B, 1, E, S], or None where a token sees all slots.
+        """
         if self.single and positions_BE.shape[1] == 1:
             return None
         slot_S = torch.arange(self.cache.window, device=positions_BE.device)
         return (slot_S <= positions_BE[..., None])[:, None]
 
     def aim_nodes(self, above_BM: Tensor) -> Tensor | None:
-        """Aim the cache at M new nodes below those of the last call; gives the mask bool [B, 1, M, S], None where all is seen."""
+        """Aim the cache at M new nodes below those of the last call.
+
+        Args:
+            above_BM: int64, which node of the last call each one continues.
+
+        Returns:
+            The mask bool [B, 1, M, S], or None where all slots are seen.
+        """
         B, M = above_BM.shape
         eye_BMM = torch.eye(M, dtype=torch.bool, device=above_BM.device).expand(B, -1, -1)
         if self._sees_BMN is None:

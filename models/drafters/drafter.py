@@ -1,10 +1,10 @@
 """The drafter seam: the one interface that the trainer, the decoder and the exporter share.
 
-Owns what every family has in common: which features of the target it reads, the draft vocabulary, the bond to one target, and what
-passes between it and the decoder. Knows no family, no Lightning and no cache format.
+Owns what every family has in common: which features of the target it reads, the draft vocabulary, and the bond to one target. Owns also
+what passes between it and the decoder. Knows no family, no Lightning and no cache format.
 
-Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, E emitted tokens, D hidden, V target vocabulary, Vd draft
-vocabulary, N tree nodes.
+Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, E emitted tokens, N tree nodes.
+D hidden, V target vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -49,24 +49,38 @@ class Emitted:
     counts_B: Tensor
 
     def last(self, layer: str) -> tuple[Tensor, Tensor]:
-        """The new root int64 [B], and the target's state [B, D] of the token before it, which predicted it."""
+        """Give the new root, and the state of the token before it, which predicted it.
+
+        Args:
+            layer: name of the state's layer.
+
+        Returns:
+            The root int64 [B], and the target's state [B, D].
+        """
         last_B = self.counts_B - 1
         rows_B = torch.arange(last_B.shape[0], device=last_B.device)
         return self.tokens_BE[rows_B, last_B], self.features[layer][rows_B, last_B]
 
     def select_rows(self, rows: Tensor) -> Emitted:
-        """The same of some batch rows only. ``rows``: int64 [B']."""
+        """Keep some batch rows only.
+
+        Args:
+            rows: int64 [B'].
+
+        Returns:
+            The same of these rows.
+        """
         features = {name: states[rows] for name, states in self.features.items()}
         return Emitted(self.tokens_BE[rows], features, self.counts_B[rows])
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a drafter is told when a batch begins.
+    """What a drafter learns when a batch begins.
 
     Attributes:
         prompt: the pairs of the prompts: every token but the first, then the first emitted one, each with the state before it.
-        first_B: int64 [B], the first token of each prompt, which stands in no such pair.
+        first_B: int64 [B], the first token of each prompt, which no such pair holds.
         limits: how drafts will be made.
         room: tokens that a row can come to hold, prompt included; for buffers.
     """
@@ -100,11 +114,14 @@ class Cycle:
     keep_probs: bool = False
 
     def select_rows(self, rows: list[int], rows_B: Tensor) -> Cycle:
-        """The same of some batch rows only.
+        """Keep some batch rows only.
 
         Args:
             rows: their numbers.
             rows_B: int64 [B'], the same on the device.
+
+        Returns:
+            The same of these rows.
         """
         return replace(
             self,
@@ -120,7 +137,14 @@ class DraftState(Protocol):
     """What a drafter carries from cycle to cycle; its content is the family's own."""
 
     def select_rows(self, kept: KeptRows) -> DraftState:
-        """The state of some batch rows only."""
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
         ...
 
 
@@ -132,7 +156,7 @@ class DrafterConfig(PreTrainedConfig):
         vocab_size: the target's vocabulary size V.
         draft_vocab_size: Vd; None or V means the full vocabulary.
         num_draft_steps: the horizon it was trained for.
-        score_scale: what draft logits are multiplied by before paths are compared at temperature 0 (see :meth:`Drafter.score_scale`).
+        score_scale: draft logits are multiplied by it before paths are compared at temperature 0 (see :meth:`Drafter.score_scale`).
         target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
     """
 
@@ -180,7 +204,7 @@ class DrafterConfig(PreTrainedConfig):
         tokenizer_fingerprint: str,
         **own: Any,
     ) -> Self:
-        """A config with the common fields of one target.
+        """Make a config with the common fields of one target.
 
         Args:
             ends: the target's.
@@ -188,6 +212,9 @@ class DrafterConfig(PreTrainedConfig):
             num_draft_steps: the horizon that it will be trained for.
             tokenizer_fingerprint: of the target's tokenizer.
             own: the fields of the family.
+
+        Returns:
+            The config.
         """
         return cls(
             **own,
@@ -206,7 +233,11 @@ class DrafterConfig(PreTrainedConfig):
         return self.vocab_size if self.draft_vocab_size is None else min(self.draft_vocab_size, self.vocab_size)
 
     def fault(self) -> str:
-        """What of the fields does not go together, in words; empty where all does."""
+        """Find fields that contradict each other.
+
+        Returns:
+            The contradiction in words; empty where there is none.
+        """
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             return (
                 f"draft_vocab_size {self.draft_vocab_size}, which is above the target's vocabulary of {self.vocab_size}"
@@ -219,6 +250,12 @@ class Drafter(PreTrainedModel):
 
     Saved and loaded as any ``PreTrainedModel``. The target's frozen ends (embedding, final norm, head) are borrowed through
     :meth:`attach` and are never saved with it.
+
+    Args:
+        config: of the family's own class.
+
+    Raises:
+        ValueError: the config's ``score_scale`` is not a positive number.
     """
 
     config: DrafterConfig
@@ -241,7 +278,15 @@ class Drafter(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As Transformers has it; a local folder is held to what `read_drafter` asks first.
+        """As Transformers has it; a local folder must first pass the checks of `read_drafter`.
+
+        Args:
+            pretrained_model_name_or_path: as in Transformers.
+            args: as in Transformers.
+            kwargs: as in Transformers.
+
+        Returns:
+            The drafter.
 
         Raises:
             ValueError: the folder holds no whole drafter of this family.
@@ -268,10 +313,16 @@ class Drafter(PreTrainedModel):
         return self._borrowed[0]
 
     def bound(self, ends: TargetEnds) -> Self:
-        """A view of this drafter that is attached to a target: the same weights, with ends of its own.
+        """Make a view of this drafter that is attached to a target: the same weights, with ends of its own.
 
         This drafter stays as it is, so several engines can share one. What a view carries from cycle to cycle belongs in its
         :class:`DraftState`: attributes that it sets on itself are not seen here.
+
+        Args:
+            ends: the target's frozen ends.
+
+        Returns:
+            The view.
 
         Raises:
             ValueError: as :meth:`attach`.
@@ -281,7 +332,11 @@ class Drafter(PreTrainedModel):
         return view
 
     def for_any_target(self) -> Self:
-        """A view, attached to nothing, that may be attached to every target of its sizes, whatever its weights: for a diagnosis."""
+        """Make a view, attached to nothing, that may be attached to every target of its sizes, whatever its weights: for a diagnosis.
+
+        Returns:
+            The view.
+        """
         view = self._view()
         view._any_target = True
         return view
@@ -295,6 +350,12 @@ class Drafter(PreTrainedModel):
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """Borrow the target's frozen ends.
+
+        Args:
+            ends: the target's.
+
+        Returns:
+            This drafter.
 
         Raises:
             ValueError: the drafter was made for another target (its weights or shapes differ).
@@ -314,7 +375,10 @@ class Drafter(PreTrainedModel):
         return self
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Refuse a tokenizer that is not the one of training.
+        """Check that a tokenizer is the one of training.
+
+        Args:
+            fingerprint: of the tokenizer; empty if unknown.
 
         Raises:
             ValueError: both fingerprints are known and differ.
@@ -327,17 +391,31 @@ class Drafter(PreTrainedModel):
             )
 
     def draft_ids(self) -> Tensor:
-        """int64 [Vd]: the target token id of each draft token id."""
+        """Give the target token id of each draft token id.
+
+        Returns:
+            int64 [Vd].
+        """
         size = self.config.vocab_size if self.d2t is None else self.d2t.shape[0]
         ids = torch.arange(size, device=self.device)
         return ids if self.d2t is None else ids + self.d2t
 
     def to_target_ids(self, draft_token_ids: Tensor) -> Tensor:
-        """Map draft ids to target ids, any shape, int64."""
+        """Map draft ids to target ids.
+
+        Args:
+            draft_token_ids: int64, any shape.
+
+        Returns:
+            int64, the same shape.
+        """
         return draft_token_ids if self.d2t is None else draft_token_ids + self.d2t[draft_token_ids]
 
     def set_draft_ids(self, target_ids: Tensor) -> None:
-        """Choose the draft vocabulary. ``target_ids``: int64 [Vd], strictly increasing.
+        """Choose the draft vocabulary.
+
+        Args:
+            target_ids: int64 [Vd], strictly increasing.
 
         Raises:
             ValueError: the ids are not increasing, out of range, or of another number than ``config.draft_vocab_size``.
@@ -364,7 +442,17 @@ class Drafter(PreTrainedModel):
         raise ValueError(f"a {type(self).__name__} has no one output head; ask step_weight(step)")
 
     def step_weight(self, step: int) -> Tensor:
-        """[Vd, E]: the output head of one draft step, counted from 0. A family whose head differs from step to step overrides this."""
+        """The output head of one draft step. A family whose head differs from step to step overrides this.
+
+        Args:
+            step: counted from 0.
+
+        Returns:
+            [Vd, E].
+
+        Raises:
+            ValueError: a family with a head for each step does not override this.
+        """
         return self.head_weight
 
     @property
@@ -378,34 +466,84 @@ class Drafter(PreTrainedModel):
         return None
 
     def logits(self, head_inputs: Tensor, step: int) -> Tensor:
-        """Draft logits [..., Vd] of one draft step from its head's inputs [..., E]."""
+        """Score one draft step.
+
+        Args:
+            head_inputs: [..., E].
+            step: counted from 0.
+
+        Returns:
+            Draft logits [..., Vd].
+        """
         weight = self.step_weight(step)
         return F.linear(head_inputs.to(weight.dtype), weight)
 
     def rollout_logits(self, head_inputs_KAE: Tensor) -> Tensor:
-        """Draft logits [K, A, Vd] of what :meth:`teacher_forced` returns."""
+        """Score all steps of a rollout.
+
+        Args:
+            head_inputs_KAE: what :meth:`teacher_forced` gave.
+
+        Returns:
+            Draft logits [K, A, Vd].
+        """
         if self.has_one_head:
             return self.logits(head_inputs_KAE, 0)
         return torch.stack([self.logits(inputs_AE, step) for step, inputs_AE in enumerate(head_inputs_KAE)])
 
     @abstractmethod
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
-        """[K, A, E]: the inputs of the output head at every step of every anchor, in training."""
+        """Run the drafter over a rollout, in training.
+
+        Args:
+            batch: packed samples with the target's states.
+            rollout: which tokens each anchor is fed.
+
+        Returns:
+            [K, A, E]: the inputs of the output head at every step of every anchor.
+        """
 
     @abstractmethod
     def start(self, opening: Opening) -> DraftState:
-        """The state after the prompt and the first emitted token."""
+        """Begin a batch.
+
+        Args:
+            opening: its prompts and first emitted tokens.
+
+        Returns:
+            The state after them.
+        """
 
     @abstractmethod
     def expander(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> Expander:
-        """What continues one node after another below each row's root, for the search."""
+        """Make what continues one node after another below each row's root, for the search.
+
+        Args:
+            state: of the drafter.
+            cycle: what the decoder knows of the rows.
+            limits: how the draft will be made.
+
+        Returns:
+            The expander of this one draft.
+        """
 
     @abstractmethod
     def advance(self, state: DraftState, emitted: Emitted) -> DraftState:
-        """The state after a cycle's emitted tokens."""
+        """Take in what a cycle emitted.
+
+        Args:
+            state: before the cycle.
+            emitted: its tokens with the target's features.
+
+        Returns:
+            The state after them.
+        """
 
     def check_depth(self, limits: DraftLimits) -> None:
-        """Refuse drafts that are deeper than this drafter can make.
+        """Check that this drafter can draft as deep as the limits ask for.
+
+        Args:
+            limits: how drafts will be made.
 
         Raises:
             ValueError: naming both depths.
@@ -417,17 +555,31 @@ class Drafter(PreTrainedModel):
             )
 
     def score_scale(self, temperature: float) -> float:
-        """What draft logits are multiplied by before paths are compared, so that a path's score is about its chance of acceptance.
+        """The factor on draft logits before paths are compared, so that a path's score is about its chance of acceptance.
 
-        Greedy targets accept their likeliest token only, for which the distribution that drafters are taught is too flat; training fits
-        the factor for them on held-out text. At temperatures above 0 it is what the target's own distribution is sharpened by, if that is
-        less. Distributions that candidates are drawn from are never touched.
+        Greedy targets accept their likeliest token only. The distribution that drafters learn is too flat for them, so training fits the
+        factor on held-out text. At temperatures above 0 it is the factor that sharpens the target's own distribution, if that is less.
+        Distributions that candidates are drawn from are never touched.
+
+        Args:
+            temperature: of the requests.
+
+        Returns:
+            The factor, above 0.
         """
         own = float(self.config.score_scale)
         return own if temperature == 0.0 else min(own, 1.0 / temperature)
 
     def propose(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftTree:
         """Draft a tree below each row's root. On a GPU nothing is read back to the host.
+
+        Args:
+            state: of the drafter.
+            cycle: what the decoder knows of the rows.
+            limits: how the draft is made.
+
+        Returns:
+            The tree.
 
         Raises:
             ValueError: a sampled tree is asked for without draws, as at temperature 0; or a draft deeper than this drafter can make.

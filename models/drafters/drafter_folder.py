@@ -19,7 +19,13 @@ from draftsmith.models.files.model_folder import resolve
 
 
 def drafter_folder(name: str) -> Path:
-    """Where a drafter lies: a directory, one of the embedded models (``embedded:draft_lm``), or a hub id's snapshot.
+    """Find where a drafter lies.
+
+    Args:
+        name: a directory, one of the embedded models (``embedded:draft_lm``), or a hub id.
+
+    Returns:
+        The folder; of a hub id its snapshot.
 
     Raises:
         ValueError: there is no such thing.
@@ -34,7 +40,7 @@ def drafter_folder(name: str) -> Path:
 
 
 def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = False, finite: bool = True) -> Drafter:
-    """A drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
+    """Load a drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
 
     The folder of a drafter's adapter gives the drafter that it names with the adapter merged into it.
 
@@ -43,6 +49,9 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
         dtype: of a draft LM, which runs beside the target; trained families keep their own.
         trust_remote_code: whether Python files that come with a draft LM may run; trained families have none.
         finite: refuse NaN and infinity; False lets those of a trained family pass, for who looks for them.
+
+    Returns:
+        The drafter, attached to nothing.
 
     Raises:
         ValueError: no such folder, no drafter, or one that is not whole (see `read_drafter`).
@@ -77,7 +86,14 @@ def _family_in(folder: Path) -> type[Drafter] | None:
 
 
 def adapted(drafter: Drafter, adapter: Path) -> Drafter:
-    """A drafter with a trained adapter merged into it, in place, bound to the adapter's target.
+    """Merge a trained adapter into a drafter, in place, and bind it to the adapter's target.
+
+    Args:
+        drafter: the one that the adapter was trained on.
+        adapter: its folder.
+
+    Returns:
+        The same drafter.
 
     Raises:
         ValueError: the adapter is of another drafter, or not whole.

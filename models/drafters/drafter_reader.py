@@ -1,6 +1,6 @@
 """The one strict reader of trained drafters: whatever decodes, evaluates, trains on, checks or exports a drafter gets it from here.
 
-Owns what is refused of a drafter's config and tensors, and how the module is put together from them. Loaders elsewhere are lax: a
+Owns the checks of a drafter's config and tensors, and how the module is put together from them. Loaders elsewhere are lax: a
 tensor that is missing may become random numbers, and a NaN decodes at one token a step in silence. What a family's tensors must be
 follows from its module. Knows no family, and runs nothing that lies in a drafter's folder.
 """
@@ -27,16 +27,19 @@ _REMEDY = "export the drafter again"
 
 
 def read_drafter(folder: Path, kind: type[_Family], finite: bool = True) -> _Family:
-    """A drafter of one family from its folder, in evaluation mode, attached to nothing; dtype as stored.
+    """Read a drafter of one family from its folder.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``.
         kind: the family.
         finite: False lets NaN and infinity pass, for who looks for them.
 
+    Returns:
+        The drafter in evaluation mode, attached to nothing; dtype as stored.
+
     Raises:
-        ValueError: a file is missing or broken, a field of the config breaks its rule, or the tensors are not those of the family: by name,
-            shape and dtype, all finite, and a draft vocabulary of increasing token ids.
+        ValueError: a file is missing or broken, a field of the config breaks its rule, or the tensors are not those of the family. That
+            covers name, shape and dtype, all values finite, and a draft vocabulary of increasing token ids.
     """
     return build_drafter(kind, read_fields(folder), read_tensors(folder), str(folder), finite)
 
@@ -44,14 +47,36 @@ def read_drafter(folder: Path, kind: type[_Family], finite: bool = True) -> _Fam
 def build_drafter(
     kind: type[_Family], fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str, finite: bool = True
 ) -> _Family:
-    """As :func:`read_drafter`, of what a folder holds; ``place`` is what errors call it."""
+    """As :func:`read_drafter`, of what a folder holds.
+
+    Args:
+        kind: the family.
+        fields: of ``config.json``.
+        tensors: by name.
+        place: what errors call the folder.
+        finite: False lets NaN and infinity pass, for who looks for them.
+
+    Returns:
+        The drafter in evaluation mode, attached to nothing.
+
+    Raises:
+        ValueError: as :func:`read_drafter`.
+    """
     config = drafter_config(kind, fields, place)
     module_table(kind, config, place).check(tensors, place, finite)
     return assemble(kind, config, tensors)
 
 
 def drafter_config(kind: type[_Family], fields: Mapping[str, Any], place: str) -> DrafterConfig:
-    """The family's config from the fields of a ``config.json``; those that mean nothing to the family are passed over.
+    """Make the family's config from the fields of a ``config.json``; fields that mean nothing to the family are skipped.
+
+    Args:
+        kind: the family.
+        fields: by name.
+        place: what errors call the folder.
+
+    Returns:
+        The config.
 
     Raises:
         ValueError: naming the field, its value and its rule.
@@ -65,7 +90,15 @@ def drafter_config(kind: type[_Family], fields: Mapping[str, Any], place: str) -
 
 
 def module_table(kind: type[Drafter], config: DrafterConfig, place: str = "the config") -> Table:
-    """Every tensor of a family's checkpoint: those of its module, which is made without memory for it.
+    """List every tensor of a family's checkpoint: those of its module, which is made without memory for it.
+
+    Args:
+        kind: the family.
+        config: with the sizes.
+        place: what errors call the folder.
+
+    Returns:
+        Names, shapes and dtypes.
 
     Raises:
         ValueError: no module can be made of the config.
@@ -80,10 +113,18 @@ def module_table(kind: type[Drafter], config: DrafterConfig, place: str = "the c
 
 
 def assemble(kind: type[_Family], config: DrafterConfig, tensors: Mapping[str, Tensor]) -> _Family:
-    """A drafter of given tensors, in evaluation mode, attached to nothing. Of several dtypes it takes the one that holds all.
+    """Make a drafter of given tensors. Of several dtypes it takes the one that holds all.
 
     Parameters are changed one by one: to move the whole module to another dtype would round its rotary angles too. Torch's random
     numbers are left as they were, though a fresh module draws some.
+
+    Args:
+        kind: the family.
+        config: with the sizes.
+        tensors: by name, all of the module's.
+
+    Returns:
+        The drafter in evaluation mode, attached to nothing.
     """
     with torch.random.fork_rng(devices=[]):
         drafter = kind(config)

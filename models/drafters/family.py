@@ -34,7 +34,7 @@ class DrafterFamily(ABC):
     def build(
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
     ) -> Drafter:
-        """A new drafter, attached to its target.
+        """Make a new drafter, attached to its target.
 
         Args:
             ends: the target's frozen ends.
@@ -42,15 +42,26 @@ class DrafterFamily(ABC):
             num_steps: draft steps K that it will be trained for.
             tokenizer_fingerprint: belongs in its config.
 
+        Returns:
+            The drafter.
+
         Raises:
             ValueError: sizes that do not fit the target.
         """
 
     def configure(self, drafter: Drafter) -> None:  # noqa: B027  (families without such settings leave it)
-        """Set what concerns training only, of a drafter that was trained before; nothing in most families."""
+        """Set what concerns training only, of a drafter that was trained before. In most families that is nothing.
+
+        Args:
+            drafter: of this family.
+        """
 
     def settings(self) -> dict[str, object]:
-        """Every setting by name, for provenance."""
+        """Give every setting by name, for provenance.
+
+        Returns:
+            The family's name and its settings.
+        """
         return {"family": self.kind.__name__.lower(), **vars(self)}
 
 
@@ -122,5 +133,5 @@ class Family:
 def _without_rule(config: type[DrafterConfig]) -> list[str]:
     """Arguments of a config that no rule is about."""
     parameters = inspect.signature(config.__init__).parameters
-    named = [name for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [name for name, parameter in parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     return [name for name in named[1:] if name not in config.rules]

@@ -1,9 +1,9 @@
 """LoRA adapters of a drafter, kept beside it or merged into it.
 
-Owns the bond of an adapter to the drafter below it and to a target, and how LoRA comes into families that read some of their weights
-without calling the layer. Knows no training, no decoding, no single family, and no adapter of a target (`target_adapter.py`).
+Owns the bond of an adapter to the drafter below it and to a target. Owns also how LoRA enters families that read some weights without
+calling the layer. Knows no training, no decoding, no single family, and no adapter of a target (`models/files/merged_adapter.py`).
 
-Its folder is in PEFT's own layout (`adapter_files.py`), with a ``bond.json`` beside it.
+Its folder is in PEFT's own layout (`models/files/adapter_files.py`), with a ``bond.json`` beside it.
 
 Shape legend: O output features, I input features.
 """
@@ -51,6 +51,9 @@ class LoraSettings:
         alpha: see above.
         dropout: on what goes into A; layers whose weights a family reads without calling them have none.
         target_modules: names of linear layers, or the ends of names (``q_proj``); null takes every one that is not frozen.
+
+    Raises:
+        ValueError: a rank below 1, an alpha not above 0, a dropout outside [0, 1), or an empty list of names.
     """
 
     rank: int = 8
@@ -91,13 +94,26 @@ class AdapterBond:
 
     @classmethod
     def of(cls, drafter: Drafter, base: str, base_fingerprint: str) -> AdapterBond:
-        """The bond of an adapted drafter in memory, from its config."""
+        """Make the bond of an adapted drafter in memory, from its config.
+
+        Args:
+            drafter: the adapted one.
+            base: where the drafter below it was.
+            base_fingerprint: of that drafter's weights.
+
+        Returns:
+            The bond.
+        """
         config = drafter.config
         target = (config.target_name, config.target_fingerprint, config.tokenizer_fingerprint)
         return cls(base, base_fingerprint, *target, config.num_draft_steps, float(config.score_scale))
 
     def bind(self, drafter: Drafter) -> None:
-        """Make the drafter's config say what this says."""
+        """Make the drafter's config say what this says.
+
+        Args:
+            drafter: the adapted one, changed in place.
+        """
         for name, value in asdict(self).items():
             if not name.startswith("drafter"):
                 setattr(drafter.config, name, value)
@@ -106,7 +122,7 @@ class AdapterBond:
 class AdaptedLinear(LoraLinear):
     """PEFT's LoRA layer, whose ``weight`` is the adapted one.
 
-    Families read some weights without calling the layer (a head that the loss multiplies by, halves of a projection); PEFT gives them the
+    Families read some weights without calling the layer: a head that the loss multiplies by, or halves of a projection. PEFT gives them the
     weight below the adapter, so that an adapter would act in one place and not in the other.
 
     Attributes:
@@ -137,7 +153,11 @@ class AdaptedLinear(LoraLinear):
         return weight
 
     def activate(self, names: Sequence[str]) -> None:
-        """Take these adapters, as far as this layer has them; nothing is trained."""
+        """Take these adapters, as far as this layer has them; nothing is trained.
+
+        Args:
+            names: of the adapters.
+        """
         self.set_adapter(list(names))
         self.requires_grad_(False)
         self._kept = None
@@ -150,13 +170,27 @@ class AdaptedLinear(LoraLinear):
 
 
 def linear_layers(drafter: Drafter) -> list[str]:
-    """Names of a drafter's linear layers, adapted or not, sorted."""
+    """List a drafter's linear layers, adapted or not.
+
+    Args:
+        drafter: of any family.
+
+    Returns:
+        Their names, sorted.
+    """
     names = (name for name, module in drafter.named_modules() if isinstance(module, nn.Linear | AdaptedLinear))
     return sorted(name for name in names if ".base_layer" not in name and ".lora_" not in name)
 
 
 def adapted_layers(drafter: Drafter) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Layers that have an adapter, by name."""
+    """Walk over the layers that have an adapter.
+
+    Args:
+        drafter: of any family.
+
+    Yields:
+        Name and layer.
+    """
     for name, module in drafter.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
@@ -192,6 +226,12 @@ def add_adapter(drafter: Drafter, settings: LoraSettings, name: str) -> None:
 def save_adapter(drafter: Drafter, folder: Path, name: str, bond: AdapterBond) -> None:
     """Write one adapter of a drafter into an existing folder, as PEFT reads it, in float32, with its bond.
 
+    Args:
+        drafter: the adapted one.
+        folder: where to.
+        name: what the adapter is called in memory.
+        bond: what it belongs to.
+
     Raises:
         ValueError: the drafter has no such adapter.
     """
@@ -218,12 +258,25 @@ def save_adapter(drafter: Drafter, folder: Path, name: str, bond: AdapterBond) -
 
 
 def is_drafter_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of a drafter, not of a language model."""
+    """Tell whether a folder holds an adapter of a drafter, not of a language model.
+
+    Args:
+        folder: any.
+
+    Returns:
+        True where ``bond.json`` lies in it.
+    """
     return (folder / BOND).is_file()
 
 
 def read_bond(folder: Path) -> AdapterBond:
-    """What the adapter in a folder belongs to.
+    """Read what the adapter in a folder belongs to.
+
+    Args:
+        folder: that training wrote.
+
+    Returns:
+        The bond.
 
     Raises:
         ValueError: the folder holds no adapter of a drafter.
@@ -251,6 +304,9 @@ def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) ->
         name: what it is called in memory.
         fingerprint: the drafter's own (``module_fingerprint``), taken before any adapter came to it.
 
+    Returns:
+        What the adapter belongs to.
+
     Raises:
         ValueError: no adapter of a drafter, one of another drafter, one of a kind that drafters do not have, or one that is not whole.
     """
@@ -261,7 +317,7 @@ def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) ->
             f"({fingerprint[:12]}); give that drafter, or train an adapter for this one"
         )
     config = _read_config(folder)
-    found = read_weights(folder)
+    saved = read_weights(folder)
     layers = linear_layers(drafter)
     unknown = sorted(set(config["target_modules"]) - set(layers))
     if unknown:
@@ -269,9 +325,9 @@ def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) ->
     _inject(drafter, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"], name)
     own = _tensors(drafter, name)
     faults = {
-        "missing": sorted(own.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - own.keys()),
-        "of another shape": sorted(key for key in own.keys() & found.keys() if own[key].shape != found[key].shape),
+        "missing": sorted(own.keys() - saved.keys()),
+        "unexpected": sorted(saved.keys() - own.keys()),
+        "of another shape": sorted(key for key in own.keys() & saved.keys() if own[key].shape != saved[key].shape),
     }
     if any(faults.values()):
         raise ValueError(
@@ -279,7 +335,7 @@ def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) ->
         )
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(found[key])
+            tensor.copy_(saved[key])
     for _, layer in adapted_layers(drafter):
         layer.constant = True
     activate(drafter, None)
@@ -287,13 +343,25 @@ def load_adapter(drafter: Drafter, folder: Path, name: str, fingerprint: str) ->
 
 
 def activate(drafter: Drafter, name: str | None) -> None:
-    """Let one adapter act, or none: the drafter as it was."""
+    """Let one adapter act, or none: the drafter as it was.
+
+    Args:
+        drafter: with adapters, changed in place.
+        name: of the adapter; None for none.
+    """
     for _, layer in adapted_layers(drafter):
         layer.activate([] if name is None else [name])
 
 
 def merge_adapter(drafter: Drafter, name: str | None) -> Drafter:
-    """The drafter with one adapter's weights added to its own (with none: as it was), in place; all adapters are gone from it.
+    """Add one adapter's weights to the drafter's own, in place, and remove all adapters from it.
+
+    Args:
+        drafter: with adapters.
+        name: of the adapter; None leaves the weights as they were.
+
+    Returns:
+        The same drafter.
 
     Raises:
         ValueError: the sum is not finite.

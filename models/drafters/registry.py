@@ -37,6 +37,9 @@ class Registry:
     def add(self, family: Family) -> None:
         """Make a family known here, and to Transformers' ``AutoConfig`` and ``AutoModel``. Adding it again changes nothing.
 
+        Args:
+            family: its record.
+
         Raises:
             ValueError: another family, or a model of Transformers, has its name or its model type.
         """
@@ -54,13 +57,24 @@ class Registry:
         self._by_model_type[model_type] = family
 
     def get(self, model_type: str) -> Family | None:
-        """The family of a config's ``model_type``; other packages are imported only where the package's own have no such family."""
+        """Look up a family. Other packages are imported only where the package's own have no such family.
+
+        Args:
+            model_type: of a config.
+
+        Returns:
+            The family, or None.
+        """
         if model_type not in self._by_model_type:
             self.read_plugins()
         return self._by_model_type.get(model_type)
 
     def all(self) -> tuple[Family, ...]:
-        """Every family, the package's own first."""
+        """Give every family, the package's own first. Imports those of other packages.
+
+        Returns:
+            Their records.
+        """
         self.read_plugins()
         return tuple(self._by_model_type.values())
 
@@ -90,11 +104,15 @@ class Registry:
 
 @cache
 def registry() -> Registry:
-    """The one registry of this process, with the package's own families."""
+    """Make the one registry of this process, with the package's own families.
+
+    Returns:
+        The registry; the same one at every call.
+    """
     known = Registry()
     home = importlib.import_module(_HOME)
-    for found in pkgutil.iter_modules(home.__path__, f"{_HOME}."):
-        family = getattr(importlib.import_module(found.name), "FAMILY", None)
+    for module in pkgutil.iter_modules(home.__path__, f"{_HOME}."):
+        family = getattr(importlib.import_module(module.name), "FAMILY", None)
         if isinstance(family, Family):
             known.add(family)
     return known
@@ -108,6 +126,9 @@ def all_families() -> tuple[Family, ...]:
 def register(family: Family) -> None:
     """Make a family known in this process: for notebooks and tests. An installed package is found by its entry point.
 
+    Args:
+        family: its record.
+
     Raises:
         ValueError: another family has its name or its model type.
     """
@@ -115,26 +136,44 @@ def register(family: Family) -> None:
 
 
 def family_of(drafter: Drafter) -> Family:
-    """The family of a drafter in memory.
+    """Look up the family of a drafter in memory.
+
+    Args:
+        drafter: any.
+
+    Returns:
+        Its record.
 
     Raises:
         ValueError: it is of no known family.
     """
     family = registry().get(drafter.config.model_type)
     if family is None or type(drafter) is not family.drafter:
-        known = ", ".join(one.about.title for one in all_families())
+        known = ", ".join(known_family.about.title for known_family in all_families())
         raise ValueError(f"a {type(drafter).__name__} is of no known family ({known}){missing_families()}")
     return family
 
 
 def default_limits(drafter: Drafter, otherwise: DraftLimits) -> DraftLimits:
-    """How a drafter drafts where nobody says: as its family's record has it, or ``otherwise``; no deeper than it can."""
+    """How a drafter drafts where nobody says: as its family's record has it, or ``otherwise``; no deeper than it can.
+
+    Args:
+        drafter: of any family.
+        otherwise: where the record says nothing.
+
+    Returns:
+        The limits.
+    """
     family = registry().get(drafter.config.model_type)
     limits = otherwise if family is None or family.limits is None else family.limits
     return limits if drafter.max_draft_steps is None else limits.no_deeper_than(drafter.max_draft_steps)
 
 
 def missing_families() -> str:
-    """For errors about unknown families: which installed ones could not be read, and how a family becomes known."""
+    """For errors about unknown families: which installed ones could not be read, and how a family becomes known.
+
+    Returns:
+        The end of a message, from its semicolon on.
+    """
     faults = "".join(f"; {fault}" for fault in registry().faults)
     return f"; install the package of its family, which names it in the entry point group {GROUP}{faults}"

@@ -34,7 +34,14 @@ class PackedBatch:
     greedy_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
+        """Move the batch to another device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The same batch there.
+        """
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -50,7 +57,7 @@ class PackedBatch:
 class Rollout:
     """What a drafter simulates in training, from each anchor position t: exactly what decoding does from that state.
 
-    At an anchor the drafter holds the target's state of token x_t and the root x_{t+1}; at step k it is fed ``tokens[:, k]`` and
+    At an anchor the drafter holds the target's state of token x_t and the root x_{t+1}. At step k it is fed ``tokens[:, k]`` and
     must predict ``targets[:, k]``.
 
     Attributes:
@@ -58,7 +65,7 @@ class Rollout:
         tokens: int64 [A, K], target token ids fed at each step; column 0 is the root.
         targets: int64 [A, K], target token ids to predict.
         valid: bool [A, K], False where the prediction is not supervised (another sample, a prompt token, past the end).
-        on_text: True where every step is fed the batch's own text, so that step k stands at position t + k of it.
+        on_text: True where every step is fed the batch's own text, so that step k is at position t + k of it.
     """
 
     anchors: Tensor
@@ -73,6 +80,13 @@ def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
 
     An anchor is any t whose root x_{t+1} is supervised, since decoding always starts from an emitted root. A step is valid while
     every token from the root to the predicted one is supervised and of the same sample.
+
+    Args:
+        batch: packed samples.
+        num_steps: K.
+
+    Returns:
+        The rollout, on the text.
 
     Example:
         ids ``[p, a, b, c]`` with mask ``[0, 1, 1, 1]`` and two steps give the anchors 0, 1, 2 with tokens
@@ -101,6 +115,14 @@ def local_rollout(batch: PackedBatch, num_steps: int, eos_token_ids: tuple[int, 
 
     Anchors are those of :func:`data_rollout`; step k is fed ``greedy_ids[t, k]`` and predicts ``greedy_ids[t, k + 1]``. Steps that
     are fed one of ``eos_token_ids``, and those behind them, are not valid: decoding has ended there.
+
+    Args:
+        batch: packed samples with ``greedy_ids``.
+        num_steps: K.
+        eos_token_ids: end tokens of the target.
+
+    Returns:
+        The rollout, away from the text.
 
     Raises:
         ValueError: the batch holds no greedy continuations, or fewer than ``num_steps + 1`` a position.

@@ -4,11 +4,12 @@ Owns the mask of the training-time test (arXiv:2503.01840, section 3.2): causal 
 step. It is what a drafter sees in decoding, where the target's states reach as far as the root and everything below is its own.
 Knows nothing of layers or losses.
 
-No path holds the scores of a whole batch: on CUDA ``flex_attention`` holds none, elsewhere documents of similar length are taken
-together and, where their scores would still be many, a block of queries at a time, whose scores the backward pass computes again.
+No path holds the scores of a whole batch. On CUDA ``flex_attention`` holds none. Elsewhere documents of similar length are taken
+together. Where their scores would still be many, a block of queries is taken at a time, and the backward pass computes its scores again.
 
-Shape legend: T packed tokens, A anchors, H heads, G key/value heads, Dh head size, P documents of a group, L its longest document,
-J further steps, C queries of a block, S keys they can see, Q and B blocks of queries and of keys.
+Shape legend: T packed tokens, A anchors, H heads, G key/value heads, Dh head size, J further steps.
+P documents of a group, L its longest document, C queries of a block, S keys they can see.
+Q and B blocks of queries and of keys.
 """
 
 from __future__ import annotations
@@ -60,7 +61,15 @@ class RolloutAttention:
         self.block_scores = block_scores
 
     def __call__(self, queries: Tensor, further: list[Pair]) -> Tensor:
-        """[A, H, Dh] -> [A, H, Dh]; ``further``: keys and values [A, G, Dh] of each anchor's steps from 1 on."""
+        """Attend from every anchor.
+
+        Args:
+            queries: [A, H, Dh].
+            further: keys and values [A, G, Dh] of each anchor's steps from 1 on.
+
+        Returns:
+            [A, H, Dh].
+        """
         if not len(self.anchors):  # the sum keeps every weight in the graph, which data-parallel training waits for
             return queries + 0.0 * (self.keys.sum() + self.values.sum())
         if self.flexible:
@@ -139,7 +148,11 @@ class RolloutAttention:
         return _flex(queries.device.type)(*layout, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Whether a query sees a key, the text's T keys first and then A of each further step: ``flex_attention``'s mask function."""
+        """Make ``flex_attention``'s mask function. Its keys are the text's T first, and then A of each further step.
+
+        Returns:
+            Of a batch row, a head, a query and a key, int each: whether the query sees the key.
+        """
         num_tokens, num_anchors = len(self.keys), len(self.anchors)
         document_ids, anchors = self.document_ids, self.anchors
 
@@ -154,6 +167,12 @@ class RolloutAttention:
         """Which blocks of keys each block of queries sees, in part or in full, worked out from where documents and anchors lie.
 
         ``create_block_mask`` asks about every pair of query and key instead, in tensors of A x (T + A J).
+
+        Args:
+            num_further: J.
+
+        Returns:
+            The mask over A queries and T + A J keys.
         """
         from torch.nn.attention.flex_attention import BlockMask
 

@@ -10,7 +10,13 @@ from draftsmith.models.drafters.registry import missing_families, registry
 
 
 def drafter_class(model_type: str) -> type[Drafter]:
-    """The class of a family's drafters.
+    """Look up the class of a family's drafters.
+
+    Args:
+        model_type: of a drafter's config.
+
+    Returns:
+        The class.
 
     Raises:
         ValueError: no family has this type.

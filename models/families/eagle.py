@@ -47,13 +47,16 @@ class Eagle(EagleBase):
         num_draft_steps: int = 1,
         tokenizer_fingerprint: str = "",
     ) -> Eagle:
-        """A fresh drafter for one target, attached to it.
+        """Make a fresh drafter for one target, attached to it.
 
         Args:
             ends: the target's frozen ends.
             draft_token_ids: int64 [Vd], increasing: only these rows of the target's head are scored; None scores all.
             num_draft_steps: steps it will be trained for, stored in its config.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
+
+        Returns:
+            The drafter; its first guess of a feature is the feature before it.
         """
         drafter = cls(
             EagleConfig(
@@ -89,15 +92,30 @@ class Eagle(EagleBase):
         return self._rows
 
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
-        """The state after the final norm."""
+        """Read a position by its state after the final norm.
+
+        Args:
+            features: layer name -> [..., D].
+
+        Returns:
+            [..., D].
+        """
         return self.ends.final_norm(features[PRE_NORM])
 
     def join(self, embedded: Tensor, known: Tensor) -> Tensor:
-        """fc([embedding; feature])."""
+        """fc([embedding; feature]).
+
+        Args:
+            embedded: [..., D], of the token x_{t+1}.
+            known: [..., D], the feature of position t.
+
+        Returns:
+            [..., D].
+        """
         return self.fc(torch.cat([embedded, known], dim=-1))
 
     def head_inputs(self, output: Tensor) -> Tensor:
-        """The predicted feature as it is."""
+        """The predicted feature as it is, [..., D]."""
         return output
 
     def set_draft_ids(self, target_ids: Tensor) -> None:
@@ -119,6 +137,9 @@ class EagleFamily(DrafterFamily):
             their rows of the target's head; null scores all.
         feature_noise: uniform noise added to the target's states in training, times 512 / length; EAGLE-1 uses 0.1.
         detach_steps: no gradient flows from a draft step into those before it (HASS); matters with several steps.
+
+    Raises:
+        ValueError: ``feature_noise`` is below 0.
     """
 
     kind = Eagle

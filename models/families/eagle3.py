@@ -68,7 +68,7 @@ class Eagle3(EagleBase):
         num_draft_steps: int = 7,
         tokenizer_fingerprint: str = "",
     ) -> Eagle3:
-        """A fresh drafter for one target, attached to it, its head started from the target's.
+        """Make a fresh drafter for one target, attached to it, its head started from the target's.
 
         Args:
             ends: the target's frozen ends.
@@ -76,6 +76,12 @@ class Eagle3(EagleBase):
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
             num_draft_steps: steps it will be trained for, stored in its config.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
+
+        Returns:
+            The drafter.
+
+        Raises:
+            ValueError: ``layers`` is None and the target has fewer than three layers.
         """
         drafter = cls(
             Eagle3Config(
@@ -110,16 +116,23 @@ class Eagle3(EagleBase):
         return self.lm_head.weight
 
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
-        """fc over the fused layers."""
+        """fc over the fused layers.
+
+        Args:
+            features: layer name -> [..., D].
+
+        Returns:
+            [..., D].
+        """
         fused = torch.cat([features[name] for name in self.config.layers], dim=-1)
         return self.fc(fused.to(self.fc.weight.dtype))
 
     def join(self, embedded: Tensor, known: Tensor) -> Tensor:
-        """The state as it is: the embedding enters through the layer's input."""
+        """The state as it is, [..., D]: the embedding enters through the layer's input."""
         return known
 
     def head_inputs(self, output: Tensor) -> Tensor:
-        """The output after this drafter's own norm."""
+        """The output after this drafter's own norm, [..., D]."""
         return self.norm(output)
 
 
@@ -127,6 +140,12 @@ def default_layers(num_layers: int) -> tuple[str, ...]:
     """The three layers that EAGLE-3 fuses: outputs of layers 2, L/2 and L - 3 counted from 1, as every engine has it by default.
 
     Targets so shallow that these coincide take the first, the middle and the last but one instead.
+
+    Args:
+        num_layers: L, of the target.
+
+    Returns:
+        Names of three layers, from low to high.
 
     Raises:
         ValueError: fewer than three layers.
@@ -159,7 +178,11 @@ class Eagle3Family(DrafterFamily):
     def build(
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
     ) -> Eagle3:
-        """See DrafterFamily.build. Raises ValueError for a target of fewer than three layers."""
+        """See DrafterFamily.build.
+
+        Raises:
+            ValueError: the target has fewer than three layers.
+        """
         drafter = Eagle3.for_target(
             ends,
             layers=self.layers,

@@ -2,10 +2,11 @@
 
 Knows nothing of losses, trees or verification.
 
-Both feed the token x_{t+1} and what is known of position t: the target's own states where it has read the text, the layer's own output
-below the root. The layer's keys at accepted positions are always made from the target's states, in training as in decoding.
+Both feed the token x_{t+1} and what is known of position t. Where the target has read the text, that is the target's own state; below the
+root it is the layer's own output. The layer's keys at accepted positions are always made from the target's states, in training as in
+decoding.
 
-Shape legend: B batch rows, E fresh tokens, M drafted nodes, T packed tokens, A anchors, K draft steps, D hidden, Vd draft vocabulary.
+Shape legend: B batch rows, E fresh tokens, M drafted nodes, T packed tokens, A anchors, K draft steps, D hidden.
 """
 
 from __future__ import annotations
@@ -42,7 +43,14 @@ class EagleState:
     pending: Emitted
 
     def select_rows(self, kept: KeptRows) -> EagleState:
-        """The state of some batch rows only."""
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
         self.cache.shrink(kept)
         return EagleState(self.cache, self.pending.select_rows(kept.index))
 
@@ -71,24 +79,60 @@ class EagleBase(Drafter):
 
     @abstractmethod
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
-        """The target's states by name, [..., D] each -> what stands for a position that the target has read, [..., D]."""
+        """What a drafter knows of a position that the target has read.
+
+        Args:
+            features: layer name -> [..., D], the target's states.
+
+        Returns:
+            [..., D].
+        """
 
     @abstractmethod
     def join(self, embedded: Tensor, known: Tensor) -> Tensor:
-        """Embedding of x_{t+1} and what is known of position t, [..., D] each -> the layer's residual input [..., D]."""
+        """Make the layer's residual input.
+
+        Args:
+            embedded: [..., D], the embedding of x_{t+1}.
+            known: [..., D], what is known of position t.
+
+        Returns:
+            [..., D].
+        """
 
     @abstractmethod
     def head_inputs(self, output: Tensor) -> Tensor:
-        """The layer's output [..., D] -> what the output head is applied to [..., D]."""
+        """What the output head is applied to.
+
+        Args:
+            output: [..., D], of the layer.
+
+        Returns:
+            [..., D].
+        """
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Target ids int64 [...] -> the target's embeddings [..., D] in this drafter's dtype."""
+        """Look up the target's embeddings.
+
+        Args:
+            tokens: int64 [...], target ids.
+
+        Returns:
+            [..., D] in this drafter's dtype.
+        """
         return self.ends.embed(tokens).to(self.dtype)
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
-        """[K, A, D]: the head's inputs at every step of every anchor; step k >= 1 is fed its own output of step k - 1.
+        """See :meth:`Drafter.teacher_forced`; step k >= 1 is fed its own output of step k - 1.
 
         Only keys and values are made at positions that are no anchors: nothing else of them is ever seen.
+
+        Args:
+            batch: packed samples with the target's states.
+            rollout: along the batch's own text.
+
+        Returns:
+            [K, A, D]: the head's inputs at every step of every anchor.
 
         Raises:
             ValueError: a rollout away from the text, whose states nobody has.
@@ -152,7 +196,7 @@ class FeatureDraft:
         self._output_BMD = torch.empty(0)
 
     def begin(self) -> Tensor:
-        """[B, 1, Vd]: keys and values of all fresh pairs, and the layer's output at the last."""
+        """See :class:`Expander`: keys and values of all fresh pairs, and the layer's output at the last."""
         drafter, slots, pending = self._drafter, self._slots, self._pending
         embedded = drafter.embed(pending.tokens_BE[:, : slots.num_fresh])
         known = drafter.read({name: states[:, : slots.num_fresh] for name, states in pending.features.items()})
@@ -168,7 +212,7 @@ class FeatureDraft:
         return self._attend(state, inputs, rotation_last, keys, values, mask)
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """[B, M, Vd]: the layer's output at new nodes, which are fed their parents'."""
+        """See :class:`Expander`: the layer's output at new nodes, which are fed their parents'."""
         drafter = self._drafter
         known = self._output_BMD
         if known.shape[1] > 1:

@@ -22,8 +22,8 @@ def _is_rope(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("rope_type", "default") not in _ROPE_TYPES:
         return False
     theta = value.get("rope_theta", 1.0)
-    rest = [one for name, one in value.items() if name not in ("rope_type", "rope_theta")]
-    numbers = [part for one in rest for part in (one if isinstance(one, list) else [one])]
+    rest = [setting for name, setting in value.items() if name not in ("rope_type", "rope_theta")]
+    numbers = [part for setting in rest for part in (setting if isinstance(setting, list) else [setting])]
     return (
         is_number(theta)
         and theta > 0
@@ -82,7 +82,11 @@ class EagleConfig(DrafterConfig):
         return super().fault()
 
     def llama(self) -> LlamaConfig:
-        """The layer as a one-layer Llama's config."""
+        """Describe the layer as a one-layer Llama.
+
+        Returns:
+            Its config.
+        """
         return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -98,7 +102,14 @@ class EagleConfig(DrafterConfig):
 
 
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:
-    """The config's fields that follow the target's; a Llama layer's for any family."""
+    """The config's fields that follow the target's, for a Llama layer whatever the target's family is.
+
+    Args:
+        ends: the target's.
+
+    Returns:
+        The fields by name.
+    """
     target = ends.config
     heads = _size(target, "num_attention_heads")
     epsilons = (getattr(target, name, None) for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"))
@@ -111,7 +122,7 @@ def layer_fields(ends: TargetEnds) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": _size(target, "num_key_value_heads") or heads,
         "head_dim": _size(target, "head_dim") or ends.hidden_size // heads,
-        "rms_norm_eps": float(next((one for one in epsilons if one is not None), 1e-6)),
+        "rms_norm_eps": float(next((epsilon for epsilon in epsilons if epsilon is not None), 1e-6)),
         "max_position_embeddings": ends.max_positions or 2048,
         "rope": rope_of(target),
     }
@@ -119,14 +130,21 @@ def layer_fields(ends: TargetEnds) -> dict[str, Any]:
 
 def _size(target: Any, *names: str) -> int:
     """The first of these fields that the config has, or 0. Where it differs by layer, the last layer's, which the drafter continues."""
-    value = next((found for name in names if (found := getattr(target, name, None))), 0)
+    value = next((size for name in names if (size := getattr(target, name, None))), 0)
     return int(value[-1] if isinstance(value, list | tuple) else value)
 
 
 def rope_of(target: Any) -> dict[str, Any]:
-    """The target's rotary settings as one flat dictionary; those of full attention where layers differ, plain ones where it has none."""
+    """The target's rotary settings as one flat dictionary; those of full attention where layers differ, plain ones where it has none.
+
+    Args:
+        target: its config.
+
+    Returns:
+        ``rope_type``, ``rope_theta`` and the type's own numbers.
+    """
     rope = getattr(target, "rope_parameters", None) or {}
-    if rope and all(isinstance(one, dict) for one in rope.values()):
+    if rope and all(isinstance(of_layers, dict) for of_layers in rope.values()):
         rope = rope.get("full_attention") or next(iter(rope.values()))
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     theta = float(rope.get("rope_theta") or getattr(target, "rope_theta", None) or 10000.0)

@@ -1,6 +1,6 @@
 """The one decoder layer of EAGLE drafters: a Llama layer whose attention is left to the caller.
 
-Owns its weights and what happens before and after attention, for both widths: EAGLE-1's layer reads its input as it is, EAGLE-3's
+Owns its weights and what happens before and after attention, for both widths. EAGLE-1's layer reads its input as it is; EAGLE-3's
 reads [norm(embedding); norm(state)] side by side. Knows nothing of caches, trees or training.
 
 Shape legend: D hidden, I attention's input (D or 2 D), H heads, G key/value heads, Dh head size; any leading dimensions.
@@ -17,7 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 
 class DraftAttention(nn.Module):
-    """The four projections, named as Llama names them."""
+    """The four projections, named as Llama names them.
+
+    Args:
+        config: heads and sizes.
+        width: I.
+    """
 
     def __init__(self, config: LlamaConfig, width: int) -> None:
         super().__init__()
@@ -50,22 +55,54 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(D, eps=epsilon)
 
     def inputs(self, embedded: Tensor, state: Tensor) -> Tensor:
-        """Embeddings [..., D] and states [..., D] -> what attention reads, [..., I]."""
+        """Make what attention reads.
+
+        Args:
+            embedded: [..., D], of the token that is fed.
+            state: [..., D], the residual input.
+
+        Returns:
+            [..., I].
+        """
         if not self.wide:
             return state
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(state)], dim=-1)
 
     def queries(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """[..., I] -> [..., H, Dh], rotated."""
+        """Project and rotate the queries.
+
+        Args:
+            inputs: [..., I].
+            rotation: cosines and sines [..., 1, Dh].
+
+        Returns:
+            [..., H, Dh].
+        """
         return _rotated(self._heads(self.self_attn.q_proj(inputs)), rotation)
 
     def keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[..., I] -> [..., G, Dh] twice, the keys rotated."""
+        """Project the keys and values, and rotate the keys.
+
+        Args:
+            inputs: [..., I].
+            rotation: cosines and sines [..., 1, Dh].
+
+        Returns:
+            Keys and values, [..., G, Dh] each.
+        """
         keys = _rotated(self._heads(self.self_attn.k_proj(inputs)), rotation)
         return keys, self._heads(self.self_attn.v_proj(inputs))
 
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
-        """State [..., D] and attention's output [..., H, Dh] -> the layer's output [..., D]."""
+        """Finish the layer behind attention: its output projection, and the MLP.
+
+        Args:
+            state: [..., D], the residual input.
+            attended: [..., H, Dh], attention's output.
+
+        Returns:
+            [..., D].
+        """
         state = state + self.self_attn.o_proj(attended.flatten(-2))
         return state + self.mlp(self.post_attention_layernorm(state))
 
@@ -74,7 +111,11 @@ class DraftLayer(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Rotary angles at given positions, with the scaling (linear, llama3, yarn ...) that the config names."""
+    """Rotary angles at given positions, with the scaling (linear, llama3, yarn ...) that the config names.
+
+    Args:
+        config: its rotary settings and head size.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -91,7 +132,15 @@ class Rotation(nn.Module):
         return self
 
     def forward(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [...] -> cosines and sines [..., 1, Dh] in the dtype of ``like``."""
+        """Give the angles of positions.
+
+        Args:
+            positions: int64 [...].
+            like: a tensor of the dtype that is wanted.
+
+        Returns:
+            Cosines and sines, [..., 1, Dh] each.
+        """
         if self._by_length:
             cosines, sines = self.embedding(like, positions.reshape(1, -1))
             shape = (*positions.shape, 1, cosines.shape[-1])

@@ -1,7 +1,7 @@
 """ReDrafter: a recurrent draft head searched with a beam (arXiv:2403.09919).
 
 Owns the head's architecture, its teacher-forced run, the step of its draft, its settings and its record. Parameter names and shapes are
-those of Apple's checkpoints (``lm_head.{i}.linear``, ``lm_head.{N}``, ``rnn_u``, ``rnn_w``, ``input_proj``); a draft vocabulary and a head
+those of Apple's checkpoints: ``lm_head.{i}.linear``, ``lm_head.{N}``, ``rnn_u``, ``rnn_w``, ``input_proj``. A draft vocabulary and a head
 that starts from the target's are additions. Knows nothing of verification: what it proposes is exact because of the walk, not of this file.
 
 Shape legend: B batch rows, M beams, L drafted depth, A anchors, K draft steps, D target hidden, E exit dimension, Vd draft vocabulary.
@@ -64,7 +64,14 @@ class ReDrafterState:
     root_B: Tensor
 
     def select_rows(self, kept: KeptRows) -> ReDrafterState:
-        """The state of some batch rows only."""
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
         return ReDrafterState(self.context_BD[kept.index], self.root_B[kept.index])
 
 
@@ -114,7 +121,7 @@ class ReDrafter(Drafter):
         num_draft_steps: int = 5,
         tokenizer_fingerprint: str = "",
     ) -> ReDrafter:
-        """A fresh head for one target, attached to it.
+        """Make a fresh head for one target, attached to it.
 
         Args:
             ends: the target's frozen ends.
@@ -122,11 +129,14 @@ class ReDrafter(Drafter):
             num_draft_layers: residual blocks.
             rnn: see the config.
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
-            head_init: ``target`` starts the output head from the target's own rows, the blocks from the identity and the projection
-                from "the context alone", so that training begins at the target's own next-token guess; needs E = D or E = 2 D.
+            head_init: ``target`` begins training at the target's own next-token guess. The output head starts from the target's rows, the
+                blocks from the identity, and the projection from "the context alone". It needs E = D or E = 2 D.
             freeze_head: keep the output head as it starts (smaller optimiser state, faster steps).
             num_draft_steps: the horizon K it will be trained for, stored in its config.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
+
+        Returns:
+            The drafter.
 
         Raises:
             ValueError: sizes that do not fit together.
@@ -171,7 +181,7 @@ class ReDrafter(Drafter):
         return self.lm_head[-1].weight
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
-        """[K, A, E]: the head's inputs at every step of every anchor (Apple's training loop, at supervised anchors only)."""
+        """See :meth:`Drafter.teacher_forced`: Apple's training loop, at supervised anchors only."""
         context_AD = self.ends.final_norm(batch.hidden[PRE_NORM][rollout.anchors]).to(self.dtype)
         state_AD = torch.zeros_like(context_AD)
         states = []
@@ -203,7 +213,15 @@ class ReDrafter(Drafter):
         return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
 
     def step_logits(self, context: Tensor, state: Tensor) -> Tensor:
-        """Draft logits [..., Vd] of one step from the normed context [..., D] and the recurrent state [..., D]."""
+        """Score one step.
+
+        Args:
+            context: [..., D], the target's normed state.
+            state: [..., D], the recurrent state.
+
+        Returns:
+            Draft logits [..., Vd].
+        """
         parts = self._exit_parts()
         return parts.head(self._exit(self._exit_context(context), state, parts))
 
@@ -245,11 +263,11 @@ class Recurrence:
         self._state_BMD = state.context_BD.new_zeros(state.context_BD.shape[0], 1, state.context_BD.shape[1])
 
     def begin(self) -> Tensor:
-        """[B, 1, Vd]: the first step is fed the root."""
+        """See :class:`Expander`: the first step is fed the root."""
         return self._step(self.root_B[:, None])
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """[B, M, Vd]: one more step for nodes that continue those of the last call."""
+        """See :class:`Expander`: one more step for nodes that continue those of the last call."""
         if self._state_BMD.shape[1] > 1:
             D = self._state_BMD.shape[-1]
             self._state_BMD = self._state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
@@ -305,7 +323,11 @@ class ReDrafterFamily(DrafterFamily):
     def build(
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
     ) -> ReDrafter:
-        """See DrafterFamily.build. Raises ValueError for sizes that do not fit the target."""
+        """See DrafterFamily.build.
+
+        Raises:
+            ValueError: sizes that do not fit the target.
+        """
         return ReDrafter.for_target(
             ends,
             exit_dim=self.exit_dim,
