@@ -219,7 +219,8 @@ def gather_lists(arguments: Sequence[str], lists: dict[str, bool], whole: Collec
         lists: names of the options that take several values; True where the values are text.
         whole: those of them whose values may hold commas and brackets: only a JSON list of texts is taken apart.
 
-    Raises ValueError: an option has no value, an empty one, or a list in its list.
+    Raises:
+        ValueError: an option has no value, an empty one, or a list in its list.
     """
     others: list[str] = []
     values: dict[str, list[str]] = {}

@@ -38,6 +38,7 @@ def style_of(source: str) -> list[str]:
 )
 def test_prose_in_the_place_of_a_section_is_a_fault(prose: str) -> None:
     assert len(style_of(f'def half(x):\n    """{prose}"""\n')) == 1
+    assert len(style_of(f'def half(x):\n    """Half.\n\n    Args:\n        x: it.\n\n    {prose}\n    """\n')) == 1
     assert style_of('def half(x):\n    """Half of it; never raises, returns a whole."""\n') == []
 
 
@@ -71,9 +72,16 @@ def test_a_class_or_its_constructor_names_the_errors_of_the_constructor() -> Non
     )
 
 
+@pytest.mark.parametrize("listed", ["x: the whole.", "Half of it.\n\n    `x`: the whole."])
+def test_parameters_are_listed_in_a_section(listed: str) -> None:
+    assert len(style_of(f'def half(x):\n    """{listed}\n    """\n')) == 1
+    assert style_of('def half(x):\n    """Half of it.\n\n    Args:\n        x: the whole.\n    """\n') == []
+    assert len(style_of('def half(y):\n    """Half of it.\n\n    Args:\n        x, y: the whole.\n    """\n')) == 1
+
+
 def test_other_styles_and_names_that_do_not_tell_are_faults() -> None:
     assert len(style_of('def half(x):\n    """Half.\n\n    :param x: the whole.\n    """\n')) == 1
-    assert len(style_of('def half(x):\n    """Half.\n\n    Args\n    ----\n    x: the whole.\n    """\n')) == 1
+    assert len(style_of('def half(x):\n    """Half.\n\n    Args\n    ----\n    x, the whole.\n    """\n')) == 1
     assert len(style_of("class Places: ...\n")) == 1
 
 

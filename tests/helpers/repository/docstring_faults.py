@@ -104,11 +104,41 @@ def missing_errors(owner: Owner) -> set[str]:
     return {name for name in raised_here if not re.search(rf"^\s+(\w+, )*{name}\b.*:", documented, re.MULTILINE)}
 
 
+def prose_of(docstring: str) -> str:
+    """A docstring without its sections: what precedes them, and what follows them without indentation."""
+    before, *rest = sections(docstring).values()
+    after = [line for part in rest for line in part.splitlines() if line[:1].strip()]
+    return "\n".join([before, *after])
+
+
 def prose_for_section(owner: Owner) -> list[str]:
     """The openings of sentences that say in prose what Google's style puts into a section."""
-    prose = sections(owner.docstring)[""]
-    opening = re.compile(r"(?:^|[.;:!?)`]\s+)((?:Raises|Returns)\s+\S+)")
-    return [" ".join(match.split()) for match in opening.findall(prose)]
+    opening = re.compile(r"(?:^|[.;:!?)`]\s+|\n)((?:Raises|Returns)\s+\S+)")
+    return [" ".join(match.split()) for match in opening.findall(prose_of(owner.docstring))]
+
+
+def parameters(owner: Owner) -> set[str]:
+    """What an Args or Attributes section of an owner may name: a function's parameters, a class's fields and its constructor's."""
+    if isinstance(owner.node, FUNCTIONS):
+        every = owner.node.args
+        named = [*every.posonlyargs, *every.args, *every.kwonlyargs, every.vararg, every.kwarg]
+        return {parameter.arg for parameter in named if parameter is not None}
+    body = owner.node.body if isinstance(owner.node, ast.ClassDef) else []
+    fields = {node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    return fields.union(*(parameters(Owner(method, public=True)) for method in constructors(owner)))
+
+
+def listed_in_prose(owner: Owner) -> list[str]:
+    """The parameters or fields that a docstring describes as a section would, `name: what it is`, and outside of one."""
+    lines = prose_of(owner.docstring).splitlines()
+    headings = [line.split(":")[0] for line in lines if ":" in line]
+    return [names for names in headings if {name.strip("` ") for name in names.split(",")} <= parameters(owner)]
+
+
+def strangers(owner: Owner) -> set[str]:
+    """The names in an Args section that no parameter has."""
+    entries = re.findall(r"^ {4}(\S[^:\n]*):", sections(owner.docstring).get("Args", ""), re.MULTILINE)
+    return {name.strip("*` ") for names in entries for name in names.split(",")} - parameters(owner)
 
 
 def style_faults(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -119,6 +149,10 @@ def style_faults(tree: ast.Module) -> Iterator[tuple[int, str]]:
         for opening in prose_for_section(owner):
             section = opening.split()[0]
             yield owner.line, f"{owner.name}: '{opening} ...' in prose; a section '{section}:', or say what it is"
+        for names in listed_in_prose(owner):
+            yield owner.line, f"{owner.name}: describes {names} in prose; list it under 'Args:' or 'Attributes:'"
+        for name in sorted(strangers(owner)):
+            yield owner.line, f"{owner.name}: describes {name} under 'Args:', and has no such parameter"
         if not owner.public:
             continue
         for old in re.findall(r":(?:param|returns?|raises|rtype)\b|^-{4,}$", owner.docstring, re.MULTILINE):
