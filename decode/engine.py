@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Batch, Generation, Recorder
-from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.ledger import Ledger, phase
 from draftsmith.decode.processors import RequestText, processors_of
 from draftsmith.decode.rows import Rows, seen_tokens
@@ -31,6 +30,7 @@ from draftsmith.models.evaluating import evaluating
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.finite import broken_rows, not_finite
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
+from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.noise import request_keys
 from draftsmith.models.tree.search import Draws

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.processors import RequestText, process_texts
 from draftsmith.decode.sampling import GenerationSettings, process
+from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import keys_at
 from draftsmith.models.tree.slot_cache import KeptRows
 from draftsmith.models.tree.tree import DraftTree

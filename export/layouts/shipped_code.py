@@ -23,7 +23,7 @@ PACKAGES = ("huggingface_hub", "numpy", "safetensors", "torch", "transformers")
 """What our modules may import beside the standard library: Transformers and what it cannot be without."""
 
 _OURS = "draftsmith"
-_SOURCE = "draftsmith.decode.hf_generate"
+_SOURCE = "draftsmith.decode.hugging_face.hf_generate"
 _SERVED = "draftsmith.models.drafters.served_families"
 # What reads a target from disk. Transformers has done that already, and it would bring more packages along.
 _LEFT_OUT = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers.generation import LogitsProcessorList
 
-from draftsmith.decode.early_stop import StopState
 from draftsmith.decode.processors import RequestText
 from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.models import EarlyStop
+from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.slot_cache import KeptRows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OWNER = "models/files/end_tokens.py"
 # Not the model's end tokens: the criterion of one call to transformers' generate.
-ALLOWED = {("decode/hf_request.py", "criterion")}
+ALLOWED = {("decode/hugging_face/hf_request.py", "criterion")}
 NAMES = {"eos_token_id", "eos_token"}
 
 

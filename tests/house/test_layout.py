@@ -42,7 +42,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "families": {"files", "tree", "target", "drafters"},
         "": {"files", "tree", "target", "drafters", "families"},
     },
-    "decode": {"verify": set(), "": {"verify"}},
+    "decode": {"verify": set(), "": {"verify"}, "hugging_face": {""}},
     "data": {
         "": set(),
         "shards": set(),

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from draftsmith.decode.hf_generate import generate
+from draftsmith.decode.hugging_face.hf_generate import generate
 from draftsmith.export.export_command import export
 from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts.shipped_code import PACKAGES, shipped_code

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from draftsmith.cli import main
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.decode.engine import Engine
-from draftsmith.decode.hf_generate import generate
+from draftsmith.decode.hugging_face.hf_generate import generate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.export.layouts.layouts import load_any
 from draftsmith.models import DraftLimits, Target, all_families, register

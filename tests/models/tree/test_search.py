@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.early_stop import StopState
 from draftsmith.models import Drafter, DraftLimits, DraftTree, Eagle, Eagle3, EarlyStop, ReDrafter, Target
+from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.search import acceptance_bound, search
 from draftsmith.models.tree.shapes import full_tree, parse_shape
 from draftsmith.models.tree.tree import root_tree

@@ -1,6 +1,6 @@
 """``model.generate(..., custom_generate=FOLDER)``: Transformers' arguments in, this package's decoding, Transformers' tensor out.
 
-Owns the way between the two, and the drafter that a model keeps; :mod:`draftsmith.decode.hf_request` reads the arguments.
+Owns the way between the two, and the drafter that a model keeps; :mod:`draftsmith.decode.hugging_face.hf_request` reads the arguments.
 ``draftsmith export --layout custom_generate`` copies this module into a drafter's folder as ``custom_generate/generate.py``, with the
 modules it imports: it must do with torch and transformers, and touch no registry of theirs. Knows nothing of that copying.
 
@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
-from draftsmith.decode.hf_request import (
+from draftsmith.decode.hugging_face.hf_request import (
     refuse_arguments,
     refuse_cache,
     refuse_config,

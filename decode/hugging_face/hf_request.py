@@ -1,7 +1,7 @@
 """What a call of ``model.generate`` asks for, as the engine takes it, and what it may not ask for.
 
 Owns the translation of Transformers' arguments, configs, processors and criteria, and the refusal of those that decoding here cannot
-keep. Shipped with :mod:`draftsmith.decode.hf_generate`, so it must do with torch and transformers. Knows no drafter.
+keep. Shipped with :mod:`draftsmith.decode.hugging_face.hf_generate`, so it must do with torch and transformers. Knows no drafter.
 
 Shape legend: B rows, T prompt tokens, padding included.
 """

@@ -1,0 +1,1 @@
+"""Decoding behind the ``generate`` of a Transformers model."""
