@@ -1,4 +1,4 @@
-"""Evaluation mode for a while: what is lent for inference comes back as it was.
+"""Evaluation mode for a while: a module that is used for inference gets its own modes back.
 
 Owns this one context. Knows nothing of what is run inside.
 """
@@ -13,7 +13,14 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every part of the module is in training or evaluation as before. None does nothing."""
+    """Put a module into evaluation mode inside; afterwards every part of it trains or evaluates as before.
+
+    Args:
+        module: of any kind; None does nothing.
+
+    Yields:
+        Once, nothing.
+    """
     training = [] if module is None else [part for part in module.modules() if part.training]
     for part in training:
         part.training = False

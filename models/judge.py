@@ -1,4 +1,4 @@
-"""The judge: a linear head that tells, from the target's state of a draft token, whether that token may stand although it is not the
+"""The judge: a linear head that reads the target's state of a draft token. It tells whether that token may stand although it is not the
 target's own choice.
 
 Owns the head's equation, its threshold, its folder, and its bond to one target. Decoding with a judge is LOSSY. Knows nothing of how it
@@ -34,7 +34,10 @@ _TENSORS = ("bias", "mean", "scale", "weight")
 class CurvePoint(TypedDict):
     """What one threshold does to held-out tokens: shares from 0 to 1, each with a 95 % interval over questions.
 
-    `correct` and `wrong` are the shares of the tokens labelled so that are accepted.
+    Attributes:
+        threshold: the threshold, from 0 to 1.
+        correct, correct_low, correct_high: the share of the tokens labelled correct that are accepted, and its interval.
+        wrong, wrong_low, wrong_high: the same of the tokens labelled wrong.
     """
 
     threshold: float
@@ -55,8 +58,8 @@ class JudgeConfig(PreTrainedConfig):
     Attributes:
         hidden_size: the target's hidden size D.
         feature: ``last.pre_norm``, the last block's output as it is, or ``last.post_norm``, the same after the target's final norm.
-        draft_hidden_size: 0, or the hidden size of the draft model whose last block's output (before its own final norm) stands behind
-            the target's.
+        draft_hidden_size: 0, or the hidden size of the draft model. The last block's output of that model, before its own final norm, then
+            follows the target's.
         threshold: from 0 to 1; a token is accepted where its probability of being correct is above it. 1 accepts nothing.
         curve: what other thresholds do, in rising order of the threshold; empty where none was measured.
         target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
@@ -136,7 +139,7 @@ class Judge(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing is drawn at random: a judge that lacks tensors is refused by load_judge."""
+        """Draws nothing at random: `load_judge` accepts no judge that lacks tensors."""
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -150,6 +153,12 @@ class Judge(PreTrainedModel):
 
     def attach(self, ends: TargetEnds) -> Judge:
         """Borrow the target's frozen ends; needed for ``last.post_norm``, and a check of the target for both.
+
+        Args:
+            ends: the target's.
+
+        Returns:
+            This judge.
 
         Raises:
             ValueError: the judge was made for another target (its weights or hidden size differ).
@@ -169,7 +178,10 @@ class Judge(PreTrainedModel):
         return self
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Refuse a tokenizer that is not the one of training.
+        """Check that a tokenizer is the one of training.
+
+        Args:
+            fingerprint: of the tokenizer; empty if unknown.
 
         Raises:
             ValueError: both fingerprints are known and differ.
@@ -182,7 +194,11 @@ class Judge(PreTrainedModel):
             )
 
     def check_draft(self, name: str, fingerprint: str) -> None:
-        """Refuse a draft model that is not the one whose states it was trained on; any will do for a judge that reads none.
+        """Check that a draft model is the one whose states the judge was trained on; any will do for a judge that reads none.
+
+        Args:
+            name: of the draft model, for the message.
+            fingerprint: of its files; empty if unknown.
 
         Raises:
             ValueError: both fingerprints are known and differ.
@@ -195,12 +211,15 @@ class Judge(PreTrainedModel):
             )
 
     def log_odds(self, states_D: Tensor, draft_states: Tensor | None = None) -> Tensor:
-        """The log-odds of being correct, float32 [...].
+        """The log-odds of being correct.
 
         Args:
             states_D: [..., D] of any float dtype, the target's states before its final norm, each at the position of the token that
                 is judged.
             draft_states: [..., the draft model's hidden size] at the same positions, for a judge that reads them.
+
+        Returns:
+            float32 [...].
 
         Raises:
             ValueError: states of another size, draft states missing or not wanted, or a norm is needed and no target is attached.
@@ -223,15 +242,30 @@ class Judge(PreTrainedModel):
             return standard @ self.weight.float() + self.bias.float()
 
     def accepts(self, states_D: Tensor, draft_states: Tensor | None = None) -> Tensor:
-        """Whether each token may stand, bool [...]: sigmoid(log_odds) > threshold. NaN states are never accepted.
+        """Whether each token may stand: sigmoid(log_odds) > threshold. NaN states are never accepted.
 
         Compared as log-odds, because sigmoid in float32 is 1 from 17 on: so a threshold of 1 accepts nothing, whatever the states.
-        Arguments and errors as for :meth:`log_odds`.
+
+        Args:
+            states_D: as for :meth:`log_odds`.
+            draft_states: as for :meth:`log_odds`.
+
+        Returns:
+            bool [...].
+
+        Raises:
+            ValueError: as :meth:`log_odds`.
         """
         return self.log_odds(states_D, draft_states) > log_odds_of(self.config.threshold)
 
     def with_threshold(self, threshold: float) -> Judge:
-        """A copy with another threshold, attached to the same target.
+        """Make a copy with another threshold, attached to the same target.
+
+        Args:
+            threshold: from 0 to 1.
+
+        Returns:
+            The copy.
 
         Raises:
             ValueError: the threshold is not within 0 and 1.
@@ -253,18 +287,31 @@ class Judge(PreTrainedModel):
 
 
 def log_odds_of(probability: float) -> float:
-    """The log-odds of a probability: minus infinity at 0, infinity at 1."""
+    """The log-odds of a probability.
+
+    Args:
+        probability: from 0 to 1.
+
+    Returns:
+        Minus infinity at 0, infinity at 1.
+    """
     if probability in (0.0, 1.0):
         return math.inf if probability else -math.inf
     return math.log(probability) - math.log1p(-probability)
 
 
 def load_judge(folder: Path) -> Judge:
-    """A judge from the folder it was saved in, whole or not at all, in evaluation mode. Only safetensors are read.
+    """Load a judge from the folder it was saved in, whole or not at all. Only safetensors are read.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+
+    Returns:
+        The judge in evaluation mode, attached to nothing.
 
     Raises:
-        ValueError: a file is missing or broken, a field breaks its rule, a tensor is missing, unknown, of another shape or dtype, or
-            not finite, or a scale is not above 0.
+        ValueError: a file is missing or broken, or a field breaks its rule. Also for a tensor that is missing, unknown, not finite, or of
+            another shape or dtype, and for a scale that is not above 0.
     """
     folder = Path(folder)
     fields = _fields(folder / "config.json")
@@ -276,7 +323,11 @@ def load_judge(folder: Path) -> Judge:
 
 
 def check_config(fields: Mapping[str, Any], place: str) -> None:
-    """Hold the fields of a config to their rules. ``place`` is for messages.
+    """Check the fields of a judge's config against their rules.
+
+    Args:
+        fields: by name.
+        place: what errors call the config.
 
     Raises:
         ValueError: with place, field, value, rule and remedy.

@@ -119,7 +119,11 @@ def registry() -> Registry:
 
 
 def all_families() -> tuple[Family, ...]:
-    """Every family, those of other installed packages last."""
+    """Give every family, those of other installed packages last.
+
+    Returns:
+        Their records.
+    """
     return registry().all()
 
 

@@ -1,7 +1,7 @@
 """A PEFT adapter's folder on disk, of a target or of a drafter.
 
-Owns what the folder must hold, how it is read without trusting it, and its fingerprint. Knows no model: what an adapter does to one stands
-in `target_adapter.py` and `adapters.py`.
+Owns what the folder must hold, how it is read without trusting it, and its fingerprint. Knows no model: `merged_adapter.py` merges an
+adapter into a target, `models/drafters/lora.py` into a drafter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ BOND = "bond.json"  # in the folder of a drafter's adapter, and in no other
 
 
 def adapter_folder(name: str) -> Path:
-    """Where a target's adapter lies: a directory or a hub id's snapshot.
+    """Find where a target's adapter lies.
+
+    Args:
+        name: a directory, or a hub id.
+
+    Returns:
+        The folder; of a hub id its snapshot.
 
     Raises:
         ValueError: there is no such thing, it is no adapter, its weights are pickled, or their file is cut off.
@@ -44,16 +50,29 @@ def adapter_folder(name: str) -> Path:
 
 
 def reaches(folder: Path, modules: Iterable[str]) -> bool:
-    """Whether a target's adapter touches any of these modules, or one of which that cannot be told; ``folder`` is whole.
+    """Tell whether a target's adapter touches any of some modules. Tensors with names in another form than PEFT's count as touching them.
 
     Example: an adapter of ``q_proj`` alone does not reach ``("model.embed_tokens", "model.norm", "lm_head")``.
+
+    Args:
+        folder: what :func:`adapter_folder` gave.
+        modules: full names of the model's modules.
+
+    Returns:
+        True where it does, or may.
     """
     own_prefixes = tuple(f"{PREFIX}{name}." for name in modules)
     return any(not key.startswith(PREFIX) or key.startswith(own_prefixes) for key in _tensor_names(folder))
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    """sha256 (hex) of an adapter: of its weights, and of what its config says about their use (rank, alpha, layers ...).
+    """Hash an adapter: its weights, and what its config says about their use (rank, alpha, layers ...).
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        sha256 (hex).
 
     Raises:
         ValueError: no safetensors weights, or a broken config.
@@ -67,7 +86,13 @@ def adapter_fingerprint(folder: Path) -> str:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's folder.
+    """Read the tensors of an adapter's folder.
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        The tensors by PEFT's names, all of floating dtypes.
 
     Raises:
         ValueError: there are none, they are pickled, the file is broken, or a tensor is not of floats or holds NaN or infinity.
@@ -88,7 +113,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file of an adapter.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The object.
 
     Raises:
         ValueError: it is missing, or holds anything else.

@@ -1,6 +1,6 @@
 """A checkpoint's two files, ``config.json`` and ``model.safetensors``: how they are read and written.
 
-Owns what is refused of a folder before its content means anything; pickled weights are never opened, since reading one can run code.
+Owns what a folder must hold before its content means anything. Pickled weights are never opened, since reading one can run code.
 Knows no family and no layout.
 """
 
@@ -22,7 +22,13 @@ _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` says.
+    """Read ``config.json``.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        Its fields.
 
     Raises:
         ValueError: no such file, or not a JSON object.
@@ -34,14 +40,20 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of ``model.safetensors``.
+    """Read ``model.safetensors``.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        Its tensors by name.
 
     Raises:
         ValueError: there is no safetensors file, or it is broken.
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        pickles = sorted(found.name for pattern in _PICKLES for found in folder.glob(pattern))
+        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
         if pickles:
             raise ValueError(
                 f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}; pickled weights can run code and are not read. "
@@ -56,7 +68,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def write_files(folder: Path, config_text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Both files into an existing folder.
+    """Write both files into an existing folder.
+
+    Args:
+        folder: where to.
+        config_text: of ``config.json``.
+        tensors: by name, any dtype and device.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -70,5 +87,12 @@ def write_files(folder: Path, config_text: str, tensors: Mapping[str, Tensor]) -
 
 
 def as_text(fields: Mapping[str, Any]) -> str:
-    """Fields as the text of a ``config.json``."""
+    """Write fields as the text of a ``config.json``.
+
+    Args:
+        fields: that JSON can hold.
+
+    Returns:
+        The text, with a newline at its end.
+    """
     return json.dumps(fields, indent=2) + "\n"

@@ -20,7 +20,13 @@ _IN_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64"
 
 
 def as_dtype(name: str) -> torch.dtype:
-    """A torch dtype from its name.
+    """Look up a torch dtype by its name.
+
+    Args:
+        name: such as bfloat16.
+
+    Returns:
+        The dtype.
 
     Raises:
         ValueError: not a floating dtype that targets are run in.
@@ -31,7 +37,13 @@ def as_dtype(name: str) -> torch.dtype:
 
 
 def as_device(name: str) -> torch.device:
-    """A torch device that is really there.
+    """Make a torch device that is really there.
+
+    Args:
+        name: such as cuda:1.
+
+    Returns:
+        The device.
 
     Raises:
         ValueError: the name is no device, or this machine has none such.
@@ -55,6 +67,9 @@ def resolved_device(name: str) -> str:
 
     Args:
         name: auto, cpu, cuda, cuda:1 ...
+
+    Returns:
+        The name of a device, never auto.
     """
     if name == AUTO:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +89,9 @@ def resolved_dtype(
         revision: the hub's revision.
         trust_remote_code: whether Python files that come with the model may run.
 
+    Returns:
+        The name of a dtype, never auto.
+
     Raises:
         ValueError: no such dtype, or a checkpoint whose dtype a target cannot run in.
     """
@@ -85,6 +103,14 @@ def resolved_dtype(
 
 def checkpoint_dtype(path: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
     """The dtype that a checkpoint was saved in: its config's, else that of its first floating tensor.
+
+    Args:
+        path: directory or hub id of the model.
+        revision: the hub's revision.
+        trust_remote_code: whether Python files that come with the model may run.
+
+    Returns:
+        The dtype's name.
 
     Raises:
         ValueError: bad path, or a dtype that targets are not run in.
@@ -105,7 +131,7 @@ def _first_floating(folder: Path) -> str:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             dtypes = (tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118 (no mapping)
-            found = next((_IN_SAFETENSORS[dtype] for dtype in dtypes if dtype in _IN_SAFETENSORS), None)
-        if found is not None:
-            return found
+            dtype = next((_IN_SAFETENSORS[stored] for stored in dtypes if stored in _IN_SAFETENSORS), None)
+        if dtype is not None:
+            return dtype
     return "float32"

@@ -23,7 +23,15 @@ def end_tokens(
 ) -> tuple[int, ...]:
     """The ids of the first of the three that names any; empty where none does.
 
-    Ids outside the config's vocabulary end nothing: they are left out with a warning, and where none is left the next place counts.
+    Ids outside the config's vocabulary end nothing: they are dropped with a warning, and where none is left the next place counts.
+
+    Args:
+        generation: the model's generation config.
+        config: the model's config.
+        tokenizer: the model's.
+
+    Returns:
+        Token ids, each once.
 
     Raises:
         ValueError: a place names something other than an id or a list of ids.
@@ -63,6 +71,9 @@ def read_end_tokens(
         revision: the hub's revision.
         tokenizer: the model's, where it is loaded already; else it is read, but only when no config names an end token.
         trust_remote_code: whether Python files that come with the model may run.
+
+    Returns:
+        Token ids, each once; empty where nothing names one.
 
     Raises:
         ValueError: as :func:`end_tokens`, and for a path without a model.

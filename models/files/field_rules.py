@@ -1,6 +1,6 @@
 """Rules for the fields of a ``config.json`` that somebody else may have written: what each must be, in one line.
 
-Owns the rules that several kinds of config share, and the refusal. Knows no family.
+Owns the rules that several kinds of config share, and the error for a field that breaks one. Knows no family.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ _LARGEST = 2**31
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Whether it is an int (no bool) from ``least`` on, and small enough for a size."""
+    """Whether a value is an int (no bool) from ``least`` on, and small enough for a size.
+
+    Args:
+        value: of any type.
+        least: the smallest that will do.
+
+    Returns:
+        True for ``least`` <= value < 2^31.
+    """
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < _LARGEST
 
 
@@ -36,7 +44,9 @@ LIST: Rule = (lambda value: isinstance(value, list), "a list")
 TEXT: Rule = (lambda value: isinstance(value, str), "text")
 NAMES: Rule = (
     lambda value: (
-        isinstance(value, list) and all(isinstance(one, str) and one for one in value) and len(set(value)) == len(value)
+        isinstance(value, list)
+        and all(isinstance(name, str) and name for name in value)
+        and len(set(value)) == len(value)
     ),
     "a list of texts, each once",
 )
@@ -45,7 +55,7 @@ NAMES: Rule = (
 def check_fields(
     fields: Mapping[str, Any], rules: Mapping[str, Rule], place: str, remedy: str, required: Collection[str] = ()
 ) -> None:
-    """Hold fields to their rules; those that are not there, and those without a rule, are passed over.
+    """Check fields against their rules. A rule whose field is absent, and a field without a rule, are skipped.
 
     Args:
         fields: by name.

@@ -19,10 +19,16 @@ _NUM_BLOCKS = 256
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """sha256 (hex) over a checkpoint's weights as they lie on disk.
+    """Hash a checkpoint's weights as they lie on disk.
 
-    Files of up to 64 MiB are hashed whole; of a larger one its size, its safetensors header and 256 evenly spaced blocks of 64 KiB
-    are, so that a 140 GB target takes seconds. Any retraining moves all weights; an edit that misses every block does not show.
+    Files of up to 64 MiB are hashed whole. Of a larger one, its size, its safetensors header and 256 spaced blocks of 64 KiB
+    are hashed, so that a 140 GB target takes seconds. Any retraining moves all weights; an edit that misses every block does not show.
+
+    Args:
+        folder: with ``*.safetensors``.
+
+    Returns:
+        sha256 (hex).
 
     Raises:
         ValueError: the folder holds no safetensors file.
@@ -50,7 +56,14 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """sha256 (hex) over all parameters of a module in memory: names, shapes and values as float32."""
+    """Hash all parameters of a module in memory: names, shapes and values as float32.
+
+    Args:
+        module: on any device.
+
+    Returns:
+        sha256 (hex).
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
@@ -59,12 +72,26 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) over a tokenizer's vocabulary and special tokens: what makes two id sequences mean the same."""
+    """Hash a tokenizer's vocabulary and special tokens: what makes two id sequences mean the same.
+
+    Args:
+        tokenizer: of any kind.
+
+    Returns:
+        sha256 (hex).
+    """
     return _of_json([sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))])
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) of the chat template; empty where there is none."""
+    """Hash the chat template of a tokenizer.
+
+    Args:
+        tokenizer: of any kind.
+
+    Returns:
+        sha256 (hex); empty where there is no template.
+    """
     template = tokenizer.chat_template
     return "" if template is None else _of_json(template)
 

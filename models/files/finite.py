@@ -1,4 +1,4 @@
-"""Tensors that are no numbers: the one test for NaN and infinity, and what is said of logits that hold them.
+"""Tensors that are no numbers: the one test for NaN and infinity, and the error about logits that hold them.
 
 Owns how the test is done cheaply, and the message about logits. Knows nothing of how tensors were made.
 
@@ -12,31 +12,44 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number of a floating tensor of any shape is NaN or infinite.
+    """Whether no number of a floating tensor is NaN or infinite.
 
     The least and the largest number tell, since both reductions hand a NaN on. They read several GB a second on one core, ten times
     what ``torch.isfinite`` does.
+
+    Args:
+        tensor: float, any shape.
+
+    Returns:
+        True where all numbers are finite, or there are none.
     """
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
 def refuse_non_finite(logits: Tensor, name: str) -> None:
-    """Raise for logits of any shape, of the model `name`, that hold NaN or infinity.
+    """Check the first logits of a model.
+
+    Args:
+        logits: float, any shape.
+        name: of the model, for the message.
 
     Raises:
-        ValueError: they do.
+        ValueError: they hold NaN or infinity.
     """
     if not is_finite(logits):
         raise not_finite(name, logits.dtype, "of its first tokens")
 
 
 def broken_rows(logits_BNV: Tensor, path_BE: Tensor, counts_B: Tensor) -> Tensor:
-    """bool [B]: rows whose largest logit is NaN or infinite at a node that they went through; nothing is read back from the device.
+    """Find rows whose largest logit is NaN or infinite at a node that they went through; nothing is read back from the device.
 
     Args:
         logits_BNV: float, at every node of a tree.
         path_BE: int64, the node that a row went through at each depth.
         counts_B: int64, how many of those are real. What is guessed beside the text may overflow.
+
+    Returns:
+        bool [B], True at broken rows.
     """
     place_E = torch.arange(path_BE.shape[1], device=path_BE.device)
     peaks_BE = logits_BNV.amax(-1).gather(1, path_BE)
@@ -44,7 +57,16 @@ def broken_rows(logits_BNV: Tensor, path_BE: Tensor, counts_B: Tensor) -> Tensor
 
 
 def not_finite(name: str, dtype: torch.dtype, place: str) -> ValueError:
-    """The error that says so; `place` is where they came up, such as `at token 12 of request 3`."""
+    """Make the error about logits that hold NaN or infinity.
+
+    Args:
+        name: of the model.
+        dtype: of the logits.
+        place: where they came up, such as `at token 12 of request 3`.
+
+    Returns:
+        The error, to be raised.
+    """
     width = str(dtype).removeprefix("torch.")
     advice = "its weights hold such numbers: give a whole checkpoint"
     if dtype in (torch.float16, torch.bfloat16):

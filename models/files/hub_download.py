@@ -24,7 +24,12 @@ class DownloadBar(tqdm):
 
 
 def announce_download(repository: str, revision: str | None) -> None:
-    """Logs a line if a model or adapter of the hub is not in the cache yet."""
+    """Log a line if a model or adapter of the hub is not in the cache yet.
+
+    Args:
+        repository: the hub id.
+        revision: the hub's revision.
+    """
     for name in ("config.json", "adapter_config.json"):
         if isinstance(try_to_load_from_cache(repository, name, revision=revision), str):
             return

@@ -28,12 +28,15 @@ from draftsmith.models.files.pretrained import (
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id.
+    """Load the tokenizer of a model directory or hub id.
 
     Args:
         path: directory or hub id.
         revision: the hub's revision.
         trust_remote_code: whether Python files that come with it may run.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: there is none, or it needs code that may not run.
@@ -45,7 +48,14 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder has a tokenizer beside its weights."""
+    """Tell whether a model's folder has a tokenizer beside its weights.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        True where one of a tokenizer's files is there.
+    """
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
@@ -60,7 +70,7 @@ def load_causal_lm(
     distributed: DistributedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, str]:
-    """A causal LM, its adapter merged into it, and the fingerprint of both.
+    """Load a causal LM, its adapter merged into it.
 
     Args:
         path: directory or hub id.
@@ -72,6 +82,9 @@ def load_causal_lm(
         quantization: ``8bit`` or ``4bit`` (bitsandbytes).
         distributed: how the processes of this run share the weights, each of which then reads its own part of the files only.
         trust_remote_code: whether Python files that come with the model may run.
+
+    Returns:
+        The model, and the fingerprint of model and adapter together.
 
     Raises:
         ValueError: bad path, device or quantization, an adapter on quantized weights, weights that do not fit the config, or code that
@@ -128,7 +141,15 @@ def _reading_arguments(
 
 
 def target_fingerprint(path: str, revision: str | None = None, adapter: str | None = None) -> str:
-    """sha256 (hex) of a model's files, those of its adapter included; nothing is loaded.
+    """Hash a model's files, those of its adapter included; nothing is loaded.
+
+    Args:
+        path: directory or hub id of the model.
+        revision: the hub's revision of the model.
+        adapter: directory or hub id of a PEFT adapter.
+
+    Returns:
+        sha256 (hex).
 
     Raises:
         ValueError: bad path, no safetensors weights there, or an adapter that is none.

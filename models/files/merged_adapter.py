@@ -1,7 +1,7 @@
 """A PEFT adapter merged into a target's weights.
 
-Owns what is refused of it, and that the merged target is the adapted one where embedding and head share a weight. Knows no drafter, and
-not where adapters lie (`adapter_files.py`).
+Owns what an adapter must be, and that the merged target is the adapted one where embedding and head share a weight. Knows no drafter,
+and not where adapters lie (`adapter_files.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from draftsmith.models.files.pretrained import name_faults, read_adapter
 
 
 def merge_into_target(model: Any, folder: Path) -> Any:
-    """A causal LM with a PEFT adapter merged into its weights; ``folder`` is what :func:`adapter_folder` gave.
+    """Merge a PEFT adapter into the weights of a causal LM.
+
+    Args:
+        model: a causal LM of Transformers; it is changed.
+        folder: what :func:`adapter_folder` gave.
+
+    Returns:
+        The merged model.
 
     Raises:
         ValueError: the adapter is of another model, broken, or of a kind that cannot be merged.

@@ -15,7 +15,14 @@ _NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
-    """The local directory of a model: the path itself, one of the embedded models (``embedded:target``), or a hub id's snapshot.
+    """Find the local directory of a model.
+
+    Args:
+        path: a directory, one of the embedded models (``embedded:target``), or a hub id, whose snapshot is downloaded where it is not here.
+        revision: the hub's revision.
+
+    Returns:
+        The directory.
 
     Raises:
         ValueError: neither a directory nor a hub id that can be had.
@@ -51,6 +58,13 @@ def resolve(path: str, revision: str | None = None) -> Path:
 
 def resolve_model(path: str, revision: str | None = None) -> Path:
     """As :func:`resolve`, of what must be a whole model.
+
+    Args:
+        path: directory, embedded model or hub id.
+        revision: the hub's revision.
+
+    Returns:
+        The directory, with a ``config.json``.
 
     Raises:
         ValueError: as there; or it is an adapter.

@@ -1,7 +1,7 @@
 """The one door through which a folder in Hugging Face's form becomes a config, a tokenizer or a model.
 
 Owns two rules: Python files of the folder run only where the caller allows it, and a model is whole or an error. Knows nothing of
-paths, devices, targets and drafters. Everything else in the package loads through here, which a test of the house holds it to.
+paths, devices, targets and drafters. Everything else in the package loads through here; a test of the house checks that.
 """
 
 from __future__ import annotations
@@ -54,11 +54,17 @@ _REMEDY = "its weights and its config.json belong to different models: give the 
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model config in a folder.
+    """Read the model config in a folder.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: whether Python files of the folder may run.
+
+    Returns:
+        The config.
 
     Raises:
-        ValueError: it cannot be read, it asks for an attention that takes no tree mask, or it needs code of the folder, and that is not
-            allowed.
+        ValueError: it cannot be read, it asks for an attention that takes no tree mask, or it needs code that may not run.
     """
     with _naming_the_folder(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -67,7 +73,14 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+    """Read the tokenizer in a folder.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: whether Python files of the folder may run.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: it cannot be read, or it needs code of the folder, and that is not allowed.
@@ -77,7 +90,13 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation config in a folder; None where it has no such file.
+    """Read the generation config in a folder.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        The config; None where the folder has no such file.
 
     Raises:
         ValueError: it cannot be read.
@@ -89,7 +108,14 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def language_model_class(config: PreTrainedConfig, folder: Path) -> type[Any]:
-    """The Auto class that opens a checkpoint with this config as a model that writes text.
+    """Choose the Auto class that opens a checkpoint as a model that writes text.
+
+    Args:
+        config: of the checkpoint.
+        folder: for the message.
+
+    Returns:
+        A class of Transformers.
 
     Raises:
         ValueError: Transformers has none for it, and neither has the folder.
@@ -107,7 +133,7 @@ def language_model_class(config: PreTrainedConfig, folder: Path) -> type[Any]:
 
 
 def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, **arguments: Any) -> Any:
-    """A whole model from the safetensors in a folder.
+    """Read a whole model from the safetensors in a folder.
 
     Args:
         kind: a model's class, or one of Transformers' Auto classes.
@@ -115,9 +141,12 @@ def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, *
         trust_remote_code: whether Python files of the folder may run.
         arguments: more for ``from_pretrained``, such as ``dtype`` and ``config``.
 
+    Returns:
+        The model.
+
     Raises:
-        ValueError: a file cannot be read; a tensor is missing, unknown or of another shape; the folder holds an adapter, too; or the
-            model needs code of the folder, and that is not allowed.
+        ValueError: a file cannot be read; a tensor is missing, unknown or of another shape; or the folder holds an adapter, too. Also for
+            a model that needs code of the folder, where that is not allowed.
     """
     model, report = _load(kind, folder, trust_remote_code, **arguments)
     refuse_faults(folder, report)
@@ -125,9 +154,16 @@ def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, *
 
 
 def check_tensors(kind: type[Any], folder: Path, trust_remote_code: bool = False, **arguments: Any) -> None:
-    """Hold all tensors of a folder to its config by names and shapes alone; no weight is read.
+    """Check all tensors of a folder against its config by names and shapes alone; no weight is read.
 
-    Arguments and errors as for :func:`read_model`.
+    Args:
+        kind: a model's class, or one of Transformers' Auto classes.
+        folder: where config and weights are.
+        trust_remote_code: whether Python files of the folder may run.
+        arguments: more for ``from_pretrained``.
+
+    Raises:
+        ValueError: as :func:`read_model`.
     """
     read_model(kind, folder, trust_remote_code, device_map="meta", **arguments)
 
@@ -139,7 +175,7 @@ def read_part(
     trust_remote_code: bool = False,
     **arguments: Any,
 ) -> Any:
-    """A model whose config leaves out layers that the folder holds.
+    """Read a model whose config leaves out layers that the folder holds.
 
     Tensors beside the needed ones are not judged: :func:`check_tensors` of the whole config does that.
 
@@ -149,6 +185,9 @@ def read_part(
         needed: of the model, the names of the modules that must be whole.
         trust_remote_code: whether Python files of the folder may run.
         arguments: more for ``from_pretrained``, such as the shortened ``config``.
+
+    Returns:
+        The model; what is not needed may be random.
 
     Raises:
         ValueError: a needed tensor is missing or of another shape; or the model needs code of the folder, and that is not allowed.
@@ -162,7 +201,16 @@ def read_part(
 
 
 def read_adapter(kind: type[Any], model: Any, folder: Path) -> Any:
-    """A model with the PEFT adapter of a folder in it; ``kind`` is PEFT's ``PeftModel``. PEFT runs no code of the folder."""
+    """Put the PEFT adapter of a folder into a model. PEFT runs no code of the folder.
+
+    Args:
+        kind: PEFT's ``PeftModel``.
+        model: to be adapted.
+        folder: of the adapter.
+
+    Returns:
+        The adapted model.
+    """
     return kind.from_pretrained(model, str(folder))
 
 
@@ -186,9 +234,15 @@ def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]]) -> None:
 
 
 def name_faults(faults: Mapping[str, Iterable[str]]) -> str:
-    """Kinds of faults with the names that they concern, shortened.
+    """Name kinds of faults with the names that they concern, shortened.
 
     Example: ``missing: a, b, c, ... (7 in all); unexpected: d``.
+
+    Args:
+        faults: names by kind.
+
+    Returns:
+        The text; empty where no kind has a name.
     """
     parts = []
     for kind, listed in faults.items():

@@ -1,4 +1,4 @@
-"""Tables of tensors: what a checkpoint must hold, by name, shape and dtype, and how it is held to that.
+"""Tables of tensors: what a checkpoint must hold, by name, shape and dtype, and the check against that.
 
 Owns the check. Loaders elsewhere are lax (a missing tensor may load in silence), so nothing is trusted because "it loads". Knows no
 family and no file.
@@ -40,12 +40,26 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
-        """What a tensor of a module asks of the one that is loaded into it."""
+        """What a tensor of a module asks of the one that is loaded into it.
+
+        Args:
+            tensor: the module's.
+
+        Returns:
+            Its shape and kind of dtype.
+        """
         kinds: dict[torch.dtype, Literal["int64", "bool"]] = {torch.int64: "int64", torch.bool: "bool"}
         return cls(tuple(tensor.shape), kinds.get(tensor.dtype, "float"))
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether shape and dtype are as they must be."""
+        """Whether shape and dtype are as they must be.
+
+        Args:
+            tensor: from a file.
+
+        Returns:
+            True where both are.
+        """
         return tuple(tensor.shape) == self.shape and tensor.dtype in _DTYPES[self.kind]
 
     def __str__(self) -> str:
@@ -58,7 +72,7 @@ class Table:
 
     Attributes:
         what: the family's name, for messages.
-        vocab_size: V; tensors named ``d2t`` and ``t2d`` are held to it.
+        vocab_size: V; tensors named ``d2t`` and ``t2d`` must map into it.
         specs: by name.
     """
 
@@ -67,7 +81,7 @@ class Table:
     specs: Mapping[str, TensorSpec]
 
     def check(self, tensors: Mapping[str, Tensor], where: str, finite: bool = True) -> None:
-        """Hold tensors to the table, to finite values, and a draft vocabulary to increasing ids of the target.
+        """Check tensors against the table: names, shapes and dtypes, finite values, and a draft vocabulary of increasing ids of the target.
 
         Args:
             tensors: by name.
@@ -97,7 +111,15 @@ class Table:
 
 
 def vocabulary_faults(tensors: Mapping[str, Tensor], vocab_size: int) -> list[str]:
-    """What is wrong with ``d2t`` (int64 [Vd], target id = i + d2t[i]) and ``t2d`` (bool [V]), where they are there."""
+    """Find what is wrong with ``d2t`` and ``t2d``, where they are there.
+
+    Args:
+        tensors: by name; ``d2t`` int64 [Vd], target id = i + d2t[i], and ``t2d`` bool [V], True at target ids that are drafted.
+        vocab_size: V.
+
+    Returns:
+        The fault in words, alone in a list; empty where there is none.
+    """
     if "d2t" not in tensors:
         return []
     ids = target_ids(tensors["d2t"])
@@ -110,12 +132,27 @@ def vocabulary_faults(tensors: Mapping[str, Tensor], vocab_size: int) -> list[st
 
 
 def target_ids(d2t: Tensor) -> Tensor:
-    """Offsets int64 [Vd] -> target ids int64 [Vd]: ``[0, 2, 2]`` stands for ``[0, 3, 4]``."""
+    """Turn the offsets of a draft vocabulary into target ids: ``[0, 2, 2]`` means ``[0, 3, 4]``.
+
+    Args:
+        d2t: int64 [Vd].
+
+    Returns:
+        int64 [Vd].
+    """
     return d2t + torch.arange(len(d2t))
 
 
 def membership(ids: Tensor, vocab_size: int) -> Tensor:
-    """Target ids int64 [Vd] -> bool [V], True at them."""
+    """Mark target ids.
+
+    Args:
+        ids: int64 [Vd].
+        vocab_size: V.
+
+    Returns:
+        bool [V], True at them.
+    """
     inside = torch.zeros(vocab_size, dtype=torch.bool)
     inside[ids] = True
     return inside

@@ -29,7 +29,7 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
 def context_of(config: PreTrainedConfig, asked: int | None = None) -> int | None:
-    """The longest context in tokens; None where neither the config nor the caller names one.
+    """The longest context of a model.
 
     Scaled rotary positions stretch it: YaRN to ``original_max_position_embeddings`` x ``factor``, linear and dynamic scaling to
     ``max_position_embeddings`` x ``factor``. Llama-3's and LongRoPE's scaling, and Gemma-3, have the stretched length in the config.
@@ -37,6 +37,9 @@ def context_of(config: PreTrainedConfig, asked: int | None = None) -> int | None
     Args:
         config: of a model; of a multimodal one, its text part counts.
         asked: what to say instead.
+
+    Returns:
+        Tokens of prompt and reply together; None where neither the config nor the caller names a length.
 
     Raises:
         ValueError: fewer than 2 tokens, which leave no room for a prompt and a reply; or a field that is no length.
@@ -58,10 +61,15 @@ def context_of(config: PreTrainedConfig, asked: int | None = None) -> int | None
 
 
 def refuse_past_table(base: nn.Module, context: int | None, name: str) -> None:
-    """Raise where a model with learned positions has fewer of them than its context; ``base`` is its decoder without the head.
+    """Check that a model with learned positions has as many of them as its context is long.
+
+    Args:
+        base: its decoder without the head.
+        context: in tokens; None checks nothing.
+        name: of the model, for the message.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: it has fewer; the message has both numbers.
     """
     for table in (getattr(base, each, None) for each in _TABLES):
         if context is None or not isinstance(table, nn.Embedding):

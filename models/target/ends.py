@@ -31,9 +31,17 @@ _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class TargetEnds(nn.Module):
     """Enough of a target to train a drafter from cached states: a 70B trunk is never loaded for it.
 
-    Attributes:
+    Args:
+        model: with embedding, final norm and head; its trunk may be shortened.
         name: what the target was asked for by.
         fingerprint: of the whole checkpoint, the trunk included.
+        config: the text config where the model's own does not tell the truth, being that of a shortened trunk.
+        end_token_ids: end a reply where neither config of the model names any: the tokenizer's.
+        context: the longest text in tokens where the config's own is wrong.
+
+    Attributes:
+        name: as above.
+        fingerprint: as above.
         config: the target's own text config, as its checkpoint has it: ``num_hidden_layers`` counts the whole trunk, also where
             none was loaded. Drafters read rope, heads, norm epsilon and the number of layers from it.
         hidden_size: D.
@@ -41,6 +49,10 @@ class TargetEnds(nn.Module):
         eos_token_ids: what ends the target's replies.
         max_positions: the longest context in tokens, None where the config names none.
         logit_scale: what the model multiplies its logits by, mostly 1.
+
+    Raises:
+        ValueError: the model has no head, or one of another width; its norm is at no known name; or a length or scale of its config
+            is wrong.
     """
 
     def __init__(
@@ -52,11 +64,6 @@ class TargetEnds(nn.Module):
         end_token_ids: tuple[int, ...] = (),
         context: int | None = None,
     ) -> None:
-        """``config`` is the text config where the model's own does not tell the truth, being that of a shortened trunk.
-
-        ``end_token_ids`` end a reply where neither config of the model names any: the tokenizer's. ``context`` is the longest
-        text in tokens where the config's own is wrong.
-        """
         super().__init__()
         self.name = name
         self.fingerprint = fingerprint
@@ -110,9 +117,12 @@ class TargetEnds(nn.Module):
             trust_remote_code: whether Python files that come with the model may run.
             context: the longest text in tokens where the config's own is wrong.
 
+        Returns:
+            The ends, frozen.
+
         Raises:
-            ValueError: the path holds no model, its family is not supported, its weights do not fit its config, or it needs code that
-                may not run.
+            ValueError: the path holds no model, its family is not supported, or its weights do not fit its config. Also for a model that
+                needs code that may not run.
         """
         folder = resolve_model(path, revision)
         config = read_config(folder, trust_remote_code)
@@ -149,15 +159,36 @@ class TargetEnds(nn.Module):
         return next(itertools.chain(self.norm.parameters(), self.embedding.parameters())).dtype
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [...] -> input embeddings [..., D]."""
+        """Look up input embeddings.
+
+        Args:
+            ids: int64 [...].
+
+        Returns:
+            [..., D].
+        """
         return self.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """Pre-norm states [..., D] -> normed [..., D], on the device of the states."""
+        """Apply the final norm.
+
+        Args:
+            hidden: [..., D], states before the norm.
+
+        Returns:
+            [..., D], on the device of the states.
+        """
         return self.norm(hidden.to(self.dtype)).to(hidden.device)
 
     def logits(self, normed: Tensor) -> Tensor:
-        """Normed states [..., D] -> logits [..., V], with the model's own bias, scale and soft-cap, on the device of the states."""
+        """Apply the head, with the model's own bias, scale and soft-cap.
+
+        Args:
+            normed: [..., D], states after the final norm.
+
+        Returns:
+            [..., V], on the device of the states.
+        """
         # The head of a target over several devices (device_map) may lie on another.
         logits = self.head(normed).to(normed.device)
         if self.logit_scale != 1.0:
@@ -168,7 +199,7 @@ class TargetEnds(nn.Module):
 
 
 def _check_scales(config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError where a field by which logits are scaled is no number."""
+    """Check that the fields by which logits are scaled are numbers."""
     scales = {field: getattr(config, field, None) for field in _SCALES}
     given = {field: value for field, value in scales.items() if value}
     check_fields(given, dict.fromkeys(_SCALES, POSITIVE), f"the config of {name}", "correct its config.json")

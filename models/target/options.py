@@ -30,11 +30,32 @@ class TokenizerOptions:
     trust_remote_code: bool = False
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of the target at `path`. Raises what `load_tokenizer` raises."""
+        """Load the tokenizer of a target.
+
+        Args:
+            path: directory or hub id.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: as `load_tokenizer`.
+        """
         return load_tokenizer(path, self.revision, self.trust_remote_code)
 
     def end_tokens(self, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The ids that end the target's replies; empty where nothing names one."""
+        """Find the ids that end the target's replies.
+
+        Args:
+            path: directory or hub id.
+            tokenizer: the target's.
+
+        Returns:
+            The ids; empty where nothing names one.
+
+        Raises:
+            ValueError: as `read_end_tokens`.
+        """
         return read_end_tokens(path, self.revision, tokenizer, self.trust_remote_code)
 
 
@@ -51,7 +72,19 @@ class EndsOptions(TokenizerOptions):
     context: int | None = None
 
     def load_ends(self, path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TargetEnds:
-        """The ends of the target at `path`. Raises what `TargetEnds.load` raises."""
+        """Load the ends of a target.
+
+        Args:
+            path: directory or hub id.
+            dtype: of the weights.
+            device: where to put them.
+
+        Returns:
+            The ends.
+
+        Raises:
+            ValueError: as `TargetEnds.load`.
+        """
         return TargetEnds.load(path, dtype, device, self.revision, self.adapter, self.trust_remote_code, self.context)
 
 
@@ -71,11 +104,22 @@ class PlacementOptions(EndsOptions):
     quantization: str | None = None
 
     def placed(self) -> Self:
-        """The same options with the device that `auto` means on this machine."""
+        """Replace `auto` by the device that it means on this machine.
+
+        Returns:
+            The same options otherwise.
+        """
         return replace(self, device=resolved_device(self.device))
 
     def resolve_dtype(self, path: str, dtype: str = AUTO) -> str:
-        """The dtype that a name means for the target at `path` where these options place it.
+        """The dtype that a name means for a target where these options place it.
+
+        Args:
+            path: directory or hub id.
+            dtype: auto, or a dtype's name.
+
+        Returns:
+            The dtype's name.
 
         Raises:
             ValueError: no such dtype, or a bad path.
@@ -85,7 +129,18 @@ class PlacementOptions(EndsOptions):
         return resolved_dtype(dtype, path, device, self.revision, self.trust_remote_code)
 
     def load(self, path: str, dtype: str = AUTO) -> Target:
-        """The target at `path`. Raises what `Target.load` raises."""
+        """Load a target.
+
+        Args:
+            path: directory or hub id.
+            dtype: auto, or a dtype's name.
+
+        Returns:
+            The target.
+
+        Raises:
+            ValueError: as `Target.load`.
+        """
         return Target.load(
             path,
             self.resolve_dtype(path, dtype),
@@ -113,7 +168,13 @@ class TargetOptions(PlacementOptions):
     generation_config: Literal["model", "none"] = "model"
 
     def resolved(self, path: str) -> Self:
-        """The same options with what `auto` means for the target at `path` on this machine: what a record should hold.
+        """Replace `auto` by what it means for a target on this machine: what a record should hold.
+
+        Args:
+            path: directory or hub id.
+
+        Returns:
+            The same options otherwise.
 
         Raises:
             ValueError: no such dtype, or a bad path.
@@ -121,7 +182,18 @@ class TargetOptions(PlacementOptions):
         return replace(self.placed(), dtype=self.resolve_dtype(path, self.dtype))
 
     def load(self, path: str, dtype: str | None = None) -> Target:
-        """The target at `path`, in `dtype` where one is given. Raises what `Target.load` raises."""
+        """Load a target.
+
+        Args:
+            path: directory or hub id.
+            dtype: a dtype's name; None takes the option's.
+
+        Returns:
+            The target.
+
+        Raises:
+            ValueError: as `Target.load`.
+        """
         target = super().load(path, dtype or self.dtype)
         if self.generation_config == "none":
             target.forget_settings()

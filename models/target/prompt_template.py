@@ -44,6 +44,9 @@ class TemplateOptions:
         template_name: Which of a tokenizer's several chat templates to use; default: the one called default.
         template_args: Variables of the chat template as JSON, such as {"enable_thinking": false}; or one each, as in
             --template_args.enable_thinking=false.
+
+    Raises:
+        ValueError: a name that is no variable of a template, or a value that JSON cannot hold.
     """
 
     template_name: str | None = None
@@ -102,8 +105,8 @@ class PromptTemplate:
 
     Args:
         tokenizer: a fast tokenizer.
-        template: None for the tokenizer's own template, the path of a Jinja file, or "none" for plain text (base models: the texts
-            one after the other, a newline between them).
+        template: None for the tokenizer's own template, the path of a Jinja file, or "none" for plain text. Base models read plain text:
+            the texts one after the other, a newline between them.
         eos_ids: tokens that end a reply; the tokenizer's own end token when empty.
         options: the template's name and its variables.
 
@@ -143,7 +146,13 @@ class PromptTemplate:
                 )
 
     def first_prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ids that the target reads before its first reply.
+        """Encode what the target reads before its first reply.
+
+        Args:
+            messages: with ``role`` and ``content`` each.
+
+        Returns:
+            Token ids.
 
         Raises:
             TemplateRefusal: the template fails on these messages.
@@ -153,16 +162,35 @@ class PromptTemplate:
         return self._encode(self._render(messages, add_generation_prompt=True))
 
     def plain_ids(self, text: str) -> list[int]:
-        """A plain text's ids with the tokenizer's own first token, if any, and no end token."""
+        """Encode a plain text with the tokenizer's own first token, if any, and no end token.
+
+        Args:
+            text: as it is.
+
+        Returns:
+            Token ids.
+        """
         ids = encoded(self.tokenizer, text, special=True)
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def document_prompt_ids(self, text: str, num_words: int | None = None) -> list[int]:
-        """Ids of the first `num_words` words of a plain document, None for all of it."""
+        """Encode the beginning of a plain document.
+
+        Args:
+            text: the document.
+            num_words: how many words of it; None for all of it.
+
+        Returns:
+            Token ids.
+        """
         return self.plain_ids(first_words(text, num_words))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """Raises TemplateRefusal where the template fails."""
+        """Render messages as text.
+
+        Raises:
+            TemplateRefusal: the template fails.
+        """
         try:
             rendered = self.tokenizer.apply_chat_template(
                 shown_fields(messages),
@@ -180,12 +208,27 @@ class PromptTemplate:
         return encoded(self.tokenizer, rendered, special=False)
 
     def ids_and_offsets(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """A rendered text's ids, and the characters that each stands for: its first, and the one behind its last."""
+        """Encode a rendered text, and say which characters each token covers.
+
+        Args:
+            rendered: with its special tokens in it.
+
+        Returns:
+            Token ids, and for each its first character and the one behind its last.
+        """
         encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
     def ids_from(self, rendered: str, place: int) -> list[int]:
-        """Ids of a rendered text from a character on, as in the whole text; encoded apart where a token reaches over that place."""
+        """Encode a rendered text from a character on, as in the whole text; encoded apart where a token reaches over that place.
+
+        Args:
+            rendered: with its special tokens in it.
+            place: number of the character.
+
+        Returns:
+            Token ids.
+        """
         ids, offsets = self.ids_and_offsets(rendered)
         first = next(
             (number for number, (start, stop) in enumerate(offsets) if max(start, stop - 1) >= place), len(ids)
@@ -195,7 +238,15 @@ class PromptTemplate:
 
 
 def first_words(text: str, count: int | None) -> str:
-    """The first words of a text with their own spacing; `count` None is the whole text."""
+    """The first words of a text with their own spacing.
+
+    Args:
+        text: the text.
+        count: how many words; None is the whole text.
+
+    Returns:
+        The beginning of the text.
+    """
     if count is None:
         return text
     end = 0
@@ -205,7 +256,14 @@ def first_words(text: str, count: int | None) -> str:
 
 
 def template_digest(template: str | None) -> str | None:
-    """sha256 of a template that stands in for the tokenizer's own: of the file's content, or of the word; None for none."""
+    """Hash a template that replaces the tokenizer's own: the file's content, or the word.
+
+    Args:
+        template: the path of a Jinja file, or "none"; None for the tokenizer's own.
+
+    Returns:
+        sha256 (hex); None for the tokenizer's own.
+    """
     if template is None:
         return None
     path = Path(template)
@@ -215,7 +273,16 @@ def template_digest(template: str | None) -> str | None:
 def rendering_fingerprint(
     tokenizer: PreTrainedTokenizerBase, template: str | None, options: TemplateOptions = NO_OPTIONS
 ) -> str:
-    """sha256 (hex) of what turns messages into text: the template in use, its name and its variables; empty for no template."""
+    """Hash what turns messages into text: the template in use, its name and its variables.
+
+    Args:
+        tokenizer: the target's.
+        template: the path of a Jinja file, or "none"; None for the tokenizer's own.
+        options: the template's name and its variables.
+
+    Returns:
+        sha256 (hex); empty for no template.
+    """
     own = template_digest(template) or template_fingerprint(tokenizer)
     if options == NO_OPTIONS:
         return own
@@ -225,23 +292,59 @@ def rendering_fingerprint(
 def rendered_digest(
     tokenizer: PreTrainedTokenizerBase, template: str | None, options: TemplateOptions = NO_OPTIONS
 ) -> str:
-    """`PromptTemplate.digest`, as replies record it; that of plain text where neither the tokenizer nor `template` has a template."""
+    """`PromptTemplate.digest`, as replies record it; that of plain text where neither the tokenizer nor `template` has a template.
+
+    Args:
+        tokenizer: the target's.
+        template: the path of a Jinja file, or "none"; None for the tokenizer's own.
+        options: the template's name and its variables.
+
+    Returns:
+        sha256 (hex).
+
+    Raises:
+        ValueError: as :class:`PromptTemplate`.
+    """
     chosen = NO_TEMPLATE if template is None and not tokenizer.chat_template else template
     return PromptTemplate(tokenizer, chosen, options=options).digest
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    """Ids of a text; `special` adds the tokenizer's own first and last tokens."""
+    """Encode a text.
+
+    Args:
+        tokenizer: of any kind.
+        text: the text.
+        special: whether the tokenizer adds its own first and last tokens.
+
+    Returns:
+        Token ids.
+    """
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
 
 
 def shown_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as a template gets them."""
+    """Keep the fields of messages that a template shows.
+
+    Args:
+        messages: with further fields of ours.
+
+    Returns:
+        The messages as a template gets them.
+    """
     return [{name: message[name] for name in _SHOWN_FIELDS if name in message} for message in messages]
 
 
 def refusal(messages: Sequence[Mapping[str, Any]], error: Exception) -> TemplateRefusal:
-    """The error of a template that fails on messages."""
+    """Make the error of a template that fails on messages.
+
+    Args:
+        messages: with a ``role`` each.
+        error: what the template raised.
+
+    Returns:
+        The error, to be raised.
+    """
     roles = [message["role"] for message in messages]
     return TemplateRefusal(
         f"the chat template fails on turns {roles}: {error}; change the data or give another with --template"

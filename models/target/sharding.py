@@ -1,7 +1,7 @@
 """A target whose weights lie on several processes, each of which holds a part of them.
 
-Owns: the ways in which processes share a target, how each is loaded so that no process ever holds the whole, and what the way asks
-of the forwards. Does not know: samples, drafters, training.
+Owns the ways in which processes share a target, and what the way asks of the forwards. Owns also how each is loaded so that no process
+ever holds the whole. Does not know: samples, drafters, training.
 
 FSDP2 and tensor parallelism are transformers' own (``DistributedConfig``), ZeRO-3 is DeepSpeed's.
 """
@@ -39,12 +39,15 @@ class ShardedOver:
     """How a target lies on the processes of a run, and so what its forwards have to agree on.
 
     Attributes:
-        sharding: `none`: each process holds a whole target; `fsdp2` and `zero3`: each holds a part of every weight, which is gathered
-            layer by layer while each runs texts of its own; `tp`: each computes a part of every layer, of the same text.
+        sharding: with `none` each process holds a whole target. With `fsdp2` and `zero3` each holds a part of every weight, gathered layer
+            by layer while each runs texts of its own. With `tp` each computes a part of every layer, of the same text.
         rank: of this process, among those that hold a target with it.
         num_ranks: processes that hold one target together.
         group: which of the targets of the run it holds a part of.
         num_groups: targets of the run.
+
+    Raises:
+        ValueError: an unknown sharding.
     """
 
     sharding: TargetSharding
@@ -79,6 +82,13 @@ def sharded_over(sharding: TargetSharding, group_size: int | None = None) -> Sha
     With ``group_size``, so many consecutive processes hold a target, and the next ones another: as on several machines, where weights
     should not travel between them.
 
+    Args:
+        sharding: how a target is shared.
+        group_size: processes for each target; None for all.
+
+    Returns:
+        This process's place.
+
     Raises:
         ValueError: groups for another sharding than `fsdp2`, of a size that does not divide the processes, or with a transformers that
             does not know them.
@@ -111,9 +121,9 @@ def load_sharded(
     trust_remote_code: bool = False,
     context: int | None = None,
 ) -> Target:
-    """The part of a target that this process holds; every process of the group must call it.
+    """Load the part of a target that this process holds; every process of the group must call it.
 
-    The target's ends (embedding, final norm, head) are held whole by each process beside it, so that drafters and verification use
+    Each process holds the target's ends (embedding, final norm, head) whole beside its part. So drafters and verification use
     them without waiting for anybody. The fingerprint is that of the files, as for a whole target.
 
     Args:
@@ -125,9 +135,12 @@ def load_sharded(
         trust_remote_code: whether Python files that come with the target may run.
         context: the longest text in tokens where the config's own is wrong.
 
+    Returns:
+        The target; its forwards wait for the other processes.
+
     Raises:
-        ValueError: a single process, a bad path or dtype, weights that do not fit the config, code that may not run, a family for which
-            transformers has no plan of the kind, the CPU where there is an accelerator, or no DeepSpeed.
+        ValueError: a single process, a bad path or dtype, weights that do not fit the config, or code that may not run. Also for a family
+            without a plan of the kind in transformers, for the CPU where there is an accelerator, and without DeepSpeed.
     """
     if not over.is_sharded:
         raise ValueError(
@@ -254,9 +267,16 @@ def _free_whole_weights(model: PreTrainedModel) -> None:
 
 
 def bytes_held(module: nn.Module) -> int:
-    """Bytes of a sharded module's weights that lie on this process: its own parts, and what is not divided."""
-    held = 0
+    """Count the bytes of a sharded module's weights on this process: its own parts, and what is not divided.
+
+    Args:
+        module: sharded or not.
+
+    Returns:
+        Bytes.
+    """
+    num_bytes = 0
     for weight in module.parameters():
         local = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
-        held += local.numel() * local.element_size()
-    return held
+        num_bytes += local.numel() * local.element_size()
+    return num_bytes

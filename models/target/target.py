@@ -1,7 +1,7 @@
 """The target seam: a frozen Hugging Face causal LM behind a few doors that every family opens alike.
 
-Owns the doors (embed, forward, final norm, logits) and their loading. Knows no drafter, no tree and no cache layout, nor how a family
-takes masks and positions (:mod:`draftsmith.models.trunk.trunk`) and how it is proven that it does (:mod:`draftsmith.models.trunk.proof`).
+Owns the doors (embed, forward, final norm, logits) and their loading. Knows no drafter, no tree and no cache layout. How a family takes
+masks and positions is in :mod:`draftsmith.models.trunk.trunk`, the proof that it does in :mod:`draftsmith.models.trunk.proof`.
 
 Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden, V vocabulary.
 """
@@ -84,9 +84,12 @@ class Target(nn.Module):
             trust_remote_code: whether Python files that come with the target may run.
             context: the longest text in tokens where the config's own is wrong; see :mod:`draftsmith.models.target.context`.
 
+        Returns:
+            The target, frozen, in evaluation mode.
+
         Raises:
-            ValueError: bad path, dtype or device, an unsupported family, weights that do not fit the config, logits that are not
-                finite, or code that may not run.
+            ValueError: bad path, dtype or device, an unsupported family, or code that may not run. Also for weights that do not fit the
+                config, and for logits that are not finite.
         """
         device = resolved_device(device)
         model, fingerprint = load_causal_lm(
@@ -104,7 +107,18 @@ class Target(nn.Module):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
-        """Wrap a model that is already in memory; its fingerprint hashes every parameter."""
+        """Wrap a model that is already in memory; its fingerprint hashes every parameter.
+
+        Args:
+            model: a causal LM; it is frozen.
+            name: for messages.
+
+        Returns:
+            The target.
+
+        Raises:
+            ValueError: as :class:`Target`.
+        """
         return cls(model, name=name, fingerprint=module_fingerprint(model))
 
     @property
@@ -145,7 +159,14 @@ class Target(nn.Module):
         self.model.generation_config = GenerationConfig(eos_token_id=list(self.eos_token_ids) or None)
 
     def logits(self, normed: Tensor) -> Tensor:
-        """Normed states [..., D] -> logits [..., V]."""
+        """Apply the head.
+
+        Args:
+            normed: [..., D], states after the final norm.
+
+        Returns:
+            [..., V].
+        """
         return self.ends.logits(normed)
 
     def forward(
@@ -159,18 +180,24 @@ class Target(nn.Module):
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
     ) -> TargetOutput:
-        """One forward over new tokens with a cache and an explicit mask.
+        """Run one forward over new tokens with a cache and an explicit mask.
 
         Args:
             input_ids: int64 [B, N].
             cache: where keys and values of the new tokens go, and those of S visible slots come from.
             positions: int64 [B, N].
-            mask: bool [B, 1, N, S], True where a new token sees a slot; None for one new token that sees every slot, which attention
-                kernels do faster.
+            mask: bool [B, 1, N, S], True where a new token sees a slot. None for one new token that sees every slot: attention kernels do
+                that faster.
             key_positions: int64 [B, S], the position of each slot's token; needed where the target has a sliding window.
             layers: names of further layers to return.
             text_lengths: int64 [B, N], how long the row's text is when each new token is read: for a prompt's tokens all of it. Rotary
                 factors that change with length are chosen by it. None: up to the token itself.
+
+        Returns:
+            The states of the new tokens.
+
+        Raises:
+            ValueError: an unknown layer, or no ``key_positions`` where they are needed.
         """
         return self._trunk.forward(
             input_ids,
@@ -183,16 +210,29 @@ class Target(nn.Module):
         )
 
     def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
-        """One plain causal forward without a cache.
+        """Run one plain causal forward without a cache.
 
         Args:
             input_ids: int64 [B, T], padded on the right, where padding harms nobody.
             layers: names of further layers to return.
-            read: int64 [B], how many tokens of each row are read at once, as decoding does with a prompt; those behind are read as
-                they would be decoded. It matters to rotary factors that change with length. None: all T, of every row.
+            read: int64 [B], how many tokens of each row are read at once, as decoding does with a prompt. Those behind are read as decoding
+                would read them. It matters to rotary factors that change with length. None: all T, of every row.
+
+        Returns:
+            The states of all tokens.
+
+        Raises:
+            ValueError: an unknown layer.
         """
         return self._trunk.prefix(input_ids, layers, read)
 
     def check_layer(self, name: str) -> None:
-        """Raises ValueError, naming the ones there are, for a layer that the target does not have."""
+        """Check that the target has a layer.
+
+        Args:
+            name: such as ``layer.12.output``.
+
+        Raises:
+            ValueError: it has none of this name; the message says which it has.
+        """
         self._trunk.check_layer(name)

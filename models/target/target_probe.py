@@ -1,7 +1,7 @@
-"""A few numbers of a target's ends, by which another model can be told without reading all of its weights.
+"""A few numbers of a target's ends, by which another model shows without reading all of its weights.
 
-Owns which numbers those are and how they are compared. What they cannot tell is a model that differs in its trunk alone, or so little
-that the numbers round to the same; the fingerprint of the checkpoint can. Knows nothing of drafters.
+Owns which numbers those are and how they are compared. They do not show a model that differs in its trunk alone. Nor do they show one
+that differs so little that the numbers round to the same; the fingerprint of the checkpoint does. Knows nothing of drafters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ NUM_PLACES = 64
 
 
 def end_values(ends: TargetEnds) -> dict[str, list[float]]:
-    """Evenly spaced numbers of each tensor of embedding, final norm and head, by name.
+    """Take evenly spaced numbers of each tensor of embedding, final norm and head.
+
+    Args:
+        ends: the target's.
+
+    Returns:
+        ``NUM_PLACES`` numbers by the tensor's name.
 
     Example:
         ``{"embedding.weight": [...], "norm.weight": [...], "head.weight": [...]}``
@@ -27,9 +33,16 @@ def end_values(ends: TargetEnds) -> dict[str, list[float]]:
 
 
 def other_ends(ends: TargetEnds, expected: Mapping[str, list[float]]) -> list[str]:
-    """Names of the tensors that differ from what :func:`end_values` gave, which may have been of the same model in a wider dtype.
+    """Name the tensors that differ from what :func:`end_values` gave, which may have been of the same model in a wider dtype.
 
     Tensors that are not there by that name, not in floating point, or not in memory (quantized, adapted, offloaded) are not compared.
+
+    Args:
+        ends: the target's.
+        expected: what :func:`end_values` gave.
+
+    Returns:
+        Names of tensors.
     """
     different = []
     for name, tensor in _tensors(ends):

@@ -60,7 +60,7 @@ def read_prompts(
     chunk: int = CHUNK,
     slot_step: int = 1,
 ) -> dict[str, Tensor]:
-    """Run prompts through a model; the states of the layers asked for by name, [B, T, D] each.
+    """Run prompts through a model, in chunks.
 
     Args:
         target: the model.
@@ -70,6 +70,9 @@ def read_prompts(
         layers: names of layers.
         chunk: tokens a forward.
         slot_step: visible slots are a multiple of it, up to the cache's capacity.
+
+    Returns:
+        The states of the layers by name, [B, T, D] each.
     """
     B, T = tokens_BT.shape
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -103,7 +106,7 @@ def read_tree(
     layers: tuple[str, ...] = (),
     slot_step: int = 1,
 ) -> TargetOutput:
-    """One forward over a packed tree, written behind each row's cached tokens.
+    """Run one forward over a packed tree, written behind each row's cached tokens.
 
     Args:
         target: the model.
@@ -113,6 +116,9 @@ def read_tree(
         lengths_B: int64, cached tokens of each row.
         host_lengths: the same numbers on the host.
         layers, slot_step: as in :func:`read_prompts`.
+
+    Returns:
+        The states of all N nodes.
     """
     nodes = tree.num_nodes
     window = _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
@@ -134,14 +140,30 @@ def read_tree(
 
 
 def within_context(target: Reader, positions: Tensor) -> Tensor:
-    """Positions, those past the model's context as its last one: what is guessed there is never emitted, but must not fail."""
+    """Clamp positions past the model's context to its last one. What is guessed there is never emitted, but must not fail.
+
+    Args:
+        target: the model.
+        positions: int64, any shape.
+
+    Returns:
+        int64, the same shape.
+    """
     return positions if target.max_positions is None else positions.clamp(max=target.max_positions - 1)
 
 
 def within_factors(target: Reader, tree: DraftTree, lengths_B: Tensor) -> DraftTree:
-    """The tree without the nodes that would be read with other rotary factors than their root; see :func:`read_again`.
+    """Cut off the nodes that would be read with other rotary factors than their root; see :func:`read_again`.
 
-    In most families that is the tree itself.
+    In most families that leaves the tree as it is.
+
+    Args:
+        target: the model.
+        tree: behind ``lengths_B`` cached tokens.
+        lengths_B: int64.
+
+    Returns:
+        The tree; the nodes that were cut off are invalid.
     """
     boundary = target.rereads_past
     if boundary is None:
@@ -163,7 +185,7 @@ def read_again(
     device: torch.device,
     chunk: int = CHUNK,
 ) -> None:
-    """Where the cached text of a row has reached the length past which the model's rotary factors are others, cache it anew with those.
+    """Cache the text of a row anew where it has reached the length past which the model's rotary factors are others.
 
     Transformers does the same. Every row passes this length exactly, since trees end there (:func:`within_factors`). In most families
     nothing is done.

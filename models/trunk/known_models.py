@@ -1,4 +1,4 @@
-"""Which model families can be targets: where they keep their parts, and what is refused by name.
+"""Which model families can be targets: where they keep their parts, and which ones cannot be targets, with the reason.
 
 Owns the names under which families keep blocks and final norm, and the reasons for a refusal. Knows nothing of how a model was
 loaded or is run.
@@ -15,14 +15,27 @@ _RECURRENT = {"linear_attention", "mamba", "recurrent", "conv", "hybrid"}
 
 
 def text_base(model: PreTrainedModel) -> nn.Module:
-    """The decoder without its head; of a multimodal model, the one that reads text."""
+    """Find the decoder without its head; of a multimodal model, the one that reads text.
+
+    Args:
+        model: whole.
+
+    Returns:
+        The decoder.
+    """
     base = getattr(model.base_model, "language_model", model.base_model)
     has_blocks = any(isinstance(getattr(base, name, None), nn.Module) for name in _BLOCKS)
     return base if has_blocks else getattr(base, "decoder", base)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last block and the head.
+    """Find the norm between the last block and the head.
+
+    Args:
+        model: whole.
+
+    Returns:
+        The norm.
 
     Raises:
         ValueError: it is at none of the known names.
@@ -31,7 +44,13 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder blocks in order.
+    """Find the decoder blocks.
+
+    Args:
+        model: whole.
+
+    Returns:
+        The blocks in order.
 
     Raises:
         ValueError: they are at none of the known names.
@@ -40,7 +59,11 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
-    """Lets models pass that can decode trees.
+    """Check that a model can decode trees.
+
+    Args:
+        model: whole.
+        name: for the message.
 
     Raises:
         ValueError: recurrent state, an encoder, chunked attention, positional bias in attention, or flash attention.

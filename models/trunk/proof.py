@@ -1,9 +1,9 @@
 """The proof at loading: that a model, run through explicit masks, positions and caches, gives its own numbers.
 
-Owns two proofs. The loaded weights are proven on a few tokens. What only shows with length (windows, contexts that factors of rotary
-positions change at, chunks, selections of keys) is proven on a tiny random model of the same class with layers of the same kinds and short
-lengths, past all of them: prompts in chunks, two rows of unequal length, and trees with branches, against the model's own generation
-step by step. Knows no family by name.
+Owns two proofs. The loaded weights are proven on a few tokens. Some faults show only with length: windows, contexts that factors of
+rotary positions change at, chunks, selections of keys. These are proven on a tiny random model of the same class, with layers of the same
+kinds and short lengths. Its texts grow past all of them: prompts in chunks, two rows of unequal length, and trees with branches. The
+reference is the model's own generation step by step. Knows no family by name.
 
 Shape legend: B batch rows, N tree nodes, T tokens, D hidden, V vocabulary.
 """
@@ -40,12 +40,15 @@ _proven: dict[tuple[type, str | None, str], MaskStyle | str] = {}
 
 
 def prove(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor]) -> Trunk:
-    """The model's decoder, proven.
+    """Prove a model's decoder.
 
     Args:
         model: whole, with weights.
         name: for messages.
         logits: normed states [..., D] -> logits [..., V].
+
+    Returns:
+        The decoder, with the way in which it takes masks.
 
     Raises:
         ValueError: through masks and caches the model does not give its own numbers.
@@ -118,9 +121,9 @@ def _style_by_length(base: PreTrainedModel, config: PreTrainedConfig) -> MaskSty
     if key not in _proven:
         with torch.device("cpu"):  # whatever the caller's default device is
             _proven[key] = _prove_lengths(type(base), tiny)
-    found = _proven[key]
+    style = _proven[key]
     # The tiny copy's window is short; the model's own is what its masks take.
-    return found if isinstance(found, str) else next(own for own in mask_styles(config) if own.kinds == found.kinds)
+    return style if isinstance(style, str) else next(own for own in mask_styles(config) if own.kinds == style.kinds)
 
 
 def _not_run(error: Exception) -> str:
@@ -157,7 +160,7 @@ def _first(got: list[Tensor], expected: list[Tensor]) -> int:
         (states - own).abs().amax(-1) > 1e-3 * own.abs().max().clamp(min=1.0)
         for states, own in zip(got, expected, strict=True)
     ]
-    return min(int(places.nonzero()[0]) for places in apart if places.any())
+    return min(int(differs.nonzero()[0]) for differs in apart if differs.any())
 
 
 def _random(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -203,7 +206,7 @@ def _through_trees(trunk: Trunk, config: PreTrainedConfig) -> list[Tensor]:
     tokens_BT = torch.nn.utils.rnn.pad_sequence([text[:prompt] for text, prompt in texts], batch_first=True)
     cache = SlotCache(max(PROMPTS) + NEW_TOKENS + len(_PARENTS), config.num_hidden_layers)
     states = read_prompts(trunk, cache, tokens_BT, lengths_B, (PRE_NORM,), CHUNK)[PRE_NORM]
-    found = [[trunk.final_norm(states[row, :prompt])] for row, prompt in enumerate(host_lengths)]
+    states_of_rows = [[trunk.final_norm(states[row, :prompt])] for row, prompt in enumerate(host_lengths)]
     while any(length < len(text) for length, (text, _) in zip(host_lengths, texts, strict=True)):
         tree = within_factors(trunk, _tree([text for text, _ in texts], host_lengths), lengths_B)
         read_again(trunk, cache, [text.tolist() for text, _ in texts], host_lengths, lengths_B.device, CHUNK)
@@ -212,11 +215,11 @@ def _through_trees(trunk: Trunk, config: PreTrainedConfig) -> list[Tensor]:
         kept_BE = tree.valid_BN[:, path_E]
         for row, (text, _) in enumerate(texts):
             kept_BE[row, len(text) - host_lengths[row] :] = False
-            found[row].append(output.normed[row, path_E[kept_BE[row]]])
+            states_of_rows[row].append(output.normed[row, path_E[kept_BE[row]]])
         cache.move(lengths_B[:, None] + path_E, lengths_B[:, None] + torch.arange(len(path_E)))
         lengths_B = lengths_B + kept_BE.sum(1)
         host_lengths = lengths_B.tolist()
-    return [torch.cat(parts) for parts in found]
+    return [torch.cat(parts) for parts in states_of_rows]
 
 
 def _tree(texts: list[Tensor], lengths: list[int]) -> DraftTree:

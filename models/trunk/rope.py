@@ -1,11 +1,11 @@
 """Rotary factors that change with the length of the text, chosen for each token by its own row's length.
 
 Two kinds of rotary positions do so: ``longrope`` has short and long factors, ``dynamic`` (NTK) has others for every length past the
-original context. Transformers chooses them by the longest position of a forward, so a long row would change the short ones, and a tree
+original context. Transformers chooses them by the longest position of a forward. So a long row would change the short ones. A tree
 or a chunk of a prompt would be read with other factors than the same tokens one by one. Here each token names the length itself.
 
-The rule is that of transformers' ``generate`` for one request alone: a token's factors are those of the text as it was when the token was
-first read, which is the whole prompt for its tokens and the text up to the token behind it. Phi-3 and its kin read the whole text again
+The rule is that of transformers' ``generate`` for one request alone. A token's factors are those of the text as it was when the token was
+first read: for the prompt's tokens the whole prompt, for later ones the text up to the token. Phi-3 and its kin read the whole text again
 where it crosses from short to long factors (``rereads_past``).
 
 Owns that rule and how it is put upon a model. Knows nothing of masks and caches.
@@ -34,7 +34,7 @@ class LengthRopes:
 
     Args:
         modules: these modules.
-        rereads_past: the text length past which the model reads all of its text again, with the factors of long texts; None where
+        rereads_past: the text length past which the model reads all of its text again, with the factors of long texts. None where
             tokens keep the factors that they were first read with.
     """
 
@@ -44,7 +44,14 @@ class LengthRopes:
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> LengthRopes:
-        """Those of a decoder."""
+        """Find those of a decoder.
+
+        Args:
+            base: the decoder.
+
+        Returns:
+            Its modules.
+        """
         modules = [module for module in base.modules() if {LONG, DYNAMIC} & set(_rope_types(module).values())]
         rereads = bool(modules) and base.config.get_text_config().model_type in _REREADING
         return cls(modules, _boundary(modules[0], None) if rereads else None)
@@ -54,7 +61,14 @@ class LengthRopes:
 
     @contextmanager
     def choosing(self, lengths_BN: Tensor | None) -> Iterator[None]:
-        """Forwards inside take the factors of these text lengths, int64, each at least its token's position + 1; None: the model's own."""
+        """Choose the factors of the forwards inside by text lengths.
+
+        Args:
+            lengths_BN: int64, each at least its token's position + 1; None leaves the model's own choice.
+
+        Yields:
+            Once, nothing.
+        """
         hooks = [] if lengths_BN is None else [(module, partial(_chosen, lengths_BN)) for module in self._modules]
         handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
         try:
@@ -122,4 +136,4 @@ def _where(chosen_BN: Tensor, factors: Any, others: Any) -> Any:
         # Of a target over several devices (device_map), the module may lie on another than the ids.
         chosen_BN = chosen_BN.to(factors.device)
         return torch.where(chosen_BN[(...,) + (None,) * (factors.ndim - 2)], factors, others)
-    return tuple(_where(chosen_BN, one, other) for one, other in zip(factors, others, strict=True))
+    return tuple(_where(chosen_BN, part, other) for part, other in zip(factors, others, strict=True))

@@ -37,7 +37,16 @@ _LEFT_OUT = ("architectures", "dtype", "model_type", "quantization_config", "tra
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The copy. Lengths that are short already stay as they are, and so do the sizes of a model that is tiny already."""
+    """Make a tiny copy of a config.
+
+    Lengths that are short already stay as they are, and so do the sizes of a model that is tiny already.
+
+    Args:
+        config: a text config.
+
+    Returns:
+        A config of the same class.
+    """
     names = {own: common for common, own in config.attribute_map.items()}
     values = {names.get(name, name): value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
     if values["hidden_size"] > _LARGE:
@@ -58,9 +67,9 @@ def _is_context(name: str, value: Any) -> bool:
 def _marked(value: Any, marks: dict[int, str], name: str = "") -> Any:
     """Numbers by these names, at any depth, become the mark that they are above."""
     if isinstance(value, dict):
-        return {key: _marked(one, marks, str(key)) for key, one in value.items()}
+        return {key: _marked(inner, marks, str(key)) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_marked(one, marks, name) for one in value]
+        return [_marked(inner, marks, name) for inner in value]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     # The last pattern that fits: some are special cases of those before.
@@ -106,7 +115,7 @@ def _with_sizes(values: dict[str, Any]) -> dict[str, Any]:
 def _rotary(value: Any, ratio: float, name: str = "") -> Any:
     """Rope parameters whose lists by channel are as long, and whose sections are as wide, as fewer channels want them."""
     if isinstance(value, dict):
-        return {key: _rotary(one, ratio, key) for key, one in value.items()}
+        return {key: _rotary(inner, ratio, key) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
     if name == "mrope_section":

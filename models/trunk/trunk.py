@@ -1,10 +1,10 @@
 """The target's decoder without its head, run with explicit masks, positions and caches.
 
-Owns the forward that every family takes alike: masks as the family wants them, rotary factors as each row's own length wants them, and
+Owns the forward that every family takes alike: masks as the family wants them, and rotary factors by each row's own length. Owns also
 the states of layers by name. Knows no embedding, no head, no drafter, no tree and no cache layout.
 
-Layer names: ``last.pre_norm`` is the last decoder block's output *before* the final norm (Hugging Face's ``hidden_states[-1]`` is
-after it); ``layer.{i}.output`` is the output of the 0-based decoder block i.
+``last.pre_norm`` is the last decoder block's output *before* the final norm (Hugging Face's ``hidden_states[-1]`` is after it).
+``layer.{i}.output`` is the output of the 0-based decoder block i.
 
 Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden.
 """
@@ -42,11 +42,26 @@ class TargetOutput:
     layers: dict[str, Tensor] = field(default_factory=dict)
 
     def feature(self, name: str) -> Tensor:
-        """[B, N, D], a layer by name."""
+        """Give a layer's states.
+
+        Args:
+            name: ``last.pre_norm``, or one of ``layers``.
+
+        Returns:
+            [B, N, D].
+        """
         return self.pre_norm if name == PRE_NORM else self.layers[name]
 
     def where(self, chosen_BN: Tensor, other: TargetOutput) -> TargetOutput:
-        """These states where ``chosen_BN`` is True, the other ones elsewhere."""
+        """Mix the states of two forwards over the same tokens.
+
+        Args:
+            chosen_BN: bool, True where these states are taken.
+            other: taken elsewhere.
+
+        Returns:
+            The mixed states.
+        """
         pick = chosen_BN[..., None]
         return TargetOutput(
             torch.where(pick, self.pre_norm, other.pre_norm),
@@ -69,7 +84,14 @@ class MaskStyle:
 
 
 def mask_styles(config: PreTrainedConfig) -> list[MaskStyle]:
-    """The ways in which a family with this config may take its masks, the likeliest first."""
+    """The ways in which a family with this config may take its masks.
+
+    Args:
+        config: a text config.
+
+    Returns:
+        The ways, the likeliest first.
+    """
     kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
     window = getattr(config, "sliding_window", None)
     window = window if not kinds or SLIDING in kinds else None
@@ -103,7 +125,14 @@ class Trunk:
         return self._base.dtype
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """Pre-norm states [..., D] -> normed [..., D]."""
+        """Apply the final norm.
+
+        Args:
+            hidden: [..., D], states before the norm.
+
+        Returns:
+            [..., D].
+        """
         return self._norm(hidden)
 
     @property
@@ -159,7 +188,14 @@ class Trunk:
         return again.where((place_T >= boundary).expand(B, T), first)
 
     def check_layer(self, name: str) -> None:
-        """Raises ValueError, naming the ones there are, for a layer that the target does not have."""
+        """Check that the decoder has a layer.
+
+        Args:
+            name: such as ``layer.12.output``.
+
+        Raises:
+            ValueError: it has none of this name; the message says which it has.
+        """
         if name != PRE_NORM:
             self._block(name)
 
