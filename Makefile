@@ -108,13 +108,13 @@ check: install-dev
 	$(BIN)/mypy
 
 bench: install
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/families.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.drafters.families
 
 bench-train: install
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/train.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train.speed
 
 judge: install
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.judge.end_to_end
 
 embedded: install
 	$(DRAFTSMITH) embedded build

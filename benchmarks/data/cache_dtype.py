@@ -1,8 +1,8 @@
 """What eight bits cost a drafter: tokens per step after training from a bfloat16 and from a float8 cache of the same replies.
 
-    python benchmarks/cache_dtype.py                    # the embedded target: nine minutes beside other work, one thread
-    python benchmarks/cache_dtype.py --scale small      # about a minute: tries the script out
-    python benchmarks/cache_dtype.py --target chat-6m --data ../shared/data --write
+    python -m benchmarks.data.cache_dtype                    # the embedded target: nine minutes beside other work, one thread
+    python -m benchmarks.data.cache_dtype --scale small      # about a minute: tries the script out
+    python -m benchmarks.data.cache_dtype --target chat-6m --data ../shared/data --write
 
 The same seed, steps and order of batches for both caches, ReDrafter and EAGLE-1, then the same held-out prompts. Differences are paired
 by prompt. Since two trainings that differ in anything drift apart, several seeds are run, and what another seed alone changes stands
@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from families import REPLY_TOKENS, Bench, embedded_prompts, own_replies, write_rows
-from recipes import QUIET, RECIPES, Recipe
 
+from benchmarks.drafters.families import REPLY_TOKENS, Bench, embedded_prompts, own_replies, write_rows
+from benchmarks.drafters.recipes import QUIET, RECIPES, Recipe
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--write", action="store_true", help="write the page into --out")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data"))
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     paragraphs = []

@@ -1,6 +1,6 @@
 """How fast states are extracted, against the bare target forward on the same batches, and how fast they are read back.
 
-    python benchmarks/hidden_state_cache.py TARGET REPLIES [--device cuda:0] [--dtype float32] [--samples 400]
+    python -m benchmarks.data.hidden_state_cache TARGET REPLIES [--device cuda:0] [--dtype float32] [--samples 400]
 
 Extraction and bare forward are run in turns, so that both see the same machine.
 """

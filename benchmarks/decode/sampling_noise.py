@@ -1,6 +1,6 @@
 """How often rounding changes a sampled token, and what a draw costs: noise by token against cumulative sums, the draw of before.
 
-    python benchmarks/sampling_noise.py [--data ../shared/data] [--tokens 32] [--dtypes float32,bfloat16] [--threads 1]
+    python -m benchmarks.decode.sampling_noise [--data ../shared/data] [--tokens 32] [--dtypes float32,bfloat16] [--threads 1]
 
 Every target decodes the same prompts at T = 1 in three ways: plainly in one batch, plainly one prompt at a time, and in a batch with trees
 that an LM of the same weights drafts. At each position the two ways compared have logits that differ by rounding alone. From such a pair
@@ -212,7 +212,7 @@ def milliseconds(rounds: int) -> Iterator[tuple[int, int, dict[str, float]]]:
 def report(arguments: argparse.Namespace) -> Iterator[str]:
     """The page, line by line, as it is measured."""
     cores, load = os.cpu_count(), os.getloadavg()[0]
-    yield f"`python benchmarks/sampling_noise.py --tokens {arguments.tokens} --dtypes {','.join(arguments.dtypes)}`"
+    yield f"`python -m benchmarks.decode.sampling_noise --tokens {arguments.tokens} --dtypes {','.join(arguments.dtypes)}`"
     yield ""
     yield f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}; load at the start {load:.1f}."
     yield ""

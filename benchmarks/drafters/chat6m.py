@@ -1,7 +1,7 @@
 """The real-target benchmark: cache, train, evaluate on `chat-6m`, then compare what teaches and on which text.
 
-    python benchmarks/chat6m.py                    # everything, about half an hour on two idle cores
-    python benchmarks/chat6m.py --stages train,evaluate --seconds 60
+    python -m benchmarks.drafters.chat6m                    # everything, about half an hour on two idle cores
+    python -m benchmarks.drafters.chat6m --stages train,evaluate --seconds 60
 
 Data: the folder that `--data` names, with models/chat-6m, replies/chat-6m_{train,test}.jsonl, prompts/gsm8k_train.jsonl and
 text/tinystories_valid.txt. Where it is absent the script says so and ends. What a stage left in `--work` is used again.
@@ -19,9 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from recipes import Recipe, Trained
-from recipes import train as train_recipe
-
+from benchmarks.drafters.recipes import Recipe, Trained
+from benchmarks.drafters.recipes import train as train_recipe
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.prompts import PromptSelection
@@ -184,7 +183,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/chat6m"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drafters"))
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES), help=",".join(STAGES))
     parser.add_argument("--seconds", type=float, default=360.0, help="wall-clock of the training that is evaluated")
     parser.add_argument("--steps", type=int, default=800, help="steps of each training that is compared")

@@ -1,7 +1,7 @@
 """A draft LM distilled towards its target: which text and which divergence, on the embedded pair.
 
-    python benchmarks/draft_lm.py                  # 7 minutes on two cores with other work beside it
-    python benchmarks/draft_lm.py --scale small    # about a minute: whether it runs, not what it is worth
+    python -m benchmarks.drafters.draft_lm                  # 7 minutes on two cores with other work beside it
+    python -m benchmarks.drafters.draft_lm --scale small    # about a minute: whether it runs, not what it is worth
 
 All runs begin with `embedded:draft_lm`, take the same number of steps of the same number of rows, and are judged on the same unseen
 problems: tokens per step of greedy chains of 4 and 8 and of sampled chains of 4 at temperature 1, the acceptance along the target's own
@@ -23,8 +23,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from recipes import QUIET
 
+from benchmarks.drafters.recipes import QUIET
 from draftsmith import provenance
 from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
@@ -210,7 +210,7 @@ def main() -> int:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     scale, work = SCALES[options.scale], options.work / options.scale
-    out = options.out or (Path("benchmarks/results") if options.scale == "full" else work)
+    out = options.out or (Path("benchmarks/results/drafters") if options.scale == "full" else work)
     load, begun = os.getloadavg()[0], time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     write_prompts(work / "prompts.jsonl", "train", scale.prompts)
@@ -262,7 +262,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="full")
     parser.add_argument("--work", type=Path, default=Path("runs/draft-lm"))
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks, or the work folder at small scale")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: benchmarks/results/drafters, or the work folder at small scale"
+    )
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--lora-lr", type=float, default=5e-3)
     return parser.parse_args()

@@ -1,12 +1,13 @@
 """All families on one target: the same text, the same number of steps, then the same training time.
 
-    python benchmarks/families.py                     # everything; just under an hour on two idle cores
-    python benchmarks/families.py --targets embedded  # one target
+    python -m benchmarks.drafters.families                     # everything; just under an hour on two idle cores
+    python -m benchmarks.drafters.families --targets embedded  # one target
 
 For each target: cache the target's states over its own replies, train ReDrafter, EAGLE-1, HASS and EAGLE-3, find EAGLE's best static tree
 on training prompts, decode held-out prompts with all of them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1.
-Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/, all rows into report.json there, and the summary
-between the marks of docs/results.md. Targets other than the embedded one need `--data`; without it the page says that they are missing.
+Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/families/, all rows into report.json there, and the
+summary between the marks of docs/results.md. Targets other than the embedded one need `--data`; without it the page says that they
+are missing.
 The same command resumes a run that was stopped; `rm -r runs/families` starts again.
 """
 
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes import RECIPES, Trained, train
 
+from benchmarks.drafters.recipes import RECIPES, Trained, train
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
@@ -397,7 +398,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/families"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--targets", type=lambda text: text.split(","), default=["embedded", "chat-6m", "stories260K"])
     parser.add_argument(

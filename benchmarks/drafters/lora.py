@@ -1,7 +1,7 @@
 """A drafter adapted to another kind of text with LoRA: tokens per step before, with the adapter, with all weights trained.
 
-    python benchmarks/lora.py                  # an hour beside other work
-    python benchmarks/lora.py --scale small    # about a minute: too few prompts and steps for figures
+    python -m benchmarks.drafters.lora                  # an hour beside other work
+    python -m benchmarks.drafters.lora --scale small    # about a minute: too few prompts and steps for figures
 
 The target (`chat-6m`, never trained) answers both kinds of prompt, stories and grade-school sums. A ReDrafter is trained on its stories. It
 is then adapted to its sums twice, for equally many steps: with LoRA on every linear layer, and with all weights. All three draft for unseen
@@ -23,8 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from recipes import RECIPES, Recipe, Trained, train
-
+from benchmarks.drafters.recipes import RECIPES, Recipe, Trained, train
 from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
 from draftsmith.decode import Engine, GenerationSettings

@@ -1,6 +1,6 @@
 """Do the weights of an exported EAGLE drafter arrive in vLLM's own classes?
 
-    python benchmarks/vllm_conformity.py --venv /tmp/vllm-venv [--report benchmarks/<date>-vllm-conformity.md]
+    python -m benchmarks.export.vllm_conformity --venv /tmp/vllm-venv [--report benchmarks/results/export/<date>-vllm-conformity.md]
 
 Makes a tiny target and drafters of random weights, exports them in every layout that vLLM reads, makes an environment of its own with vLLM
 (2.6 GB; the CUDA wheel runs its loaders on a CPU), lets vLLM resolve each folder's config, build its drafter class and load the weights,

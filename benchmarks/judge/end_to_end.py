@@ -1,14 +1,14 @@
 """The judge on the embedded pair, from nothing to the table: labelled by a checker, by mining, by both; against rules without training.
 
-    python benchmarks/judge.py                 # everything; `make judge` is this
-    python benchmarks/judge.py --people        # and a fit to people's labels, which --data must hold; three minutes more
-    python benchmarks/judge.py --scale 0.05    # tries the script out
+    python -m benchmarks.judge.end_to_end                 # everything; `make judge` is this
+    python -m benchmarks.judge.end_to_end --people        # and a fit to people's labels, which --data must hold; three minutes more
+    python -m benchmarks.judge.end_to_end --scale 0.05    # tries the script out
 
 Questions of the training split: the target and the draft LM answer them, the corpus's exact checker says where a wrong answer goes wrong,
 and pairs of a right and a wrong answer train judges of several sizes; other questions are mined. Shares of wrong tokens are counted on
 answers to the validation split, everything else on problems of the test split. Then out of domain: a judge trained without division
 judges division. With `--people`, a judge is also fitted to people's labels with a real model's states.
-Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/, and the rows into `runs/judge/report.json`. The same command
+Writes `<date>-judge.md`, `.json` and charts into benchmarks/results/judge/, and the rows into `runs/judge/report.json`. The same command
 resumes a run that was stopped; `rm -r runs/judge` starts again.
 """
 
@@ -24,10 +24,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from recipes import RECIPES
-from recipes import train as train_head
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.drafters.recipes import RECIPES
+from benchmarks.drafters.recipes import train as train_head
 from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.prompts import PromptSelection
@@ -121,7 +121,7 @@ def trained(
     }
     words = [f"--{key}={value}" for key, value in settings.items()]
     callbacks = [f"--trainer.callbacks+={json.dumps(one)}" for one in judge_callbacks(root)]
-    config = Path(__file__).parent.parent / "configs" / "judge.yaml"
+    config = Path(__file__).parents[2] / "configs" / "judge.yaml"
     stages.once(
         f"train-{name}",
         lambda: train_command(["fit", "--config", str(config), "--trainer.callbacks=[]", *callbacks, *words]),
@@ -469,7 +469,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--people", action="store_true", help="fit a judge to people's labels too; needs --data")
     parser.add_argument("--work", type=Path, default=Path("runs/judge"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judge"))
     parser.add_argument("--scale", type=float, default=1.0, help="of questions and problems; 0.05 tries the script out")
     return parser.parse_args()
 

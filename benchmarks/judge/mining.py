@@ -1,6 +1,6 @@
 """What mining costs against the plain procedure: forwards, tokens and processor seconds per label, and whether the labels agree.
 
-    OMP_NUM_THREADS=1 python benchmarks/mining.py [--problems 8] [--target embedded:target] [--draft embedded:draft_lm]
+    OMP_NUM_THREADS=1 python -m benchmarks.judge.mining [--problems 8] [--target embedded:target] [--draft embedded:draft_lm]
 
 Every line is printed as soon as it is measured. Seconds are the process's own, so that other work on the machine counts little.
 """

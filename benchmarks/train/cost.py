@@ -1,7 +1,7 @@
 """What training a drafter costs, on paper: floating-point operations, bytes and hours from the shapes alone.
 
 Owns: the counts of matrix products of a target's forward and of a drafter's training step, bytes of a cache, and what hours follow on
-given hardware. Does not know: how fast anything really is; `benchmarks/train.py` compares these counts with what a real step does.
+given hardware. Does not know: how fast anything really is; `benchmarks/train/speed.py` compares these counts with what a real step does.
 
 A product of [n, k] with [k, m] counts 2 n k m. Normalisations, activations and softmax are left out: they are bound by memory, not by
 arithmetic, and are part of what utilisation means.

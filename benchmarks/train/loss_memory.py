@@ -1,6 +1,6 @@
 """Resident memory of the head losses at a vocabulary of 128k, as the sequence grows: it should not.
 
-    python benchmarks/loss_memory.py
+    python -m benchmarks.train.loss_memory
 
 Each length runs in a process of its own. `peak` is the process's largest resident size less its size before the loss;
 `all logits` is what the logits alone of an unchunked loss would take. Memory that grows with the length is the head's

@@ -7,7 +7,7 @@ A ladder, climbed several times, of processes with one thread each:
     in step    two that go step by step together but keep their gradients: what waiting for the slower one takes
     together   two that train one drafter: what sending the gradients takes
 
-`python -m torch.distributed.run --nproc-per-node=N pairs.py KIND RUNGS ...` is one launch; `train.py` makes them all.
+`python -m torch.distributed.run --nproc-per-node=N -m benchmarks.train.pairs KIND RUNGS ...` is one launch; `speed.py` makes them all.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-from recipes import QUIET, RECIPES
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
+from benchmarks.drafters.recipes import QUIET, RECIPES
 from draftsmith.data.cache.extract import HiddenStateCache
 from draftsmith.data.cache.features import features
 from draftsmith.data.corpus import Corpus
@@ -74,7 +74,17 @@ def _rates(
 ) -> dict[str, float]:
     """Tokens a second (for bare products: repetitions a second) of all processes together, on some rungs in one launch."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={1 if rungs == ('one',) else 2}"]
-    words = [__file__, kind, ",".join(rungs), str(tokens), target, str(rows), str(work), str(seconds)]
+    words = [
+        "-m",
+        "benchmarks.train.pairs",
+        kind,
+        ",".join(rungs),
+        str(tokens),
+        target,
+        str(rows),
+        str(work),
+        str(seconds),
+    ]
     command = [sys.executable, *launcher, *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)

@@ -1,7 +1,7 @@
 """Where the time of training goes: against bare matrix products, against the bare target forward, and over two processes.
 
-    python benchmarks/train.py                 # = make bench-train
-    python benchmarks/train.py --scale 0.1     # tries it out
+    python -m benchmarks.train.speed                 # = make bench-train
+    python -m benchmarks.train.speed --scale 0.1     # tries it out
 
 Trains ReDrafter, EAGLE-1, EAGLE-3 and a judge from one cache of chat-6m's states (of the embedded target's where --data is absent).
 Steps and the very products that they compute, run bare, alternate. The judge's labels are random: only its speed is measured. Writes
@@ -29,15 +29,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from cost import LLAMA_3_8B, LLAMA_3_70B, Cluster, DrafterPlan, TargetShape, bill
-from families import Bench, make_rows
-from hidden_state_cache import bare_forward
-from pairs import pair_rows
-from products import Recorder, Replay
-from recipes import QUIET, RECIPES
-from step_clock import PhaseProfiler, Round, StepClock
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.data.hidden_state_cache import bare_forward
+from benchmarks.drafters.families import Bench, make_rows
+from benchmarks.drafters.recipes import QUIET, RECIPES
+from benchmarks.train.cost import LLAMA_3_8B, LLAMA_3_70B, Cluster, DrafterPlan, TargetShape, bill
+from benchmarks.train.pairs import pair_rows
+from benchmarks.train.products import Recorder, Replay
+from benchmarks.train.step_clock import PhaseProfiler, Round, StepClock
 from draftsmith import provenance
 from draftsmith.data.cache.extract import HiddenStateCache, StorageOptions, extract
 from draftsmith.data.cache.features import features
@@ -175,7 +175,15 @@ def memory_rows(scale: float) -> list[dict[str, Any]]:
     for family in FAMILIES:
         for vocabulary in VOCABULARIES:
             for length in lengths:
-                command = [sys.executable, __file__, "--memory", family, str(vocabulary), str(length)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.train.speed",
+                    "--memory",
+                    family,
+                    str(vocabulary),
+                    str(length),
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
                 row = {"table": "memory", "drafter": family, "vocabulary": vocabulary, "tokens": length}
                 found.append(row | {"peak_mib": float(done.stdout.split()[-1])})

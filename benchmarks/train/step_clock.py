@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-from products import Recorder, Replay
 from pytorch_lightning.profilers import Profiler
+
+from benchmarks.train.products import Recorder, Replay
 
 PHASES = {
     "loading": "[_TrainingEpochLoop].train_dataloader_next",

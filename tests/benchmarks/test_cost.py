@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from cost import (
+from doubles import random_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from benchmarks.train.cost import (
     LLAMA_3_8B,
     LLAMA_3_70B,
     Cluster,
@@ -12,10 +16,6 @@ from cost import (
     cache_bytes,
     file_a_sample_bytes,
 )
-from doubles import random_model
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
-
 from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.families.eagle import EagleFamily

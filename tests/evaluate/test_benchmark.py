@@ -11,7 +11,7 @@ from draftsmith.models.files.loading import load_tokenizer
 
 @pytest.fixture
 def script() -> ModuleType:
-    return importlib.import_module("chat6m")
+    return importlib.import_module("benchmarks.drafters.chat6m")
 
 
 def test_without_its_data_the_benchmark_says_so_and_ends(
@@ -49,7 +49,7 @@ def row(drafter: str, speedup: float, shape: str = "1x4") -> dict[str, object]:
 
 
 def test_the_summary_takes_each_familys_fastest_shape_of_the_same_training_time(tmp_path: Path) -> None:
-    families = importlib.import_module("families")
+    families = importlib.import_module("benchmarks.drafters.families")
     timed = [row("plain", 1.0, ""), row("redrafter", 1.5), row("redrafter", 1.7, "4x5n15"), row("eagle", 1.2)]
     table = families.summary({"embedded": {"seconds": timed, "steps": [row("redrafter", 9.9)]}})
     assert "| embedded | redrafter | 4x5n15 | 2.50 | 1.70 | all |" in table
@@ -61,7 +61,7 @@ def test_the_summary_takes_each_familys_fastest_shape_of_the_same_training_time(
 
 
 def test_a_sampled_shape_is_not_called_identical_and_a_static_one_is_told_by_its_nodes() -> None:
-    families = importlib.import_module("families")
+    families = importlib.import_module("benchmarks.drafters.families")
     table = families.decoding_table(
         [row("hass", 1.1, "s3.2.1.1"), row("eagle", 1.1, "paths:0.0.0+0.1+1+2+3+4+5+6+7+8")]
     )

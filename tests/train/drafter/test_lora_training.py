@@ -283,7 +283,7 @@ def test_two_processes_train_the_adapter_that_one_does_whole_or_in_shares(
 
 @pytest.fixture
 def benchmark() -> ModuleType:
-    return importlib.import_module("lora")
+    return importlib.import_module("benchmarks.drafters.lora")
 
 
 def test_without_its_data_the_benchmark_says_so_and_ends(

@@ -1,0 +1,1 @@
+"""Caches of hidden states: how fast they are written and read, and what eight bits cost."""

@@ -1,0 +1,1 @@
+"""Decoding: what rounding changes."""

@@ -1,0 +1,1 @@
+"""What draft heads and draft LMs gain: tokens per step, speed-up, adaptation."""

@@ -1,0 +1,1 @@
+"""The judge: what its labels cost, and what its drafts gain and lose."""

@@ -1,0 +1,1 @@
+"""What training costs: time of a step, memory, processes, and the cost model."""
