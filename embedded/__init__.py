@@ -44,7 +44,8 @@ ModelName = Literal["target", "draft_lm"]
 def path(name: ModelName) -> Path:
     """The Hugging Face directory of an embedded model, for ``from_pretrained``.
 
-    Raises ValueError for another name.
+    Raises:
+        ValueError: there is no embedded model of that name.
     """
     if name not in ("target", "draft_lm"):
         raise ValueError(f"embedded model {name!r} is not known; use 'target' or 'draft_lm'")

@@ -48,6 +48,9 @@ def accuracy(
         seed: Which problems of the split.
         batch_size: Problems answered at once.
         show: How many wrong replies to print.
+
+    Raises:
+        ValueError: `problems` is below 1.
     """
     if problems < 1:
         raise ValueError(f"problems is {problems}, at least 1 is needed; raise it")
@@ -72,7 +75,7 @@ def accuracy(
 def reply(
     lm: LlamaForCausalLM, words: PreTrainedTokenizerBase, questions: list[str], started: list[str] | None = None
 ) -> list[str]:
-    """Greedy replies to questions; with ``started``, replies that go on from these beginnings (and include them)."""
+    """Greedy replies to questions; with ``started``, replies that continue these beginnings (and include them)."""
     beginnings = [""] * len(questions) if started is None else started
     prompts = [
         str(

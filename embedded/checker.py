@@ -19,10 +19,12 @@ _DIGITS = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Verdict:
-    """``answer``: the number after ``####``, None where there is none. ``correct``: whether that is the problem's
-    answer.
+    """What a checked solution says, and where it first errs.
 
-    ``error_span``: (start, end) characters of the first wrong line, None where no line is wrong.
+    Attributes:
+        answer: the number after ``####``; None where there is none.
+        correct: whether that is the problem's answer.
+        error_span: (start, end) characters of the first wrong line; None where no line is wrong.
     """
 
     answer: int | None
@@ -47,12 +49,12 @@ def check(problem: Problem, text: str) -> Verdict:
 
     * states a calculation whose arithmetic is wrong, or that is no step of this problem (same operation, operands and
       result; the operands of a sum or product in either order), or whose operands come from a step that no earlier
-      line has told;
+      line has stated;
     * closes with a number, or answers with one, that is not the problem's answer;
     * holds digits but can be read as none of these.
 
-    Lines without digits are never wrong, a right step may be told twice, independent steps may come in any order, and
-    steps may be left out as long as none that is told needs them. An unfinished last line (no full stop, no line
+    Lines without digits are never wrong, a line may repeat a right step, independent steps may come in any order, and
+    steps may be left out as long as no stated step needs them. An unfinished last line (no full stop, no line
     break) is not judged, since its numbers may still grow; an answer line at the very end is finished.
     """
     told: set[int] = set()

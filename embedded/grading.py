@@ -45,7 +45,7 @@ def grade(problem: Problem, style: Style, rng: random.Random, wrong_share: float
 def corrupt_step(problem: Problem, index: int, rng: random.Random) -> tuple[Step, ...]:
     """The problem's steps with step ``index`` (from 0) made wrong: its result miscalculated, or an operand misread.
 
-    Half the time the later steps go on from the wrong result, where that gives whole positive numbers; else they are
+    Half the time the later steps continue from the wrong result, where that gives whole positive numbers; else they are
     the true ones, as if the wrong result had never been written.
     """
     step = problem.steps[index]

@@ -99,7 +99,8 @@ def parse_plan(template: Template) -> tuple[_StepPlan, ...]:
 def sample_problems(split: Split, seed: int) -> Iterator[Problem]:
     """An endless stream of problems of one split, the same for the same seed. Templates are drawn evenly.
 
-    Raises ValueError for an unknown split.
+    Raises:
+        ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")

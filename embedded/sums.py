@@ -42,7 +42,8 @@ def write_prompts(path: Path, split: Split, count: int, seed: int = 0) -> None:
         count: How many.
         seed: Another seed gives other problems of the split.
 
-    Raises ValueError for an unknown split or a count below 1.
+    Raises:
+        ValueError: the split is unknown, or the count below 1.
     """
     if count < 1:
         raise ValueError(f"count is {count}, a prompt file holds at least 1 prompt; raise it")

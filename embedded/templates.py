@@ -1,6 +1,6 @@
 """The problem templates of the sums corpus, as data: what a problem says and which steps solve it.
 
-Owns the stories and the words they draw from. Does not know how numbers are drawn (``problems``), how a step is said
+Owns the stories and the words they draw from. Does not know how numbers are drawn (``problems``), how a step is worded
 (``wordings``) or how a text is checked (``checker``).
 
 How a template reads:

@@ -38,7 +38,8 @@ _PIECES = r"\d| ?[-+*/=]+ ?|\n?#+ ?| ?\p{L}+|\n| ?[^\s\p{L}\d]+|\s+"
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Trains the tokenizer. Any text round-trips: the alphabet is all 256 bytes.
 
-    Raises ValueError where ``vocab_size`` leaves no room for bytes and special tokens.
+    Raises:
+        ValueError: ``vocab_size`` leaves no room for bytes and special tokens.
     """
     special = [PAD, USER, ASSISTANT, END]
     if vocab_size < 256 + len(special):

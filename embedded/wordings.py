@@ -1,8 +1,8 @@
-"""How the steps of a sums solution are said: wordings, connectives, closing sentences, and the styles that prefer
+"""How a solution of a sums problem words its steps: wordings, connectives, closing sentences, and the styles that prefer
 some of them.
 
 Owns the phrases and ``render``. Does not know which problems exist, and never checks a text (``checker`` reads the
-same phrase tables, so that what can be said can be parsed).
+same phrase tables, so that it can parse whatever ``render`` writes).
 """
 
 import random

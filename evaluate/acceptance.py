@@ -34,9 +34,16 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic of column sums, resampling rows (prompts) whole.
 
-    columns: one row a prompt, [n][c]. statistic: sums [R, c] -> values [R]; values that are not finite are left out,
-    since a resample of nothing but zero-cycle prompts says nothing about the spread.
-    Raises ValueError without rows, or when no resample has a value.
+    Args:
+        columns: one row a prompt, [n][c].
+        statistic: sums float64 [R, c] -> values [R]. Values that are not finite do not count: a resample of nothing but zero-cycle
+            prompts says nothing about the spread.
+        confidence: share of the resamples inside the interval.
+        num_resamples: R.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: there are no rows, or no resample has a value.
     """
     table = np.asarray(columns, dtype=np.float64)
     if len(table) == 0:
@@ -56,7 +63,8 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """95 % bootstrap interval of sum(numerators) / sum(denominators), one pair a prompt.
 
-    Raises ValueError when they differ in length, are empty, or every denominator is 0.
+    Raises:
+        ValueError: the two differ in length or are empty, or every denominator is 0.
     """
     pairs = list(zip(numerators, denominators, strict=True))
     return bootstrap_interval(pairs, lambda sums: sums[:, 0] / sums[:, 1], num_resamples=num_resamples, seed=seed)
@@ -75,6 +83,9 @@ def acceptance_by_depth(decoded: Sequence[Decoded]) -> tuple[DepthAcceptance, ..
     A cycle that drafted fewer levels than `d` does not count against depth `d` in the conditional rate; it does in the
     marginal one, which is what tokens per step is made of: tokens per step = 1 + the sum of marginals, up to the block
     that EOS or the token budget cut.
+
+    Raises:
+        ValueError: there are accepted lengths and draft depths, and not one depth a cycle.
     """
     accepted = np.array([count for one in decoded for count in one.accepted], dtype=np.int64)
     drafted = np.array([depth for one in decoded for depth in (one.drafted or one.accepted)], dtype=np.int64)

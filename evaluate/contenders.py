@@ -51,10 +51,7 @@ def _decoded(generation: Generation) -> Decoded:
 
 @dataclass(frozen=True)
 class TransformersContender:
-    """`generate` of the target's own module with its own cache; `prompt_lookup` > 0 drafts so many tokens from n-grams.
-
-    Raises ValueError for prompt lookup over batches, which `generate` does not have.
-    """
+    """`generate` of the target's own module with its own cache; `prompt_lookup` > 0 drafts so many tokens from n-grams."""
 
     name: str
     target: Target
@@ -63,7 +60,11 @@ class TransformersContender:
 
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
-        """One batch, padded on the left. Sampling draws from torch's global generator, reseeded here."""
+        """One batch, padded on the left. Sampling draws from torch's global generator, reseeded here.
+
+        Raises:
+            ValueError: prompt lookup is asked for over a batch of several prompts, which `generate` cannot do.
+        """
         if self.prompt_lookup and len(samples) > 1:
             raise ValueError(f"prompt lookup decodes one prompt at a time, not {len(samples)}; set batch_size to 1")
         torch.manual_seed(self.settings.seed + numbers[0])

@@ -36,7 +36,8 @@ def parse_entries(words: Sequence[str], shapes: Sequence[str] | None) -> list[En
     Drafters without a name of their own in folders of one name are called after their parents: `runs/a/drafter` and `runs/b/drafter`
     are `a` and `b`.
 
-    Raises ValueError for a path that is no folder, a bad shape, no shape, or two drafters that cannot be told apart.
+    Raises:
+        ValueError: a path is no folder, a shape is bad, missing or there twice, or two drafters cannot be told apart.
     """
     entries: list[Entry] = []
     unnamed: list[int] = []

@@ -143,8 +143,9 @@ def load_candidates(
 ) -> list[Candidate]:
     """Every drafter with every shape, on the target's device and attached to it.
 
-    Raises ValueError for a drafter of another target or another tokenizer (by fingerprint), one that does not load
-    whole, or a shape that is deeper than it can draft.
+    Raises:
+        ValueError: a drafter is of another target or another tokenizer (by fingerprint) or does not load whole, or a shape is deeper
+            than the drafter can draft.
     """
     candidates = []
     for entry in entries:
@@ -163,7 +164,10 @@ def load_candidates(
 def identity(record: Mapping[str, Any], samples: Sequence[Sample], candidates: Sequence[Candidate]) -> dict[str, Any]:
     """All that replies and times depend on but the temperature: two runs may share their measurements where this is equal.
 
-    record: the run's provenance, of which the command's wording, the time and the other temperatures do not count.
+    Args:
+        record: the run's provenance, of which the command's wording, the time and the other temperatures do not count.
+        samples: the prompts.
+        candidates: the drafters with their shapes.
     """
     facts = {name: value for name, value in record.items() if name not in ("command", "time", "config")}
     facts |= {name: value for name, value in record["config"].items() if name not in ("temperature", "temperatures")}

@@ -26,9 +26,14 @@ def first_difference(plain: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def compare(samples: Sequence[Sample], plain: Replies, other: Replies) -> tuple[float, tuple[Divergence, ...]]:
-    """Share of samples whose every reply equals plain's first one, and the first difference of each other sample.
+    """Whether each sample's replies equal plain decoding's first one.
 
-    plain, other: sample number -> replies, one a repeat. Samples that `other` did not decode do not count.
+    Args:
+        samples: the prompts.
+        plain, other: sample number -> replies, one a repeat. Samples that `other` did not decode do not count.
+
+    Returns:
+        the share of samples whose every reply is equal, and the first difference of each other sample.
     """
     divergences = []
     for number, replies in other.items():

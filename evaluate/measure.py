@@ -29,6 +29,9 @@ class Plan:
         transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
         prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not.
         ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
+
+    Raises:
+        ValueError: a count is too low, or prompt lookup is asked for with batches or without transformers' prompts.
     """
 
     batch_size: int = 1

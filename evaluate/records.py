@@ -22,10 +22,11 @@ class Sample:
 class Decoded:
     """What one contender emitted for one prompt.
 
-    token_ids: the reply, EOS included when it was produced.
-    accepted: accepted draft tokens of each decode cycle. The prefill emits the first token outside of any cycle.
-    drafted: depth of the draft tree of each cycle; empty when the contender does not say.
-    prefill_tokens: tokens that came with the prompt's own forward; more than one only where a prefill drafts.
+    Attributes:
+        token_ids: the reply, EOS included when it was produced.
+        accepted: accepted draft tokens of each decode cycle. The prefill emits the first token outside of any cycle.
+        drafted: depth of the draft tree of each cycle; empty when the contender does not say.
+        prefill_tokens: tokens that came with the prompt's own forward; more than one only where a prefill drafts.
     """
 
     token_ids: tuple[int, ...]
@@ -61,10 +62,14 @@ Round = Mapping[str, Timed]  # one batch, decoded by every contender (by name) t
 
 @dataclass(frozen=True)
 class DepthAcceptance:
-    """Acceptance at one draft depth (1 = the first drafted token after the root).
+    """Acceptance at one draft depth.
 
-    conditional: accepted at this depth / cycles whose previous depth was accepted and that drafted this deep.
-    marginal: accepted at this depth / all cycles.
+    Attributes:
+        depth: 1 is the first drafted token after the root.
+        reached: cycles whose previous depth was accepted and that drafted this deep.
+        accepted: cycles that accepted this depth.
+        conditional: accepted / reached.
+        marginal: accepted / all cycles.
     """
 
     depth: int

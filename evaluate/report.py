@@ -48,7 +48,11 @@ def _finite(value: object) -> object:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a report.json. Raises ValueError for a missing file, what is not JSON, and JSON that is no report."""
+    """Rows of a report.json.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or is no report.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such report; make one with `draftsmith evaluate --out {path.parent}`")
     report = parse_json(path.read_bytes(), str(path), "make the report again with `draftsmith evaluate`")

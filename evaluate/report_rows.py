@@ -76,8 +76,10 @@ def make_row(
 ) -> Row:
     """One row from the runs of a contender, of plain decoding and, where it ran, of `transformers`.
 
-    runs: contender name -> its timed calls; `plain` must be among them. With `target`, replies that differ at
-    temperature 0 are told with the gap between the two tokens' logits.
+    Args:
+        contestant, samples, setting: whose row it is, the prompts, and what all rows share.
+        runs: contender name -> its timed calls; `plain` must be among them.
+        target: with it, the row has the gap between the logits of the two tokens where replies first differ at temperature 0.
     """
     own, base = track(runs[contestant.name]), track(runs[PLAIN])
     other = track(runs[TRANSFORMERS]) if TRANSFORMERS in runs else None

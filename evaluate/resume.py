@@ -1,4 +1,4 @@
-"""What a killed evaluation had finished, so that the same command goes on there instead of starting over.
+"""What a killed evaluation had finished, so that the same command resumes there instead of starting over.
 
 Owns the work file beside the report: for each measurement what it depends on, then a line for each finished round. Does not know
 how anything is decoded, timed or reported.
@@ -84,7 +84,8 @@ def parts(out: Path, identities: Sequence[Mapping[str, Any]]) -> Iterator[Sequen
         out: folder of the report.
         identities: for each measurement everything it depends on, its `temperature` among it; no two are equal.
 
-    Raises ValueError for a file of that name that is not an evaluation's.
+    Raises:
+        ValueError: a file has the work file's name and is not an evaluation's.
     """
     path = out / WORK_FILE
     check_begun(path, "part", _EARLIER)

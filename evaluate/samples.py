@@ -61,11 +61,19 @@ def read_samples(
     """Prompts of a file that `draftsmith data prompts` wrote, or of JSONL rows that carry `prompt_ids` themselves.
 
     A prompt is what `draftsmith data respond` asks. Rows with ids are taken as they are: what the target read when it made its
-    replies. `limit` keeps the first so many, `eos_ids` end a reply, `options` are the chat template's.
+    replies. Rows that are no prompt, and those that the template fails on, are left out and counted on standard error.
 
-    Rows that are no prompt, and those that the template fails on, are left out and counted on standard error.
+    Args:
+        path: the file, or a folder of `draftsmith data prompts`.
+        tokenizer: the target's.
+        template: Jinja file of a chat template, or `none`; None takes the tokenizer's own.
+        split: only rows of this split; None takes all.
+        limit: only the first so many samples; None takes all.
+        eos_ids: tokens that end a reply.
+        options: the chat template's name and variables.
 
-    Raises ValueError for a missing file, for a template that is missing, and when no prompt is left.
+    Raises:
+        ValueError: the file or a template is missing, options of a template go with token ids, or no prompt is left.
     """
     file = path / PROMPT_FILE if path.is_dir() else path
     dropped: list[Dropped] = []
@@ -127,7 +135,8 @@ def readable_by(target: Target, samples: list[Sample]) -> list[Sample]:
 
     The others are counted on standard error, with the first one's id.
 
-    Raises ValueError when none is left.
+    Raises:
+        ValueError: no prompt is left.
     """
     longest, vocab_size = target.max_positions, target.ends.vocab_size
     fitting, left_out = [], []

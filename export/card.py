@@ -1,7 +1,7 @@
 """The model card: what the drafter is, how it is used, what was measured, how it was made.
 
-Owns the text. Every figure in it comes from a report or a provenance record that is handed in; what was not recorded
-is said to be not recorded. Does not know how to read or write weights.
+Owns the text. Every figure in it comes from a report or a provenance record that is handed in; where
+nothing was recorded, it states that. Does not know how to read or write weights.
 """
 
 from __future__ import annotations

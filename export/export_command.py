@@ -1,6 +1,6 @@
 """`draftsmith export`: a trained drafter as a folder that others can load, with a card that tells the truth about it.
 
-Owns the order of the work and what is refused. Does not know the layouts' tables or the card's words.
+Owns the order of the work and which inputs are an error. Does not know the layouts' tables or the card's words.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def export(
         drafter_adapter: Folder of a trained adapter of the drafter; it is merged, since serving engines have none.
         records: What the model card quotes; see `RecordOptions`.
         where: Which target is meant; see `EndsOptions`. Name its adapter where the drafter is for both together.
+
+    Raises:
+        ValueError: a file or setting does not fit the others, or the folder is one that this command must not replace.
     """
     read = [path for path in (drafter, drafter_adapter, records.report) if path is not None]
     check_replaceable(out, STAGE, read)
@@ -156,7 +159,8 @@ def _adapter_notes(drafter: Path, adapter: str | None, drafter_adapter: Path | N
 def _measured(report: Path, drafter: Drafter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of a report that were measured with exactly these weights.
 
-    Raises ValueError for a missing or broken report, and for one that holds no such row.
+    Raises:
+        ValueError: the report is missing or broken, or holds no such row.
     """
     if not report.is_file():
         raise ValueError(f"{report}: no such report; make one with `draftsmith evaluate --drafters {report.parent}`")

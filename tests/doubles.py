@@ -164,7 +164,7 @@ def greedy_by_hand(target: Target, text: list[int], num_tokens: int) -> list[int
 
 
 def opening(target: Target, texts: list[list[int]], limits: DraftLimits, layers: tuple[str, ...]) -> Opening:
-    """What a drafter is told after the target has read texts of one length; the last token of each is its root."""
+    """What a drafter receives after the target has read texts of one length; the last token of each is its root."""
     ids_BT = torch.tensor(texts)
     states = target.prefix(ids_BT[:, :-1], layers=layers)
     counts_B = torch.full((len(texts),), ids_BT.shape[1] - 1)

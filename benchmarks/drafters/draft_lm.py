@@ -129,7 +129,11 @@ class Examination:
         return found
 
     def measure(self, drafter: LMDrafter) -> dict[str, Ratio]:
-        """Every column of the table. Raises ValueError when a greedy chain does not give the target's own reply."""
+        """Every column of the table.
+
+        Raises:
+            ValueError: a greedy chain does not give the target's own reply.
+        """
         found: dict[str, Ratio] = {}
         for shape, temperature in SHAPES:
             decoded = self._decode(Engine(self.target, drafter, parse_shape(shape)), temperature)

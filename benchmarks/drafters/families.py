@@ -56,8 +56,15 @@ Tables = dict[str, list[dict[str, Any]]]
 class Bench:
     """One target and how much is done on it.
 
-    seconds, steps: of each training in the first and in the second table; prompts: for testing; replies: for training; draft_vocab:
-    of every drafter; draft_lm: an ordinary LM with the target's tokenizer.
+    Attributes:
+        name: what the tables call it.
+        target: its directory or hub id.
+        steps: of each training in the second table, that of equal steps.
+        seconds: of each training in the first table, that of equal time.
+        prompts: how many for testing.
+        replies: how many for training.
+        draft_vocab: tokens in the draft vocabulary of every drafter; None for all.
+        draft_lm: an ordinary LM with the target's tokenizer, or None.
     """
 
     name: str

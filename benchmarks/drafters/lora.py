@@ -126,7 +126,11 @@ def size(folder: Path) -> str:
 def table(
     options: argparse.Namespace, target: Target, test: dict[str, list[list[int]]], runs: dict[str, Trained]
 ) -> list[str]:
-    """One line a contender. Raises RuntimeError where a reply is not the target's own."""
+    """One line a contender.
+
+    Raises:
+        RuntimeError: a reply is not the target's own.
+    """
     plain = {kind: measure(options, target, None, prompts) for kind, prompts in test.items()}
     straight = {
         kind: [not is_looping(one.token_ids, target.eos_token_ids) for one in decoded]

@@ -1,6 +1,6 @@
 """What the benchmarks train: one recipe a family, for a number of steps or for a time.
 
-Each run's outcome is kept in its folder (`trained.json`), so that a benchmark that is started again goes on.
+Each run's outcome is kept in its folder (`trained.json`), so that a benchmark that you start again resumes.
 """
 
 import itertools

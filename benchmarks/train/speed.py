@@ -5,7 +5,7 @@
 
 Trains ReDrafter, EAGLE-1, EAGLE-3 and a judge from one cache of chat-6m's states (of the embedded target's where --data is absent).
 Steps and the very products that they compute, run bare, alternate. The judge's labels are random: only its speed is measured. Writes
-runs/bench-train/report.json and report.md. Ratios are medians over rounds of one part. A run that was stopped goes on with the next part;
+runs/bench-train/report.json and report.md. Ratios are medians over rounds of one part. A run that was stopped resumes with the next part;
 `rm -r runs/bench-train` starts anew.
 """
 

@@ -62,9 +62,16 @@ def promised(case: Case, samples: Sequence[CachedSample], num_steps: int) -> flo
 def decoded(
     case: Case, prompts: Sequence[tuple[list[int], int]], num_steps: int, temperature: float
 ) -> list[Generation]:
-    """Replies of the real engine with chains. `prompts`: token ids, and how long a reply may become.
+    """Replies of the real engine with chains.
 
-    Raises NotChecked where the target's trunk was not loaded.
+    Args:
+        case: the drafter and its whole target.
+        prompts: token ids, and how long a reply may become.
+        num_steps: drafted tokens a cycle.
+        temperature: of decoding.
+
+    Raises:
+        NotChecked: the target's trunk was not loaded.
     """
     if case.target is None:
         raise NotChecked("needs the whole target, of which only the ends were loaded: leave --ends-only out")
@@ -98,7 +105,11 @@ def first_replies(samples: Sequence[CachedSample]) -> list[CachedSample]:
 
 
 def check_acceptance(case: Case) -> Finding:
-    """Tokens per step on trained prompts against the promise, and on the evaluation's prompts against the trained ones."""
+    """Tokens per step on trained prompts against the promise, and on the evaluation's prompts against the trained ones.
+
+    Raises:
+        NotChecked: no sample has a prompt and a reply, or the target's trunk was not loaded.
+    """
     _ = case.trainable
     num_steps = min(
         max(1, case.trained.config.num_draft_steps), case.use.draft_length or 8, case.drafter.max_draft_steps or 8

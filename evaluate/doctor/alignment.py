@@ -62,7 +62,11 @@ def shift_states(batch: PackedBatch, shift: int) -> PackedBatch:
 
 
 def check_shifts(case: Case) -> Finding:
-    """Accuracy of step 0 with labels, and with states, moved by -1, 0 and +1: 0 must win."""
+    """Accuracy of step 0 with labels, and with states, moved by -1, 0 and +1: 0 must win.
+
+    Raises:
+        NotChecked: the samples hold too few predictions.
+    """
     drafter = case.trainable
     hits = {(kind, shift): 0 for kind in ("labels", "states") for shift in _SHIFTS}
     total = 0
@@ -115,7 +119,11 @@ def _judge(shares: dict[tuple[str, int], float], total: int, sound: bool) -> Fin
 
 
 def check_steps(case: Case) -> Finding:
-    """Accuracy at every draft step it was trained for: which depth is lost."""
+    """Accuracy at every draft step it was trained for: which depth is lost.
+
+    Raises:
+        NotChecked: the samples hold too few predictions.
+    """
     drafter = case.trainable
     num_steps = max(1, drafter.config.num_draft_steps)
     right, rows = torch.zeros(num_steps), torch.zeros(num_steps)

@@ -37,7 +37,11 @@ _WARMER = 0.3  # difference of temperatures from which the drafter meets another
 
 
 def check_fingerprints(case: Case) -> Finding:
-    """Target, tokenizer and chat template as drafter, cache and replies name them, and whether its weights were whole."""
+    """Target, tokenizer and chat template as drafter, cache and replies name them, and whether its weights were whole.
+
+    Raises:
+        NotChecked: nothing names the target or the tokenizer that it was made with.
+    """
     here = {
         "target": case.ends.fingerprint,
         "tokenizer": tokenizer_fingerprint(case.tokenizer),
@@ -47,7 +51,7 @@ def check_fingerprints(case: Case) -> Finding:
     named = _named(case, here["chat template"])
     differing = [(owner, what, there) for owner, what, there in named if there and there != here[what]]
     wrong = [
-        f"the {owner} names the {what} {there[:12]}, {case.places.target} has {here[what][:12] or 'none'}"
+        f"the {owner} names the {what} {there[:12]}, {case.inputs.target} has {here[what][:12] or 'none'}"
         for owner, what, there in differing
     ]
     known = sum(bool(there) for _, _, there in named)
@@ -97,7 +101,7 @@ def _named(case: Case, template: str) -> list[tuple[str, str, str]]:
 def _template_of_text(case: Case, template: str) -> str:
     """The chat template that the cache's text was rendered by; empty where that is unknown, or was --template's and none is given here.
 
-    Replies kept as ids were rendered before extraction, whatever that was told: their own record goes before the cache's.
+    Replies kept as ids were rendered before extraction, whose options did not touch them, so their own record counts before the cache's.
     `template` is the fingerprint of the one in use.
     """
     identity = case.open_cache.manifest.identity
@@ -115,7 +119,7 @@ def _misread(case: Case) -> str:
     """How the layers that the drafter reads differ from those that it was trained on, as far as those are known; else empty."""
     if isinstance(case.drafter, LMDrafter):
         return ""
-    reads, record = list(case.drafter.features), case.places.record
+    reads, record = list(case.drafter.features), case.inputs.record
     settings = record.get("drafter")
     recorded = settings.get("layers") if isinstance(settings, dict) else None
     if recorded and list(recorded) != reads:
@@ -128,7 +132,11 @@ def _misread(case: Case) -> str:
 
 
 def check_draft_length(case: Case) -> Finding:
-    """Drafted tokens a cycle against the steps that were trained."""
+    """Drafted tokens a cycle against the steps that were trained.
+
+    Raises:
+        NotChecked: the drafter is an ordinary draft LM, or nobody says how many tokens are drafted.
+    """
     if isinstance(case.drafter, LMDrafter):
         raise NotChecked("an ordinary draft LM drafts as long as one likes")
     trained = case.drafter.config.num_draft_steps
@@ -146,7 +154,11 @@ def check_draft_length(case: Case) -> Finding:
 
 
 def check_temperature(case: Case) -> Finding:
-    """Temperature of use against that of the replies."""
+    """Temperature of use against that of the replies.
+
+    Raises:
+        NotChecked: the temperature of use, or that of the replies, is not known.
+    """
     if case.use.temperature is None:
         raise NotChecked("say how you decode with --temperature")
     if case.temperature is None:
@@ -161,7 +173,11 @@ def check_temperature(case: Case) -> Finding:
 
 
 def check_score_scale(case: Case) -> Finding:
-    """Whether the factor that ranks draft paths was ever fitted."""
+    """Whether the factor that ranks draft paths was ever fitted.
+
+    Raises:
+        NotChecked: the drafter is an ordinary draft LM, which has no such factor.
+    """
     if isinstance(case.drafter, LMDrafter):
         raise NotChecked("an ordinary draft LM has none")
     scale = float(case.drafter.config.score_scale)
@@ -176,7 +192,11 @@ def check_score_scale(case: Case) -> Finding:
 
 
 def check_prompt_length(case: Case) -> Finding:
-    """Prompts longer than any text that was trained on."""
+    """Prompts longer than any text that was trained on.
+
+    Raises:
+        NotChecked: no prompts or no cache are known.
+    """
     cache = case.open_cache
     if not case.prompts:
         raise NotChecked("no prompts are known: name those of the evaluation with --prompts")

@@ -1,7 +1,7 @@
 """What every check of `draftsmith doctor` looks at: one drafter, its target, and a few samples of what it was trained on.
 
-Owns how drafter, training record, target, cache and replies are found from one folder, and what is said where one is missing. Does not
-know the checks.
+Owns how one folder leads to drafter, training record, target, cache and replies, and the error where one is missing. Does not know the
+checks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NotChecked(Exception):
 
 
 @dataclass(frozen=True)
-class Places:
+class CaseInputs:
     """Where things are, as far as one folder and its provenance tell; options of the command go before.
 
     Attributes:
@@ -111,7 +111,7 @@ class Case:
     """Everything loaded once.
 
     Attributes:
-        places: where it came from.
+        inputs: where it came from.
         drafter: as it is served, attached, in evaluation mode.
         trained: the drafter that `drafter` was exported from, or the same one.
         ends: the target's.
@@ -124,12 +124,12 @@ class Case:
         use: see :class:`Use`.
         projection: see :class:`Projection`; None without a cache.
         seed: of everything that is drawn.
-        template: chat template file, or `none`, that stands in for the tokenizer's own; None for that one.
+        template: chat template file, or `none`, that replaces the tokenizer's own; None for that one.
         rendering: the chat template's name and variables.
         quantization: of the target in use; None for whole weights.
     """
 
-    places: Places
+    inputs: CaseInputs
     drafter: Drafter
     trained: Drafter
     ends: TargetEnds
@@ -148,21 +148,33 @@ class Case:
 
     @property
     def open_cache(self) -> HiddenStateCache:
-        """The cache. Raises NotChecked where none is known."""
+        """The cache.
+
+        Raises:
+            NotChecked: none is known.
+        """
         if self.cache is None:
-            raise NotChecked(self.places.no_cache)
+            raise NotChecked(self.inputs.no_cache)
         return self.cache
 
     @property
     def projected(self) -> Projection:
-        """The target's likeliest tokens. Raises NotChecked without a cache."""
+        """The target's likeliest tokens.
+
+        Raises:
+            NotChecked: no cache is known.
+        """
         _ = self.open_cache
         assert self.projection is not None
         return self.projection
 
     @property
     def trainable(self) -> Drafter:
-        """The trained drafter, of a family that learns from the target's states. Raises NotChecked for a draft LM."""
+        """The trained drafter, of a family that learns from the target's states.
+
+        Raises:
+            NotChecked: it is an ordinary draft LM, no cache is known, or the cache lacks layers that the drafter reads.
+        """
         if isinstance(self.trained, LMDrafter):
             raise NotChecked("an ordinary draft LM reads tokens, not the target's states")
         _ = self.open_cache
@@ -185,10 +197,15 @@ class Case:
         return self.ends.eos_token_ids if self.target is None else self.target.eos_token_ids
 
 
-def find(drafter: str, cache: str | None, target: str | None, revision: str | None, adapter: str | None) -> Places:
-    """Places from a run's folder, or a drafter's, and what the options add.
+def find(drafter: str, cache: str | None, target: str | None, revision: str | None, adapter: str | None) -> CaseInputs:
+    """Where everything is, from the folder of a run or of a drafter and from what the options add.
 
-    Raises ValueError for a folder that holds no drafter, and for a target that nothing names.
+    Args:
+        drafter: the folder.
+        cache, target, revision, adapter: what the options name; None where they leave it to the record.
+
+    Raises:
+        ValueError: the folder holds no drafter, or nothing names the target.
     """
     given = Path(drafter)
     if _holds_model(given / "drafter") and not _holds_model(given):
@@ -207,7 +224,7 @@ def find(drafter: str, cache: str | None, target: str | None, revision: str | No
     named = target or record.get("target") or _named_target(folder)
     if not named:
         raise ValueError(f"{folder} does not tell its target; name it with --target")
-    return Places(
+    return CaseInputs(
         folder=folder,
         origin=_origin(whole, folder) if "training" in whole else None,
         record=record,
@@ -236,7 +253,7 @@ def _named_target(folder: Path) -> str:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """What config.json says; empty where there is none. Raises ValueError where it is not JSON."""
+    """What config.json says; empty where there is none."""
     file = folder / "config.json"
     return parse_json_object(file.read_bytes(), str(file), "copy or export the drafter again") if file.is_file() else {}
 
@@ -261,7 +278,8 @@ def _is_there(cache: str | None) -> bool:
 def load_served(folder: Path, ends: TargetEnds, dtype: str, trust_remote_code: bool = False) -> Drafter:
     """A drafter attached to the target, whatever target it names: whether it is that one is a check of its own.
 
-    Raises ValueError for a folder that holds no whole drafter in this package's layout, and for one of other shapes.
+    Raises:
+        ValueError: the folder holds no whole drafter in this package's layout, or one of other shapes.
     """
     try:
         drafter = load_drafter(folder, dtype, trust_remote_code, finite=False)  # `drafter-file` looks for NaN

@@ -33,8 +33,8 @@ from draftsmith.evaluate.doctor.bonds import (
 from draftsmith.evaluate.doctor.case import (
     UNKNOWN_USE,
     Case,
+    CaseInputs,
     NotChecked,
-    Places,
     Use,
     draw,
     find,
@@ -99,6 +99,9 @@ class Bounds:
         ngram: Tokens of the n-grams by which prompts are looked for.
         overfit_steps: Most steps of the trial training on one sample; 0 leaves it out.
         seed: Another seed draws other samples.
+
+    Raises:
+        ValueError: a count is too low.
     """
 
     samples: int = 64
@@ -151,14 +154,17 @@ def doctor(
         use: How you use the drafter; see `Use`.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
+
+    Raises:
+        ValueError: a check found a fault, or something cannot be loaded.
     """
     left_out = _skipped(skip or [])
-    places = find(drafter, cache, target, where.revision, where.adapter)
-    where = replace(where.placed(), revision=places.revision, adapter=places.adapter)
-    tokenizer = where.tokenizer(places.target)
-    asked = _prompts(prompts, split, places.target, tokenizer, rendering, where)
-    corpus = _text(source, where.end_tokens(places.target, tokenizer), tokenizer, rendering)
-    case = gather(places, tokenizer, bounds, ends_only, where)
+    inputs = find(drafter, cache, target, where.revision, where.adapter)
+    where = replace(where.placed(), revision=inputs.revision, adapter=inputs.adapter)
+    tokenizer = where.tokenizer(inputs.target)
+    asked = _prompts(prompts, split, inputs.target, tokenizer, rendering, where)
+    corpus = _text(source, where.end_tokens(inputs.target, tokenizer), tokenizer, rendering)
+    case = gather(inputs, tokenizer, bounds, ends_only, where)
     for sample in asked:
         check_ids(f"the prompt {sample.id} of {prompts}", max(sample.prompt_ids, default=0), case.ends.vocab_size)
     case = replace(case, prompts=tuple(asked), use=use, template=rendering.template, rendering=rendering.options)
@@ -167,8 +173,7 @@ def doctor(
     findings = examine(case, bounds, left_out, corpus)
     _print(case, findings, show)
     if out is not None:
-        settings = {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts}
-        _write(out, case, findings, settings)
+        _write(out, case, findings, {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts})
     print(summary(findings))
     faults = [finding.name for finding in findings if finding.verdict == "fault"]
     if faults:
@@ -183,7 +188,7 @@ def _prompts(
     rendering: TemplateChoice,
     where: TargetOptions,
 ) -> list[Sample]:
-    """The prompts to look for, none where no file is given. Raises ValueError where the split has none."""
+    """The prompts to look for, none where no file is given. A split without prompts is an error."""
     if prompts is None:
         return []
     samples = selected_samples(prompts, target, tokenizer, PromptSelection(split=split), rendering, where)
@@ -206,9 +211,9 @@ def _text(
 
 def _print(case: Case, findings: Sequence[Finding], show: int) -> None:
     """The findings as a table, and some samples."""
-    screen, places = console(), case.places
+    screen, inputs = console(), case.inputs
     screen.print(
-        f"drafter {places.folder}  target {places.target}  cache {places.cache or 'unknown'}\n",
+        f"drafter {inputs.folder}  target {inputs.target}  cache {inputs.cache or 'unknown'}\n",
         highlight=False,
         markup=False,
     )
@@ -220,15 +225,15 @@ def _print(case: Case, findings: Sequence[Finding], show: int) -> None:
 
 def _write(out: Path, case: Case, findings: Sequence[Finding], settings: Mapping[str, Any]) -> None:
     """The report as JSON."""
-    places = case.places
-    subject = {"drafter": places.folder, "origin": places.origin, "target": places.target, "cache": places.cache}
+    inputs = case.inputs
+    subject = {"drafter": inputs.folder, "origin": inputs.origin, "target": inputs.target, "cache": inputs.cache}
     named = {name: None if value is None else str(value) for name, value in subject.items()}
-    made_by = provenance.record(provenance.command_line(), settings, {places.target: case.ends.fingerprint})
+    made_by = provenance.record(provenance.command_line(), settings, {inputs.target: case.ends.fingerprint})
     atomic_write(out, findings_json(findings, named, made_by))
 
 
 def gather(
-    places: Places,
+    inputs: CaseInputs,
     tokenizer: PreTrainedTokenizerBase,
     bounds: Bounds,
     ends_only: bool,
@@ -237,7 +242,7 @@ def gather(
     """Loads target, drafter and samples, each once.
 
     Args:
-        places: where they are.
+        inputs: where they are.
         tokenizer: the target's.
         bounds: how many samples.
         ends_only: whether the target's trunk stays unloaded.
@@ -247,38 +252,38 @@ def gather(
         ValueError: something cannot be loaded, or the shapes of cache or drafter are not the target's.
     """
     # Shards are not hashed here, which would read all of a large cache; `data verify` does.
-    opened = None if places.cache is None else HiddenStateCache(places.cache, check="off", finite=False)
+    opened = None if inputs.cache is None else HiddenStateCache(inputs.cache, check="off", finite=False)
     made_in = where.dtype if opened is None else opened.manifest.identity.target_dtype
-    where = replace(where, dtype=made_in if where.dtype == AUTO else where.dtype).resolved(places.target)
-    ends, whole = _target(places, ends_only, where)
+    where = replace(where, dtype=made_in if where.dtype == AUTO else where.dtype).resolved(inputs.target)
+    ends, whole = _target(inputs, ends_only, where)
     if opened is not None and opened.manifest.identity.hidden_size != ends.hidden_size:
         raise ValueError(
-            f"{places.cache} holds states of {opened.manifest.identity.hidden_size} numbers, {places.target} has {ends.hidden_size}; name "
+            f"{inputs.cache} holds states of {opened.manifest.identity.hidden_size} numbers, {inputs.target} has {ends.hidden_size}; name "
             "the cache of this target with --cache"
         )
-    served = load_served(places.folder, ends, where.dtype, where.trust_remote_code)
+    served = load_served(inputs.folder, ends, where.dtype, where.trust_remote_code)
     trained = served
-    if places.origin is not None:
-        trained = load_served(places.origin, ends, where.dtype, where.trust_remote_code)
-    case = Case(places, served, trained, ends, whole, tokenizer, seed=bounds.seed, quantization=where.quantization)
+    if inputs.origin is not None:
+        trained = load_served(inputs.origin, ends, where.dtype, where.trust_remote_code)
+    case = Case(inputs, served, trained, ends, whole, tokenizer, seed=bounds.seed, quantization=where.quantization)
     return case if opened is None else _with_samples(case, opened, bounds.samples)
 
 
-def _target(places: Places, ends_only: bool, where: TargetOptions) -> tuple[TargetEnds, Target | None]:
+def _target(inputs: CaseInputs, ends_only: bool, where: TargetOptions) -> tuple[TargetEnds, Target | None]:
     """The target's ends on one device, and the whole target unless its ends alone are wanted."""
-    whole = None if ends_only else where.load(places.target)
-    spread = where.device_map is not None and places.adapter is None
+    whole = None if ends_only else where.load(inputs.target)
+    spread = where.device_map is not None and inputs.adapter is None
     if whole is not None and not spread:
         return whole.ends, whole
     # Embedding, norm and head of a spread target lie on several devices; the drafter's checks want them on one.
-    return where.load_ends(places.target, as_dtype(where.dtype), where.device), whole
+    return where.load_ends(inputs.target, as_dtype(where.dtype), where.device), whole
 
 
 def _with_samples(case: Case, cache: HiddenStateCache, num_samples: int) -> Case:
     """The case with some samples of its cache, and the target's likeliest tokens for them."""
     chosen = draw(cache, num_samples, case.seed)
     for sample in chosen:
-        check_ids(f"sample {sample.id} of {case.places.cache}", int(sample.input_ids.max()), case.ends.vocab_size)
+        check_ids(f"sample {sample.id} of {case.inputs.cache}", int(sample.input_ids.max()), case.ends.vocab_size)
     if case.target is not None:
         chosen = tuple(with_states(sample, case.trained.features, case.target) for sample in chosen)
     replies = replies_of(cache)
@@ -289,7 +294,11 @@ def _with_samples(case: Case, cache: HiddenStateCache, num_samples: int) -> Case
 
 
 def check_ids(place: str, largest: int, vocab_size: int) -> None:
-    """Raises ValueError for a token that the target has no embedding for: the text is in another tokenizer's ids."""
+    """Checks that the target has an embedding for every token.
+
+    Raises:
+        ValueError: it lacks one: the text is in another tokenizer's ids.
+    """
     if largest >= vocab_size:
         raise ValueError(
             f"{place} has the token {largest}, the target knows {vocab_size}: it is in another tokenizer's ids; make it with this target"

@@ -183,7 +183,11 @@ def _shares(counts: Tensor) -> tuple[float | None, float | None]:
 
 
 def check_vocabulary(case: Case) -> Finding:
-    """The share of labelled tokens that the drafter can propose at all: its accuracy can be no better."""
+    """The share of labelled tokens that the drafter can propose at all: its accuracy can be no better.
+
+    Raises:
+        NotChecked: no token is labelled.
+    """
     drafter = case.drafter
     labelled = torch.cat([sample.input_ids[sample.loss_mask.bool()] for sample in _sampled(case)])
     if not len(labelled):
@@ -234,7 +238,11 @@ def _missed(case: Case, tokens: Tensor) -> tuple[str, ...]:
 
 
 def check_own_text(case: Case) -> Finding:
-    """Is the text the target's own? By the replies' record, and by how often its tokens are what the target likes best."""
+    """Is the text the target's own? By the replies' record, and by how often its tokens are what the target likes best.
+
+    Raises:
+        NotChecked: the labels miss the replies, or are too few to measure by.
+    """
     identity = case.open_cache.manifest.identity
     if _misplaced(case):
         raise NotChecked("what is labelled are not the replies: see `labels` first")

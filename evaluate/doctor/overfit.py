@@ -39,7 +39,11 @@ class Learnt:
 
 
 def check_overfit(case: Case, max_steps: int) -> Finding:
-    """Trains on one sample with the run's learning rate; if that fails, once more with a usual one."""
+    """Trains on one sample with the run's learning rate; if that fails, once more with a usual one.
+
+    Raises:
+        NotChecked: it is switched off, takes too long, or no sample has labels enough that the draft vocabulary holds.
+    """
     if max_steps < 1:
         raise NotChecked("left out by --overfit-steps 0")
     trained = case.trainable
@@ -47,7 +51,7 @@ def check_overfit(case: Case, max_steps: int) -> Finding:
     reachable = _reachable(trained, batch)
     if not reachable > 0.0:  # nan where the part has labels, but none behind another
         raise NotChecked("the draft vocabulary has none of the sample's labelled tokens: see `draft-vocabulary`")
-    lr = float(case.places.record.get("lr") or _USUAL_LR)
+    lr = float(case.inputs.record.get("lr") or _USUAL_LR)
     learnt = learn(case, batch, lr, max_steps, reachable)
     expected = f"{_LEARNT:.0%} or more within {max_steps} steps"
     share = learnt.after / reachable
@@ -71,7 +75,8 @@ def check_overfit(case: Case, max_steps: int) -> Finding:
 def learn(case: Case, batch: PackedBatch, lr: float, max_steps: int, reachable: float) -> Learnt:
     """A fresh drafter after at most `max_steps` steps of AdamW on one batch, by plain cross-entropy of the first draft step.
 
-    Raises NotChecked where that takes too long.
+    Raises:
+        NotChecked: the steps take too long.
     """
     drafter = fresh(case)
     ends = case.ends
@@ -114,7 +119,7 @@ def fresh(case: Case) -> Drafter:
 def _as_begun(case: Case) -> Drafter | None:
     """By its family's settings, from the record and else from the config; None where that gives another drafter than the trained one."""
     trained = case.trainable
-    recorded = dict(case.places.record.get("drafter") or {})
+    recorded = dict(case.inputs.record.get("drafter") or {})
     family = family_of(trained).settings
     names = list(inspect.signature(family).parameters)
     settings = {name: getattr(trained.config, name) for name in names if hasattr(trained.config, name)}

@@ -90,7 +90,11 @@ def rolling_hashes(ids: Ids, size: int) -> Hashes:
 
 
 def ngrams_of(prompts: Sequence[Sample], size: int) -> NGrams:
-    """The n-grams of prompts, those of their common template left out. Raises ValueError for a size below 1."""
+    """The n-grams of prompts without those of their common template.
+
+    Raises:
+        ValueError: the size is below 1.
+    """
     if size < 1:
         raise ValueError(f"ngram is {size}; an n-gram has at least 1 token, 13 are usual")
     owners: dict[tuple[int, ...], set[int]] = {}
@@ -192,14 +196,24 @@ def token_stream(
 def unread(case: Case) -> str:
     """Why the text cannot be read; empty where it can."""
     if case.cache is None:
-        return f"{case.places.no_cache}, or the replies with --source"
+        return f"{case.inputs.no_cache}, or the replies with --source"
     if not is_local(case.cache):
         return f"the cache is remote, in {len(case.cache.manifest.shards):,} shards: name the replies with --source"
     return ""
 
 
 def check_overlap(case: Case, read: Read | None, wanted: NGrams | None, reason: str) -> Finding:
-    """Prompts whose n-grams stand in the training text. `reason`: why it was not read."""
+    """Prompts whose n-grams occur in the training text.
+
+    Args:
+        case: names the prompts.
+        read: what the pass over the text found; None where it was not read.
+        wanted: the prompts' n-grams.
+        reason: why the text was not read.
+
+    Raises:
+        NotChecked: no prompts are known, the text was not read, or no prompt is as long as an n-gram.
+    """
     if not case.prompts:
         raise NotChecked("no prompts are known: name those of the evaluation with --prompts")
     if read is None or wanted is None:
@@ -260,7 +274,16 @@ def _hit(wanted: NGrams, read: Read, number: int) -> list[int]:
 
 
 def check_duplicates(case: Case, read: Read | None, reason: str) -> Finding:
-    """Samples that are, token for token, an earlier one. `reason`: why they were not read."""
+    """Samples that are, token for token, an earlier one.
+
+    Args:
+        case: what is looked at.
+        read: what the pass over the text found; None where it was not read.
+        reason: why the text was not read.
+
+    Raises:
+        NotChecked: the text was not read.
+    """
     if read is None:
         raise NotChecked(reason)
     share = read.num_repeated / max(1, read.num_samples)

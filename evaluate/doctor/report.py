@@ -34,6 +34,9 @@ class Finding:
         remedy: what to do; empty where nothing is wrong.
         figures: the same as numbers, by name.
         details: further lines: examples, parts of the figure.
+
+    Raises:
+        ValueError: a warning or a fault has no remedy.
     """
 
     name: str

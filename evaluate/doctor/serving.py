@@ -88,7 +88,11 @@ def roots_of(loss_mask: Tensor, num_steps: int) -> list[int]:
 
 
 def compare_forms(case: Case) -> Compared:
-    """The trained drafter in training's form against the served one in decoding's. Raises NotChecked where no sample is long enough."""
+    """The trained drafter in training's form against the served one in decoding's.
+
+    Raises:
+        NotChecked: no sample is long enough, or the two have draft vocabularies of different sizes.
+    """
     trained, served = case.trainable, case.drafter
     num_steps = max(1, min(trained.config.num_draft_steps, 5))
     most, largest, equal, count = 0.0, 1e-12, 0, 0
@@ -150,7 +154,7 @@ def check_file(case: Case) -> Finding:
     if broken:
         remedy = "training diverged: lower lr or set trainer.gradient_clip_val, and train again"
         if case.trained is not case.drafter and _all_finite(case.trained):
-            remedy = f"{case.places.origin}, which it was exported from, is whole: export it again"
+            remedy = f"{case.inputs.origin}, which it was exported from, is whole: export it again"
         return Finding(
             "drafter-file",
             "fault",
@@ -169,7 +173,7 @@ def check_file(case: Case) -> Finding:
             remedy = "these weights say nothing: they never learnt (fresh, or left out of training), or the file was damaged; train again"
             zero = f"{len(empty)} of {len(own)} tensors are all zero: {', '.join(empty[:3])}"
             return Finding("drafter-file", "warning", zero, expected, remedy, figures)
-        if case.places.exported:
+        if case.inputs.exported:
             measured += "; not compared with what was trained, which is not there or had an adapter merged into it"
         return Finding("drafter-file", "ok", measured, expected, "", figures)
     trained = case.trained.state_dict()
@@ -179,10 +183,10 @@ def check_file(case: Case) -> Finding:
     # bfloat16 keeps 8 bits of a number, float16 11.
     allowed = 0.0 if case.drafter.dtype == case.trained.dtype else 2.0**-8
     if changed[worst] <= allowed:
-        return Finding("drafter-file", "ok", f"{measured}, as in {case.places.origin}", expected, "", figures)
+        return Finding("drafter-file", "ok", f"{measured}, as in {case.inputs.origin}", expected, "", figures)
     names = [name for name, change in changed.items() if change > allowed]
-    remedy = f"it is not what {case.places.origin} holds (trained on since, or altered): export it again"
-    measured = f"{len(names)} tensors differ from {case.places.origin}: {', '.join(names[:3])}"
+    remedy = f"it is not what {case.inputs.origin} holds (trained on since, or altered): export it again"
+    measured = f"{len(names)} tensors differ from {case.inputs.origin}: {', '.join(names[:3])}"
     return Finding("drafter-file", "fault", measured, expected, remedy, figures)
 
 

@@ -91,7 +91,11 @@ def _sharpness(ends: TargetEnds, states: Tensor, temperature: float | None) -> T
 
 
 def check_sound(case: Case) -> Finding:
-    """Numbers that cannot be states: NaN, infinity, zeros, the same vector everywhere."""
+    """Numbers that cannot be states: NaN, infinity, zeros, the same vector everywhere.
+
+    Raises:
+        NotChecked: the cache holds no states.
+    """
     cache = case.open_cache
     if not cache.manifest.identity.layers:
         raise NotChecked(_IN_THE_LOOP)
@@ -137,7 +141,11 @@ def _unsound(states_TD: Tensor) -> str:
 
 
 def check_states(case: Case) -> Finding:
-    """Every cached layer against the same layer of a forward made now; where they differ, which layer it really is."""
+    """Every cached layer against the same layer of a forward made now; where they differ, which layer it really is.
+
+    Raises:
+        NotChecked: the target's trunk was not loaded, or the cache holds no states.
+    """
     cache = case.open_cache
     if case.target is None:
         raise NotChecked("needs the whole target, of which only the ends were loaded: leave --ends-only out")
@@ -215,7 +223,11 @@ def _overlap(length: int, shift: int) -> tuple[slice, slice]:
 
 
 def check_projection(case: Case) -> Finding:
-    """The argmax of the cached states, against a fresh forward or the text, also read in other ways (norm, shift, layer)."""
+    """The argmax of the cached states, against a fresh forward or the text, also read in other ways (norm, shift, layer).
+
+    Raises:
+        NotChecked: the cache lacks the states that the target's head reads.
+    """
     projection = case.projected
     as_named, nearly = _AGREEMENTS.get(case.open_cache.manifest.identity.dtype, _AGREEMENT)
     if not case.open_cache.manifest.identity.layers:

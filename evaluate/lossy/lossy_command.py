@@ -53,6 +53,9 @@ class WorkloadOptions:
     Args:
         batch_rows: Problems answered together, except for the race.
         timed_problems: Problems decoded once more, one at a time, by all rules in turn, for the speed-up.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
 
     batch_rows: int = 32
@@ -141,7 +144,7 @@ def _decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], s
 
 
 def _check_tokenizers(rules: Sequence[Ruled], tokenizer: str) -> None:
-    """Raises ValueError for a judge of another tokenizer than the target's, given by its fingerprint."""
+    """Stops with an error at a judge of another tokenizer than the target's, which is given by its fingerprint."""
     for each in rules:
         if each.rule is not None:
             each.rule.check_tokenizer(tokenizer)
@@ -176,7 +179,7 @@ def _ruled(texts: Sequence[str]) -> list[Ruled]:
 
 
 def _check_names(rules: Sequence[Ruled]) -> None:
-    """Raises ValueError for a rule with the name of a row that is not lossy, and for two rules of one name."""
+    """Stops with an error at a rule with the name of a row that is not lossy, and at two rules of one name."""
     for each in rules:
         if each.name == PLAIN or (each.name == LOSSLESS and each.rule is not None):
             raise ValueError(

@@ -60,7 +60,7 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One reply and, behind each of its tokens but the last, where it goes on in the trees drafted there.
+    """One reply and, behind each of its tokens but the last, where the trees drafted there hold its next tokens.
 
     Attributes:
         prompt_ids: what the reply was given for.

@@ -43,6 +43,9 @@ class TimingOptions:
         batch_size: Prompts decoded together where cycles are timed: the batch size to tune for.
         record_batch: Prompts decoded together for the record; changes its speed and memory, not its content.
         rounds: Timed runs of each shape.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
 
     batch_size: int = 1
@@ -92,6 +95,9 @@ def tune(
         timing: How shapes are timed; see `TimingOptions`.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
+
+    Raises:
+        ValueError: the drafter's word names shapes, files or settings do not belong together, or a folder would be overwritten.
     """
     check_unclaimed(out, ("tune.md", "tune.json", "tune.png"))
     grid = Grid(

@@ -1,6 +1,6 @@
 """The model card of a judge: that it is lossy, how it was labelled, what its thresholds do, how it is used.
 
-Owns the text. Every figure comes from the judge's config or the training's record; what was not recorded is said to be not recorded.
+Owns the text. Every figure comes from the judge's config or the training's record; where nothing was recorded, the card states that.
 Does not know how to read or write weights.
 """
 

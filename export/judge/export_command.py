@@ -1,6 +1,6 @@
 """`draftsmith judge export`: a trained judge as a folder that others can load, with a card that says that it is lossy.
 
-Owns the order of the work and what is refused. Does not know the card's words or AutoJudge's numbers.
+Owns the order of the work and which inputs are an error. Does not know the card's words or AutoJudge's numbers.
 """
 
 from __future__ import annotations

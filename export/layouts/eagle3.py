@@ -50,7 +50,7 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
         what a user must know of the result.
 
     Raises:
-        ValueError: the drafter does not fit its table, or reads layers that engines cannot be told.
+        ValueError: the drafter does not fit its table, or reads layers that no engine's setting can name.
     """
     tensors, notes = with_membership(tensors_of(drafter), drafter.config.vocab_size), []
     if ends is not None and not is_plain(ends):

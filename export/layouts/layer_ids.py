@@ -54,7 +54,7 @@ def layer_names(counts: Sequence[int], num_layers: int | None, where: str) -> li
 
 
 def default_counts(num_layers: int) -> list[int]:
-    """What every engine captures when nothing is said; not from low to high for a target of fewer than seven layers."""
+    """What every engine captures where the config names no layers; not from low to high for a target of fewer than seven layers."""
     return [2, num_layers // 2, num_layers - 3]
 
 
@@ -72,7 +72,7 @@ def read_counts(fields: Mapping[str, Any], num_layers: int | None, where: str) -
     """k from a config in either convention, or in none, which means the default for the target's L.
 
     Raises:
-        ValueError: the two conventions name different layers, or nothing is said and the default has no sense for this target.
+        ValueError: the two conventions name different layers, or neither names any and the default has no sense for this target.
     """
     top = fields.get(KEY)
     nested = (fields.get("eagle_config") or {}).get(KEY)

@@ -45,7 +45,7 @@ def refuse_difference(written: Drafter, reread: Drafter, folder: Path) -> None:
 
 
 class _ProbeEnds:
-    """Stands in for a target of any size: fixed waves as embeddings, no norm. Enough to compare two drafters."""
+    """Replaces a target of any size: fixed waves as embeddings, no norm. Enough to compare two drafters."""
 
     def __init__(self, config: DrafterConfig) -> None:
         self.name, self.fingerprint = config.target_name, config.target_fingerprint

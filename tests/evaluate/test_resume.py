@@ -1,4 +1,4 @@
-"""A killed evaluation goes on where it was, and only where it is the same one."""
+"""A killed evaluation resumes where it was, and only where it is the same one."""
 
 import json
 from collections.abc import Callable, Sequence

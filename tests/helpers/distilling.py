@@ -64,7 +64,7 @@ def distil_data(replies: Path, **settings: Any) -> DistilDataModule:
 
 
 def fit(root: Path, module: DraftLMModule, data: DistilDataModule, **settings: Any) -> pl.Trainer:
-    """A run of one epoch, unless told otherwise."""
+    """A run of one epoch by default."""
     pl.seed_everything(0, verbose=False)
     trainer = make_trainer(root, **settings)
     trainer.fit(module, data)

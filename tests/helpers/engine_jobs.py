@@ -35,7 +35,7 @@ FAMILIES = {"redrafter": ReDrafterFamily, "eagle": EagleFamily, "eagle3": Eagle3
 class Job:
     """One run; its results lie in `folder`: record{RANK}.json, checkpoints/step=N.ckpt, drafter/.
 
-    adapt: a drafter's folder, to train LoRA on it; resume: a checkpoint to go on from; die_before: the step before which
+    adapt: a drafter's folder, to train LoRA on it; resume: a checkpoint to resume from; die_before: the step before which
     the process kills itself; expect: words of the refusal that ends the run.
     """
 

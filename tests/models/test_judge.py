@@ -1,4 +1,4 @@
-"""The judge: its equation, its threshold, its bond to one target, and what is refused of a folder."""
+"""The judge: its equation, its threshold, its bond to one target, and which folders are an error."""
 
 import json
 import math

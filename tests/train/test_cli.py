@@ -1,4 +1,4 @@
-"""The training command: shipped configs parse, mistakes are told, a run leaves what it should."""
+"""The training command: shipped configs parse, the errors name mistakes, a run leaves what it should."""
 
 import subprocess
 import sys

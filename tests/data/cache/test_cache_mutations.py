@@ -152,7 +152,7 @@ def spoil(tensors: Tensors, draw: random.Random) -> None:
 @settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(number=st.integers(0, 2**32))
 def test_a_changed_shard_is_served_as_it_is_or_refused(request: pytest.FixtureRequest, kind: str, number: int) -> None:
-    """What a change can still be is other ids, states or scales that are in range: those are served as they stand in the file."""
+    """What a change can still be is other ids, states or scales that are in range: the cache serves those as the file has them."""
     folder: Path = request.getfixturevalue(kind)
     draw = random.Random(number)
     shard = draw.randrange(3)

@@ -337,7 +337,7 @@ def test_states_of_few_bits_are_told_from_those_of_whole_weights(
     assert capsys.readouterr().out.count("3 samples recomputed") == 2
     with pytest.warns(UserWarning, match="with 4bit weights, this run's target has whole ones"):
         HiddenStateCache(narrow).check_target(fingerprint)
-    # Whoever knows better than the cache may say so, and is told.
+    # Whoever knows better than the cache may say so, and gets a warning.
     with (
         pytest.warns(UserWarning, match="with whole weights, this run's target has 4bit ones"),
         pytest.raises(ValueError, match="does not hold this target's states"),

@@ -1,4 +1,4 @@
-"""A cache that is read: what is hashed when, and which manifests are refused."""
+"""A cache that is read: what is hashed when, and which manifests are an error."""
 
 import json
 from collections.abc import Callable

@@ -793,8 +793,8 @@ def test_one_sound_layer_does_not_vouch_for_another(run: Run, plant: Callable[..
     def move(tensors: dict[str, Tensor]) -> None:
         tensors["hidden.layer.0.output"] = tensors["hidden.layer.0.output"].roll(1, 0)
 
-    places = find(str(run.train), str(plant(move)), None, None, None)
-    case = gather(places, load_tokenizer(str(run.target)), Bounds(), False, DEFAULTS)
+    inputs = find(str(run.train), str(plant(move)), None, None, None)
+    case = gather(inputs, load_tokenizer(str(run.target)), Bounds(), False, DEFAULTS)
     assert as_named(case, ["last.pre_norm"])
     assert not as_named(case, ["last.pre_norm", "layer.0.output"])
 

@@ -1,4 +1,4 @@
-"""The command `draftsmith label mine` on the embedded models: labels, files, counts, and going on after a kill."""
+"""The command `draftsmith label mine` on the embedded models: labels, files, counts, and resuming after a kill."""
 
 import json
 from collections.abc import Iterator, Sequence

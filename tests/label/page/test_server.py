@@ -395,7 +395,7 @@ def test_a_shared_item_goes_to_two_and_their_agreement_is_told(store: Store, mak
     }
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------------
+# ---- requests in error --------------------------------------------------------------------------------------------------
 
 GOOD = {"annotator": "alice", "item": "a", "verdict": "wrong", "error": [4, 5], "note": "", "seconds": 1.0}
 BAD = [

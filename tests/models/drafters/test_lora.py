@@ -1,4 +1,4 @@
-"""LoRA on drafters: every linear layer is adapted wherever its weight is used, and a folder is refused where it does not belong."""
+"""LoRA on drafters: every linear layer is adapted wherever its weight is used, and a folder of another drafter is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check that every checkpoint is held to."""
+"""The check that every checkpoint must pass."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "falcon_h1": {"mamba_d_ssm": None},
-    # Some members keep a recurrent state in some layers; these are refused.
+    # Some members keep a recurrent state in some layers; those do not load.
     "granitemoehybrid": {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, "num_local_experts": 0},
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS | {"num_experts": 4, "moe_topk": 2},

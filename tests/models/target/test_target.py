@@ -1,4 +1,4 @@
-"""The target seam: its doors give the model's own numbers, and what cannot be supported is refused by name."""
+"""The target seam: its doors give the model's own numbers, and the error for what has no support names it."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def test_the_controller_follows_a_trace_worked_out_by_hand() -> None:
     stop = stop.after(chains(4, 4), torch.tensor([5, 1]))
     assert stop.rate_B.tolist() == pytest.approx([0.95, 0.45])
     assert stop.threshold_B.tolist() == pytest.approx([0.5, 0.9 * 0.5 + 0.1 * 0.51])
-    # row 0 accepts all of a draft that was stopped early: it may go on for longer.
+    # row 0 accepts all of a draft that was stopped early: the next may be longer.
     stop = stop.after(chains(2, 4), torch.tensor([3, 1]))
     assert stop.rate_B.tolist() == pytest.approx([0.975, 0.225])
     assert stop.threshold_B.tolist() == pytest.approx([0.499, 0.502])

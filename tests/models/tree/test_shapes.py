@@ -1,4 +1,4 @@
-"""The language of shapes: what is written reads back, and what cannot be read is refused with an example."""
+"""The language of shapes: what is written reads back, and the error for any other text shows an example."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows for distilling a draft LM: the mixture is exact, every row comes once an epoch, and what does not fit is refused."""
+"""Rows for distilling a draft LM: the mixture is exact, every row comes once an epoch, and what does not fit is an error."""
 
 import json
 from pathlib import Path

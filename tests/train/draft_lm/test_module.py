@@ -1,4 +1,4 @@
-"""Distilling a draft LM: it comes nearer to its target, samples by row and epoch, keeps what decodes, and goes on where it was stopped."""
+"""Distilling a draft LM: it comes nearer to its target, samples by row and epoch, keeps what decodes, and resumes where it was stopped."""
 
 import json
 from pathlib import Path

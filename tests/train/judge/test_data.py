@@ -1,4 +1,4 @@
-"""Rows joined to states: which state a label belongs to, splits by question, shares of processes, and what is refused."""
+"""Rows joined to states: which state a label belongs to, splits by question, shares of processes, and which inputs are an error."""
 
 from dataclasses import replace
 from pathlib import Path

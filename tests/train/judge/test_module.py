@@ -1,4 +1,4 @@
-"""Training a judge: it lands on the optimum, keeps the best of the sweep with an honest threshold, resumes, and is refused bad input."""
+"""Training a judge: it lands on the optimum, keeps the best of the sweep with an honest threshold, resumes, and stops at bad input."""
 
 import json
 from pathlib import Path

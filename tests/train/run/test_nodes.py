@@ -1,4 +1,4 @@
-"""Training that is told to go, or loses a node, in processes of its own; the two nodes are network namespaces of this machine."""
+"""Training that gets a signal to stop, or loses a node, in processes of its own; the two nodes are network namespaces of this machine."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Runs that are told to go, in one process: where they stop, what they leave, and that the resumed run is the undisturbed one."""
+"""Runs that get a signal to stop, in one process: where they stop, what they leave, and that the resumed run is the undisturbed one."""
 
 import multiprocessing
 import os
@@ -416,7 +416,7 @@ def test_slurms_signal_saves_asks_for_a_requeue_and_ends_and_the_requeued_job_go
     run_until_told(tmp_path, target_dir, cache, Tell(hook, step, signal.SIGUSR1))
     assert notes.read_text() == "requeue 4711\n"
     assert (tmp_path / "hpc_ckpt_1.ckpt").samefile(tmp_path / "checkpoints" / "last.ckpt")
-    # Lightning finds the link without being told.
+    # Lightning finds the link by itself.
     module = make_module(target_dir, drafter=EagleFamily(feature_noise=0.1), num_steps=1, ema_decay=0.9)
     keeper = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=3)
     validation = TreeDecodeValidation(num_prompts=2, max_new_tokens=8, draft_length=2)

@@ -1,4 +1,4 @@
-"""Training in processes of its own: two ranks against one, and a run that is killed and goes on."""
+"""Training in processes of its own: two ranks against one, and a run that is killed and resumed."""
 
 import os
 import signal

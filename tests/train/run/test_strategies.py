@@ -1,7 +1,7 @@
 """Every engine trains as one process does, and leaves the same drafter and the same checkpoints.
 
 On the CPU with gloo and two processes; DeepSpeed with its CPU accelerator. Starting processes costs more than what they do, so all
-runs share one launch, but for those that go on after a kill.
+runs share one launch, but for those that resume after a kill.
 """
 
 import itertools
@@ -51,7 +51,7 @@ class Ended:
 
 @dataclass
 class Runs:
-    """Runs by name, those of one process among them; the killed ones have gone on."""
+    """Runs by name, those of one process among them; the killed ones have resumed."""
 
     folder: Path
     log: str = ""
