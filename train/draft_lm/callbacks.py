@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import pytorch_lightning as pl
 
 from draftsmith import provenance
-from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
@@ -21,9 +20,10 @@ from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.draft_lm.module import DraftLMModule
 from draftsmith.train.drafter.callbacks import TOKENS_PER_STEP, KeepBestDrafter, log_acceptance
+from draftsmith.train.drafter.decode_budget import DecodeValidation
 
 
-class ChainDecodeValidation(pl.Callback):
+class ChainDecodeValidation(DecodeValidation):
     """Decodes held-out prompts with the real engine, the target and the draft LM's current weights, at every validation.
 
     Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over the prompts) and
@@ -31,11 +31,13 @@ class ChainDecodeValidation(pl.Callback):
     where the target is sharded.
 
     Args:
-        num_prompts: how many prompts.
+        num_prompts: at most so many prompts.
         max_new_tokens: budget of each.
         shape: how much to draft: 1x4 is a chain of four; s1.1.1.1 a sampled one, for a temperature above 0.
         temperature: of the target; 0 is greedy.
         batch_size: prompts decoded together.
+        time_share: decoding may take this share of the training time: 0.15 for 15 %. The first validation finds out for how many
+            of the prompts that is enough, one batch at least; later ones decode the same. null decodes all of them.
 
     Raises ValueError for a shape that cannot be read, and at a validation without held-out prompts.
     """
@@ -47,13 +49,12 @@ class ChainDecodeValidation(pl.Callback):
         shape: str = "1x4",
         temperature: float = 0.0,
         batch_size: int = 8,
+        time_share: float | None = 0.15,
     ) -> None:
-        if min(num_prompts, batch_size) < 1:
-            raise ValueError(f"num_prompts is {num_prompts} and batch_size {batch_size}; both must be at least 1")
+        super().__init__(num_prompts, batch_size, time_share)
         self.limits = parse_shape(shape)
         if self.limits.sampled is not None and temperature == 0.0:
             raise ValueError(f"the shape {shape} is sampled; give a temperature above 0, or a chain such as 1x4")
-        self.num_prompts, self.batch_size = num_prompts, batch_size
         self.settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,13 +65,10 @@ class ChainDecodeValidation(pl.Callback):
             raise ValueError("no row is held out to decode; give the data a val_fraction above 0")
         settings = for_target(replace(self.settings, eos_token_ids=module.eos_token_ids), module.target)
         engine = Engine(module.target, module.student.drafter(), self.limits)
-        own = list(range(trainer.global_rank, len(prompts), trainer.world_size))
+        own = range(trainer.global_rank, len(prompts), trainer.world_size)
         if module.is_sharded:
-            own = list(range(len(prompts)))  # processes that hold the target together must run its forwards together
-        generations: list[Generation] = []
-        for start in range(0, len(own), self.batch_size):
-            some = own[start : start + self.batch_size]
-            generations += engine.generate([prompts[number] for number in some], settings, request_ids=some)
+            own = range(len(prompts))  # processes that hold the target together must run its forwards together
+        generations = self.decode(trainer, engine, prompts, own, settings)
         log_acceptance(module, generations, self.limits.draft_length)
 
 

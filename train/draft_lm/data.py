@@ -30,6 +30,7 @@ from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.prompt_template import TemplateOptions, rendering_fingerprint
 from draftsmith.train.batches.epoch_sampler import EpochSampler
+from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
 
 
 class Text:
@@ -277,6 +278,30 @@ class DistilDataModule(pl.LightningDataModule):
             drawn[self.train_rows] = choose_on_policy(self._with_reply(), self.on_policy, self.seed, epoch)
             self._drawn = epoch, drawn
         return bool(self._drawn[1][number])
+
+    def labelled_text(self, vocab_size: int) -> LabelledText:
+        """The target's replies among the rows to train on; the draft LM's own are not known before it samples them."""
+        with_reply = self._with_reply()
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        step = max(1, len(self.train_rows) // COUNTED_SAMPLES)
+        counted = self.train_rows[::step]
+        for number in counted[with_reply[::step]]:
+            text = self.store.text(number)
+            labelled = torch.tensor(text.ids)[torch.tensor(text.labelled)]
+            counts.scatter_add_(0, labelled, torch.ones_like(labelled))
+        on_policy = int(choose_on_policy(with_reply, self.on_policy, self.seed, 0).sum())
+        remarks = []
+        if on_policy:
+            remarks.append(
+                f"the draft LM answers {on_policy} of these rows itself in each epoch, and learns from its own tokens there"
+            )
+        unanswered = int((~self.store.with_reply()[self.val_rows]).sum())
+        if unanswered:
+            remarks.append(
+                f"the first validation also lets the target answer {unanswered} held-out prompts that have no reply"
+            )
+        size = len(self.train_rows)
+        return LabelledText(counts, size, len(counted), "rows", remarks=tuple(remarks))
 
     def val_prompts(self, num_prompts: int) -> list[list[int]]:
         """Token ids of the first held-out prompts."""

@@ -14,7 +14,6 @@ LM and target.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,10 +28,11 @@ from draftsmith.data.cache.features import prompt_lengths
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.files.device_and_dtype import resolved_dtype
+from draftsmith.models.files.device_and_dtype import AUTO, resolved_dtype
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.sharding import load_sharded, sharded_over
 from draftsmith.models.target.target import Target
+from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.draft_lm.data import DistilDataModule, Text, TextBatch
 from draftsmith.train.draft_lm.losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
 from draftsmith.train.draft_lm.student import Student
@@ -95,7 +95,8 @@ class DraftLMModule(pl.LightningModule):
         min_lr_ratio: the rate falls on a cosine to this share of its peak.
         chunk_rows: rows of logits of both models in memory at a time; null chooses.
         sampling_rows: rows sampled together; null takes a whole batch.
-        dtype: of the draft LM's weights; keep float32 and set trainer.precision to bf16-mixed for bf16.
+        dtype: of the draft LM's weights; `auto` is float32 where they are trained, and with `lora`, which freezes them, the checkpoint's
+            own on CUDA and float32 elsewhere. To train all weights in bf16, set trainer.precision to bf16-mixed instead.
         target_dtype: of the target's weights; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
@@ -126,7 +127,7 @@ class DraftLMModule(pl.LightningModule):
         min_lr_ratio: float = 0.0,
         chunk_rows: int | None = None,
         sampling_rows: int | None = None,
-        dtype: Dtype = "float32",
+        dtype: Literal["auto"] | Dtype = "auto",
         target_dtype: Literal["auto"] | Dtype = "auto",
         revision: str | None = None,
         adapter: str | None = None,
@@ -157,7 +158,7 @@ class DraftLMModule(pl.LightningModule):
         self.lora, self.chunk_rows, self.sampling_rows = lora, chunk_rows, sampling_rows
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
-        self.dtype_name, self.target_dtype = dtype, str(target_dtype)
+        self.dtype_name, self.target_dtype = str(dtype), str(target_dtype)
         self.revision, self.adapter, self.context = revision, adapter, context
         self.trust_remote_code = trust_remote_code
         self.device_map, self.quantization, self.target_sharding = device_map, quantization, target_sharding
@@ -231,6 +232,10 @@ class DraftLMModule(pl.LightningModule):
         context = min((one for one in contexts if one is not None), default=None)
         data.read(self.tokenizer, context, self.eos_token_ids, self.target.ends.vocab_size)
 
+    def labelled_text(self) -> LabelledText:
+        """What this run learns from."""
+        return self.data().labelled_text(self.target.ends.vocab_size)
+
     def _load(self) -> None:
         if self.device_map is not None and self.trainer.world_size > 1:
             raise ValueError(
@@ -240,13 +245,19 @@ class DraftLMModule(pl.LightningModule):
         self.target_dtype = resolved_dtype(
             self.target_dtype, self.target_name, device, self.revision, self.trust_remote_code
         )
+        self.dtype_name = self._resolved_own_dtype(device)
         target = self._load_target()
         tokenizer = load_tokenizer(self.target_name, self.revision, self.trust_remote_code)
         student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora)
         # It stays in evaluation mode on purpose: with dropout, what is trained would not be what samples and drafts.
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         self._target, self._student, self._tokenizer = [target], [student], [tokenizer]
         self.lm = student.lm
+
+    def _resolved_own_dtype(self, device: str) -> str:
+        """What `dtype` means: weights that are trained stay in float32 unless the user names another."""
+        if self.dtype_name == AUTO and self.lora is None:
+            return "float32"
+        return resolved_dtype(self.dtype_name, self.draft_lm, device, trust_remote_code=self.trust_remote_code)
 
     def _load_target(self) -> Target:
         if self.is_sharded:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from draftsmith import provenance
 from draftsmith.decode.batch import Generation
@@ -32,14 +32,14 @@ from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.ownership import check_replaceable
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
 from draftsmith.train.batches.online import OnlineDataModule
-from draftsmith.train.drafter.decode_budget import DecodeBudget
+from draftsmith.train.drafter.decode_budget import DecodeValidation
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.collectives import sum_over_ranks
 
 TOKENS_PER_STEP = "val/tokens_per_step"
 
 
-class TreeDecodeValidation(pl.Callback):
+class TreeDecodeValidation(DecodeValidation):
     """Decodes held-out prompts with the real engine and the current weights at every validation.
 
     Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over
@@ -79,9 +79,8 @@ class TreeDecodeValidation(pl.Callback):
         shape: str | None = None,
         temperature: float = 0.0,
     ) -> None:
-        if min(num_prompts, batch_size) < 1:
-            raise ValueError(f"num_prompts is {num_prompts} and batch_size {batch_size}; both must be at least 1")
-        self.num_prompts, self.max_new_tokens, self.batch_size = num_prompts, max_new_tokens, batch_size
+        super().__init__(num_prompts, batch_size, time_share)
+        self.max_new_tokens = max_new_tokens
         self.draft_length, self.beam_width, self.node_budget = draft_length, beam_width, node_budget
         self.limits = None if shape is None else parse_shape(shape)
         if shape is not None and (draft_length, beam_width, node_budget) != (None, 1, None):
@@ -89,7 +88,6 @@ class TreeDecodeValidation(pl.Callback):
                 f"shape {shape!r} says all of draft_length, beam_width and node_budget; leave those three out"
             )
         self.dtype = dtype
-        self.budget = DecodeBudget(time_share)
         self.target: Target | None = None
         self._prompts: list[list[int]] = []
         self._settings = GenerationSettings(max_new_tokens, temperature)
@@ -116,42 +114,26 @@ class TreeDecodeValidation(pl.Callback):
             )
         self._settings = for_target(replace(self._settings, eos_token_ids=self.target.eos_token_ids), self.target)
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many batches of prompts a validation decodes, once that is known: a resumed run decodes the same."""
-        return {"rounds": self.budget.rounds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See state_dict."""
-        self.budget.rounds = state_dict["rounds"]
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training time counts from here. Refuses a draft that is deeper than the drafter can make."""
         module, _ = _expect(trainer, pl_module)
         module.evaluated.check_depth(self.limits_for(module))
-        self.budget.start_training()
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training time counts to here."""
-        self.budget.stop_training()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """And from here to the next validation."""
-        self.budget.start_training()
+        super().on_train_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes and logs."""
         module, data = _expect(trainer, pl_module)
         assert self.target is not None
-        own = self._prompts[trainer.global_rank :: trainer.world_size]
+        own = range(trainer.global_rank, len(self._prompts), trainer.world_size)
         if not isinstance(data, OnlineDataModule):
             self.target.to(module.device)
         elif data.over.is_sharded:
             # Processes that hold a target together must run its forwards together.
-            own = self._prompts[data.over.group :: data.over.num_groups]
+            own = range(data.over.group, len(self._prompts), data.over.num_groups)
         limits = self.limits_for(module)
         module.settle_score_scale()
         engine = Engine(self.target, module.evaluated, limits)
-        generations = self._decode(trainer, engine, own)
+        generations = self.decode(trainer, engine, self._prompts, own, self._settings)
         log_acceptance(module, generations, limits.draft_length)
 
     def limits_for(self, module: DraftModule) -> DraftLimits:
@@ -162,25 +144,6 @@ class TreeDecodeValidation(pl.Callback):
         limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
         is_given = (self.draft_length, self.beam_width, self.node_budget) != (None, 1, None)
         return limits if is_given else default_limits(module.evaluated, limits)
-
-    def _decode(self, trainer: pl.Trainer, engine: Engine, prompts: list[list[int]]) -> list[Generation]:
-        """Replies to this process's prompts, batch after batch, until all are there or the time is up."""
-        self.budget.start_decoding()
-        generations: list[Generation] = []
-        # All processes go through the same number of rounds: the first has the most prompts.
-        rounds = trainer.strategy.broadcast(-(-len(prompts) // self.batch_size))
-        for number in range(rounds):
-            batch = prompts[number * self.batch_size : (number + 1) * self.batch_size]
-            if batch:
-                generations += engine.generate(batch, self._settings)
-            if self.budget.is_used_up(trainer, number + 1):
-                break
-        if self.budget.settle(trainer, number + 1) and number + 1 < rounds:
-            rank_zero_info(
-                f"each validation decodes {(number + 1) * self.batch_size} of {len(prompts)} prompts a process; more would take over "
-                f"{100 * (self.budget.share or 0.0):g} % of the training time (time_share of TreeDecodeValidation)"
-            )
-        return generations
 
 
 def log_acceptance(module: pl.LightningModule, generations: Sequence[Generation], draft_length: int) -> None:

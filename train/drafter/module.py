@@ -20,11 +20,12 @@ from torch import Tensor
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import DrafterFamily
-from draftsmith.models.files.device_and_dtype import as_dtype
+from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
 from draftsmith.train.drafter.family_settings import most_frequent
@@ -68,7 +69,7 @@ class DraftModule(pl.LightningModule):
         ema_decay: validate and save a running average of the weights with this decay; null uses the weights themselves.
         chunk_rows: rows of logits in memory at a time; null chooses.
         metrics_every: compute top-1 and top-5 of the training batch every so many steps.
-        ends_dtype: dtype of the target's ends.
+        ends_dtype: dtype of the target's ends; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
@@ -107,7 +108,7 @@ class DraftModule(pl.LightningModule):
         ema_decay: float | None = None,
         chunk_rows: int | None = None,
         metrics_every: int = 10,
-        ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        ends_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         revision: str | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
@@ -131,7 +132,7 @@ class DraftModule(pl.LightningModule):
         self.trust_remote_code, self.context = trust_remote_code, context
         self.beginning = Beginning(init_from, lora, allow_other_target)
         self._begun_from = ""  # fingerprint of the drafter of init_from
-        self.family, self.ends_dtype = drafter, ends_dtype
+        self.family, self.ends_dtype = drafter, str(ends_dtype)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
         self.metrics_every = metrics_every
@@ -204,6 +205,8 @@ class DraftModule(pl.LightningModule):
         refuse_other_engines(self.trainer.strategy)
         data = self._data()
         online = data if isinstance(data, OnlineDataModule) else None
+        device = str(self.trainer.strategy.root_device)
+        self.ends_dtype = resolved_dtype(self.ends_dtype, self.target, device, self.revision, self.trust_remote_code)
         dtype = as_dtype(self.ends_dtype)
         ends = None if online is None else online.ends(dtype)
         if ends is None:
@@ -227,6 +230,14 @@ class DraftModule(pl.LightningModule):
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
         self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self._eos_token_ids = ends.eos_token_ids
+
+    def labelled_text(self) -> LabelledText:
+        """What this run learns from, counted in a part of a large cache."""
+        counts, counted, samples = self._data().sampled_token_counts(self.ends.vocab_size, COUNTED_SAMPLES)
+        is_new = self.beginning.folder is None
+        return LabelledText(
+            counts, samples, counted, draft_vocabulary=len(self.evaluated.draft_ids()) if is_new else None
+        )
 
     def save_drafter(self, folder: Path) -> None:
         """Write what is evaluated into an existing folder: the drafter, or with lora its adapter."""

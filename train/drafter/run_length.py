@@ -9,18 +9,14 @@ import math
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
+from draftsmith.train.batches.labelled_text import HasLabelledText, LabelledText
+from draftsmith.train.drafter.callbacks import KeepBestDrafter
+from draftsmith.train.drafter.decode_budget import DecodeValidation
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.accumulation import validates
 
 FEW_STEPS = 100
-COUNTED_SAMPLES = 4096
-"""Labelled tokens are counted in at most so many samples: enough to tell their distribution, and seconds to read."""
-COVERED = 0.99
-"""A draft vocabulary is proposed that has this share of the labelled tokens."""
 
 
 class RunLength(pl.Callback):
@@ -42,7 +38,8 @@ class RunLength(pl.Callback):
             f"this run has {steps} optimiser steps{_epochs(trainer)}; an epoch has {batches} batches{shared}"
         )
         if trainer.is_global_zero:
-            for line in [*_text(trainer, pl_module), *_validations(trainer)]:
+            text = _text(pl_module)
+            for line in [*([] if text is None else text.lines()), *_validations(trainer, text)]:
                 rank_zero_info(line)
         if isinstance(pl_module, DraftModule) and pl_module.beginning.folder is None and steps < FEW_STEPS:
             rank_zero_warn(
@@ -73,47 +70,36 @@ def _epochs(trainer: pl.Trainer) -> str:
     return "" if epochs is None or epochs < 1 else f" in at most {epochs} epoch{'s' * (epochs > 1)}"
 
 
-def _text(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
-    """What a drafter is trained on, and what a draft vocabulary would save."""
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(module, DraftModule) or not isinstance(data, CacheDataModule):
+def _text(module: pl.LightningModule) -> LabelledText | None:
+    return module.labelled_text() if isinstance(module, HasLabelledText) else None
+
+
+def _validations(trainer: pl.Trainer, text: LabelledText | None) -> list[str]:
+    """When validations come, what they read, and how much of the time they may take by decoding."""
+    every = trainer.val_check_batch
+    if not validates(trainer) or every is None or not math.isfinite(every):
         return []
-    counts, counted, samples = data.sampled_token_counts(module.ends.vocab_size, COUNTED_SAMPLES)
-    labelled, distinct = int(counts.sum()), int((counts > 0).sum())
-    part = "" if counted == samples else f"; counted in {counted} of them"
-    lines = [
-        f"it trains on {samples} samples with {labelled} labelled tokens, {distinct} distinct of a vocabulary of {len(counts)}{part}"
-    ]
-    drafter = module.drafter
-    if drafter is not None and len(drafter.draft_ids()) == len(counts) and labelled:
-        lines += _draft_vocabulary(counts)
-    return lines
+    epochs = trainer.check_val_every_n_epoch or 1
+    share = None if text is None else text.validation_share
+    if share is None:
+        share = sum(trainer.num_val_batches) / (epochs * every)
+    period = f"{epochs} epochs" if epochs > 1 else f"{every:g} batch{'es' * (every > 1)}"
+    reading = f"it reads held-out text, {_percent(share)} of what training reads in between"
+    return [f"a validation comes every {period}: {reading}, and {_decoding(trainer)}"]
 
 
-def _draft_vocabulary(counts: Tensor) -> list[str]:
-    """The power of two that covers enough of the labelled tokens, where it halves the head at least. counts: int64 [V]."""
-    covered = counts.sort(descending=True).values.cumsum(0) / counts.sum()
-    least = int((covered < COVERED).sum()) + 1
-    size = 1 << (least - 1).bit_length()
-    if 2 * size > len(counts):
-        return []
-    return [
-        f"draft_vocab_size {size} would make the drafter's head {len(counts) / size:.1f} times smaller and have "
-        f"{100 * float(covered[size - 1]):.1f} % of the labelled tokens"
-    ]
-
-
-def _validations(trainer: pl.Trainer) -> list[str]:
-    """How much of the time validation may take by decoding."""
-    shares = [callback.budget.share for callback in _callbacks(trainer) if isinstance(callback, TreeDecodeValidation)]
-    if not shares or not validates(trainer):
-        return []
+def _decoding(trainer: pl.Trainer) -> str:
+    shares = [callback.budget.share for callback in _callbacks(trainer) if isinstance(callback, DecodeValidation)]
+    if not shares:
+        return "decodes no prompts"
     [share, *_] = shares
     if share is None:
-        return ["each validation decodes all its prompts, however long that takes (time_share is null)"]
-    return [
-        f"validations decode for at most {100 * share:g} % of the training time, and for one batch of prompts at least"
-    ]
+        return "decodes all its prompts, however long that takes (time_share is null)"
+    return f"decodes for at most {100 * share:g} % of the training time, one batch of prompts at least"
+
+
+def _percent(share: float) -> str:
+    return "under 1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
 def _first_validation(trainer: pl.Trainer) -> float:

@@ -26,6 +26,7 @@ from draftsmith.files import sha256_file
 from draftsmith.label.token_labels import CORRECT, IGNORED
 from draftsmith.label.token_rows import LabelledRow, read_rows
 from draftsmith.models.target.target import PRE_NORM
+from draftsmith.train.batches.labelled_text import LabelledText
 
 Norm = Callable[[Tensor], Tensor]
 SPLITS = ("train", "validation")
@@ -204,6 +205,28 @@ class JudgeDataModule(pl.LightningDataModule):
         if split not in self._read:
             raise ValueError("the states are not read; call read_states() first")
         return self._read[split]
+
+    def labelled_text(self, vocab_size: int, passes: int) -> LabelledText:
+        """The labelled tokens of the answers to train on.
+
+        Args:
+            vocab_size: of the target.
+            passes: how often training reads them before a validation.
+        """
+        train = self._splits["train"]
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for joined in train.joined:
+            positions, _ = labelled_positions(joined.row)
+            ids = torch.tensor([*joined.row.prompt_ids, *joined.row.reply_ids])[positions]
+            counts.scatter_add_(0, ids, torch.ones_like(ids))
+        correct = int(train.labels.sum())
+        wrong = len(train.labels) - correct
+        about = (
+            f"{correct} of these tokens are correct and {wrong} wrong, in answers to {train.num_questions} questions"
+        )
+        share = len(self.labels("validation")) / (passes * len(train.labels))
+        size = len(train.joined)
+        return LabelledText(counts, size, size, "answers", remarks=(about,), validation_share=share)
 
     def record(self) -> dict[str, Any]:
         """Where the labels came from and how many there are, for the judge's config."""

@@ -17,11 +17,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from draftsmith.models.files.device_and_dtype import as_dtype
+from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.judge import FEATURES, POST_NORM, Judge, JudgeConfig
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.judge.data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge.fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
 from draftsmith.train.judge.metrics import average_precision, choose_threshold, curve, reliability, roc_auc
@@ -59,7 +60,7 @@ class JudgeModule(pl.LightningModule):
         max_wrong: the threshold accepts at most this share of the wrong tokens of held-out questions.
         hold_upper: hold the upper end of the share's 95 % interval (bootstrap over questions) to it.
         num_replicates: of the bootstrap.
-        ends_dtype: dtype of the target's final norm.
+        ends_dtype: dtype of the target's final norm; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
@@ -83,7 +84,7 @@ class JudgeModule(pl.LightningModule):
         max_wrong: float = 0.05,
         hold_upper: bool = False,
         num_replicates: int = 1000,
-        ends_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        ends_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         revision: str | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
@@ -96,7 +97,8 @@ class JudgeModule(pl.LightningModule):
         self.feature, self.l2, self.class_weight = feature, tuple(float(one) for one in l2), class_weight
         self.iterations, self.history, self.tolerance = iterations, history, tolerance
         self.max_wrong, self.hold_upper, self.num_replicates = max_wrong, hold_upper, num_replicates
-        self.ends_dtype = ends_dtype
+        self.ends_dtype: str = ends_dtype
+        self._vocab_size = 0
         # The optimiser is given a problem, not a loss with a graph.
         self.automatic_optimization = False
         self.theta = nn.Parameter(torch.zeros(0, 0, dtype=torch.float64))
@@ -136,9 +138,12 @@ class JudgeModule(pl.LightningModule):
         if len(self.theta):
             return
         data = self.data()
+        device = str(self.trainer.strategy.root_device)
+        self.ends_dtype = resolved_dtype(self.ends_dtype, self.target, device, self.revision, self.trust_remote_code)
         ends = TargetEnds.load(
             self.target, as_dtype(self.ends_dtype), "cpu", self.revision, self.adapter, self.trust_remote_code
         )
+        self._vocab_size = ends.vocab_size
         own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         for cache in data.caches:
             cache.check_target(ends.fingerprint, vocab_size=ends.vocab_size)
@@ -160,6 +165,10 @@ class JudgeModule(pl.LightningModule):
         F = self._config.num_features
         self.theta = nn.Parameter(torch.zeros(len(self.l2), F + 1, dtype=torch.float64))
         self.mean, self.scale = torch.zeros(F, dtype=torch.float64), torch.ones(F, dtype=torch.float64)
+
+    def labelled_text(self) -> LabelledText:
+        """What this run learns from."""
+        return self.data().labelled_text(self._vocab_size, self.iterations)
 
     def on_fit_start(self) -> None:
         """Measures what standardises the features; on a resumed run that gives the same again."""

@@ -1,6 +1,8 @@
 """Distilling a draft LM: it comes nearer to its target, samples by row and epoch, keeps what decodes, and resumes where it was stopped."""
 
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.train.draft_lm import callbacks as callbacks_file
 from draftsmith.train.draft_lm import module as module_file
 from draftsmith.train.draft_lm.callbacks import ChainDecodeValidation, KeepBestDraftLM
 from draftsmith.train.draft_lm.data import DistilDataModule, Text, TextBatch
 from draftsmith.train.draft_lm.losses import DIVERGENCES, DivergenceName
 from draftsmith.train.draft_lm.module import ACCEPTANCE, DraftLMModule, lay_out
+from draftsmith.train.drafter.run_length import RunLength
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.strategies import FullyShard
 
@@ -494,6 +498,60 @@ def test_sampled_chains_are_measured_at_a_temperature(
     assert 1.0 <= float(metrics["val/tokens_per_step"]) <= 3.0
     with pytest.raises(ValueError, match="is sampled; give a temperature"):
         ChainDecodeValidation(shape="s1.1")
+
+
+def test_chains_are_decoded_within_a_share_of_the_training_time(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With next to no time each validation decodes one batch of one prompt; without a share it decodes all four."""
+    decoded: list[int] = []
+    log = callbacks_file.log_acceptance
+
+    def counted(module: pl.LightningModule, generations: list[Any], depth: int) -> None:
+        decoded.append(len(generations))
+        log(module, generations, depth)
+
+    monkeypatch.setattr(callbacks_file, "log_acceptance", counted)
+    for share in (1e-9, None):
+        chain = ChainDecodeValidation(4, REPLY, batch_size=1, time_share=share)
+        fit(tmp_path, distil_module(speaker, draft_lm), distil_data(replies), max_epochs=2, callbacks=[chain])
+        assert chain.state_dict() == {"rounds": None if share is None else 1}
+    assert decoded == [1, 1, 4, 4]
+
+
+def test_a_run_says_what_it_learns_from(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = distil_data(replies, on_policy=0.5)
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, distil_module(speaker, draft_lm), data, callbacks=[RunLength(), ChainDecodeValidation(2, 4)])
+    said = [record.message for record in caplog.records]
+    rows = [json.loads(line)["reply_ids"] for line in replies.read_text().splitlines()]
+    tokens = [token for number in data.train_rows for token in rows[number]]
+    text = f"it trains on 16 rows with {len(tokens)} labelled tokens, {len(set(tokens))} distinct of a vocabulary of {VOCAB}"
+    assert text in said
+    assert "the draft LM answers 8 of these rows itself in each epoch, and learns from its own tokens there" in said
+    assert any(
+        "a validation comes every 4 batches" in line and "at most 15 % of the training time" in line for line in said
+    )
+
+
+@pytest.mark.parametrize(("lora", "dtype"), [(None, "float32"), (LoraSettings(8, 16.0), "bfloat16")])
+def test_only_weights_below_an_adapter_take_the_checkpoints_dtype_on_cuda(
+    speaker: Path, tmp_path: Path, lora: LoraSettings | None, dtype: str
+) -> None:
+    LlamaForCausalLM.from_pretrained(speaker).to(torch.bfloat16).save_pretrained(tmp_path)
+    module = distil_module(speaker, tmp_path, lora=lora)
+    assert module._resolved_own_dtype("cuda:0") == dtype
+    assert module._resolved_own_dtype("cpu") == "float32"
+
+
+def test_a_run_leaves_the_warnings_of_its_process_alone(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
+) -> None:
+    filters = list(warnings.filters)
+    set_up(tmp_path, distil_module(speaker, draft_lm), distil_data(replies))
+    assert warnings.filters == filters
 
 
 def test_a_draft_lm_with_another_tokenizer_is_refused(speaker: Path, replies: Path, tmp_path: Path) -> None:

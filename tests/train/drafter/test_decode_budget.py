@@ -25,10 +25,10 @@ class Clock:
         monkeypatch.setattr(decode_budget.time, "perf_counter", lambda: self.now)
         generate = Engine.generate
 
-        def slow(engine: Engine, prompts: list[list[int]], *rest: Any) -> Any:
+        def slow(engine: Engine, prompts: list[list[int]], *rest: Any, **named: Any) -> Any:
             self.now += 1.0
             self.decoded.append(len(prompts))
-            return generate(engine, prompts, *rest)
+            return generate(engine, prompts, *rest, **named)
 
         monkeypatch.setattr(Engine, "generate", slow)
 

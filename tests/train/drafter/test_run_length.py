@@ -10,8 +10,10 @@ import torch
 from training import MakeCache, make_module, make_trainer
 
 from draftsmith.models.target.target import TargetEnds
+from draftsmith.train.batches import labelled_text
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter import run_length
+from draftsmith.train.drafter.callbacks import TreeDecodeValidation
 from draftsmith.train.drafter.run_length import RunLength
 
 
@@ -73,6 +75,7 @@ def test_a_run_says_what_it_trains_on_and_what_a_draft_vocabulary_would_save(
     target_dir: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     told(target_dir, cache, tmp_path, caplog, max_epochs=1)
+    assert any("draft vocab" in record.message or "draft_vocab" in record.message for record in caplog.records)
     vocabulary = TargetEnds.load(str(target_dir)).vocab_size
     data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=20)
     data.setup()
@@ -87,10 +90,45 @@ def test_a_run_says_what_it_trains_on_and_what_a_draft_vocabulary_would_save(
 def test_the_proposed_draft_vocabulary_has_nearly_all_labelled_tokens_in_half_the_head_at_most() -> None:
     counts = torch.zeros(64, dtype=torch.int64)
     counts[[3, 9, 40]] = torch.tensor([90, 9, 1])
-    assert run_length._draft_vocabulary(counts) == [
+    assert labelled_text._draft_vocabulary(counts) == [
         "draft_vocab_size 2 would make the drafter's head 32.0 times smaller and have 99.0 % of the labelled tokens"
     ]
-    assert run_length._draft_vocabulary(torch.ones(64, dtype=torch.int64)) == []
+    [line] = labelled_text._draft_vocabulary(torch.ones(64, dtype=torch.int64))
+    assert line == "a draft vocabulary would save little: 64 tokens are needed for 99 % of the labelled ones"
+
+
+@pytest.mark.parametrize(
+    ("validation", "decoding"),
+    [
+        ([], "decodes no prompts"),
+        ([TreeDecodeValidation(1, 2)], "decodes for at most 15 % of the training time, one batch of prompts at least"),
+        ([TreeDecodeValidation(1, 2, time_share=None)], "decodes all its prompts, however long that takes"),
+    ],
+    ids=["none", "share", "all"],
+)
+def test_a_run_says_when_validations_come_and_what_share_of_its_time_they_may_take(
+    target_dir: Path,
+    cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    validation: list[TreeDecodeValidation],
+    decoding: str,
+) -> None:
+    data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=20)
+    with caplog.at_level(logging.INFO):
+        trainer = make_trainer(tmp_path, callbacks=[RunLength(), *validation], val_check_interval=2)
+        trainer.fit(make_module(target_dir), data)
+    [line] = [record.message for record in caplog.records if "a validation comes" in record.message]
+    assert line.startswith(
+        f"a validation comes every 2 batches: it reads held-out text, 50 % of what training reads in between, and {decoding}"
+    )
+
+
+def test_a_drafter_whose_vocabulary_is_chosen_already_gets_no_proposal() -> None:
+    counts = torch.zeros(64, dtype=torch.int64)
+    counts[3] = 9
+    texts = {size: labelled_text.LabelledText(counts, 1, 1, draft_vocabulary=size).lines() for size in (64, 8, None)}
+    assert [len(lines) for lines in texts.values()] == [2, 1, 1]
 
 
 def test_counting_takes_a_sample_of_a_large_cache(cache: Path) -> None:

@@ -1,6 +1,7 @@
 """Training a judge: it lands on the optimum, keeps the best of the sweep with an honest threshold, resumes, and stops at bad input."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from draftsmith.models.judge import POST_NORM, load_judge
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.callbacks import KeepBestDrafter
+from draftsmith.train.drafter.run_length import RunLength
 from draftsmith.train.judge.callbacks import JudgeFigures, KeepJudge
 from draftsmith.train.judge.figures import draw_precision_recall, draw_reliability, draw_roc
 from draftsmith.train.judge.metrics import roc_auc
@@ -92,6 +94,29 @@ def test_the_best_of_the_sweep_is_kept_with_a_threshold_from_the_held_out_questi
     assert point["wrong"] <= 0.2 < point["correct"]
     assert judge.config.threshold == point["threshold"]
     assert [one["threshold"] for one in judge.config.curve] == sorted(one["threshold"] for one in judge.config.curve)
+
+
+def test_a_run_says_which_labelled_tokens_it_learns_from(
+    target_dir: Path, cache: Path, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = judge_data(cache, file)
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, judge_module(target_dir, iterations=2), data, callbacks=[RunLength()])
+    said = [record.message for record in caplog.records]
+    train, held_out = data.labels("train"), data.labels("validation")
+    assert any(f" answers with {len(train)} labelled tokens, " in line for line in said)
+    assert any(f"{train.sum()} of these tokens are correct and {(~train).sum()} wrong" in line for line in said)
+    share = f"{100 * len(held_out) / len(train) / 2:.0f} % of what training reads in between, and decodes no prompts"
+    assert any(share in line for line in said)
+
+
+def test_the_dtype_of_the_norm_is_auto_and_recorded_as_what_it_became(
+    target_dir: Path, cache: Path, file: Path, tmp_path: Path
+) -> None:
+    module = judge_module(target_dir)
+    assert module.ends_dtype == "auto"
+    fit(tmp_path, module, judge_data(cache, file))
+    assert module.settings()["ends_dtype"] == "float32"
 
 
 def test_the_kept_folder_says_whose_it_is_and_where_its_labels_are_from(
