@@ -64,7 +64,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "batches": set(),
         "drafter": {"run", "batches"},
         "draft_lm": {"run", "batches", "drafter"},
-        "judge": {"run", "drafter"},
+        "judge": {"run", "batches", "drafter"},
         "embedded_lm": {"run"},
         "": {"run", "batches", "drafter", "draft_lm", "judge"},
     },
