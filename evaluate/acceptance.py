@@ -20,8 +20,8 @@ def tokens_per_step(decoded: Sequence[Decoded]) -> float | None:
     sum over prompts of (emitted tokens - 1) / sum over prompts of cycles: long replies weigh more than short ones, as
     they do in time. None when no reply needed a cycle.
     """
-    cycles = sum(one.cycles for one in decoded)
-    return sum(one.stepped_tokens for one in decoded) / cycles if cycles else None
+    cycles = sum(reply.cycles for reply in decoded)
+    return sum(reply.stepped_tokens for reply in decoded) / cycles if cycles else None
 
 
 def bootstrap_interval(
@@ -72,9 +72,9 @@ def ratio_interval(
 
 def tokens_per_step_interval(decoded: Sequence[Decoded], seed: int = 0) -> tuple[float, float] | None:
     """95 % bootstrap interval over prompts of the pooled tokens per step; None when no reply needed a cycle."""
-    if not any(one.cycles for one in decoded):
+    if not any(reply.cycles for reply in decoded):
         return None
-    return ratio_interval([one.stepped_tokens for one in decoded], [one.cycles for one in decoded], seed=seed)
+    return ratio_interval([reply.stepped_tokens for reply in decoded], [reply.cycles for reply in decoded], seed=seed)
 
 
 def acceptance_by_depth(decoded: Sequence[Decoded]) -> tuple[DepthAcceptance, ...]:
@@ -87,8 +87,8 @@ def acceptance_by_depth(decoded: Sequence[Decoded]) -> tuple[DepthAcceptance, ..
     Raises:
         ValueError: there are accepted lengths and draft depths, and not one depth a cycle.
     """
-    accepted = np.array([count for one in decoded for count in one.accepted], dtype=np.int64)
-    drafted = np.array([depth for one in decoded for depth in (one.drafted or one.accepted)], dtype=np.int64)
+    accepted = np.array([count for reply in decoded for count in reply.accepted], dtype=np.int64)
+    drafted = np.array([depth for reply in decoded for depth in (reply.drafted or reply.accepted)], dtype=np.int64)
     if len(accepted) != len(drafted):
         raise ValueError(
             f"{len(accepted)} accepted lengths but {len(drafted)} draft depths: give one depth a cycle, or none"
@@ -104,7 +104,7 @@ def acceptance_by_depth(decoded: Sequence[Decoded]) -> tuple[DepthAcceptance, ..
 
 def accepted_length_counts(decoded: Sequence[Decoded]) -> tuple[int, ...]:
     """Number of cycles that accepted 0, 1, 2, ... draft tokens."""
-    accepted = [count for one in decoded for count in one.accepted]
+    accepted = [count for reply in decoded for count in reply.accepted]
     return tuple(int(count) for count in np.bincount(accepted)) if accepted else ()
 
 

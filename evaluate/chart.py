@@ -136,9 +136,9 @@ def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[
     deepest = 1
     for row, name, look in zip(rows, names, looks, strict=True):
         if row.acceptance_by_depth:
-            depths = [one.depth for one in row.acceptance_by_depth]
+            depths = [level.depth for level in row.acceptance_by_depth]
             deepest = max(deepest, *depths)
-            shares = [100 * one.conditional for one in row.acceptance_by_depth]
+            shares = [100 * level.conditional for level in row.acceptance_by_depth]
             axes.plot(depths, shares, look.dash, color=look.colour, marker=look.marker, markersize=5.5, label=name)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_xlim(0.8, deepest + 0.2)

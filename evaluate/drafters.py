@@ -73,7 +73,7 @@ def names_apart(given: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
     Example: `x/a/drafter`, `x/b/drafter`, `y/b/drafter`, `x/wide` are `x/a`, `x/b`, `y/b`, `wide`; `embedded:draft_lm` is `draft_lm`.
         The same folder twice keeps one name.
     """
-    places = [Path(one.removeprefix("embedded:")).resolve().parts for one in given]
+    places = [Path(folder.removeprefix("embedded:")).resolve().parts for folder in given]
     own = [place[-1] for place in places]
     kept = {name for name in own if own.count(name) == 1} - {*taken}
     names = []

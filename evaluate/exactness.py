@@ -57,14 +57,16 @@ def with_gaps(
     Meant for temperature 0, where a difference is a bug or a tie within rounding: the gap tells which.
     """
     numbers = {sample.id: number for number, sample in enumerate(samples)}
-    told = []
-    for one in divergences[:most]:
-        if one.plain_token is not None and one.contender_token is not None:
-            number = numbers[one.prompt_id]
-            ids = [*samples[number].prompt_ids, *plain[number][0][: one.position]]
+    measured = []
+    for difference in divergences[:most]:
+        if difference.plain_token is not None and difference.contender_token is not None:
+            number = numbers[difference.prompt_id]
+            ids = [*samples[number].prompt_ids, *plain[number][0][: difference.position]]
             read_B = torch.tensor([len(samples[number].prompt_ids)], device=target.device)
             normed = target.prefix(torch.tensor([ids], device=target.device), read=read_B).normed[0, -1]
             logits = target.logits(normed).float()
-            one = replace(one, gap=float(logits[one.plain_token] - logits[one.contender_token]))
-        told.append(one)
-    return tuple(told)
+            difference = replace(
+                difference, gap=float(logits[difference.plain_token] - logits[difference.contender_token])
+            )
+        measured.append(difference)
+    return tuple(measured)

@@ -82,10 +82,12 @@ def measure(
     `part` is what an earlier run of the same measurement has done, and notes what this one does.
     """
     part = part or Part()
-    engines = {PLAIN: Engine(target)} | {one.label: Engine(target, one.drafter, one.limits) for one in candidates}
+    engines = {PLAIN: Engine(target)} | {
+        candidate.label: Engine(target, candidate.drafter, candidate.limits) for candidate in candidates
+    }
     contenders, first_only = _line_up(engines, target, settings, plan)
     num_batches = -(-len(samples) // plan.batch_size)
-    calls = num_calls([one.name for one in contenders], num_batches, plan.repeats, first_only)
+    calls = num_calls([contender.name for contender in contenders], num_batches, plan.repeats, first_only)
     with progress(f"evaluate T={settings.temperature:g}", calls, "replies", part.num_calls) as advance:
         runs = race(
             contenders,
@@ -103,8 +105,8 @@ def measure(
     chosen = [_contestant(PLAIN, PLAIN, None, part.ledgers)]
     if plan.prompt_lookup:
         chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.prompt_lookup}"))
-    chosen += [_contestant(one.label, one.name, one, part.ledgers) for one in candidates]
-    return [make_row(one, runs, samples, setting, target) for one in chosen]
+    chosen += [_contestant(candidate.label, candidate.name, candidate, part.ledgers) for candidate in candidates]
+    return [make_row(contestant, runs, samples, setting, target) for contestant in chosen]
 
 
 def _line_up(
@@ -137,23 +139,23 @@ def _setting(target: Target, settings: GenerationSettings, plan: Plan) -> Settin
 
 
 def _contestant(name: str, drafter: str, candidate: Candidate | None, ledgers: Mapping[str, Ledger]) -> Contestant:
-    one = Contestant(name, drafter, stage_seconds=ledgers[name].seconds, stage_cycles=ledgers[name].cycles)
+    contestant = Contestant(name, drafter, stage_seconds=ledgers[name].seconds, stage_cycles=ledgers[name].cycles)
     if candidate is None:
-        return one
+        return contestant
     parameters = sum(parameter.numel() for parameter in candidate.drafter.parameters())
-    return replace(one, limits=candidate.limits, parameters=parameters, fingerprint=candidate.fingerprint)
+    return replace(contestant, limits=candidate.limits, parameters=parameters, fingerprint=candidate.fingerprint)
 
 
 def _ledgers(
     engines: Mapping[str, Engine], samples: Sequence[Sample], settings: GenerationSettings, batch_size: int
 ) -> dict[str, Ledger]:
     """Stage times of every engine over a few prompts, apart from the race since the ledger waits for the device."""
-    found = {}
+    ledgers = {}
     for name, engine in engines.items():
-        found[name] = Ledger()
-        clocked = Engine(engine.target, engine.drafter, engine.limits, ledger=found[name])
+        ledgers[name] = Ledger()
+        clocked = Engine(engine.target, engine.drafter, engine.limits, ledger=ledgers[name])
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             numbers = list(range(start, start + len(batch)))
             clocked.generate([list(sample.prompt_ids) for sample in batch], settings, request_ids=numbers)
-    return found
+    return ledgers

@@ -122,13 +122,13 @@ def _baseline(rows: Sequence[Row]) -> list[str]:
 
 
 def _slice_table(rows: Sequence[Row]) -> str:
-    found = [(row, part) for row in rows for part in row.slices if row.shape]
-    if not found:
+    parts = [(row, part) for row in rows for part in row.slices if row.shape]
+    if not parts:
         return ""
     head = (
         "| drafter | T | part | prompts | tokens | tokens per step (95 %) | speed-up |\n|---|---|---|---|---|---|---|"
     )
-    return "## By part of the prompts\n\n" + "\n".join([head, *(_slice_line(row, part) for row, part in found)])
+    return "## By part of the prompts\n\n" + "\n".join([head, *(_slice_line(row, part) for row, part in parts)])
 
 
 def _slice_line(row: Row, part: Slice) -> str:
@@ -141,16 +141,16 @@ def _slice_line(row: Row, part: Slice) -> str:
 
 
 def _depth_table(rows: Sequence[Row]) -> str:
-    found = [row for row in rows if row.acceptance_by_depth]
-    if not found:
+    with_depths = [row for row in rows if row.acceptance_by_depth]
+    if not with_depths:
         return ""
-    deepest = max(len(row.acceptance_by_depth) for row in found)
+    deepest = max(len(row.acceptance_by_depth) for row in with_depths)
     lines = [
         "| drafter | T | " + " | ".join(f"depth {depth + 1}" for depth in range(deepest)) + " |",
         "|---" * (deepest + 2) + "|",
     ]
-    for row in found:
-        cells = [f"{one.conditional:.2f} / {one.marginal:.2f}" for one in row.acceptance_by_depth]
+    for row in with_depths:
+        cells = [f"{level.conditional:.2f} / {level.marginal:.2f}" for level in row.acceptance_by_depth]
         lines.append(
             f"| {plain(row.label)} | {row.temperature:g} | " + " | ".join(cells + ["-"] * (deepest - len(cells))) + " |"
         )
@@ -175,11 +175,11 @@ def _stage_table(rows: Sequence[Row]) -> str:
 def _divergence_list(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        for one in row.divergences:
-            gap = "" if one.gap is None else f"; the target's logits are {one.gap:.2g} apart"
+        for divergence in row.divergences:
+            gap = "" if divergence.gap is None else f"; the target's logits are {divergence.gap:.2g} apart"
             lines.append(
-                f"- {plain(row.label)}, T = {row.temperature:g}, prompt {code(one.prompt_id)}, token {one.position}: plain "
-                f"{one.plain_token}, got {one.contender_token}{gap}"
+                f"- {plain(row.label)}, T = {row.temperature:g}, prompt {code(divergence.prompt_id)}, token {divergence.position}: plain "
+                f"{divergence.plain_token}, got {divergence.contender_token}{gap}"
             )
     return "## Replies that differ from plain decoding\n\n" + "\n".join(lines) if lines else ""
 
@@ -220,7 +220,7 @@ def write_scalars(directory: Path, rows: Sequence[Row]) -> None:
                 "exact_share": row.exact_share,
                 "looping_share": row.looping_share,
             }
-            scalars |= {f"acceptance/depth{one.depth}": one.conditional for one in row.acceptance_by_depth}
+            scalars |= {f"acceptance/depth{level.depth}": level.conditional for level in row.acceptance_by_depth}
             for key, value in scalars.items():
                 if value is not None:
                     writer.add_scalar(f"evaluate/{name}/{key}", value, step)

@@ -54,17 +54,17 @@ class Contestant:
 def first_replies(runs: Sequence[Timed]) -> dict[int, Decoded]:
     """Sample number -> what was decoded in the first repeat."""
     return {
-        number: one for run in runs if run.repeat == 0 for number, one in zip(run.samples, run.decoded, strict=True)
+        number: reply for run in runs if run.repeat == 0 for number, reply in zip(run.samples, run.decoded, strict=True)
     }
 
 
 def all_replies(runs: Sequence[Timed]) -> dict[int, list[tuple[int, ...]]]:
     """Sample number -> token ids of every repeat."""
-    found: dict[int, list[tuple[int, ...]]] = {}
+    replies: dict[int, list[tuple[int, ...]]] = {}
     for run in runs:
-        for number, one in zip(run.samples, run.decoded, strict=True):
-            found.setdefault(number, []).append(one.token_ids)
-    return found
+        for number, reply in zip(run.samples, run.decoded, strict=True):
+            replies.setdefault(number, []).append(reply.token_ids)
+    return replies
 
 
 def make_row(
@@ -118,7 +118,7 @@ def make_row(
         batch_size=setting.batch_size,
         max_new_tokens=setting.max_new_tokens,
         repeats=setting.repeats,
-        tokens=sum(len(one.token_ids) for one in decoded),
+        tokens=sum(len(reply.token_ids) for reply in decoded),
         looping_share=len(looping_samples(replies, setting.eos_token_ids)) / len(replies),
         acceptance_by_depth=() if limits is None else acceptance_by_depth(decoded),
         accepted_lengths=accepted_length_counts(decoded),
@@ -131,7 +131,7 @@ def make_row(
 
 def looping_samples(replies: Mapping[int, Decoded], eos_token_ids: Sequence[int]) -> set[int]:
     """Numbers of the samples whose reply ends in a loop."""
-    return {number for number, one in replies.items() if is_looping(one.token_ids, eos_token_ids)}
+    return {number for number, reply in replies.items() if is_looping(reply.token_ids, eos_token_ids)}
 
 
 def _explained(
@@ -173,7 +173,7 @@ def _slices(
             decoded = [replies[number] for number in numbers]
             # a batch mixes prompts: seconds belong to a part only where each prompt was decoded alone
             gain = speedup(own, base, numbers) if setting.batch_size == 1 else None
-            tokens = sum(len(one.token_ids) for one in decoded)
+            tokens = sum(len(reply.token_ids) for reply in decoded)
             interval = tokens_per_step_interval(decoded, setting.seed)
             parts.append(Slice(by, value, len(numbers), tokens, tokens_per_step(decoded), interval, gain))
     return tuple(sorted(parts, key=lambda part: (part.by, part.value)))

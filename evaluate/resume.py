@@ -40,7 +40,7 @@ class Part:
     @property
     def num_calls(self) -> int:
         """How many timed calls are done."""
-        return sum(len(one) for one in self.rounds.values())
+        return sum(len(calls) for calls in self.rounds.values())
 
     def keep_round(self, place: Place, finished: Round) -> None:
         """Notes a round that every contender has finished."""
@@ -67,8 +67,8 @@ class Part:
 
 def _timed(run: Mapping[str, Any]) -> Timed:
     decoded = tuple(
-        Decoded(tuple(one["token_ids"]), tuple(one["accepted"]), tuple(one["drafted"]), one["prefill_tokens"])
-        for one in run["decoded"]
+        Decoded(tuple(reply["token_ids"]), tuple(reply["accepted"]), tuple(reply["drafted"]), reply["prefill_tokens"])
+        for reply in run["decoded"]
     )
     return Timed(tuple(run["samples"]), run["batch"], run["repeat"], run["seconds"], decoded)
 
@@ -94,14 +94,14 @@ def parts(out: Path, identities: Sequence[Mapping[str, Any]]) -> Iterator[Sequen
         print(line)
     with JsonlAppender(path) as log:
         begun = {row["part"] for row in log.rows}
-        found = {head["part"]: Part(head["part"], log) for head in heads}
+        by_digest = {head["part"]: Part(head["part"], log) for head in heads}
         for row in log.rows:
             if _FACTS not in row:
-                found[row["part"]].restore(row)
+                by_digest[row["part"]].restore(row)
         for head in heads:
             if head["part"] not in begun:
                 log.write(head)
-        yield list(found.values())
+        yield list(by_digest.values())
     path.unlink()
 
 

@@ -84,12 +84,12 @@ def read_samples(
                 f"{file} has token ids, which no template renders; leave template_name and template_args out"
             )
         rows = read_jsonl(file, dropped)
-        found = (_or_dropped(_from_ids, (line, row), f"{file}:{line}", dropped) for line, row in rows)
+        converted = (_or_dropped(_from_ids, (line, row), f"{file}:{line}", dropped) for line, row in rows)
     else:
         prompts = read_prompts(file, split, dropped)[:limit]
         chat = chat_for(prompts, tokenizer, template, eos_ids, options)
-        found = (_or_dropped(_from_prompt, (prompt, chat), prompt.place, dropped) for prompt in prompts)
-    samples = [sample for sample in found if sample is not None]
+        converted = (_or_dropped(_from_prompt, (prompt, chat), prompt.place, dropped) for prompt in prompts)
+    samples = [sample for sample in converted if sample is not None]
     if not samples:
         raise ValueError(f"no prompt is left of {file}: {summary(dropped)}")
     say_dropped(dropped)
@@ -149,8 +149,8 @@ def readable_by(target: Target, samples: list[Sample]) -> list[Sample]:
             fitting.append(sample)
     if left_out:
         name, reason = left_out[0]
-        told = f"{len(left_out)} of {len(samples)} prompts left out; the first is {name}: {reason}"
+        message = f"{len(left_out)} of {len(samples)} prompts left out; the first is {name}: {reason}"
         if not fitting:
-            raise ValueError(f"no prompt is left: {told}")
-        print(visible(told), file=sys.stderr)
+            raise ValueError(f"no prompt is left: {message}")
+        print(visible(message), file=sys.stderr)
     return fitting

@@ -102,15 +102,15 @@ def track(runs: Sequence[Timed]) -> Track:
     tokens: dict[int, int] = {}
     pace: dict[int, list[float]] = {}
     for run in runs:
-        count = sum(len(one.token_ids) for one in run.decoded)
+        count = sum(len(reply.token_ids) for reply in run.decoded)
         tokens.setdefault(run.batch, count)
         pace.setdefault(run.batch, []).append(run.seconds / count)
-    return Track(tokens, {batch: statistics.median(found) * tokens[batch] for batch, found in pace.items()})
+    return Track(tokens, {batch: statistics.median(paces) * tokens[batch] for batch, paces in pace.items()})
 
 
-def shared(one: Track, other: Track) -> list[int]:
+def shared(first: Track, second: Track) -> list[int]:
     """Batches that both decoded."""
-    return sorted(one.tokens.keys() & other.tokens.keys())
+    return sorted(first.tokens.keys() & second.tokens.keys())
 
 
 def speedup(fast: Track, base: Track, batches: Sequence[int] | None = None) -> float:

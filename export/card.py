@@ -130,8 +130,8 @@ def _serve(subject: Subject) -> list[str]:
     text = "" if commands is None else commands(subject.target, max(3, subject.config.num_draft_steps))
     if not text and not subject.notes:
         return []
-    told = [text, "No figure on this page is from one of these engines."] if text else []
-    return ["## Serve", *told, *subject.notes]
+    where_measured = [text, "No figure on this page is from one of these engines."] if text else []
+    return ["## Serve", *where_measured, *subject.notes]
 
 
 def example(subject: Subject) -> str:

@@ -164,21 +164,21 @@ def _measured(report: Path, drafter: Drafter) -> tuple[list[dict[str, Any]], dic
     """
     if not report.is_file():
         raise ValueError(f"{report}: no such report; make one with `draftsmith evaluate --drafters {report.parent}`")
-    found = parse_json(report.read_bytes(), str(report), "run `draftsmith evaluate` again")
-    listed = found.get("rows") if isinstance(found, dict) else None
+    content = parse_json(report.read_bytes(), str(report), "run `draftsmith evaluate` again")
+    listed = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise ValueError(
             f"{report}: not a report: it has no list of rows; give the report.json of `draftsmith evaluate`"
         )
     own = module_fingerprint(drafter)
-    rows = [row for row in found["rows"] if row.get("drafter_fingerprint") == own]
+    rows = [row for row in content["rows"] if row.get("drafter_fingerprint") == own]
     if not rows:
-        names = ", ".join(sorted({str(row.get("drafter")) for row in found["rows"]}))
+        names = ", ".join(sorted({str(row.get("drafter")) for row in content["rows"]}))
         raise ValueError(
             f"{report} holds no row of these weights (fingerprint {own[:12]}), only of {names}; this card "
             "takes no figures of other weights: evaluate this drafter first"
         )
-    return rows, found
+    return rows, content
 
 
 def _training(drafter: Path, training: Path | None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ _SETTINGS_RULES: dict[str, Rule] = {
     ),
     "target_ends": (
         lambda value: (
-            isinstance(value, dict) and all(LIST[0](one) and all(map(is_number, one)) for one in value.values())
+            isinstance(value, dict) and all(LIST[0](item) and all(map(is_number, item)) for item in value.values())
         ),
         "an object of lists of numbers",
     ),
@@ -160,7 +160,7 @@ def _are_limits(value: Mapping[str, Any]) -> bool:
 
 
 def _is_list_of_lists(value: object) -> TypeGuard[list[list[Any]]]:
-    return isinstance(value, list) and all(isinstance(one, list) for one in value)
+    return isinstance(value, list) and all(isinstance(item, list) for item in value)
 
 
 def _limits(default: Mapping[str, Any], given: Mapping[str, Any]) -> DraftLimits:

@@ -89,7 +89,7 @@ def tokens_per_step(replies: Sequence[Generation]) -> float:
 
 def first_replies(samples: Sequence[CachedSample]) -> list[CachedSample]:
     """Samples cut to their first prompt and the beginning of its reply, as far as they have both."""
-    found = []
+    portions = []
     for sample in samples:
         labelled = sample.loss_mask.bool()
         start = int(labelled.int().argmax())
@@ -98,10 +98,10 @@ def first_replies(samples: Sequence[CachedSample]) -> list[CachedSample]:
         length = int(labelled[start:].int().cumprod(0).sum())
         if length >= 4:
             stop = start + min(length, _MAX_NEW_TOKENS)
-            found.append(portion(sample, 0, stop))
-        if len(found) == _MAX_PROMPTS:
+            portions.append(portion(sample, 0, stop))
+        if len(portions) == _MAX_PROMPTS:
             break
-    return found
+    return portions
 
 
 def check_acceptance(case: Case) -> Finding:
@@ -121,7 +121,8 @@ def check_acceptance(case: Case) -> Finding:
     starts = [int(sample.loss_mask.int().argmax()) for sample in samples]
     # Not longer than the reply that was trained on: what would follow it is new to the drafter.
     prompts = [
-        (one.input_ids[:start].tolist(), len(one.input_ids) - start) for one, start in zip(samples, starts, strict=True)
+        (sample.input_ids[:start].tolist(), len(sample.input_ids) - start)
+        for sample, start in zip(samples, starts, strict=True)
     ]
     replies = decoded(case, prompts, num_steps, temperature)
     # The promise is about this very text: a sampled reply, or one that rounding turned, is another one.
@@ -143,7 +144,7 @@ def check_acceptance(case: Case) -> Finding:
         measured += "" if len(again) == len(samples) else f" and {kept:.2f} kept on the {len(again)} said again"
         expected = f"chains of {num_steps}: as promised"
     room = (case.target.max_positions if case.target is not None else None) or 2**62
-    fitting = [(list(one.prompt_ids), _MAX_NEW_TOKENS) for one in case.prompts if len(one.prompt_ids) < room][
+    fitting = [(list(sample.prompt_ids), _MAX_NEW_TOKENS) for sample in case.prompts if len(sample.prompt_ids) < room][
         :_MAX_PROMPTS
     ]
     new = tokens_per_step(decoded(case, fitting, num_steps, temperature)) if fitting else None

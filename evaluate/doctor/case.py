@@ -188,8 +188,8 @@ class Case:
     @property
     def temperature(self) -> float | None:
         """Temperature of the replies that were trained on, or None where nobody wrote it down."""
-        found = self.replies.get("settings", {}).get("temperature")
-        return None if found is None else float(found)
+        recorded = self.replies.get("settings", {}).get("temperature")
+        return None if recorded is None else float(recorded)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -328,7 +328,7 @@ def _of_some_shards(cache: HiddenStateCache, generator: torch.Generator) -> Tens
     counts = torch.tensor([shard.num_samples for shard in cache.manifest.shards])
     starts = counts.cumsum(0) - counts
     drawn = torch.randperm(len(counts), generator=generator)[:_FETCHED].tolist()
-    return torch.cat([torch.arange(int(starts[one]), int(starts[one] + counts[one])) for one in drawn])
+    return torch.cat([torch.arange(int(starts[number]), int(starts[number] + counts[number])) for number in drawn])
 
 
 def fresh_states(

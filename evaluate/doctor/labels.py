@@ -111,7 +111,7 @@ def _label_problems(case: Case, figures: dict[str, float]) -> tuple[list[str], l
     # What was cut off for this look may well end.
     whole = [sample for sample in case.samples if len(sample.input_ids) < MAX_TOKENS]
     if figures["labelled end tokens"] == 0 and case.eos_ids and whole and recipe != "plain text":
-        ended = any(bool(torch.isin(one.input_ids[-2:], torch.tensor(case.eos_ids)).any()) for one in whole)
+        ended = any(bool(torch.isin(sample.input_ids[-2:], torch.tensor(case.eos_ids)).any()) for sample in whole)
         if ended:
             warnings.append("no end token is labelled: drafts run on past the end of replies")
         else:
@@ -132,19 +132,19 @@ def _misplaced(case: Case) -> bool:
 
 def _turned(case: Case) -> list[str]:
     """Ids of the samples whose labels lie on the wrong side."""
-    found = []
+    ids = []
     for sample, (equal, labelled) in zip(case.samples, _equals(case), strict=False):
         foreign = float(equal[labelled].float().mean()) < _OWN  # False where nothing is labelled
         # Many of the target's own words in a row are no chance, whatever prompt lies before them.
         in_a_row = max(_runs(equal & ~labelled), default=0) >= _COUNTABLE
         if foreign and (in_a_row or _wrong_side(*_shares(_count(equal, labelled)))):
-            found.append(sample.id)
-    return found
+            ids.append(sample.id)
+    return ids
 
 
 def _torn(samples: Sequence[CachedSample]) -> float:
     """The share of unbroken labelled stretches that have one token or two. Example: masks `0110111` and `1` -> 2 of 3."""
-    runs = [length for one in samples for length in _runs(one.loss_mask)]
+    runs = [length for sample in samples for length in _runs(sample.loss_mask)]
     return sum(length <= 2 for length in runs) / len(runs) if len(runs) >= len(samples) else 0.0
 
 

@@ -83,7 +83,9 @@ def learn(case: Case, batch: PackedBatch, lr: float, max_steps: int, reachable: 
     objective = Objective(1)
     lesson = prepare(objective, batch, inverse_draft_ids(drafter.draft_ids(), ends.vocab_size).to(ends.device))
     weights = 1.0 / lesson.loss_rows.float().clamp(min=1.0)
-    optimizer = torch.optim.AdamW([one for one in drafter.parameters() if one.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in drafter.parameters() if parameter.requires_grad], lr=lr, weight_decay=0.0
+    )
     before = after = accuracy(drafter.eval(), batch)
     began = time.monotonic()
     for step in range(max_steps):

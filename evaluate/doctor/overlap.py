@@ -58,14 +58,14 @@ class Read:
     """What one pass over the text found.
 
     Attributes:
-        found: bool a prompt n-gram, whether it occurs.
-        example: for a found n-gram, the sample that it first occurs in.
+        occurs: bool a prompt n-gram, whether the text has it.
+        example: for an n-gram that the text has, the sample that it first occurs in.
         num_samples, num_tokens: read.
         num_repeated: samples whose tokens are those of an earlier one.
         repeated: ids of some of them.
     """
 
-    found: npt.NDArray[np.bool_]
+    occurs: npt.NDArray[np.bool_]
     example: dict[int, str]
     num_samples: int
     num_tokens: int
@@ -143,7 +143,7 @@ def blocks(samples: Iterable[tuple[str, Ids]], tokens: int) -> Iterator[list[tup
 def read_text(samples: Iterable[tuple[str, Ids]], wanted: NGrams | None, block_tokens: int = _BLOCK) -> Read:
     """Looks for prompt n-grams and for samples that occur twice, in one pass over (id, tokens int64 [T])."""
     count = 0 if wanted is None else len(wanted.hashes)
-    found, example = np.zeros(count, dtype=np.bool_), dict[int, str]()
+    occurs, example = np.zeros(count, dtype=np.bool_), dict[int, str]()
     seen: set[int] = set()
     repeated: list[str] = []
     num_samples = num_tokens = num_repeated = 0
@@ -157,25 +157,25 @@ def read_text(samples: Iterable[tuple[str, Ids]], wanted: NGrams | None, block_t
             num_tokens += len(ids)
         num_samples += len(block)
         if wanted is not None and count:
-            _look(block, wanted, found, example)
-    return Read(found, example, num_samples, num_tokens, num_repeated, tuple(repeated))
+            _look(block, wanted, occurs, example)
+    return Read(occurs, example, num_samples, num_tokens, num_repeated, tuple(repeated))
 
 
-def _look(block: list[tuple[str, Ids]], wanted: NGrams, found: npt.NDArray[np.bool_], example: dict[int, str]) -> None:
-    ids = np.concatenate([one for _, one in block])
-    ends = np.cumsum([len(one) for _, one in block])
+def _look(block: list[tuple[str, Ids]], wanted: NGrams, occurs: npt.NDArray[np.bool_], example: dict[int, str]) -> None:
+    ids = np.concatenate([tokens for _, tokens in block])
+    ends = np.cumsum([len(tokens) for _, tokens in block])
     hashes = rolling_hashes(ids, wanted.size)
     if not len(hashes):
         return
     place = np.searchsorted(wanted.hashes, hashes).clip(max=len(wanted.hashes) - 1)
-    starts = np.nonzero((wanted.hashes[place] == hashes) & ~found[place])[0]
+    starts = np.nonzero((wanted.hashes[place] == hashes) & ~occurs[place])[0]
     owner = np.searchsorted(ends, starts, side="right")
     inside = starts + wanted.size <= ends[owner]  # a window may reach over the end of its sample
     starts, owner = starts[inside], owner[inside]
     for first in np.unique(place[starts], return_index=True)[1].tolist():
         start, which = int(starts[first]), int(place[starts[first]])
         if tuple(ids[start : start + wanted.size].tolist()) == wanted.texts[which]:  # equal hashes are no proof
-            found[which] = True
+            occurs[which] = True
             example[which] = block[int(owner[first])][0]
 
 
@@ -262,7 +262,7 @@ def _shares(wanted: NGrams, read: Read) -> tuple[list[float], dict[int, str]]:
     """Of each prompt the share of its n-grams that occur, and a sample that has one of them."""
     hits = [0] * len(wanted.counts)
     first: dict[int, str] = {}
-    for which in np.nonzero(read.found)[0].tolist():
+    for which in np.nonzero(read.occurs)[0].tolist():
         for number in wanted.owners[which]:
             hits[number] += 1
             first.setdefault(number, read.example[which])
@@ -270,7 +270,7 @@ def _shares(wanted: NGrams, read: Read) -> tuple[list[float], dict[int, str]]:
 
 
 def _hit(wanted: NGrams, read: Read, number: int) -> list[int]:
-    return next(list(wanted.texts[w]) for w in np.nonzero(read.found)[0].tolist() if number in wanted.owners[w])
+    return next(list(wanted.texts[w]) for w in np.nonzero(read.occurs)[0].tolist() if number in wanted.owners[w])
 
 
 def check_duplicates(case: Case, read: Read | None, reason: str) -> Finding:

@@ -63,17 +63,20 @@ def findings_table(findings: Sequence[Finding]) -> Group:
     table = Table(show_lines=False, header_style="bold", box=None, pad_edge=False)
     for title in ("check", "verdict", "measured", "should be"):
         table.add_column(title, overflow="fold", no_wrap=title in ("check", "verdict"))
-    for one in findings:
+    for finding in findings:
         # Text, since a plain str is read as markup: ids, phrases and paths may hold brackets.
         table.add_row(
-            one.name, Text(one.verdict, _STYLES[one.verdict]), Text(visible(one.measured)), Text(visible(one.expected))
+            finding.name,
+            Text(finding.verdict, _STYLES[finding.verdict]),
+            Text(visible(finding.measured)),
+            Text(visible(finding.expected)),
         )
     notes: list[Text | Padding] = []
-    for one in findings:
-        if one.remedy:
-            notes.append(Text(f"\n{one.name}", _STYLES[one.verdict]))
-            notes += [Padding(Text(visible(line)), (0, 0, 0, 2)) for line in one.details]
-            notes.append(Padding(Text(visible(f"-> {one.remedy}"), "bold"), (0, 0, 0, 2)))
+    for finding in findings:
+        if finding.remedy:
+            notes.append(Text(f"\n{finding.name}", _STYLES[finding.verdict]))
+            notes += [Padding(Text(visible(line)), (0, 0, 0, 2)) for line in finding.details]
+            notes.append(Padding(Text(visible(f"-> {finding.remedy}"), "bold"), (0, 0, 0, 2)))
     return Group(table, *notes)
 
 
@@ -81,7 +84,7 @@ def summary(findings: Sequence[Finding]) -> str:
     """Counts of the verdicts, and the names of what is wrong. Example: `11 ok, 1 warning (overlap), 2 not checked`."""
     parts = []
     for verdict in ("fault", "warning", "ok", "not checked"):
-        names = [one.name for one in findings if one.verdict == verdict]
+        names = [finding.name for finding in findings if finding.verdict == verdict]
         if names:
             named = f" ({', '.join(names)})" if verdict in ("fault", "warning") else ""
             plural = "s" if verdict in ("fault", "warning") and len(names) > 1 else ""
@@ -96,8 +99,9 @@ def _number(value: float) -> float | None:
 
 def findings_json(findings: Sequence[Finding], subject: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
     """The report as JSON: what was looked at, every finding, and what made the report."""
-    told = [
-        {**asdict(one), "figures": {name: _number(value) for name, value in one.figures.items()}} for one in findings
+    listed = [
+        {**asdict(finding), "figures": {name: _number(value) for name, value in finding.figures.items()}}
+        for finding in findings
     ]
-    content = {"subject": dict(subject), "findings": told, "provenance": dict(made_by)}
+    content = {"subject": dict(subject), "findings": listed, "provenance": dict(made_by)}
     return json_text(content, indent=2) + "\n"

@@ -61,7 +61,7 @@ def served_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_st
         return Emitted(ids[None, before + 1 : root + 1], states, torch.tensor([root - before], device=device))
 
     state = drafter.start(Opening(emitted(0, roots[0]), ids[:1], limits, room=len(ids) + num_steps))
-    found, before = [], 0
+    drafts, before = [], 0
     for root in roots:
         if before:
             state = drafter.advance(state, emitted(before, root))
@@ -71,9 +71,9 @@ def served_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_st
         for step in range(1, num_steps):
             token = ids[None, root + step, None]
             logits.append(draft.extend(token, torch.zeros_like(token)))
-        found.append(torch.cat(logits, 1)[0].float())
+        drafts.append(torch.cat(logits, 1)[0].float())
         before = root
-    return torch.stack(found)
+    return torch.stack(drafts)
 
 
 def roots_of(loss_mask: Tensor, num_steps: int) -> list[int]:
@@ -119,7 +119,7 @@ def compare_forms(case: Case) -> Compared:
 def check_serving(case: Case) -> Finding:
     """Logits of training's forward against decoding's, through the served file."""
     compared = compare_forms(case)
-    dtypes = [str(one.dtype).removeprefix("torch.") for one in (case.trained, case.drafter)]
+    dtypes = [str(drafter.dtype).removeprefix("torch.") for drafter in (case.trained, case.drafter)]
     through = f"trained {dtypes[0]}, served {dtypes[1]}" if dtypes[0] != dtypes[1] else dtypes[0]
     equal = f"argmax equal at {compared.agreement:.1%} of {compared.predictions}"
     measured = f"{equal}, logits within {compared.max_difference:.2g} ({through})"

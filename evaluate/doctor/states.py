@@ -41,12 +41,12 @@ def states_of(sample: CachedSample, layer: str) -> Tensor:
 @torch.no_grad()
 def likeliest(ends: TargetEnds, states: Tensor, normed: bool = False) -> Tensor:
     """int64 [T] on the CPU: the argmax of the target's head over states [T, D] before the final norm, or after it where `normed`."""
-    found = []
+    argmaxes = []
     for part in states.split(_ROWS):
         part = part.to(ends.device)
         part = part.to(ends.dtype) if normed else ends.final_norm(part)
-        found.append(ends.logits(part).argmax(-1).cpu())
-    return torch.cat(found)
+        argmaxes.append(ends.logits(part).argmax(-1).cpu())
+    return torch.cat(argmaxes)
 
 
 def project(
@@ -111,7 +111,7 @@ def check_sound(case: Case) -> Finding:
             if wrong:
                 faults.append(f"sample {sample.id}, {layer}: {wrong}")
     figures = {"samples": len(case.samples), "states": tokens, "unsound": len(faults)}
-    details = [f"median length of {layer}: {sum(found) / len(found):.3g}" for layer, found in norms.items()]
+    details = [f"median length of {layer}: {sum(lengths) / len(lengths):.3g}" for layer, lengths in norms.items()]
     if faults:
         return Finding(
             "sound-states",
@@ -178,12 +178,12 @@ def check_states(case: Case) -> Finding:
 
 def distances(target: Target, samples: Sequence[CachedSample], layers: Sequence[str]) -> dict[str, float]:
     """Of each layer the median distance of the cached states from a fresh forward's, relative to their length."""
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for sample in samples:
         output = fresh_states(target, sample, tuple(layers))
         for layer in layers:
-            found[layer].append(relative(states_of(sample, layer), output.feature(layer)[0].float().cpu()))
-    return {layer: float(torch.cat(parts).median()) for layer, parts in found.items()}
+            by_layer[layer].append(relative(states_of(sample, layer), output.feature(layer)[0].float().cpu()))
+    return {layer: float(torch.cat(parts).median()) for layer, parts in by_layer.items()}
 
 
 def as_named(case: Case, layers: Sequence[str]) -> bool:
@@ -206,15 +206,15 @@ def _nearest(target: Target, sample: CachedSample, layer: str) -> tuple[str, flo
     output = fresh_states(target, sample, names, _SEARCHED)
     candidates = {name: output.feature(name)[0].float().cpu() for name in names}
     candidates[f"{PRE_NORM} {_POST_NORM}"] = output.normed[0].float().cpu()
-    found: dict[str, float] = {}
+    distance_to: dict[str, float] = {}
     for name, states in candidates.items():
         for shift in (0, -1, 1):
             here, there = _overlap(len(stored), shift)
             if here.stop > here.start:
                 where = {0: "", -1: ", one token late", 1: ", one token early"}[shift]
-                found[name + where] = float(relative(stored[here], states[there]).median())
-    best = min(found, key=lambda name: found[name])
-    return best, found[best]
+                distance_to[name + where] = float(relative(stored[here], states[there]).median())
+    best = min(distance_to, key=lambda name: distance_to[name])
+    return best, distance_to[best]
 
 
 def _overlap(length: int, shift: int) -> tuple[slice, slice]:

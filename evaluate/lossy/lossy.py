@@ -112,8 +112,8 @@ def answer_all(
         prompts = [list(samples[number].prompt_ids) for number in numbers]
         replies |= dict(zip(numbers, engine.generate(prompts, settings, request_ids=numbers), strict=True))
         advance(len(numbers))
-    found = [replies[number] for number in range(len(samples))]
-    return Answered(found, [is_right(number, text_of(reply.token_ids)) for number, reply in enumerate(found)])
+    in_order = [replies[number] for number in range(len(samples))]
+    return Answered(in_order, [is_right(number, text_of(reply.token_ids)) for number, reply in enumerate(in_order)])
 
 
 def compare(
@@ -137,7 +137,7 @@ def compare(
         wrong_tokens: what each rule, by its label, accepts of labelled tokens.
     """
     engines = {PLAIN: Engine(target)}
-    engines |= {one.label: Engine(target, drafter, limits, rule=one.rule) for one in rules}
+    engines |= {ruled.label: Engine(target, drafter, limits, rule=ruled.rule) for ruled in rules}
     with progress("answers", len(engines) * len(samples), "answers", 0) as advance:
         answered = {
             name: answer_all(engine, samples, settings, is_right, text_of, batch_rows, advance)
@@ -148,18 +148,18 @@ def compare(
         runs = race(contenders, samples[:timed_problems], advance=advance)
     chosen = [Ruled(PLAIN, None), *rules]
     accepted = wrong_tokens or {}
-    return [_row(one, shape_text(limits), answered, runs, accepted.get(one.label)) for one in chosen]
+    return [_row(ruled, shape_text(limits), answered, runs, accepted.get(ruled.label)) for ruled in chosen]
 
 
 def _row(
-    one: Ruled,
+    ruled: Ruled,
     shape: str,
     answered: Mapping[str, Answered],
     runs: Mapping[str, Sequence[Timed]],
     accepted: Accepted | None,
 ) -> RuleRow:
-    own, plain = answered[one.label], answered[PLAIN]
-    fast, base = track(runs[one.label]), track(runs[PLAIN])
+    own, plain = answered[ruled.label], answered[PLAIN]
+    fast, base = track(runs[ruled.label]), track(runs[PLAIN])
     right = [float(good) for good in own.right]
     change = [good - before for good, before in zip(right, map(float, plain.right), strict=True)]
     taken = [sum(reply.accepted) for reply in own.replies]
@@ -168,10 +168,10 @@ def _row(
     forwards = [1.0 + count for count in cycles]
     same = [mine.token_ids == theirs.token_ids for mine, theirs in zip(own.replies, plain.replies, strict=True)]
     return RuleRow(
-        rule=one.name,
-        threshold=None if one.rule is None or one.name == "everything" else float(one.rule.threshold),
-        shape="" if one.name == PLAIN else shape,
-        lossy=one.rule is not None,
+        rule=ruled.name,
+        threshold=None if ruled.rule is None or ruled.name == "everything" else float(ruled.rule.threshold),
+        shape="" if ruled.name == PLAIN else shape,
+        lossy=ruled.rule is not None,
         problems=len(right),
         accuracy=float(np.mean(right)),
         accuracy_interval=ratio_interval(right, ones),

@@ -193,23 +193,23 @@ def _check_names(rules: Sequence[Ruled]) -> None:
 
 def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
     """The whole row of each problem by its id, once no answer can fail to be judged by it: better told now than when all is decoded."""
-    found: dict[str, Mapping[str, Any]] = {}
+    rows: dict[str, Mapping[str, Any]] = {}
     for line, row in read_jsonl(file, []):  # `read_samples` tells of those left out
         try:
             name = row_id(row, f"line-{line}")
         except UnusableRow:
             continue
-        if name in found:
+        if name in rows:
             raise ValueError(
                 f"{file}:{line}: id is {name!r}; another problem has it already; give each an id of its own"
             )
-        found[name] = row
+        rows[name] = row
     for sample in samples if judged.probed else ():
         try:
-            judged.check(found[sample.id], "")
+            judged.check(rows[sample.id], "")
         except ValueError as error:
             raise ValueError(f"{file}: problem {sample.id}: {error}") from error
-    return found
+    return rows
 
 
 def _drafter(folder: Path, target: Target, tokenizer: str, trust_remote_code: bool) -> Drafter:

@@ -54,14 +54,14 @@ def accepted_tokens(
         choices_N = logits_NV.argmax(-1)
         own_T = chain.tokens_BN[0, 1:] == choices_N[:-1]
         labels_T = torch.tensor(row.labels, device=own_T.device)
-        for rule, found in zip(rules, counts, strict=True):
+        for rule, counted in zip(rules, counts, strict=True):
             if rule is not None and rule.reads_draft and lm is None:
                 continue
             stands_T = own_T if rule is None else own_T | rule.allows(chain, logits_NV[None], output)[0, 1:]
             for place, label in ((0, WRONG), (2, CORRECT)):
-                found[row.question][place] += int((stands_T & (labels_T == label)).sum())
-                found[row.question][place + 1] += int((labels_T == label).sum())
-    return [_shares(list(found.values())) if found else None for found in counts]
+                counted[row.question][place] += int((stands_T & (labels_T == label)).sum())
+                counted[row.question][place + 1] += int((labels_T == label).sum())
+    return [_shares(list(counted.values())) if counted else None for counted in counts]
 
 
 def _check(row: LabelledRow, target: Target) -> None:
@@ -122,5 +122,5 @@ def _shares(questions: list[list[int]]) -> Accepted:
         raise ValueError(
             f"the labelled rows hold {all_wrong} wrong and {all_correct} correct tokens; shares need both; give rows with both labels"
         )
-    interval = ratio_interval([one[0] for one in questions], [one[1] for one in questions])
+    interval = ratio_interval([counts[0] for counts in questions], [counts[1] for counts in questions])
     return Accepted(wrong / all_wrong, interval, correct / all_correct)

@@ -117,11 +117,11 @@ class TimingPlan:
     def of(cls, shapes: Sequence[DraftLimits]) -> TimingPlan:
         """The plan for shapes whose costs will be asked for."""
         draft: dict[tuple[int, int], DraftLimits] = {}
-        for limits in sorted(filter(_is_dynamic, shapes), key=lambda one: one.node_budget or 0):
+        for limits in sorted(filter(_is_dynamic, shapes), key=lambda tree: tree.node_budget or 0):
             draft[limits.beam_width, limits.draft_length] = limits
         check: dict[int, DraftLimits] = {}
         if draft:
-            largest = max(draft.values(), key=lambda one: num_candidates(one.beam_width, one.draft_length))
+            largest = max(draft.values(), key=lambda tree: num_candidates(tree.beam_width, tree.draft_length))
             budgets = sorted({limits.node_budget for limits in shapes if limits.node_budget is not None})
             check = {nodes: replace(largest, node_budget=nodes) for nodes in budgets}
         return cls(tuple(limits for limits in shapes if not _is_dynamic(limits)), draft, check)
@@ -153,7 +153,7 @@ def time_cycles(
         advance: told how many more runs are done.
     """
     cycles = _race(target, drafter, plan.shapes, probe, advance)
-    timed = {shape: _median(found) for shape, found in cycles.items()}
+    timed = {shape: _median(costs) for shape, costs in cycles.items()}
     widths = sorted({width for width, _ in plan.draft})
     draft: dict[tuple[int, int], float] = {}
     for width in widths:
@@ -184,13 +184,13 @@ def rising(values: Sequence[float]) -> list[float]:
 
 
 def _rising_whole(shapes: Sequence[DraftLimits], timed: Mapping[DraftLimits | None, Cost]) -> dict[DraftLimits, Cost]:
-    found: dict[DraftLimits, Cost] = {}
+    risen: dict[DraftLimits, Cost] = {}
     for family in (_chains(shapes), [limits for limits in shapes if limits.paths is not None]):
         series = sorted(family, key=lambda limits: limits.max_nodes)
         drafts = rising([timed[limits].draft for limits in series])
         checks = rising([timed[limits].check for limits in series])
-        found |= {limits: Cost(*both) for limits, *both in zip(series, drafts, checks, strict=True)}
-    return found
+        risen |= {limits: Cost(*both) for limits, *both in zip(series, drafts, checks, strict=True)}
+    return risen
 
 
 def _chains(shapes: Sequence[DraftLimits]) -> list[DraftLimits]:
@@ -213,9 +213,9 @@ def _race(
     for turn in range(-1, probe.rounds):
         for place in range(len(shapes)):
             shape = shapes[(place + turn) % len(shapes)]
-            found = _run(target, None if shape is None else drafter, shape, probe)
+            cycles = _run(target, None if shape is None else drafter, shape, probe)
             if turn >= 0:
-                costs[shape] += found
+                costs[shape] += cycles
             advance(1)
     return costs
 
@@ -231,9 +231,9 @@ def _run(target: Target, drafter: Drafter | None, limits: DraftLimits | None, pr
 def _wobble(costs: Sequence[Cost]) -> float:
     if len(costs) < 2:
         return 0.0
-    low, middle, high = statistics.quantiles([one.cycle for one in costs], n=4, method="inclusive")
+    low, middle, high = statistics.quantiles([cost.cycle for cost in costs], n=4, method="inclusive")
     return (high - low) / middle
 
 
 def _median(costs: Sequence[Cost]) -> Cost:
-    return Cost(statistics.median(one.draft for one in costs), statistics.median(one.check for one in costs))
+    return Cost(statistics.median(cost.draft for cost in costs), statistics.median(cost.check for cost in costs))

@@ -195,15 +195,15 @@ def record(
     """
     recording = Recording(drafter, widths, depth)
     engine = Engine(target, recording)
-    found: list[Recorded] = []
+    recorded: list[Recorded] = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         numbers = list(range(start, start + len(batch)))
-        generations = engine.generate([list(one.prompt_ids) for one in batch], settings, request_ids=numbers)
+        generations = engine.generate([list(sample.prompt_ids) for sample in batch], settings, request_ids=numbers)
         for sample, generation, drafted in zip(batch, generations, recording.drafted, strict=True):
-            found.append(_recorded(sample, generation.token_ids, drafted, depth))
+            recorded.append(_recorded(sample, generation.token_ids, drafted, depth))
         advance(len(batch))
-    return found
+    return recorded
 
 
 def _recorded(sample: Sample, reply: list[int], drafted: dict[int, list[Drafted]], depth: int) -> Recorded:

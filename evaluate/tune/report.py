@@ -131,20 +131,20 @@ def outcome_table(report: TuneReport, outcomes: Sequence[Outcome]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {plain(report.name(one))} | {one.nodes} | {one.depth} "
-        f"| {one.tokens_per_step:.2f} ({one.interval[0]:.2f} to {one.interval[1]:.2f}) "
-        f"| {1000 * one.draft_seconds:.2f} | {1000 * one.check_seconds:.2f} | {one.speedup:.2f} |"
-        for one in outcomes
+        f"| {plain(report.name(outcome))} | {outcome.nodes} | {outcome.depth} "
+        f"| {outcome.tokens_per_step:.2f} ({outcome.interval[0]:.2f} to {outcome.interval[1]:.2f}) "
+        f"| {1000 * outcome.draft_seconds:.2f} | {1000 * outcome.check_seconds:.2f} | {outcome.speedup:.2f} |"
+        for outcome in outcomes
     ]
     return "\n".join(lines)
 
 
 def best_of_each(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The fastest chain, the fastest dynamic tree of each width, the fastest static tree; the fastest first as given."""
-    found: dict[tuple[str, int], Outcome] = {}
+    best: dict[tuple[str, int], Outcome] = {}
     for outcome in outcomes:
-        found.setdefault((outcome.manner, outcome.width), outcome)
-    return list(found.values())
+        best.setdefault((outcome.manner, outcome.width), outcome)
+    return list(best.values())
 
 
 def _cost_tables(costs: Costs) -> str:
@@ -173,16 +173,18 @@ def _depths(costs: Costs) -> list[int]:
 def heat_map(outcomes: Sequence[Outcome]) -> bytes:
     """PNG bytes: predicted speed-up in colour and words. A panel of depths and nodes for each width of dynamic trees, two side by side;
     below them a strip of the chains by depth and one of the static trees by nodes."""
-    widths = sorted({one.width for one in outcomes if one.manner == "dynamic"})
-    panels = [[one for one in outcomes if one.manner == "dynamic" and one.width == width] for width in widths]
-    strips = [[one for one in outcomes if one.manner == manner] for manner in ("chain", "static")]
-    most_columns = max(len({one.nodes for one in part}) for part in [*panels, *strips] if part)
+    widths = sorted({outcome.width for outcome in outcomes if outcome.manner == "dynamic"})
+    panels = [
+        [outcome for outcome in outcomes if outcome.manner == "dynamic" and outcome.width == width] for width in widths
+    ]
+    strips = [[outcome for outcome in outcomes if outcome.manner == manner] for manner in ("chain", "static")]
+    most_columns = max(len({outcome.nodes for outcome in part}) for part in [*panels, *strips] if part)
     heights = [_num_depths(panels[place : place + 2]) for place in range(0, len(panels), 2)] + [1]
     size = (2 * (0.9 + 0.5 * most_columns), 1.2 + sum(0.8 + 0.36 * height for height in heights))
     figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(len(heights), 2, squeeze=False, height_ratios=[height + 1 for height in heights])
-    low, high = min(one.speedup for one in outcomes), max(one.speedup for one in outcomes)
+    low, high = min(outcome.speedup for outcome in outcomes), max(outcome.speedup for outcome in outcomes)
     titled = [(f"width {width}", panel) for width, panel in zip(widths, panels, strict=True)]
     titled += [("", [])] * (len(titled) % 2) + list(zip(("chains", "static trees"), strips, strict=True))
     for axes, (title, panel) in zip(places.flat, titled, strict=True):
@@ -198,16 +200,16 @@ def heat_map(outcomes: Sequence[Outcome]) -> bytes:
 
 
 def _num_depths(panels: Sequence[Sequence[Outcome]]) -> int:
-    return max(len({one.depth for one in panel}) for panel in panels)
+    return max(len({outcome.depth for outcome in panel}) for panel in panels)
 
 
 def _draw_panel(axes: Axes, panel: Sequence[Outcome], low: float, high: float) -> None:
     flat = panel[0].manner != "dynamic"
-    rows = [0] if flat else sorted({one.depth for one in panel})
-    columns = sorted({one.nodes for one in panel})
+    rows = [0] if flat else sorted({outcome.depth for outcome in panel})
+    columns = sorted({outcome.nodes for outcome in panel})
     grid = np.full((len(rows), len(columns)), np.nan)
-    for one in panel:
-        grid[0 if flat else rows.index(one.depth), columns.index(one.nodes)] = one.speedup
+    for outcome in panel:
+        grid[0 if flat else rows.index(outcome.depth), columns.index(outcome.nodes)] = outcome.speedup
     axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-9))
     for (row, column), speed in np.ndenumerate(grid):
         if not np.isnan(speed):

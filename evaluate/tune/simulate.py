@@ -59,11 +59,11 @@ def accepted(reply: Recorded, limits: DraftLimits) -> Ints:
 def _accepted_static(ranks_PD: Ints, paths: Sequence[RankPath]) -> Ints:
     known = set(paths)
     longest = min(max(map(len, known)), ranks_PD.shape[1])
-    found = np.zeros(len(ranks_PD), dtype=np.int32)
+    accepted = np.zeros(len(ranks_PD), dtype=np.int32)
     for place, ranks in enumerate(ranks_PD.tolist()):
-        while found[place] < longest and tuple(ranks[: found[place] + 1]) in known:
-            found[place] += 1
-    return found
+        while accepted[place] < longest and tuple(ranks[: accepted[place] + 1]) in known:
+            accepted[place] += 1
+    return accepted
 
 
 def path_counts(replies: Sequence[Recorded]) -> Counter[RankPath]:

@@ -54,14 +54,14 @@ class Grid:
 
     def shapes(self) -> list[DraftLimits]:
         """Chains where a width is 1, and dynamic trees with every number of nodes that they have candidates for."""
-        found: list[DraftLimits] = []
+        shapes: list[DraftLimits] = []
         for width in sorted(self.widths):
             for depth in sorted(self.depths):
                 most = num_candidates(width, depth)
                 fitting = [nodes for nodes in sorted(self.nodes) if nodes <= most]
                 budgets = [None] if width == 1 else fitting or [most]
-                found += [DraftLimits(width, depth, budget) for budget in budgets]
-        return found
+                shapes += [DraftLimits(width, depth, budget) for budget in budgets]
+        return shapes
 
     def static_shapes(self, replies: Sequence[Recorded]) -> list[DraftLimits]:
         """The best static tree of each number of nodes, as far as the record holds so many paths; none where no draft was ever right."""
@@ -120,9 +120,9 @@ def weigh(
         raise ValueError(
             "no reply has a second token, so nothing was drafted; give prompts that are answered at length"
         )
-    found = [_outcome(limits, [replay(reply, limits) for reply in replies], costs) for limits in dynamic]
-    found += [_outcome(limits, _replay_by_halves(replies, limits), costs) for limits in static]
-    return sorted(found, key=lambda outcome: -outcome.speedup)
+    outcomes = [_outcome(limits, [replay(reply, limits) for reply in replies], costs) for limits in dynamic]
+    outcomes += [_outcome(limits, _replay_by_halves(replies, limits), costs) for limits in static]
+    return sorted(outcomes, key=lambda outcome: -outcome.speedup)
 
 
 def _replay_by_halves(replies: Sequence[Recorded], limits: DraftLimits) -> list[Decoded]:

@@ -109,13 +109,13 @@ def _thresholds(config: JudgeConfig) -> str:
         return f"The threshold is {config.threshold:.6g}. What it does to held-out tokens was not recorded."
     rows = [_row(point) for point in _chosen(config.curve)]
     at = config.labels.get("at_threshold")
-    told = f"This judge is set to {config.threshold:.6g}"
+    setting = f"This judge is set to {config.threshold:.6g}"
     if isinstance(at, Mapping) and at.get("threshold") == config.threshold:
         rows.append("| " + " | ".join(f"**{cell}**" for cell in _cells(CurvePoint(**at))) + " |")  # type: ignore[typeddict-item]
-        told = f"The last row is the threshold that this judge is set to{_rule(config.labels)}"
+        setting = f"The last row is the threshold that this judge is set to{_rule(config.labels)}"
     table = "\n".join(["| threshold | correct tokens accepted | wrong tokens accepted |", "|---|---|---|", *rows])
     return (
-        f"Over held-out questions, with 95 % intervals by bootstrap over questions. {told}.\n\n{table}\n\n"
+        f"Over held-out questions, with 95 % intervals by bootstrap over questions. {setting}.\n\n{table}\n\n"
         "These are shares of labelled tokens. What a threshold does to answers has to be measured on answers."
     )
 
@@ -130,8 +130,8 @@ def _rule(labels: Mapping[str, Any]) -> str:
 
 def _chosen(curve: list[CurvePoint]) -> list[CurvePoint]:
     """The point that accepts most within each limit on wrong tokens, each once, from strict to loose."""
-    found = [next((point for point in curve if point["wrong"] <= limit), None) for limit in _LIMITS]
-    unique = {point["threshold"]: point for point in found if point is not None}
+    per_limit = [next((point for point in curve if point["wrong"] <= limit), None) for limit in _LIMITS]
+    unique = {point["threshold"]: point for point in per_limit if point is not None}
     return [unique[threshold] for threshold in sorted(unique, reverse=True)]
 
 
@@ -152,12 +152,12 @@ def _labels(labels: Mapping[str, Any]) -> str:
     for split, count in labels["questions"].items():
         correct, wrong = (labels.get(kind, {}).get(split, "not recorded") for kind in ("correct", "wrong"))
         lines.append(f"| {plain(split)} | {plain(count)} | {plain(correct)} | {plain(wrong)} |")
-    told = [
+    statements = [
         f"{what}: {_listed(labels[key])}"
         for key, what in (("how", "labelled by"), ("source", "from"))
         if labels.get(key)
     ]
-    return "\n".join(lines) + (f"\n\nAnswers {'; '.join(told)}." if told else "")
+    return "\n".join(lines) + (f"\n\nAnswers {'; '.join(statements)}." if statements else "")
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -33,16 +33,16 @@ def is_plain(ends: TargetEnds) -> bool:
 
 
 @torch.no_grad()
-def refuse_other_embedding(found: Tensor, ends: TargetEnds, where: str) -> None:
+def refuse_other_embedding(stored: Tensor, ends: TargetEnds, where: str) -> None:
     """A drafter's stored embedding must be its target's: ours have none of their own.
 
     Raises:
         ValueError: they differ, at the dtype that is stored.
     """
-    different = sum(int((rows.to(found.dtype) != found[ids]).any(-1).sum()) for ids, rows in _chunks(ends))
+    different = sum(int((rows.to(stored.dtype) != stored[ids]).any(-1).sum()) for ids, rows in _chunks(ends))
     if different:
         raise ValueError(
-            f"{where}: {NAME} differs from the embedding of {ends.name!r} in {different:,} of {len(found):,} rows; name the target that "
+            f"{where}: {NAME} differs from the embedding of {ends.name!r} in {different:,} of {len(stored):,} rows; name the target that "
             "the drafter was made for. Drafters with an embedding of their own cannot be read"
         )
 

@@ -76,14 +76,14 @@ def read_counts(fields: Mapping[str, Any], num_layers: int | None, where: str) -
     """
     top = fields.get(KEY)
     nested = (fields.get("eagle_config") or {}).get(KEY)
-    if top is not None and nested is not None and [one - 1 for one in top] != list(nested):
+    if top is not None and nested is not None and [count - 1 for count in top] != list(nested):
         raise ValueError(
             f"{where} names layers {list(top)} for vLLM and {list(nested)} for SGLang, which are not one less each; correct one"
         )
     if top is not None:
         return list(top)
     if nested is not None:
-        return [one + 1 for one in nested]
+        return [count + 1 for count in nested]
     if num_layers is None:
         raise ValueError(f"{where} names no layers, and the default depends on the target; add --target")
     counts = default_counts(num_layers)

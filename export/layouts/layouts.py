@@ -44,7 +44,9 @@ def layout_for(family: Family, name: str) -> Layout:
     fitting = {layout.name: layout for layout in layouts_of(family)}
     if name in fitting:
         return fitting[name]
-    owners = [other.about.title for other in all_families() if name in (one.name for one in foreign_layouts(other))]
+    owners = [
+        other.about.title for other in all_families() if name in (layout.name for layout in foreign_layouts(other))
+    ]
     problem = f"is for {' and '.join(owners)}" if owners else "is not known"
     raise ValueError(f"layout {name!r} {problem}, this drafter is {family.about.title}; use {' or '.join(fitting)}")
 
@@ -103,7 +105,9 @@ def load_any(folder: Path, ends: TargetEnds | None = None, tokenizer_fingerprint
 
 def _foreign(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Foreign:
     """How a folder is read that is not in our layout."""
-    known = [one.foreign for family in all_families() for one in foreign_layouts(family) if one.foreign is not None]
+    known = [
+        layout.foreign for family in all_families() for layout in foreign_layouts(family) if layout.foreign is not None
+    ]
     for layout in known:
         if layout.holds(fields, tensors):
             return layout

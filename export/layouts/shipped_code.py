@@ -69,8 +69,8 @@ def shipped_code(kind: type[Drafter]) -> ShippedCode:
         if module not in copied:
             copied[module] = _copied(module, roots)
             pending += copied[module].imports
-    texts = {_flat(module): found.text for module, found in sorted(copied.items())}
-    others = set().union(*(found.packages for found in copied.values())) - {*roots, *PACKAGES}
+    texts = {_flat(module): copy.text for module, copy in sorted(copied.items())}
+    others = set().union(*(copy.packages for copy in copied.values())) - {*roots, *PACKAGES}
     return ShippedCode(dict(sorted(texts.items())), tuple(_requirement(name) for name in sorted(others)))
 
 
@@ -215,12 +215,12 @@ class _Edit:
         """The whole lines of a statement, its decorators included."""
         decorators: list[ast.expr] = getattr(node, "decorator_list", [])
         assert node.end_lineno is not None
-        return cls(min([node.lineno, *(one.lineno for one in decorators)]) - 1, node.end_lineno, text)
+        return cls(min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1, node.end_lineno, text)
 
 
 def _without(text: str, edits: list[_Edit]) -> str:
     lines = text.splitlines(keepends=True)
-    for edit in sorted(edits, key=lambda one: one.start, reverse=True):
+    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
         lines[edit.start : edit.end] = [edit.text] if edit.text else []
     return "".join(lines)
 
@@ -253,11 +253,11 @@ def _record(node: ast.stmt) -> ast.Call | None:
 
 def _settings_named(tree: ast.Module) -> set[str]:
     """The classes that a module's records name as settings."""
-    found: list[ast.expr] = []
+    arguments: list[ast.expr] = []
     for call in filter(None, map(_record, tree.body)):
         by_name = [word.value for word in call.keywords if word.arg == "settings"]
-        found += by_name or call.args[_SETTINGS_ARGUMENT : _SETTINGS_ARGUMENT + 1]
-    return {value.id for value in found if isinstance(value, ast.Name)}
+        arguments += by_name or call.args[_SETTINGS_ARGUMENT : _SETTINGS_ARGUMENT + 1]
+    return {value.id for value in arguments if isinstance(value, ast.Name)}
 
 
 def _is_registration(node: ast.stmt) -> bool:
@@ -280,7 +280,7 @@ def _dead(tree: ast.Module) -> Iterator[_Edit]:
     named = _named(tree)
     for node in tree.body:
         if isinstance(node, ast.ImportFrom | ast.Import):
-            bound = {(one.asname or one.name).split(".")[0] for one in node.names}
+            bound = {(alias.asname or alias.name).split(".")[0] for alias in node.names}
             if bound.isdisjoint(named) and getattr(node, "module", "") != "__future__":
                 yield _Edit.of(node)
         elif isinstance(node, ast.FunctionDef) and node.name.startswith("_") and node.name not in named:

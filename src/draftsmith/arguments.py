@@ -63,16 +63,16 @@ def explain(message: str, known: Iterable[str]) -> str:
     """Adds to jsonargparse's complaint about an unknown flag or key which known one may have been meant."""
     if "Did you mean" in message:
         return message
-    if found := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        words = found[1].split()
+    if match := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        words = match[1].split()
         flags = [word for word in words if word.startswith("--")] or words[:1]
         hints = [suggestion(_key(flag), known).replace("mean ", "mean --").replace(" or ", " or --") for flag in flags]
         return f"unknown option {', '.join(flags)}.{''.join(dict.fromkeys(hints))}"
-    found = re.search(r"(?P<group>Group '[^']*'|Subcommand '[^']*') does not accept option '(?P<key>[^']*)'", message)
-    found = found or re.search(r"(?P<group>)Option '(?P<key>[^']*)' is not accepted", message)
-    if found:
-        group = found["group"].removeprefix("Group ").strip("'")
-        key = f"{group}.{found['key']}" if found["group"].startswith("Group") else found["key"]
+    match = re.search(r"(?P<group>Group '[^']*'|Subcommand '[^']*') does not accept option '(?P<key>[^']*)'", message)
+    match = match or re.search(r"(?P<group>)Option '(?P<key>[^']*)' is not accepted", message)
+    if match:
+        group = match["group"].removeprefix("Group ").strip("'")
+        key = f"{group}.{match['key']}" if match["group"].startswith("Group") else match["key"]
         return f"{message} (unknown key).{suggestion(key, known)}"
     if re.search("Expected a <class '(list|tuple)'>", message):
         return f"{message}\nA list in YAML is [a, b], or one line `- a` for each value."
@@ -120,8 +120,8 @@ def parser_for(function: Callable[..., Any], prog: str) -> CommandParser:
         if action.dest in list_options(function):
             action.metavar = f"{action.dest.upper()} ..." if action.dest in whole else f"{action.dest.upper()}[,...]"
             how = how_to_list(action.dest, action.dest in whole)
-            told = action.help or ""
-            action.help = f"{told}{'' if told.endswith('.') else '.'} {how[0].upper()}{how[1:]}."
+            text = action.help or ""
+            action.help = f"{text}{'' if text.endswith('.') else '.'} {how[0].upper()}{how[1:]}."
             action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
     return parser
 
@@ -159,10 +159,10 @@ def check_config_files(prog: str, arguments: Sequence[str]) -> None:
         if "://" in value or (":" in value and not Path(value).exists()):  # an address, or the YAML itself
             continue
         try:
-            found = yaml.safe_load(Path(value).read_bytes())
+            content = yaml.safe_load(Path(value).read_bytes())
         except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
             parser.error(f"--config {value} cannot be read: {error}")
-        if not isinstance(found, dict | None):
+        if not isinstance(content, dict | None):
             parser.error(f"--config {value} holds no options; a line of it reads `name: value`")
 
 
@@ -245,16 +245,16 @@ def _one_list(name: str, words: list[str], text: bool, whole: bool) -> str:
         raise ValueError(f"option --{name} has no value; {how_to_list(name, whole)}")
     if words == ["null"] and not whole:
         return "null"
-    found = [value for word in words for value in (_whole_values(word) if whole else _values(name, word))]
-    return f"[{', '.join(json.dumps(value) if text else value for value in found)}]"
+    values = [value for word in words for value in (_whole_values(word) if whole else _values(name, word))]
+    return f"[{', '.join(json.dumps(value) if text else value for value in values)}]"
 
 
 def _whole_values(word: str) -> list[str]:
     if word.startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(word)
-            if all(isinstance(value, str) for value in found):
-                return list(found)
+            values = json.loads(word)
+            if all(isinstance(value, str) for value in values):
+                return list(values)
     return [word]
 
 
@@ -262,12 +262,12 @@ def _values(name: str, word: str) -> list[str]:
     bracketed = word if word.startswith("[") else f"[{word}]"
     try:
         # Numbers stay as they were written: jsonargparse reads them by the option's type.
-        found = yaml.load(bracketed, yaml.BaseLoader)
+        values = yaml.load(bracketed, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
-        found = word.split(",")
-    if not all(isinstance(value, str) and value.strip() for value in found) or (word.endswith(",")):
+        values = word.split(",")
+    if not all(isinstance(value, str) and value.strip() for value in values) or (word.endswith(",")):
         raise ValueError(f"option --{name}: {word!r} holds an empty value or an inner list; {how_to_list(name, False)}")
-    return [value.strip() for value in found]
+    return [value.strip() for value in values]
 
 
 def how_to_list(name: str, whole: bool) -> str:
@@ -289,7 +289,7 @@ def whole_options(function: Callable[..., Any]) -> set[str]:
 
 def _lists(owner: Callable[..., Any], prefix: str) -> dict[str, tuple[Any, bool]]:
     """The element type of each list parameter or field, dataclasses below `owner` included, and whether it is marked as whole."""
-    found: dict[str, tuple[Any, bool]] = {}
+    lists: dict[str, tuple[Any, bool]] = {}
     for name, hint in typing.get_type_hints(owner, include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
         plain = hint.__origin__ if marks else hint
@@ -298,9 +298,9 @@ def _lists(owner: Callable[..., Any], prefix: str) -> dict[str, tuple[Any, bool]
             if typing.get_origin(option) in (list, tuple):
                 element = typing.get_args(option)[0]
                 if typing.get_origin(element) is None:  # lists of lists are JSON
-                    found[f"{prefix}{name}"] = (element, WHOLE in marks)
+                    lists[f"{prefix}{name}"] = (element, WHOLE in marks)
             elif dataclasses.is_dataclass(option):
-                found |= _lists(
+                lists |= _lists(
                     typing.cast(Callable[..., Any], option), prefix if FLAT in marks else f"{prefix}{name}."
                 )
-    return found
+    return lists

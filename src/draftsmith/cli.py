@@ -44,8 +44,8 @@ class Command:
 
     def load(self) -> Callable[..., Any]:
         """Imports the function."""
-        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
-        return found
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return function
 
 
 GROUPS = {

@@ -167,8 +167,8 @@ def atomic_directory(path: Path, stage: str = "draftsmith") -> Iterator[Path]:
 
 def _moved_aside(path: Path) -> list[Path]:
     """What writers that died had taken from `path`, the latest first."""
-    found = filter(is_abandoned, path.parent.glob(f".{glob.escape(path.name)}.replaced-*"))
-    return sorted(found, key=lambda leftover: leftover.lstat().st_mtime, reverse=True)
+    leftovers = filter(is_abandoned, path.parent.glob(f".{glob.escape(path.name)}.replaced-*"))
+    return sorted(leftovers, key=lambda leftover: leftover.lstat().st_mtime, reverse=True)
 
 
 def _put_back(path: Path) -> None:
@@ -278,17 +278,17 @@ class JsonlAppender:
     def _recover(self) -> list[Any]:
         if not self.path.exists():
             return []
-        found, whole = [], 0
+        rows, whole = [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
                 whole += len(line)
                 if line.strip():
-                    found.append(self._keep(_logged(self.path, number, line)))
+                    rows.append(self._keep(_logged(self.path, number, line)))
         if whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
-        return found
+        return rows
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, in one write call so that a kill tears at most this line."""

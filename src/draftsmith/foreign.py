@@ -19,7 +19,7 @@ _MARKUP = re.compile(r"([\\`*\[\]<>&|~#$])|(?<!\w)_|_(?!\w)|(?<=http):(?=//)|(?<
 
 def visible(text: object) -> str:
     """For a terminal: control characters, which could recolour or overwrite it, as `\\x1b`; line feeds and tabs as they are."""
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def one_line(text: object) -> str:

@@ -171,7 +171,7 @@ def _inside(value: object) -> Iterable[Any]:
 
 
 def _check_text(text: str) -> None:
-    found = _BAD_CHARACTER.search(text)
-    if found is not None:
-        bad = found[0]
+    match = _BAD_CHARACTER.search(text)
+    if match is not None:
+        bad = match[0]
         raise UnusableRow("a NUL character" if bad == "\0" else f"half a surrogate pair (\\u{ord(bad):04x})")

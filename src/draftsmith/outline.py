@@ -25,8 +25,8 @@ def outline(module: str, function: str) -> Callable[..., Any]:
 
     Types and defaults are made from the source of the modules that define them; dataclasses keep their fields and lose their methods.
     """
-    found: Callable[..., Any] = _Outlines().value(module, function)
-    return found
+    made: Callable[..., Any] = _Outlines().value(module, function)
+    return made
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,15 @@ def class_settings(module: str, name: str) -> ClassSettings:
         ValueError: the module defines no such class with an `__init__` of its own.
     """
     body = ast.parse(_source(module).read_bytes()).body
-    found = next((part for part in body if isinstance(part, ast.ClassDef) and part.name == name), None)
+    definition = next((part for part in body if isinstance(part, ast.ClassDef) and part.name == name), None)
     made = (
-        [part for part in found.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"] if found else []
+        [part for part in definition.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+        if definition
+        else []
     )
-    if found is None or not made:
+    if definition is None or not made:
         raise ValueError(f"{module} defines no class {name} with an __init__")
-    described = docstring_parser.parse(ast.get_docstring(found) or "")
+    described = docstring_parser.parse(ast.get_docstring(definition) or "")
     texts = {param.arg_name: param.description or "" for param in described.params}
     arguments = made[0].args
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)][1:]
@@ -104,14 +106,14 @@ class _Outlines:
     def _of(self, module: str) -> dict[str, ast.stmt]:
         """The statements at the top of a module by the names that they bind; imports for type checkers are among them."""
         if module not in self._statements:
-            found: dict[str, ast.stmt] = {}
+            statements: dict[str, ast.stmt] = {}
             waiting: list[ast.stmt] = ast.parse(_source(module).read_bytes()).body[::-1]
             while waiting:
                 statement = waiting.pop()
                 if isinstance(statement, ast.If):
                     waiting += statement.body[::-1]
-                found.update(dict.fromkeys(_bound(statement), statement))
-            self._statements[module] = found
+                statements.update(dict.fromkeys(_bound(statement), statement))
+            self._statements[module] = statements
         return self._statements[module]
 
 

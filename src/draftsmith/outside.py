@@ -83,7 +83,7 @@ def parse_json_object(content: bytes | str, where: str, remedy: str) -> dict[str
     Raises:
         ValueError: as there, or it is another kind of value.
     """
-    found = parse_json(content, where, remedy)
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} is not a JSON object but {type(found).__name__}; {remedy}")
-    return found
+    value = parse_json(content, where, remedy)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object but {type(value).__name__}; {remedy}")
+    return value

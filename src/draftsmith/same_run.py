@@ -24,7 +24,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any], without: Colle
     Example:
         `{"n": 1}` and `{"n": 1, "context": None}` are the same; with `{"n": 1, "context": 64}` it is `context: there None, now 64`.
     """
-    own, others = ({name: one[name] for name in one if name not in without} for one in (now, there))
+    own, others = ({name: settings[name] for name in settings if name not in without} for settings in (now, there))
     return [f"{name}: there {old!r}, now {new!r}" for name, old, new in _unlike(others, own, "")]
 
 

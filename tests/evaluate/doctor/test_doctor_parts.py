@@ -53,7 +53,7 @@ def test_the_stream_finds_what_brute_force_finds(
 ) -> None:
     wanted = ngrams_of([prompt(f"p{number}", ids) for number, ids in enumerate(prompts)], size)
     read = read_text(text(rows), wanted, block_tokens)
-    found = {ngram for ngram, hit in zip(wanted.texts, read.found, strict=True) if hit}
+    found = {ngram for ngram, hit in zip(wanted.texts, read.occurs, strict=True) if hit}
     everything = set().union(*(windows(row, size) for row in rows)) if rows else set()
     assert found == set(wanted.texts) & everything
     for which, name in read.example.items():
@@ -64,7 +64,7 @@ def test_the_stream_finds_what_brute_force_finds(
 
 def test_a_window_over_two_samples_is_in_neither() -> None:
     wanted = ngrams_of([prompt("p", [1, 2, 3, 4])], 4)
-    assert not read_text(text([[1, 2], [3, 4]]), wanted).found.any()
+    assert not read_text(text([[1, 2], [3, 4]]), wanted).occurs.any()
     assert read_text(text([[9], [0, 1, 2, 3, 4, 5]]), wanted).example == {0: "t1"}
 
 
