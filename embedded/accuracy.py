@@ -91,8 +91,8 @@ def reply(
         output_BT = lm.generate(  # type: ignore[misc, operator, unused-ignore]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=160
         )
-    told = words.batch_decode(output_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [beginning + rest for beginning, rest in zip(beginnings, told, strict=True)]
+    continued = words.batch_decode(output_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [beginning + rest for beginning, rest in zip(beginnings, continued, strict=True)]
 
 
 def _show_wrong(asked: list[Problem], replies: list[str], verdicts: list[Verdict], show: int) -> None:

@@ -57,7 +57,7 @@ def check(problem: Problem, text: str) -> Verdict:
     steps may be left out as long as no stated step needs them. An unfinished last line (no full stop, no line
     break) is not judged, since its numbers may still grow; an answer line at the very end is finished.
     """
-    told: set[int] = set()
+    stated: set[int] = set()
     error_span: tuple[int, int] | None = None
     for start, line, finished in _lines(text):
         answered = _ANSWER.fullmatch(line)
@@ -67,7 +67,7 @@ def check(problem: Problem, text: str) -> Verdict:
             if not right and error_span is None:
                 error_span = _span(start, line)
             return Verdict(answer, right, error_span)
-        if error_span is None and finished and not _line_is_right(line, problem, told):
+        if error_span is None and finished and not _line_is_right(line, problem, stated):
             error_span = _span(start, line)
     return Verdict(None, False, error_span)
 
@@ -78,9 +78,9 @@ def read_step(line: str) -> SaidStep | None:
     if len(_DIGITS.findall(line)) != 3:
         return None
     for op, form in _step_forms():
-        found = form.search(line)
-        if found is not None:
-            return SaidStep(op, int(found["a"]), int(found["b"]), int(found["c"]))
+        match = form.search(line)
+        if match is not None:
+            return SaidStep(op, int(match["a"]), int(match["b"]), int(match["c"]))
     return None
 
 
@@ -101,17 +101,17 @@ def _span(start: int, line: str) -> tuple[int, int]:
     return start + left, start + len(line.rstrip())
 
 
-def _line_is_right(line: str, problem: Problem, told: set[int]) -> bool:
+def _line_is_right(line: str, problem: Problem, stated: set[int]) -> bool:
     """Judges one line; adds what it tells to ``told``."""
     if _DIGITS.search(line) is None:
         return True
     said = read_step(line)
     if said is None:
-        found = _closing_form().fullmatch(line.strip())
-        return found is not None and int(found["c"]) == problem.answer
+        match = _closing_form().fullmatch(line.strip())
+        return match is not None and int(match["c"]) == problem.answer
     # Two steps of a problem may state the same calculation; one line then tells both.
-    matches = {i for i, step in enumerate(problem.steps) if _tells(said, step) and set(step.needs) <= told}
-    told |= matches
+    matches = {i for i, step in enumerate(problem.steps) if _tells(said, step) and set(step.needs) <= stated}
+    stated |= matches
     return bool(matches)
 
 

@@ -89,9 +89,9 @@ def parse_plan(template: Template) -> tuple[_StepPlan, ...]:
     """The template's steps with operands still symbolic."""
     plans = []
     for part in template.steps.split(";"):
-        found = _STEP_FORM.fullmatch(part.strip())
-        assert found is not None, f"template {template.name}: step {part!r} is not 'operand op operand label'"
-        left, op, right, label = found.groups()
+        match = _STEP_FORM.fullmatch(part.strip())
+        assert match is not None, f"template {template.name}: step {part!r} is not 'operand op operand label'"
+        left, op, right, label = match.groups()
         plans.append(_StepPlan(op, left, right, label))  # type: ignore[arg-type]
     return tuple(plans)
 
@@ -115,12 +115,12 @@ def sample_problems(split: Split, seed: int) -> Iterator[Problem]:
 
 def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
     """The first ``count`` problems of the stream whose questions differ."""
-    found: dict[str, Problem] = {}
+    by_question: dict[str, Problem] = {}
     for problem in sample_problems(split, seed):
-        if len(found) >= count:
+        if len(by_question) >= count:
             break
-        found.setdefault(problem.question, problem)
-    return list(found.values())
+        by_question.setdefault(problem.question, problem)
+    return list(by_question.values())
 
 
 def _draw_numbers(plans: tuple[_StepPlan, ...], split: Split, rng: random.Random) -> tuple[int, ...] | None:
@@ -178,7 +178,7 @@ def _value(operand: str, numbers: tuple[int, ...], results: list[int]) -> int:
 def _tell(template: Template, plans: tuple[_StepPlan, ...], numbers: tuple[int, ...], rng: random.Random) -> Problem:
     words = _draw_words(rng)
     shown = {str(index): str(number) for index, number in enumerate(numbers)}
-    story = _CHOICE_FORM.sub(lambda found: rng.choice(found.group(1).split("|")), template.story)
+    story = _CHOICE_FORM.sub(lambda match: rng.choice(match.group(1).split("|")), template.story)
     question = _fill(story, words | shown)
     results: list[int] = []
     steps: list[Step] = []
@@ -202,4 +202,4 @@ def _draw_words(rng: random.Random) -> dict[str, str]:
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda found: values[found.group(1)], text)
+    return re.sub(r"\{(\w+)\}", lambda match: values[match.group(1)], text)

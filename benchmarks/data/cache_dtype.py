@@ -112,13 +112,13 @@ def decode(target: Target, drafter: Path, prompts: Sequence[list[int]]) -> Decod
     """Greedy replies to the prompts; batches change no reply and no count."""
     engine = Engine(target, load_drafter(drafter), parse_shape(SHAPE))
     settings = GenerationSettings(max_new_tokens=REPLY_TOKENS, eos_token_ids=target.eos_token_ids)
-    found = [
+    generations = [
         generation
         for start in range(0, len(prompts), 40)
         for generation in engine.generate(list(prompts[start : start + 40]), settings)
     ]
-    tokens = np.array([max(0, len(one.token_ids) - 1) for one in found])
-    return Decoded(tokens, np.array([len(one.accepted) for one in found]))
+    tokens = np.array([max(0, len(reply.token_ids) - 1) for reply in generations])
+    return Decoded(tokens, np.array([len(reply.accepted) for reply in generations]))
 
 
 def states_line(target: Target, caches: dict[str, Path]) -> str:
@@ -163,10 +163,10 @@ def reading_line(caches: dict[str, Path]) -> str:
     )
 
 
-def rows_of(family: str, found: dict[str, list[Decoded]]) -> list[str]:
+def rows_of(family: str, by_dtype: dict[str, list[Decoded]]) -> list[str]:
     """The table's rows on one family: pooled over seeds, intervals over prompts."""
-    tokens = {dtype: np.sum([one.tokens for one in runs], axis=0) for dtype, runs in found.items()}
-    cycles = {dtype: np.sum([one.cycles for one in runs], axis=0) for dtype, runs in found.items()}
+    tokens = {dtype: np.sum([decoded.tokens for decoded in runs], axis=0) for dtype, runs in by_dtype.items()}
+    cycles = {dtype: np.sum([decoded.cycles for decoded in runs], axis=0) for dtype, runs in by_dtype.items()}
     rates = {dtype: float(tokens[dtype].sum() / cycles[dtype].sum()) for dtype in DTYPES}
     columns = [column for dtype in reversed(DTYPES) for column in (tokens[dtype], cycles[dtype])]
     low, high = bootstrap_interval(
@@ -176,7 +176,7 @@ def rows_of(family: str, found: dict[str, list[Decoded]]) -> list[str]:
     for dtype in DTYPES:
         below, above = ratio_interval(tokens[dtype].tolist(), cycles[dtype].tolist())
         difference = "" if dtype == DTYPES[0] else f"{rates[dtype] - rates[DTYPES[0]]:+.3f} ({low:+.3f} to {high:+.3f})"
-        seeds = ", ".join(f"{one.tokens_per_step:.3f}" for one in found[dtype])
+        seeds = ", ".join(f"{decoded.tokens_per_step:.3f}" for decoded in by_dtype[dtype])
         lines.append(
             f"| {family} | {dtype} | {rates[dtype]:.3f} ({below:.2f} to {above:.2f}) | {difference} | {seeds} |"
         )
@@ -222,15 +222,17 @@ def family_rows(
     work: Path,
 ) -> list[str]:
     """Trains one family from both caches under each seed, and decodes."""
-    found: dict[str, list[Decoded]] = {dtype: [] for dtype in DTYPES}
+    by_dtype: dict[str, list[Decoded]] = {dtype: [] for dtype in DTYPES}
     for seed in range(scale.seeds):
         for dtype, cache in caches.items():
             drafter = train(RECIPES[family], name, cache, work / f"{family}-{dtype}-{seed}", scale.steps, seed)
-            found[dtype].append(decode(target, drafter, prompts))
+            by_dtype[dtype].append(decode(target, drafter, prompts))
             print(
-                f"{family}, {dtype}, seed {seed}: {found[dtype][-1].tokens_per_step:.3f}", file=sys.stderr, flush=True
+                f"{family}, {dtype}, seed {seed}: {by_dtype[dtype][-1].tokens_per_step:.3f}",
+                file=sys.stderr,
+                flush=True,
             )
-    return rows_of(family, found)
+    return rows_of(family, by_dtype)
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def changed_by_token(one_V: Tensor, other_V: Tensor) -> float:
 def changed_by_sums(one_V: Tensor, other_V: Tensor) -> float:
     """The chance that one uniform falls into different tokens' shares: what the shares in the order of the vocabulary do not overlap."""
     ends = [logits.softmax(-1).cumsum(-1, dtype=torch.float64) for logits in (one_V, other_V)]
-    p_ends, q_ends = (one / one[-1] for one in ends)
+    p_ends, q_ends = (sums / sums[-1] for sums in ends)
     zero = torch.zeros_like(p_ends[:1])
     starts = torch.maximum(torch.cat([zero, p_ends[:-1]]), torch.cat([zero, q_ends[:-1]]))
     return float(1.0 - (torch.minimum(p_ends, q_ends) - starts).clamp(min=0.0).sum())
@@ -126,17 +126,17 @@ class Compared:
     num_replies: int = 0
     num_changed: int = 0
 
-    def add(self, one: Kept, other: Kept) -> None:
+    def add(self, first: Kept, second: Kept) -> None:
         """One reply in two ways."""
         self.num_replies += 1
-        if one.tokens[0] != other.tokens[0]:
+        if first.tokens[0] != second.tokens[0]:
             self.num_changed += 1
             return
-        for place in range(1, len(one.tokens)):
-            pair = one.logits[place - 1], other.logits[place - 1]
+        for place in range(1, len(first.tokens)):
+            pair = first.logits[place - 1], second.logits[place - 1]
             self.by_token.append(changed_by_token(*pair))
             self.by_sums.append(changed_by_sums(*pair))
-            if one.tokens[place] != other.tokens[place]:
+            if first.tokens[place] != second.tokens[place]:
                 self.num_changed += 1
                 return
 
@@ -153,11 +153,11 @@ def measure(subject: Subject) -> dict[str, Compared]:
     batch = plain.kept_logits(subject.prompts, settings)
     trees = drafting.kept_logits(subject.prompts, settings)
     alone = [plain.kept_logits([prompt], settings, number)[0] for number, prompt in enumerate(subject.prompts)]
-    found = {"trees against plain": Compared(), "alone against in a batch": Compared()}
-    for compared, others in zip(found.values(), (trees, alone), strict=True):
-        for one, other in zip(batch, others, strict=True):
-            compared.add(one, other)
-    return found
+    compared_by_name = {"trees against plain": Compared(), "alone against in a batch": Compared()}
+    for compared, others in zip(compared_by_name.values(), (trees, alone), strict=True):
+        for kept, other in zip(batch, others, strict=True):
+            compared.add(kept, other)
+    return compared_by_name
 
 
 def random_target(vocab_size: int, dtype: torch.dtype) -> Target:

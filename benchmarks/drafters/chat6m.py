@@ -71,9 +71,9 @@ def dataset_rows(data: Path, replies: Path, target: str) -> Iterator[dict[str, A
     for _, row in read_jsonl(replies):
         asked = row["messages"][0]["content"].strip()
         opening = asked.partition("begins: ")[2]
-        found = answers.get(asked) or next((story for story in stories if opening and story.startswith(opening)), None)
-        if found is not None:
-            ids = [*tokenizer.encode(found, add_special_tokens=False), *end_tokens(tokenizer=tokenizer)]
+        answer = answers.get(asked) or next((story for story in stories if opening and story.startswith(opening)), None)
+        if answer is not None:
+            ids = [*tokenizer.encode(answer, add_special_tokens=False), *end_tokens(tokenizer=tokenizer)]
             yield {**row, "reply_ids": ids[:REPLY_TOKENS]}
 
 

@@ -96,7 +96,7 @@ class Ratio:
         low, high = ratio_interval(numerators, denominators)
         return cls(sum(numerators) / sum(denominators), low, high)
 
-    def told(self, percent: bool = False) -> str:
+    def text(self, percent: bool = False) -> str:
         """Example: 3.89 (3.71 to 4.02), or 75 % (66 to 83)."""
         if percent:
             return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
@@ -110,7 +110,7 @@ class Examination:
         self.problems = problems
         self.target, self.tokenizer = Target.load(TARGET), load_tokenizer(TARGET)
         self.prompts = [self._prompt(problem) for problem in problems]
-        self.replies = [one.token_ids for one in self._decode(Engine(self.target), 0.0)]
+        self.replies = [generation.token_ids for generation in self._decode(Engine(self.target), 0.0)]
 
     def _prompt(self, problem: Problem) -> list[int]:
         chat = [{"role": "user", "content": problem.question}]
@@ -121,12 +121,12 @@ class Examination:
         settings = GenerationSettings(
             MAX_NEW_TOKENS, temperature=temperature, eos_token_ids=self.target.eos_token_ids, seed=1
         )
-        found: list[Generation] = []
+        generations: list[Generation] = []
         for start in range(0, len(self.prompts), 50):
             part = slice(start, start + 50)
             numbers = list(range(len(self.prompts)))[part]
-            found += engine.generate(self.prompts[part], settings, request_ids=numbers)
-        return found
+            generations += engine.generate(self.prompts[part], settings, request_ids=numbers)
+        return generations
 
     def measure(self, drafter: LMDrafter) -> dict[str, Ratio]:
         """Every column of the table.
@@ -134,21 +134,24 @@ class Examination:
         Raises:
             ValueError: a greedy chain does not give the target's own reply.
         """
-        found: dict[str, Ratio] = {}
+        columns: dict[str, Ratio] = {}
         for shape, temperature in SHAPES:
             decoded = self._decode(Engine(self.target, drafter, parse_shape(shape)), temperature)
-            if temperature == 0.0 and [one.token_ids for one in decoded] != self.replies:
+            if temperature == 0.0 and [generation.token_ids for generation in decoded] != self.replies:
                 raise ValueError(f"chains {shape} did not give the target's own replies; the decoder is at fault")
-            found[shape] = Ratio.of([len(one.token_ids) - 1 for one in decoded], [len(one.accepted) for one in decoded])
+            columns[shape] = Ratio.of(
+                [len(generation.token_ids) - 1 for generation in decoded],
+                [len(generation.accepted) for generation in decoded],
+            )
         sums = [self._accepted(drafter, *pair) for pair in zip(self.prompts, self.replies, strict=True)]
-        found["acceptance"] = Ratio.of(sums, [len(reply) for reply in self.replies])
+        columns["acceptance"] = Ratio.of(sums, [len(reply) for reply in self.replies])
         alone = [
-            str(self.tokenizer.decode(one.token_ids, skip_special_tokens=True))
-            for one in self._decode(Engine(drafter.lm), 0.0)
+            str(self.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+            for generation in self._decode(Engine(drafter.lm), 0.0)
         ]
         right = [float(check(*pair).correct) for pair in zip(self.problems, alone, strict=True)]
-        found["right"] = Ratio.of(right, [1.0] * len(right))
-        return found
+        columns["right"] = Ratio.of(right, [1.0] * len(right))
+        return columns
 
     @torch.inference_mode()
     def _accepted(self, drafter: LMDrafter, prompt: list[int], reply: list[int]) -> float:
@@ -201,9 +204,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for row in rows:
-        found: dict[str, Ratio] = row["found"]
-        cells = [found[shape].told() for shape, _ in SHAPES]
-        cells += [found["acceptance"].told(percent=True), found["right"].told(percent=True)]
+        columns: dict[str, Ratio] = row["found"]
+        cells = [columns[shape].text() for shape, _ in SHAPES]
+        cells += [columns["acceptance"].text(percent=True), columns["right"].text(percent=True)]
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append("| " + " | ".join([row["name"], *cells, seconds]) + " |")
     return lines
@@ -250,7 +253,7 @@ def main() -> int:
     ]
     stem = f"{date.today().isoformat()}-draft-lm"
     atomic_write(out / f"{stem}.md", "\n\n".join(page) + "\n")
-    kept = [{**row, "found": {name: asdict(one) for name, one in row["found"].items()}} for row in rows]
+    kept = [{**row, "found": {name: asdict(ratio) for name, ratio in row["found"].items()}} for row in rows]
     atomic_write(
         out / f"{stem}.json",
         json.dumps(

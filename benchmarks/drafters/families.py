@@ -112,7 +112,7 @@ def make_rows(bench: Bench, work: Path, data: Path) -> tuple[Path, Path]:
 def embedded_prompts(bench: Bench, work: Path) -> tuple[list[list[int]], list[list[int]]]:
     """Word problems of the training and of the test split, as token ids under the chat template."""
     tokenizer = load_tokenizer(bench.target)
-    found = []
+    by_split = []
     for split, count in (("train", bench.replies), ("test", bench.prompts)):
         path = work / f"{split}-prompts.jsonl"
         write_prompts(path, split=split, count=count)
@@ -120,8 +120,8 @@ def embedded_prompts(bench: Bench, work: Path) -> tuple[list[list[int]], list[li
             str(tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False))
             for _, row in read_jsonl(path)
         )
-        found.append([tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    return found[0], found[1]
+        by_split.append([tokenizer.encode(text, add_special_tokens=False) for text in texts])
+    return by_split[0], by_split[1]
 
 
 def story_prompts(bench: Bench, data: Path) -> tuple[list[list[int]], list[list[int]]]:
@@ -194,12 +194,12 @@ def train_all(bench: Bench, cache: Path, work: Path, *, steps: int | None, secon
 
 def static_tree(bench: Bench, drafter: Path, replies: Path, work: Path) -> Path:
     """EAGLE's best static tree, from training prompts."""
-    prompts, found = work / "tune-prompts.jsonl", work / "tune" / f"static-{STATIC_NODES}.json"
+    prompts, tree_file = work / "tune-prompts.jsonl", work / "tune" / f"static-{STATIC_NODES}.json"
     rows = (row for number, (_, row) in enumerate(read_jsonl(replies)) if number % 40 == 0)
     write_rows(
         prompts, ({"id": str(i), "source": "train", "prompt_ids": row["prompt_ids"]} for i, row in enumerate(rows))
     )
-    if not found.is_file():
+    if not tree_file.is_file():
         tune(
             bench.target,
             str(drafter),
@@ -211,7 +211,7 @@ def static_tree(bench: Bench, drafter: Path, replies: Path, work: Path) -> Path:
             selection=PromptSelection(limit=24),
             timing=TimingOptions(rounds=5),
         )
-    return found
+    return tree_file
 
 
 def run_target(bench: Bench, options: argparse.Namespace) -> tuple[list[str], Tables]:
@@ -258,8 +258,8 @@ def measured(
         evaluate(
             bench.target, tests, out, drafters, reply=ReplyOptions(max_new_tokens=REPLY_TOKENS), plan=plan, **settings
         )
-    found: list[dict[str, Any]] = json.loads((out / "report.json").read_text())["rows"]
-    return found
+    rows: list[dict[str, Any]] = json.loads((out / "report.json").read_text())["rows"]
+    return rows
 
 
 def page_of(
@@ -297,8 +297,8 @@ def training_table(trained: dict[str, Trained]) -> str:
     """Steps, tokens and rates."""
     lines = ["| drafter | trained parameters | steps | seconds | assistant tokens/s |", "|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {one.parameters:,} | {one.steps:,} | {one.seconds:.0f} | {one.rate:,.0f} |"
-        for name, one in trained.items()
+        f"| {name} | {run.parameters:,} | {run.steps:,} | {run.seconds:.0f} | {run.rate:,.0f} |"
+        for name, run in trained.items()
     ]
     return "\n".join(lines)
 
@@ -361,7 +361,7 @@ def main() -> int:
     page += [
         f"Load average at the start: {os.getloadavg()[0]:.1f} (above 0.5, something else was running: mistrust speeds)."
     ]
-    found: dict[str, Tables] = {}
+    by_target: dict[str, Tables] = {}
     for bench in benches:
         if bench.name not in options.targets:
             continue
@@ -375,23 +375,23 @@ def main() -> int:
         if bench.name != "embedded" and not Path(bench.target).is_dir():
             page.append(f"## {bench.name}\n\nLeft out: {bench.target} is not there; name the data with --data.")
             continue
-        lines, found[bench.name] = run_target(bench, options)
+        lines, by_target[bench.name] = run_target(bench, options)
         page += lines
-        publish(page, found, options)
+        publish(page, by_target, options)
     print(options.out / f"{options.name}.md")
     return 0
 
 
-def publish(page: list[str], found: dict[str, Tables], options: argparse.Namespace) -> None:
+def publish(page: list[str], by_target: dict[str, Tables], options: argparse.Namespace) -> None:
     """Write what there is so far: the page, the rows, the table of docs/results.md."""
     record = provenance.record(provenance.command_line(), {}, {})
     facts = [f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()]
     atomic_write(options.out / f"{options.name}.md", "\n\n".join([*page, "## The machine", "\n".join(facts)]) + "\n")
     report = {key: record[key] for key in ("command", "machine", "versions")}
-    report["rows"] = [row for tables in found.values() for rows in tables.values() for row in rows]
+    report["rows"] = [row for tables in by_target.values() for rows in tables.values() for row in rows]
     for path in (options.out / f"{options.name}.json", options.out / "report.json"):
         atomic_write(path, json.dumps(report, indent=1) + "\n")
-    update_results(options.results, summary(found))
+    update_results(options.results, summary(by_target))
 
 
 def update_results(results: Path, table: str) -> None:

@@ -57,12 +57,12 @@ SCALES = {"small": Scale(64, 12, 64, 80, 40), "full": Scale(480, 60, 128, 900, 3
 def questions(data: Path, kind: str) -> Iterator[str]:
     """What the target is asked, each question once: openings of stories, or sums."""
     if kind == "sums":
-        found = (str(row["question"]).strip() for _, row in read_jsonl(data / "prompts" / "gsm8k_train.jsonl"))
+        texts = (str(row["question"]).strip() for _, row in read_jsonl(data / "prompts" / "gsm8k_train.jsonl"))
     else:
         stories = (data / "text" / "tinystories_valid.txt").read_text(encoding="utf-8").split("<|endoftext|>")
         openings = (" ".join(story.split()[:12]) for story in stories)
-        found = (f"Please tell a story that begins: {opening}" for opening in openings if opening)
-    yield from dict.fromkeys(found)
+        texts = (f"Please tell a story that begins: {opening}" for opening in openings if opening)
+    yield from dict.fromkeys(texts)
 
 
 def answer(options: argparse.Namespace, target: Target, kind: str) -> tuple[Path, list[list[int]]]:
@@ -76,9 +76,9 @@ def answer(options: argparse.Namespace, target: Target, kind: str) -> tuple[Path
     if not rows.is_file() or [row["prompt_ids"] for _, row in read_jsonl(rows)] != own:
         settings = GenerationSettings(scale.reply_tokens, eos_token_ids=target.eos_token_ids)
         replies = [
-            {"id": f"{kind}-{start + place}", "prompt_ids": prompt, "reply_ids": one.token_ids}
+            {"id": f"{kind}-{start + place}", "prompt_ids": prompt, "reply_ids": generation.token_ids}
             for start in range(0, len(own), BATCH)
-            for place, (prompt, one) in enumerate(
+            for place, (prompt, generation) in enumerate(
                 zip(
                     own[start : start + BATCH],
                     Engine(target).generate(own[start : start + BATCH], settings),
@@ -103,19 +103,19 @@ def measure(
     """Every test prompt decoded with a drafter, or plainly."""
     settings = GenerationSettings(SCALES[options.scale].reply_tokens, eos_token_ids=target.eos_token_ids)
     engine = Engine(target, None if folder is None else load_drafter(folder), parse_shape(options.shape))
-    found = []
+    generations = []
     for start in range(0, len(prompts), BATCH):
-        found += engine.generate(prompts[start : start + BATCH], settings)
-    return [Decoded(tuple(one.token_ids), tuple(one.accepted)) for one in found]
+        generations += engine.generate(prompts[start : start + BATCH], settings)
+    return [Decoded(tuple(generation.token_ids), tuple(generation.accepted)) for generation in generations]
 
 
 def figure(decoded: list[Decoded]) -> str:
     """Pooled tokens per step with its 95 % interval over prompts."""
-    cycles = sum(one.cycles for one in decoded)
+    cycles = sum(reply.cycles for reply in decoded)
     interval = tokens_per_step_interval(decoded)
     if not cycles or interval is None:
         return "-"
-    return f"{sum(one.stepped_tokens for one in decoded) / cycles:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+    return f"{sum(reply.stepped_tokens for reply in decoded) / cycles:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def size(folder: Path) -> str:
@@ -133,7 +133,7 @@ def table(
     """
     plain = {kind: measure(options, target, None, prompts) for kind, prompts in test.items()}
     straight = {
-        kind: [not is_looping(one.token_ids, target.eos_token_ids) for one in decoded]
+        kind: [not is_looping(reply.token_ids, target.eos_token_ids) for reply in decoded]
         for kind, decoded in plain.items()
     }
     whole = runs["base"].parameters
@@ -142,19 +142,21 @@ def table(
         "|---" * 7 + "|",
     ]
     lines.append("| none (plain decoding) | | | 1.00 | 1.00 | 1.00 | 1.00 |")
-    told = {"base": "trained on stories", "lora": "adapted to sums, LoRA", "full": "adapted to sums, all weights"}
-    for name, what in told.items():
+    titles = {"base": "trained on stories", "lora": "adapted to sums, LoRA", "full": "adapted to sums, all weights"}
+    for name, what in titles.items():
         folder = options.work / name / "drafter"
         cells = []
         for kind in ("sums", "stories"):
             decoded = measure(options, target, folder, test[kind])
-            if [one.token_ids for one in decoded] != [one.token_ids for one in plain[kind]]:
+            if [reply.token_ids for reply in decoded] != [reply.token_ids for reply in plain[kind]]:
                 raise RuntimeError(f"{name}: a reply to {kind} is not the target's own")
-            kept = [one for one, keep in zip(decoded, straight[kind], strict=True) if keep]
+            kept = [reply for reply, keep in zip(decoded, straight[kind], strict=True) if keep]
             cells += [figure(decoded), figure(kept)]
         share = runs[name].parameters / whole
         lines.append(f"| {what} | {runs[name].parameters:,} ({share:.1%}) | {size(folder)} | {' | '.join(cells)} |")
-    loops = ", ".join(f"{len(one) - sum(one)} of {len(one)} {kind}" for kind, one in straight.items())
+    loops = ", ".join(
+        f"{len(is_straight) - sum(is_straight)} of {len(is_straight)} {kind}" for kind, is_straight in straight.items()
+    )
     return [*lines, "", f"Looping replies: {loops}. Every reply equals that of plain decoding, token for token."]
 
 

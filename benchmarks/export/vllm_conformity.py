@@ -125,7 +125,11 @@ def environment(folder: Path) -> Path:
     if not python.exists():
         venv.create(folder, with_pip=True)
     if subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode != 0:
-        for packages, flags in [(FIRST, []), (NEEDED, []), *((one, ["--no-deps"]) for one in WITHOUT_DEPENDENCIES)]:
+        for packages, flags in [
+            (FIRST, []),
+            (NEEDED, []),
+            *((package, ["--no-deps"]) for package in WITHOUT_DEPENDENCIES),
+        ]:
             subprocess.run([python, "-m", "pip", "install", "--quiet", *flags, *packages], check=True)
     return python
 
@@ -220,10 +224,10 @@ def inside(target: str, folder: str, method: str) -> dict[str, Any]:
         tensors = load_file(Path(folder) / "model.safetensors")
         left_out = beside(Path(folder))
         tensors |= load_file(left_out) if left_out.exists() else {}
-        found = compare(tensors, {name: value.detach() for name, value in model.named_parameters()})
-        found |= formulas(model, tensors, method)
+        differences = compare(tensors, {name: value.detach() for name, value in model.named_parameters()})
+        differences |= formulas(model, tensors, method)
     fields = draft.hf_config
-    return found | {
+    return differences | {
         "class": type(model).__name__,
         "config": type(fields).__name__,
         "layers": getattr(fields, "eagle_aux_hidden_state_layer_ids", None),

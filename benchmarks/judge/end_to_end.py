@@ -120,7 +120,7 @@ def trained(
         "replace_best": "true",  # a stage that was interrupted begins anew
     }
     words = [f"--{key}={value}" for key, value in settings.items()]
-    callbacks = [f"--trainer.callbacks+={json.dumps(one)}" for one in judge_callbacks(root)]
+    callbacks = [f"--trainer.callbacks+={json.dumps(callback)}" for callback in judge_callbacks(root)]
     config = Path(__file__).parents[2] / "configs" / "judge.yaml"
     stages.once(
         f"train-{name}",
@@ -227,7 +227,7 @@ def compare(work: Path, judges: dict[str, Judged], held: Path, options: argparse
     """Every rule on the test problems."""
     paper = judges[f"checker-{PAPER_SIZE}"].folder
     rules = ["lossless", *RIVALS]
-    rules += [f"judge {name}=judge:{one.folder}" for name, one in judges.items()]
+    rules += [f"judge {name}=judge:{judge.folder}" for name, judge in judges.items()]
     rules += [f"judge checker-{PAPER_SIZE}=judge:{paper}@{threshold}" for threshold in THRESHOLDS]
     rules += [f"judge mined=judge:{judges['mined'].folder}@{THRESHOLDS[0]}"]
     evaluate_rules(
@@ -250,15 +250,15 @@ def first_errors(work: Path, judge: Path) -> None:
     rows = [row for _, row in read_jsonl(work / "test.jsonl")]
     samples = read_samples(work / "test.jsonl", tokenizer)
     settings = GenerationSettings(200, eos_token_ids=target.eos_token_ids)
-    found = {}
+    by_judge = {}
     for name, rule in (("lossless", "lossless"), ("judge", f"judge:{judge}"), ("judge, strict", f"judge:{judge}@0.99")):
         engine, counts = Engine(target, drafter, parse_shape(SHAPE), rule=parse_rule(rule)[1]), Counter[str]()
         for start in range(0, len(rows), 50):
             replies = engine.generate([list(sample.prompt_ids) for sample in samples[start : start + 50]], settings)
             for row, reply in zip(rows[start : start + 50], replies, strict=True):
                 counts[who_erred(row, reply, tokenizer)] += 1
-        found[name] = counts
-    atomic_write(work / "first-errors.json", json.dumps(found))
+        by_judge[name] = counts
+    atomic_write(work / "first-errors.json", json.dumps(by_judge))
 
 
 def who_erred(row: dict[str, Any], reply: Generation, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -276,7 +276,7 @@ def who_erred(row: dict[str, Any], reply: Generation, tokenizer: PreTrainedToken
 
 def question_of(row: dict[str, Any]) -> str:
     """The user's words."""
-    return str(next(one["content"] for one in row["messages"] if one["role"] == "user"))
+    return str(next(message["content"] for message in row["messages"] if message["role"] == "user"))
 
 
 def errors_table(work: Path) -> str:
@@ -454,7 +454,9 @@ def publish(stages: Stages, judges: dict[str, Judged], human: Judged | None, opt
 def judges_table(judges: dict[str, Judged]) -> str:
     """How well each tells held-out tokens apart."""
     lines = ["| judge | questions | AUC on held-out questions | threshold |", "|---|---|---|---|"]
-    lines += [f"| {name} | {one.questions} | {one.auc:.3f} | {one.threshold:.3f} |" for name, one in judges.items()]
+    lines += [
+        f"| {name} | {judge.questions} | {judge.auc:.3f} | {judge.threshold:.3f} |" for name, judge in judges.items()
+    ]
     return "\n".join(lines)
 
 

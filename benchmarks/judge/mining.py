@@ -51,20 +51,20 @@ class Bench:
         """Measures one way of mining and prints its row."""
         before = [(watch.forwards, watch.tokens) for watch in self.watches]
         started = time.process_time()
-        found = sorted(mine(), key=lambda mined: mined.id)
+        rows = sorted(mine(), key=lambda mined: mined.id)
         seconds = time.process_time() - started
         spent = [
             (watch.forwards - forwards, watch.tokens - tokens)
             for watch, (forwards, tokens) in zip(self.watches, before, strict=True)
         ]
-        labels = [swap.label for mined in found for swap in mined.swaps]
-        same = "" if baseline is None else f"{agreeing(found, baseline)} of {len(found)}"
+        labels = [swap.label for mined in rows for swap in mined.swaps]
+        same = "" if baseline is None else f"{agreeing(rows, baseline)} of {len(rows)}"
         print(
             f"| {name} | {len(labels)} ({labels.count(0)}) | {spent[0][0] / len(labels):.2f} | {spent[0][1] / len(labels):.0f} "
             f"| {spent[1][0] / len(labels):.2f} | {seconds / len(labels):.3f} | {same} |",
             flush=True,
         )
-        return found
+        return rows
 
     def mining(self, batch_rows: int = 1, **settings: Any) -> Callable[[], list[Mined]]:
         """Our mining, with these settings."""
@@ -76,11 +76,11 @@ class Bench:
         return [mine_plain(self.target, self.draft, question, Rules(**self.rules)) for question in self.questions]
 
 
-def agreeing(found: list[Mined], baseline: list[Mined]) -> int:
+def agreeing(rows: list[Mined], baseline: list[Mined]) -> int:
     """Questions with the same swaps and the same final reply."""
     return sum(
         (ours.swaps, ours.reply_ids) == (theirs.swaps, theirs.reply_ids)
-        for ours, theirs in zip(found, baseline, strict=True)
+        for ours, theirs in zip(rows, baseline, strict=True)
     )
 
 

@@ -47,7 +47,7 @@ def pair_rows(families: tuple[str, ...], target: str, rows: Path, work: Path, sc
     """Rates of two processes over that of one; for training also the ladder between, and a larger batch."""
     jobs = [(kind, 0, ("one", "apart")) for kind in LONE]
     jobs += [(family, 512, LADDER) for family in families] + [(family, 2048, LADDER) for family in families]
-    found = []
+    measured = []
     for kind, tokens, rungs in jobs:
         ratios: dict[str, list[float]] = {rung: [] for rung in rungs}
         for _ in range(max(1, round(3 * scale))):
@@ -55,7 +55,7 @@ def pair_rows(families: tuple[str, ...], target: str, rows: Path, work: Path, sc
             rates |= _rates(kind, rungs[1:], tokens, target, rows, work, 10 * scale)
             for rung, rate in rates.items():
                 ratios[rung].append(rate / rates["one"])
-        found.append(
+        measured.append(
             {
                 "table": "two processes",
                 "kind": kind,
@@ -65,8 +65,8 @@ def pair_rows(families: tuple[str, ...], target: str, rows: Path, work: Path, sc
                 "ratios": ratios[rungs[-1]],
             }
         )
-        print(json.dumps(found[-1]), flush=True)
-    return found
+        print(json.dumps(measured[-1]), flush=True)
+    return measured
 
 
 def _rates(
@@ -88,13 +88,13 @@ def _rates(
     command = [sys.executable, *launcher, *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
-    found = dict.fromkeys(rungs, 0.0)
+    rates = dict.fromkeys(rungs, 0.0)
     lines = [line.split("\t") for line in done.stdout.splitlines() if line.startswith("rate\t")]
     if done.returncode or len(lines) < len(rungs):
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     for _, rung, rate in lines:
-        found[rung] += float(rate)
-    return found
+        rates[rung] += float(rate)
+    return rates
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -121,7 +121,7 @@ def lone_rate(options: argparse.Namespace) -> float:
         samples = list(Corpus(options.rows, lambda: ChatTemplate(tokenizer), None, target.max_positions or 4096))
         own = samples[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])][:20]
         identity = HiddenStateCache(options.work / "cache", check="off").manifest.identity
-        size, job = float(sum(len(one.input_ids) for one in own)), lambda: features(target, own, identity)
+        size, job = float(sum(len(sample.input_ids) for sample in own)), lambda: features(target, own, identity)
     job()
     torch.distributed.barrier()
     started, count = time.perf_counter(), 0

@@ -56,7 +56,10 @@ class Product:
     @property
     def flops(self) -> float:
         """Operations; attention counts half of the square where it is causal."""
-        packet, shapes = self.call.overloadpacket, [one.shape for one in self.arguments if isinstance(one, Like)]
+        packet, shapes = (
+            self.call.overloadpacket,
+            [argument.shape for argument in self.arguments if isinstance(argument, Like)],
+        )
         if packet in PLAIN:
             left, right = shapes[PLAIN[packet]], shapes[PLAIN[packet] + 1]
             return 2.0 * torch.Size(left).numel() * right[-1]
@@ -96,8 +99,12 @@ class Replay:
     def __init__(self, products: list[Product]) -> None:
         self._made: dict[Like, Tensor] = {}
         self._calls = [
-            (one.call, [self._real(value) for value in one.arguments], {n: self._real(v) for n, v in one.options})
-            for one in products
+            (
+                product.call,
+                [self._real(value) for value in product.arguments],
+                {n: self._real(v) for n, v in product.options},
+            )
+            for product in products
         ]
 
     @torch.no_grad()

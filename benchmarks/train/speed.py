@@ -110,38 +110,41 @@ def clocked(
 
 def train_rows(target: str, cache: Path, rows: Path, num_rounds: int) -> list[dict[str, Any]]:
     """Speed of every family and of the judge, from cache."""
-    found = []
+    measured = []
     for family in FAMILIES:
         recipe = RECIPES[family]
         module = DraftModule(target, recipe.family(**recipe.options), **recipe.module, metrics_every=10)
         data = CacheDataModule(cache, val_fraction=0.01, tokens_per_batch=recipe.tokens_per_batch, check="lazy")
         rounds = clocked(module, data, lambda batch: batch.num_labelled, 8 + 5 * num_rounds)
-        found.append(speed_row(family, "assistant tokens", rounds))
-        print(json.dumps(found[-1]), flush=True)
+        measured.append(speed_row(family, "assistant tokens", rounds))
+        print(json.dumps(measured[-1]), flush=True)
     judge = JudgeModule(target, tolerance=0.0, num_replicates=2)
     rounds = clocked(judge, JudgeDataModule(cache, rows, check="lazy"), len, 1 + 2 * num_rounds, timed=1, warm=1)
-    found.append(speed_row("judge", "labelled tokens, 10 iterations of L-BFGS over 6 penalties", rounds))
-    print(json.dumps(found[-1]), flush=True)
-    return found
+    measured.append(speed_row("judge", "labelled tokens, 10 iterations of L-BFGS over 6 penalties", rounds))
+    print(json.dumps(measured[-1]), flush=True)
+    return measured
 
 
 def speed_row(name: str, unit: str, rounds: list[Round]) -> dict[str, Any]:
     """Medians over rounds."""
     shares = {
-        phase: statistics.median(one.phases.get(phase, 0.0) / one.real for one in rounds)
+        phase: statistics.median(measured.phases.get(phase, 0.0) / measured.real for measured in rounds)
         for phase in ("loading", "to device", "forward", "backward")
     }
     return {
         "table": "training",
         "drafter": name,
         "unit": unit,
-        "tokens_per_second": 1.0 / statistics.median(one.real for one in rounds),
-        "bare_share": statistics.median(one.bare / one.real for one in rounds),
-        "bare_share_range": [min(one.bare / one.real for one in rounds), max(one.bare / one.real for one in rounds)],
+        "tokens_per_second": 1.0 / statistics.median(measured.real for measured in rounds),
+        "bare_share": statistics.median(measured.bare / measured.real for measured in rounds),
+        "bare_share_range": [
+            min(measured.bare / measured.real for measured in rounds),
+            max(measured.bare / measured.real for measured in rounds),
+        ],
         **{f"share_{phase}": share for phase, share in shares.items()},
         "share_rest": 1.0 - sum(shares.values()),
-        "flops_per_token": statistics.median(one.flops for one in rounds),
-        "bare_gflops_per_second": statistics.median(one.flops / one.bare for one in rounds) / 1e9,
+        "flops_per_token": statistics.median(measured.flops for measured in rounds),
+        "bare_gflops_per_second": statistics.median(measured.flops / measured.bare for measured in rounds) / 1e9,
         "rounds": len(rounds),
     }
 
@@ -170,7 +173,7 @@ def extraction_row(target_name: str, rows: Path, options: argparse.Namespace) ->
 
 def memory_rows(scale: float) -> list[dict[str, Any]]:
     """Peak memory of one forward and backward above that of the loaded weights, each in a process of its own."""
-    found = []
+    rows = []
     lengths = LENGTHS if scale >= 0.5 else LENGTHS[:2]
     for family in FAMILIES:
         for vocabulary in VOCABULARIES:
@@ -186,9 +189,9 @@ def memory_rows(scale: float) -> list[dict[str, Any]]:
                 ]
                 done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
                 row = {"table": "memory", "drafter": family, "vocabulary": vocabulary, "tokens": length}
-                found.append(row | {"peak_mib": float(done.stdout.split()[-1])})
-                print(json.dumps(found[-1]), flush=True)
-    return found
+                rows.append(row | {"peak_mib": float(done.stdout.split()[-1])})
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def memory_of(family: str, vocabulary: int, length: int) -> float:
@@ -247,12 +250,12 @@ def model_rows(speeds: list[dict[str, Any]], target: str, cache: Path) -> list[d
     square = Replay(recorder.products)
     square.run()
     rate = recorder.flops / statistics.median(square.run() for _ in range(9))
-    found = []
+    rows = []
     for row in speeds:
         if row.get("table") != "training" or row["drafter"] not in PLANS:
             continue
         predicted = PLANS[row["drafter"]].step_flops(shape, length, share) / share
-        found.append(
+        rows.append(
             {
                 "table": "cost model",
                 "drafter": row["drafter"],
@@ -261,8 +264,8 @@ def model_rows(speeds: list[dict[str, Any]], target: str, cache: Path) -> list[d
                 "square_gflops_per_second": rate / 1e9,
             }
         )
-        print(json.dumps(found[-1]), flush=True)
-    return found
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def bills() -> list[dict[str, Any]]:
@@ -273,7 +276,7 @@ def bills() -> list[dict[str, Any]]:
         "eagle": PLANS["eagle"],
         "eagle3": DrafterPlan("eagle3", 7, 32000),
     }
-    found = []
+    rows = []
     for target in (LLAMA_3_8B, LLAMA_3_70B):
         for name, plan in plans.items():
             for way, settings in {
@@ -281,9 +284,9 @@ def bills() -> list[dict[str, Any]]:
                 "8-bit cache": {"item_bytes": 1},
                 "online": {"online": True},
             }.items():
-                one = bill(target, plan, cluster, tokens=1e8, epochs=2, length=2048, labelled_share=0.6, **settings)
-                found.append({"table": "paper", "target": target.name, "drafter": name, "way": way, **asdict(one)})
-    return found
+                cost = bill(target, plan, cluster, tokens=1e8, epochs=2, length=2048, labelled_share=0.6, **settings)
+                rows.append({"table": "paper", "target": target.name, "drafter": name, "way": way, **asdict(cost)})
+    return rows
 
 
 def page(record: dict[str, Any], rows: list[dict[str, Any]], load: float) -> str:
@@ -387,8 +390,8 @@ def once(path: Path, job: Callable[[], list[dict[str, Any]]]) -> list[dict[str, 
     """The rows of a part, measured unless an earlier run has."""
     if not path.is_file():
         atomic_write(path, json.dumps(job()))
-    found: list[dict[str, Any]] = json.loads(path.read_text())
-    return found
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return rows
 
 
 def _options() -> argparse.Namespace:
