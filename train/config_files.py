@@ -2,7 +2,7 @@
 
 It lies beside the file, or is one that ships with draftsmith.
 
-Owns: the order in which configuration files are read. Does not know: what the files hold.
+Owns: the order in which configuration files are read, and the earlier names of those that ship. Does not know: what the files hold.
 """
 
 from __future__ import annotations
@@ -12,8 +12,21 @@ from importlib.resources import files
 from pathlib import Path
 
 import yaml
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 KEY = "base"
+MOVED = {
+    "embedded_draft_house.yaml": "embedded/draft_house.yaml",
+    "embedded_draft_wordings.yaml": "embedded/draft_wordings.yaml",
+    "embedded_target_house.yaml": "embedded/target_house.yaml",
+    "embedded_target_wordings.yaml": "embedded/target_wordings.yaml",
+    "engine_ddp.yaml": "engines/ddp.yaml",
+    "engine_fsdp2.yaml": "engines/fsdp2.yaml",
+    "engine_one.yaml": "engines/one.yaml",
+    "engine_zero2.yaml": "engines/zero2.yaml",
+    "engine_zero3.yaml": "engines/zero3.yaml",
+}
+"""Earlier names of shipped configurations, which keep working: each with its path today in the folder `configs`."""
 _OPTIONS = ("--config", "-c")
 
 
@@ -34,7 +47,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
         if option not in _OPTIONS or not (equals or waiting):
             expanded.append(word)
             continue
-        value = value if equals else waiting.pop(0)
+        value = _by_todays_name(value if equals else waiting.pop(0))
         for file in _bases(Path(value), ()):
             if file.resolve() not in read:
                 expanded.append(f"--config={file}")
@@ -43,14 +56,31 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
+def _by_todays_name(value: str) -> str:
+    """The value as it is. For the earlier name of a shipped file, where no such file is: its path today, with a line that says so."""
+    file = Path(value)
+    name = MOVED.get(file.name)
+    if name is None or file.is_file():
+        return value
+    beside = file.parent / name
+    today = beside if beside.is_file() else _shipped(name)
+    rank_zero_info(f"{file} is now {today}")
+    return str(today)
+
+
+def _shipped(name: str) -> Path:
+    """Where a configuration of draftsmith's would lie."""
+    return Path(str(files("draftsmith.configs"))) / name
+
+
 def _bases(file: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     """The files to read before this one, the first first."""
     name = _base_of(file)
     if name is None:
         return
-    base = file.parent / name
-    if not base.is_file() and name == Path(name).name:
-        base = Path(str(files("draftsmith.configs"))) / name
+    base = Path(_by_todays_name(str(file.parent / name)))
+    if not base.is_file() and ".." not in Path(name).parts:
+        base = _shipped(name)
     if not base.is_file():
         raise ValueError(
             f"{file}: base is {name!r}, which is neither a file beside this one nor one of draftsmith's configurations; name one of these"

@@ -166,7 +166,7 @@ def train_rate(options: argparse.Namespace, rung: str) -> float:
     strategy: Any = SingleDeviceStrategy(torch.device("cpu"))
     if linked:
         hook = noop_hook if rung == "in step" else None
-        strategy = DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)  # as in configs/engine_ddp.yaml
+        strategy = DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)  # as in configs/engines/ddp.yaml
     recipe, clock = RECIPES[options.kind], Rate(options.seconds, linked)
     trainer = pl.Trainer(
         accelerator="cpu",

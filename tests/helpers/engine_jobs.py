@@ -93,7 +93,7 @@ def strategy(engine: str, on_gpu: bool) -> Strategy | str:
     if engine == "one":
         return "auto"
     if engine == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True)  # as in configs/engine_ddp.yaml
+        return DDPStrategy(gradient_as_bucket_view=True)  # as in configs/engines/ddp.yaml
     if engine == "fsdp2":
         return FullyShard()
     kind: type[Zero] = Zero

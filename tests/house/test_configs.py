@@ -11,7 +11,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 # Fragments are no runs by themselves: tests/train/run/test_engine_presets.py parses each with each drafter. Nor is the base.
-RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("engine_") and path.stem != "base"]
+RUNS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "engines" and path.stem != "base"]
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda path: path.stem)
@@ -22,7 +22,9 @@ def test_every_shipped_configuration_parses(config: Path, capsys: pytest.Capture
     assert "class_path:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config", [path for path in RUNS if "embedded_" not in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", [path for path in RUNS if path.parent.name != "embedded"], ids=lambda path: path.stem
+)
 def test_the_runs_folder_is_typed_once(config: Path) -> None:
     text = config.read_text(encoding="utf-8")
     assert len(re.findall(r"^  default_root_dir: ", text, re.MULTILINE)) == 1

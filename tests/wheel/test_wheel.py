@@ -48,9 +48,16 @@ def test_every_command_comes_with_the_wheel(name: tuple[str, ...]) -> None:
 
 
 def test_the_configs_are_those_of_the_checkout() -> None:
-    shipped = {entry.name for entry in importlib.resources.files("draftsmith.configs").iterdir()}
-    assert {path.name for path in (CHECKOUT / "configs").glob("*.yaml")} <= shipped
-    assert "quickstart.yaml" in shipped
+    shipped = {path.relative_to(PACKAGE_CONFIGS).as_posix() for path in PACKAGE_CONFIGS.rglob("*.yaml")}
+    folder = CHECKOUT / "configs"
+    assert shipped == {path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")}
+    assert {"quickstart.yaml", "engines/ddp.yaml"} <= shipped
+
+
+def test_an_earlier_name_of_a_configuration_is_found_away_from_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("base: redrafter.yaml\n", encoding="utf-8")
+    words = ["--config", "run.yaml", "--config", "configs/engine_ddp.yaml", "--print_config"]
+    assert "DDPStrategy" in draftsmith_command("train", "fit", *words, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("path", ["draftsmith.train.DraftModule", "draftsmith.train.draft_module.DraftModule"])

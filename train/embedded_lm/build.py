@@ -4,7 +4,7 @@ directories.
     python -m draftsmith.train.embedded_lm.build            # all of it, over an hour on two cores
     python -m draftsmith.train.embedded_lm.build --model draft_lm
 
-Owns the order of the phases and the export. The phases themselves are configs/embedded_*.yaml. A phase whose
+Owns the order of the phases and the export. The phases themselves are configs/embedded/*.yaml. A phase whose
 directory is already under ``work`` is not run again.
 """
 
@@ -28,7 +28,7 @@ from draftsmith.train.embedded_lm.data import Mixture, conversations
 from draftsmith.train.embedded_lm.module import LmModule
 
 ModelName = Literal["target", "draft_lm"]
-_CONFIG_STEMS: dict[ModelName, str] = {"target": "embedded_target", "draft_lm": "embedded_draft"}
+_CONFIG_STEMS: dict[ModelName, str] = {"target": "target", "draft_lm": "draft"}
 _TOKENIZER_TEXTS = 20_000
 _MAX_NEW_TOKENS = 160
 STAGE = "draftsmith embedded build"
@@ -90,14 +90,14 @@ def _build_tokenizer(directory: Path, seed: int) -> Path:
 
 
 def _run_phase(config: str, work: Path, tokenizer: Path, init_from: Path | None, seed: int) -> Path:
-    """Runs one config under Lightning's CLI and keeps its weights in ``work/config``."""
-    directory = work / config
+    """Runs one config under Lightning's CLI and keeps its weights in ``work/embedded_CONFIG``."""
+    directory = work / f"embedded_{config}"
     if directory.is_dir():
         print(f"{directory} is there; phase not run again")
         return directory
     arguments = [
         "fit",
-        f"--config={Path(configs.__file__).parent / (config + '.yaml')}",
+        f"--config={Path(configs.__file__).parent / 'embedded' / (config + '.yaml')}",
         f"--seed_everything={seed}",
         f"--model.init_args.tokenizer={tokenizer}",
         f"--data.init_args.tokenizer={tokenizer}",

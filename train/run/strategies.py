@@ -56,7 +56,7 @@ def refuse_other_engines(strategy: Strategy) -> None:
         ours = "zero2" if isinstance(strategy, DeepSpeedStrategy) else "fsdp2"
         raise ValueError(
             f"trainer.strategy is {type(strategy).__name__}, which leaves weights and checkpoints in shares; take the engine of "
-            f"configs/engine_{ours}.yaml"
+            f"configs/engines/{ours}.yaml"
         )
 
 
@@ -71,5 +71,5 @@ def refuse_dividing(strategy: Strategy, what: str, reason: str) -> None:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
             f"trainer.strategy is {type(strategy).__name__}, which may keep {what} in pieces, and {reason}; use one device or ddp "
-            "(configs/engine_ddp.yaml)"
+            "(configs/engines/ddp.yaml)"
         )

@@ -66,7 +66,7 @@ class Sharded(Strategy):
         if not getattr(module, "may_be_divided", False):
             raise ValueError(
                 f"{type(module).__name__} is trained whole, and {type(self).__name__} would divide it among processes; use "
-                "configs/engine_ddp.yaml, or one device"
+                "configs/engines/ddp.yaml, or one device"
             )
         chosen = self.precision_plugin.precision
         if chosen not in PRECISIONS:

@@ -76,7 +76,7 @@ class Zero(Sharded, DeepSpeedStrategy):
         if not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
                 f"ZeRO trains on CUDA devices, this run's accelerator is {type(self.accelerator).__name__}; set trainer.accelerator "
-                "to gpu, or take configs/engine_fsdp2.yaml"
+                "to gpu, or take configs/engines/fsdp2.yaml"
             )
         self.refuse()
         super().setup_environment()

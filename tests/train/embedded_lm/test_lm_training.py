@@ -16,7 +16,7 @@ from draftsmith.train.embedded_lm.build import export_lm
 from draftsmith.train.embedded_lm.data import LmBatches, LmDataModule, Mixture, assistant_mask, conversations
 from draftsmith.train.embedded_lm.module import LmModule
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("embedded_*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "embedded").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

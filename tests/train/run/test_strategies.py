@@ -333,7 +333,7 @@ def test_settings_of_zero_out_of_range_are_refused(settings: dict[str, Any]) -> 
 def test_zero_without_a_gpu_names_what_to_take() -> None:
     engine = Zero()
     engine.accelerator = CPUAccelerator()
-    with pytest.raises(ValueError, match=r"engine_fsdp2\.yaml"):
+    with pytest.raises(ValueError, match=r"engines/fsdp2\.yaml"):
         engine.setup_environment()
 
 
@@ -342,7 +342,7 @@ def test_zero_without_a_gpu_names_what_to_take() -> None:
 def test_a_module_that_stays_whole_is_sent_to_ddp(engine: FullyShard | Zero, module: pl.LightningModule) -> None:
     engine.accelerator = CUDAAccelerator()
     engine.connect(module)
-    with pytest.raises(ValueError, match=rf"{type(module).__name__} is trained whole.*engine_ddp\.yaml"):
+    with pytest.raises(ValueError, match=rf"{type(module).__name__} is trained whole.*engines/ddp\.yaml"):
         engine.setup_environment()
 
 
@@ -385,7 +385,7 @@ def test_only_the_first_process_copies_the_average_for_a_checkpoint(
 
 
 def test_lightnings_own_sharding_is_refused_with_the_preset_to_take() -> None:
-    with pytest.raises(ValueError, match=r"engine_fsdp2\.yaml"):
+    with pytest.raises(ValueError, match=r"engines/fsdp2\.yaml"):
         refuse_other_engines(ModelParallelStrategy())
     refuse_other_engines(DDPStrategy())
 
