@@ -88,10 +88,10 @@ def reply(
     ]
     batch = words(prompts, return_tensors="pt", padding=True, padding_side="left")
     with torch.inference_mode():
-        output_BT = lm.generate(  # type: ignore[misc, operator, unused-ignore]
+        output = lm.generate(  # type: ignore[misc, operator, unused-ignore]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=160
         )
-    continued = words.batch_decode(output_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    continued = words.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [beginning + rest for beginning, rest in zip(beginnings, continued, strict=True)]
 
 

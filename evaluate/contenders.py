@@ -1,6 +1,8 @@
 """Who decodes: this project's engine, plainly or with a drafter, and `transformers.generate` on the very same modules.
 
 Owns how each is called so that all are given the same work. Does not know of clocks, orders or reports.
+
+Shape legend: B batch rows, T tokens.
 """
 
 from collections.abc import Iterator, Sequence

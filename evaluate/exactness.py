@@ -62,8 +62,8 @@ def with_gaps(
         if difference.plain_token is not None and difference.contender_token is not None:
             number = numbers[difference.prompt_id]
             ids = [*samples[number].prompt_ids, *plain[number][0][: difference.position]]
-            read_B = torch.tensor([len(samples[number].prompt_ids)], device=target.device)
-            normed = target.prefix(torch.tensor([ids], device=target.device), read=read_B).normed[0, -1]
+            prompt_lengths = torch.tensor([len(samples[number].prompt_ids)], device=target.device)
+            normed = target.prefix(torch.tensor([ids], device=target.device), read=prompt_lengths).normed[0, -1]
             logits = target.logits(normed).float()
             difference = replace(
                 difference, gap=float(logits[difference.plain_token] - logits[difference.contender_token])

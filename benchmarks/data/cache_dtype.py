@@ -127,12 +127,12 @@ def states_line(target: Target, caches: dict[str, Path]) -> str:
     pair = [HiddenStateCache(caches[dtype]) for dtype in DTYPES]
     with torch.no_grad():
         for wide, narrow in zip(*pair, strict=True):
-            wide_TD, narrow_TD = wide.hidden[PRE_NORM].float(), narrow.hidden[PRE_NORM].float()
-            errors.append((narrow_TD - wide_TD).norm(dim=-1) / wide_TD.norm(dim=-1))
-            wide_T, narrow_T = (
-                target.ends.logits(target.ends.final_norm(states_TD)).argmax(-1) for states_TD in (wide_TD, narrow_TD)
+            wide_states, narrow_states = wide.hidden[PRE_NORM].float(), narrow.hidden[PRE_NORM].float()
+            errors.append((narrow_states - wide_states).norm(dim=-1) / wide_states.norm(dim=-1))
+            wide_tokens, narrow_tokens = (
+                target.ends.logits(target.ends.final_norm(states)).argmax(-1) for states in (wide_states, narrow_states)
             )
-            same.append(wide_T == narrow_T)
+            same.append(wide_tokens == narrow_tokens)
     sizes = [sum(shard.num_bytes for shard in cache.manifest.shards) / cache.manifest.num_tokens for cache in pair]
     return (
         f"Bytes a token: {sizes[0]:.1f} as bfloat16, {sizes[1]:.1f} as float8_e4m3. A state of eight bits lies "

@@ -8,6 +8,8 @@ follows the exact chance, over all noise, that the draws differ; no noise is sam
 a million. Beside it stands how many replies did differ. Both draws are timed in turns on random logits.
 
 Random targets have a tiny trunk and a head as large as the vocabulary.
+
+Shape legend: B batch rows, N tree nodes, P positions that nodes compete for, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,28 +61,28 @@ def cumulative_draw(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Te
 DRAWS: dict[str, Draw] = {"noise by token": draw_at, "cumulative sums": cumulative_draw}
 
 
-def changed_by_token(one_V: Tensor, other_V: Tensor) -> float:
+def changed_by_token(first_V: Tensor, second_V: Tensor) -> float:
     """The chance that noise by token draws two tokens from two rows of logits.
 
     Both draw k with probability 1 / sum_j max(p_j / p_k, q_j / q_k). With q = p exp(d) that is p_k / (1 + S_k), where S_k is the sum of
     p_j (exp(d_j - d_k) - 1) over the tokens j whose d is above d_k.
     """
-    log_p, log_q = one_V.double().log_softmax(-1), other_V.double().log_softmax(-1)
-    shift, order = (log_q - log_p).sort(descending=True)
-    p = log_p.exp()[order]
+    log_p_V, log_q_V = first_V.double().log_softmax(-1), second_V.double().log_softmax(-1)
+    shift_V, order_V = (log_q_V - log_p_V).sort(descending=True)
+    p_V = log_p_V.exp()[order_V]
     # sum over j before k of p_j exp(d_j - d_k) - p_j; equal shifts add nothing either way.
-    above = (p * shift.expm1()).cumsum(-1) - shift.expm1() * p.cumsum(-1)
-    excess = (above * (-shift).exp()).clamp(min=0.0)
-    return float((p * excess / (1.0 + excess)).sum())
+    above_V = (p_V * shift_V.expm1()).cumsum(-1) - shift_V.expm1() * p_V.cumsum(-1)
+    excess_V = (above_V * (-shift_V).exp()).clamp(min=0.0)
+    return float((p_V * excess_V / (1.0 + excess_V)).sum())
 
 
-def changed_by_sums(one_V: Tensor, other_V: Tensor) -> float:
+def changed_by_sums(first_V: Tensor, second_V: Tensor) -> float:
     """The chance that one uniform falls into different tokens' shares: what the shares in the order of the vocabulary do not overlap."""
-    ends = [logits.softmax(-1).cumsum(-1, dtype=torch.float64) for logits in (one_V, other_V)]
-    p_ends, q_ends = (sums / sums[-1] for sums in ends)
-    zero = torch.zeros_like(p_ends[:1])
-    starts = torch.maximum(torch.cat([zero, p_ends[:-1]]), torch.cat([zero, q_ends[:-1]]))
-    return float(1.0 - (torch.minimum(p_ends, q_ends) - starts).clamp(min=0.0).sum())
+    ends = [logits_V.softmax(-1).cumsum(-1, dtype=torch.float64) for logits_V in (first_V, second_V)]
+    p_ends_V, q_ends_V = (sums_V / sums_V[-1] for sums_V in ends)
+    zero_1 = torch.zeros_like(p_ends_V[:1])
+    starts_V = torch.maximum(torch.cat([zero_1, p_ends_V[:-1]]), torch.cat([zero_1, q_ends_V[:-1]]))
+    return float(1.0 - (torch.minimum(p_ends_V, q_ends_V) - starts_V).clamp(min=0.0).sum())
 
 
 class Recording(Engine):
@@ -198,13 +200,13 @@ def milliseconds(rounds: int) -> Iterator[tuple[int, int, dict[str, float]]]:
     """Vocabulary, nodes, and the fastest time of each draw, taken in turns: one node, and a tree of 32 nodes of depth 5."""
     for vocab_size, num_nodes in itertools.product((2**11, 2**15, 2**17), (1, 32)):
         places = min(num_nodes, 6)
-        logits = torch.randn(1, num_nodes, vocab_size) * 3
-        keys, place = keys_at(torch.tensor([[7]]), torch.arange(places)), torch.arange(num_nodes)[None] % places
+        logits_BNV = torch.randn(1, num_nodes, vocab_size) * 3
+        keys_BP, place_BN = keys_at(torch.tensor([[7]]), torch.arange(places)), torch.arange(num_nodes)[None] % places
         times: dict[str, list[float]] = {name: [] for name in DRAWS}
         for _ in range(rounds + 1):
             for name, draw in DRAWS.items():
                 start = time.perf_counter()
-                draw(logits, keys, place)
+                draw(logits_BNV, keys_BP, place_BN)
                 times[name].append(1000 * (time.perf_counter() - start))
         yield vocab_size, num_nodes, {name: min(own[1:]) for name, own in times.items()}
 

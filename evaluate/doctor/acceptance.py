@@ -52,9 +52,9 @@ def promised(case: Case, samples: Sequence[CachedSample], num_steps: int) -> flo
     for sample in samples:
         batch = pack([sample], drafter.features).to(case.ends.device)
         rollout = data_rollout(batch, num_steps)
-        correct = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
+        correct_AK = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
         # The first anchor's root comes with the prefill; the last has nothing left to predict.
-        emitted, steps = replay(correct[:-1])
+        emitted, steps = replay(correct_AK[:-1])
         tokens, cycles = tokens + emitted, cycles + steps
     return tokens / cycles if cycles else 0.0
 

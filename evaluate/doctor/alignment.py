@@ -2,7 +2,7 @@
 
 Owns the check `shifts` and the accuracy of every draft step. Does not know decoding.
 
-Shape legend: T packed tokens, A anchors, E head inputs, Vd draft vocabulary.
+Shape legend: T packed tokens, A anchors, K draft steps, E head inputs, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def guesses(drafter: Drafter, batch: PackedBatch, rollout: Rollout) -> Tensor:
         return rollout.targets
     inputs = drafter.teacher_forced(batch, rollout)
     steps = [
-        torch.cat([drafter.logits(part, step).argmax(-1) for part in inputs_AE.split(_ROWS)])
+        torch.cat([drafter.logits(part_AE, step).argmax(-1) for part_AE in inputs_AE.split(_ROWS)])
         for step, inputs_AE in enumerate(inputs)
     ]
     return drafter.to_target_ids(torch.stack(steps, dim=1))
@@ -74,14 +74,14 @@ def check_shifts(case: Case) -> Finding:
         rollout = data_rollout(batch, 1)
         last = len(batch.input_ids) - 1
         # Positions that exist whichever way things are moved, so that all shares are of the same predictions.
-        kept = rollout.valid[:, 0] & (rollout.anchors >= 1) & (rollout.anchors + 3 <= last)
-        total += int(kept.sum())
+        kept_A = rollout.valid[:, 0] & (rollout.anchors >= 1) & (rollout.anchors + 3 <= last)
+        total += int(kept_A.sum())
         for shift in _SHIFTS:
-            of_states = guesses(drafter, shift_states(batch, shift), rollout)[:, 0]
-            hits["states", shift] += int((of_states == rollout.targets[:, 0])[kept].sum())
+            first_A = guesses(drafter, shift_states(batch, shift), rollout)[:, 0]
+            hits["states", shift] += int((first_A == rollout.targets[:, 0])[kept_A].sum())
             if shift == 0:
                 for moved in _SHIFTS:
-                    hits["labels", moved] += int((of_states == shift_labels(batch, rollout, moved))[kept].sum())
+                    hits["labels", moved] += int((first_A == shift_labels(batch, rollout, moved))[kept_A].sum())
     if total < _ENOUGH:
         raise NotChecked(f"the samples hold {total} predictions only: raise --samples")
     shares = {key: count / total for key, count in hits.items()}
@@ -126,15 +126,15 @@ def check_steps(case: Case) -> Finding:
     """
     drafter = case.trainable
     num_steps = max(1, drafter.config.num_draft_steps)
-    right, rows = torch.zeros(num_steps), torch.zeros(num_steps)
+    right_K, rows_K = torch.zeros(num_steps), torch.zeros(num_steps)
     for batch in batches(case):
         rollout = data_rollout(batch, num_steps)
-        correct = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
-        right += correct.sum(0).cpu()
-        rows += rollout.valid.sum(0).cpu()
-    if float(rows[0]) < _ENOUGH:
-        raise NotChecked(f"the samples hold {int(rows[0])} predictions only: raise --samples")
-    shares = [float(share) for share in right / rows.clamp(min=1)]
+        correct_AK = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
+        right_K += correct_AK.sum(0).cpu()
+        rows_K += rollout.valid.sum(0).cpu()
+    if float(rows_K[0]) < _ENOUGH:
+        raise NotChecked(f"the samples hold {int(rows_K[0])} predictions only: raise --samples")
+    shares = [float(share) for share in right_K / rows_K.clamp(min=1)]
     figures = {f"step {step}": share for step, share in enumerate(shares)}
     proxy = 1.0 + float(torch.tensor(shares).cumprod(0).sum())
     figures["proxy tokens per step"] = proxy

@@ -335,8 +335,8 @@ def fresh_states(
     target: Target, sample: CachedSample, layers: tuple[str, ...], most: int | None = None
 ) -> TargetOutput:
     """What extraction would store of the sample's first tokens, ``most`` at the most: the states of one forward, [1, T, D] each."""
-    ids_1T = sample.input_ids[None, :most].to(target.device)
-    return target.prefix(ids_1T, layers, read=prompt_lengths([sample.loss_mask], target.device))
+    ids = sample.input_ids[None, :most].to(target.device)
+    return target.prefix(ids, layers, read=prompt_lengths([sample.loss_mask], target.device))
 
 
 def with_states(sample: CachedSample, layers: Sequence[str], target: Target) -> CachedSample:

@@ -39,13 +39,13 @@ def states_of(sample: CachedSample, layer: str) -> Tensor:
 
 
 @torch.no_grad()
-def likeliest(ends: TargetEnds, states: Tensor, normed: bool = False) -> Tensor:
-    """int64 [T] on the CPU: the argmax of the target's head over states [T, D] before the final norm, or after it where `normed`."""
+def likeliest(ends: TargetEnds, states_TD: Tensor, normed: bool = False) -> Tensor:
+    """int64 [T] on the CPU: the argmax of the target's head over ``states_TD`` before the final norm, or after it where `normed`."""
     argmaxes = []
-    for part in states.split(_ROWS):
-        part = part.to(ends.device)
-        part = part.to(ends.dtype) if normed else ends.final_norm(part)
-        argmaxes.append(ends.logits(part).argmax(-1).cpu())
+    for part_TD in states_TD.split(_ROWS):
+        part_TD = part_TD.to(ends.device)
+        part_TD = part_TD.to(ends.dtype) if normed else ends.final_norm(part_TD)
+        argmaxes.append(ends.logits(part_TD).argmax(-1).cpu())
     return torch.cat(argmaxes)
 
 
@@ -61,33 +61,35 @@ def project(
     cached, fresh, following, sharpness = [], [], [], []
     for sample in samples:
         following.append(torch.cat([sample.loss_mask[1:], sample.loss_mask.new_zeros(1)]).bool())
-        states = states_of(sample, PRE_NORM) if has_pre_norm(cache) else None
-        if states is not None:
-            cached.append(likeliest(ends, states))
+        states_TD = states_of(sample, PRE_NORM) if has_pre_norm(cache) else None
+        if states_TD is not None:
+            cached.append(likeliest(ends, states_TD))
         if target is not None:
-            now = fresh_states(target, sample, ()).pre_norm[0]
-            fresh.append(likeliest(ends, now))
-            states = now  # what is expected of own text must not come from states under suspicion
-        if states is not None:
-            sharpness.append(_sharpness(ends, states[following[-1].to(states.device)], temperature))
+            now_TD = fresh_states(target, sample, ()).pre_norm[0]
+            fresh.append(likeliest(ends, now_TD))
+            states_TD = now_TD  # what is expected of own text must not come from states under suspicion
+        if states_TD is not None:
+            sharpness.append(_sharpness(ends, states_TD[following[-1].to(states_TD.device)], temperature))
         advance(1)
-    sharp = torch.cat(sharpness) if sharpness else torch.zeros(0)
+    sharp_T = torch.cat(sharpness) if sharpness else torch.zeros(0)
     return Projection(
         tuple(cached) if has_pre_norm(cache) else None,
         tuple(fresh) if target is not None else None,
         tuple(following),
-        float(sharp.mean()) if len(sharp) else float("nan"),
+        float(sharp_T.mean()) if len(sharp_T) else float("nan"),
     )
 
 
 @torch.no_grad()
-def _sharpness(ends: TargetEnds, states: Tensor, temperature: float | None) -> Tensor:
-    """float32 [n] on the CPU: the likeliest token's probability at each of n states [n, D]; ones for greedy replies."""
+def _sharpness(ends: TargetEnds, states_TD: Tensor, temperature: float | None) -> Tensor:
+    """float32 [T] on the CPU: the likeliest token's probability at each of these states; ones for greedy replies."""
     if temperature == 0.0:
-        return torch.ones(len(states))
+        return torch.ones(len(states_TD))
     warmth = 1.0 if temperature is None else temperature
-    parts = [part.to(ends.device) for part in states.split(_ROWS)]
-    return torch.cat([(ends.logits(ends.final_norm(p)).float() / warmth).softmax(-1).amax(-1).cpu() for p in parts])
+    parts = [part_TD.to(ends.device) for part_TD in states_TD.split(_ROWS)]
+    return torch.cat(
+        [(ends.logits(ends.final_norm(part_TD)).float() / warmth).softmax(-1).amax(-1).cpu() for part_TD in parts]
+    )
 
 
 def check_sound(case: Case) -> Finding:
@@ -194,25 +196,25 @@ def as_named(case: Case, layers: Sequence[str]) -> bool:
     return all(away <= broken for away in distances(case.target, case.samples[:2], layers).values())
 
 
-def relative(stored: Tensor, fresh: Tensor) -> Tensor:
-    """float32 [T]: distance of each state [T, D] relative to the fresh one's length."""
-    return ((stored - fresh).norm(dim=-1) / fresh.norm(dim=-1).clamp_min(1e-12)).nan_to_num(nan=float("inf"))
+def relative(stored_TD: Tensor, fresh_TD: Tensor) -> Tensor:
+    """float32 [T]: distance of each state relative to the fresh one's length."""
+    return ((stored_TD - fresh_TD).norm(dim=-1) / fresh_TD.norm(dim=-1).clamp_min(1e-12)).nan_to_num(nan=float("inf"))
 
 
 def _nearest(target: Target, sample: CachedSample, layer: str) -> tuple[str, float]:
     """Which layer of a fresh forward, and how many tokens away, comes nearest to what is stored under a name."""
-    stored = states_of(sample, layer)[:_SEARCHED]
+    stored_TD = states_of(sample, layer)[:_SEARCHED]
     names = (PRE_NORM, *(f"layer.{number}.output" for number in range(target.config.num_hidden_layers)))
     output = fresh_states(target, sample, names, _SEARCHED)
     candidates = {name: output.feature(name)[0].float().cpu() for name in names}
     candidates[f"{PRE_NORM} {_POST_NORM}"] = output.normed[0].float().cpu()
     distance_to: dict[str, float] = {}
-    for name, states in candidates.items():
+    for name, states_TD in candidates.items():
         for shift in (0, -1, 1):
-            here, there = _overlap(len(stored), shift)
+            here, there = _overlap(len(stored_TD), shift)
             if here.stop > here.start:
                 where = {0: "", -1: ", one token late", 1: ", one token early"}[shift]
-                distance_to[name + where] = float(relative(stored[here], states[there]).median())
+                distance_to[name + where] = float(relative(stored_TD[here], states_TD[there]).median())
     best = min(distance_to, key=lambda name: distance_to[name])
     return best, distance_to[best]
 
@@ -286,12 +288,12 @@ def _agreements(case: Case, tokens: Sequence[Tensor], shift: int = 0) -> Iterato
     fresh = case.projected.fresh
     for number, sample in enumerate(case.samples):
         length = len(sample.input_ids)
-        wanted = fresh[number] if fresh is not None else sample.input_ids.roll(-1)
-        counted = torch.ones(length, dtype=torch.bool) if fresh is not None else case.projected.labelled_next[number]
+        wanted_T = fresh[number] if fresh is not None else sample.input_ids.roll(-1)
+        counted_T = torch.ones(length, dtype=torch.bool) if fresh is not None else case.projected.labelled_next[number]
         here, there = _overlap(length, shift)
-        yield (tokens[number][there] == wanted[here])[counted[here]]
+        yield (tokens[number][there] == wanted_T[here])[counted_T[here]]
 
 
 def _mean(parts: Iterator[Tensor]) -> float:
-    joined = torch.cat([part.float() for part in parts])
-    return float(joined.mean()) if len(joined) else 0.0
+    joined_T = torch.cat([part_T.float() for part_T in parts])
+    return float(joined_T.mean()) if len(joined_T) else 0.0

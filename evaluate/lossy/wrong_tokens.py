@@ -2,7 +2,7 @@
 
 Owns this one measure. Does not know where labels come from, or decoding.
 
-Shape legend: T tokens of an answer behind its prompt, N = T + 1 nodes, D hidden, V vocabulary.
+Shape legend: T tokens of an answer behind its prompt, N = T + 1 nodes, S tokens of both, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def _as_chain(row: LabelledRow, lm: LMDrafter | None, logits_NV: Tensor) -> Draf
     device = logits_NV.device
     tokens_1N = torch.tensor([[row.prompt_ids[-1], *row.reply_ids]], device=device)
     place_1N = torch.arange(tokens_1N.shape[1], device=device)[None]
-    probs = None
+    probs_1TV = None
     if lm is not None:
         ids_1S = torch.tensor([row.prompt_ids + row.reply_ids], device=device)
         read = lm.lm.prefix(lm.known(ids_1S))
         V = logits_NV.shape[-1]
-        drafted = lm.lm.logits(read.normed[:, len(row.prompt_ids) - 1 : -1]).float()[..., :V]
-        probs = torch.nn.functional.pad(drafted.softmax(-1), (0, V - drafted.shape[-1]))
+        drafted_1TV = lm.lm.logits(read.normed[:, len(row.prompt_ids) - 1 : -1]).float()[..., :V]
+        probs_1TV = torch.nn.functional.pad(drafted_1TV.softmax(-1), (0, V - drafted_1TV.shape[-1]))
     return DraftTree(
         tokens_1N,
         place_1N - 1,
@@ -112,7 +112,7 @@ def _as_chain(row: LabelledRow, lm: LMDrafter | None, logits_NV: Tensor) -> Draf
         torch.ones_like(tokens_1N, dtype=torch.bool),
         max_depth=len(row.reply_ids),
         chain=True,
-        draft_probs_BMV=probs,
+        draft_probs_BMV=probs_1TV,
     )
 
 

@@ -217,7 +217,7 @@ def _recorded(sample: Sample, reply: list[int], drafted: dict[int, list[Drafted]
     return Recorded(sample.prompt_ids, tuple(reply), ahead, ranks)
 
 
-def trace(tree: Drafted, continuation: Sequence[int], ahead_DD: Ints, ranks_D: Ints) -> None:
+def trace(tree: Drafted, continuation: Sequence[int], ahead: Ints, ranks: Ints) -> None:
     """Follow the reply into a tree and write down, depth by depth, where its tokens stand; see :class:`Recorded`.
 
     Example: root with children 7 (score -0.1) and 8 (-1.2), 9 (-0.4) below 7. The continuation 8 is rank 1; at depth 1 one node is ahead
@@ -228,13 +228,13 @@ def trace(tree: Drafted, continuation: Sequence[int], ahead_DD: Ints, ranks_D: I
     place_of[best_first] = np.arange(len(best_first))
     depth_by_place = tree.depths[1:][best_first]
     at = 0
-    for step, token in enumerate(continuation[: len(ranks_D)]):
+    for step, token in enumerate(continuation[: len(ranks)]):
         children = np.flatnonzero(tree.parents == at)
         hits = np.flatnonzero(tree.tokens[children] == token)
         if len(hits) == 0:
             return
         at = int(children[hits[0]])
-        ranks_D[step] = hits[0]
+        ranks[step] = hits[0]
         before = depth_by_place[: place_of[at - 1]]
-        for cut in range(step + 1, len(ranks_D) + 1):
-            ahead_DD[step, cut - 1] = np.count_nonzero(before <= cut)
+        for cut in range(step + 1, len(ranks) + 1):
+            ahead[step, cut - 1] = np.count_nonzero(before <= cut)

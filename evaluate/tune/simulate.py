@@ -59,11 +59,11 @@ def accepted(reply: Recorded, limits: DraftLimits) -> Ints:
 def _accepted_static(ranks_PD: Ints, paths: Sequence[RankPath]) -> Ints:
     known = set(paths)
     longest = min(max(map(len, known)), ranks_PD.shape[1])
-    accepted = np.zeros(len(ranks_PD), dtype=np.int32)
+    accepted_P = np.zeros(len(ranks_PD), dtype=np.int32)
     for place, ranks in enumerate(ranks_PD.tolist()):
-        while accepted[place] < longest and tuple(ranks[: accepted[place] + 1]) in known:
-            accepted[place] += 1
-    return accepted
+        while accepted_P[place] < longest and tuple(ranks[: accepted_P[place] + 1]) in known:
+            accepted_P[place] += 1
+    return accepted_P
 
 
 def path_counts(replies: Sequence[Recorded]) -> Counter[RankPath]:
