@@ -30,7 +30,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive lines of one of a corpus's files: the first one's number (from 1) and first byte, and how many."""
+    """Consecutive lines of one of a corpus's files.
+
+    Attributes:
+        file: which file, counted from 0.
+        first_line: number of the first line, from 1.
+        first_byte: where that line begins.
+        num_lines: how many lines.
+    """
 
     file: int
     first_line: int
@@ -51,7 +58,8 @@ class Corpus:
         max_length: samples are cut to this many tokens.
         vocab_size: rows with token ids that are not below this are left out; None: only those that no model has.
 
-    Raises ValueError for a missing path.
+    Raises:
+        ValueError: the path is missing, or its replies are not finished.
     """
 
     def __init__(
@@ -81,7 +89,14 @@ class Corpus:
         return IDS_AS_GENERATED if self._chat is None else self._chat.mask_recipe
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Refuses replies in another tokenizer's ids. Raises ValueError naming both."""
+        """Check that replies are in the target's token ids.
+
+        Args:
+            fingerprint: of the target's tokenizer.
+
+        Raises:
+            ValueError: they are in another tokenizer's; the message names both.
+        """
         for file in self.files:
             own = (_run_settings(file) or {}).get("tokenizer_fingerprint", fingerprint)
             if own != fingerprint:
@@ -96,9 +111,13 @@ class Corpus:
         return (sample for sample in short if sample.num_labelled)
 
     def survey(self) -> Survey:
-        """Reads everything once.
+        """Read everything once.
 
-        Raises ValueError when no row can be read, the split is empty or no token at all is trained on, showing the first sample.
+        Returns:
+            Where each sample lies, and how long it is.
+
+        Raises:
+            ValueError: no row can be read, the split is empty, or no token at all is trained on; the message shows the first sample.
         """
         return self.joined([self.survey_part(part) for part in self.parts])
 
@@ -106,7 +125,8 @@ class Corpus:
     def parts(self) -> list[Part]:
         """The corpus in parts of some thousand lines, found without parsing a row: the same for whoever asks.
 
-        Raises ValueError for an empty file.
+        Raises:
+            ValueError: a file is empty.
         """
         return list(self._parts())
 
@@ -114,8 +134,15 @@ class Corpus:
         return (part for number, file in enumerate(self.files) for part in _parts_of(number, file))
 
     def survey_part(self, part: Part) -> Survey:
-        """Reads one part."""
-        found, dropped = Survey(), []
+        """Read one part.
+
+        Args:
+            part: one of `parts`.
+
+        Returns:
+            The survey of its samples.
+        """
+        survey, dropped = Survey(), []
         num_rows = num_labelled = num_cut = num_begun_anew = 0
         for line, place, samples in self._read(part):
             if isinstance(samples, Dropped):
@@ -132,9 +159,9 @@ class Corpus:
                     dropped.append(Dropped(self._place(part.file, line), reason, id=sample.id))
                     continue
                 for name, value in zip(COLUMNS, (len(short.input_ids), part.file, line, place, number), strict=True):
-                    getattr(found, name).append(value)
+                    getattr(survey, name).append(value)
         return replace(
-            found,
+            survey,
             num_rows=num_rows,
             num_labelled=num_labelled,
             num_cut=num_cut,
@@ -144,17 +171,28 @@ class Corpus:
         )
 
     def joined(self, surveys: Sequence[Survey]) -> Survey:
-        """The survey of the whole corpus, of those of all its parts in order.
+        """Join the surveys of all parts.
 
-        Raises ValueError when no row can be read, the split is empty or no token at all is trained on, showing the first sample.
+        Args:
+            surveys: of all parts, in order.
+
+        Returns:
+            The survey of the whole corpus.
+
+        Raises:
+            ValueError: no row can be read, the split is empty, or no token at all is trained on; the message shows the first sample.
         """
-        found = Survey.joined(surveys)
-        if not found.lengths:
-            self._check_any(found.dropped, found.num_rows)
-        return found
+        whole = Survey.joined(surveys)
+        if not whole.lengths:
+            self._check_any(whole.dropped, whole.num_rows)
+        return whole
 
     def _check_any(self, dropped: Sequence[Dropped], num_rows: int) -> None:
-        """Says why no sample is left. Raises ValueError always."""
+        """Say why no sample is left.
+
+        Raises:
+            ValueError: always.
+        """
         if not num_rows and not dropped:
             raise ValueError(f"{self.files[0]} has no row in split {self.split!r}")
         if num_rows and all(row.reason == _NO_TOKEN for row in dropped):
@@ -163,11 +201,20 @@ class Corpus:
         raise ValueError(f"no sample is left of {self.files[0]}{where}: {summary(dropped)}")
 
     def samples(self, survey: Survey, first: int, stop: int) -> list[TokenizedSample]:
-        """The kept samples number `first` to `stop - 1`, cut: no other row is parsed or tokenized.
+        """Read some of the samples that a survey kept; no other row is parsed or tokenized.
 
-        Raises ValueError when one is not as long as its survey says: the file was changed meanwhile.
+        Args:
+            survey: of this corpus.
+            first: number of the first sample.
+            stop: one more than the number of the last.
+
+        Returns:
+            The samples, cut to `max_length`.
+
+        Raises:
+            ValueError: one is not as long as its survey says: the file was changed meanwhile.
         """
-        found: list[TokenizedSample] = []
+        samples: list[TokenizedSample] = []
         row: tuple[int, int] | None = None
         own: Sequence[TokenizedSample] = ()
         for number in range(first, stop):
@@ -178,15 +225,15 @@ class Corpus:
             short = cut(own[which], self.max_length) if which < len(own) else None
             if short is None or len(short.input_ids) != survey.lengths[number]:
                 raise ValueError(f"{self._place(file, line)} was changed while it was read; run the same command again")
-            found.append(short)
-        return found
+            samples.append(short)
+        return samples
 
     def _samples_at(self, file: int, line: int, place: int) -> Sequence[TokenizedSample]:
         """The samples of the row that begins at a byte; none where it cannot be read any more."""
         with open(self.files[file], "rb") as lines:
             lines.seek(place)
-            found = self._outcome(lines.readline(), file, line)
-        return found if isinstance(found, list) else ()
+            outcome = self._outcome(lines.readline(), file, line)
+        return outcome if isinstance(outcome, list) else ()
 
     @property
     def chat(self) -> ChatTemplate:
@@ -196,29 +243,37 @@ class Corpus:
         return self._chat
 
     def all_samples(self, dropped: list[Dropped] | None = None) -> Iterator[TokenizedSample]:
-        """Every sample of the split, whole, whether it has something to train on or not.
+        """Read every sample of the split, whole, whether it has something to train on or not.
 
-        `dropped` takes the record of each row that is no sample; without it they are counted on standard error at the end.
+        Args:
+            dropped: takes the record of each row that is no sample; without it they are counted on standard error at the end.
+
+        Yields:
+            Samples, in the order of the rows.
         """
         left_out: list[Dropped] = [] if dropped is None else dropped
-        for found in self.read():
-            if isinstance(found, Dropped):
-                left_out.append(found)
+        for outcome in self.read():
+            if isinstance(outcome, Dropped):
+                left_out.append(outcome)
             else:
-                yield found
+                yield outcome
         if dropped is None:
             say_dropped(left_out)
 
     def read(self) -> Iterator[TokenizedSample | Dropped]:
-        """Every row of the split in order: its whole samples, or why it has none. Says at the end how many rows have several."""
+        """Read every row of the split in order. Says at the end, on standard error, how many rows have several samples.
+
+        Yields:
+            Whole samples, or why a row has none.
+        """
         num_begun_anew = 0
         for part in self._parts():
-            for _, _, found in self._read(part):
-                if isinstance(found, Dropped):
-                    yield found
+            for _, _, outcome in self._read(part):
+                if isinstance(outcome, Dropped):
+                    yield outcome
                 else:
-                    num_begun_anew += len(found) > 1
-                    yield from found
+                    num_begun_anew += len(outcome) > 1
+                    yield from outcome
         if num_begun_anew:
             print(begun_anew(num_begun_anew), file=sys.stderr)
 
@@ -229,9 +284,9 @@ class Corpus:
             file.seek(place)
             for line in range(part.first_line, part.first_line + part.num_lines):
                 content = file.readline()
-                found = None if is_blank(content) else self._outcome(content, part.file, line)
-                if found is not None:
-                    yield line, place, found
+                outcome = None if is_blank(content) else self._outcome(content, part.file, line)
+                if outcome is not None:
+                    yield line, place, outcome
                 place += len(content)
 
     def _place(self, file: int, line: int) -> str:
@@ -251,7 +306,11 @@ class Corpus:
             return Dropped(self._place(file, line), str(error), shown(content), name)
 
     def _samples(self, row: Mapping[str, Any], file: int, line: int) -> list[TokenizedSample]:
-        """Raises UnusableRow for a row that holds no sample, or that the template fails on."""
+        """The samples of a row.
+
+        Raises:
+            UnusableRow: the row holds no sample, or the template fails on it.
+        """
         check_values({"id": row.get("id")})
         sample_id = row_id(row, f"{self.files[file].stem}-{line}")
         turns = turns_of(row, self.vocab_size)
@@ -266,11 +325,15 @@ class Corpus:
 
 
 def _begun_anew(row: Mapping[str, Any]) -> list[int]:
-    """The turns whose prompts need not continue the turn before. Raises UnusableRow for anything but a list of numbers."""
-    found = row.get("begun_anew") or []
-    if not isinstance(found, list) or not all(type(number) is int for number in found):
-        raise UnusableRow(f"begun_anew is {found!r:.80}; it is a list of turn numbers")
-    return found
+    """The turns whose prompts need not continue the turn before.
+
+    Raises:
+        UnusableRow: anything but a list of numbers.
+    """
+    turns = row.get("begun_anew") or []
+    if not isinstance(turns, list) or not all(type(number) is int for number in turns):
+        raise UnusableRow(f"begun_anew is {turns!r:.80}; it is a list of turn numbers")
+    return turns
 
 
 def _or_unusable(make: Callable[[str, T], R], sample_id: str, content: T) -> R:
@@ -281,7 +344,11 @@ def _or_unusable(make: Callable[[str, T], R], sample_id: str, content: T) -> R:
 
 
 def _parts_of(number: int, path: Path) -> Iterator[Part]:
-    """A file in parts. Raises ValueError when it has no row."""
+    """A file in parts.
+
+    Raises:
+        ValueError: it has no row.
+    """
     line, first_line, first_byte, place, empty = 0, 1, 0, 0, True
     with open(path, "rb") as file:
         for line, content in enumerate(file, start=1):
@@ -299,7 +366,17 @@ def _parts_of(number: int, path: Path) -> Iterator[Part]:
 
 
 def source_files(source: Path) -> list[Path]:
-    """The files that a source stands for, without those of ranks that had nothing to answer. Raises ValueError when there is none."""
+    """List the files of a source, without those of ranks that had nothing to answer.
+
+    Args:
+        source: a JSONL file, or a folder that `data respond` or `data prompts` wrote.
+
+    Returns:
+        The files, sorted by name.
+
+    Raises:
+        ValueError: there is none, a run of replies is not finished, or a rank's replies are missing.
+    """
     if source.is_dir():
         files = sorted(source.glob(RESPONSE_GLOB)) or sorted(source.glob(PROMPT_FILE))
         if not files:
@@ -356,10 +433,17 @@ def _check_all_ranks(files: list[Path]) -> None:
 
 
 def turns_of(row: Mapping[str, Any], vocab_size: int | None = None) -> list[Turn] | None:
-    """Exchanges in token ids: `turns`, or one `prompt_ids` and `reply_ids`; None for a row without ids.
+    """Read exchanges in token ids: `turns`, or one `prompt_ids` and `reply_ids`.
+
+    Args:
+        row: of a file of replies.
+        vocab_size: of the target; None where nobody knows.
+
+    Returns:
+        The exchanges; None for a row without ids.
 
     Raises:
-        UnusableRow: ids that are no whole numbers from 0 to below `vocab_size`, a `finish` that is no text, a turn that lacks
+        UnusableRow: ids that are no whole numbers from 0 to below `vocab_size`, a `finish` that is no text, or a turn that lacks
             either list.
     """
     if row.get("prompt_ids") is not None and row.get("reply_ids") is not None:
@@ -381,7 +465,16 @@ def _turn(turn: Any, place: str, vocab_size: int | None) -> Turn:
 
 
 def token_ids(row: Mapping[str, Any], field: str, vocab_size: int | None = None, place: str = "") -> list[int]:
-    """A field of token ids.
+    """Read a field of token ids.
+
+    Args:
+        row: of a file of replies.
+        field: the field's name.
+        vocab_size: of the target; None where nobody knows.
+        place: goes before the message.
+
+    Returns:
+        The ids.
 
     Raises:
         UnusableRow: it is no list of whole numbers (true and 1.0 are none), or one is negative or not below `vocab_size`.
@@ -397,7 +490,15 @@ def token_ids(row: Mapping[str, Any], field: str, vocab_size: int | None = None,
 
 
 def why_unlabelled(sample: TokenizedSample, max_length: int) -> str:
-    """Why nothing is learned from a sample once it is cut to a length."""
+    """Say why nothing is learned from a sample once it is cut to a length.
+
+    Args:
+        sample: whole.
+        max_length: in tokens.
+
+    Returns:
+        The reason, for a record of dropped rows.
+    """
     if sample.num_labelled:
         first = sample.loss_mask.index(True)
         return f"the assistant's first token is at {first}, past the {max_length} tokens a sample may have"

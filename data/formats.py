@@ -1,6 +1,6 @@
 """The row formats of public data sets, each turned into one `Conversation`: the only place that says what a field means.
 
-Owns: what the fields of a row mean, and which rows are left out, with the reason. A value of another type is never made into
+Owns: what the fields of a row mean, and which rows are dropped, with the reason. A value of another type is never made into
 text. Does not know: files, splits, tokenizers, which templates take what.
 """
 
@@ -24,10 +24,13 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 class Message(TypedDict):
-    """One chat turn; `role` is "system", "user" or "assistant".
+    """One chat turn.
 
-    `train` False marks an assistant turn that is read and not learned from. `reasoning_content` is the thought before an
-    assistant's content. Both are absent where a row says nothing of them.
+    Attributes:
+        role: "system", "user" or "assistant".
+        content: the text.
+        train: False marks an assistant turn that is read and not learned from; absent where a row does not say.
+        reasoning_content: the thought before an assistant's content; absent where there is none.
     """
 
     role: str
@@ -40,9 +43,10 @@ class Message(TypedDict):
 class Conversation:
     """What a row holds.
 
-    `turns` are an optional system turn, then the user's turns, each with the data set's own answer behind it where there is
-    one. `text` is set instead for a plain document (base models). `flaw` says why the answers cannot be learned from, though
-    what the user asks is fit for a prompt.
+    Attributes:
+        turns: an optional system turn, then the user's turns, each with the data set's own answer behind it where there is one.
+        text: set instead for a plain document (base models).
+        flaw: why the answers cannot be learned from, though what the user asks is fit for a prompt.
     """
 
     turns: tuple[Message, ...] = ()
@@ -75,6 +79,9 @@ class Conversation:
     def to_learn_from(self) -> tuple[Message, ...]:
         """The turns up to the last answer; all of them where there is none.
 
+        Returns:
+            The turns.
+
         Raises:
             UnusableRow: an answer is empty, or none is to be learned from.
         """
@@ -88,7 +95,13 @@ class Conversation:
 
 
 def detect_format(row: Mapping[str, Any]) -> Format:
-    """Names the format of a row from its fields; one that is null counts as absent.
+    """Name the format of a row from its fields; one that is null counts as absent.
+
+    Args:
+        row: of a data set.
+
+    Returns:
+        The format, never `auto`.
 
     Raises:
         UnusableRow: none fits; the fields are named.
@@ -110,7 +123,14 @@ def detect_format(row: Mapping[str, Any]) -> Format:
 
 
 def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
-    """Reads one row in a named format (not `auto`).
+    """Read one row in a named format.
+
+    Args:
+        row: of a data set.
+        row_format: any but `auto`.
+
+    Returns:
+        The conversation.
 
     Raises:
         UnusableRow: the row holds no usable prompt, or a known field holds something that is not read.
@@ -130,7 +150,14 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
 
 
 def row_id(row: Mapping[str, Any], default: str) -> str:
-    """A row's own `id`: text, or a whole number in digits; `default` where it has none.
+    """A row's own `id`: text, or a whole number in digits.
+
+    Args:
+        row: of a data set.
+        default: for a row that has none.
+
+    Returns:
+        The id.
 
     Raises:
         UnusableRow: an id of another type, or an empty one.
@@ -144,7 +171,14 @@ def row_id(row: Mapping[str, Any], default: str) -> str:
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
-    """A field that must be text.
+    """Read a field that must be text.
+
+    Args:
+        row: of a data set.
+        name: the field's.
+
+    Returns:
+        The text.
 
     Raises:
         UnusableRow: it is missing, or of another type.
@@ -253,7 +287,7 @@ def _alternating(turns: Sequence[Message]) -> Conversation:
 
 
 def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
-    """User turns, several in a row perhaps, with the answers that stand apart from them in `field`: one text, or a list of them."""
+    """User turns, several in a row perhaps, with the answers that are apart from them in `field`: one text, or a list of them."""
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
             raise UnusableRow(f"turn {number} is the assistant's in a row whose answers are in {field!r}")
@@ -261,7 +295,7 @@ def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
             raise UnusableRow(f"turn {number} is the system's where the user's belongs")
     answers = [answer] if isinstance(answer, str) else [] if answer is None else answer
     num_users = sum(turn["role"] == "user" for turn in turns)
-    if not _is_list(answers) or not all(isinstance(one, str) for one in answers):
+    if not _is_list(answers) or not all(isinstance(entry, str) for entry in answers):
         return Conversation(tuple(turns), flaw=f"field {field!r} is neither text nor a list of texts")
     if len(answers) > num_users:
         return Conversation(tuple(turns), flaw=f"field {field!r} has {len(answers)} answers to {num_users} user turns")
@@ -275,7 +309,7 @@ def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
 
 
 def _openai(row: Mapping[str, Any]) -> Conversation:
-    """`messages`; where a `reference` stands beside them, or the row is one of this project's prompts, they are the user's alone.
+    """`messages`; beside a `reference`, and in one of this project's prompts, they are the user's alone.
 
     Elsewhere two user turns in a row are a broken conversation.
     """
@@ -300,7 +334,7 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Conversation:
-    """The `<<48/2=24>>` marks are instructions to a calculator, not text a model is meant to say: they are removed."""
+    """A question and its answer. The `<<48/2=24>>` marks are removed: they are for a calculator, not text that a model should say."""
     answer = _CALCULATOR_MARK.sub("", text_field(row, "answer"))
     return _asked([Message(role="user", content=text_field(row, "question"))], answer, "answer")
 
@@ -313,7 +347,9 @@ def _specbench(row: Mapping[str, Any]) -> Conversation:
     if any(isinstance(turn, Mapping) and any(turn.get(name) is not None for name in _ROLE_FIELDS) for turn in turns):
         return _alternating(_turns(turns))
     contents = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns]
-    asked = [Message(role="user", content=_content(one, f"turn {number}")) for number, one in enumerate(contents)]
+    asked = [
+        Message(role="user", content=_content(content, f"turn {number}")) for number, content in enumerate(contents)
+    ]
     return _asked(asked, row.get("reference"), "reference")
 
 

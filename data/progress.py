@@ -40,7 +40,7 @@ class ProgressMeter:
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._title, self._total, self._unit, self._before = visible(title), total, unit, done
         self._now = 0
-        self._started = self._told = time.perf_counter()
+        self._started = self._last_line = time.perf_counter()
         self._console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -56,23 +56,28 @@ class ProgressMeter:
         self._task = self._bar.add_task(self._title, total=total, completed=done, note="")
 
     def start(self) -> None:
-        """Shows the bar, and starts the clock."""
-        self._started = self._told = time.perf_counter()
+        """Show the bar, and start the clock."""
+        self._started = self._last_line = time.perf_counter()
         self._bar.start()
 
     def advance(self, count: int, note: str | None = None) -> None:
-        """`count` more units are done. A `note` follows the figures until the next one replaces it."""
+        """Count units that are done.
+
+        Args:
+            count: how many more.
+            note: follows the figures until the next one replaces it.
+        """
         self._now += count
         if note is None:
             self._bar.advance(self._task, count)
         else:
             self._bar.update(self._task, advance=count, note=visible(note))
-        if not self._console.is_terminal and time.perf_counter() - self._told >= LINE_EVERY_SECONDS:
-            self._told = time.perf_counter()
+        if not self._console.is_terminal and time.perf_counter() - self._last_line >= LINE_EVERY_SECONDS:
+            self._last_line = time.perf_counter()
             self._print(self._state(note))
 
     def stop(self) -> None:
-        """Leaves the bar as it is; in a log file a last line says how long the work took."""
+        """Leave the bar as it is; in a log file a last line says how long the work took."""
         self._bar.stop()
         if not self._console.is_terminal and self._now:
             self._print(f"{self._now:,} {self._unit} in {time.perf_counter() - self._started:.1f} s")
@@ -93,7 +98,17 @@ class ProgressMeter:
 
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A `ProgressMeter` around a block; the value is a function that takes how many more units are done."""
+    """Show a `ProgressMeter` around a block.
+
+    Args:
+        title: what is done.
+        total: how many units there are.
+        unit: what they are called, in the plural.
+        done: units that an earlier run did.
+
+    Yields:
+        A function that takes how many more units are done.
+    """
     meter = ProgressMeter(title, total, unit, done)
     meter.start()
     try:

@@ -19,7 +19,17 @@ def chat_for(
     eos_ids: Iterable[int] = (),
     options: TemplateOptions = NO_OPTIONS,
 ) -> ChatTemplate:
-    """What renders these prompts. Plain documents alone need no template, so a base model's tokenizer may have none.
+    """Make what renders these prompts. Plain documents alone need no template, so a base model's tokenizer may have none.
+
+    Args:
+        prompts: all that will be rendered.
+        tokenizer: the target's.
+        template: the path of a Jinja file, or "none"; None for the tokenizer's own.
+        eos_ids: tokens that end a reply.
+        options: the template's name and its variables.
+
+    Returns:
+        The template.
 
     Raises:
         ValueError: as `ChatTemplate`; or options are given and no prompt is rendered.
@@ -34,7 +44,14 @@ def chat_for(
 
 
 def first_prompt_ids(prompt: Prompt, chat: ChatTemplate) -> list[int]:
-    """Ids that the target reads before its first reply: the rendered first turn, or a document's first words.
+    """Encode what the target reads before its first reply: the rendered first turn, or a document's first words.
+
+    Args:
+        prompt: of a prompt file.
+        chat: what `chat_for` made.
+
+    Returns:
+        Token ids.
 
     Raises:
         TemplateRefusal: the template fails on the turn.

@@ -40,10 +40,16 @@ STAGE = "draftsmith data prompts"
 class Prompt:
     """One thing to ask a target.
 
-    `messages` are the user's turns, after an optional system turn. `reference[i]` is the data set's own answer to
-    user turn i (possibly fewer, possibly none): the text that the target's own replies are compared with. A base
-    model's prompt has `text`, a whole document, of which the first `prefix_words` words are the prompt. `place` is where it
-    was read (`FILE:LINE`), for messages; it is no part of the prompt.
+    Attributes:
+        id: its own, or made from its text.
+        messages: the user's turns, after an optional system turn.
+        split: train, validation, test, or a name of the data set's own.
+        source: the data set.
+        reference: `reference[i]` is the data set's own answer to user turn i (possibly fewer, possibly none): the text that the target's
+            own replies are compared with.
+        text: of a base model's prompt, a whole document.
+        prefix_words: how many of the document's first words are the prompt.
+        place: where it was read (`FILE:LINE`), for messages; it is no part of the prompt.
     """
 
     id: str
@@ -56,13 +62,21 @@ class Prompt:
     place: str = field(default="", compare=False)
 
     def fields(self) -> dict[str, Any]:
-        """Everything but the place: what is written, and what a run's identity depends on."""
-        found = asdict(self)
-        del found["place"]
-        return found
+        """Everything but the place: what is written, and what a run's identity depends on.
+
+        Returns:
+            The fields by name.
+        """
+        fields = asdict(self)
+        del fields["place"]
+        return fields
 
     def user_turns(self) -> list[list[Message]]:
-        """The messages that come before each reply: turn 0 includes the system turn."""
+        """The messages that come before each reply: turn 0 includes the system turn.
+
+        Returns:
+            A list for each reply.
+        """
         turns: list[list[Message]] = []
         waiting: list[Message] = []
         for message in self.messages:
@@ -80,6 +94,9 @@ class PromptSelection:
     Args:
         split: Take only the prompts of this split.
         limit: Take only the first so many prompts; null for all.
+
+    Raises:
+        ValueError: a limit below 1.
     """
 
     split: str | None = None
@@ -121,6 +138,9 @@ def prompts(
         prefix_words: Words of a plain document that serve as its prompt.
         hub_config: Configuration name, for a hub id.
         hub_split: Split to read, for a hub id.
+
+    Raises:
+        ValueError: an option is out of range, the source cannot be read or has no usable prompt, or the folder holds something else.
     """
     check_replaceable(out, STAGE, [Path(source)])
     _check_shares(validation, test)
@@ -155,7 +175,15 @@ class _ReadPrompts:
     def add(
         self, place: str, row: Row, source: str, split: str | Callable[[Conversation], str], prefix_words: int
     ) -> None:
-        """Takes the prompt of a row; `split` is the row's own, or tells that of a conversation."""
+        """Take the prompt of a row.
+
+        Args:
+            place: where the row was read.
+            row: as it was read.
+            source: the data set.
+            split: the row's own, or a function that gives that of a conversation.
+            prefix_words: words of a document that are its prompt.
+        """
         try:
             own_format = detect_format(row) if self.format == "auto" else self.format
             conversation = to_conversation(row, own_format)
@@ -171,48 +199,71 @@ class _ReadPrompts:
 
 
 def read_prompts(path: Path, split: str | None = None, dropped: list[Dropped] | None = None) -> list[Prompt]:
-    """Reads a prompt file, or the one in a folder that `prompts` wrote; optionally one split of it.
+    """Read a prompt file, or the one in a folder that `prompts` wrote.
 
     Args:
         path: the file or folder.
         split: keep only the prompts of this split.
         dropped: takes the record of each row that is no prompt. None: they are counted on standard error.
 
+    Returns:
+        The prompts, in the order of the file.
+
     Raises:
         ValueError: no row is a prompt, or the split holds none.
     """
     file = path / PROMPT_FILE if path.is_dir() else path
     left_out: list[Dropped] = [] if dropped is None else dropped
-    found: dict[str, Prompt] = {}
+    by_id: dict[str, Prompt] = {}
     for line, row in read_jsonl(file, left_out):
         place = f"{file}:{line}"
         try:
-            prompt = _parse(place, row)
-            first = found.setdefault(prompt.id, prompt)
-            if first is not prompt:
-                raise UnusableRow(f"the id {prompt.id!r:.80} as in {first.place}")
+            _add_new(_parse(place, row), by_id)
         except UnusableRow as error:
             left_out.append(Dropped(place, str(error), shown_row(row)))
-    if not found:
+    if not by_id:
         raise ValueError(f"no prompt in {file}: {summary(left_out)}; make the file with `draftsmith data prompts`")
     if dropped is None:
         say_dropped(left_out)
-    chosen = [prompt for prompt in found.values() if split is None or prompt.split == split]
+    chosen = [prompt for prompt in by_id.values() if split is None or prompt.split == split]
     if not chosen:
-        raise ValueError(f"{file} has no prompt in split {split!r}; it has {_split_counts(list(found.values()))}")
+        raise ValueError(f"{file} has no prompt in split {split!r}; it has {_split_counts(list(by_id.values()))}")
     return chosen
 
 
+def _add_new(prompt: Prompt, by_id: dict[str, Prompt]) -> None:
+    """Add a prompt to those read so far.
+
+    Raises:
+        UnusableRow: an earlier prompt has its id.
+    """
+    first = by_id.setdefault(prompt.id, prompt)
+    if first is not prompt:
+        raise UnusableRow(f"the id {prompt.id!r:.80} as in {first.place}")
+
+
 def say_dropped(dropped: list[Dropped]) -> None:
-    """Counts the rows left out on standard error, where there are any: for commands that write no `dropped.jsonl`."""
+    """Count the rows that were dropped on standard error, where there are any: for commands that write no `dropped.jsonl`.
+
+    Args:
+        dropped: their records.
+    """
     if dropped:
         print(summary(dropped), file=sys.stderr)
 
 
-def write_prompts(path: Path, found: list[Prompt]) -> None:
-    """Writes prompts as JSONL, one a line, without the fields that are empty."""
+def write_prompts(path: Path, prompts: list[Prompt]) -> None:
+    """Write prompts as JSONL, one a line, without the fields that are empty.
+
+    Args:
+        path: of the file.
+        prompts: the prompts.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with open(path, "w", encoding="utf-8") as file:
-        for prompt in found:
+        for prompt in prompts:
             row = {key: value for key, value in prompt.fields().items() if value not in (None, ()) or key == "messages"}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -287,13 +338,13 @@ def _hashed_split(conversation: Conversation, validation: float, test: float, se
     return "validation" if position < test + validation else "train"
 
 
-def _write(out: Path, found: list[Prompt], dropped: list[Dropped], config: dict[str, Any], source: str) -> None:
+def _write(out: Path, prompts: list[Prompt], dropped: list[Dropped], config: dict[str, Any], source: str) -> None:
     fingerprint = sha256_file(Path(source)) if Path(source).is_file() else "hub"
     with atomic_directory(out, STAGE) as folder:
-        write_prompts(folder / PROMPT_FILE, found)
+        write_prompts(folder / PROMPT_FILE, prompts)
         (folder / DROPPED_FILE).write_text(dropped_lines(dropped), encoding="utf-8")
         provenance.write(folder, provenance.record("data prompts", config, {source: fingerprint}))
 
 
-def _split_counts(found: list[Prompt]) -> str:
-    return ", ".join(f"{count} {split}" for split, count in Counter(prompt.split for prompt in found).items())
+def _split_counts(prompts: list[Prompt]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in Counter(prompt.split for prompt in prompts).items())

@@ -1,4 +1,4 @@
-"""Which tokens of a rendered conversation are a reply's, from where the reply stands in the text.
+"""Which tokens of a rendered conversation are a reply's, from where the reply lies in the text.
 
 Owns the way from characters to a loss mask. Does not know: templates, messages.
 """
@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """A reply's place in a text: its first character, and the one behind its last. An empty reply has none."""
+    """A reply's place in a text. An empty reply has none.
+
+    Attributes:
+        start: number of its first character.
+        stop: of the one behind its last.
+    """
 
     start: int
     stop: int
@@ -18,7 +23,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text in tokens: their ids, and the characters that each stands for (`start`, `stop`)."""
+    """A text in tokens.
+
+    Attributes:
+        text: the text.
+        ids: of its tokens.
+        offsets: the characters of each token: its first, and the one behind its last.
+    """
 
     text: str
     ids: list[int]
@@ -31,8 +42,16 @@ def reply_mask(encoded: Encoded, spans: Sequence[Span], eos_ids: Collection[int]
     Where the reply's own text has no end token, the next one is its end if only white space lies between. A token that reaches over
     the reply's edge is the reply's only where the rest of it is white space (` He`, `.\\n`).
 
-    Worked example, end token `<e>`: in the tokens `<u>` `Hi` `<a>` `\\n` `Hello` `.\\n` `<e>` `<u>` with the reply `Hello.`, the tokens
+    Worked example, with the end token `<e>`. The tokens are `<u>` `Hi` `<a>` `\\n` `Hello` `.\\n` `<e>` `<u>`, the reply is `Hello.`. Then
     `Hello` `.\\n` `<e>` are True.
+
+    Args:
+        encoded: the text.
+        spans: the replies in it.
+        eos_ids: tokens that end a reply.
+
+    Returns:
+        A flag for each token.
     """
     mask = [False] * len(encoded.ids)
     starts = [start for start, _ in encoded.offsets]
@@ -46,7 +65,7 @@ def reply_mask(encoded: Encoded, spans: Sequence[Span], eos_ids: Collection[int]
 
 
 def _own_tokens(encoded: Encoded, starts: Sequence[int], span: Span) -> tuple[int, int] | None:
-    """First and last token of a reply; what lies between is the reply's, even where it stands for no character."""
+    """First and last token of a reply; what lies between is the reply's, even where it covers no character."""
     text, own = encoded.text, []
     # Several tokens may share a character, of which the first may begin before the reply.
     index = max(0, bisect_right(starts, span.start) - 1)

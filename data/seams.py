@@ -1,13 +1,16 @@
-"""Between one reply and the next turn: what the template writes there, and where a template rewrites what was said before.
+"""Between one reply and the next turn: what the template writes there, and where a template rewrites earlier turns.
 
 Owns the rule for end marks, and when a conversation must be read anew. Does not know: engines, files, masks.
 
-The rule. A reply's own ids are never changed. A reply that ended by itself brings its end mark along, whichever end token it is: behind it
-comes what the template writes behind the end mark of a turn. A reply cut short (by length or a stop string) gets the template's whole
-closing. The template's end mark is the first token behind a turn's content, white space aside, if it is a special token and the template
-closes the last turn of a conversation with it or with an end token: gpt-oss writes `<|end|>` between turns, `<|return|>` behind the last.
-Where it leaves the last turn open, the end mark is an end token that does not stand before the user's first text.
-A token that opens the next turn and also ends replies (GLM-4's `<|user|>`) is left out only where the reply ended with it.
+The rule. A reply's own ids are never changed. A reply that ended by itself brings its end mark along, whichever end token it is. Behind
+it follows what the template writes behind the end mark of a turn. A reply cut short (by length or a stop string) gets the template's whole
+closing.
+
+The template's end mark is the first token behind a turn's content, white space aside, under two conditions. It is a special token, and
+the template closes the last turn of a conversation with it or with an end token. Example: gpt-oss writes `<|end|>` between turns and
+`<|return|>` behind the last. Where the template leaves the last turn open, the end mark is an end token that does not come before the
+user's first text. A token that opens the next turn and also ends replies (GLM-4's `<|user|>`) is left out only where the reply ended with
+it.
 """
 
 from __future__ import annotations
@@ -24,13 +27,25 @@ _SENTINEL = "draftsmithreplygoeshere"
 
 
 class Seams:
-    """What one template writes between a reply and the turn that follows it."""
+    """What one template writes between a reply and the turn that follows it.
+
+    Args:
+        template: the template.
+    """
 
     def __init__(self, template: PromptTemplate) -> None:
         self._template = template
 
     def ids(self, asked: Sequence[Message], reply_ids: Sequence[int], following: Sequence[Message]) -> list[int]:
-        """Ids between a reply to `asked` and the next reply, `following` being the user's next turn.
+        """Encode what lies between a reply and the next one.
+
+        Args:
+            asked: the messages before the reply.
+            reply_ids: the reply, its end token included.
+            following: the user's next turn.
+
+        Returns:
+            Token ids.
 
         Raises:
             ValueError: the template shows the reply not exactly once, or fails.
@@ -46,7 +61,7 @@ class Seams:
     def _without_end_mark(self, ids: list[int], ended_by: int) -> list[int]:
         """What the template writes behind a turn, less its end mark and the white space before it.
 
-        Worked example, end tokens `<e>` and `<x>`: of `\\n <e> \\n <u>` is left `\\n <u>`, whether the reply ended by `<e>` or `<x>`.
+        Worked example, end tokens `<e>` and `<x>`: of `\\n <e> \\n <u>` remains `\\n <u>`, whether the reply ended by `<e>` or `<x>`.
         """
         place = self._first_visible(ids)
         if place is None:
@@ -96,6 +111,9 @@ class History:
     Args:
         template: the template.
         asked: the messages before the first reply.
+
+    Raises:
+        TemplateRefusal: the template fails on these messages.
     """
 
     def __init__(self, template: PromptTemplate, asked: Sequence[Message]) -> None:
@@ -107,15 +125,21 @@ class History:
     def next_prompt_ids(
         self, prompt_ids: Sequence[int], reply_ids: Sequence[int], following: Sequence[Message]
     ) -> list[int]:
-        """What the target reads before its next reply.
+        """Encode what the target reads before its next reply.
 
-        They begin with `prompt_ids + reply_ids`, unless the template shows what was read and said otherwise now that more follows: then
-        they are the whole conversation as it renders it.
+        The ids begin with `prompt_ids + reply_ids`. The one exception is a template that shows earlier turns otherwise, now that more
+        follows. Then they are the whole conversation as it renders it.
 
         Args:
             prompt_ids: what the target read before its latest reply.
             reply_ids: that reply, its end token included.
             following: the user's next turn.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ValueError: the template shows a reply not exactly once, or fails.
         """
         grown = [*prompt_ids, *reply_ids, *self._seams.ids(self._messages, reply_ids, following)]
         if self._template.text is None:
@@ -137,7 +161,7 @@ class History:
         return grown if any(anew[: len(ids)] == ids for ids in read) else anew
 
     def _said(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> str:
-        """The reply's text without its end token, as it stands behind the prompt: some tokenizers write a first word otherwise."""
+        """The reply's text without its end token, as it reads behind the prompt: some tokenizers write a first word otherwise."""
         ended = bool(reply_ids) and reply_ids[-1] in self._template.eos_ids
         whole = self._decoded([*prompt_ids, *(reply_ids[:-1] if ended else reply_ids)])
         return whole.removeprefix(self._decoded(prompt_ids))
@@ -156,7 +180,15 @@ class History:
 def around_reply(
     template: PromptTemplate, asked: Sequence[Message], following: Sequence[Message] = ()
 ) -> tuple[str, str]:
-    """The text before and behind a reply to `asked`; with `following`, the prompt of the next reply ends it.
+    """Render the text before and behind a reply.
+
+    Args:
+        template: the template.
+        asked: the messages before the reply.
+        following: the user's next turn; the prompt of the next reply then ends the text.
+
+    Returns:
+        The text before the reply, and the text behind it.
 
     Raises:
         ValueError: the template shows the reply not exactly once, or fails.

@@ -18,7 +18,12 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a job: every `world_size`-th piece, from `rank` on."""
+    """This process's part of a job: every `world_size`-th piece, from `rank` on.
+
+    Attributes:
+        rank: of this process, from 0.
+        world_size: how many processes share the job.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -29,7 +34,14 @@ class Share:
         return "" if self.world_size == 1 else f"-{self.rank:05d}-of-{self.world_size:05d}"
 
     def own(self, num_pieces: int) -> range:
-        """The numbers of this process's pieces. Example: rank 1 of 3 has of 6 pieces the numbers 1 and 4."""
+        """The numbers of this process's pieces. Example: rank 1 of 3 has of 6 pieces the numbers 1 and 4.
+
+        Args:
+            num_pieces: of the whole job.
+
+        Returns:
+            The numbers, rising.
+        """
         return range(self.rank, num_pieces, self.world_size)
 
 
@@ -46,7 +58,14 @@ class ShareOptions:
     world_size: int | None = None
 
     def own(self) -> Share:
-        """The share that is asked for. Raises what `own_share` raises."""
+        """The share that is asked for.
+
+        Returns:
+            The share.
+
+        Raises:
+            ValueError: as `own_share`.
+        """
         return own_share(self.rank, self.world_size)
 
 
@@ -55,6 +74,13 @@ OWN_SHARE = ShareOptions()
 
 def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
     """The share that is asked for; by default RANK and WORLD_SIZE of the environment, as torchrun sets both, or a single process.
+
+    Args:
+        rank: of this process, from 0.
+        world_size: how many processes share the job.
+
+    Returns:
+        The share.
 
     Raises:
         ValueError: a rank outside of 0 to world_size - 1, or only one of the two is known.
@@ -72,7 +98,14 @@ def own_share(rank: int | None = None, world_size: int | None = None) -> Share:
 
 @contextlib.contextmanager
 def if_free(path: Path) -> Iterator[bool]:
-    """Holds the right to write `path`, as `exclusive` does, or gives False where another process has it."""
+    """Hold the right to write `path`, as `exclusive` does, or give False where another process has it.
+
+    Args:
+        path: what is written.
+
+    Yields:
+        Whether this process has the right.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(exclusive(path))
@@ -85,7 +118,14 @@ def if_free(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def in_turn(path: Path) -> Iterator[None]:
-    """Holds the right to write `path`, after waiting for whoever has it: for what takes moments."""
+    """Hold the right to write `path`, after waiting for whoever has it: for what takes moments.
+
+    Args:
+        path: what is written.
+
+    Yields:
+        Once, nothing.
+    """
     while True:
         with if_free(path) as free:
             if free:

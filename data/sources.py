@@ -48,13 +48,16 @@ class _Unread:
 def read_rows(
     source: str, *, hub_config: str | None = None, hub_split: str = "train", dropped: list[Dropped] | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """Yields (place, row): the place is `FILE:LINE`, `FILE[INDEX]` or `HUB_ID[INDEX]`.
+    """Read the rows of a source, with the place of each: `FILE:LINE`, `FILE[INDEX]` or `HUB_ID[INDEX]`.
 
     Args:
         source: a file, or the id of a data set on the hub.
         hub_config: configuration name, for a hub id.
         hub_split: split to read, for a hub id.
         dropped: takes the record of each row that cannot be decoded, and the others are read. None: such a row is an error.
+
+    Yields:
+        Place and row.
 
     Raises:
         ValueError: a missing path, an unknown suffix, a file that is empty or malformed as a whole; without `dropped`, a
@@ -66,20 +69,27 @@ def read_rows(
             yield f"{path}:{line}", row
         return
     index = -1
-    for index, found in enumerate(_decoded(source, path, hub_config, hub_split)):
+    for index, outcome in enumerate(_decoded(source, path, hub_config, hub_split)):
         place = f"{source}[{index}]"
-        if not isinstance(found, _Unread):
-            yield place, found
+        if not isinstance(outcome, _Unread):
+            yield place, outcome
         elif dropped is not None:
-            dropped.append(Dropped(place, found.reason, found.shown))
+            dropped.append(Dropped(place, outcome.reason, outcome.shown))
         else:
-            raise ValueError(f"{place}: {found.reason}; mend or delete the row")
+            raise ValueError(f"{place}: {outcome.reason}; mend or delete the row")
     if index < 0:
         raise ValueError(f"{source} is empty; at least one row is needed")
 
 
 def source_name(source: str) -> str:
-    """Short name of a source for ids and reports: a file's stem, or the hub id itself."""
+    """Short name of a source for ids and reports: a file's stem, or the hub id itself.
+
+    Args:
+        source: a file, or the id of a data set on the hub.
+
+    Returns:
+        The name.
+    """
     path = Path(source)
     return path.stem if path.suffix in _SUFFIXES else source
 
@@ -122,7 +132,8 @@ def _elements(path: Path, content: bytes) -> Iterator[bytes]:
 
     Example: `[{"a": ","}, 7]` has the elements `{"a": ","}` and ` 7`.
 
-    Raises ValueError, with the line, for a list that does not begin, is not closed, or is not all of the file.
+    Raises:
+        ValueError: the list does not begin, is not closed, or is not all of the file; the message has the line.
     """
     depth = begin = 0
     for token in _JSON_TOKEN.finditer(content):

@@ -18,10 +18,20 @@ COLUMNS = ("lengths", "files", "lines", "places", "numbers")
 class Survey:
     """What a corpus, or a part of it, holds once it is cut to a length.
 
-    Of each sample kept, in order: its tokens (`lengths`), the file, line and byte where its row begins, and which of the row's samples
-    it is (`numbers`). `mask` says how loss masks were found. `num_begun_anew` counts the rows of several samples, `num_rows` all
-    samples, kept or not. `dropped` has the rows that are no sample, and the samples that nothing is learned from. The columns are
-    arrays, since a corpus may have ten million samples.
+    The columns have a number for each sample kept, in order. They are arrays, since a corpus may have ten million samples.
+
+    Attributes:
+        lengths: tokens of the sample.
+        files: the file of its row.
+        lines: the line where its row begins.
+        places: the byte where its row begins.
+        numbers: which of the row's samples it is.
+        num_rows: all samples, kept or not.
+        num_labelled: tokens that are trained on.
+        num_cut: samples that were cut.
+        num_begun_anew: rows of several samples.
+        mask: how loss masks were found.
+        dropped: the rows that are no sample, and the samples that nothing is learned from.
     """
 
     lengths: array = field(default_factory=lambda: array("i"))
@@ -38,8 +48,15 @@ class Survey:
 
     @classmethod
     def joined(cls, surveys: Sequence["Survey"]) -> "Survey":
-        """The survey of several parts, given in order."""
-        found = cls(
+        """Join the surveys of several parts.
+
+        Args:
+            surveys: in the order of the parts.
+
+        Returns:
+            The survey of all parts.
+        """
+        whole = cls(
             num_rows=sum(survey.num_rows for survey in surveys),
             num_labelled=sum(survey.num_labelled for survey in surveys),
             num_cut=sum(survey.num_cut for survey in surveys),
@@ -49,12 +66,19 @@ class Survey:
         )
         for survey in surveys:
             for name in COLUMNS:
-                getattr(found, name).extend(getattr(survey, name))
-        return found
+                getattr(whole, name).extend(getattr(survey, name))
+        return whole
 
 
 def begun_anew(count: int) -> str:
-    """What is said of conversations whose template rewrites what was read and said before."""
+    """The message about conversations whose template rewrites earlier turns.
+
+    Args:
+        count: of such conversations.
+
+    Returns:
+        The message.
+    """
     return (
         f"{count} conversations were begun anew at a later turn, because the chat template shows earlier turns otherwise once more follow: "
         "each of their replies is learned in a sample of its own"

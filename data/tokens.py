@@ -38,7 +38,16 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """One sample: `input_ids[i]` is trained on where `loss_mask[i]` is True. The two lists have the same length."""
+    """One sample. Both lists have the same length.
+
+    Attributes:
+        id: the conversation's, or `ID#1`, `ID#2`, ... for its further samples.
+        input_ids: token ids.
+        loss_mask: True for the tokens that are trained on.
+
+    Raises:
+        ValueError: the lists have different lengths.
+    """
 
     id: str
     input_ids: list[int]
@@ -56,10 +65,12 @@ class TokenizedSample:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange in token ids: everything the target had read, and what it replied.
+    """One exchange in token ids.
 
-    `prompt_ids` of a later turn begin with the earlier turn's `prompt_ids + reply_ids`. `finish` is "eos", "stop",
-    "length" (the token budget ended) or "context" (the model's context ended).
+    Attributes:
+        prompt_ids: everything the target had read. Those of a later turn begin with the earlier turn's `prompt_ids + reply_ids`.
+        reply_ids: what it replied.
+        finish: "eos", "stop", "length" (the token budget ended) or "context" (the model's context ended).
     """
 
     prompt_ids: list[int]
@@ -82,27 +93,56 @@ class ChatTemplate(PromptTemplate):
         return self.text is not None and _GENERATION_BLOCK.search(self.text) is not None
 
     def next_turn_ids(self, messages: Sequence[Message], reply_ids: Sequence[int]) -> list[int]:
-        """Ids between an earlier reply and the next one, `messages` being the user's new turn; see `seams.py` for the rule.
+        """Encode what lies between an earlier reply and the next one; see `seams.py` for the rule.
 
         A reply is never encoded again: its own ids stay as they were generated.
+
+        Args:
+            messages: the user's new turn.
+            reply_ids: the earlier reply, its end token included.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ValueError: the template shows a reply not exactly once, or fails.
         """
         return Seams(self).ids([Message(role="user", content="-")], reply_ids, messages)
 
     def conversation(self, sample_id: str, messages: Sequence[Message]) -> TokenizedSample:
-        """The last of a conversation's `samples`: the only one, unless the template rewrites earlier turns."""
+        """The last of a conversation's `samples`: the only one, unless the template rewrites earlier turns.
+
+        Args:
+            sample_id: the conversation's id.
+            messages: with its assistant turns.
+
+        Returns:
+            The sample.
+
+        Raises:
+            ValueError: as `samples`.
+        """
         return self.samples(sample_id, messages)[-1]
 
     def samples(self, sample_id: str, messages: Sequence[Message]) -> list[TokenizedSample]:
-        """A data set's own conversation, assistant turns included, with the mask of the assistant's tokens.
+        """Encode a data set's own conversation, assistant turns included, with the mask of the assistant's tokens.
 
-        A reply's tokens are those of its text as the template shows it, and the end token behind it; where the template has
-        `{% generation %}` blocks, only what lies in one. What the template writes before a reply, an empty thought for example, is no
+        A reply's tokens are those of its text as the template shows it, and the end token behind it. Where the template has
+        `{% generation %}` blocks, only what lies in one counts. What the template writes before a reply, such as an empty thought, is no
         part of it. Turns with `train` False are not learned from.
 
-        A template that writes an earlier turn otherwise once more turns follow gives a sample for each reply, which reads what the
+        Some templates write an earlier turn otherwise once more turns follow. They give a sample for each reply, which reads what the
         target reads before that reply. The first one has the conversation's id, the others `ID#1`, `ID#2`, ...
 
-        Raises ValueError when the template fails, or shows a reply not exactly once.
+        Args:
+            sample_id: the conversation's id.
+            messages: with its assistant turns.
+
+        Returns:
+            One sample, or one for each reply.
+
+        Raises:
+            ValueError: the template fails, or shows a reply not exactly once.
         """
         self._check_turns(messages)
         if self.text is None:
@@ -120,7 +160,11 @@ class ChatTemplate(PromptTemplate):
         return _numbered([self._sample(sample_id, reply.text, reply.spans) for reply in to_learn])
 
     def _check_turns(self, messages: Sequence[Message]) -> None:
-        """Raises ValueError for a turn that would be learned in part only: a thought without a place, an end mark in a reply."""
+        """Check that each turn would be learned as a whole.
+
+        Raises:
+            ValueError: a thought that the template does not read, or an end mark in a reply.
+        """
         for number, message in enumerate(messages):
             if "reasoning_content" in message and "reasoning_content" not in (self.text or ""):
                 raise ValueError(f"turn {number} has a thought, and the chat template does not read reasoning_content")
@@ -131,7 +175,15 @@ class ChatTemplate(PromptTemplate):
                 raise ValueError(f"turn {number} has the end token {inside!r} in its text, where a reply would end")
 
     def document(self, sample_id: str, text: str) -> TokenizedSample:
-        """A plain document, every token after the first one trained on."""
+        """Encode a plain document, every token after the first one trained on.
+
+        Args:
+            sample_id: the sample's id.
+            text: the document.
+
+        Returns:
+            The sample.
+        """
         ids = self.plain_ids(text)
         return TokenizedSample(sample_id, ids, [index > 0 for index in range(len(ids))])
 
@@ -158,14 +210,14 @@ class ChatTemplate(PromptTemplate):
         before = [head]
         with contextlib.suppress(TemplateRefusal):  # a conversation that the assistant begins has no prompt
             before.append(self._render(messages[:-1], add_generation_prompt=True))
-        places = [len(known) for known in before if text.startswith(known)]
-        return max(places, default=_num_shared(text, head))
+        starts = [len(known) for known in before if text.startswith(known)]
+        return max(starts, default=_num_shared(text, head))
 
     @functools.cached_property
     def _end_marks(self) -> list[str]:
         """The end tokens' texts; ids that the tokenizer lacks have none."""
-        found = self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))
-        return [mark for mark in found if mark]
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))
+        return [mark for mark in tokens if mark]
 
     @functools.cached_property
     def _end_mark_pattern(self) -> re.Pattern[str]:
@@ -238,17 +290,40 @@ def chat_of(
     trust_remote_code: bool = False,
     options: TemplateOptions = NO_OPTIONS,
 ) -> ChatTemplate:
-    """The chat template of a target, with the tokens that end its replies. Raises what `ChatTemplate` raises."""
+    """Make the chat template of a target, with the tokens that end its replies.
+
+    Args:
+        target: path or hub id.
+        tokenizer: the target's.
+        template: the path of a Jinja file, or "none"; None for the tokenizer's own.
+        revision: the hub's revision.
+        trust_remote_code: whether Python files that come with the target may run.
+        options: the template's name and its variables.
+
+    Returns:
+        The template.
+
+    Raises:
+        ValueError: as `ChatTemplate`.
+    """
     ends = read_end_tokens(target, revision, tokenizer, trust_remote_code)
     return ChatTemplate(tokenizer, template, ends, options)
 
 
 def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:
-    """A sample from ids as they were read and generated, nothing encoded again.
+    """Make a sample from ids as they were read and generated, nothing encoded again.
 
     Example: turns `([1, 2], [3])` and `([1, 2, 3, 4], [5, 6])` give ids `[1, 2, 3, 4, 5, 6]` and the mask `001011`.
 
-    Raises ValueError when a turn's prompt does not continue the turn before it.
+    Args:
+        sample_id: the sample's id.
+        turns: of one conversation.
+
+    Returns:
+        The sample; the replies are trained on.
+
+    Raises:
+        ValueError: a turn's prompt does not continue the turn before it.
     """
     ids: list[int] = []
     mask: list[bool] = []
@@ -268,7 +343,16 @@ def samples_from_turns(
 
     The first one has the conversation's id, the others `ID#1`, `ID#2`, ...
 
-    Raises ValueError when another turn's prompt does not continue the turn before it.
+    Args:
+        sample_id: the conversation's id.
+        turns: of the conversation.
+        begun_anew: numbers of turns, from 0.
+
+    Returns:
+        The samples.
+
+    Raises:
+        ValueError: another turn's prompt does not continue the turn before it.
     """
     groups: list[list[Turn]] = []
     for number, turn in enumerate(turns):
@@ -280,18 +364,36 @@ def samples_from_turns(
 
 def _numbered(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
     """Samples of one conversation, each with an id of its own."""
-    return [replace(one, id=f"{one.id}#{number}" if number else one.id) for number, one in enumerate(samples)]
+    return [
+        replace(sample, id=f"{sample.id}#{number}" if number else sample.id) for number, sample in enumerate(samples)
+    ]
 
 
 def cut(sample: TokenizedSample, max_length: int) -> TokenizedSample:
-    """The first `max_length` tokens of a sample."""
+    """Cut a sample to a length.
+
+    Args:
+        sample: whole.
+        max_length: in tokens.
+
+    Returns:
+        Its first `max_length` tokens.
+    """
     if len(sample.input_ids) <= max_length:
         return sample
     return replace(sample, input_ids=sample.input_ids[:max_length], loss_mask=sample.loss_mask[:max_length])
 
 
 def no_labels(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> ValueError:
-    """The error for a data set whose labelled fraction is 0, with the sample that shows why."""
+    """Make the error for a data set whose labelled fraction is 0, with the sample that shows why.
+
+    Args:
+        sample: of the data set.
+        tokenizer: the target's.
+
+    Returns:
+        The error, to be raised.
+    """
     text = str(tokenizer.decode(sample.input_ids))
     shown = text if len(text) <= 600 else text[:400] + " [...] " + text[-200:]
     return ValueError(

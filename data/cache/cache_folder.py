@@ -1,9 +1,9 @@
-"""A cache while it is made, by one process or by many that come and go: what is there, what is wanting, when it is whole.
+"""A cache while it is made, by one process or by many: what is there, what is missing, when it is whole.
 
 Owns: the records of finished shards beside them, their gathering into the manifest, what is cleared away at the end.
 Does not know: targets, how a shard's content is made, which process makes which.
 
-While shards are being made, `shard-00003.json` beside `shard-00003.safetensors` says that it is whole; the manifest is
+While shards are being made, `shard-00003.json` beside `shard-00003.safetensors` says that the shard is whole. The manifest is
 written at the beginning, incomplete, and at the end of each process with what is there by then. A process that is killed
 leaves whole shards with their records and at most one that has none, which the next process makes again.
 """
@@ -27,14 +27,22 @@ SURVEY_PREFIX = ".survey-"
 
 
 class CacheFolder:
-    """The folder that processes of one extraction share. What they change together they change in turn."""
+    """The folder that processes of one extraction share. What they change together they change in turn.
+
+    Args:
+        path: of the cache.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._listed: tuple[tuple[int, int], frozenset[str]] | None = None
 
     def check_place(self) -> None:
-        """Raises ValueError for a place where no cache can be made: a file, or a folder with anything else in it."""
+        """Check that a cache can be made here.
+
+        Raises:
+            ValueError: the place is a file, or a folder with anything else in it.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, but a folder is to be written there; name another folder")
         if not self.path.exists() or (self.path / MANIFEST_FILE).exists():
@@ -45,9 +53,15 @@ class CacheFolder:
             raise ValueError(f"{self.path} is not empty and no cache; name another folder")
 
     def begin(self, empty: Manifest, dropped: Iterable[Dropped], source: Mapping[str, str]) -> None:
-        """Writes what the cache will be, unless it is there. `source` is what is read, with its sha256.
+        """Write what the cache will be, unless it is there.
 
-        Raises ValueError when the folder holds another cache, or anything else.
+        Args:
+            empty: the manifest of the cache before its first shard.
+            dropped: rows that are no sample.
+            source: what is read, with its sha256.
+
+        Raises:
+            ValueError: the folder holds another cache, or anything else.
         """
         with in_turn(self.path / MANIFEST_FILE):
             if (self.path / MANIFEST_FILE).exists():
@@ -62,7 +76,14 @@ class CacheFolder:
                 provenance.write(self.path, provenance.record("data extract", settings, source))
 
     def keep_good(self, numbers: Iterable[int]) -> set[int]:
-        """Which of these shards are there, byte by byte; records of those that are not are dropped, so that they are made."""
+        """Find which shards are there, byte by byte. Records of those that are not whole are dropped, so that they are made again.
+
+        Args:
+            numbers: of shards.
+
+        Returns:
+            Those of them that are there.
+        """
         with in_turn(self.path / MANIFEST_FILE):
             there = self._records()
         wanted = {number: there[name] for number in numbers if (name := _name(number)) in there}
@@ -77,18 +98,37 @@ class CacheFolder:
         return wanted.keys() - bad
 
     def has(self, number: int) -> bool:
-        """Whether some process has finished this shard: its record lies beside it or, from a gathering on, in the manifest."""
+        """Whether some process has finished this shard: its record lies beside it or, from a gathering on, in the manifest.
+
+        Args:
+            number: of the shard.
+
+        Returns:
+            True where it is finished.
+        """
         return self._record_file(number).exists() or _name(number) in self._gathered()
 
     def add(self, number: int, content: ShardContent) -> None:
-        """Writes a shard, then its record. Raises OSError when the disk does not take them."""
+        """Write a shard, then its record.
+
+        Args:
+            number: of the shard.
+            content: its tensors.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
         record = write_shard(self.path / _name(number), content)
         atomic_write(self._record_file(number), json.dumps(asdict(record)) + "\n", clear=False)
 
     def gather(self, lengths: Sequence[int]) -> Manifest:
-        """Puts every shard that is there into the manifest; with the last one, the cache is complete.
+        """Put every shard that is there into the manifest; with the last one, the cache is complete.
 
-        `lengths` are the tokens of each sample of the whole cache.
+        Args:
+            lengths: tokens of each sample of the whole cache.
+
+        Returns:
+            The manifest as it is now.
         """
         with in_turn(self.path / MANIFEST_FILE):
             manifest = Manifest.load(self.path).with_shards(self._records().values())

@@ -15,7 +15,13 @@ def bytes_as_files(manifest: Manifest) -> int:
     """Bytes of a cache's samples if each were one `torch.save` file of bfloat16 states, int64 ids and an int64 mask.
 
     Over N samples, S tokens and L layers of D numbers: `S * (8 + 8 + 2 * L * D) + N * overhead`, the overhead of a file
-    being measured. Same samples, same layers; the file system's rounding up to blocks is left out.
+    being measured. Same samples, same layers; the file system's rounding up to blocks does not count.
+
+    Args:
+        manifest: of the cache.
+
+    Returns:
+        Bytes.
     """
     identity = manifest.identity
     per_token = 8 + 8 + 2 * len(identity.layers) * identity.hidden_size
@@ -24,7 +30,14 @@ def bytes_as_files(manifest: Manifest) -> int:
 
 @functools.cache
 def file_overhead(num_layers: int) -> int:
-    """Bytes that `torch.save` adds to a dictionary of ids, mask and so many layers of states, measured on one token."""
+    """Bytes that `torch.save` adds to a dictionary of ids, mask and so many layers of states, measured on one token.
+
+    Args:
+        num_layers: of the cache.
+
+    Returns:
+        Bytes of one file.
+    """
     tensors = {name: torch.zeros(1, dtype=torch.int64) for name in ("input_ids", "loss_mask")}
     tensors |= {f"hidden_state_{number}": torch.zeros(1, 1, dtype=torch.bfloat16) for number in range(num_layers)}
     buffer = io.BytesIO()
@@ -33,7 +46,14 @@ def file_overhead(num_layers: int) -> int:
 
 
 def footprint(manifest: Manifest) -> str:
-    """The comparison in a line."""
+    """Write the comparison in a line.
+
+    Args:
+        manifest: of the cache.
+
+    Returns:
+        The line.
+    """
     here = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_tokens
     files = bytes_as_files(manifest) / manifest.num_tokens
     return (

@@ -1,8 +1,8 @@
 """The command `draftsmith data extract`: chosen layers of a frozen target over tokenized samples, as a cache of hidden states.
 
-Owns: the command, and which process makes which shard. Does not know: how samples are made
-(`corpus.py`), the forward (`features.py`), the files' layout (`shards.py`, `manifest.py`), what is there of a cache that
-is being made (`cache_folder.py`), training.
+Owns: the command, and which process makes which shard. Does not know how samples are made (`corpus.py`), the forward
+(`features.py`), or the files' layout (`shards.py`, `manifest.py`). Does not know either what is there of a cache that is being made
+(`cache_folder.py`), nor training.
 """
 
 import contextlib
@@ -61,6 +61,9 @@ class StorageOptions:
         local_horizon: Store this many greedy tokens of the target after each position (for `local` distillation).
         batch_tokens: Tokens of one forward, padding included.
         shard_mib: Size of a shard in MiB.
+
+    Raises:
+        ValueError: no layer, a layer twice, or a number outside its range.
     """
 
     layers: tuple[str, ...] = ("last.pre_norm",)
@@ -203,7 +206,11 @@ def _sharded_worker(
 
 
 def _claim(stack: contextlib.ExitStack, out: Path, share: Share) -> None:
-    """Holds the right to make this share of the cache. Raises ValueError where another process does, or the place is taken."""
+    """Hold the right to make this share of the cache.
+
+    Raises:
+        ValueError: another process holds it, or the place is taken.
+    """
     whole = out.absolute()  # "." has no name of its own
     stack.enter_context(exclusive(whole.with_name(whole.name + share.suffix)))
     CacheFolder(out).check_place()
@@ -218,7 +225,11 @@ def _corpus(
     where: PlacementOptions,
     rendering: TemplateChoice,
 ) -> Corpus:
-    """The samples of the source. Raises ValueError for another tokenizer's ids, and for a layer that the target does not have."""
+    """The samples of the source.
+
+    Raises:
+        ValueError: it holds another tokenizer's ids, or the target does not have a layer.
+    """
     for layer in storage.layers:
         target.check_layer(layer)
     length = sample_length(storage.max_length, target.max_positions, target.name)
@@ -308,7 +319,16 @@ def _empty_manifest(identity: CacheIdentity, survey: Survey) -> Manifest:
 def sample_length(asked: int | None, context: int | None, target: str) -> int:
     """The tokens that samples are cut to: as many as asked for, or the target's whole context.
 
-    Raises ValueError for less than 2, for more than the context, and where neither is known.
+    Args:
+        asked: in tokens; None for the context.
+        context: of the target, in tokens; None where nobody knows.
+        target: its name, for the message.
+
+    Returns:
+        Tokens.
+
+    Raises:
+        ValueError: less than 2, more than the context, or neither is known.
     """
     if asked is not None and asked < 2:
         raise ValueError(f"max_length is {asked}; a sample needs at least 2 tokens")

@@ -1,6 +1,6 @@
 """The target's forward over samples: its chosen layers, token after token, without padding.
 
-Owns: length buckets, the overlap of copying and computing, and the refusal of states that are not finite. Does not
+Owns: length buckets, the overlap of copying and computing, and the check that states are finite. Does not
 know: files.
 
 Shape legend: B rows of a forward, T tokens, D hidden, G greedy tokens a position.
@@ -23,7 +23,15 @@ from draftsmith.models.target.target import Target
 
 @dataclass(frozen=True)
 class _Forward:
-    """A forward whose states may still be on their way to the host, until all of `arrived`; `scales` as in `ShardContent`."""
+    """A forward whose states may still be on their way to the host.
+
+    Attributes:
+        rows: numbers of its samples.
+        states: layer name -> [B, T, D].
+        scales: layer name -> float32 [B, T], of states with eight bits.
+        greedy_ids: int32 [B, T, G], or None.
+        arrived: events; the states are on the host after all of them.
+    """
 
     rows: list[int]
     states: dict[str, Tensor]
@@ -39,11 +47,21 @@ def features(
     identity: CacheIdentity,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> ShardContent:
-    """States of some samples, end to end: `hidden[layer]` is [sum of lengths, D] in the stored dtype, with `scales`.
+    """Compute the states of some samples, end to end.
 
     Samples of similar length share a forward. On a GPU the copy to the host runs behind the next forward.
 
-    Raises ValueError naming sample, layer and position of the first state that is not finite.
+    Args:
+        target: the model.
+        samples: in tokens.
+        identity: of the cache: layers, stored dtype, greedy tokens, tokens of a forward.
+        advance: takes how many more tokens are done.
+
+    Returns:
+        Tensors of a shard: `hidden[layer]` is [sum of lengths, D] in the stored dtype, with `scales`.
+
+    Raises:
+        ValueError: a state is not finite, with sample, layer and position; or a token id is outside the target's vocabulary.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     ends = list(itertools.accumulate(lengths, initial=0))
@@ -73,7 +91,14 @@ def features(
 
 
 def num_embeddings(target: Target) -> int:
-    """How many token ids a target can read."""
+    """How many token ids a target can read.
+
+    Args:
+        target: the model.
+
+    Returns:
+        Rows of its embedding.
+    """
     return int(target.model.get_input_embeddings().weight.shape[0])
 
 
@@ -89,9 +114,16 @@ def _check_vocabulary(content: ShardContent, target: Target) -> None:
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Groups samples of similar length, longest first, so that rows times longest stays within `batch_tokens`.
+    """Group samples of similar length, longest first, so that rows times longest stays within `batch_tokens`.
 
     Example: lengths `[2, 9, 8, 3]` and 18 tokens give `[[1, 2], [3, 0]]`.
+
+    Args:
+        lengths: of the samples, in tokens.
+        batch_tokens: most tokens of a group, padding included; a longer sample is a group of its own.
+
+    Returns:
+        Numbers of samples.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
@@ -104,13 +136,28 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 
 def padded_ids(samples: Sequence[TokenizedSample]) -> Tensor:
-    """int64 [B, T]: ids padded on the right with 0, which causal attention keeps from every real token."""
+    """Pad ids on the right with 0, which causal attention keeps from every real token.
+
+    Args:
+        samples: B of them.
+
+    Returns:
+        int64 [B, T].
+    """
     longest = max(len(sample.input_ids) for sample in samples)
     return torch.tensor([sample.input_ids + [0] * (longest - len(sample.input_ids)) for sample in samples])
 
 
 def prompt_lengths(loss_masks: Iterable[Sequence[bool] | Tensor], device: torch.device) -> Tensor:
-    """int64 [B]: how many tokens stand before the first labelled one of each sample, which decoding reads at once; all where none is."""
+    """Count the tokens before the first labelled one of each sample, which decoding reads at once. Where none is labelled, all count.
+
+    Args:
+        loss_masks: of B samples.
+        device: of the result.
+
+    Returns:
+        int64 [B].
+    """
     masks = [torch.as_tensor(mask, dtype=torch.bool) for mask in loss_masks]
     return torch.tensor([int(mask.int().argmax()) if mask.any() else len(mask) for mask in masks], device=device)
 

@@ -31,6 +31,9 @@ class LocalShards:
     Args:
         path: the folder.
         checked: whether the shards' sha256 are compared before they are served.
+
+    Raises:
+        ValueError: the folder holds no cache, or its manifest is broken.
     """
 
     fetches, most_open = False, 4096
@@ -41,7 +44,11 @@ class LocalShards:
         self._unchecked = set(range(len(self.manifest.shards))) if checked else set()
 
     def prepare(self) -> None:
-        """Compares the sizes of all shards. Raises ValueError for one that is missing or cut off."""
+        """Compare the sizes of all shards.
+
+        Raises:
+            ValueError: one is missing or cut off.
+        """
         for shard in self.manifest.shards:
             check_size(self.path / shard.name, shard)
 
@@ -60,7 +67,14 @@ class LocalShards:
         return LocalFile(self._file(shard))
 
     def lengths(self) -> np.ndarray | None:
-        """int32 [N], from the folder's file of lengths, if it has one."""
+        """int32 [N], from the folder's file of lengths, if it has one.
+
+        Returns:
+            Tokens of each sample, or None.
+
+        Raises:
+            ValueError: the file is damaged or belongs to another cache.
+        """
         file = self.path / LENGTHS_FILE
         return read_lengths(file.read_bytes(), self.manifest, str(file)) if file.is_file() else None
 

@@ -1,4 +1,4 @@
-"""Reading a hidden-state cache: refuses what is incomplete, altered or foreign before it serves anything.
+"""Reading a hidden-state cache: checks that it is complete, unaltered and the target's own before it serves anything.
 
 Owns: the samples, their numbers, the open files, and when each check comes. Does not know: where shards come from (a `ShardSource`), how
 a cache is made (`extract.py`), how samples are batched (`packing.py`).
@@ -33,22 +33,23 @@ Check = Literal["open", "lazy", "off"]
 class HiddenStateCache:
     """A finished cache as a sequence of samples.
 
+    Copies sent to worker processes open the files anew and do not check again what was checked here.
+
     Args:
         path: the folder that `draftsmith data extract` wrote, or the URL it was copied to: `s3://bucket/cache`, `gs://...`,
             whatever fsspec knows. Shards behind a URL are fetched as a whole when they are needed and kept in `shard_cache`.
-        check: when every shard's sha256 is compared with the manifest: all of them at `open`, each one before its
-            first sample is served (`lazy`, for caches of terabytes), or not at all (`off`). Sizes are always checked, and a shard's
-            own tensors whenever it is opened. Behind a URL each shard is hashed when it arrives, whatever this says, and again by
-            a process that finds it fetched; `off` leaves the second out in a folder that only this user may write in.
-        shard_cache: the node's folder for fetched shards, shared by all its processes; None: `draftsmith/shards` in
+        check: when every shard's sha256 is compared with the manifest. `open` compares all of them at once, `lazy` each one before its
+            first sample is served (for caches of terabytes), `off` none. Sizes are always checked, and a shard's
+            own tensors whenever it is opened. Behind a URL each shard is hashed when it arrives, whatever this says. A process that
+            finds it fetched hashes it again; `off` skips that in a folder that only this user may write in.
+        shard_cache: the node's folder for fetched shards, shared by all its processes. None: `draftsmith/shards` in
             `$XDG_CACHE_HOME` or `~/.cache`, which nobody else may write in.
         shard_cache_gib: how much it may hold; what was not used for longest is dropped.
         retry: how often and after which pauses a failing network is tried.
         finite: refuse states that are NaN or infinite when they are read; False serves them, for who looks for them.
 
-    Raises ValueError, with the file and the remedy, for a cache that is missing, unfinished, cut off or altered.
-
-    Copies sent to worker processes open the files anew and do not check again what was checked here.
+    Raises:
+        ValueError: the cache is missing, unfinished, cut off or altered; the message has the file and the remedy.
     """
 
     def __init__(
@@ -119,10 +120,20 @@ class HiddenStateCache:
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def texts(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """`input_ids` int64 [T] and `loss_mask` bool [T] of some samples, in rising order.
+        """Read ids and masks of some samples, without their states.
 
         No states are read, nor fetched from behind a URL, so no sha256 is compared: sizes and layout are. What `check` asks for
         is done when the samples themselves are served.
+
+        Args:
+            indices: of samples, rising.
+
+        Yields:
+            `input_ids` int64 [T] and `loss_mask` bool [T] of each.
+
+        Raises:
+            IndexError: there is no such sample.
+            ValueError: a shard is missing or damaged.
         """
         own = np.asarray(indices, dtype=np.int64)
         for index in own[(own < 0) | (own >= len(self))].tolist():
@@ -142,17 +153,24 @@ class HiddenStateCache:
                 yield ids[start:stop].long(), mask[start:stop]
 
     def need(self, shards: Sequence[int], reader: object) -> None:
-        """Says which shards a reader reads or will soon, most urgent first: behind a URL they are fetched ahead and kept.
+        """Say which shards a reader reads or will soon: behind a URL they are fetched ahead and kept.
 
-        They are until the same reader needs others; none, when it is through.
+        They stay until this reader asks for others. An empty list means that it is done.
+
+        Args:
+            shards: their numbers, most urgent first.
+            reader: who asks.
         """
         self._forget_parents()
         self.shards.need(shards, reader)
 
     def read_next(self, indices: np.ndarray) -> None:
-        """Says which samples a reader reads now: behind a URL the files of all others are let go, so that they can be dropped.
+        """Say which samples a reader reads now: behind a URL the files of all others are released, so that they can be dropped.
 
         A process may read few shards of a window; those of many windows would add up to more than the node's folder holds.
+
+        Args:
+            indices: of samples, int64.
         """
         if not self.shards.fetches:
             return
@@ -162,15 +180,18 @@ class HiddenStateCache:
             self._drop(shard)
 
     def close(self) -> None:
-        """Closes all files and ends what is fetched ahead; reading on opens them anew."""
+        """Close all files and end what is fetched ahead; further reads open them anew."""
         while self._readers:
             self._drop_oldest()
         self.shards.close()
 
     def verify_integrity(self) -> None:
-        """Compares the sha256 of every shard not checked yet, and opens it. Raises ValueError at the first that is not as it should be.
+        """Compare the sha256 of every shard not checked yet, and open it.
 
         A cache behind a URL has none: its shards are checked when they are fetched.
+
+        Raises:
+            ValueError: at the first shard that is not as it should be.
         """
         unchecked = self.shards.unchecked()
         if unchecked and "lengths" not in self.__dict__ and (known := self.shards.lengths()) is not None:
@@ -180,16 +201,24 @@ class HiddenStateCache:
             self._examined(shard, self.shards.hold(shard, give_way=self._give_way).path)
 
     def verify_states(self) -> None:
-        """Reads every state of every shard. Raises ValueError, with file, sample and layer, for the first that is NaN or infinite."""
+        """Read every state of every shard.
+
+        Raises:
+            ValueError: for the first that is NaN or infinite, with file, sample and layer.
+        """
         for shard in range(len(self.manifest.shards)):
             self._open(shard).check_states()
 
     def check_target(self, fingerprint: str, quantization: str | None = None, vocab_size: int | None = None) -> None:
-        """Refuses to serve another target's features; warns where its weights were of other bits, as `quantization` has them.
+        """Check that the states are a target's. Warns where its weights had other bits.
 
-        With `vocab_size`, token ids are held to that many, too, in what is open and in all that is opened later.
+        Args:
+            fingerprint: of the target.
+            quantization: of its weights, `8bit` or `4bit`; None for whole ones.
+            vocab_size: of the target. Token ids must be below it, in what is open and in all that is opened later. None checks nothing.
 
-        Raises ValueError naming both targets, or the shard and the id.
+        Raises:
+            ValueError: the states are another target's, naming both; or a token id is outside, with shard and id.
         """
         own = self.manifest.identity.target_fingerprint
         if own != fingerprint:
@@ -210,7 +239,14 @@ class HiddenStateCache:
             )
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Refuses token ids of another tokenizer. Raises ValueError naming both."""
+        """Check that the token ids are of a tokenizer.
+
+        Args:
+            fingerprint: of the tokenizer.
+
+        Raises:
+            ValueError: they are another's; the message names both.
+        """
         own = self.manifest.identity.tokenizer_fingerprint
         if own != fingerprint:
             raise ValueError(
@@ -260,14 +296,14 @@ class HiddenStateCache:
         file.release()
 
     def _give_way(self) -> bool:
-        """Lets go of the file not read for longest, if there is one."""
+        """Release the file not read for longest, if there is one."""
         if self._readers:
             self._drop_oldest()
             return True
         return False
 
     def _forget_parents(self) -> None:
-        """A forked worker lets go of its parent's files: they would take up the disk until the worker ends."""
+        """Release, in a forked worker, its parent's files: they would take up the disk until the worker ends."""
         if self._owner == os.getpid():
             return
         self._owner = os.getpid()

@@ -32,9 +32,13 @@ Features = Callable[[Sequence[TokenizedSample], CacheIdentity, Callable[[int], N
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The processes that torchrun started, as a group, for as long as it is needed.
+    """Join the processes that torchrun started, as a group, for as long as it is needed.
 
-    Raises ValueError where no launcher has said which process this is.
+    Yields:
+        Once, nothing.
+
+    Raises:
+        ValueError: no launcher has said which process this is.
     """
     if distributed.is_initialized():
         yield
@@ -52,7 +56,14 @@ def process_group() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leading(target: Target) -> Iterator[Features]:
-    """Gives the first process a function that computes states as `features` does, with all the others; they are let go at the end."""
+    """Give the first process a function that computes states as `features` does, with all the others. These are released at the end.
+
+    Args:
+        target: this process's part of it.
+
+    Yields:
+        The function.
+    """
     group = _new_group()
 
     def together(
@@ -82,7 +93,12 @@ class _Followers:
 
 
 def follow(target: Target, identity: CacheIdentity) -> None:
-    """Runs the forwards that the first process runs, and keeps nothing, until it is let go."""
+    """Run the forwards that the first process runs, and keep nothing, until it is done.
+
+    Args:
+        target: this process's part of it.
+        identity: as much as forwards depend on.
+    """
     group = _new_group()
     while len(lengths := _receive(group)):
         ids = _receive(group).split(lengths.tolist())

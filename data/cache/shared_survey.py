@@ -31,12 +31,20 @@ _COLUMNS = {
 
 
 def shared_survey(corpus: Corpus, folder: Path, share: Share) -> Survey:
-    """The survey of a whole corpus, made by however many processes call this with the same folder.
+    """Survey a whole corpus, by however many processes call this with the same folder.
 
     Each does its own parts first, then those that nobody has taken up: a process that never came or died is replaced.
-    `folder` must be this corpus's, tokenizer's and template's own.
 
-    Raises ValueError as `Corpus.survey` does.
+    Args:
+        corpus: the samples.
+        folder: for the parts that are done; this corpus's, tokenizer's and template's own.
+        share: this process's part.
+
+    Returns:
+        The survey, the same in every process.
+
+    Raises:
+        ValueError: as `Corpus.survey`.
     """
     parts = corpus.parts
     own = share.own(len(parts))

@@ -38,7 +38,7 @@ def show(
 ) -> None:
     """Prints samples with the tokens that are not trained on dimmed, and the share that is trained on.
 
-    Where the output is no terminal, the tokens that are trained on stand between « and ».
+    Where the output is no terminal, the tokens that are trained on are between « and ».
 
     Args:
         source: A hidden-state cache, a folder of replies, or a JSONL file of conversations.
@@ -49,6 +49,9 @@ def show(
         split: Show samples of this split only (not for a cache, which holds one).
         where: How the target's files are read; see `TokenizerOptions`.
         rendering: The chat template; see `TemplateChoice`.
+
+    Raises:
+        ValueError: the numbers are out of range, nothing names the tokenizer, or there is no such sample.
     """
     if index < 0 or count < 1:
         raise ValueError(f"index {index} and count {count}: samples count from 0, and at least one is shown")
@@ -81,9 +84,16 @@ def show(
 def render(
     sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase, tokens: bool = False, marks: bool = False
 ) -> Text:
-    """One sample as styled text: a title line, then its text with masked parts dimmed.
+    """Style one sample: a title line, then its text with masked parts dimmed.
 
-    `tokens` puts a thin bar between tokens, `marks` puts « » around what is trained on.
+    Args:
+        sample: in tokens.
+        tokenizer: that they are of.
+        tokens: put a thin bar between tokens.
+        marks: put « » around what is trained on.
+
+    Returns:
+        The text.
     """
     total, labelled = len(sample.input_ids), sample.num_labelled
     share = f"{labelled / total:.0%}" if total else "none"

@@ -31,8 +31,12 @@ ANYWHERE = PlacementOptions()
 class Comparison:
     """A cached sample against its recomputation.
 
-    `max_difference` is the largest of a single number, `relative_difference` the largest of a token's state relative to
-    that state's length; `greedy_agreement` is the share of equal greedy tokens (1 where none are stored).
+    Attributes:
+        sample: its id.
+        layer: the layer's name.
+        max_difference: the largest of a single number.
+        relative_difference: the largest of a token's state relative to that state's length.
+        greedy_agreement: the share of equal greedy tokens (1 where none are stored).
     """
 
     sample: str
@@ -65,6 +69,9 @@ def verify(
             eight bits 0.09.
         check: Whether shards are hashed and all states read first (`open`), as they are touched (`lazy`), or not (`off`).
         where: Where the target runs; see `PlacementOptions`.
+
+    Raises:
+        ValueError: the cache is missing, damaged or another target's, or a state differs from its recomputation.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; recompute at least 1")
@@ -103,7 +110,17 @@ def _print_compared(compared: Iterable[Comparison], with_greedy: bool) -> None:
 
 
 def compare(cache: HiddenStateCache, target: Target, num_samples: int, seed: int) -> Iterator[Comparison]:
-    """Recomputes randomly drawn samples, one forward each; states of eight bits are held against whole ones."""
+    """Recompute randomly drawn samples, one forward each; states of eight bits are compared with whole ones.
+
+    Args:
+        cache: with the target's states.
+        target: the model.
+        num_samples: how many to draw.
+        seed: of the draw.
+
+    Yields:
+        A comparison for each sample and layer.
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(cache), generator=generator)[:num_samples].tolist()
     identity = cache.manifest.identity

@@ -5,8 +5,8 @@ manifests, samples.
 
 The folder is shared by all processes of the node. A file there is named by its sha256 and appears whole or not at all. One
 process fetches it while the others wait. Whoever reads a file holds a shared lock on it, which the system drops when its
-holder dies, and only files that nobody holds are dropped, the least recently used first. Files of other names are nobody's business
-here: they are neither counted nor dropped.
+holder dies. Only files that nobody holds are dropped, the least recently used first. Files of other names are neither counted nor
+dropped.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Held:
-    """A fetched file that stays where it is until it is released."""
+class HeldFile:
+    """A fetched file that stays where it is until it is released.
+
+    Args:
+        path: of the file.
+        handle: its descriptor, which holds a shared lock.
+    """
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path, self._handle, self._owner = path, handle, os.getpid()
 
     def release(self) -> None:
-        """Lets the file be dropped; twice is harmless. In a forked process it only lets go of what that one inherited."""
+        """Let the file be dropped; twice is harmless. In a forked process it only closes what that one inherited."""
         if self._handle >= 0:
             if self._owner == os.getpid():
                 _unlock(self._handle)
@@ -59,10 +64,11 @@ class ShardFolder:
         path: where; None takes this user's cache folder, which nobody else may write in.
         limit: bytes.
         patience: seconds.
-        check: hash what another process left before it is used, once a process and file. False leaves that out where nobody else may
+        check: hash what another process left before it is used, once a process and file. False skips that where nobody else may
             write; in a folder that others may write in, files are hashed all the same.
 
-    Raises ValueError for a limit below 1 byte.
+    Raises:
+        ValueError: a limit below 1 byte.
     """
 
     def __init__(self, path: Path | None, limit: int, patience: float = 60.0, check: bool = True) -> None:
@@ -73,10 +79,13 @@ class ShardFolder:
         self._known: set[tuple[str, int, int]] = set()
 
     def prepare(self) -> bool:
-        """Makes the folder unless it is there, and gives whether this user alone may write in it.
+        """Make the folder unless it is there.
 
-        Raises ValueError for a link or a file in its place, for a default folder that another user may write in, and where it cannot be
-        made.
+        Returns:
+            Whether this user alone may write in it.
+
+        Raises:
+            ValueError: a link or a file is in its place, another user may write in a default folder, or it cannot be made.
         """
         with self._explaining_the_disk():
             return make_folder(self.path, self._private)
@@ -88,26 +97,35 @@ class ShardFolder:
         fill: Callable[[int], None],
         patient: bool = True,
         give_way: Callable[[], bool] = lambda: False,
-    ) -> Held | None:
-        """The file with this sha256, fetched by `fill` unless it is there. `fill` writes to a descriptor and checks what it writes.
+    ) -> HeldFile | None:
+        """Give the file with this sha256, fetched by `fill` unless it is there.
 
-        None, where not `patient`, when another process is fetching it or there is no room without dropping what is in use. Before
-        it waits for others, `give_way` is asked to release something of its own, for as long as it does.
+        Args:
+            sha256: of the file, hex.
+            num_bytes: its size.
+            fill: writes the file to a descriptor, and checks what it writes.
+            patient: wait for other processes.
+            give_way: releases something of the caller's and says whether there was something. It is called for as long as it does so,
+                before this waits for others.
 
-        Raises ValueError for a sha256 that is none, when the file is larger than the folder may be, when no room was made in time or the
-        disk is full, for a link in its place, and what `fill` raises.
+        Returns:
+            The file. None, where not `patient`: another process is fetching it, or there is no room without dropping what is in use.
+
+        Raises:
+            ValueError: the sha256 is none, the file is larger than the folder may be, or no room was made in time. Also for a full disk,
+                for a link in the file's place, and as `fill` raises.
         """
         path = self.path / f"{safe_sha256(sha256)}.safetensors"
         if num_bytes > self.limit:
             raise ValueError(
                 f"{self.path} may hold {self.limit / 2**30:.3g} GiB, one shard has {num_bytes / 2**30:.3g}; raise shard_cache_gib"
             )
-        ours = self.prepare()
+        is_private = self.prepare()
         with self._explaining_the_disk():
             while True:
-                held = self._present(path, num_bytes, ours)
-                if held is not None:
-                    return held
+                file = self._present(path, num_bytes, is_private)
+                if file is not None:
+                    return file
                 with _locked(self.path / f".{sha256}.lock", patient) as mine:
                     if not mine:
                         return None
@@ -144,34 +162,41 @@ class ShardFolder:
 
     @contextlib.contextmanager
     def in_turn(self, name: str) -> Iterator[None]:
-        """One process or thread of the node at a time."""
+        """Let one process or thread of the node in at a time.
+
+        Args:
+            name: of what is done.
+
+        Yields:
+            Once, nothing.
+        """
         self.prepare()
         with _locked(self.path / f".{name}.lock"):
             yield
 
-    def _present(self, path: Path, num_bytes: int, ours: bool) -> Held | None:
+    def _present(self, path: Path, num_bytes: int, is_private: bool) -> HeldFile | None:
         try:
             handle = open_file(path)
         except FileNotFoundError:
             return None
         fcntl.flock(handle, fcntl.LOCK_SH)
-        found = os.fstat(handle)
-        if found.st_nlink == 0:  # dropped between our open and our lock
+        status = os.fstat(handle)
+        if status.st_nlink == 0:  # dropped between our open and our lock
             _unlock(handle)
             return None
-        if found.st_size != num_bytes or not self._is_whole(path, handle, ours):
+        if status.st_size != num_bytes or not self._is_whole(path, handle, is_private):
             path.unlink(missing_ok=True)
             _unlock(handle)
             return None
         with contextlib.suppress(PermissionError):  # another user's file in a shared folder
             os.utime(path)
-        return Held(path, handle)
+        return HeldFile(path, handle)
 
-    def _is_whole(self, path: Path, handle: int, ours: bool) -> bool:
+    def _is_whole(self, path: Path, handle: int, is_private: bool) -> bool:
         """Whether a file is what its name says. What this process has fetched or hashed before is not hashed again."""
         status = os.fstat(handle)
         identity = _identity(path.name, status)
-        trusted = ours and is_ours_alone(status) and not self.check
+        trusted = is_private and is_ours_alone(status) and not self.check
         if trusted or identity in self._known:
             return True
         with os.fdopen(os.dup(handle), "rb") as file:
@@ -229,7 +254,8 @@ def _identity(name: str, status: os.stat_result) -> tuple[str, int, int]:
 class _Partial:
     """A file on its way, locked so that nobody takes it for a leftover.
 
-    Raises OSError when the disk has no room for all of it, before any of it is fetched.
+    Raises:
+        OSError: the disk has no room for all of it, before any of it is fetched.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:

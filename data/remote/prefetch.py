@@ -6,12 +6,12 @@ Owns the threads and what they hold. Does not know: networks, caches, which file
 import threading
 from collections.abc import Callable, Sequence
 
-from draftsmith.data.remote.node_folder import Held
+from draftsmith.data.remote.node_folder import HeldFile
 
 _POLL_SECONDS = 0.2
 
 
-class Ahead:
+class Prefetcher:
     """Holds what will be needed soon, fetching it in threads.
 
     Args:
@@ -19,11 +19,11 @@ class Ahead:
         threads: fetches at a time.
     """
 
-    def __init__(self, hold: Callable[[int], Held | None], threads: int = 4) -> None:
+    def __init__(self, hold: Callable[[int], HeldFile | None], threads: int = 4) -> None:
         self._hold, self._num_threads = hold, threads
         self._changed = threading.Condition()
         self._wanted: list[int] = []
-        self._held: dict[int, Held] = {}
+        self._files: dict[int, HeldFile] = {}
         self._busy: set[int] = set()
         self._given_up: set[int] = set()
         self._put_off: set[int] = set()
@@ -31,11 +31,15 @@ class Ahead:
         self._closed = False
 
     def want(self, numbers: Sequence[int]) -> None:
-        """Replaces what is wanted; what is no longer wanted is released."""
+        """Replace what is wanted; what is no longer wanted is released.
+
+        Args:
+            numbers: of files, most urgent first.
+        """
         with self._changed:
             self._wanted, self._given_up = list(numbers), set()
-            for number in set(self._held) - set(numbers):
-                self._held.pop(number).release()
+            for number in set(self._files) - set(numbers):
+                self._files.pop(number).release()
             self._changed.notify_all()
             if not self._threads and numbers and not self._closed:
                 self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._num_threads)]
@@ -43,45 +47,45 @@ class Ahead:
                     thread.start()
 
     def close(self) -> None:
-        """Ends the threads, once they are through with what they fetch, and releases everything."""
+        """End the threads, once they are through with what they fetch, and release everything."""
         with self._changed:
             self._closed = True
         self.want([])
 
     def abandon(self) -> None:
-        """Lets go of what a forked process has inherited; the threads, and whoever had the lock, are its parent's."""
-        for held in self._held.values():
-            held.release()
-        self._held = {}
+        """Release what a forked process has inherited; the threads, and whoever had the lock, are its parent's."""
+        for file in self._files.values():
+            file.release()
+        self._files = {}
 
     @property
-    def held(self) -> set[int]:
-        """The numbers of what is there."""
+    def fetched(self) -> set[int]:
+        """The numbers of the files that are there."""
         with self._changed:
-            return set(self._held)
+            return set(self._files)
 
     def _work(self) -> None:
         while (number := self._next()) is not None:
-            held = None
+            file = None
             try:
-                held = self._hold(number)
+                file = self._hold(number)
             except (ValueError, OSError):
                 with self._changed:  # whoever needs it tries again, and gets the error
                     self._given_up.add(number)
             with self._changed:
                 self._busy.discard(number)
-                if held is None:
+                if file is None:
                     self._put_off.add(number)
                 elif number in self._wanted:
-                    self._held[number] = held
+                    self._files[number] = file
                     continue
-            if held is not None:
-                held.release()
+            if file is not None:
+                file.release()
 
     def _next(self) -> int | None:
         with self._changed:
             while not self._closed:
-                settled = self._held.keys() | self._busy | self._given_up
+                settled = self._files.keys() | self._busy | self._given_up
                 for number in self._wanted:
                     if number not in settled and number not in self._put_off:
                         self._busy.add(number)

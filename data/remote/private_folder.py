@@ -1,4 +1,4 @@
-"""Folders and files that nobody else may have put there: what is made private, and what is refused.
+"""Folders and files that nobody else may have put there: what is made private, and which ones are an error.
 
 Owns the rules about owners, modes and links. Knows nothing of what lies in them.
 """
@@ -16,9 +16,13 @@ _REMEDY = "remove it, or name a folder of your own as shard_cache"
 
 
 def user_cache_folder() -> Path:
-    """Where fetched shards go by default: `draftsmith/shards` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
+    """Where fetched shards lie by default: `draftsmith/shards` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
 
-    Raises ValueError where that variable is no absolute path, and where this user has no home.
+    Returns:
+        The folder, which need not be there.
+
+    Raises:
+        ValueError: that variable is no absolute path, or this user has no home.
     """
     cache = os.environ.get("XDG_CACHE_HOME")
     if cache:
@@ -32,14 +36,22 @@ def user_cache_folder() -> Path:
 
 
 def make_folder(path: Path, private: bool) -> bool:
-    """Makes a folder unless it is there, and gives whether this user alone may write in it.
+    """Make a folder unless it is there.
 
-    What is made is this user's alone (mode 0700). With `private`, the folder and the one that holds it must be so too if they
-    are there already, and nobody else may be able to move them away.
+    What is made is this user's alone (mode 0700).
 
-    Raises ValueError for what is no folder or a link to one, and with `private` for a folder that another user may write in.
+    Args:
+        path: of the folder.
+        private: the folder and the one that holds it must be this user's alone if they are there already. Nobody else may be
+            able to move them away.
+
+    Returns:
+        Whether this user alone may write in it.
+
+    Raises:
+        ValueError: it is no folder or a link to one; with `private` also where another user may write in it.
     """
-    for missing in reversed([one for one in (path, *path.parents) if not os.path.lexists(one)]):
+    for missing in reversed([folder for folder in (path, *path.parents) if not os.path.lexists(folder)]):
         with contextlib.suppress(FileExistsError):  # another process was faster; what it made is looked at below
             missing.mkdir(mode=0o700)
     if private:
@@ -52,14 +64,30 @@ def make_folder(path: Path, private: bool) -> bool:
 
 
 def is_ours_alone(status: os.stat_result) -> bool:
-    """Whether it belongs to this user and nobody else may write to it."""
+    """Whether a file or folder belongs to this user and nobody else may write to it.
+
+    Args:
+        status: of it.
+
+    Returns:
+        True where both hold.
+    """
     return status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a file that is no link, nor a pipe or device; a new one may be written by whom the umask allows.
+    """Open a file that is no link, nor a pipe or device; a new one may be written by whom the umask allows.
 
-    Raises ValueError for what is something else; otherwise as `os.open`.
+    Args:
+        path: of the file.
+        flags: as of `os.open`.
+
+    Returns:
+        A descriptor.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: as `os.open`.
     """
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

@@ -1,7 +1,7 @@
 """Folders that lie elsewhere: any URL that fsspec knows.
 
 Owns: reading over a network that fails, and checking what arrived. Does not know: manifests, samples, where files are kept
-(`shard_folder.py`).
+(`node_folder.py`).
 """
 
 from __future__ import annotations
@@ -51,12 +51,19 @@ _DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 
 
 def location(path: Path | str) -> Path | str:
-    """A local folder as a Path, anything else as a URL.
+    """Tell a local folder from a URL.
 
     `file://` is local. A URL that went through `Path`, which folds its two slashes into one, is unfolded.
 
-    Raises ValueError, which does not repeat it, for a URL with a password or an HTTP query: it would be written into
-    configurations, logs and a drafter's provenance.
+    Args:
+        path: either.
+
+    Returns:
+        A Path for a local folder, text for a URL.
+
+    Raises:
+        ValueError: a URL with a password or an HTTP query, which would be written into configurations, logs and a drafter's
+            provenance. The message does not repeat it.
     """
     text = str(path)
     if _LOCAL.match(text):
@@ -74,14 +81,24 @@ def location(path: Path | str) -> Path | str:
 
 @dataclass(frozen=True)
 class Retry:
-    """How often a read is tried, and how long it waits in between: twice as long each time, from `wait` to `longest` seconds."""
+    """How often a read is tried, and how long it waits in between: twice as long each time.
+
+    Attributes:
+        attempts: in all.
+        wait: seconds after the first.
+        longest: most seconds.
+    """
 
     attempts: int = 10
     wait: float = 0.5
     longest: float = 30.0
 
     def pauses(self) -> Iterator[float | None]:
-        """Seconds to wait after each attempt; None after the last one."""
+        """How long to wait after each attempt.
+
+        Yields:
+            Seconds; None after the last one.
+        """
         for attempt in range(self.attempts - 1):
             yield min(self.longest, self.wait * 2**attempt)
         yield None
@@ -90,7 +107,12 @@ class Retry:
 class RemoteFolder:
     """Files of a folder behind a URL.
 
-    Raises ValueError when fsspec lacks the package that the URL needs, with the line that installs it.
+    Args:
+        url: of the folder.
+        retry: how a failing read is tried again.
+
+    Raises:
+        ValueError: fsspec lacks the package that the URL needs; the message has the line that installs it.
     """
 
     def __init__(self, url: str, retry: Retry | None = None) -> None:
@@ -103,22 +125,46 @@ class RemoteFolder:
         return self.__dict__ | {"_opened": None}
 
     def address(self, name: str) -> str:
-        """What a file is called in errors."""
+        """What errors call a file.
+
+        Args:
+            name: of the file.
+
+        Returns:
+            Its URL.
+        """
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
-        """A file's bytes.
+        """Read a file's bytes.
 
-        Raises FileNotFoundError at once, and ValueError with the address when all attempts have failed.
+        Args:
+            name: of the file.
+
+        Returns:
+            All of them.
+
+        Raises:
+            FileNotFoundError: at once.
+            ValueError: all attempts have failed; the message has the address.
         """
         file_system, root = self._file_system()
         place = f"{root}/{safe_file_name(name, self.url)}"
         return self._persist(name, lambda: bytes(file_system.cat_file(place)))
 
     def head(self, name: str, num_bytes: int) -> Head:
-        """What a safetensors file of that size says of its tensors, without reading them.
+        """Read what a safetensors file says of its tensors, without reading them.
 
-        Raises ValueError for a file that is none, otherwise as `read`.
+        Args:
+            name: of the file.
+            num_bytes: its size.
+
+        Returns:
+            The head.
+
+        Raises:
+            FileNotFoundError: as `read`.
+            ValueError: the file is no such one; otherwise as `read`.
         """
         glance = self._piece(name, 0, min(_GLANCE, num_bytes), num_bytes)
         size = head_size(glance, num_bytes, self.address(name))
@@ -126,9 +172,19 @@ class RemoteFolder:
         return parse_head(content, num_bytes, self.address(name))
 
     def tensor(self, name: str, head: Head, key: str) -> Tensor:
-        """One tensor of a safetensors file whose head was read: of ids, masks or offsets.
+        """Read one tensor of a safetensors file whose head was read: of ids, masks or offsets.
 
-        Raises ValueError and FileNotFoundError as `read`.
+        Args:
+            name: of the file.
+            head: of the file.
+            key: of the tensor.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            FileNotFoundError: as `read`.
+            ValueError: as `read`.
         """
         entry = head.entries[key]
         there = entry.stop <= len(head.content)
@@ -138,10 +194,18 @@ class RemoteFolder:
         return torch.frombuffer(bytearray(part), dtype=_DTYPES[entry.kind.dtype]).reshape(entry.kind.shape)
 
     def fetch(self, name: str, sha256: str, num_bytes: int, into: int) -> None:
-        """Writes a file to the descriptor `into`, piece by piece: a piece that fails is asked for again, not the whole.
+        """Write a file to a descriptor, piece by piece: a piece that fails is asked for again, not the whole.
 
-        Raises ValueError with the address when there is no such file, when what arrives is not what the sha256 says, or when
-        all attempts have failed; OSError when the disk does not take it.
+        Args:
+            name: of the file.
+            sha256: that it must have, hex.
+            num_bytes: its size.
+            into: the descriptor.
+
+        Raises:
+            ValueError: there is no such file, what arrives is not what the sha256 says, or all attempts have failed; the message has the
+                address.
+            OSError: the disk does not take it.
         """
 
         def once() -> None:

@@ -1,7 +1,7 @@
 """The shards of a cache behind a URL: fetched into a folder of this node, or only as much of them as texts take.
 
 Owns: which shards are fetched ahead, and reading lengths and texts without states. Does not know: how files come over a network
-(`remote.py`), what a node keeps (`shard_folder.py`), samples.
+(`remote_folder.py`), what a node keeps (`node_folder.py`), samples.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from draftsmith.data.remote.node_folder import Held, ShardFolder
-from draftsmith.data.remote.prefetch import Ahead
+from draftsmith.data.remote.node_folder import HeldFile, ShardFolder
+from draftsmith.data.remote.prefetch import Prefetcher
 from draftsmith.data.remote.remote_folder import RemoteFolder
 from draftsmith.data.shards.lengths import LENGTHS_FILE, check_lengths, read_lengths, write_lengths
 from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest, ShardRecord
@@ -25,21 +25,29 @@ _HEADER_THREADS = 16
 
 
 class RemoteShards:
-    """The shards of a cache behind a URL, those in use in a folder of this node. A `ShardSource`."""
+    """The shards of a cache behind a URL, those in use in a folder of this node. A `ShardSource`.
+
+    Args:
+        source: the cache behind the URL.
+        folder: the node's.
+
+    Raises:
+        ValueError: there is no cache, it cannot be read, or its manifest is broken.
+    """
 
     fetches, most_open = True, 64
 
     def __init__(self, source: RemoteFolder, folder: ShardFolder) -> None:
         self.source, self.folder = source, folder
         self.manifest = self._manifest()
-        self._ahead: tuple[int, Ahead] | None = None
+        self._prefetcher: tuple[int, Prefetcher] | None = None
         self._needed: dict[int, list[int]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_ahead": None}
+        return self.__dict__ | {"_prefetcher": None}
 
     def prepare(self) -> None:
-        """Nothing: sizes are compared when shards are fetched."""
+        """Do nothing: sizes are compared when shards are fetched."""
 
     def unchecked(self) -> list[int]:
         """None: each shard is hashed when it arrives."""
@@ -48,19 +56,28 @@ class RemoteShards:
     def check(self, shard: int) -> None:
         """See unchecked."""
 
-    def hold(self, shard: int, *, give_way: Callable[[], bool]) -> Held:
-        """A shard's file, fetched unless it is there.
+    def hold(self, shard: int, *, give_way: Callable[[], bool]) -> HeldFile:
+        """Give a shard's file, fetched unless it is there.
 
-        Raises ValueError, with the shard's address, when it cannot be read or is not what the manifest says.
+        Args:
+            shard: its number.
+            give_way: releases another file and says whether there was one.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: it cannot be read or is not what the manifest says; the message has the shard's address.
         """
-        held = self._hold(shard, True, give_way)
-        assert held is not None, "a patient reader gets the file or an error"
-        return held
+        file = self._hold(shard, True, give_way)
+        assert file is not None, "a patient reader gets the file or an error"
+        return file
 
-    def _hold(self, shard: int, patient: bool, give_way: Callable[[], bool] = lambda: False) -> Held | None:
+    def _hold(self, shard: int, patient: bool, give_way: Callable[[], bool] = lambda: False) -> HeldFile | None:
         """See `ShardFolder.hold`.
 
-        Raises ValueError, with the shard's address, when it cannot be read or is not what the manifest says.
+        Raises:
+            ValueError: it cannot be read or is not what the manifest says; the message has the shard's address.
         """
         record = self.manifest.shards[shard]
 
@@ -70,31 +87,40 @@ class RemoteShards:
         return self.folder.hold(record.sha256, record.num_bytes, fill, patient, give_way)
 
     def need(self, shards: Sequence[int], reader: object) -> None:
-        """Fetches these ahead, and keeps them until this reader needs others."""
+        """Fetch these ahead, and keep them until this reader needs others.
+
+        Args:
+            shards: their numbers, most urgent first.
+            reader: who asks.
+        """
         self._needed[id(reader)] = list(shards)
-        if self._ahead is None:
-            self._ahead = os.getpid(), Ahead(lambda shard: self._hold(shard, patient=False))
+        if self._prefetcher is None:
+            self._prefetcher = os.getpid(), Prefetcher(lambda shard: self._hold(shard, patient=False))
         # The latest reader's first.
         everyones = [*shards, *(shard for needed in self._needed.values() for shard in needed)]
-        self._ahead[1].want(list(dict.fromkeys(everyones)))
+        self._prefetcher[1].want(list(dict.fromkeys(everyones)))
 
     def forget_parents(self) -> None:
-        """A forked worker lets go of what its parent fetches ahead: dropped files would take up the disk until the worker ends."""
-        if self._ahead is not None and self._ahead[0] != os.getpid():
-            self._ahead[1].abandon()
-            self._ahead, self._needed = None, {}
+        """Release, in a forked worker, what its parent fetches ahead: dropped files would take up the disk until the worker ends."""
+        if self._prefetcher is not None and self._prefetcher[0] != os.getpid():
+            self._prefetcher[1].abandon()
+            self._prefetcher, self._needed = None, {}
 
     def close(self) -> None:
-        """Ends what is fetched ahead."""
+        """End what is fetched ahead."""
         self.forget_parents()
-        if self._ahead is not None:
-            self._ahead[1].close()
-        self._ahead, self._needed = None, {}
+        if self._prefetcher is not None:
+            self._prefetcher[1].close()
+        self._prefetcher, self._needed = None, {}
 
     def lengths(self) -> np.ndarray:
-        """int32 [N]: from the cache's own file of lengths, or from the heads of all shards.
+        """Read the cache's own file of lengths, or the heads of all shards.
 
-        Raises ValueError as `hold`.
+        Returns:
+            int32 [N], tokens of each sample.
+
+        Raises:
+            ValueError: as `hold`.
         """
         name = self.source.address(LENGTHS_FILE)
         try:
@@ -123,9 +149,17 @@ class RemoteShards:
         return lengths
 
     def texts(self, shards: Sequence[int], vocab_size: int | None) -> Iterator[list[Tensor]]:
-        """`offsets` int64, `input_ids` int32 and `loss_mask` bool of each shard, without its states, a few shards ahead.
+        """Read ids and masks of shards without their states, a few shards ahead.
 
-        Raises ValueError as `hold`, and for a shard that is at odds with itself or with its manifest.
+        Args:
+            shards: their numbers.
+            vocab_size: ids must be below it; None checks nothing.
+
+        Yields:
+            `offsets` int64, `input_ids` int32 and `loss_mask` bool of each shard.
+
+        Raises:
+            ValueError: as `hold`, and for a shard that is at odds with itself or with its manifest.
         """
         ahead: deque[Future[list[Tensor]]] = deque()
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:

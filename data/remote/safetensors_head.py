@@ -25,7 +25,13 @@ _REMEDY = "upload it again"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: what it is, and its first byte and the one after its last, counted from the beginning of the file."""
+    """One tensor of a file.
+
+    Attributes:
+        kind: its dtype and shape.
+        start: its first byte, counted from the beginning of the file.
+        stop: the byte after its last.
+    """
 
     kind: TensorKind
     start: int
@@ -34,7 +40,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Head:
-    """All tensors of a file of `num_bytes` bytes by name, and as much of the file as was read to know them."""
+    """All tensors of a file.
+
+    Attributes:
+        entries: by name.
+        content: as much of the file as was read to know them.
+        num_bytes: of the file.
+    """
 
     entries: Mapping[str, Entry]
     content: bytes
@@ -42,7 +54,19 @@ class Head:
 
 
 def head_size(beginning: bytes, num_bytes: int, place: str) -> int:
-    """Bytes up to the first tensor, from the first 8 of the file. Raises ValueError for more than the file has."""
+    """Bytes up to the first tensor.
+
+    Args:
+        beginning: at least the first 8 bytes of the file.
+        num_bytes: of the file.
+        place: what errors call the file.
+
+    Returns:
+        Bytes, the first 8 included.
+
+    Raises:
+        ValueError: more than the file has.
+    """
     size = _LENGTH_BYTES + int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     if len(beginning) < _LENGTH_BYTES or size > min(num_bytes, _LARGEST):
         raise ValueError(
@@ -52,21 +76,32 @@ def head_size(beginning: bytes, num_bytes: int, place: str) -> int:
 
 
 def parse_head(content: bytes, num_bytes: int, place: str) -> Head:
-    """The tensors of a file of that size from its beginning, which holds the whole head.
+    """Read the tensors of a file from its beginning.
 
-    Raises ValueError for what is no such head, naming the tensor that does not fit.
+    Args:
+        content: the beginning, with the whole head.
+        num_bytes: of the file.
+        place: what errors call the file.
+
+    Returns:
+        The head.
+
+    Raises:
+        ValueError: it is no such head; the message names the tensor that does not fit.
     """
     size = head_size(content, num_bytes, place)
     table = parse_json_object(content[_LENGTH_BYTES:size], f"{place}: its head", _REMEDY)
     table.pop("__metadata__", None)
-    entries = {name: _entry(found, size, num_bytes, f"{place}: {name}") for name, found in table.items()}
+    entries = {name: _entry(described, size, num_bytes, f"{place}: {name}") for name, described in table.items()}
     return Head(entries, content, num_bytes)
 
 
-def _entry(found: Any, begin: int, num_bytes: int, place: str) -> Entry:
-    if not isinstance(found, dict) or not {"dtype", "shape", "data_offsets"} <= found.keys():
-        raise ValueError(f"{place} is {found!r:.80} in the head, it must have dtype, shape and data_offsets; {_REMEDY}")
-    dtype, shape, span = found["dtype"], found["shape"], found["data_offsets"]
+def _entry(described: Any, begin: int, num_bytes: int, place: str) -> Entry:
+    if not isinstance(described, dict) or not {"dtype", "shape", "data_offsets"} <= described.keys():
+        raise ValueError(
+            f"{place} is {described!r:.80} in the head, it must have dtype, shape and data_offsets; {_REMEDY}"
+        )
+    dtype, shape, span = described["dtype"], described["shape"], described["data_offsets"]
     if dtype not in _ITEM_BYTES or not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
         raise ValueError(
             f"{place} has dtype {dtype!r:.40}, shape {shape!r:.40} and data_offsets {span!r:.40}; {_REMEDY}"
@@ -81,5 +116,5 @@ def _entry(found: Any, begin: int, num_bytes: int, place: str) -> Entry:
 
 def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
+        isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in value
     )

@@ -30,7 +30,13 @@ from draftsmith.decode.sampling import GenerationSettings
 
 @dataclass(frozen=True)
 class Failure:
-    """A prompt without a reply, and why."""
+    """A prompt without a reply.
+
+    Attributes:
+        id: the prompt's.
+        reason: why there is none.
+        attempts: how often it was asked.
+    """
 
     id: str
     reason: str
@@ -41,7 +47,12 @@ class Failure:
 class Dialogue:
     """A conversation while it grows: the user's turns still to come, and the exchanges so far.
 
-    `begun_anew` are the turns before which the template rewrote what was said: their prompts do not continue the turn before.
+    Attributes:
+        prompt: what is asked.
+        next_ids: what the target reads before its next reply; None where the conversation has ended.
+        messages: the turns so far, as text.
+        turns: the exchanges so far, as token ids.
+        begun_anew: the turns before which the template rewrote earlier turns: their prompts do not continue the turn before.
     """
 
     prompt: Prompt
@@ -57,7 +68,13 @@ class Dialogue:
         return int.from_bytes(hashlib.sha256(f"{self.prompt.id}\0{len(self.turns)}".encode()).digest()[:4], "big")
 
     def take(self, reply: Reply, chat: ChatTemplate, context: int | None) -> None:
-        """Appends the reply to `next_ids` and prepares the next turn; a conversation that fills the context ends there."""
+        """Append the reply to `next_ids` and prepare the next turn; a conversation that fills the context ends there.
+
+        Args:
+            reply: to `next_ids`.
+            chat: renders the next turn.
+            context: the model's context in tokens, None for no limit.
+        """
         ids = self.next_ids or []
         full = context is not None and len(ids) + len(reply.token_ids) >= context and reply.finish == "length"
         self.turns.append(Turn(ids, reply.token_ids, "context" if full else reply.finish))
@@ -82,7 +99,14 @@ class Dialogue:
             self.begun_anew.append(done)
 
     def row(self, settings: GenerationSettings) -> dict[str, Any]:
-        """What is written of it; `begun_anew` only where there is such a turn."""
+        """The row that is written; it has `begun_anew` only where there is such a turn.
+
+        Args:
+            settings: of generation.
+
+        Returns:
+            The row's fields.
+        """
         anew = {"begun_anew": self.begun_anew} if self.begun_anew else {}
         return {
             "id": self.prompt.id,
@@ -102,7 +126,18 @@ def answer_batch(
     chat: ChatTemplate,
     engine: ResponseEngine,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one batch: all user turns of each prompt, every later one on top of the target's own earlier replies."""
+    """Answer one batch: all user turns of each prompt, every later one on top of the target's own earlier replies.
+
+    Args:
+        batch: prompts with the ids of their first turn.
+        settings: of generation.
+        context: the model's context in tokens, None for no limit.
+        chat: renders later turns.
+        engine: what generates.
+
+    Yields:
+        Rows, in the order of the prompts.
+    """
     dialogues = [Dialogue(prompt, list(ids)) for prompt, ids in batch]
     while active := [dialogue for dialogue in dialogues if dialogue.next_ids is not None]:
         prompts = [dialogue.next_ids or [] for dialogue in active]
@@ -121,12 +156,12 @@ def answer_independently(
     engine: IndependentEngine,
     trusted: bool = False,
 ) -> Iterator[dict[str, Any] | Failure]:
-    """The same rows in the order in which they are finished; a dialogue that got no answer is a Failure, and the others continue.
+    """Answer prompts one by one, with as many dialogues under way as the engine takes.
 
-    As many dialogues as the engine takes are under way all the time: whenever one ends, the next begins. Threads do nothing but wait
-    for the engine, because tokenizers cannot be shared by threads.
+    Rows come in the order in which they are finished. A dialogue that got no answer is a Failure, and the others continue. Whenever a
+    dialogue ends, the next begins. Threads do nothing but wait for the engine, because tokenizers cannot be shared by threads.
 
-    A bad reply is an error as long as there was no good one, and afterwards a Failure like another: one in a million must not keep
+    A bad reply is an error as long as there was no good one. Afterwards it is a Failure like another: one in a million must not keep
     the rest from being answered.
 
     Args:
@@ -136,6 +171,9 @@ def answer_independently(
         chat: renders later turns.
         engine: what generates; it is closed at the end.
         trusted: whether an earlier run had good replies.
+
+    Yields:
+        Rows and failures.
 
     Raises:
         ValueError: the engine reports that no request can go well, the first reply is bad, or one dialogue after another fails.
@@ -189,7 +227,10 @@ class _Answers:
         return self.failed_in_a_row >= self.patience
 
     def take(self, future: Future[RawReply], dialogue: Dialogue) -> dict[str, Any] | Failure | None:
-        """The dialogue's row where this answer ended it, a Failure, or None where another turn follows.
+        """Take in what a request came to.
+
+        Returns:
+            The dialogue's row where this answer ended it, a Failure, or None where another turn follows.
 
         Raises:
             BadReply: the first reply of all is bad.
@@ -210,7 +251,11 @@ class _Answers:
         return dialogue.row(self.settings) if dialogue.next_ids is None else None
 
     def check(self, outcome: dict[str, Any] | Failure | None) -> None:
-        """Raises ValueError where one dialogue after another failed."""
+        """Check that some dialogue still succeeds.
+
+        Raises:
+            ValueError: one dialogue after another failed.
+        """
         if self.hopeless:
             raise ValueError(
                 f"the last {self.failed_in_a_row} prompts got no answer ({outcome}); repair the engine and run the same command again; it "

@@ -51,7 +51,10 @@ class EngineChoice:
     vllm: VllmOptions = ONE_GPU
 
     def check(self, where: TargetOptions) -> None:
-        """Checks that no option would be dropped in silence.
+        """Check that no option would be dropped in silence.
+
+        Args:
+            where: the target's options.
 
         Raises:
             ValueError: an option is set that the chosen engine does not read.
@@ -75,7 +78,11 @@ class EngineChoice:
         self._refuse(changed, "is an option of the bundled decoder", with_value=False)
 
     def _refuse(self, options: Mapping[str, Any], rule: str, with_value: bool = True) -> None:
-        """Raises ValueError for the first of the options, if there is one."""
+        """Check that none of some options is set.
+
+        Raises:
+            ValueError: for the first one that is.
+        """
         for name, value in options.items():
             shown = f"--{name} {value}" if with_value else f"--{name}"
             raise ValueError(f"{shown} {rule}, and --engine is {self.name}; leave one of the two out")
@@ -83,10 +90,19 @@ class EngineChoice:
     def open(
         self, target: str, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings, where: TargetOptions
     ) -> OpenEngine:
-        """The engine, ready to answer.
+        """Make the engine ready to answer.
+
+        Args:
+            target: path or hub id.
+            tokenizer: the target's.
+            settings: of generation.
+            where: the target's options.
+
+        Returns:
+            The engine, with its context and identity.
 
         Raises:
-            ValueError: it cannot be had, or cannot hold to the settings.
+            ValueError: it cannot be had, or cannot keep the settings.
         """
         if self.name == "bundled":
             loaded = where.load(target)

@@ -1,8 +1,8 @@
 """JSON over HTTP, asked again until the server answers.
 
 Owns: connections, proxies, limits of time and size, which answers are worth another attempt and how long to wait for it. Does not
-know: what is asked. `httpx` speaks HTTP. Its time limits begin anew with every byte, so each attempt is a task of one event loop,
-which cancels it when its time is up.
+know: what is asked. `httpx` speaks HTTP. Its time limits begin anew with every byte. So each attempt is a task of one event loop, which
+cancels it when its time is up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLOSED = "the run is ending"
 Answer = TypeVar("Answer")
 
 
-class Retry(Exception):
+class RetryableError(Exception):
     """This attempt failed; another may not.
 
     Attributes:
@@ -61,8 +61,8 @@ class JsonClient:
         first_wait: see retries.
 
     Raises:
-        ValueError: the address is none or holds more than one, no header can carry the key, the timeout or the retries are out of
-            range, or the environment names a proxy that cannot be used.
+        ValueError: the address is none or holds more than one, or no header can carry the key. Also for a timeout or retries out of
+            range, and for a proxy of the environment that cannot be used.
     """
 
     def __init__(
@@ -84,21 +84,41 @@ class JsonClient:
         self._portal = self._resources.enter_context(start_blocking_portal(name="draftsmith-http"))
 
     def get(self, path: str, read: Callable[[dict[str, Any]], Answer]) -> Answer:
-        """What `read` makes of the object at a path. Raises as `post`."""
+        """Ask for the object at a path.
+
+        Args:
+            path: under the client's address.
+            read: makes the answer of the object; it raises RetryableError for an object that is none.
+
+        Returns:
+            What `read` makes of it.
+
+        Raises:
+            Unanswered: as `post`.
+            ValueError: as `post`.
+        """
         return self._patiently("GET", path, None, read)
 
     def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Answer]) -> Answer:
-        """What `read` makes of the server's answer to an object; it raises Retry for an answer that is none.
+        """Send an object, and wait for the answer.
+
+        Args:
+            path: under the client's address.
+            body: the object.
+            read: makes the answer of the server's object; it raises RetryableError for an object that is none.
+
+        Returns:
+            What `read` makes of it.
 
         Raises:
-            Unanswered: the last attempt failed (no connection, no answer in time, an answer cut short or no JSON object, 429, 5xx), or
-                the client was closed.
+            Unanswered: the last attempt failed, or the client was closed. An attempt fails without a connection, without a whole answer in
+                time, without a JSON object, and with status 429 or 5xx.
             ValueError: the answer says that the request or its sender is wrong (any other status), or it is too large.
         """
         return self._patiently("POST", path, json.dumps(body).encode(), read)
 
     def close(self) -> None:
-        """Ends every request under way: whoever waits for an answer gets Unanswered. A second call does nothing."""
+        """End every request under way: whoever waits for an answer gets Unanswered. A second call does nothing."""
         if not self._closed.is_set():
             self._closed.set()
             self._portal.call(self._http.aclose)
@@ -113,7 +133,7 @@ class JsonClient:
             attempt += 1
             try:
                 return read(self._once(method, path, body))
-            except Retry as error:
+            except RetryableError as error:
                 reason = str(error)
                 wait = min(60.0, self.first_wait * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
                 if attempt <= self.retries:
@@ -126,15 +146,15 @@ class JsonClient:
             response, content = self._portal.call(self._exchange, method, path, body)
         except (httpx.RequestError, TimeoutError, CancelledError, RuntimeError) as error:
             if self._closed.is_set():
-                raise Retry(_CLOSED) from error
+                raise RetryableError(_CLOSED) from error
             if isinstance(error, TimeoutError):
-                raise Retry(f"timed out: no whole answer in {self.timeout:g} seconds{self._way()}") from error
+                raise RetryableError(f"timed out: no whole answer in {self.timeout:g} seconds{self._way()}") from error
             if isinstance(error, httpx.RequestError):
-                raise Retry(f"{_first_cause(error)}{self._way()}") from error
+                raise RetryableError(f"{_first_cause(error)}{self._way()}") from error
             raise
         if response.status_code in _PASSING:
             after = _seconds(response.headers.get("Retry-After", ""))
-            raise Retry(f"status {response.status_code}: {_message(content)}{self._way()}", after)
+            raise RetryableError(f"status {response.status_code}: {_message(content)}{self._way()}", after)
         if response.status_code != 200:
             raise ValueError(
                 f"{self.url} answered {path} with status {response.status_code}: {_message(content)}{self._way()}; this would not change "
@@ -143,9 +163,9 @@ class JsonClient:
         try:
             answer = json.loads(content)
         except ValueError as error:
-            raise Retry(f"no JSON in the answer: {content[:80]!r}") from error
+            raise RetryableError(f"no JSON in the answer: {content[:80]!r}") from error
         if not isinstance(answer, dict):
-            raise Retry(f"no JSON object in the answer: {content[:80]!r}")
+            raise RetryableError(f"no JSON object in the answer: {content[:80]!r}")
         return answer
 
     async def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[httpx.Response, bytes]:

@@ -47,6 +47,9 @@ def run_identity(
         settings: of generation.
         rendering: what the template was made with.
         where: the target's options, resolved: the dtype is recorded.
+
+    Returns:
+        Fields that JSON can hold.
     """
     return {
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -58,7 +61,14 @@ def run_identity(
 
 
 def loaded_here(where: TargetOptions) -> dict[str, Any]:
-    """What replies of a target in this process depend on besides: settings that are at their default are left out."""
+    """What replies of a target in this process depend on besides.
+
+    Args:
+        where: the target's options.
+
+    Returns:
+        The settings that are not at their default.
+    """
     given = {"quantization": where.quantization, "context": where.context}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -72,7 +82,7 @@ def write_replies(
     identity: Mapping[str, Any],
     begun: Mapping[str, Any] | None = None,
 ) -> int:
-    """Answers the prompts that have no reply yet.
+    """Answer the prompts that have no reply yet.
 
     Args:
         out: the folder of the replies.
@@ -168,13 +178,24 @@ def _begin(out: Path, share: Share, plan: Plan, identity: Mapping[str, Any]) -> 
 
 
 def write_settings(out: Path, share: Share, identity: Mapping[str, Any], num_rows: int) -> None:
-    """What the replies depend on, and how many rows make them whole."""
+    """Write what the replies depend on, and how many rows make them whole.
+
+    Args:
+        out: the folder of the replies.
+        share: this process's part.
+        identity: everything the replies depend on.
+        num_rows: of this share.
+    """
     content = json.dumps({**identity, "num_rows": num_rows}, indent=2) + "\n"
     atomic_write(out / f"settings{share.suffix}.json", content)
 
 
 def _check_same(path: Path, earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises ValueError where replies were begun with anything that makes them others; a server's address may change."""
+    """Check that replies were begun with the same settings; a server's address may change.
+
+    Raises:
+        ValueError: a setting differs.
+    """
     if "prompts" in earlier:
         raise ValueError(
             f"{path} is of an earlier version, which noted no more of the prompts than their ids: nobody can tell whether they are these; "
@@ -189,7 +210,11 @@ def _check_same(path: Path, earlier: Mapping[str, Any], identity: Mapping[str, A
 
 
 def _check_other_shares(out: Path, share: Share, identity: Mapping[str, Any]) -> None:
-    """Raises ValueError where another rank's replies are of another world size, or of another run."""
+    """Check that the replies of other ranks are of this run.
+
+    Raises:
+        ValueError: they are of another world size, or of another run.
+    """
     for path in out.glob("settings*.json"):
         of = path.stem.removeprefix("settings")
         if of[6:] != share.suffix[6:]:
@@ -201,7 +226,14 @@ def _check_other_shares(out: Path, share: Share, identity: Mapping[str, Any]) ->
 
 
 def num_begun_anew(path: Path) -> int:
-    """How many rows say so; they are not parsed, since there may be a million. Within a text the mark would be escaped."""
+    """Count the rows that have `begun_anew`. They are not parsed, since there may be a million. Within a text the mark would be escaped.
+
+    Args:
+        path: of the rows.
+
+    Returns:
+        How many.
+    """
     if not path.is_file():
         return 0
     with open(path, "rb") as rows:

@@ -1,6 +1,6 @@
 """Which prompts are answered together: first turns as token ids, in batches of similar length.
 
-Owns: batches, and which prompts are left out because they do not fit. Does not know: how a reply is made, files.
+Owns: batches, and which prompts are dropped because they do not fit. Does not know: how a reply is made, files.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ SMALL_BATCHES = BatchOptions()
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank has to do: prompts with the ids of their first turn, in batches, and those that do not fit.
+    """What one rank has to do. The ids are arrays, since there may be a million prompts.
 
-    `context` is the model's context in tokens, None for no limit. The ids are arrays, since there may be a million prompts.
+    Attributes:
+        batches: prompts with the ids of their first turn.
+        dropped: prompts that do not fit.
+        settings: of generation.
+        context: the model's context in tokens, None for no limit.
     """
 
     batches: list[list[tuple[Prompt, array]]]
@@ -58,7 +62,7 @@ def make_plan(
     batches: BatchOptions = SMALL_BATCHES,
     may_be_empty: bool = False,
 ) -> Plan:
-    """Encodes each first turn, sets aside what the template fails on or what leaves no room for a reply, and groups the rest by length.
+    """Encode each first turn, drop what the template fails on or what leaves no room for a reply, and group the rest by length.
 
     The longest come first, so that a batch too large for the memory fails at once. The plan depends on the prompts and
     the settings only, so a restarted run has the same batches.
@@ -70,6 +74,9 @@ def make_plan(
         context: the model's context in tokens, None for no limit.
         batches: how many of them at most.
         may_be_empty: a share of several may have no prompt that fits.
+
+    Returns:
+        The plan.
 
     Raises:
         ValueError: a repeated id, or no prompt fits.
@@ -109,7 +116,11 @@ def _in_batches(
 
 
 def _fitting_ids(prompt: Prompt, chat: ChatTemplate, context: int | None) -> list[int]:
-    """Ids of the first turn. Raises ValueError with the reason where the prompt, or a later turn of it, cannot be answered."""
+    """Ids of the first turn.
+
+    Raises:
+        ValueError: the prompt, or a later turn of it, cannot be answered; the message is the reason.
+    """
     ids = first_prompt_ids(prompt, chat)
     for turn in [] if prompt.text is not None else prompt.user_turns()[1:]:
         chat.next_turn_ids(turn, ())  # better left out now than a failure when hours of replies are there

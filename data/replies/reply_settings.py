@@ -58,6 +58,9 @@ def reply_settings(
         stop_strings: they end a reply.
         where: how the target's files are read, and whether its generation config counts.
 
+    Returns:
+        The settings.
+
     Raises:
         ValueError: the target names no end token, a setting is out of range, or one cannot be honoured.
     """

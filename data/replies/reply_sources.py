@@ -1,6 +1,6 @@
 """What can generate replies: two interfaces, and the bundled decoder behind one of them.
 
-Owns: those interfaces. Does not know: prompts' files, batches, resuming, what serves elsewhere (`engine_server`, `engine_vllm`).
+Owns: those interfaces. Does not know: prompts' files, batches, resuming, what serves elsewhere (`server_source.py`, `vllm_source.py`).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,12 @@ from draftsmith.models.tree.limits import DraftLimits
 
 @dataclass(frozen=True)
 class Reply:
-    """One generated reply: ids with the end token if it was produced, and why it ended (`eos`, `stop`, `length`)."""
+    """One generated reply.
+
+    Attributes:
+        token_ids: with the end token if it was produced.
+        finish: why it ended: `eos`, `stop` or `length`.
+    """
 
     token_ids: list[int]
     finish: str
@@ -29,15 +34,28 @@ class ResponseEngine(Protocol):
     """Whatever can generate: the bundled decoder here, a serving engine elsewhere."""
 
     def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
-        """One reply a prompt, in order, each within the model's context.
+        """Reply to each prompt, in order, each reply within the model's context.
 
-        A reply must depend on its prompt, the settings and its request id alone, not on its neighbours in the batch:
-        else a run that was killed would not continue to the same replies.
+        A reply must depend on its prompt, the settings and its request id alone, not on its neighbours in the batch.
+        Otherwise a run that was killed would not continue to the same replies.
+
+        Args:
+            prompts: token ids.
+            settings: of generation.
+            request_ids: which noise each prompt draws.
+
+        Returns:
+            One reply a prompt.
         """
 
 
 class Unanswered(Exception):
-    """One request got no answer, however often it was asked: why, and after how many attempts. The others may do better."""
+    """One request got no answer, however often it was asked. The others may do better.
+
+    Args:
+        reason: why.
+        attempts: after how many.
+    """
 
     def __init__(self, reason: str, attempts: int) -> None:
         super().__init__(f"{reason} ({attempts} attempts)")
@@ -50,7 +68,12 @@ class BadReply(ValueError):
 
 @dataclass(frozen=True)
 class RawReply:
-    """What another engine said: ids as it generated them, and its own word for why it stopped."""
+    """The answer of another engine.
+
+    Attributes:
+        token_ids: as it generated them.
+        finish: its own word for why it stopped.
+    """
 
     token_ids: list[int]
     finish: str
@@ -58,21 +81,44 @@ class RawReply:
 
 @runtime_checkable
 class IndependentEngine(Protocol):
-    """An engine that batches by itself: it is kept busy with many single requests, and none waits for another's end."""
+    """An engine that batches by itself: it is kept busy with many single requests, and none waits for another's end.
+
+    Attributes:
+        concurrency: how many requests it takes at once.
+    """
 
     concurrency: int
 
     def ask(self, prompt: list[int], settings: GenerationSettings, request_id: int) -> RawReply:
-        """One reply, of at most `budget` tokens; called from up to `concurrency` threads at once.
+        """Reply to one prompt; called from up to `concurrency` threads at once. The reply depends on the arguments alone.
 
-        It depends on the arguments alone. Raises Unanswered and BadReply for this request, ValueError where no request can go well.
+        Args:
+            prompt: token ids.
+            settings: of generation.
+            request_id: which noise the prompt draws.
+
+        Returns:
+            A reply of at most `budget` tokens.
+
+        Raises:
+            Unanswered: this request got no answer.
+            BadReply: the reply to this request cannot be the target's.
+            ValueError: no request can go well.
         """
 
     def budget(self, prompt: list[int], settings: GenerationSettings) -> int:
-        """How many tokens the reply to a prompt may have: what was asked for, within the engine's context."""
+        """How many tokens the reply to a prompt may have: what was asked for, within the engine's context.
+
+        Args:
+            prompt: token ids.
+            settings: of generation.
+
+        Returns:
+            Tokens.
+        """
 
     def close(self) -> None:
-        """Ends what is under way; a request that waits raises Unanswered."""
+        """End what is under way; a request that waits raises Unanswered."""
 
 
 class BundledEngine:
@@ -85,7 +131,8 @@ class BundledEngine:
         tokenizer: the target's.
         trust_remote_code: whether Python files that come with a draft LM may run.
 
-    Raises ValueError when the drafter belongs to another target or tokenizer.
+    Raises:
+        ValueError: the drafter belongs to another target or tokenizer.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The command `draftsmith data respond`: the target's own replies to prompts, token by token as it generated them.
 
-Owns: the order of the work, and what is printed. Does not know: turns (`dialogues`), files (`reply_files`), how a reply is decoded
+Owns: the order of the work, and what is printed. Does not know: turns (`dialogues.py`), files (`reply_files.py`), how a reply is decoded
 (an engine), caches, training.
 """
 

@@ -1,6 +1,6 @@
 """Replies from a server that speaks OpenAI's completions protocol with token ids, such as vLLM's.
 
-Owns: what is asked of it, and everything that its answers are checked for. Does not know: HTTP's mishaps (`http_json`), prompts'
+Owns: what is asked of it, and the checks of its answers. Does not know: HTTP's mishaps (`http_json.py`), prompts'
 files, dialogues.
 """
 
@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from draftsmith.data.replies.http_json import JsonClient, Retry
+from draftsmith.data.replies.http_json import JsonClient, RetryableError
 from draftsmith.data.replies.reply_sources import BadReply, RawReply, Unanswered
 from draftsmith.data.replies.source_settings import sampling
 from draftsmith.decode.sampling import GenerationSettings
@@ -47,7 +47,7 @@ class ServerEngine:
     """A server as an `IndependentEngine`.
 
     The server must give back token ids (`return_token_ids`, vLLM from 0.10.2 on): its text, encoded again, would now and then be other
-    tokens. Every answer is held against what was asked: ids of the prompt, ids that the tokenizer has, the length.
+    tokens. Every answer is checked against the request: ids of the prompt, ids that the tokenizer has, the length.
 
     Args:
         options: where it is and how patiently to ask; `url` is needed.
@@ -55,7 +55,8 @@ class ServerEngine:
         vocab_size: ids at and above it cannot come from the target.
         context: the target's context in tokens, None for no limit; the server's own, where it names one, counts too.
 
-    Raises ValueError for settings out of range, and when the server is not there or does not serve the target.
+    Raises:
+        ValueError: settings are out of range, the server is not there, or it does not serve the target.
     """
 
     def __init__(self, options: ServerOptions, target: str, vocab_size: int, context: int | None) -> None:
@@ -92,10 +93,16 @@ class ServerEngine:
         return self._client.post("/completions", body, lambda answer: self._read(answer, prompt, budget))
 
     def _read(self, answer: dict[str, Any], prompt: list[int], budget: int) -> RawReply:
-        """Raises Retry for an answer without a reply, BadReply and ValueError for a reply that is not the target's to this prompt."""
+        """The reply in an answer to a prompt.
+
+        Raises:
+            RetryableError: the answer holds no reply.
+            BadReply: the reply cannot be the target's.
+            ValueError: the server read another prompt, runs another model, or gives no token ids.
+        """
         choices, url = answer.get("choices"), self._client.url
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise Retry(f"an answer without its one choice: {str(answer)[:80]}")
+            raise RetryableError(f"an answer without its one choice: {str(answer)[:80]}")
         choice: dict[str, Any] = choices[0]
         token_ids, echo, finish = choice.get("token_ids"), choice.get("prompt_token_ids"), choice.get("finish_reason")
         if (named := str(answer.get("model", self.model))) not in self._names:
@@ -103,7 +110,7 @@ class ServerEngine:
                 f"{url} was asked for {self.model} and answered with {named}; if this is a router, let it send requests to the target alone"
             )
         if finish not in ("stop", "length"):
-            raise Retry(f"the server ended the reply with {finish!r}")
+            raise RetryableError(f"the server ended the reply with {finish!r}")
         if not _are_ids(token_ids) or not _are_ids(echo):
             raise ValueError(
                 f"{url} gives text without token ids, and encoding it again would now and then give other tokens; serve with vLLM 0.10.2 "
@@ -153,5 +160,5 @@ class ServerEngine:
         )
 
 
-def _are_ids(found: Any) -> TypeGuard[list[int]]:
-    return isinstance(found, list) and all(type(one) is int and one >= 0 for one in found)
+def _are_ids(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)

@@ -1,6 +1,6 @@
-"""Generation settings in vLLM's words, and what its answers are worth.
+"""Generation settings in vLLM's words, and how its answers become replies.
 
-Owns: which of our settings another engine can hold to and under which names, and where a reply of its tokens ends. Does not know:
+Owns: which of our settings another engine can keep and under which names, and where a reply of its tokens ends. Does not know:
 HTTP, how vLLM is called.
 """
 
@@ -21,7 +21,14 @@ _COLDEST = 0.01
 
 
 def check_settings(settings: GenerationSettings) -> None:
-    """Raises ValueError for settings that mean something else there."""
+    """Check that vLLM gives the settings the same meaning.
+
+    Args:
+        settings: of generation.
+
+    Raises:
+        ValueError: one means something else there.
+    """
     if 0.0 < settings.temperature < _COLDEST:
         raise ValueError(
             f"temperature is {settings.temperature}; vLLM samples at {_COLDEST} where less is asked for, which is another distribution; "
@@ -47,10 +54,19 @@ def _check_constraints(settings: GenerationSettings) -> None:
 
 
 def sampling(settings: GenerationSettings, request_id: int, budget: int) -> dict[str, Any]:
-    """Fields of vLLM's SamplingParams, which are those of its completions endpoint too; every one that it would else take from the model.
+    """The fields of vLLM's SamplingParams, which its completions endpoint has too. Every field is set that vLLM would otherwise take from
+    the model.
 
-    A request's seed is a function of the run's seed and the request's id alone, so that replies do not depend on who else is asked.
+    A request's seed is a function of the run's seed and the request's id alone. So replies do not depend on the other requests.
     End tokens are ours, not the server's; stop strings are cut by `settle`.
+
+    Args:
+        settings: of generation.
+        request_id: which noise the prompt draws.
+        budget: most tokens of the reply.
+
+    Returns:
+        The fields by name.
     """
     least = 0 if settings.constraints is None else settings.constraints.min_new_tokens
     return {
@@ -74,9 +90,19 @@ def sampling(settings: GenerationSettings, request_id: int, budget: int) -> dict
 def settle(
     raw: RawReply, settings: GenerationSettings, budget: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> Reply:
-    """The reply as the bundled decoder would have ended it: at the first end token, stop string or the budget, whichever comes first.
+    """End a reply as the bundled decoder would have: at the first end token, stop string or the budget, whichever comes first.
 
-    Raises BadReply for a reply that ended for a reason of the engine's own, which no bundled reply would have.
+    Args:
+        raw: the engine's answer.
+        settings: of generation.
+        budget: most tokens of the reply.
+        tokenizer: the target's, for stop strings.
+
+    Returns:
+        The reply.
+
+    Raises:
+        BadReply: it ended for a reason of the engine's own, which no bundled reply would have.
     """
     recorder = Recorder([budget], settings.eos_token_ids, settings.stop_strings, tokenizer, None)
     finished = recorder.add(0, raw.token_ids, None)

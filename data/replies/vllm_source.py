@@ -43,7 +43,8 @@ class VllmEngine:
         revision: of the target on the hub.
         context: the target's context in tokens, None for no limit.
 
-    Raises ValueError where vLLM is not installed.
+    Raises:
+        ValueError: vLLM is not installed.
     """
 
     def __init__(
@@ -72,7 +73,11 @@ class VllmEngine:
         )
 
     def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
-        """See `ResponseEngine.reply`. Raises ValueError when vLLM read other prompts, or ended a reply for a reason of its own."""
+        """See `ResponseEngine.reply`.
+
+        Raises:
+            ValueError: a setting means something else to vLLM, or it read other prompts, or ended a reply for a reason of its own.
+        """
         check_settings(settings)
         budgets = [self._budget(prompt, settings) for prompt in prompts]
         outputs = self._llm.generate(
@@ -89,8 +94,8 @@ class VllmEngine:
                 raise ValueError(
                     f"vLLM read {len(output.prompt_token_ids)} tokens where it was given {len(prompt)}; its replies are to something else"
                 )
-            [one] = output.outputs
-            raw = RawReply(list(one.token_ids), str(one.finish_reason))
+            [choice] = output.outputs
+            raw = RawReply(list(choice.token_ids), str(choice.finish_reason))
             replies.append(settle(raw, settings, budget, self._tokenizer))
         return replies
 

@@ -24,22 +24,35 @@ _BLOCK = 2**18
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype of a cache's states by its name: those of targets, and `float8_e4m3`.
 
-    Raises ValueError for any other name.
+    Args:
+        name: the dtype's.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: any other name.
     """
     return CODES if name == FLOAT8 else as_dtype(name)
 
 
 def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
-    """States [..., D] as codes float8_e4m3fn [..., D] and scales float32 [...], on their own device.
+    """Write states as e4m3 codes with a scale each, on their own device.
 
-    The scale is the state's largest magnitude over 448, the largest e4m3 number; a state of zeros has the scale 1. A
-    scale is not finite exactly where its state is not, or holds what bfloat16, in which states are read back, cannot:
-    whoever stores codes looks at the scales first, since the codes themselves cannot say it.
+    The scale is the state's largest magnitude over 448, the largest e4m3 number; a state of zeros has the scale 1. States are read back
+    as bfloat16. A scale is not finite exactly where its state is not, or where it holds what bfloat16 cannot. So whoever stores codes looks
+    at the scales first: the codes themselves cannot say it.
 
-    What is lost: a number of magnitude m in a state with scale s comes back within `e = max(m / 16, s / 1024)` and the
+    What is lost: a number of magnitude m in a state with scale s comes back within `e = max(m / 16, s / 1024)`. Added to that is the
     rounding to bfloat16 of what comes back, `(m + e) / 256` (2 ** -134 among its subnormal numbers). Over a whole state
     that is at most 257/256 (1/16 + sqrt(D) / 458,752) + 1/256 of its length, which `LARGEST_ERROR` bounds. It holds from
     a largest magnitude of 1e-35 on: below, scales would leave float32's normal numbers.
+
+    Args:
+        states: float [..., D].
+
+    Returns:
+        Codes float8_e4m3fn [..., D] and scales float32 [...].
     """
     largest = states.abs().amax(dim=-1).to(torch.float32)
     scales = (largest / _LARGEST_CODE).clamp_min(torch.finfo(torch.float32).tiny)
@@ -49,10 +62,18 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor, into: Tensor | None = None) -> Tensor:
-    """bfloat16 [T, D] of codes float8_e4m3fn [T, D] and scales float32 [T], as `quantise` makes them; `into` takes them if given.
+    """Read codes back, as `quantise` makes them.
 
     On a CPU bits are moved instead of numbers converted, which is on training's path: torch converts e4m3 one number
     after the other there. Both ways give the same bits.
+
+    Args:
+        codes: float8_e4m3fn [T, D].
+        scales: float32 [T].
+        into: bfloat16 [T, D], filled if given.
+
+    Returns:
+        bfloat16 [T, D].
     """
     states = torch.empty_like(codes, dtype=torch.bfloat16) if into is None else into
     if codes.device.type != "cpu":
@@ -61,13 +82,23 @@ def dequantise(codes: Tensor, scales: Tensor, into: Tensor | None = None) -> Ten
 
 
 def dequantise_plainly(codes: Tensor, scales: Tensor) -> Tensor:
-    """The plain twin of `dequantise`, on any device."""
+    """The plain twin of `dequantise`, on any device.
+
+    Args:
+        codes: float8_e4m3fn [T, D].
+        scales: float32 [T].
+
+    Returns:
+        bfloat16 [T, D].
+    """
     return (codes.to(torch.float32) * scales[..., None]).to(torch.bfloat16)
 
 
 def _by_bits(codes_TD: Tensor, scales_T: Tensor, states_TD: Tensor) -> Tensor:
-    """Fills `states_TD`. An e4m3 number's bits, seven places up, are those of a float16 that is 256 times smaller: sign, four bits of
-    exponent (biases 7 and 15), mantissa, and subnormal numbers too. Rows go in blocks that stay in the processor's cache.
+    """Fill `states_TD`. Rows go in blocks that stay in the processor's cache.
+
+    An e4m3 number's bits, seven places up, are those of a float16 that is 256 times smaller. That holds for the sign, the four bits of
+    exponent (biases 7 and 15), the mantissa, and subnormal numbers too.
     """
     bits_TD, scales_T1 = codes_TD.view(torch.int8), (scales_T * 256)[:, None]
     num_rows = max(1, _BLOCK // max(1, codes_TD.shape[1]))
@@ -82,13 +113,13 @@ def _by_bits(codes_TD: Tensor, scales_T: Tensor, states_TD: Tensor) -> Tensor:
 class EightBitStates(Mapping[str, Tensor]):
     """States of samples end to end by layer name, each layer brought back to bfloat16 [T, D] when it is asked for, and not before.
 
+    Asking for a layer raises a ValueError where its scales are not above 0, or its states are not finite.
+
     Args:
         codes: layer name -> float8_e4m3fn [tokens of a sample, D], one a sample.
         scales: layer name -> float32 [tokens of a sample], likewise.
         places: what errors call each sample.
         finite: refuse codes, scales and states that are no numbers.
-
-    Raises ValueError when a layer is asked for whose scales are not above 0, or whose states are not finite.
     """
 
     def __init__(
@@ -102,7 +133,14 @@ class EightBitStates(Mapping[str, Tensor]):
 
     @classmethod
     def joined(cls, samples: Sequence["EightBitStates"]) -> "EightBitStates":
-        """Several samples end to end. Each is brought back in its place: joined afterwards, it would be copied once more."""
+        """Join several samples end to end. Each is brought back in its place: joined afterwards, it would be copied once more.
+
+        Args:
+            samples: with the same layers.
+
+        Returns:
+            Their states.
+        """
         return cls(
             {layer: [part for sample in samples for part in sample.codes[layer]] for layer in samples[0]},
             {layer: [part for sample in samples for part in sample.scales[layer]] for layer in samples[0]},

@@ -14,7 +14,15 @@ _REMEDY = "extract the cache again, in another dtype if states overflow"
 
 
 def check_finite(states: Tensor, place: str) -> None:
-    """Raises ValueError for states [T, D] that hold NaN or infinity, with the first position; `place` is what errors call them."""
+    """Check that states are finite.
+
+    Args:
+        states: float [T, D].
+        place: what errors call them.
+
+    Raises:
+        ValueError: they hold NaN or infinity; the message has the first position.
+    """
     if is_finite(states):
         return
     bad = (~torch.isfinite(states)).any(dim=-1).nonzero()
@@ -22,9 +30,15 @@ def check_finite(states: Tensor, place: str) -> None:
 
 
 def check_codes(codes: Tensor, scales: Tensor, place: str) -> None:
-    """Raises ValueError for codes float8_e4m3fn [T, D] that are NaN, and for scales float32 [T] that are not above 0.
+    """Check that codes and scales are numbers. A code that is NaN would become a number where its bits are moved.
 
-    A code that is NaN would become a number where its bits are moved.
+    Args:
+        codes: float8_e4m3fn [T, D].
+        scales: float32 [T].
+        place: what errors call them.
+
+    Raises:
+        ValueError: a code is NaN, or a scale is not above 0.
     """
     if codes.numel() and int((codes.view(torch.uint8) & 0x7F).max()) == 0x7F:
         raise ValueError(f"{place} holds NaN; {_REMEDY}")

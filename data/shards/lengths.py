@@ -22,9 +22,17 @@ _NAME = "lengths"
 
 
 def write_lengths(folder: Path, lengths: Sequence[int] | np.ndarray) -> Path:
-    """Writes the tokens of each sample, int32 [N] in the order of the shards, atomically; the same lengths give the same bytes.
+    """Write the tokens of each sample atomically; the same lengths give the same bytes.
 
-    Raises OSError when the disk does not take it.
+    Args:
+        folder: of the cache.
+        lengths: int32 [N], in the order of the shards.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: the disk does not take it.
     """
     path = Path(folder) / LENGTHS_FILE
     payload = safetensors.torch.save({_NAME: torch.from_numpy(np.asarray(lengths, dtype=np.int32))})
@@ -33,10 +41,19 @@ def write_lengths(folder: Path, lengths: Sequence[int] | np.ndarray) -> Path:
 
 
 def read_lengths(payload: bytes, manifest: Manifest, name: str) -> np.ndarray:
-    """int32 [N] from the bytes of such a file; `name` is what errors call it.
+    """Read the lengths from the bytes of such a file.
 
-    Raises ValueError when it is damaged, when its sha256 is not the one that the manifest names, and when it does not give
-    each shard of the manifest its number of tokens: then it belongs to another cache.
+    Args:
+        payload: the bytes.
+        manifest: of the cache.
+        name: what errors call the file.
+
+    Returns:
+        int32 [N].
+
+    Raises:
+        ValueError: it is damaged, or its sha256 is not the one that the manifest names. Also where it does not give each shard of the
+            manifest its number of tokens: then it belongs to another cache.
     """
     if manifest.lengths_sha256 not in (None, hashlib.sha256(payload).hexdigest()):
         raise ValueError(
@@ -57,7 +74,16 @@ def read_lengths(payload: bytes, manifest: Manifest, name: str) -> np.ndarray:
 
 
 def check_lengths(lengths: np.ndarray, manifest: Manifest, name: str) -> None:
-    """Raises ValueError unless `lengths` int32 [N] are 1 or more and add up to the tokens of every shard."""
+    """Check that lengths are 1 or more and add up to the tokens of every shard.
+
+    Args:
+        lengths: int32 [N].
+        manifest: of the cache.
+        name: what errors call the lengths.
+
+    Raises:
+        ValueError: they are or do not.
+    """
     ends = np.cumsum([shard.num_samples for shard in manifest.shards], dtype=np.int64)
     tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     wanted = np.cumsum([shard.num_tokens for shard in manifest.shards], dtype=np.int64)

@@ -29,11 +29,28 @@ _LARGEST_COUNT = 2**62
 class CacheIdentity:
     """Everything that must agree for two extractions to give the same cache.
 
-    `layers` are names (`last.pre_norm`, `layer.12.output`). `dtype` is the stored one, `target_dtype` the one the
-    target ran in, `target_quantization` what its weights were made (`8bit`, `4bit`, or None). `template_args` are the chat template's
-    variables as JSON, None for none; `template_fingerprint` covers them. `source` is the sha256 of
-    the texts, `mask` says how the loss mask was found, `local_horizon` is the number of greedy tokens kept after each
-    position (0: none). Whatever fixes which samples share a batch is here too, since rounding depends on it.
+    Whatever fixes which samples share a batch is here too, since rounding depends on it.
+
+    Attributes:
+        target: the name that the target was asked for by.
+        target_revision: the hub's revision, or None.
+        target_fingerprint: of its weights.
+        tokenizer_fingerprint: of its tokenizer.
+        template_fingerprint: of the chat template, its name and its variables.
+        layers: names, such as `last.pre_norm` and `layer.12.output`.
+        hidden_size: D, of the target.
+        dtype: the stored one.
+        target_dtype: the one that the target ran in.
+        source: sha256 of the texts.
+        split: the only one that was kept, or None.
+        mask: how the loss mask was found.
+        max_length: samples were cut to this many tokens.
+        local_horizon: greedy tokens kept after each position (0: none).
+        shard_mib: size of a shard in MiB.
+        batch_tokens: tokens of one forward, padding included.
+        target_quantization: what its weights were made (`8bit`, `4bit`), or None.
+        vocab_size: token ids that the target can read; None in caches of earlier versions.
+        template_args: the chat template's variables as JSON, None for none.
     """
 
     target: str
@@ -59,7 +76,16 @@ class CacheIdentity:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard file: its name, its sha256, its size in bytes, and how much is in it."""
+    """One shard file, and how much is in it.
+
+    Attributes:
+        name: of the file.
+        sha256: of the file, hex.
+        num_bytes: of the file.
+        num_samples: in it.
+        num_tokens: of all its samples.
+        num_labelled: tokens that are trained on.
+    """
 
     name: str
     sha256: str
@@ -71,10 +97,18 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A cache as a whole; `complete` turns True with the last shard.
+    """A cache as a whole.
 
-    `shards` are in order; while the cache is being made, some may be missing between them. `lengths_sha256` is that of
-    `lengths.safetensors`, None while the cache is incomplete and where an earlier version made it.
+    Attributes:
+        identity: what the cache depends on.
+        num_samples: of the whole cache.
+        num_tokens: of all samples.
+        num_labelled: tokens that are trained on.
+        num_dropped: rows and samples that were dropped.
+        num_cut: samples that were cut.
+        complete: True from the last shard on.
+        lengths_sha256: of `lengths.safetensors`; None while the cache is incomplete and where an earlier version made it.
+        shards: in order; while the cache is being made, some may be missing between them.
     """
 
     identity: CacheIdentity
@@ -88,24 +122,49 @@ class Manifest:
     shards: tuple[ShardRecord, ...] = field(default=())
 
     def with_shard(self, shard: ShardRecord) -> "Manifest":
-        """The manifest after one more shard."""
+        """Add one more shard.
+
+        Args:
+            shard: its record.
+
+        Returns:
+            The manifest with it.
+        """
         return self.with_shards((*self.shards, shard))
 
     def with_shards(self, shards: Iterable[ShardRecord]) -> "Manifest":
-        """The manifest with these shards and no other, put in order."""
+        """Replace the shards.
+
+        Args:
+            shards: their records, in any order.
+
+        Returns:
+            The manifest with these and no other, put in order.
+        """
         ordered = tuple(sorted(shards, key=lambda shard: (len(shard.name), shard.name)))
         return replace(self, shards=ordered, complete=sum(s.num_samples for s in ordered) == self.num_samples)
 
     def save(self, folder: Path) -> None:
-        """Writes the manifest, atomically. It holds nothing of this run (no time): the same input, the same bytes."""
+        """Write the manifest, atomically. It holds nothing of this run (no time): the same input, the same bytes.
+
+        Args:
+            folder: of the cache.
+        """
         atomic_write(folder / MANIFEST_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Reads and checks the manifest of a cache.
+        """Read and check the manifest of a cache.
 
-        Raises ValueError for a missing folder or manifest, bad JSON, another schema, missing or unknown fields, fields of another
-        type, and a complete cache whose shards do not hold its samples.
+        Args:
+            folder: of the cache.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: a missing folder or manifest, bad JSON, another schema, or fields that are missing, unknown or of another type. Also
+                for a complete cache whose shards do not hold its samples.
         """
         path = folder / MANIFEST_FILE
         if not path.is_file():
@@ -116,15 +175,26 @@ class Manifest:
 
     @classmethod
     def parse(cls, content: bytes, place: str) -> "Manifest":
-        """As `load`, of the bytes of a manifest; `place` is what errors call it."""
-        found = parse_json(content, place, "extract the cache again")
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
+        """As `load`, of the bytes of a manifest.
+
+        Args:
+            content: the bytes.
+            place: what errors call them.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        entries = parse_json(content, place, "extract the cache again")
+        if not isinstance(entries, dict) or entries.get("schema") != SCHEMA:
+            schema = entries.get("schema") if isinstance(entries, dict) else type(entries).__name__
             raise ValueError(
                 f"{place} has the schema {schema!r:.80}, this version reads {SCHEMA!r}; extract the cache again"
             )
-        del found["schema"]
-        given = _build(cls, found, place)
+        del entries["schema"]
+        given = _build(cls, entries, place)
         identity = _build(CacheIdentity, given.identity, place, within="identity.")
         identity = replace(identity, layers=tuple(identity.layers))
         shards = tuple(
@@ -158,19 +228,36 @@ class Manifest:
                 f"{place}: complete is true, but its {len(self.shards)} shards hold {there} of {self.num_samples} samples; {_REMEDY}"
             )
         for name in ("num_tokens", "num_labelled"):
-            told, summed = getattr(self, name), sum(getattr(shard, name) for shard in self.shards)
-            if told != summed:
-                raise ValueError(f"{place}: {name} is {told}, but its shards have {summed} in all; {_REMEDY}")
+            recorded, summed = getattr(self, name), sum(getattr(shard, name) for shard in self.shards)
+            if recorded != summed:
+                raise ValueError(f"{place}: {name} is {recorded}, but its shards have {summed} in all; {_REMEDY}")
 
     def differences(self, wanted: CacheIdentity) -> list[str]:
-        """Which settings of this cache differ from the wanted ones, as `name: here 'a', wanted 'b'`."""
+        """Find which settings of this cache differ from the wanted ones.
+
+        Args:
+            wanted: what another extraction would make.
+
+        Returns:
+            Differences as `name: here 'a', wanted 'b'`.
+        """
         names = [f.name for f in fields(CacheIdentity) if f.name not in _NOT_COMPARED]
         pairs = [(name, getattr(self.identity, name), getattr(wanted, name)) for name in names]
         return [f"{name}: here {here!r}, wanted {want!r}" for name, here, want in pairs if here != want]
 
 
 def read_record(path: Path) -> ShardRecord:
-    """One shard's record from a file of its own, beside the shard. Raises ValueError when it is damaged or names another shard."""
+    """Read one shard's record from a file of its own, beside the shard.
+
+    Args:
+        path: of the record.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: it is damaged or names another shard.
+    """
     remedy = "delete it and run the extraction again"
     content = parse_json_object(path.read_bytes(), str(path), remedy)
     record: ShardRecord = _build(ShardRecord, content, str(path), remedy=remedy)
@@ -180,7 +267,11 @@ def read_record(path: Path) -> ShardRecord:
 
 
 def _build(kind: type, content: Any, place: str, remedy: str = _REMEDY, within: str = "") -> Any:
-    """Raises ValueError unless `content` has the fields of a dataclass and each keeps its rule; `within` goes before their names."""
+    """Make a dataclass of an object; `within` goes before the names of its fields.
+
+    Raises:
+        ValueError: a field is missing or unknown, or breaks its rule.
+    """
     names = {f.name for f in fields(kind)}
     if not isinstance(content, Mapping) or set(content) | (_LATER & names) != names:
         given = set(content) if isinstance(content, Mapping) else set()
@@ -205,7 +296,9 @@ def _is_count(value: object) -> bool:
 
 def _are_texts(value: object) -> bool:
     return (
-        isinstance(value, list) and all(isinstance(one, str) and one for one in value) and len(set(value)) == len(value)
+        isinstance(value, list)
+        and all(isinstance(text, str) and text for text in value)
+        and len(set(value)) == len(value)
     )
 
 

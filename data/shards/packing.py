@@ -16,13 +16,21 @@ from draftsmith.models.drafters.rollout import PackedBatch
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int, order: Iterable[int] | None = None) -> list[list[int]]:
-    """Cuts samples, in the given order, into batches of at most `token_budget` tokens.
+    """Cut samples, in the given order, into batches of at most `token_budget` tokens.
 
-    A sample longer than the budget is a batch of its own. Each index of `order` (default: all, as they come) is in
-    exactly one batch, and the order is kept. Example: lengths `[3, 4, 9, 2]` with a budget of 8 give
-    `[[0, 1], [2], [3]]`.
+    A sample longer than the budget is a batch of its own. Each index is in exactly one batch, and the order is kept.
+    Example: lengths `[3, 4, 9, 2]` with a budget of 8 give `[[0, 1], [2], [3]]`.
 
-    Raises ValueError for a budget below 1.
+    Args:
+        lengths: of the samples, in tokens.
+        token_budget: most tokens of a batch.
+        order: indices of samples; None: all, as they come.
+
+    Returns:
+        Indices of samples.
+
+    Raises:
+        ValueError: a budget below 1.
     """
     if token_budget < 1:
         raise ValueError(f"a batch of {token_budget} tokens holds nothing; set at least 1")
@@ -40,17 +48,26 @@ def plan_batches(lengths: Sequence[int], token_budget: int, order: Iterable[int]
 def pack(
     samples: Sequence[CachedSample], layers: Sequence[str] | None = None, pad_to: int | None = None
 ) -> PackedBatch:
-    """Lays samples end to end: T is the sum of their lengths.
+    """Lay samples end to end: T is the sum of their lengths.
 
     `document_ids` counts the samples from 0, `positions` starts at 0 in each. Greedy continuations are kept when every
-    sample has them. `layers` are those to lay out, all by default; others are not even read from the disk.
+    sample has them.
 
-    With `pad_to`, each sample is followed by padding up to the next multiple of it that holds the longest sample: T is then
-    that length times the samples, one of few numbers. Padding is a document of its own behind each sample, numbered on from
-    the last sample, whose tokens are 0, not trained on, and whose states are zero.
+    With `pad_to`, padding follows each sample, up to the next multiple of `pad_to` that holds the longest sample. T is then
+    that length times the samples, one of few numbers. Padding is a document of its own behind each sample; their numbers follow the
+    last sample's. Its tokens are 0 and not trained on, and its states are zero.
     Example: samples of 3 and 2 tokens padded to 4 give the documents (0, 0, 0, 2, 1, 1, 3, 3).
 
-    Raises ValueError for no samples, samples with different layers, and a `pad_to` below 1.
+    Args:
+        samples: at least one.
+        layers: those to lay out; None: all. Others are not even read from the disk.
+        pad_to: at least 1; None pads nothing.
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: no samples, samples with different layers, or a `pad_to` below 1.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
@@ -105,6 +122,15 @@ def _padded(batch: PackedBatch, lengths: Sequence[int], pad_to: int) -> PackedBa
 
 
 def packed_batches(samples: Sequence[CachedSample], lengths: Sequence[int], token_budget: int) -> Iterator[PackedBatch]:
-    """Packs a whole data set, in order; `lengths` are the samples' lengths."""
+    """Pack a whole data set, in order.
+
+    Args:
+        samples: all of them.
+        lengths: the samples' lengths, in tokens.
+        token_budget: most tokens of a batch.
+
+    Yields:
+        Batches.
+    """
     for batch in plan_batches(lengths, token_budget):
         yield pack([samples[index] for index in batch])

@@ -1,6 +1,6 @@
 """Whether a shard agrees with itself and with its manifest. A sha256 only says that a shard is what somebody wrote.
 
-Owns what a shard's tensors must be, and the refusal of others: by name, dtype, shape and content. Tensors, offsets, ids and masks are
+Owns what a shard's tensors must be: by name, dtype, shape and content. Tensors, offsets, ids and masks are
 checked when a shard is opened, since they are a thousandth of it. States are checked when they are read. Does not know: where the bytes
 come from, how samples are served.
 
@@ -32,7 +32,12 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class TensorKind:
-    """A tensor as the head of a safetensors file describes it. Example: `TensorKind("I32", (7,))`."""
+    """A tensor as the head of a safetensors file describes it. Example: `TensorKind("I32", (7,))`.
+
+    Attributes:
+        dtype: safetensors' name of it.
+        shape: of the tensor.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +47,15 @@ class TensorKind:
 
 
 def layout(identity: CacheIdentity, record: ShardRecord) -> dict[str, TensorKind]:
-    """Every tensor of a shard by name, as its manifest has it."""
+    """List every tensor of a shard, as its manifest has it.
+
+    Args:
+        identity: of the cache.
+        record: of the shard.
+
+    Returns:
+        Dtypes and shapes by name.
+    """
     tokens, states = record.num_tokens, stored_dtype(identity.dtype)
     tensors = {
         "offsets": TensorKind("I64", (record.num_samples + 1,)),
@@ -58,25 +71,47 @@ def layout(identity: CacheIdentity, record: ShardRecord) -> dict[str, TensorKind
     return tensors
 
 
-def check_layout(found: Mapping[str, TensorKind], identity: CacheIdentity, record: ShardRecord, place: str) -> None:
-    """Raises ValueError unless a shard has the tensors of its manifest, no other, and each of its dtype and shape."""
+def check_layout(kinds: Mapping[str, TensorKind], identity: CacheIdentity, record: ShardRecord, place: str) -> None:
+    """Check that a shard has the tensors of its manifest, no other, and each of its dtype and shape.
+
+    Args:
+        kinds: the tensors that it has, by name.
+        identity: of the cache.
+        record: of the shard.
+        place: what errors call the shard.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another dtype or shape.
+    """
     wanted = layout(identity, record)
-    if missing := sorted(wanted.keys() - found.keys()):
+    if missing := sorted(wanted.keys() - kinds.keys()):
         raise ValueError(f"{place} lacks the tensors {missing}; {_REMEDY}")
-    if unknown := sorted(found.keys() - wanted.keys()):
+    if unknown := sorted(kinds.keys() - wanted.keys()):
         raise ValueError(f"{place} has the tensors {unknown!r:.200}, which its manifest does not know; {_REMEDY}")
     for name, kind in wanted.items():
-        if found[name] != kind:
-            raise ValueError(f"{place}: {name} is {found[name]}, its manifest makes it {kind}; {_REMEDY}")
+        if kinds[name] != kind:
+            raise ValueError(f"{place}: {name} is {kinds[name]}, its manifest makes it {kind}; {_REMEDY}")
 
 
 def check_text(
     offsets: Tensor, input_ids: Tensor, loss_mask: Tensor, record: ShardRecord, vocab_size: int | None, place: str
 ) -> None:
-    """Raises ValueError unless offsets int64 [n + 1], ids int32 [T] and mask bool [T] of one shard fit each other and its record."""
+    """Check that offsets, ids and mask of one shard fit each other and its record.
+
+    Args:
+        offsets: int64 [n + 1].
+        input_ids: int32 [T].
+        loss_mask: bool [T].
+        record: of the shard.
+        vocab_size: ids must be below it; None checks only that they are ids.
+        place: what errors call the shard.
+
+    Raises:
+        ValueError: they do not.
+    """
     steps = offsets.diff()
     # The largest and the least too: steps between numbers of 64 bits overflow, and would then look like forward ones.
-    ends = [int(one) for one in (offsets[0], offsets[-1], *offsets.aminmax())]
+    ends = [int(offset) for offset in (offsets[0], offsets[-1], *offsets.aminmax())]
     if ends != 2 * [0, record.num_tokens] or bool((steps < 1).any()):
         backwards = (steps < 1).nonzero()
         step = f", between {ends[2]} and {ends[3]}"
@@ -97,7 +132,17 @@ def check_text(
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int | None, place: str) -> None:
-    """Raises ValueError for token ids below 0, and for those outside of a vocabulary whose size is known."""
+    """Check token ids.
+
+    Args:
+        name: of the tensor.
+        ids: whole numbers, any shape.
+        vocab_size: ids must be below it; None for a vocabulary whose size nobody knows.
+        place: what errors call the shard.
+
+    Raises:
+        ValueError: an id is below 0 or not below the vocabulary's size.
+    """
     if ids.numel() == 0:
         return
     least, largest = map(int, ids.aminmax())
@@ -110,18 +155,40 @@ def check_ids(name: str, ids: Tensor, vocab_size: int | None, place: str) -> Non
 
 
 def sample_ids(metadata: Mapping[str, str] | None, key: str, record: ShardRecord, place: str) -> list[str]:
-    """The samples' ids from a shard's metadata. Raises ValueError unless it is one text for each sample."""
+    """Read the samples' ids from a shard's metadata.
+
+    Args:
+        metadata: of the file.
+        key: of the ids.
+        record: of the shard.
+        place: what errors call the shard.
+
+    Returns:
+        One id a sample.
+
+    Raises:
+        ValueError: it is not one text for each sample.
+    """
     ids = parse_json((metadata or {}).get(key, "[]"), f"{place}: {key} in its metadata", _REMEDY)
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids) or len(ids) != record.num_samples:
-        told = f"{len(ids)} entries" if isinstance(ids, list) else type(ids).__name__
+    if not isinstance(ids, list) or not all(isinstance(entry, str) for entry in ids) or len(ids) != record.num_samples:
+        given = f"{len(ids)} entries" if isinstance(ids, list) else type(ids).__name__
         raise ValueError(
-            f"{place}: {key} in its metadata is {told}, it must be one text for each of {record.num_samples} samples; {_REMEDY}"
+            f"{place}: {key} in its metadata is {given}, it must be one text for each of {record.num_samples} samples; {_REMEDY}"
         )
     return ids
 
 
 def check_lengths_agree(offsets: Sequence[int], lengths: np.ndarray, place: str) -> None:
-    """Raises ValueError unless a shard's offsets give its samples the tokens, int32 [n], that the cache's file of lengths gives them."""
+    """Check that a shard's offsets give its samples as many tokens as the cache's file of lengths.
+
+    Args:
+        offsets: n + 1 numbers.
+        lengths: int32 [n].
+        place: what errors call the shard.
+
+    Raises:
+        ValueError: a sample has another length.
+    """
     own = np.diff(offsets)
     if not np.array_equal(own, lengths):
         number = int(np.flatnonzero(own != lengths)[0])

@@ -20,7 +20,7 @@ class ShardFile(Protocol):
     path: Path
 
     def release(self) -> None:
-        """Lets the file go. Twice is harmless."""
+        """Let the file go. Twice is harmless."""
 
 
 class ShardSource(Protocol):
@@ -37,36 +37,77 @@ class ShardSource(Protocol):
     most_open: int
 
     def prepare(self) -> None:
-        """Looks at what can be seen without reading. Raises ValueError for a shard that is missing or cut off."""
+        """Check what can be seen without reading.
+
+        Raises:
+            ValueError: a shard is missing or cut off.
+        """
 
     def unchecked(self) -> list[int]:
-        """Shards whose sha256 is to be compared before they are served."""
+        """List the shards whose sha256 is to be compared before they are served.
+
+        Returns:
+            Their numbers.
+        """
 
     def check(self, shard: int) -> None:
-        """Compares a shard's sha256 if that is still to be done. Raises ValueError for one that was altered."""
-
-    def hold(self, shard: int, *, give_way: Callable[[], bool]) -> ShardFile:
-        """A shard's file.
+        """Compare a shard's sha256 if that is still to be done.
 
         Args:
             shard: its number.
-            give_way: lets go of another file and says whether there was one; called where room is short.
+
+        Raises:
+            ValueError: it was altered.
+        """
+
+    def hold(self, shard: int, *, give_way: Callable[[], bool]) -> ShardFile:
+        """Give a shard's file.
+
+        Args:
+            shard: its number.
+            give_way: releases another file and says whether there was one; called where room is short.
+
+        Returns:
+            The file.
 
         Raises:
             ValueError: it cannot be read or is not what the manifest says.
         """
 
     def lengths(self) -> np.ndarray | None:
-        """int32 [N]: tokens of each sample. None where no file says so: the shards do."""
+        """Give the tokens of each sample.
+
+        Returns:
+            int32 [N]; None where no file says so: the shards do.
+
+        Raises:
+            ValueError: the file is damaged or belongs to another cache.
+        """
 
     def texts(self, shards: Sequence[int], vocab_size: int | None) -> Iterator[list[Tensor]] | None:
-        """`offsets`, `input_ids` and `loss_mask` of each shard without its states. None where opening a shard reads none anyway."""
+        """Read ids and masks of shards without their states.
+
+        Args:
+            shards: their numbers.
+            vocab_size: ids must be below it; None checks nothing.
+
+        Returns:
+            `offsets`, `input_ids` and `loss_mask` of each shard. None where opening a shard reads no states anyway.
+
+        Raises:
+            ValueError: a shard cannot be read, or is at odds with itself or with its manifest.
+        """
 
     def need(self, shards: Sequence[int], reader: object) -> None:
-        """Which shards a reader reads or will soon, most urgent first. An empty list means that it is done."""
+        """Say which shards a reader reads or will soon.
+
+        Args:
+            shards: their numbers, most urgent first; empty where it is done.
+            reader: who asks.
+        """
 
     def forget_parents(self) -> None:
-        """A forked process lets go of what its parent fetches ahead."""
+        """Release, in a forked process, what its parent fetches ahead."""
 
     def close(self) -> None:
-        """Ends what is fetched ahead."""
+        """End what is fetched ahead."""

@@ -1,11 +1,13 @@
 """One shard of a hidden-state cache: several samples end to end in a safetensors file.
 
-Tensors, for a shard of n samples and T tokens in all: `offsets` int64 [n + 1] (sample i is
-`offsets[i]:offsets[i + 1]`), `input_ids` int32 [T], `loss_mask` bool [T], `hidden.<layer>` [T, D] for each layer, and
-where greedy continuations were asked for `greedy_ids` int32 [T, G]. States of eight bits are float8_e4m3fn and have
-`scale.<layer>` float32 [T] beside them.
+A shard of n samples and T tokens in all has these tensors:
 
-Owns: this layout. Does not know: how numbers become eight bits (`eight_bit.py`), what is refused of a shard (`shard_checks.py`),
+- `offsets` int64 [n + 1]: sample i is `offsets[i]:offsets[i + 1]`
+- `input_ids` int32 [T], `loss_mask` bool [T]
+- `hidden.<layer>` [T, D] for each layer; states of eight bits are float8_e4m3fn, with `scale.<layer>` float32 [T] beside them
+- `greedy_ids` int32 [T, G], where greedy continuations were asked for
+
+Owns: this layout. Does not know: how numbers become eight bits (`eight_bit.py`), what a shard must be (`shard_checks.py`),
 targets, training.
 """
 
@@ -44,10 +46,14 @@ _IDS = "ids"
 class CachedSample:
     """One sample as it comes out of a cache.
 
-    `input_ids` int64 [T], `loss_mask` bool [T] (True: trained on), `hidden` layer name -> [T, D] in the stored dtype
-    (a view of the file, not a copy; states of eight bits come as bfloat16, made at each access), `greedy_ids` int64
-    [T, G] or None: row t holds the target's G greedy tokens after tokens 0..t. From a cache, `hidden[layer]` raises ValueError
-    for states that are not finite: then and not before, since others than the wanted layers are never read from the disk.
+    Attributes:
+        id: the sample's.
+        input_ids: int64 [T].
+        loss_mask: bool [T], True where a token is trained on.
+        hidden: layer name -> [T, D] in the stored dtype, a view of the file and not a copy. States of eight bits come as bfloat16, made at
+            each access. From a cache, `hidden[layer]` raises a ValueError for states that are not finite. It does so only then, since
+            layers that nobody asks for are never read from the disk.
+        greedy_ids: int64 [T, G] or None: row t holds the target's G greedy tokens after tokens 0..t.
     """
 
     id: str
@@ -59,9 +65,16 @@ class CachedSample:
 
 @dataclass(frozen=True)
 class ShardContent:
-    """Tensors of one shard before it is written; shapes as in the module's docstring, ids one a sample.
+    """Tensors of one shard before it is written; shapes as in the module's docstring.
 
-    `scales` has the layers of `hidden` where states have eight bits, and none otherwise.
+    Attributes:
+        ids: one a sample.
+        offsets: int64 [n + 1].
+        input_ids: int32 [T].
+        loss_mask: bool [T].
+        hidden: layer name -> [T, D].
+        greedy_ids: int32 [T, G], or None.
+        scales: layer name -> float32 [T], of states with eight bits; empty otherwise.
     """
 
     ids: Sequence[str]
@@ -74,15 +87,33 @@ class ShardContent:
 
 
 def bytes_per_token(hidden_size: int, num_layers: int, dtype: torch.dtype, horizon: int) -> int:
-    """Bytes that one token takes on disk: states (a scale with each of eight bits), id, mask and greedy tokens."""
+    """Bytes that one token takes on disk: states (a scale with each of eight bits), id, mask and greedy tokens.
+
+    Args:
+        hidden_size: D.
+        num_layers: of the cache.
+        dtype: of the states.
+        horizon: G.
+
+    Returns:
+        Bytes.
+    """
     scale = torch.float32.itemsize if dtype == CODES else 0
     return num_layers * (hidden_size * dtype.itemsize + scale) + 5 + 4 * horizon
 
 
 def write_shard(path: Path, content: ShardContent) -> ShardRecord:
-    """Writes a shard atomically; the same content gives the same bytes.
+    """Write a shard atomically; the same content gives the same bytes.
 
-    Raises OSError when the disk does not take it; no partial file stays behind.
+    Args:
+        path: of the file.
+        content: its tensors.
+
+    Returns:
+        The record of it.
+
+    Raises:
+        OSError: the disk does not take it; no partial file stays behind.
     """
     tensors = {
         "offsets": content.offsets.to(torch.int64),
@@ -112,11 +143,12 @@ class ShardReader:
         path: the shard's file.
         record: what its manifest says of it.
         identity: of its cache: layers, their width and dtype.
-        vocab_size: token ids are held to it where it is known.
+        vocab_size: token ids must be below it; None where nobody knows.
         finite: refuse states that are not finite when they are read.
 
-    Raises ValueError when the file is missing, cut off, of another size than its record, laid out differently, or at odds with
-    itself: see `shard_checks.py`.
+    Raises:
+        ValueError: the file is missing, cut off, of another size than its record, laid out differently, or at odds with
+            itself: see `shard_checks.py`.
     """
 
     def __init__(
@@ -162,13 +194,24 @@ class ShardReader:
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError for token ids outside of a vocabulary, which is known only now."""
+        """Check that token ids are of a vocabulary, which is known only now.
+
+        Args:
+            vocab_size: of the target.
+
+        Raises:
+            ValueError: an id is outside.
+        """
         check_ids("input_ids", self._input_ids, vocab_size, str(self.path))
         if self._greedy_ids is not None:
             check_ids("greedy_ids", self._greedy_ids, vocab_size, str(self.path))
 
     def check_states(self) -> None:
-        """Reads every state. Raises ValueError for the first sample that holds NaN or infinity."""
+        """Read every state.
+
+        Raises:
+            ValueError: for the first sample that holds NaN or infinity.
+        """
         for index in range(len(self)):
             hidden = self[index].hidden
             for layer in hidden:
@@ -213,7 +256,15 @@ def _kind(part: Any) -> TensorKind:
 
 
 def check_size(path: Path, record: ShardRecord) -> None:
-    """Raises ValueError when a shard is missing or has another size than its record says."""
+    """Check that a shard is there and has the size that its record says.
+
+    Args:
+        path: of the file.
+        record: what its manifest says of it.
+
+    Raises:
+        ValueError: it is missing or has another size.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing; run the extraction again, it makes only what is not there")
     size = path.stat().st_size
@@ -225,7 +276,15 @@ def check_size(path: Path, record: ShardRecord) -> None:
 
 
 def check_digest(path: Path, record: ShardRecord) -> None:
-    """Raises ValueError when one byte of a shard differs from what was written."""
+    """Check that every byte of a shard is as it was written.
+
+    Args:
+        path: of the file.
+        record: what its manifest says of it.
+
+    Raises:
+        ValueError: one differs.
+    """
     check_size(path, record)
     if sha256_file(path) != record.sha256:
         raise ValueError(

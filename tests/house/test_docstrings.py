@@ -9,7 +9,7 @@ from pages import ROOT
 
 PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
 # Folders that are not clean yet.
-OPEN = {"data", "label", "train"}
+OPEN = {"label", "train"}
 FOLDERS = [folder for folder in (*PACKAGES, "tests") if folder not in OPEN]
 
 

@@ -24,7 +24,7 @@ from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.remote import node_folder as shard_folder
 from draftsmith.data.remote import remote_folder as remote
 from draftsmith.data.remote.node_folder import ShardFolder
-from draftsmith.data.remote.prefetch import Ahead
+from draftsmith.data.remote.prefetch import Prefetcher
 from draftsmith.data.remote.remote_folder import Retry, location
 from draftsmith.data.remote.remote_shards import RemoteShards
 from draftsmith.data.shards.lengths import LENGTHS_FILE, write_lengths
@@ -392,9 +392,9 @@ def test_a_worker_forked_in_training_does_not_keep_what_was_fetched_ahead(
     cache = opened(upload(write_cache(tmp_path / "cache")), tmp_path)
     cache.need([0, 2, 3], cache)
     assert isinstance(cache.shards, RemoteShards)
-    ahead = cache.shards._ahead
-    assert ahead is not None
-    wait_for(lambda: ahead[1].held == {0, 2, 3})
+    prefetcher = cache.shards._prefetcher
+    assert prefetcher is not None
+    wait_for(lambda: prefetcher[1].fetched == {0, 2, 3})
     context = multiprocessing.get_context("fork")
     has_read, may_end = context.Event(), context.Event()
     process = context.Process(target=read_another, args=(cache, has_read, may_end))
@@ -535,13 +535,13 @@ def test_what_will_be_needed_is_fetched_ahead_and_kept(tmp_path: Path, upload: C
     assert (cache[3].id, cache[4].id, cache[8].id) == ("s1-0", "s2-0", "s3-0")
     assert Flaky.reads.total() == before
     assert isinstance(cache.shards, RemoteShards)
-    ahead = cache.shards._ahead
-    assert ahead is not None
-    wait_for(lambda: ahead[1].held == {1, 2, 3})
+    prefetcher = cache.shards._prefetcher
+    assert prefetcher is not None
+    wait_for(lambda: prefetcher[1].fetched == {1, 2, 3})
     cache.need([3], reader)
-    wait_for(lambda: ahead[1].held == {2, 3})
+    wait_for(lambda: prefetcher[1].fetched == {2, 3})
     cache.close()
-    assert ahead[1].held == set()
+    assert prefetcher[1].fetched == set()
 
 
 def test_what_cannot_be_fetched_ahead_is_told_to_who_reads_it(tmp_path: Path, upload: Callable[..., str]) -> None:
@@ -562,18 +562,18 @@ def test_what_another_process_is_fetching_keeps_nobody_from_the_rest() -> None:
         got.append(number)
         return shard_folder.Held(Path("x"), os.open(os.devnull, os.O_RDONLY))
 
-    ahead = Ahead(hold_some, threads=1)
-    ahead.want(range(6))
-    wait_for(lambda: ahead.held == set(range(6)))
+    prefetcher = Prefetcher(hold_some, threads=1)
+    prefetcher.want(range(6))
+    wait_for(lambda: prefetcher.fetched == set(range(6)))
     assert got == [1, 2, 3, 4, 5, 0]
-    ahead.close()
+    prefetcher.close()
 
 
 def test_threads_end_when_they_are_closed() -> None:
-    ahead = Ahead(lambda number: None, threads=2)
-    ahead.want([1, 2])
-    threads = list(ahead._threads)
-    ahead.close()
+    prefetcher = Prefetcher(lambda number: None, threads=2)
+    prefetcher.want([1, 2])
+    threads = list(prefetcher._threads)
+    prefetcher.close()
     for thread in threads:
         thread.join(timeout=10)
     assert not any(thread.is_alive() for thread in threads)
