@@ -560,7 +560,7 @@ def test_what_another_process_is_fetching_keeps_nobody_from_the_rest() -> None:
         if number == 0 and len(got) < 5:
             return None
         got.append(number)
-        return shard_folder.Held(Path("x"), os.open(os.devnull, os.O_RDONLY))
+        return shard_folder.HeldFile(Path("x"), os.open(os.devnull, os.O_RDONLY))
 
     prefetcher = Prefetcher(hold_some, threads=1)
     prefetcher.want(range(6))
