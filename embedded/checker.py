@@ -110,12 +110,12 @@ def _line_is_right(line: str, problem: Problem, stated: set[int]) -> bool:
         match = _closing_form().fullmatch(line.strip())
         return match is not None and int(match["c"]) == problem.answer
     # Two steps of a problem may state the same calculation; one line then tells both.
-    matches = {i for i, step in enumerate(problem.steps) if _tells(said, step) and set(step.needs) <= stated}
+    matches = {i for i, step in enumerate(problem.steps) if _is_step(said, step) and set(step.needs) <= stated}
     stated |= matches
     return bool(matches)
 
 
-def _tells(said: SaidStep, step: Step) -> bool:
+def _is_step(said: SaidStep, step: Step) -> bool:
     if (said.op, said.result) != (step.op, step.result):
         return False
     same = (said.left, said.right) == (step.left, step.right)

@@ -110,7 +110,7 @@ def sample_problems(split: Split, seed: int) -> Iterator[Problem]:
         index = rng.randrange(len(TEMPLATES))
         drawn = _draw_numbers(plans[index], split, rng)
         if drawn is not None:
-            yield _tell(TEMPLATES[index], plans[index], drawn, rng)
+            yield _problem_of(TEMPLATES[index], plans[index], drawn, rng)
 
 
 def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
@@ -175,7 +175,9 @@ def _value(operand: str, numbers: tuple[int, ...], results: list[int]) -> int:
     return numbers[int(operand)] if operand.isdigit() else results[ord(operand) - ord("a")]
 
 
-def _tell(template: Template, plans: tuple[_StepPlan, ...], numbers: tuple[int, ...], rng: random.Random) -> Problem:
+def _problem_of(
+    template: Template, plans: tuple[_StepPlan, ...], numbers: tuple[int, ...], rng: random.Random
+) -> Problem:
     words = _draw_words(rng)
     shown = {str(index): str(number) for index, number in enumerate(numbers)}
     story = _CHOICE_FORM.sub(lambda match: rng.choice(match.group(1).split("|")), template.story)

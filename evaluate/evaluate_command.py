@@ -129,7 +129,7 @@ def _measured(
         for index, value in enumerate(temperatures)
     ]
     with exclusive(out), parts(out, measurements) as unfinished:
-        _tell_replaced(out)
+        _announce_replaced(out)
         rows: list[Row] = []
         for settings, part in zip(by_temperature, unfinished, strict=True):
             ending = replace(settings, eos_token_ids=target.eos_token_ids)
@@ -176,7 +176,7 @@ def identity(record: Mapping[str, Any], samples: Sequence[Sample], candidates: S
     return facts | {"samples": prompts, "candidates": drafters, "threads": torch.get_num_threads()}
 
 
-def _tell_replaced(out: Path) -> None:
+def _announce_replaced(out: Path) -> None:
     report = out / REPORT
     if not report.is_file():
         return

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from docstring_faults import banned_faults, style_faults
+from docstring_faults import banned_faults, style_faults, vague_locals
 from pages import ROOT
 
 PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
@@ -26,6 +26,15 @@ def test_docstrings_have_one_style_and_no_banned_words(folder: str) -> None:
         tree = ast.parse(source)
         in_file = [*banned_faults(source, tree), *(style_faults(tree) if folder != "tests" else ())]
         faults += [f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in sorted(in_file)]
+    assert faults == []
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "tests"])
+def test_names_of_variables_tell_what_they_hold(folder: str) -> None:
+    faults = []
+    for path in sources(folder):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        faults += [f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in vague_locals(tree)]
     assert faults == []
 
 
@@ -86,5 +95,10 @@ def test_other_styles_and_names_that_do_not_tell_are_faults() -> None:
 
 
 def test_banned_words_are_found_in_docstrings_and_comments_alone() -> None:
-    source = '"""It goes on."""\nx = "held to"  # is told\n'
-    assert [line for line, _ in banned_faults(source, ast.parse(source))] == [1, 2]
+    source = '"""It goes on."""\nx = "held to"  # is told\n# It goes\n# on.\nx = 1\n# It goes\n    # on.\n'
+    assert [line for line, _ in banned_faults(source, ast.parse(source))] == [1, 2, 3]
+
+
+def test_variables_and_parameters_of_vague_names_are_faults() -> None:
+    source = "def total(one):\n    found = [told for told in one]\n    return sum(found), total.found, 'one'\n"
+    assert [line for line, _ in vague_locals(ast.parse(source))] == [1, 2, 2, 2, 2, 3]

@@ -11,6 +11,7 @@ from banned_words import banned_in
 
 SECTIONS = ("Args", "Attributes", "Example", "Examples", "Raises", "References", "Returns", "Yields")
 CHARMING = {"Beginning", "Lesson", "Taught", "Laid", "Places", "Held", "Ahead", "Desk"}
+VAGUE = {"one", "found", "told"}
 # The checks of our own invariants and the methods of abstract classes: no caller handles these.
 OWN_ERRORS = {"AssertionError", "NotImplementedError"}
 CONSTRUCTORS = {"__init__", "__post_init__"}
@@ -162,11 +163,34 @@ def style_faults(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield owner.line, f"{owner.name}: raises {error}, and no section 'Raises:' of its docstring names it"
 
 
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """Each comment with its line; lines of comment that follow each other in one column are one."""
+    first, last_line, text = (0, 0), 0, ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, column = token.start
+        if text and (line - 1, column) == (last_line, first[1]):
+            text += token.string.replace("#", " ", 1)
+        else:
+            if text:
+                yield first[0], text
+            first, text = token.start, token.string
+        last_line = line
+    if text:
+        yield first[0], text
+
+
 def banned_faults(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     """The line and banned phrase of each docstring and comment that holds one."""
-    texts = [(owner.line, owner.docstring) for owner in owners(tree)]
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    texts += [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
-    for line, text in texts:
+    for line, text in [*((owner.line, owner.docstring) for owner in owners(tree)), *comments(source)]:
         for what in banned_in(text):
             yield line, what
+
+
+def vague_locals(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The line and name of each variable or parameter whose name says nothing of what it holds."""
+    for node in ast.walk(tree):
+        name = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) else ""
+        if name in VAGUE:
+            yield node.lineno, f"the name {name!r} does not say what it holds"
