@@ -102,14 +102,14 @@ def _span(start: int, line: str) -> tuple[int, int]:
 
 
 def _line_is_right(line: str, problem: Problem, stated: set[int]) -> bool:
-    """Judges one line; adds what it tells to ``told``."""
+    """Whether a line is right; adds the steps that it states to ``stated``."""
     if _DIGITS.search(line) is None:
         return True
     said = read_step(line)
     if said is None:
         match = _closing_form().fullmatch(line.strip())
         return match is not None and int(match["c"]) == problem.answer
-    # Two steps of a problem may state the same calculation; one line then tells both.
+    # Two steps of a problem may state the same calculation; one line then states both.
     matches = {i for i, step in enumerate(problem.steps) if _is_step(said, step) and set(step.needs) <= stated}
     stated |= matches
     return bool(matches)

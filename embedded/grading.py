@@ -18,7 +18,7 @@ _ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class GradedSolution:
-    """A told solution and its verdict. ``wrong_step`` counts told steps from 1, None where all are right."""
+    """A worded solution and its verdict. ``wrong_step`` counts its steps from 1; None where all are right."""
 
     solution: Solution
     request: str
@@ -74,7 +74,7 @@ def _misread(step: Step, rng: random.Random) -> Step | None:
 
 
 def _carry_on(true_steps: tuple[Step, ...], steps: list[Step], index: int) -> tuple[Step, ...] | None:
-    """Later steps recalculated from the results as told, or None where one would not be whole and positive."""
+    """Later steps recalculated from the results as written, or None where one would not be whole and positive."""
     carried = steps[: index + 1]
     for step in true_steps[index + 1 :]:
         left, right = step.left, step.right

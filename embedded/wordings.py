@@ -79,7 +79,7 @@ DRAFT_STYLE = Style(
 
 @dataclass(frozen=True)
 class Solution:
-    """A worded solution. ``step_spans[i]`` are the characters of the i-th step line as told; ``order[i]`` the step it
+    """A worded solution. ``step_spans[i]`` are the characters of the i-th step line; ``order[i]`` the step it
     tells."""
 
     text: str
@@ -88,7 +88,7 @@ class Solution:
 
 
 def render(problem: Problem, style: Style, rng: random.Random) -> str:
-    """The problem's solution said in a style, one step a line, ending in ``#### answer``."""
+    """The problem's solution, worded in a style, one step a line, ending in ``#### answer``."""
     return word_steps(problem.steps, style, rng).text
 
 

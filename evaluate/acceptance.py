@@ -109,7 +109,7 @@ def accepted_length_counts(decoded: Sequence[Decoded]) -> tuple[int, ...]:
 
 
 def is_looping(token_ids: Sequence[int], eos_token_ids: Sequence[int] = ()) -> bool:
-    """Whether the reply ends by repeating itself: its tail is one phrase said at least three times, 16 tokens or more.
+    """Whether the reply ends by repeating itself: its tail is one phrase at least three times, 16 tokens or more.
 
     Greedy replies of small models fall into such loops, and any drafter that copies guesses them: they flatter every
     row.

@@ -50,7 +50,7 @@ def race(
         repeats: how often the whole round is run.
         first_only: contenders (by name) that decode only the first so many batches.
         clock: seconds now; the device is waited for by the default one.
-        advance: told after each call that one more is done.
+        advance: called with 1 after each call.
         done: rounds of an earlier run, which are not decoded again.
         keep: given each round as it is finished.
 

@@ -317,7 +317,7 @@ def examine(case: Case, bounds: Bounds, skip: Sequence[str] = (), corpus: Corpus
         with progress("doctor: read the text", 0 if case.cache is None else len(case.cache), "samples") as advance:
             try:
                 read = read_text(token_stream(case.cache, corpus, advance), wanted)
-            except ValueError as error:  # a damaged shard or line; what was found before stays told
+            except ValueError as error:  # a damaged shard or line; the report keeps what was found before
                 reason = str(error)
         if corpus is not None and read is not None and not read.num_samples:
             read, reason = (

@@ -192,7 +192,7 @@ def _check_names(rules: Sequence[Ruled]) -> None:
 
 
 def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
-    """The whole row of each problem by its id, once no answer can fail to be judged by it: better told now than when all is decoded."""
+    """The whole row of each problem by its id. Each is checked now: a row that cannot judge an answer is an error before decoding."""
     rows: dict[str, Mapping[str, Any]] = {}
     for line, row in read_jsonl(file, []):  # `read_samples` tells of those left out
         try:

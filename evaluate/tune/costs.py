@@ -150,7 +150,7 @@ def time_cycles(
         drafter: drafts.
         plan: what to run.
         probe: the text and the number of rounds.
-        advance: told how many more runs are done.
+        advance: called with the number of runs that were done since.
     """
     cycles = _race(target, drafter, plan.shapes, probe, advance)
     timed = {shape: _median(costs) for shape, costs in cycles.items()}

@@ -188,7 +188,7 @@ def record(
         widths: a tree of each is drafted.
         depth: how deep.
         batch_size: prompts decoded together.
-        advance: told how many more replies are done.
+        advance: called with the number of replies that were done since.
 
     Raises:
         ValueError: a width above the size of the draft vocabulary.
