@@ -1,4 +1,4 @@
-"""One labelled answer: what it holds, how it is written as a JSON line, and which lines are refused.
+"""One labelled answer: what it holds, how it is written as a JSON line, and which lines are errors.
 
 Owns the fields and their rules. One polarity everywhere: 1 is correct, 0 is wrong. Spans count characters (code points)
 of the response, the end is not included. Knows nothing of stores, of other formats, or of tokenizers.
@@ -36,9 +36,13 @@ _FIELDS = ("id", *_REQUIRED, *_OF_LABEL, "tokens")
 class Label:
     """What somebody found out about one answer.
 
-    `verdict` is "correct" (no error), "wrong" (`error` is the span of the first one) or "unplaced" (wrong, but nobody
-    has said where). `how` tells whether a person, a rule or mining found it. `checked` is the part of the response that
-    the label speaks of; None stands for all of it.
+    Attributes:
+        verdict: "correct" (no error), "wrong", or "unplaced" (wrong, but nobody has said where).
+        labelled_by: whose verdict it is.
+        how: whether a person, a rule or mining found it.
+        error: with "wrong", the span of the first error.
+        checked: the part of the response that the label speaks of; None for all of it.
+        note: a word on why.
     """
 
     verdict: Verdict
@@ -51,7 +55,12 @@ class Label:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How one tokenizer cuts the response: its fingerprint (sha256, hex) and each token's span, in order."""
+    """How one tokenizer cuts the response.
+
+    Attributes:
+        tokenizer: its fingerprint (sha256, hex).
+        offsets: each token's span, in order.
+    """
 
     tokenizer: str
     offsets: tuple[Span, ...]
@@ -61,8 +70,17 @@ class Tokens:
 class Answer:
     """One answer to one prompt, with one label or none.
 
-    An answer that several have labelled is several of these, with the same `id`. `model` wrote the response, `licence`
-    is that of the source.
+    An answer that several people have labelled is several of these, with the same `id`.
+
+    Attributes:
+        id: of the answer.
+        messages: the prompt.
+        response: the answer's text.
+        model: that wrote it.
+        licence: of the source.
+        source: where the question is from.
+        label: one label, or None.
+        tokens: how a tokenizer cuts the response, or None.
     """
 
     id: str
@@ -80,7 +98,14 @@ class Answer:
 
 
 def answer_id(source: str, messages: Sequence[Message], response: str, model: str) -> str:
-    """The id that the same answer of the same model always gets."""
+    """The id that the same answer of the same model always gets.
+
+    Args:
+        source: where the question is from.
+        messages: the prompt.
+        response: the answer's text.
+        model: that wrote it.
+    """
     return f"{source}-{_digest([[dict(message) for message in messages], response, model])}"
 
 
@@ -89,7 +114,15 @@ def _digest(value: object) -> str:
 
 
 def refusal(place: str, field: str, value: object, rule: str, remedy: str) -> ValueError:
-    """The error for one bad field: where, which field, its value, the rule it breaks, and what to do."""
+    """The error for one bad field.
+
+    Args:
+        place: `FILE:LINE`, or an id.
+        field: its name.
+        value: what it holds.
+        rule: that it breaks.
+        remedy: what to do.
+    """
     shown = json.dumps(value, ensure_ascii=False, default=str)
     if len(shown) > 80:
         shown = f"{shown[:77]}..."
@@ -97,9 +130,15 @@ def refusal(place: str, field: str, value: object, rule: str, remedy: str) -> Va
 
 
 def check_label(label: Label, response: str, place: str) -> None:
-    """Holds a label to its rules.
+    """Checks a label by its rules.
 
-    Raises ValueError with place, field, value, rule and remedy.
+    Args:
+        label: to check.
+        response: that it speaks of.
+        place: for messages.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
     """
     _one_of(label.verdict, get_args(Verdict), place, "verdict")
     _one_of(label.how, get_args(How), place, "how")
@@ -127,9 +166,14 @@ def check_label(label: Label, response: str, place: str) -> None:
 
 
 def check_answer(answer: Answer, place: str) -> None:
-    """Holds an answer, with its label and tokens, to the rules.
+    """Checks an answer, with its label and tokens, by the rules.
 
-    Raises ValueError with place, field, value, rule and remedy.
+    Args:
+        answer: to check.
+        place: for messages.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
     """
     _words(answer.id, place, "id", _LONGEST_NAME)
     check_messages(answer.messages, place)
@@ -143,9 +187,14 @@ def check_answer(answer: Answer, place: str) -> None:
 
 
 def from_row(row: Mapping[str, Any], place: str) -> Answer:
-    """Reads one JSON object. `place` (`FILE:LINE`) is for messages.
+    """Reads one JSON object.
 
-    Raises ValueError for an unknown, missing or malformed field, and for fields that contradict each other.
+    Args:
+        row: the object.
+        place: `FILE:LINE`, for messages.
+
+    Raises:
+        ValueError: an unknown, missing or malformed field, or fields that contradict each other.
     """
     for field in row:
         if field not in _FIELDS:
@@ -157,7 +206,7 @@ def from_row(row: Mapping[str, Any], place: str) -> Answer:
             remedy = "write null for an answer without a label" if field == "verdict" else "add it"
             raise ValueError(f"{place}: {field} is missing; every line has it; {remedy}")
     check_messages(row["messages"], place)
-    messages = tuple(Message(role=one["role"], content=one["content"]) for one in row["messages"])
+    messages = tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
     for field in ("response", "model", "licence", "source"):
         _words(row[field], place, field)
     own_id = row.get("id")
@@ -176,7 +225,11 @@ def from_row(row: Mapping[str, Any], place: str) -> Answer:
 
 
 def to_row(answer: Answer) -> dict[str, Any]:
-    """The JSON object of an answer; `from_row` gives the same answer back."""
+    """The JSON object of an answer; `from_row` gives the same answer back.
+
+    Args:
+        answer: with or without label and tokens.
+    """
     row: dict[str, Any] = {
         "id": answer.id,
         "messages": [dict(message) for message in answer.messages],
@@ -207,7 +260,11 @@ def read_answers(path: Path, dropped: list[Dropped] | None = None) -> Iterator[A
         path: the file.
         dropped: takes the record of each line that is no answer, and the others are read. None: such a line is an error.
 
-    Raises ValueError naming file, line, field, value, rule and remedy.
+    Yields:
+        each answer.
+
+    Raises:
+        ValueError: naming file, line, field, value, rule and remedy.
     """
     for line, row in read_jsonl(path, dropped):
         place = f"{path}:{line}"
@@ -222,7 +279,12 @@ def read_answers(path: Path, dropped: list[Dropped] | None = None) -> Iterator[A
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """Writes answers as JSON lines, all or nothing."""
+    """Writes answers as JSON lines, all or nothing.
+
+    Args:
+        path: the file.
+        answers: in order.
+    """
     atomic_write(path, "".join(json.dumps(to_row(answer), ensure_ascii=False) + "\n" for answer in answers))
 
 
@@ -292,9 +354,14 @@ def _check_offsets(offsets: Sequence[Span], length: int, place: str) -> None:
 
 
 def check_messages(messages: Any, place: str) -> None:
-    """Holds a prompt of any origin to the rules.
+    """Checks a prompt of any origin by the rules.
 
-    Raises ValueError with place, field, value, rule and remedy.
+    Args:
+        messages: to check.
+        place: for messages.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         remedy = 'write [{"role": "user", "content": "..."}]'

@@ -1,6 +1,6 @@
 """From spans of characters to labels of tokens.
 
-Owns this one shift, and how a tokenizer's offsets are had. 1 is correct, 0 is wrong, IGNORED is neither: no loss is
+Owns this one shift, and how to get a tokenizer's offsets. 1 is correct, 0 is wrong, IGNORED is neither: no loss is
 taken there. Knows nothing of files and stores. Dimension: N, the tokens of one response.
 """
 
@@ -21,19 +21,18 @@ WRONG = 0
 IGNORED = -100
 
 
-def token_labels(answer: Answer, offsets_N: Sequence[Span], after: After = "ignored") -> list[int]:
+def token_labels(answer: Answer, offsets: Sequence[Span], after: After = "ignored") -> list[int]:
     """One label a token, as Judge Decoding masks them: 1 before the first error, 0 on it, `after` behind it.
 
-    Worked example: "1+1=3, so 3" with the error (4, 5), cut into "1", "+", "1", "=3", ", so", " 3", gives
-    1, 1, 1, 0, IGNORED, IGNORED. A token that shares one character with the error is wrong ("=3" above); an empty
-    token belongs to the side it stands on. Other tokens that reach out of `checked` are ignored, and so are all tokens
-    of an answer that has no label or whose error is unplaced.
+    Worked example: "1+1=3, so 3" with the error (4, 5), cut into "1", "+", "1", "=3", ", so", " 3", gives 1, 1, 1, 0, IGNORED, IGNORED. A
+    token that shares one character with the error is wrong ("=3" above). An empty token belongs to the side it is on. Other tokens that
+    reach out of `checked` are ignored. So are all tokens of an answer that has no label, or whose error is unplaced.
 
     Args:
         answer: the answer with its label.
-        offsets_N: each token's span in the response. Any tokenizer will do: spans are of characters, so a label made
+        offsets: each token's span in the response. Any tokenizer will do: spans are of characters, so a label made
             on one tokenizer's tokens holds for another's.
-        after: what the tokens behind the error are. They continue from a mistake, so by default nothing is said.
+        after: what the tokens behind the error are. They continue from a mistake, so by default they are ignored.
 
     Raises:
         ValueError: `after` is another word, or no token touches the error (this tokenizer leaves those characters out).
@@ -42,38 +41,42 @@ def token_labels(answer: Answer, offsets_N: Sequence[Span], after: After = "igno
         raise ValueError(f"after is {after!r}; tokens behind the first error are 'ignored' or 'wrong'")
     label = answer.label
     if label is None or label.verdict == "unplaced":
-        return [IGNORED] * len(offsets_N)
+        return [IGNORED] * len(offsets)
     first, last = label.checked or (0, len(answer.response))
     behind = WRONG if after == "wrong" else IGNORED
-    labels_N = []
-    for start, end in offsets_N:
+    labels = []
+    for start, end in offsets:
         if label.error is not None and end > label.error[0] and start < label.error[1]:
-            labels_N.append(WRONG)
+            labels.append(WRONG)
         elif start < first or end > last:
-            labels_N.append(IGNORED)
+            labels.append(IGNORED)
         else:
-            labels_N.append(CORRECT if label.error is None or end <= label.error[0] else behind)
-    if label.error is not None and not any(_touch(span, label.error) for span in offsets_N):
+            labels.append(CORRECT if label.error is None or end <= label.error[0] else behind)
+    if label.error is not None and not any(_touch(span, label.error) for span in offsets):
         missed = answer.response[slice(*label.error)]
         raise ValueError(
             f"{answer.id}: no token touches the error {missed!r} at characters {list(label.error)}; this tokenizer leaves "
             "them out; mark the error on characters that it keeps, or leave the answer out"
         )
-    return labels_N
+    return labels
 
 
 def tokenize(response: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Cuts a response as `tokenizer` does, without special tokens.
+    """Cuts a response as a tokenizer does, without special tokens.
+
+    Args:
+        response: text.
+        tokenizer: of a target.
 
     Raises:
-        ValueError: the tokenizer does not tell where its tokens stand (it has no fast version).
+        ValueError: the tokenizer does not say where its tokens are (it has no fast version).
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer {type(tokenizer).__name__} does not tell its tokens' offsets; use one with a tokenizer.json"
         )
-    found = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return Tokens(tokenizer_fingerprint(tokenizer), tuple((int(start), int(end)) for start, end in found))
+    offsets = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return Tokens(tokenizer_fingerprint(tokenizer), tuple((int(start), int(end)) for start, end in offsets))
 
 
 def _touch(span: Span, error: Span) -> bool:

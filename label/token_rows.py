@@ -23,9 +23,11 @@ class LabelledRow:
 
     Attributes:
         id: its sample id in a hidden-state cache.
-        question: what answers to the same prompt share; rows of one question are never parted by a split.
-        source, how: where the answer is from, and whether a person, a rule or mining labelled it.
-        prompt_ids, reply_ids: as the target reads them.
+        question: what answers to the same prompt share; a split never parts rows of one question.
+        source: where the answer is from.
+        how: whether a person, a rule or mining labelled it.
+        prompt_ids: as the target reads them.
+        reply_ids: as the target reads them.
         labels: one a reply token: 1 correct, 0 wrong, -100 nothing is known.
     """
 
@@ -42,28 +44,40 @@ _FIELDS = tuple(LabelledRow.__dataclass_fields__)
 
 
 def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
-    """Replaces the file as a whole."""
+    """Replaces the file as a whole.
+
+    Args:
+        path: the file.
+        rows: in order.
+    """
     atomic_write(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> Iterator[LabelledRow]:
     """The rows of a file.
 
-    Raises ValueError naming file, line, field, value, rule and remedy; a repeated id is refused.
+    Args:
+        path: the file.
+
+    Yields:
+        each row.
+
+    Raises:
+        ValueError: naming file, line, field, value, rule and remedy; a repeated id is an error too.
     """
     seen: dict[str, int] = {}
     for line, row in read_jsonl(path):
-        found = _row(row, f"{path}:{line}")
-        if found.id in seen:
+        labelled = _row(row, f"{path}:{line}")
+        if labelled.id in seen:
             raise refusal(
                 f"{path}:{line}",
                 "id",
-                found.id,
-                f"line {seen[found.id]} has it already",
+                labelled.id,
+                f"line {seen[labelled.id]} has it already",
                 "give each row an id of its own",
             )
-        seen[found.id] = line
-        yield found
+        seen[labelled.id] = line
+        yield labelled
 
 
 def _row(row: dict[str, Any], place: str) -> LabelledRow:
@@ -76,7 +90,7 @@ def _row(row: dict[str, Any], place: str) -> LabelledRow:
         if not isinstance(row[field], str) or not row[field]:
             raise refusal(place, field, row[field], "it is a text that is not empty", "write one")
     for field in ("prompt_ids", "reply_ids", "labels"):
-        if not isinstance(row[field], list) or not all(type(one) is int for one in row[field]):
+        if not isinstance(row[field], list) or not all(type(number) is int for number in row[field]):
             raise refusal(
                 place, field, row[field], "it is a list of integers", "make the rows anew with draftsmith label rows"
             )

@@ -20,7 +20,7 @@ from draftsmith.data.tokens import ChatTemplate
 from draftsmith.label.mine.answers import answer_parser
 from draftsmith.label.mine.many_questions import Miner
 from draftsmith.label.mine.plain import mine_plain
-from draftsmith.label.mine.walk import Mined, Question, Rules
+from draftsmith.label.mine.question_mining import MiningQuestion, MiningResult, Rules
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import Target
 
@@ -44,10 +44,12 @@ class Bench:
     target: Target
     draft: Target
     watches: tuple[Watch, Watch]
-    questions: list[Question]
+    questions: list[MiningQuestion]
     rules: dict[str, Any]
 
-    def line(self, name: str, mine: Callable[[], list[Mined]], baseline: list[Mined] | None) -> list[Mined]:
+    def line(
+        self, name: str, mine: Callable[[], list[MiningResult]], baseline: list[MiningResult] | None
+    ) -> list[MiningResult]:
         """Measures one way of mining and prints its row."""
         before = [(watch.forwards, watch.tokens) for watch in self.watches]
         started = time.process_time()
@@ -66,17 +68,17 @@ class Bench:
         )
         return rows
 
-    def mining(self, batch_rows: int = 1, **settings: Any) -> Callable[[], list[Mined]]:
+    def mining(self, batch_rows: int = 1, **settings: Any) -> Callable[[], list[MiningResult]]:
         """Our mining, with these settings."""
         miner = Miner(self.target, self.draft, Rules(**(self.rules | settings)), batch_rows)
         return lambda: list(miner.mine(self.questions))
 
-    def plain(self) -> list[Mined]:
+    def plain(self) -> list[MiningResult]:
         """The twin."""
         return [mine_plain(self.target, self.draft, question, Rules(**self.rules)) for question in self.questions]
 
 
-def agreeing(rows: list[Mined], baseline: list[Mined]) -> int:
+def agreeing(rows: list[MiningResult], baseline: list[MiningResult]) -> int:
     """Questions with the same swaps and the same final reply."""
     return sum(
         (ours.swaps, ours.reply_ids) == (theirs.swaps, theirs.reply_ids)
@@ -90,7 +92,7 @@ def prepare(target_name: str, draft_name: str, num_problems: int, max_new_tokens
     parse = answer_parser("final-number")
     chat = ChatTemplate(tokenizer, None, target.eos_token_ids)
     questions = [
-        Question(problem.id, chat.first_prompt_ids([{"role": "user", "content": problem.question}]))
+        MiningQuestion(problem.id, chat.first_prompt_ids([{"role": "user", "content": problem.question}]))
         for problem in embedded.distinct_problems("test", num_problems, 0)
     ]
     rules = {

@@ -102,7 +102,7 @@ def find_confinement(executable: str) -> Confinement:
 
 
 def _visible(programs: list[str]) -> list[str]:
-    """Arguments for what a program sees: all files, read-only, but of hidden folders only Python, `programs` and harmless devices."""
+    """Arguments for what a program sees: all files, read-only. Of hidden folders it sees only Python, `programs` and harmless devices."""
     folders = {os.path.realpath(folder) for folder in (*_HIDDEN, os.path.expanduser("~")) if os.path.isdir(folder)}
     hidden = sorted(
         folder for folder in folders - {"/"} if not folders & {str(parent) for parent in Path(folder).parents[:-1]}

@@ -34,9 +34,14 @@ __all__ = ["BuiltIn", "Checked", "Checker", "Row", "chosen_letter", "final_numbe
 
 @dataclass(frozen=True)
 class Checked:
-    """What a checker found: the verdict, the first error's span where it can place it, and a word on why.
+    """A checker's verdict on an answer.
 
-    An answer in which nothing can be read that would be right or wrong is "unplaced", with a note, never "correct".
+    An answer in which the checker can read nothing right or wrong is "unplaced", with a note, never "correct".
+
+    Attributes:
+        verdict: "correct", "wrong" or "unplaced".
+        error: the span of the first error, where the checker can place it.
+        note: a word on why.
     """
 
     verdict: Verdict
@@ -46,10 +51,13 @@ class Checked:
 
 @dataclass(frozen=True)
 class Checker:
-    """One way of checking. `check` raises ValueError for a row that it cannot judge by (no reference, say).
+    """One way of checking.
 
-    `name` signs its labels. `code` changes with whatever its verdicts depend on beside row and response. `probed` says that an empty
-    response may be checked to find out whether a row is fit.
+    Attributes:
+        name: signs the checker's labels.
+        check: gives the verdict on a row and a response; a ValueError for a row that it cannot judge by (no reference, say).
+        code: changes with whatever the verdicts depend on beside row and response.
+        probed: whether an empty response may be checked to find out whether a row is fit.
     """
 
     name: str
@@ -61,15 +69,16 @@ class Checker:
 def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -> Checker:
     """The checker of a name, or of a function: `package.module:function` or `file.py:function`.
 
-    Args:
-        spec: `final-number`, `multiple-choice`, `unit-tests`, `embedded`, or a function `(row, response) -> Checked`, whose code is
-            run here, in this process.
-        timeout_s: the longest that unit tests may take.
-        unprotected: run unit tests even where this system cannot keep them from the user's files and processes.
-
     Unit tests are proved first: one right and one wrong answer are run, and each must get its verdict.
 
-    Raises ValueError: there is no such checker, the function cannot be loaded, or the sandbox does not work here.
+    Args:
+        spec: `final-number`, `multiple-choice`, `unit-tests`, `embedded`, or a function `(row, response) -> Checked`, whose code runs
+            here, in this process.
+        timeout_s: seconds, the longest that unit tests may take.
+        unprotected: run unit tests even where this system cannot keep them from the user's files and processes.
+
+    Raises:
+        ValueError: there is no such checker, the function cannot be loaded, or the sandbox does not work here.
     """
     if ":" in spec:
         function, code = _load_function(spec)
@@ -85,11 +94,11 @@ def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -
             f"checker {spec!r} is not known; use one of {', '.join(get_args(BuiltIn))}, or your own function as "
             "package.module:function or file.py:function"
         )
-    told = ""
+    timeout = ""
     if spec == "unit-tests":
         prove_tests(timeout_s, unprotected)
-        told = f" timeout {timeout_s}"
-    return Checker(spec, checks[spec], f"{spec} {_own_code()}{told}")
+        timeout = f" timeout {timeout_s}"
+    return Checker(spec, checks[spec], f"{spec} {_own_code()}{timeout}")
 
 
 @cache
@@ -140,12 +149,12 @@ def _check_tests(row: Row, response: str, timeout_s: float, unprotected: bool) -
     return Checked("correct" if tested.passed else "unplaced", None, tested.note)
 
 
-def _compared(found: str | None, expected: str, kind: str) -> Checked:
-    if found is None:
+def _compared(given: str | None, expected: str, kind: str) -> Checked:
+    if given is None:
         return Checked("unplaced", None, f"no {kind} was found")
-    if found == expected:
+    if given == expected:
         return Checked("correct")
-    return Checked("unplaced", None, f"the {kind} is {found}, the reference {expected}")
+    return Checked("unplaced", None, f"the {kind} is {given}, the reference {expected}")
 
 
 def _reference(row: Row) -> str:
@@ -153,7 +162,11 @@ def _reference(row: Row) -> str:
     answer = row.get("answer")
     if answer is None:
         given = row.get("reference")
-        turns = [one for one in row.get("messages") or () if isinstance(one, Mapping) and one.get("role") == "user"]
+        turns = [
+            message
+            for message in row.get("messages") or ()
+            if isinstance(message, Mapping) and message.get("role") == "user"
+        ]
         if isinstance(given, Sequence) and not isinstance(given, str) and given and len(given) >= len(turns):
             answer = given[len(turns) - 1] if turns else given[-1]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "":
@@ -216,18 +229,18 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _guarded(spec: str, function: Callable[[Row, str], Any]) -> Callable[[Row, str], Checked]:
-    """A user's function whose mistakes are told as such."""
+    """A user's function. An error in it becomes an error that names the function."""
 
     def check(row: Row, response: str) -> Checked:
         try:
-            found = function(row, response)
+            checked = function(row, response)
         except Exception as error:
             raise ValueError(
                 f"the checker {spec} failed with {type(error).__name__}: {error}; correct its code, or the row"
             ) from error
-        if not isinstance(found, Checked):
+        if not isinstance(checked, Checked):
             remedy = "return draftsmith.label.checkers.checkers.Checked(verdict, error, note)"
-            raise refusal("the checker", spec, found, "a checker returns a Checked", remedy)
-        return found
+            raise refusal("the checker", spec, checked, "a checker returns a Checked", remedy)
+        return checked
 
     return check

@@ -37,50 +37,59 @@ _ALONE = re.compile(
 
 
 def final_number(text: str) -> str | None:
-    """The number that a text gives as its answer, or None where it holds none.
+    r"""The number that a text gives as its answer, or None where it holds none.
 
-    That is the last one marked by `####` or `\\boxed{}`, or else the last number of all. Thousands separators, currency and
-    per cent signs, a trailing `.0` and the sort of minus sign do not count; fractions (`3/4`, `1 1/2`, `\\frac{3}{4}`) and
-    decimals are the same number where they are equal. Written as an integer or as a fraction in lowest terms: "-$1,234.50" gives
-    "-2469/2".
+    That is the last number marked by `####` or `\boxed{}`, or else the last number of all. Thousands separators, currency and per cent
+    signs, a trailing `.0` and the kind of minus sign do not count. Fractions (`3/4`, `1 1/2`, `\frac{3}{4}`) and decimals are the same
+    number where they are equal.
+
+    Args:
+        text: of an answer.
+
+    Returns:
+        an integer, or a fraction in lowest terms: "-$1,234.50" gives "-2469/2".
     """
-    found = None
+    last = None
     for mark in _MARK.finditer(text):
         number = _NUMBER.match(text, mark.end())
         if number is not None and _value(number) is not None:
-            found = number
-    if found is None:
+            last = number
+    if last is None:
         for number in _NUMBER.finditer(text):
             if _value(number) is not None:
-                found = number
-    return None if found is None else str(_value(found))
+                last = number
+    return None if last is None else str(_value(last))
 
 
 def chosen_letter(text: str, letters: Collection[str]) -> str | None:
-    """The letter of `letters` that a text chooses, or None.
+    r"""The letter that a text chooses, or None.
 
-    That is the last one said to be the answer ("the answer is (B)", "#### B", `\\boxed{B}`), or else the only one that stands
-    alone on a line or begins one ("B", "(B) because ...").
+    That is the last letter that the text calls the answer ("the answer is (B)", "#### B", `\boxed{B}`). Or else it is the only letter that
+    is alone on a line or begins one ("B", "(B) because ...").
+
+    Args:
+        text: of an answer.
+        letters: those that can be chosen.
     """
-    said = [_letter(found) for found in _SAID.finditer(_capital_words(text))]
+    said = [_letter(match) for match in _SAID.finditer(_capital_words(text))]
     said = [letter for letter in said if letter in letters]
     if said:
         return said[-1]
-    alone = {_letter(found) for found in _ALONE.finditer(text)} & set(letters)
+    alone = {_letter(match) for match in _ALONE.finditer(text)} & set(letters)
     return alone.pop() if len(alone) == 1 else None
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
+def _value(number: re.Match[str]) -> Fraction | None:
     """What the number comes to; None for a division by nothing."""
-    minus = (found["sign"] is not None) != (found["inner"] is not None)
-    if found["top"] is not None:
-        parts = _plain(found["top"]), _plain(found["bottom"])
-    elif found["whole"] is not None:
-        if int(found["under"]) == 0:
+    minus = (number["sign"] is not None) != (number["inner"] is not None)
+    if number["top"] is not None:
+        parts = _plain(number["top"]), _plain(number["bottom"])
+    elif number["whole"] is not None:
+        if int(number["under"]) == 0:
             return None
-        parts = Fraction(found["whole"]) + Fraction(int(found["over"]), int(found["under"])), Fraction(1)
+        parts = Fraction(number["whole"]) + Fraction(int(number["over"]), int(number["under"])), Fraction(1)
     else:
-        parts = _plain(found["left"]), _plain(found["right"] or "1")
+        parts = _plain(number["left"]), _plain(number["right"] or "1")
     if parts[1] == 0:
         return None
     value = parts[0] / parts[1]
@@ -91,8 +100,8 @@ def _plain(written: str) -> Fraction:
     return Fraction(written.replace(",", ""))
 
 
-def _letter(found: re.Match[str]) -> str:
-    return next(group for group in found.groups() if group is not None)
+def _letter(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None)
 
 
 def _capital_words(text: str) -> str:

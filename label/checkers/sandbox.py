@@ -45,7 +45,14 @@ exec(compile(program, {_PROGRAM!r}, "exec"))
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. Time is of the clock; memory is each process's, disk and processes are all together.
+    """What a program may use.
+
+    Attributes:
+        seconds: of the clock.
+        memory_bytes: of each process.
+        disk_bytes: of all processes together.
+        num_processes: at a time.
+        output_bytes: of its output that are kept.
 
     Raises:
         ValueError: the time is not above 0 and finite.
@@ -82,7 +89,7 @@ class SandboxError(ValueError):
 
 
 @dataclass(frozen=True)
-class Ran:
+class ProgramOutcome:
     """What became of a program that was started.
 
     Attributes:
@@ -98,7 +105,7 @@ class Ran:
     missing: tuple[str, ...]
 
 
-def run(program: str, limits: Limits = _USUAL, unprotected: bool = False) -> Ran:
+def run(program: str, limits: Limits = _USUAL, unprotected: bool = False) -> ProgramOutcome:
     """Runs a program in this interpreter's version with its packages, in an empty folder that vanishes afterwards.
 
     It sees the file system without homes, temporary folders and terminals and cannot write to it, has no network, an empty
@@ -135,10 +142,10 @@ def run(program: str, limits: Limits = _USUAL, unprotected: bool = False) -> Ran
             "seconds": limits.seconds,
             "output_bytes": limits.output_bytes,
         }
-        told = _launched(executable, order)
-    if not told["begun"]:
-        raise _not_started(told, limits)
-    return Ran(told["exit_code"], told["output"], told["report"], confinement.missing)
+        outcome = _launched(executable, order)
+    if not outcome["begun"]:
+        raise _not_started(outcome, limits)
+    return ProgramOutcome(outcome["exit_code"], outcome["output"], outcome["report"], confinement.missing)
 
 
 def _launched(executable: str, order: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def _launched(executable: str, order: dict[str, Any]) -> dict[str, Any]:
         ) from error
     longest = START_SECONDS + order["seconds"] + _TIDYING_SECONDS
     try:
-        told, complaint = launcher.communicate(json.dumps(order).encode(), timeout=longest)
+        output, complaint = launcher.communicate(json.dumps(order).encode(), timeout=longest)
     except subprocess.TimeoutExpired as error:
         raise SandboxError(
             f"the sandbox broke: no word from it in {longest:g} seconds; no verdict was given; run again with less load"
@@ -171,7 +178,7 @@ def _launched(executable: str, order: dict[str, Any]) -> dict[str, Any]:
     if launcher.returncode != 0:
         last = complaint.decode(errors="replace")[-500:].strip()
         raise SandboxError(f"the sandbox broke: {last}; no verdict was given; repair {sys.executable!r}")
-    report: dict[str, Any] = json.loads(told)
+    report: dict[str, Any] = json.loads(output)
     return report
 
 
@@ -184,10 +191,10 @@ def _no_sandbox(confinement: Confinement) -> ValueError:
     )
 
 
-def _not_started(told: dict[str, Any], limits: Limits) -> SandboxError:
-    code = told["exit_code"]
+def _not_started(outcome: dict[str, Any], limits: Limits) -> SandboxError:
+    code = outcome["exit_code"]
     reason = f"not there after {START_SECONDS:g} seconds" if code is None else f"it ended with exit code {code}"
-    lines = told["output"].strip().splitlines()
+    lines = outcome["output"].strip().splitlines()
     last = f", and said {lines[-1][:200]!r}" if lines else ""
     return SandboxError(
         f"the sandbox did not start the program: {reason}{last}; no verdict was given. Interpreter {sys.executable!r} and "

@@ -1,7 +1,7 @@
 """The sums corpus seen from outside: the problem behind a question, and the exact place of the first error in an answer.
 
 Owns reading a problem back from its question, and narrowing a wrong line to the word or digit where it leaves every right line.
-What is right is the embedded checker's to say. Knows no files and no models.
+The embedded checker decides what is right. Knows no files and no models.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ def problem_of(question: str) -> Problem | None:
     """The problem that a question of the corpus asks, or None for any other text.
 
     Its steps carry no labels: the checker judges numbers and operations, not what they count.
+
+    Args:
+        question: text.
     """
     for index, form in enumerate(_forms()):
-        found = form.fullmatch(question.strip())
-        if found is not None:
-            given = {name[1:]: int(value) for name, value in found.groupdict().items()}
+        match = form.fullmatch(question.strip())
+        if match is not None:
+            given = {name[1:]: int(value) for name, value in match.groupdict().items()}
             numbers = tuple(given[str(place)] for place in range(len(given)))
             return _solved(TEMPLATES[index], numbers, question)
     return None
@@ -39,21 +42,24 @@ def problem_of(question: str) -> Problem | None:
 def judge(problem: Problem, text: str) -> Verdict:
     """The embedded checker's verdict, its span narrowed to the first wrong word, digit or sign of the wrong line.
 
-    A line goes wrong where it stops being the beginning of any right line in its wording: in "Then 7 - 2 = 6 pens." after
-    "So 7 ..." that is the 6; where the step should have been a sum, it is the minus. A line that cannot be read so far keeps its
-    whole span.
+    A line goes wrong where it stops being the beginning of any right line in its wording. In "Then 7 - 2 = 6 pens." after "So 7 ..." that
+    is the 6. Where the step should have been a sum, it is the minus. A line that cannot be read so far keeps its whole span.
+
+    Args:
+        problem: from `problem_of`.
+        text: the answer.
     """
     verdict = check(problem, text)
     if verdict.error_span is None:
         return verdict
     start, end = verdict.error_span
-    narrow = _departure(problem, _told(problem, text[:start]), text[start:end])
+    narrow = _departure(problem, _steps_done(problem, text[:start]), text[start:end])
     if narrow is None:
         return verdict
     return Verdict(verdict.answer, verdict.correct, (start + narrow[0], start + narrow[1]))
 
 
-def _departure(problem: Problem, told: set[int], line: str) -> Span | None:
+def _departure(problem: Problem, done: set[int], line: str) -> Span | None:
     """Where a wrong line leaves the right ones, within the line."""
     said = read_step(line)
     if said is None:
@@ -62,35 +68,35 @@ def _departure(problem: Problem, told: set[int], line: str) -> Span | None:
     first = _opening(line)
     if first is None:
         return None
-    right = [words for step in problem.steps if set(step.needs) <= told for words in _said_rightly(step)]
+    right = [words for step in problem.steps if set(step.needs) <= done for words in _said_rightly(step)]
     pieces = list(_PIECE.finditer(line, first))
     shared = max((_num_shared([piece[0].lower() for piece in pieces], words) for words in right), default=0)
     return pieces[shared].span() if shared < len(pieces) else None
 
 
 def _wrong_digit(number: re.Match[str], right: str) -> Span:
-    """The first digit that is not the right number's; all of a number that only lacks its end, or is right where none should be."""
+    """The first digit that differs from the right number. All of a number that only lacks its end, or is right where none should be."""
     shared = _num_shared(list(number[0]), list(right))
     return (number.start() + shared, number.start() + shared + 1) if shared < len(number[0]) else number.span()
 
 
 def _opening(line: str) -> int | None:
     """Where the words of a step begin, behind the words that lead to it."""
-    return min((found.start() for form in _wording_forms() if (found := form.search(line)) is not None), default=None)
+    return min((match.start() for form in _wording_forms() if (match := form.search(line)) is not None), default=None)
 
 
-def _told(problem: Problem, before: str) -> set[int]:
-    """The steps that the right lines before the wrong one have told."""
-    told: set[int] = set()
+def _steps_done(problem: Problem, before: str) -> set[int]:
+    """The steps in the right lines before the wrong one."""
+    done: set[int] = set()
     for line in before.split("\n"):
         said = read_step(line)
         for index, step in enumerate(problem.steps):
             same = said is not None and (said.op, said.result) == (step.op, step.result)
-            if said is None or not same or not set(step.needs) <= told:
+            if said is None or not same or not set(step.needs) <= done:
                 continue
             if sorted((said.left, said.right)) == sorted((step.left, step.right)):
-                told.add(index)
-    return told
+                done.add(index)
+    return done
 
 
 def _said_rightly(step: Step) -> list[list[str]]:
@@ -105,9 +111,9 @@ def _said_rightly(step: Step) -> list[list[str]]:
     ]
 
 
-def _num_shared(one: list[str], other: list[str]) -> int:
+def _num_shared(first: list[str], second: list[str]) -> int:
     """How many pieces two lists have in common from the start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 @cache

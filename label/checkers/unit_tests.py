@@ -47,15 +47,26 @@ say(word=word)
 
 
 @dataclass(frozen=True)
-class Tested:
-    """Whether the tests passed, and why not, or under which protections not."""
+class UnitTestOutcome:
+    """What became of unit tests.
+
+    Attributes:
+        passed: whether all passed.
+        note: why not, or which protections were missing.
+    """
 
     passed: bool
     note: str
 
 
-def check_tests(row: Mapping[str, Any], response: str, seconds: float, unprotected: bool) -> Tested:
+def check_tests(row: Mapping[str, Any], response: str, seconds: float, unprotected: bool) -> UnitTestOutcome:
     """Runs the tests of a row on the code of a response.
+
+    Args:
+        row: with tests; see `row_tests`.
+        response: an answer with code.
+        seconds: the longest that the program may take.
+        unprotected: run it even without a full sandbox.
 
     Raises:
         ValueError: the row has no tests, or this system has no sandbox (see `sandbox.run`).
@@ -64,24 +75,28 @@ def check_tests(row: Mapping[str, Any], response: str, seconds: float, unprotect
     tests = row_tests(row)
     code = code_of(response)
     if code is None:
-        return Tested(False, "no Python code was found")
+        return UnitTestOutcome(False, "no Python code was found")
     word = secrets.token_hex(16)
     stages = json.dumps([["answer", code], ["tests", tests]])
     ran = run(_PROGRAM.format(stages=stages, word=word, report=REPORT), Limits(seconds=seconds), unprotected)
-    ready, told = _told(ran.report)
+    ready, report = _parsed_report(ran.report)
     if not ready:
         raise SandboxError(
             f"the sandbox ended before the answer began (exit code {ran.exit_code}, output {ran.output[-200:]!r}); no verdict was "
             "given; give the tests more time, and the machine less load"
         )
     open_note = f"; run without protection of {', '.join(ran.missing)}" if ran.missing else ""
-    if told.get("word") == word:
-        return Tested(True, open_note.removeprefix("; "))
-    return Tested(False, f"{_reason(told, ran.exit_code, seconds)}{open_note}")
+    if report.get("word") == word:
+        return UnitTestOutcome(True, open_note.removeprefix("; "))
+    return UnitTestOutcome(False, f"{_reason(report, ran.exit_code, seconds)}{open_note}")
 
 
 def prove_tests(seconds: float, unprotected: bool) -> None:
-    """Runs one answer that is right and one that is wrong, so that a sandbox that cannot tell them apart judges nothing.
+    """Runs one answer that is right and one that is wrong. So a sandbox that confuses them judges nothing.
+
+    Args:
+        seconds: the longest that a program may take.
+        unprotected: run them even without a full sandbox.
 
     Raises:
         ValueError: this system has no sandbox (see `sandbox.run`).
@@ -97,7 +112,11 @@ def prove_tests(seconds: float, unprotected: bool) -> None:
 
 
 def code_of(response: str) -> str | None:
-    """The Python code of a response: its blocks marked as Python, else its unmarked blocks, else all of it if that is code."""
+    """The Python code of a response: its blocks marked as Python, else its unmarked blocks, else all of it if that is code.
+
+    Args:
+        response: an answer.
+    """
     blocks = [(language.lower(), code) for language, code in _BLOCK.findall(response)]
     chosen = [code for language, code in blocks if language in _PYTHON] or [
         code for language, code in blocks if not language
@@ -115,14 +134,18 @@ def code_of(response: str) -> str | None:
 def row_tests(row: Mapping[str, Any]) -> str:
     """The tests of a row as Python code: `tests` (text, or a list of texts), `test_list`, or `test` with `entry_point`.
 
-    Raises ValueError: the row has none of these.
+    Args:
+        row: of a prompt file.
+
+    Raises:
+        ValueError: the row has none of these.
     """
     for field in ("tests", "test_list"):
-        found = row.get(field)
-        if isinstance(found, str) and found.strip():
-            return found
-        if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
-            return "\n".join(found)
+        tests = row.get(field)
+        if isinstance(tests, str) and tests.strip():
+            return tests
+        if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+            return "\n".join(tests)
     test, entry_point = row.get("test"), row.get("entry_point")
     if isinstance(test, str) and isinstance(entry_point, str) and entry_point.isidentifier():
         return f"{test}\ncheck({entry_point})"
@@ -132,22 +155,22 @@ def row_tests(row: Mapping[str, Any]) -> str:
     )
 
 
-def _told(report: str) -> tuple[bool, dict[str, Any]]:
-    """Whether the program reached the answer, and what it said of it."""
+def _parsed_report(report: str) -> tuple[bool, dict[str, Any]]:
+    """Whether the program reached the answer, and its report on it."""
     first, _, rest = report.partition("\n")
     try:
-        told = json.loads(rest)
+        said = json.loads(rest)
     except (ValueError, RecursionError):  # the answer can write here too
-        told = {}
-    return first == '{"ready": true}', told if isinstance(told, dict) else {}
+        said = {}
+    return first == '{"ready": true}', said if isinstance(said, dict) else {}
 
 
-def _reason(told: dict[str, Any], exit_code: int | None, seconds: float) -> str:
+def _reason(report: dict[str, Any], exit_code: int | None, seconds: float) -> str:
     if exit_code is None:
         return f"not done after {seconds:g} seconds"
-    if "stage" not in told:
+    if "stage" not in report:
         return f"the code ended itself (exit code {exit_code})"
-    where = "the tests" if told["stage"] == "tests" else "the code"
-    message = f": {told.get('message')}" if told.get("message") else ""
-    line = f" at {told.get('line')!r}" if told.get("line") else ""
-    return f"{where} failed with {told.get('error')}{message}{line}"[:_LONGEST_NOTE]
+    where = "the tests" if report["stage"] == "tests" else "the code"
+    message = f": {report.get('message')}" if report.get("message") else ""
+    line = f" at {report.get('line')!r}" if report.get("line") else ""
+    return f"{where} failed with {report.get('error')}{message}{line}"[:_LONGEST_NOTE]

@@ -26,7 +26,14 @@ _ENDED = ("eos", "stop")
 
 @dataclass(frozen=True)
 class LicensedPrompt:
-    """A prompt with the whole row it was read from, the row's place in the file, and the licence of its source."""
+    """A prompt with its row and its licence.
+
+    Attributes:
+        prompt: the prompt.
+        row: the whole row that it was read from.
+        place: of the row, `FILE:LINE`.
+        licence: of its source.
+    """
 
     prompt: Prompt
     row: Row
@@ -41,7 +48,12 @@ class Tally:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, model: str, kind: str) -> None:
-        """Counts one."""
+        """Counts an answer.
+
+        Args:
+            model: that wrote it.
+            kind: a verdict, or a reason to leave it out.
+        """
         self.counts.setdefault(model, Counter())[kind] += 1
 
     def lines(self) -> Iterator[str]:
@@ -56,7 +68,21 @@ class Tally:
 def labelled_answers(
     questions: Sequence[LicensedPrompt], folders: Sequence[tuple[str, Path]], checker: Checker, out: Path, tally: Tally
 ) -> Iterator[tuple[str, Answer]]:
-    """Question ids with labelled answers, question by question; the same text of the same model only once."""
+    """Labelled answers, question by question. The same text of the same model comes only once.
+
+    Args:
+        questions: in the order of the answers.
+        folders: each model with a folder of its replies.
+        checker: of the answers.
+        out: folder of the log of checks.
+        tally: counts what became of each reply.
+
+    Yields:
+        the question's id and an answer with its label.
+
+    Raises:
+        ValueError: the checker cannot judge by a row.
+    """
     replies = [
         (model, {row["id"]: row for _, row in read_jsonl(folder / "responses.jsonl")}) for model, folder in folders
     ]
@@ -96,7 +122,7 @@ def _answer(question: LicensedPrompt, model: str, reply: Row | None) -> Answer |
 def _with_label(
     answer: Answer, question: LicensedPrompt, checker: Checker, log: JsonlAppender, known: dict[str, Row], place: str
 ) -> Answer:
-    """Checks an answer, or recalls what an earlier run was told by the same checker for the same row and response."""
+    """Checks an answer, or recalls the same checker's verdict from an earlier run for the same row and response."""
     key = digest([checker.code, question.row, answer.response])
     if key not in known:
         checked = _checked(checker, question.row, answer.response, place)
@@ -125,8 +151,12 @@ def _checked(checker: Checker, row: Row, response: str, place: str) -> Checked:
 def right_and_wrong(answers: Sequence[tuple[str, Answer]], seed: int) -> list[Answer]:
     """One right and one wrong answer of each question that has both.
 
-    A wrong one whose error is placed comes before one that is only wrong somewhere. Among equals the choice is by a hash, so no model
+    A wrong answer whose error is placed comes before one that is only wrong somewhere. Among equals the choice is by a hash, so no model
     comes first.
+
+    Args:
+        answers: each with its question's id.
+        seed: of the hash.
     """
     by_question: dict[str, list[Answer]] = {}
     for question, answer in answers:
@@ -142,6 +172,11 @@ def right_and_wrong(answers: Sequence[tuple[str, Answer]], seed: int) -> list[An
 
 
 def verdicts(answers: Sequence[Answer]) -> str:
+    """The verdicts of answers in words: `9 correct, 1 wrong`.
+
+    Args:
+        answers: with labels.
+    """
     counts = Counter(answer.label.verdict for answer in answers if answer.label is not None)
     return _counts(counts, ("correct", "wrong", "unplaced"))
 
@@ -151,5 +186,9 @@ def _counts(counts: Counter[Any], kinds: Sequence[str]) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 (hex) of what JSON can hold, whatever the order of its keys."""
+    """sha256 (hex) of a value, whatever the order of its keys.
+
+    Args:
+        value: what JSON can hold.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()

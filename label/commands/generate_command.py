@@ -55,6 +55,9 @@ class AnswerOptions:
     Args:
         greedy: One answer of each model is its likeliest, token by token.
         samples: How many drawn answers each model gives besides.
+
+    Raises:
+        ValueError: a model would give no answer.
     """
 
     greedy: bool = True
@@ -87,8 +90,20 @@ LARGE_BATCHES = BatchOptions(batch_rows=64, batch_tokens=32768)
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How every model answers: how often, with which settings and prompts."""
+class AnswerPlan:
+    """How every model answers.
+
+    Attributes:
+        answers: how often.
+        sampling: of the drawn answers.
+        reply: length and seed.
+        stop: strings that end a reply.
+        batches: how many questions are answered together.
+        rendering: the chat template.
+
+    Raises:
+        ValueError: drawn answers at a temperature of 0.
+    """
 
     answers: AnswerOptions
     sampling: Overrides
@@ -104,7 +119,14 @@ class Asking:
             )
 
     def runs(self, model: str) -> Iterator[tuple[str, Overrides, ReplyOptions]]:
-        """Name and settings of each of a model's answers to one question."""
+        """The answers of a model to one question.
+
+        Args:
+            model: its name, which is part of the noise.
+
+        Yields:
+            name and settings of each answer.
+        """
         if self.answers.greedy:
             greedy = Overrides(temperature=0.0, repetition_penalty=self.sampling.repetition_penalty)
             yield "greedy", greedy, self.reply
@@ -166,7 +188,7 @@ def generate(
         rendering: The chat template; see `TemplateChoice`.
     """
     check_unclaimed(out)
-    asking = Asking(answers, sampling, reply, stop, batches, rendering)
+    asking = AnswerPlan(answers, sampling, reply, stop, batches, rendering)
     _check_models(models, where)
     adder = "" if store is None else author or _user()
     checking = load_checker(checker, tests.test_seconds, tests.unprotected)
@@ -187,7 +209,7 @@ def _answers(
     questions: Sequence[LicensedPrompt],
     models: Sequence[str],
     checker: Checker,
-    asking: Asking,
+    asking: AnswerPlan,
     where: TargetOptions,
     out: Path,
     pairs: bool,
@@ -243,9 +265,10 @@ def _check_models(models: Sequence[str], where: TargetOptions) -> None:
 def _questions(
     prompts: Path, selection: PromptSelection, licence: str | None, checker: Checker
 ) -> list[LicensedPrompt]:
-    """The questions, each shown to the checker before any model is loaded. The others are counted on standard error.
+    """The questions. The checker sees each of them before any model is loaded. The others are counted on standard error.
 
-    Raises ValueError, naming the first line and its reason, when none is left.
+    Raises:
+        ValueError: none is left; names the first line and its reason.
     """
     file = _file(prompts)
     rows = {f"{file}:{line}": row for line, row in read_jsonl(file, [])}  # `read_prompts` tells of those left out
@@ -263,7 +286,11 @@ def _questions(
 
 
 def _question(prompt: Prompt, row: Row, licence: str | None, checker: Checker) -> LicensedPrompt:
-    """Raises ValueError: no licence, a document in place of a question, or a row the checker cannot judge by."""
+    """A prompt ready to be asked.
+
+    Raises:
+        ValueError: no licence, a document in place of a question, or a row that the checker cannot judge by.
+    """
     own = licence if row.get("licence") is None else row["licence"]
     if own is None:
         raise ValueError("the licence is not in the row; it goes with every answer; give it with --licence")
@@ -284,7 +311,7 @@ def _ask(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[LicensedPrompt],
-    asking: Asking,
+    asking: AnswerPlan,
     where: TargetOptions,
     out: Path,
 ) -> list[Path]:

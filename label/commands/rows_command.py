@@ -1,7 +1,7 @@
 """The command `draftsmith label rows`: labelled answers as token rows of one target.
 
-Owns how an answer becomes a row (prompt by the chat template, labels by characters), what is done where labels of one answer disagree,
-and what is left out. Knows nothing of caches and training.
+Owns how an answer becomes a row: prompt by the chat template, labels by characters. Owns what happens where labels of one answer disagree,
+and which answers are left out. Knows nothing of caches and training.
 """
 
 from __future__ import annotations
@@ -40,8 +40,15 @@ REFUSED = "the template fails on the prompt"
 
 
 @dataclass
-class Made:
-    """Rows, the answers left out with their reason, and two things to know of the rest."""
+class MadeRows:
+    """Rows, and what became of other answers.
+
+    Attributes:
+        rows: of answers with labels.
+        left_out: answers left out, each with its reason.
+        num_realigned: answers that were labelled on another tokenizer's tokens.
+        num_disputed: answers whose labels contradict each other.
+    """
 
     rows: list[LabelledRow] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -73,6 +80,9 @@ def rows(
         max_length: leave out rows of more tokens; default: the target's context.
         where: How the target's files are read; see `TokenizerOptions`.
         rendering: The chat template; see `TemplateChoice`.
+
+    Raises:
+        ValueError: settings that do not work together, or labels of one class only.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(
@@ -80,12 +90,12 @@ def rows(
         )
     if (store is None) == (answers is None):
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
-    found = _read(store, answers)
+    labelled = _read(store, answers)
     revision, trust = where.revision, where.trust_remote_code
     tokenizer = where.tokenizer(target)
     length = max_length or context_of(read_config(resolve(target, revision), trust))
     chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
-    made = make_rows(found, tokenizer, chat, after, length)
+    made = make_rows(labelled, tokenizer, chat, after, length)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)
     _tell(made, out)
@@ -97,12 +107,20 @@ def make_rows(
     chat: ChatTemplate,
     after: After = "ignored",
     max_length: int | None = None,
-) -> Made:
-    """One row an answer, in the order of the answers; several labels of one answer are one row (see merged_labels).
+) -> MadeRows:
+    """One row an answer, in the order of the answers. Several labels of one answer are one row (see merged_labels).
 
-    Raises ValueError when one id stands for two answers.
+    Args:
+        answers: with labels.
+        tokenizer: the target's.
+        chat: the target's chat template.
+        after: what the tokens behind the first error are.
+        max_length: leave out rows of more tokens; None keeps all.
+
+    Raises:
+        ValueError: two answers have one id.
     """
-    made = Made()
+    made = MadeRows()
     by_id: dict[str, list[Answer]] = {}
     for answer in answers:
         group = by_id.setdefault(answer.id, [])
@@ -117,12 +135,18 @@ def make_rows(
 
 
 def merged_labels(several: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
-    """Labels of the same tokens by several people as one, and whether they disagreed.
+    """Labels of the same tokens by several people as one.
 
-    What one says and the others leave open stands. From the first token on that one calls correct and another wrong, everything is
+    A label that one person gives and the others leave open is kept. From the first token that two people disagree on, all labels are
     ignored: what follows continues from a mistake, or not.
 
     Worked example: 1 1 0 - - and 1 1 1 1 - give 1 1 - - -, disagreed; 1 - - and - - 0 give 1 - 0.
+
+    Args:
+        several: the labels of each person, as many as there are tokens.
+
+    Returns:
+        the labels, and whether people disagreed.
     """
     merged: list[int] = []
     for column in zip(*several, strict=True):
@@ -134,7 +158,7 @@ def merged_labels(several: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
 
 
 def _add(
-    made: Made,
+    made: MadeRows,
     group: Sequence[Answer],
     tokenizer: PreTrainedTokenizerBase,
     chat: ChatTemplate,
@@ -144,7 +168,7 @@ def _add(
     first = group[0]
     placed = [answer for answer in group if answer.label is not None and answer.label.verdict != "unplaced"]
     # One who finds no error does not place the error of another.
-    if len(placed) < len(group) and not any(one.label is not None and one.label.error for one in placed):
+    if len(placed) < len(group) and not any(answer.label is not None and answer.label.error for answer in placed):
         made.left_out.append((first.id, UNPLACED))
         return
     tokens = tokenize(first.response, tokenizer)
@@ -166,7 +190,9 @@ def _add(
         made.left_out.append((first.id, SILENT))
         return
     made.num_disputed += disputed
-    made.num_realigned += any(one.tokens is not None and one.tokens.tokenizer != tokens.tokenizer for one in placed)
+    made.num_realigned += any(
+        answer.tokens is not None and answer.tokens.tokenizer != tokens.tokenizer for answer in placed
+    )
     how = "+".join(sorted({answer.label.how for answer in placed if answer.label is not None}))
     made.rows.append(LabelledRow(first.id, first.question(), first.source, how, prompt_ids, reply_ids, labels))
 
@@ -174,21 +200,21 @@ def _add(
 def _read(store: str | None, answers: Path | None) -> list[Answer]:
     if answers is not None:
         dropped: list[Dropped] = []
-        found = list(read_answers(answers, dropped))
-        if not found:
+        labelled = list(read_answers(answers, dropped))
+        if not labelled:
             raise ValueError(f"no line of {answers} is an answer; {summary(dropped)}")
         say_dropped(dropped)
-        return found
+        return labelled
     assert store is not None
     with Store(store) as opened:
         return opened.answers()
 
 
-def _counts(made: Made) -> Counter[int]:
+def _counts(made: MadeRows) -> Counter[int]:
     return Counter(label for row in made.rows for label in row.labels)
 
 
-def _refuse_one_class(made: Made, source: str) -> None:
+def _refuse_one_class(made: MadeRows, source: str) -> None:
     counts = _counts(made)
     if counts[CORRECT] and counts[WRONG]:
         return
@@ -199,11 +225,11 @@ def _refuse_one_class(made: Made, source: str) -> None:
     )
 
 
-def _reasons(made: Made) -> str:
+def _reasons(made: MadeRows) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in Counter(why for _, why in made.left_out).most_common())
 
 
-def _tell(made: Made, out: Path) -> None:
+def _tell(made: MadeRows, out: Path) -> None:
     counts = _counts(made)
     questions = len({row.question for row in made.rows})
     print(

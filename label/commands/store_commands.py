@@ -16,7 +16,7 @@ from draftsmith.foreign import visible
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.importers import Format, read_labelled
 from draftsmith.label.schema import Answer, write_answers
-from draftsmith.label.store.label_source import Origin
+from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store
 
 ExportFormat = Literal["answers", "label-studio"]
@@ -48,7 +48,7 @@ def import_answers(
         labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
         author: who imports, for the log; default: the user of this process.
     """
-    origin = Origin(source.stem, labelled_by or source.stem, licence, model)
+    origin = LabelSource(source.stem, labelled_by or source.stem, licence, model)
     imported = read_labelled(source, format, origin)
     with Store(store, create=True) as opened:
         added = opened.add(imported.answers, author or _user())
@@ -82,6 +82,9 @@ def export_answers(
         target: path or hub id of a target: each line then holds the character offsets of its tokenizer's tokens.
         revision: revision of a hub id.
         trust_remote_code: run Python files that come with the target; read them first.
+
+    Raises:
+        ValueError: settings that do not work together, or a store without labelled answers.
     """
     if target is not None and format == "label-studio":
         raise ValueError("label-studio's JSON has no place for tokens; leave --target out, or export answers")
@@ -126,8 +129,8 @@ def stats(
             print(visible(f"{title} {name}: {_verdicts(chosen)}"))
     if target is not None:
         counts = _token_counts(answers, target, after, revision, trust_remote_code)
-        told = ", ".join(f"{count} {name}" for name, count in counts.items())
-        print(f"tokens of {target}: {told}")
+        text = ", ".join(f"{count} {name}" for name, count in counts.items())
+        print(f"tokens of {target}: {text}")
 
 
 def _groups(answers: Sequence[Answer]) -> dict[str, list[str]]:

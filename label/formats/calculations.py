@@ -20,19 +20,28 @@ _LONGEST = 200  # characters of an expression: deeper ones are no sums of a scho
 
 
 def without_marks(solution: str) -> str:
-    """The text a reader sees: the solution without its `<<...>>`."""
+    """The text a reader sees: the solution without its `<<...>>`.
+
+    Args:
+        solution: with marks.
+    """
     return _MARK.sub("", solution)
 
 
 def first_wrong(solution: str) -> Span | None:
-    """The span, in `without_marks(solution)`, of the first result that is not what its calculation gives.
+    """The span of the first result that is not what its calculation gives, in `without_marks(solution)`.
 
-    A result is wrong when the mark's own sum does not come out (broken values may be rounded or cut in the last digit
-    written), or when the number written behind the mark is another one than the mark's: 1 or more away from it, its sign
-    left aside ("120 less"), and not its hundredfold ("<<1/4=0.25>>25%"). Sums with unknowns are passed over. None when all
-    that can be done again comes out, which does not make the solution right.
+    A result is wrong in two cases. First, the mark's own sum does not come out (a broken value may be rounded or cut in its last digit).
+    Second, the number written behind the mark differs from the mark's by 1 or more. There the sign does not count ("120 less"), and
+    neither does a factor of 100 ("<<1/4=0.25>>25%"). Sums with unknowns are passed over.
 
     Example: "3 + 4 = <<3+4=8>>8 eggs" gives (8, 9), the 8 of "3 + 4 = 8 eggs".
+
+    Args:
+        solution: with marks.
+
+    Returns:
+        the span, or None when every sum comes out, which does not make the solution right.
     """
     return next(_wrong_results(solution), None)
 

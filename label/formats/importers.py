@@ -15,7 +15,7 @@ from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
 from draftsmith.label.schema import Answer, Label, Span, check_answer, from_row, refusal
-from draftsmith.label.store.label_source import LeftOut, Origin
+from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
 Format = Literal["auto", "answers", "label-studio", "prm800k", "mistake", "solutions", "autojudge"]
 Row = Mapping[str, Any]
@@ -25,17 +25,29 @@ STEP_BREAK = "\n"
 
 @dataclass(frozen=True)
 class Imported:
-    """What a file gave: answers with their labels, and the rows that gave none, each with its place and the reason."""
+    """What a file gave.
+
+    Attributes:
+        answers: with their labels.
+        left_out: the rows that gave none, each with its place and the reason.
+        format: of the rows.
+    """
 
     answers: list[Answer]
     left_out: list[str]
     format: Format
 
 
-def read_labelled(path: Path, row_format: Format, origin: Origin) -> Imported:
+def read_labelled(path: Path, row_format: Format, origin: LabelSource) -> Imported:
     """Reads a whole file. A row that cannot be used is left out, with its place, field, value, rule and remedy.
 
-    Raises ValueError: there is no such file, it cannot be read as a whole, or no row of it can be used (the first reason is told).
+    Args:
+        path: a JSON or JSON-lines file.
+        row_format: how a row is read; `auto` decides by the fields of the first row.
+        origin: what the file does not say.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read as a whole, or no row of it can be used (with the first reason).
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name a JSON or JSON-lines file of labelled answers")
@@ -46,17 +58,17 @@ def read_labelled(path: Path, row_format: Format, origin: Origin) -> Imported:
     for place, row in read_rows(str(path), dropped=unread):
         try:
             own_format = detect(row, place) if row_format == "auto" else row_format
-            found = list(READERS[own_format](row, place, origin))
-            for answer in found:
+            of_row = list(READERS[own_format](row, place, origin))
+            for answer in of_row:
                 check_answer(answer, place)
-        except LeftOut as error:
+        except SkippedRow as error:
             left_out.append(f"{place}: {error}")
         except ValueError as error:
             reason = str(error)
             unusable.append(reason if reason.startswith(place) else f"{place}: {reason}")
         else:
             row_format = own_format
-            answers += found
+            answers += of_row
     unusable += [f"{row.place}: {row.reason}" for row in unread]
     if unusable and not answers:
         raise ValueError(f"no row of {path} can be used, {len(unusable)} have mistakes; the first: {unusable[0]}")
@@ -66,7 +78,12 @@ def read_labelled(path: Path, row_format: Format, origin: Origin) -> Imported:
 def detect(row: Row, place: str) -> Format:
     """Names the format of a row from its fields.
 
-    Raises ValueError, with the fields seen, when none fits.
+    Args:
+        row: of a file.
+        place: of the row, `FILE:LINE`.
+
+    Raises:
+        ValueError: none fits; names the fields seen.
     """
     if "verdict" in row and "response" in row:
         return "answers"
@@ -84,11 +101,11 @@ def detect(row: Row, place: str) -> Format:
     raise ValueError(f"{place}: no known format has the fields {sorted(row)}; name one with --format ({known})")
 
 
-def _own(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
+def _own(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     yield from_row(row, place)
 
 
-def _mistake(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
+def _mistake(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     """BIG-Bench-Mistake: `mistake_index` is that of the first wrong step, null where there is none."""
     steps = _steps(_get(row, "steps", place), place, "steps")
     index = _get(row, "mistake_index", place)
@@ -100,7 +117,7 @@ def _mistake(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
     yield origin.answer(_get(row, "input", place), response, origin.label("person", error), place)
 
 
-def _prm800k(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
+def _prm800k(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     """PRM800K: steps rated 1, 0 (neither helps nor harms) or -1 (wrong). The first -1 is the error, 0 is none.
 
     What was not rated is not checked: the end of an answer (`tail`) of which all rated steps are good.
@@ -126,7 +143,7 @@ class _Rated:
     unrated: list[str]
     labelled_by: str
 
-    def answer(self, origin: Origin, place: str) -> Answer:
+    def answer(self, origin: LabelSource, place: str) -> Answer:
         response = STEP_BREAK.join([*self.steps, *self.unrated])
         num_checked = len(self.steps)
         for index, rating in enumerate(self.ratings):
@@ -139,7 +156,7 @@ class _Rated:
                 num_checked = index
                 break
         if num_checked == 0:
-            raise LeftOut("no step is rated")
+            raise SkippedRow("no step is rated")
         end = _step_span(self.steps, num_checked - 1)[1]
         checked = (0, end) if end < len(response) else None
         label = origin.label("person", None, checked, labelled_by=self.labelled_by)
@@ -153,7 +170,7 @@ def _rated(row: Row, place: str) -> _Rated:
         if not isinstance(value, Mapping):
             raise refusal(place, field, value, "it is an object", "give PRM800K's published rows, or steps and ratings")
     if label.get("finish_reason") == "bad_problem":
-        raise LeftOut("the labeller found the problem itself broken")
+        raise SkippedRow("the labeller found the problem itself broken")
     steps: list[str] = []
     ratings: list[Any] = []
     for index, step in enumerate(_list(_get(label, "steps", place), place, "label.steps")):
@@ -186,7 +203,8 @@ def _chosen(step: Any, field: str, place: str) -> tuple[str, Any] | None:
         # Written by the labeller in place of candidates that were all wrong.
         candidate = {"text": human.get("text") if isinstance(human, Mapping) else human, "rating": 1}
     else:
-        candidate = next((one for one in candidates if isinstance(one, Mapping) and one.get("rating") == -1), None)
+        wrong = (item for item in candidates if isinstance(item, Mapping) and item.get("rating") == -1)
+        candidate = next(wrong, None)
         if candidate is None:
             return None
     if not isinstance(candidate, Mapping):
@@ -195,17 +213,17 @@ def _chosen(step: Any, field: str, place: str) -> tuple[str, Any] | None:
     return text, candidate.get("rating")
 
 
-def _solutions_of(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
+def _solutions_of(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     """GSM8K's model solutions: one field a model, with `solution` and the verdict `is_correct` on its final number.
 
     Calculator marks are taken out. Where a solution is wrong, the first wrong calculation is its error if there is one;
     else nobody has said where it is wrong.
     """
-    found = _solutions(row)
-    if not found:
+    solutions = _solutions(row)
+    if not solutions:
         rule = "a row has one object a model, with solution and is_correct"
         raise ValueError(f"{place}: the fields are {sorted(row)}; {rule}; name another --format")
-    for model, entry in found.items():
+    for model, entry in solutions.items():
         solution, is_correct = entry["solution"], entry["is_correct"]
         if not isinstance(solution, str):
             raise refusal(place, f"{model}.solution", solution, "it is text", "correct it")
@@ -219,7 +237,7 @@ def _solutions_of(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
         yield origin.answer(_get(row, "question", place), response, label, place, model=model)
 
 
-def _autojudge(row: Row, place: str, origin: Origin) -> Iterator[Answer]:
+def _autojudge(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     """AutoJudge's mined tokens as text: after `prefix`, the draft said `draft_token` where the target had another one.
 
     Its polarity is the reverse of this project's: important (true, 1) means that the answer changed with the token, so the
@@ -272,7 +290,7 @@ def _get(row: Row, field: str, place: str) -> Any:
     return row[field]
 
 
-READERS: dict[str, Callable[[Row, str, Origin], Iterator[Answer]]] = {
+READERS: dict[str, Callable[[Row, str, LabelSource], Iterator[Answer]]] = {
     "answers": _own,
     "label-studio": label_studio.read_task,
     "prm800k": _prm800k,

@@ -14,17 +14,23 @@ from typing import Any, get_args
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_write
 from draftsmith.label.schema import Answer, How, Label, Span, Verdict, refusal
-from draftsmith.label.store.label_source import Origin
+from draftsmith.label.store.label_source import LabelSource
 
 SPAN_LABEL = "error"
 
 
-def read_task(task: Mapping[str, Any], place: str, origin: Origin) -> Iterator[Answer]:
-    """The answers of one task: one a finished annotation, or one without a label where there is none.
+def read_task(task: Mapping[str, Any], place: str, origin: LabelSource) -> Iterator[Answer]:
+    """The answers of one task: one for each finished annotation, or one without a label where there is none.
 
     `data.response` (or `data.text`) is the answer, `data.messages` or `data.prompt` what it answers.
 
-    Raises ValueError naming place, field, value, rule and remedy.
+    Args:
+        task: Label Studio's JSON object.
+        place: of the task, for messages.
+        origin: what the task does not say.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
     """
     data = task.get("data")
     if not isinstance(data, Mapping):
@@ -47,6 +53,10 @@ def write_tasks(path: Path, answers: Iterable[Answer]) -> None:
     """Writes answers as tasks that Label Studio imports, all or nothing; `read_task` gives the same answers back.
 
     The labels of one answer become the annotations of one task. Tokens are left out: spans are of characters.
+
+    Args:
+        path: the file to write.
+        answers: with labels or without.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for answer in answers:
@@ -84,16 +94,16 @@ def _result(label: Label, response: str) -> list[dict[str, Any]]:
 def _prompt(data: Mapping[str, Any], place: str) -> Any:
     messages = data.get("messages")
     if isinstance(messages, list) and all(
-        isinstance(one, Mapping) and {*one} == {"role", "content"} for one in messages
+        isinstance(message, Mapping) and {*message} == {"role", "content"} for message in messages
     ):
-        return [Message(role=one["role"], content=one["content"]) for one in messages]
+        return [Message(role=message["role"], content=message["content"]) for message in messages]
     prompt = data.get("prompt")
     if not isinstance(prompt, str):
         raise refusal(place, "data.prompt", prompt, "it is text", "name the question's field prompt, or give messages")
     return prompt
 
 
-def _label(annotation: Mapping[str, Any], response: str, place: str, origin: Origin) -> Label:
+def _label(annotation: Mapping[str, Any], response: str, place: str, origin: LabelSource) -> Label:
     choice: str | None = None
     meta: Mapping[str, Any] = {}
     spans: list[Span] = []
@@ -124,7 +134,7 @@ def _label(annotation: Mapping[str, Any], response: str, place: str, origin: Ori
     )
 
 
-def _annotator(annotation: Mapping[str, Any], meta: Mapping[str, Any], origin: Origin) -> str:
+def _annotator(annotation: Mapping[str, Any], meta: Mapping[str, Any], origin: LabelSource) -> str:
     """Who labelled: what this project wrote, else Label Studio's user, else what the user of the import says."""
     if isinstance(meta.get("labelled_by"), str):
         return str(meta["labelled_by"])
@@ -144,7 +154,7 @@ def _how(meta: Mapping[str, Any], place: str) -> How:
 def _objects(value: Any, place: str, field: str) -> list[Mapping[str, Any]]:
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
         raise refusal(place, field, value, "it is a list of objects", "export the tasks as JSON, not JSON-MIN")
     return value
 
@@ -165,7 +175,7 @@ def _choice(value: Mapping[str, Any], place: str, field: str) -> str:
 def _region_span(value: Mapping[str, Any], response: str, place: str, field: str) -> Span:
     """The span of a region in code points.
 
-    Label Studio has counted UTF-16 units as well as code points (its issues 1008 and 1347); which, the quoted text tells.
+    Label Studio has counted UTF-16 units as well as code points (its issues 1008 and 1347); the quoted text shows which.
     """
     labels = value.get("labels")
     if labels != [SPAN_LABEL]:

@@ -1,6 +1,6 @@
 """What a reply comes to, so that two replies can be compared: by name, the readers of final answers.
 
-Owns the names. How an answer is read out of a text is `final_answers`' to say; knows nothing of models and tokens.
+Owns the names. `final_answers` decides how an answer is read out of a text. Knows nothing of models and tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _LETTERS = "ABCDE"
 
 
 def answer_parser(name: str) -> Parse:
-    """The final number, or the letter (A to E) that was chosen.
+    """The reader of a final number, or of the letter (A to E) that was chosen.
+
+    Args:
+        name: `final-number` or `multiple-choice`.
 
     Raises:
         ValueError: there is none of this name.

@@ -1,7 +1,7 @@
-"""Rows of text that a model reads on and on, each with its keys and values kept.
+"""Rows of text that a model continues to read, each with its keys and values kept.
 
-Owns which tokens of a row the model has read, and runs it over the rest only: a text that leaves the one read before at some place
-costs what stands behind that place. Any few of the rows share a forward. Knows nothing of answers and swaps.
+Owns which tokens of a row the model has read, and runs it over the rest only. A text that differs from the one read before at some place
+costs only what is behind that place. Any few of the rows share a forward. Knows nothing of answers and swaps.
 
 Shape legend: B rows of a forward, R rows in all, N new tokens, S cache slots, K asked places, H key/value heads, Dh head size, D hidden.
 """
@@ -37,7 +37,12 @@ class RowSlots(SlotCache):
         self._rows_B = torch.empty(0, dtype=torch.int64)
 
     def aim_rows(self, rows_B: Tensor, slots_BN: Tensor, window: int) -> None:
-        """Say which rows the next forward runs, where it writes, and how many slots it sees; int64 each.
+        """Says which rows the next forward runs, where it writes, and how many slots it sees.
+
+        Args:
+            rows_B: int64 [B].
+            slots_BN: int64 [B, N], where the new keys and values go.
+            window: number of slots that the forward sees.
 
         Raises:
             ValueError: `window` is beyond the capacity.
@@ -48,23 +53,40 @@ class RowSlots(SlotCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, H, N, Dh] of the rows aimed at; return those of their visible slots."""
+        """Writes new keys and values of the rows aimed at.
+
+        Args:
+            key_states: [B, H, N, Dh].
+            value_states: [B, H, N, Dh].
+            layer_idx: number of the layer.
+            args: ignored.
+            kwargs: ignored.
+
+        Returns:
+            keys and values of the visible slots, [B, H, window, Dh] each.
+        """
         if layer_idx == len(self):
             shape = (self._num_rows, -1, -1, -1)
             self._places.append(self._allocate(key_states[:1].expand(shape), value_states[:1].expand(shape)))
-        keys, values = self.layer(layer_idx)
-        rows_B = self._rows_B.to(keys.device)
-        slots_BN = self._slots_BN.to(keys.device)
-        keys[rows_B[:, None], :, slots_BN] = key_states.transpose(1, 2)
-        values[rows_B[:, None], :, slots_BN] = value_states.transpose(1, 2)
+        keys_RHSDh, values_RHSDh = self.layer(layer_idx)
+        rows_B = self._rows_B.to(keys_RHSDh.device)
+        slots_BN = self._slots_BN.to(keys_RHSDh.device)
+        keys_RHSDh[rows_B[:, None], :, slots_BN] = key_states.transpose(1, 2)
+        values_RHSDh[rows_B[:, None], :, slots_BN] = value_states.transpose(1, 2)
         if len(rows_B) == self._num_rows:  # all of them, in order: no copy is needed
-            return keys[:, :, : self.window], values[:, :, : self.window]
-        return keys[rows_B, :, : self.window], values[rows_B, :, : self.window]
+            return keys_RHSDh[:, :, : self.window], values_RHSDh[:, :, : self.window]
+        return keys_RHSDh[rows_B, :, : self.window], values_RHSDh[rows_B, :, : self.window]
 
 
 @dataclass(frozen=True)
-class Read:
-    """What a row is to read: all its tokens from the first one on, and of how many at its end the next token is asked."""
+class RowInput:
+    """What a row is to read.
+
+    Attributes:
+        row: its number.
+        tokens: all of them, from the first.
+        num_asked: after how many tokens at its end the next token is asked.
+    """
 
     row: int
     tokens: list[int]
@@ -72,8 +94,14 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The model's most likely token after each place asked for, and how many tokens and forwards of the row that took."""
+class RowOutput:
+    """What came of reading a row.
+
+    Attributes:
+        next_tokens: the model's most likely token after each place asked for.
+        num_tokens: that it read for this.
+        num_forwards: that this row took part in.
+    """
 
     next_tokens: list[int]
     num_tokens: int
@@ -108,10 +136,16 @@ class CachedRows:
         self._embedded = next(model.ends.embedding.parameters()).shape[0]
 
     @torch.inference_mode()
-    def read(self, reads: list[Read]) -> dict[int, Reading]:
-        """Reads on in some rows, in one forward, or in several where a row has more new tokens than a chunk; what came of it by row.
+    def read(self, reads: list[RowInput]) -> dict[int, RowOutput]:
+        """Continues to read some rows, in one forward, or in several where a row has more new tokens than a chunk.
 
-        A row may leave what it read before at any place: the keys and values up to there are kept, those behind it written over.
+        A row may differ from what it read before from any place on. The keys and values up to there are kept, those behind it written over.
+
+        Args:
+            reads: the rows and their tokens.
+
+        Returns:
+            what came of it, by row.
         """
         reads = sorted(reads, key=lambda read: read.row)
         begins = [self._known(read) for read in reads]
@@ -130,11 +164,11 @@ class CachedRows:
         for read in reads:
             self._read[read.row] = read.tokens
         return {
-            read.row: Reading(tokens, len(read.tokens) - start, count)
+            read.row: RowOutput(tokens, len(read.tokens) - start, count)
             for tokens, read, start, count in zip(next_tokens, reads, first, forwards, strict=True)
         }
 
-    def _known(self, read: Read) -> int:
+    def _known(self, read: RowInput) -> int:
         """How many of a row's tokens need not be read again. The places asked for are always read: their states are not kept."""
         assert 0 < read.num_asked <= min(self._chunk, len(read.tokens))
         most = min(len(self._read[read.row]), len(read.tokens) - read.num_asked)

@@ -1,6 +1,6 @@
-"""Mining over many questions at once: rows at different swaps advance together, and a finished row's place is taken by the next question.
+"""Mining over many questions at once: rows at different swaps advance together, and the next question takes a finished row's place.
 
-Owns which rows share a forward. Knows nothing of the procedure (:mod:`draftsmith.label.mine.walk`) nor of files.
+Owns which rows share a forward. Knows nothing of the procedure (:mod:`draftsmith.label.mine.question_mining`) nor of files.
 """
 
 from __future__ import annotations
@@ -8,33 +8,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from draftsmith.label.mine.kept_rows import CHUNK, CachedRows, Read
-from draftsmith.label.mine.walk import Mined, Question, Rules, Walk
+from draftsmith.label.mine.kept_rows import CHUNK, CachedRows, RowInput
+from draftsmith.label.mine.question_mining import MiningQuestion, MiningResult, QuestionMining, Rules
 from draftsmith.models.target.target import Target
 
 
 @dataclass(frozen=True)
-class Forwards:
-    """Forwards of a model, the tokens that they read, and the padding that they computed beside them."""
+class ForwardCounts:
+    """What a model computed.
+
+    Attributes:
+        forwards: of the model.
+        tokens: that they read.
+        padding: that they computed besides.
+    """
 
     forwards: int = 0
     tokens: int = 0
     padding: int = 0
 
-    def since(self, earlier: Forwards) -> Forwards:
-        """What came after `earlier`."""
-        return Forwards(self.forwards - earlier.forwards, self.tokens - earlier.tokens, self.padding - earlier.padding)
+    def since(self, earlier: ForwardCounts) -> ForwardCounts:
+        """What came after an earlier count.
 
-    def plus(self, other: Forwards) -> Forwards:
-        """Both together."""
-        return Forwards(self.forwards + other.forwards, self.tokens + other.tokens, self.padding + other.padding)
+        Args:
+            earlier: of the same model.
+        """
+        return ForwardCounts(
+            self.forwards - earlier.forwards, self.tokens - earlier.tokens, self.padding - earlier.padding
+        )
+
+    def plus(self, other: ForwardCounts) -> ForwardCounts:
+        """Both together.
+
+        Args:
+            other: another count.
+        """
+        return ForwardCounts(self.forwards + other.forwards, self.tokens + other.tokens, self.padding + other.padding)
 
 
 class Miner:
     """Mines with one target and one draft LM of the same tokenizer.
 
     Args:
-        target: goes on behind each swap; greedy.
+        target: continues behind each swap; greedy.
         draft: whose tokens are tried.
         rules: how answers are found and judged. The labels hold for greedy decoding in the target's dtype; in float32 they do not
             depend on what shares a forward (docs/exactness.md).
@@ -52,15 +68,21 @@ class Miner:
         self._batch_rows = batch_rows
         self._rows: tuple[CachedRows, CachedRows] | None = None
 
-    def forwards(self) -> tuple[Forwards, Forwards]:
+    def forwards(self) -> tuple[ForwardCounts, ForwardCounts]:
         """Of the target and of the draft, in the current call of :meth:`mine`."""
         if self._rows is None:
-            return Forwards(), Forwards()
-        target, draft = (Forwards(rows.num_forwards, rows.num_tokens, rows.num_padding) for rows in self._rows)
+            return ForwardCounts(), ForwardCounts()
+        target, draft = (ForwardCounts(rows.num_forwards, rows.num_tokens, rows.num_padding) for rows in self._rows)
         return target, draft
 
-    def mine(self, questions: Sequence[Question]) -> Iterator[Mined]:
-        """Gives each question's outcome as soon as it is there.
+    def mine(self, questions: Sequence[MiningQuestion]) -> Iterator[MiningResult]:
+        """Mines questions.
+
+        Args:
+            questions: with prompts in token ids.
+
+        Yields:
+            each question's outcome as soon as it is known.
 
         Raises:
             ValueError: a prompt without a token, or one that leaves no room in the target's context.
@@ -78,57 +100,63 @@ class Miner:
             CachedRows(draft, num_rows, longest, target.ends.vocab_size, chunk),
         )
         waiting = iter(questions)
-        walks: dict[int, Walk] = {}
+        minings: dict[int, QuestionMining] = {}
         while True:
             for row in range(num_rows):
-                question = None if row in walks else next(waiting, None)
+                question = None if row in minings else next(waiting, None)
                 if question is not None:
-                    walks[row] = Walk(question, self._rules)
-            if not walks:
+                    minings[row] = QuestionMining(question, self._rules)
+            if not minings:
                 return
-            self._propose(walks)
-            self._ask_target(walks)
-            self._ask_draft(walks)
-            for row in [row for row, walk in walks.items() if walk.phase == "done"]:
-                yield walks.pop(row).mined()
+            self._propose(minings)
+            self._ask_target(minings)
+            self._ask_draft(minings)
+            for row in [row for row, mining in minings.items() if mining.phase == "done"]:
+                yield minings.pop(row).mined()
 
-    def _propose(self, walks: dict[int, Walk]) -> None:
+    def _propose(self, minings: dict[int, QuestionMining]) -> None:
         """Lets the draft guess on where no known answer does, token by token."""
         assert self._rows is not None
-        while chosen := {row: walk for row, walk in walks.items() if walk.wants_guess()}:
-            reads = [Read(row, walk.target_tokens()[0], 1) for row, walk in chosen.items()]
+        while chosen := {row: mining for row, mining in minings.items() if mining.wants_guess()}:
+            reads = [RowInput(row, mining.target_tokens()[0], 1) for row, mining in chosen.items()]
             for row, reading in self._rows[1].read(reads).items():
                 chosen[row].charge(reading.num_tokens, reading.num_forwards, ahead=True)
                 chosen[row].guess(reading.next_tokens[0])
 
-    def _ask_target(self, walks: dict[int, Walk]) -> None:
+    def _ask_target(self, minings: dict[int, QuestionMining]) -> None:
         """Prompts have a forward of their own: they are longer than what the other rows read."""
         assert self._rows is not None
         for prompts in (True, False):
             chosen = {
-                row: walk for row, walk in walks.items() if walk.needs_target and (walk.phase == "prompt") == prompts
+                row: mining
+                for row, mining in minings.items()
+                if mining.needs_target and (mining.phase == "prompt") == prompts
             }
-            reads = [Read(row, *walk.target_tokens()) for row, walk in chosen.items()]
+            reads = [RowInput(row, *mining.target_tokens()) for row, mining in chosen.items()]
             for row, reading in self._rows[0].read(reads).items() if reads else ():
                 chosen[row].charge(reading.num_tokens, reading.num_forwards)
                 chosen[row].take_target(reading.next_tokens)
 
-    def _ask_draft(self, walks: dict[int, Walk]) -> None:
+    def _ask_draft(self, minings: dict[int, QuestionMining]) -> None:
         assert self._rows is not None
-        while chosen := {row: walk for row, walk in walks.items() if walk.phase == "draft"}:
-            reads = [Read(row, *walk.draft_tokens()) for row, walk in chosen.items()]
+        while chosen := {row: mining for row, mining in minings.items() if mining.phase == "draft"}:
+            reads = [RowInput(row, *mining.draft_tokens()) for row, mining in chosen.items()]
             for row, reading in self._rows[1].read(reads).items():
                 chosen[row].charge(reading.num_tokens, reading.num_forwards)
                 chosen[row].take_draft(reading.next_tokens)
 
-    def _longest(self, question: Question) -> int:
+    def _longest(self, question: MiningQuestion) -> int:
         """Most tokens that a row of this question may hold: a reply may grow by one token beyond its limit."""
         reply = max(self._rules.max_new_tokens, len(question.reply_ids or ())) + 2
         return len(question.prompt_ids) + reply
 
 
-def check_questions(questions: Sequence[Question], rules: Rules) -> None:
-    """Refuses what cannot be mined, before the first forward.
+def check_questions(questions: Sequence[MiningQuestion], rules: Rules) -> None:
+    """Checks questions before the first forward.
+
+    Args:
+        questions: with prompts in token ids.
+        rules: of the mining.
 
     Raises:
         ValueError: a prompt without a token, or one that leaves no room in the context, or a given reply that does not fit into it.

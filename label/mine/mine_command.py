@@ -1,7 +1,7 @@
 """The command `draftsmith label mine`: which of the draft's tokens leave the target's answer as it is.
 
-Owns its options, the log that a killed run goes on from, and the files that it leaves. How a question is mined is
-:mod:`draftsmith.label.mine.walk`'s to know.
+Owns its options, the log from which a killed run resumes, and the files that it writes. How a question is mined is the business of
+:mod:`draftsmith.label.mine.question_mining`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from draftsmith.files import JsonlAppender, atomic_write, exclusive
 from draftsmith.foreign import json_text, visible
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.mine.answers import Parse, ParserName, answer_parser
-from draftsmith.label.mine.many_questions import Forwards, Miner, check_questions
+from draftsmith.label.mine.many_questions import ForwardCounts, Miner, check_questions
 from draftsmith.label.mine.outputs import counts, from_log, labelled_answers, to_log, token_rows
-from draftsmith.label.mine.questions import Asked, judged_by, read_questions
-from draftsmith.label.mine.walk import Mined, Rules
+from draftsmith.label.mine.question_mining import MiningResult, Rules
+from draftsmith.label.mine.questions import QuestionRow, judged_by, read_questions
 from draftsmith.label.schema import write_answers
 from draftsmith.label.token_rows import write_rows
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
@@ -42,7 +42,7 @@ from draftsmith.same_run import differences
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
 
-Log = list[tuple[Mined, tuple[Forwards, Forwards]]]
+Log = list[tuple[MiningResult, tuple[ForwardCounts, ForwardCounts]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,17 @@ class MiningOptions:
     def rules(
         self, parse: Parse, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], context: int | None
     ) -> Rules:
-        """The rules that a question is mined by. Raises ValueError for a setting that is out of range."""
+        """The rules that a question is mined by.
+
+        Args:
+            parse: reads an answer out of a text.
+            tokenizer: the target's.
+            eos: token ids that end a reply.
+            context: most tokens of prompt and reply together; None for no limit.
+
+        Raises:
+            ValueError: a setting that is out of range.
+        """
         return Rules(
             parse=lambda reply: parse(_decode(tokenizer, reply)),
             eos_token_ids=eos,
@@ -138,19 +148,21 @@ def mine(
     models = where.load(target), _draft_options(where).load(draft)
     rules = mining.rules(parse, tokenizer, settings.eos_token_ids, models[0].max_positions)
 
-    def fit(asked: Asked) -> Asked:
-        check_questions([asked.question], rules)
-        return asked if judge is None else judged_by(judge, asked, lambda reply: _decode(tokenizer, reply))
+    def fit(question_row: QuestionRow) -> QuestionRow:
+        check_questions([question_row.question], rules)
+        return (
+            question_row if judge is None else judged_by(judge, question_row, lambda reply: _decode(tokenizer, reply))
+        )
 
-    asked = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit, fit)
+    questions = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit, fit)
     identity = _identity(models, tokenizer, chat, settings, mining, where) | rendering.recorded
     identity["checker"] = checker if judge is None else judge.code
     with exclusive(out / LOG):
         _begin(out, identity)
-        log = _mine(out, Miner(*models, rules, mining.batch_rows), asked)
+        log = _mine(out, Miner(*models, rules, mining.batch_rows), questions)
         config = identity | vars(mining) | {"target": target, "draft": draft, "limit": limit, "licence": licence}
-        record = provenance.record(provenance.command_line(), config, {str(prompts): _digest(asked)})
-        report = write_outputs(out, asked, log, tokenizer, models[0].name, licence)
+        record = provenance.record(provenance.command_line(), config, {str(prompts): _digest(questions)})
+        report = write_outputs(out, questions, log, tokenizer, models[0].name, licence)
         atomic_write(out / REPORT, json_text(record | report, indent=2) + "\n")
     _tell(out, report)
 
@@ -183,13 +195,13 @@ def _identity(
 
 
 def _refuse_other_replies(settings: GenerationSettings, target: str) -> None:
-    """Mining reads the likeliest tokens alone. Raises ValueError where the target's generation config asks for other replies."""
-    asked = [] if settings.constraints is None else [*settings.constraints.asked()]
-    asked += ["repetition_penalty"] if settings.repetition_penalty != 1.0 else []
-    asked += ["stop_strings"] if settings.stop_strings else []
-    if asked:
+    """Stops with an error where the target's generation config asks for other replies: mining reads the likeliest tokens alone."""
+    unsupported = [] if settings.constraints is None else [*settings.constraints.asked()]
+    unsupported += ["repetition_penalty"] if settings.repetition_penalty != 1.0 else []
+    unsupported += ["stop_strings"] if settings.stop_strings else []
+    if unsupported:
         raise ValueError(
-            f"the generation config of {target} sets {', '.join(asked)}, which mining does not honour: it takes the likeliest token "
+            f"the generation config of {target} sets {', '.join(unsupported)}, which mining does not honour: it takes the likeliest token "
             "everywhere; ignore that file with --generation_config none"
         )
 
@@ -210,64 +222,82 @@ def _reading(checker: str, against: str) -> tuple[Parse, Checker | None]:
 def check_tokenizers(
     target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, target_name: str, draft_name: str
 ) -> None:
-    """Refuses a draft whose token ids mean something else.
+    """Checks that token ids mean the same to both models.
+
+    Args:
+        target: the target's tokenizer.
+        draft: the draft's tokenizer.
+        target_name: for the message.
+        draft_name: for the message.
 
     Raises:
-        ValueError: the tokenizers differ; the first difference is told.
+        ValueError: the tokenizers differ; names the first difference.
     """
     if tokenizer_fingerprint(target) == tokenizer_fingerprint(draft):
         return
-    theirs, ours = ({number: token for token, number in one.get_vocab().items()} for one in (target, draft))
+    theirs, ours = ({number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (target, draft))
     first = next((number for number in sorted({*theirs, *ours}) if theirs.get(number) != ours.get(number)), None)
-    told = "their special tokens differ"
+    difference = "their special tokens differ"
     if first is not None:
-        told = f"token {first} is {theirs.get(first)!r} in the target's and {ours.get(first)!r} in the draft's"
+        difference = f"token {first} is {theirs.get(first)!r} in the target's and {ours.get(first)!r} in the draft's"
     raise ValueError(
-        f"the draft {draft_name} has another tokenizer than the target {target_name}: {told}; mining swaps token ids, which must mean the "
-        "same; use a draft of the target's own model family, with its tokenizer"
+        f"the draft {draft_name} has another tokenizer than the target {target_name}: {difference}; mining swaps token ids, which must "
+        "mean the same; use a draft of the target's own model family, with its tokenizer"
     )
 
 
 def write_outputs(
-    out: Path, asked: Sequence[Asked], log: Log, tokenizer: PreTrainedTokenizerBase, model: str, licence: str
+    out: Path, questions: Sequence[QuestionRow], log: Log, tokenizer: PreTrainedTokenizerBase, model: str, licence: str
 ) -> dict[str, Any]:
-    """Writes rows and answers in the order of the questions, and gives the report's counts."""
+    """Writes rows and answers in the order of the questions.
+
+    Args:
+        out: the folder.
+        questions: that were mined.
+        log: their outcomes, in the same order.
+        tokenizer: the target's.
+        model: the target's name.
+        licence: of questions whose rows name none.
+
+    Returns:
+        the report's counts.
+    """
     by_id = {mined.id: mined for mined, _ in log}
-    pairs = [(one, by_id[one.question.id]) for one in asked]
-    write_rows(out / ROWS, [row for one, mined in pairs for row in token_rows(one, mined)])
+    pairs = [(entry, by_id[entry.question.id]) for entry in questions]
+    write_rows(out / ROWS, [row for entry, mined in pairs for row in token_rows(entry, mined)])
     answers, num_without = [], 0
-    for one, mined in pairs:
-        found, missing = labelled_answers(one, mined, lambda reply: _decode(tokenizer, reply), model, licence)
-        answers += found
+    for entry, mined in pairs:
+        labelled, missing = labelled_answers(entry, mined, lambda reply: _decode(tokenizer, reply), model, licence)
+        answers += labelled
         num_without += missing
     write_answers(out / ANSWERS, answers)
     return counts(log) | {"answers": len(answers), "swaps_without_answer": num_without}
 
 
-def _mine(out: Path, miner: Miner, asked: Sequence[Asked]) -> Log:
+def _mine(out: Path, miner: Miner, questions: Sequence[QuestionRow]) -> Log:
     """Mines what the log does not hold yet; gives the log of the questions asked, in their order."""
     with JsonlAppender(out / LOG) as appender:
         there = {row["id"]: row for row in appender.rows}
-        for one in asked:
-            row = there.get(one.question.id)
-            if row is not None and row["prompt_ids"] != one.question.prompt_ids:
+        for entry in questions:
+            row = there.get(entry.question.id)
+            if row is not None and row["prompt_ids"] != entry.question.prompt_ids:
                 raise ValueError(
-                    f"{out / LOG} holds a question {one.question.id!r} with another prompt; an id stands for one question; name "
+                    f"{out / LOG} holds a question {entry.question.id!r} with another prompt; an id stands for one question; name "
                     "another folder or delete this one"
                 )
-        waiting = [one.question for one in asked if one.question.id not in there]
-        with progress("mine", len(asked), "questions", done=len(asked) - len(waiting)) as advance:
+        waiting = [entry.question for entry in questions if entry.question.id not in there]
+        with progress("mine", len(questions), "questions", done=len(questions) - len(waiting)) as advance:
             for mined, spent in _spent(miner, miner.mine(waiting)):
                 appender.write(to_log(mined, spent))
                 advance(1)
         rows = {row["id"]: row for row in appender.rows}
-    return [from_log(rows[one.question.id]) for one in asked]
+    return [from_log(rows[entry.question.id]) for entry in questions]
 
 
-def _spent(miner: Miner, found: Iterator[Mined]) -> Iterator[tuple[Mined, list[Forwards]]]:
+def _spent(miner: Miner, outcomes: Iterator[MiningResult]) -> Iterator[tuple[MiningResult, list[ForwardCounts]]]:
     """With each outcome, the forwards since the one before, so that their sum over a log is what its questions took."""
-    before: tuple[Forwards, Forwards] = Forwards(), Forwards()
-    for mined in found:
+    before: tuple[ForwardCounts, ForwardCounts] = ForwardCounts(), ForwardCounts()
+    for mined in outcomes:
         now = miner.forwards()
         yield mined, [new.since(old) for new, old in zip(now, before, strict=True)]
         before = now
@@ -293,8 +323,8 @@ def _decode(tokenizer: PreTrainedTokenizerBase, reply: list[int]) -> str:
     return str(tokenizer.decode(reply, skip_special_tokens=True))
 
 
-def _digest(asked: Sequence[Asked]) -> str:
-    return hashlib.sha256(json.dumps([one.question.prompt_ids for one in asked]).encode()).hexdigest()
+def _digest(questions: Sequence[QuestionRow]) -> str:
+    return hashlib.sha256(json.dumps([entry.question.prompt_ids for entry in questions]).encode()).hexdigest()
 
 
 def _tell(out: Path, report: dict[str, Any]) -> None:

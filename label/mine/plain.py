@@ -1,8 +1,8 @@
 """The plain twin of mining: the reference procedure line by line, one question at a time, nothing kept from one answer to the next.
 
-Owns what the fast way must agree with, and what it is measured against. The target goes on by Transformers' own `generate` (with its own
-cache, made anew for each answer), the draft reads the whole text each time. It knows neither :mod:`draftsmith.label.mine.kept_rows` nor the
-known answers of :mod:`draftsmith.label.mine.known_answers`.
+Owns what the fast way must agree with, and what it is measured against. The target continues by Transformers' own `generate`, with its
+own cache, made anew for each answer. The draft reads the whole text each time. It knows neither :mod:`draftsmith.label.mine.kept_rows` nor
+the known answers of :mod:`draftsmith.label.mine.known_answers`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig
 
-from draftsmith.label.mine.walk import Cost, Mined, Question, Rules, Swap
+from draftsmith.label.mine.question_mining import MiningCost, MiningQuestion, MiningResult, Rules, Swap
 from draftsmith.label.token_labels import CORRECT, WRONG
 from draftsmith.models.target.target import Target
 
 
 @torch.inference_mode()
-def mine_plain(target: Target, draft: Target, question: Question, rules: Rules) -> Mined:
-    """Mines one question (arXiv:2504.20039, section 3). `stop_on_rejoin` is not followed, the cost is not told."""
+def mine_plain(target: Target, draft: Target, question: MiningQuestion, rules: Rules) -> MiningResult:
+    """Mines one question (arXiv:2504.20039, section 3). It ignores `stop_on_rejoin` and counts no cost.
+
+    Args:
+        target: greedy.
+        draft: whose tokens are tried.
+        question: with its prompt in token ids.
+        rules: of the mining.
+    """
     prompt, eos, parse = question.prompt_ids, rules.eos_token_ids, question.parse or rules.parse
     reply = question.reply_ids
     if reply is None:
@@ -29,10 +36,10 @@ def mine_plain(target: Target, draft: Target, question: Question, rules: Rules) 
     first_reply, answer = reply, parse(reply)
     if answer is None:
         reason = "the target's reply has no answer that can be read"
-        return Mined(question.id, prompt, reply, reply, None, (), Cost(), reason)
+        return MiningResult(question.id, prompt, reply, reply, None, (), MiningCost(), reason)
     if rules.against == "reference" and answer != question.reference:
         reason = "the target's answer is not the reference's"
-        return Mined(question.id, prompt, reply, reply, None, (), Cost(), reason)
+        return MiningResult(question.id, prompt, reply, reply, None, (), MiningCost(), reason)
     limit = max(rules.max_new_tokens, len(reply))
     if rules.max_length is not None:
         limit = min(limit, int(rules.max_length * len(reply)))
@@ -55,12 +62,19 @@ def mine_plain(target: Target, draft: Target, question: Question, rules: Rules) 
         if drafted[place] in eos:
             break
         left = place + 1
-    return Mined(question.id, prompt, first_reply, reply, answer, tuple(swaps), Cost())
+    return MiningResult(question.id, prompt, first_reply, reply, answer, tuple(swaps), MiningCost())
 
 
 @torch.inference_mode()
 def greedy(target: Target, text: list[int], rules: Rules, most: int) -> list[int]:
-    """The target's most likely continuation, at most so many tokens, its end token included."""
+    """The target's most likely continuation, its end token included.
+
+    Args:
+        target: the model.
+        text: token ids.
+        rules: end tokens and context.
+        most: at most this many tokens.
+    """
     room = most if rules.context is None else min(most, rules.context - len(text))
     if room < 1:
         return []
@@ -68,5 +82,5 @@ def greedy(target: Target, text: list[int], rules: Rules, most: int) -> list[int
         do_sample=False, max_new_tokens=room, eos_token_id=list(rules.eos_token_ids) or None, pad_token_id=0
     )
     ids_1T = torch.tensor([text], device=target.device)
-    found = target.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
-    return [int(token) for token in found[0, len(text) :].tolist()]
+    output_1T = target.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+    return [int(token) for token in output_1T[0, len(text) :].tolist()]

@@ -19,18 +19,24 @@ from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped, shown_row, summary
 from draftsmith.label.checkers.checkers import Checker, Row
 from draftsmith.label.mine.answers import Parse
-from draftsmith.label.mine.walk import Question
+from draftsmith.label.mine.question_mining import MiningQuestion
 from draftsmith.label.schema import Answer, refusal
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question and what its row says of it: the messages (none where the row has token ids only), source and licence.
+class QuestionRow:
+    """A question and its row in a file.
 
-    `row` is the whole of it, for a checker, and `place` where it stands (`FILE:LINE`).
+    Attributes:
+        question: to be mined.
+        messages: of the prompt; none where the row has token ids only.
+        source: of the question.
+        licence: of the source; None where the row names none.
+        row: the whole row, for a checker.
+        place: of the row, `FILE:LINE`.
     """
 
-    question: Question
+    question: MiningQuestion
     messages: tuple[Message, ...]
     source: str
     licence: str | None
@@ -51,14 +57,22 @@ def read_questions(
     parse: Parse,
     vocab_size: int,
     limit: int | None = None,
-    fit: Callable[[Asked], Asked] = lambda asked: asked,
-) -> list[Asked]:
+    fit: Callable[[QuestionRow], QuestionRow] = lambda question_row: question_row,
+) -> list[QuestionRow]:
     """The first `limit` questions of a JSON-lines file, or of the folder that `draftsmith data prompts` wrote.
 
-    A row has `messages` of one turn (an optional system turn, then the user's) or `prompt_ids`; and, as far as there are any, `id`,
-    `reply_ids` (the target's reply, so that it need not be found), `answer` or `reference` (a text or number, or a list that begins
-    with one), `source` and `licence`. Other fields are passed over. Rows that are no question, those whose id is taken, and those for
-    which `fit` (what else a run asks of a question) raises ValueError, are left out and counted on standard error.
+    A row has `messages` of one turn (an optional system turn, then the user's) or `prompt_ids`. It may have `id`, `source` and `licence`;
+    `reply_ids`, the target's reply, which mining then need not find; and `answer` or `reference`, a text or number, or a list that begins
+    with one. Other fields are passed over. Three kinds of rows are left out and counted on standard error: rows that are no question, rows
+    whose id is taken, and rows for which `fit` raises ValueError.
+
+    Args:
+        path: the file or folder.
+        chat: the target's chat template.
+        parse: reads an answer out of a text.
+        vocab_size: of the target.
+        limit: read at most this many questions; None for all.
+        fit: what else a run asks of a question; gives it back, changed or not.
 
     Raises:
         ValueError: no row is a question; each reason names file, line, field, value, rule and remedy.
@@ -66,50 +80,57 @@ def read_questions(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1; raise it, or leave it out")
     file = path / PROMPT_FILE if path.is_dir() else path
-    found: list[Asked] = []
+    questions: list[QuestionRow] = []
     seen: dict[str, str] = {}
     dropped: list[Dropped] = []
     for line, row in read_jsonl(file, dropped):
-        if limit is not None and len(found) >= limit:
+        if limit is not None and len(questions) >= limit:
             break
         place = f"{file}:{line}"
         try:
-            asked = fit(_asked(row, place, chat, parse, vocab_size, file.stem))
-            first = seen.setdefault(asked.question.id, place)
+            question_row = fit(_question_row(row, place, chat, parse, vocab_size, file.stem))
+            first = seen.setdefault(question_row.question.id, place)
             if first != place:
                 raise refusal(
-                    place, "id", asked.question.id, f"{first} has it already", "give each row an id of its own"
+                    place, "id", question_row.question.id, f"{first} has it already", "give each row an id of its own"
                 )
         except ValueError as error:
             dropped.append(Dropped(place, str(error).removeprefix(f"{place}: "), shown_row(row)))
             continue
-        found.append(asked)
-    if not found:
+        questions.append(question_row)
+    if not questions:
         raise ValueError(f"no question in {file}: {summary(dropped)}")
     say_dropped(dropped)
-    return found
+    return questions
 
 
-def judged_by(checker: Checker, asked: Asked, decode: Callable[[list[int]], str]) -> Asked:
-    """The question with each reply read as the verdict that a checker gives on it, and "correct" for its reference.
+def judged_by(checker: Checker, question_row: QuestionRow, decode: Callable[[list[int]], str]) -> QuestionRow:
+    """The question with each reply read as the verdict of a checker, and "correct" for its reference.
+
+    Args:
+        checker: judges replies.
+        question_row: the question with its row.
+        decode: writes token ids out.
 
     Raises:
-        ValueError: naming file and line: the checker cannot judge by this row; later, the same of one reply.
+        ValueError: the checker cannot judge by this row; names file and line. Later the same for a reply.
     """
 
     def verdict(text: str) -> str:
         try:
-            return checker.check(asked.row, text).verdict
+            return checker.check(question_row.row, text).verdict
         except ValueError as error:
-            raise ValueError(f"{asked.place}: {error}") from error
+            raise ValueError(f"{question_row.place}: {error}") from error
 
     if checker.probed:
         verdict("")
-    question = replace(asked.question, reference="correct", parse=lambda reply: verdict(decode(reply)))
-    return replace(asked, question=question)
+    question = replace(question_row.question, reference="correct", parse=lambda reply: verdict(decode(reply)))
+    return replace(question_row, question=question)
 
 
-def _asked(row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse, vocab_size: int, stem: str) -> Asked:
+def _question_row(
+    row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse, vocab_size: int, stem: str
+) -> QuestionRow:
     messages = _messages(row, place)
     given_ids = _ids(row, "prompt_ids", place, vocab_size)
     if messages and given_ids:
@@ -118,9 +139,11 @@ def _asked(row: Mapping[str, Any], place: str, chat: ChatTemplate, parse: Parse,
     if prompt_ids is None:
         raise ValueError("the row has neither messages nor prompt_ids, so nothing is asked; add one of them")
     name = row_id(row, hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16])
-    question = Question(name, prompt_ids, _ids(row, "reply_ids", place, vocab_size), _reference(row, place, parse))
+    question = MiningQuestion(
+        name, prompt_ids, _ids(row, "reply_ids", place, vocab_size), _reference(row, place, parse)
+    )
     source, licence = (_text(row, field, place) for field in ("source", "licence"))
-    return Asked(question, messages, source or stem, licence, row, place)
+    return QuestionRow(question, messages, source or stem, licence, row, place)
 
 
 def _text(row: Mapping[str, Any], field: str, place: str) -> str | None:
@@ -146,7 +169,11 @@ def _ids(row: Mapping[str, Any], field: str, place: str, vocab_size: int) -> lis
     value = row.get(field)
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(type(one) is int and 0 <= one < vocab_size for one in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(type(token) is int and 0 <= token < vocab_size for token in value)
+    ):
         rule = f"it is a list of token ids below {vocab_size}, and not empty"
         raise refusal(place, field, value, rule, "encode the prompt with the target's tokenizer")
     return value

@@ -3,8 +3,8 @@
 Owns the token, its cookie, the checks of Host, Origin and size, and the headers that every reply carries. Knows nothing of
 what is asked.
 
-The check of Host is ours and not Starlette's `TrustedHostMiddleware`. That one answers "Invalid host header" without a remedy, lets a
-malformed Host pass where any name is allowed, and in releases that `fastapi>=0.115` permits it cannot read `[::1]:8010`.
+The check of Host is ours and not Starlette's `TrustedHostMiddleware`. That one answers "Invalid host header" without a remedy. It lets a
+malformed Host pass where any name is allowed. And in releases that `fastapi>=0.115` permits, it cannot read `[::1]:8010`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class Refusal(Exception):
         self.status, self.sentence = status, sentence
 
     def reply(self, path: str) -> Response:
-        """As the API or as a page tells it."""
+        """The reply: JSON for the API, text for a page.
+
+        Args:
+            path: of the request.
+        """
         if path.startswith("/api/"):
             return JSONResponse({"error": self.sentence}, self.status)
         return PlainTextResponse(f"{self.status}: {self.sentence}\n", self.status)
@@ -80,7 +84,12 @@ class Gate(BaseHTTPMiddleware):
         await super().__call__(scope, _bounded(receive), send)
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Checks a request before the application sees it, and adds the headers."""
+        """Checks a request before the application sees it, and adds the headers.
+
+        Args:
+            request: of a browser.
+            call_next: the application.
+        """
         token_in_address = False
         try:
             self._check_host(request)
@@ -137,7 +146,7 @@ def _check_origin(request: Request) -> None:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """A `receive` that raises Refusal once the body is too large, whether its length was told or not."""
+    """A `receive` that raises Refusal once the body is too large, whether the request gave its length or not."""
     num_bytes = 0
 
     async def bounded() -> Message:

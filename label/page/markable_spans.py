@@ -19,7 +19,12 @@ _KEPT = 512  # responses whose tokens are remembered; one of 500 tokens takes so
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the response: a piece with its span, or (`span` None) text between pieces that no token covers."""
+    """A stretch of the response.
+
+    Attributes:
+        text: its characters.
+        span: of a piece; None for text between pieces that no token covers.
+    """
 
     text: str
     span: Span | None
@@ -39,7 +44,14 @@ class Cutter:
         self._lock = threading.Lock()
 
     def pieces(self, answer: Answer) -> tuple[tuple[Span, ...], str]:
-        """The answer's pieces (N spans, ascending, none empty, none overlapping), and what they are called."""
+        """Cuts an answer.
+
+        Args:
+            answer: with its response, and perhaps its tokens.
+
+        Returns:
+            the pieces (N spans, ascending, none empty, none overlapping), and what they are called.
+        """
         if self._tokenize is not None:
             # Two threads in one fast tokenizer can fail with "Already borrowed".
             with self._lock:
@@ -51,16 +63,16 @@ class Cutter:
         return words(answer.response), "words"
 
 
-def merged(offsets_M: Sequence[Span]) -> tuple[Span, ...]:
+def merged(offsets: Sequence[Span]) -> tuple[Span, ...]:
     """Tokens as spans that a person can tell apart: empty ones left out, those that share characters made one.
 
     Worked example: (0, 1), (0, 1), (0, 1), (1, 1), (1, 4), the first three being bytes of one character, give (0, 1), (1, 4).
 
     Args:
-        offsets_M: each token's span, in order and never stepping back (`schema.check_answer` holds stored ones to it).
+        offsets: each token's span, in order and never stepping back (`schema.check_answer` checks stored ones).
     """
     spans: list[Span] = []
-    for start, end in offsets_M:
+    for start, end in offsets:
         if start == end:
             continue
         if spans and start < spans[-1][1]:
@@ -75,6 +87,9 @@ def words(response: str) -> tuple[Span, ...]:
 
     Combining marks and joiners stay with what they follow, so that no character that a person sees is cut.
     Worked example: "x=3, 好的" gives "x", "=", "3", ",", "好", "的".
+
+    Args:
+        response: text.
     """
     spans: list[Span] = []
     last = "space"
@@ -94,18 +109,23 @@ def words(response: str) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def segments(response: str, pieces_N: Sequence[Span]) -> list[Segment]:
-    """The whole response in order: the pieces, and the text between them. Joined, the texts are the response."""
-    found = []
+def segments(response: str, pieces: Sequence[Span]) -> list[Segment]:
+    """The whole response in order: the pieces, and the text between them. Joined, the texts are the response.
+
+    Args:
+        response: text.
+        pieces: N spans, ascending, none overlapping.
+    """
+    parts = []
     done = 0
-    for start, end in pieces_N:
+    for start, end in pieces:
         if done < start:
-            found.append(Segment(response[done:start], None))
-        found.append(Segment(response[start:end], (start, end)))
+            parts.append(Segment(response[done:start], None))
+        parts.append(Segment(response[start:end], (start, end)))
         done = end
     if done < len(response):
-        found.append(Segment(response[done:], None))
-    return found
+        parts.append(Segment(response[done:], None))
+    return parts
 
 
 def _kind(character: str) -> str:

@@ -46,6 +46,9 @@ def serve(
             them, or into words.
         revision: revision of a hub id.
         trust_remote_code: run Python files that come with the target; read them first.
+
+    Raises:
+        ValueError: a share or a port out of range, or the store cannot be opened.
     """
     if not 0 <= shared <= 1:
         raise ValueError(f"shared is {shared}; it is the share of answers that two annotators get; give 0 to 1")
@@ -69,7 +72,12 @@ def serve(
 
 
 def address(host: str, listener: socket.socket) -> str:
-    """The address to open: that of the listener, or this machine's name where it listens on all of its addresses."""
+    """The address to open: that of the listener, or this machine's name where it listens on all of its addresses.
+
+    Args:
+        host: as the user gave it.
+        listener: the socket.
+    """
     bound, port = listener.getsockname()[:2]
     if ipaddress.ip_address(bound.partition("%")[0]).is_unspecified:
         host = socket.gethostname()
@@ -89,7 +97,13 @@ def _need_the_extra() -> None:
 def cutter_for(target: str | None, revision: str | None = None, trust_remote_code: bool = False) -> Cutter:
     """What cuts answers: the target's tokenizer where one is named.
 
-    Raises ValueError: the target has no tokenizer, or one that does not tell where its tokens stand.
+    Args:
+        target: path or hub id; None cuts into stored tokens or words.
+        revision: of a hub id.
+        trust_remote_code: run Python files that come with the target.
+
+    Raises:
+        ValueError: the target has no tokenizer, or one that does not say where its tokens are.
     """
     if target is None:
         return Cutter()
@@ -104,9 +118,14 @@ def cutter_for(target: str | None, revision: str | None = None, trust_remote_cod
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """A socket that listens.
 
-    Raises ValueError: the host is not known here, or the port is taken or not allowed.
+    Args:
+        host: address or name.
+        port: 0 takes a free one.
+
+    Raises:
+        ValueError: the host is not known here, or the port is taken or not allowed.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

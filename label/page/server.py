@@ -1,6 +1,6 @@
 """The web application behind `draftsmith label serve`: its pages, and what they ask for.
 
-Owns routes, what a request must look like, and how a refusal is told. Knows nothing of the token and the checks before it
+Owns routes, what a request must look like, and the replies to bad requests. Knows nothing of the token and the checks before it
 (`access`), of how the server is started, or of how the page looks (`web/`).
 """
 
@@ -21,7 +21,7 @@ from draftsmith.label.page.markable_spans import Cutter, segments
 from draftsmith.label.schema import Answer, Label, Span
 from draftsmith.label.store.agreement import Agreement, agreements
 from draftsmith.label.store.database import Conflict, Unavailable
-from draftsmith.label.store.store import Entry, NotOpen, Store
+from draftsmith.label.store.store import LogEntry, NotOpen, Store
 
 MAX_NAME = 64
 MAX_SECONDS = 86_400.0
@@ -38,17 +38,21 @@ class BadRequest(ValueError):
 async def request_fields(request: Request) -> dict[str, Any]:
     """The JSON object that a request holds.
 
-    Raises BadRequest: it is something else.
+    Args:
+        request: of the page.
+
+    Raises:
+        BadRequest: it is something else.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BadRequest("the request is not JSON; send it as application/json")
     try:
-        found = json.loads(await request.body(), parse_constant=_no_constant)
+        fields = json.loads(await request.body(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequest("the request cannot be read as JSON; send one object") from error
-    if not isinstance(found, dict):
-        raise BadRequest(f"the request is a {type(found).__name__}; send one JSON object")
-    return found
+    if not isinstance(fields, dict):
+        raise BadRequest(f"the request is a {type(fields).__name__}; send one JSON object")
+    return fields
 
 
 Fields = Annotated[dict[str, Any], Depends(request_fields)]
@@ -67,23 +71,28 @@ def build_app(store: Store, cutter: Cutter, token: str, host_names: tuple[str, .
     app = FastAPI(title="draftsmith label", openapi_url=None, docs_url=None, redoc_url=None)
     _add_pages(app)
     _add_refusals(app)
-    desk = Desk(store, cutter, shared)
+    actions = LabellingActions(store, cutter, shared)
     routes: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-        "/api/next": desk.next,
-        "/api/label": desk.label,
-        "/api/skip": desk.skip,
-        "/api/undo": desk.undo,
+        "/api/next": actions.next,
+        "/api/label": actions.label,
+        "/api/skip": actions.skip,
+        "/api/undo": actions.undo,
     }
     for path, action in routes.items():
         app.post(path)(_endpoint(action))
-    app.get("/api/agreement")(desk.agreement)
+    app.get("/api/agreement")(actions.agreement)
     return Gate(app, token, host_names)
 
 
-class Desk:
+class LabellingActions:
     """What an annotator may do, each as one request: fields in, what the page then shows out.
 
-    Every method raises BadRequest for fields that are missing, unknown or of the wrong type, and what the store raises.
+    Every method with fields rejects those that are missing, unknown or of the wrong type, and passes on what the store raises.
+
+    Args:
+        store: where answers come from and labels go.
+        cutter: what an answer is cut into.
+        shared: the share of the items that two annotators get.
     """
 
     def __init__(self, store: Store, cutter: Cutter, shared: float) -> None:
@@ -92,7 +101,14 @@ class Desk:
         self._shared = shared
 
     def next(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The open item of an annotator, or a new one, and how far they are."""
+        """The open item of an annotator, or a new one, and how far they are.
+
+        Args:
+            fields: of the request.
+
+        Raises:
+            BadRequest: a field is missing, unknown or of the wrong type.
+        """
         _only(fields, "annotator")
         annotator = _name(fields)
         answer = self._store.assign(annotator, self._shared)
@@ -100,7 +116,14 @@ class Desk:
         return {"item": None if answer is None else self._shown(answer), "progress": asdict(progress)}
 
     def label(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes a label of the annotator's open item."""
+        """Writes a label of the annotator's open item.
+
+        Args:
+            fields: of the request.
+
+        Raises:
+            BadRequest: a field is missing, unknown or of the wrong type.
+        """
         _only(fields, "annotator", "item", "verdict", "error", "note", "seconds")
         verdict = fields.get("verdict")
         if verdict not in ("correct", "wrong"):
@@ -112,14 +135,28 @@ class Desk:
         return {"entry": self._store.annotate(item, label, _seconds(fields), assigned=True)}
 
     def skip(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Gives the annotator's open item back."""
+        """Gives the annotator's open item back.
+
+        Args:
+            fields: of the request.
+
+        Raises:
+            BadRequest: a field is missing, unknown or of the wrong type.
+        """
         _only(fields, "annotator", "item", "reason")
         reason = _text(fields, "reason", "").strip() or "skipped"
         self._store.release(_text(fields, "item"), _name(fields), reason)
         return {}
 
     def undo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the annotator's last label back, and tells what it said."""
+        """Takes the annotator's last label back. The reply holds what it said.
+
+        Args:
+            fields: of the request.
+
+        Raises:
+            BadRequest: a field is missing, unknown or of the wrong type.
+        """
         _only(fields, "annotator", "entry")
         number = fields.get("entry")
         if type(number) is not int or not 0 <= number < 2**63:
@@ -127,12 +164,12 @@ class Desk:
                 f"entry is {_short(number)}; it is the number of a label; send the one that the page received"
             )
         item = self._store.undo(_name(fields), number)
-        return {"item": item, "label": _told(self._store.history(item), number)}
+        return {"item": item, "label": _undone_label(self._store.history(item), number)}
 
     def agreement(self) -> dict[str, Any]:
         """Every pair of annotators with an answer that both have labelled."""
-        found = agreements(self._store.answers(), lambda answer: self._cutter.pieces(answer)[0])
-        return {"pairs": [_pair(one) for one in found]}
+        pairs = agreements(self._store.answers(), lambda answer: self._cutter.pieces(answer)[0])
+        return {"pairs": [_pair(pair) for pair in pairs]}
 
     def _shown(self, answer: Answer) -> dict[str, Any]:
         pieces, cut = self._cutter.pieces(answer)
@@ -141,7 +178,7 @@ class Desk:
             "source": answer.source,
             "messages": [dict(message) for message in answer.messages],
             "cut": cut,
-            "segments": [[one.text, *(one.span or ())] for one in segments(answer.response, pieces)],
+            "segments": [[segment.text, *(segment.span or ())] for segment in segments(answer.response, pieces)],
         }
 
     def _check_covers_a_piece(self, item: str, error: Span) -> None:
@@ -174,26 +211,26 @@ def _add_pages(app: FastAPI) -> None:
 
 
 def _add_refusals(app: FastAPI) -> None:
-    def told(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    def error_reply(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
         return JSONResponse({"error": sentence}, status, headers)
 
     @app.exception_handler(ValueError)
     def refuse(_: Request, error: ValueError) -> Response:
         if isinstance(error, Unavailable | Conflict):
             sentence = "the store is busy or cannot be written; nothing was written; try again in a few seconds"
-            return told(503, sentence, {"retry-after": str(RETRY_SECONDS)})
-        return told(409 if isinstance(error, NotOpen) else 400, str(error))
+            return error_reply(503, sentence, {"retry-after": str(RETRY_SECONDS)})
+        return error_reply(409 if isinstance(error, NotOpen) else 400, str(error))
 
     @app.exception_handler(404)
     def absent(request: Request, _: Exception) -> Response:
-        return told(404, f"there is nothing at {request.url.path}; open /")
+        return error_reply(404, f"there is nothing at {request.url.path}; open /")
 
     @app.exception_handler(405)
     def not_that_way(request: Request, _: Exception) -> Response:
-        return told(405, f"{request.url.path} does not take {request.method}; open /")
+        return error_reply(405, f"{request.url.path} does not take {request.method}; open /")
 
 
-def _told(history: list[Entry], number: int) -> dict[str, Any] | None:
+def _undone_label(history: list[LogEntry], number: int) -> dict[str, Any] | None:
     label = next((entry.label for entry in history if entry.number == number), None)
     return None if label is None else {"verdict": label.verdict, "error": label.error, "note": label.note}
 
@@ -210,7 +247,9 @@ def _pair(agreement: Agreement) -> dict[str, Any]:
         "num_same_token": sum(distance == 0 for distance in distances),
         "median_distance": statistics.median(distances) if distances else None,
         "mean_distance": statistics.fmean(distances) if distances else None,
-        "differences": [asdict(one) for one in agreement.comparisons if not one.agrees() or one.distance],
+        "differences": [
+            asdict(comparison) for comparison in agreement.comparisons if not comparison.agrees() or comparison.distance
+        ],
     }
 
 

@@ -14,10 +14,14 @@ from draftsmith.label.schema import Answer, Span, Verdict
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LabelComparison:
     """What two annotators said of one answer.
 
-    `distance` is how many tokens lie from one mark to the other (0: the same token), where both marked an error.
+    Attributes:
+        item_id: of the answer.
+        first: the first one's verdict.
+        second: the second one's verdict.
+        distance: tokens from one mark to the other (0: the same token), where both marked an error.
     """
 
     item_id: str
@@ -36,19 +40,21 @@ class Agreement:
 
     first: str
     second: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[LabelComparison, ...]
 
     def observed(self) -> float:
         """The share of answers with the same verdict, correct or not."""
-        return sum(one.agrees() for one in self.comparisons) / len(self.comparisons)
+        return sum(comparison.agrees() for comparison in self.comparisons) / len(self.comparisons)
 
     def kappa(self) -> float | None:
         """Cohen's kappa of correct or not; see `cohens_kappa`."""
-        return cohens_kappa([(one.first == "correct", one.second == "correct") for one in self.comparisons])
+        return cohens_kappa(
+            [(comparison.first == "correct", comparison.second == "correct") for comparison in self.comparisons]
+        )
 
     def distances(self) -> tuple[int, ...]:
         """The distances of the answers in which both marked an error, smallest first."""
-        return tuple(sorted(one.distance for one in self.comparisons if one.distance is not None))
+        return tuple(sorted(comparison.distance for comparison in self.comparisons if comparison.distance is not None))
 
 
 def agreements(answers: Iterable[Answer], cut: Callable[[Answer], Sequence[Span]]) -> list[Agreement]:
@@ -64,17 +70,20 @@ def agreements(answers: Iterable[Answer], cut: Callable[[Answer], Sequence[Span]
     for answer in answers:
         if speaks_of_all(answer):
             by_item.setdefault(answer.id, []).append(answer)
-    found: dict[tuple[str, str], list[Comparison]] = {}
+    by_pair: dict[tuple[str, str], list[LabelComparison]] = {}
     for labelled in by_item.values():
-        for one, other in itertools.combinations(sorted(labelled, key=_author), 2):
-            found.setdefault((_author(one), _author(other)), []).append(_compare(one, other, cut))
-    return [Agreement(first, second, tuple(comparisons)) for (first, second), comparisons in sorted(found.items())]
+        for first, second in itertools.combinations(sorted(labelled, key=_author), 2):
+            by_pair.setdefault((_author(first), _author(second)), []).append(_compare(first, second, cut))
+    return [Agreement(first, second, tuple(comparisons)) for (first, second), comparisons in sorted(by_pair.items())]
 
 
 def speaks_of_all(answer: Answer) -> bool:
-    """Whether the label tells of the whole answer if there is an error, and where the first one is.
+    """Whether the label says of the whole answer if there is an error, and where the first one is.
 
     A label on `checked` characters does so if they are all of them, or lead from the start to the error.
+
+    Args:
+        answer: with its label.
     """
     label = answer.label
     if label is None:
@@ -88,27 +97,38 @@ def speaks_of_all(answer: Answer) -> bool:
 def cohens_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
     """Cohen's kappa (1960, eq. 1): (observed - expected) / (1 - expected), where expected is the agreement by chance.
 
-    None where it is not defined: no pairs, or both gave one and the same verdict throughout.
+    Args:
+        pairs: both verdicts on each answer.
+
+    Returns:
+        None where it is not defined: no pairs, or both gave the same verdict throughout.
     """
     if not pairs:
         return None
     count = len(pairs)
-    first = sum(one for one, _ in pairs)
-    second = sum(other for _, other in pairs)
+    first = sum(by_first for by_first, _ in pairs)
+    second = sum(by_second for _, by_second in pairs)
     # In whole numbers up to the last step, so that "no chance left" is recognised exactly.
     expected = first * second + (count - first) * (count - second)
-    observed = sum(one == other for one, other in pairs) * count
+    observed = sum(by_first == by_second for by_first, by_second in pairs) * count
     return None if expected == count * count else (observed - expected) / (count * count - expected)
 
 
-def token_distance(first: Span, second: Span, offsets_N: Sequence[Span]) -> int | None:
+def token_distance(first: Span, second: Span, offsets: Sequence[Span]) -> int | None:
     """How many tokens lie from the first token of one mark to that of the other.
 
-    Worked example: with tokens (0, 2), (2, 3), (3, 7), the marks (1, 3) and (4, 5) begin in tokens 0 and 2: 2. None where a
-    mark touches no token.
+    Worked example: with tokens (0, 2), (2, 3), (3, 7), the marks (1, 3) and (4, 5) begin in tokens 0 and 2: 2.
+
+    Args:
+        first: one mark.
+        second: the other mark.
+        offsets: N spans of tokens.
+
+    Returns:
+        None where a mark touches no token.
     """
     starts = [
-        next((index for index, (start, end) in enumerate(offsets_N) if max(start, mark[0]) < min(end, mark[1])), None)
+        next((index for index, (start, end) in enumerate(offsets) if max(start, mark[0]) < min(end, mark[1])), None)
         for mark in (first, second)
     ]
     return None if starts[0] is None or starts[1] is None else abs(starts[0] - starts[1])
@@ -119,10 +139,10 @@ def _author(answer: Answer) -> str:
     return answer.label.labelled_by
 
 
-def _compare(one: Answer, other: Answer, cut: Callable[[Answer], Sequence[Span]]) -> Comparison:
-    assert one.label is not None
-    assert other.label is not None
+def _compare(first: Answer, second: Answer, cut: Callable[[Answer], Sequence[Span]]) -> LabelComparison:
+    assert first.label is not None
+    assert second.label is not None
     distance = None
-    if one.label.error is not None and other.label.error is not None:
-        distance = token_distance(one.label.error, other.label.error, cut(one))
-    return Comparison(one.id, one.label.verdict, other.label.verdict, distance)
+    if first.label.error is not None and second.label.error is not None:
+        distance = token_distance(first.label.error, second.label.error, cut(first))
+    return LabelComparison(first.id, first.label.verdict, second.label.verdict, distance)

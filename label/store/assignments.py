@@ -18,7 +18,14 @@ from draftsmith.label.store.tables import ASSIGNMENTS, RELEASES
 
 @dataclass(frozen=True)
 class Seat:
-    """One annotator's place at one item (its number); `turn` counts those who sat there and left."""
+    """One annotator's place at one item.
+
+    Attributes:
+        item: its number.
+        seat: 0, or 1 where two annotators are meant to see the item.
+        turn: how many had this seat before and left.
+        annotator: their name.
+    """
 
     item: int
     seat: int
@@ -27,31 +34,39 @@ class Seat:
 
 
 def open_seat(connection: Connection, annotator: str, labelled: Set[tuple[int, str]]) -> Seat | None:
-    """The first item assigned to `annotator` that they have neither labelled nor released.
+    """The first item assigned to an annotator that they have neither labelled nor released.
 
-    `labelled` holds (item, author) of the labels that stand.
+    Args:
+        connection: of a transaction.
+        annotator: their name.
+        labelled: (item, author) of the labels that count.
     """
     held, _ = _seats(connection)
-    return next((one for one in held if one.annotator == annotator and (one.item, annotator) not in labelled), None)
+    return next((seat for seat in held if seat.annotator == annotator and (seat.item, annotator) not in labelled), None)
 
 
 def free_seats(
     connection: Connection, annotator: str, wanted: Mapping[int, int], labelled: Set[tuple[int, str]]
 ) -> Iterator[Seat]:
-    """The free seats for `annotator`, one an item, none of them taken yet.
+    """The free seats for an annotator, one an item, none of them taken yet.
 
     Args:
+        connection: of a transaction.
+        annotator: their name.
         wanted: the number of seats of each item, in the order in which items are offered.
-        labelled: (item, author) of the labels that stand and leave nothing to find out. One by an author without a seat
-            fills a seat too: an imported item that is labelled needs nobody.
+        labelled: (item, author) of the labels that count and leave nothing to find out. One by an author without a seat fills a seat too:
+            an imported item that is labelled needs nobody.
+
+    Yields:
+        seats, in the order of `wanted`.
     """
     held, released = _seats(connection)
-    sitting = {(one.item, one.annotator) for one in held}
-    known_to = {one.item for one in [*held, *released] if one.annotator == annotator}
+    sitting = {(held_seat.item, held_seat.annotator) for held_seat in held}
+    known_to = {known.item for known in [*held, *released] if known.annotator == annotator}
     known_to |= {item for item, author in labelled if author == annotator}
     filled = Counter(item for item, _ in sitting | set(labelled))
-    taken = {(one.item, one.seat) for one in held}
-    turns = Counter((one.item, one.seat) for one in released)
+    taken = {(held_seat.item, held_seat.seat) for held_seat in held}
+    turns = Counter((left.item, left.seat) for left in released)
     for item, num_seats in wanted.items():
         if item in known_to or filled[item] >= num_seats:
             continue
@@ -62,15 +77,27 @@ def free_seats(
 
 
 def seats_of(connection: Connection, annotator: str) -> tuple[list[Seat], list[Seat]]:
-    """The seats that `annotator` holds, and those that they gave up, oldest first."""
+    """The seats that an annotator holds, and those that they gave up, oldest first.
+
+    Args:
+        connection: of a transaction.
+        annotator: their name.
+    """
     held, released = _seats(connection)
-    return [one for one in held if one.annotator == annotator], [one for one in released if one.annotator == annotator]
+    return [seat for seat in held if seat.annotator == annotator], [
+        seat for seat in released if seat.annotator == annotator
+    ]
 
 
 def take(connection: Connection, seat: Seat) -> None:
     """Writes the assignment down.
 
-    The database refuses (`IntegrityError`) when another process has just taken this seat.
+    Args:
+        connection: of a transaction.
+        seat: to take.
+
+    Raises:
+        sqlalchemy.exc.IntegrityError: another process has just taken this seat.
     """
     values = {"item": seat.item, "seat": seat.seat, "turn": seat.turn, "annotator": seat.annotator, "at": now()}
     connection.execute(insert(ASSIGNMENTS).values(values))

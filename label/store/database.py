@@ -1,6 +1,6 @@
 """Where a label store lies: a file or a database URL, opened for transactions that several processes may hold.
 
-Owns connections, locks, the making of tables, and how a database's failures are told. Knows nothing of labels.
+Owns connections, locks, the making of tables, and the errors for a database's failures. Knows nothing of labels.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ def now() -> str:
 
 
 class Database:
-    """A label store's tables, made if `create` says so.
+    """A label store's tables.
 
-    `place` is a path (SQLite) or an SQLAlchemy URL. A writer waits `patience_seconds` for another one's transaction.
+    Args:
+        place: a path (SQLite) or an SQLAlchemy URL.
+        create: make the tables where there are none.
+        patience_seconds: how long a writer waits for another one's transaction.
 
-    Raises ValueError: there is no store and `create` is False; what is there is something else or of another version; the
-    URL or its driver is at fault; the database cannot be reached or stays locked.
+    Raises:
+        ValueError: there is no store and `create` is False; what is there is something else, or of another version; a wrong URL, or a
+            driver that is not installed; the database cannot be reached or stays locked.
     """
 
     def __init__(self, place: str, create: bool = False, patience_seconds: float = PATIENCE_SECONDS) -> None:
@@ -83,8 +87,8 @@ class Database:
         return engine
 
     def _is_ready(self, connection: Connection, create: bool) -> bool:
-        found = set(sqlalchemy.inspect(connection).get_table_names())
-        if ABOUT.name in found:
+        tables = set(sqlalchemy.inspect(connection).get_table_names())
+        if ABOUT.name in tables:
             version = connection.scalar(select(ABOUT.c.version))
             if version != VERSION:
                 raise ValueError(
@@ -92,8 +96,8 @@ class Database:
                     "the draftsmith that wrote it, export its answers as JSON lines, and import those here"
                 )
             return True
-        if found:
-            raise ValueError(f"{self.name} holds other tables ({', '.join(sorted(found)[:5])}); name another database")
+        if tables:
+            raise ValueError(f"{self.name} holds other tables ({', '.join(sorted(tables)[:5])}); name another database")
         if not create:
             raise ValueError(f"{self.name} holds no label store; check the name, or import answers into it first")
         return False
@@ -101,17 +105,17 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that sees one state of the store."""
-        with self._told(), self.engine.begin() as connection:
+        with self._errors_explained(), self.engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction whose rows are all there afterwards, on the disk, or none of them."""
-        with self._told(), self.engine.execution_options(writes=True).begin() as connection:
+        with self._errors_explained(), self.engine.execution_options(writes=True).begin() as connection:
             yield connection
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_explained(self) -> Iterator[None]:
         try:
             yield
         except exc.IntegrityError as error:

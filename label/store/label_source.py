@@ -1,4 +1,4 @@
-"""What a file of labels does not say of itself and its reader has to: source, licence, model, who labelled.
+"""What a file of labels does not say of itself: source, licence, model, who labelled. The user says it instead.
 
 Owns how these enter an answer. Knows nothing of formats.
 """
@@ -13,13 +13,20 @@ from draftsmith.data.formats import Message
 from draftsmith.label.schema import Answer, How, Label, Span, answer_id, check_messages, refusal
 
 
-class LeftOut(ValueError):
+class SkippedRow(ValueError):
     """A row that gives no answer, through no fault of its own; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Stands in where a row is silent. `licence` and `model` are None where the user has named none."""
+class LabelSource:
+    """What counts where a row says nothing.
+
+    Attributes:
+        source: of the answers.
+        labelled_by: who labelled.
+        licence: of the source; None where the user has named none.
+        model: that wrote the answers; None likewise.
+    """
 
     source: str
     labelled_by: str
@@ -27,7 +34,14 @@ class Origin:
     model: str | None = None
 
     def label(self, how: How, error: Span | None, checked: Span | None = None, labelled_by: str | None = None) -> Label:
-        """A label that is wrong where there is an error span, else correct."""
+        """A label that is wrong where there is an error span, else correct.
+
+        Args:
+            how: who or what found it.
+            error: span of the first error, or None.
+            checked: the part that the label speaks of; None for all.
+            labelled_by: who labelled, if the row says it.
+        """
         return Label("correct" if error is None else "wrong", labelled_by or self.labelled_by, how, error, checked)
 
     def answer(
@@ -39,9 +53,18 @@ class Origin:
         model: str | None = None,
         licence: str | None = None,
     ) -> Answer:
-        """An answer to `prompt` (one question, or messages), with what the row says before what the user says.
+        """An answer, with what the row says before what the user says.
 
-        Raises ValueError: nobody has told the licence, or the question is no text.
+        Args:
+            prompt: one question, or messages.
+            response: the answer's text.
+            label: or None.
+            place: of the row, for messages.
+            model: that wrote it, if the row says it.
+            licence: of the source, if the row says it.
+
+        Raises:
+            ValueError: no licence is known, or the question is no text.
         """
         licence = licence or self.licence
         if not licence:

@@ -30,7 +30,13 @@ _TRIES = 20  # of taking a seat that another process takes first
 
 @dataclass(frozen=True)
 class Added:
-    """What `Store.add` did: new answers, new labels, and labels that said what their author had said already."""
+    """What `Store.add` did.
+
+    Attributes:
+        items: new answers.
+        labels: new labels.
+        known_labels: labels that said what their author had said already.
+    """
 
     items: int
     labels: int
@@ -38,10 +44,17 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the log: a label, or (`undoes`) the number of the entry it takes back.
+class LogEntry:
+    """One line of the log.
 
-    `author` wrote the entry, `label.labelled_by` is whose judgement it is; for a person at work both are the same.
+    Attributes:
+        number: of the entry.
+        item_id: of the answer.
+        label: the label, or None where the entry takes another one back. `label.labelled_by` is whose judgement it is.
+        undoes: the number of the entry that it takes back, or None.
+        author: who wrote the entry; for a person at work the same as `label.labelled_by`.
+        at: when, UTC.
+        seconds: that the label took, or None.
     """
 
     number: int
@@ -57,8 +70,12 @@ class Entry:
 class Progress:
     """How far an annotator is with the items that were assigned to them.
 
-    `num_waiting` are those that they could still get, the open one included. `mean_seconds` is the time that their labels
-    took, None where none tells it. `last_entry` is the number of the label that `Store.undo` would take back.
+    Attributes:
+        num_labelled: items with their label.
+        num_released: items that they gave back.
+        num_waiting: items that they could still get, the open one included.
+        mean_seconds: that their labels took; None where none says it.
+        last_entry: the number of the label that `Store.undo` would take back, or None.
     """
 
     num_labelled: int
@@ -73,9 +90,15 @@ class NotOpen(ValueError):
 
 
 class Store:
-    """Opens a store: a path (SQLite) or an SQLAlchemy URL.
+    """The answers of a store, their labels and who works on which.
 
-    Raises ValueError: see `Database`.
+    Args:
+        place: a path (SQLite) or an SQLAlchemy URL.
+        create: make the store where there is none.
+        patience_seconds: how long a writer waits for another one.
+
+    Raises:
+        ValueError: see `Database`.
     """
 
     def __init__(self, place: str, create: bool = False, patience_seconds: float = PATIENCE_SECONDS) -> None:
@@ -85,17 +108,22 @@ class Store:
     def add(self, answers: Iterable[Answer], author: str) -> Added:
         """Adds answers with their labels and tokens, all of them or none. What is there already stays as it is.
 
-        Raises ValueError: an answer breaks a rule, or its id belongs to another answer.
+        Args:
+            answers: with labels or without.
+            author: who adds them, for the log.
+
+        Raises:
+            ValueError: an answer breaks a rule, or its id belongs to another answer.
         """
-        found = list(answers)
-        for answer in found:
+        added = list(answers)
+        for answer in added:
             check_answer(answer, answer.id)
         with self._database.write() as connection:
-            numbers, num_new = self._add_items(connection, found, author)
-            self._add_tokens(connection, found, numbers, author)
+            numbers, num_new = self._add_items(connection, added, author)
+            self._add_tokens(connection, added, numbers, author)
             current = _current_labels(connection)
             num_labels = num_known = 0
-            for answer in found:
+            for answer in added:
                 if answer.label is None:
                     continue
                 key = (numbers[answer.id], answer.label.labelled_by)
@@ -110,9 +138,17 @@ class Store:
     def annotate(self, item_id: str, label: Label, seconds: float | None = None, assigned: bool = False) -> int:
         """Appends a label by `label.labelled_by`, which from now on is that author's label of the item.
 
-        `seconds` is the time it took. With `assigned`, the item must be assigned to that author and still be open: the
-        label that stands there already is not written again, so that a request can be sent twice, and another is refused.
-        Returns the entry's number. When this returns, the entry is on the disk.
+        When this returns, the entry is on the disk. With `assigned`, a request can be sent twice: the label that is there already is not
+        written again. Another label is an error.
+
+        Args:
+            item_id: of the answer.
+            label: to append.
+            seconds: that it took.
+            assigned: the item must be assigned to that author, and still be open.
+
+        Returns:
+            the entry's number.
 
         Raises:
             NotOpen: the item is not assigned to the author, or has another label of theirs (`assigned` only).
@@ -133,14 +169,21 @@ class Store:
             return _append(connection, ENTRIES, values)
 
     def undo(self, author: str, entry: int | None = None) -> str:
-        """Takes back the last label of `author` that still stands, by another entry. Returns the item's id.
+        """Takes back an author's last label, by another entry. Their label before it on that item, if any, counts again.
 
-        The author's label before it on that item, if any, stands again. With `entry`, the label must have that number and
-        its item be assigned to the author; one that was taken back already stays so, and nothing is written.
+        With `entry`, the label must have that number, and its item must be assigned to the author. If that label was taken back already,
+        nothing is written.
+
+        Args:
+            author: whose label.
+            entry: its number; None takes the last one.
+
+        Returns:
+            the item's id.
 
         Raises:
             NotOpen: the label of that number is not the author's last one on an assigned item (`entry` only).
-            ValueError: nothing of this author's stands.
+            ValueError: the author has no label to take back.
         """
         with self._database.write() as connection:
             if entry is not None and (done := _undone_item(connection, author, entry)) is not None:
@@ -157,11 +200,15 @@ class Store:
             return str(connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number == last.item)))
 
     def assign(self, annotator: str, shared: float = 0.0) -> Answer | None:
-        """The item that `annotator` is to label now, or None when there is none left for them.
+        """The item that an annotator is to label now, or None when there is none left for them.
 
-        An item not yet labelled by them stays theirs until they label or release it. Else it is the first one that still
-        needs a look: no label yet, or one that says only "wrong, somewhere". Two annotators never get the same item,
-        except for the share `shared` of the items, chosen by their ids, which two get.
+        An item not yet labelled by them stays theirs until they label or release it. Else it is the first one that still needs a look: no
+        label yet, or one that says only "wrong, somewhere". Two annotators never get the same item, except for the share `shared` of the
+        items, chosen by their ids, which two get.
+
+        Args:
+            annotator: their name.
+            shared: from 0 to 1.
 
         Raises:
             Conflict: other processes were quicker every time, or the database takes this name for another one's.
@@ -179,7 +226,12 @@ class Store:
         return self._assign(annotator, shared)
 
     def release(self, item_id: str, annotator: str, reason: str) -> None:
-        """Gives an assigned item back, for somebody else; this annotator is not offered it again.
+        """Gives an assigned item back, for somebody else. This annotator does not get it again.
+
+        Args:
+            item_id: of the answer.
+            annotator: who gives it back.
+            reason: for the log.
 
         Raises:
             NotOpen: the item is not assigned to them, was given back already, or has their label.
@@ -198,7 +250,12 @@ class Store:
             connection.execute(insert(RELEASES).values(values))
 
     def progress(self, annotator: str, shared: float = 0.0) -> Progress:
-        """How far `annotator` is, where the share `shared` of the items goes to two (see `assign`)."""
+        """How far an annotator is.
+
+        Args:
+            annotator: their name.
+            shared: the share of the items that two get (see `assign`).
+        """
         with self._database.read() as connection:
             standing = _standing(connection)
             held, released = seats_of(connection, annotator)
@@ -214,7 +271,11 @@ class Store:
             )
 
     def num_waiting(self, shared: float = 0.0) -> int:
-        """How many items still need a look, by anybody, where the share `shared` of them needs two."""
+        """How many items still need a look, by anybody.
+
+        Args:
+            shared: the share of them that needs two.
+        """
         with self._database.read() as connection:
             num_labels = Counter(item for item, _ in _placed(_standing(connection)))
             return sum(num_labels[item] < wanted for item, wanted in _wanted(connection, shared).items())
@@ -222,7 +283,11 @@ class Store:
     def answer(self, item_id: str) -> Answer:
         """One answer, without labels.
 
-        Raises ValueError: no such item.
+        Args:
+            item_id: of the answer.
+
+        Raises:
+            ValueError: no such item.
         """
         with self._database.read() as connection:
             return _answer(connection, _item(connection, item_id).number)
@@ -230,25 +295,30 @@ class Store:
     def answers(self, unlabelled: bool = False) -> list[Answer]:
         """Every answer with each author's current label, in the order of their adding; with tokens if there is one set.
 
-        `unlabelled` adds the answers that nobody has labelled.
+        Args:
+            unlabelled: add the answers that nobody has labelled.
         """
         with self._database.read() as connection:
             labels: dict[int, list[Label]] = {}
             for (item, _), label in _current_labels(connection).items():
                 labels.setdefault(item, []).append(label)
             tokens = _tokens(connection)
-            found = []
+            answers = []
             for row in connection.execute(select(ITEMS).order_by(ITEMS.c.number)):
                 answer = _from_item(row, tokens.get(row.number))
-                found += [replace(answer, label=label) for label in labels.get(row.number, [])]
+                answers += [replace(answer, label=label) for label in labels.get(row.number, [])]
                 if unlabelled and row.number not in labels:
-                    found.append(answer)
-        return found
+                    answers.append(answer)
+        return answers
 
-    def history(self, item_id: str) -> list[Entry]:
+    def history(self, item_id: str) -> list[LogEntry]:
         """The whole log of one item, oldest entry first.
 
-        Raises ValueError: no such item.
+        Args:
+            item_id: of the answer.
+
+        Raises:
+            ValueError: no such item.
         """
         with self._database.read() as connection:
             item = _item(connection, item_id)
@@ -385,17 +455,17 @@ def _check_unlabelled(standing: Row[Any] | None, item_id: str, annotator: str) -
 def _last_label(connection: Connection, author: str, assigned: bool) -> Row[Any] | None:
     """The entry of the author's last label that stands, on an item that is assigned to them if so asked."""
     mine = {seat.item for seat in seats_of(connection, author)[0]}
-    found = [
+    entries = [
         row for (item, by), row in _standing(connection).items() if by == author and (item in mine or not assigned)
     ]
-    return max(found, key=lambda row: int(row.number), default=None)
+    return max(entries, key=lambda row: int(row.number), default=None)
 
 
 def _undone_item(connection: Connection, author: str, entry: int) -> str | None:
     """The id of the item whose label, the entry of this number, its author has taken back already; else None."""
     undone = select(ENTRIES.c.item).where(ENTRIES.c.undoes == entry, ENTRIES.c.author == author)
-    found = connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number.in_(undone)))
-    return None if found is None else str(found)
+    item_id = connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number.in_(undone)))
+    return None if item_id is None else str(item_id)
 
 
 def _tokens(connection: Connection, item: int | None = None) -> dict[int, Tokens]:
@@ -461,6 +531,6 @@ def _label(row: Row[Any]) -> Label:
     return Label(row.verdict, row.labelled_by, row.how, error, checked, row.note)
 
 
-def _entry(row: Row[Any], item_id: str) -> Entry:
+def _entry(row: Row[Any], item_id: str) -> LogEntry:
     label = None if row.undoes is not None else _label(row)
-    return Entry(row.number, item_id, label, row.undoes, row.author, row.at, row.seconds)
+    return LogEntry(row.number, item_id, label, row.undoes, row.author, row.at, row.seconds)

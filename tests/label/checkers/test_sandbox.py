@@ -15,12 +15,12 @@ import pytest
 
 from draftsmith.label.checkers import sandbox_launcher
 from draftsmith.label.checkers.bubblewrap import find_confinement
-from draftsmith.label.checkers.sandbox import Limits, Ran, SandboxError, run
+from draftsmith.label.checkers.sandbox import Limits, ProgramOutcome, SandboxError, run
 
 pytestmark = pytest.mark.usefixtures("sandbox")
 
 
-def try_to(act: str, **limits: float) -> Ran:
+def try_to(act: str, **limits: float) -> ProgramOutcome:
     """Runs `act` and prints what came of it."""
     return run(
         f"try:\n    {act}\n    print('done')\nexcept OSError as error:\n    print(type(error).__name__)",

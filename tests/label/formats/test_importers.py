@@ -6,7 +6,7 @@ import pytest
 
 from draftsmith.label.formats.importers import Imported, read_labelled
 from draftsmith.label.schema import Answer, Label
-from draftsmith.label.store.label_source import Origin
+from draftsmith.label.store.label_source import LabelSource
 
 JUDGE = Path(__file__).parents[4] / "shared" / "data" / "judge"
 
@@ -24,7 +24,7 @@ MINED = {"question": "How many?", "prefix": "It is", "draft_token": " 8", "targe
 
 def read(tmp_path: Path, *rows: Any, licence: str | None = "MIT", model: str | None = None) -> Imported:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_labelled(tmp_path / "in.jsonl", "auto", Origin("in", "them", licence, model))
+    return read_labelled(tmp_path / "in.jsonl", "auto", LabelSource("in", "them", licence, model))
 
 
 def one(tmp_path: Path, row: Any) -> Answer:
@@ -187,7 +187,7 @@ def test_the_real_sets_import_whole(file: str, row_format: str, rows: int, answe
     path = JUDGE / file
     if not path.exists():
         pytest.skip(f"{path} is not here: the labelled sets are not part of the project")
-    imported = read_labelled(path, "auto", Origin(path.stem, path.stem, "MIT"))
+    imported = read_labelled(path, "auto", LabelSource(path.stem, path.stem, "MIT"))
     assert imported.format == row_format
     assert len(path.read_text().splitlines()) == rows
     assert (len(imported.answers), imported.left_out) == (answers, [])

@@ -8,7 +8,7 @@ import pytest
 from draftsmith.label.formats.importers import read_labelled
 from draftsmith.label.formats.label_studio import write_tasks
 from draftsmith.label.schema import Answer, Label
-from draftsmith.label.store.label_source import Origin
+from draftsmith.label.store.label_source import LabelSource
 
 RESPONSE = "😀 1+1=3"
 SPAN = {"start": 6, "end": 7, "text": "3", "labels": ["error"]}
@@ -28,7 +28,7 @@ def task(*annotations: dict[str, Any], **data: Any) -> dict[str, Any]:
 
 def read(tmp_path: Path, *tasks: dict[str, Any]) -> list[Answer]:
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    return read_labelled(tmp_path / "tasks.json", "auto", Origin("tasks", "them", "MIT")).answers
+    return read_labelled(tmp_path / "tasks.json", "auto", LabelSource("tasks", "them", "MIT")).answers
 
 
 def labels(tmp_path: Path, *results: dict[str, Any], **fields: Any) -> Label | None:
@@ -46,7 +46,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, make: Callable[..., Answer
     ]
     write_tasks(tmp_path / "out.json", answers)
     assert len(json.loads((tmp_path / "out.json").read_text())) == 4
-    assert read_labelled(tmp_path / "out.json", "auto", Origin("x", "y")).answers == answers
+    assert read_labelled(tmp_path / "out.json", "auto", LabelSource("x", "y")).answers == answers
 
 
 def test_a_span_is_the_error_and_the_user_its_author(tmp_path: Path) -> None:

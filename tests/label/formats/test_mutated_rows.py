@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from draftsmith.label.formats.importers import read_labelled
 from draftsmith.label.page.markable_spans import Cutter
-from draftsmith.label.page.server import Desk
-from draftsmith.label.store.label_source import Origin
+from draftsmith.label.page.server import LabellingActions
+from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -98,16 +98,16 @@ def test_a_broken_row_is_left_out_and_the_store_and_the_page_take_the_others(
     bad = changed(row, way, data.draw(st.sampled_from(STRANGE)), data.draw(st.booleans()))
     file = tmp_path / "in.jsonl"
     file.write_bytes("".join(json.dumps(one) + "\n" for one in (bad, row)).encode())
-    imported = read_labelled(file, name, Origin("in", "them", "MIT", None))  # type: ignore[arg-type]
+    imported = read_labelled(file, name, LabelSource("in", "them", "MIT", None))  # type: ignore[arg-type]
     assert imported.answers
     assert all(reason.startswith(f"{file}:1") for reason in imported.left_out)
     (tmp_path / "store.db").unlink(missing_ok=True)
     with Store(str(tmp_path / "store.db"), create=True) as store:
         store.add(imported.answers[:1], "me")
-        desk = Desk(store, Cutter(), shared=0.0)
-        item = desk.next({"annotator": "p"})["item"]
+        actions = LabellingActions(store, Cutter(), shared=0.0)
+        item = actions.next({"annotator": "p"})["item"]
         if item is not None:  # None: its label has placed the error already
             json.dumps(item, ensure_ascii=False).encode("utf-8")
             marked = next(segment for segment in item["segments"] if len(segment) == 3)
             fields = {"annotator": "p", "item": item["id"], "verdict": "wrong", "error": marked[1:], "seconds": 1}
-            assert desk.label(fields)["entry"]
+            assert actions.label(fields)["entry"]

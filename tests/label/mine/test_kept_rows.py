@@ -6,13 +6,13 @@ import pytest
 import torch
 from doubles import VOCAB, random_target
 
-from draftsmith.label.mine.kept_rows import CachedRows, Read, Reading
+from draftsmith.label.mine.kept_rows import CachedRows, RowInput, RowOutput
 from draftsmith.models.target.target import Target
 
 LONGEST = 60
 
 
-def by_hand(target: Target, read: Read) -> list[int]:
+def by_hand(target: Target, read: RowInput) -> list[int]:
     """By the model's own forward over the whole text."""
     logits = target.model(input_ids=torch.tensor([read.tokens]), use_cache=False).logits[0]
     return logits[-read.num_asked :].argmax(-1).tolist()
@@ -34,7 +34,7 @@ def test_any_rows_in_any_order_of_edits_say_what_a_whole_forward_says(family: st
         chosen = rng.sample(range(3), rng.randint(1, 3))
         for row in chosen:
             texts[row] = edited(texts[row], rng)[:LONGEST]
-        reads = [Read(row, texts[row], rng.randint(1, min(6, len(texts[row])))) for row in chosen]
+        reads = [RowInput(row, texts[row], rng.randint(1, min(6, len(texts[row])))) for row in chosen]
         found = rows.read(reads)
         assert set(found) == set(chosen)
         for read in reads:
@@ -44,10 +44,10 @@ def test_any_rows_in_any_order_of_edits_say_what_a_whole_forward_says(family: st
 def test_only_what_is_behind_the_common_beginning_is_read() -> None:
     rows = CachedRows(random_target(), 1, LONGEST)
     text = list(range(10, 30))
-    assert rows.read([Read(0, text, 1)])[0].num_tokens == 20
-    assert rows.read([Read(0, [*text, 5, 6], 1)])[0].num_tokens == 2
-    assert rows.read([Read(0, [*text[:12], 5, 6, 7], 2)])[0].num_tokens == 3
-    assert rows.read([Read(0, text[:12], 4)])[0].num_tokens == 4
+    assert rows.read([RowInput(0, text, 1)])[0].num_tokens == 20
+    assert rows.read([RowInput(0, [*text, 5, 6], 1)])[0].num_tokens == 2
+    assert rows.read([RowInput(0, [*text[:12], 5, 6, 7], 2)])[0].num_tokens == 3
+    assert rows.read([RowInput(0, text[:12], 4)])[0].num_tokens == 4
     assert (rows.num_forwards, rows.num_tokens, rows.num_padding) == (4, 29, 0)
 
 
@@ -58,15 +58,15 @@ def test_chunks_bound_a_forward_and_are_counted() -> None:
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     rows = CachedRows(target, 1, LONGEST, chunk=8)
-    reading = rows.read([Read(0, list(range(20)), 6)])[0]
+    reading = rows.read([RowInput(0, list(range(20)), 6)])[0]
     assert widths == [8, 6, 6]
-    assert reading == Reading(reading.next_tokens, 20, 3)
+    assert reading == RowOutput(reading.next_tokens, 20, 3)
     assert rows.num_forwards == 3
 
 
 def test_a_draft_chooses_among_the_targets_tokens_and_embeds_no_other() -> None:
     target = random_target()
     rows = CachedRows(target, 1, LONGEST, vocab_size=7)
-    [reading] = rows.read([Read(0, [3, VOCAB + 5], 2)]).values()
+    [reading] = rows.read([RowInput(0, [3, VOCAB + 5], 2)]).values()
     logits = target.model(input_ids=torch.tensor([[3, VOCAB - 1]])).logits[0, :, :7]
     assert reading.next_tokens == logits.argmax(-1).tolist()

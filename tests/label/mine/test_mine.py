@@ -18,8 +18,8 @@ from draftsmith.label.mine import mine_command as command
 from draftsmith.label.mine.answers import answer_parser
 from draftsmith.label.mine.many_questions import Miner
 from draftsmith.label.mine.plain import mine_plain
-from draftsmith.label.mine.questions import Asked, read_questions
-from draftsmith.label.mine.walk import Mined, Question, Rules
+from draftsmith.label.mine.question_mining import MiningQuestion, MiningResult, Rules
+from draftsmith.label.mine.questions import QuestionRow, read_questions
 from draftsmith.label.schema import read_answers
 from draftsmith.label.token_labels import IGNORED
 from draftsmith.label.token_rows import LabelledRow, read_rows
@@ -57,7 +57,7 @@ def mined(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def asked_and_rules(prompts: Path) -> tuple[list[Asked], Rules]:
+def asked_and_rules(prompts: Path) -> tuple[list[QuestionRow], Rules]:
     tokenizer, parse = load_tokenizer(TARGET), answer_parser("final-number")
     asked = read_questions(prompts, ChatTemplate(tokenizer, None, (3,)), parse, 768)
     return asked, Rules(
@@ -86,7 +86,7 @@ def test_rows_hold_the_labels_of_the_plain_procedure(prompts: Path, mined: Path,
     assert {label for row in expected for label in row.labels} == {0, 1, IGNORED}
 
 
-def plainly(prompts: Path, models: tuple[Target, Target]) -> Iterator[tuple[Asked, Mined]]:
+def plainly(prompts: Path, models: tuple[Target, Target]) -> Iterator[tuple[QuestionRow, MiningResult]]:
     found, rules = asked_and_rules(prompts)
     for asked in found:
         yield asked, mine_plain(*models, asked.question, rules)
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_and_every_question_is_there_once(
 ) -> None:
     whole, out = Miner.mine, tmp_path / "out"
 
-    def killed(miner: Miner, questions: Sequence[Question]) -> Iterator[Mined]:
+    def killed(miner: Miner, questions: Sequence[MiningQuestion]) -> Iterator[MiningResult]:
         for number, one in enumerate(whole(miner, questions)):
             if number == 2:
                 raise KeyboardInterrupt
@@ -315,7 +315,7 @@ def test_a_row_that_does_not_fit_the_run_is_left_out_with_its_place(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, {"prompt_ids": [7]})))
 
-    def fit(asked: Asked) -> Asked:
+    def fit(asked: QuestionRow) -> QuestionRow:
         if asked.question.prompt_ids == [7]:
             raise ValueError("seven is too few")
         return asked

@@ -1,7 +1,8 @@
 """One question on its way through AutoJudge's mining (arXiv:2504.20039): which tokens of an answer may be the draft's.
 
 Owns the order of the procedure: the target's answer, the draft's tokens along it, one swap after the other, the answer that follows, the
-label. Knows no model: it says what is to be read, and is told which tokens came out.
+label. Knows no model: it says what to read, and the caller passes the
+tokens that came out.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ Work = Literal["prompt", "answer", "alternative", "draft", "guess"]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt in token ids; the target's answer where it is known already; what the data set says the answer is.
+class MiningQuestion:
+    """A question to be mined.
 
-    `parse` stands in for the rules' where a reply to this question is read in the light of more than the reply.
+    Attributes:
+        id: of the question.
+        prompt_ids: the prompt in token ids.
+        reply_ids: the target's answer, where it is known already.
+        reference: what the data set says the answer is.
+        parse: replaces the rules' `parse` where reading a reply takes more than the reply.
     """
 
     id: str
@@ -40,14 +46,14 @@ class Rules:
         parse: what a reply, in token ids, answers; None where it answers nothing.
         eos_token_ids: any of these ends a reply, and is part of it.
         max_new_tokens: most tokens of a reply.
-        against: "answer" judges by the target's own answer, "reference" leaves questions out which the target does not answer
-            as their reference does.
+        against: "answer" judges by the target's own answer. "reference" leaves out questions which the target does not answer as their
+            reference does.
         max_length: an alternative is at most so many times as long as the first answer; None sets no such bound.
-        stop_on_rejoin: an alternative whose last so many tokens stand in a known answer is taken to go on as that one does. A
-            guess, not exact; None always lets the target go on.
+        stop_on_rejoin: if this many last tokens of an alternative are also in a known answer, assume that it continues like that one. A
+            guess, not exact; None always lets the target continue.
         context: most tokens of prompt and reply together; None for no limit.
         draft_window: most tokens of a known answer that one forward of the target verifies.
-        draft_length: most tokens that the draft guesses for one forward of the target, where no known answer tells what comes.
+        draft_length: most tokens that the draft guesses for one forward of the target, where no known answer says what comes.
         look_ahead: tokens of the answer along which the draft is asked in one forward.
 
     Raises:
@@ -76,7 +82,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Swap:
-    """At `place` of the reply the target said `target_token` and the draft `draft_token`; `label`: 1 may be accepted, 0 is wrong."""
+    """A token of the draft in place of the target's.
+
+    Attributes:
+        place: of the token in the reply.
+        target_token: what the target said.
+        draft_token: what the draft said.
+        label: 1 may be accepted, 0 is wrong.
+    """
 
     place: int
     target_token: int
@@ -85,24 +98,34 @@ class Swap:
 
 
 @dataclass
-class Cost:
-    """Tokens read, and forwards in which a question took part, by what they were for.
+class MiningCost:
+    """What mining a question took.
 
-    The target reads the prompt, finds its answer and the alternatives; the draft says its tokens along the answer ("draft") and
-    guesses ahead of the target ("guess").
+    The target reads the prompt, and finds its answer and the alternatives. The draft says its tokens along the answer ("draft") and guesses
+    ahead of the target ("guess").
+
+    Attributes:
+        tokens: that were read, by what they were for.
+        row_forwards: in which the question took part, likewise.
     """
 
     tokens: dict[Work, int] = field(default_factory=dict)
     row_forwards: dict[Work, int] = field(default_factory=dict)
 
     def add(self, work: Work, num_tokens: int, num_forwards: int) -> None:
-        """Charges one reading."""
+        """Charges one reading.
+
+        Args:
+            work: what it was for.
+            num_tokens: that were read.
+            num_forwards: in which the question took part.
+        """
         self.tokens[work] = self.tokens.get(work, 0) + num_tokens
         self.row_forwards[work] = self.row_forwards.get(work, 0) + num_forwards
 
 
 @dataclass(frozen=True)
-class Mined:
+class MiningResult:
     """What came of a question.
 
     Attributes:
@@ -122,15 +145,15 @@ class Mined:
     reply_ids: list[int]
     answer: str | None
     swaps: tuple[Swap, ...]
-    cost: Cost
+    cost: MiningCost
     left_out: str | None = None
 
 
 @dataclass
-class _Growing:
-    """A reply that the target goes on with.
+class _PartialReply:
+    """A reply that the target continues.
 
-    Its first `first` tokens are given, it ends at `limit`. `guess` is what may come next, `known` whether a known answer tells so.
+    Its first `first` tokens are given, and it ends at `limit`. `guess` is what may come next, `known` whether it comes from a known answer.
     """
 
     tokens: list[int]
@@ -140,17 +163,22 @@ class _Growing:
     known: bool = False
 
 
-class Walk:
+class QuestionMining:
     """A question under way.
 
-    While `phase` is "prompt", "answer" or "alternative", the target is to read :meth:`target_tokens` and its next tokens go to
-    :meth:`take_target`; while it is "draft", the same with the draft; "done" ends it, and :meth:`mined` tells the outcome.
+    `phase` says what the caller does next. "prompt", "answer", "alternative": the target reads :meth:`target_tokens`, and its next tokens
+    go to :meth:`take_target`. "draft": the draft reads :meth:`draft_tokens`, and its next tokens go to :meth:`take_draft`. "done":
+    :meth:`mined` gives the outcome.
+
+    Args:
+        question: to be mined.
+        rules: how answers are found and judged.
     """
 
-    def __init__(self, question: Question, rules: Rules) -> None:
+    def __init__(self, question: MiningQuestion, rules: Rules) -> None:
         self.question = question
         self.phase: Phase = "prompt"
-        self.cost = Cost()
+        self.cost = MiningCost()
         self._rules = rules
         self._parse = question.parse or rules.parse
         self._known = KnownAnswers()
@@ -162,15 +190,21 @@ class Walk:
         self._answer: str | None = None
         self._swaps: list[Swap] = []
         self._left_out: str | None = None
-        self._growing = _Growing([], self._within_context(rules.max_new_tokens))
+        self._growing = _PartialReply([], self._within_context(rules.max_new_tokens))
 
     @property
     def needs_target(self) -> bool:
-        """Whether the target's next tokens are what this question waits for."""
+        """Whether this question waits for the target's next tokens."""
         return self.phase in ("prompt", "answer", "alternative")
 
     def charge(self, num_tokens: int, num_forwards: int, ahead: bool = False) -> None:
-        """Notes what a reading in this phase takes; `ahead`: it was the draft's, which guesses ahead of the target."""
+        """Notes what a reading in this phase takes.
+
+        Args:
+            num_tokens: that were read.
+            num_forwards: in which the question took part.
+            ahead: whether it was the draft's, which guesses ahead of the target.
+        """
         assert self.phase != "done"
         self.cost.add("guess" if ahead else self.phase, num_tokens, num_forwards)
 
@@ -180,7 +214,11 @@ class Walk:
         return self.question.prompt_ids + growing.tokens + growing.guess, 1 + len(growing.guess)
 
     def take_target(self, next_tokens: list[int]) -> None:
-        """The target's own choices: those along the guess that it confirms are its continuation, and one more."""
+        """Takes the target's own choices: those that confirm the guess continue its reply, and one more does.
+
+        Args:
+            next_tokens: after each token asked for.
+        """
         if self.phase == "prompt" and self.question.reply_ids is not None:
             self._begin(self._cut(self.question.reply_ids))
             return
@@ -194,7 +232,7 @@ class Walk:
             self._look_up()
 
     def wants_guess(self) -> bool:
-        """Whether the draft is to guess on what the target says next, token by token, because no known answer tells it."""
+        """Whether the draft should guess what the target says next, token by token, because no known answer does."""
         growing = self._growing
         if self.phase not in ("answer", "alternative") or growing.known:
             return False
@@ -202,7 +240,11 @@ class Walk:
         return not ended and len(growing.guess) < self._room(self._rules.draft_length)
 
     def guess(self, token: int) -> None:
-        """The draft's next guess."""
+        """Takes the draft's next guess.
+
+        Args:
+            token: its id.
+        """
         self._growing.guess.append(token)
 
     def draft_tokens(self) -> tuple[list[int], int]:
@@ -211,19 +253,23 @@ class Walk:
         return self.question.prompt_ids + self._reply[: end - 1], end - len(self._drafted)
 
     def take_draft(self, next_tokens: list[int]) -> None:
-        """The draft's choices along the answer."""
+        """Takes the draft's choices along the answer.
+
+        Args:
+            next_tokens: after each token asked for.
+        """
         self._drafted += next_tokens
         self._to_next_mismatch()
 
-    def mined(self) -> Mined:
+    def mined(self) -> MiningResult:
         """The outcome."""
         assert self.phase == "done"
         given, swaps = self.question, tuple(self._swaps)
         replies = (self._first_reply, self._reply)
-        return Mined(given.id, given.prompt_ids, *replies, self._answer, swaps, self.cost, self._left_out)
+        return MiningResult(given.id, given.prompt_ids, *replies, self._answer, swaps, self.cost, self._left_out)
 
     def _look_up(self) -> None:
-        """Guesses what the target says next from a known answer, if the last tokens stand in one."""
+        """Guesses what the target says next from a known answer, if the last tokens are in one."""
         growing = self._growing
         place = self._known.rejoin(growing.tokens)
         growing.guess = [] if place is None else self._known.following(place, self._room(self._rules.draft_window))
@@ -248,7 +294,7 @@ class Walk:
         return False
 
     def _begin(self, reply: list[int]) -> None:
-        """The target's answer is there: judge by it, and look for the first mismatch."""
+        """Takes the target's answer, by which alternatives are judged, and looks for the first mismatch."""
         rules = self._rules
         self._first_reply = self._reply = reply
         self._answer = self._parse(reply)
@@ -279,11 +325,11 @@ class Walk:
         self.phase = "done"
 
     def _swap(self) -> None:
-        """Puts the draft's token in and lets the target go on, for one token at least, as the reference procedure does."""
+        """Puts the draft's token in and lets the target continue, for one token at least, as the reference procedure does."""
         tokens = [*self._reply[: self._place], self._drafted[self._place]]
         first = len(tokens)
         limit = self._within_context(max(self._limit, first + 1))
-        self._growing = _Growing(tokens, limit, first)
+        self._growing = _PartialReply(tokens, limit, first)
         self.phase = "alternative"
         if tokens[-1] in self._rules.eos_token_ids or limit <= first:
             self._judge(tokens)

@@ -7,7 +7,7 @@ from doubles import VOCAB, random_target
 
 from draftsmith.label.mine.many_questions import Miner
 from draftsmith.label.mine.plain import mine_plain
-from draftsmith.label.mine.walk import Mined, Question, Rules, Swap, Walk
+from draftsmith.label.mine.question_mining import MiningQuestion, MiningResult, QuestionMining, Rules, Swap
 
 END = 1
 PROMPT = [50]
@@ -34,9 +34,9 @@ def script(*lines: list[int], otherwise: int = END) -> Next:
     return follow
 
 
-def driven(target: Next, draft: Next, question: Question | None = None, **settings: object) -> Mined:
+def driven(target: Next, draft: Next, question: MiningQuestion | None = None, **settings: object) -> MiningResult:
     """Walks a question with functions for models."""
-    walk = Walk(question or Question("q", PROMPT), rules(**settings))
+    walk = QuestionMining(question or MiningQuestion("q", PROMPT), rules(**settings))
     while walk.phase != "done":
         while walk.wants_guess():
             walk.guess(draft(walk.target_tokens()[0]))
@@ -72,7 +72,7 @@ def test_an_end_token_from_the_draft_ends_the_walk_whether_the_answer_stands_or_
 
 def test_a_given_reply_is_walked_along_and_cut_at_its_end_token() -> None:
     target = script([41, 7, END], [43, 7, END])
-    mined = driven(target, script([43, 7, END]), Question("q", PROMPT, [41, 7, END, 3, 3]))
+    mined = driven(target, script([43, 7, END]), MiningQuestion("q", PROMPT, [41, 7, END, 3, 3]))
     assert mined.first_reply_ids == [41, 7, END]
     assert mined.swaps == (Swap(0, 41, 43, 1),)
 
@@ -81,7 +81,7 @@ def test_what_answers_nothing_or_not_as_the_reference_is_left_out_with_the_reaso
     target, draft = script([41, 42, END]), script([41, 43, END])
     assert driven(target, draft).left_out == "the target's reply has no answer that can be read"
     target, draft = script([41, 7, END]), script([43, 7, END])
-    asked = Question("q", PROMPT, reference="8")
+    asked = MiningQuestion("q", PROMPT, reference="8")
     against = driven(target, draft, asked, against="reference")
     assert (against.left_out, against.swaps) == ("the target's answer is not the reference's", ())
     assert driven(target, draft, asked).left_out is None
@@ -99,7 +99,9 @@ def test_max_length_bounds_an_alternative_by_the_first_answer() -> None:
     target = script([41, 7, END], [43, *[44] * 20], otherwise=44)
     mined = driven(target, script([43, 7, END], [41, 7, END]), max_new_tokens=40, max_length=2)
     assert mined.swaps == (Swap(0, 41, 43, 0),)
-    kept = driven(lambda tokens: 7, lambda tokens: 8, Question("q", PROMPT, [5, 7]), max_new_tokens=40, max_length=2)
+    kept = driven(
+        lambda tokens: 7, lambda tokens: 8, MiningQuestion("q", PROMPT, [5, 7]), max_new_tokens=40, max_length=2
+    )
     assert len(kept.reply_ids) == 5
 
 
@@ -142,7 +144,7 @@ def test_batched_mining_of_random_models_equals_the_plain_procedure(family: str,
     target, draft = random_target(family), random_target(family, seed=1)
     ends = tuple(range(2, 8))
     chosen = Rules(**({"parse": remainder, "eos_token_ids": ends, "max_new_tokens": 24, "context": 96} | settings))  # type: ignore[arg-type]
-    questions = [Question(str(n), [(7 * n + k) % VOCAB for k in range(3 + n % 5)]) for n in range(7)]
+    questions = [MiningQuestion(str(n), [(7 * n + k) % VOCAB for k in range(3 + n % 5)]) for n in range(7)]
     expected = {question.id: mine_plain(target, draft, question, chosen) for question in questions}
     swaps = [swap for mined in expected.values() for swap in mined.swaps]
     assert {swap.label for swap in swaps} == {0, 1}
