@@ -1,6 +1,6 @@
 """The training command: Lightning's own CLI over this project's modules.
 
-Owns: which base classes a run's YAML may name, and how mistakes in it are told. Does not know: any one run.
+Owns: which base classes a run's YAML may name, and how the command reports mistakes in it. Does not know: any one run.
 
 Model and data are named by class_path in the YAML (`draftsmith.train.drafter.module.DraftModule`, or just
 `DraftModule`), so the same command trains drafters and language models.
@@ -24,8 +24,8 @@ from draftsmith import train
 from draftsmith.arguments import Suggesting
 from draftsmith.train.config_files import KEY as BASE
 from draftsmith.train.config_files import already_read, with_bases
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
-from draftsmith.train.drafter.run_length import RunLength
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.run_length import RunLength
 from draftsmith.train.help import PROG, lightnings_words
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption, ResumeValidation
@@ -37,7 +37,7 @@ class TrainingParser(Suggesting, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration once training starts: a run that is refused leaves that of an earlier one alone."""
+    """Saves the configuration once training starts. A run that stops with an error before leaves that of an earlier run alone."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Not yet; the other subcommands change nothing in the folder."""
@@ -99,7 +99,9 @@ class TrainingCLI(LightningCLI):
         wanted = self.config_init[self.subcommand]["trainer"]
         chosen = wanted["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
-        if wanted["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in chosen):
+        if wanted["enable_progress_bar"] is not False and not any(
+            isinstance(callback, ProgressBar) for callback in chosen
+        ):
             kwargs.setdefault("callbacks", [*chosen, RunProgress()])
         return super().instantiate_trainer(**kwargs)
 
@@ -112,8 +114,9 @@ class TrainingCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
-        """Makes checkpoints safe against kills and full disks, unless the YAML chose another way to write them, and the run against
-        being told to go.
+        """Makes checkpoints safe against kills and full disks, and lets the run end well on a signal.
+
+        A YAML that chooses another way to write checkpoints keeps it.
         """
         self.before_validate()
         # Behind the checkpoint callbacks, which Lightning has sorted to the end.
@@ -132,10 +135,15 @@ def import_public_names() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
-    """Runs `fit`, `validate` or another of Lightning's subcommands; None reads the process's arguments.
+    """Runs `fit`, `validate` or another of Lightning's subcommands.
 
-    Raises ValueError for settings that do not work together or on this machine (a device that is not there); a mistake
-    in the arguments or in the YAML ends the process with code 2.
+    A mistake in the arguments or in the YAML ends the process with code 2.
+
+    Args:
+        arguments: of the command; None reads the process's.
+
+    Raises:
+        ValueError: settings that do not work together, or not on this machine (a device that is not there).
     """
     import_public_names()
     try:

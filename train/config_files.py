@@ -35,6 +35,9 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
 
     Example: `fit --config mine.yaml`, and mine.yaml holds `base: drafter.yaml` -> `fit --config drafter.yaml --config mine.yaml`.
 
+    Args:
+        arguments: of the command.
+
     Raises:
         ValueError: a base that does not exist, or files that are each other's base.
     """
@@ -74,7 +77,7 @@ def _shipped(name: str) -> Path:
 
 
 def _bases(file: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The files to read before this one, the first first."""
+    """The files to read before this one, in order."""
     name = _base_of(file)
     if name is None:
         return
@@ -85,7 +88,7 @@ def _bases(file: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         raise ValueError(
             f"{file}: base is {name!r}, which is neither a file beside this one nor one of draftsmith's configurations; name one of these"
         )
-    if base.resolve() in (one.resolve() for one in (*above, file)):
+    if base.resolve() in (configuration.resolve() for configuration in (*above, file)):
         raise ValueError(f"{file}: base is {name!r}, whose base is this file; remove one of the two")
     yield from _bases(base, (*above, file))
     yield base

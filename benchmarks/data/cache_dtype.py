@@ -37,8 +37,8 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 
 DTYPES = ("bfloat16", "float8_e4m3")
 FAMILIES = ("redrafter", "eagle")

@@ -21,9 +21,10 @@ from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.redrafter import ReDrafterFamily
-from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
+from draftsmith.train.batches.cache_subset import CacheBatch
+from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 
 QUIET: dict[str, Any] = {
     "logger": False,

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from draftsmith.train.drafter.losses import Taught, default_chunk_rows, head_cross_entropy, head_distillation
+from draftsmith.train.drafter.losses import TeacherLogits, default_chunk_rows, head_cross_entropy, head_distillation
 
 VOCAB, WIDTH, STEPS = 128 * 1024, 32, 2
 
@@ -40,7 +40,7 @@ def run(kind: str, length: int) -> None:
         sums = head_cross_entropy(inputs, weight, targets, valid, step_weights, metrics=False)
     else:
         head = weight.detach()
-        teacher = lambda ids: Taught(states[ids] @ head.T)  # noqa: E731
+        teacher = lambda ids: TeacherLogits(states[ids] @ head.T)  # noqa: E731
         sums = head_distillation(inputs, weight, teacher, rows, targets, valid, step_weights, metrics=False)
     sums.total.backward()
     print(resident_mib() - before)

@@ -24,8 +24,9 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
 from draftsmith.train.drafter.starting_drafter import LoraSettings
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 from draftsmith.train.run.strategies import FullyShard, Zero
 
 FAMILIES = {"redrafter": ReDrafterFamily, "eagle": EagleFamily, "eagle3": Eagle3Family}

@@ -8,9 +8,7 @@ from docstring_faults import banned_faults, style_faults, vague_locals
 from pages import ROOT
 
 PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
-# Folders that are not clean yet.
-OPEN = {"label", "train"}
-FOLDERS = [folder for folder in (*PACKAGES, "tests") if folder not in OPEN]
+FOLDERS = (*PACKAGES, "tests")
 
 
 def sources(folder: str) -> list[Path]:

@@ -2,10 +2,10 @@
 
 Owns: the cut of an epoch into batches. Does not know: caches, tensors of states, Lightning.
 
-An epoch is cut twice. First into *joint batches*, what all ranks together take in one step: they depend on the tokens of
-a step only, so a run goes on with another number of ranks and the same samples a step. Then the samples of each joint
-batch are dealt out to the ranks so that all have nearly as much to do: a step takes as long as its slowest rank. Batch i of
-a plan goes to rank i modulo world size.
+An epoch is cut twice. First into *joint batches*, what all ranks together take in one step. They depend on the tokens of a step only.
+So a run can resume with another number of ranks and the same samples a step. Then the ranks share out the samples of each
+joint batch, so that all have nearly as much to do. A step takes as long as its slowest rank. Batch i of a plan is for rank
+i modulo world size.
 
 Shape legend: N samples, S shards, R joint batches (steps), W ranks. Plans of ten million samples hold two arrays and no
 list of them.
@@ -56,7 +56,14 @@ class EpochPlan(Sequence[list[int]]):
         return self.step(step)[rank]
 
     def step(self, number: int) -> list[list[int]]:
-        """The batches of all ranks at one step. Which of them gets the longest sample goes round."""
+        """The batches of all ranks at one step. The rank that receives the longest sample rotates from step to step.
+
+        Args:
+            number: of the step, from 0.
+
+        Returns:
+            sample numbers by rank.
+        """
         start, stop = self.bounds[number]
         joint = self.order[start:stop]
         deal = deal_by_length if self.bucketed else deal_out
@@ -67,7 +74,13 @@ class EpochPlan(Sequence[list[int]]):
 def count_batches(lengths: Lengths, tokens_per_batch: Tokens, world_size: int = 1) -> int:
     """Batches of one epoch over all ranks: a multiple of world_size, the same in every epoch.
 
-    Raises ValueError for a budget below 1, no samples, or fewer samples than ranks.
+    Args:
+        lengths: [N], tokens of each sample.
+        tokens_per_batch: of one rank, on average.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: a budget below 1, or fewer samples than ranks.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch is {tokens_per_batch}; a batch needs at least 1 token")
@@ -93,16 +106,25 @@ def plan_epoch(
 ) -> EpochPlan:
     """Cuts the epoch's order of samples into batches of nearly equal numbers of tokens.
 
-    tokens_per_batch is what a batch holds on average; of n joint batches the i-th ends at the sample nearest to i / n of all
-    tokens, and `EpochPlan.step` gives each rank its part. Equal cuts, instead of filling each batch to a limit, keep the number
-    of batches the same in every epoch and on every rank, and make the batches i * w to i * w + w - 1 of w ranks together
-    the batch i of one process with w times the tokens, as long as that batch has w samples. Every sample is in exactly one
-    batch and none is split.
-    With windows the order is by shard, with buckets similar lengths come together (see these); without shuffle
-    everything stays in the cache's order, but for the sorting within buckets.
+    Of n joint batches, the i-th ends at the sample nearest to i / n of all tokens, and `EpochPlan.step` gives each rank its part. No batch
+    is filled to a limit. So the number of batches is the same in every epoch and on every rank. With w ranks, the batches i * w to i * w +
+    w - 1 together are batch i of one process with w times the tokens (if that batch has w samples). Every sample is in exactly one batch,
+    and none is split.
+
     Example: lengths (3, 3, 2, 4) without shuffle and 6 tokens a batch give [[0, 1], [2, 3]].
 
-    Raises ValueError as `count_batches`, and for windows of no shards or buckets of no steps.
+    Args:
+        lengths: [N], tokens of each sample.
+        tokens_per_batch: of one rank, on average.
+        seed: with the epoch, fixes the order.
+        epoch: its number.
+        world_size: number of ranks.
+        shuffle: a new order every epoch. Without it samples keep the cache's order, apart from the sorting within buckets.
+        windows: read shard by shard.
+        buckets: bring similar lengths together.
+
+    Raises:
+        ValueError: as `count_batches`; windows of no shards, or buckets of no steps.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if buckets is not None:
@@ -115,24 +137,29 @@ def plan_epoch(
     step_tokens = -(-int(lengths.sum()) // num_steps)
     groups: tuple[np.ndarray, ...] = ()
     # Of each sample in order: which stretch of the order it may be moved within.
-    stretch_N = np.zeros(len(order), dtype=np.int64)
-    piece_N = stretch_N
+    stretches = np.zeros(len(order), dtype=np.int64)
+    pieces = stretches
     if windows is not None:
         groups = group_shards(lengths, windows, step_tokens, generator if shuffle else None)
-        order, stretch_N = by_window(order, windows.shards, groups)
+        order, stretches = by_window(order, windows.shards, groups)
     if buckets is not None:
-        order, piece_N = by_length(order, lengths, stretch_N, buckets.steps * step_tokens)
+        order, pieces = by_length(order, lengths, stretches, buckets.steps * step_tokens)
     ends = np.cumsum(lengths[order])
     cuts = cut(ends, num_steps, world_size)
     bounds = np.stack([cuts[:-1], cuts[1:]], axis=1)
     if buckets is not None and shuffle:
-        bounds = bounds[mix_steps(bounds, piece_N, generator)]
-    window_of = stretch_N[bounds[:, 1] - 1] if groups else stretch_N[:0]
+        bounds = bounds[mix_steps(bounds, pieces, generator)]
+    window_of = stretches[bounds[:, 1] - 1] if groups else stretches[:0]
     return EpochPlan(order, bounds, world_size, lengths, buckets is not None, groups, window_of)
 
 
 def steps_differ(own: EpochPlan, other: EpochPlan) -> int | None:
-    """The first step that holds other samples under another number of ranks, or None where all steps agree."""
+    """The first step that holds other samples under another number of ranks, or None where all steps agree.
+
+    Args:
+        own: the plan of this run.
+        other: the plan of the interrupted run, for the same epoch.
+    """
     if len(own.bounds) != len(other.bounds):
         return 0
     differing = np.flatnonzero(own.bounds[:, 1] != other.bounds[:, 1])

@@ -7,9 +7,15 @@ import numpy as np
 
 
 def cut(ends: np.ndarray, parts: int, least: int) -> np.ndarray:
-    """int64 [parts + 1]: where parts of nearly equal tokens begin and end in an order whose running sum of tokens is `ends`.
+    """Where parts of nearly equal tokens begin and end in an order of samples.
 
-    Each has at least `least` samples.
+    Args:
+        ends: int64 [N], the running sum of tokens in that order.
+        parts: number of parts.
+        least: samples that each part has at least.
+
+    Returns:
+        int64 [parts + 1].
     """
     room = least * np.arange(1, parts)
     cuts = np.maximum.accumulate(np.maximum(nearest(ends, parts) - room, 0))
@@ -17,9 +23,16 @@ def cut(ends: np.ndarray, parts: int, least: int) -> np.ndarray:
 
 
 def nearest(ends: np.ndarray, parts: int) -> np.ndarray:
-    """int64 [parts - 1]: how many samples come before the cut nearest to 1 / parts, 2 / parts ... of all tokens; a tie takes one more.
+    """How many samples come before the cut nearest to 1 / parts, 2 / parts ... of all tokens. A tie takes one more sample.
 
-    In whole numbers: the same share must give the same cut, however it is written and however many tokens there are.
+    The arithmetic is in whole numbers: the same share must give the same cut, however many tokens there are.
+
+    Args:
+        ends: int64 [N], the running sum of tokens.
+        parts: number of parts.
+
+    Returns:
+        int64 [parts - 1].
     """
     whole, rest = divmod(int(ends[-1]), parts)
     numbers = np.arange(1, parts)

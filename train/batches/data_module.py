@@ -1,12 +1,11 @@
 """Batches for training drafters, read from a hidden-state cache.
 
-Owns: the held-out share, the loaders, where a resumed run goes on, counts of labelled tokens. Does not know: drafters,
-losses, how a cache is laid out, how batches are planned (`batch_plan.py`).
+Owns: the loaders, where in an epoch a run resumes, counts of labelled tokens. Does not know: drafters, losses, how a cache is laid out,
+which samples are held out (`held_out.py`), how batches are planned (`batch_plan.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.remote.remote_folder import location
-from draftsmith.data.shards.packing import pack
-from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.train.batches.batch_plan import plan_epoch, steps_differ
+from draftsmith.train.batches.cache_subset import CacheSubset, check_same_origin
 from draftsmith.train.batches.epoch_order import Buckets, Windows
 from draftsmith.train.batches.epoch_sampler import EpochSampler
+from draftsmith.train.batches.held_out import num_held_out, split_order
 
 Shuffle = Literal["full", "windowed"]
 Batching = Literal["packed", "bucketed"]
@@ -33,49 +32,29 @@ Batching = Literal["packed", "bucketed"]
 _WINDOWS_AT_ONCE = 6
 
 
-class CacheBatch:
-    """A packed batch and the ids of its samples.
-
-    Deliberately no dataclass: Lightning's precision plugins would walk into one and cast its fields.
-    """
-
-    def __init__(self, packed: PackedBatch, sample_ids: tuple[str, ...]) -> None:
-        self.packed = packed
-        self.sample_ids = sample_ids
-
-    @property
-    def num_labelled(self) -> int:
-        """Tokens that the loss is about (those of the assistant)."""
-        return int(self.packed.loss_mask.sum())
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> CacheBatch:
-        """The same batch on another device; Lightning calls this."""
-        return CacheBatch(self.packed.to(device), self.sample_ids)
-
-
 class CacheDataModule(pl.LightningDataModule):
     """Training and validation batches of a hidden-state cache.
 
-    A run that is resumed goes on in the middle of an epoch, with any number of processes: what stays is the joint batch of
-    a step, `tokens_per_batch` times the processes of the interrupted run. The samples of every step are then the same,
-    whatever the number of processes; what differs is the order of float sums (each process adds up its share first) and
-    whatever a drafter draws at random in training, which belongs to a process.
+    A run resumes in the middle of an epoch, with any number of processes. The joint batch of a step stays the same: `tokens_per_batch`
+    times the processes of the interrupted run. So every step has the same samples, whatever the number of processes. Two things differ.
+    Each process adds up its own share first, so float sums may differ in their last digits. And what a drafter draws at random in training
+    belongs to a process.
 
     Args:
         cache: folder that `draftsmith data extract` wrote, or the URL it was copied to (`s3://...`, `gs://...`, any that
             fsspec knows), whose shards are fetched as they are needed.
         val_cache: a second cache for validation; without one, `val_fraction` of the samples of `cache` is held out.
-        val_fraction: the share held out, at least one sample; used only without `val_cache`. Where samples are read shard by
-            shard, whole shards are held out, if there are two or more, and a line says how much that is.
+        val_fraction: the share held out, at least one sample; used only without `val_cache`. A run that reads
+            shard by shard holds out whole shards, if there are two or more, and prints how many samples that is.
         tokens_per_batch: tokens of a batch on each process, prompt tokens included, on average over batches.
         max_samples: train on no more than so many samples (the same ones under the same seed).
         shuffle: a new order every epoch. `full`: any sample anywhere. `windowed`: shards in random order, samples shuffled
             within `window_shards` of them. true takes `full` for a folder and `windowed` behind a URL.
         seed: fixes the held-out samples and every epoch's order.
         num_workers: processes that read ahead; 0 reads in the training process.
-        check: when the shards' sha256 are compared: at `open`, by one process of each node; `lazy`, by each process before it
-            first reads a shard; or `off`, for caches of terabytes that `draftsmith data verify` has looked at. Behind a URL, `open` is
-            as `lazy`.
+        check: when the shards' sha256 are compared. `open`: at the start, by one process of each node. `lazy`: by each process, before it
+            first reads a shard. `off`: never, for caches of terabytes that `draftsmith data verify` has checked. Behind a URL, `open`
+            means `lazy`.
         window_shards: shards of a window, or more where a step has more tokens.
         batching: `packed`: samples end to end. `bucketed`: samples of similar length, each padded to the longest.
         pad_to: padded lengths are a multiple of it, with `bucketed`.
@@ -83,8 +62,8 @@ class CacheDataModule(pl.LightningDataModule):
             may write in.
         shard_cache_gib: how much it may hold.
 
-    Raises ValueError for a cache that is missing, unfinished or altered, and for settings that leave nothing to train
-    on or do not work together.
+    Raises:
+        ValueError: a cache that is missing, unfinished or altered; settings that leave nothing to train on or do not work together.
     """
 
     def __init__(
@@ -133,7 +112,7 @@ class CacheDataModule(pl.LightningDataModule):
         self._joint_tokens: int | None = None
 
     def prepare_data(self) -> None:
-        """With check `open`: compares all shards. Lightning calls this in one process of each node and lets the others wait."""
+        """With check `open`, compares all shards. Lightning calls this in one process of each node, and the others wait."""
         if self.check == "open":
             for path in (self.cache_path, self.val_cache_path):
                 if path is not None:
@@ -141,17 +120,21 @@ class CacheDataModule(pl.LightningDataModule):
         self._checked = True
 
     def setup(self, stage: str = "fit") -> None:
-        """Opens the caches and divides the samples."""
+        """Opens the caches and divides the samples.
+
+        Raises:
+            ValueError: a cache that cannot be used, or no sample left to train on.
+        """
         if self.train_set is not None:
             return
         self.cache = self._open(self.cache_path)
-        order = self._division(self.cache)
+        order = split_order(self.cache, self.seed, self._by_shard)
         if self.val_cache_path is not None:
             val_cache = self._open(self.val_cache_path)
-            _check_same_origin(self.cache, val_cache)
+            check_same_origin(self.cache, val_cache)
             self.val_set = CacheSubset(val_cache, np.arange(len(val_cache)), self._padding)
         elif self.val_fraction > 0:
-            held_out = self._held_out(self.cache, order)
+            held_out = num_held_out(self.cache, order, self.val_fraction, self._by_shard)
             self.val_set = CacheSubset(self.cache, np.sort(order[:held_out]), self._padding)
             order = order[held_out:]
         order = order if self.max_samples is None else order[: self.max_samples]
@@ -174,13 +157,25 @@ class CacheDataModule(pl.LightningDataModule):
                 subset.layers = layers
 
     def check_target(self, fingerprint: str, vocab_size: int) -> None:
-        """Holds every open cache to a target and its vocabulary. Raises ValueError as `HiddenStateCache.check_target`."""
+        """Checks every open cache against a target and its vocabulary.
+
+        Args:
+            fingerprint: the target's.
+            vocab_size: V, the target's.
+
+        Raises:
+            ValueError: as `HiddenStateCache.check_target`.
+        """
         for subset in (self.train_set, self.val_set):
             if subset is not None:
                 subset.cache.check_target(fingerprint, vocab_size=vocab_size)
 
     def open_cache(self) -> HiddenStateCache:
-        """The training cache. Raises ValueError before setup()."""
+        """The training cache.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         if self.cache is None:
             raise ValueError("the data module is not set up; call setup() first")
         return self.cache
@@ -190,10 +185,14 @@ class CacheDataModule(pl.LightningDataModule):
         return self._count(self._train().indices, vocab_size)
 
     def sampled_token_counts(self, vocab_size: int, most_samples: int) -> tuple[Tensor, int, int]:
-        """As token_counts, of at most so many samples: spread over a folder, the first ones behind a URL.
+        """As token_counts, for some of the samples: spread over a folder, the first ones behind a URL.
+
+        Args:
+            vocab_size: V, the target's.
+            most_samples: count at most this many.
 
         Returns:
-            the counts, int64 [V]; how many samples were counted; how many there are.
+            the counts, int64 [V]; the number of samples counted; the number of samples.
         """
         train = self._train()
         step = 1 if train.cache.shards.fetches else -(-len(train) // most_samples)
@@ -208,7 +207,11 @@ class CacheDataModule(pl.LightningDataModule):
         return counts
 
     def val_prompts(self, num_prompts: int) -> list[list[int]]:
-        """Token ids up to the first labelled one, of the first held-out samples that have a prompt."""
+        """Prompts of the first held-out samples that have one: token ids up to the first labelled token.
+
+        Args:
+            num_prompts: at most this many.
+        """
         prompts: list[list[int]] = []
         if self.val_set is None:
             return prompts
@@ -225,7 +228,11 @@ class CacheDataModule(pl.LightningDataModule):
         return self._loader(self._train(), bool(self.shuffle), self._epoch, self._start)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of the held-out samples in a fixed order; none when nothing is held out. Raises ValueError for too few of them."""
+        """Batches of the held-out samples in a fixed order; none when nothing is held out.
+
+        Raises:
+            ValueError: fewer held-out samples than processes.
+        """
         if self.val_set is None:
             return []
         processes = self._world()[1]
@@ -248,8 +255,12 @@ class CacheDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called on resume. With another number of processes, the tokens of a step stay what they were.
 
-        Raises ValueError when the samples, their order or the batches differ from those of the interrupted run, and when a step
-        of this epoch has fewer samples than there are processes now.
+        Args:
+            state_dict: from `state_dict` of the interrupted run.
+
+        Raises:
+            ValueError: the samples, their order or the batches differ from those of the interrupted run, or a step of this epoch has fewer
+                samples than there are processes now.
         """
         own = self._layout()
         # Checkpoints of earlier versions know of no windows and no buckets, and no process count but their own.
@@ -346,30 +357,6 @@ class CacheDataModule(pl.LightningDataModule):
         check = "off" if self.check == "open" and done else self.check
         return HiddenStateCache(path, check=check, shard_cache=self.shard_cache, shard_cache_gib=self.shard_cache_gib)
 
-    def _division(self, cache: HiddenStateCache) -> np.ndarray:
-        """int64 [N]: all samples in the random order whose first are held out; shard by shard where they are read so."""
-        generator = torch.Generator().manual_seed(self.seed)
-        if not self._by_shard:
-            return torch.randperm(len(cache), generator=generator).numpy()
-        shards = torch.randperm(len(cache.manifest.shards), generator=generator).numpy()
-        places = np.empty_like(shards)
-        places[shards] = np.arange(len(shards))
-        return np.argsort(places[cache.shard_of], kind="stable")
-
-    def _held_out(self, cache: HiddenStateCache, order: np.ndarray) -> int:
-        """How many samples, the first in the order, are held out."""
-        wanted = max(1, round(self.val_fraction * len(order)))
-        if not self._by_shard or len(cache.manifest.shards) < 2:
-            return wanted
-        ends = np.flatnonzero(np.diff(cache.shard_of[order])) + 1
-        found = int(ends[min(int(np.searchsorted(ends, wanted)), len(ends) - 1)])
-        if found > 2 * wanted:
-            rank_zero_info(
-                f"{found} of {len(order)} samples are held out for validation instead of {wanted}, because whole shards are: extract with "
-                "a smaller --shard-mib, or give val_cache"
-            )
-        return found
-
     def _train(self) -> CacheSubset:
         self.open_cache()
         assert self.train_set is not None
@@ -406,7 +393,7 @@ class CacheDataModule(pl.LightningDataModule):
         )
 
     def _check_room(self, subset: CacheSubset, sampler: EpochSampler) -> None:
-        """Raises ValueError when the node's folder is too small for the windows that are in use at a time."""
+        """Stops with an error where the node's folder is too small for the windows in use at a time."""
         records = subset.cache.manifest.shards
         windows = sampler.plan().windows
         largest = max(sum(records[shard].num_bytes for shard in window) for window in windows) / 2**30
@@ -419,35 +406,3 @@ class CacheDataModule(pl.LightningDataModule):
                 f"shard_cache_gib is {self.shard_cache_gib:g}, but windows of up to {largest:.3g} GiB need {needed:.3g} GiB; raise it, "
                 "or lower window_shards or tokens_per_batch"
             )
-
-
-class CacheSubset(Dataset):
-    """Some samples of a cache; indexing with a list of numbers gives them packed.
-
-    Args:
-        cache: where they are.
-        indices: int64 [N], rising.
-        pad_to: see `pack`.
-    """
-
-    def __init__(self, cache: HiddenStateCache, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> None:
-        self.cache, self.indices, self.pad_to = cache, np.asarray(indices), pad_to
-        self.layers: tuple[str, ...] | None = None
-        self.lengths = cache.lengths[self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def sample(self, number: int) -> Any:
-        """One CachedSample."""
-        return self.cache[int(self.indices[number])]
-
-    def __getitem__(self, numbers: Sequence[int]) -> CacheBatch:
-        self.cache.read_next(self.indices[np.asarray(numbers)])
-        samples = [self.sample(number) for number in numbers]
-        return CacheBatch(pack(samples, self.layers, self.pad_to), tuple(sample.id for sample in samples))
-
-
-def _check_same_origin(cache: HiddenStateCache, val_cache: HiddenStateCache) -> None:
-    val_cache.check_target(cache.manifest.identity.target_fingerprint)
-    val_cache.check_tokenizer(cache.manifest.identity.tokenizer_fingerprint)

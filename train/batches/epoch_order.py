@@ -42,7 +42,20 @@ class Buckets:
 def group_shards(
     lengths: np.ndarray, windows: Windows, step_tokens: int, generator: torch.Generator | None
 ) -> tuple[np.ndarray, ...]:
-    """The shards of each window, shuffled with a generator. All but the last hold at least a step and the longest sample."""
+    """The shards of each window. Every window but the last holds at least the tokens of a step and of the longest sample.
+
+    Args:
+        lengths: int64 [N], tokens of each sample.
+        windows: the shard of each sample, and the shards of a window.
+        step_tokens: tokens of a step over all ranks.
+        generator: shuffles the shards; None keeps their order.
+
+    Returns:
+        the shards of each window.
+
+    Raises:
+        ValueError: windows of no shards.
+    """
     if windows.size < 1:
         raise ValueError(f"window_shards is {windows.size}; a window needs at least 1 shard")
     firsts = np.flatnonzero(np.diff(windows.shards, prepend=windows.shards[0] - 1))
@@ -63,7 +76,16 @@ def group_shards(
 
 
 def by_window(order: np.ndarray, shards: np.ndarray, groups: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The order with the samples of each window together, and int64 [N] the window of each."""
+    """The order with the samples of each window together.
+
+    Args:
+        order: [N], sample numbers.
+        shards: int32 [N], the shard of each sample.
+        groups: from `group_shards`.
+
+    Returns:
+        the new order [N], and the window of each place in it, int64 [N].
+    """
     window_of_shard = np.zeros(int(shards.max()) + 1, dtype=np.uint16 if len(groups) < 2**16 else np.int32)
     for number, group in enumerate(groups):
         window_of_shard[group] = number
@@ -73,27 +95,43 @@ def by_window(order: np.ndarray, shards: np.ndarray, groups: tuple[np.ndarray, .
 
 
 def by_length(
-    order: np.ndarray, lengths: np.ndarray, stretch_N: np.ndarray, tokens: int
+    order: np.ndarray, lengths: np.ndarray, stretches: np.ndarray, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The order sorted by length in pieces of so many tokens, one rising and the next falling, so that they meet.
+    """The order sorted by length in pieces of so many tokens, one rising and the next falling, so that similar lengths meet.
 
-    And int64 [N], the piece at each place; a piece lies in one stretch.
+    Args:
+        order: [N], sample numbers.
+        lengths: int64 [N], tokens of each sample.
+        stretches: int64 [N], the stretch of each place in the order; a piece lies in one stretch.
+        tokens: of a piece.
+
+    Returns:
+        the new order [N], and the piece of each place in it, int64 [N].
     """
     own = lengths[order]
     starts = np.cumsum(own) - own
-    firsts = np.flatnonzero(np.diff(stretch_N, prepend=stretch_N[0] - 1))
+    firsts = np.flatnonzero(np.diff(stretches, prepend=stretches[0] - 1))
     offsets = starts - np.repeat(starts[firsts], np.diff(firsts, append=len(own)))
     begins = np.diff(offsets // tokens, prepend=-1) != 0
     begins[firsts] = True
-    piece_N = np.cumsum(begins) - 1
+    pieces = np.cumsum(begins) - 1
     largest = int(own.max()) + 1
-    keys = piece_N * largest + np.where(piece_N % 2 == 0, own, largest - 1 - own)
-    return order[np.argsort(keys, kind="stable")], piece_N
+    keys = pieces * largest + np.where(pieces % 2 == 0, own, largest - 1 - own)
+    return order[np.argsort(keys, kind="stable")], pieces
 
 
-def mix_steps(bounds: np.ndarray, piece_N: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """int64 [R]: the steps in random order within the pieces that they lie in as a whole; others stay where they are."""
-    firsts, lasts = piece_N[bounds[:, 0]], piece_N[bounds[:, 1] - 1]
+def mix_steps(bounds: np.ndarray, pieces: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """A random order of the steps within each piece. A step that lies in two pieces stays where it is.
+
+    Args:
+        bounds: int64 [R, 2], where each step begins and ends in the order of samples.
+        pieces: int64 [N], from `by_length`.
+        generator: of the random numbers.
+
+    Returns:
+        int64 [R], numbers of steps.
+    """
+    firsts, lasts = pieces[bounds[:, 0]], pieces[bounds[:, 1] - 1]
     order = np.arange(len(bounds))
     whole = np.flatnonzero(firsts == lasts)
     mixed = whole[torch.randperm(len(whole), generator=generator).numpy()]

@@ -15,7 +15,7 @@ from draftsmith.train.batches.epoch_order import Buckets, Windows
 
 
 class EpochSampler(DistributedSampler):
-    """Gives this rank's batches (lists of sample numbers) of the current epoch, from batch `start` on.
+    """Gives this rank's batches of the current epoch, lists of sample numbers, starting with batch `start`.
 
     A DistributedSampler only in name, so that Lightning leaves the split over ranks to it.
 
@@ -103,9 +103,14 @@ class EpochSampler(DistributedSampler):
 def needed_shards(plan: EpochPlan, window: int, rank: int) -> list[int]:
     """Shards of a window, of the next, and of the one before, which workers may still be reading; in this order.
 
-    Neighbouring ranks, which share a node's folder, begin at different shards of a window.
+    Neighbouring ranks share a node's folder. They begin at different shards of a window.
+
+    Args:
+        plan: of the epoch.
+        window: its number.
+        rank: of this process.
     """
-    near = [plan.windows[one] for one in (window, window + 1, window - 1) if 0 <= one < len(plan.windows)]
+    near = [plan.windows[number] for number in (window, window + 1, window - 1) if 0 <= number < len(plan.windows)]
     return [int(shard) for shards in near for shard in np.roll(shards, -rank)]
 
 

@@ -62,8 +62,8 @@ class HasLabelledText(Protocol):
 
 def _draft_vocabulary(counts_V: Tensor) -> list[str]:
     """The power of two that covers enough of the labelled tokens, where it halves the head at least. counts_V: int64."""
-    covered = counts_V.sort(descending=True).values.cumsum(0) / counts_V.sum()
-    least = int((covered < COVERED).sum()) + 1
+    covered_V = counts_V.sort(descending=True).values.cumsum(0) / counts_V.sum()
+    least = int((covered_V < COVERED).sum()) + 1
     size = 1 << (least - 1).bit_length()
     if 2 * size > len(counts_V):
         return [
@@ -71,5 +71,5 @@ def _draft_vocabulary(counts_V: Tensor) -> list[str]:
         ]
     return [
         f"draft_vocab_size {size} would make the drafter's head {len(counts_V) / size:.1f} times smaller and have "
-        f"{100 * float(covered[size - 1]):.1f} % of the labelled tokens"
+        f"{100 * float(covered_V[size - 1]):.1f} % of the labelled tokens"
     ]

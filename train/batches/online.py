@@ -17,7 +17,7 @@ from draftsmith.models.target.prompt_template import TemplateOptions
 from draftsmith.models.target.sharding import ShardedOver, TargetSharding, load_sharded, sharded_over
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.batches.target_states import Rounds, RoundSampler, StatesAhead, StatesInTheLoop
+from draftsmith.train.batches.target_states import LookAheadLoader, Rounds, RoundSampler, StatesInTheLoop
 from draftsmith.train.batches.token_corpus import TargetFiles, TextSource, write_tokens
 
 
@@ -46,12 +46,13 @@ class OnlineDataModule(CacheDataModule):
         target_device_map: placement of a target over the devices of one process, such as auto.
         target_quantization: 8bit or 4bit weights for the target.
         forward_tokens: tokens of one forward of the target, padding included.
-        look_ahead: run the target on the next batch before this one's step, on CUDA at the same time. null: on CUDA, unless the target
-            is sharded. true is an error with a sharded target.
+        look_ahead: run the target on the next batch before this one's step, on CUDA at the same time. null does so on CUDA, unless the
+            target is sharded. true is an error with a sharded target.
         template_name: which of a tokenizer's several chat templates to use; null: the one called default.
         template_args: variables of the chat template, such as {enable_thinking: false}.
 
-    Raises ValueError for settings that do not work together, for a source that `data extract` cannot read, and for another text's folder.
+    Raises:
+        ValueError: settings that do not work together, a source that `data extract` cannot read, or the folder of another text.
     """
 
     def __init__(
@@ -116,7 +117,11 @@ class OnlineDataModule(CacheDataModule):
             write_tokens(folder, text, self._files())
 
     def setup(self, stage: str = "fit") -> None:
-        """Opens the text, divides the samples, loads the target: each process all of it or its part."""
+        """Opens the text, divides the samples, loads the target: each process all of it or its part.
+
+        Raises:
+            ValueError: settings that do not fit the number of processes or the target, or a target that cannot be loaded.
+        """
         super().setup(stage)
         if self._target:
             return
@@ -151,7 +156,11 @@ class OnlineDataModule(CacheDataModule):
 
     @property
     def target(self) -> Target:
-        """The frozen target, in memory. Raises ValueError before setup()."""
+        """The frozen target, in memory.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         if not self._target:
             raise ValueError("the data module is not set up; call setup() first")
         return self._target[0]
@@ -163,13 +172,25 @@ class OnlineDataModule(CacheDataModule):
         return self._over
 
     def ends(self, dtype: torch.dtype) -> TargetEnds | None:
-        """The target's ends as this process has them whole on its device, or None where it has none of that dtype."""
+        """The target's ends, whole and on this process's device, or None where it has none of that dtype.
+
+        Args:
+            dtype: of the ends.
+        """
         if self.target_device_map is not None or self.target_quantization is not None or self.target.dtype != dtype:
             return None
         return self.target.ends
 
     def compute(self, layers: tuple[str, ...], num_greedy: int) -> None:
-        """From now on batches come with these layers and so many greedy tokens after each position."""
+        """Batches that are made after this call come with these states.
+
+        Args:
+            layers: names of layers whose states are wanted.
+            num_greedy: the target's greedy tokens after each position.
+
+        Raises:
+            ValueError: the target has no such layer.
+        """
         for name in layers:
             self.target.check_layer(name)
         self._wanted = (layers, num_greedy)
@@ -187,14 +208,14 @@ class OnlineDataModule(CacheDataModule):
         # Not ahead: a training batch may be waiting with its states meanwhile.
         return self._in_the_loop(loader, ahead=False) if isinstance(loader, DataLoader) else loader
 
-    def _in_the_loop(self, loader: DataLoader, ahead: bool) -> StatesAhead:
+    def _in_the_loop(self, loader: DataLoader, ahead: bool) -> LookAheadLoader:
         rounds = DataLoader(
             Rounds(loader.dataset),
             batch_size=None,
             sampler=RoundSampler(loader.sampler, self.over.members if self.over.is_sharded else None),  # type: ignore[arg-type]
         )
         states = StatesInTheLoop(self.target, self.over, *self._wanted, self.forward_tokens, self._device())
-        return StatesAhead(rounds, states, ahead, self._device())
+        return LookAheadLoader(rounds, states, ahead, self._device())
 
     def _files(self) -> TargetFiles:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -218,7 +239,7 @@ class OnlineDataModule(CacheDataModule):
 
 
 def _check_sharding(target_sharding: str, look_ahead: bool | None, is_placed: bool) -> None:
-    """Raises ValueError for settings that a target divided among processes cannot have."""
+    """Stops with an error for settings that a target divided among processes cannot have."""
     if target_sharding == "none":
         return
     if look_ahead:

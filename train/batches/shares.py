@@ -11,10 +11,17 @@ from draftsmith.train.batches.cuts import cut
 
 
 def deal_out(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
-    """int64 [n]: which rank takes each of n samples, so that all have nearly as many tokens; n >= num_ranks, and each gets one.
+    """Which rank takes which sample, so that all ranks have nearly as many tokens.
 
-    The longest first, each to the rank with the fewest tokens so far (Graham, "Bounds on multiprocessing timing anomalies",
-    1969): no two ranks differ by more than the longest sample.
+    The longest sample comes first; each goes to the rank with the fewest tokens so far. So no two ranks differ by more than the longest
+    sample (Graham, "Bounds on multiprocessing timing anomalies", 1969).
+
+    Args:
+        lengths: int64 [n], tokens of each sample; n >= num_ranks.
+        num_ranks: W; each gets at least one sample.
+
+    Returns:
+        int64 [n], ranks.
     """
     rank_of = np.zeros(len(lengths), dtype=np.int64)
     if num_ranks == 1:
@@ -28,7 +35,15 @@ def deal_out(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 def deal_by_length(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
-    """As deal_out, the shortest samples to the first rank and the longest to the last: little padding in each."""
+    """As deal_out, with the shortest samples for the first rank and the longest for the last: little padding in each.
+
+    Args:
+        lengths: int64 [n], tokens of each sample; n >= num_ranks.
+        num_ranks: W; each gets at least one sample.
+
+    Returns:
+        int64 [n], ranks.
+    """
     order = np.argsort(lengths, kind="stable")
     cuts = cut(np.cumsum(lengths[order]), num_ranks, 1)
     rank_of = np.empty(len(lengths), dtype=np.int64)

@@ -25,7 +25,7 @@ from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import Target
-from draftsmith.train.batches.data_module import CacheBatch
+from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.epoch_sampler import EpochSampler
 
 Round = Sequence[CacheBatch]
@@ -70,8 +70,11 @@ class StatesInTheLoop:
         """This process's batch of the round with `hidden[layer]` [T, D] in the target's dtype and `greedy_ids` int64 [T, G].
 
         A forward takes samples of similar length, so little of it is padding. Where processes share a forward (`tp`), it runs over
-        the samples of all their batches and each keeps its own. Where they gather weights for each other, those with fewer forwards
-        make up for it with one token each, or the others would wait for ever.
+        the samples of all their batches, and each process keeps its own. Where they gather weights for each other, all run the same number
+        of forwards. Processes with fewer add forwards of one token, or the others would wait for ever.
+
+        Args:
+            batches: of the round, without states.
         """
         own = batches[self.over.rank] if self.over.is_sharded else batches[0]
         packed = _packed_to(own.packed, self.device)
@@ -86,7 +89,7 @@ class StatesInTheLoop:
         size = self.target.ends.hidden_size
         return torch.zeros(len(packed.input_ids), size, dtype=self.target.dtype, device=self.device)
 
-    def _plan(self, batches: Round) -> list[_Forward]:
+    def _plan(self, batches: Round) -> list[_PaddedForward]:
         if self.over.shares_texts:
             texts = [text for rank, batch in enumerate(batches) for text in _texts(batch, rank == self.over.rank)]
             return self._forwards(texts)
@@ -97,33 +100,37 @@ class StatesInTheLoop:
         missing = max(map(len, planned)) - len(own)
         return (
             own
-            + [_Forward([_Text(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), 0, False)])]
+            + [
+                _PaddedForward(
+                    [_PackedText(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), 0, False)]
+                )
+            ]
             * missing
         )
 
-    def _forwards(self, texts: list[_Text]) -> list[_Forward]:
+    def _forwards(self, texts: list[_PackedText]) -> list[_PaddedForward]:
         buckets = length_batches([len(text.ids) for text in texts], self.forward_tokens)
-        return [_Forward([texts[row] for row in rows]) for rows in buckets]
+        return [_PaddedForward([texts[row] for row in rows]) for rows in buckets]
 
-    def _run(self, forward: _Forward, hidden: dict[str, Tensor], greedy: Tensor | None) -> None:
-        ids_BT = _to(forward.padded_ids(), self.target.device)
-        read_B = prompt_lengths((text.loss_mask for text in forward.texts), ids_BT.device)
-        output = self.target.prefix(ids_BT, layers=self.layers, read=read_B)
+    def _run(self, forward: _PaddedForward, hidden: dict[str, Tensor], greedy: Tensor | None) -> None:
+        ids = _to(forward.padded_ids(), self.target.device)
+        read = prompt_lengths((text.loss_mask for text in forward.texts), ids.device)
+        output = self.target.prefix(ids, layers=self.layers, read=read)
         taken, places = forward.kept()
         if len(taken):
             taken, places = _to(taken, self.device), _to(places, self.device)
-            for layer, room_TD in hidden.items():
-                states_BTD = output.feature(layer).to(room_TD)
-                room_TD.index_copy_(0, places, states_BTD.flatten(0, 1).index_select(0, taken))
+            for layer, room in hidden.items():
+                states = output.feature(layer).to(room)
+                room.index_copy_(0, places, states.flatten(0, 1).index_select(0, taken))
         if self.num_greedy:
             # Run by all, kept by some: see __call__.
-            greedy_BTG = greedy_continuations(self.target, ids_BT, self.num_greedy, read_B).to(self.device)
+            continued = greedy_continuations(self.target, ids, self.num_greedy, read).to(self.device)
             if greedy is not None and len(taken):
-                greedy.index_copy_(0, places, greedy_BTG.flatten(0, 1).index_select(0, taken))
+                greedy.index_copy_(0, places, continued.flatten(0, 1).index_select(0, taken))
 
 
 @dataclass(frozen=True)
-class _Text:
+class _PackedText:
     """A sample's ids [length] and which are labelled, where they start in its packed batch, and whether that is this process's."""
 
     ids: Tensor
@@ -133,8 +140,8 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Forward:
-    texts: list[_Text]
+class _PaddedForward:
+    texts: list[_PackedText]
 
     def padded_ids(self) -> Tensor:
         """int64 [B, T], padded on the right with 0, which causal attention keeps from every real token."""
@@ -153,13 +160,13 @@ class _Forward:
         return torch.cat([*taken, nothing]), torch.cat([*places, nothing])
 
 
-def _texts(batch: CacheBatch, is_own: bool) -> Iterator[_Text]:
+def _texts(batch: CacheBatch, is_own: bool) -> Iterator[_PackedText]:
     """The samples of a packed batch."""
     start = 0
     lengths = torch.unique_consecutive(batch.packed.document_ids, return_counts=True)[1].tolist()
     parts = zip(batch.packed.input_ids.split(lengths), batch.packed.loss_mask.split(lengths), strict=True)
     for ids, loss_mask in parts:
-        yield _Text(ids, loss_mask, start, is_own)
+        yield _PackedText(ids, loss_mask, start, is_own)
         start += len(ids)
 
 
@@ -212,12 +219,13 @@ class Rounds(Dataset):
         return [self.batches[own] for own in numbers]
 
 
-class StatesAhead:
+class LookAheadLoader:
     """A loader whose batches have their states; on a GPU those of the next one are computed while the caller works on this one.
 
-    The forward of batch i + 1 is queued on a stream of its own before batch i is handed out, behind everything that the caller queued
-    for batch i - 1: it runs beside step i. Without `ahead`, the same batches come in the same order, each computed when it is asked
-    for. A batch has its states until the next one is asked for, so that no more than two have theirs at any time, or one.
+    Before the caller gets batch i, the loader queues the forward of batch i + 1 on a stream of its own. That forward waits for everything
+    that the caller queued for batch i - 1, and runs beside step i. Without `ahead`, the same batches come in the same order, each computed
+    when the caller asks for it. A batch loses its states when the caller asks for the next one. So at most two batches have
+    states at any time, or one without `ahead`.
 
     Args:
         rounds: gives rounds of batches without states.

@@ -61,7 +61,15 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """Which target's tokens are meant: its name, the hub's revision, a PEFT adapter on top, whether its code may run, its context."""
+    """Which target's tokens are meant.
+
+    Attributes:
+        name: a model directory, a hub id, or `embedded:target`.
+        revision: on the hub.
+        adapter: a PEFT adapter on top.
+        trust_remote_code: its Python files may run.
+        context: most tokens that it reads; None takes it from its config.
+    """
 
     name: str
     revision: str | None = None
@@ -75,8 +83,17 @@ def write_tokens(folder: Path, text: TextSource, target: TargetFiles) -> Path:
 
     The folder appears whole or not at all. Reads the target's configuration and tokenizer, no weights.
 
-    Raises ValueError if the folder holds other text or another target's, if the source cannot be read or has nothing to train on, and
-    for token ids that the target does not have.
+    Args:
+        folder: to write.
+        text: the source.
+        target: whose tokens.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: the folder holds other text or another target's; the source cannot be read or has nothing to train on; token ids that
+            the target does not have.
     """
     corpus, identity, vocab_size = _corpus_and_identity(text, target)
     if (folder / MANIFEST_FILE).exists():

@@ -19,16 +19,17 @@ from draftsmith.files import atomic_directory
 from draftsmith.models.files.device_and_dtype import as_dtype
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.draft_lm.module import DraftLMModule
-from draftsmith.train.drafter.callbacks import TOKENS_PER_STEP, KeepBestDrafter, log_acceptance
-from draftsmith.train.drafter.decode_budget import DecodeValidation
+from draftsmith.train.drafter_callbacks.acceptance_metrics import TOKENS_PER_STEP, log_acceptance
+from draftsmith.train.drafter_callbacks.decode_validation import DecodeValidation
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 
 
 class ChainDecodeValidation(DecodeValidation):
     """Decodes held-out prompts with the real engine, the target and the draft LM's current weights, at every validation.
 
-    Logs `val/tokens_per_step` (emitted tokens per target forward after the prefill, bonus token counted, pooled over the prompts) and
-    `val/accept_depth{d}` (share of cycles that accept at least d draft tokens). Each rank decodes its share of the prompts, or all of them
-    where the target is sharded.
+    Logs `val/tokens_per_step`: emitted tokens per target forward after the prefill, bonus token counted, pooled over the prompts. Also logs
+    `val/accept_depth{d}`: the share of cycles that accept at least d draft tokens. Each rank decodes its share of the prompts, or all of
+    them where the target is sharded.
 
     Args:
         num_prompts: at most so many prompts.
@@ -39,7 +40,8 @@ class ChainDecodeValidation(DecodeValidation):
         time_share: decoding may take this share of the training time: 0.15 for 15 %. The first validation finds out for how many
             of the prompts that is enough, one batch at least; later ones decode the same. null decodes all of them.
 
-    Raises ValueError for a shape that cannot be read, and at a validation without held-out prompts.
+    Raises:
+        ValueError: a shape that cannot be read, or a count below 1; at a validation, no held-out prompts.
     """
 
     def __init__(
@@ -58,7 +60,15 @@ class ChainDecodeValidation(DecodeValidation):
         self.settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decodes and logs."""
+        """Decodes and logs.
+
+        Args:
+            trainer: of the run.
+            pl_module: a DraftLMModule.
+
+        Raises:
+            ValueError: no row is held out, or the run trains something else than a draft LM.
+        """
         module = _expect(pl_module)
         prompts = module.data().val_prompts(self.num_prompts)
         if not prompts:
@@ -66,7 +76,7 @@ class ChainDecodeValidation(DecodeValidation):
         settings = for_target(replace(self.settings, eos_token_ids=module.eos_token_ids), module.target)
         engine = Engine(module.target, module.student.drafter(), self.limits)
         own = range(trainer.global_rank, len(prompts), trainer.world_size)
-        if module.is_sharded:
+        if module.target_choice.is_sharded:
             own = range(len(prompts))  # processes that hold the target together must run its forwards together
         generations = self.decode(trainer, engine, prompts, own, settings)
         log_acceptance(module, generations, self.limits.draft_length)
@@ -76,7 +86,7 @@ class KeepBestDraftLM(KeepBestDrafter):
     """Keeps the best draft LM so far as a model directory that `draftsmith decode --drafter` and `evaluate --drafters` take.
 
     The folder holds `config.json` and safetensors, or with LoRA the adapter as PEFT writes it (which names its base); the tokenizer; and
-    `provenance.json`. It is replaced as a whole. Best is judged by `monitor`; where no such metric is logged, the latest counts as best.
+    `provenance.json`. It is replaced as a whole. `monitor` decides which one is best; where no such metric is logged, the latest one is.
 
     Args:
         directory: where; null takes `draft_lm` in the trainer's default_root_dir.
@@ -119,7 +129,11 @@ class KeepBestDraftLM(KeepBestDrafter):
             "seed": data.seed,
         }
         config = {**module.settings(), **self._moment(trainer), "data": rows}
-        inputs = {**data.sources, module.target_name: module.target.fingerprint, student.path: student.fingerprint}
+        inputs = {
+            **data.sources,
+            module.target_choice.name: module.target.fingerprint,
+            student.path: student.fingerprint,
+        }
         with atomic_directory(self._folder(trainer), self.stage) as partial:
             student.save(partial, module.tokenizer, self.dtype)
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))

@@ -1,6 +1,6 @@
 """Prompts and replies for distilling a draft LM: which rows a step sees, and which of them the draft LM continues itself.
 
-Owns: reading and encoding, the held-out rows, the mixture of on-policy rows and the target's own replies, where a resumed run goes on.
+Owns: reading and encoding, the held-out rows, the mixture of on-policy rows and the target's own replies, where a run resumes.
 Does not know: models, losses, how a continuation is sampled.
 
 Shape legend: N rows, L tokens of all rows.
@@ -33,7 +33,7 @@ from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
 
 
-class Text:
+class DistilText:
     """One row: a prompt, and the rest of the text if there is one.
 
     Deliberately no dataclass, like the batch: Lightning would walk into one.
@@ -53,29 +53,43 @@ class Text:
         """Whether there is anything behind the prompt."""
         return len(self.ids) > self.num_prompt
 
-    def with_reply(self, reply_ids: Sequence[int], max_length: int) -> Text:
-        """The prompt with another reply, cut to `max_length` tokens."""
+    def with_reply(self, reply_ids: Sequence[int], max_length: int) -> DistilText:
+        """The prompt with another reply.
+
+        Args:
+            reply_ids: token ids of the reply.
+            max_length: cut the text to this many tokens.
+        """
         reply = list(reply_ids)[: max_length - self.num_prompt]
         labelled = [False] * self.num_prompt + [True] * len(reply)
-        return Text(self.number, self.ids[: self.num_prompt] + reply, labelled, self.num_prompt)
+        return DistilText(self.number, self.ids[: self.num_prompt] + reply, labelled, self.num_prompt)
 
 
 class TextBatch:
-    """Some rows."""
+    """Some rows.
 
-    def __init__(self, texts: list[Text]) -> None:
+    Args:
+        texts: the rows.
+    """
+
+    def __init__(self, texts: list[DistilText]) -> None:
         self.texts = texts
 
 
 class TextStore(Dataset):
-    """All rows in flat arrays: five bytes a token, however many rows there are. Indexing with row numbers gives a batch."""
+    """All rows in flat arrays: five bytes a token. Indexing with row numbers gives a batch."""
 
     def __init__(self) -> None:
         self._ids, self._labelled = array("i"), bytearray()
         self._starts, self._prompts = array("q", [0]), array("q")
 
     def add(self, ids: Sequence[int], labelled: Sequence[bool] | None) -> None:
-        """Appends a row; `labelled` None is a prompt alone."""
+        """Appends a row.
+
+        Args:
+            ids: token ids, the prompt first.
+            labelled: True where a token is the target's own reply; None for a prompt alone.
+        """
         flags = [False] * len(ids) if labelled is None else labelled
         self._ids.extend(ids)
         self._labelled.extend(flags)
@@ -85,11 +99,11 @@ class TextStore(Dataset):
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def text(self, number: int) -> Text:
+    def text(self, number: int) -> DistilText:
         """One row."""
         span = slice(self._starts[number], self._starts[number + 1])
         labelled = [bool(flag) for flag in self._labelled[span]]
-        return Text(int(number), self._ids[span].tolist(), labelled, self._prompts[number])
+        return DistilText(int(number), self._ids[span].tolist(), labelled, self._prompts[number])
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +111,7 @@ class TextStore(Dataset):
         return len(self._ids)
 
     def with_reply(self) -> np.ndarray:
-        """bool [N]: which rows are more than a prompt."""
+        """Which rows are more than a prompt: bool [N]."""
         return np.diff(np.asarray(self._starts)) > np.asarray(self._prompts)
 
     def __getitem__(self, numbers: Sequence[int]) -> TextBatch:
@@ -128,8 +142,9 @@ class DistilDataModule(pl.LightningDataModule):
         template_name: which of a tokenizer's several chat templates to use; null: the one called default.
         template_args: variables of the chat template, such as {enable_thinking: false}.
 
-    Raises ValueError for settings out of range; when reading, for rows of another tokenizer, for nothing left to train on, and for
-    more prompts without a reply than `on_policy` has room for.
+    Raises:
+        ValueError: settings out of range; when reading, rows of another tokenizer, nothing left to train on, or more prompts without a
+            reply than `on_policy` has room for.
     """
 
     def __init__(
@@ -199,6 +214,9 @@ class DistilDataModule(pl.LightningDataModule):
             context: the shorter of the two models' contexts in tokens, None for no limit.
             eos_ids: tokens that end a reply.
             vocab_size: replies with token ids that are not below this are left out.
+
+        Raises:
+            ValueError: rows of another tokenizer, or nothing left to train on.
         """
         if len(self.store):
             return
@@ -255,9 +273,9 @@ class DistilDataModule(pl.LightningDataModule):
         self.sources[str(source)] = corpus.fingerprint
 
     def _read_prompts(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
-        found = read_prompts(source, self.split, self._dropped)
-        chat = chat_for(found, tokenizer, self.template, eos_ids, self.rendering)
-        for prompt in found:
+        prompts = read_prompts(source, self.split, self._dropped)
+        chat = chat_for(prompts, tokenizer, self.template, eos_ids, self.rendering)
+        for prompt in prompts:
             try:
                 ids = first_prompt_ids(prompt, chat)
             except ValueError as error:
@@ -272,7 +290,12 @@ class DistilDataModule(pl.LightningDataModule):
         self.sources[str(source)] = sha256_file(source / PROMPT_FILE if source.is_dir() else source)
 
     def is_on_policy(self, number: int, epoch: int) -> bool:
-        """Whether the draft LM continues this row itself in an epoch."""
+        """Whether the draft LM continues this row itself in an epoch.
+
+        Args:
+            number: of the row.
+            epoch: its number.
+        """
         if self._drawn is None or self._drawn[0] != epoch:
             drawn = np.zeros(len(self.store), dtype=bool)
             drawn[self.train_rows] = choose_on_policy(self._with_reply(), self.on_policy, self.seed, epoch)
@@ -304,7 +327,11 @@ class DistilDataModule(pl.LightningDataModule):
         return LabelledText(counts, size, len(counted), "rows", remarks=tuple(remarks))
 
     def val_prompts(self, num_prompts: int) -> list[list[int]]:
-        """Token ids of the first held-out prompts."""
+        """Token ids of the first held-out prompts.
+
+        Args:
+            num_prompts: at most this many.
+        """
         texts = [self.store.text(number) for number in self.val_rows[:num_prompts]]
         return [text.ids[: text.num_prompt] for text in texts]
 
@@ -313,7 +340,11 @@ class DistilDataModule(pl.LightningDataModule):
         return self._loader(self.train_rows, self.shuffle, self._epoch, self._start)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of the held-out rows in a fixed order; none when nothing is held out. Raises ValueError for fewer rows than processes."""
+        """Batches of the held-out rows in a fixed order; none when nothing is held out.
+
+        Raises:
+            ValueError: fewer held-out rows than processes.
+        """
         if 0 < len(self.val_rows) < self._world()[1]:
             raise ValueError(
                 f"val_fraction {self.val_fraction} (max_val_rows {self.max_val_rows}) holds out {len(self.val_rows)} row(s), and each of "
@@ -333,7 +364,11 @@ class DistilDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called on resume, before the loaders are made.
 
-        Raises ValueError when the rows, their order or the batches differ from those of the interrupted run.
+        Args:
+            state_dict: from `state_dict` of the interrupted run.
+
+        Raises:
+            ValueError: the rows, their order or the batches differ from those of the interrupted run.
         """
         own = self._layout()
         # Checkpoints of earlier versions tell neither split nor template nor the number of tokens.
@@ -385,7 +420,7 @@ class DistilDataModule(pl.LightningDataModule):
 
 
 def _digest(ids: Sequence[int]) -> bytes:
-    """Stands for a prompt: 16 bytes, however long it is."""
+    """16 bytes that identify a prompt, however long it is."""
     return hashlib.blake2b(array("i", ids).tobytes(), digest_size=16).digest()
 
 
@@ -401,11 +436,21 @@ class _Subset(Dataset):
 
 
 def choose_on_policy(with_reply: Sequence[bool] | np.ndarray, share: float, seed: int, epoch: int) -> np.ndarray:
-    """bool [N]: which rows of an epoch the draft LM continues itself: `share` of all, those without a reply first of all.
+    """Which rows of an epoch the draft LM continues itself. Rows without a reply come first.
 
     Example: of four rows with replies and a share of 0.5, two, and in another epoch perhaps others.
 
-    Raises ValueError when more rows have no reply than the share has room for.
+    Args:
+        with_reply: bool [N], whether a row has a reply.
+        share: of the rows, from 0 to 1.
+        seed: of the choice.
+        epoch: its number; each epoch chooses anew.
+
+    Returns:
+        bool [N].
+
+    Raises:
+        ValueError: more rows without a reply than the share has room for.
     """
     chosen = ~np.asarray(with_reply, dtype=bool)
     wanted = round(share * len(chosen))

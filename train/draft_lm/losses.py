@@ -16,8 +16,8 @@ With target_probs and draft_probs at one position, all sums over tokens (Distill
 draft_probs, that by the draft's logits is draft_probs * (g - sum draft_probs * g).
 
 Vocabularies may differ in padded rows. A draft LM's distribution is the softmax over the tokens that both models have, as
-`LMDrafter` drafts. The divergences take the target's distribution over the same tokens; the acceptance takes it whole, so that mass on
-tokens which the draft LM has not counts as refused.
+`LMDrafter` drafts. The divergences take the target's distribution over the same tokens. The acceptance takes the target's whole
+distribution: probability of tokens that the draft LM does not have counts as rejected.
 
 Shape legend: R rows (positions whose next token is learned), C rows of one chunk, D and E hidden sizes of draft and target, V tokens that
 both models have, Vd and Vt their logits.
@@ -42,20 +42,44 @@ Head = Callable[[Tensor], Tensor]
 
 
 def forward_kl(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Equation (1). Log-probabilities [..., V] -> nats [...]. Tokens that the target never says (-inf) add nothing."""
+    """Forward KL, equation (1). Tokens that the target never says (-inf) add nothing.
+
+    Args:
+        target_log_probs: [..., V], the target's log-probabilities.
+        draft_log_probs: [..., V], the draft's.
+
+    Returns:
+        [...], nats.
+    """
     target_probs = target_log_probs.exp()
     return torch.where(target_probs > 0, target_probs * (target_log_probs - draft_log_probs), 0.0).sum(-1)
 
 
 def reverse_kl(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Equation (2). Log-probabilities [..., V] -> nats [...]; infinite where the draft says what the target never does."""
+    """Reverse KL, equation (2).
+
+    Args:
+        target_log_probs: [..., V], the target's log-probabilities.
+        draft_log_probs: [..., V], the draft's.
+
+    Returns:
+        [...], nats; infinite where the draft says what the target never does.
+    """
     return forward_kl(draft_log_probs, target_log_probs)
 
 
 def jsd(target_log_probs: Tensor, draft_log_probs: Tensor, beta: float = 0.5) -> Tensor:
-    """Equation (3). Log-probabilities [..., V] -> nats [...]; at most log 2 for beta 0.5.
+    """Generalised Jensen-Shannon divergence, equation (3).
 
-    Divided by beta it tends to (1) as beta tends to 0; divided by 1 - beta to (2) as beta tends to 1.
+    Divided by beta it tends to (1) as beta tends to 0; divided by 1 - beta, to (2) as beta tends to 1.
+
+    Args:
+        target_log_probs: [..., V], the target's log-probabilities.
+        draft_log_probs: [..., V], the draft's.
+        beta: weight of the target in the mean, between 0 and 1.
+
+    Returns:
+        [...], nats; at most log 2 for beta 0.5.
     """
     mean_log_probs = _mean_log_probs(target_log_probs, draft_log_probs, beta)
     of_target, of_draft = forward_kl(target_log_probs, mean_log_probs), forward_kl(draft_log_probs, mean_log_probs)
@@ -63,17 +87,33 @@ def jsd(target_log_probs: Tensor, draft_log_probs: Tensor, beta: float = 0.5) ->
 
 
 def total_variation(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Equation (4). Log-probabilities [..., V] -> [...], between 0 (equal) and 1 (nothing in common)."""
+    """Total variation, equation (4).
+
+    Args:
+        target_log_probs: [..., V], the target's log-probabilities.
+        draft_log_probs: [..., V], the draft's.
+
+    Returns:
+        [...], between 0 (equal) and 1 (nothing in common).
+    """
     return 0.5 * (target_log_probs.exp() - draft_log_probs.exp()).abs().sum(-1)
 
 
 def acceptance(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Equation (5). Log-probabilities [..., V] -> [...]. What of the target's mass is not given counts as refused."""
+    """The chance that rejection sampling accepts a token of the draft, equation (5).
+
+    Args:
+        target_log_probs: [..., V], the target's log-probabilities.
+        draft_log_probs: [..., V], the draft's.
+
+    Returns:
+        [...], from 0 to 1; probability of the target outside the V tokens counts as rejected.
+    """
     return torch.minimum(target_log_probs, draft_log_probs).exp().sum(-1)
 
 
 @dataclass(frozen=True)
-class Divergence:
+class DivergenceLoss:
     """Which divergence is minimised.
 
     Args:
@@ -81,7 +121,8 @@ class Divergence:
             text's own next token.
         beta: of `jsd`.
 
-    Raises ValueError for an unknown name or a beta outside 0 to 1.
+    Raises:
+        ValueError: an unknown name, or a beta outside 0 to 1.
     """
 
     name: DivergenceName
@@ -96,9 +137,17 @@ class Divergence:
             )
 
     def value(self, target_log_probs: Tensor, draft_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities [C, V] and the text's tokens int64 [C] -> nats [C], differentiable: the plain twin of :meth:`gradient`.
+        """The divergence of each row, differentiable: the plain twin of :meth:`gradient`.
 
         Cross-entropy learns nothing where the text's token is not among the V.
+
+        Args:
+            target_log_probs: [C, V], the target's log-probabilities.
+            draft_log_probs: [C, V], the draft's.
+            labels: int64 [C], the text's tokens.
+
+        Returns:
+            [C], nats.
         """
         if self.name == "cross_entropy":
             labels, known = _within(labels, draft_log_probs.shape[-1])
@@ -109,7 +158,16 @@ class Divergence:
         return formulas[self.name](target_log_probs, draft_log_probs)
 
     def gradient(self, target_log_probs: Tensor, draft_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """The derivative of :meth:`value` by the draft's logits, [C, V], in closed form."""
+        """The derivative of :meth:`value` with respect to the draft's logits, in closed form.
+
+        Args:
+            target_log_probs: [C, V], the target's log-probabilities.
+            draft_log_probs: [C, V], the draft's.
+            labels: int64 [C], the text's tokens.
+
+        Returns:
+            [C, V].
+        """
         draft_probs = draft_log_probs.exp()
         if self.name == "cross_entropy":
             labels, known = _within(labels, draft_probs.shape[-1])
@@ -132,10 +190,16 @@ class Divergence:
 
 
 def shared_log_probs(draft_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [C, Vd] and [C, Vt] -> log-probabilities over the V tokens that both have, float32 or better [C, V] each, and the log of the
-    target's mass on those tokens [C, 1].
+    """Log-probabilities over the V tokens that both models have.
 
     Example: draft logits (0, 0, 9) and target logits (0, 0) give log(1/2) four times and a mass of log(1).
+
+    Args:
+        draft_logits: [C, Vd].
+        target_logits: [C, Vt].
+
+    Returns:
+        the draft's [C, V] and the target's [C, V], in float32 or better; and the log of the target's mass on those tokens, [C, 1].
     """
     num_shared = min(draft_logits.shape[-1], target_logits.shape[-1])
     # float32 whatever the matrix product's dtype: bf16 has 8 bits and a vocabulary has 2^17.
@@ -151,10 +215,13 @@ def shared_log_probs(draft_logits: Tensor, target_logits: Tensor) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class DivergenceSums:
-    """Sums over the rows; divide by the rows of all ranks to get means.
+    """Sums over the rows. Divide by the rows of all ranks to get means.
 
-    total: [] differentiable, row_weight x the summed divergence; loss: [] the same sum, detached and not weighed; acceptance: [] summed
-    equation (5); agreed: [] rows whose likeliest token is the target's, too. The last two are zero where no target was given.
+    Attributes:
+        total: [] differentiable, row_weight times the summed divergence.
+        loss: [] the summed divergence, detached.
+        acceptance: [] summed equation (5); 0 without a target.
+        agreed: [] rows whose likeliest token is the target's too; 0 without a target.
     """
 
     total: Tensor
@@ -164,7 +231,7 @@ class DivergenceSums:
 
 
 def divergence_sums(
-    divergence: Divergence,
+    divergence: DivergenceLoss,
     draft_states: Tensor,
     draft_head: Head,
     head_parameters: Sequence[Tensor],
@@ -187,7 +254,8 @@ def divergence_sums(
         row_weight: of every row in `total`.
         chunk_rows: rows whose logits are in memory at a time; None chooses.
 
-    Raises ValueError on shapes that do not fit, and for a divergence without a target.
+    Raises:
+        ValueError: shapes that do not fit, or a divergence without a target.
     """
     _check_shapes(divergence, draft_states, target_states, target_head, labels)
     job = _Job(divergence, draft_head, target_states, target_head, labels, chunk_rows, torch.is_grad_enabled())
@@ -199,7 +267,7 @@ def divergence_sums(
 
 @dataclass(frozen=True)
 class _Job:
-    divergence: Divergence
+    divergence: DivergenceLoss
     draft_head: Head
     target_states: Tensor | None
     target_head: Head | None
@@ -230,14 +298,14 @@ class _ChunkedDivergence(torch.autograd.Function):
         grad_states = torch.zeros_like(states) if job.grad_enabled and states.requires_grad else None
         # In float32, since many chunks are added up.
         grads = [
-            torch.zeros_like(one, dtype=torch.promote_types(torch.float32, one.dtype))
-            for one in parameters
+            torch.zeros_like(parameter, dtype=torch.promote_types(torch.float32, parameter.dtype))
+            for parameter in parameters
             if job.grad_enabled
         ]
         for rows in job.chunks(states):
             _one_chunk(job, rows, states, parameters, sums, grad_states, grads)
         ctx.save_for_backward(weight, *([] if grad_states is None else [grad_states]), *grads)
-        ctx.has_states, ctx.dtypes = grad_states is not None, [one.dtype for one in parameters]
+        ctx.has_states, ctx.dtypes = grad_states is not None, [parameter.dtype for parameter in parameters]
         ctx.mark_non_differentiable(sums)
         return weight * sums[0], sums
 
@@ -278,15 +346,15 @@ def _one_chunk(
         return
     grad_logits = torch.zeros_like(given)
     grad_logits[:, : draft.shape[-1]] = job.divergence.gradient(target, draft, labels).to(given.dtype)
-    found = list(torch.autograd.grad(draft_logits, wanted, grad_logits))
+    chunk_grads = list(torch.autograd.grad(draft_logits, wanted, grad_logits))
     if grad_states is not None:
-        grad_states[rows] = found.pop(0)
-    for total, one in zip(grads, found, strict=True):
-        total += one
+        grad_states[rows] = chunk_grads.pop(0)
+    for total, grad in zip(grads, chunk_grads, strict=True):
+        total += grad
 
 
 def _within(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Labels [C] that can be looked up, and bool [C], which of them are what they were."""
+    """Labels [C] that can be looked up, and bool [C], which of them are unchanged."""
     return labels.clamp(max=vocab_size - 1), labels < vocab_size
 
 
@@ -295,7 +363,11 @@ def _mean_log_probs(target_log_probs: Tensor, draft_log_probs: Tensor, beta: flo
 
 
 def _check_shapes(
-    divergence: Divergence, draft_states: Tensor, target_states: Tensor | None, target_head: Head | None, labels: Tensor
+    divergence: DivergenceLoss,
+    draft_states: Tensor,
+    target_states: Tensor | None,
+    target_head: Head | None,
+    labels: Tensor,
 ) -> None:
     if target_states is None or target_head is None:
         if divergence.name != "cross_entropy":

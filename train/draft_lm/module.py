@@ -1,21 +1,19 @@
 """Distilling an ordinary draft LM towards a frozen target (DistillSpec, arXiv:2310.08461).
 
 Owns: the settings, the step (texts, both models' states, divergence), the mean over ranks, the optimiser and its schedule, what
-validation measures. Does not know: where rows come from, how divergences are computed, how the draft LM is loaded, real decoding (a
-callback's business), files of a run.
+validation measures. Does not know: where rows come from, how divergences are computed, how models are loaded, files of a run. Real
+decoding is a callback's business.
 
-The draft LM learns the target's distribution at every position of a reply. On-policy rows are replies that it sampled itself a moment
-ago, so that it learns where it really goes; the others are the target's own replies. What is minimised or measured does not reach
-through the sampling.
+The draft LM learns the target's distribution at every position of a reply. On-policy rows are replies that it has just sampled
+itself, so it learns on its own text. The other rows are the target's own replies. No gradient goes through the sampling.
 
-Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token belongs to a reply), D and E hidden sizes of draft
-LM and target.
+Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token belongs to a reply), C rows of one chunk, D and E
+hidden sizes of draft LM and target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -30,12 +28,14 @@ from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.files.device_and_dtype import AUTO, resolved_dtype
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.target.sharding import load_sharded, sharded_over
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.labelled_text import LabelledText
-from draftsmith.train.draft_lm.data import DistilDataModule, Text, TextBatch
-from draftsmith.train.draft_lm.losses import Divergence, DivergenceName, DivergenceSums, divergence_sums
+from draftsmith.train.draft_lm.data import DistilDataModule, DistilText, TextBatch
+from draftsmith.train.draft_lm.held_out_replies import HeldOutReplies
+from draftsmith.train.draft_lm.losses import DivergenceLoss, DivergenceName, DivergenceSums, divergence_sums
+from draftsmith.train.draft_lm.padded_texts import PaddedTexts, pad_texts
 from draftsmith.train.draft_lm.student import Student
+from draftsmith.train.draft_lm.target_choice import TargetChoice
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
@@ -45,33 +45,6 @@ from draftsmith.train.run.whole_tensors import PRECISIONS
 
 ACCEPTANCE = "val/acceptance"
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Laid:
-    """Texts side by side: ids_BT int64, padded on the right; keep_mask_BT bool, positions whose next token belongs to a reply;
-    labels_R int64, those next tokens, row by row."""
-
-    ids_BT: Tensor
-    keep_mask_BT: Tensor
-    labels_R: Tensor
-
-
-def lay_out(texts: Sequence[Text], device: torch.device | str = "cpu") -> Laid:
-    """The one place that shifts: the state at t meets the token at t + 1.
-
-    Worked example: the prompt 5 6 with the reply 7 8 and the prompt 9 with the reply 4 give the ids (5 6 7 8), (9 4 0 0), the mask
-    (0 1 1 0), (1 0 0 0) and the labels 7 8 4. Padding is behind every token, so causality alone keeps it out of sight.
-    """
-    longest = max(len(text.ids) for text in texts)
-    ids_BT = torch.zeros(len(texts), longest, dtype=torch.int64)
-    labelled_BT = torch.zeros(len(texts), longest, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        ids_BT[row, : len(text.ids)] = torch.tensor(text.ids)
-        labelled_BT[row, : len(text.ids)] = torch.tensor(text.labelled)
-    keep_mask_BT = torch.cat([labelled_BT[:, 1:], torch.zeros(len(texts), 1, dtype=torch.bool)], dim=1)
-    labels_R = ids_BT.roll(-1, dims=1)[keep_mask_BT]
-    return Laid(ids_BT.to(device), keep_mask_BT.to(device), labels_R.to(device))
 
 
 class DraftLMModule(pl.LightningModule):
@@ -107,8 +80,9 @@ class DraftLMModule(pl.LightningModule):
         quantization: `8bit` or `4bit` weights for the target.
         seed: of the sampling; the noise depends on this seed, the epoch and the row.
 
-    Raises ValueError for settings out of range; in setup() for models that do not fit together, or a strategy that divides the
-    draft LM; in training for a loss that is not finite.
+    Raises:
+        ValueError: settings out of range; in setup(), models that do not fit together, or a strategy that divides the draft LM; in
+            training, a loss that is not finite.
     """
 
     def __init__(
@@ -143,47 +117,61 @@ class DraftLMModule(pl.LightningModule):
         for name, count in {"chunk_rows": chunk_rows, "sampling_rows": sampling_rows}.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}; it must be at least 1, or null")
-        if target_sharding != "none" and (adapter or device_map or quantization):
-            raise ValueError(
-                f"target_sharding {target_sharding!r} places the target's weights itself and does not change them; drop adapter, "
-                "device_map and quantization, or set target_sharding to none"
-            )
         if lora is not None and lora.dropout > 0:
             raise ValueError(
                 f"lora dropout is {lora.dropout}, but sampling and drafting use no dropout, and training must match them; set it to 0"
             )
-        self.divergence = Divergence(divergence, beta)
+        self.divergence = DivergenceLoss(divergence, beta)
         self.sampling = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        self.target_name, self.draft_lm = target, draft_lm
+        self.target_choice = TargetChoice(
+            target,
+            str(target_dtype),
+            revision,
+            adapter,
+            trust_remote_code,
+            context,
+            target_sharding,
+            device_map,
+            quantization,
+        )
+        self.draft_lm = draft_lm
         self.lora, self.chunk_rows, self.sampling_rows = lora, chunk_rows, sampling_rows
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
-        self.dtype_name, self.target_dtype = str(dtype), str(target_dtype)
-        self.revision, self.adapter, self.context = revision, adapter, context
-        self.trust_remote_code = trust_remote_code
-        self.device_map, self.quantization, self.target_sharding = device_map, quantization, target_sharding
+        self.dtype_name = str(dtype)
         self.lm: nn.Module | None = None
         # In lists, so that none of it is a parameter or part of a checkpoint.
         self._target: list[Target] = []
         self._student: list[Student] = []
         self._tokenizer: list[PreTrainedTokenizerBase] = []
-        self._val_replies: dict[int, list[int]] = {}
-        self._num_shared = 0
+        self.held_out_replies = HeldOutReplies()
         self._val_sums = torch.zeros(4)
 
     @property
     def target(self) -> Target:
-        """The frozen target. Raises ValueError before setup()."""
+        """The frozen target.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         return _first(self._target)
 
     @property
     def student(self) -> Student:
-        """The draft LM. Raises ValueError before setup()."""
+        """The draft LM.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         return _first(self._student)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of both. Raises ValueError before setup()."""
+        """The tokenizer of both models.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         return _first(self._tokenizer)
 
     @property
@@ -203,17 +191,15 @@ class DraftLMModule(pl.LightningModule):
             "weight_decay",
             "warmup_ratio",
             "min_lr_ratio",
-            "target_dtype",
-            "revision",
-            "adapter",
-            "trust_remote_code",
-            "context",
-            "quantization",
         )
-        return {"target": self.target_name, **{name: getattr(self, name) for name in names}}
+        return {**self.target_choice.settings(), **{name: getattr(self, name) for name in names}}
 
     def setup(self, stage: str) -> None:
-        """Loads both models, has the data read with their tokenizer and context."""
+        """Loads both models, has the data read with their tokenizer and context.
+
+        Raises:
+            ValueError: settings, strategy or precision that do not fit a draft LM; models that do not fit together.
+        """
         data = self.data()
         if self.divergence.name == "cross_entropy" and data.on_policy > 0:
             raise ValueError(
@@ -228,8 +214,8 @@ class DraftLMModule(pl.LightningModule):
             )
         if self.lm is None:
             self._load()
-        contexts = [self.target.max_positions, self.student.doors().max_positions]
-        context = min((one for one in contexts if one is not None), default=None)
+        contexts = [self.target.max_positions, self.student.as_target().max_positions]
+        context = min((length for length in contexts if length is not None), default=None)
         data.read(self.tokenizer, context, self.eos_token_ids, self.target.ends.vocab_size)
 
     def labelled_text(self) -> LabelledText:
@@ -237,17 +223,11 @@ class DraftLMModule(pl.LightningModule):
         return self.data().labelled_text(self.target.ends.vocab_size)
 
     def _load(self) -> None:
-        if self.device_map is not None and self.trainer.world_size > 1:
-            raise ValueError(
-                "device_map spreads one target over all devices; use it with trainer.devices 1, or leave it out"
-            )
-        device = str(self.trainer.strategy.root_device)
-        self.target_dtype = resolved_dtype(
-            self.target_dtype, self.target_name, device, self.revision, self.trust_remote_code
-        )
-        self.dtype_name = self._resolved_own_dtype(device)
-        target = self._load_target()
-        tokenizer = load_tokenizer(self.target_name, self.revision, self.trust_remote_code)
+        strategy = self.trainer.strategy
+        self.target_choice = choice = self.target_choice.resolved(strategy)
+        self.dtype_name = self._resolved_own_dtype(str(strategy.root_device))
+        target = choice.load(strategy, self.trainer.world_size)
+        tokenizer = load_tokenizer(choice.name, choice.revision, choice.trust_remote_code)
         student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora)
         # It stays in evaluation mode on purpose: with dropout, what is trained would not be what samples and drafts.
         self._target, self._student, self._tokenizer = [target], [student], [tokenizer]
@@ -257,29 +237,8 @@ class DraftLMModule(pl.LightningModule):
         """What `dtype` means: weights that are trained stay in float32 unless the user names another."""
         if self.dtype_name == AUTO and self.lora is None:
             return "float32"
-        return resolved_dtype(self.dtype_name, self.draft_lm, device, trust_remote_code=self.trust_remote_code)
-
-    def _load_target(self) -> Target:
-        if self.is_sharded:
-            over, device = sharded_over(self.target_sharding), self.trainer.strategy.root_device
-            return load_sharded(
-                self.target_name, self.target_dtype, over, device, self.revision, self.trust_remote_code, self.context
-            )
-        return Target.load(
-            self.target_name,
-            dtype=self.target_dtype,
-            device_map=self.device_map,
-            revision=self.revision,
-            adapter=self.adapter,
-            quantization=self.quantization,
-            trust_remote_code=self.trust_remote_code,
-            context=self.context,
-        )
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether processes hold the target together, so that each of its forwards is one of all of them."""
-        return sharded_over(self.target_sharding).is_sharded
+        trusted = self.target_choice.trust_remote_code
+        return resolved_dtype(self.dtype_name, self.draft_lm, device, trust_remote_code=trusted)
 
     def on_fit_start(self) -> None:
         """Brings what Lightning does not manage to the run's device."""
@@ -290,24 +249,31 @@ class DraftLMModule(pl.LightningModule):
         self._to_device()
 
     def _to_device(self) -> None:
-        if self.device_map is None and self.quantization is None and not self.is_sharded:
+        if self.target_choice.may_move:
             self.target.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the target's replies to held-out prompts. With LoRA leaves out the draft LM below the adapter, which its own directory
-        holds; see on_load_checkpoint.
+        holds.
+
+        Args:
+            checkpoint: what Lightning is about to write.
         """
         checkpoint["draft_lm"] = self.student.fingerprint
         checkpoint["lora"] = self.lora is not None
-        checkpoint["val_replies"] = {"made_by": self._answering(), "replies": dict(self._val_replies)}
+        checkpoint["val_replies"] = self.held_out_replies.saved(self._answering())
         for name in self._frozen():
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts back what on_save_checkpoint left out, and the target's replies if it would give the same ones now.
 
-        Raises ValueError for a checkpoint of another module or another draft LM, or one that trained all weights where this run trains an
-        adapter.
+        Args:
+            checkpoint: what Lightning has read.
+
+        Raises:
+            ValueError: a checkpoint of another module or another draft LM, or one that trained all weights where this run trains an
+                adapter.
         """
         own = {"draft_lm": self.student.fingerprint, "lora": self.lora is not None}
         for name, value in own.items():
@@ -323,10 +289,7 @@ class DraftLMModule(pl.LightningModule):
                 )
         checkpoint["state_dict"].update(self._frozen())
         check_fits(self, checkpoint["state_dict"])
-        kept = checkpoint.get("val_replies", {})
-        if kept.get("made_by") == self._answering():
-            self._val_replies = dict(kept["replies"])
-            self._num_shared = len(self._val_replies)
+        self.held_out_replies.restore(checkpoint.get("val_replies", {}), self._answering())
 
     def _frozen(self) -> dict[str, Tensor]:
         """What of the draft LM's state is not trained, by its name in a checkpoint; nothing where all weights are."""
@@ -336,30 +299,42 @@ class DraftLMModule(pl.LightningModule):
         return {f"lm.{name}": value.detach() for name, value in state.items() if not value.requires_grad}
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """Mean divergence over the reply tokens of all ranks together."""
+        """Mean divergence over the reply tokens of all ranks together.
+
+        Args:
+            batch: rows.
+            batch_idx: of the epoch.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
         texts = self.texts_of(batch, self.trainer.current_epoch)
-        laid = lay_out(texts, self.device)
-        rows = sum_over_ranks(self, torch.tensor(float(len(laid.labels_R)), device=self.device))
+        padded = pad_texts(texts, self.device)
+        rows = sum_over_ranks(self, torch.tensor(float(len(padded.labels_R)), device=self.device))
         # The number of ranks undoes the mean that DDP takes over gradients.
-        sums = self._sums(laid, world_size(self) / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
-        found = sum_over_ranks(self, torch.stack([sums.loss, sums.acceptance])) / rows
+        sums = self._sums(padded, world_size(self) / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
+        loss, accepted = sum_over_ranks(self, torch.stack([sums.loss, sums.acceptance])) / rows
         # Judged by the joint loss, so that all processes stop together: one alone would leave the others waiting for its gradients.
-        if not bool(torch.isfinite(found[0])):
+        if not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"the loss is {found[0].item()} at step {self.global_step} ({sums.loss.item()} on this process, rows "
+                f"the loss is {loss.item()} at step {self.global_step} ({sums.loss.item()} on this process, rows "
                 f"{[text.number for text in texts][:8]}); lower lr or set trainer.gradient_clip_val; a target that gives tokens no "
                 "probability at all needs another divergence than reverse_kl"
             )
-        self.log("train/loss", found[0], prog_bar=True, batch_size=1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
         if self.divergence.name != "cross_entropy":
-            self.log("train/acceptance", found[1], prog_bar=True, batch_size=1)
+            self.log("train/acceptance", accepted, prog_bar=True, batch_size=1)
         self.log("train/reply_tokens", rows, batch_size=1)
         return sums.total
 
-    def texts_of(self, batch: TextBatch, epoch: int) -> list[Text]:
+    def texts_of(self, batch: TextBatch, epoch: int) -> list[DistilText]:
         """The rows of a batch, on-policy ones with a reply that the draft LM samples now.
 
-        The noise of a row is a function of the seed, the epoch and the row: not of its batch, its rank or what was drawn before.
+        The noise of a row depends on the seed, the epoch and the row, not on its batch, its rank or earlier draws.
+
+        Args:
+            batch: rows.
+            epoch: its number.
         """
         data = self.data()
         asked = [text for text in batch.texts if data.is_on_policy(text.number, epoch)]
@@ -376,16 +351,16 @@ class DraftLMModule(pl.LightningModule):
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Divergence, acceptance and agreement along the target's own replies to held-out prompts."""
-        laid = lay_out(self._with_target_replies(batch.texts), self.device)
+        padded = pad_texts(self._with_target_replies(batch.texts), self.device)
         with torch.no_grad():
-            sums = self._sums(laid, 1.0, True)
-        rows = torch.tensor(float(len(laid.labels_R)), device=self.device)
+            sums = self._sums(padded, 1.0, True)
+        rows = torch.tensor(float(len(padded.labels_R)), device=self.device)
         self._val_sums += torch.stack([sums.loss, sums.acceptance, sums.agreed, rows])
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the sums of the last validation."""
         self._val_sums = torch.zeros(4, device=self.device)
-        if self.is_sharded:  # answered by all together, whoever needs which
+        if self.target_choice.is_sharded:  # answered by all together, whoever needs which
             data = self.data()
             for start in range(0, len(data.val_rows), data.batch_size):
                 rows = data.val_rows[start : start + data.batch_size]
@@ -393,72 +368,58 @@ class DraftLMModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all ranks."""
-        self._share_replies()
+        self.held_out_replies.share(self)
         loss, accepted, agreed, rows = sum_over_ranks(self, self._val_sums).tolist()
         if rows:
             means = {"val/loss": loss / rows, ACCEPTANCE: accepted / rows, "val/top1": agreed / rows}
             self.log_dict(means, prog_bar=True, batch_size=1)
 
-    def _with_target_replies(self, texts: list[Text]) -> list[Text]:
-        """Prompts alone are answered by the target once, greedily, with the draft LM's help, which does not change the reply."""
-        missing = [text for text in texts if not text.has_reply and text.number not in self._val_replies]
-        max_length = self.data().max_length
-        if missing:
-            settings = GenerationSettings(self.sampling.max_new_tokens, eos_token_ids=self.eos_token_ids)
-            settings = for_target(settings, self.target)
-            engine = Engine(self.target, self.student.drafter())
-            with torch.autocast(self.device.type, enabled=False):  # the decoder casts nothing on the way
-                found = engine.generate([text.ids for text in missing], settings)
-            for text, generation in zip(missing, found, strict=True):
-                self._val_replies[text.number] = list(generation.token_ids)
-        return [
-            text if text.has_reply else text.with_reply(self._val_replies[text.number], max_length) for text in texts
-        ]
+    def _with_target_replies(self, texts: list[DistilText]) -> list[DistilText]:
+        return self.held_out_replies.complete(texts, self.data().max_length, self._answer)
 
-    def _share_replies(self) -> None:
-        """Gives every process the replies of all, where there are new ones: a checkpoint is the first one's."""
-        new = torch.tensor(len(self._val_replies) - self._num_shared, device=self.device)
-        if world_size(self) > 1 and sum_over_ranks(self, new):
-            everyones: list[dict[int, list[int]]] = [{} for _ in range(world_size(self))]
-            torch.distributed.all_gather_object(everyones, self._val_replies)
-            self._val_replies = {number: reply for replies in everyones for number, reply in replies.items()}
-        self._num_shared = len(self._val_replies)
+    def _answer(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The target's greedy replies. The draft LM drafts for it, which changes none of them."""
+        settings = GenerationSettings(self.sampling.max_new_tokens, eos_token_ids=self.eos_token_ids)
+        engine = Engine(self.target, self.student.drafter())
+        with torch.autocast(self.device.type, enabled=False):  # the decoder casts nothing on the way
+            generations = engine.generate(prompts, for_target(settings, self.target))
+        return [list(generation.token_ids) for generation in generations]
 
     def _answering(self) -> dict[str, Any]:
         """What the target's greedy replies depend on, beside the prompts."""
         return {
             "target": self.target.fingerprint,
-            "target_dtype": self.target_dtype,
-            "quantization": self.quantization,
+            "target_dtype": self.target_choice.dtype,
+            "quantization": self.target_choice.quantization,
             "max_new_tokens": self.sampling.max_new_tokens,
         }
 
-    def _sums(self, laid: Laid, row_weight: Tensor | float, with_target: bool) -> DivergenceSums:
+    def _sums(self, padded: PaddedTexts, row_weight: Tensor | float, with_target: bool) -> DivergenceSums:
         student = self.student
         # Before the draft LM, whose activations then do not lie beside what the target's forward needs.
-        states_RE = self._target_states(laid) if with_target else None
-        states_RD = student.states(laid.ids_BT)[laid.keep_mask_BT]
+        states_RE = self._target_states(padded) if with_target else None
+        states_RD = student.states(padded.ids_BT)[padded.keep_mask_BT]
         return divergence_sums(
             self.divergence,
             states_RD,
-            student.doors().ends.logits,
+            student.as_target().ends.logits,
             student.head_parameters(),
             states_RE,
             self._target_logits if with_target else None,
-            laid.labels_R,
+            padded.labels_R,
             row_weight,
             self.chunk_rows,
         )
 
-    def _target_states(self, laid: Laid) -> Tensor:
-        """[R, E], where the target has them: it may lie on other devices, and of its states only those of the rows are kept."""
+    def _target_states(self, padded: PaddedTexts) -> Tensor:
+        """[R, E], on the target's device, which may be another one. Only the states of the rows are kept."""
         # The state before the first reply token is the prompt's last.
-        read_B = prompt_lengths(laid.keep_mask_BT.cpu().roll(1, dims=1), self.target.device)
-        normed_BTE = self.target.prefix(laid.ids_BT.to(self.target.device), read=read_B).normed
-        return normed_BTE[laid.keep_mask_BT.to(normed_BTE.device)]
+        read_B = prompt_lengths(padded.keep_mask_BT.cpu().roll(1, dims=1), self.target.device)
+        normed_BTE = self.target.prefix(padded.ids_BT.to(self.target.device), read=read_B).normed
+        return normed_BTE[padded.keep_mask_BT.to(normed_BTE.device)]
 
-    def _target_logits(self, states: Tensor) -> Tensor:
-        return self.target.logits(states.to(self.target.ends.device)).to(self.device)
+    def _target_logits(self, states_CE: Tensor) -> Tensor:
+        return self.target.logits(states_CE.to(self.target.ends.device)).to(self.device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
@@ -467,7 +428,11 @@ class DraftLMModule(pl.LightningModule):
         return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
 
     def data(self) -> DistilDataModule:
-        """The run's rows. Raises ValueError for another data module."""
+        """The run's rows.
+
+        Raises:
+            ValueError: another data module.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, DistilDataModule):
             raise ValueError(
@@ -476,7 +441,7 @@ class DraftLMModule(pl.LightningModule):
         return data
 
 
-def _first(held: list[Any]) -> Any:
-    if not held:
+def _first(loaded: list[Any]) -> Any:
+    if not loaded:
         raise ValueError("the module is not set up; call setup() first")
-    return held[0]
+    return loaded[0]

@@ -1,6 +1,6 @@
-"""The draft LM in training: its weights or its adapter, and the same weights behind the doors of a target.
+"""The draft LM in training: its weights or its adapter, and the same weights as a target that decodes.
 
-Owns: how it is loaded and refused, LoRA by PEFT, the structure that decodes with the weights of this very step, sampling of
+Owns: how it is loaded and checked, LoRA by PEFT, the structure that decodes with the weights of this very step, sampling of
 continuations. Does not know: losses, batches, the run.
 
 Shape legend: B batch rows, T positions, D hidden, V vocabulary.
@@ -30,13 +30,20 @@ from draftsmith.models.trunk.known_models import text_base
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 
 
-class DoorsOfDraftLM(Target):
-    """The draft LM as what a decoder runs: a target whose logits end with the tokens that the real target has, too."""
+class DraftLMTarget(Target):
+    """The draft LM as a decoder runs it: a target whose logits cover only the tokens that the real target has too."""
 
     num_shared: int | None = None
 
     def logits(self, normed: Tensor) -> Tensor:
-        """Normed states [..., D] -> logits [..., V] of the tokens that both models have."""
+        """Logits of the tokens that both models have.
+
+        Args:
+            normed: [..., D], states after the final norm.
+
+        Returns:
+            [..., V].
+        """
         return super().logits(normed)[..., : self.num_shared]
 
 
@@ -57,8 +64,8 @@ class Student:
         self.lm = lm.eval()
         self.adapter: PeftModel | None = None
         self._target_vocab_size = target_vocab_size
-        self._doors: tuple[tuple[object, ...], DoorsOfDraftLM] | None = None
-        self._cast: DoorsOfDraftLM | None = None
+        self._as_target: tuple[tuple[object, ...], DraftLMTarget] | None = None
+        self._cast: DraftLMTarget | None = None
         if lora is None:
             lm.requires_grad_(True)
             return
@@ -82,7 +89,15 @@ class Student:
     ) -> Student:
         """A draft LM for a target.
 
-        Raises ValueError for what is no causal LM, for an adapter's folder, and for another tokenizer than the target's.
+        Args:
+            path: directory, hub id or `embedded:draft_lm`.
+            dtype: of its weights.
+            target: the run's.
+            target_tokenizer: the target's.
+            lora: train an adapter; None trains all weights.
+
+        Raises:
+            ValueError: no causal LM, an adapter's folder, or another tokenizer than the target's.
         """
         folder = resolve(path)
         if not (folder / "config.json").is_file():
@@ -101,7 +116,7 @@ class Student:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the weights that training began with, as they lay on disk when it was first asked for."""
+        """Of the weights that training began with, as they were on disk at the first call."""
         return checkpoint_fingerprint(resolve(self.path))
 
     @property
@@ -110,11 +125,22 @@ class Student:
         return int(self.lm.get_input_embeddings().weight.shape[0])
 
     def known(self, ids: Tensor) -> Tensor:
-        """Token ids of any shape as ids that it can embed, as `LMDrafter` reads them."""
+        """Token ids as ids that the draft LM can embed, as `LMDrafter` reads them.
+
+        Args:
+            ids: int64 of any shape.
+        """
         return ids.clamp(max=self.vocab_size - 1)
 
     def states(self, ids_BT: Tensor) -> Tensor:
-        """Token ids [B, T], padded on the right -> normed states [B, T, D], with a gradient."""
+        """Normed states, with a gradient.
+
+        Args:
+            ids_BT: int64 [B, T], padded on the right.
+
+        Returns:
+            [B, T, D].
+        """
         states: Tensor = text_base(self.lm)(input_ids=self.known(ids_BT), use_cache=False).last_hidden_state
         return states
 
@@ -122,34 +148,42 @@ class Student:
         """What of the output head is trained."""
         return [weight for weight in self.lm.get_output_embeddings().parameters() if weight.requires_grad]
 
-    def doors(self) -> DoorsOfDraftLM:
-        """The same parameters in a second structure, which decodes: what it gives is always of the current weights.
+    def as_target(self) -> DraftLMTarget:
+        """The same parameters in a second structure, which decodes. It always decodes with the current weights.
 
-        The first structure stays as Lightning and DDP know it: without hooks, its gradients on.
+        The first structure stays as Lightning and DDP know it: without hooks, with its gradients.
         """
         device = next(self.lm.parameters()).device
         key = (device, *map(id, self.lm.parameters()))
-        if self._doors is None or self._doors[0] != key:
+        if self._as_target is None or self._as_target[0] != key:
             # Made outside of inference mode, in which a validation may be, so that its buffers serve training too.
             with torch.inference_mode(False):
                 trained = [weight.requires_grad for weight in self.lm.parameters()]
                 twin = copy.deepcopy(self.lm, {id(weight): weight for weight in self.lm.parameters()})
-                doors = DoorsOfDraftLM(twin, self.path, fingerprint="")
+                as_target = DraftLMTarget(twin, self.path, fingerprint="")
                 for weight, flag in zip(self.lm.parameters(), trained, strict=True):
                     weight.requires_grad_(flag)
-                doors.num_shared = min(doors.ends.vocab_size, self._target_vocab_size)
-            self._doors = key, doors
-        return self._doors[1]
+                as_target.num_shared = min(as_target.ends.vocab_size, self._target_vocab_size)
+            self._as_target = key, as_target
+        return self._as_target[1]
 
     def drafter(self) -> LMDrafter:
         """It as a drafter, with the current weights."""
-        return LMDrafter(self.doors()).eval()
+        return LMDrafter(self.as_target()).eval()
 
     def sample(
         self, prompts: list[list[int]], settings: GenerationSettings, requests: Sequence[int], rows: int
     ) -> list[list[int]]:
-        """Its own continuations, `rows` prompts decoded together. A continuation depends on the weights, the prompt, `settings.seed` and
-        the request number alone."""
+        """The draft LM's own continuations.
+
+        A continuation depends on the weights, the prompt, `settings.seed` and the request number alone.
+
+        Args:
+            prompts: token ids.
+            settings: of the sampling.
+            requests: a number for each prompt, which fixes its noise.
+            rows: prompts decoded together.
+        """
         engine = Engine(self._sampler())
         last = self.vocab_size - 1
         known = [[min(token, last) for token in prompt] for prompt in prompts]
@@ -157,20 +191,23 @@ class Student:
         with torch.autocast(engine.target.device.type, enabled=False):
             for start in range(0, len(known), rows):
                 part = slice(start, start + rows)
-                found = engine.generate(known[part], settings, request_ids=list(requests[part]))
-                replies += [generation.token_ids for generation in found]
+                generations = engine.generate(known[part], settings, request_ids=list(requests[part]))
+                replies += [generation.token_ids for generation in generations]
         return replies
 
-    def _sampler(self) -> DoorsOfDraftLM:
-        """What samples now. Under autocast that is a copy in its dtype: the decoder casts nothing on the way, and what autocast would
-        cast here it would keep, outside of any graph, for the training forward that follows."""
-        kind = self.doors().device.type
+    def _sampler(self) -> DraftLMTarget:
+        """What samples now: under autocast, a copy in its dtype.
+
+        The decoder casts nothing on the way. What autocast casts here it would keep, outside of any graph, for the training forward that
+        follows.
+        """
+        kind = self.as_target().device.type
         if not torch.is_autocast_enabled(kind):
-            return self.doors()
+            return self.as_target()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             if self._cast is None:
-                self._cast = DoorsOfDraftLM(self._copied(torch.get_autocast_dtype(kind)), self.path, fingerprint="")
-                self._cast.num_shared = self.doors().num_shared
+                self._cast = DraftLMTarget(self._copied(torch.get_autocast_dtype(kind)), self.path, fingerprint="")
+                self._cast.num_shared = self.as_target().num_shared
             for cast, weight in zip(self._cast.model.parameters(), self.lm.parameters(), strict=True):
                 cast.copy_(weight)
         return self._cast
@@ -179,10 +216,18 @@ class Student:
     def _copied(self, dtype: torch.dtype) -> PreTrainedModel:
         """A copy with weights of another dtype. Buffers stay as they are: rounded rotary frequencies would turn far tokens elsewhere."""
         weights = list(self.lm.parameters())
-        return copy.deepcopy(self.lm, {id(one): nn.Parameter(one.to(dtype, copy=True), False) for one in weights})
+        return copy.deepcopy(
+            self.lm, {id(weight): nn.Parameter(weight.to(dtype, copy=True), False) for weight in weights}
+        )
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
-        """Writes what `load_draft_lm` reads: the whole model, or the adapter as PEFT writes it; the tokenizer beside it."""
+        """Writes what `load_draft_lm` reads: the whole model, or the adapter as PEFT writes it, with the tokenizer.
+
+        Args:
+            folder: existing.
+            tokenizer: of both models.
+            dtype: of a whole model's weights; None keeps that of training.
+        """
         if self.adapter is not None:
             # PEFT would ask the hub whether the vocabulary is still the base's.
             self.adapter.save_pretrained(str(folder), save_embedding_layers=False)

@@ -1,1 +1,1 @@
-"""Training a drafter of any family: its module, objective, losses and callbacks."""
+"""Training a drafter of any family: its module, objective and losses."""

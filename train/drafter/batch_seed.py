@@ -10,7 +10,7 @@ def batch_seed(run_seed: int, module: pl.LightningModule, batch_idx: int) -> int
 
     Args:
         run_seed: the same on all processes.
-        module: tells the epoch and the process.
+        module: knows the epoch and the process.
         batch_idx: of the epoch.
     """
     own = (run_seed, module.current_epoch, batch_idx, module.global_rank)

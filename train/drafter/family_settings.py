@@ -28,10 +28,17 @@ def __getattr__(name: str) -> type[DrafterFamily]:
 
 
 def most_frequent(token_counts: Tensor, draft_vocab_size: int) -> Tensor:
-    """The draft vocabulary: token_counts int64 [V] -> int64 [Vd] increasing, the most frequent tokens, ties to small
-    ids.
+    """The draft vocabulary: the most frequent tokens. Among equally frequent ones, the smaller ids.
 
-    Raises ValueError when draft_vocab_size is below 1 or not below V.
+    Args:
+        token_counts: int64 [V], how often each token is labelled.
+        draft_vocab_size: Vd.
+
+    Returns:
+        int64 [Vd], token ids, increasing.
+
+    Raises:
+        ValueError: draft_vocab_size is below 1, or not below V.
     """
     if not 1 <= draft_vocab_size < len(token_counts):
         raise ValueError(

@@ -15,7 +15,7 @@ from draftsmith.train.run.collectives import start_sum
 
 
 class FiniteLoss:
-    """Looks at a step's loss after the backward pass: to look at it earlier is to wait for it."""
+    """Looks at a step's loss after the backward pass. To look earlier would be to wait for the loss."""
 
     def __init__(self) -> None:
         self._pending: tuple[Callable[[], Tensor], Callable[[], ValueError]] | None = None
@@ -31,7 +31,7 @@ class FiniteLoss:
         self._pending = start_sum(module, (~torch.isfinite(loss)).float()), error
 
     def check(self) -> None:
-        """Raises the error on every process if any has a loss that is not finite: one alone would leave the others waiting."""
+        """Ends the run on every process if any has a loss that is not finite. One alone would leave the others waiting."""
         assert self._pending is not None
         (unsound, error), self._pending = self._pending, None
         if bool(unsound()):

@@ -1,13 +1,12 @@
 """Losses of draft heads: plain functions from tensors to sums, with an eager twin beside each fast one.
 
-Owns: smooth L1 on predicted features; the output head's matrix product and what follows it (cross-entropy,
-Kullback-Leibler divergence, top-k counts), computed chunk by chunk so that no tensor larger than chunk x draft vocabulary
-ever exists, forward or backward.
+Owns: smooth L1 on predicted features; the output head's matrix product and what follows it (cross-entropy, Kullback-Leibler
+divergence, top-k counts). These are computed chunk by chunk: no tensor is larger than chunk x draft vocabulary, forward or backward.
 Does not know: drafters, batches, devices of a run, Lightning, where teachers' probabilities come from.
 
-Why gradients are computed in the forward pass: the loss is a weighted sum over rows with weights known beforehand, so
-d(loss)/d(logits) of a chunk is at hand as soon as its logits are; keeping the logits for a backward pass would cost
-K x A x Vd floats (64 GB for 5 steps of 25k anchors at a vocabulary of 128k).
+Why gradients are computed in the forward pass: the loss is a weighted sum over rows, and the weights are known beforehand. So
+d(loss)/d(logits) of a chunk is known as soon as its logits are. Keeping the logits for a backward pass would cost K x A x Vd floats
+(64 GB for 5 steps of 25k anchors at a vocabulary of 128k).
 
 Shape legend: T packed tokens, K draft steps, A anchors, D hidden, E head inputs, V target vocabulary, Vd draft
 vocabulary, R rows = (step, anchor) pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
@@ -29,9 +28,13 @@ OUTSIDE = -1
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What a target says at some positions: logits [n, Vd] over the draft vocabulary; kept bool [n], False where nothing
-    is to be learned from it, or None."""
+class TeacherLogits:
+    """What a target says at n positions.
+
+    Attributes:
+        logits: [n, Vd], over the draft vocabulary.
+        kept: bool [n], False where nothing is to be learned from a position; None keeps all.
+    """
 
     logits: Tensor
     kept: Tensor | None = None
@@ -39,8 +42,12 @@ class Taught:
 
 @dataclass(frozen=True)
 class TopEmphasis:
-    """HASS's top-K distillation (arXiv 2408.15766, section 3.1): weight x the cross-entropy restricted to the target's
-    `count` likeliest tokens, beside the whole divergence."""
+    """HASS's top-K distillation (arXiv 2408.15766, section 3.1): an extra loss beside the whole divergence.
+
+    Attributes:
+        weight: of the extra loss.
+        count: K; the extra loss is the cross-entropy restricted to this many of the target's likeliest tokens.
+    """
 
     weight: float
     count: int = 10
@@ -48,12 +55,16 @@ class TopEmphasis:
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over the rows of each draft step; divide by the counts of all ranks to get means.
+    """Sums over the rows of each draft step. Divide by the counts of all ranks to get means.
 
-    total: [] differentiable, sum over k of step_weights[k] * loss_sum[k]; loss_sum [K] (detached, nats);
-    loss_rows [K] rows in the loss; rows [K] valid rows, those outside the draft vocabulary included: what the
-    accuracies are relative to; top1, top5 [K] rows whose target is among the 1 or 5 best, or None when not asked for;
-    feature_sum [K] summed smooth L1, or None where features are not learned.
+    Attributes:
+        total: [] differentiable, the sum over k of step_weights[k] * loss_sum[k].
+        loss_sum: [K] detached, in nats.
+        loss_rows: [K], rows in the loss.
+        rows: [K], valid rows, those outside the draft vocabulary included. Accuracies are relative to these.
+        top1: [K], rows whose target is the best token; None when not asked for.
+        top5: [K], rows whose target is among the 5 best tokens; None when not asked for.
+        feature_sum: [K], summed smooth L1; None where features are not learned.
     """
 
     total: Tensor
@@ -66,7 +77,11 @@ class StepSums:
 
 
 def default_chunk_rows(draft_vocab_size: int) -> int:
-    """Rows of a chunk: about a million logits, but at least 512 rows (thinner matrix products waste the machine)."""
+    """Rows of a chunk: about a million logits, but at least 512 rows, because thinner matrix products waste the machine.
+
+    Args:
+        draft_vocab_size: Vd.
+    """
     return max(512, min(4096, 2**20 // max(1, draft_vocab_size)))
 
 
@@ -81,11 +96,19 @@ def head_cross_entropy(
 ) -> StepSums:
     """Teacher-forced cross-entropy of every draft step (arXiv 2403.09919, section 4; Apple's training loss).
 
-    head_inputs [K, A, E] float; heads: one head's weights [Vd, E] float, or those of each step; targets [A, K] int64
-    draft ids, OUTSIDE where the draft vocabulary lacks the token; valid [A, K] bool; step_weights [K] float. A target
-    outside the draft vocabulary adds nothing to the loss and counts as a miss in top-1 and top-5: a drafter can never
-    propose it.
-    Raises ValueError on shapes that do not fit.
+    A target outside the draft vocabulary adds nothing to the loss, and counts as a miss in top-1 and top-5: a drafter can never propose it.
+
+    Args:
+        head_inputs: float [K, A, E].
+        heads: float [Vd, E], the head of all steps; or K of them, the head of each step.
+        targets: int64 [A, K], draft ids, OUTSIDE where the draft vocabulary lacks the token.
+        valid: bool [A, K], rows that count.
+        step_weights: float [K].
+        chunk_rows: C; None chooses.
+        metrics: count top-1 and top-5 too.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     weights = _checked_weights(head_inputs, heads, targets, valid, step_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
@@ -104,7 +127,7 @@ def head_cross_entropy(
 def head_distillation(
     head_inputs: Tensor,
     heads: Heads,
-    teacher: Callable[[Tensor], Taught],
+    teacher: Callable[[Tensor], TeacherLogits],
     teacher_rows: Tensor,
     targets: Tensor,
     valid: Tensor,
@@ -113,17 +136,31 @@ def head_distillation(
     metrics: bool = True,
     emphasis: TopEmphasis | None = None,
 ) -> StepSums:
-    """KL(target_probs || draft_probs) of every draft step, the target's distribution taken along its own path.
+    """KL(target_probs || draft_probs) of every draft step, with the target's distribution along its own path.
 
-    As head_cross_entropy, with teacher_rows [A, K] int64: which teacher distribution row (a, k) is to match, and
-    teacher(ids [n] int64) -> Taught of n rows. The softmax of its logits is the target's distribution renormalised over
-    the draft vocabulary, and the divergence is exact with respect to it; mass outside is not counted. Rows whose teacher
-    is not kept add nothing and still count in the mean (arXiv 2503.01840, leaves those out whose likeliest
-    token is outside). targets serve the accuracies only. Rows that share a teacher row are computed together, so each
-    teacher distribution is computed once. emphasis adds the sum over the target's top tokens of target_probs x
-    log(target_probs / draft_probs), which may be negative.
-    (Soft cross-entropy is the same up to a constant. Local distillation of arXiv 2403.09919, section
-    4.2, is head_cross_entropy on another rollout.)
+    The softmax of the teacher's logits is the target's distribution renormalised over the draft vocabulary. The divergence is exact with
+    respect to it; probability outside is not counted. Rows whose teacher is not kept add nothing and still count in the mean. (arXiv
+    2503.01840 leaves out rows whose likeliest token is outside the draft vocabulary.) Rows with the same teacher row are computed
+    together, so each teacher distribution is computed once.
+
+    Soft cross-entropy is the same up to a constant. Local distillation (arXiv 2403.09919, section 4.2) is head_cross_entropy on
+    another rollout.
+
+    Args:
+        head_inputs: float [K, A, E].
+        heads: float [Vd, E], the head of all steps; or K of them, the head of each step.
+        teacher: gives the TeacherLogits of n teacher rows, from their ids int64 [n].
+        teacher_rows: int64 [A, K], which teacher row (a, k) is to match.
+        targets: int64 [A, K], draft ids, for the accuracies only.
+        valid: bool [A, K], rows that count.
+        step_weights: float [K].
+        chunk_rows: C; None chooses.
+        metrics: count top-1 and top-5 too.
+        emphasis: adds its weight times the sum of target_probs * log(target_probs / draft_probs) over the target's top tokens, which may be
+            negative.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     weights = _checked_weights(head_inputs, heads, targets, valid, step_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
@@ -145,8 +182,12 @@ def head_distillation(
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """Sums over the rows of each draft step: total [] differentiable, sum over k of step_weights[k] * loss_sum[k];
-    loss_sum [K] detached."""
+    """Sums over the rows of each draft step.
+
+    Attributes:
+        total: [] differentiable, the sum over k of step_weights[k] * loss_sum[k].
+        loss_sum: [K] detached.
+    """
 
     total: Tensor
     loss_sum: Tensor
@@ -157,8 +198,12 @@ def feature_smooth_l1(
 ) -> FeatureSums:
     """Smooth L1 between predicted and true features, averaged over their entries (arXiv 2401.15077, eq. 3).
 
-    predicted [K, A, D] float; features [T, D] float, the target's; feature_rows [A, K] int64: which of them row (a, k)
-    predicts; valid [A, K] bool; step_weights [K] float.
+    Args:
+        predicted: float [K, A, D].
+        features: float [T, D], the target's.
+        feature_rows: int64 [A, K], which feature row (a, k) predicts.
+        valid: bool [A, K], rows that count.
+        step_weights: float [K].
     """
     true = features[feature_rows.T].to(predicted.dtype)
     distance = torch.nn.functional.smooth_l1_loss(predicted, true, reduction="none").mean(-1)
@@ -167,10 +212,16 @@ def feature_smooth_l1(
 
 
 def group_by_teacher(teacher_rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Gathers the rows that share a teacher: teacher_rows [R] int64, valid [R] bool -> teacher ids [U], grid [U, G].
+    """Gathers the rows that share a teacher.
 
-    grid[u, g] is the g-th valid row whose teacher is ids[u], -1 where there are fewer than G.
     Example: teacher_rows (7, 8, 7), all valid -> ids (7, 8), grid ((0, 2), (1, -1)).
+
+    Args:
+        teacher_rows: int64 [R].
+        valid: bool [R].
+
+    Returns:
+        teacher ids [U], and grid [U, G]: grid[u, g] is the g-th valid row whose teacher is ids[u], -1 where there are fewer than G.
     """
     row_ids = torch.nonzero(valid).squeeze(1)
     sorted_rows, order = torch.sort(teacher_rows[row_ids], stable=True)
@@ -220,7 +271,7 @@ class _CrossEntropyJob:
 
 @dataclass(frozen=True)
 class _DistillationJob:
-    teacher: Callable[[Tensor], Taught]
+    teacher: Callable[[Tensor], TeacherLogits]
     emphasis: TopEmphasis | None
     teacher_ids: Tensor
     grid: Tensor
@@ -243,17 +294,17 @@ class _DistillationJob:
     def loss_and_grad(self, chunk: _Chunk, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """log_probs [U * G, Vd], overwritten -> loss [U * G], d(loss)/d(logits) [U * G, Vd].
 
-        For a loss of sum(w * (log target_probs - log draft_probs)) with weights w of sum s that is s draft_probs - w;
-        without emphasis w is target_probs and s is 1.
+        The loss is sum(w * (log target_probs - log draft_probs)) with weights w whose sum is s. Its gradient is s draft_probs - w.
+        Without emphasis, w is target_probs and s is 1.
         """
-        taught = self.teacher(chunk.payload)
-        target_probs = torch.softmax(taught.logits, dim=-1, dtype=log_probs.dtype)
+        teacher = self.teacher(chunk.payload)
+        target_probs = torch.softmax(teacher.logits, dim=-1, dtype=log_probs.dtype)
         weights = target_probs
         if self.emphasis is not None:
             top, places = target_probs.topk(min(self.emphasis.count, target_probs.shape[-1]), dim=-1)
             weights = target_probs.scatter_add(1, places, self.emphasis.weight * top)
-        if taught.kept is not None:
-            weights = weights * taught.kept[:, None]
+        if teacher.kept is not None:
+            weights = weights * teacher.kept[:, None]
         # A token that the target can never say (a logit of -inf) adds nothing, not 0 * -inf.
         if weights is target_probs:
             entropy = torch.special.entr(target_probs).sum(-1).neg()
@@ -401,7 +452,7 @@ def _run(job: _Job, head_inputs: Tensor, weights: Sequence[Tensor], valid: Tenso
 def _checked_weights(
     head_inputs: Tensor, heads: Heads, targets: Tensor, valid: Tensor, step_weights: Tensor
 ) -> list[Tensor]:
-    """The heads as a list of one or K. Raises ValueError on shapes that do not fit."""
+    """The heads as a list of one or K, and all shapes checked."""
     num_steps, num_anchors, width = head_inputs.shape
     expected = {"targets": (num_anchors, num_steps), "valid": (num_anchors, num_steps), "step_weights": (num_steps,)}
     given = {"targets": targets.shape, "valid": valid.shape, "step_weights": step_weights.shape}

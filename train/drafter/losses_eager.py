@@ -1,21 +1,29 @@
-"""Plain twins of train.losses: the same sums in a few lines each, with every logit in memory at once.
+"""Plain twins of the losses in `losses.py`: the same sums in a few lines each, with every logit in memory at once.
 
-Owns: the definitions that the chunked losses must equal (tests hold them together), for reading and for small problems.
+Owns: the definitions that the chunked losses must equal, for reading and for small problems. Tests compare both.
 Does not know: chunks, hand-written gradients, anything of training.
 
-Shape legend: K draft steps, A anchors, E head inputs, Vd draft vocabulary, R teacher rows.
+Shape legend: K draft steps, A anchors, D hidden, E head inputs, T packed tokens, Vd draft vocabulary, R teacher rows.
 """
 
 import torch
 from torch import Tensor
 
-from draftsmith.train.drafter.losses import OUTSIDE, StepSums, Taught, TopEmphasis
+from draftsmith.train.drafter.losses import OUTSIDE, StepSums, TeacherLogits, TopEmphasis
 
 
 def head_cross_entropy_eager(
     head_inputs: Tensor, head_weight: Tensor, targets: Tensor, valid: Tensor, step_weights: Tensor
 ) -> StepSums:
-    """Twin of losses.head_cross_entropy (same arguments but chunk_rows and metrics)."""
+    """Twin of losses.head_cross_entropy, which explains the arguments.
+
+    Args:
+        head_inputs: float [K, A, E].
+        head_weight: float [Vd, E].
+        targets: int64 [A, K].
+        valid: bool [A, K].
+        step_weights: float [K].
+    """
     log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
     step_targets, step_valid = targets.T, valid.T  # [K, A]
     in_loss = step_valid & (step_targets != OUTSIDE)
@@ -27,23 +35,34 @@ def head_cross_entropy_eager(
 def head_distillation_eager(
     head_inputs: Tensor,
     head_weight: Tensor,
-    taught: Taught,
+    teacher: TeacherLogits,
     teacher_rows: Tensor,
     targets: Tensor,
     valid: Tensor,
     step_weights: Tensor,
     emphasis: TopEmphasis | None = None,
 ) -> StepSums:
-    """Twin of losses.head_distillation; `taught` holds all teachers, indexed by teacher_rows."""
+    """Twin of losses.head_distillation, which explains the arguments.
+
+    Args:
+        head_inputs: float [K, A, E].
+        head_weight: float [Vd, E].
+        teacher: of all R teacher rows.
+        teacher_rows: int64 [A, K], rows of `teacher`.
+        targets: int64 [A, K].
+        valid: bool [A, K].
+        step_weights: float [K].
+        emphasis: the extra loss, or None.
+    """
     log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
-    target_probs = torch.softmax(taught.logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
+    target_probs = torch.softmax(teacher.logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
     terms = torch.xlogy(target_probs, target_probs) - target_probs * log_probs
     loss = terms.sum(-1)
     if emphasis is not None:
         top = target_probs.topk(min(emphasis.count, target_probs.shape[-1]), dim=-1).indices
         loss = loss + emphasis.weight * terms.gather(-1, top).sum(-1)
-    if taught.kept is not None:
-        loss = loss * taught.kept[teacher_rows.T]
+    if teacher.kept is not None:
+        loss = loss * teacher.kept[teacher_rows.T]
     loss_sum = torch.where(valid.T, loss, 0.0).sum(1)
     return _sums(loss_sum, valid.T, log_probs, targets.T, valid.T, step_weights)
 
@@ -51,7 +70,15 @@ def head_distillation_eager(
 def feature_smooth_l1_eager(
     predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
 ) -> Tensor:
-    """Twin of losses.feature_smooth_l1's total, row by row as the paper's formula has it."""
+    """Twin of losses.feature_smooth_l1's total, row by row like the paper's formula.
+
+    Args:
+        predicted: float [K, A, D].
+        features: float [T, D].
+        feature_rows: int64 [A, K].
+        valid: bool [A, K].
+        step_weights: float [K].
+    """
     total = predicted.new_zeros(())
     for anchor in range(valid.shape[0]):
         for step in range(valid.shape[1]):

@@ -10,7 +10,14 @@ from draftsmith.train.drafter.objective import Objective
 
 
 def pool(sums: StepSums) -> Tensor:
-    """float [6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned)."""
+    """The sums as one tensor.
+
+    Args:
+        sums: with top-1 and top-5.
+
+    Returns:
+        float [6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned).
+    """
     assert sums.top1 is not None
     assert sums.top5 is not None
     features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
@@ -40,8 +47,11 @@ def means(pooled: Tensor, objective: Objective, stage: str) -> dict[str, float]:
 
 
 def proxy_tokens_per_step(accuracies: Tensor) -> float:
-    """1 + the sum of products of teacher-forced top-1 accuracies [K], as if steps were right independently.
+    """Tokens per step as if draft steps were right independently: 1 + the sum of products of top-1 accuracies.
 
-    Reported because everybody reports it; real decoding differs. Example: (0.5, 0.5) -> 1 + 0.5 + 0.25.
+    Everybody reports it; real decoding differs. Example: (0.5, 0.5) -> 1 + 0.5 + 0.25.
+
+    Args:
+        accuracies: float [K], teacher-forced top-1.
     """
     return 1.0 + float(accuracies.cumprod(0).sum())

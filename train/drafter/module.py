@@ -24,7 +24,8 @@ from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
-from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.batches.cache_subset import CacheBatch
+from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
@@ -32,10 +33,10 @@ from draftsmith.train.drafter.family_settings import most_frequent
 from draftsmith.train.drafter.finite_loss import FiniteLoss
 from draftsmith.train.drafter.losses import TopEmphasis
 from draftsmith.train.drafter.metrics import means, pool
-from draftsmith.train.drafter.objective import Distillation, Lesson, Objective, inverse_draft_ids, prepare, run
+from draftsmith.train.drafter.objective import Distillation, Objective, PreparedBatch, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
-from draftsmith.train.drafter.starting_drafter import Beginning, LoraSettings
+from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter
 from draftsmith.train.run.averaging import AveragingAdamW
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
@@ -45,6 +46,8 @@ from draftsmith.train.run.strategies import divides_weights, refuse_other_engine
 
 class DraftModule(pl.LightningModule):
     """A drafter in training.
+
+    The arguments stay flat, without groups, because they are the keys of users' YAML files.
 
     Args:
         target: the frozen target: a model directory, a hub id, or `embedded:target`.
@@ -74,18 +77,19 @@ class DraftModule(pl.LightningModule):
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
         context: most tokens that the target reads; null takes it from its config, as serving engines derive it.
-        init_from: go on from the weights of this drafter, a folder of an earlier training or of `draftsmith export` (which
-            also reads the layouts of other software); null starts afresh.
+        init_from: start from the weights of this drafter: a folder of an earlier training, or of `draftsmith export` (which also reads the
+            layouts of other software). null starts with new weights.
         lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
             `target_modules`; null trains all weights.
-        allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer (the one
-            that yours was fine-tuned from); what comes out belongs to yours.
+        allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer, such as the one that
+            yours was fine-tuned from. The trained drafter belongs to yours.
 
-    Raises ValueError for settings out of range; in setup() for a cache of another target or tokenizer, or without the
-    layers that the drafter reads; in training for a loss that is not finite.
+    Raises:
+        ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or without the layers that the drafter reads;
+            in training, a loss that is not finite.
     """
 
-    may_be_divided = True  # by the strategies of engines.py
+    may_be_divided = True  # by the strategies of run/strategies.py
 
     def __init__(
         self,
@@ -130,8 +134,8 @@ class DraftModule(pl.LightningModule):
             raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
         self.target, self.revision, self.adapter = target, revision, adapter
         self.trust_remote_code, self.context = trust_remote_code, context
-        self.beginning = Beginning(init_from, lora, allow_other_target)
-        self._begun_from = ""  # fingerprint of the drafter of init_from
+        self.starting_drafter = StartingDrafter(init_from, lora, allow_other_target)
+        self._base_fingerprint = ""  # fingerprint of the drafter of init_from
         self.family, self.ends_dtype = drafter, str(ends_dtype)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
@@ -149,7 +153,11 @@ class DraftModule(pl.LightningModule):
 
     @property
     def ends(self) -> TargetEnds:
-        """The target's frozen ends. Raises ValueError before setup()."""
+        """The target's frozen ends.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         if not self._ends:
             raise ValueError("the module is not set up; call setup() first")
         return self._ends[0]
@@ -158,8 +166,10 @@ class DraftModule(pl.LightningModule):
     def evaluated(self) -> Drafter:
         """The drafter that is validated, decoded with and saved: the running average where there is one.
 
-        Where it is averaged or divided among processes, that is a copy as of the last whole_drafter(), which every
-        validation begins with. Raises ValueError before setup().
+        Where it is averaged, or divided among processes, that is a copy. Each validation begins with whole_drafter(), which refreshes it.
+
+        Raises:
+            ValueError: setup() has not run.
         """
         chosen = self.drafter if self._copy is None else self._copy.drafter
         if chosen is None:
@@ -193,7 +203,7 @@ class DraftModule(pl.LightningModule):
         chosen = {name: getattr(self, name) for name in names}
         return {
             **chosen,
-            **self.beginning.settings(),
+            **self.starting_drafter.settings(),
             "drafter": self.family.settings(),
             "objective": vars(self.objective),
         }
@@ -234,19 +244,23 @@ class DraftModule(pl.LightningModule):
     def labelled_text(self) -> LabelledText:
         """What this run learns from, counted in a part of a large cache."""
         counts, counted, samples = self._data().sampled_token_counts(self.ends.vocab_size, COUNTED_SAMPLES)
-        is_new = self.beginning.folder is None
+        is_new = self.starting_drafter.folder is None
         return LabelledText(
             counts, samples, counted, draft_vocabulary=len(self.evaluated.draft_ids()) if is_new else None
         )
 
     def save_drafter(self, folder: Path) -> None:
-        """Write what is evaluated into an existing folder: the drafter, or with lora its adapter."""
-        self.beginning.save(self.evaluated, self._begun_from, folder)
+        """Writes what is evaluated: the drafter, or with lora its adapter.
+
+        Args:
+            folder: existing and empty.
+        """
+        self.starting_drafter.save(self.evaluated, self._base_fingerprint, folder)
 
     def _make(self, data: CacheDataModule, ends: TargetEnds, tokenizer: str) -> Drafter:
         """The drafter as training starts: fresh, or as init_from left it."""
-        if self.beginning.folder is not None:
-            drafter, self._begun_from = self.beginning.adopt(self.family, ends, tokenizer)
+        if self.starting_drafter.folder is not None:
+            drafter, self._base_fingerprint = self.starting_drafter.adopt(self.family, ends, tokenizer)
             return drafter
         wanted, draft_token_ids = self.family.draft_vocab_size, None
         if wanted is not None:
@@ -282,12 +296,17 @@ class DraftModule(pl.LightningModule):
         self._to_draft = self._to_draft.to(self.device)
 
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
-        """Weighted mean loss of one batch; see _step_weights for what the mean is over."""
+        """Weighted mean loss of one batch; see _step_weights for what the mean is over.
+
+        Args:
+            batch: packed samples.
+            batch_idx: of the epoch.
+        """
         assert self.drafter is not None
         torch.manual_seed(batch_seed(self._noise_seed, self, batch_idx))
-        lesson = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
+        prepared = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
         metrics = (self.global_step + 1) % self.metrics_every == 0
-        sums = run(self.objective, lesson, self.drafter, self.ends, self._step_weights(lesson), metrics)
+        sums = run(self.objective, prepared, self.drafter, self.ends, self._step_weights(prepared), metrics)
         loss = sums.total.detach()
         self._finite.watch(self, loss, partial(self._not_finite, loss, batch))
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
@@ -299,13 +318,13 @@ class DraftModule(pl.LightningModule):
         """Ends the run where the loss is not finite."""
         self._finite.check()
 
-    def _step_weights(self, lesson: Lesson) -> Tensor:
+    def _step_weights(self, prepared: PreparedBatch) -> Tensor:
         """float32 [K]: horizon weight of a step / rows of that step over all ranks, horizon weights scaled to sum to 1.
 
-        So each step's loss is a mean over the rows of the joint batch of all ranks, however unequal their shares; the
-        number of ranks in front undoes the mean that DDP takes over gradients.
+        So each step's loss is a mean over the rows of the joint batch of all ranks, however unequal their shares. The factor in front,
+        the number of ranks, undoes the mean that DDP takes over gradients.
         """
-        rows = sum_over_ranks(self, lesson.loss_rows.float())
+        rows = sum_over_ranks(self, prepared.loss_rows.float())
         horizon = self.objective.horizon_weights(rows.device)
         return world_size(self) * (horizon / horizon.sum()) / rows.clamp(min=1.0)
 
@@ -315,10 +334,15 @@ class DraftModule(pl.LightningModule):
         self._surprise = torch.zeros(len(SCALES), device=self.device)
 
     def validation_step(self, batch: CacheBatch, batch_idx: int) -> None:
-        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation; the drafter's score scale."""
-        lesson = prepare(self.val_objective, batch.packed, self._to_draft)
+        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation; and the drafter's score scale.
+
+        Args:
+            batch: packed samples.
+            batch_idx: of the validation.
+        """
+        prepared = prepare(self.val_objective, batch.packed, self._to_draft)
         weights = torch.zeros(self.val_objective.num_steps, device=self.device)
-        self._val_sums.append(pool(run(self.val_objective, lesson, self.evaluated, self.ends, weights, True)))
+        self._val_sums.append(pool(run(self.val_objective, prepared, self.evaluated, self.ends, weights, True)))
         if PRE_NORM in batch.packed.hidden:
             self._surprise += surprise_by_scale(batch.packed, self.evaluated, self.ends, self._to_draft)
             # After every batch, not at the end, because callbacks that decode come before this module's own end of a validation.
@@ -333,27 +357,34 @@ class DraftModule(pl.LightningModule):
             self.log("val/score_scale", self.evaluated.config.score_scale, batch_size=1)
 
     def settle_score_scale(self) -> bool:
-        """Gives the drafter the score scale of all processes' validation batches; False where they tell none. Collective."""
+        """Gives the drafter the score scale of all processes' validation batches. False where there are no such batches. Collective."""
         surprise = sum_over_ranks(self, self._surprise)
-        told = bool(surprise.any())
-        if told:
+        is_measured = bool(surprise.any())
+        if is_measured:
             self.evaluated.config.score_scale = best_scale(surprise)
-        return told
+        return is_measured
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what is no weight: score scale, seed of the noise, which drafter an adapter is of; and the average among the weights."""
+        """Keeps what is no weight (score scale, seed of the noise, the drafter below an adapter), and the average among the weights."""
         checkpoint["score_scale"] = self.evaluated.config.score_scale
         checkpoint["noise_seed"] = self._noise_seed
-        checkpoint["trains"] = self.beginning.trains(self._begun_from)
+        checkpoint["trains"] = self.starting_drafter.trains(self._base_fingerprint)
         if self.ema_decay is not None and self._copy is not None:
             self.whole_drafter()
             self._copy.save_average(checkpoint, self.trainer.is_global_zero)
             self._copy.move("cpu")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See on_save_checkpoint; older checkpoints have none of these. Raises ValueError for one of another run."""
+        """See on_save_checkpoint; older checkpoints have none of these.
+
+        Args:
+            checkpoint: what Lightning has read.
+
+        Raises:
+            ValueError: a checkpoint of another run.
+        """
         if "trains" in checkpoint:
-            self.beginning.check_resumed(self._begun_from, checkpoint["trains"])
+            self.starting_drafter.check_resumed(self._base_fingerprint, checkpoint["trains"])
         self.evaluated.config.score_scale = checkpoint.get("score_scale", 1.0)
         self._noise_seed = checkpoint.get("noise_seed", self._noise_seed)
         weights = checkpoint["state_dict"]

@@ -21,7 +21,7 @@ from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.drafter.losses import (
     OUTSIDE,
     StepSums,
-    Taught,
+    TeacherLogits,
     TopEmphasis,
     feature_smooth_l1,
     head_cross_entropy,
@@ -35,13 +35,20 @@ Distillation = Literal["none", "path", "local"]
 class Objective:
     """What is minimised.
 
-    distillation: `none`: cross-entropy on the tokens of the text; `path`: KL to the target's own distribution at each
-    predicted position of the text; `local`: cross-entropy on the target's greedy continuation from every position
-    (needs a cache made with --local-horizon). num_steps K; horizon_decay: step k weighs horizon_decay ** k;
-    feature_weight, logit_weight: weights of smooth L1 on predicted features and of the loss on tokens (arXiv
-    2401.15077: 1.0 and 0.1); emphasis: HASS's top-K distillation, with `path` only; skip_outside: with `path`, learn nothing where the
-    target's likeliest token is outside the draft vocabulary (arXiv 2503.01840); chunk_rows: rows of logits in memory at a time,
-    None chooses.
+    Attributes:
+        num_steps: K, draft steps.
+        distillation: what teaches. `none`: the tokens of the text, by cross-entropy. `path`: the target's own distribution at each
+            predicted position of the text, by KL. `local`: the target's greedy continuation from every position, by cross-entropy; needs a
+            cache made with --local-horizon.
+        horizon_decay: step k weighs horizon_decay ** k.
+        chunk_rows: rows of logits in memory at a time; None chooses.
+        feature_weight: of smooth L1 on predicted features (arXiv 2401.15077: 1.0).
+        logit_weight: of the loss on tokens (arXiv 2401.15077: 0.1).
+        emphasis: HASS's top-K distillation, with `path` only.
+        skip_outside: with `path`, learn nothing where the target's likeliest token is outside the draft vocabulary (arXiv 2503.01840).
+
+    Raises:
+        ValueError: a setting out of range, or one that this distillation does not use.
     """
 
     num_steps: int
@@ -75,11 +82,20 @@ class Objective:
             )
 
     def horizon_weights(self, device: torch.device) -> Tensor:
-        """[K] float32: 1, decay, decay^2, ..."""
+        """1, decay, decay^2, ...: float32 [K].
+
+        Args:
+            device: where to put them.
+        """
         return self.horizon_decay ** torch.arange(self.num_steps, dtype=torch.float32, device=device)
 
     def rollout(self, batch: PackedBatch, eos_token_ids: tuple[int, ...] = ()) -> Rollout:
-        """What the drafter is fed and must predict."""
+        """What the drafter is fed and must predict.
+
+        Args:
+            batch: packed samples.
+            eos_token_ids: with `local`, tokens that end the target's continuation.
+        """
         if self.distillation == "local":
             return local_rollout(batch, self.num_steps, eos_token_ids)
         return data_rollout(batch, self.num_steps)
@@ -90,7 +106,14 @@ class Objective:
         return self.distillation == "path" or self.feature_weight > 0.0
 
     def check(self, drafter: Drafter) -> None:
-        """Refuses what this drafter cannot be taught. Raises ValueError."""
+        """Checks that this drafter can learn the objective.
+
+        Args:
+            drafter: to be trained.
+
+        Raises:
+            ValueError: the drafter has too few heads, or predicts no features.
+        """
         most = drafter.max_draft_steps
         if most is not None and self.num_steps > most:
             raise ValueError(
@@ -104,8 +127,15 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One batch made ready: its rollout, the targets as draft ids [A, K] (OUTSIDE: no such), rows per step [K]."""
+class PreparedBatch:
+    """One batch made ready for the loss.
+
+    Attributes:
+        batch: packed samples.
+        rollout: what the drafter is fed and must predict.
+        draft_targets: int64 [A, K], targets as draft ids, OUTSIDE where the draft vocabulary lacks them.
+        loss_rows: int64 [K], rows of each step in the loss.
+    """
 
     batch: PackedBatch
     rollout: Rollout
@@ -113,27 +143,50 @@ class Lesson:
     loss_rows: Tensor
 
 
-def prepare(objective: Objective, batch: PackedBatch, to_draft: Tensor, eos_token_ids: tuple[int, ...] = ()) -> Lesson:
-    """Rolls out a batch; to_draft int64 [V] maps target ids to draft ids. Counts rows without running the drafter."""
+def prepare(
+    objective: Objective, batch: PackedBatch, to_draft: Tensor, eos_token_ids: tuple[int, ...] = ()
+) -> PreparedBatch:
+    """Rolls out a batch, and counts its rows without running the drafter.
+
+    Args:
+        objective: whose rollout.
+        batch: packed samples.
+        to_draft: int64 [V], maps target ids to draft ids.
+        eos_token_ids: tokens that end the target's continuation.
+    """
     rollout = objective.rollout(batch, eos_token_ids)
     draft_targets = to_draft[rollout.targets]
     counted = rollout.valid if objective.distillation == "path" else rollout.valid & (draft_targets != OUTSIDE)
-    return Lesson(batch, rollout, draft_targets, counted.sum(0))
+    return PreparedBatch(batch, rollout, draft_targets, counted.sum(0))
 
 
 def run(
-    objective: Objective, lesson: Lesson, drafter: Drafter, ends: TargetEnds, step_weights: Tensor, metrics: bool
+    objective: Objective,
+    prepared: PreparedBatch,
+    drafter: Drafter,
+    ends: TargetEnds,
+    step_weights: Tensor,
+    metrics: bool,
 ) -> StepSums:
-    """Runs the drafter over a lesson; step_weights float32 [K] multiply each step's summed loss."""
-    head_inputs = drafter.teacher_forced(lesson.batch, lesson.rollout)
-    sums = _token_loss(objective, lesson, drafter, ends, head_inputs, objective.logit_weight * step_weights, metrics)
+    """Runs the drafter over a batch and sums its losses.
+
+    Args:
+        objective: which losses.
+        prepared: the batch.
+        drafter: in training, or evaluated.
+        ends: the target's.
+        step_weights: float32 [K], multiply each step's summed loss.
+        metrics: count top-1 and top-5 too.
+    """
+    head_inputs = drafter.teacher_forced(prepared.batch, prepared.rollout)
+    sums = _token_loss(objective, prepared, drafter, ends, head_inputs, objective.logit_weight * step_weights, metrics)
     if objective.feature_weight == 0.0:
         return sums
     features = feature_smooth_l1(
         head_inputs,
-        ends.final_norm(lesson.batch.hidden[PRE_NORM]),
-        path_teacher_rows(lesson.rollout, len(lesson.batch.input_ids)),
-        lesson.rollout.valid,
+        ends.final_norm(prepared.batch.hidden[PRE_NORM]),
+        path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids)),
+        prepared.rollout.valid,
         objective.feature_weight * step_weights,
     )
     return replace(sums, total=sums.total + features.total, feature_sum=features.loss_sum)
@@ -141,7 +194,7 @@ def run(
 
 def _token_loss(
     objective: Objective,
-    lesson: Lesson,
+    prepared: PreparedBatch,
     drafter: Drafter,
     ends: TargetEnds,
     head_inputs: Tensor,
@@ -154,20 +207,27 @@ def _token_loss(
         if drafter.has_one_head
         else [drafter.step_weight(step) for step in range(objective.num_steps)]
     )
-    given = (lesson.draft_targets, lesson.rollout.valid, step_weights, objective.chunk_rows, metrics)
+    given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows, metrics)
     if objective.distillation != "path":
         return head_cross_entropy(head_inputs, heads, *given)
     draft_ids = None if drafter.d2t is None else drafter.draft_ids()
-    teacher = path_teacher(lesson.batch, ends, draft_ids, objective.skip_outside)
-    teacher_rows = path_teacher_rows(lesson.rollout, len(lesson.batch.input_ids))
+    teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside)
+    teacher_rows = path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids))
     return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:
-    """int64 [A, K]: the packed position whose state holds the target's distribution for what step k predicts.
+    """The packed position whose state holds the target's distribution for what step k predicts.
 
-    At anchor t step k predicts position t + 2 + k, and the state that predicts position u is the one at u - 1.
+    At anchor t, step k predicts position t + 2 + k, and the state that predicts position u is the one at u - 1.
     Example: anchor 3 with two steps -> 4 and 5. Rows past the end are never valid; they are clamped.
+
+    Args:
+        rollout: its anchors [A] and steps K.
+        num_tokens: T, of the packed batch.
+
+    Returns:
+        int64 [A, K].
     """
     steps = torch.arange(rollout.tokens.shape[1], device=rollout.anchors.device)
     return (rollout.anchors[:, None] + 1 + steps).clamp(max=num_tokens - 1)
@@ -175,26 +235,40 @@ def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:
 
 def path_teacher(
     batch: PackedBatch, ends: TargetEnds, draft_ids: Tensor | None, skip_outside: bool = False
-) -> Callable[[Tensor], Taught]:
-    """A function from packed positions [n] to what the target says there, over the draft vocabulary (int64 [Vd], or None)."""
+) -> Callable[[Tensor], TeacherLogits]:
+    """A function from packed positions [n] to what the target says there, over the draft vocabulary.
+
+    Args:
+        batch: with the target's states before the final norm.
+        ends: the target's.
+        draft_ids: int64 [Vd], the draft vocabulary; None for the whole one.
+        skip_outside: keep no position whose likeliest token is outside the draft vocabulary.
+    """
     inside = None
     if skip_outside and draft_ids is not None:
         inside = torch.zeros(ends.vocab_size, dtype=torch.bool, device=draft_ids.device)
         inside[draft_ids] = True
 
-    def teach(positions: Tensor) -> Taught:
+    def teach(positions: Tensor) -> TeacherLogits:
         logits = ends.logits(ends.final_norm(batch.hidden[PRE_NORM][positions]))
         if draft_ids is None:
-            return Taught(logits)
-        return Taught(logits[:, draft_ids], None if inside is None else inside[logits.argmax(-1)])
+            return TeacherLogits(logits)
+        return TeacherLogits(logits[:, draft_ids], None if inside is None else inside[logits.argmax(-1)])
 
     return teach
 
 
 def inverse_draft_ids(draft_ids: Tensor, vocab_size: int) -> Tensor:
-    """int64 [V]: the draft id of each target id, OUTSIDE where the draft vocabulary lacks it; draft_ids int64 [Vd].
+    """The draft id of each target id, OUTSIDE where the draft vocabulary lacks it.
 
     Example: draft ids (1, 3) of a vocabulary of 4 -> (-1, 0, -1, 1).
+
+    Args:
+        draft_ids: int64 [Vd].
+        vocab_size: V.
+
+    Returns:
+        int64 [V].
     """
     to_draft = torch.full((vocab_size,), OUTSIDE, dtype=torch.int64, device=draft_ids.device)
     to_draft[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)

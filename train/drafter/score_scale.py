@@ -1,8 +1,8 @@
 """How sharply a drafter's scores should be read: one factor on its logits, fitted to held-out text.
 
-A drafter is taught the target's whole distribution, while greedy decoding accepts nothing but its likeliest token. Scores that are to rank
-the paths of a draft by their chance of being accepted must therefore be sharper than what was learned. The factor is an inverse
-temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2, with the target's choices as labels), found on a fixed grid in one pass.
+A drafter learns the target's whole distribution, while greedy decoding accepts nothing but its likeliest token. Scores rank the paths of a
+draft by their chance of acceptance. So they must be sharper than what was learned. The factor is an inverse temperature (Guo et al.
+2017, arXiv 1706.04599, section 4.2, with the target's choices as labels). It comes from a fixed grid in one pass.
 
 Owns: the grid, the sums, the choice. Does not know: training, search.
 
@@ -26,15 +26,23 @@ SCALES = tuple(0.5 * 2 ** (quarter / 4) for quarter in range(17))
 
 @torch.no_grad()
 def surprise_by_scale(batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to_draft: Tensor) -> Tensor:
-    """float32 [S]: summed cross-entropy (nats) of the target's likeliest next tokens under the first draft step, for each factor.
+    """Summed cross-entropy of the target's likeliest next tokens under the first draft step, for each factor.
 
-    Tokens outside the draft vocabulary are left out: no factor helps them. ``batch`` must hold the target's states before the final norm;
-    ``to_draft`` int64 [V] maps target ids to draft ids.
+    Tokens outside the draft vocabulary are left out: no factor helps them.
+
+    Args:
+        batch: with the target's states before the final norm.
+        drafter: to be scaled.
+        ends: the target's.
+        to_draft: int64 [V], maps target ids to draft ids.
+
+    Returns:
+        float32 [S], nats.
     """
-    lesson = prepare(Objective(1), batch, to_draft)
-    head_inputs = drafter.teacher_forced(batch, lesson.rollout)[0]
-    states = batch.hidden[PRE_NORM][path_teacher_rows(lesson.rollout, len(batch.input_ids))[:, 0]]
-    valid = lesson.rollout.valid[:, 0]
+    prepared = prepare(Objective(1), batch, to_draft)
+    head_inputs = drafter.teacher_forced(batch, prepared.rollout)[0]
+    states = batch.hidden[PRE_NORM][path_teacher_rows(prepared.rollout, len(batch.input_ids))[:, 0]]
+    valid = prepared.rollout.valid[:, 0]
     sums = torch.zeros(len(SCALES), device=head_inputs.device)
     rows = default_chunk_rows(ends.vocab_size)
     for inputs, seen in zip(head_inputs[valid].split(rows), states[valid].split(rows), strict=True):
@@ -47,11 +55,15 @@ def surprise_by_scale(batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to
 
 
 def best_scale(surprise: Tensor) -> float:
-    """The factor of least surprise; between the grid's points by the parabola through the lowest and its neighbours.
+    """The factor with the least summed cross-entropy, interpolated between the grid's points by a parabola through the lowest and its
+    neighbours.
 
-    The sums are convex in the factor, so that there is one minimum. Rounded to two decimals: more are noise.
+    The sums are convex in the factor, so there is one minimum. Rounded to two decimals: more are noise.
 
-    Example: sums that fall towards the grid's end -> 8.0; nothing but zeros, which no token was counted in -> 1.0.
+    Example: sums that fall towards the grid's end -> 8.0; nothing but zeros, because no token was counted -> 1.0.
+
+    Args:
+        surprise: float32 [S], from `surprise_by_scale`, summed over batches.
     """
     if not bool(surprise.any()):
         return 1.0

@@ -36,12 +36,21 @@ class ServedCopy:
         self.drafter: Drafter = copy.deepcopy(trained, {id(ends): ends}).requires_grad_(False).eval()
 
     def move(self, device: torch.device | str) -> None:
-        """Moves the copy's weights, and not the ends that it shares."""
+        """Moves the copy's weights, and not the ends that it shares.
+
+        Args:
+            device: where to.
+        """
         torch.nn.Module.to(self.drafter, device)
 
     @torch.no_grad()
     def refresh(self, strategy: pl.strategies.Strategy, device: torch.device) -> None:
-        """Takes the weights of this moment, in full, to the device. Collective."""
+        """Takes the weights of this moment, in full. Collective.
+
+        Args:
+            strategy: of the run; knows how weights are divided.
+            device: where to put the copy.
+        """
         self.move(device)
         names = dict(self.drafter.named_parameters())
         for name, weight in self.trained.named_parameters():
@@ -85,7 +94,11 @@ class ServedCopy:
 
 
 def pop_average(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the average out of a checkpoint's weights."""
+    """Takes the average out of a checkpoint's weights.
+
+    Args:
+        weights: by name; loses the average.
+    """
     return {name: weights.pop(name) for name in [*weights] if name.startswith(f"{AVERAGE}.")}
 
 

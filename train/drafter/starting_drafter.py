@@ -1,6 +1,6 @@
-"""How a training run begins with a trained drafter: its bond to the run's target, and LoRA on it.
+"""How a training run starts from a trained drafter: its bond to the run's target, and LoRA on it.
 
-Owns the choice between all weights and an adapter's alone, what of an adapter a checkpoint must agree on, and what such a run leaves.
+Owns the choice between all weights and an adapter's alone, what of an adapter a checkpoint must agree on, and what such a run saves.
 Does not know: losses, batches, how an adapter's folder is laid out.
 """
 
@@ -17,22 +17,22 @@ from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapt
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.target.target import TargetEnds
 
-__all__ = ["Beginning", "LoraSettings"]
+__all__ = ["LoraSettings", "StartingDrafter"]
 
 ADAPTER = "lora"  # what the adapter in training is called in memory
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The trained drafter that a run goes on from, and how.
+class StartingDrafter:
+    """The trained drafter that a run starts from, and what of it is trained.
 
     Args:
-        folder: of the drafter; None starts afresh.
+        folder: of the drafter; None starts with new weights.
         lora: train a low-rank adapter of it alone; None trains all weights.
-        other_target: it may belong to another target of the same sizes and tokenizer; what comes out belongs to the run's.
+        other_target: it may belong to another target of the same sizes and tokenizer. The trained drafter belongs to the run's.
 
     Raises:
-        ValueError: LoRA or another target without a drafter to go on from.
+        ValueError: LoRA or another target without a drafter to start from.
     """
 
     folder: Path | None
@@ -58,11 +58,19 @@ class Beginning:
         }
 
     def adopt(self, family: DrafterFamily, ends: TargetEnds, tokenizer: str) -> tuple[Drafter, str]:
-        """The drafter as training starts, attached to ends, and with LoRA the fingerprint of its weights below the adapter.
+        """Loads the drafter and attaches it to ends.
+
+        Args:
+            family: the run's.
+            ends: the target's.
+            tokenizer: fingerprint of the target's tokenizer.
+
+        Returns:
+            the drafter as training starts, and with LoRA the fingerprint of its weights below the adapter.
 
         Raises:
-            ValueError: a folder without a whole drafter, one of another family, tokenizer, or target without ``other_target``; layers that
-                it has not.
+            ValueError: a folder without a whole drafter; one of another family, tokenizer, or target without ``other_target``; layers that
+                it does not have.
         """
         assert self.folder is not None
         drafter = adopt(self.folder, family, ends, tokenizer, self.other_target)
@@ -77,7 +85,7 @@ class Beginning:
         return [] if self.lora is None or self.folder is None else [drafter_folder(str(self.folder))]
 
     def save(self, drafter: Drafter, fingerprint: str, folder: Path) -> None:
-        """Write what this run trained into an existing folder: the whole drafter, or its adapter.
+        """Writes what this run trained into an existing folder: the whole drafter, or its adapter.
 
         Args:
             drafter: as trained so far.
@@ -93,16 +101,24 @@ class Beginning:
         save_adapter(drafter, folder, ADAPTER, AdapterBond.of(drafter, base, fingerprint))
 
     def trains(self, fingerprint: str) -> str:
-        """What is trained, in words that a resumed run must agree with; ``fingerprint`` is what :meth:`adopt` gave."""
+        """What is trained, in words that a resumed run must agree with.
+
+        Args:
+            fingerprint: from :meth:`adopt`.
+        """
         if self.lora is None:
             return "all weights"
         return f"an adapter (rank {self.lora.rank}, alpha {self.lora.alpha:g}) of the drafter {fingerprint}"
 
     def check_resumed(self, fingerprint: str, saved: str) -> None:
-        """Refuse a checkpoint that trained something else; ``saved`` is what :meth:`trains` said then.
+        """Checks that a checkpoint trained the same.
+
+        Args:
+            fingerprint: from :meth:`adopt`.
+            saved: what :meth:`trains` gave for the checkpoint.
 
         Raises:
-            ValueError: they differ.
+            ValueError: it trained something else.
         """
         own = self.trains(fingerprint)
         if saved != own:

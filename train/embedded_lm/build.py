@@ -60,7 +60,13 @@ def build(
 
 
 def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
-    """Writes a trained LM as a bf16 Hugging Face directory, at once or not at all."""
+    """Writes a trained LM as a bf16 Hugging Face directory, at once or not at all.
+
+    Args:
+        trained: directory of the trained weights.
+        tokenizer: directory of the tokenizer.
+        destination: the directory to write.
+    """
     lm = read_model(LlamaForCausalLM, trained, dtype=torch.bfloat16)
     lm.config.dtype = torch.bfloat16
     words = read_tokenizer(tokenizer)

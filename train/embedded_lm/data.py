@@ -36,10 +36,14 @@ _IGNORED = -100
 class Mixture:
     """What conversations are made of.
 
-    style: the wordings that solutions prefer.
-    all_wordings_share: how many conversations use all wordings all the same.
-    graded_share: how many end with a request to check the solution, and a verdict; half of those solutions are wrong.
-    follow_up_share: how many go on with a second problem.
+    Args:
+        style: the wordings that solutions prefer.
+        all_wordings_share: how many conversations use all wordings all the same.
+        graded_share: how many end with a request to check the solution, and a verdict. Half of those solutions are wrong.
+        follow_up_share: how many have a second problem.
+
+    Raises:
+        ValueError: an unknown style, or a share outside 0 to 1.
     """
 
     style: StyleName = "all"
@@ -57,7 +61,13 @@ class Mixture:
 
 
 def conversations(mixture: Mixture, split: Split, seed: int) -> Iterator[str]:
-    """An endless seeded stream of rendered conversations."""
+    """An endless seeded stream of rendered conversations.
+
+    Args:
+        mixture: what they are made of.
+        split: whose problems.
+        seed: of the stream.
+    """
     rng = random.Random(f"lm/{split}/{seed}")
     problems = sample_problems(split, seed)
     while True:
@@ -84,6 +94,13 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
     """Collated batches: ``input_ids`` int64 [B, T] and ``labels`` int64 [B, T], -100 where nothing is to be learnt.
 
     ``labels[b, t]`` is the token *at* t, not the next one; the module shifts.
+
+    Args:
+        texts: conversations.
+        tokenizer: of the model.
+        batch_size: B.
+        assistant_only: learn the assistant's words only.
+        seed: of the order of batches.
     """
 
     def __init__(
@@ -116,6 +133,14 @@ def assistant_mask(input_ids_BT: torch.Tensor, assistant: int, end: int) -> torc
 
     >>> assistant_mask(torch.tensor([[1, 7, 3, 2, 8, 9, 3, 1]]), assistant=2, end=3).int().tolist()
     [[0, 0, 0, 0, 1, 1, 1, 0]]
+
+    Args:
+        input_ids_BT: int64 [B, T].
+        assistant: token id that begins the assistant's words.
+        end: token id that ends a turn.
+
+    Returns:
+        bool [B, T].
     """
     starts_BT = (input_ids_BT == assistant).cumsum(1) - (input_ids_BT == assistant).long()
     positions_T = torch.arange(input_ids_BT.shape[1])
@@ -139,11 +164,19 @@ def _length_batches(lengths: list[int], batch_size: int, seed: int) -> list[list
 
 
 class LmDataModule(pl.LightningDataModule):
-    """Draws the corpus when fitting begins; every training conversation is seen once.
+    """Draws the corpus when fitting begins. Training uses every conversation once.
 
-    tokenizer: directory of the tokenizer.  mixture: what conversations are made of.
-    num_samples, num_validation: conversations of the train and validation splits.
-    assistant_only: learn the assistant's words only.  batch_size: conversations a batch.  seed: of the corpus.
+    Args:
+        tokenizer: directory of the tokenizer.
+        mixture: what conversations are made of.
+        num_samples: conversations of the train split.
+        num_validation: conversations of the validation split.
+        batch_size: conversations a batch.
+        assistant_only: learn the assistant's words only.
+        seed: of the corpus.
+
+    Raises:
+        ValueError: the tokenizer's directory does not exist.
     """
 
     def __init__(
@@ -168,15 +201,18 @@ class LmDataModule(pl.LightningDataModule):
         self._sets: dict[Split, LmBatches] = {}
 
     def setup(self, stage: str) -> None:
+        """Draws both splits, unless they are there."""
         tokenizer = read_tokenizer(self._tokenizer_path)
         for split in self._counts:
             if split not in self._sets:
                 self._sets[split] = self._draw(split, tokenizer)
 
     def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        """Batches of the train split."""
         return DataLoader(self._sets["train"], batch_size=None, shuffle=False)
 
     def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        """Batches of the validation split."""
         return DataLoader(self._sets["validation"], batch_size=None, shuffle=False)
 
     def _draw(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> LmBatches:

@@ -23,15 +23,23 @@ _IGNORED = -100
 class LmModule(pl.LightningModule):
     """A Llama language model under next-token cross-entropy.
 
-    tokenizer: directory of the tokenizer, which fixes the vocabulary.
-    init_from: a model directory to go on from; the sizes given here must then be its own.
-    hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size: the architecture.
-    lr: peak learning rate, after ``warmup_steps`` of linear warm-up; it then falls on a cosine to ``final_lr_share``
-    of it.
+    Args:
+        tokenizer: directory of the tokenizer, which fixes the vocabulary.
+        init_from: a model directory to start from. The sizes given here must then be its own.
+        hidden_size: of the model.
+        num_layers: of the model.
+        num_heads: attention heads.
+        num_kv_heads: key and value heads.
+        intermediate_size: of the MLP.
+        max_position_embeddings: most tokens of a text.
+        lr: peak learning rate.
+        warmup_steps: the rate rises linearly over these.
+        final_lr_share: the rate then falls on a cosine to this share of its peak.
+        weight_decay: AdamW's, on matrices only.
+        schedule_steps: length of the schedule; null takes the run's own. A longer one means a run that stops early.
 
-    schedule_steps: length of that schedule; by default the run's own, so that a longer one means a run stopped early.
-
-    Raises ValueError where ``init_from`` has another architecture.
+    Raises:
+        ValueError: ``init_from`` has another architecture.
     """
 
     def __init__(
@@ -73,12 +81,14 @@ class LmModule(pl.LightningModule):
         self._schedule_steps = schedule_steps
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Mean cross-entropy of the labelled tokens."""
         logits_NV, labels_N = self._predict(batch)
         loss = nn.functional.cross_entropy(logits_NV, labels_N)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Logs cross-entropy and top-1 accuracy."""
         logits_NV, labels_N = self._predict(batch)
         loss = nn.functional.cross_entropy(logits_NV, labels_N)
         top1 = (logits_NV.argmax(-1) == labels_N).float().mean()
@@ -87,10 +97,18 @@ class LmModule(pl.LightningModule):
         self.log("val/top1", top1, prog_bar=True, batch_size=rows)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError for the weights of another model."""
+        """Checks the weights.
+
+        Args:
+            checkpoint: what Lightning has read.
+
+        Raises:
+            ValueError: the weights of another model.
+        """
         check_fits(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, decay on matrices only; linear warm-up, then cosine."""
         matrices = [weight for weight in self.lm.parameters() if weight.ndim > 1]
         vectors = [weight for weight in self.lm.parameters() if weight.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": self._weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -121,7 +139,7 @@ class LmModule(pl.LightningModule):
 def _load(directory: Path, config: LlamaConfig) -> LlamaForCausalLM:
     lm: LlamaForCausalLM = read_model(LlamaForCausalLM, directory, dtype=torch.float32)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        found, wanted = getattr(lm.config, name), getattr(config, name)
-        if found != wanted:
-            raise ValueError(f"init_from {directory}: {name} is {found}, the run says {wanted}; make them equal")
+        loaded, wanted = getattr(lm.config, name), getattr(config, name)
+        if loaded != wanted:
+            raise ValueError(f"init_from {directory}: {name} is {loaded}, the run says {wanted}; make them equal")
     return lm

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from draftsmith import provenance
 from draftsmith.files import atomic_directory
 from draftsmith.models.judge import load_judge
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.judge.figures import draw_precision_recall, draw_reliability, draw_roc
 from draftsmith.train.judge.module import AUC, JudgeModule
 
@@ -62,6 +62,9 @@ class JudgeFigures(pl.Callback):
 
     Args:
         every: draw at the first of so many validations, and at the end of training.
+
+    Raises:
+        ValueError: `every` is below 1.
     """
 
     def __init__(self, every: int = 5) -> None:

@@ -33,12 +33,19 @@ SPLITS = ("train", "validation")
 
 
 def labelled_positions(row: LabelledRow) -> tuple[Tensor, Tensor]:
-    """Where in its sample a row's labelled tokens stand, int64 [N], and their labels, bool [N] (True is correct).
+    """Where in its sample a row's labelled tokens are, and their labels.
 
-    The state of a token is the one at its own position, after the target has read it (Judge Decoding, arXiv:2501.19309), not the one
-    before it that predicts it.
+    The state of a token is the one at its own position, after the target has read it (Judge Decoding, arXiv:2501.19309). It is not the
+    state before, which predicts the token.
 
-    Worked example: the prompt 5 6 7 and the reply 8 9 with labels -100 and 0 give the position 4, where the state of 9 is, and wrong.
+    Worked example: the prompt 5 6 7 and the reply 8 9 with labels -100 and 0. The position is 4, where the state of 9 is; the label is
+        wrong.
+
+    Args:
+        row: of labelled tokens.
+
+    Returns:
+        positions, int64 [N], and labels, bool [N] (True is correct).
     """
     labels = torch.tensor(row.labels, dtype=torch.int64)
     places = torch.nonzero(labels != IGNORED).flatten()
@@ -66,21 +73,33 @@ class JudgeTokens:
         return len(self.labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> JudgeTokens:
-        """The same on another device; Lightning calls this."""
+        """The same tokens on another device; Lightning calls this.
+
+        Args:
+            device: where to.
+            non_blocking: ignored.
+        """
         features = self.features.to(device) if self.on_device else self.features
         labels, places = self.labels.to(device), self.places.to(device)
         return JudgeTokens(features, labels, places, self.part_tokens, self.on_device)
 
     def parts(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and features, float32 [rows, F], a part at a time."""
+        """Rows and features, a part at a time.
+
+        Args:
+            device: where the features go.
+
+        Yields:
+            a slice of the rows, and their features, float32 [rows, F].
+        """
         for start in range(0, len(self), self.part_tokens):
             rows = slice(start, start + self.part_tokens)
             yield rows, self.features[rows].to(device)
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """A row and where its sample lies: the number of the cache, the sample's index, and that in the draft model's cache."""
+class _CachedRow:
+    """A row and its sample: the number of the cache, the sample's index, and both of the draft model's cache."""
 
     row: LabelledRow
     cache: int
@@ -92,15 +111,15 @@ class _Joined:
 class _Split:
     """The rows of a split over all processes, in the order of the cache."""
 
-    joined: list[_Joined]
+    joined: list[_CachedRow]
 
     def __post_init__(self) -> None:
-        labels = [labelled_positions(one.row)[1].numpy() for one in self.joined]
+        labels = [labelled_positions(joined.row)[1].numpy() for joined in self.joined]
         sizes = [len(some) for some in labels]
         self.labels = np.concatenate(labels) if labels else np.zeros(0, dtype=bool)
-        names = sorted({one.row.question for one in self.joined})
+        names = sorted({joined.row.question for joined in self.joined})
         numbers = {name: number for number, name in enumerate(names)}
-        self.questions = np.repeat([numbers[one.row.question] for one in self.joined], sizes)
+        self.questions = np.repeat([numbers[joined.row.question] for joined in self.joined], sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.num_questions = len(names)
 
@@ -122,8 +141,9 @@ class JudgeDataModule(pl.LightningDataModule):
         on_device: keep all features on the accelerator; false sends a part at a time, if they do not fit.
         check: when to compare the shards' sha256: at `open`, `lazy` before first use, or `off`.
 
-    Raises ValueError in setup() for rows that are not in the cache or have other tokens there, for ids that come twice, and when
-    training or validation lacks one class; when reading, for states that are not finite, with the sample's id.
+    Raises:
+        ValueError: settings out of range; in setup(), rows that are not in the cache or have other tokens there, repeated ids, or training
+            or validation without one of the classes; when reading, states that are not finite, with the sample's id.
     """
 
     def __init__(
@@ -155,7 +175,11 @@ class JudgeDataModule(pl.LightningDataModule):
         self._read: dict[str, JudgeTokens] = {}
 
     def setup(self, stage: str = "fit") -> None:
-        """Opens the caches, joins the rows to their samples and divides the questions."""
+        """Opens the caches, joins the rows to their samples and divides the questions.
+
+        Raises:
+            ValueError: no labelled token, rows that do not fit the caches, or only one class.
+        """
         if self._splits:
             return
         self.caches = [HiddenStateCache(path, check=self.check) for path in self.cache_paths]
@@ -170,13 +194,17 @@ class JudgeDataModule(pl.LightningDataModule):
         joined = _join(rows, self.caches, self.draft_caches)
         held_out, trained = self._divide(sorted({row.question for row in rows}))
         for name, questions in (("train", trained), ("validation", held_out)):
-            self._splits[name] = _Split([one for one in joined if one.row.question in questions])
+            self._splits[name] = _Split([sample for sample in joined if sample.row.question in questions])
             self._check_classes(name)
 
     def read_states(self, norm: Norm | None = None) -> None:
-        """Reads this process's tokens into memory. `norm` is what the target's states go through, as stored [rows, D] -> [rows, D].
+        """Reads this process's tokens into memory.
 
-        Raises ValueError when states are not finite, and when there are fewer rows than processes.
+        Args:
+            norm: what the target's states go through, as stored [rows, D] -> [rows, D]; None leaves them.
+
+        Raises:
+            ValueError: states that are not finite, or fewer rows than processes.
         """
         rank, world_size = self._world()
         for name in SPLITS:
@@ -184,7 +212,11 @@ class JudgeDataModule(pl.LightningDataModule):
 
     @property
     def feature_sizes(self) -> tuple[int, int]:
-        """The target's hidden size, and the draft model's or 0. Raises ValueError before setup()."""
+        """The target's hidden size, and the draft model's or 0.
+
+        Raises:
+            ValueError: setup() has not run.
+        """
         sizes = [
             caches[0].manifest.identity.hidden_size if caches else 0 for caches in (self.caches, self.draft_caches)
         ]
@@ -193,15 +225,30 @@ class JudgeDataModule(pl.LightningDataModule):
         return sizes[0], sizes[1]
 
     def labels(self, split: str) -> np.ndarray:
-        """bool [N]: of a whole split, over all processes."""
+        """Labels of a whole split, over all processes: bool [N].
+
+        Args:
+            split: `train` or `validation`.
+        """
         return self._splits[split].labels
 
     def questions(self, split: str) -> np.ndarray:
-        """int64 [N]: the number of each token's question, of a whole split."""
+        """The number of each token's question, of a whole split: int64 [N].
+
+        Args:
+            split: `train` or `validation`.
+        """
         return self._splits[split].questions
 
     def tokens(self, split: str) -> JudgeTokens:
-        """This process's tokens. Raises ValueError before read_states()."""
+        """This process's tokens.
+
+        Args:
+            split: `train` or `validation`.
+
+        Raises:
+            ValueError: read_states() has not run.
+        """
         if split not in self._read:
             raise ValueError("the states are not read; call read_states() first")
         return self._read[split]
@@ -230,7 +277,7 @@ class JudgeDataModule(pl.LightningDataModule):
 
     def record(self) -> dict[str, Any]:
         """Where the labels came from and how many there are, for the judge's config."""
-        rows = [one.row for split in self._splits.values() for one in split.joined]
+        rows = [joined.row for split in self._splits.values() for joined in split.joined]
         return {
             "rows": {str(path): sha256_file(path) for path in self.row_paths},
             "how": dict(sorted(Counter(row.how for row in rows).items())),
@@ -254,7 +301,14 @@ class JudgeDataModule(pl.LightningDataModule):
         return {"layout": self._layout()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called on resume. Raises ValueError when the tokens or their split differ from those of the interrupted run."""
+        """Called on resume.
+
+        Args:
+            state_dict: from `state_dict` of the interrupted run.
+
+        Raises:
+            ValueError: the tokens or their split differ from those of the interrupted run.
+        """
         for name, value in self._layout().items():
             if state_dict["layout"][name] != value:
                 raise ValueError(
@@ -309,7 +363,7 @@ class JudgeDataModule(pl.LightningDataModule):
             start += size
         return JudgeTokens(features, labels, places, self.batch_tokens, self.on_device)
 
-    def _read_features(self, into: Tensor, joined: _Joined, positions: Tensor, norm: Norm | None) -> None:
+    def _read_features(self, into: Tensor, joined: _CachedRow, positions: Tensor, norm: Norm | None) -> None:
         """Fills float32 [rows, F]."""
         states = self.caches[joined.cache][joined.index].hidden[PRE_NORM][positions]
         hidden_size = self.feature_sizes[0]
@@ -359,18 +413,18 @@ def _rows(paths: Sequence[Path]) -> Iterator[LabelledRow]:
 
 def _join(
     rows: Sequence[LabelledRow], caches: Sequence[HiddenStateCache], draft_caches: Sequence[HiddenStateCache]
-) -> list[_Joined]:
+) -> list[_CachedRow]:
     """Rows with their samples, in the order of the caches."""
     wanted = {row.id: row for row in rows}
-    found = _found(wanted, caches)
-    drafts = _found(wanted, draft_caches) if draft_caches else {}
-    joined = [_Joined(row, *found[row.id], drafts.get(row.id)) for row in rows]
-    return sorted(joined, key=lambda one: (one.cache, one.index))
+    places = _places_in_caches(wanted, caches)
+    drafts = _places_in_caches(wanted, draft_caches) if draft_caches else {}
+    joined = [_CachedRow(row, *places[row.id], drafts.get(row.id)) for row in rows]
+    return sorted(joined, key=lambda row: (row.cache, row.index))
 
 
-def _found(wanted: dict[str, LabelledRow], caches: Sequence[HiddenStateCache]) -> dict[str, tuple[int, int]]:
+def _places_in_caches(wanted: dict[str, LabelledRow], caches: Sequence[HiddenStateCache]) -> dict[str, tuple[int, int]]:
     """Number of the cache and index of the sample of every row."""
-    found: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[int, int]] = {}
     for number, cache in enumerate(caches):
         if PRE_NORM not in cache.manifest.identity.layers:
             raise ValueError(
@@ -379,17 +433,17 @@ def _found(wanted: dict[str, LabelledRow], caches: Sequence[HiddenStateCache]) -
         for index, sample in enumerate(cache):
             if sample.id not in wanted:
                 continue
-            if sample.id in found:
+            if sample.id in places:
                 raise ValueError(f"{cache.path}: sample {sample.id} comes twice; name each cache once")
             _check_tokens(wanted[sample.id], sample, cache.path)
-            found[sample.id] = (number, index)
-    missing = sorted(wanted.keys() - found.keys())
+            places[sample.id] = (number, index)
+    missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(wanted)} rows are not in {_names([cache.path for cache in caches])} (first: {missing[0]}); run "
             "draftsmith data extract with these very rows as --source"
         )
-    return found
+    return places
 
 
 def _check_tokens(row: LabelledRow, sample: CachedSample, path: Path | str) -> None:

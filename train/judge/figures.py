@@ -1,6 +1,8 @@
 """ROC, precision and recall, and calibration of a judge as images.
 
-Owns: how they are drawn. Does not know: where they are shown, and no model.
+Owns: how they are drawn. Does not know: where they are shown, models.
+
+Shape legend: N tokens, H and W pixels.
 """
 
 from __future__ import annotations
@@ -17,45 +19,69 @@ Image = NDArray[np.uint8]
 _MOST_POINTS = 2000
 
 
-def draw_roc(probabilities_N: ArrayLike, labels_N: ArrayLike) -> Image:
-    """uint8 [H, W, 3]: correct tokens accepted against wrong tokens accepted.
+def draw_roc(probabilities: ArrayLike, labels: ArrayLike) -> Image:
+    """Correct tokens accepted against wrong tokens accepted.
 
-    Raises ValueError: as judge_metrics.roc_auc.
+    Args:
+        probabilities: [N], of being correct.
+        labels: [N], 1 for correct, 0 for wrong.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: as metrics.roc_auc.
     """
-    wrong, correct = roc_curve(probabilities_N, labels_N)
+    wrong, correct = roc_curve(probabilities, labels)
     figure, axes = _square("wrong tokens accepted", "correct tokens accepted")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     axes.plot(_thinned(wrong), _thinned(correct))
-    axes.set_title(f"ROC, area {roc_auc(probabilities_N, labels_N):.3f}")
+    axes.set_title(f"ROC, area {roc_auc(probabilities, labels):.3f}")
     return _image(figure)
 
 
-def draw_precision_recall(probabilities_N: ArrayLike, labels_N: ArrayLike) -> Image:
-    """uint8 [H, W, 3]: what share of the rejected tokens is wrong, against the share of the wrong tokens that is rejected.
+def draw_precision_recall(probabilities: ArrayLike, labels: ArrayLike) -> Image:
+    """The share of the rejected tokens that is wrong, against the share of the wrong tokens that is rejected.
 
-    Raises ValueError: as judge_metrics.roc_auc.
+    Args:
+        probabilities: [N], of being correct.
+        labels: [N], 1 for correct, 0 for wrong.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: as metrics.roc_auc.
     """
-    recall, precision = wrong_precision_recall(probabilities_N, labels_N)
+    recall, precision = wrong_precision_recall(probabilities, labels)
     figure, axes = _square("wrong tokens rejected", "wrong among the rejected")
-    axes.axhline(1.0 - float(np.mean(np.asarray(labels_N))), color="0.7", linewidth=1)
+    axes.axhline(1.0 - float(np.mean(np.asarray(labels))), color="0.7", linewidth=1)
     axes.plot(_thinned(recall), _thinned(precision))
-    axes.set_title(f"wrong tokens, average precision {average_precision(probabilities_N, labels_N):.3f}")
+    axes.set_title(f"wrong tokens, average precision {average_precision(probabilities, labels):.3f}")
     return _image(figure)
 
 
-def draw_reliability(probabilities_N: ArrayLike, labels_N: ArrayLike) -> Image:
-    """uint8 [H, W, 3]: the share of correct tokens in bins of their probability, with each bin's number of tokens.
+def draw_reliability(probabilities: ArrayLike, labels: ArrayLike) -> Image:
+    """The share of correct tokens in bins of their probability, with the number of tokens in each bin.
 
-    Raises ValueError: as judge_metrics.reliability.
+    Args:
+        probabilities: [N], of being correct.
+        labels: [N], 1 for correct, 0 for wrong.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: as metrics.reliability.
     """
-    found = reliability(probabilities_N, labels_N)
+    bins = reliability(probabilities, labels)
     figure, axes = _square("probability of being correct", "share that is correct")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    axes.plot(found.probability, found.correct, marker="o")
-    for probability, correct, count in zip(found.probability, found.correct, found.counts, strict=True):
+    axes.plot(bins.probability, bins.correct, marker="o")
+    for probability, correct, count in zip(bins.probability, bins.correct, bins.counts, strict=True):
         if count:
             axes.annotate(f"{count}", (probability, correct), (3, -9), textcoords="offset points", fontsize=7)
-    axes.set_title(f"calibration, error {found.error:.3f}")
+    axes.set_title(f"calibration, error {bins.error:.3f}")
     return _image(figure)
 
 

@@ -1,7 +1,7 @@
-"""Logistic regressions that differ in their L2 penalty only, fitted together over data that is gone through a part at a time.
+"""Logistic regressions that differ in their L2 penalty only, fitted together over data that comes a part at a time.
 
-Owns the objective and the optimiser that lands on its minimum, in float64 throughout: a flat objective is told from its bottom by its
-last digits. Knows no Lightning, no files, and not where the features are from.
+Owns the objective and the optimiser that finds its minimum. Both use float64: near the minimum, objectives differ in their last digits
+only. Knows no Lightning, no files, and not where the features are from.
 
 Shape legend: N tokens of this process, F features, S penalties (the sweep), P = F + 1 numbers of one regression, its bias last.
 """
@@ -23,19 +23,40 @@ class FeatureParts(Protocol):
     """Rows of features, a part at a time."""
 
     def parts(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """Each part's rows and its features, float32 [rows, F], on a device."""
+        """Features, a part at a time.
+
+        Args:
+            device: where the features go.
+
+        Yields:
+            a slice of the rows, and their features, float32 [rows, F].
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What standardises features: float64 [F] each. A feature that never changes has scale 1."""
+    """What standardises features.
+
+    Attributes:
+        mean: float64 [F].
+        scale: float64 [F]; 1 for a feature that never changes.
+    """
 
     mean: Tensor
     scale: Tensor
 
     def centred(self, features: Tensor) -> Tensor:
-        """float32 [rows, F] -> float64, the means taken off. What is left to do is cheaper on weights and gradients than on rows."""
+        """Features without their means.
+
+        The division by the scales is left out: it is cheaper on weights and gradients than on rows.
+
+        Args:
+            features: float32 [rows, F].
+
+        Returns:
+            float64 [rows, F].
+        """
         return features - self.mean  # promoted to float64 on the way
 
 
@@ -64,13 +85,23 @@ def measure_scaling(
     return Scaling(mean, torch.where(scale > 1e-12 * mean.abs().clamp(min=1.0), scale, torch.ones_like(scale)))
 
 
-def project(data: FeatureParts, scaling: Scaling, theta_SP: Tensor, num_rows: int) -> Tensor:
-    """float64 [N, S]: each regression's value at each row."""
-    values = torch.empty(num_rows, theta_SP.shape[0], dtype=torch.float64, device=theta_SP.device)
-    weights_SF = theta_SP[:, :-1] / scaling.scale
-    for rows, features in data.parts(theta_SP.device):
-        values[rows] = scaling.centred(features) @ weights_SF.T
-    return values + theta_SP[:, -1]
+def project(data: FeatureParts, scaling: Scaling, theta: Tensor, num_rows: int) -> Tensor:
+    """Each regression's value at each row.
+
+    Args:
+        data: this process's rows.
+        scaling: of the features.
+        theta: float64 [S, P].
+        num_rows: N.
+
+    Returns:
+        float64 [N, S].
+    """
+    values = torch.empty(num_rows, theta.shape[0], dtype=torch.float64, device=theta.device)
+    weights = theta[:, :-1] / scaling.scale
+    for rows, features in data.parts(theta.device):
+        values[rows] = scaling.centred(features) @ weights.T
+    return values + theta[:, -1]
 
 
 class SweepProblem:
@@ -85,87 +116,118 @@ class SweepProblem:
 
     Args:
         data: this process's rows.
-        labels_N: bool, True is correct.
-        weights_N: float64, c_i / W.
+        labels: bool [N], True is correct.
+        weights: float64 [N], c_i / W.
         scaling: of the features.
-        l2_S: float64.
+        l2: float64 [S].
         total: sums a tensor over all processes.
     """
 
     def __init__(
         self,
         data: FeatureParts,
-        labels_N: Tensor,
-        weights_N: Tensor,
+        labels: Tensor,
+        weights: Tensor,
         scaling: Scaling,
-        l2_S: Tensor,
+        l2: Tensor,
         total: Callable[[Tensor], Tensor],
     ) -> None:
         self._data, self._scaling, self._total = data, scaling, total
-        self._labels_N1, self._weights_N1 = labels_N.double()[:, None], weights_N[:, None]
-        self._l2_S = l2_S
-        self._values_NS = torch.empty(0)
+        self._labels, self._weights = labels.double()[:, None], weights[:, None]
+        self._l2 = l2
+        self._values = torch.empty(0)
 
-    def open(self, theta_SP: Tensor) -> None:
-        """Puts the point at theta."""
-        self._values_NS = project(self._data, self._scaling, theta_SP, len(self._labels_N1))
+    def open(self, theta: Tensor) -> None:
+        """Puts the point at theta.
 
-    def losses(self, theta_SP: Tensor) -> Tensor:
-        """float64 [S]: the objectives at the point, which is theta."""
-        entropy = torch.nn.functional.softplus(self._values_NS) - self._labels_N1 * self._values_NS
-        return self._total((self._weights_N1 * entropy).sum(0)) + self._l2_S / 2 * theta_SP[:, :-1].square().sum(1)
+        Args:
+            theta: float64 [S, P].
+        """
+        self._values = project(self._data, self._scaling, theta, len(self._labels))
 
-    def gradient(self, theta_SP: Tensor) -> Tensor:
-        """float64 [S, P]: the objectives' gradients at the point, which is theta."""
-        residual_NS = self._weights_N1 * (torch.sigmoid(self._values_NS) - self._labels_N1)
-        gradient = torch.zeros_like(theta_SP)
-        for rows, features in self._data.parts(theta_SP.device):
-            gradient[:, :-1] += residual_NS[rows].T @ self._scaling.centred(features)
+    def losses(self, theta: Tensor) -> Tensor:
+        """The objectives at the point.
+
+        Args:
+            theta: float64 [S, P], the point.
+
+        Returns:
+            float64 [S].
+        """
+        entropy = torch.nn.functional.softplus(self._values) - self._labels * self._values
+        return self._total((self._weights * entropy).sum(0)) + self._l2 / 2 * theta[:, :-1].square().sum(1)
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """The objectives' gradients at the point.
+
+        Args:
+            theta: float64 [S, P], the point.
+
+        Returns:
+            float64 [S, P].
+        """
+        residual = self._weights * (torch.sigmoid(self._values) - self._labels)
+        gradient = torch.zeros_like(theta)
+        for rows, features in self._data.parts(theta.device):
+            gradient[:, :-1] += residual[rows].T @ self._scaling.centred(features)
         gradient[:, :-1] /= self._scaling.scale
-        gradient[:, -1] = residual_NS.sum(0)
+        gradient[:, -1] = residual.sum(0)
         gradient = self._total(gradient)
-        gradient[:, :-1] += self._l2_S[:, None] * theta_SP[:, :-1]
+        gradient[:, :-1] += self._l2[:, None] * theta[:, :-1]
         return gradient
 
-    def best_steps(self, theta_SP: Tensor, direction_SP: Tensor) -> tuple[Tensor, Tensor]:
-        """How far to go along a direction in which every objective falls: float64 [S], and how the values change, [N, S].
+    def best_steps(self, theta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """How far to go along a direction in which every objective falls.
 
-        The objectives are convex along it and the values linear, so the minimum is the one root of the slope: Newton's steps, kept
-        within a bracket by halving or doubling, with no look at the features.
+        The objectives are convex along it and the values linear, so the minimum is the one root of the slope. Newton's steps find it, kept
+        within a bracket by halving or doubling, without another pass over the features.
+
+        Args:
+            theta: float64 [S, P], the point.
+            direction: float64 [S, P].
+
+        Returns:
+            the steps, float64 [S], and how the values change, float64 [N, S].
         """
-        change_NS = project(self._data, self._scaling, direction_SP, len(self._labels_N1))
-        moved = direction_SP[:, :-1]
-        bend_S = self._l2_S * moved.square().sum(1)
-        steps = torch.zeros_like(self._l2_S)
+        change = project(self._data, self._scaling, direction, len(self._labels))
+        moved = direction[:, :-1]
+        bend = self._l2 * moved.square().sum(1)
+        steps = torch.zeros_like(self._l2)
         low, high = steps.clone(), torch.full_like(steps, torch.inf)
         first: Tensor | None = None
         for _ in range(_LINE_STEPS):
-            chance_NS = torch.sigmoid(self._values_NS + steps * change_NS)
-            slope = (self._weights_N1 * (chance_NS - self._labels_N1) * change_NS).sum(0)
-            curvature = (self._weights_N1 * chance_NS * (1 - chance_NS) * change_NS.square()).sum(0)
+            chance = torch.sigmoid(self._values + steps * change)
+            slope = (self._weights * (chance - self._labels) * change).sum(0)
+            curvature = (self._weights * chance * (1 - chance) * change.square()).sum(0)
             slope, curvature = self._total(torch.stack([slope, curvature]))
-            slope = slope + self._l2_S * ((theta_SP[:, :-1] * moved).sum(1) + steps * moved.square().sum(1))
+            slope = slope + self._l2 * ((theta[:, :-1] * moved).sum(1) + steps * moved.square().sum(1))
             first = slope if first is None else first
             done = slope.abs() <= _LINE_TOLERANCE * first.abs()
             if bool(done.all()):
                 break
             low, high = torch.where(slope < 0, steps, low), torch.where(slope > 0, steps, high)
-            newton = steps - slope / (curvature + bend_S).clamp(min=1e-300)
+            newton = steps - slope / (curvature + bend).clamp(min=1e-300)
             halfway = torch.where(high.isinf(), 2 * low + 1.0, (low + high) / 2)
             inside = (newton > low) & (newton < high) & newton.isfinite()
             steps = torch.where(done, steps, torch.where(inside, newton, halfway))
-        return steps, change_NS
+        return steps, change
 
-    def move(self, steps_S: Tensor, change_NS: Tensor) -> None:
-        """Moves the point by so much of a direction whose change of values is known."""
-        self._values_NS = self._values_NS + steps_S * change_NS
+    def move(self, steps: Tensor, change: Tensor) -> None:
+        """Moves the point along a direction whose change of values is known.
+
+        Args:
+            steps: float64 [S].
+            change: float64 [N, S].
+        """
+        self._values = self._values + steps * change
 
 
 class SweepLBFGS(torch.optim.Optimizer):
-    """Limited-memory BFGS for regressions that share their data and nothing else: each row of the one parameter [S, P] has its own
-    curvature and its own step, though all go through the data together. Two passes over the features an iteration.
+    """Limited-memory BFGS for regressions that share their data and nothing else.
 
-    (torch.optim.LBFGS would give all rows one step and one curvature, so that the worst conditioned holds the others up.)
+    Each row of the one parameter [S, P] has its own curvature and its own step, though all pass through the data together. An iteration
+    takes two passes over the features. torch.optim.LBFGS would give all rows one step and one curvature: the worst conditioned row would
+    slow down the others.
 
     Args:
         theta: the parameter, float64 [S, P].
@@ -179,7 +241,15 @@ class SweepLBFGS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, problem: SweepProblem | None = None) -> Any:
-        """So many iterations. `problem` is needed; `closure` is called once, as trainers expect, and its value given back."""
+        """Runs the iterations.
+
+        Args:
+            closure: called once, as trainers expect.
+            problem: the objectives; always needed.
+
+        Returns:
+            what the closure returned.
+        """
         assert problem is not None, "step() needs the problem"
         result = None if closure is None else closure()
         [group] = self.param_groups
@@ -187,10 +257,10 @@ class SweepLBFGS(torch.optim.Optimizer):
         problem.open(theta)
         gradient = problem.gradient(theta)
         for _ in range(group["iterations"]):
-            open_S1 = gradient.abs().amax(1, keepdim=True) > group["tolerance"]
-            if not bool(open_S1.any()):
+            is_open = gradient.abs().amax(1, keepdim=True) > group["tolerance"]
+            if not bool(is_open.any()):
                 break
-            direction = torch.where(open_S1, -self._with_curvature(theta, gradient), 0.0)
+            direction = torch.where(is_open, -self._with_curvature(theta, gradient), 0.0)
             steps, change = problem.best_steps(theta, direction)
             problem.move(steps, change)
             moved = steps[:, None] * direction

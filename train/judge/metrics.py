@@ -24,9 +24,13 @@ _REPLICATE_NUMBERS = 2**23  # bootstrap weights in memory at a time
 
 @dataclass(frozen=True)
 class Reliability:
-    """Calibration by bins of equal width: in each, the mean probability, the share that is correct, and how many tokens.
+    """Calibration by bins of equal width.
 
-    Bins without a token have NaN for both. `error` is the expected calibration error: the distance of the two, weighted by tokens.
+    Attributes:
+        probability: float64 [bins], the mean probability; NaN for a bin without a token.
+        correct: float64 [bins], the share that is correct; NaN likewise.
+        counts: int64 [bins], tokens.
+        error: the expected calibration error: the distance of both, weighted by tokens.
     """
 
     probability: Floats
@@ -35,13 +39,17 @@ class Reliability:
     error: float
 
 
-def roc_auc(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
-    """The chance that a correct token scores above a wrong one, ties counting half: the area under the ROC curve.
+def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """The area under the ROC curve: the chance that a correct token scores above a wrong one, ties counting half.
+
+    Args:
+        scores: [N], higher for tokens that seem correct.
+        labels: [N], 1 for correct, 0 for wrong.
 
     Raises:
         ValueError: only one class, scores that are not a number, or lists of different lengths.
     """
-    scores, labels = _checked(scores_N, labels_N)
+    scores, labels = _checked(scores, labels)
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     middle_ranks = np.cumsum(counts) - (counts - 1) / 2
     num_correct = int(labels.sum())
@@ -50,48 +58,70 @@ def roc_auc(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
     return float(above / (num_correct * num_wrong))
 
 
-def roc_curve(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Floats]:
+def roc_curve(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
     """Shares of wrong and of correct tokens accepted, from the strictest threshold (0, 0) to the loosest (1, 1).
+
+    Args:
+        scores: [N], higher for tokens that seem correct.
+        labels: [N], 1 for correct, 0 for wrong.
 
     Raises:
         ValueError: as :func:`roc_auc`.
     """
-    correct, wrong = _accepted(*_checked(scores_N, labels_N))
+    correct, wrong = _accepted(*_checked(scores, labels))
     return wrong / wrong[-1], correct / correct[-1]
 
 
-def wrong_precision_recall(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Floats]:
-    """Of rejecting: recall (share of wrong tokens that are rejected) and precision (share of what is rejected that is wrong).
+def wrong_precision_recall(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
+    """Precision and recall of rejecting wrong tokens, from the strictest rejection to rejecting all.
 
-    Wrong tokens are the rare class, so this is the pair of curves that tells something. From the strictest rejection to rejecting all.
+    Wrong tokens are the rare class, so this pair of curves is the informative one.
+
+    Args:
+        scores: [N], higher for tokens that seem correct.
+        labels: [N], 1 for correct, 0 for wrong.
+
+    Returns:
+        recall (the share of wrong tokens that are rejected) and precision (the share of rejected tokens that are wrong).
 
     Raises:
         ValueError: as :func:`roc_auc`.
     """
-    scores, labels = _checked(scores_N, labels_N)
+    scores, labels = _checked(scores, labels)
     rejected_wrong, rejected_correct = _accepted(-scores, 1 - labels)
     # The first entry is where nothing is rejected, and precision means nothing.
     hits, misses = rejected_wrong[1:], rejected_correct[1:]
     return hits / hits[-1], hits / (hits + misses)
 
 
-def average_precision(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
+def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under :func:`wrong_precision_recall` as a step function.
+
+    Args:
+        scores: [N], higher for tokens that seem correct.
+        labels: [N], 1 for correct, 0 for wrong.
 
     Raises:
         ValueError: as :func:`roc_auc`.
     """
-    recall, precision = wrong_precision_recall(scores_N, labels_N)
+    recall, precision = wrong_precision_recall(scores, labels)
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 
 
-def reliability(probabilities_N: ArrayLike, labels_N: ArrayLike, num_bins: int = 10) -> Reliability:
-    """See Reliability. Classes that were balanced in training move all probabilities away from the shares of the text.
+def reliability(probabilities: ArrayLike, labels: ArrayLike, num_bins: int = 10) -> Reliability:
+    """Calibration by bins; see `Reliability`.
+
+    Classes that were balanced in training move all probabilities away from the shares of the text.
+
+    Args:
+        probabilities: [N], of being correct.
+        labels: [N], 1 for correct, 0 for wrong.
+        num_bins: bins of equal width.
 
     Raises:
         ValueError: as :func:`roc_auc`, or a probability is not within 0 and 1.
     """
-    probabilities, labels = _checked(probabilities_N, labels_N)
+    probabilities, labels = _checked(probabilities, labels)
     _check_probabilities(probabilities)
     bins = np.minimum((probabilities * num_bins).astype(np.int64), num_bins - 1)
     counts = np.bincount(bins, minlength=num_bins)
@@ -105,9 +135,9 @@ def reliability(probabilities_N: ArrayLike, labels_N: ArrayLike, num_bins: int =
 
 
 def choose_threshold(
-    probabilities_N: ArrayLike,
-    labels_N: ArrayLike,
-    questions_N: Sequence[object] | NDArray,
+    probabilities: ArrayLike,
+    labels: ArrayLike,
+    questions: Sequence[object] | NDArray,
     max_wrong: float = 0.05,
     hold_upper: bool = False,
     num_replicates: int = 1000,
@@ -115,23 +145,23 @@ def choose_threshold(
 ) -> CurvePoint:
     """The threshold that accepts most correct tokens with at most the share `max_wrong` of wrong ones accepted.
 
-    Accepted means strictly above the threshold, which lies between two probabilities that occur, so that it does not hang on a
+    Accepted means strictly above the threshold. The threshold lies between two probabilities that occur, so it does not depend on a
     rounding error. Where even the likeliest wrong token must be rejected and nothing lies above it, the threshold is 1.
 
     Args:
-        probabilities_N: of being correct, of held-out tokens.
-        labels_N: theirs.
-        questions_N: the question of each; tokens of one question are not independent, so the bootstrap draws questions.
+        probabilities: of being correct, of held-out tokens.
+        labels: theirs.
+        questions: the question of each; tokens of one question are not independent, so the bootstrap draws questions.
         max_wrong: the limit, from 0 to 1.
-        hold_upper: hold the upper end of the 95 % interval to the limit, not only the share itself. An interval of 0 to 0 says that none
-            was seen, not that there are none: with few questions it tells little.
+        hold_upper: the upper end of the 95 % interval must also be within the limit, not only the share. An interval of 0 to 0 says that
+            none was seen, not that there are none: with few questions it says little.
         num_replicates: of the bootstrap.
         seed: of the bootstrap.
 
     Raises:
         ValueError: only one class, numbers out of range, or lists of different lengths.
     """
-    bootstrap = Bootstrap(probabilities_N, labels_N, questions_N, num_replicates, seed)
+    bootstrap = Bootstrap(probabilities, labels, questions, num_replicates, seed)
     if not 0.0 <= max_wrong <= 1.0:
         raise ValueError(f"max_wrong is {max_wrong}; it is the share of wrong tokens that may be accepted; give 0 to 1")
     candidates = _candidates(bootstrap.probabilities, bootstrap.labels)
@@ -146,18 +176,27 @@ def choose_threshold(
 
 
 def curve(
-    probabilities_N: ArrayLike,
-    labels_N: ArrayLike,
-    questions_N: Sequence[object] | NDArray,
+    probabilities: ArrayLike,
+    labels: ArrayLike,
+    questions: Sequence[object] | NDArray,
     num_points: int = 41,
     num_replicates: int = 1000,
     seed: int = 0,
 ) -> list[CurvePoint]:
     """What thresholds from 0 to 1 do, spread evenly over the shares of wrong and of correct tokens; rising.
 
-    Arguments and errors as for :func:`choose_threshold`. `num_points` is about how many.
+    Args:
+        probabilities: [N], of being correct.
+        labels: [N], 1 for correct, 0 for wrong.
+        questions: [N], the question of each token.
+        num_points: about how many thresholds.
+        num_replicates: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: as :func:`choose_threshold`.
     """
-    bootstrap = Bootstrap(probabilities_N, labels_N, questions_N, num_replicates, seed)
+    bootstrap = Bootstrap(probabilities, labels, questions, num_replicates, seed)
     steps = np.linspace(0.0, 1.0, max(2, num_points // 2))
     spread = [np.quantile(bootstrap.probabilities[bootstrap.labels == kind], steps, method="lower") for kind in (0, 1)]
     return bootstrap.points(np.unique(np.concatenate([[0.0, 1.0], *spread])))
@@ -166,8 +205,15 @@ def curve(
 class Bootstrap:
     """Accepted shares at thresholds with 95 % percentile intervals over questions: Q of Q questions are drawn, with replacement.
 
-    The same draws serve every threshold, so intervals fall with the threshold as the shares do. Replicates without a token of a class
-    do not count for it; where none is left, nothing is known, and the interval goes from 0 to 1.
+    The same draws serve every threshold, so intervals fall with the threshold as the shares do. Replicates without a token of a class do
+    not count for it. If none is left, nothing is known, and the interval is 0 to 1.
+
+    Args:
+        probabilities: [N], of being correct.
+        labels: [N], 1 for correct, 0 for wrong.
+        questions: [N], the question of each token.
+        num_replicates: R.
+        seed: of the draws.
 
     Raises:
         ValueError: only one class, probabilities out of range, lists of different lengths, or no replicate.
@@ -175,24 +221,28 @@ class Bootstrap:
 
     def __init__(
         self,
-        probabilities_N: ArrayLike,
-        labels_N: ArrayLike,
-        questions_N: Sequence[object] | NDArray,
+        probabilities: ArrayLike,
+        labels: ArrayLike,
+        questions: Sequence[object] | NDArray,
         num_replicates: int,
         seed: int,
     ) -> None:
-        self.probabilities, self.labels = _checked(probabilities_N, labels_N)
+        self.probabilities, self.labels = _checked(probabilities, labels)
         _check_probabilities(self.probabilities)
-        if len(questions_N) != len(self.labels):
-            raise ValueError(f"{len(questions_N)} questions for {len(self.labels)} tokens; give one for each token")
+        if len(questions) != len(self.labels):
+            raise ValueError(f"{len(questions)} questions for {len(self.labels)} tokens; give one for each token")
         if num_replicates < 1:
             raise ValueError(f"num_replicates is {num_replicates}; a bootstrap needs at least 1")
-        names, self._question = np.unique(np.asarray(questions_N), return_inverse=True)
+        names, self._question = np.unique(np.asarray(questions), return_inverse=True)
         self._num_questions, self._num_replicates, self._seed = len(names), num_replicates, seed
 
-    def points(self, thresholds_C: Floats) -> list[CurvePoint]:
-        """One point a threshold; thresholds must rise."""
-        correct, wrong = (self._shares(kind, thresholds_C) for kind in (1, 0))
+    def points(self, thresholds: Floats) -> list[CurvePoint]:
+        """One point a threshold.
+
+        Args:
+            thresholds: float64 [C], rising.
+        """
+        correct, wrong = (self._shares(kind, thresholds) for kind in (1, 0))
         return [
             CurvePoint(
                 threshold=float(threshold),
@@ -203,26 +253,30 @@ class Bootstrap:
                 wrong_low=float(wrong[1, index]),
                 wrong_high=float(wrong[2, index]),
             )
-            for index, threshold in enumerate(thresholds_C)
+            for index, threshold in enumerate(thresholds)
         ]
 
-    def _shares(self, kind: int, thresholds_C: Floats) -> Floats:
+    def _shares(self, kind: int, thresholds: Floats) -> Floats:
         """[3, C]: the share of the class that is accepted, and the ends of its interval."""
         chosen = self.labels == kind
         # The number of thresholds that lie strictly below a probability: those accept it.
-        below = np.searchsorted(thresholds_C, self.probabilities[chosen], side="left")
-        C = len(thresholds_C)
-        cells = np.bincount(self._question[chosen] * (C + 1) + below, minlength=self._num_questions * (C + 1))
-        counts_QC = cells.reshape(self._num_questions, C + 1)[:, ::-1].cumsum(1)[:, ::-1].astype(np.float64)
-        accepted_QC, total_Q = counts_QC[:, 1:], counts_QC[:, 0]
+        below = np.searchsorted(thresholds, self.probabilities[chosen], side="left")
+        num_thresholds = len(thresholds)
+        cells = np.bincount(
+            self._question[chosen] * (num_thresholds + 1) + below, minlength=self._num_questions * (num_thresholds + 1)
+        )
+        counts = cells.reshape(self._num_questions, num_thresholds + 1)[:, ::-1].cumsum(1)[:, ::-1].astype(np.float64)
+        accepted, totals = counts[:, 1:], counts[:, 0]
         parts = []
-        for weights_RQ in self._draws():
-            total_R = weights_RQ @ total_Q
-            accepted_RC = weights_RQ @ accepted_QC
-            parts.append(accepted_RC[total_R > 0] / total_R[total_R > 0, None])
+        for draws in self._draws():
+            drawn_totals = draws @ totals
+            drawn_accepted = draws @ accepted
+            parts.append(drawn_accepted[drawn_totals > 0] / drawn_totals[drawn_totals > 0, None])
         drawn = np.concatenate(parts)
-        ends = np.percentile(drawn, _INTERVAL, axis=0) if len(drawn) else np.repeat([[0.0], [1.0]], C, axis=1)
-        return np.concatenate([accepted_QC.sum(0, keepdims=True) / total_Q.sum(), ends])
+        ends = (
+            np.percentile(drawn, _INTERVAL, axis=0) if len(drawn) else np.repeat([[0.0], [1.0]], num_thresholds, axis=1)
+        )
+        return np.concatenate([accepted.sum(0, keepdims=True) / totals.sum(), ends])
 
     def _draws(self) -> Iterator[Floats]:
         """How often each question was drawn: [R, Q] in parts, the same ones every time."""
@@ -234,10 +288,10 @@ class Bootstrap:
             yield generator.multinomial(self._num_questions, even, size=number).astype(np.float64)
 
 
-def _candidates(probabilities_N: Floats, labels_N: Ints) -> Floats:
+def _candidates(probabilities: Floats, labels: Ints) -> Floats:
     """Thresholds worth a thought, rising: 0, just above each wrong token's probability, and 1 where nothing lies above."""
-    values = np.unique(probabilities_N)
-    wrong = np.unique(probabilities_N[labels_N == 0])
+    values = np.unique(probabilities)
+    wrong = np.unique(probabilities[labels == 0])
     after = np.searchsorted(values, wrong, side="right")
     higher = np.append(values, 1.0)[after]
     middle = (wrong + higher) / 2
@@ -256,16 +310,16 @@ def _first_below(bootstrap: Bootstrap, candidates: Floats, first: int, max_wrong
     return low
 
 
-def _accepted(scores_N: Floats, labels_N: Ints) -> tuple[Floats, Floats]:
+def _accepted(scores: Floats, labels: Ints) -> tuple[Floats, Floats]:
     """Correct and wrong tokens accepted at each distinct score, from none to all."""
-    order = np.argsort(-scores_N, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores_N[order])), len(order) - 1)
-    correct = np.cumsum(labels_N[order])[last].astype(np.float64)
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+    correct = np.cumsum(labels[order])[last].astype(np.float64)
     return np.append(0.0, correct), np.append(0.0, last + 1 - correct)
 
 
-def _checked(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Ints]:
-    scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.int64)
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Ints]:
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(
             f"scores have shape {scores.shape} and labels {labels.shape}; both are one list of tokens; give one label each"
@@ -274,16 +328,16 @@ def _checked(scores_N: ArrayLike, labels_N: ArrayLike) -> tuple[Floats, Ints]:
         raise ValueError(
             f"{int(np.isnan(scores).sum())} scores are NaN; every score is a number; look at the states they come from"
         )
-    found = set(np.unique(labels).tolist())
-    if found != {0, 1}:
+    classes = set(np.unique(labels).tolist())
+    if classes != {0, 1}:
         raise ValueError(
-            f"the labels are {sorted(found)}; both 1 (correct) and 0 (wrong) are needed; label more answers"
+            f"the labels are {sorted(classes)}; both 1 (correct) and 0 (wrong) are needed; label more answers"
         )
     return scores, labels
 
 
-def _check_probabilities(probabilities_N: Floats) -> None:
-    if probabilities_N.min() < 0.0 or probabilities_N.max() > 1.0:
+def _check_probabilities(probabilities: Floats) -> None:
+    if probabilities.min() < 0.0 or probabilities.max() > 1.0:
         raise ValueError(
-            f"probabilities go from {probabilities_N.min()} to {probabilities_N.max()}; they are from 0 to 1; take the sigmoid of log-odds"
+            f"probabilities go from {probabilities.min()} to {probabilities.max()}; they are from 0 to 1; take the sigmoid of log-odds"
         )

@@ -1,6 +1,6 @@
 """Training a judge: a sweep of penalties at once, the best of them by held-out questions, and the threshold from those.
 
-Owns: the settings, standardisation, the choice among the sweep, the judge that comes of it, what is logged. Does not know: how tokens
+Owns: the settings, standardisation, the choice among the sweep, the resulting judge, what is logged. Does not know: how tokens
 are joined to states, the optimiser's inside, figures, files of a run.
 
 Shape legend: N tokens, F features, S penalties, P = F + 1.
@@ -43,10 +43,10 @@ class JudgeModule(pl.LightningModule):
 
         1/W * sum over tokens of c * BCE(y, sigmoid(weight . x + bias))  +  l2 / 2 * |weight|²,     W = sum of c
 
-    scikit-learn's ``LogisticRegression(C, class_weight)`` lands on the same weights for ``C = 1 / (l2 * W)``. With class_weight
+    scikit-learn's ``LogisticRegression(C, class_weight)`` finds the same weights for ``C = 1 / (l2 * W)``. With class_weight
     "balanced" W is the number of training tokens.
 
-    An epoch is `iterations` of L-BFGS over all tokens, each with an exact line search: there is no learning rate. Training stops when no
+    An epoch is `iterations` of L-BFGS over all tokens, each with an exact line search, so there is no learning rate. Training stops when no
     gradient entry is above `tolerance`, or earlier by EarlyStopping on `val/auc`.
 
     Args:
@@ -58,15 +58,15 @@ class JudgeModule(pl.LightningModule):
         history: pairs that L-BFGS remembers.
         tolerance: see above.
         max_wrong: the threshold accepts at most this share of the wrong tokens of held-out questions.
-        hold_upper: hold the upper end of the share's 95 % interval (bootstrap over questions) to it.
+        hold_upper: the upper end of the share's 95 % interval (bootstrap over questions) must be within it too.
         num_replicates: of the bootstrap.
         ends_dtype: dtype of the target's final norm; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
 
-    Raises ValueError for settings out of range, and in setup() for a cache of another target or tokenizer and for a strategy that divides
-    weights.
+    Raises:
+        ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or a strategy that divides weights.
     """
 
     mean: Tensor
@@ -94,7 +94,7 @@ class JudgeModule(pl.LightningModule):
         _check_settings(feature, l2, class_weight, max_wrong, counts)
         self.target, self.revision, self.adapter = target, revision, adapter
         self.trust_remote_code = trust_remote_code
-        self.feature, self.l2, self.class_weight = feature, tuple(float(one) for one in l2), class_weight
+        self.feature, self.l2, self.class_weight = feature, tuple(float(penalty) for penalty in l2), class_weight
         self.iterations, self.history, self.tolerance = iterations, history, tolerance
         self.max_wrong, self.hold_upper, self.num_replicates = max_wrong, hold_upper, num_replicates
         self.ends_dtype: str = ends_dtype
@@ -105,9 +105,9 @@ class JudgeModule(pl.LightningModule):
         self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(0, dtype=torch.float64))
         self._config = JudgeConfig()
-        self._values_NS = torch.empty(0)
+        self._values = torch.empty(0)
         self.best = 0
-        self.held_out: HeldOut | None = None
+        self.held_out: HeldOutTokens | None = None
 
     def settings(self) -> dict[str, Any]:
         """Every setting of the run that concerns the judge, for provenance."""
@@ -132,7 +132,8 @@ class JudgeModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Checks the caches against the target, has the states read, makes room for the weights.
 
-        Raises ValueError for a strategy that divides weights among processes.
+        Raises:
+            ValueError: a strategy that divides weights among processes, or caches of another target or tokenizer.
         """
         refuse_dividing(self.trainer.strategy, "the judge", "it is trained whole")
         if len(self.theta):
@@ -162,9 +163,12 @@ class JudgeModule(pl.LightningModule):
             draft_fingerprint="" if draft is None else draft.target_fingerprint,
             labels=data.record(),
         )
-        F = self._config.num_features
-        self.theta = nn.Parameter(torch.zeros(len(self.l2), F + 1, dtype=torch.float64))
-        self.mean, self.scale = torch.zeros(F, dtype=torch.float64), torch.ones(F, dtype=torch.float64)
+        num_features = self._config.num_features
+        self.theta = nn.Parameter(torch.zeros(len(self.l2), num_features + 1, dtype=torch.float64))
+        self.mean, self.scale = (
+            torch.zeros(num_features, dtype=torch.float64),
+            torch.ones(num_features, dtype=torch.float64),
+        )
 
     def labelled_text(self) -> LabelledText:
         """What this run learns from."""
@@ -182,7 +186,12 @@ class JudgeModule(pl.LightningModule):
         return SweepLBFGS(self.theta, self.iterations, self.history, self.tolerance)
 
     def training_step(self, batch: JudgeTokens, batch_idx: int) -> None:
-        """So many iterations over all tokens of all processes."""
+        """Runs `iterations` of L-BFGS over all tokens of all processes.
+
+        Args:
+            batch: all training tokens of this process.
+            batch_idx: 0.
+        """
         problem = SweepProblem(
             batch,
             batch.labels,
@@ -202,22 +211,27 @@ class JudgeModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: JudgeTokens, batch_idx: int) -> None:
-        """The values of this process's held-out tokens, each at its place among all."""
+        """The values of this process's held-out tokens, each at its place among all.
+
+        Args:
+            batch: all held-out tokens of this process.
+            batch_idx: 0.
+        """
         values = project(batch, Scaling(self.mean, self.scale), self.theta.detach(), len(batch))
         everywhere = torch.zeros(
             len(self.data().labels("validation")), len(self.l2), dtype=torch.float64, device=self.device
         )
         everywhere[batch.places] = values
-        self._values_NS = (sum_over_ranks(self, everywhere) / _GRAIN).round() * _GRAIN
+        self._values = (sum_over_ranks(self, everywhere) / _GRAIN).round() * _GRAIN
 
     def on_validation_epoch_end(self) -> None:
         """Chooses among the sweep and logs what it is worth."""
         data = self.data()
-        labels, values = data.labels("validation"), self._values_NS.cpu().numpy()
+        labels, values = data.labels("validation"), self._values.cpu().numpy()
         areas = [roc_auc(values[:, index], labels) for index in range(len(self.l2))]
         self.best = int(np.argmax(areas))
-        probabilities = torch.sigmoid(self._values_NS[:, self.best]).cpu().numpy()
-        self.held_out = HeldOut(probabilities, labels, data.questions("validation"))
+        probabilities = torch.sigmoid(self._values[:, self.best]).cpu().numpy()
+        self.held_out = HeldOutTokens(probabilities, labels, data.questions("validation"))
         self.log(AUC, areas[self.best], prog_bar=True, batch_size=1)
         self.log_dict({f"{AUC}/l2={l2:g}": area for l2, area in zip(self.l2, areas, strict=True)}, batch_size=1)
         point = choose_threshold(*self.held_out.arrays, self.max_wrong, num_replicates=1)
@@ -236,7 +250,8 @@ class JudgeModule(pl.LightningModule):
     def judge(self) -> Judge:
         """The best of the sweep with its threshold and curve, on the CPU.
 
-        Raises ValueError before a validation, and for weights that are not finite.
+        Raises:
+            ValueError: no validation has run, or the weights are not finite.
         """
         if self.held_out is None:
             raise ValueError("no validation has been run; the threshold is made from held-out questions")
@@ -265,7 +280,14 @@ class JudgeModule(pl.LightningModule):
         checkpoint["settings"] = {**self.settings(), "l2": list(self.l2)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with another objective or another model's weights."""
+        """Checks that the checkpoint has the same objective and model.
+
+        Args:
+            checkpoint: what Lightning has read.
+
+        Raises:
+            ValueError: another objective, or another model's weights.
+        """
         own = {**self.settings(), "l2": list(self.l2)}
         for name in ("feature", "l2", "class_weight"):
             theirs = checkpoint.get("settings", {}).get(name)
@@ -277,7 +299,11 @@ class JudgeModule(pl.LightningModule):
         check_fits(self, checkpoint["state_dict"])
 
     def data(self) -> JudgeDataModule:
-        """The run's tokens. Raises ValueError for another data module."""
+        """The run's tokens.
+
+        Raises:
+            ValueError: another data module.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, JudgeDataModule):
             raise ValueError(
@@ -286,8 +312,14 @@ class JudgeModule(pl.LightningModule):
         return data
 
 
-class HeldOut:
-    """The held-out tokens as the best of the sweep sees them: probabilities float64 [N], labels bool [N], questions int64 [N]."""
+class HeldOutTokens:
+    """The held-out tokens as the best of the sweep sees them.
+
+    Args:
+        probabilities: float64 [N], of being correct.
+        labels: bool [N].
+        questions: int64 [N].
+    """
 
     def __init__(self, probabilities: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> None:
         self.probabilities, self.labels, self.questions = probabilities, labels, questions
@@ -298,22 +330,25 @@ class HeldOut:
         return self.probabilities, self.labels, self.questions
 
 
-def token_weights(labels_N: Tensor, all_labels: np.ndarray, class_weight: Literal["balanced"] | float) -> Tensor:
-    """float64 [N]: each token's weight, such that those of all processes sum to 1.
+def token_weights(labels: Tensor, all_labels: np.ndarray, class_weight: Literal["balanced"] | float) -> Tensor:
+    """Each token's weight, such that those of all processes sum to 1.
 
     Balanced, each class counts half; a number multiplies the wrong tokens' share before that. Example: 3 correct and 1 wrong tokens
     weigh 1/6, 1/6, 1/6 and 1/2; with 2.0 they weigh 1/9 each and 2/3.
 
     Args:
-        labels_N: this process's, bool, True is correct.
+        labels: bool [N], this process's, True is correct.
         all_labels: bool, those of all processes.
         class_weight: see JudgeModule.
+
+    Returns:
+        float64 [N].
     """
     num_correct = int(all_labels.sum())
     num_wrong = len(all_labels) - num_correct
     factor = 1.0 if class_weight == "balanced" else float(class_weight)
     correct, wrong = 1.0 / num_correct / (1.0 + factor), factor / num_wrong / (1.0 + factor)
-    return torch.where(labels_N, correct, wrong).double()
+    return torch.where(labels, correct, wrong).double()
 
 
 def _norm_of(ends: TargetEnds) -> Callable[[Tensor], Tensor]:
@@ -329,7 +364,7 @@ def _check_settings(
 ) -> None:
     if feature not in FEATURES:
         raise ValueError(f"feature is {feature!r}; a judge reads {PRE_NORM} or {POST_NORM}; give one of them")
-    if not l2 or not all(0.0 < one < float("inf") for one in l2):
+    if not l2 or not all(0.0 < penalty < float("inf") for penalty in l2):
         raise ValueError(
             f"l2 is {list(l2)}; it is a list of penalties above 0, without which separable tokens have no optimum"
         )

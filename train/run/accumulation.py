@@ -7,25 +7,33 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 
 def accumulations(trainer: pl.Trainer) -> set[int]:
-    """How many batches an optimiser step may have in this run, now or in a later epoch."""
+    """How many batches an optimiser step may have in this run, now or in a later epoch.
+
+    Args:
+        trainer: of the run.
+    """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     schedules = [callback.scheduling for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
     return {trainer.accumulate_grad_batches, *(number for schedule in schedules for number in schedule.values())}
 
 
 def check_accumulation(trainer: pl.Trainer, num_accumulated: int) -> None:
-    """Raises ValueError where a checkpoint of a validation would hold part of an accumulation: its batches count as done there, and their
-    gradients are in no checkpoint, so that a resumed run would end with other weights.
+    """Checks that no checkpoint of a validation would hold part of an accumulation.
 
-    Lightning steps at the end of an epoch with what has come together, so a validation there fits any accumulation. DeepSpeed carries it
-    into the next epoch, where the two then count steps apart.
+    The batches of that part count as done in the checkpoint, and their gradients are in no checkpoint. So a resumed run would end with
+    other weights. Lightning steps at the end of an epoch with the gradients so far, so a validation there fits any accumulation. DeepSpeed
+    carries them into the next epoch, and from there both count steps differently.
 
     Worked example: 10 batches an epoch and 4 of them a step. Steps follow batches 4, 8 and 10, or with DeepSpeed 4, 8, 12, ... Validation
-    after every 8 or 10 batches is right, after every 5 it is not; with DeepSpeed nothing is right but steps of 1, 2, 5 or 10 batches.
+    is
+    right after every 8 or 10 batches, and wrong after every 5. With DeepSpeed only steps of 1, 2, 5 or 10 batches are right.
 
     Args:
         trainer: of a run about to make its first step.
         num_accumulated: batches of one optimiser step.
+
+    Raises:
+        ValueError: a checkpoint could hold part of an accumulation.
     """
     batches = trainer.num_training_batches
     accumulated = f"trainer.accumulate_grad_batches is {num_accumulated}"
@@ -68,7 +76,11 @@ def _validation_between_steps(trainer: pl.Trainer, num_accumulated: int) -> tupl
 
 
 def validates(trainer: pl.Trainer) -> bool:
-    """Whether there is anything to validate on; True while the loaders do not exist yet."""
+    """Whether there is anything to validate on; True while the loaders do not exist yet.
+
+    Args:
+        trainer: of the run.
+    """
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
 
 

@@ -2,8 +2,8 @@
 
 Owns: the update of the average. Does not know: drafters, processes, how weights are spread over them.
 
-The average is one more state of the optimiser, like its moments. So whatever divides, gathers, saves and restores an optimiser's states
-(FSDP2, ZeRO, checkpoints) does the same for the average, and with ZeRO-2 each process keeps no more than its share of it.
+The average is one more state of the optimiser, like its moments. So FSDP2, ZeRO and checkpoints divide, gather, save and restore it like
+the other states. With ZeRO-2 each process keeps no more than its share of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class AveragingAdamW(torch.optim.AdamW):
         betas: AdamW's.
         decay: of the average, between 0 and 1.
 
-    Raises ValueError for a decay out of range.
+    Raises:
+        ValueError: a decay out of range.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], decay: float) -> None:
@@ -38,7 +39,14 @@ class AveragingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, then the average follows. ``closure`` computes the loss and its gradients."""
+        """One step, then the average follows.
+
+        Args:
+            closure: computes the loss and its gradients.
+
+        Returns:
+            what the closure returned.
+        """
         starts: dict[Tensor, Tensor] = {}
         for weight in self._weights():
             if AVERAGE not in self.state.get(weight, {}):

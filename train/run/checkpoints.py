@@ -3,8 +3,8 @@
 Owns: how a checkpoint's bytes reach the disk and come back, the digest behind them. Does not know: when one is written, what a module
 makes of it.
 
-Lightning writes to the system's temporary folder and moves the file; where that is another file system, moving is copying,
-and a kill or a full disk in the middle leaves half a checkpoint under the name that the next run resumes from.
+Lightning writes to the system's temporary folder and moves the file. Where that is another file system, moving is copying. A kill or a
+full disk in the middle then leaves half a checkpoint under the name that the next run resumes from.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Saves a checkpoint with its digest, and removes what killed processes left in the same folder.
 
-        Raises OSError if the disk cannot hold it; the earlier checkpoint stays.
+        Args:
+            checkpoint: to save.
+            path: a file, or an address with a scheme.
+            storage_options: ignored.
+
+        Raises:
+            OSError: the disk cannot hold it; the earlier checkpoint stays.
         """
         if "://" in str(path):  # s3://... and the like: an object appears whole or not at all
             buffer = io.BytesIO()
@@ -73,9 +79,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a checkpoint, whatever `weights_only` says without running what a pickle may hold.
+        """Reads a checkpoint without running what a pickle may hold.
 
-        Raises ValueError for a file that is missing, damaged, or nothing that draftsmith has written.
+        Args:
+            path: a file, or an address with a scheme.
+            map_location: where tensors go.
+            weights_only: ignored: only tensors and plain values are ever read.
+
+        Raises:
+            ValueError: a file that is missing, damaged, or nothing that draftsmith has written.
         """
         storage = get_filesystem(path)
         if not storage.isfile(str(path)):
@@ -95,7 +107,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Removes one checkpoint file. Its name may come from a checkpoint's own list of the best ones.
 
-        Raises ValueError for a path that is no checkpoint's.
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: a path that is no checkpoint's.
         """
         if Path(path).suffix != ".ckpt" or ".." in Path(path).parts or Path(path).is_dir():
             raise ValueError(
@@ -182,7 +198,11 @@ def _checked(checkpoint: Any, path: Any) -> dict[str, Any]:
 
 
 def check_fits(module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Refuses the weights of another module before any of them is loaded.
+    """Checks that weights belong to a module, before any of them is loaded.
+
+    Args:
+        module: to load into.
+        weights: by name.
 
     Raises:
         ValueError: a weight is missing, of another shape, or none of the module's.

@@ -8,17 +8,34 @@ from torch import Tensor
 
 
 def world_size(module: pl.LightningModule) -> int:
-    """Processes that train the module together; 1 outside of a trainer."""
+    """Processes that train the module together; 1 outside of a trainer.
+
+    Args:
+        module: in training.
+    """
     return 1 if module._trainer is None else module.trainer.world_size
 
 
 def sum_over_ranks(module: pl.LightningModule, values: Tensor) -> Tensor:
-    """The sum of `values` (any shape and dtype) over all processes, on each of them; all must call."""
+    """The sum over all processes, on each of them. Collective.
+
+    Args:
+        module: in training.
+        values: of any shape and dtype.
+    """
     return start_sum(module, values)()
 
 
 def start_sum(module: pl.LightningModule, values: Tensor) -> Callable[[], Tensor]:
-    """Like sum_over_ranks, but returns at once; the returned function waits for the sum."""
+    """Like sum_over_ranks, but returns at once.
+
+    Args:
+        module: in training.
+        values: of any shape and dtype.
+
+    Returns:
+        a function that waits for the sum.
+    """
     if world_size(module) == 1:
         return lambda: values
     summed = values.clone()

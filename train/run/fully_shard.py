@@ -24,7 +24,8 @@ class FullyShard(Sharded, ModelParallelStrategy):
     Args:
         process_group_backend: null chooses by the device.
 
-    Raises ValueError at the start of a run for a module that must stay whole, and for a precision other than 32-true and bf16-mixed.
+    Raises:
+        ValueError: at the start of a run, a module that must stay whole, or a precision other than 32-true and bf16-mixed.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -56,7 +57,7 @@ class FullyShard(Sharded, ModelParallelStrategy):
         register_fsdp_forward_method(module, "training_step")
 
     def whole(self, weight: Tensor, state: str | None = None) -> Tensor | None:
-        """See engines.whole."""
+        """See `strategies.whole`."""
         from torch.distributed.tensor import DTensor
 
         value: Tensor | None = weight.detach()

@@ -5,8 +5,8 @@ commands (`slurm`), which validation is due (`resume_validation`), how a checkpo
 
 Built on Lightning's public hooks. Two things that Lightning offers are not enough:
 
-- Its own handling of SIGTERM (2.6) saves nothing, asks only rank 0 in training, looks at the signal in validation only between batches,
-  and broadcasts from inside the handler, among whatever other collectives are under way.
+- Its own handling of SIGTERM (2.6) saves nothing and asks only rank 0 in training. In validation it looks at the signal only between
+  batches. It broadcasts from inside the handler, whatever other collectives are under way.
 - `Trainer.should_stop` makes Lightning validate before the run ends, and waits for `min_epochs`. Validation may take longer than a
   scheduler's grace. So the run ends by SIGTERMException, from the hooks after a step and around a validation.
 
@@ -45,8 +45,8 @@ class Preemption(pl.Callback):
     """SIGTERM saves a checkpoint and ends the run with exit code 0; SLURM's requeue signal also puts the job back into the queue.
 
     In training all processes stop at the end of the same optimiser step, whichever of them got the signal, and save there. Validation
-    may take longer than the grace. So the checkpoint is written before it begins, and a process that gets the signal in validation
-    leaves at once; the resumed run repeats that validation. The checkpoint goes where ModelCheckpoint keeps its last one, so that
+    may take longer than the grace. So the checkpoint is written before it begins. A process that gets the signal in validation leaves
+    at once, and the resumed run repeats that validation. The checkpoint goes where ModelCheckpoint keeps its last one, so that
     `--ckpt_path last` finds it. A step that this file holds already is not written again.
 
     Place it after the checkpoint callbacks, so that they still save at the step of the stop; `draftsmith train fit` does.
@@ -198,7 +198,7 @@ class Preemption(pl.Callback):
         self._saved_step, self._path = trainer.global_step, path
 
     def _leave(self) -> None:
-        """Raises SIGTERMException, with which a process ends with exit code 0."""
+        """Ends the process with exit code 0, by SIGTERMException."""
         self._report()
         raise SIGTERMException
 
@@ -298,7 +298,7 @@ def _last_path(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str:
 def _identity(path: str) -> tuple[int, int] | None:
     """Differs between two files that had the same name in turn; None where there is none, or at an address with a scheme."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns

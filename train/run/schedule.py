@@ -16,7 +16,12 @@ from torch import nn
 
 
 def weight_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of the trained weights for an optimiser: decay on matrices only, no empty groups."""
+    """Groups of the trained weights for an optimiser: decay on matrices only, no empty groups.
+
+    Args:
+        weights: of a module.
+        weight_decay: of the matrices.
+    """
     trained = [weight for weight in weights if weight.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},
@@ -30,7 +35,14 @@ def warm_up_then_cosine(
 ) -> OptimizerLRSchedulerConfig:
     """What configure_optimizers returns: the rate rises linearly over warmup_ratio of all steps, then falls to min_lr_ratio of its peak.
 
-    Raises ValueError for a run without an end.
+    Args:
+        trainer: of the run.
+        optimizer: whose rate.
+        warmup_ratio: share of the steps.
+        min_lr_ratio: share of the peak.
+
+    Raises:
+        ValueError: a run without an end.
     """
     total = trainer.estimated_stepping_batches
     if math.isinf(total):
@@ -41,7 +53,14 @@ def warm_up_then_cosine(
 
 
 def lr_share(step: int, total: int, warmup_ratio: float, min_lr_ratio: float) -> float:
-    """Share of the peak rate at a step from 0. Example: 10 steps, warm-up 0.2: 0.5, 1, then the cosine from 1."""
+    """Share of the peak rate at a step. Example: 10 steps, warm-up 0.2: 0.5, 1, then the cosine from 1.
+
+    Args:
+        step: from 0.
+        total: steps of the run.
+        warmup_ratio: share of the steps.
+        min_lr_ratio: share of the peak.
+    """
     warmup = max(1, round(warmup_ratio * total))
     if step < warmup:
         return (step + 1) / warmup
@@ -50,7 +69,14 @@ def lr_share(step: int, total: int, warmup_ratio: float, min_lr_ratio: float) ->
 
 
 def check_ratios(**ratios: float) -> None:
-    """Raises ValueError for a share of the run's steps or of the learning rate that is not between 0 and 1."""
+    """Checks shares of the run's steps or of the learning rate.
+
+    Args:
+        ratios: by the names of their settings.
+
+    Raises:
+        ValueError: one of them is not between 0 and 1.
+    """
     for name, value in ratios.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value}; it must be between 0 and 1")

@@ -30,8 +30,17 @@ __all__ = ["FullyShard", "Zero", "divides_weights", "refuse_dividing", "refuse_o
 def whole(strategy: Strategy, weight: Tensor, state: str | None = None) -> Tensor | None:
     """A weight, or one of the states that its optimiser keeps for it, in full on every process.
 
-    Collective: every process calls it, for the same weights in the same order. None where there is no such state (yet). The result may
-    share memory with what is trained: copy it, do not change it.
+    Collective: every process calls it, for the same weights in the same order. The result may share memory with what is trained: copy it,
+    do
+    not change it.
+
+    Args:
+        strategy: of the run.
+        weight: as the module has it.
+        state: the name of an optimiser state; None for the weight itself.
+
+    Returns:
+        the tensor, or None where there is no such state (yet).
     """
     if isinstance(strategy, Sharded):
         return strategy.whole(weight, state)
@@ -44,12 +53,23 @@ def whole(strategy: Strategy, weight: Tensor, state: str | None = None) -> Tenso
 
 
 def divides_weights(strategy: Strategy) -> bool:
-    """Whether a weight is not whole between steps."""
+    """Whether a weight is not whole between steps.
+
+    Args:
+        strategy: of the run.
+    """
     return isinstance(strategy, Sharded) and strategy.divides_weights
 
 
 def refuse_other_engines(strategy: Strategy) -> None:
-    """Raises ValueError for Lightning's own sharding strategies, whose checkpoints and weights this package cannot read as one file."""
+    """Checks that weights and checkpoints can be read as one file.
+
+    Args:
+        strategy: of the run.
+
+    Raises:
+        ValueError: one of Lightning's own sharding strategies.
+    """
     if isinstance(strategy, Sharded):
         return
     if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
@@ -61,12 +81,15 @@ def refuse_other_engines(strategy: Strategy) -> None:
 
 
 def refuse_dividing(strategy: Strategy, what: str, reason: str) -> None:
-    """Raises ValueError for strategies that may keep a part of the module on each process.
+    """Checks that every process holds the whole module.
 
     Args:
         strategy: of the run.
         what: what is trained, as in "the judge".
         reason: why it is whole, as in "it must be whole to sample".
+
+    Raises:
+        ValueError: a strategy that may keep a part of the module on each process.
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(

@@ -1,10 +1,10 @@
 """What engines that divide a module among processes have in common: checkpoints of whole tensors.
 
-Owns: the form of the checkpoints, when they are restored, which modules and precisions are refused. Does not know: drafters, losses,
+Owns: the form of the checkpoints, when they are restored, which modules and precisions can be divided. Does not know: drafters, losses,
 data, how one engine divides (fully_shard.py, zero.py).
 
 Such a checkpoint is that of one process: one file with whole weights and whole optimiser states, written by the first process. A run saved
-under one engine is resumed under any other, and a file is replaced in one rename, which a folder of shares cannot be.
+under one engine resumes under any other. One rename replaces the file, which would be impossible with a folder of shares.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sharded(Strategy):
 
     @abstractmethod
     def whole(self, weight: Tensor, state: str | None = None) -> Tensor | None:
-        """See the function of this name."""
+        """See `strategies.whole`."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -61,7 +61,11 @@ class Sharded(Strategy):
         return kept
 
     def refuse(self) -> None:
-        """Raises ValueError for a module that must stay whole, and for a precision that the engines do not share."""
+        """Checks the module and the precision.
+
+        Raises:
+            ValueError: a module that must stay whole, or a precision that the engines do not share.
+        """
         module = self.lightning_module
         if not getattr(module, "may_be_divided", False):
             raise ValueError(

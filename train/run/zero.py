@@ -33,8 +33,9 @@ class Zero(Sharded, DeepSpeedStrategy):
         overlap_comm: reduce gradients during the backward pass.
         process_group_backend: null chooses by the device.
 
-    Raises ValueError where DeepSpeed is not installed, and at the start of a run without CUDA devices, of a module that must stay
-    whole, or with a precision other than 32-true and bf16-mixed.
+    Raises:
+        ValueError: DeepSpeed is not installed, or a setting is out of range; at the start of a run, no CUDA devices, a module that must
+            stay whole, or a precision other than 32-true and bf16-mixed.
     """
 
     def __init__(
@@ -72,7 +73,11 @@ class Zero(Sharded, DeepSpeedStrategy):
         self._groups: list[list[nn.Parameter]] = []
 
     def setup_environment(self) -> None:
-        """Raises ValueError for an accelerator that Lightning's DeepSpeed does not serve; see refuse() for the others."""
+        """Checks the accelerator, the module and the precision; then what Lightning does.
+
+        Raises:
+            ValueError: an accelerator that Lightning's DeepSpeed does not serve, or as `refuse`.
+        """
         if not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
                 f"ZeRO trains on CUDA devices, this run's accelerator is {type(self.accelerator).__name__}; set trainer.accelerator "
@@ -90,7 +95,7 @@ class Zero(Sharded, DeepSpeedStrategy):
         super().setup(trainer)
 
     def init_deepspeed(self) -> None:
-        """Makes DeepSpeed's engine; at stage 3 the step gathers every weight of the module at its beginning."""
+        """Makes DeepSpeed's engine; at stage 3 each step first gathers every weight of the module."""
         super().init_deepspeed()
         if not self.divides_weights:
             return
@@ -101,7 +106,7 @@ class Zero(Sharded, DeepSpeedStrategy):
             deepspeed.zero.register_external_parameter(self.lightning_module, weight)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's own, in the run's precision: what is validated is whole, and DeepSpeed's engine would gather the weights again."""
+        """The module's own, in the run's precision: what is validated is whole, so DeepSpeed's engine must not gather the weights again."""
         assert self.lightning_module is not None
         in_bf16 = self.precision_plugin.precision == "bf16-mixed"
         with torch.autocast(self.root_device.type, torch.bfloat16, enabled=in_bf16):
@@ -114,12 +119,14 @@ class Zero(Sharded, DeepSpeedStrategy):
         return optimizer, scheduler
 
     def whole(self, weight: Tensor, state: str | None = None) -> Tensor | None:
-        """See engines.whole."""
+        """See `strategies.whole`."""
         import deepspeed
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if state is not None:
-            if state not in self._state_names() or not any(weight is one for group in self._groups for one in group):
+            if state not in self._state_names() or not any(
+                weight is trained for group in self._groups for trained in group
+            ):
                 return None
             self._link_states()
             return safe_get_full_optimizer_state(weight, state)

@@ -43,9 +43,9 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import TemplateChoice
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.drafter.starting_drafter import LoraSettings
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 
 WORDS = ["Tom", "Ann", "has", "buys", "three", "four", "seven", "apples", "pears", "more", "now", "how", "many", "does"]
 Change = Callable[[dict[str, Tensor]], None]

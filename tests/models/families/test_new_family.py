@@ -20,7 +20,7 @@ from draftsmith.models import DraftLimits, Target, all_families, register
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.tree.limits import SampledChildren
 from draftsmith.models.tree.shapes import shape_text
-from draftsmith.train.drafter.callbacks import TreeDecodeValidation
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 NUM_STEPS = 3
 assert FAMILY.limits is not None

@@ -32,13 +32,15 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import PRE_NORM, Target
-from draftsmith.train.batches.data_module import CacheBatch, CacheDataModule
+from draftsmith.train.batches.cache_subset import CacheBatch
+from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.online import OnlineDataModule
-from draftsmith.train.batches.target_states import RoundSampler, StatesAhead, StatesInTheLoop
+from draftsmith.train.batches.target_states import LookAheadLoader, RoundSampler, StatesInTheLoop
 from draftsmith.train.batches.token_corpus import TargetFiles, TextSource, write_tokens
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 SHARDINGS = ["fsdp2", "tp", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]
 # train.py where DeepSpeed, if it is there, works on CPUs and compiles nothing.
@@ -379,7 +381,7 @@ def test_running_ahead_changes_when_states_are_computed_and_nothing_else() -> No
     seen: dict[bool, list[tuple[str, int]]] = {}
     for ahead in (False, True):
         states = Numbered()
-        batches = iter(StatesAhead(numbered_rounds(4), states, ahead, torch.device("cpu")))
+        batches = iter(LookAheadLoader(numbered_rounds(4), states, ahead, torch.device("cpu")))
         seen[ahead] = [(batch.sample_ids[0], len(states.asked)) for batch in batches]
     assert seen[False] == [("0", 1), ("1", 2), ("2", 3), ("3", 4)]
     assert seen[True] == [("0", 2), ("1", 3), ("2", 4), ("3", 4)]
@@ -393,7 +395,7 @@ def test_no_more_than_two_batches_have_states_at_any_time() -> None:
             while next(batches, None) is not None:
                 pass
 
-        steps(iter(StatesAhead(numbered_rounds(5), states, ahead, torch.device("cpu"))))
+        steps(iter(LookAheadLoader(numbered_rounds(5), states, ahead, torch.device("cpu"))))
         gc.collect()
         assert (states.most, states.alive) == (most, 0)
 

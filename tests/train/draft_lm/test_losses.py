@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from draftsmith.train.draft_lm.losses import (
     DIVERGENCES,
-    Divergence,
+    DivergenceLoss,
     DivergenceName,
     DivergenceSums,
     acceptance,
@@ -55,10 +55,10 @@ def test_divergences_are_bounded_and_vanish_for_equals(first: list[float], secon
     entropy_of_beta = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
     assert -1e-12 <= jsd(target, draft, beta).item() <= entropy_of_beta + 1e-12
     for name in DIVERGENCES[:4]:
-        equal = Divergence(name, beta).value(target[None], target[None], torch.tensor([0]))
+        equal = DivergenceLoss(name, beta).value(target[None], target[None], torch.tensor([0]))
         assert equal.item() == pytest.approx(0.0, abs=1e-12)
         if distance > 1e-3:
-            assert Divergence(name, beta).value(target[None], draft[None], torch.tensor([0])).item() > 1e-9
+            assert DivergenceLoss(name, beta).value(target[None], draft[None], torch.tensor([0])).item() > 1e-9
 
 
 @given(logits, logits)
@@ -77,7 +77,7 @@ def test_the_jsd_tends_to_both_kls(first: list[float], second: list[float]) -> N
 def test_the_gradient_in_closed_form_is_that_of_the_formula(
     first: list[float], second: list[float], name: DivergenceName, beta: float, label: int
 ) -> None:
-    divergence, target, labels = Divergence(name, beta), log_probs(first)[None], torch.tensor([label])
+    divergence, target, labels = DivergenceLoss(name, beta), log_probs(first)[None], torch.tensor([label])
     draft_logits = torch.tensor([second], dtype=torch.float64, requires_grad=True)
     draft = draft_logits.log_softmax(-1)
     [wanted] = torch.autograd.grad(divergence.value(target, draft, labels).sum(), draft_logits)
@@ -111,7 +111,7 @@ def batch(rows: int = 7, draft_vocab: int = VOCAB, target_vocab: int = VOCAB) ->
     }
 
 
-def whole(divergence: Divergence, given: dict[str, object], weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def whole(divergence: DivergenceLoss, given: dict[str, object], weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same with all logits at once and autograd: loss, and the gradients of states and the head's matrix."""
     draft, target, _ = shared_log_probs(
         given["draft_head"](given["draft_states"]),  # type: ignore[operator]
@@ -129,7 +129,7 @@ def whole(divergence: Divergence, given: dict[str, object], weight: float) -> tu
 def test_chunks_add_up_to_the_whole(
     name: DivergenceName, chunk_rows: int | None, draft_vocab: int, target_vocab: int
 ) -> None:
-    divergence, given = Divergence(name, 0.3), batch(draft_vocab=draft_vocab, target_vocab=target_vocab)
+    divergence, given = DivergenceLoss(name, 0.3), batch(draft_vocab=draft_vocab, target_vocab=target_vocab)
     total, grad_states, grad_matrix = whole(divergence, given, 0.25)
     sums = divergence_sums(divergence, row_weight=0.25, chunk_rows=chunk_rows, **given)  # type: ignore[arg-type]
     found = torch.autograd.grad(2.0 * sums.total, [given["draft_states"], given["head_parameters"][0]])  # type: ignore[list-item, index]
@@ -146,7 +146,9 @@ def test_gradients_agree_with_finite_differences(name: DivergenceName) -> None:
 
     def total(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         changed = {**given, "draft_states": states, "head_parameters": [weight, bias]}
-        return divergence_sums(Divergence(name), chunk_rows=2, row_weight=torch.tensor(1.0).double(), **changed).total  # type: ignore[arg-type]
+        return divergence_sums(
+            DivergenceLoss(name), chunk_rows=2, row_weight=torch.tensor(1.0).double(), **changed
+        ).total  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(total, (given["draft_states"], weight, bias))
 
@@ -155,7 +157,7 @@ def test_a_head_that_is_not_trained_gets_no_gradient_and_the_states_still_do() -
     given = batch()
     for weight in given["head_parameters"]:  # type: ignore[attr-defined]
         weight.requires_grad_(False)
-    divergence_sums(Divergence("forward_kl"), **given).total.backward()  # type: ignore[arg-type]
+    divergence_sums(DivergenceLoss("forward_kl"), **given).total.backward()  # type: ignore[arg-type]
     assert given["draft_states"].grad is not None  # type: ignore[attr-defined]
     assert all(weight.grad is None for weight in given["head_parameters"])  # type: ignore[attr-defined]
 
@@ -167,19 +169,19 @@ def test_acceptance_and_agreement_are_summed_beside_the_loss() -> None:
         given["target_head"](given["target_states"]),  # type: ignore[operator]
     )
     for name in DIVERGENCES:
-        sums = divergence_sums(Divergence(name), chunk_rows=2, **given)  # type: ignore[arg-type]
+        sums = divergence_sums(DivergenceLoss(name), chunk_rows=2, **given)  # type: ignore[arg-type]
         assert sums.acceptance.item() == pytest.approx((1 - total_variation(target, draft)).sum().item())
         assert sums.agreed.item() == (target.argmax(-1) == draft.argmax(-1)).sum().item()
 
 
 def test_a_lower_total_variation_is_a_higher_acceptance() -> None:
     given = batch()
-    before = divergence_sums(Divergence("total_variation"), **given)  # type: ignore[arg-type]
+    before = divergence_sums(DivergenceLoss("total_variation"), **given)  # type: ignore[arg-type]
     before.total.backward()
     with torch.no_grad():
         for weight in [given["draft_states"], *given["head_parameters"]]:  # type: ignore[misc]
             weight -= 0.05 * weight.grad
-    after: DivergenceSums = divergence_sums(Divergence("total_variation"), **given)  # type: ignore[arg-type]
+    after: DivergenceSums = divergence_sums(DivergenceLoss("total_variation"), **given)  # type: ignore[arg-type]
     assert after.acceptance > before.acceptance + 0.05
     assert (after.acceptance + after.loss).item() == pytest.approx(7.0)
 
@@ -198,7 +200,7 @@ def test_tokens_that_one_model_has_not_get_no_mass() -> None:
 def test_a_token_of_the_text_that_the_draft_has_not_teaches_nothing() -> None:
     given = batch(rows=4, draft_vocab=5, target_vocab=8)
     given["labels"] = torch.tensor([1, 6, 2, 7])
-    sums = divergence_sums(Divergence("cross_entropy"), chunk_rows=3, **given)  # type: ignore[arg-type]
+    sums = divergence_sums(DivergenceLoss("cross_entropy"), chunk_rows=3, **given)  # type: ignore[arg-type]
     logits = given["draft_head"](given["draft_states"])[[0, 2]]  # type: ignore[operator, index]
     wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2]), reduction="sum")
     assert sums.loss.item() == pytest.approx(wanted.item())
@@ -211,7 +213,7 @@ def test_a_token_of_the_text_that_the_draft_has_not_teaches_nothing() -> None:
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "total_variation"])
 def test_tokens_that_a_target_never_says_do_no_harm(name: DivergenceName) -> None:
     target, draft = torch.tensor([[0.0, -math.inf]]).log_softmax(-1), torch.zeros(1, 2).log_softmax(-1)
-    divergence, labels = Divergence(name), torch.tensor([0])
+    divergence, labels = DivergenceLoss(name), torch.tensor([0])
     assert torch.isfinite(divergence.value(target, draft, labels)).all()
     gradient = divergence.gradient(target, draft, labels)
     assert torch.isfinite(gradient).all()
@@ -224,7 +226,7 @@ def test_low_precision_states_give_gradients_of_their_dtype_and_sums_in_float32(
     states = torch.randn(40, 4, dtype=torch.bfloat16, requires_grad=True)
     target_states, labels = torch.randn(40, 4), torch.zeros(40, dtype=torch.int64)
     sums = divergence_sums(
-        Divergence("forward_kl"), states, head, list(head.parameters()), target_states, Head(4, 300, torch.float32),
+        DivergenceLoss("forward_kl"), states, head, list(head.parameters()), target_states, Head(4, 300, torch.float32),
         labels, 1 / 40, chunk_rows=8,
     )  # fmt: skip
     sums.total.backward()
@@ -242,7 +244,7 @@ def test_no_logits_of_all_rows_ever_exist() -> None:
         seen.append(len(states))
         return head(states)  # type: ignore[operator]
 
-    sums = divergence_sums(Divergence("jsd"), chunk_rows=8, **{**given, "draft_head": watched})  # type: ignore[arg-type]
+    sums = divergence_sums(DivergenceLoss("jsd"), chunk_rows=8, **{**given, "draft_head": watched})  # type: ignore[arg-type]
     sums.total.backward()
     assert sum(seen) == 50
     assert max(seen) == 8
@@ -258,7 +260,7 @@ def test_no_logits_of_all_rows_ever_exist() -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(changes: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        divergence_sums(Divergence("forward_kl"), **{**batch(), **changes})  # type: ignore[arg-type]
+        divergence_sums(DivergenceLoss("forward_kl"), **{**batch(), **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -266,4 +268,4 @@ def test_shapes_that_do_not_fit_are_refused(changes: dict[str, object], told: st
 )
 def test_settings_out_of_range_are_refused(name: DivergenceName, beta: float, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Divergence(name, beta)
+        DivergenceLoss(name, beta)

@@ -26,11 +26,12 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.train.draft_lm import callbacks as callbacks_file
 from draftsmith.train.draft_lm import module as module_file
 from draftsmith.train.draft_lm.callbacks import ChainDecodeValidation, KeepBestDraftLM
-from draftsmith.train.draft_lm.data import DistilDataModule, Text, TextBatch
+from draftsmith.train.draft_lm.data import DistilDataModule, DistilText, TextBatch
 from draftsmith.train.draft_lm.losses import DIVERGENCES, DivergenceName
-from draftsmith.train.draft_lm.module import ACCEPTANCE, DraftLMModule, lay_out
-from draftsmith.train.drafter.run_length import RunLength
+from draftsmith.train.draft_lm.module import ACCEPTANCE, DraftLMModule
+from draftsmith.train.draft_lm.padded_texts import pad_texts
 from draftsmith.train.drafter.starting_drafter import LoraSettings
+from draftsmith.train.drafter_callbacks.run_length import RunLength
 from draftsmith.train.run.strategies import FullyShard
 
 
@@ -79,11 +80,11 @@ def weights(module: DraftLMModule) -> dict[str, torch.Tensor]:
 
 
 def test_the_state_at_a_token_meets_the_next_one() -> None:
-    texts = [Text(0, [5, 6, 7, 8], [False, False, True, True], 2), Text(1, [9, 4], [False, True], 1)]
-    laid = lay_out(texts)
-    assert laid.ids_BT.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
-    assert laid.keep_mask_BT.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
-    assert laid.labels_R.tolist() == [7, 8, 4]
+    texts = [DistilText(0, [5, 6, 7, 8], [False, False, True, True], 2), DistilText(1, [9, 4], [False, True], 1)]
+    padded = pad_texts(texts)
+    assert padded.ids_BT.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert padded.keep_mask_BT.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+    assert padded.labels_R.tolist() == [7, 8, 4]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_prompts_alone_are_held_out_with_the_targets_greedy_replies(
     target = Target.load(str(speaker))
     settings = GenerationSettings(REPLY, eos_token_ids=target.eos_token_ids)
     wanted = Engine(target).generate(data.val_prompts(2), settings)
-    found = [module._val_replies[number] for number in data.val_rows]
+    found = [module.held_out_replies.by_row[number] for number in data.val_rows]
     assert found == [reply.token_ids for reply in wanted]
     assert 0.0 < float(metrics[ACCEPTANCE]) < 1.0
 
@@ -420,7 +421,7 @@ def test_prompts_alone_are_answered_under_autocast_as_without(speaker: Path, dra
         data = DistilDataModule(prompts=save_prompts(tmp_path), template="none", batch_size=4, val_fraction=0.2)
         module = distil_module(speaker, draft_lm)
         fit(tmp_path, module, data, precision=precision, limit_train_batches=1)
-        answered.append(module._val_replies)
+        answered.append(module.held_out_replies.by_row)
     assert len(answered[0]) == 2
     assert answered[0] == answered[1]
 

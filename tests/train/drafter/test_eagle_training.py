@@ -14,8 +14,9 @@ from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import PRE_NORM
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 LAYERS = ("layer.0.output", PRE_NORM)
 EAGLE = {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1, "num_steps": 1, "val_steps": 3}

@@ -32,8 +32,9 @@ from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 SCRIPT = Path(__file__).resolve().parents[3] / "train.py"
 LAYERS = ("layer.0.output", PRE_NORM)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from draftsmith.train.drafter.losses import (
     OUTSIDE,
     StepSums,
-    Taught,
+    TeacherLogits,
     TopEmphasis,
     feature_smooth_l1,
     group_by_teacher,
@@ -80,7 +80,7 @@ def distillation(
     return head_distillation(
         case.head_inputs,
         case.heads or case.head_weight,
-        lambda rows: Taught(case.teacher_logits[rows], None if kept is None else kept[rows]),
+        lambda rows: TeacherLogits(case.teacher_logits[rows], None if kept is None else kept[rows]),
         case.teacher_rows,
         case.targets,
         case.valid,
@@ -97,7 +97,7 @@ def eager(case: Case, kind: str) -> StepSums:
     return head_distillation_eager(
         case.head_inputs,
         case.head_weight,
-        Taught(case.teacher_logits, kept),
+        TeacherLogits(case.teacher_logits, kept),
         case.teacher_rows,
         case.targets,
         case.valid,
@@ -195,7 +195,7 @@ def test_distilling_from_oneself_costs_nothing_and_pulls_nowhere() -> None:
     sums = head_distillation(
         inputs,
         case.head_weight,
-        lambda rows: Taught(own_logits[rows]),
+        lambda rows: TeacherLogits(own_logits[rows]),
         same_rows,
         case.targets,
         case.valid,
@@ -245,9 +245,9 @@ def test_each_teacher_distribution_is_asked_for_once(num_heads: int) -> None:
     case = make_case()
     asked: list[int] = []
 
-    def teacher(rows: Tensor) -> Taught:
+    def teacher(rows: Tensor) -> TeacherLogits:
         asked.extend(rows.tolist())
-        return Taught(case.teacher_logits[rows])
+        return TeacherLogits(case.teacher_logits[rows])
 
     head_distillation(
         case.head_inputs,
@@ -320,7 +320,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits_at_a_vocabulary_of_128k(kind: str) 
                 sums = head_distillation(
                     inputs,
                     weight,
-                    lambda ids: Taught(ids[:, None] * torch.linspace(0, 1, vocab)),
+                    lambda ids: TeacherLogits(ids[:, None] * torch.linspace(0, 1, vocab)),
                     rows,
                     targets,
                     valid,

@@ -15,9 +15,9 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
 from draftsmith.models.target.target import PRE_NORM
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
 from draftsmith.train.drafter.objective import inverse_draft_ids
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 
 
 def eager_surprise(target: Target, drafter: ReDrafter, cache: HiddenStateCache, scale: float) -> float:

@@ -20,8 +20,8 @@ from draftsmith.data.shards.shards import CachedSample
 from draftsmith.models.judge import POST_NORM, load_judge
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
-from draftsmith.train.drafter.run_length import RunLength
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.run_length import RunLength
 from draftsmith.train.judge.callbacks import JudgeFigures, KeepJudge
 from draftsmith.train.judge.figures import draw_precision_recall, draw_reliability, draw_roc
 from draftsmith.train.judge.metrics import roc_auc

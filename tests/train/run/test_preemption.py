@@ -20,8 +20,9 @@ from training import MakeCache, make_module, make_trainer, tiny_config
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.cli import main
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, TreeDecodeValidation
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 from draftsmith.train.judge.callbacks import KeepJudge
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption

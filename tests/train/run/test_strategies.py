@@ -26,7 +26,8 @@ from training import MakeCache, make_module, make_trainer
 from draftsmith.models.target.target import PRE_NORM
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.draft_lm.module import DraftLMModule
-from draftsmith.train.drafter.callbacks import KeepBestDrafter, Throughput
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.throughput import Throughput
 from draftsmith.train.judge.module import JudgeModule
 from draftsmith.train.run.averaging import AVERAGE, AveragingAdamW
 from draftsmith.train.run.strategies import FullyShard, Zero, refuse_other_engines
@@ -356,12 +357,16 @@ def test_no_process_goes_on_before_the_kept_drafter_is_written(target_dir: Path,
 
 
 def test_throughput_is_the_labelled_tokens_of_all_processes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftsmith.train.drafter.callbacks.time.perf_counter", itertools.count(10.0, 2.0).__next__)
+    monkeypatch.setattr(
+        "draftsmith.train.drafter_callbacks.throughput.time.perf_counter", itertools.count(10.0, 2.0).__next__
+    )
     logged: list[tuple[str, float]] = []
     module: Any = SimpleNamespace(device=torch.device("cpu"), log=lambda name, value, **_: logged.append((name, value)))
     batch: Any = SimpleNamespace(packed=SimpleNamespace(loss_mask=torch.tensor([True, True, False])))
     # Another process has trained on five tokens meanwhile.
-    monkeypatch.setattr("draftsmith.train.drafter.callbacks.sum_over_ranks", lambda module, tokens: tokens + 5)
+    monkeypatch.setattr(
+        "draftsmith.train.drafter_callbacks.throughput.sum_over_ranks", lambda module, tokens: tokens + 5
+    )
     trainer: Any = SimpleNamespace()
     throughput = Throughput(every=2)
     for number in range(2):

@@ -18,7 +18,9 @@ from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.callbacks import TOKENS_PER_STEP, KeepBestDrafter, TreeDecodeValidation, acceptance_sums
+from draftsmith.train.drafter_callbacks.acceptance_metrics import TOKENS_PER_STEP, acceptance_sums
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 
 class SpoilLastEpoch(pl.Callback):

@@ -1,11 +1,10 @@
-"""Validation by decoding held-out prompts: as many as its share of the training time allows.
+"""Validation by decoding held-out prompts, for draft heads and for draft LMs.
 
-Owns: the clock, the decision, the rounds of batches, what a checkpoint keeps of them. Does not know: which drafter decodes, metrics.
+Owns: the rounds of batches, and what a checkpoint keeps of them. Does not know: which drafter decodes, metrics, the clock.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,56 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
-
-
-class DecodeBudget:
-    """Lets the first validation decode round after round until its time is up; later ones decode as many rounds.
-
-    The same prompts every time: only so can validations be compared with each other. A resumed run keeps the number too.
-
-    Args:
-        share: decoding seconds per training second since the last validation; None for no limit.
-
-    Raises:
-        ValueError: a share that is not above 0 and at most 1.
-    """
-
-    def __init__(self, share: float | None) -> None:
-        if share is not None and not 0.0 < share <= 1.0:
-            raise ValueError(f"time_share is {share}; it must be above 0 and at most 1, or null for no limit")
-        self.share = share
-        self.rounds: int | None = None
-        self._training_since = self._trained = self._deadline = 0.0
-
-    def start_training(self) -> None:
-        """The clock of the training time starts: at the start of a fit, and at the end of each validation."""
-        self._training_since = time.perf_counter()
-
-    def stop_training(self) -> None:
-        """Validation begins: how much has been trained says how long it may decode."""
-        self._trained = time.perf_counter() - self._training_since
-
-    def start_decoding(self) -> None:
-        """The clock of the decoding time starts."""
-        self._deadline = time.perf_counter() + (self.share or 0.0) * self._trained
-
-    def is_used_up(self, trainer: pl.Trainer, rounds: int) -> bool:
-        """Whether decoding ends after so many rounds. The first process decides for all. Collective."""
-        if not self._limits(trainer):
-            return False
-        if self.rounds is not None:
-            return rounds >= self.rounds
-        return trainer.strategy.broadcast(time.perf_counter() >= self._deadline)
-
-    def settle(self, trainer: pl.Trainer, rounds: int) -> bool:
-        """Keeps the number of rounds for all later validations; whether it was open until now."""
-        is_open = self.rounds is None and self._limits(trainer)
-        if is_open:
-            self.rounds = rounds
-        return is_open
-
-    def _limits(self, trainer: pl.Trainer) -> bool:
-        return self.share is not None and trainer.state.fn == "fit" and not trainer.sanity_checking
+from draftsmith.train.drafter_callbacks.decode_budget import DecodeBudget
 
 
 class DecodeValidation(pl.Callback):

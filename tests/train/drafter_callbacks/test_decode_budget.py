@@ -11,9 +11,9 @@ from training import MakeCache, make_module, make_trainer
 
 from draftsmith.decode.engine import Engine
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter import decode_budget
-from draftsmith.train.drafter.callbacks import TreeDecodeValidation
-from draftsmith.train.drafter.decode_budget import DecodeBudget
+from draftsmith.train.drafter_callbacks import decode_budget
+from draftsmith.train.drafter_callbacks.decode_budget import DecodeBudget
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 
 class Clock:

@@ -12,9 +12,9 @@ from training import MakeCache, make_module, make_trainer
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.train.batches import labelled_text
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter import run_length
-from draftsmith.train.drafter.callbacks import TreeDecodeValidation
-from draftsmith.train.drafter.run_length import RunLength
+from draftsmith.train.drafter_callbacks import run_length
+from draftsmith.train.drafter_callbacks.run_length import RunLength
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 
 @pytest.fixture(scope="module")

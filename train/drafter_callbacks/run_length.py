@@ -1,4 +1,4 @@
-"""What a run will do, in a few lines at its start: steps, text, validations; and whether its validations can tell anything.
+"""What a run will do, in a few lines at its start: steps, text, validations; and whether its validations can show anything.
 
 Owns: the counts and the warnings. Does not know: losses, how samples are read, what a validation measures.
 """
@@ -11,19 +11,19 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from draftsmith.train.batches.labelled_text import HasLabelledText, LabelledText
-from draftsmith.train.drafter.callbacks import KeepBestDrafter
-from draftsmith.train.drafter.decode_budget import DecodeValidation
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.decode_validation import DecodeValidation
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.run.accumulation import validates
 
 FEW_STEPS = 100
 
 
 class RunLength(pl.Callback):
-    """Prints what a run will do: optimiser steps and epochs, labelled tokens and how many of them are distinct, what a draft
-    vocabulary would save, validations and their share of the time.
+    """Prints what a run will do: optimiser steps, epochs, labelled tokens, validations and their share of the time.
 
-    Warns where a new drafter gets too few steps, or where no validation comes. `draftsmith train fit` adds it.
+    It says how many of the tokens are distinct, and what a draft vocabulary would save. It warns where a new drafter gets too few steps, or
+    where no validation comes. `draftsmith train fit` adds this callback.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -41,13 +41,13 @@ class RunLength(pl.Callback):
             text = _text(pl_module)
             for line in [*([] if text is None else text.lines()), *_validations(trainer, text)]:
                 rank_zero_info(line)
-        if isinstance(pl_module, DraftModule) and pl_module.beginning.folder is None and steps < FEW_STEPS:
+        if isinstance(pl_module, DraftModule) and pl_module.starting_drafter.folder is None and steps < FEW_STEPS:
             rank_zero_warn(
                 f"{steps} optimiser steps are too few for a new drafter (fewer than {FEW_STEPS}): val/tokens_per_step may stay near 1 "
                 "and tell nothing about the recipe; lower data.init_args.tokens_per_batch, raise trainer.max_epochs, or cache more replies"
             )
         if isinstance(pl_module, DraftModule) and not any(
-            isinstance(one, KeepBestDrafter) for one in _callbacks(trainer)
+            isinstance(callback, KeepBestDrafter) for callback in _callbacks(trainer)
         ):
             rank_zero_warn(
                 "nothing keeps this run's drafter; add draftsmith.train.KeepBestDrafter to trainer.callbacks, with `callbacks+:` in a "
