@@ -18,6 +18,9 @@ from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import shape_text
 
+LOOKUP_TOKENS = 5
+"""Drafted by prompt lookup unless somebody asks for another number."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,7 +30,8 @@ class Plan:
         batch_size: Prompts decoded together.
         repeats: Timed runs of every prompt; medians are taken.
         transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
-        prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not.
+        prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not. Default: 5 where
+            prompts are decoded one at a time and transformers is timed, else 0.
         ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
 
     Raises:
@@ -37,18 +41,26 @@ class Plan:
     batch_size: int = 1
     repeats: int = 1
     transformers_prompts: int = 40
-    prompt_lookup: int = 0
+    prompt_lookup: int | None = None
     ledger_prompts: int = 8
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("repeats", 1), ("transformers_prompts", 0), ("ledger_prompts", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.prompt_lookup < 0 or (self.prompt_lookup and (self.batch_size > 1 or not self.transformers_prompts)):
+        lookup = self.prompt_lookup or 0
+        if lookup < 0 or (lookup and (self.batch_size > 1 or not self.transformers_prompts)):
             raise ValueError(
                 f"prompt_lookup is {self.prompt_lookup}; it must be at least 0, and above 0 it needs batch_size 1 and "
                 "transformers_prompts above 0"
             )
+
+    @property
+    def lookup_tokens(self) -> int:
+        """How many tokens prompt lookup drafts; 0 where it is not timed."""
+        if self.prompt_lookup is not None:
+            return self.prompt_lookup
+        return LOOKUP_TOKENS if self.batch_size == 1 and self.transformers_prompts else 0
 
 
 ONE_RUN = Plan()
@@ -103,8 +115,8 @@ def measure(
     if not part.ledgers:
         part.keep_ledgers(_ledgers(engines, samples[: plan.ledger_prompts], settings, plan.batch_size))
     chosen = [_contestant(PLAIN, PLAIN, None, part.ledgers)]
-    if plan.prompt_lookup:
-        chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.prompt_lookup}"))
+    if plan.lookup_tokens:
+        chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.lookup_tokens}"))
     chosen += [_contestant(candidate.label, candidate.name, candidate, part.ledgers) for candidate in candidates]
     return [make_row(contestant, runs, samples, setting, target) for contestant in chosen]
 
@@ -118,8 +130,8 @@ def _line_up(
     if plan.transformers_prompts:
         contenders.insert(1, TransformersContender(TRANSFORMERS, target, settings))
         first_only[TRANSFORMERS] = -(-plan.transformers_prompts // plan.batch_size)
-    if plan.prompt_lookup:
-        contenders.insert(2, TransformersContender(LOOKUP, target, settings, plan.prompt_lookup))
+    if plan.lookup_tokens:
+        contenders.insert(2, TransformersContender(LOOKUP, target, settings, plan.lookup_tokens))
         first_only[LOOKUP] = first_only[TRANSFORMERS]
     return contenders, first_only
 

@@ -18,7 +18,7 @@ TRAIN = "train longer or on more replies"
 def slow_drafters(rows: Sequence[Row]) -> list[str]:
     """One line for each drafter and temperature whose fastest shape is slower than plain decoding or than prompt lookup.
 
-    Prompt lookup counts only where it was measured (`--prompt_lookup`).
+    Prompt lookup counts where it was measured: `evaluate` leaves it out for batches (see `Plan.prompt_lookup`).
 
     Args:
         rows: of one evaluation, at all temperatures.
@@ -33,28 +33,33 @@ def slow_drafters(rows: Sequence[Row]) -> list[str]:
             for other in rows
             if other.drafter.startswith(LOOKUP) and other.temperature == row.temperature and other.speedup > 0
         ]
-        slower_than = [f"{row.speedup:.2f} times the speed of plain decoding"] if row.speedup < 1 else []
-        if lookups and row.speedup < max(lookups):
-            slower_than.append(
-                f"{row.speedup / max(lookups):.2f} times the speed of prompt lookup, which needs no training"
-            )
+        slower_than = _slower_than(row.speedup, max(lookups, default=None))
         if slower_than:
             lines.append(
-                f"Slow: {row.label} at T = {row.temperature:g} decodes at {' and '.join(slower_than)}. To try: {TRAIN}, or {TUNE}. "
-                f"{SHORT_TRAINING}"
+                f"Slow: {row.label} at T = {row.temperature:g} decodes at {slower_than}. To try: {TRAIN}, or {TUNE}. {SHORT_TRAINING}"
             )
     return lines
 
 
-def slow_shapes(speedup: float) -> list[str]:
-    """One line where even the fastest shape of a grid is slower than plain decoding; none otherwise.
+def slow_shapes(speedup: float, lookup: float | None = None) -> list[str]:
+    """One line where even the fastest shape of a grid is slower than plain decoding or than prompt lookup; none otherwise.
 
     Args:
         speedup: predicted of that shape, over plain decoding.
+        lookup: measured of prompt lookup, over plain decoding; None where it was not timed.
     """
-    if speedup >= 1:
+    slower_than = _slower_than(speedup, lookup)
+    if not slower_than:
         return []
     return [
-        f"Slow: no shape of this grid is faster than plain decoding (the best reaches {speedup:.2f} times its speed). To try: {TRAIN}, or "
-        f"draft less (--depths 1 2, --nodes 2 4). {SHORT_TRAINING}"
+        f"Slow: the fastest shape of this grid would decode at {slower_than}. To try: {TRAIN}, or draft less (--depths 1 2, --nodes 2 4). "
+        f"{SHORT_TRAINING}"
     ]
+
+
+def _slower_than(speedup: float, lookup: float | None) -> str:
+    """What decodes faster, and by how much; empty where nothing does. Both numbers are over plain decoding."""
+    slower_than = [f"{speedup:.2f} times the speed of plain decoding"] if speedup < 1 else []
+    if lookup is not None and speedup < lookup:
+        slower_than.append(f"{speedup / lookup:.2f} times the speed of prompt lookup, which needs no training")
+    return " and ".join(slower_than)

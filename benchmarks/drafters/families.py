@@ -254,7 +254,7 @@ def measured(
 ) -> list[dict[str, Any]]:
     """Rows of one evaluation."""
     if not (out / "report.json").is_file():
-        plan = Plan(transformers_prompts=transformers_prompts, ledger_prompts=4)
+        plan = Plan(transformers_prompts=transformers_prompts, prompt_lookup=0, ledger_prompts=4)
         evaluate(
             bench.target, tests, out, drafters, reply=ReplyOptions(max_new_tokens=REPLY_TOKENS), plan=plan, **settings
         )

@@ -17,11 +17,12 @@ from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GREEDY, DrawOptions, settings_of
 from draftsmith.evaluate.drafters import parse_entries
 from draftsmith.evaluate.evaluate_command import load_candidates
-from draftsmith.evaluate.measure import Candidate
+from draftsmith.evaluate.measure import LOOKUP_TOKENS, Candidate
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_shapes
 from draftsmith.evaluate.tune.costs import Probe, TimingPlan, time_cycles
+from draftsmith.evaluate.tune.lookup import lookup_speedup, num_lookup_replies
 from draftsmith.evaluate.tune.recording import Recorded, record
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, outcome_table, tune_json, tune_markdown
 from draftsmith.evaluate.tune.tune import Grid, weigh
@@ -43,6 +44,9 @@ class TimingOptions:
         batch_size: Prompts decoded together where cycles are timed: the batch size to tune for.
         record_batch: Prompts decoded together for the record; changes its speed and memory, not its content.
         rounds: Timed runs of each shape.
+        prompt_lookup: Drafted tokens of transformers' prompt lookup, which the fastest shape is compared with; 0 for none. Default: 5
+            where batch_size is 1, else 0, as prompt lookup decodes one prompt at a time.
+        lookup_prompts: Prompts on which prompt lookup is timed.
 
     Raises:
         ValueError: one of them is below 1.
@@ -51,11 +55,25 @@ class TimingOptions:
     batch_size: int = 1
     record_batch: int = 8
     rounds: int = 7
+    prompt_lookup: int | None = None
+    lookup_prompts: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "record_batch", "rounds"):
+        for name in ("batch_size", "record_batch", "rounds", "lookup_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        lookup = self.prompt_lookup or 0
+        if lookup < 0 or (lookup and self.batch_size > 1):
+            raise ValueError(
+                f"prompt_lookup is {lookup} and batch_size {self.batch_size}; it must be at least 0, and above 0 it needs batch_size 1"
+            )
+
+    @property
+    def lookup_tokens(self) -> int:
+        """How many tokens prompt lookup drafts; 0 where it is not timed."""
+        if self.prompt_lookup is not None:
+            return self.prompt_lookup
+        return LOOKUP_TOKENS if self.batch_size == 1 else 0
 
 
 ONE_PROMPT = TimingOptions()
@@ -142,6 +160,7 @@ def _tuned(
     probe = Probe(typical_text(replies, target.max_positions), timing.batch_size, rounds=timing.rounds)
     with progress("time", plan.num_runs(probe), "runs") as advance:
         costs = time_cycles(target, drafter, plan, probe, advance)
+    lookup = _timed_lookup(target, samples[: timing.lookup_prompts], settings, timing.lookup_tokens)
     setting = {
         "prompts": len(replies),
         "tokens": sum(len(reply.token_ids) for reply in replies),
@@ -152,7 +171,19 @@ def _tuned(
         "device": str(target.device),
     }
     files = _write_trees(out, static)
-    return TuneReport(target.name, candidate.name, setting, weigh(replies, dynamic, static, costs), costs, files)
+    return TuneReport(
+        target.name, candidate.name, setting, weigh(replies, dynamic, static, costs), costs, files, lookup
+    )
+
+
+def _timed_lookup(
+    target: Target, samples: Sequence[Sample], settings: GenerationSettings, num_tokens: int
+) -> float | None:
+    """The speed-up of prompt lookup over plain decoding; None where it is not asked for."""
+    if not num_tokens:
+        return None
+    with progress("prompt lookup", num_lookup_replies(samples), "replies") as advance:
+        return lookup_speedup(target, samples, settings, num_tokens, advance)
 
 
 def _print_fastest(report: TuneReport) -> None:
@@ -161,7 +192,7 @@ def _print_fastest(report: TuneReport) -> None:
     print(
         f"\nfastest: --shapes {report.word(best)}  (predicted {best.speedup:.2f}, {best.tokens_per_step:.2f} tokens per step)"
     )
-    for line in slow_shapes(best.speedup):
+    for line in slow_shapes(best.speedup, report.lookup):
         print(line)
 
 

@@ -62,7 +62,7 @@ def run(tmp_path: Path, target: Path, drafter: Path) -> Run:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def start(out: Path, **settings: object) -> list[dict]:
-        fields: dict = {"temperatures": [0.0, 1.0], "plan": Plan(ledger_prompts=1)} | settings
+        fields: dict = {"temperatures": [0.0, 1.0], "plan": Plan(prompt_lookup=0, ledger_prompts=1)} | settings
         fields["reply"] = ReplyOptions(max_new_tokens=fields.pop("max_new_tokens", 8), seed=fields.pop("seed", 0))
         evaluate(str(target), prompts, out, [f"mine={drafter}@2x3"], **fields)
         report = json.loads((out / "report.json").read_text())
@@ -172,7 +172,7 @@ def test_a_file_of_the_users_under_the_name_of_the_work_file_or_a_report_is_kept
     [
         {"seed": 1},
         {"max_new_tokens": 9},
-        {"plan": Plan(ledger_prompts=1, repeats=2)},
+        {"plan": Plan(prompt_lookup=0, ledger_prompts=1, repeats=2)},
         {"selection": PromptSelection(limit=3)},
     ],
     ids=str,

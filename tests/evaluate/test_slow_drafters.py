@@ -1,5 +1,6 @@
 """The line about a drafter that does not pay."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,9 +73,16 @@ def test_the_report_carries_the_line_as_text(make_row: RowMaker) -> None:
 
 def test_a_grid_without_a_shape_that_pays_says_so() -> None:
     [line] = slow_shapes(0.9)
-    assert "no shape of this grid is faster than plain decoding (the best reaches 0.90 times its speed)" in line
+    assert "the fastest shape of this grid would decode at 0.90 times the speed of plain decoding." in line
     assert "trained for less than a minute" in line
     assert slow_shapes(1.0) == []
+
+
+def test_a_grid_whose_best_shape_is_slower_than_prompt_lookup_says_so() -> None:
+    [line] = slow_shapes(1.2, lookup=1.5)
+    assert "would decode at 0.80 times the speed of prompt lookup, which needs no training" in line
+    assert "plain decoding" not in line
+    assert slow_shapes(1.2, lookup=1.2) == []
 
 
 def test_both_commands_print_the_line(
@@ -110,4 +118,16 @@ def test_both_commands_print_the_line(
         draw=DrawOptions(max_new_tokens=12),
         timing=TimingOptions(rounds=1),
     )
-    assert "Slow: no shape of this grid" in capsys.readouterr().out
+    assert "Slow: the fastest shape of this grid would decode at " in capsys.readouterr().out
+    timed = json.loads((tmp_path / "tune" / "tune.json").read_text())["prompt_lookup_speedup"]
+    assert timed > 0
+    assert f"measured at {timed:.2f} times the speed of plain decoding" in (tmp_path / "tune" / "tune.md").read_text()
+
+
+def test_prompt_lookup_is_timed_by_default_where_one_prompt_is_decoded_at_a_time() -> None:
+    assert Plan().lookup_tokens == TimingOptions().lookup_tokens == 5
+    assert Plan(batch_size=2).lookup_tokens == TimingOptions(batch_size=2).lookup_tokens == 0
+    assert Plan(transformers_prompts=0).lookup_tokens == 0
+    assert Plan(prompt_lookup=0).lookup_tokens == TimingOptions(prompt_lookup=0).lookup_tokens == 0
+    with pytest.raises(ValueError, match="needs batch_size 1"):
+        TimingOptions(prompt_lookup=3, batch_size=2)
