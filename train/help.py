@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from draftsmith.arguments import suggestion
 from draftsmith.foreign import visible
 from draftsmith.outline import Setting, class_settings
+from draftsmith.train.key_check import unknown_key
 
 PROG = "draftsmith train"
 HELP_ALL = "--help_all"
@@ -52,7 +53,7 @@ _WIDTH = 100
 
 
 def early_answer(arguments: Sequence[str]) -> int | None:
-    """Answers what needs no Lightning: help, and a subcommand that there is not.
+    """Answers what needs no Lightning: help, a subcommand that does not exist, a misspelt key.
 
     Args:
         arguments: the words after `draftsmith train`.
@@ -74,7 +75,18 @@ def early_answer(arguments: Sequence[str]) -> int | None:
     if any(word in ("-h", "--help") for word in arguments[1:]):
         print(run_help(command))
         return 0
-    return None
+    return _refused(command, arguments[1:])
+
+
+def _refused(command: str, arguments: Sequence[str]) -> int | None:
+    """The exit code where a key is misspelt, which is then printed; else None."""
+    classes = {name: module for name, (module, _) in _MODULES.items()} | _DATA
+    problem = unknown_key(lightnings_words(arguments), classes)
+    if problem is None:
+        return None
+    print(f"{PROG} {command}: error: {visible(problem)}", file=sys.stderr)
+    print(f"Run '{PROG} {command} --help' to see what a YAML file holds.", file=sys.stderr)
+    return 2
 
 
 def lightnings_words(arguments: Sequence[str]) -> list[str]:

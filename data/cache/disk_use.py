@@ -10,6 +10,8 @@ import torch
 
 from draftsmith.data.shards.manifest import Manifest
 
+_MB = 1e6
+
 
 def bytes_as_files(manifest: Manifest) -> int:
     """Bytes of a cache's samples if each were one `torch.save` file of bfloat16 states, int64 ids and an int64 mask.
@@ -54,9 +56,8 @@ def footprint(manifest: Manifest) -> str:
     Returns:
         The line.
     """
-    here = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_tokens
-    files = bytes_as_files(manifest) / manifest.num_tokens
+    here = sum(shard.num_bytes for shard in manifest.shards)
     return (
-        f"{here:,.1f} bytes a token as {manifest.identity.dtype}; one torch.save file a sample, the same layers in bfloat16 "
-        f"with int64 ids and mask, would take {files:,.1f} ({here / files:.2f} of that is taken here)"
+        f"on disk: {here / _MB:,.1f} MB, {here / manifest.num_tokens:,.0f} bytes a token ({manifest.identity.dtype} states); "
+        f"one torch.save file for each sample, in bfloat16, would take {bytes_as_files(manifest) / _MB:,.1f} MB"
     )

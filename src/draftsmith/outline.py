@@ -141,13 +141,14 @@ def _without_bodies(statement: ast.stmt) -> ast.stmt:
 
 
 def _source(module: str) -> Path:
-    """The file of a module of this package, found without importing the subpackage that it is in."""
+    """The file of a module, found without importing the subpackage, or the other package, that it is in."""
     names = module.split(".")
-    spec = importlib.util.find_spec(".".join(names[:2]))
+    depth = 2 if names[0] == PACKAGE else 1
+    spec = importlib.util.find_spec(".".join(names[:depth]))
     assert spec is not None
     assert spec.origin is not None
     folder = Path(spec.origin).parent
-    if len(names) <= 2:
+    if len(names) <= depth:
         return Path(spec.origin)
-    inside = folder.joinpath(*names[2:])
+    inside = folder.joinpath(*names[depth:])
     return inside / "__init__.py" if inside.is_dir() else inside.with_suffix(".py")

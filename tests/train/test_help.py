@@ -2,13 +2,17 @@
 
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 
 from draftsmith import train
 from draftsmith.outline import class_settings
-from draftsmith.train.help import early_answer, lightnings_words, overview, run_help
+from draftsmith.train.help import SUBCOMMANDS, early_answer, lightnings_words, overview, run_help
+from draftsmith.train.key_check import TOP
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = [
     "DraftModule",
     "DraftLMModule",
@@ -39,6 +43,70 @@ def test_help_says_where_the_rest_is() -> None:
 def test_an_unknown_subcommand_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert early_answer(["fti"]) == 2
     assert "unknown subcommand 'fti'. Did you mean fit?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--model.init_args.lrr", "3"], "unknown option --model.init_args.lrr. Did you mean --model.init_args.lr"),
+        (["--trainer.max_epoch=3"], "unknown option --trainer.max_epoch. Did you mean --trainer.max_epochs"),
+        (["--data.init_args.cash", "x"], "unknown option --data.init_args.cash. Did you mean --data.init_args.cache"),
+        (["--ckpt_pth", "last"], "unknown option --ckpt_pth. Did you mean --ckpt_path?"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_misspelt_flag_is_answered_without_lightning(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert early_answer(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *words]) == 2
+    assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("trainer: {max_step: 3}", "trainer.max_step is an unknown key. Did you mean trainer.max_steps"),
+        ("base: redrafter.yaml\nmodel: {init_args: {chunk_row: 3}}", "Did you mean model.init_args.chunk_rows"),
+        ("modle: {class_path: DraftModule}", "modle is an unknown key. Did you mean model?"),
+    ],
+)
+def test_a_misspelt_key_of_a_file_is_answered_with_the_file(
+    text: str, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert early_answer(["fit", "--config", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert f"error: {file}: " in message
+    assert answer in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "mine.DraftModule", "--model.init_args.lrr", "3"],  # a class of somebody else
+        ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.no_such_setting", "3"],
+        ["--model.lr", "3", "--model.init_args.drafter.init_args.no_such_setting", "3"],
+        ["--print_config"],
+    ],
+    ids=str,
+)
+def test_keys_that_only_lightning_can_check_are_left_to_it(words: list[str]) -> None:
+    assert early_answer(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *words]) is None
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_no_key_of_a_shipped_configuration_is_taken_for_a_mistake(file: Path) -> None:
+    assert early_answer(["fit", "--config", str(file)]) is None
+
+
+def test_every_key_at_the_top_and_of_the_trainer_is_known() -> None:
+    settings = {setting.name for setting in class_settings("pytorch_lightning.trainer.trainer", "Trainer").settings}
+    assert settings == set(inspect.signature(pl.Trainer).parameters)
+    for subcommand in SUBCOMMANDS:
+        run = getattr(pl.Trainer, subcommand)
+        own = set(inspect.signature(run).parameters) - {"self", "model", "datamodule", "dataloaders"}
+        assert own - {"train_dataloaders", "val_dataloaders"} <= TOP
 
 
 def test_a_run_is_left_to_the_training_command() -> None:
