@@ -75,18 +75,18 @@ def early_answer(arguments: Sequence[str]) -> int | None:
     if any(word in ("-h", "--help") for word in arguments[1:]):
         print(run_help(command))
         return 0
-    return _refused(command, arguments[1:])
+    _check_keys(command, arguments[1:])
+    return None
 
 
-def _refused(command: str, arguments: Sequence[str]) -> int | None:
-    """The exit code where a key is misspelt, which is then printed; else None."""
+def _check_keys(command: str, arguments: Sequence[str]) -> None:
+    """Ends the process with code 2, as every parser of this package does, where a key is misspelt."""
     classes = {name: module for name, (module, _) in _MODULES.items()} | _DATA
     problem = unknown_key(lightnings_words(arguments), classes)
-    if problem is None:
-        return None
-    print(f"{PROG} {command}: error: {visible(problem)}", file=sys.stderr)
-    print(f"Run '{PROG} {command} --help' to see what a YAML file holds.", file=sys.stderr)
-    return 2
+    if problem is not None:
+        print(f"{PROG} {command}: error: {visible(problem)}", file=sys.stderr)
+        print(f"Run '{PROG} {command} --help' to see what a YAML file holds.", file=sys.stderr)
+        sys.exit(2)
 
 
 def lightnings_words(arguments: Sequence[str]) -> list[str]:

@@ -74,10 +74,14 @@ def _own_class(path: str) -> str:
 
 
 def _told(given: _Given, known: Collection[str]) -> str:
-    hint = suggestion(given.key, known)
-    if given.file:
-        return f"{given.file}: {given.key} is an unknown key.{hint}"
-    return f"unknown option --{given.key}.{hint.replace('mean ', 'mean --').replace(' or ', ' or --')}"
+    """The mistake in a line, with the known keys of the same place that are nearest."""
+    prefix, dot, leaf = given.key.rpartition(".")
+    hint = suggestion(leaf, {each.rpartition(".")[2] for each in known})
+    place = f"{'' if given.file else '--'}{prefix}{dot}"
+    hint = hint.replace("mean ", f"mean {place}").replace(" or ", f" or {place}")
+    return (
+        f"{given.file}: {given.key} is an unknown key.{hint}" if given.file else f"unknown option --{given.key}.{hint}"
+    )
 
 
 def _known(key: str, chosen: Mapping[str, str], classes: Mapping[str, str]) -> Collection[str] | None:
