@@ -2,9 +2,11 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 NOT_PACKAGES = {"src", "tests", "docs", "benchmarks", "build", "dist", "runs", "cache"}
 MOST_FILES = 14
-"""In one folder of the package or of its tests, ``__init__.py`` left out."""
+"""In one folder of the repository, whatever they are: modules, tests, pages, configurations, scripts, results."""
+NOT_COUNTED = {"__init__.py", "py.typed"}
 
 # Each package with all that it may import from; `root` is files, provenance and arguments. Only cli stands above all,
 # and it imports lazily, by name.
@@ -143,14 +146,24 @@ def test_every_folder_is_a_mapped_package() -> None:
     assert all((folder / "__init__.py").is_file() for folder in [*own, *(r for name in folders() for r in rooms(name))])
 
 
+def crowded(files: Iterable[str]) -> dict[str, int]:
+    """The folders that hold more than `MOST_FILES` of these files themselves, each with their number."""
+    counts = Counter(str(Path(file).parent) for file in files if Path(file).name not in NOT_COUNTED)
+    return {folder: count for folder, count in sorted(counts.items()) if count > MOST_FILES}
+
+
 def test_no_folder_is_crowded() -> None:
-    crowded = {}
-    for top in [*sorted(folders()), "src/draftsmith", "tests"]:
-        for folder in {path.parent for path in (ROOT / top).rglob("*.py")}:
-            count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
-            if count > MOST_FILES:
-                crowded[str(folder.relative_to(ROOT))] = count
-    assert crowded == {}, "make rooms: subfolders that hold what belongs together"
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    inside = {file for file in listed if "/" in file and (ROOT / file).is_file()}
+    assert {file.partition("/")[0] for file in inside} >= {*folders(), "src", "tests", "docs", "benchmarks"}
+    assert crowded(inside) == {}, "make rooms: subfolders that hold what belongs together"
+
+
+def test_a_crowded_folder_is_found() -> None:
+    full = [f"docs/how-to/train/{number}.md" for number in range(MOST_FILES)]
+    assert crowded([*full, "docs/how-to/train/__init__.py", "docs/how-to/train/below/more.md"]) == {}
+    assert crowded([*full, "docs/how-to/train/more.yaml"]) == {"docs/how-to/train": MOST_FILES + 1}
 
 
 def test_no_two_files_import_each_other() -> None:
