@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 from docstring_faults import banned_faults, style_faults, vague_locals
-from pages import ROOT
+from pages import PACKAGES, ROOT
 
-PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
 FOLDERS = (*PACKAGES, "tests")
 
 
@@ -27,7 +26,7 @@ def test_docstrings_have_one_style_and_no_banned_words(folder: str) -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "tests"])
+@pytest.mark.parametrize("folder", PACKAGES)
 def test_names_of_variables_tell_what_they_hold(folder: str) -> None:
     faults = []
     for path in sources(folder):

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import pytest
 from banned_words import banned_in
-from pages import PAGES, ROOT
+from pages import PACKAGES, PAGES, ROOT
 
 from draftsmith import cli
 
@@ -27,7 +27,6 @@ SENTENCE_WORDS = 25
 # Dated records of measurements, and the list of changes, keep the words that they were published with.
 RECORDS = {page for page in PAGES if page.is_relative_to(ROOT / "benchmarks") or page.name == "CHANGELOG.md"}
 CHECKED = [page for page in PAGES if page not in RECORDS]
-PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
 CODE = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
