@@ -29,7 +29,7 @@ from draftsmith.models.target.options import TargetOptions
 from draftsmith.models.target.prompt_template import TemplateChoice
 from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone
-from draftsmith.same_run import differences
+from draftsmith.provenance import differences
 
 
 def run_identity(

@@ -6,23 +6,24 @@ Owns the order of the work and which inputs are an error. Does not know the card
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from draftsmith import provenance
+from draftsmith.arguments import FLAT
 from draftsmith.export.judge import autojudge as judge_autojudge
 from draftsmith.export.judge.card import JudgeLayout, write_judge_card
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.files.checkpoint_files import WEIGHTS
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.judge import Judge, load_judge
-from draftsmith.models.target.ends import TargetEnds
+from draftsmith.models.target.options import EndsOptions
 from draftsmith.ownership import check_replaceable
 
 CARD = "README.md"
 STAGE = "draftsmith judge export"
+THE_TARGET = EndsOptions()
 
 
 def export_judge(
@@ -31,8 +32,7 @@ def export_judge(
     target: str | None = None,
     layout: JudgeLayout = "draftsmith",
     threshold: float | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    where: Annotated[EndsOptions, FLAT] = THE_TARGET,
 ) -> None:
     """Write a trained judge as safetensors with a model card, then read it back and compare. A judge makes decoding LOSSY.
 
@@ -42,14 +42,15 @@ def export_judge(
         target: Directory or hub id of the judge's target, or embedded:target; checked to be the one it was trained for.
         layout: draftsmith, or autojudge for the numbers that AutoJudge's fork of vLLM takes.
         threshold: Another threshold than the judge was trained with; 1 accepts nothing.
-        revision: Revision of the target's hub id.
-        trust_remote_code: Run Python files that come with the target; read them first.
+        where: Which target is meant; see `EndsOptions`. Name its adapter where the judge is for both together.
     """
     check_replaceable(out, STAGE, [judge])
     loaded = load_judge(judge)
+    if where.adapter is not None and target is None:
+        raise ValueError(f"adapter {where.adapter!r} is on a target that is not named; give the target, too")
     if target is not None:
-        loaded.attach(TargetEnds.load(target, revision=revision, trust_remote_code=trust_remote_code))
-        loaded.check_tokenizer(tokenizer_fingerprint(load_tokenizer(target, revision, trust_remote_code)))
+        loaded.attach(where.load_ends(target))
+        loaded.check_tokenizer(tokenizer_fingerprint(where.tokenizer(target)))
     if threshold is not None:
         loaded = loaded.with_threshold(threshold)
     history = _training(judge)

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from draftsmith.arguments import FLAT
 from draftsmith.foreign import visible
+from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.importers import Format, read_labelled
 from draftsmith.label.schema import Answer, write_answers
@@ -69,8 +71,7 @@ def export_answers(
     format: ExportFormat = "answers",
     unlabelled: bool = False,
     target: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    where: Annotated[HubOptions, FLAT] = OWN_FILES,
 ) -> None:
     """Writes the answers of a store with the labels that stand, one line for each author's label of each answer.
 
@@ -80,8 +81,7 @@ def export_answers(
         format: this project's JSON lines, or Label Studio's JSON.
         unlabelled: write answers without a label too.
         target: path or hub id of a target: each line then holds the character offsets of its tokenizer's tokens.
-        revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
+        where: how the target's files are read; see `HubOptions`.
 
     Raises:
         ValueError: settings that do not work together, or a store without labelled answers.
@@ -93,7 +93,7 @@ def export_answers(
     if not answers:
         raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
     if target is not None:
-        answers = _tokenized(answers, target, revision, trust_remote_code)
+        answers = _tokenized(answers, target, where)
     if format == "answers":
         write_answers(out, answers)
     else:
@@ -105,8 +105,7 @@ def stats(
     store: str,
     target: str | None = None,
     after: After = "ignored",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    where: Annotated[HubOptions, FLAT] = OWN_FILES,
 ) -> None:
     """Counts what a store holds: by source, model and who labelled, and with a target the labelled tokens.
 
@@ -114,8 +113,7 @@ def stats(
         store: path of the store, or an SQLAlchemy URL.
         target: path or hub id of a target whose tokenizer's tokens are counted.
         after: what the tokens behind the first error count as.
-        revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
+        where: how the target's files are read; see `HubOptions`.
     """
     with Store(store) as opened:
         answers = opened.answers(unlabelled=True)
@@ -128,7 +126,7 @@ def stats(
             chosen = [answer for answer, own in zip(answers, names, strict=True) if own == name]
             print(visible(f"{title} {name}: {_verdicts(chosen)}"))
     if target is not None:
-        counts = _token_counts(answers, target, after, revision, trust_remote_code)
+        counts = _token_counts(answers, target, after, where)
         text = ", ".join(f"{count} {name}" for name, count in counts.items())
         print(f"tokens of {target}: {text}")
 
@@ -150,22 +148,20 @@ def _verdicts(answers: Sequence[Answer]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "none"
 
 
-def _tokenized(answers: Sequence[Answer], target: str, revision: str | None, trust_remote_code: bool) -> list[Answer]:
+def _tokenized(answers: Sequence[Answer], target: str, where: HubOptions) -> list[Answer]:
     # Only here: these imports bring torch, which the other ways do not need.
     from draftsmith.label.token_labels import tokenize
     from draftsmith.models.files.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(target, revision, trust_remote_code)
+    tokenizer = load_tokenizer(target, where.revision, where.trust_remote_code)
     return [replace(answer, tokens=tokenize(answer.response, tokenizer)) for answer in answers]
 
 
-def _token_counts(
-    answers: Sequence[Answer], target: str, after: After, revision: str | None, trust_remote_code: bool
-) -> dict[str, int]:
+def _token_counts(answers: Sequence[Answer], target: str, after: After, where: HubOptions) -> dict[str, int]:
     from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels
 
     counts: Counter[int] = Counter()
-    for answer in _tokenized(answers, target, revision, trust_remote_code):
+    for answer in _tokenized(answers, target, where):
         assert answer.tokens is not None
         counts.update(token_labels(answer, answer.tokens.offsets, after))
     return {"correct": counts[CORRECT], "wrong": counts[WRONG], "ignored": counts[IGNORED]}

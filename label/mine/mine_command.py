@@ -38,7 +38,7 @@ from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoic
 from draftsmith.models.target.target import Target
 from draftsmith.outside import parse_json_object
 from draftsmith.ownership import check_alone, check_unclaimed
-from draftsmith.same_run import differences
+from draftsmith.provenance import differences
 
 LOG, SETTINGS, ROWS, ANSWERS, REPORT = "mined.jsonl", "settings.json", "rows.jsonl", "answers.jsonl", "report.json"
 

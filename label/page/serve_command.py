@@ -10,9 +10,11 @@ import ipaddress
 import os
 import secrets
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from draftsmith.arguments import FLAT
 from draftsmith.extras import install_command
+from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.store.store import Store
 
@@ -30,8 +32,7 @@ def serve(
     port: int = 8010,
     shared: float = 0.0,
     target: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    where: Annotated[HubOptions, FLAT] = OWN_FILES,
 ) -> None:
     """Serves the page on which people mark the first error of each answer, until Ctrl-C.
 
@@ -44,8 +45,7 @@ def serve(
         shared: the share of the answers, from 0 to 1, that two annotators get, so that their agreement can be measured.
         target: path or hub id of a target: answers are cut into its tokenizer's tokens. Else into the tokens stored with
             them, or into words.
-        revision: revision of a hub id.
-        trust_remote_code: run Python files that come with the target; read them first.
+        where: how the target's files are read; see `HubOptions`.
 
     Raises:
         ValueError: a share or a port out of range, or the store cannot be opened.
@@ -56,7 +56,7 @@ def serve(
         raise ValueError(f"port is {port}; a port is a number up to 65535; give another, or 0 for a free one")
     _need_the_extra()
     with Store(store, patience_seconds=PATIENCE_SECONDS) as opened:
-        cutter = cutter_for(target, revision, trust_remote_code)
+        cutter = cutter_for(target, where.revision, where.trust_remote_code)
         num_before = opened.num_entries()
         with listen(host, port) as listener:
             token = secrets.token_urlsafe(24)

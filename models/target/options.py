@@ -11,6 +11,7 @@ from typing import Literal, Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.hub_options import HubOptions
 from draftsmith.models.files.device_and_dtype import AUTO, resolved_device, resolved_dtype
 from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.files.loading import load_tokenizer
@@ -18,16 +19,8 @@ from draftsmith.models.target.target import Target, TargetEnds
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
-    """How the files of a target are found and read.
-
-    Args:
-        revision: Revision of a hub id.
-        trust_remote_code: Run Python files that come with the target, its tokenizer or a draft LM. Read them first.
-    """
-
-    revision: str | None = None
-    trust_remote_code: bool = False
+class TokenizerOptions(HubOptions):
+    """How the files of a target are found and read, and what is read of its tokenizer."""
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """Load the tokenizer of a target.

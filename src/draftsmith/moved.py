@@ -148,6 +148,7 @@ MOVED = {
     "draftsmith.models.support": "draftsmith.models.trunk.known_models",
     "draftsmith.models.tables": "draftsmith.models.files.tables",
     "draftsmith.models.target_adapter": "draftsmith.models.files.merged_adapter",
+    "draftsmith.same_run": "draftsmith.provenance",
     "draftsmith.train.accumulation": "draftsmith.train.run.accumulation",
     "draftsmith.train.adapters": "draftsmith.train.drafter.starting_drafter",
     "draftsmith.train.averaging": "draftsmith.train.run.averaging",

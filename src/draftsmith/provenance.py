@@ -1,6 +1,6 @@
 """What made a result: command, resolved configuration, versions, source revision, inputs, machine.
 
-Owns the shape of `provenance.json`. Knows nothing of what the stages do.
+Owns the shape of `provenance.json`, and the comparison of what two runs depend on. Knows nothing of what the stages do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -151,3 +151,30 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any], without: Collection[str] = ()) -> list[str]:
+    """Which settings differ, as `name: there 'a', now 'b'`, in the order of their names; those inside objects as `settings.name`.
+
+    A setting that one side lacks counts as null there. So null must be how a run does without a later version's setting, which is what
+    every run of an earlier version did.
+
+    Args:
+        there: of the earlier run, as JSON gives it back.
+        now: of this run.
+        without: names at the top that may differ.
+
+    Example:
+        `{"n": 1}` and `{"n": 1, "context": None}` are the same; with `{"n": 1, "context": 64}` it is `context: there None, now 64`.
+    """
+    own, others = ({name: settings[name] for name in settings if name not in without} for settings in (now, there))
+    return [f"{name}: there {old!r}, now {new!r}" for name, old, new in _unlike(others, own, "")]
+
+
+def _unlike(there: Mapping[str, Any], now: Mapping[str, Any], within: str) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted(there.keys() | now.keys()):
+        old, new = there.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _unlike(old, new, f"{within}{name}.")
+        elif old != new:
+            yield f"{within}{name}", old, new

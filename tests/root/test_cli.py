@@ -1,5 +1,6 @@
 """The command `draftsmith` as a stranger meets it."""
 
+import dataclasses
 import errno
 import inspect
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import draftsmith
 from draftsmith import cli
 from draftsmith.arguments import field_help, flat_parameters, gather_lists, list_options, parser_for, whole_options
+from draftsmith.models.target.options import TargetOptions
 from draftsmith.outline import outline
 
 PARSED = [name for name, command in cli.COMMANDS.items() if not command.reads_arguments]
@@ -219,3 +221,13 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     process.stdout.close()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (0, b"")
+
+
+def test_no_command_has_an_option_of_its_own_that_a_shared_group_has() -> None:
+    """How a target is found and where it runs means the same everywhere, so its names and help are written once."""
+    shared = {field.name for field in dataclasses.fields(TargetOptions)}
+    for name, command in cli.COMMANDS.items():
+        if not command.reads_arguments:
+            function = command.outline()
+            own = set(inspect.signature(function).parameters) - set(flat_parameters(function))
+            assert own & shared == set(), " ".join(name)

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.same_run import differences
+from draftsmith.provenance import differences
 
 SETTINGS: dict[str, Any] = {"temperature": 0.0, "stop": ["a"], "constraints": None}
 
