@@ -6,9 +6,6 @@ decoding is a callback's business.
 
 The draft LM learns the target's distribution at every position of a reply. On-policy rows are replies that it has just sampled
 itself, so it learns on its own text. The other rows are the target's own replies. No gradient goes through the sampling.
-
-Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token belongs to a reply), C rows of one chunk, D and E
-hidden sizes of draft LM and target.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.cache.features import prompt_lengths
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
@@ -32,8 +28,9 @@ from draftsmith.models.target.target import Target
 from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.draft_lm.data import DistilDataModule, DistilText, TextBatch
 from draftsmith.train.draft_lm.held_out_replies import HeldOutReplies
-from draftsmith.train.draft_lm.losses import DivergenceLoss, DivergenceName, DivergenceSums, divergence_sums
+from draftsmith.train.draft_lm.losses import DivergenceLoss, DivergenceName, DivergenceSums
 from draftsmith.train.draft_lm.padded_texts import PaddedTexts, pad_texts
+from draftsmith.train.draft_lm.reply_sums import reply_sums
 from draftsmith.train.draft_lm.student import Student
 from draftsmith.train.draft_lm.target_choice import TargetChoice
 from draftsmith.train.drafter.starting_drafter import LoraSettings
@@ -395,31 +392,8 @@ class DraftLMModule(pl.LightningModule):
         }
 
     def _sums(self, padded: PaddedTexts, row_weight: Tensor | float, with_target: bool) -> DivergenceSums:
-        student = self.student
-        # Before the draft LM, whose activations then do not lie beside what the target's forward needs.
-        states_RE = self._target_states(padded) if with_target else None
-        states_RD = student.states(padded.ids_BT)[padded.keep_mask_BT]
-        return divergence_sums(
-            self.divergence,
-            states_RD,
-            student.as_target().ends.logits,
-            student.head_parameters(),
-            states_RE,
-            self._target_logits if with_target else None,
-            padded.labels_R,
-            row_weight,
-            self.chunk_rows,
-        )
-
-    def _target_states(self, padded: PaddedTexts) -> Tensor:
-        """[R, E], on the target's device, which may be another one. Only the states of the rows are kept."""
-        # The state before the first reply token is the prompt's last.
-        read_B = prompt_lengths(padded.keep_mask_BT.cpu().roll(1, dims=1), self.target.device)
-        normed_BTE = self.target.prefix(padded.ids_BT.to(self.target.device), read=read_B).normed
-        return normed_BTE[padded.keep_mask_BT.to(normed_BTE.device)]
-
-    def _target_logits(self, states_CE: Tensor) -> Tensor:
-        return self.target.logits(states_CE.to(self.target.ends.device)).to(self.device)
+        target = self.target if with_target else None
+        return reply_sums(self.divergence, padded, self.student, target, row_weight, self.chunk_rows)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
