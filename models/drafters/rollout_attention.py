@@ -4,25 +4,25 @@ Owns the mask of the training-time test (arXiv:2503.01840, section 3.2): causal 
 step. It is what a drafter sees in decoding, where the target's states reach as far as the root and everything below is its own.
 Knows nothing of layers or losses.
 
-No path holds the scores of a whole batch. On CUDA ``flex_attention`` holds none. Elsewhere documents of similar length are taken
-together. Where their scores would still be many, a block of queries is taken at a time, and the backward pass computes its scores again.
+No path holds the scores of a whole batch. On CUDA ``flex_attention`` holds none. Elsewhere each document is computed by itself, a block of
+queries at a time. Where the batch has more scores than fit, the backward pass computes each block again.
 
-Shape legend: T packed tokens, A anchors, H heads, G key/value heads, Dh head size, J further steps.
-P documents of a group, L its longest document, C queries of a block, S keys they can see.
-Q and B blocks of queries and of keys.
+Why not one ``scaled_dot_product_attention`` a document: an anchor's own steps are one key each for it, but to that function they are a
+column for every anchor. With 7 steps and documents of 256 tokens, forward and backward then take twice the time on a CPU.
+
+Shape legend: T packed tokens, A anchors, H heads, G key/value heads, R query heads that share one of these, Dh head size, J further steps,
+C queries of a block, S keys of the text they can see, Q and B blocks of queries and of keys.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class RolloutAttention:
     Args:
         document_ids: int64 [T]; a document's tokens lie together.
         positions: int64 [T], inside each document.
-        anchors: int64 [A], packed positions of the queries.
+        anchors: int64 [A], packed positions of the queries, rising.
         keys: [T, G, Dh] of the text's own tokens, at step 0.
         values: [T, G, Dh].
         flexible: compute with ``flex_attention``, which never holds a score matrix; None does so on CUDA devices.
@@ -74,71 +74,34 @@ class RolloutAttention:
             return queries + 0.0 * (self.keys.sum() + self.values.sum())
         if self.flexible:
             return self._flexible(queries, further)
-        own = _own_rows(further)
-        attended = torch.cat([self._in_group(group, queries, own) for group in self._groups])
-        return attended[self._back_to_anchors]
+        return self._by_document(queries, further)
 
     @cached_property
-    def _groups(self) -> list[_Group]:
-        """Documents that have anchors, those of similar length together: at most half of a group's grid is padding."""
-        lengths = torch.bincount(self.document_ids)
-        documents = torch.unique(self.document_ids[self.anchors])
-        kinds = lengths[documents].log2().ceil().long()
-        return [self._group(documents[kinds == kind], lengths) for kind in kinds.unique().tolist()]
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        """How many tokens and how many anchors each document has, in packed order."""
+        _, document_T, lengths = torch.unique_consecutive(self.document_ids, return_inverse=True, return_counts=True)
+        return lengths.tolist(), torch.bincount(document_T[self.anchors], minlength=len(lengths)).tolist()
 
-    def _group(self, documents: Tensor, lengths: Tensor) -> _Group:
-        longest = int(lengths[documents].max())
-        row_of = documents.new_full((len(lengths),), -1)
-        row_of[documents] = torch.arange(len(documents), device=documents.device)
-        places_T = row_of[self.document_ids] * longest + self.positions
-        tokens = torch.nonzero(row_of[self.document_ids] >= 0).squeeze(1)
-        anchors = torch.nonzero(row_of[self.document_ids[self.anchors]] >= 0).squeeze(1)
-        grid = _Grid(len(documents), longest)
-        on_grid = (grid.put(part[tokens], places_T[tokens]) for part in (self.keys, self.values))
-        return _Group(grid, anchors, places_T[self.anchors[anchors]], *on_grid)
+    def _by_document(self, queries: Tensor, further: list[Pair]) -> Tensor:
+        lengths, counts = self._sizes
+        num_scores = queries.shape[1] * sum(length * count for length, count in zip(lengths, counts, strict=True))
+        attend = _attend if num_scores <= self.block_scores else _attend_again_in_backward
+        of_anchors = (queries, self.positions[self.anchors], *self._own_steps(further))
+        anchors_of = zip(*(part.split(counts) for part in of_anchors), strict=True)
+        text_of = zip(self.keys.split(lengths), self.values.split(lengths), strict=True)
+        attended = []
+        for anchors, (keys, values) in zip(anchors_of, text_of, strict=True):
+            num_queries = max(1, self.block_scores // (queries.shape[1] * len(keys)))
+            for block in zip(*(part.split(num_queries) for part in anchors), strict=True):
+                num_keys = int(block[1].max()) + 1 if len(block[1]) else 0
+                attended.append(attend(*block, keys[:num_keys], values[:num_keys]))
+        return torch.cat(attended)
 
-    @cached_property
-    def _back_to_anchors(self) -> Tensor:
-        """int64 [A]: where each anchor is among those of all groups."""
-        return torch.cat([group.anchors for group in self._groups]).argsort()
-
-    def _in_group(self, group: _Group, queries: Tensor, own: Pair | None) -> Tensor:
-        """[A', H, Dh] at the group's anchors; ``own``: keys and values [A, J, G, Dh] of the anchors' further steps."""
-        grid, anchors, places = group.grid, group.anchors, group.places
-        queries_PHLD = grid.put(queries[anchors], places)
-        if own is None:
-            attended = F.scaled_dot_product_attention(
-                queries_PHLD, group.keys, group.values, is_causal=True, enable_gqa=True
-            )
-            return grid.take(attended, places)
-        own_PLJGD = [grid.put(part[anchors].flatten(1, 2), places).transpose(1, 2) for part in own]
-        own_PLJGD = [part.unflatten(2, own[0].shape[1:3]) for part in own_PLJGD]
-        return grid.take(self._by_blocks(queries_PHLD, group, *own_PLJGD), places)
-
-    def _by_blocks(self, queries: Tensor, group: _Group, own_keys: Tensor, own_values: Tensor) -> Tensor:
-        documents, heads, longest, _ = queries.shape
-        per_query = heads * longest
-        num_queries = min(longest, max(1, self.block_scores // per_query))
-        num_rows = min(documents, max(1, self.block_scores // (per_query * num_queries)))
-        # What fits at once is kept for the backward pass, as all of it was computed together.
-        attend = _attend if num_rows == documents and num_queries == longest else _attend_again_in_backward
-        rows = []
-        for first in range(0, documents, num_rows):
-            row = slice(first, first + num_rows)
-            keys, values = group.keys[row], group.values[row]
-            blocks = [
-                attend(
-                    queries[row, :, start : start + num_queries],
-                    keys[:, :, : start + num_queries],
-                    values[:, :, : start + num_queries],
-                    own_keys[row, start : start + num_queries],
-                    own_values[row, start : start + num_queries],
-                    start,
-                )
-                for start in range(0, longest, num_queries)
-            ]
-            rows.append(torch.cat(blocks, dim=2))
-        return torch.cat(rows)
+    def _own_steps(self, further: list[Pair]) -> Pair:
+        """Keys and values [A, J, G, Dh] of the anchors' further steps."""
+        if not further:
+            return (self.keys.new_empty(len(self.anchors), 0, *self.keys.shape[1:]),) * 2
+        return torch.stack([key for key, _ in further], dim=1), torch.stack([value for _, value in further], dim=1)
 
     def _flexible(self, queries: Tensor, further: list[Pair]) -> Tensor:
         keys = torch.cat([self.keys, *(key for key, _ in further)])
@@ -201,65 +164,32 @@ class RolloutAttention:
         )
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Rows of documents, each as long as the longest."""
-
-    documents: int
-    longest: int
-
-    def put(self, rows: Tensor, places: Tensor) -> Tensor:
-        """[n, H, Dh] -> [P, H, L, Dh], zeros where there is no row."""
-        grid = rows.new_zeros(self.documents * self.longest, *rows.shape[1:]).index_copy(0, places, rows)
-        return grid.unflatten(0, (self.documents, self.longest)).transpose(1, 2)
-
-    def take(self, grid: Tensor, places: Tensor) -> Tensor:
-        """[P, H, L, Dh] -> [n, H, Dh]."""
-        return grid.transpose(1, 2).flatten(0, 1)[places]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Documents of similar length: their anchors int64 [A'] (numbers among all), where these lie, keys and values [P, G, L, Dh]."""
-
-    grid: _Grid
-    anchors: Tensor
-    places: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-def _own_rows(further: list[Pair]) -> Pair | None:
-    """Keys and values [A, J, G, Dh] of the further steps, or None without any."""
-    if not further:
-        return None
-    return torch.stack([key for key, _ in further], dim=1), torch.stack([value for _, value in further], dim=1)
-
-
 def _attend(
-    queries_PHCD: Tensor, keys_PGSD: Tensor, values_PGSD: Tensor, own_keys: Tensor, own_values: Tensor, start: int
+    queries_CHD: Tensor,
+    positions_C: Tensor,
+    own_keys_CJGD: Tensor,
+    own_values_CJGD: Tensor,
+    keys_SGD: Tensor,
+    values_SGD: Tensor,
 ) -> Tensor:
-    """[P, H, C, Dh] with every score in memory, [P, H, C, S] over the text and [P, H, C, J] over the own steps.
-
-    The queries stand at ``start`` and on; own_keys and own_values are [P, C, J, G, Dh].
-    """
-    heads, num_keys = queries_PHCD.shape[1], keys_PGSD.shape[2]
-    keys, values = _per_head(keys_PGSD, heads, dim=1), _per_head(values_PGSD, heads, dim=1)
-    own_keys, own_values = _per_head(own_keys, heads, dim=3), _per_head(own_values, heads, dim=3)
-    scaled = queries_PHCD * (1.0 / math.sqrt(queries_PHCD.shape[-1]))
-    over_text = scaled @ keys.transpose(-1, -2)
-    future = torch.ones(over_text.shape[-2:], dtype=torch.bool, device=scaled.device).triu(start + 1)
-    over_text = over_text.masked_fill(future, -torch.inf)
-    over_own = torch.einsum("phcd,pcjhd->phcj", scaled, own_keys)
-    weights = torch.cat([over_text, over_own], dim=-1).softmax(-1, dtype=torch.float32).to(queries_PHCD.dtype)
-    of_own = torch.einsum("phcj,pcjhd->phcd", weights[..., num_keys:], own_values)
-    return weights[..., :num_keys] @ values + of_own
+    """[C, H, Dh] of one document's queries, with every score in memory: [G, R, C, S] over the text and [G, R, C, J] over the own steps."""
+    num_keys, num_groups, head_size = keys_SGD.shape
+    scaled = (queries_CHD / math.sqrt(head_size)).unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
+    rows = scaled.shape[1:3]
+    over_text = (scaled.flatten(1, 2) @ keys_SGD.permute(1, 2, 0)).unflatten(1, rows)
+    future = torch.arange(num_keys, device=positions_C.device) > positions_C[:, None]
+    over_own = torch.einsum("grcd,cjgd->grcj", scaled, own_keys_CJGD)
+    scores = torch.cat([over_text.masked_fill(future, -torch.inf), over_own], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(queries_CHD.dtype)
+    of_text = (weights[..., :num_keys].flatten(1, 2) @ values_SGD.transpose(0, 1)).unflatten(1, rows)
+    of_own = torch.einsum("grcj,cjgd->grcd", weights[..., num_keys:], own_values_CJGD)
+    return (of_text + of_own).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _attend_again_in_backward(*arguments: Tensor | int) -> Tensor:
+def _attend_again_in_backward(*arguments: Tensor) -> Tensor:
     """As `_attend`, whose scores live no longer than the call, here and in the backward pass."""
     if not torch.is_grad_enabled():
-        return _attend(*arguments)  # type: ignore[arg-type]
+        return _attend(*arguments)
     return checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -282,8 +212,3 @@ def _flex(device_type: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
-
-
-def _per_head(grouped: Tensor, heads: int, dim: int) -> Tensor:
-    """Repeat key/value heads so that every query head has its own."""
-    return grouped.repeat_interleave(heads // grouped.shape[dim], dim=dim)
