@@ -120,7 +120,7 @@ def trained(
         "replace_best": "true",  # a stage that was interrupted begins anew
     }
     words = [f"--{key}={value}" for key, value in settings.items()]
-    callbacks = [f"--trainer.callbacks+={json.dumps(callback)}" for callback in judge_callbacks(root)]
+    callbacks = [f"--trainer.callbacks+={json.dumps(callback)}" for callback in judge_callbacks()]
     config = Path(__file__).parents[2] / "configs" / "judge.yaml"
     stages.once(
         f"train-{name}",
@@ -133,7 +133,7 @@ def trained(
     )
 
 
-def judge_callbacks(root: Path) -> list[dict[str, Any]]:
+def judge_callbacks() -> list[dict[str, Any]]:
     """As in configs/judge.yaml, but for the checkpoints: nobody resumes a run of seconds."""
     return [
         {"class_path": "draftsmith.train.KeepJudge"},

@@ -4,14 +4,14 @@ Owns the mask of the training-time test (arXiv:2503.01840, section 3.2): causal 
 step. It is what a drafter sees in decoding, where the target's states reach as far as the root and everything below is its own.
 Knows nothing of layers or losses.
 
-No path holds the scores of a whole batch. On CUDA ``flex_attention`` holds none. Elsewhere each document is computed by itself, a block of
-queries at a time. Where the batch has more scores than fit, the backward pass computes each block again.
+No path holds the scores of a whole batch. On CUDA ``flex_attention`` holds none. Elsewhere each document is computed by itself (short
+neighbours together), a block of queries at a time. Where the batch has more scores than fit, the backward pass computes each block again.
 
 Why not one ``scaled_dot_product_attention`` a document: an anchor's own steps are one key each for it, but to that function they are a
 column for every anchor. With 7 steps and documents of 256 tokens, forward and backward then take twice the time on a CPU.
 
-Shape legend: T packed tokens, A anchors, H heads, G key/value heads, R query heads that share one of these, Dh head size, J further steps,
-C queries of a block, S keys of the text they can see, Q and B blocks of queries and of keys.
+Shape legend: T packed tokens, A anchors, H heads, G key/value heads, R query heads that share one of these, Dh head size, J further steps.
+C queries of a block, S keys of the text that they can see. Q and B blocks of queries and of keys.
 """
 
 from __future__ import annotations
@@ -74,27 +74,38 @@ class RolloutAttention:
             return queries + 0.0 * (self.keys.sum() + self.values.sum())
         if self.flexible:
             return self._flexible(queries, further)
-        return self._by_document(queries, further)
+        return self._by_runs(queries, further)
 
     @cached_property
-    def _sizes(self) -> tuple[list[int], list[int]]:
-        """How many tokens and how many anchors each document has, in packed order."""
-        _, document_T, lengths = torch.unique_consecutive(self.document_ids, return_inverse=True, return_counts=True)
-        return lengths.tolist(), torch.bincount(document_T[self.anchors], minlength=len(lengths)).tolist()
+    def _runs(self) -> tuple[list[int], list[int]]:
+        """How many tokens and how many anchors each run has: a document, or several short ones, which need fewer calls together."""
+        runs: list[int] = []
+        for length in torch.unique_consecutive(self.document_ids, return_counts=True)[1].tolist():
+            if runs and runs[-1] + length <= _BLOCK:
+                runs[-1] += length
+            else:
+                runs.append(length)
+        ends = torch.tensor(runs, device=self.anchors.device).cumsum(0)
+        num_before = torch.searchsorted(self.anchors, ends)
+        return runs, num_before.diff(prepend=num_before.new_zeros(1)).tolist()
 
-    def _by_document(self, queries: Tensor, further: list[Pair]) -> Tensor:
-        lengths, counts = self._sizes
-        num_scores = queries.shape[1] * sum(length * count for length, count in zip(lengths, counts, strict=True))
+    def _by_runs(self, queries: Tensor, further: list[Pair]) -> Tensor:
+        lengths, counts = self._runs
+        num_heads = queries.shape[1]
+        num_scores = num_heads * sum(length * count for length, count in zip(lengths, counts, strict=True))
         attend = _attend if num_scores <= self.block_scores else _attend_again_in_backward
-        of_anchors = (queries, self.positions[self.anchors], *self._own_steps(further))
+        starts = self.anchors - self.positions[self.anchors]
+        of_anchors = (queries, starts, self.anchors, *self._own_steps(further))
         anchors_of = zip(*(part.split(counts) for part in of_anchors), strict=True)
         text_of = zip(self.keys.split(lengths), self.values.split(lengths), strict=True)
-        attended = []
+        attended, first = [], 0
         for anchors, (keys, values) in zip(anchors_of, text_of, strict=True):
-            num_queries = max(1, self.block_scores // (queries.shape[1] * len(keys)))
-            for block in zip(*(part.split(num_queries) for part in anchors), strict=True):
-                num_keys = int(block[1].max()) + 1 if len(block[1]) else 0
-                attended.append(attend(*block, keys[:num_keys], values[:num_keys]))
+            num_queries = max(1, self.block_scores // (num_heads * len(keys)))
+            for queries_C, starts_C, last_C, *own in zip(*(part.split(num_queries) for part in anchors), strict=True):
+                if len(last_C):
+                    end = int(last_C[-1]) + 1 - first
+                    attended.append(attend(queries_C, starts_C - first, last_C - first, *own, keys[:end], values[:end]))
+            first += len(keys)
         return torch.cat(attended)
 
     def _own_steps(self, further: list[Pair]) -> Pair:
@@ -166,20 +177,25 @@ class RolloutAttention:
 
 def _attend(
     queries_CHD: Tensor,
-    positions_C: Tensor,
+    first_C: Tensor,
+    last_C: Tensor,
     own_keys_CJGD: Tensor,
     own_values_CJGD: Tensor,
     keys_SGD: Tensor,
     values_SGD: Tensor,
 ) -> Tensor:
-    """[C, H, Dh] of one document's queries, with every score in memory: [G, R, C, S] over the text and [G, R, C, J] over the own steps."""
+    """[C, H, Dh] with every score in memory: [G, R, C, S] over the text and [G, R, C, J] over the own steps.
+
+    A query sees the keys of the text from its first to its last (int64 [C], numbers among S).
+    """
     num_keys, num_groups, head_size = keys_SGD.shape
     scaled = (queries_CHD / math.sqrt(head_size)).unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
     rows = scaled.shape[1:3]
     over_text = (scaled.flatten(1, 2) @ keys_SGD.permute(1, 2, 0)).unflatten(1, rows)
-    future = torch.arange(num_keys, device=positions_C.device) > positions_C[:, None]
+    at_S = torch.arange(num_keys, device=last_C.device)
+    hidden_CS = (at_S < first_C[:, None]) | (at_S > last_C[:, None])
     over_own = torch.einsum("grcd,cjgd->grcj", scaled, own_keys_CJGD)
-    scores = torch.cat([over_text.masked_fill(future, -torch.inf), over_own], dim=-1)
+    scores = torch.cat([over_text.masked_fill(hidden_CS, -torch.inf), over_own], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(queries_CHD.dtype)
     of_text = (weights[..., :num_keys].flatten(1, 2) @ values_SGD.transpose(0, 1)).unflatten(1, rows)
     of_own = torch.einsum("grcj,cjgd->grcd", weights[..., num_keys:], own_values_CJGD)

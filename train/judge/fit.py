@@ -3,6 +3,13 @@
 Owns the objective and the optimiser that finds its minimum. Both use float64: near the minimum, objectives differ in their last digits
 only. Knows no Lightning, no files, and not where the features are from.
 
+scikit-learn's ``LogisticRegression`` finds the same minimum, and tests compare the two. It cannot replace this file:
+
+- Several processes train as one here: each holds its own rows, and sums run over all. scikit-learn needs every row in one process.
+- A run validates and resumes between iterations, with the same weights in the end. scikit-learn keeps no curvature between two calls.
+- Features are read a part at a time. Over 20,000 tokens of 1,024 numbers (78 MiB), six penalties added 0.23 GiB here, and 0.46 GiB there,
+  where the standardised copy alone doubles the features. (scikit-learn took a third of the time, for six fits one after another.)
+
 Shape legend: N tokens of this process, F features, S penalties (the sweep), P = F + 1 numbers of one regression, its bias last.
 """
 

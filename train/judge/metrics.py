@@ -3,6 +3,9 @@
 Owns pure functions over probabilities, labels and questions: ROC, precision and recall, calibration, thresholds, intervals by
 bootstrap over questions. Knows no model, no files and no figures.
 
+scikit-learn computes curves and areas. The rest it does not have: thresholds under a limit, intervals by question, and bins that keep
+their counts, the empty ones included.
+
 Shape legend: N tokens, Q questions, R bootstrap replicates, C thresholds. Labels are 1 for correct, 0 for wrong.
 """
 
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn import metrics
 
 from draftsmith.models.judge import CurvePoint
 
@@ -47,15 +51,10 @@ def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
         labels: [N], 1 for correct, 0 for wrong.
 
     Raises:
-        ValueError: only one class, scores that are not a number, or lists of different lengths.
+        ValueError: only one class, scores that are not finite, or lists of different lengths.
     """
     scores, labels = _checked(scores, labels)
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    middle_ranks = np.cumsum(counts) - (counts - 1) / 2
-    num_correct = int(labels.sum())
-    num_wrong = len(labels) - num_correct
-    above = middle_ranks[place][labels == 1].sum() - num_correct * (num_correct + 1) / 2
-    return float(above / (num_correct * num_wrong))
+    return float(metrics.roc_auc_score(labels, scores))
 
 
 def roc_curve(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
@@ -68,8 +67,9 @@ def roc_curve(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
     Raises:
         ValueError: as :func:`roc_auc`.
     """
-    correct, wrong = _accepted(*_checked(scores, labels))
-    return wrong / wrong[-1], correct / correct[-1]
+    scores, labels = _checked(scores, labels)
+    wrong, correct, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    return wrong, correct
 
 
 def wrong_precision_recall(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
@@ -88,10 +88,9 @@ def wrong_precision_recall(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats
         ValueError: as :func:`roc_auc`.
     """
     scores, labels = _checked(scores, labels)
-    rejected_wrong, rejected_correct = _accepted(-scores, 1 - labels)
-    # The first entry is where nothing is rejected, and precision means nothing.
-    hits, misses = rejected_wrong[1:], rejected_correct[1:]
-    return hits / hits[-1], hits / (hits + misses)
+    precision, recall, _ = metrics.precision_recall_curve(1 - labels, -scores)
+    # The other way round, and without the last entry: nothing is rejected there, and precision means nothing.
+    return recall[-2::-1], precision[-2::-1]
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -104,8 +103,8 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: as :func:`roc_auc`.
     """
-    recall, precision = wrong_precision_recall(scores, labels)
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+    scores, labels = _checked(scores, labels)
+    return float(metrics.average_precision_score(1 - labels, -scores))
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike, num_bins: int = 10) -> Reliability:
@@ -310,23 +309,16 @@ def _first_below(bootstrap: Bootstrap, candidates: Floats, first: int, max_wrong
     return low
 
 
-def _accepted(scores: Floats, labels: Ints) -> tuple[Floats, Floats]:
-    """Correct and wrong tokens accepted at each distinct score, from none to all."""
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
-    correct = np.cumsum(labels[order])[last].astype(np.float64)
-    return np.append(0.0, correct), np.append(0.0, last + 1 - correct)
-
-
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Ints]:
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(
             f"scores have shape {scores.shape} and labels {labels.shape}; both are one list of tokens; give one label each"
         )
-    if np.isnan(scores).any():
+    num_bad = int((~np.isfinite(scores)).sum())
+    if num_bad:
         raise ValueError(
-            f"{int(np.isnan(scores).sum())} scores are NaN; every score is a number; look at the states they come from"
+            f"{num_bad} scores are NaN or infinite; every score is a number; look at the states they come from"
         )
     classes = set(np.unique(labels).tolist())
     if classes != {0, 1}:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from sklearn import linear_model
 from torch import Tensor
 
 from draftsmith.train.judge.fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
@@ -53,7 +54,6 @@ def fit(
 
 @pytest.mark.parametrize("wrong_weight", [1.0, 3.0])
 def test_every_penalty_lands_on_scikit_learns_optimum(wrong_weight: float) -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = some()
     num_tokens, num_correct = len(labels), int(labels.sum())
     by_class = {1: num_tokens / (2 * num_correct), 0: wrong_weight * num_tokens / (2 * (num_tokens - num_correct))}
@@ -76,7 +76,6 @@ def test_every_penalty_lands_on_scikit_learns_optimum(wrong_weight: float) -> No
 
 
 def test_balanced_weights_sum_to_the_number_of_tokens_so_that_l2_is_one_over_c_n() -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = some(500, 8)
     weights = torch.where(labels, 500 / (2 * labels.sum()), 500 / (2 * (~labels).sum())).double()
     assert float(weights.sum()) == pytest.approx(500)

@@ -1,4 +1,4 @@
-"""ROC, precision, calibration and thresholds of a judge, against hand-made numbers, scikit-learn and brute force."""
+"""ROC, precision, calibration and thresholds of a judge, against hand-made numbers and brute force."""
 
 import itertools
 
@@ -50,11 +50,34 @@ def test_areas_by_hand() -> None:
 
 @settings(deadline=None)
 @given(TOKENS)
-def test_areas_are_scikit_learns(rows: list[tuple[int, int, int]]) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+def test_the_area_is_the_share_of_pairs_in_which_the_correct_token_scores_higher(
+    rows: list[tuple[int, int, int]],
+) -> None:
     scores, labels, _ = of(rows)
-    assert roc_auc(scores, labels) == pytest.approx(metrics.roc_auc_score(labels, scores))
-    assert average_precision(scores, labels) == pytest.approx(metrics.average_precision_score(1 - labels, -scores))
+    pairs = list(itertools.product(scores[labels == 1], scores[labels == 0]))
+    won = sum(float(correct > wrong) + 0.5 * float(correct == wrong) for correct, wrong in pairs)
+    assert roc_auc(scores, labels) == pytest.approx(won / len(pairs))
+
+
+@settings(deadline=None)
+@given(TOKENS)
+def test_average_precision_is_that_of_each_wrong_token_in_turn(rows: list[tuple[int, int, int]]) -> None:
+    scores, labels, _ = of(rows)
+    wrong = labels == 0
+    precisions = [wrong[scores <= score].mean() for score in scores[wrong]]
+    assert average_precision(scores, labels) == pytest.approx(np.mean(precisions))
+
+
+@settings(deadline=None)
+@given(TOKENS)
+def test_curves_pass_through_every_threshold(rows: list[tuple[int, int, int]]) -> None:
+    scores, labels, _ = of(rows)
+    wrong, correct = labels == 0, labels == 1
+    loosened = sorted(set(scores), reverse=True)
+    shares = [(0.0, 0.0), *((np.mean(scores[wrong] >= least), np.mean(scores[correct] >= least)) for least in loosened)]
+    assert np.transpose(roc_curve(scores, labels)) == pytest.approx(np.array(shares))
+    rejecting = [(np.mean(scores[wrong] <= most), np.mean(wrong[scores <= most])) for most in loosened[::-1]]
+    assert np.transpose(wrong_precision_recall(scores, labels)) == pytest.approx(np.array(rejecting))
 
 
 def test_calibration_by_hand() -> None:
@@ -183,6 +206,7 @@ def test_a_million_tokens_take_seconds() -> None:
         ([0.1, 0.2], [1, 1], [0, 1], {}, r"labels are \[1\]; both 1"),
         ([0.1, 0.2], [1, -100], [0, 1], {}, r"labels are \[-100, 1\]"),
         ([0.1, np.nan], [1, 0], [0, 1], {}, "1 scores are NaN"),
+        ([0.1, np.inf], [1, 0], [0, 1], {}, "1 scores are NaN or infinite"),
         ([0.1, 1.2], [1, 0], [0, 1], {}, "take the sigmoid"),
         ([0.1], [1, 0], [0, 1], {}, "one label each"),
         ([0.1, 0.2], [1, 0], [0], {}, "1 questions for 2 tokens"),

@@ -13,6 +13,7 @@ from judging import LENGTHS, fit, judge_data, judge_module, labelled_states, row
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from sklearn import linear_model
 from training import HIDDEN, MakeCache, make_module, make_trainer
 
 from draftsmith.data.cache.reader import HiddenStateCache
@@ -55,7 +56,6 @@ def test_weights_by_hand() -> None:
 def test_a_trained_judge_is_scikit_learns_on_the_training_tokens(
     target_dir: Path, cache: Path, file: Path, tmp_path: Path, class_weight: Any
 ) -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
     data = judge_data(cache, file)
     module = judge_module(target_dir, l2=[0.05], class_weight=class_weight)
     fit(tmp_path, module, data, epochs=30)
