@@ -1,6 +1,6 @@
 """Time and memory of EAGLE's training attention on a CPU, forward and backward over all draft steps.
 
-    python benchmarks/attention_memory.py
+    python benchmarks/train/attention_memory.py
 
 Each figure is of a process of its own. `seconds` is the processor's time. `held` is the process's largest resident size less its size
 before, while glibc gives freed memory back at once; `resident` is the same as glibc does by default, which keeps much of it. Every token
