@@ -226,7 +226,7 @@ def test_what_is_imported_is_declared() -> None:
         for path in sources(package)
         for name in imported(ast.parse(path.read_text(encoding="utf-8")))
     }
-    ships_along = {"lightning_fabric", "yaml"}  # in the distributions pytorch-lightning and pyyaml
+    ships_along = {"lightning_fabric", "sklearn", "yaml"}  # of pytorch-lightning, scikit-learn and pyyaml
     assert found - declared - ships_along - set(sys.stdlib_module_names) - {"draftsmith"} == set()
 
 
