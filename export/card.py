@@ -15,8 +15,9 @@ from typing import Any
 from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts.layout import Layout
 from draftsmith.foreign import block, code, plain, yaml_text
-from draftsmith.models.drafters.drafter import DrafterConfig
+from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import Family
+from draftsmith.models.drafters.registry import registry
 from draftsmith.models.target.target import PRE_NORM
 
 QUESTION = "Tom has 3 boxes with 4 pens each. How many pens does Tom have?"
@@ -122,7 +123,21 @@ def _use(subject: Subject) -> str:
     if subject.layout.name == custom_generate.FOLDER:
         program = custom_generate.example(subject.target, QUESTION, bool(subject.has_template))
         return f"Needs `torch` and `transformers` only. In this folder:\n\n```python\n{program}```"
-    return "Needs `pip install draftsmith`. In this folder:\n\n```python\n" + example(subject) + "```"
+    return f"Needs {_needed(subject.family)}. In this folder:\n\n```python\n" + example(subject) + "```"
+
+
+def _needed(family: Family) -> str:
+    """What must be installed, in words: a family that is not the package's own comes with another."""
+    module = family.drafter.__module__
+    distribution = registry().distribution(family.config.model_type)
+    if distribution:
+        return code(f"pip install draftsmith {distribution}")
+    if module.startswith("draftsmith."):
+        return code("pip install draftsmith")
+    return (
+        f"{code('pip install draftsmith')}, and the module {code(module)}, which holds the record of its family: import it, and call "
+        f"{code('register')} of {code('draftsmith.models')} with the record"
+    )
 
 
 def _serve(subject: Subject) -> list[str]:

@@ -33,7 +33,12 @@ from draftsmith.train.run.progress_bar import RunProgress
 
 
 class TrainingParser(Suggesting, LightningArgumentParser):
-    """Lightning's parser, which answers a misspelt key with the nearest known one."""
+    """Lightning's parser, which answers a misspelt key or class with the nearest known one."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of `draftsmith.train`, with every family's settings."""
+        return tuple(dir(train))
 
 
 class SaveConfig(SaveConfigCallback):

@@ -18,6 +18,7 @@ from draftsmith.evaluate.doctor.case import Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding
 from draftsmith.evaluate.doctor.states import as_named
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.returned_shapes import checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout
 
 _SHIFTS = (-1, 0, 1)
@@ -40,7 +41,7 @@ def guesses(drafter: Drafter, batch: PackedBatch, rollout: Rollout) -> Tensor:
     """int64 [A, K]: the target id that the drafter thinks likeliest at every step of every anchor."""
     if not len(rollout.anchors):
         return rollout.targets
-    inputs = drafter.teacher_forced(batch, rollout)
+    inputs = checked_head_inputs(drafter, batch, rollout)
     steps = [
         torch.cat([drafter.logits(part_AE, step).argmax(-1) for part_AE in inputs_AE.split(_ROWS)])
         for step, inputs_AE in enumerate(inputs)

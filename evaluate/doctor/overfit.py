@@ -18,6 +18,7 @@ from draftsmith.evaluate.doctor.alignment import guesses
 from draftsmith.evaluate.doctor.case import Case, NotChecked, portion
 from draftsmith.evaluate.doctor.report import Finding, Verdict
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.family import fresh_drafter
 from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
@@ -128,7 +129,7 @@ def _as_begun(case: Case) -> Drafter | None:
     settings |= {name: value for name, value in recorded.items() if name in names}
     ids = None if trained.d2t is None else trained.draft_ids().cpu()
     try:
-        made = family(**settings).build(case.ends, ids, trained.config.num_draft_steps, "")
+        made = fresh_drafter(family(**settings), case.ends, ids, trained.config.num_draft_steps, "")
     except ValueError:  # a shape of somebody else's, which this family does not start from the target
         return None
     return made if _shapes(made) == _shapes(trained) and made.features == trained.features else None

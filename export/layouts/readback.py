@@ -13,8 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from draftsmith.models.drafters.drafter import Drafter, DrafterConfig
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import assemble
+from draftsmith.models.drafters.returned_shapes import checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
 from draftsmith.models.target.target import TargetEnds
 
@@ -78,5 +80,5 @@ def probe_logits(drafter: Drafter, num_tokens: int = 12) -> Tensor:
         hidden={name: torch.randn(num_tokens, config.hidden_size, generator=generator) for name in probe.features},
     )
     num_steps = min(_NUM_STEPS, probe.max_draft_steps or _NUM_STEPS)
-    inputs = probe.teacher_forced(batch, data_rollout(batch, num_steps))
+    inputs = checked_head_inputs(probe, batch, data_rollout(batch, num_steps))
     return inputs if probe.predicts_features else probe.rollout_logits(inputs)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from draftsmith.models.drafters.draft_slots import DraftSlots
-from draftsmith.models.drafters.drafter import Cycle, Drafter, DrafterConfig, Emitted, Opening
+from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.adapter_files import read_json
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint

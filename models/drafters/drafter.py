@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -20,11 +19,12 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
+from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, POSITIVE, TEXT, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
 from draftsmith.models.tree.limits import DraftLimits
@@ -148,103 +148,6 @@ class DraftState(Protocol):
         ...
 
 
-class DrafterConfig(PreTrainedConfig):
-    """Fields common to every drafter: which target and tokenizer it belongs to, and its vocabulary.
-
-    Attributes:
-        hidden_size: the target's hidden size D.
-        vocab_size: the target's vocabulary size V.
-        draft_vocab_size: Vd; None or V means the full vocabulary.
-        num_draft_steps: the horizon it was trained for.
-        score_scale: draft logits are multiplied by it before paths are compared at temperature 0 (see :meth:`Drafter.score_scale`).
-        target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
-    """
-
-    model_type = "draftsmith_drafter"
-    rules: ClassVar[Mapping[str, Rule]] = {
-        "hidden_size": COUNT,
-        "vocab_size": COUNT,
-        "draft_vocab_size": COUNT_OR_NULL,
-        "num_draft_steps": COUNT,
-        "score_scale": POSITIVE,
-        "target_name": TEXT,
-        "target_fingerprint": TEXT,
-        "tokenizer_fingerprint": TEXT,
-    }
-    """What each field must be in a file; a field that is not here is not read."""
-
-    def __init__(
-        self,
-        hidden_size: int = 0,
-        vocab_size: int = 0,
-        draft_vocab_size: int | None = None,
-        num_draft_steps: int = 5,
-        score_scale: float = 1.0,
-        target_name: str = "",
-        target_fingerprint: str = "",
-        tokenizer_fingerprint: str = "",
-        **kwargs: Any,
-    ) -> None:
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
-        self.draft_vocab_size = draft_vocab_size
-        self.num_draft_steps = num_draft_steps
-        self.score_scale = score_scale
-        self.target_name = target_name
-        self.target_fingerprint = target_fingerprint
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        super().__init__(**kwargs)
-
-    @classmethod
-    def for_target(
-        cls,
-        ends: TargetEnds,
-        draft_token_ids: Tensor | None,
-        num_draft_steps: int,
-        tokenizer_fingerprint: str,
-        **own: Any,
-    ) -> Self:
-        """Make a config with the common fields of one target.
-
-        Args:
-            ends: the target's.
-            draft_token_ids: int64 [Vd], the draft vocabulary; None keeps the target's whole vocabulary.
-            num_draft_steps: the horizon that it will be trained for.
-            tokenizer_fingerprint: of the target's tokenizer.
-            own: the fields of the family.
-
-        Returns:
-            The config.
-        """
-        return cls(
-            **own,
-            hidden_size=ends.hidden_size,
-            vocab_size=ends.vocab_size,
-            draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
-            num_draft_steps=num_draft_steps,
-            target_name=ends.name,
-            target_fingerprint=ends.fingerprint,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-        )
-
-    @property
-    def num_draft_tokens(self) -> int:
-        """Vd: rows of an output head."""
-        return self.vocab_size if self.draft_vocab_size is None else min(self.draft_vocab_size, self.vocab_size)
-
-    def fault(self) -> str:
-        """Find fields that contradict each other.
-
-        Returns:
-            The contradiction in words; empty where there is none.
-        """
-        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
-            return (
-                f"draft_vocab_size {self.draft_vocab_size}, which is above the target's vocabulary of {self.vocab_size}"
-            )
-        return ""
-
-
 class Drafter(PreTrainedModel):
     """A small trained module that proposes tokens from a frozen target's states.
 
@@ -265,9 +168,7 @@ class Drafter(PreTrainedModel):
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        scale = config.score_scale
-        if not isinstance(scale, int | float) or not 0.0 < scale < float("inf"):
-            raise ValueError(f"score_scale is {scale!r}; it must be a positive number; 1.0 reads scores as they are")
+        config.check(type(self).__name__)
         super().__init__(config)
         self._borrowed: list[TargetEnds] = []
         self._any_target = False
@@ -371,6 +272,7 @@ class Drafter(PreTrainedModel):
                 f"this drafter expects hidden size {self.config.hidden_size} and vocabulary {self.config.vocab_size}, the target "
                 f"{ends.name!r} has {ends.hidden_size} and {ends.vocab_size}; use the target it was trained for"
             )
+        check_features(self)
         self._borrowed[:] = [ends]
         return self
 
@@ -437,9 +339,14 @@ class Drafter(PreTrainedModel):
         """[Vd, E]: the output head, where one serves every draft step. Such a family overrides this.
 
         Raises:
-            ValueError: this family has a head for each step.
+            ValueError: this family has a head for each step, or names no head at all.
         """
-        raise ValueError(f"a {type(self).__name__} has no one output head; ask step_weight(step)")
+        name = type(self).__name__
+        if self.has_one_head:
+            raise ValueError(
+                f"{name} overrides neither head_weight nor step_weight(step); override the one that fits its heads"
+            )
+        raise ValueError(f"{name} has a head for each step, so it has no head_weight; call step_weight(step)")
 
     def step_weight(self, step: int) -> Tensor:
         """The output head of one draft step. A family whose head differs from step to step overrides this.
@@ -585,7 +492,7 @@ class Drafter(PreTrainedModel):
             ValueError: a sampled tree is asked for without draws, as at temperature 0; or a draft deeper than this drafter can make.
         """
         self.check_depth(limits)
-        expander = self.expander(state, cycle, limits)
+        expander = checked_expander(self, state, cycle, limits)
         if limits.sampled is None:
             scale = self.score_scale(cycle.temperature)
             if not cycle.keep_probs:

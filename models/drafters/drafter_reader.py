@@ -20,7 +20,8 @@ from draftsmith.models.files.field_rules import check_fields
 from draftsmith.models.files.tables import Table, TensorSpec
 
 if TYPE_CHECKING:
-    from draftsmith.models.drafters.drafter import Drafter, DrafterConfig
+    from draftsmith.models.drafters.drafter import Drafter
+    from draftsmith.models.drafters.drafter_config import DrafterConfig
 
 _Family = TypeVar("_Family", bound="Drafter")
 _REMEDY = "export the drafter again"
@@ -84,8 +85,7 @@ def drafter_config(kind: type[_Family], fields: Mapping[str, Any], place: str) -
     rules = kind.config_class.rules
     check_fields(fields, rules, f"{place}: {CONFIG}", _REMEDY, required=("hidden_size", "vocab_size"))
     config = kind.config_class(**{name: fields[name] for name in rules if name in fields})
-    if fault := config.fault():
-        raise ValueError(f"{place}: {CONFIG} says {fault}; {_REMEDY}")
+    config.check(f"{place}: {CONFIG}", _REMEDY)
     return config
 
 

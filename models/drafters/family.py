@@ -10,9 +10,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from draftsmith.models.drafters.drafter import Drafter, DrafterConfig
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_config import DrafterConfig
+from draftsmith.models.drafters.drafter_reader import module_table
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 
@@ -60,9 +63,55 @@ class DrafterFamily(ABC):
         """Give every setting by name, for provenance.
 
         Returns:
-            The family's name and its settings.
+            Its own settings; `recorded_settings` in the registry adds the family's name.
         """
-        return {"family": self.kind.__name__.lower(), **vars(self)}
+        return dict(vars(self))
+
+
+def fresh_drafter(
+    family: DrafterFamily, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+) -> Drafter:
+    """What a family's ``build`` returns, checked: all that would make its first saved folder unreadable is found here.
+
+    Args:
+        family: the settings.
+        ends: see :meth:`DrafterFamily.build`, as the other arguments.
+        draft_token_ids: see there.
+        num_steps: see there.
+        tokenizer_fingerprint: see there.
+
+    Raises:
+        ValueError: a drafter of another class, another draft vocabulary or another target; or one whose module cannot be made again
+            from its config.
+    """
+    drafter = family.build(ends, draft_token_ids, num_steps, tokenizer_fingerprint)
+    place = f"{type(family).__name__}.build"
+    if type(drafter) is not family.kind:
+        raise ValueError(
+            f"{place} gave a {type(drafter).__name__}; it must give a {family.kind.__name__}, which is its kind"
+        )
+    config = drafter.config
+    config.check(place)
+    wanted = {
+        "hidden_size": ends.hidden_size,
+        "vocab_size": ends.vocab_size,
+        "num_draft_steps": num_steps,
+        "target_fingerprint": ends.fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+    }
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{place} gave a config with {name} {getattr(config, name)!r:.80}, this run has {value!r}; fill the common fields "
+                f"with {type(config).__name__}.for_target"
+            )
+    if draft_token_ids is not None and not torch.equal(drafter.draft_ids().cpu(), draft_token_ids.cpu()):
+        raise ValueError(
+            f"{place} gave a drafter with another draft vocabulary than it was asked for; pass draft_token_ids to the config's "
+            "for_target, then call drafter.set_draft_ids(draft_token_ids)"
+        )
+    module_table(family.kind, config, place).check(drafter.state_dict(), place, finite=False)
+    return drafter
 
 
 @dataclass(frozen=True)

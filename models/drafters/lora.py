@@ -22,7 +22,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from draftsmith.models.drafters.drafter import Drafter, DrafterConfig
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.files.adapter_files import BOND, CONFIG, PREFIX, WEIGHTS, read_json, read_weights
 from draftsmith.models.files.field_rules import COUNT, NAMES, POSITIVE, TEXT, Rule, check_fields, is_number
 from draftsmith.models.files.pretrained import name_faults

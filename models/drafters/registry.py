@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from transformers import AutoConfig, AutoModel
 
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.family import Family
+from draftsmith.models.drafters.family import DrafterFamily, Family
 from draftsmith.models.tree.limits import DraftLimits
 
 GROUP = "draftsmith.families"
@@ -31,6 +31,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_model_type: dict[str, Family] = {}
+        self._distributions: dict[str, str] = {}  # by model type, of the families of other packages
         self._plugins_read = False
         self.faults: list[str] = []
 
@@ -78,6 +79,11 @@ class Registry:
         self.read_plugins()
         return tuple(self._by_model_type.values())
 
+    def distribution(self, model_type: str) -> str:
+        """The installed distribution whose entry point names a family; empty for the package's own and for those added by hand."""
+        self.read_plugins()
+        return self._distributions.get(model_type, "")
+
     def read_plugins(self) -> None:
         """Import the families of other packages, once. One that fails is left out with a warning that names its distribution."""
         if self._plugins_read:
@@ -97,6 +103,8 @@ class Registry:
             if not isinstance(loaded, Family):
                 return f"{place}: it is a {type(loaded).__name__}, not a Family; name the Family record in its pyproject.toml"
             self.add(loaded)
+            if point.dist is not None:
+                self._distributions[loaded.config.model_type] = point.dist.name
         except Exception as error:  # noqa: BLE001 - other people's code, of which commands for other families know nothing
             return f"{place}: {type(error).__name__}: {error}; repair or uninstall it"
         return ""
@@ -158,8 +166,16 @@ def family_of(drafter: Drafter) -> Family:
     return family
 
 
+def recorded_settings(settings: DrafterFamily) -> dict[str, object]:
+    """The settings of a run's family for provenance, with the ``name`` of its record as ``family``."""
+    names = (family.name for family in all_families() if family.settings is type(settings))
+    return {"family": next(names, settings.kind.__name__.lower()), **settings.settings()}
+
+
 def default_limits(drafter: Drafter, otherwise: DraftLimits) -> DraftLimits:
-    """How a drafter drafts where nobody says: as its family's record has it, or ``otherwise``; no deeper than it can.
+    """How a drafter drafts where nobody says: as its family's record has it, or ``otherwise``.
+
+    Neither is deeper than the drafter can draft. If the record's shape must be cut for that, a warning says so.
 
     Args:
         drafter: of any family.
@@ -168,9 +184,18 @@ def default_limits(drafter: Drafter, otherwise: DraftLimits) -> DraftLimits:
     Returns:
         The limits.
     """
-    family = registry().get(drafter.config.model_type)
-    limits = otherwise if family is None or family.limits is None else family.limits
-    return limits if drafter.max_draft_steps is None else limits.no_deeper_than(drafter.max_draft_steps)
+    family, most = registry().get(drafter.config.model_type), drafter.max_draft_steps
+    own = None if family is None else family.limits
+    limits = otherwise if own is None else own
+    if most is None or limits.draft_length <= most:
+        return limits
+    if own is not None:
+        warnings.warn(
+            f"the shape of draft of the family {family.name} is {own.draft_length} tokens deep, this drafter has heads for {most}: "
+            f"drafts are cut to a depth of {most}; train with num_steps {own.draft_length} for the whole shape",
+            stacklevel=2,
+        )
+    return limits.no_deeper_than(most)
 
 
 def missing_families() -> str:

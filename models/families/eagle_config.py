@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
-from draftsmith.models.drafters.drafter import DrafterConfig
+from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.files.field_rules import COUNT, FLAG, NOT_NEGATIVE, Rule, is_number, is_whole
 from draftsmith.models.target.target import TargetEnds
 

@@ -45,7 +45,19 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 class Suggesting:
-    """Mixin for jsonargparse parsers: unknown flags and configuration keys are answered with the nearest known ones."""
+    """Mixin for jsonargparse parsers: a mistake is one line with its key, its file, and the nearest known key.
+
+    Attributes:
+        class_names: short names that a ``class_path`` may hold.
+    """
+
+    class_names: Collection[str] = ()
+    _config_files: Sequence[Path] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """See jsonargparse; remembers the configuration files for messages."""
+        self._config_files = config_files(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, *others, **options)  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one message and exits with code 2; a nested parser raises it to its parent instead."""
@@ -54,6 +66,7 @@ class Suggesting:
         message = explain(message, [action.dest for action in at_fault._actions])
         if not parser.exit_on_error:
             jsonargparse.ArgumentParser.error(parser, message, ex)
+        message = cause(message, self.class_names, self._config_files)
         prog = at_fault.prog.replace(" [options]", "")
         sys.stderr.write(f"{prog}: error: {visible(message)}\nRun '{prog} --help' to see every option.\n")
         sys.exit(2)
@@ -77,6 +90,65 @@ def explain(message: str, known: Iterable[str]) -> str:
     if re.search("Expected a <class '(list|tuple)'>", message):
         return f"{message}\nA list in YAML is [a, b], or one line `- a` for each value."
     return message
+
+
+_AROUND_A_CAUSE = re.compile(
+    r"Parser key |Problem with given class_path |Does not validate against |Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>"
+    r"|Subclass types expect one of|a class path \(str\)|a dict with"
+)
+
+
+def cause(message: str, class_names: Collection[str] = (), files: Sequence[Path] = ()) -> str:
+    """One line for jsonargparse's nested complaint about a key: the key from the top, what is wrong, and the file that says it.
+
+    Messages of another form stay as they are.
+
+    Args:
+        message: from :func:`explain`.
+        class_names: short names that a ``class_path`` may hold.
+        files: the configuration files that were read.
+    """
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    causes = list(dict.fromkeys(line for line in lines if line and not _AROUND_A_CAUSE.match(line)))
+    if not keys or len(causes) != 1:
+        return message
+    text = re.sub(r"Expected a <class '(?:\w+\.)*(\w+)'>", r"expected \1", causes[0])
+    if unknown := re.match(r"Option '([^']*)' is not accepted \(unknown key\)\.(.*)", text):
+        owners = re.findall(r"given class_path '(?:\w+\.)*(\w+)'", message)
+        keys.append(unknown[1])
+        text = f"unknown key{f' of {owners[-1]}' if owners else ''}.{unknown[2]}"
+    elif misspelt := re.match(r"Expected a dot import path string: (.*)", text):
+        text = f"no class is named {misspelt[1]}.{suggestion(misspelt[1], class_names)}"
+    elif "Got value" not in text and (given := re.search("Given value: (.*)", message)):
+        text += f", got {given[1]}"
+    path = ".".join(keys)
+    return f"{path}: {text}{_place(path.split('.'), files)}"
+
+
+def _place(keys: Sequence[str], files: Sequence[Path]) -> str:
+    """`` (in FILE)`` for the last configuration file that holds a key; empty where none does."""
+    for file in reversed(files):
+        try:
+            content = yaml.safe_load(file.read_bytes())
+        except (OSError, yaml.YAMLError, ValueError):
+            continue
+        for key in keys:
+            content = content.get("init_args", content) if isinstance(content, dict) and key not in content else content
+            content = content.get(key, _place) if isinstance(content, dict) else _place
+        if content is not _place:
+            return f" (in {file})"
+    return ""
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """The files that ``--config`` names, in order."""
+    words, files = list(arguments), []
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-c") and (equals or number + 1 < len(words)):
+            files.append(Path(value if equals else words[number + 1]))
+    return files
 
 
 def _key(flag: str) -> str:

@@ -38,6 +38,51 @@ def test_a_misspelt_key_in_the_yaml_is_answered_with_the_key_that_was_meant(
     assert f"Did you mean {hint}" in message or f".{hint}?" in message
 
 
+EAGLE = "class_path: EagleFamily, init_args: {draft_vocab_size: null}"
+DEEP_MISTAKES = [
+    (
+        "draft_vocab_size",
+        "draft_vocabsize",
+        "model.drafter.draft_vocabsize: unknown key of EagleFamily. Did you mean draft_vocab_size?",
+    ),
+    (
+        "EagleFamily",
+        "EagelFamily",
+        "model.drafter: no class is named EagelFamily. Did you mean EagleFamily or Eagle3Family?",
+    ),
+    ("null", "many", "model.drafter.draft_vocab_size: expected int, got many"),
+    ("EagleFamily", "no_such_heads.Family", "model.drafter: No module named 'no_such_heads'"),
+    ("class_path", "class_pth", "model.drafter: Not a valid subclass of DrafterFamily."),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "message"), DEEP_MISTAKES)
+def test_a_mistake_in_a_family_is_one_line_with_key_and_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], right: str, wrong: str, message: str
+) -> None:
+    config = tmp_path / "mine.yaml"
+    drafter = EAGLE.replace(right, wrong)
+    config.write_text(f"base: base.yaml\nmodel: {{init_args: {{target: org/name, drafter: {{{drafter}}}}}}}\n")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "fit", f"--config={config}"])
+    assert exit_info.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2, "the mistake, and where to read on"
+    assert told[0].startswith(f"draftsmith train fit: error: {message}")
+    assert told[0].endswith(f" (in {config})")
+
+
+def test_a_mistake_on_the_command_line_names_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"base: base.yaml\nmodel: {{init_args: {{target: org/name, drafter: {{{EAGLE}}}}}}}\n")
+    with pytest.raises(SystemExit):
+        main(["train", "fit", f"--config={config}", "--model.init_args.drafter.init_args.feature_nois", "1"])
+    told = capsys.readouterr().err
+    assert "feature_noise" in told
+    assert str(config) not in told
+    assert "Subtypes" not in told
+
+
 def test_a_misspelt_flag_is_answered_with_the_flag_that_was_meant(
     target_dir: Path, make_cache: MakeCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.drafters.family import DrafterFamily, fresh_drafter
+from draftsmith.models.drafters.registry import recorded_settings
 from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
@@ -204,7 +205,7 @@ class DraftModule(pl.LightningModule):
         return {
             **chosen,
             **self.starting_drafter.settings(),
-            "drafter": self.family.settings(),
+            "drafter": recorded_settings(self.family),
             "objective": vars(self.objective),
         }
 
@@ -265,7 +266,7 @@ class DraftModule(pl.LightningModule):
         wanted, draft_token_ids = self.family.draft_vocab_size, None
         if wanted is not None:
             draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
-        return self.family.build(ends, draft_token_ids, self.objective.num_steps, tokenizer)
+        return fresh_drafter(self.family, ends, draft_token_ids, self.objective.num_steps, tokenizer)
 
     def configure_model(self) -> None:
         """Nothing: setup() has built the drafter, and strategies divide it. Lightning asks model-parallel runs for this."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.returned_shapes import checked_head_inputs, checked_heads
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout, local_rollout
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.drafter.losses import (
@@ -178,7 +179,7 @@ def run(
         step_weights: float32 [K], multiply each step's summed loss.
         metrics: count top-1 and top-5 too.
     """
-    head_inputs = drafter.teacher_forced(prepared.batch, prepared.rollout)
+    head_inputs = checked_head_inputs(drafter, prepared.batch, prepared.rollout)
     sums = _token_loss(objective, prepared, drafter, ends, head_inputs, objective.logit_weight * step_weights, metrics)
     if objective.feature_weight == 0.0:
         return sums
@@ -202,11 +203,7 @@ def _token_loss(
     metrics: bool,
 ) -> StepSums:
     """The loss on tokens of all steps, with one head or with that of each step."""
-    heads = (
-        drafter.head_weight
-        if drafter.has_one_head
-        else [drafter.step_weight(step) for step in range(objective.num_steps)]
-    )
+    heads = checked_heads(drafter, objective.num_steps, head_inputs.shape[-1])
     given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows, metrics)
     if objective.distillation != "path":
         return head_cross_entropy(head_inputs, heads, *given)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.returned_shapes import checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.drafter.losses import OUTSIDE, default_chunk_rows
@@ -40,7 +41,7 @@ def surprise_by_scale(batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to
         float32 [S], nats.
     """
     prepared = prepare(Objective(1), batch, to_draft)
-    head_inputs = drafter.teacher_forced(batch, prepared.rollout)[0]
+    head_inputs = checked_head_inputs(drafter, batch, prepared.rollout)[0]
     states = batch.hidden[PRE_NORM][path_teacher_rows(prepared.rollout, len(batch.input_ids))[:, 0]]
     valid = prepared.rollout.valid[:, 0]
     sums = torch.zeros(len(SCALES), device=head_inputs.device)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY_FAMILY, fresh, name_of
+from heads import deep_target, eagle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import save_target
 
 from draftsmith.data.shards.shards import CachedSample
+from draftsmith.evaluate.doctor import serving
 from draftsmith.evaluate.doctor.acceptance import replay
 from draftsmith.evaluate.doctor.alignment import shift_labels, shift_states
 from draftsmith.evaluate.doctor.case import draw
@@ -20,8 +23,9 @@ from draftsmith.evaluate.doctor.report import Finding, findings_table, summary
 from draftsmith.evaluate.doctor.serving import roots_of, served_logits, trained_logits
 from draftsmith.evaluate.doctor.states import _overlap, relative
 from draftsmith.evaluate.records import Sample
-from draftsmith.models import Drafter, Eagle, Eagle3, ReDrafter, Target
+from draftsmith.models import Family, Target
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
+from draftsmith.models.families.eagle_base import FeatureDraft
 
 token_lists = st.lists(st.integers(0, 3), max_size=12)
 
@@ -125,33 +129,38 @@ def test_where_two_rows_of_states_overlap() -> None:
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = save_target(tmp_path_factory.mktemp("wide"))
-    return Target.load(str(folder))
+def target() -> Target:
+    return deep_target()
 
 
-def drafters(target: Target) -> dict[str, Drafter]:
-    ids = torch.arange(0, 300, 3)
-    layers = ["layer.0.output", "last.pre_norm", "layer.1.output"]
-    torch.manual_seed(0)
-    return {
-        "redrafter": ReDrafter.for_target(target.ends, head_init="random", draft_token_ids=ids),
-        "eagle": Eagle.for_target(target.ends, num_draft_steps=4),
-        "eagle3": Eagle3.for_target(target.ends, layers=layers, draft_token_ids=ids),
-    }
-
-
-@pytest.mark.parametrize("family", ["redrafter", "eagle", "eagle3"])
-def test_decoding_says_what_training_said(target: Target, family: str) -> None:
-    drafter = drafters(target)[family].eval()
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=name_of)
+def test_decoding_says_what_training_said(target: Target, family: Family) -> None:
+    drafter = fresh(family, target.ends, torch.arange(1, target.ends.vocab_size, 3), num_steps=4)
     batch = packed(40, target.ends.hidden_size, drafter.features, target.ends.vocab_size)
     roots = roots_of(batch.loss_mask, 4)
     trained, served = trained_logits(drafter, batch, roots, 4), served_logits(drafter, batch, roots, 4)
-    assert trained.shape == (3, 4, drafter.head_weight.shape[0])
+    assert trained.shape == (3, 4, drafter.config.num_draft_tokens)
     torch.testing.assert_close(served, trained, rtol=1e-4, atol=1e-4)
     with torch.no_grad():  # and the comparison sees a change
         next(iter(drafter.parameters())).mul_(1.5)
     assert not torch.allclose(served_logits(drafter, batch, roots, 4), trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("reads_above", [True, False])
+def test_a_family_whose_tree_differs_from_its_chains_is_found_out(
+    target: Target, reads_above: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = eagle(target.ends)
+    batch = packed(40, target.ends.hidden_size, drafter.features, target.ends.vocab_size)
+    good = FeatureDraft.extend
+    if not reads_above:
+        monkeypatch.setattr(FeatureDraft, "extend", lambda self, new, above: good(self, new, torch.zeros_like(above)))
+    monkeypatch.setattr(serving, "pack", lambda *_: batch)
+    case = SimpleNamespace(trainable=drafter, trained=drafter, drafter=drafter, samples=[batch], ends=target.ends)
+    finding = serving.check_serving(case)  # type: ignore[arg-type]
+    assert finding.figures["agreement"] == 1.0, "chains agree either way"
+    assert finding.verdict == ("ok" if reads_above else "fault")
+    assert ("above_BM" in finding.remedy) == (not reads_above)
 
 
 def test_roots_are_labelled_and_have_room_on_both_sides() -> None:

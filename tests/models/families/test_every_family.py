@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
+from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.export.layouts.layouts import layouts_of, load_any, write
 from draftsmith.models import PRE_NORM, Drafter, DraftLimits, Family, PackedBatch, Target, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
@@ -51,6 +52,14 @@ def test_decoding_has_the_logits_of_training_at_every_step(family: Family, targe
     served = served_logits(drafter, batch, roots, STEPS)
     assert trained.shape == (3, STEPS, len(DRAFT_IDS))
     torch.testing.assert_close(served, trained, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_a_tree_has_the_logits_of_its_chains(family: Family, target: Target) -> None:
+    drafter = fresh(family, target.ends, DRAFT_IDS)
+    in_tree, in_chain = tree_and_chain_logits(drafter, batch_of(target, drafter), 7)
+    assert len(in_tree) > STEPS, "it has branches"
+    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
 
 
 @every_family
