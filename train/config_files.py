@@ -7,12 +7,11 @@ Owns: the order in which configuration files are read, and the earlier names of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 KEY = "base"
 MOVED = {
@@ -30,13 +29,21 @@ MOVED = {
 _OPTIONS = ("--config", "-c")
 
 
-def with_bases(arguments: Sequence[str]) -> list[str]:
+def _tell(line: str) -> None:
+    # Only here: Lightning takes seconds to import, and help and misspelt keys need no more than the names of files.
+    from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+    rank_zero_info(line)
+
+
+def with_bases(arguments: Sequence[str], tell: Callable[[str], None] = _tell) -> list[str]:
     """The arguments with the base of every configuration file before it. Each file is read once.
 
     Example: `fit --config mine.yaml`, and mine.yaml holds `base: drafter.yaml` -> `fit --config drafter.yaml --config mine.yaml`.
 
     Args:
         arguments: of the command.
+        tell: takes a line about each file that has another name today; the first process prints it by default.
 
     Raises:
         ValueError: a base that does not exist, or files that are each other's base.
@@ -50,8 +57,8 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
         if option not in _OPTIONS or not (equals or waiting):
             expanded.append(word)
             continue
-        value = _by_todays_name(value if equals else waiting.pop(0))
-        for file in _bases(Path(value), ()):
+        value = _by_todays_name(value if equals else waiting.pop(0), tell)
+        for file in _bases(Path(value), (), tell):
             if file.resolve() not in read:
                 expanded.append(f"--config={file}")
                 read.add(file.resolve())
@@ -59,7 +66,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _by_todays_name(value: str) -> str:
+def _by_todays_name(value: str, tell: Callable[[str], None]) -> str:
     """The value as it is. For the earlier name of a shipped file, where no such file is: its path today, with a line that says so."""
     file = Path(value)
     name = MOVED.get(file.name)
@@ -67,7 +74,7 @@ def _by_todays_name(value: str) -> str:
         return value
     beside = file.parent / name
     today = beside if beside.is_file() else _shipped(name)
-    rank_zero_info(f"{file} is now {today}")
+    tell(f"{file} is now {today}")
     return str(today)
 
 
@@ -76,12 +83,12 @@ def _shipped(name: str) -> Path:
     return Path(str(files("draftsmith.configs"))) / name
 
 
-def _bases(file: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+def _bases(file: Path, above: tuple[Path, ...], tell: Callable[[str], None]) -> Iterator[Path]:
     """The files to read before this one, in order."""
     name = _base_of(file)
     if name is None:
         return
-    base = Path(_by_todays_name(str(file.parent / name)))
+    base = Path(_by_todays_name(str(file.parent / name), tell))
     if not base.is_file() and ".." not in Path(name).parts:
         base = _shipped(name)
     if not base.is_file():
@@ -90,7 +97,7 @@ def _bases(file: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         )
     if base.resolve() in (configuration.resolve() for configuration in (*above, file)):
         raise ValueError(f"{file}: base is {name!r}, whose base is this file; remove one of the two")
-    yield from _bases(base, (*above, file))
+    yield from _bases(base, (*above, file), tell)
     yield base
 
 

@@ -47,7 +47,7 @@ def unknown_key(arguments: Sequence[str], classes: Mapping[str, str]) -> str | N
         ValueError: what `with_bases` raises.
     """
     chosen: dict[str, str] = {}
-    for source in _sources(with_bases(arguments)):
+    for source in _sources(with_bases(arguments, tell=lambda line: None)):
         # The settings of a file are those of the class that it names, or that a file before it has named.
         chosen |= _classes(source)
         for each in source:

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,16 @@ def test_the_settings_of_a_class_are_its_parameters_and_each_is_explained(name: 
     assert [setting.name for setting in described.settings if not setting.text] == []
     assert importlib.import_module(real.__module__)
     assert f"class_path: draftsmith.train.{name}\n  {described.summary[:20]}" in run_help("fit")
+
+
+def test_neither_torch_nor_lightning_is_imported_for_help_and_misspelt_keys() -> None:
+    code = (
+        "import sys; from draftsmith.cli import main; main(['train', 'fit', '--help'])\n"
+        "try: main(['train', 'fit', '--trainer.max_epoch', '3'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'pytorch_lightning' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_help_says_where_the_rest_is() -> None:
