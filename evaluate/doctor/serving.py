@@ -122,7 +122,7 @@ def compare_forms(case: Case) -> Compared:
 def compare_tree(case: Case) -> Compared:
     """The served drafter in a tree against itself in chains, behind one root of one sample; `compare_forms` has found such a sample."""
     served, num_steps = case.drafter, max(1, min(case.trainable.config.num_draft_steps, 5))
-    sample = next(one for one in case.samples if roots_of(one.loss_mask, num_steps))
+    sample = next(sample for sample in case.samples if roots_of(sample.loss_mask, num_steps))
     batch = pack([sample], served.features).to(case.ends.device)
     tree_NV, chain_NV = tree_and_chain_logits(served, batch, roots_of(sample.loss_mask, num_steps)[0])
     most = float((tree_NV - chain_NV).abs().max())

@@ -43,6 +43,9 @@ def export_judge(
         layout: draftsmith, or autojudge for the numbers that AutoJudge's fork of vLLM takes.
         threshold: Another threshold than the judge was trained with; 1 accepts nothing.
         where: Which target is meant; see `EndsOptions`. Name its adapter where the judge is for both together.
+
+    Raises:
+        ValueError: an adapter without its target, a judge of another target, or a folder that cannot be read or replaced.
     """
     check_replaceable(out, STAGE, [judge])
     loaded = load_judge(judge)

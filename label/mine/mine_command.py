@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -150,9 +151,7 @@ def mine(
 
     def fit(question_row: QuestionRow) -> QuestionRow:
         check_questions([question_row.question], rules)
-        return (
-            question_row if judge is None else judged_by(judge, question_row, lambda reply: _decode(tokenizer, reply))
-        )
+        return question_row if judge is None else judged_by(judge, question_row, partial(_decode, tokenizer))
 
     questions = read_questions(prompts, chat, parse, models[0].ends.vocab_size, limit, fit)
     identity = _identity(models, tokenizer, chat, settings, mining, where) | rendering.recorded

@@ -189,7 +189,7 @@ def default_limits(drafter: Drafter, otherwise: DraftLimits) -> DraftLimits:
     limits = otherwise if own is None else own
     if most is None or limits.draft_length <= most:
         return limits
-    if own is not None:
+    if family is not None and own is not None:
         warnings.warn(
             f"the shape of draft of the family {family.name} is {own.draft_length} tokens deep, this drafter has heads for {most}: "
             f"drafts are cut to a depth of {most}; train with num_steps {own.draft_length} for the whole shape",

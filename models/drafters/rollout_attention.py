@@ -101,10 +101,12 @@ class RolloutAttention:
         attended, first = [], 0
         for anchors, (keys, values) in zip(anchors_of, text_of, strict=True):
             num_queries = max(1, self.block_scores // (num_heads * len(keys)))
-            for queries_C, starts_C, last_C, *own in zip(*(part.split(num_queries) for part in anchors), strict=True):
+            blocks = zip(*(part.split(num_queries) for part in anchors), strict=True)
+            for queries_C, starts_C, last_C, own_keys, own_values in blocks:
                 if len(last_C):
                     end = int(last_C[-1]) + 1 - first
-                    attended.append(attend(queries_C, starts_C - first, last_C - first, *own, keys[:end], values[:end]))
+                    text = starts_C - first, last_C - first, own_keys, own_values, keys[:end], values[:end]
+                    attended.append(attend(queries_C, *text))
             first += len(keys)
         return torch.cat(attended)
 

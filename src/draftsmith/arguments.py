@@ -155,7 +155,7 @@ def _key(flag: str) -> str:
     return flag.lstrip("-").partition("=")[0].replace("-", "_")
 
 
-class CommandParser(Suggesting, jsonargparse.ArgumentParser):
+class CommandParser(Suggesting, jsonargparse.ArgumentParser):  # type: ignore[misc]
     """A jsonargparse parser whose help names types as people do."""
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:

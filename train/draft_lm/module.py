@@ -111,9 +111,7 @@ class DraftLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
-        for name, count in {"chunk_rows": chunk_rows, "sampling_rows": sampling_rows}.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1, or null")
+        _check_rows(chunk_rows=chunk_rows, sampling_rows=sampling_rows)
         if lora is not None and lora.dropout > 0:
             raise ValueError(
                 f"lora dropout is {lora.dropout}, but sampling and drafting use no dropout, and training must match them; set it to 0"
@@ -419,3 +417,10 @@ def _first(loaded: list[Any]) -> Any:
     if not loaded:
         raise ValueError("the module is not set up; call setup() first")
     return loaded[0]
+
+
+def _check_rows(**counts: int | None) -> None:
+    """Raise for a number of rows below 1; None stands for a default."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1, or null")
