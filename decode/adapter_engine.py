@@ -202,6 +202,10 @@ class AdapterSwitch(Drafter):
         self._borrowed[:] = [ends]
         return self
 
+    def needs_host(self) -> str:
+        """See :meth:`Drafter.needs_host`."""
+        return "its adapters switch from group to group of rows"
+
     def check_tokenizer(self, fingerprint: str) -> None:
         """See :meth:`Drafter.check_tokenizer`."""
         self.below.check_tokenizer(fingerprint)

@@ -1,6 +1,6 @@
 """The state of one batch in flight, and the host's record of each request.
 
-Owns which rows are still decoding, the retirement of finished ones, and what each request has emitted. Knows no model.
+Owns which rows decode, who takes the places of those that ended, and what each request has emitted. Knows no model.
 
 Shape legend: B batch rows.
 """
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.rows import Rows
 from draftsmith.models.drafters.drafter import DraftState
+from draftsmith.models.tree.row_state import ReplacedRows, all_by_rows, put_rows
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 
 Finish = Literal["eos", "stop", "length"]
@@ -41,32 +43,88 @@ class Generation:
     by_rule: list[int] = field(default_factory=list)
 
 
-@dataclass
-class Batch:
-    """The rows still decoding, and what is cached of them.
+@dataclass(frozen=True)
+class Request:
+    """One prompt to decode.
 
     Attributes:
-        requests: index of each row's request.
+        index: which of the caller's prompts it is.
+        prompt: token ids.
+        number: which noise it draws.
+        budget: the most tokens of its reply.
+        generation: what it has produced so far.
+    """
+
+    index: int
+    prompt: list[int]
+    number: int
+    budget: int
+    generation: Generation = field(default_factory=Generation)
+
+
+@dataclass
+class Batch:
+    """The rows that decode, and what is cached of them.
+
+    Attributes:
+        requests: of each row; None where its request has ended and none has taken its place.
         cache: the target's keys and values.
         lengths_B: int64, cached tokens of each row; the root is not among them.
         host_lengths: the same numbers on the host.
         host_fresh: how many of them the last cycle added.
         root_B: int64, the last emitted token.
         rows: noise, processors and early stop of each row.
+        active_B: bool, rows whose requests have not ended.
+        room: tokens that a row can come to hold.
         draft: the drafter's state, or None in plain decoding.
     """
 
-    requests: list[int]
+    requests: list[Request | None]
     cache: SlotCache
     lengths_B: Tensor
     host_lengths: list[int]
     host_fresh: list[int]
     root_B: Tensor
     rows: Rows
+    active_B: Tensor
+    room: int
     draft: DraftState | None = None
 
-    def retire(self, keep: list[int]) -> None:
-        """Drop the rows that are not in ``keep`` (ascending row numbers); the last rows move into the holes they leave."""
+    @property
+    def idle(self) -> list[int]:
+        """Rows whose requests have ended."""
+        return [row for row, request in enumerate(self.requests) if request is None]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no row decodes."""
+        return all(request is None for request in self.requests)
+
+    def can_refill(self) -> bool:
+        """Whether single rows of the drafter's state can be replaced."""
+        return all_by_rows(self.draft, len(self.requests))
+
+    def refill(self, fresh: Batch) -> None:
+        """Put the rows of another batch in the places of the first idle ones.
+
+        Args:
+            fresh: at most as many rows as are idle, of this batch's settings. It must not be used afterwards.
+
+        Raises:
+            UnknownState: the drafter's state cannot be told apart by rows.
+        """
+        places = ReplacedRows.of(self.idle[: len(fresh.requests)], len(self.requests), self.root_B.device)
+        self.cache.replace(places.rows, fresh.cache)
+        for name in ("lengths_B", "root_B", "rows", "active_B", "draft", "requests", "host_lengths", "host_fresh"):
+            setattr(self, name, put_rows(getattr(self, name), getattr(fresh, name), places))
+
+    def rest(self) -> None:
+        """Let idle rows emit nothing from now on; they keep their places."""
+        self.active_B.copy_(torch.tensor([request is not None for request in self.requests]))
+
+    def drop_idle(self) -> None:
+        """Make the batch smaller by its idle rows; the last rows move into the holes they leave."""
+        keep = [row for row, request in enumerate(self.requests) if request is not None]
         if len(keep) == len(self.requests):
             return
         kept = KeptRows.of(keep, self.root_B.device)
@@ -77,7 +135,7 @@ class Batch:
             return
         self.cache.shrink(kept)
         self.lengths_B, self.root_B = self.lengths_B[kept.index], self.root_B[kept.index]
-        self.rows = self.rows.select(kept)
+        self.rows, self.active_B = self.rows.select(kept), self.active_B[kept.index]
         self.draft = None if self.draft is None else self.draft.select_rows(kept)
 
 
@@ -85,12 +143,11 @@ class Recorder:
     """The host's side: collects emitted tokens, ends requests and streams.
 
     Args:
-        budgets: of each request, how many tokens it may emit.
         eos_token_ids: any of these ends a request; it is kept.
         stop_strings: see the settings.
         tokenizer: needed with stop strings.
-        on_tokens: called with (request, tokens) as soon as tokens are final.
-        until: called with (request, its reply so far) for every token in turn; True ends the request with that token.
+        on_tokens: called with (index of the request, tokens) as soon as tokens are final.
+        until: called with (index of the request, its reply so far) for every token in turn; True ends the request with that token.
 
     Raises:
         ValueError: stop strings without a tokenizer.
@@ -98,7 +155,6 @@ class Recorder:
 
     def __init__(
         self,
-        budgets: list[int],
         eos_token_ids: tuple[int, ...],
         stop_strings: tuple[str, ...],
         tokenizer: PreTrainedTokenizerBase | None,
@@ -107,8 +163,6 @@ class Recorder:
     ) -> None:
         if stop_strings and tokenizer is None:
             raise ValueError("stop strings need the text of tokens; give the engine a tokenizer")
-        self.generations = [Generation() for _ in budgets]
-        self.budgets = budgets
         self._eos = frozenset(eos_token_ids)
         self._stops = stop_strings
         self._tokenizer = tokenizer
@@ -117,7 +171,7 @@ class Recorder:
         # A stop of n characters ends within the last 4 n byte-level tokens; a few more give the decoder its context.
         self._tail = 4 * max(map(len, stop_strings), default=0) + 4
 
-    def add(self, request: int, tokens: list[int], drafted: int | None, by_rule: Sequence[int] = ()) -> bool:
+    def add(self, request: Request, tokens: list[int], drafted: int | None, by_rule: Sequence[int] = ()) -> bool:
         """Append a cycle's tokens to a request, cut where it ends; True when it is finished.
 
         Args:
@@ -126,7 +180,7 @@ class Recorder:
             drafted: depth of the cycle's tree; None for the prefill's token, which belongs to no cycle.
             by_rule: 1 for each token that only a lossy rule accepted; empty without a rule.
         """
-        generation = self.generations[request]
+        generation = request.generation
         kept, finish = self._cut(request, tokens)
         start = len(generation.token_ids)
         generation.by_rule += [start + place for place, ruled in enumerate(by_rule[: len(kept)]) if ruled]
@@ -135,15 +189,15 @@ class Recorder:
             generation.accepted.append(len(kept) - 1)
             generation.depths.append(drafted)
         if self._on_tokens is not None:
-            self._on_tokens(request, kept)
+            self._on_tokens(request.index, kept)
         if finish is not None:
             generation.finish = finish
         return finish is not None
 
-    def _cut(self, request: int, tokens: list[int]) -> tuple[list[int], Finish | None]:
+    def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], Finish | None]:
         """The tokens that count, and why the request ends with them, if it does."""
-        before = self.generations[request].token_ids
-        room = self.budgets[request] - len(before)
+        before = request.generation.token_ids
+        room = request.budget - len(before)
         finish: Finish | None = "length" if len(tokens) >= room else None
         kept = tokens[:room]
         ends = next((place for place, token in enumerate(kept) if token in self._eos), None)
@@ -154,11 +208,11 @@ class Recorder:
             kept, finish = kept[:stop], "stop"
         return kept, finish
 
-    def _stop_at(self, request: int, before: list[int], tokens: list[int]) -> int | None:
+    def _stop_at(self, request: Request, before: list[int], tokens: list[int]) -> int | None:
         """How many of ``tokens`` to keep so that the last one kept completes a stop string or meets ``until``; None where none does."""
         for kept in range(1, len(tokens) + 1 if self._stops or self._until else 1):
             reply = before + tokens[:kept]
-            if self._completes(reply) or (self._until is not None and self._until(request, reply)):
+            if self._completes(reply) or (self._until is not None and self._until(request.index, reply)):
                 return kept
         return None
 

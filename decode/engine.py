@@ -1,42 +1,38 @@
-"""The decoder: draft, verify, accept, record, until every row has ended.
+"""The decoder: cycle after cycle until every request has ended.
 
-Owns the loop and the order of things. Plain decoding is the same loop with a tree of one node. Knows no drafter family and no way of
-verifying: what a drafter proposes goes through a :class:`~draftsmith.decode.verify.verifier.Verifier`, which alone decides what is
-emitted.
+Owns the loop, the queue of requests and what the host records. What a cycle does is in :mod:`draftsmith.decode.cycle`, how it is run in
+:mod:`draftsmith.decode.runners`. A request that waits takes the row of one that has ended.
 
-Inside a cycle the host waits for the device once, in :meth:`Engine._record`, to read what was emitted.
+The host waits for the device once a cycle, in :meth:`Engine._record`, to read what was emitted.
 
-Shape legend: B batch rows, N tree nodes, E path slots, T prompt tokens, S cache slots, U draws of a cycle, D hidden, V vocabulary.
+Shape legend: B batch rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.decode.batch import Batch, Generation, Recorder
+from draftsmith.decode.batch import Batch, Generation, Recorder, Request
+from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.processors import RequestText, processors_of
-from draftsmith.decode.rows import Rows, seen_tokens
-from draftsmith.decode.sampling import GenerationSettings, choose, process
+from draftsmith.decode.prefill import Prefill
+from draftsmith.decode.runners import Compile, Runner, check_compile, compiles, needs_host, whole_cycle_runner
+from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.choice import verifier_for
 from draftsmith.decode.verify.lossy_rule import LossyRule
-from draftsmith.decode.verify.verifier import Reading, Walk
-from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.evaluating import evaluating
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.models.files.finite import broken_rows, not_finite
-from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
-from draftsmith.models.tree.early_stop import StopState
+from draftsmith.models.files.finite import not_finite
+from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.noise import request_keys
-from draftsmith.models.tree.search import Draws
-from draftsmith.models.tree.slot_cache import SlotCache
-from draftsmith.models.tree.tree import DraftTree, root_tree
-from draftsmith.models.trunk.forwards import CHUNK, read_again, read_prompts, read_tree, within_factors
+from draftsmith.models.trunk.forwards import CHUNK, read_again
 
 
 class Engine:
@@ -50,14 +46,17 @@ class Engine:
         ledger: where time is charged, or None.
         prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts.
         rule: keeps draft tokens that the target would not have chosen; the text is then no longer the target's own.
+        compile: ``on`` runs a cycle as one compiled function (on CUDA as one captured graph), ``off`` op by op. ``auto`` is ``on`` on CUDA.
+            Where a cycle needs the host, it runs op by op, and a warning says why.
+        runner: makes what runs a cycle of fixed shapes, in place of what ``compile`` says.
 
     Attributes:
         drafter: a view of the drafter that is attached to the target; None in plain decoding.
         verifier: decides what is emitted.
 
     Raises:
-        ValueError: the drafter or the rule belongs to another target or tokenizer, the rule cannot verify such drafts, or nothing drafts
-            for it.
+        ValueError: the drafter or the rule belongs to another target or tokenizer, the rule cannot verify such drafts, nothing drafts for
+            it, or ``compile`` is unknown.
     """
 
     def __init__(
@@ -69,7 +68,10 @@ class Engine:
         ledger: Ledger | None = None,
         prefill_chunk: int = CHUNK,
         rule: LossyRule | None = None,
+        compile: Compile = "auto",
+        runner: Callable[[DecodeCycle], Runner] | None = None,
     ) -> None:
+        check_compile(compile)
         self.target = target
         self.limits = limits or DraftLimits()
         self.tokenizer = tokenizer
@@ -77,17 +79,23 @@ class Engine:
         self.verifier = verifier_for(target, None if drafter is None else self.limits, rule)
         self.drafter = None if drafter is None else drafter.bound(target.ends)
         self._prefill_chunk = prefill_chunk
-        # On a GPU the visible slots grow in steps, so that few shapes occur and graphs can be captured.
-        self._slot_step = 64 if target.device.type == "cuda" else 1
         features = () if self.drafter is None else self.drafter.features
-        self._layers = tuple(dict.fromkeys((*features, *self.verifier.layers)))
+        layers = tuple(dict.fromkeys((*features, *self.verifier.layers)))
+        target.tap(layers)
+        # On a GPU the visible slots grow in steps, so that few shapes occur.
+        slot_step = 64 if target.device.type == "cuda" else 1
+        self._cycle = DecodeCycle(target, self.drafter, self.limits, self.verifier, layers, slot_step=slot_step)
+        self._fixed_cycle = replace(self._cycle, fixed_shapes=True)
+        if runner is None and compiles(compile, target.device):
+            runner = whole_cycle_runner
+        self._runner = None if runner is None else runner(self._fixed_cycle)
+        self._said: set[str] = set()
         if tokenizer is not None:
             fingerprint = tokenizer_fingerprint(tokenizer)
             if self.drafter is not None:
                 self.drafter.check_tokenizer(fingerprint)
             self.verifier.check_tokenizer(fingerprint)
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: list[list[int]],
@@ -95,247 +103,203 @@ class Engine:
         on_tokens: Callable[[int, list[int]], None] | None = None,
         request_ids: list[int] | None = None,
         until: Callable[[int, list[int]], bool] | None = None,
+        num_rows: int | None = None,
     ) -> list[Generation]:
-        """Decode a batch of prompts of any lengths.
+        """Decode prompts of any lengths.
 
         Args:
             prompts: token ids, one list a request.
-            settings: shared by the batch.
+            settings: shared by all.
             on_tokens: called with (index of the prompt, tokens) as soon as tokens are final.
             request_ids: which noise each prompt draws; its index by default.
             until: called with (index of the prompt, its reply so far) for every token in turn; True ends the reply with that token.
+            num_rows: how many decode at once; the others wait, and take the places of those that end. None decodes all at once.
 
         Returns:
             one record a prompt, in their order.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room in the context, ids outside the vocabulary, sampled trees at
-                temperature 0, or logits that turn into NaN or infinity.
+                temperature 0, ``num_rows`` below 1, or logits that turn into NaN or infinity.
         """
-        self.verifier.check_temperature(settings.temperature)
-        self._check(prompts)
-        context = self.target.max_positions or 2**62
-        budgets = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
-        recorder = Recorder(budgets, settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens, until)
-        if not prompts:
-            return []
         numbers = list(range(len(prompts))) if request_ids is None else request_ids
         if len(numbers) != len(prompts):
             raise ValueError(f"there are {len(numbers)} request_ids for {len(prompts)} prompts; give one each")
-        with evaluating(self.drafter):
-            self._decode(prompts, settings, numbers, recorder)
-        return recorder.generations
-
-    def _decode(
-        self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int], recorder: Recorder
-    ) -> None:
-        """The loop: cycle after cycle until every row has ended."""
-        with phase(self.ledger, "prefill"):
-            batch = self._prefill(prompts, settings, request_ids, recorder)
-        while batch.requests:
-            with phase(self.ledger, "draft"):
-                tree = within_factors(self.target, self._draft(batch, settings), batch.lengths_B)
-            with phase(self.ledger, "verify"):
-                if self.target.rereads_past in batch.host_lengths:
-                    self._read_again(batch, prompts, recorder)
-                ancestors_BNN = tree.ancestors()
-                reading = self._reading(batch, tree, ancestors_BNN, self._read(batch, tree, ancestors_BNN), settings)
-            with phase(self.ledger, "accept"):
-                steps = self._walk(batch, reading)
-                self._advance(batch, tree, steps, reading.output)
-            with phase(self.ledger, "host"):
-                self._record(batch, recorder, steps, reading.logits_BNV, tree.max_depth)
-            if self.ledger is not None:
-                self.ledger.count(tree.num_nodes)
-
-    def _draft(self, batch: Batch, settings: GenerationSettings) -> DraftTree:
-        if self.drafter is None or batch.draft is None:
-            return root_tree(batch.root_B)
-        cycle = Cycle(
-            batch.lengths_B,
-            batch.host_lengths,
-            batch.host_fresh,
-            None if batch.rows.stop is None else batch.rows.stop.threshold_B,
-            self._draws(batch, settings),
-            settings.temperature,
-            self.verifier.reads_draft_probs,
-        )
-        return self.drafter.propose(batch.draft, cycle, self.limits)
-
-    def _draws(self, batch: Batch, settings: GenerationSettings) -> Draws | None:
-        """What the drafter draws with: the first keys of the cycle, and the request's processors but for the penalty.
-
-        Any distribution is exact to draw from; one like the target's is accepted most.
-        """
-        keys_BU = batch.rows.cycle_keys(0, self.verifier.num_draft_keys)
-        if keys_BU is None:
-            return None
-        return Draws(keys_BU, lambda logits: process(logits, settings).softmax(-1))
-
-    def _read(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
-        """One target forward over the packed tree, written behind each row's cached tokens."""
-        return read_tree(
-            self.target,
-            batch.cache,
-            tree,
-            ancestors_BNN,
-            batch.lengths_B,
-            batch.host_lengths,
-            self._layers,
-            self._slot_step,
-        )
-
-    def _read_again(self, batch: Batch, prompts: list[list[int]], recorder: Recorder) -> None:
-        """Cache rows anew whose text now takes other rotary factors."""
-        texts = [prompts[request] + recorder.generations[request].token_ids for request in batch.requests]
-        read_again(self.target, batch.cache, texts, batch.host_lengths, self.target.device, self._prefill_chunk)
-
-    def _reading(
-        self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
-    ) -> Reading:
-        """What the verifier judges: the target's logits after the request's processors, and its own choices."""
-        logits_BNV = batch.rows.process(self.target.logits(output.normed), tree, ancestors_BNN, settings)
-        keys_BP = batch.rows.choice_keys(tree.max_depth + 1)
-        return Reading(
-            tree,
-            ancestors_BNN,
-            logits_BNV,
-            lambda: choose(logits_BNV, settings, keys_BP, tree.depths_BN),
-            output,
-            settings.eos_token_ids,
-            is_constrained=settings.constraints is not None,
-        )
-
-    def _walk(self, batch: Batch, reading: Reading) -> Walk:
-        """Verify with keys of the cycle that the drafter has not seen."""
-        return self.verifier.walk(
-            reading, batch.rows.cycle_keys(self.verifier.num_draft_keys, self.verifier.num_walk_keys)
-        )
-
-    def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
-        """Compact the accepted path in the cache and move every row's root; rows that end are retired right after."""
-        if not tree.chain:
-            place_E = torch.arange(steps.path_BE.shape[1], device=steps.path_BE.device)
-            batch.cache.move(batch.lengths_B[:, None] + steps.path_BE, batch.lengths_B[:, None] + place_E)
-        batch.lengths_B = batch.lengths_B + steps.counts_B
-        batch.root_B = steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1)
-        batch.rows.emit(steps.emitted_BE, steps.counts_B)
-        batch.rows.steer_stop(tree, steps.counts_B)
-        if self.drafter is not None and batch.draft is not None:
-            features = {
-                name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
-                for name in self.drafter.features
-            }
-            batch.draft = self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, steps.counts_B))
-
-    def _record(self, batch: Batch, recorder: Recorder, steps: Walk, logits_BNV: Tensor, drafted: int | None) -> None:
-        """Read the cycle back in one transfer, hand tokens to the host's records and retire the rows that ended."""
-        keep = []
-        broken_B = broken_rows(logits_BNV, steps.path_BE, steps.counts_B)
-        columns = [broken_B[:, None].long(), steps.counts_B[:, None], steps.emitted_BE]
-        if steps.by_rule_BE is not None:
-            columns.append(steps.by_rule_BE.long())
-        for row, (broken, count, *cells) in enumerate(torch.cat(columns, dim=1).tolist()):
-            if broken:
-                place = f"behind token {batch.host_lengths[row]} of prompt {batch.requests[row]}"
-                raise not_finite(self.target.name, self.target.dtype, place)
-            if drafted is not None:
-                batch.host_lengths[row] += count
-                batch.host_fresh[row] = count
-            by_rule = cells[steps.emitted_BE.shape[1] :][:count]
-            if not recorder.add(batch.requests[row], cells[:count], drafted, by_rule):
-                keep.append(row)
-        batch.retire(keep)
-
-    def _prefill(
-        self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int], recorder: Recorder
-    ) -> Batch:
-        """Cache the prompts, choose each row's first token and start the drafter."""
-        host_lengths = [len(prompt) for prompt in prompts]
-        longest = max(host_lengths)
-        tokens_BT = torch.tensor(
-            [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.target.device
-        )
-        lengths_B = torch.tensor(host_lengths, device=self.target.device)
-        room = longest + settings.max_new_tokens
-        batch = Batch(
-            requests=list(range(len(prompts))),
-            cache=SlotCache(room + self.limits.max_nodes + self._slot_step, self.target.config.num_hidden_layers),
-            lengths_B=lengths_B,
-            host_lengths=list(host_lengths),
-            host_fresh=list(host_lengths),
-            root_B=tokens_BT[:, 0],
-            rows=self._rows(prompts, tokens_BT, lengths_B, settings, request_ids, recorder),
-        )
-        layers = tuple({PRE_NORM, *self._layers})
-        states = read_prompts(
-            self.target, batch.cache, tokens_BT, lengths_B, layers, self._prefill_chunk, self._slot_step
-        )
-        reading = self._reading_of_prompts(batch, states[PRE_NORM], settings)
-        steps = self.verifier.walk(reading, None)
-        batch.root_B = steps.emitted_BE[:, 0]
-        batch.rows.emit(steps.emitted_BE, steps.counts_B)
-        if self.drafter is not None:
-            emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
-            emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
-            pairs = Emitted(emitted_BE, {name: states[name] for name in self.drafter.features}, lengths_B)
-            batch.draft = self.drafter.start(Opening(pairs, tokens_BT[:, 0], self.limits, room))
-        self._record(batch, recorder, steps, reading.logits_BNV, drafted=None)
-        return batch
-
-    def _reading_of_prompts(self, batch: Batch, pre_norm_BTD: Tensor, settings: GenerationSettings) -> Reading:
-        """What the target says behind each prompt, as a draft of one node."""
-        last_B11 = (batch.lengths_B - 1)[:, None, None]
-        last_B1D = pre_norm_BTD.gather(1, last_B11.expand(-1, -1, pre_norm_BTD.shape[-1]))
-        output = TargetOutput(last_B1D, self.target.ends.final_norm(last_B1D))
-        root = root_tree(batch.root_B)
-        return self._reading(batch, root, root.ancestors(), output, settings)
-
-    def _rows(
-        self,
-        prompts: list[list[int]],
-        tokens_BT: Tensor,
-        lengths_B: Tensor,
-        settings: GenerationSettings,
-        request_ids: list[int],
-        recorder: Recorder,
-    ) -> Rows:
-        """What each request and the verifier need, before the first token."""
-        rows = Rows(torch.zeros_like(lengths_B))
-        device = lengths_B.device
-        if settings.temperature > 0.0:
-            rows.choice_keys_B = request_keys(settings.seed, request_ids, "choices", device)
-        if self.verifier.num_draft_keys > 0:
-            rows.cycle_keys_B = request_keys(settings.seed, request_ids, "cycles", device)
-        if settings.constraints is not None:
-            rows.texts = self._texts(prompts, settings, recorder)
-        elif settings.repetition_penalty != 1.0:
-            rows.seen_BV = seen_tokens(tokens_BT, lengths_B, self.target.ends.vocab_size)
-        if self.drafter is not None and self.limits.early_stop is not None:
-            rows.stop = StopState.begin(self.limits.early_stop, self.limits.draft_length, len(prompts), device)
-        return rows
-
-    def _texts(self, prompts: list[list[int]], settings: GenerationSettings, recorder: Recorder) -> list[RequestText]:
-        """What constraints read of each request; its processors include the penalty and the warpers."""
-        texts, vocab_size = [], self.target.ends.vocab_size
-        for prompt, budget, generation in zip(prompts, recorder.budgets, recorder.generations, strict=True):
-            processors = processors_of(settings, prompt, budget, vocab_size, self.target.device)
-            texts.append(RequestText(prompt, processors, generation.token_ids))
-        return texts
-
-    def _check(self, prompts: list[list[int]]) -> None:
-        context = self.target.max_positions
         for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty; give at least one token (a BOS token, for instance)")
-            if context is not None and len(prompt) >= context:
+            self._check(index, prompt)
+        room = max(map(len, prompts), default=0) + settings.max_new_tokens
+        most_rows = max(1, len(prompts)) if num_rows is None else num_rows
+        requests = zip(numbers, prompts, strict=True)
+        replies = dict(self.stream(requests, settings, most_rows, room, on_tokens, until))
+        return [replies[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Iterable[tuple[int, list[int]]],
+        settings: GenerationSettings,
+        num_rows: int,
+        room: int,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+        until: Callable[[int, list[int]], bool] | None = None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Decode prompts from an iterator and give replies as they end. Prompts are taken from it as rows become free.
+
+        Args:
+            prompts: (request id, token ids) of each; the id says which noise it draws.
+            settings: shared by all.
+            num_rows: how many decode at once.
+            room: the most tokens of a prompt and its reply together. Memory is that of ``num_rows`` rows of so many tokens.
+            on_tokens: called with (index of the prompt, tokens) as soon as tokens are final.
+            until: called with (index of the prompt, its reply so far) for every token in turn; True ends the reply with that token.
+
+        Yields:
+            The index of a prompt, counted from 0, and its record.
+
+        Raises:
+            ValueError: as :meth:`generate`; or a prompt does not fit into the room.
+        """
+        self.verifier.check_temperature(settings.temperature)
+        recorder = Recorder(settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens, until)
+        if num_rows < 1:
+            raise ValueError(f"num_rows is {num_rows}; give at least 1")
+        waiting = self._requests(prompts, settings, room)
+        with evaluating(self.drafter):
+            for request in self._decode(waiting, settings, recorder, num_rows, room):
+                yield request.index, request.generation
+
+    @torch.no_grad()
+    def _decode(
+        self, waiting: Iterator[Request], settings: GenerationSettings, recorder: Recorder, num_rows: int, room: int
+    ) -> Iterator[Request]:
+        """The loop: cycle after cycle until no request is left. Gives requests as they end."""
+        cycle, run = self._cycle_for(settings)
+        prefill = Prefill(cycle, self._prefill_chunk)
+        while requests := list(islice(waiting, num_rows)):
+            with phase(self.ledger, "prefill"):
+                batch, report = prefill(requests, settings, room)
+            yield from self._record(batch, recorder, report, in_cycle=False)
+            # Where a family's state cannot be told apart by rows, requests wait until all rows have ended.
+            queue = waiting if batch.can_refill() else iter(())
+            yield from self._refill(batch, queue, prefill, settings, recorder)
+            while not batch.has_ended:
+                self._read_again(batch)
+                ended = self._record(batch, recorder, run(batch, shared(settings), self.ledger), in_cycle=True)
+                yield from ended
+                if ended:
+                    yield from self._refill(batch, queue, prefill, settings, recorder)
+
+    def _refill(
+        self, batch: Batch, queue: Iterator[Request], prefill: Prefill, settings: GenerationSettings, recorder: Recorder
+    ) -> Iterator[Request]:
+        """Let requests that wait take the places of those that have ended; places that nobody takes are given up."""
+        while batch.idle and (requests := list(islice(queue, len(batch.idle)))):
+            with phase(self.ledger, "prefill"):
+                fresh, report = prefill(requests, settings)
+            yield from self._record(fresh, recorder, report, in_cycle=False)
+            fresh.drop_idle()
+            if not fresh.has_ended:
+                batch.refill(fresh)
+        if prefill.cycle.fixed_shapes:
+            batch.rest()
+        else:
+            batch.drop_idle()
+
+    def _record(self, batch: Batch, recorder: Recorder, report: CycleReport, in_cycle: bool) -> list[Request]:
+        """Read a cycle back in one transfer and hand its tokens to the host's records.
+
+        Args:
+            batch: the rows.
+            recorder: of their requests.
+            report: of the cycle, or of the prompts.
+            in_cycle: whether the tokens come from a cycle.
+
+        Returns:
+            The requests that have ended with it; their rows are idle.
+        """
+        ended = []
+        with phase(self.ledger, "host"):
+            for row, (broken, count, *cells) in enumerate(report.columns_BC.tolist()):
+                request = batch.requests[row]
+                if request is None:
+                    continue
+                if broken:
+                    place = f"behind token {batch.host_lengths[row]} of prompt {request.index}"
+                    raise not_finite(self.target.name, self.target.dtype, place)
+                if in_cycle:
+                    batch.host_lengths[row] += count
+                    batch.host_fresh[row] = count
+                by_rule = cells[report.num_slots :][:count]
+                if recorder.add(request, cells[:count], report.max_depth if in_cycle else None, by_rule):
+                    batch.requests[row] = None
+                    ended.append(request)
+        if self.ledger is not None and in_cycle:
+            self.ledger.count(report.num_nodes)
+        return ended
+
+    def _read_again(self, batch: Batch) -> None:
+        """Cache rows anew whose text now takes other rotary factors; most models never need it."""
+        lengths = [
+            0 if request is None else length for request, length in zip(batch.requests, batch.host_lengths, strict=True)
+        ]
+        if self.target.rereads_past not in lengths:
+            return
+        texts = [[] if each is None else each.prompt + each.generation.token_ids for each in batch.requests]
+        with phase(self.ledger, "verify"):
+            read_again(self.target, batch.cache, texts, lengths, self.target.device, self._prefill_chunk)
+
+    def _cycle_for(self, settings: GenerationSettings) -> tuple[DecodeCycle, Runner]:
+        """The cycle of a request, and what runs it: op by op where it needs the host."""
+        if self._runner is None:
+            return self._cycle, self._cycle
+        reason = needs_host(self.target, self.drafter, settings)
+        if not reason:
+            return self._fixed_cycle, self._runner
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"cycles run op by op, not compiled: {reason}", stacklevel=3)
+        return self._cycle, self._cycle
+
+    def _requests(
+        self, prompts: Iterable[tuple[int, list[int]]], settings: GenerationSettings, room: int
+    ) -> Iterator[Request]:
+        """Checked requests; each may take what the room and the context leave of its budget.
+
+        Raises:
+            ValueError: one cannot be decoded.
+        """
+        context = self.target.max_positions or 2**62
+        for index, (number, prompt) in enumerate(prompts):
+            self._check(index, prompt)
+            budget = min(settings.max_new_tokens, context - len(prompt))
+            if len(prompt) + budget > room:
                 raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens, the context of {self.target.name} is {context} and needs room for a reply; "
-                    "shorten the prompt"
+                    f"prompt {index} has {len(prompt)} tokens and its reply up to {budget}, a row has room for {room}; shorten the prompt, "
+                    "or give more room"
                 )
-            if min(prompt) < 0 or max(prompt) >= self.target.ends.vocab_size:
-                wrong = next(token for token in prompt if not 0 <= token < self.target.ends.vocab_size)
-                raise ValueError(
-                    f"prompt {index} holds token id {wrong}, the vocabulary of {self.target.name} ends at "
-                    f"{self.target.ends.vocab_size - 1}; is the tokenizer the target's?"
-                )
+            yield Request(index, prompt, number, budget)
+
+    def _check(self, index: int, prompt: list[int]) -> None:
+        """Raise for a prompt that cannot be decoded.
+
+        Raises:
+            ValueError: it is empty, too long, or of other ids than the vocabulary's.
+        """
+        context = self.target.max_positions
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; give at least one token (a BOS token, for instance)")
+        if context is not None and len(prompt) >= context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, the context of {self.target.name} is {context} and needs room for a reply; "
+                "shorten the prompt"
+            )
+        if min(prompt) < 0 or max(prompt) >= self.target.ends.vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < self.target.ends.vocab_size)
+            raise ValueError(
+                f"prompt {index} holds token id {wrong}, the vocabulary of {self.target.name} ends at "
+                f"{self.target.ends.vocab_size - 1}; is the tokenizer the target's?"
+            )
+
+
+def shared(settings: GenerationSettings) -> GenerationSettings:
+    """What of a request's settings a cycle reads; requests that differ in the rest share a compiled cycle."""
+    return replace(settings, max_new_tokens=1, seed=0, stop_strings=())

@@ -17,6 +17,7 @@ from draftsmith.decode.processors import RequestText, process_texts
 from draftsmith.decode.sampling import GenerationSettings, process
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import keys_at
+from draftsmith.models.tree.row_state import write_over
 from draftsmith.models.tree.slot_cache import KeptRows
 from draftsmith.models.tree.tree import DraftTree
 
@@ -94,7 +95,7 @@ class Rows:
             emitted_BE: int64, tokens; of each row only the first ``counts_B`` are real.
             counts_B: int64, at least 1.
         """
-        self.num_emitted_B = self.num_emitted_B + counts_B
+        self.num_emitted_B.add_(counts_B)
         if self.seen_BV is not None:
             place_E = torch.arange(emitted_BE.shape[1], device=emitted_BE.device)
             real_BE = torch.where(place_E < counts_B[:, None], emitted_BE, emitted_BE[:, :1])
@@ -103,7 +104,7 @@ class Rows:
     def steer_stop(self, tree: DraftTree, counts_B: Tensor) -> None:
         """Move the thresholds of the early stop after a cycle; see :meth:`StopState.after`."""
         if self.stop is not None:
-            self.stop = self.stop.after(tree, counts_B)
+            write_over(self.stop, self.stop.after(tree, counts_B))
 
 
 def seen_tokens(tokens_BT: Tensor, lengths_B: Tensor, vocab_size: int) -> Tensor:

@@ -9,7 +9,7 @@ Shape legend: B batch rows, E fresh tokens, M drafted nodes of a layer, T prompt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,6 +103,10 @@ class LMDrafter(Drafter):
                 "not mean the same; use an LM of the target's own model family, with its tokenizer"
             )
 
+    def needs_host(self) -> str:
+        """See :meth:`Drafter.needs_host`."""
+        return f"the rotary factors of {self.lm.name} follow the length" if self.lm.factors_follow_length else ""
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D], the LM's own."""
@@ -126,9 +130,8 @@ class LMDrafter(Drafter):
         prompt = opening.prompt
         # Shorter prompts have their root and padding behind them here; the first draft writes over both.
         tokens_BT = torch.cat([opening.first_B[:, None], prompt.tokens_BE[:, :-1]], dim=1)
-        read_prompts(self.lm, cache, self.known(tokens_BT), prompt.counts_B)
-        root_B1 = prompt.tokens_BE.gather(1, prompt.counts_B[:, None] - 1)
-        return DraftLMState(cache, Emitted(root_B1, {}, torch.ones_like(prompt.counts_B)))
+        read_prompts(self.lm, cache, self.known(tokens_BT), prompt.counts_B, chunk=opening.chunk)
+        return DraftLMState(cache, prompt.last_only(opening.num_pending))
 
     def advance(self, state: DraftLMState, emitted: Emitted) -> DraftLMState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
@@ -167,10 +170,7 @@ class LMDraft:
     def __init__(self, drafter: LMDrafter, state: DraftLMState, cycle: Cycle) -> None:
         self._drafter = drafter
         self._pending = state.pending
-        # Of the prompt, which counts as fresh in the first cycle, only the root is pending.
-        slots = state.pending.tokens_BE.shape[1]
-        fresh = [min(count, slots) for count in cycle.host_fresh]
-        self._slots = DraftSlots(state.cache, replace(cycle, host_fresh=fresh), ahead=1)
+        self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1], ahead=1)
         self._last_B1 = state.pending.counts_B[:, None] - 1
         self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
         self._depth = -1

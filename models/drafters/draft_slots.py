@@ -22,15 +22,18 @@ class DraftSlots:
     Args:
         cache: of the drafter; what it holds of the accepted text ends ``cycle.host_fresh`` tokens before ``cycle.host_lengths``.
         cycle: what the decoder knows of the rows.
+        num_pending: the most tokens that a row has pending.
         ahead: tokens that the drafter's cache holds beyond the target's; 1 where it is fed the root itself.
     """
 
-    def __init__(self, cache: SlotCache, cycle: Cycle, ahead: int = 0) -> None:
+    def __init__(self, cache: SlotCache, cycle: Cycle, num_pending: int, ahead: int = 0) -> None:
         self.cache = cache
         self.lengths_B = cycle.lengths_B + ahead
         self.longest = max(cycle.host_lengths) + ahead
-        self.num_fresh = max(cycle.host_fresh)
-        self.single = len(cycle.host_lengths) == 1
+        # Of the prompt, which counts as fresh in the first cycle, only the end is pending.
+        self.num_fresh = min(max(cycle.host_fresh), num_pending)
+        self.fixed = cycle.fixed_shapes
+        self.single = len(cycle.host_lengths) == 1 and not self.fixed
         self._sees_BMN: Tensor | None = None
         self._is_chain = True
 
@@ -48,7 +51,7 @@ class DraftSlots:
         place_E = torch.arange(self.num_fresh, device=counts_B.device)
         positions_BE = (self.lengths_B - counts_B)[:, None] + place_E
         first = self.longest - self.num_fresh if self.single else None
-        self.cache.aim(positions_BE, self.longest, first)
+        self._aim(positions_BE, self.longest, first)
         return positions_BE
 
     def text_mask(self, positions_BE: Tensor) -> Tensor | None:
@@ -84,7 +87,11 @@ class DraftSlots:
             sees_BMN = torch.cat([inherited_BMN, eye_BMM], dim=2)
         self._sees_BMN = sees_BMN
         place_M = torch.arange(before, before + M, device=above_BM.device)
-        window = self.longest + before + M
-        self.cache.aim(self.lengths_B[:, None] + place_M, window, self.longest + before if self.single else None)
+        first = self.longest + before if self.single else None
+        self._aim(self.lengths_B[:, None] + place_M, self.longest + before + M, first)
         self._is_chain = self._is_chain and M == 1
-        return None if self.single and self._is_chain else slot_mask(sees_BMN, self.lengths_B, window)
+        return None if self.single and self._is_chain else slot_mask(sees_BMN, self.lengths_B, self.cache.window)
+
+    def _aim(self, slots_BN: Tensor, window: int, first: int | None) -> None:
+        """Aim the cache at slots; where shapes are fixed, all of its slots are in the window."""
+        self.cache.aim(slots_BN, self.cache.capacity if self.fixed else window, first)

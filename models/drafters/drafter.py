@@ -61,6 +61,25 @@ class Emitted:
         rows_B = torch.arange(last_B.shape[0], device=last_B.device)
         return self.tokens_BE[rows_B, last_B], self.features[layer][rows_B, last_B]
 
+    def slots(self, begin: int, end: int) -> Emitted:
+        """The pairs in slots ``begin`` to ``end - 1``; the counts stay those of all."""
+        features = {name: states[:, begin:end] for name, states in self.features.items()}
+        return Emitted(self.tokens_BE[:, begin:end], features, self.counts_B)
+
+    def last_only(self, num_slots: int = 1) -> Emitted:
+        """The last counted pair of each row alone, as the first of some slots.
+
+        Args:
+            num_slots: E of what is given; the slots behind the pair are empty.
+        """
+        last_B1 = self.counts_B[:, None] - 1
+        more = num_slots - 1
+        features = {
+            name: F.pad(states.gather(1, last_B1[..., None].expand(-1, -1, states.shape[-1])), (0, 0, 0, more))
+            for name, states in self.features.items()
+        }
+        return Emitted(F.pad(self.tokens_BE.gather(1, last_B1), (0, more)), features, torch.ones_like(self.counts_B))
+
     def select_rows(self, rows: Tensor) -> Emitted:
         """Keep some batch rows only.
 
@@ -83,12 +102,21 @@ class Opening:
         first_B: int64 [B], the first token of each prompt, which no such pair holds.
         limits: how drafts will be made.
         room: tokens that a row can come to hold, prompt included; for buffers.
+        fixed_shapes: see :class:`Cycle`; what :meth:`Drafter.advance` returns must then fit into what :meth:`Drafter.start` returned.
+        chunk: tokens of the prompts to read at once, which bounds the memory of long ones.
     """
 
     prompt: Emitted
     first_B: Tensor
     limits: DraftLimits
     room: int
+    fixed_shapes: bool = False
+    chunk: int = 1024
+
+    @property
+    def num_pending(self) -> int:
+        """Slots for the pairs of one cycle in a state that :meth:`Drafter.advance` must fit into; 1 where shapes follow the rows."""
+        return self.limits.draft_length + 1 if self.fixed_shapes else 1
 
 
 @dataclass(frozen=True)
@@ -99,6 +127,8 @@ class Cycle:
         lengths_B: int64 [B], tokens of each row in the target's cache; the root is not among them.
         host_lengths: the same numbers on the host, so that shapes can follow them without asking the device.
         host_fresh: how many of them are new since the last draft (all of them in the first).
+        fixed_shapes: whether every cycle must have the shapes of the others, as a compiled or captured one has. ``host_lengths`` and
+            ``host_fresh`` are then the same upper bounds in every cycle.
         stop_below_B: float32 [B], threshold of the early stop, or None.
         draws: for sampled trees, or None.
         temperature: of the requests; decides how sharply scores are read.
@@ -112,6 +142,7 @@ class Cycle:
     draws: Draws | None = None
     temperature: float = 0.0
     keep_probs: bool = False
+    fixed_shapes: bool = False
 
     def select_rows(self, rows: list[int], rows_B: Tensor) -> Cycle:
         """Keep some batch rows only.
@@ -446,6 +477,10 @@ class Drafter(PreTrainedModel):
             The state after them.
         """
 
+    def needs_host(self) -> str:
+        """Why a draft cannot be compiled or captured: it reads tensors on the host, or switches modules. Empty where it can."""
+        return ""
+
     def check_depth(self, limits: DraftLimits) -> None:
         """Check that this drafter can draft as deep as the limits ask for.
 
@@ -492,16 +527,17 @@ class Drafter(PreTrainedModel):
             ValueError: a sampled tree is asked for without draws, as at temperature 0; or a draft deeper than this drafter can make.
         """
         self.check_depth(limits)
+        cut = False if cycle.fixed_shapes else None
         expander = checked_expander(self, state, cycle, limits)
         if limits.sampled is None:
             scale = self.score_scale(cycle.temperature)
             if not cycle.keep_probs:
-                return search(expander, cycle.stop_below_B, limits, scale)
+                return search(expander, cycle.stop_below_B, limits, scale, cut)
             kept = KeptLogits(expander)
-            return kept.onto(search(kept, cycle.stop_below_B, limits, scale), self.ends.vocab_size)
+            return kept.onto(search(kept, cycle.stop_below_B, limits, scale, cut), self.ends.vocab_size)
         if cycle.draws is None:
             raise ValueError(
                 "a sampled tree is asked for without draws, which are there at temperatures above 0 only; at temperature 0 draft with "
                 "beams, a dynamic or a static tree"
             )
-        return sampled_tree(expander, cycle.stop_below_B, limits, cycle.draws, self.ends.vocab_size)
+        return sampled_tree(expander, cycle.stop_below_B, limits, cycle.draws, self.ends.vocab_size, cut)

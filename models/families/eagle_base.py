@@ -72,6 +72,10 @@ class EagleBase(Drafter):
         self.feature_noise = 0.0
         self.rotation = Rotation(config.llama())
 
+    def needs_host(self) -> str:
+        """See :meth:`Drafter.needs_host`."""
+        return "the rotary factors of the draft layer follow the length" if self.rotation.follows_length else ""
+
     @property
     @abstractmethod
     def layer(self) -> DraftLayer:
@@ -169,9 +173,24 @@ class EagleBase(Drafter):
         return known + noise * (512.0 / lengths)[:, None].to(known.dtype)
 
     def start(self, opening: Opening) -> EagleState:
-        """Everything of the prompt is pending."""
+        """Read the pairs of the prompts, in chunks; the last one, which the first draft hangs on, stays pending."""
         spare = max(opening.limits.max_fed, opening.limits.draft_length + 1)
-        return EagleState(SlotCache(opening.room + spare, num_layers=1), opening.prompt)
+        cache, prompt = SlotCache(opening.room + spare, num_layers=1), opening.prompt
+        B, T = prompt.tokens_BE.shape
+        # Behind the pairs of shorter prompts, padding is written, which the drafts write over.
+        for begin in range(0, T, opening.chunk):
+            pairs = prompt.slots(begin, min(begin + opening.chunk, T))
+            positions_BE = torch.arange(begin, begin + pairs.tokens_BE.shape[1], device=self.device).expand(B, -1)
+            cache.aim(positions_BE, cache.capacity, begin)
+            inputs = self.pair_inputs(pairs)[1]
+            _write(cache, self.layer, inputs, self.rotation(positions_BE, inputs))
+        return EagleState(cache, prompt.last_only(opening.num_pending))
+
+    def pair_inputs(self, pairs: Emitted) -> tuple[Tensor, Tensor]:
+        """The layer's residual input [B, E, D] at pairs of the text, and what its attention reads [B, E, I]."""
+        embedded = self.embed(pairs.tokens_BE)
+        state = self.join(embedded, self.read(pairs.features).to(embedded.dtype))
+        return state, self.layer.inputs(embedded, state)
 
     def advance(self, state: EagleState, emitted: Emitted) -> EagleState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
@@ -189,7 +208,7 @@ class FeatureDraft:
         self.target_ids = drafter.to_target_ids
         self._drafter, self._layer = drafter, drafter.layer
         self._pending = state.pending
-        self._slots = DraftSlots(state.cache, cycle)
+        self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
         self._last_B1 = state.pending.counts_B[:, None] - 1
         self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
         self._depth = 0
@@ -197,14 +216,11 @@ class FeatureDraft:
 
     def begin(self) -> Tensor:
         """See :class:`Expander`: keys and values of all fresh pairs, and the layer's output at the last."""
-        drafter, slots, pending = self._drafter, self._slots, self._pending
-        embedded = drafter.embed(pending.tokens_BE[:, : slots.num_fresh])
-        known = drafter.read({name: states[:, : slots.num_fresh] for name, states in pending.features.items()})
-        state = drafter.join(embedded, known.to(embedded.dtype))
-        inputs = self._layer.inputs(embedded, state)
-        positions_BE = slots.aim_fresh(pending.counts_B)
-        rotation = drafter.rotation(positions_BE, embedded)
-        keys, values = self._write(inputs, rotation)
+        drafter, slots = self._drafter, self._slots
+        state, inputs = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
+        positions_BE = slots.aim_fresh(self._pending.counts_B)
+        rotation = drafter.rotation(positions_BE, inputs)
+        keys, values = _write(self._slots.cache, self._layer, inputs, rotation)
         at_last = self._last_B1[..., None]
         state, inputs = (part.gather(1, at_last.expand(-1, -1, part.shape[-1])) for part in (state, inputs))
         rotation_last = (_at(rotation[0], at_last), _at(rotation[1], at_last))
@@ -224,12 +240,8 @@ class FeatureDraft:
         self._depth += 1
         rotation = drafter.rotation(positions_B1, embedded)  # a layer's nodes stand at one position
         mask = self._slots.aim_nodes(above_BM)
-        keys, values = self._write(inputs, rotation)
+        keys, values = _write(self._slots.cache, self._layer, inputs, rotation)
         return self._attend(state, inputs, rotation, keys, values, mask)
-
-    def _write(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        keys, values = self._layer.keys_values(inputs, rotation)
-        return self._slots.cache.update(keys.transpose(1, 2), values.transpose(1, 2), 0)
 
     def _attend(
         self,
@@ -244,6 +256,14 @@ class FeatureDraft:
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         self._output_BMD = self._layer.finish(state, attended.transpose(1, 2))
         return self._drafter.logits(self._drafter.head_inputs(self._output_BMD), self._depth)
+
+
+def _write(
+    cache: SlotCache, layer: DraftLayer, inputs: Tensor, rotation: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Write keys and values of [B, E, I] where the cache is aimed at; those of its visible slots."""
+    keys, values = layer.keys_values(inputs, rotation)
+    return cache.update(keys.transpose(1, 2), values.transpose(1, 2), 0)
 
 
 def _at(part_BEHD: Tensor, at_last_B11: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Rotation(nn.Module):
         super().__init__()
         self.embedding = LlamaRotaryEmbedding(config)
         # These two change their frequencies with the length of the text; all others are a plain product.
-        self._by_length = self.embedding.rope_type in ("dynamic", "longrope")
+        self.follows_length = self.embedding.rope_type in ("dynamic", "longrope")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
         """Frequencies move to other devices, never to narrower dtypes: rounding them would turn every angle."""
@@ -141,7 +141,7 @@ class Rotation(nn.Module):
         Returns:
             Cosines and sines, [..., 1, Dh] each.
         """
-        if self._by_length:
+        if self.follows_length:
             cosines, sines = self.embedding(like, positions.reshape(1, -1))
             shape = (*positions.shape, 1, cosines.shape[-1])
             return cosines.reshape(shape), sines.reshape(shape)

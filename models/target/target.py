@@ -142,6 +142,11 @@ class Target(nn.Module):
         return self._trunk.rereads_past
 
     @property
+    def factors_follow_length(self) -> bool:
+        """Whether rotary factors change with the length of the text; see :mod:`draftsmith.models.trunk.rope`."""
+        return bool(self._trunk.ropes)
+
+    @property
     def max_positions(self) -> int | None:
         """The longest context in tokens, or None where the config names none."""
         return self.ends.max_positions
@@ -225,6 +230,14 @@ class Target(nn.Module):
             ValueError: an unknown layer.
         """
         return self._trunk.prefix(input_ids, layers, read)
+
+    def tap(self, layers: tuple[str, ...]) -> None:
+        """Make the states of layers available to forwards; see :meth:`draftsmith.models.trunk.trunk.Trunk.tap`.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        self._trunk.tap(layers)
 
     def check_layer(self, name: str) -> None:
         """Check that the target has a layer.

@@ -17,11 +17,16 @@ from torch import Tensor
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw
 from draftsmith.models.tree.search import Draws, Expander, acceptance_bound
-from draftsmith.models.tree.tree import DraftTree, tree_from_layers
+from draftsmith.models.tree.tree import DraftTree, cuts_padding, tree_from_layers
 
 
 def sampled_tree(
-    expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, draws: Draws, vocab_size: int
+    expander: Expander,
+    stop_below_B: Tensor | None,
+    limits: DraftLimits,
+    draws: Draws,
+    vocab_size: int,
+    cut: bool | None = None,
 ) -> DraftTree:
     """Draw ``limits.sampled.children`` nodes below each node, layer behind layer, siblings side by side in the order of drawing.
 
@@ -37,6 +42,7 @@ def sampled_tree(
         limits: with ``sampled``, and ``early_stop`` where there are thresholds.
         draws: the keys and the distribution to draw from.
         vocab_size: V, of the target.
+        cut: whether the draft ends where no row has a node left; see :func:`~draftsmith.models.tree.tree.pack`.
 
     Returns:
         The tree, with ``draft_probs_BMV`` and without scores.
@@ -49,7 +55,7 @@ def sampled_tree(
         if depth > 0 and limits.early_stop is not None and stop_below_B is not None:
             bound_BM = acceptance_bound(logits_BMV.float().log_softmax(-1), limits.early_stop.scale)
             alive_BM = alive_BM & (bound_BM >= stop_below_B[:, None])
-            if alive_BM.device.type == "cpu" and not bool(alive_BM.any()):
+            if cuts_padding(alive_BM.device, cut) and not bool(alive_BM.any()):
                 break
         weights_BMV = draws.probs(logits_BMV) * alive_BM[..., None]
         first, width = layer_start(limits.sampled, depth + 1), alive_BM.shape[1] * count

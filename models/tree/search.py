@@ -22,7 +22,7 @@ from torch import Tensor
 
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.noise import Draw, draw
-from draftsmith.models.tree.tree import DraftTree, pack, prune, tree_from_layers, tree_from_paths
+from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune, tree_from_layers, tree_from_paths
 
 Path = tuple[int, ...]
 
@@ -82,7 +82,13 @@ class Draws:
     draw: Draw = draw
 
 
-def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits, score_scale: float = 1.0) -> DraftTree:
+def search(
+    expander: Expander,
+    stop_below_B: Tensor | None,
+    limits: DraftLimits,
+    score_scale: float = 1.0,
+    cut: bool | None = None,
+) -> DraftTree:
     """Draft in the manner that ``limits`` ask for.
 
     Args:
@@ -90,6 +96,7 @@ def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits,
         stop_below_B: float32 [B], thresholds of the early stop, or None.
         limits: the manner and its numbers.
         score_scale: draft logits are multiplied by it before paths are compared (an inverse temperature).
+        cut: whether shapes follow what was drafted; see :func:`~draftsmith.models.tree.tree.pack`.
 
     Returns:
         The tree, pruned to the limits.
@@ -97,7 +104,7 @@ def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits,
     Raises:
         ValueError: more continuations are asked for than the draft vocabulary has tokens.
     """
-    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale)
+    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale, cuts_padding(expander.root_B.device, cut))
     if limits.paths is not None:
         tree = static_tree(expander, limits.paths, scorer)
     elif limits.node_budget is not None:
@@ -106,8 +113,8 @@ def search(expander: Expander, stop_below_B: Tensor | None, limits: DraftLimits,
         tree = beam_tree(expander, limits.beam_width, limits.draft_length, scorer)
     if limits.min_probability > 0.0 and tree.scores_BN is not None:
         likely_BN = tree.scores_BN >= math.log(limits.min_probability)
-        tree = pack(replace(tree, valid_BN=tree.valid_BN & likely_BN))
-    return tree if limits.node_budget is None else prune(tree, limits.node_budget)
+        tree = pack(replace(tree, valid_BN=tree.valid_BN & likely_BN), cut=scorer.cut)
+    return tree if limits.node_budget is None else prune(tree, limits.node_budget, scorer.cut)
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,13 @@ class _Scorer:
         stop: the early stop, or None.
         below_B: float32 [B], its thresholds, or None.
         scale: draft logits are multiplied by it first.
+        cut: whether shapes follow what was drafted.
     """
 
     stop: EarlyStop | None
     below_B: Tensor | None
     scale: float
+    cut: bool
 
     def best(self, score_BM: Tensor, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
         """Find the ``count`` likeliest continuations of nodes at a depth. The root (depth 0) is always continued.
@@ -163,7 +172,7 @@ class _Scorer:
 
     def all_stopped(self, score_BM: Tensor) -> bool:
         """Whether no row has a node left, as far as that is free to ask."""
-        return self.stop is not None and score_BM.device.type == "cpu" and bool((score_BM == -torch.inf).all())
+        return self.stop is not None and self.cut and bool((score_BM == -torch.inf).all())
 
 
 def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
@@ -199,8 +208,8 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
         scores.append(layer.score_BM)
     if width == 1:
         parents = [torch.full_like(token_B1, depth) for depth, token_B1 in enumerate(tokens)]
-        return pack(tree_from_layers(expander.root_B, tokens, parents, scores))
-    return _surviving(expander.root_B, tokens, above, scores)
+        return pack(tree_from_layers(expander.root_B, tokens, parents, scores), cut=scorer.cut)
+    return _surviving(expander.root_B, tokens, above, scores, scorer.cut)
 
 
 def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
@@ -295,22 +304,20 @@ def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) ->
     tokens, parents, scores = [], [], []
     logits_BMV = expander.begin()
     score_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)
-    for depth, plan in enumerate(_plan(paths)):
+    for depth, plan in enumerate(_plan(paths, score_BM.device)):
         scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, plan.num_ranks, depth)
-        place_C = torch.tensor(plan.places, device=score_BM.device)
-        token_BC = expander.target_ids(draft_BMR.flatten(1)[:, place_C])
-        score_BC = scores_BMR.flatten(1)[:, place_C]
+        token_BC = expander.target_ids(draft_BMR.flatten(1)[:, plan.places_C])
+        score_BC = scores_BMR.flatten(1)[:, plan.places_C]
         if depth > 0 and scorer.all_stopped(score_BC):
             break
         tokens.append(token_BC)
-        parents.append(torch.tensor(plan.parents, device=score_BM.device).expand_as(token_BC))
+        parents.append(plan.parents_C.expand_as(token_BC))
         scores.append(score_BC)
-        if plan.continued:
-            continued_M = torch.tensor(plan.continued, device=score_BM.device)
-            above_BM = (place_C[continued_M] // plan.num_ranks).expand(token_BC.shape[0], -1)
-            score_BM = score_BC[:, continued_M]
-            logits_BMV = expander.extend(token_BC[:, continued_M], above_BM)
-    return pack(tree_from_layers(expander.root_B, tokens, parents, scores))
+        if len(plan.continued_M):
+            above_BM = (plan.places_C[plan.continued_M] // plan.num_ranks).expand(token_BC.shape[0], -1)
+            score_BM = score_BC[:, plan.continued_M]
+            logits_BMV = expander.extend(token_BC[:, plan.continued_M], above_BM)
+    return pack(tree_from_layers(expander.root_B, tokens, parents, scores), cut=scorer.cut)
 
 
 @dataclass(frozen=True)
@@ -319,20 +326,20 @@ class _LayerPlan:
 
     Attributes:
         num_ranks: R, how many continuations are ranked below every continued node.
-        places: of the layer's nodes, in the flattened [M, R].
-        parents: of the layer's nodes, as node indices.
-        continued: which of the layer's nodes have children.
+        places_C: int64, of the layer's nodes, in the flattened [M, R].
+        parents_C: int64, of the layer's nodes, as node indices.
+        continued_M: int64, which of the layer's nodes have children.
     """
 
     num_ranks: int
-    places: list[int]
-    parents: list[int]
-    continued: list[int]
+    places_C: Tensor
+    parents_C: Tensor
+    continued_M: Tensor
 
 
 @lru_cache(maxsize=64)
-def _plan(paths: tuple[Path, ...]) -> tuple[_LayerPlan, ...]:
-    """The layers of a static tree. Its nodes are numbered by depth, then as sorted."""
+def _plan(paths: tuple[Path, ...], device: torch.device) -> tuple[_LayerPlan, ...]:
+    """The layers of a static tree, made once for each device. Its nodes are numbered by depth, then as sorted."""
     index: dict[Path, int] = {(): 0}
     frontier: list[Path] = [()]
     layers = []
@@ -344,12 +351,13 @@ def _plan(paths: tuple[Path, ...]) -> tuple[_LayerPlan, ...]:
         parents = [index[path[:-1]] for path in layer]
         index |= {path: len(index) + place for place, path in enumerate(layer)}
         onward = [place for place, path in enumerate(layer) if path in continued]
-        layers.append(_LayerPlan(num_ranks, places, parents, onward))
+        numbers = (torch.tensor(each, dtype=torch.int64, device=device) for each in (places, parents, onward))
+        layers.append(_LayerPlan(num_ranks, *numbers))
         frontier = [layer[place] for place in onward]
     return tuple(layers)
 
 
-def _surviving(root_B: Tensor, tokens: list[Tensor], above: list[Tensor], scores: list[Tensor]) -> DraftTree:
+def _surviving(root_B: Tensor, tokens: list[Tensor], above: list[Tensor], scores: list[Tensor], cut: bool) -> DraftTree:
     """Trace the beams back from the last layer ([B, M] a layer) and merge their shared prefixes."""
     width = tokens[-1].shape[1]
     beam_BM = torch.arange(width, device=root_B.device).expand(root_B.shape[0], -1)
@@ -358,4 +366,4 @@ def _surviving(root_B: Tensor, tokens: list[Tensor], above: list[Tensor], scores
         path_tokens.append(tokens[layer].gather(1, beam_BM))
         path_scores.append(scores[layer].gather(1, beam_BM))
         beam_BM = above[layer].gather(1, beam_BM)
-    return tree_from_paths(root_B, torch.stack(path_tokens[::-1], -1), torch.stack(path_scores[::-1], -1))
+    return tree_from_paths(root_B, torch.stack(path_tokens[::-1], -1), torch.stack(path_scores[::-1], -1), cut)

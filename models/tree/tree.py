@@ -106,7 +106,9 @@ def root_tree(root_B: Tensor) -> DraftTree:
     )
 
 
-def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None = None) -> DraftTree:
+def tree_from_paths(
+    root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None = None, cut: bool | None = None
+) -> DraftTree:
     """Merge paths that share a prefix into one tree (dynamic tree attention, arXiv:2403.09919 section 3.3).
 
     Two path elements are one node where their whole prefixes agree, that is, nodes are distinct by (parent node, token).
@@ -115,6 +117,7 @@ def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None
         root_B: int64 [B], the root tokens.
         paths_BML: int64 [B, M, L], tokens of M drafted paths below the root.
         scores_BML: optional float [B, M, L], cumulative log-probability of each path's prefix; minus infinity marks padding.
+        cut: see :func:`pack`.
 
     Returns:
         The tree, packed.
@@ -141,7 +144,7 @@ def tree_from_paths(root_B: Tensor, paths_BML: Tensor, scores_BML: Tensor | None
         scores_BN=None if scores_BML is None else _under(scores_BML.new_zeros(B, 1), [scores_BML.flatten(1)]),
         chain=M == 1,
     )
-    return pack(tree)
+    return pack(tree, cut=cut)
 
 
 def tree_from_layers(
@@ -173,7 +176,7 @@ def tree_from_layers(
     )
 
 
-def prune(tree: DraftTree, node_budget: int) -> DraftTree:
+def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTree:
     """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (the rerank of arXiv:2406.16858 section 4).
 
     A parent never scores below its child and precedes it, and the sort is stable. So ties go to the parent and what is kept is
@@ -182,6 +185,7 @@ def prune(tree: DraftTree, node_budget: int) -> DraftTree:
     Args:
         tree: with scores.
         node_budget: how many drafted nodes to keep, at least 1.
+        cut: see :func:`pack`.
 
     Returns:
         The tree, packed to at most ``node_budget`` + 1 nodes.
@@ -200,22 +204,23 @@ def prune(tree: DraftTree, node_budget: int) -> DraftTree:
     parent_kept_BN = kept_BN.gather(1, tree.parents_BN.clamp(min=0))
     torch._assert_async((parent_kept_BN | ~kept_BN).all(), "a draft node was kept without its parent")
     shallow = replace(tree, valid_BN=kept_BN, max_depth=min(tree.max_depth, node_budget))
-    return pack(shallow, width=min(node_budget + 1, tree.num_nodes))
+    return pack(shallow, min(node_budget + 1, tree.num_nodes), cut)
 
 
-def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
+def pack(tree: DraftTree, width: int | None = None, cut: bool | None = None) -> DraftTree:
     """Move the valid nodes of each row to the front, in order, and cut the padding off.
 
     Args:
         tree: any but a sampled one, which keeps its shape.
-        width: static number of nodes to keep. None keeps as many as the fullest row has on a CPU, where that number is free to read.
-            Elsewhere None keeps all, since reading it would synchronise the host with the device.
+        width: the most nodes to keep; None for all.
+        cut: True keeps only as many nodes as the fullest row has, a number that is read from the device. False keeps the shape fixed. None
+            cuts on a CPU, where reading is free.
 
     Returns:
-        The tree with N = ``width``.
+        The tree with N of at most ``width``.
     """
     assert tree.draft_probs_BMV is None, "a sampled tree keeps its shape"
-    if tree.tokens_BN.device.type == "cpu":
+    if cuts_padding(tree.tokens_BN.device, cut):
         fullest = int(tree.valid_BN.sum(1).max())
         if fullest == tree.num_nodes:
             return tree
@@ -239,6 +244,11 @@ def pack(tree: DraftTree, width: int | None = None) -> DraftTree:
         scores_BN=None if tree.scores_BN is None else tree.scores_BN.gather(1, order_BN),
         chain=tree.chain,
     )
+
+
+def cuts_padding(device: torch.device, cut: bool | None) -> bool:
+    """Whether shapes follow what was drafted: as ``cut`` says, and where it is None, on a CPU."""
+    return device.type == "cpu" if cut is None else cut
 
 
 def _under(root_B1: Tensor, layers: Sequence[Tensor]) -> Tensor:

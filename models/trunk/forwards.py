@@ -105,6 +105,7 @@ def read_tree(
     host_lengths: list[int],
     layers: tuple[str, ...] = (),
     slot_step: int = 1,
+    fixed_shapes: bool = False,
 ) -> TargetOutput:
     """Run one forward over a packed tree, written behind each row's cached tokens.
 
@@ -116,17 +117,19 @@ def read_tree(
         lengths_B: int64, cached tokens of each row.
         host_lengths: the same numbers on the host.
         layers, slot_step: as in :func:`read_prompts`.
+        fixed_shapes: whether every forward has the shapes of the others: all slots are then visible to it, whatever the lengths.
 
     Returns:
         The states of all N nodes.
     """
     nodes = tree.num_nodes
-    window = _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
+    window = cache.capacity if fixed_shapes else _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
+    single = len(host_lengths) == 1 and not fixed_shapes
     slots_BN = lengths_B[:, None] + torch.arange(nodes, device=lengths_B.device)
-    cache.aim(slots_BN, window, host_lengths[0] if len(host_lengths) == 1 else None)
+    cache.aim(slots_BN, window, host_lengths[0] if single else None)
     mask = key_positions = None
     # One node of one row, no slot of another's and no sliding window need no mask.
-    if nodes > 1 or len(host_lengths) > 1 or window != host_lengths[0] + 1 or target.window is not None:
+    if nodes > 1 or not single or window != host_lengths[0] + 1 or target.window is not None:
         mask = slot_mask(ancestors_BNN, lengths_B, window)
         key_positions = slot_positions(tree.depths_BN, lengths_B, window)
     return target(

@@ -11,8 +11,6 @@ Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
 from draftsmith.models.trunk.rope import LengthRopes
+from draftsmith.models.trunk.taps import Taps
 
 PRE_NORM = "last.pre_norm"
 SLIDING = "sliding_attention"
@@ -116,7 +115,7 @@ class Trunk:
         self._base = base
         self._norm = final_norm(base)
         self._blocks = decoder_blocks(base)
-        self._caught: dict[str, Tensor] = {}
+        self._taps = Taps()
         self._additive_mask = getattr(config, "_attn_implementation", "sdpa") == "eager"
 
     @property
@@ -145,7 +144,26 @@ class Trunk:
         """The text length past which the model reads its whole text again; see :class:`~draftsmith.models.trunk.rope.LengthRopes`."""
         return self.ropes.rereads_past
 
-    @torch.inference_mode()
+    def tap(self, layers: tuple[str, ...]) -> None:
+        """Make the states of layers available to forwards for as long as this trunk lives.
+
+        A forward taps what it is asked for itself. Tap layers before the first forward where forwards are compiled or captured.
+
+        Args:
+            layers: their names. The last layer before the final norm is always among them.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        for name in (PRE_NORM, *layers):
+            if name in self._taps:
+                continue
+            if name == PRE_NORM:
+                self._taps.tap_input(name, self._norm)
+            else:
+                self._taps.tap_output(name, self._block(name))
+
+    @torch.no_grad()
     def forward(
         self,
         input_ids: Tensor,
@@ -160,7 +178,8 @@ class Trunk:
         """See :meth:`draftsmith.models.target.target.Target.forward`."""
         if text_lengths is None and self.ropes:
             text_lengths = positions + 1
-        with self._catching(layers), self.ropes.choosing(text_lengths):
+        self.tap(layers)
+        with self._taps.catching((PRE_NORM, *layers)) as states, self.ropes.choosing(text_lengths):
             output = self._base(
                 input_ids=input_ids,
                 position_ids=positions,
@@ -168,11 +187,11 @@ class Trunk:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return self._output(output.last_hidden_state, layers, input_ids.device)
+        return _output(output.last_hidden_state, states, layers, input_ids.device)
 
     __call__ = forward
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
         """See :meth:`draftsmith.models.target.target.Target.prefix`."""
         if not self.ropes:
@@ -200,37 +219,10 @@ class Trunk:
             self._block(name)
 
     def _whole(self, input_ids: Tensor, layers: tuple[str, ...], text_lengths: Tensor | None) -> TargetOutput:
-        with self._catching(layers), self.ropes.choosing(text_lengths):
+        self.tap(layers)
+        with self._taps.catching((PRE_NORM, *layers)) as states, self.ropes.choosing(text_lengths):
             output = self._base(input_ids=input_ids, use_cache=False)
-        return self._output(output.last_hidden_state, layers, input_ids.device)
-
-    def _output(self, normed: Tensor, layers: tuple[str, ...], device: torch.device) -> TargetOutput:
-        # Forgotten here, or the last forward's states would stay in memory until the next one.
-        caught, self._caught = self._caught, {}
-        # Of a target over several devices (device_map), each layer leaves its states on its own.
-        states = {name: caught[name].to(device) for name in layers if name != PRE_NORM}
-        return TargetOutput(caught[PRE_NORM].to(device), normed.to(device), states)
-
-    def _catch_pre_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._caught[PRE_NORM] = inputs[0]
-
-    @contextmanager
-    def _catching(self, layers: tuple[str, ...]) -> Iterator[None]:
-        blocks = {name: self._block(name) for name in layers if name != PRE_NORM}
-        # Hooked for the forward only: others call the same norm, whose inputs would be kept for nothing.
-        handles = [self._norm.register_forward_pre_hook(self._catch_pre_norm)]
-        handles += [
-            block.register_forward_hook(lambda _module, _inputs, output, name=name: self._keep(name, output))
-            for name, block in blocks.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _keep(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._caught[name] = output if isinstance(output, Tensor) else output[0]
+        return _output(output.last_hidden_state, states, layers, input_ids.device)
 
     def _block(self, name: str) -> nn.Module:
         parts = name.split(".")
@@ -262,3 +254,9 @@ class Trunk:
             return mask
         dtype = self.dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _output(normed: Tensor, states: dict[str, Tensor], layers: tuple[str, ...], device: torch.device) -> TargetOutput:
+    """The output of a forward; of a target over several devices (device_map), each layer leaves its states on its own."""
+    others = {name: states[name].to(device) for name in layers if name != PRE_NORM}
+    return TargetOutput(states[PRE_NORM].to(device), normed.to(device), others)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from doubles import BOS, PlannedDrafter, greedy_by_hand, random_target
@@ -9,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from draftsmith.decode import Engine, GenerationSettings, Ledger
-from draftsmith.decode.batch import Batch
+from draftsmith.decode.batch import Batch, Request
+from draftsmith.decode.cycle import DecodeCycle
 from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.models import DraftLimits, ReDrafter, Target
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
@@ -84,13 +87,13 @@ def test_no_prompts_give_no_generations(target: Target) -> None:
 def test_cached_keys_equal_recomputed_ones_after_many_cycles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """After many cycles of accepting scattered nodes, every cached key is the one that plain decoding computes."""
     caught: list[Batch] = []
-    original = Engine._advance
+    original = DecodeCycle._advance
 
-    def spy(self: Engine, batch: Batch, *rest: object) -> None:
+    def spy(self: DecodeCycle, batch: Batch, *rest: object) -> None:
         original(self, batch, *rest)  # type: ignore[arg-type]
         caught.append(batch)
 
-    monkeypatch.setattr(Engine, "_advance", spy)
+    monkeypatch.setattr(DecodeCycle, "_advance", spy)
     engine = Engine(target, PlannedDrafter(target, "late"), DraftLimits(3, 4))
     result = engine.generate(PROMPTS[:1], GenerationSettings(max_new_tokens=41))[0]
     length = len(PROMPTS[0]) + len(result.token_ids) - 1
@@ -169,12 +172,13 @@ def test_a_cycle_waits_for_the_device_once() -> None:
     reads = 0
     record = Engine._record
 
-    def allowed(self: Engine, *arguments: object) -> None:
+    def allowed(self: Engine, *arguments: Any, **named: Any) -> list[Request]:
         nonlocal reads
         torch.cuda.set_sync_debug_mode("default")
-        record(self, *arguments)  # type: ignore[arg-type]
+        ended = record(self, *arguments, **named)
         reads += 1
         torch.cuda.set_sync_debug_mode("error")
+        return ended
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_record", allowed)

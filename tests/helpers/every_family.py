@@ -7,6 +7,7 @@ from draftsmith.models import Drafter, Family, TargetEnds, all_families, registe
 
 register(TOY)
 EVERY_FAMILY = all_families()
+OUR_FAMILIES = tuple(family for family in EVERY_FAMILY if family is not TOY)
 
 
 def name_of(family: Family) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from doubles import family_configs, random_model
+from every_family import OUR_FAMILIES
 from scipy.stats import chisquare
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList, PreTrainedModel
@@ -35,7 +36,6 @@ from draftsmith.models import (
     ReDrafter,
     Target,
     TargetEnds,
-    all_families,
     data_rollout,
 )
 from draftsmith.models.files.loading import load_tokenizer
@@ -200,7 +200,7 @@ def told(
         "longest": LONGEST,
         "short": SHORT,
         "others": others,
-        "model_types": [family.config.model_type for family in all_families()],
+        "model_types": [family.config.model_type for family in OUR_FAMILIES],
     }
     (place / "job.json").write_text(json.dumps(job))
     cached_repository(place / "hub", "someone/a-drafter.v1", folders["eagle3"])
@@ -321,7 +321,7 @@ def definitions(text: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", OUR_FAMILIES, ids=lambda family: family.name)
 def test_shipped_code_is_the_code_that_is_tested_here(family: Family) -> None:
     left_out = set()
     modules = shipped_code(family.drafter).modules
@@ -340,7 +340,7 @@ def test_shipped_code_is_the_code_that_is_tested_here(family: Family) -> None:
     assert left_out - of_settings == {"Target.load", "TargetEnds.load", "read_end_tokens", "FAMILY"}
 
 
-@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", OUR_FAMILIES, ids=lambda family: family.name)
 def test_shipped_code_imports_transformers_and_what_comes_with_it(family: Family) -> None:
     modules = shipped_code(family.drafter).modules
     for name, text in modules.items():
@@ -358,10 +358,10 @@ def test_shipped_code_imports_transformers_and_what_comes_with_it(family: Family
             assert packages <= set(PACKAGES), name
 
 
-@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", OUR_FAMILIES, ids=lambda family: family.name)
 def test_a_folder_holds_the_code_of_its_own_family_alone(family: Family) -> None:
     modules = shipped_code(family.drafter).modules
-    others = {other.drafter.__module__ for other in all_families() if other is not family}
+    others = {other.drafter.__module__ for other in OUR_FAMILIES if other is not family}
     assert family.drafter.__module__.removeprefix("draftsmith.").replace(".", "_") in modules
     assert not {other.removeprefix("draftsmith.").replace(".", "_") for other in others} & set(modules)
 

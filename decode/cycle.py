@@ -1,0 +1,202 @@
+"""One cycle of the decoder: draft, verify, accept. A function of tensors, the same for every way of running it.
+
+Owns the order of things within a cycle. Reads nothing from the device and makes no tensor from host data, so a cycle can be compiled or
+captured whole where its shapes are fixed. Plain decoding is the same cycle with a tree of one node. Knows no drafter family and no way of
+verifying.
+
+Shape legend: B batch rows, N tree nodes, E path slots, C columns of a report, U draws of a cycle, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.decode.batch import Batch
+from draftsmith.decode.ledger import Ledger, phase
+from draftsmith.decode.sampling import GenerationSettings, choose, process
+from draftsmith.decode.verify.verifier import Reading, Verifier, Walk
+from draftsmith.models.drafters.drafter import Cycle, Drafter, DraftState, Emitted
+from draftsmith.models.files.finite import broken_rows
+from draftsmith.models.target.target import Target, TargetOutput
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.row_state import write_over
+from draftsmith.models.tree.search import Draws
+from draftsmith.models.tree.tree import DraftTree, root_tree
+from draftsmith.models.trunk.forwards import read_tree, within_factors
+
+
+@dataclass(frozen=True)
+class CycleReport:
+    """What the host reads of a cycle.
+
+    Attributes:
+        columns_BC: int64: whether the logits are broken, how many tokens were emitted, E tokens and, with a lossy rule, E flags.
+        num_slots: E.
+        max_depth: how deep the draft could be.
+        num_nodes: N, padding included.
+    """
+
+    columns_BC: Tensor
+    num_slots: int
+    max_depth: int
+    num_nodes: int
+
+
+@dataclass(frozen=True)
+class DecodeCycle:
+    """Drafts, verifies and accepts for the rows of a batch, and moves their state on.
+
+    Attributes:
+        target: the frozen model.
+        drafter: attached to it; None decodes plainly.
+        limits: how much to draft.
+        verifier: decides what is emitted.
+        layers: names of the target's layers that drafter and verifier read.
+        fixed_shapes: whether every cycle has the shapes of the others and all state keeps its address. The attention then sees all slots
+            of the cache. Otherwise shapes follow the rows' lengths and what was drafted, which is less work.
+        slot_step: where shapes are not fixed, the visible slots are a multiple of it.
+    """
+
+    target: Target
+    drafter: Drafter | None
+    limits: DraftLimits
+    verifier: Verifier
+    layers: tuple[str, ...]
+    fixed_shapes: bool = False
+    slot_step: int = 1
+
+    def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
+        """Run one cycle.
+
+        Args:
+            batch: its tensors are updated.
+            settings: shared by the rows.
+            ledger: where time is charged, or None.
+
+        Returns:
+            what was emitted.
+        """
+        with phase(ledger, "draft"):
+            tree = within_factors(self.target, self._draft(batch, settings), batch.lengths_B)
+        with phase(ledger, "verify"):
+            ancestors_BNN = tree.ancestors()
+            reading = self.reading(batch, tree, ancestors_BNN, self._read(batch, tree, ancestors_BNN), settings)
+        with phase(ledger, "accept"):
+            steps = self._walk(batch, reading)
+            report = self.report(batch, steps, reading)
+            self._advance(batch, tree, steps, reading.output)
+        return report
+
+    def reading(
+        self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
+    ) -> Reading:
+        """What the verifier judges: the target's logits after the request's processors, and its own choices.
+
+        Args:
+            batch: the rows.
+            tree: the draft.
+            ancestors_BNN: bool, ``tree.ancestors()``.
+            output: the target's states at the nodes.
+            settings: of the rows.
+        """
+        logits_BNV = batch.rows.process(self.target.logits(output.normed), tree, ancestors_BNN, settings)
+        keys_BP = batch.rows.choice_keys(tree.max_depth + 1)
+        return Reading(
+            tree,
+            ancestors_BNN,
+            logits_BNV,
+            lambda: choose(logits_BNV, settings, keys_BP, tree.depths_BN),
+            output,
+            settings.eos_token_ids,
+            is_constrained=settings.constraints is not None,
+        )
+
+    def report(self, batch: Batch, steps: Walk, reading: Reading) -> CycleReport:
+        """What the host reads of a walk, in one tensor.
+
+        Args:
+            batch: the rows; those that are idle emit nothing.
+            steps: where verification went.
+            reading: what it judged.
+        """
+        broken_B = broken_rows(reading.logits_BNV, steps.path_BE, steps.counts_B) & batch.active_B
+        columns = [broken_B[:, None].long(), (steps.counts_B * batch.active_B)[:, None], steps.emitted_BE]
+        if steps.by_rule_BE is not None:
+            columns.append(steps.by_rule_BE.long())
+        num_slots = steps.emitted_BE.shape[1]
+        return CycleReport(torch.cat(columns, dim=1), num_slots, reading.tree.max_depth, reading.tree.num_nodes)
+
+    def _draft(self, batch: Batch, settings: GenerationSettings) -> DraftTree:
+        if self.drafter is None or batch.draft is None:
+            return root_tree(batch.root_B)
+        num_rows, most_fresh = len(batch.host_lengths), self.limits.draft_length + 1
+        cycle = Cycle(
+            batch.lengths_B,
+            [batch.room] * num_rows if self.fixed_shapes else batch.host_lengths,
+            [most_fresh] * num_rows if self.fixed_shapes else batch.host_fresh,
+            None if batch.rows.stop is None else batch.rows.stop.threshold_B,
+            self._draws(batch, settings),
+            settings.temperature,
+            self.verifier.reads_draft_probs,
+            self.fixed_shapes,
+        )
+        return self.drafter.propose(batch.draft, cycle, self.limits)
+
+    def _draws(self, batch: Batch, settings: GenerationSettings) -> Draws | None:
+        """What the drafter draws with: the first keys of the cycle, and the request's processors but for the penalty.
+
+        Any distribution is exact to draw from; one like the target's is accepted most.
+        """
+        keys_BU = batch.rows.cycle_keys(0, self.verifier.num_draft_keys)
+        if keys_BU is None:
+            return None
+        return Draws(keys_BU, lambda logits: process(logits, settings).softmax(-1))
+
+    def _read(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
+        """One target forward over the packed tree, written behind each row's cached tokens."""
+        return read_tree(
+            self.target,
+            batch.cache,
+            tree,
+            ancestors_BNN,
+            batch.lengths_B,
+            batch.host_lengths,
+            self.layers,
+            self.slot_step,
+            self.fixed_shapes,
+        )
+
+    def _walk(self, batch: Batch, reading: Reading) -> Walk:
+        """Verify with keys of the cycle that the drafter has not seen."""
+        return self.verifier.walk(
+            reading, batch.rows.cycle_keys(self.verifier.num_draft_keys, self.verifier.num_walk_keys)
+        )
+
+    def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
+        """Compact the accepted path in the cache and move every active row's root; idle rows stay as they are."""
+        if not tree.chain:
+            place_E = torch.arange(steps.path_BE.shape[1], device=steps.path_BE.device)
+            batch.cache.move(batch.lengths_B[:, None] + steps.path_BE, batch.lengths_B[:, None] + place_E)
+        root_B = steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1)
+        batch.root_B.copy_(torch.where(batch.active_B, root_B, batch.root_B))
+        counts_B = steps.counts_B * batch.active_B
+        batch.lengths_B.add_(counts_B)
+        batch.rows.emit(steps.emitted_BE, counts_B)
+        batch.rows.steer_stop(tree, steps.counts_B)
+        if self.drafter is not None and batch.draft is not None:
+            # An idle row's state stands still with its length: one token that was there before is read again and again.
+            fresh_B = torch.where(batch.active_B, steps.counts_B, 1)
+            features = {
+                name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
+                for name in self.drafter.features
+            }
+            self._keep_draft(batch, self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, fresh_B)))
+
+    def _keep_draft(self, batch: Batch, state: DraftState) -> None:
+        if self.fixed_shapes:
+            write_over(batch.draft, state)
+        else:
+            batch.draft = state

@@ -1,0 +1,120 @@
+"""The start of requests: their prompts are read, their first tokens chosen, the drafter starts.
+
+Owns how rows come to be, for a whole batch or for a few rows of one in flight. Knows no queue.
+
+Shape legend: B batch rows, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.decode.batch import Batch, Request
+from draftsmith.decode.cycle import CycleReport, DecodeCycle
+from draftsmith.decode.processors import RequestText, processors_of
+from draftsmith.decode.rows import Rows, seen_tokens
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.decode.verify.verifier import Reading
+from draftsmith.models.drafters.drafter import Emitted, Opening
+from draftsmith.models.target.target import PRE_NORM, TargetOutput
+from draftsmith.models.tree.early_stop import StopState
+from draftsmith.models.tree.noise import request_keys
+from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.tree.tree import root_tree
+from draftsmith.models.trunk.forwards import CHUNK, read_prompts
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Starts requests.
+
+    Attributes:
+        cycle: how the rows will be decoded.
+        chunk: prompt tokens a forward, which bounds the memory of long prompts.
+    """
+
+    cycle: DecodeCycle
+    chunk: int = CHUNK
+
+    def __call__(
+        self, requests: Sequence[Request], settings: GenerationSettings, room: int | None = None
+    ) -> tuple[Batch, CycleReport]:
+        """Read prompts and choose the token behind each.
+
+        Args:
+            requests: one a row.
+            settings: shared by them.
+            room: tokens that a row can come to hold, prompt and reply together. None makes rows that are only moved into a batch.
+
+        Returns:
+            The rows, and the report of their first tokens.
+        """
+        cycle, target = self.cycle, self.cycle.target
+        lengths = [len(request.prompt) for request in requests]
+        longest = max(lengths)
+        padded = [request.prompt + [0] * (longest - len(request.prompt)) for request in requests]
+        tokens_BT = torch.tensor(padded, device=target.device)
+        lengths_B = torch.tensor(lengths, device=target.device)
+        room = longest if room is None else room
+        batch = Batch(
+            requests=list(requests),
+            cache=SlotCache(room + cycle.limits.max_nodes + cycle.slot_step, target.config.num_hidden_layers),
+            lengths_B=lengths_B,
+            host_lengths=list(lengths),
+            host_fresh=list(lengths),
+            root_B=tokens_BT[:, 0].clone(),
+            rows=self._rows(requests, tokens_BT, lengths_B, settings),
+            active_B=torch.ones_like(lengths_B, dtype=torch.bool),
+            room=room,
+        )
+        layers = tuple({PRE_NORM, *cycle.layers})
+        states = read_prompts(target, batch.cache, tokens_BT, lengths_B, layers, self.chunk, cycle.slot_step)
+        reading = self._reading(batch, states[PRE_NORM], settings)
+        steps = cycle.verifier.walk(reading, None)
+        batch.root_B.copy_(steps.emitted_BE[:, 0])
+        batch.rows.emit(steps.emitted_BE, steps.counts_B)
+        if cycle.drafter is not None:
+            emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
+            emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
+            pairs = Emitted(emitted_BE, {name: states[name] for name in cycle.drafter.features}, lengths_B.clone())
+            opening = Opening(pairs, tokens_BT[:, 0], cycle.limits, room, cycle.fixed_shapes, self.chunk)
+            batch.draft = cycle.drafter.start(opening)
+        return batch, cycle.report(batch, steps, reading)
+
+    def _reading(self, batch: Batch, pre_norm_BTD: Tensor, settings: GenerationSettings) -> Reading:
+        """What the target says behind each prompt, as a draft of one node."""
+        last_B11 = (batch.lengths_B - 1)[:, None, None]
+        last_B1D = pre_norm_BTD.gather(1, last_B11.expand(-1, -1, pre_norm_BTD.shape[-1]))
+        output = TargetOutput(last_B1D, self.cycle.target.ends.final_norm(last_B1D))
+        root = root_tree(batch.root_B.clone())
+        return self.cycle.reading(batch, root, root.ancestors(), output, settings)
+
+    def _rows(
+        self, requests: Sequence[Request], tokens_BT: Tensor, lengths_B: Tensor, settings: GenerationSettings
+    ) -> Rows:
+        """What each request and the verifier need, before the first token."""
+        cycle = self.cycle
+        rows = Rows(torch.zeros_like(lengths_B))
+        device, vocab_size = lengths_B.device, cycle.target.ends.vocab_size
+        numbers = [request.number for request in requests]
+        if settings.temperature > 0.0:
+            rows.choice_keys_B = request_keys(settings.seed, numbers, "choices", device)
+        if cycle.verifier.num_draft_keys > 0:
+            rows.cycle_keys_B = request_keys(settings.seed, numbers, "cycles", device)
+        if settings.constraints is not None:
+            rows.texts = [_text(request, settings, vocab_size, cycle.target.device) for request in requests]
+        elif settings.repetition_penalty != 1.0:
+            rows.seen_BV = seen_tokens(tokens_BT, lengths_B, vocab_size)
+        if cycle.drafter is not None and cycle.limits.early_stop is not None:
+            rows.stop = StopState.begin(cycle.limits.early_stop, cycle.limits.draft_length, len(requests), device)
+        return rows
+
+
+def _text(request: Request, settings: GenerationSettings, vocab_size: int, device: torch.device) -> RequestText:
+    """What constraints read of a request; its processors include the penalty and the warpers."""
+    processors = processors_of(settings, request.prompt, request.budget, vocab_size, device)
+    return RequestText(request.prompt, processors, request.generation.token_ids)

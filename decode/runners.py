@@ -1,0 +1,107 @@
+"""The ways of running a cycle: eagerly, compiled, or captured as one CUDA graph.
+
+Owns the choice among them and what each needs. All run the same function, so what they emit is the same up to rounding. Knows neither
+drafters nor queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+from draftsmith.decode.batch import Batch
+from draftsmith.decode.cycle import CycleReport, DecodeCycle
+from draftsmith.decode.ledger import Ledger, phase
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.target.target import Target
+
+Compile = Literal["auto", "on", "off"]
+
+
+class Runner(Protocol):
+    """Runs cycles."""
+
+    def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
+        """As :class:`~draftsmith.decode.cycle.DecodeCycle`."""
+        ...
+
+
+class CompiledRunner:
+    """Runs cycles through ``torch.compile``: one graph for a batch's shapes, made in its first cycle.
+
+    Args:
+        cycle: with fixed shapes.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(self, cycle: DecodeCycle, backend: str | Callable[..., Any] = "inductor") -> None:
+        self._compiled = torch.compile(cycle.__call__, fullgraph=True, dynamic=False, backend=backend)
+
+    def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
+        """Run one cycle; a ledger is charged for it as a whole."""
+        with phase(ledger, "cycle"):
+            return self._compiled(batch, settings)
+
+
+class CapturedRunner:
+    """Runs cycles as one CUDA graph, captured in a batch's second cycle: no kernel is launched by itself afterwards.
+
+    Args:
+        cycle: with fixed shapes.
+    """
+
+    def __init__(self, cycle: DecodeCycle) -> None:
+        self._cycle = cycle
+        self._batch: Batch | None = None
+        self._settings: GenerationSettings | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._report: CycleReport | None = None
+
+    def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
+        """Run one cycle; once it is captured, a ledger is charged for it as a whole."""
+        if batch is not self._batch or settings != self._settings:
+            # The first cycle runs eagerly, so that libraries make what they need outside of a capture.
+            self._batch, self._settings, self._graph = batch, settings, None
+            return self._cycle(batch, settings, ledger)
+        with phase(ledger, "cycle"):
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._report = self._cycle(batch, settings)
+            self._graph.replay()
+        assert self._report is not None
+        return self._report
+
+
+def check_compile(compile: str) -> None:
+    """Raise for what is no way of compiling.
+
+    Raises:
+        ValueError: it is none of auto, on and off.
+    """
+    if compile not in get_args(Compile):
+        raise ValueError(f"compile is {compile!r}; give one of {', '.join(get_args(Compile))}")
+
+
+def compiles(compile: Compile, device: torch.device) -> bool:
+    """Whether cycles are compiled or captured: as asked for, and by ``auto`` on CUDA."""
+    return compile == "on" or (compile == "auto" and device.type == "cuda")
+
+
+def needs_host(target: Target, drafter: Drafter | None, settings: GenerationSettings) -> str:
+    """Why the cycles of a request cannot run as one function; empty where they can."""
+    if settings.constraints is not None:
+        return "the model's generation config sets constraints, which Transformers computes on the host"
+    if target.factors_follow_length:
+        return f"the rotary factors of {target.name} follow the length of the text"
+    if len(set(getattr(target.model, "hf_device_map", {}).values())) > 1:
+        return f"{target.name} lies on several devices"
+    return "" if drafter is None else drafter.needs_host()
+
+
+def whole_cycle_runner(cycle: DecodeCycle) -> Runner:
+    """The way of running a cycle of fixed shapes: captured on CUDA, compiled elsewhere."""
+    return CapturedRunner(cycle) if cycle.target.device.type == "cuda" else CompiledRunner(cycle)

@@ -1,0 +1,138 @@
+"""State of batch rows, whatever it is made of: a row's part of it is replaced, or a whole state is written over another.
+
+Owns the walk over what such a state holds: tensors and lists with one entry a row, caches, and dicts and dataclasses of these. A family of
+drafters gets refilled rows and fixed addresses by it without any code of its own. Knows no family.
+
+Shape legend: B batch rows, R rows that are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from draftsmith.models.tree.slot_cache import SlotCache
+
+
+class UnknownState(TypeError):
+    """A state holds what this walk cannot tell rows apart in."""
+
+
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Which rows of a batch are replaced.
+
+    Attributes:
+        rows: their numbers.
+        num_rows: B.
+        index_R: int64, ``rows`` on the device.
+    """
+
+    rows: list[int]
+    num_rows: int
+    index_R: Tensor
+
+    @classmethod
+    def of(cls, rows: list[int], num_rows: int, device: torch.device) -> ReplacedRows:
+        """From row numbers of a batch."""
+        return cls(rows, num_rows, torch.tensor(rows, dtype=torch.int64, device=device))
+
+
+def put_rows(state: Any, fresh: Any, replaced: ReplacedRows) -> Any:
+    """Replace some rows of a state by those of another.
+
+    Tensors are written in place where the new rows fit. Where they are longer (dimension 1), the result is a longer tensor.
+
+    Args:
+        state: of B rows. It must not be used afterwards.
+        fresh: of R rows, made in the same way.
+        replaced: which rows of ``state`` they replace, in their order.
+
+    Returns:
+        The state of B rows.
+
+    Raises:
+        UnknownState: a part of the state has no entry for each row, or differs between the two.
+    """
+
+    def put(own: Any, new: Any) -> Any:
+        if isinstance(own, SlotCache):
+            own.replace(replaced.rows, new)
+            return own
+        if isinstance(own, Tensor) and own.ndim > 0 and own.shape[0] == replaced.num_rows:
+            return _put_tensor(own, new, replaced.index_R)
+        if isinstance(own, list) and len(own) == replaced.num_rows and len(new) == len(replaced.rows):
+            entries = dict(zip(replaced.rows, new, strict=True))
+            return [entries.get(row, entry) for row, entry in enumerate(own)]
+        raise UnknownState(f"a {type(own).__name__} has no entry for each of {replaced.num_rows} rows")
+
+    return _walk(state, fresh, put)
+
+
+def all_by_rows(state: Any, num_rows: int) -> bool:
+    """Whether :func:`put_rows` can replace rows of a state of ``num_rows`` rows."""
+
+    def check(own: Any, _: Any) -> Any:
+        if (
+            not isinstance(own, SlotCache)
+            and (len(own) if isinstance(own, list) else own.shape[:1].numel()) != num_rows
+        ):
+            raise UnknownState
+        return own
+
+    try:
+        _walk(state, state, check)
+    except UnknownState:
+        return False
+    return True
+
+
+def write_over(state: Any, new: Any) -> None:
+    """Write a state into the tensors of another, whose addresses stay.
+
+    Args:
+        state: receives.
+        new: of the same rows; its tensors may be shorter in dimension 1.
+
+    Raises:
+        UnknownState: a part of the state is no tensor and differs between the two.
+    """
+
+    def write(own: Any, other: Any) -> Any:
+        if isinstance(own, SlotCache) and own is other:
+            return own
+        if isinstance(own, Tensor):
+            (own if own.shape == other.shape else own[:, : other.shape[1]]).copy_(other)
+            return own
+        raise UnknownState(f"a {type(own).__name__} has no fixed address")
+
+    _walk(state, new, write)
+
+
+def _put_tensor(own: Tensor, new: Tensor, index_R: Tensor) -> Tensor:
+    if own.ndim < 2 or own.shape[1:] == new.shape[1:]:
+        return own.index_copy_(0, index_R, new)
+    more = new.shape[1] - own.shape[1]
+    if more > 0:
+        own = F.pad(own, (0, 0) * (own.ndim - 2) + (0, more))
+    own[:, : new.shape[1]].index_copy_(0, index_R, new)
+    return own
+
+
+def _walk(own: Any, new: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """Both states part by part: ``change`` gives what takes the place of a tensor, list or cache; all else must be equal."""
+    if isinstance(own, Tensor | list | SlotCache):
+        return change(own, new)
+    if isinstance(own, dict):
+        return {key: _walk(part, new[key], change) for key, part in own.items()}
+    if is_dataclass(own) and not isinstance(own, type):
+        parts = {part.name: getattr(own, part.name) for part in fields(own) if part.init}
+        return replace(own, **{name: _walk(part, getattr(new, name), change) for name, part in parts.items()})
+    if own is new or own == new:
+        return own
+    raise UnknownState(f"a {type(own).__name__} differs between rows")

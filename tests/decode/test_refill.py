@@ -1,0 +1,183 @@
+"""Requests that wait take the rows of those that have ended, and nobody's reply depends on who shares the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from doubles import BOS, PlannedDrafter, random_target
+from every_family import EVERY_FAMILY, fresh, name_of
+from torch import Tensor
+
+from draftsmith.decode import Engine, GenerationSettings, Ledger
+from draftsmith.decode.constraints import Constraints
+from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
+from draftsmith.models.tree.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, write_over
+from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.slot_cache import SlotCache
+
+PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4], [BOS, 40], [BOS, 41, 42, 43]]
+ENDS = tuple(range(3, 9))
+REQUESTS = {
+    "greedy": GenerationSettings(max_new_tokens=13, eos_token_ids=ENDS),
+    "drawn": GenerationSettings(max_new_tokens=13, eos_token_ids=ENDS, temperature=1.0, min_p=0.02, seed=5),
+    "penalty": GenerationSettings(max_new_tokens=13, eos_token_ids=ENDS, repetition_penalty=1.4),
+    "constraints": GenerationSettings(
+        max_new_tokens=13, eos_token_ids=ENDS, constraints=Constraints(no_repeat_ngram_size=2)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return random_target()
+
+
+@pytest.fixture(scope="module")
+def drafters(target: Target) -> dict[str, Drafter]:
+    families: dict[str, Drafter] = {name_of(family): fresh(family, target.ends) for family in EVERY_FAMILY}
+    return {**families, "draft LM": LMDrafter(random_target(seed=3)).eval()}
+
+
+def alone(target: Target, request: GenerationSettings) -> list[list[int]]:
+    """Each reply decoded plainly, one by one."""
+    engine = Engine(target)
+    numbered = enumerate(PROMPTS)
+    return [engine.generate([prompt], request, request_ids=[number])[0].token_ids for number, prompt in numbered]
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+def test_replies_are_those_of_each_prompt_alone(target: Target, request_name: str, num_rows: int) -> None:
+    request = REQUESTS[request_name]
+    expected = alone(target, request)
+    assert len({len(reply) for reply in expected}) > 2
+    for engine in (Engine(target), Engine(target, PlannedDrafter(target, "half"), DraftLimits(3, 4))):
+        replies = engine.generate(PROMPTS, request, num_rows=num_rows)
+        assert [reply.token_ids for reply in replies] == expected
+
+
+@pytest.mark.parametrize("shape", ["1x3", "3x3n5", "2x3e0.4"])
+@pytest.mark.parametrize("name", [*map(name_of, EVERY_FAMILY), "draft LM"])
+def test_every_drafter_drafts_for_rows_that_come_later(
+    target: Target, drafters: dict[str, Drafter], name: str, shape: str
+) -> None:
+    request = REQUESTS["drawn"]
+    engine = Engine(target, drafters[name], parse_shape(shape))
+    replies = engine.generate(PROMPTS, request, num_rows=2)
+    assert [reply.token_ids for reply in replies] == alone(target, request)
+
+
+@pytest.mark.parametrize("name", [*map(name_of, EVERY_FAMILY), "draft LM"])
+def test_a_row_that_comes_later_is_drafted_for_as_it_would_be_alone(
+    target: Target, drafters: dict[str, Drafter], name: str
+) -> None:
+    """What is accepted in each cycle tells whether the drafter's state came with the row."""
+    request, engine = REQUESTS["greedy"], Engine(target, drafters[name], DraftLimits(3, 3))
+    together = engine.generate(PROMPTS, request, num_rows=2)
+    alone = [engine.generate([prompt], request)[0] for prompt in PROMPTS]
+    assert [reply.accepted for reply in together] == [reply.accepted for reply in alone]
+
+
+def test_an_oracle_is_accepted_whole_in_rows_that_come_later(target: Target) -> None:
+    engine = Engine(target, PlannedDrafter(target, "late"), DraftLimits(3, 4))
+    replies = engine.generate(PROMPTS, GenerationSettings(max_new_tokens=11), num_rows=2)
+    assert [reply.accepted for reply in replies] == [[4, 4]] * len(PROMPTS)
+
+
+def test_no_row_is_idle_while_a_request_waits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    from draftsmith.decode.batch import Batch
+    from draftsmith.decode.cycle import CycleReport, DecodeCycle
+
+    busy, call = [], DecodeCycle.__call__
+
+    def watched(self: DecodeCycle, batch: Batch, settings: GenerationSettings, ledger: Ledger | None) -> CycleReport:
+        busy.append((sum(request is not None for request in batch.requests), len(batch.requests)))
+        return call(self, batch, settings, ledger)
+
+    monkeypatch.setattr(DecodeCycle, "__call__", watched)
+    replies = Engine(target).generate(PROMPTS, REQUESTS["greedy"], num_rows=2)
+    assert all(working == rows for working, rows in busy)
+    cycles = sum(len(reply.accepted) for reply in replies)
+    assert len(busy) < cycles
+    assert busy.count((2, 2)) >= (cycles - max(len(reply.accepted) for reply in replies)) // 2
+
+
+def test_prompts_are_taken_as_rows_become_free_and_replies_given_as_they_end(target: Target) -> None:
+    taken: list[int] = []
+
+    def prompts() -> Iterator[tuple[int, list[int]]]:
+        for number, prompt in enumerate(PROMPTS):
+            taken.append(number)
+            yield number, prompt
+
+    request = REQUESTS["greedy"]
+    expected = alone(target, request)
+    order = []
+    for index, reply in Engine(target).stream(prompts(), request, num_rows=2, room=30):
+        order.append(index)
+        assert reply.token_ids == expected[index]
+        assert len(taken) <= len(order) + 2
+    assert sorted(order) == list(range(len(PROMPTS)))
+
+
+def test_a_prompt_that_does_not_fit_into_a_row_is_refused_with_both_numbers(target: Target) -> None:
+    requests = iter([(0, PROMPTS[1]), (1, PROMPTS[2])])
+    with pytest.raises(ValueError, match="prompt 1 has 7 tokens and its reply up to 13, a row has room for 18"):
+        list(Engine(target).stream(requests, REQUESTS["greedy"], num_rows=1, room=18))
+
+
+def test_a_number_of_rows_below_one_is_refused(target: Target) -> None:
+    with pytest.raises(ValueError, match="num_rows is 0; give at least 1"):
+        Engine(target).generate(PROMPTS, REQUESTS["greedy"], num_rows=0)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state as a family may have it."""
+
+    pending_BE: Tensor
+    texts: list[str]
+    cache: SlotCache
+    depth: int = 3
+
+
+def state_of(numbers: list[int], width: int) -> State:
+    cache = SlotCache(width, 1)
+    cache.aim(torch.arange(width).expand(len(numbers), -1), width, 0)
+    keys = torch.tensor(numbers, dtype=torch.float32)[:, None, None, None].expand(-1, 1, width, 2)
+    cache.update(keys, keys, 0)
+    pending_BE = torch.tensor(numbers)[:, None].expand(-1, width).clone()
+    return State(pending_BE, [str(number) for number in numbers], cache)
+
+
+def test_rows_of_any_state_are_replaced_and_the_others_stay() -> None:
+    places = ReplacedRows.of([2, 0], 3, torch.device("cpu"))
+    put = put_rows(state_of([0, 1, 2], 4), state_of([7, 8], 3), places)
+    assert put.pending_BE[:, :3].tolist() == [[8] * 3, [1] * 3, [7] * 3]
+    assert put.texts == ["8", "1", "7"]
+    assert put.cache.layer(0)[0][:, 0, :3, 0].tolist() == [[8.0] * 3, [1.0] * 3, [7.0] * 3]
+    longer = put_rows(put.pending_BE, torch.full((1, 6), 9), ReplacedRows.of([1], 3, torch.device("cpu")))
+    assert longer.shape == (3, 6)
+    assert longer[:, :3].tolist() == [[8] * 3, [9] * 3, [7] * 3]
+
+
+def test_a_state_that_has_no_entry_for_each_row_is_known() -> None:
+    assert all_by_rows(state_of([0, 1], 2), 2)
+    assert all_by_rows(None, 2)
+    assert not all_by_rows({"table": torch.zeros(5, 2)}, 2)
+    assert not all_by_rows([1, 2, 3], 2)
+    with pytest.raises(UnknownState, match="differs between rows"):
+        put_rows({"depth": 3}, {"depth": 4}, ReplacedRows.of([0], 1, torch.device("cpu")))
+
+
+def test_a_state_is_written_over_in_place_also_by_a_shorter_one() -> None:
+    kept, new = {"a": torch.zeros(2, 4), "b": None}, {"a": torch.ones(2, 3), "b": None}
+    address = kept["a"].data_ptr()  # type: ignore[union-attr]
+    write_over(kept, new)
+    assert kept["a"].data_ptr() == address  # type: ignore[union-attr]
+    assert kept["a"].sum() == 6  # type: ignore[union-attr]
+    with pytest.raises(UnknownState, match="fixed address"):
+        write_over([1], [2])
