@@ -6,7 +6,8 @@ Owns: turns, which request comes next, the row that a finished dialogue becomes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -14,10 +15,12 @@ from typing import Any
 
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt
+from draftsmith.data.replies.reply_plan import Plan
 from draftsmith.data.replies.reply_sources import (
     BadReply,
     IndependentEngine,
     RawReply,
+    RefillingEngine,
     Reply,
     ResponseEngine,
     Unanswered,
@@ -146,6 +149,68 @@ def answer_batch(
             dialogue.take(reply, chat, context)
     for dialogue in dialogues:
         yield dialogue.row(settings)
+
+
+class _Turns:
+    """The next turns of many dialogues, as an engine asks for them: those under way before those that have not begun."""
+
+    def __init__(self, dialogues: Iterable[Dialogue]) -> None:
+        self._fresh = enumerate(dialogues)
+        self.under_way: deque[tuple[int, Dialogue]] = deque()
+        self.asked: list[tuple[int, Dialogue]] = []
+
+    def __iter__(self) -> _Turns:
+        return self
+
+    def __next__(self) -> tuple[int, list[int]]:
+        self.asked.append(self.under_way.popleft() if self.under_way else next(self._fresh))
+        dialogue = self.asked[-1][1]
+        return dialogue.request_id, dialogue.next_ids or []
+
+
+def answer_in_stretches(
+    plan: Plan, there: Container[str], chat: ChatTemplate, engine: RefillingEngine
+) -> Iterator[dict[str, Any]]:
+    """Answer the prompts of a plan, each in the row of one that has ended. All user turns are played.
+
+    A dialogue whose next turn does not fit into its row waits for the end of its stretch, and continues with others of its length.
+
+    Args:
+        plan: the prompts.
+        there: ids of prompts that have been answered.
+        chat: renders later turns.
+        engine: what generates.
+
+    Yields:
+        Rows, in an order that the replies alone decide.
+    """
+    for stretch in plan.stretches(there):
+        dialogues = [Dialogue(prompt, list(ids)) for prompt, ids in stretch.prompts]
+        room = stretch.room
+        while dialogues:
+            yield from _answer_in_rows(dialogues, plan, room, chat, engine)
+            dialogues = [dialogue for dialogue in dialogues if dialogue.next_ids is not None]
+            dialogues.sort(key=lambda dialogue: (-len(dialogue.next_ids or []), dialogue.prompt.id))
+            room = max((len(each.next_ids or []) for each in dialogues), default=0) + plan.settings.max_new_tokens
+
+
+def _answer_in_rows(
+    dialogues: list[Dialogue], plan: Plan, room: int, chat: ChatTemplate, engine: RefillingEngine
+) -> Iterator[dict[str, Any]]:
+    """Play dialogues as far as they fit into their rows; the rows of those that have ended, in their order."""
+    turns = _Turns(dialogues)
+    written, at_rest = 0, set()
+    for index, reply in engine.stream(turns, plan.settings, plan.num_rows(room), room):
+        place, dialogue = turns.asked[index]
+        dialogue.take(reply, chat, plan.context)
+        if dialogue.next_ids is not None and len(dialogue.next_ids) + plan.settings.max_new_tokens <= room:
+            turns.under_way.append((place, dialogue))
+            continue
+        at_rest.add(place)
+        while written in at_rest:
+            if dialogues[written].next_ids is None:
+                yield dialogues[written].row(plan.settings)
+            written += 1
 
 
 def answer_independently(

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
 from draftsmith.data.progress import progress
-from draftsmith.data.replies.dialogues import Failure, answer_batch, answer_independently
+from draftsmith.data.replies.dialogues import Failure, answer_batch, answer_in_stretches, answer_independently
 from draftsmith.data.replies.reply_plan import Plan
-from draftsmith.data.replies.reply_sources import IndependentEngine, ResponseEngine
+from draftsmith.data.replies.reply_sources import IndependentEngine, RefillingEngine, ResponseEngine
 from draftsmith.data.shared_work import Share, in_turn
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
@@ -114,6 +114,10 @@ def write_replies(
             if isinstance(engine, IndependentEngine):
                 failures = out / f"failures{share.suffix}.jsonl"
                 _write_independent(appender, failures, plan, chat, engine, advance)
+            elif isinstance(engine, RefillingEngine):
+                for row in answer_in_stretches(plan, set(appender.rows), chat, engine):
+                    appender.write(row)
+                    advance(1)
             else:
                 _write_batches(appender, plan, chat, engine, advance)
             return len(appender.rows)

@@ -6,7 +6,7 @@ Owns: batches, and which prompts are dropped because they do not fit. Does not k
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from draftsmith.data.prompt_ids import first_prompt_ids
@@ -33,6 +33,19 @@ SMALL_BATCHES = BatchOptions()
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Prompts of similar length that share rows: one that waits takes the row of one that has ended.
+
+    Attributes:
+        prompts: with the ids of their first turn, the longest first.
+        room: tokens that a row can come to hold.
+    """
+
+    prompts: list[tuple[Prompt, array]]
+    room: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one rank has to do. The ids are arrays, since there may be a million prompts.
 
@@ -41,17 +54,42 @@ class Plan:
         dropped: prompts that do not fit.
         settings: of generation.
         context: the model's context in tokens, None for no limit.
+        limits: how many prompts are answered together.
     """
 
     batches: list[list[tuple[Prompt, array]]]
     dropped: list[Dropped]
     settings: GenerationSettings
     context: int | None
+    limits: BatchOptions = SMALL_BATCHES
 
     @property
     def num_prompts(self) -> int:
         """Prompts that will have a row."""
         return sum(len(batch) for batch in self.batches)
+
+    def stretches(self, there: Container[str]) -> Iterator[Stretch]:
+        """The prompts in stretches whose shortest row needs at least half the room of the longest.
+
+        Args:
+            there: ids of prompts that have been answered.
+        """
+        items = (item for batch in self.batches for item in batch if item[0].id not in there)
+        prompts: list[tuple[Prompt, array]] = []
+        room = 0
+        for item in items:
+            needed = len(item[1]) + self.settings.max_new_tokens
+            if prompts and 2 * needed < room:
+                yield Stretch(prompts, room)
+                prompts = []
+            room = room if prompts else needed
+            prompts.append(item)
+        if prompts:
+            yield Stretch(prompts, room)
+
+    def num_rows(self, room: int) -> int:
+        """How many rows of so many tokens the limits allow, at least one."""
+        return max(1, min(self.limits.batch_rows, self.limits.batch_tokens // room))
 
 
 def make_plan(
@@ -97,7 +135,7 @@ def make_plan(
             f"none of {len(prompts)} prompts can be answered" + (f": {dropped[0].reason}" if dropped else "")
         )
     fitting.sort(key=lambda item: (-len(item[1]), item[0].id))
-    return Plan(_in_batches(fitting, settings.max_new_tokens, batches), dropped, settings, context)
+    return Plan(_in_batches(fitting, settings.max_new_tokens, batches), dropped, settings, context, batches)
 
 
 def _in_batches(

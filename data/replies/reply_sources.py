@@ -3,6 +3,7 @@
 Owns: those interfaces. Does not know: prompts' files, batches, resuming, what serves elsewhere (`server_source.py`, `vllm_source.py`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -46,6 +47,26 @@ class ResponseEngine(Protocol):
 
         Returns:
             One reply a prompt.
+        """
+
+
+@runtime_checkable
+class RefillingEngine(Protocol):
+    """Whatever answers some prompts at once and lets others take the rows of those that have ended."""
+
+    def stream(
+        self, requests: Iterator[tuple[int, list[int]]], settings: GenerationSettings, num_rows: int, room: int
+    ) -> Iterator[tuple[int, Reply]]:
+        """Reply to prompts as rows become free. A reply depends on its prompt, the settings and its request id alone.
+
+        Args:
+            requests: (request id, token ids) of each. It is asked again after every reply, also where it had none left before.
+            settings: of generation.
+            num_rows: how many prompts are answered at once.
+            room: tokens that a prompt and its reply may have.
+
+        Yields:
+            Which of the requests was answered, counted from 0, and the reply.
         """
 
 
@@ -155,3 +176,10 @@ class BundledEngine:
         """See `ResponseEngine.reply`."""
         generations = self._engine.generate(prompts, settings, request_ids=request_ids)
         return [Reply(generation.token_ids, generation.finish) for generation in generations]
+
+    def stream(
+        self, requests: Iterator[tuple[int, list[int]]], settings: GenerationSettings, num_rows: int, room: int
+    ) -> Iterator[tuple[int, Reply]]:
+        """See `RefillingEngine.stream`."""
+        for index, generation in self._engine.stream(requests, settings, num_rows, room):
+            yield index, Reply(generation.token_ids, generation.finish)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.replies.reply_sources import BadReply, RawReply, Reply
-from draftsmith.decode.batch import Recorder
+from draftsmith.decode.batch import Recorder, Request
 from draftsmith.decode.sampling import GenerationSettings
 
 # What JSON and vLLM hold a seed in.
@@ -104,9 +104,11 @@ def settle(
     Raises:
         BadReply: it ended for a reason of the engine's own, which no bundled reply would have.
     """
-    recorder = Recorder([budget], settings.eos_token_ids, settings.stop_strings, tokenizer, None)
-    finished = recorder.add(0, raw.token_ids, None)
-    generation = recorder.generations[0]
+    request = Request(0, [], 0, budget)
+    finished = Recorder(settings.eos_token_ids, settings.stop_strings, tokenizer, None).add(
+        request, raw.token_ids, None
+    )
+    generation = request.generation
     if not finished:
         raise BadReply(
             f"a reply of {len(raw.token_ids)} tokens ended ({raw.finish}) at token {raw.token_ids[-1]}, which is no end token of this "
