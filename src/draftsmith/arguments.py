@@ -54,10 +54,11 @@ class Suggesting:
     class_names: Collection[str] = ()
     _config_files: Sequence[Path] = ()
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """See jsonargparse; remembers the configuration files for messages."""
-        self._config_files = config_files(sys.argv[1:] if args is None else args)
-        return super().parse_args(args, *others, **options)  # type: ignore[misc]
+        given = args[0] if args else kwargs.get("args")
+        self._config_files = config_files(sys.argv[1:] if given is None else given)
+        return super().parse_args(*args, **kwargs)  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one message and exits with code 2; a nested parser raises it to its parent instead."""
