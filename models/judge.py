@@ -210,11 +210,11 @@ class Judge(PreTrainedModel):
                 f"({fingerprint[:12]}); use that draft model, or train a judge that reads the target alone"
             )
 
-    def log_odds(self, states_D: Tensor, draft_states: Tensor | None = None) -> Tensor:
+    def log_odds(self, states: Tensor, draft_states: Tensor | None = None) -> Tensor:
         """The log-odds of being correct.
 
         Args:
-            states_D: [..., D] of any float dtype, the target's states before its final norm, each at the position of the token that
+            states: [..., D] of any float dtype, the target's states before its final norm, each at the position of the token that
                 is judged.
             draft_states: [..., the draft model's hidden size] at the same positions, for a judge that reads them.
 
@@ -224,7 +224,7 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: states of another size, draft states missing or not wanted, or a norm is needed and no target is attached.
         """
-        _check_states("states", states_D, self.config.hidden_size)
+        _check_states("states", states, self.config.hidden_size)
         if self.reads_draft != (draft_states is not None):
             reads = "it reads the draft model's states too" if self.reads_draft else "it reads the target's states only"
             raise ValueError(
@@ -232,22 +232,22 @@ class Judge(PreTrainedModel):
                 f"{self.config.draft_hidden_size}); call it so"
             )
         if self.config.feature == POST_NORM:
-            states_D = self._ends().final_norm(states_D)
-        parts = [states_D.float()]
+            states = self._ends().final_norm(states)
+        parts = [states.float()]
         if draft_states is not None:
             _check_states("draft_states", draft_states, self.config.draft_hidden_size)
-            parts.append(draft_states.to(states_D.device).float())
-        with torch.autocast(states_D.device.type, enabled=False):
+            parts.append(draft_states.to(states.device).float())
+        with torch.autocast(states.device.type, enabled=False):
             standard = (torch.cat(parts, dim=-1) - self.mean.float()) / self.scale.float()
             return standard @ self.weight.float() + self.bias.float()
 
-    def accepts(self, states_D: Tensor, draft_states: Tensor | None = None) -> Tensor:
+    def accepts(self, states: Tensor, draft_states: Tensor | None = None) -> Tensor:
         """Whether each token may stand: sigmoid(log_odds) > threshold. NaN states are never accepted.
 
         Compared as log-odds, because sigmoid in float32 is 1 from 17 on: so a threshold of 1 accepts nothing, whatever the states.
 
         Args:
-            states_D: as for :meth:`log_odds`.
+            states: as for :meth:`log_odds`.
             draft_states: as for :meth:`log_odds`.
 
         Returns:
@@ -256,7 +256,7 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: as :meth:`log_odds`.
         """
-        return self.log_odds(states_D, draft_states) > log_odds_of(self.config.threshold)
+        return self.log_odds(states, draft_states) > log_odds_of(self.config.threshold)
 
     def with_threshold(self, threshold: float) -> Judge:
         """Make a copy with another threshold, attached to the same target.

@@ -29,14 +29,14 @@ class _Forward:
         rows: numbers of its samples.
         states: layer name -> [B, T, D].
         scales: layer name -> float32 [B, T], of states with eight bits.
-        greedy_ids: int32 [B, T, G], or None.
+        greedy_BTG: int32, or None.
         arrived: events; the states are on the host after all of them.
     """
 
     rows: list[int]
     states: dict[str, Tensor]
     scales: dict[str, Tensor]
-    greedy_ids: Tensor | None
+    greedy_BTG: Tensor | None
     arrived: list[torch.cuda.Event]
 
 
@@ -68,14 +68,14 @@ def features(
     dtype = stored_dtype(identity.dtype)
     horizon = identity.local_horizon
     hidden = {layer: torch.empty(ends[-1], identity.hidden_size, dtype=dtype) for layer in identity.layers}
-    greedy = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
+    greedy_TG = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
     content = ShardContent(
         ids=[sample.id for sample in samples],
         offsets=torch.tensor(ends),
         input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.int32),
         loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
         hidden=hidden,
-        greedy_ids=greedy,
+        greedy_ids=greedy_TG,
         scales={layer: torch.empty(ends[-1]) for layer in identity.layers if dtype == CODES},
     )
     _check_vocabulary(content, target)
@@ -177,10 +177,10 @@ def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], ide
             states_BTD, scales_BT = quantise(states_BTD)
             scales[layer] = _to_host(scales_BT)
         states[layer] = _to_host(states_BTD.to(dtype))
-    greedy = None
+    greedy_BTG = None
     if identity.local_horizon:
-        greedy = greedy_continuations(target, ids_BT, identity.local_horizon, read_B).to("cpu", torch.int32)
-    return _Forward(rows, states, scales, greedy, _ends_of_copies(sources))
+        greedy_BTG = greedy_continuations(target, ids_BT, identity.local_horizon, read_B).to("cpu", torch.int32)
+    return _Forward(rows, states, scales, greedy_BTG, _ends_of_copies(sources))
 
 
 def _ends_of_copies(sources: set[torch.device]) -> list[torch.cuda.Event]:
@@ -208,16 +208,16 @@ def _store(forward: _Forward, content: ShardContent) -> int:
     for row, index in enumerate(forward.rows):
         start, stop = int(content.offsets[index]), int(content.offsets[index + 1])
         for layer, states_BTD in forward.states.items():
-            kept = states_BTD[row, : stop - start]
+            kept_TD = states_BTD[row, : stop - start]
             # Codes of eight bits hold no infinity and may hide a NaN: their scales tell.
-            telling = forward.scales[layer][row, : stop - start, None] if forward.scales else kept
-            if not torch.isfinite(telling.sum(dtype=torch.float32)):
-                _refuse_non_finite(telling, kept.dtype, content.ids[index], layer)
-            content.hidden[layer][start:stop] = kept
+            telling_TD = forward.scales[layer][row, : stop - start, None] if forward.scales else kept_TD
+            if not torch.isfinite(telling_TD.sum(dtype=torch.float32)):
+                _refuse_non_finite(telling_TD, kept_TD.dtype, content.ids[index], layer)
+            content.hidden[layer][start:stop] = kept_TD
             if forward.scales:
-                content.scales[layer][start:stop] = telling[:, 0]
-        if forward.greedy_ids is not None and content.greedy_ids is not None:
-            content.greedy_ids[start:stop] = forward.greedy_ids[row, : stop - start]
+                content.scales[layer][start:stop] = telling_TD[:, 0]
+        if forward.greedy_BTG is not None and content.greedy_ids is not None:
+            content.greedy_ids[start:stop] = forward.greedy_BTG[row, : stop - start]
         stored += stop - start
     return stored
 

@@ -94,20 +94,20 @@ def dequantise_plainly(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.to(torch.float32) * scales[..., None]).to(torch.bfloat16)
 
 
-def _by_bits(codes_TD: Tensor, scales_T: Tensor, states_TD: Tensor) -> Tensor:
-    """Fill `states_TD`. Rows go in blocks that stay in the processor's cache.
+def _by_bits(codes: Tensor, scales: Tensor, states: Tensor) -> Tensor:
+    """Fill `states`. Rows go in blocks that stay in the processor's cache.
 
     An e4m3 number's bits, seven places up, are those of a float16 that is 256 times smaller. That holds for the sign, the four bits of
     exponent (biases 7 and 15), the mantissa, and subnormal numbers too.
     """
-    bits_TD, scales_T1 = codes_TD.view(torch.int8), (scales_T * 256)[:, None]
-    num_rows = max(1, _BLOCK // max(1, codes_TD.shape[1]))
-    for start in range(0, codes_TD.shape[0], num_rows):
+    bits, row_scales = codes.view(torch.int8), (scales * 256)[:, None]
+    num_rows = max(1, _BLOCK // max(1, codes.shape[1]))
+    for start in range(0, codes.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         # Widening copies the sign to all upper bits: the mask keeps one of them, and the seven others of the code.
-        moved = bits_TD[rows].to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x8000 | 0x3F80)
-        states_TD[rows] = moved.view(torch.float16).to(torch.float32).mul_(scales_T1[rows])
-    return states_TD
+        moved = bits[rows].to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x8000 | 0x3F80)
+        states[rows] = moved.view(torch.float16).to(torch.float32).mul_(row_scales[rows])
+    return states
 
 
 class EightBitStates(Mapping[str, Tensor]):

@@ -102,13 +102,13 @@ def _padded(batch: PackedBatch, lengths: Sequence[int], pad_to: int) -> PackedBa
         raise ValueError(f"pad_to is {pad_to}; it must be at least 1")
     longest = -(-max(lengths) // pad_to) * pad_to
     num_samples = len(lengths)
-    places_T = batch.document_ids * longest + batch.positions
+    places = batch.document_ids * longest + batch.positions
     steps = torch.arange(longest).repeat(num_samples)
     own = torch.tensor(lengths).repeat_interleave(longest)
     rows = torch.arange(num_samples).repeat_interleave(longest)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(num_samples * longest, *values.shape[1:]).index_copy_(0, places_T, values)
+        return values.new_zeros(num_samples * longest, *values.shape[1:]).index_copy_(0, places, values)
 
     return replace(
         batch,

@@ -4,7 +4,8 @@ Owns how a language model that shares the target's tokenizer drafts: through the
 keys and values of its own. It reads nothing of the target but its tokens. Knows nothing of verification, nor of training: any causal LM
 will do, and `configs/draft_lm.yaml` distils one towards its target.
 
-Shape legend: B batch rows, E fresh tokens, M drafted nodes of a layer, T prompt tokens, S cache slots, V vocabulary.
+Shape legend: B batch rows, E fresh tokens, M drafted nodes of a layer, N new tokens of a forward, T prompt tokens.
+S cache slots, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -184,32 +185,34 @@ class LMDraft:
         """See :class:`Expander`: what follows the root, once all pending tokens are read."""
         tokens_BE = self._pending.tokens_BE[:, : self._slots.num_fresh]
         positions_BE = self._slots.aim_fresh(self._pending.counts_B)
-        normed = self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
+        normed_BED = self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
         last_B11 = self._last_B1[..., None]
-        return self._drafter.shared_logits(normed.gather(1, last_B11.expand(-1, -1, normed.shape[-1])))
+        return self._drafter.shared_logits(normed_BED.gather(1, last_B11.expand(-1, -1, normed_BED.shape[-1])))
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`: what follows new nodes."""
         self._depth += 1
         self._depths.append(torch.full_like(tokens_BM, self._depth))
-        mask = self._slots.aim_nodes(above_BM)
+        mask_B1MS = self._slots.aim_nodes(above_BM)
         positions_B1 = self._slots.lengths_B[:, None] + self._depth
-        return self._drafter.shared_logits(self._run(tokens_BM, positions_B1.expand(tokens_BM.shape), mask))
+        return self._drafter.shared_logits(self._run(tokens_BM, positions_B1.expand(tokens_BM.shape), mask_B1MS))
 
-    def _run(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Normed states of new tokens at the slots that were aimed at."""
+    def _run(self, tokens_BN: Tensor, positions_BN: Tensor, mask_B1NS: Tensor | None) -> Tensor:
+        """[B, N, D], normed states of new tokens at the slots that were aimed at."""
         lm, cache = self._drafter.lm, self._slots.cache
-        key_positions = None
+        key_positions_BS = None
         if lm.window is not None:
-            key_positions = self._key_positions()
-            if mask is None:  # what a windowed model makes of none is its own affair
-                mask = torch.ones(1, 1, tokens.shape[1], cache.window, dtype=torch.bool, device=tokens.device)
+            key_positions_BS = self._key_positions()
+            if mask_B1NS is None:  # what a windowed model makes of none is its own affair
+                mask_B1NS = torch.ones(
+                    1, 1, tokens_BN.shape[1], cache.window, dtype=torch.bool, device=tokens_BN.device
+                )
         return lm(
-            self._drafter.known(tokens),
+            self._drafter.known(tokens_BN),
             cache=cache,
-            positions=within_context(lm, positions),
-            mask=mask,
-            key_positions=key_positions,
+            positions=within_context(lm, positions_BN),
+            mask=mask_B1NS,
+            key_positions=key_positions_BS,
         ).normed
 
     def _key_positions(self) -> Tensor:

@@ -63,7 +63,7 @@ class Emitted:
 
     def slots(self, begin: int, end: int) -> Emitted:
         """The pairs in slots ``begin`` to ``end - 1``; the counts stay those of all."""
-        features = {name: states[:, begin:end] for name, states in self.features.items()}
+        features = {name: states_BED[:, begin:end] for name, states_BED in self.features.items()}
         return Emitted(self.tokens_BE[:, begin:end], features, self.counts_B)
 
     def last_only(self, num_slots: int = 1) -> Emitted:
@@ -75,22 +75,22 @@ class Emitted:
         last_B1 = self.counts_B[:, None] - 1
         more = num_slots - 1
         features = {
-            name: F.pad(states.gather(1, last_B1[..., None].expand(-1, -1, states.shape[-1])), (0, 0, 0, more))
-            for name, states in self.features.items()
+            name: F.pad(states_BED.gather(1, last_B1[..., None].expand(-1, -1, states_BED.shape[-1])), (0, 0, 0, more))
+            for name, states_BED in self.features.items()
         }
         return Emitted(F.pad(self.tokens_BE.gather(1, last_B1), (0, more)), features, torch.ones_like(self.counts_B))
 
-    def select_rows(self, rows: Tensor) -> Emitted:
+    def select_rows(self, rows_B: Tensor) -> Emitted:
         """Keep some batch rows only.
 
         Args:
-            rows: int64 [B'].
+            rows_B: int64 [B'].
 
         Returns:
             The same of these rows.
         """
-        features = {name: states[rows] for name, states in self.features.items()}
-        return Emitted(self.tokens_BE[rows], features, self.counts_B[rows])
+        features = {name: states[rows_B] for name, states in self.features.items()}
+        return Emitted(self.tokens_BE[rows_B], features, self.counts_B[rows_B])
 
 
 @dataclass(frozen=True)

@@ -93,19 +93,19 @@ def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
         ``[[a, b], [b, c], [c, -]]``, targets ``[[b, c], [c, -], [-, -]]``; ``-`` is not valid.
     """
     total = batch.input_ids.shape[0]
-    same_T = batch.document_ids[1:] == batch.document_ids[:-1]
-    anchors = torch.nonzero(batch.loss_mask[1:] & same_T).squeeze(1)
-    ahead_AK = anchors[:, None] + 2 + torch.arange(num_steps, device=anchors.device)
-    inside_AK = ahead_AK < total
-    ahead_AK = ahead_AK.clamp(max=max(total - 1, 0))
-    supervised_AK = (
-        inside_AK & batch.loss_mask[ahead_AK] & (batch.document_ids[ahead_AK] == batch.document_ids[anchors, None])
+    same_document = batch.document_ids[1:] == batch.document_ids[:-1]
+    anchors = torch.nonzero(batch.loss_mask[1:] & same_document).squeeze(1)
+    predicted = anchors[:, None] + 2 + torch.arange(num_steps, device=anchors.device)
+    inside = predicted < total
+    predicted = predicted.clamp(max=max(total - 1, 0))
+    supervised = (
+        inside & batch.loss_mask[predicted] & (batch.document_ids[predicted] == batch.document_ids[anchors, None])
     )
     return Rollout(
         anchors=anchors,
-        tokens=batch.input_ids[(ahead_AK - 1).clamp(min=0)],
-        targets=batch.input_ids[ahead_AK],
-        valid=supervised_AK.int().cumprod(1).bool(),
+        tokens=batch.input_ids[(predicted - 1).clamp(min=0)],
+        targets=batch.input_ids[predicted],
+        valid=supervised.int().cumprod(1).bool(),
         on_text=True,
     )
 
@@ -134,12 +134,12 @@ def local_rollout(batch: PackedBatch, num_steps: int, eos_token_ids: tuple[int, 
             f"extract it with --local-horizon {num_steps + 1}"
         )
     anchors = data_rollout(batch, 1).anchors
-    greedy_AG = batch.greedy_ids[anchors]
-    tokens_AK = greedy_AG[:, :num_steps]
-    ended_AK = torch.isin(tokens_AK, torch.tensor(eos_token_ids, dtype=tokens_AK.dtype, device=tokens_AK.device))
+    greedy = batch.greedy_ids[anchors]
+    tokens = greedy[:, :num_steps]
+    ended = torch.isin(tokens, torch.tensor(eos_token_ids, dtype=tokens.dtype, device=tokens.device))
     return Rollout(
         anchors=anchors,
-        tokens=tokens_AK,
-        targets=greedy_AG[:, 1 : num_steps + 1],
-        valid=~ended_AK.int().cumsum(1).bool(),
+        tokens=tokens,
+        targets=greedy[:, 1 : num_steps + 1],
+        valid=~ended.int().cumsum(1).bool(),
     )

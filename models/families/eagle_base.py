@@ -6,7 +6,8 @@ Both feed the token x_{t+1} and what is known of position t. Where the target ha
 root it is the layer's own output. The layer's keys at accepted positions are always made from the target's states, in training as in
 decoding.
 
-Shape legend: B batch rows, E fresh tokens, M drafted nodes, T packed tokens, A anchors, K draft steps, D hidden.
+Shape legend: B batch rows, E fresh tokens, M drafted nodes, N new tokens of either kind, T packed tokens, A anchors, K draft steps.
+D hidden or head size, I attention's input, H heads, G key/value heads, S cache slots. Tensors with any leading dimensions have no suffix.
 """
 
 from __future__ import annotations
@@ -146,31 +147,32 @@ class EagleBase(Drafter):
                 "an EAGLE drafter follows the text that the target's states belong to, which distillation 'local' leaves; "
                 "use 'path' or 'none'"
             )
-        anchors, layer = rollout.anchors, self.layer
-        embedded = self.embed(batch.input_ids.roll(-1))
-        state = self.join(embedded, self._noisy(self.read(batch.hidden).to(embedded.dtype), batch))
-        inputs = layer.inputs(embedded, state)
-        rotation = self.rotation(batch.positions, embedded)
-        attention = RolloutAttention(batch.document_ids, batch.positions, anchors, *layer.keys_values(inputs, rotation))
-        state, inputs = state[anchors], inputs[anchors]
-        rotation = (rotation[0][anchors], rotation[1][anchors])
+        anchors_A, layer = rollout.anchors, self.layer
+        embedded_TD = self.embed(batch.input_ids.roll(-1))
+        state_TD = self.join(embedded_TD, self._noisy(self.read(batch.hidden).to(embedded_TD.dtype), batch))
+        inputs_TI = layer.inputs(embedded_TD, state_TD)
+        rotation = self.rotation(batch.positions, embedded_TD)
+        text = layer.keys_values(inputs_TI, rotation)
+        attention = RolloutAttention(batch.document_ids, batch.positions, anchors_A, *text)
+        state_AD, inputs_AI = state_TD[anchors_A], inputs_TI[anchors_A]
+        rotation = (rotation[0][anchors_A], rotation[1][anchors_A])
         further: list[Pair] = []
-        outputs = [layer.finish(state, attention(layer.queries(inputs, rotation), further))]
+        outputs = [layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further))]
         for step in range(1, rollout.tokens.shape[1]):
-            embedded = self.embed(rollout.tokens[:, step])
-            state = self.join(embedded, outputs[-1].detach() if self.detach_steps else outputs[-1])
-            inputs = layer.inputs(embedded, state)
-            rotation = self.rotation(batch.positions[anchors] + step, embedded)
-            further = [*further, layer.keys_values(inputs, rotation)]
-            outputs.append(layer.finish(state, attention(layer.queries(inputs, rotation), further)))
+            embedded_AD = self.embed(rollout.tokens[:, step])
+            state_AD = self.join(embedded_AD, outputs[-1].detach() if self.detach_steps else outputs[-1])
+            inputs_AI = layer.inputs(embedded_AD, state_AD)
+            rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)
+            further = [*further, layer.keys_values(inputs_AI, rotation)]
+            outputs.append(layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further)))
         return self.head_inputs(torch.stack(outputs))
 
-    def _noisy(self, known: Tensor, batch: PackedBatch) -> Tensor:
+    def _noisy(self, known_TD: Tensor, batch: PackedBatch) -> Tensor:
         if not self.training or self.feature_noise == 0.0:
-            return known
-        lengths = torch.bincount(batch.document_ids)[batch.document_ids]
-        noise = (torch.rand_like(known) * 2.0 - 1.0) * self.feature_noise
-        return known + noise * (512.0 / lengths)[:, None].to(known.dtype)
+            return known_TD
+        lengths_T = torch.bincount(batch.document_ids)[batch.document_ids]
+        noise_TD = (torch.rand_like(known_TD) * 2.0 - 1.0) * self.feature_noise
+        return known_TD + noise_TD * (512.0 / lengths_T)[:, None].to(known_TD.dtype)
 
     def start(self, opening: Opening) -> EagleState:
         """Read the pairs of the prompts, in chunks; the last one, which the first draft hangs on, stays pending."""
@@ -182,15 +184,15 @@ class EagleBase(Drafter):
             pairs = prompt.slots(begin, min(begin + opening.chunk, T))
             positions_BE = torch.arange(begin, begin + pairs.tokens_BE.shape[1], device=self.device).expand(B, -1)
             cache.aim(positions_BE, cache.capacity, begin)
-            inputs = self.pair_inputs(pairs)[1]
-            _write(cache, self.layer, inputs, self.rotation(positions_BE, inputs))
+            inputs_BEI = self.pair_inputs(pairs)[1]
+            _write(cache, self.layer, inputs_BEI, self.rotation(positions_BE, inputs_BEI))
         return EagleState(cache, prompt.last_only(opening.num_pending))
 
     def pair_inputs(self, pairs: Emitted) -> tuple[Tensor, Tensor]:
         """The layer's residual input [B, E, D] at pairs of the text, and what its attention reads [B, E, I]."""
-        embedded = self.embed(pairs.tokens_BE)
-        state = self.join(embedded, self.read(pairs.features).to(embedded.dtype))
-        return state, self.layer.inputs(embedded, state)
+        embedded_BED = self.embed(pairs.tokens_BE)
+        state_BED = self.join(embedded_BED, self.read(pairs.features).to(embedded_BED.dtype))
+        return state_BED, self.layer.inputs(embedded_BED, state_BED)
 
     def advance(self, state: EagleState, emitted: Emitted) -> EagleState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
@@ -217,55 +219,58 @@ class FeatureDraft:
     def begin(self) -> Tensor:
         """See :class:`Expander`: keys and values of all fresh pairs, and the layer's output at the last."""
         drafter, slots = self._drafter, self._slots
-        state, inputs = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
+        state_BED, inputs_BEI = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
         positions_BE = slots.aim_fresh(self._pending.counts_B)
-        rotation = drafter.rotation(positions_BE, inputs)
-        keys, values = _write(self._slots.cache, self._layer, inputs, rotation)
-        at_last = self._last_B1[..., None]
-        state, inputs = (part.gather(1, at_last.expand(-1, -1, part.shape[-1])) for part in (state, inputs))
-        rotation_last = (_at(rotation[0], at_last), _at(rotation[1], at_last))
-        mask = slots.text_mask(positions_BE.gather(1, self._last_B1))
-        return self._attend(state, inputs, rotation_last, keys, values, mask)
+        rotation = drafter.rotation(positions_BE, inputs_BEI)
+        keys_BGSD, values_BGSD = _write(slots.cache, self._layer, inputs_BEI, rotation)
+        last_B11 = self._last_B1[..., None]
+        state_B1D = state_BED.gather(1, last_B11.expand(-1, -1, state_BED.shape[-1]))
+        inputs_B1I = inputs_BEI.gather(1, last_B11.expand(-1, -1, inputs_BEI.shape[-1]))
+        rotation_last = (_at(rotation[0], last_B11), _at(rotation[1], last_B11))
+        mask_B11S = slots.text_mask(positions_BE.gather(1, self._last_B1))
+        return self._attend(state_B1D, inputs_B1I, rotation_last, keys_BGSD, values_BGSD, mask_B11S)
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`: the layer's output at new nodes, which are fed their parents'."""
         drafter = self._drafter
-        known = self._output_BMD
-        if known.shape[1] > 1:
-            known = known.gather(1, above_BM[..., None].expand(-1, -1, known.shape[-1]))
-        embedded = drafter.embed(tokens_BM)
-        state = drafter.join(embedded, known.expand(*tokens_BM.shape, -1))
-        inputs = self._layer.inputs(embedded, state)
+        known_BMD = self._output_BMD
+        if known_BMD.shape[1] > 1:
+            known_BMD = known_BMD.gather(1, above_BM[..., None].expand(-1, -1, known_BMD.shape[-1]))
+        embedded_BMD = drafter.embed(tokens_BM)
+        state_BMD = drafter.join(embedded_BMD, known_BMD.expand(*tokens_BM.shape, -1))
+        inputs_BMI = self._layer.inputs(embedded_BMD, state_BMD)
         positions_B1 = self._slots.lengths_B[:, None] + self._depth
         self._depth += 1
-        rotation = drafter.rotation(positions_B1, embedded)  # a layer's nodes stand at one position
-        mask = self._slots.aim_nodes(above_BM)
-        keys, values = _write(self._slots.cache, self._layer, inputs, rotation)
-        return self._attend(state, inputs, rotation, keys, values, mask)
+        rotation = drafter.rotation(positions_B1, embedded_BMD)  # the nodes of a layer have one position
+        mask_B1MS = self._slots.aim_nodes(above_BM)
+        keys_BGSD, values_BGSD = _write(self._slots.cache, self._layer, inputs_BMI, rotation)
+        return self._attend(state_BMD, inputs_BMI, rotation, keys_BGSD, values_BGSD, mask_B1MS)
 
     def _attend(
         self,
-        state: Tensor,
-        inputs: Tensor,
+        state_BMD: Tensor,
+        inputs_BMI: Tensor,
         rotation: tuple[Tensor, Tensor],
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
+        keys_BGSD: Tensor,
+        values_BGSD: Tensor,
+        mask_B1MS: Tensor | None,
     ) -> Tensor:
-        queries = self._layer.queries(inputs, rotation).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-        self._output_BMD = self._layer.finish(state, attended.transpose(1, 2))
+        queries_BHMD = self._layer.queries(inputs_BMI, rotation).transpose(1, 2)
+        attended_BHMD = F.scaled_dot_product_attention(
+            queries_BHMD, keys_BGSD, values_BGSD, attn_mask=mask_B1MS, enable_gqa=True
+        )
+        self._output_BMD = self._layer.finish(state_BMD, attended_BHMD.transpose(1, 2))
         return self._drafter.logits(self._drafter.head_inputs(self._output_BMD), self._depth)
 
 
 def _write(
-    cache: SlotCache, layer: DraftLayer, inputs: Tensor, rotation: tuple[Tensor, Tensor]
+    cache: SlotCache, layer: DraftLayer, inputs_BEI: Tensor, rotation: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Write keys and values of [B, E, I] where the cache is aimed at; those of its visible slots."""
-    keys, values = layer.keys_values(inputs, rotation)
-    return cache.update(keys.transpose(1, 2), values.transpose(1, 2), 0)
+    """Write keys and values where the cache is aimed at; those of its visible slots, [B, G, S, D] each."""
+    keys_BEGD, values_BEGD = layer.keys_values(inputs_BEI, rotation)
+    return cache.update(keys_BEGD.transpose(1, 2), values_BEGD.transpose(1, 2), 0)
 
 
-def _at(part_BEHD: Tensor, at_last_B11: Tensor) -> Tensor:
-    """[B, E, 1, Dh] -> [B, 1, 1, Dh] at each row's last fresh token."""
-    return part_BEHD.gather(1, at_last_B11[..., None].expand(-1, -1, *part_BEHD.shape[2:]))
+def _at(part_BE1D: Tensor, last_B11: Tensor) -> Tensor:
+    """[B, E, 1, D] -> [B, 1, 1, D] at each row's last fresh token."""
+    return part_BE1D.gather(1, last_B11[..., None].expand(-1, -1, *part_BE1D.shape[2:]))

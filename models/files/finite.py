@@ -40,20 +40,20 @@ def refuse_non_finite(logits: Tensor, name: str) -> None:
         raise not_finite(name, logits.dtype, "of its first tokens")
 
 
-def broken_rows(logits_BNV: Tensor, path_BE: Tensor, counts_B: Tensor) -> Tensor:
+def broken_rows(logits: Tensor, path: Tensor, counts: Tensor) -> Tensor:
     """Find rows whose largest logit is NaN or infinite at a node that they went through; nothing is read back from the device.
 
     Args:
-        logits_BNV: float, at every node of a tree.
-        path_BE: int64, the node that a row went through at each depth.
-        counts_B: int64, how many of those are real. What is guessed beside the text may overflow.
+        logits: float [B, N, V], at every node of a tree.
+        path: int64 [B, E], the node that a row went through at each depth.
+        counts: int64 [B], how many of those are real. What is guessed beside the text may overflow.
 
     Returns:
         bool [B], True at broken rows.
     """
-    place_E = torch.arange(path_BE.shape[1], device=path_BE.device)
-    peaks_BE = logits_BNV.amax(-1).gather(1, path_BE)
-    return (~peaks_BE.isfinite() & (place_E < counts_B[:, None])).any(1)
+    place = torch.arange(path.shape[1], device=path.device)
+    peaks = logits.amax(-1).gather(1, path)
+    return (~peaks.isfinite() & (place < counts[:, None])).any(1)
 
 
 def not_finite(name: str, dtype: torch.dtype, place: str) -> ValueError:

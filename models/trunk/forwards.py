@@ -2,7 +2,7 @@
 
 Owns what the engine, a draft LM and the proof at loading do alike when they read. Knows nothing of how trees are made and judged.
 
-Shape legend: B batch rows, T prompt tokens, N tree nodes, S cache slots, D hidden.
+Shape legend: B batch rows, T prompt tokens, N new tokens (the nodes of a tree), S cache slots, D hidden.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ def read_prompts(
     for begin in range(0, T, chunk):
         end = min(begin + chunk, T)
         window = _slots(end, slot_step, cache.capacity)
-        positions = torch.arange(begin, end, device=tokens_BT.device).expand(B, -1)
-        key_positions = torch.arange(window, device=tokens_BT.device).expand(B, -1)
-        cache.aim(positions, window, first=begin)
+        positions_BN = torch.arange(begin, end, device=tokens_BT.device).expand(B, -1)
+        key_positions_BS = torch.arange(window, device=tokens_BT.device).expand(B, -1)
+        cache.aim(positions_BN, window, first=begin)
         output = target(
             tokens_BT[:, begin:end],
             cache=cache,
-            positions=within_context(target, positions),
-            mask=key_positions[:, None, None, :] <= positions[:, None, :, None],
-            key_positions=key_positions,
+            positions=within_context(target, positions_BN),
+            mask=key_positions_BS[:, None, None, :] <= positions_BN[:, None, :, None],
+            key_positions=key_positions_BS,
             layers=layers,
-            text_lengths=torch.maximum(lengths_B[:, None], positions + 1),
+            text_lengths=torch.maximum(lengths_B[:, None], positions_BN + 1),
         )
         for name in layers:
             parts[name].append(output.feature(name))
@@ -127,17 +127,17 @@ def read_tree(
     single = len(host_lengths) == 1 and not fixed_shapes
     slots_BN = lengths_B[:, None] + torch.arange(nodes, device=lengths_B.device)
     cache.aim(slots_BN, window, host_lengths[0] if single else None)
-    mask = key_positions = None
+    mask_B1NS = key_positions_BS = None
     # One node of one row, no slot of another's and no sliding window need no mask.
     if nodes > 1 or not single or window != host_lengths[0] + 1 or target.window is not None:
-        mask = slot_mask(ancestors_BNN, lengths_B, window)
-        key_positions = slot_positions(tree.depths_BN, lengths_B, window)
+        mask_B1NS = slot_mask(ancestors_BNN, lengths_B, window)
+        key_positions_BS = slot_positions(tree.depths_BN, lengths_B, window)
     return target(
         tree.tokens_BN,
         cache=cache,
         positions=within_context(target, lengths_B[:, None] + tree.depths_BN),
-        mask=mask,
-        key_positions=key_positions,
+        mask=mask_B1NS,
+        key_positions=key_positions_BS,
         layers=layers,
     )
 

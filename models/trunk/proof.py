@@ -192,8 +192,8 @@ def _own_steps(base: PreTrainedModel, config: PreTrainedConfig, text: Tensor, pr
     for end in range(prompt, len(text) + 1):
         if end - 1 == rereads_past:
             cached, cache = 0, DynamicCache(config=config)
-        normed_TD = base(input_ids=text[None, cached:end], past_key_values=cache, use_cache=True).last_hidden_state[0]
-        states.append(normed_TD[-1:] if states else normed_TD)
+        normed = base(input_ids=text[None, cached:end], past_key_values=cache, use_cache=True).last_hidden_state[0]
+        states.append(normed[-1:] if states else normed)
         cached = end
     return torch.cat(states)
 
@@ -202,23 +202,23 @@ def _through_trees(trunk: Trunk, config: PreTrainedConfig) -> list[Tensor]:
     """The same states [T, D] of each row, as one ragged batch: prompts in chunks, then trees with branches."""
     texts = _texts(config)
     host_lengths = [prompt for _, prompt in texts]
-    lengths_B = torch.tensor(host_lengths)
-    tokens_BT = torch.nn.utils.rnn.pad_sequence([text[:prompt] for text, prompt in texts], batch_first=True)
+    lengths = torch.tensor(host_lengths)
+    tokens = torch.nn.utils.rnn.pad_sequence([text[:prompt] for text, prompt in texts], batch_first=True)
     cache = SlotCache(max(PROMPTS) + NEW_TOKENS + len(_PARENTS), config.num_hidden_layers)
-    states = read_prompts(trunk, cache, tokens_BT, lengths_B, (PRE_NORM,), CHUNK)[PRE_NORM]
+    states = read_prompts(trunk, cache, tokens, lengths, (PRE_NORM,), CHUNK)[PRE_NORM]
     states_of_rows = [[trunk.final_norm(states[row, :prompt])] for row, prompt in enumerate(host_lengths)]
     while any(length < len(text) for length, (text, _) in zip(host_lengths, texts, strict=True)):
-        tree = within_factors(trunk, _tree([text for text, _ in texts], host_lengths), lengths_B)
-        read_again(trunk, cache, [text.tolist() for text, _ in texts], host_lengths, lengths_B.device, CHUNK)
-        output = read_tree(trunk, cache, tree, tree.ancestors(), lengths_B, host_lengths)
-        path_E = torch.tensor(_TRUE_PATH)
-        kept_BE = tree.valid_BN[:, path_E]
+        tree = within_factors(trunk, _tree([text for text, _ in texts], host_lengths), lengths)
+        read_again(trunk, cache, [text.tolist() for text, _ in texts], host_lengths, lengths.device, CHUNK)
+        output = read_tree(trunk, cache, tree, tree.ancestors(), lengths, host_lengths)
+        path = torch.tensor(_TRUE_PATH)
+        kept = tree.valid_BN[:, path]
         for row, (text, _) in enumerate(texts):
-            kept_BE[row, len(text) - host_lengths[row] :] = False
-            states_of_rows[row].append(output.normed[row, path_E[kept_BE[row]]])
-        cache.move(lengths_B[:, None] + path_E, lengths_B[:, None] + torch.arange(len(path_E)))
-        lengths_B = lengths_B + kept_BE.sum(1)
-        host_lengths = lengths_B.tolist()
+            kept[row, len(text) - host_lengths[row] :] = False
+            states_of_rows[row].append(output.normed[row, path[kept[row]]])
+        cache.move(lengths[:, None] + path, lengths[:, None] + torch.arange(len(path)))
+        lengths = lengths + kept.sum(1)
+        host_lengths = lengths.tolist()
     return [torch.cat(parts) for parts in states_of_rows]
 
 
@@ -229,14 +229,14 @@ def _tree(texts: list[Tensor], lengths: list[int]) -> DraftTree:
     rows = []
     for text, length in zip(texts, lengths, strict=True):
         rest = torch.cat([text[length:], text[:3]])[:3]
-        tokens = (rest[depths] + 1) % int(text.max())
-        tokens[torch.tensor(_TRUE_PATH)] = rest
-        rows.append(tokens)
-    tokens_BN = torch.stack(rows)
+        row = (rest[depths] + 1) % int(text.max())
+        row[torch.tensor(_TRUE_PATH)] = rest
+        rows.append(row)
+    tokens = torch.stack(rows)
     return DraftTree(
-        tokens_BN=tokens_BN,
-        parents_BN=parents.expand_as(tokens_BN),
-        depths_BN=depths.expand_as(tokens_BN),
-        valid_BN=torch.ones_like(tokens_BN, dtype=torch.bool),
+        tokens_BN=tokens,
+        parents_BN=parents.expand_as(tokens),
+        depths_BN=depths.expand_as(tokens),
+        valid_BN=torch.ones_like(tokens, dtype=torch.bool),
         max_depth=2,
     )

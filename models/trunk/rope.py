@@ -10,7 +10,7 @@ where it crosses from short to long factors (``rereads_past``).
 
 Owns that rule and how it is put upon a model. Knows nothing of masks and caches.
 
-Shape legend: B batch rows, N tokens of a forward.
+Shape legend: B batch rows, N tokens of a forward, M = N + 1.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ def _factors(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, clamped: bool = True
 ) -> Any:
     """What the module gives in a forward that reaches the last position of a text of this length; positions behind count as that one."""
-    positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    last = positions.new_full((positions.shape[0], 1), length - 1)
-    positions_with_last = torch.cat([positions.clamp(max=length - 1) if clamped else positions, last], dim=1)
+    positions_BN = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    last_B1 = positions_BN.new_full((positions_BN.shape[0], 1), length - 1)
+    with_last_BM = torch.cat([positions_BN.clamp(max=length - 1) if clamped else positions_BN, last_B1], dim=1)
     if "position_ids" in kwargs:
-        factors = module.forward(*args, **{**kwargs, "position_ids": positions_with_last})
+        factors = module.forward(*args, **{**kwargs, "position_ids": with_last_BM})
     else:
-        factors = module.forward(args[0], positions_with_last, *args[2:], **kwargs)
+        factors = module.forward(args[0], with_last_BM, *args[2:], **kwargs)
     return factors[:, :-1] if isinstance(factors, Tensor) else tuple(part[:, :-1] for part in factors)
 
 

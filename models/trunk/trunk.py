@@ -51,17 +51,17 @@ class TargetOutput:
         """
         return self.pre_norm if name == PRE_NORM else self.layers[name]
 
-    def where(self, chosen_BN: Tensor, other: TargetOutput) -> TargetOutput:
+    def where(self, chosen: Tensor, other: TargetOutput) -> TargetOutput:
         """Mix the states of two forwards over the same tokens.
 
         Args:
-            chosen_BN: bool, True where these states are taken.
+            chosen: bool [B, N], True where these states are taken.
             other: taken elsewhere.
 
         Returns:
             The mixed states.
         """
-        pick = chosen_BN[..., None]
+        pick = chosen[..., None]
         return TargetOutput(
             torch.where(pick, self.pre_norm, other.pre_norm),
             torch.where(pick, self.normed, other.normed),
@@ -197,14 +197,14 @@ class Trunk:
         if not self.ropes:
             return self._whole(input_ids, layers, None)
         B, T = input_ids.shape
-        place_T = torch.arange(T, device=input_ids.device)
-        read_B1 = torch.full((B, 1), T, device=input_ids.device) if read is None else read[:, None]
-        first = self._whole(input_ids, layers, torch.maximum(read_B1, place_T + 1))
+        place = torch.arange(T, device=input_ids.device)
+        num_read = torch.full((B, 1), T, device=input_ids.device) if read is None else read[:, None]
+        first = self._whole(input_ids, layers, torch.maximum(num_read, place + 1))
         boundary = self.rereads_past
         if read is None or boundary is None or boundary >= T:
             return first
         again = self._whole(input_ids, layers, torch.full_like(input_ids, T))
-        return again.where((place_T >= boundary).expand(B, T), first)
+        return again.where((place >= boundary).expand(B, T), first)
 
     def check_layer(self, name: str) -> None:
         """Check that the decoder has a layer.
