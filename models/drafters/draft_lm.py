@@ -83,6 +83,11 @@ class LMDrafter(Drafter):
         """None: it reads tokens."""
         return ()
 
+    @property
+    def num_draft_tokens(self) -> int:
+        """Those of its tokens that the target has, too."""
+        return min(self.config.vocab_size, self.ends.vocab_size)
+
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`. Any target with the same tokenizer will do; :meth:`check_tokenizer` compares the two."""
         self._borrowed[:] = [ends]

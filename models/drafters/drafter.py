@@ -323,6 +323,11 @@ class Drafter(PreTrainedModel):
                 "not mean the same; use the tokenizer of the drafter's target"
             )
 
+    @property
+    def num_draft_tokens(self) -> int:
+        """Vd: how many tokens it can draft."""
+        return self.config.num_draft_tokens
+
     def draft_ids(self) -> Tensor:
         """Give the target token id of each draft token id.
 

@@ -88,7 +88,7 @@ def checked_expander(drafter: Drafter, state: DraftState, cycle: Cycle, limits: 
         raise ValueError(
             f"{name}.expander returned a {type(draft).__name__} without {', '.join(absent)}; a draft needs all four of them"
         )
-    return CheckedDraft(draft, cycle.lengths_B.shape[0], drafter.config.num_draft_tokens)
+    return CheckedDraft(draft, cycle.lengths_B.shape[0], drafter.num_draft_tokens)
 
 
 class CheckedDraft:

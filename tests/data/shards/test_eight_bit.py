@@ -187,8 +187,10 @@ def test_the_end_of_extraction_compares_with_files_as_they_would_be(
         storage=StorageOptions(layers=LAYERS, dtype="float8_e4m3", shard_mib=SMALL_SHARDS, local_horizon=2),
     )
     line = capsys.readouterr().out.splitlines()[-1]
-    assert f"would take {bytes_as_files(opened.manifest) / opened.manifest.num_tokens:,.1f}" in line
-    assert "as float8_e4m3" in line
+    manifest = opened.manifest
+    a_token = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_tokens
+    assert f" {a_token:,.0f} bytes a token (float8_e4m3 states)" in line
+    assert line.endswith(f"would take {bytes_as_files(manifest) / 1e6:,.1f} MB")
 
 
 def test_verify_allows_what_eight_bits_lose_and_no_more(
