@@ -130,13 +130,14 @@ def _needed(family: Family) -> str:
     """What must be installed, in words: a family that is not the package's own comes with another."""
     module = family.drafter.__module__
     distribution = registry().distribution(family.config.model_type)
+    install = "python -m pip install draftsmith"
     if distribution:
-        return code(f"pip install draftsmith {distribution}")
+        return code(f"{install} {distribution}")
     if module.startswith("draftsmith."):
-        return code("pip install draftsmith")
+        return code(install)
     return (
-        f"{code('pip install draftsmith')}, and the module {code(module)}, which holds the record of its family: import it, and call "
-        f"{code('register')} of {code('draftsmith.models')} with the record"
+        f"{code(install)}, and the module {code(module)}, which holds the record of its family: import it, and call {code('register')} "
+        f"of {code('draftsmith.models')} with the record"
     )
 
 

@@ -68,7 +68,7 @@ def _summary(config: JudgeConfig) -> str:
 
 
 def _use(config: JudgeConfig) -> str:
-    return f"Needs `pip install draftsmith`. In this folder:\n\n```python\n{judge_example(config)}```"
+    return f"Needs `python -m pip install draftsmith`. In this folder:\n\n```python\n{judge_example(config)}```"
 
 
 def judge_example(config: JudgeConfig) -> str:

@@ -194,6 +194,7 @@ class DraftModule(pl.LightningModule):
             "adapter",
             "trust_remote_code",
             "context",
+            "ends_dtype",
             "lr",
             "betas",
             "weight_decay",

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import IntegrityError
 
 from draftsmith import cli
+from draftsmith.extras import install_command
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.schema import Answer, Label, Tokens
 from draftsmith.label.store.store import Store
@@ -642,4 +643,4 @@ def test_without_the_extra_the_command_says_which_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert serve("--store", place) == 1
-    assert f"the package {package}; run: pip install 'fastapi<1,>=0.115' 'uvicorn<1,>=0.30'" in capsys.readouterr().err
+    assert f"the package {package}; run: {install_command('fastapi', 'uvicorn')}\n" in capsys.readouterr().err

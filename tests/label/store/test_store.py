@@ -308,7 +308,7 @@ def test_a_locked_store_is_told_and_nothing_is_written(store: Store, place: str,
         ("nosuchdb://host/labels", "nosuchdb"),
         (
             "postgresql+pg8000://me:secret@127.0.0.1:1/labels",
-            "needs the Python package pg8000; run: pip install pg8000",
+            "needs the Python package pg8000; run: .* -m pip install pg8000",
         ),
         ("://", "the store's URL cannot be read"),
     ],

@@ -1,5 +1,7 @@
 """Training as a whole on a tiny random target: losses, schedules, refusals, precision."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,39 @@ def test_bf16_autocast_trains_float32_weights(target_dir: Path, make_cache: Make
     assert all(weight.dtype == torch.float32 for weight in module.parameters())
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
     assert losses["bf16-mixed"] != losses["32-true"]
+
+
+def test_the_dtype_of_the_ends_is_float32_on_a_cpu_and_recorded_as_such(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path
+) -> None:
+    module = make_module(target_dir)
+    assert module.ends_dtype == "auto"
+    make_trainer(tmp_path).fit(module, CacheDataModule(make_cache([9] * 4), val_fraction=0.0, tokens_per_batch=40))
+    assert module.ends.embedding.weight.dtype == torch.float32
+    assert module.settings()["ends_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("ends_dtype", "expected"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_the_dtype_of_the_ends_is_the_checkpoints_own_on_a_gpu(
+    target_dir: Path,
+    make_cache: MakeCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends_dtype: str,
+    expected: str,
+) -> None:
+    checkpoint = tmp_path / "target"
+    shutil.copytree(target_dir, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    module, trainer = make_module(checkpoint, ends_dtype=ends_dtype), make_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("cuda", 0))
+    data = CacheDataModule(make_cache([9] * 4), val_fraction=0.0, tokens_per_batch=40)
+    module.trainer, trainer.datamodule = trainer, data  # type: ignore[attr-defined]
+    data.setup("fit")
+    module.setup("fit")
+    assert module.settings()["ends_dtype"] == expected
+    assert str(module.ends.embedding.weight.dtype) == f"torch.{expected}"
 
 
 def test_gradients_accumulate_to_those_of_one_larger_batch(
