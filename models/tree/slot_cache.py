@@ -201,4 +201,5 @@ class SlotCache(Cache):
 
     def _buffer(self, states: Tensor, count: int) -> Tensor:
         B, H, _, Dh = states.shape
-        return states.new_zeros(count, B, H, self.capacity, Dh)
+        with torch.inference_mode(False):  # models run in inference mode, what moves slots does not
+            return states.new_zeros(count, B, H, self.capacity, Dh)

@@ -11,7 +11,10 @@ Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +25,24 @@ from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
 from draftsmith.models.trunk.rope import LengthRopes
 from draftsmith.models.trunk.taps import Taps
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PRE_NORM = "last.pre_norm"
 SLIDING = "sliding_attention"
+
+
+def _without_gradients(forward: Callable[P, R]) -> Callable[P, R]:
+    """Run a forward in inference mode, or in a compiled one, which cannot enter it, without gradients."""
+
+    @wraps(forward)
+    def plain(*arguments: P.args, **named: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return forward(*arguments, **named)
+        with torch.inference_mode():
+            return forward(*arguments, **named)
+
+    return plain
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,7 @@ class Trunk:
             else:
                 self._taps.tap_output(name, self._block(name))
 
-    @torch.no_grad()
+    @_without_gradients
     def forward(
         self,
         input_ids: Tensor,
@@ -191,7 +210,7 @@ class Trunk:
 
     __call__ = forward
 
-    @torch.no_grad()
+    @_without_gradients
     def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
         """See :meth:`draftsmith.models.target.target.Target.prefix`."""
         if not self.ropes:

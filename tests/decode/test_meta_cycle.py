@@ -1,0 +1,125 @@
+"""A cycle on meta tensors, which have shapes and no numbers: it reads nothing from the device and makes nothing from host data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from doubles import BOS, random_target
+from every_family import EVERY_FAMILY, fresh, name_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from draftsmith.decode import Engine, GenerationSettings, Ledger
+from draftsmith.decode.batch import Batch, Request
+from draftsmith.decode.cycle import DecodeCycle
+from draftsmith.decode.prefill import Prefill
+from draftsmith.models import Drafter, DraftLimits, EarlyStop, LMDrafter, Target
+from draftsmith.models.tree.shapes import parse_shape
+
+SHAPES = ["1x3", "4x3", "4x3n6", "s2.1", "k2.1"]
+VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose", "unbind"}
+VIEWS |= {"_unsafe_view", "as_strided", "split_with_sizes", "unsqueeze", "view"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count[name] += name not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+class OperationLedger(Ledger):
+    """Counts the operations of each phase in place of its seconds."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with Operations() as operations:
+            yield
+        self.seconds[name] += operations.count.total()
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return random_target()
+
+
+@pytest.fixture(scope="module")
+def drafters(target: Target) -> dict[str, Drafter | None]:
+    families = {name_of(family): fresh(family, target.ends).to("meta") for family in EVERY_FAMILY}
+    return {"plain": None, **families, "draft LM": LMDrafter(random_target(seed=3)).eval().to("meta")}
+
+
+@pytest.fixture(scope="module")
+def on_meta(target: Target, drafters: dict[str, Drafter | None]) -> Target:
+    """The target without numbers; the drafters were made from its numbers before."""
+    return target.to("meta")
+
+
+def begun(
+    target: Target, drafter: Drafter | None, limits: DraftLimits, request: GenerationSettings
+) -> tuple[DecodeCycle, Batch]:
+    """A batch of two rows behind its first cycle, which may make tables and plans."""
+    cycle = Engine(target, drafter, limits, runner=lambda own: own)._fixed_cycle
+    requests = [Request(0, [BOS, 5, 6, 7], 0, 20), Request(1, [BOS, 5], 1, 20)]
+    batch, _ = Prefill(cycle)(requests, request, room=24)
+    cycle(batch, request)
+    return cycle, batch
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["plain", *map(name_of, EVERY_FAMILY), "draft LM"])
+@torch.no_grad()
+def test_a_cycle_reads_nothing_and_makes_nothing_from_lists(
+    on_meta: Target, drafters: dict[str, Drafter | None], name: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = parse_shape(shape)
+    for request in (
+        GenerationSettings(max_new_tokens=20, temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2),
+        *([GenerationSettings(max_new_tokens=20)] if limits.sampled is None else []),
+    ):
+        cycle, batch = begun(on_meta, drafters[name], limits, request)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor is made from host data"))
+            report = cycle(batch, request)
+        assert report.columns_BC.device.type == "meta"
+        assert report.columns_BC.shape == (2, 2 + report.num_slots)
+
+
+@torch.no_grad()
+def test_an_early_stop_reads_nothing_either(on_meta: Target, drafters: dict[str, Drafter | None]) -> None:
+    limits, request = DraftLimits(2, 4, early_stop=EarlyStop()), GenerationSettings(max_new_tokens=20)
+    cycle, batch = begun(on_meta, drafters["redrafter"], limits, request)
+    cycle(batch, request)
+
+
+# Measured; a change that adds operations outside of the target's layers must say so here and in docs/reference/decoding.md.
+MOST = {
+    ("plain", "1x3"): (3, 25),
+    ("redrafter", "4x5n15"): (166, 60),
+    ("eagle", "4x5n15"): (428, 51),
+    ("redrafter", "k4.2.1"): (302, 1203),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), MOST)
+@torch.no_grad()
+def test_draft_and_accept_take_no_more_operations_than_they_did(
+    on_meta: Target, drafters: dict[str, Drafter | None], name: str, shape: str
+) -> None:
+    limits, ledger = parse_shape(shape), OperationLedger()
+    request = GenerationSettings(max_new_tokens=20, temperature=0.0 if limits.sampled is None else 1.0)
+    cycle, batch = begun(on_meta, drafters[name], limits, request)
+    cycle(batch, request, ledger)
+    draft, accept = MOST[name, shape]
+    assert 0.9 * draft <= ledger.seconds["draft"] <= draft
+    assert 0.9 * accept <= ledger.seconds["accept"] <= accept
