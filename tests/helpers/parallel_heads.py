@@ -21,6 +21,7 @@ from draftsmith.models import (
     DrafterFamily,
     DraftLimits,
     Emitted,
+    Expander,
     Family,
     KeptRows,
     Opening,
@@ -79,9 +80,13 @@ class ParallelHeads(Drafter):
     def __init__(self, config: ParallelHeadsConfig) -> None:
         super().__init__(config)
         size, steps = config.hidden_size, range(config.num_draft_steps)
-        self.blocks = nn.ModuleList(nn.Sequential(*(Block(size) for _ in range(config.num_blocks))) for _ in steps)
+        self.blocks = nn.ModuleList(self.make_blocks(step) for step in steps)
         self.heads = nn.ModuleList(nn.Linear(size, config.num_draft_tokens, bias=False) for _ in steps)
         self.post_init()
+
+    def make_blocks(self, step: int) -> nn.Module:
+        """What is between the input of one step and its head, [..., D] -> [..., D]."""
+        return nn.Sequential(*(Block(self.config.hidden_size) for _ in range(self.config.num_blocks)))
 
     @property
     def max_draft_steps(self) -> int:
@@ -110,7 +115,7 @@ class ParallelHeads(Drafter):
         root_B, state_BD = emitted.last(PRE_NORM)
         return ParallelState(root_B, self.normed(state_BD))
 
-    def expander(self, state: ParallelState, cycle: Cycle, limits: DraftLimits) -> ParallelDraft:
+    def expander(self, state: ParallelState, cycle: Cycle, limits: DraftLimits) -> Expander:
         """One draft."""
         return ParallelDraft(self, state)
 
@@ -144,7 +149,7 @@ class ParallelHeadsFamily(DrafterFamily):
         draft_vocab_size: keep this many tokens, the most frequent labelled ones; null keeps all.
     """
 
-    kind = ParallelHeads
+    kind: ClassVar[type[ParallelHeads]] = ParallelHeads
 
     def __init__(self, num_blocks: int = 1, draft_vocab_size: int | None = None) -> None:
         self.num_blocks, self.draft_vocab_size = num_blocks, draft_vocab_size
@@ -153,10 +158,10 @@ class ParallelHeadsFamily(DrafterFamily):
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
     ) -> ParallelHeads:
         """A fresh drafter whose heads begin as the target's own."""
-        config = ParallelHeadsConfig.for_target(
+        config = self.kind.config_class.for_target(
             ends, draft_token_ids, num_steps, tokenizer_fingerprint, num_blocks=self.num_blocks
         )
-        drafter = ParallelHeads(config)
+        drafter = self.kind(config)
         if draft_token_ids is not None:
             drafter.set_draft_ids(draft_token_ids)
         rows_VD = ends.head_weight[drafter.draft_ids().to(ends.device)]

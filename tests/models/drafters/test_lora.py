@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from doubles import BOS, random_target
+from every_family import EVERY_FAMILY, batch_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftsmith.models import (
-    Cycle,
-    Drafter,
-    DraftLimits,
-    Eagle,
-    Eagle3,
-    Emitted,
-    Opening,
-    PackedBatch,
-    ReDrafter,
-    Target,
-    data_rollout,
-)
+from draftsmith.models import Cycle, Drafter, DraftLimits, Emitted, Opening, ReDrafter, Target, TargetEnds, data_rollout
 from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
 from draftsmith.models.drafters.lora import (
     AdapterBond,
@@ -41,7 +31,7 @@ from draftsmith.models.drafters.lora import (
 )
 from draftsmith.models.files.fingerprint import module_fingerprint
 
-LAYERS = ("layer.0.output", "layer.1.output", "last.pre_norm")
+NUM_STEPS = 3
 DRAFT_IDS = torch.arange(3, 43)
 
 
@@ -50,19 +40,24 @@ def target() -> Target:
     return random_target()
 
 
-def make(family: str, target: Target) -> Drafter:
-    """A drafter of random weights."""
+def wide(ends: TargetEnds) -> Drafter:
+    """A drafter with the projection that is there where its head is wider than the target's states."""
+    return ReDrafter.for_target(ends, exit_dim=64, head_init="random")
+
+
+MAKERS: dict[str, Callable[[TargetEnds], Drafter]] = {
+    **{
+        family.name: lambda ends, family=family: family.settings().build(ends, DRAFT_IDS, NUM_STEPS, "")
+        for family in EVERY_FAMILY
+    },
+    "wide": wide,
+}
+
+
+def make(name: str, target: Target) -> Drafter:
+    """A drafter of random weights: of a family with its usual settings, or the wide one."""
     torch.manual_seed(5)
-    kinds = {
-        "redrafter": lambda: ReDrafter.for_target(target.ends, draft_token_ids=DRAFT_IDS, head_init="random"),
-        "redrafter, wide": lambda: ReDrafter.for_target(target.ends, exit_dim=64, head_init="random"),
-        "eagle": lambda: Eagle.for_target(target.ends),
-        "eagle3": lambda: Eagle3.for_target(target.ends, layers=LAYERS, draft_token_ids=DRAFT_IDS),
-    }
-    return kinds[family]().eval()
-
-
-FAMILIES = ("redrafter", "redrafter, wide", "eagle", "eagle3")
+    return MAKERS[name](target.ends).eval()
 
 
 def shake(drafter: Drafter, seed: int = 7) -> None:
@@ -76,37 +71,30 @@ def shake(drafter: Drafter, seed: int = 7) -> None:
 
 def in_training(drafter: Drafter, target: Target) -> Tensor:
     """Logits [K, A, Vd] of the teacher-forced run over a fixed text."""
-    ids = torch.tensor([BOS, 5, 9, 11, 4, 7, 7, 20, 31, 8])
-    output = target.prefix(ids[None], layers=LAYERS)
-    batch = PackedBatch(
-        input_ids=ids,
-        loss_mask=torch.ones(len(ids), dtype=torch.bool),
-        document_ids=torch.zeros(len(ids), dtype=torch.int64),
-        positions=torch.arange(len(ids)),
-        hidden={name: output.feature(name)[0] for name in LAYERS},
-    )
-    return drafter.teacher_forced(batch, data_rollout(batch, 3)) @ drafter.head_weight.T
+    batch = batch_of(target, drafter)
+    inputs_KAE = drafter.teacher_forced(batch, data_rollout(batch, NUM_STEPS))
+    return torch.stack([drafter.logits(inputs_KAE[step], step) for step in range(NUM_STEPS)])
 
 
 def in_decoding(drafter: Drafter, target: Target) -> Tensor:
-    """Draft logits [4, Vd] of a chain below a prompt, through the doors that the engine uses."""
+    """Draft logits [K, Vd] of a chain below a prompt, through the doors that the engine uses."""
     ids = torch.tensor([[BOS, 5, 9, 11, 4]])
-    output = target.prefix(ids, layers=LAYERS)
+    output = target.prefix(ids, layers=drafter.features)
     T, tokens_BE = ids.shape[1], torch.cat([ids[:, 1:], torch.tensor([[7]])], dim=1)
-    pairs = Emitted(tokens_BE, {name: output.feature(name) for name in LAYERS}, torch.tensor([T]))
-    limits = DraftLimits(1, 4)
+    pairs = Emitted(tokens_BE, {name: output.feature(name) for name in drafter.features}, torch.tensor([T]))
+    limits = DraftLimits(1, NUM_STEPS)
     with torch.inference_mode():
         state = drafter.start(Opening(pairs, ids[:, 0], limits, room=20))
         expander = drafter.expander(state, Cycle(torch.tensor([T]), [T], [T]), limits)
         logits = [expander.begin()]
-        for token in (20, 31, 8):
+        for token in (20, 31):
             logits.append(expander.extend(torch.tensor([[token]]), torch.zeros(1, 1, dtype=torch.int64)))
     return torch.cat(logits)[:, 0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained(family: str, target: Target) -> None:
-    drafter = make(family, target)
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained(name: str, target: Target) -> None:
+    drafter = make(name, target)
     before = in_training(drafter, target)
     add_adapter(drafter, LoraSettings(rank=2), "a")
     torch.testing.assert_close(in_training(drafter, target), before)
@@ -115,10 +103,10 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained(family: str,
     assert all(".lora_" in name for name in trained)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_linear_layer_alone_is_adapted_wherever_its_weight_is_used(family: str, target: Target) -> None:
-    for layer in linear_layers(make(family, target)):
-        drafter = make(family, target)
+@pytest.mark.parametrize("name", MAKERS)
+def test_each_linear_layer_alone_is_adapted_wherever_its_weight_is_used(name: str, target: Target) -> None:
+    for layer in linear_layers(make(name, target)):
+        drafter = make(name, target)
         before, below = in_training(drafter, target), in_decoding(drafter, target)
         add_adapter(drafter, LoraSettings(rank=2, target_modules=[layer]), "a")
         shake(drafter)
@@ -131,9 +119,9 @@ def test_each_linear_layer_alone_is_adapted_wherever_its_weight_is_used(family: 
         torch.testing.assert_close(in_decoding(plain, target), decoded, rtol=1e-4, atol=1e-4, msg=layer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_adapted_layer_gets_a_gradient(family: str, target: Target) -> None:
-    drafter = make(family, target)
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_adapted_layer_gets_a_gradient(name: str, target: Target) -> None:
+    drafter = make(name, target)
     add_adapter(drafter, LoraSettings(rank=2), "a")
     shake(drafter)
     in_training(drafter, target).square().mean().backward()

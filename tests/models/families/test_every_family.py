@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import EVERY_FAMILY, fresh, name_of
+from every_family import EVERY_FAMILY, LENGTH, batch_of, fresh, name_of
 from heads import deep_target
 from safetensors.torch import load_file, save_file
 
@@ -13,14 +13,14 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.export.layouts.layouts import layouts_of, load_any, write
-from draftsmith.models import PRE_NORM, Drafter, DraftLimits, Family, PackedBatch, Target, TargetEnds
+from draftsmith.models import DraftLimits, Family, Target, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.lora import LoraSettings, add_adapter
-from draftsmith.models.drafters.registry import default_limits
+from draftsmith.models.drafters.registry import default_limits, recorded_settings
 from draftsmith.train.drafter.losses_eager import head_cross_entropy_eager
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, path_teacher_rows, prepare, run
 
-STEPS, LENGTH = 3, 24
+STEPS = 3
 DRAFT_IDS = torch.arange(1, 64, 2)
 every_family = pytest.mark.parametrize("family", EVERY_FAMILY, ids=name_of)
 
@@ -28,20 +28,6 @@ every_family = pytest.mark.parametrize("family", EVERY_FAMILY, ids=name_of)
 @pytest.fixture(scope="module")
 def target() -> Target:
     return deep_target()
-
-
-def batch_of(target: Target, drafter: Drafter) -> PackedBatch:
-    ids = torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(0))
-    names = tuple({PRE_NORM, *drafter.features})
-    with torch.no_grad():
-        output = target.prefix(ids[None], layers=names)
-    return PackedBatch(
-        input_ids=ids,
-        loss_mask=torch.arange(LENGTH) >= 2,
-        document_ids=torch.zeros(LENGTH, dtype=torch.int64),
-        positions=torch.arange(LENGTH),
-        hidden={name: output.feature(name)[0].clone() for name in names},
-    )
 
 
 @every_family
@@ -135,6 +121,14 @@ def test_a_folder_is_read_back_whole_or_not_at_all(family: Family, target: Targe
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         load_drafter(file.parent)
+
+
+@every_family
+def test_provenance_holds_the_name_of_the_record(family: Family) -> None:
+    settings = family.settings()
+    recorded = recorded_settings(settings)
+    assert recorded.pop("family") == family.name
+    assert recorded == settings.settings()
 
 
 @every_family

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_data import OwnData
 from parallel_heads import FAMILY, ParallelHeads, ParallelHeadsFamily
-from tiny import TEXTS, save_target
 from transformers import AutoModel, AutoModelForCausalLM
 
 from draftsmith.cli import main
@@ -79,28 +79,14 @@ data:
 """
 
 
-def write_prompts(path: Path) -> Path:
-    rows = [
-        {"id": f"p{number}", "messages": [{"role": "user", "content": f"{TEXTS[number % 3]} {number}"}]}
-        for number in range(8)
-    ]
-    path.write_text("".join(json.dumps(row | {"split": "train", "source": "made"}) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(own_data: OwnData, tmp_path_factory: pytest.TempPathFactory) -> Run:
     register(FAMILY)
     folder = tmp_path_factory.mktemp("family")
-    target, prompts = save_target(folder / "target"), write_prompts(folder / "prompts.jsonl")
-    replies, cache = folder / "replies", folder / "cache"
-    asked = ["--target", str(target), "--max-new-tokens", "16", "--temperature", "0"]
-    assert main(["data", "respond", *asked, "--prompts", str(prompts), "--out", str(replies)]) == 0
-    assert main(["data", "extract", "--target", str(target), "--source", str(replies), "--out", str(cache)]) == 0
     yaml = folder / "run.yaml"
-    yaml.write_text(YAML.format(train=folder / "train", target=target, cache=cache))
+    yaml.write_text(YAML.format(train=folder / "train", target=own_data.target, cache=own_data.cache))
     assert main(["train", "fit", "--config", str(yaml)]) == 0
-    return Run(target, prompts, cache, yaml, folder / "train")
+    return Run(own_data.target, own_data.prompts, own_data.cache, yaml, folder / "train")
 
 
 def texts(run: Run) -> list[list[int]]:
@@ -272,6 +258,7 @@ def test_the_own_layout_is_read_back(run: Run, target: Target, drafter: Parallel
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# A Medusa draft head for" in card
     assert "tags: [speculative-decoding, draft-head, medusa]" in card
+    assert "`pip install draftsmith`, and the module `parallel_heads`" in card, "no distribution names it"
 
 
 def test_a_layout_of_another_family_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
