@@ -32,7 +32,7 @@ from draftsmith.train.run.preemption import Preemption, ResumeValidation
 from draftsmith.train.run.progress_bar import RunProgress
 
 
-class TrainingParser(Suggesting, LightningArgumentParser):  # type: ignore[misc]
+class TrainingParser(Suggesting, LightningArgumentParser):
     """Lightning's parser, which answers a misspelt key or class with the nearest known one."""
 
     @property

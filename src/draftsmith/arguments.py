@@ -156,7 +156,7 @@ def _key(flag: str) -> str:
     return flag.lstrip("-").partition("=")[0].replace("-", "_")
 
 
-class CommandParser(Suggesting, jsonargparse.ArgumentParser):  # type: ignore[misc]
+class CommandParser(Suggesting, jsonargparse.ArgumentParser):
     """A jsonargparse parser whose help names types as people do."""
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
