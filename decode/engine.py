@@ -46,8 +46,8 @@ class Engine:
         ledger: where time is charged, or None.
         prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts.
         rule: keeps draft tokens that the target would not have chosen; the text is then no longer the target's own.
-        compile: ``on`` runs a cycle as one compiled function (on CUDA as one captured graph), ``off`` op by op. ``auto`` is ``on`` on CUDA.
-            Where a cycle needs the host, it runs op by op, and a warning says why.
+        compile: ``on`` runs a cycle as one compiled function (on CUDA as one captured graph), ``off`` op by op. ``auto`` is ``off``
+            as long as no GPU has measured the captured cycle. Where a cycle needs the host, it runs op by op, and a warning says why.
         runner: makes what runs a cycle of fixed shapes, in place of what ``compile`` says.
 
     Attributes:
@@ -86,7 +86,7 @@ class Engine:
         slot_step = 64 if target.device.type == "cuda" else 1
         self._cycle = DecodeCycle(target, self.drafter, self.limits, self.verifier, layers, slot_step=slot_step)
         self._fixed_cycle = replace(self._cycle, fixed_shapes=True)
-        if runner is None and compiles(compile, target.device):
+        if runner is None and compiles(compile):
             runner = whole_cycle_runner
         self._runner = None if runner is None else runner(self._fixed_cycle)
         self._said: set[str] = set()

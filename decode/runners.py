@@ -86,9 +86,9 @@ def check_compile(compile: str) -> None:
         raise ValueError(f"compile is {compile!r}; give one of {', '.join(get_args(Compile))}")
 
 
-def compiles(compile: Compile, device: torch.device) -> bool:
-    """Whether cycles are compiled or captured: as asked for, and by ``auto`` on CUDA."""
-    return compile == "on" or (compile == "auto" and device.type == "cuda")
+def compiles(compile: Compile) -> bool:
+    """Whether cycles are compiled or captured. ``auto`` is ``off`` on every device, as long as no GPU has measured the captured cycle."""
+    return compile == "on"
 
 
 def needs_host(target: Target, drafter: Drafter | None, settings: GenerationSettings) -> str:
