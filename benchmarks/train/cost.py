@@ -13,7 +13,7 @@ dimension, K draft steps, T tokens, A anchors (about one a labelled token).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedConfig
 
@@ -86,6 +86,9 @@ class DrafterPlan:
         num_draft_layers: residual blocks of a ReDrafter.
         fused_layers: target layers that an EAGLE-3 reads.
         reads_target_distribution: distillation `path`, which applies the target's head at every predicted position.
+
+    Raises:
+        ValueError: a family whose products nobody has counted here.
     """
 
     family: Family
@@ -95,6 +98,13 @@ class DrafterPlan:
     num_draft_layers: int = 2
     fused_layers: int = 3
     reads_target_distribution: bool = True
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            raise ValueError(
+                f"family is {self.family!r}; the products of {', '.join(get_args(Family))} are counted here, so add those of others to "
+                "benchmarks/train/cost.py"
+            )
 
     def num_cached_layers(self) -> int:
         """Layers that a cache must hold: EAGLE-3's fused ones, and the last where the target's distribution is read."""

@@ -144,3 +144,10 @@ def test_a_slow_disk_decides_and_narrow_states_halve_its_hours() -> None:
     assert wide.train_hours == pytest.approx(2 * wide.disk_bytes / 1e9 / 3600)
     assert narrow.train_hours / wide.train_hours == pytest.approx(0.5, abs=0.01)
     assert narrow.disk_bytes / wide.disk_bytes == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_family_whose_products_are_not_counted_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match="family is 'unheard-of'; the products of redrafter, eagle, eagle3 are counted"
+    ):
+        DrafterPlan("unheard-of", 3)  # type: ignore[arg-type]

@@ -3,15 +3,19 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from every_family import EVERY_FAMILY, OUR_FAMILIES, for_two_layers
 from safetensors.torch import load_file
 
 from draftsmith import provenance
 from draftsmith.export.export_command import RecordOptions, export
-from draftsmith.models import PRE_NORM, Eagle, Eagle3, TargetEnds
+from draftsmith.export.layouts.layout import Layout
+from draftsmith.export.layouts.layouts import foreign_layouts, layouts_of
+from draftsmith.models import Family, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
@@ -22,14 +26,18 @@ DRAFT_IDS = torch.arange(0, 280, 3)
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory, drafter: Path, target: Path) -> dict[str, Path]:
-    """A saved drafter of each family, as training leaves it."""
-    ends = TargetEnds.load(str(target))
-    common = {"tokenizer_fingerprint": tokenizer_fingerprint(load_tokenizer(str(target))), "draft_token_ids": DRAFT_IDS}
-    first, third = tmp_path_factory.mktemp("eagle"), tmp_path_factory.mktemp("eagle3")
-    torch.manual_seed(5)
-    Eagle.for_target(ends, **common).save_pretrained(first)
-    Eagle3.for_target(ends, layers=["layer.0.output", PRE_NORM], **common).save_pretrained(third)
-    return {"redrafter": drafter, "eagle": first, "eagle3": third}
+    """A saved drafter of each family over a draft vocabulary, as training leaves it. Apple's layout holds none, so ReDrafter's has none."""
+    ends, fingerprint = TargetEnds.load(str(target)), tokenizer_fingerprint(load_tokenizer(str(target)))
+    folders = {family.name: tmp_path_factory.mktemp(family.name) for family in EVERY_FAMILY}
+    for family in EVERY_FAMILY:
+        torch.manual_seed(5)
+        for_two_layers(family).build(ends, DRAFT_IDS, 3, fingerprint).save_pretrained(folders[family.name])
+    return folders | {"redrafter": drafter}
+
+
+def in_layouts(layouts: Callable[[Family], Iterable[Layout]]) -> list[tuple[str, str]]:
+    """Names of each of the package's families with those of some of its layouts."""
+    return [(family.name, layout.name) for family in OUR_FAMILIES for layout in layouts(family)]
 
 
 def row_for(drafter: Path, **changes: object) -> dict:
@@ -67,20 +75,9 @@ def run_card_example(folder: Path) -> str:
     return done.stdout
 
 
+# A card of `custom_generate` shows a program of Transformers, which the tests of that layout run.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        ("redrafter", "draftsmith"),
-        ("redrafter", "apple"),
-        ("eagle", "draftsmith"),
-        ("eagle", "eagle"),
-        ("eagle3", "draftsmith"),
-        ("eagle3", "eagle3"),
-        ("eagle3", "tensorrt-llm"),
-        ("eagle3", "speculators"),
-    ],
-)
+@pytest.mark.parametrize(("family", "layout"), in_layouts(lambda family: layouts_of(family)[:-1]))
 def test_the_cards_example_runs(tmp_path: Path, heads: dict[str, Path], target: Path, family: str, layout) -> None:
     export(heads[family], tmp_path / "out", target=str(target), layout=layout)
     assert re.search(r"\d+ tokens in \d+ target forwards", run_card_example(tmp_path / "out"))
@@ -122,7 +119,7 @@ def test_the_card_knows_the_family_and_the_layout(
     assert ("## Serve" in card) == (layout not in ("draftsmith", "apple"))
 
 
-@pytest.mark.parametrize("family", ["redrafter", "eagle", "eagle3"])
+@pytest.mark.parametrize("family", [family.name for family in EVERY_FAMILY])
 def test_what_is_exported_in_our_layout_is_what_decoding_loads(
     tmp_path: Path, heads: dict[str, Path], target: Path, family: str
 ) -> None:
@@ -133,9 +130,12 @@ def test_what_is_exported_in_our_layout_is_what_decoding_loads(
     assert torch.equal(before.draft_ids(), after.draft_ids())
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"), [("eagle3", "eagle3"), ("eagle3", "tensorrt-llm"), ("eagle3", "speculators")]
-)
+def holds_the_draft_vocabulary(family: Family) -> Iterator[Layout]:
+    """Other layouts than these lose it, so what comes back from them is another drafter."""
+    return (layout for layout in foreign_layouts(family) if not layout.whole_vocabulary)
+
+
+@pytest.mark.parametrize(("family", "layout"), in_layouts(holds_the_draft_vocabulary))
 def test_an_engines_layout_and_back_is_the_same_drafter(
     tmp_path: Path, heads: dict[str, Path], target: Path, other_target: Path, family: str, layout
 ) -> None:

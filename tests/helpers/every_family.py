@@ -48,7 +48,7 @@ def for_two_layers(family: Family, **chosen: Any) -> DrafterFamily:
     return family.settings(**chosen)
 
 
-def losses(family: Family) -> dict[str, Any]:
+def loss_settings(family: Family) -> dict[str, Any]:
     """What teaches a family the target's own distribution, and its features where its drafters predict them."""
     features = {"feature_weight": 1.0, "logit_weight": 0.1} if family.drafter.predicts_features else {}
     return {"distillation": "path", **features}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_family import EVERY_FAMILY, TWO_LAYERS, for_two_layers, loss_settings, name_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from judging import judge_data, labelled_states, rows_of, save_rows
@@ -25,16 +26,13 @@ from draftsmith.data.shards.eight_bit import (
 from draftsmith.data.shards.packing import pack
 from draftsmith.data.shards.shards import ShardContent, ShardReader, bytes_per_token, write_shard
 from draftsmith.data.tokens import TokenizedSample
-from draftsmith.models.drafters.family import DrafterFamily
-from draftsmith.models.families.eagle import EagleFamily
-from draftsmith.models.families.eagle3 import Eagle3Family
-from draftsmith.models.families.redrafter import ReDrafterFamily
+from draftsmith.models.drafters.family import Family
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.data_module import CacheDataModule
 
 SMALL_SHARDS = 0.002
-LAYERS = ("last.pre_norm", "layer.0.output")
+LAYERS = TWO_LAYERS[::-1]
 
 
 @pytest.fixture
@@ -283,16 +281,9 @@ def test_the_pages_example_runs(cache: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "torch.bfloat16 (7, 32)\n"
 
 
-FAMILIES: dict[str, tuple[DrafterFamily, dict[str, Any]]] = {
-    "redrafter": (ReDrafterFamily(), {}),
-    "eagle": (EagleFamily(), {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1}),
-    "eagle3": (Eagle3Family(layers=["layer.0.output", "last.pre_norm"]), {"distillation": "path"}),
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=name_of)
 def test_every_family_learns_from_eight_bits_nearly_what_it_learns_from_whole_states(
-    cache: Path, tmp_path: Path, target: Path, reply_file: Path, name: str
+    cache: Path, tmp_path: Path, target: Path, reply_file: Path, family: Family
 ) -> None:
     extract(
         str(target),
@@ -300,12 +291,11 @@ def test_every_family_learns_from_eight_bits_nearly_what_it_learns_from_whole_st
         tmp_path / "whole",
         storage=StorageOptions(layers=LAYERS, dtype="float32", local_horizon=2),
     )
-    family, settings = FAMILIES[name]
     losses: dict[str, list[float]] = {}
     for folder in (cache, tmp_path / "whole"):
         losses[folder.name] = []
         trainer = make_trainer(tmp_path, max_steps=3, max_epochs=-1, callbacks=[KeepLosses(losses[folder.name])])
-        module = make_module(target, drafter=family, num_steps=2, **settings)
+        module = make_module(target, drafter=for_two_layers(family), num_steps=2, **loss_settings(family))
         trainer.fit(module, CacheDataModule(folder, val_fraction=0.2, tokens_per_batch=60))
     assert len(losses["cache"]) == 3
     assert losses["cache"] == pytest.approx(losses["whole"], rel=0.03)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from every_family import EVERY_FAMILY, TWO_LAYERS, for_two_layers, loss_settings
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,8 +29,6 @@ from transformers import AutoModel
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.models.drafters.rollout import PackedBatch
-from draftsmith.models.families.eagle import EagleFamily
-from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.cache_subset import CacheBatch
@@ -54,13 +53,14 @@ from draftsmith.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 LENGTHS = [7, 12, 9, 15, 8, 11, 14, 9, 10, 13, 8, 12]
-LAYERS = ("layer.0.output", PRE_NORM)
 RECIPES: dict[str, dict[str, Any]] = {
     "text": {},
     "path": {"distillation": "path"},
     "local": {"distillation": "local"},
-    "eagle": {"drafter": EagleFamily(), "distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1},
-    "eagle3": {"drafter": Eagle3Family(layers=list(LAYERS), draft_vocab_size=25), "distillation": "path"},
+    **{
+        family.name: {"drafter": for_two_layers(family, draft_vocab_size=25), **loss_settings(family)}
+        for family in EVERY_FAMILY
+    },
 }
 
 
@@ -79,7 +79,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cached(target_dir: Path, source: Path, folder: Path, dtype: Any = "float32") -> Path:
     """The cache that `data extract` makes of the same text, with all that any recipe reads."""
-    extract(str(target_dir), source, folder, storage=StorageOptions(layers=LAYERS, dtype=dtype, local_horizon=4))
+    extract(str(target_dir), source, folder, storage=StorageOptions(layers=TWO_LAYERS, dtype=dtype, local_horizon=4))
     return folder
 
 
@@ -296,7 +296,7 @@ BATCHES = [[[3, 4, 5], [6, 7], [8, 9, 10, 11, 12]], [[13, 14]], [[15], [16, 17, 
 
 
 def in_the_loop(target: Target, over: ShardedOver) -> StatesInTheLoop:
-    return StatesInTheLoop(target, over, LAYERS, 2, forward_tokens=5, device=torch.device("cpu"))
+    return StatesInTheLoop(target, over, TWO_LAYERS, 2, forward_tokens=5, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2", "tp"])
@@ -306,7 +306,7 @@ def test_states_are_those_of_each_text_alone_whoever_holds_the_target(target: Ta
         batches = [batch_of(texts)] if sharding == "none" else [batch_of(others) for others in BATCHES]
         batch = in_the_loop(target, over)(batches)
         for name, states_TD in batch.packed.hidden.items():
-            alone = [target.prefix(torch.tensor([ids]), LAYERS).feature(name)[0] for ids in texts]
+            alone = [target.prefix(torch.tensor([ids]), TWO_LAYERS).feature(name)[0] for ids in texts]
             torch.testing.assert_close(states_TD, torch.cat(alone), atol=1e-5, rtol=1e-5)
             assert not states_TD.is_inference()
         assert batch.packed.greedy_ids is not None

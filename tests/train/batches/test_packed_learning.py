@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from every_family import EVERY_FAMILY, TWO_LAYERS, for_two_layers
 from training import VOCAB
 
 from draftsmith.data.shards.eight_bit import EightBitStates, quantise
@@ -22,11 +23,11 @@ from draftsmith.train.judge.data import JudgeTokens
 from draftsmith.train.judge.fit import SweepProblem, measure_scaling
 
 STEPS = 3
-LAYERS = ("layer.0.output", PRE_NORM)
+LAYERS = TWO_LAYERS
 DRAFT_IDS = torch.arange(1, VOCAB, 2)
+# Losses and settings that suit some families, and every family with the loss that suits all.
 RECIPES: dict[str, tuple[DrafterFamily, Objective, torch.Tensor | None]] = {
     "redrafter, none": (ReDrafterFamily(), Objective(STEPS, "none"), None),
-    "redrafter, path, half the tokens": (ReDrafterFamily(), Objective(STEPS, "path"), DRAFT_IDS),
     "redrafter, local": (ReDrafterFamily(), Objective(STEPS, "local"), None),
     "eagle, none": (EagleFamily(), Objective(1, "none"), None),
     "eagle, path, features": (EagleFamily(), Objective(1, "path", feature_weight=1.0, logit_weight=0.1), DRAFT_IDS),
@@ -41,6 +42,10 @@ RECIPES: dict[str, tuple[DrafterFamily, Objective, torch.Tensor | None]] = {
         Objective(STEPS, "path", 0.8, skip_outside=True),
         DRAFT_IDS,
     ),
+    **{
+        f"{family.name}, path, half the tokens": (for_two_layers(family), Objective(STEPS, "path"), DRAFT_IDS)
+        for family in EVERY_FAMILY
+    },
 }
 
 
