@@ -16,20 +16,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from every_family import EVERY_FAMILY, for_two_layers
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from training import make_module, make_trainer
 
-from draftsmith.models.families.eagle import EagleFamily
-from draftsmith.models.families.eagle3 import Eagle3Family
-from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 from draftsmith.train.run.strategies import FullyShard, Zero
 
-FAMILIES = {"redrafter": ReDrafterFamily, "eagle": EagleFamily, "eagle3": Eagle3Family}
+FAMILIES = {family.name: family for family in EVERY_FAMILY}
 
 
 @dataclass
@@ -111,7 +109,7 @@ def run(job: Job, devices: int, on_gpu: bool = False) -> None:
     folder = Path(job.folder)
     record = Record(job.die_before)
     data = CacheDataModule(Path(job.cache), **({"val_fraction": 0.25, "tokens_per_batch": 36 // devices} | job.data))
-    chosen: dict[str, Any] = {"drafter": FAMILIES[job.family](**job.family_settings), "ema_decay": 0.8}
+    chosen: dict[str, Any] = {"drafter": for_two_layers(FAMILIES[job.family], **job.family_settings), "ema_decay": 0.8}
     module = make_module(Path(job.target), **(chosen | job.settings | _adapter(job)))
     # Each process draws weights of its own, and all must begin with the first one's.
     torch.manual_seed(1 + int(os.environ.get("LOCAL_RANK", 0)))

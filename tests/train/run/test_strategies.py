@@ -18,12 +18,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from engine_jobs import Job, launch, run
+from every_family import EVERY_FAMILY, TWO_LAYERS, loss_settings, name_of
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from training import MakeCache, make_module, make_trainer
 
-from draftsmith.models.target.target import PRE_NORM
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.draft_lm.module import DraftLMModule
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
@@ -35,9 +35,9 @@ from draftsmith.train.run.strategies import FullyShard, Zero, refuse_other_engin
 if find_spec("deepspeed") is None:
     pytest.skip("needs DeepSpeed: pip install 'draftsmith[deepspeed]'", allow_module_level=True)
 
-LAYERS = ("layer.0.output", PRE_NORM)
 EAGLE = {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1, "num_steps": 2}
-EAGLE3 = {"distillation": "path", "num_steps": 3, "skip_outside": True}
+# The other families than that of most jobs.
+FURTHER = [family for family in EVERY_FAMILY if family.name != Job.family]
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 KILLED = ("fsdp2", "zero3")
 
@@ -88,8 +88,10 @@ def plan(folder: Path, target: Path, cache: Path) -> tuple[list[Job], list[Job]]
         "frozen": {"family_settings": {"freeze_head": True, "draft_vocab_size": 20}, "settings": {"ema_decay": None}},
         # Seven divides by no number of processes: shares differ in size.
         "odd": {"family_settings": {"exit_dim": 7, "head_init": "random"}},
-        "eagle": {"family": "eagle", "settings": EAGLE},
-        "eagle3": {"family": "eagle3", "family_settings": {"layers": list(LAYERS)}, "settings": EAGLE3},
+        **{
+            family.name: {"family": family.name, "settings": loss_settings(family) | {"skip_outside": True}}
+            for family in FURTHER
+        },
         "lora": {"adapt": str(folder / "redrafter one" / "drafter")},
         "bf16": {"trainer": {"precision": "bf16-mixed"}},
         "accumulated": {"trainer": {"accumulate_grad_batches": 3}},
@@ -129,7 +131,7 @@ def plan(folder: Path, target: Path, cache: Path) -> tuple[list[Job], list[Job]]
 
 @pytest.fixture(scope="module")
 def cache(make_cache: MakeCache) -> Path:
-    return make_cache([7, 12, 9, 15, 8, 11, 14, 9, 10, 13, 8, 12], layers=LAYERS)
+    return make_cache([7, 12, 9, 15, 8, 11, 14, 9, 10, 13, 8, 12], layers=TWO_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,11 @@ def metrics(record: dict[str, Any]) -> dict[str, float]:
 
 SAME = [
     *[f"redrafter {engine}" for engine in ENGINES],
-    *[f"{name} {engine}" for name in ("frozen", "odd", "eagle", "eagle3", "lora") for engine in ("fsdp2", "zero3")],
+    *[
+        f"{name} {engine}"
+        for name in ("frozen", "odd", "lora", *map(name_of, FURTHER))
+        for engine in ("fsdp2", "zero3")
+    ],
     *[f"accumulated {engine}" for engine in ENGINES],
 ]
 
