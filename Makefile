@@ -39,10 +39,11 @@ TEST_PROMPTS ?= 200
 SHAPE ?= 4x5n11
 
 quickstart: $(DONE)/card
-	@printf '\nWhat the drafter gains on prompts that it has not seen ("plain" is the target alone):\n\n'
+	@printf '\nWhat the drafter gains on prompts that it has not seen ("plain" is the target alone, brackets hold 95 %% intervals):\n\n'
 	@awk '/^\| drafter/ { table = 1 } table && /^$$/ { exit } table' $(RUN)/report.md
-	@grep '^Slow:' $(RUN)/report.md | tr -d '\\' || true
-	@printf '\nOne reply to such a prompt. Green tokens were drafted, white ones are the target'"'"'s:\n\n'
+	@awk '/^(Slow|\*\*Suspicious):/ { gsub(/[\\*`]/, ""); print "\n" $$0 }' $(RUN)/report.md
+	@printf '\nOne such prompt, and its reply. In a terminal green tokens were drafted, white ones are the target'"'"'s:\n\n'
+	@$(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"], end="\n\n")'
 	@$(DRAFTSMITH) decode --target $(TARGET) --drafter $(RUN)/drafter --shape $(SHAPE) --prompt \
 	  "$$($(BIN)/python -c 'import json; print(json.loads(open("$(RUN)/test.jsonl").readline())["messages"][0]["content"])')"
 	@printf '%s\n' "$$NEXT_STEPS"

@@ -1,11 +1,13 @@
 """``draftsmith decode``: one reply, streamed, with the accepted runs coloured.
 
-Owns what a person sees of one decoded reply. Knows nothing of measuring; that is ``draftsmith evaluate``.
+Owns what a person sees of one decoded reply, and the option of stop strings that commands share: `sampling.py` is shipped with drafters
+and knows no command line. Knows nothing of measuring; that is ``draftsmith evaluate``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,20 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape
 
 
+@dataclass(frozen=True, kw_only=True)
+class EndingOptions:
+    """What ends a reply before its longest length, beside the target's end tokens.
+
+    Args:
+        stop: Strings that end a reply.
+    """
+
+    stop: Annotated[tuple[str, ...], WHOLE] = ()
+
+
+NO_STOP_STRINGS = EndingOptions()
+
+
 def decode(
     prompt: str,
     target: str = "embedded:target",
@@ -45,7 +61,7 @@ def decode(
     rule: str = "lossless",
     draw: Annotated[DrawOptions, FLAT] = GREEDY,
     filters: Annotated[FilterOptions, FLAT] = NO_FILTERS,
-    stop: Annotated[tuple[str, ...], WHOLE] = (),
+    ending: Annotated[EndingOptions, FLAT] = NO_STOP_STRINGS,
     chat: bool | None = None,
     drafter_adapter: Path | None = None,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
@@ -65,7 +81,7 @@ def decode(
         rule: lossless; or LOSSY: judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, everything.
         draw: Length, seed and temperature; see `DrawOptions`. With and without a drafter one seed gives one text, except for sampled trees.
         filters: Which tokens can be drawn; see `FilterOptions`.
-        stop: Strings that end the reply.
+        ending: What ends the reply early; see `EndingOptions`.
         chat: true wraps the prompt in the model's chat template, false continues it as raw text; default: true where the tokenizer has
             a template.
         drafter_adapter: A trained adapter of the drafter; without --drafter, of the one that it names.
@@ -80,7 +96,7 @@ def decode(
     if head is not None:
         nn.Module.to(head, model.device)
         limits = default_limits(head, limits) if shape is None else limits
-    settings = for_target(settings_of(draw, filters, model.eos_token_ids, stop), model, tells_text=True)
+    settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)
     console = Console(highlight=False)

@@ -42,6 +42,7 @@ from draftsmith.evaluate.samples import read_samples
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.label.checkers.sums_answers import judge as check_sums
 from draftsmith.label.checkers.sums_answers import problem_of
+from draftsmith.label.commands.entry_options import EntryOptions
 from draftsmith.label.commands.generate_command import generate
 from draftsmith.label.commands.rows_command import rows as label_rows
 from draftsmith.label.commands.store_commands import import_answers
@@ -181,12 +182,19 @@ def run(options: argparse.Namespace) -> None:
     stages.once(
         "answers-train",
         lambda: generate(
-            work / "train.jsonl", (TARGET, DRAFT), "embedded", work / "answers", licence="Apache-2.0", pairs=True
+            work / "train.jsonl",
+            (TARGET, DRAFT),
+            "embedded",
+            work / "answers",
+            entry=EntryOptions(licence="Apache-2.0"),
+            pairs=True,
         ),
     )
     stages.once(
         "answers-held",
-        lambda: generate(work / "held.jsonl", (DRAFT,), "embedded", work / "held-answers", licence="Apache-2.0"),
+        lambda: generate(
+            work / "held.jsonl", (DRAFT,), "embedded", work / "held-answers", entry=EntryOptions(licence="Apache-2.0")
+        ),
     )
 
     pairs, held = (
@@ -394,7 +402,7 @@ def people(stages: Stages, options: argparse.Namespace) -> Judged:
     def read() -> None:
         # The sets in which people marked the place of the first error.
         for source in sorted((options.data / "judge").glob("[bp]*.jsonl")):
-            import_answers(source, str(store), licence="see the source")
+            import_answers(source, str(store), entry=EntryOptions(licence="see the source"))
 
     stages.once("people-import", read)
     folder = work / "people"

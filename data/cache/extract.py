@@ -286,8 +286,8 @@ def _report(out: Path, manifest: Manifest, share: Share, survey: Survey) -> None
         )
         return
     print(
-        f"{manifest.num_samples} samples, {manifest.num_tokens} tokens "
-        f"({manifest.num_labelled / manifest.num_tokens:.0%} trained on) in {len(manifest.shards)} shards: {out}; "
+        f"{manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens ({manifest.num_labelled / manifest.num_tokens:.0%} trained on) "
+        f"in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}: {out}; "
         f"{manifest.num_cut} samples cut; {summary(survey.dropped)}\n{footprint(manifest)}"
     )
     if survey.num_begun_anew:

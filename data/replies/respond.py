@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from draftsmith import provenance
-from draftsmith.arguments import FLAT, WHOLE
+from draftsmith.arguments import FLAT
 from draftsmith.data.prompt_ids import chat_for
 from draftsmith.data.prompts import ALL_PROMPTS, Prompt, PromptSelection, read_prompts
 from draftsmith.data.replies.engine_choice import EngineChoice, EngineName
@@ -25,6 +25,7 @@ from draftsmith.data.replies.vllm_source import ONE_GPU, VllmOptions
 from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
 from draftsmith.data.survey import begun_anew
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.decode_command import NO_STOP_STRINGS, EndingOptions
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
@@ -41,7 +42,7 @@ def respond(
     out: Path,
     selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
     reply: Annotated[ReplyOptions, FLAT] = REPLY,
-    stop: Annotated[tuple[str, ...], WHOLE] = (),
+    ending: Annotated[EndingOptions, FLAT] = NO_STOP_STRINGS,
     sampling: Annotated[Overrides, FLAT] = MODELS_OWN,
     batches: Annotated[BatchOptions, FLAT] = SMALL_BATCHES,
     share: Annotated[ShareOptions, FLAT] = OWN_SHARE,
@@ -64,7 +65,7 @@ def respond(
         out: The folder of the replies.
         selection: Which prompts; see `PromptSelection`.
         reply: Length and seed; see `ReplyOptions`. Each prompt and turn draws its own numbers from the seed.
-        stop: Strings that end a reply.
+        ending: What ends a reply early; see `EndingOptions`.
         sampling: How tokens are drawn; see `Overrides`.
         batches: How many prompts are answered together; see `BatchOptions`.
         share: Which part of the prompts this process answers; see `ShareOptions`.
@@ -83,7 +84,7 @@ def respond(
     unread: list[Dropped] = []
     chosen = read_prompts(prompts, selection.split, unread)[: selection.limit]
     tokenizer = where.tokenizer(target)
-    settings = reply_settings(target, tokenizer, sampling, reply, stop, where)
+    settings = reply_settings(target, tokenizer, sampling, reply, ending.stop, where)
     chat = chat_for(chosen, tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
     opened = choice.open(target, tokenizer, settings, where)
     digest = _digest(json.dumps(prompt.fields()) for prompt in chosen)

@@ -6,7 +6,6 @@ format but this project's own.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
-from draftsmith.arguments import FLAT, WHOLE
+from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, Prompt, PromptSelection, read_prompts, say_dropped
 from draftsmith.data.replies.reply_files import loaded_here, run_identity, write_replies
 from draftsmith.data.replies.reply_plan import BatchOptions, make_plan
@@ -26,6 +25,7 @@ from draftsmith.data.replies.reply_sources import BundledEngine
 from draftsmith.data.replies.respond import REPLY
 from draftsmith.data.shared_work import Share
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.decode.decode_command import NO_STOP_STRINGS, EndingOptions
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.files import exclusive, read_jsonl, sha256_file
 from draftsmith.json_rows import Dropped, summary
@@ -39,6 +39,7 @@ from draftsmith.label.commands.checked_answers import (
     right_and_wrong,
     verdicts,
 )
+from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.schema import Answer, write_answers
 from draftsmith.label.store.store import Store
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
@@ -149,16 +150,15 @@ def generate(
     checker: str,
     out: Path,
     store: str | None = None,
-    licence: str | None = None,
     pairs: bool = False,
     selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
     answers: Annotated[AnswerOptions, FLAT] = ONE_ANSWER,
     sampling: Annotated[Overrides, FLAT] = DRAWN,
     reply: Annotated[ReplyOptions, FLAT] = REPLY,
-    stop: Annotated[tuple[str, ...], WHOLE] = (),
+    ending: Annotated[EndingOptions, FLAT] = NO_STOP_STRINGS,
     batches: Annotated[BatchOptions, FLAT] = LARGE_BATCHES,
     tests: Annotated[UnitTestOptions, FLAT] = PROTECTED,
-    author: str | None = None,
+    entry: Annotated[EntryOptions, FLAT] = UNNAMED,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
@@ -174,27 +174,26 @@ def generate(
             file.py:function.
         out: The folder of replies, checks and answers.
         store: Path of a store (SQLite, made when absent), or an SQLAlchemy URL, that the answers are added to.
-        licence: The licence of the questions, where their rows do not name it.
         pairs: Keep one right and one wrong answer of each question that has both, and nothing else.
         selection: Which questions; see `PromptSelection`.
         answers: How many answers; see `AnswerOptions`.
         sampling: How the drawn answers are drawn; see `Overrides`.
         reply: Length and seed; see `ReplyOptions`. The seed also chooses the pairs.
-        stop: Strings that end a reply.
+        ending: What ends a reply early; see `EndingOptions`.
         batches: How many questions are answered together; see `BatchOptions`.
         tests: How unit tests are run; see `UnitTestOptions`.
-        author: Who adds to the store, for its log; default: the user of this process.
+        entry: Licence of the questions, and who adds to the store; see `EntryOptions`.
         where: Where the models run; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
     """
     check_unclaimed(out)
-    asking = AnswerPlan(answers, sampling, reply, stop, batches, rendering)
+    asking = AnswerPlan(answers, sampling, reply, ending.stop, batches, rendering)
     _check_models(models, where)
-    adder = "" if store is None else author or _user()
+    adder = "" if store is None else entry.adder()
     checking = load_checker(checker, tests.test_seconds, tests.unprotected)
-    questions = _questions(prompts, selection, licence, checking)
+    questions = _questions(prompts, selection, entry.licence, checking)
     config = asking.recorded | vars(selection) | {"prompts": prompts, "models": models, "checker": checker}
-    config |= {"pairs": pairs, "licence": licence, "where": where.placed(), "test_seconds": tests.test_seconds}
+    config |= {"pairs": pairs, "licence": entry.licence, "where": where.placed(), "test_seconds": tests.test_seconds}
     config["dtype"] = {model: where.resolve_dtype(model, where.dtype) for model in models}
     inputs = {str(prompts): sha256_file(_file(prompts))}
     with exclusive(out / ANSWERS):
@@ -243,13 +242,6 @@ def _add(store: str, kept: Sequence[Answer], adder: str) -> None:
     with Store(store, create=True) as opened:
         added = opened.add(kept, adder)
         print(f"{opened.name}: {added.items} new answers and {added.labels} new labels")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError) as error:
-        raise ValueError("this process's user has no name; say who adds to the store with --author") from error
 
 
 def _check_models(models: Sequence[str], where: TargetOptions) -> None:

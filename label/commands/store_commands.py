@@ -5,7 +5,6 @@ Owns their options and what they print. Knows nothing of how rows are read or ke
 
 from __future__ import annotations
 
-import getpass
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 from draftsmith.arguments import FLAT
 from draftsmith.foreign import visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
+from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.importers import Format, read_labelled
 from draftsmith.label.schema import Answer, write_answers
@@ -31,10 +31,9 @@ def import_answers(
     source: Path,
     store: str,
     format: Format = "auto",
-    licence: str | None = None,
     model: str | None = None,
     labelled_by: str | None = None,
-    author: str | None = None,
+    entry: Annotated[EntryOptions, FLAT] = UNNAMED,
 ) -> None:
     """Adds the labelled answers of a file to a store, all of them or none.
 
@@ -45,15 +44,14 @@ def import_answers(
         source: a JSON or JSON-lines file.
         store: path of the store (SQLite, made when absent), or an SQLAlchemy URL.
         format: how a row is read; `auto` decides from the fields of the first row.
-        licence: the licence of the source, where the file does not say it.
         model: the model that wrote the answers, where the file does not say it; default: unknown.
         labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
-        author: who imports, for the log; default: the user of this process.
+        entry: licence of the source, and who imports; see `EntryOptions`.
     """
-    origin = LabelSource(source.stem, labelled_by or source.stem, licence, model)
+    origin = LabelSource(source.stem, labelled_by or source.stem, entry.licence, model)
     imported = read_labelled(source, format, origin)
     with Store(store, create=True) as opened:
-        added = opened.add(imported.answers, author or _user())
+        added = opened.add(imported.answers, entry.adder())
         print(
             f"{len(imported.answers)} answers in {source} ({imported.format}): {added.items} new answers and {added.labels} "
             f"new labels in {opened.name}, {added.known_labels} labels known already; {len(imported.left_out)} rows left out"
@@ -165,10 +163,3 @@ def _token_counts(answers: Sequence[Answer], target: str, after: After, where: H
         assert answer.tokens is not None
         counts.update(token_labels(answer, answer.tokens.offsets, after))
     return {"correct": counts[CORRECT], "wrong": counts[WRONG], "ignored": counts[IGNORED]}
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError) as error:
-        raise ValueError("this process's user has no name; say who imports with --author") from error

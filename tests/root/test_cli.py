@@ -16,6 +16,7 @@ import pytest
 import draftsmith
 from draftsmith import cli
 from draftsmith.arguments import field_help, flat_parameters, gather_lists, list_options, parser_for, whole_options
+from draftsmith.decode.decode_command import EndingOptions
 from draftsmith.models.target.options import TargetOptions
 from draftsmith.outline import outline
 
@@ -224,8 +225,9 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
 
 
 def test_no_command_has_an_option_of_its_own_that_a_shared_group_has() -> None:
-    """How a target is found and where it runs means the same everywhere, so its names and help are written once."""
-    shared = {field.name for field in dataclasses.fields(TargetOptions)}
+    """What means the same everywhere has its names and help written once."""
+    groups = (TargetOptions, EndingOptions)
+    shared = {field.name for group in groups for field in dataclasses.fields(group)}
     for name, command in cli.COMMANDS.items():
         if not command.reads_arguments:
             function = command.outline()

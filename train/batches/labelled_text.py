@@ -70,6 +70,6 @@ def _draft_vocabulary(counts_V: Tensor) -> list[str]:
             f"a draft vocabulary would save little: {least} tokens are needed for {100 * COVERED:g} % of the labelled ones"
         ]
     return [
-        f"draft_vocab_size {size} would make the drafter's head {len(counts_V) / size:.1f} times smaller and have "
+        f"draft_vocab_size {size} would make the drafter's head {len(counts_V) / size:.1f} times smaller and hold "
         f"{100 * float(covered_V[size - 1]):.1f} % of the labelled tokens"
     ]

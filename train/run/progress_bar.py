@@ -80,4 +80,9 @@ class RunProgress(ProgressBar):
         shown = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
         chosen = {name: value for name, value in shown.items() if name.startswith("val/") is validation}
         numbers = {name: value for name, value in chosen.items() if isinstance(value, int | float)}
-        return ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in numbers.items())
+        return ", ".join(f"{_plain(name)} {value:.4g}" for name, value in numbers.items())
+
+
+def _plain(metric: str) -> str:
+    """A metric's name as a person reads it: `val/tokens_per_step` -> `tokens per step`."""
+    return metric.removeprefix("train/").removeprefix("val/").replace("_", " ")

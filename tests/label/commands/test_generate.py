@@ -18,6 +18,7 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.embedded.sums import TARGET_STYLE, distinct_problems, render, write_prompts
 from draftsmith.files import read_jsonl
 from draftsmith.label.commands import generate_command as module
+from draftsmith.label.commands.entry_options import EntryOptions
 from draftsmith.label.commands.generate_command import AnswerOptions, generate
 from draftsmith.label.schema import read_answers
 from draftsmith.label.store.store import Store
@@ -85,7 +86,7 @@ def test_every_model_answers_every_question_and_every_answer_is_labelled(
     prompts: Path, tmp_path: Path, script: Scripted, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, store = tmp_path / "out", str(tmp_path / "labels.db")
-    generate(prompts, MODELS, "embedded", out, store, licence="CC0-1.0", author="me")
+    generate(prompts, MODELS, "embedded", out, store, entry=EntryOptions(licence="CC0-1.0", author="me"))
     told = capsys.readouterr().out
     assert "embedded:target: 10 correct\n" in told
     assert "embedded:draft_lm: 10 wrong\n" in told
@@ -104,7 +105,7 @@ def test_every_model_answers_every_question_and_every_answer_is_labelled(
             assert answer.response[answer.label.error[0] :] == said[shared:]
             assert answer.label.error[1] == answer.label.error[0] + 1
     assert provenance.read(out)["config"]["models"] == list(MODELS)
-    generate(prompts, MODELS, "embedded", out, store, licence="CC0-1.0", author="me")
+    generate(prompts, MODELS, "embedded", out, store, entry=EntryOptions(licence="CC0-1.0", author="me"))
     assert len(script.asked) == 20
     with Store(store) as opened:
         assert sorted(answer.id for answer in opened.answers()) == sorted(answer.id for answer in answers)
@@ -116,7 +117,15 @@ def test_pairs_keep_one_right_and_one_wrong_answer_of_a_question(
 ) -> None:
     usual, alike = script.say, script.questions[:3]
     script.say = lambda model, question, settings: usual(MODELS[0] if question in alike else model, question, settings)
-    generate(prompts, MODELS, "embedded", tmp_path / "out", licence="MIT", pairs=True, answers=AnswerOptions(samples=2))
+    generate(
+        prompts,
+        MODELS,
+        "embedded",
+        tmp_path / "out",
+        entry=EntryOptions(licence="MIT"),
+        pairs=True,
+        answers=AnswerOptions(samples=2),
+    )
     assert "pairs: 7; 3 questions lack a right or a wrong answer" in capsys.readouterr().out
     by_question: dict[str, list[str]] = {}
     for answer in read_answers(tmp_path / "out" / "answers.jsonl"):
@@ -135,7 +144,12 @@ def test_a_killed_run_goes_on_and_neither_asks_nor_checks_twice(
         f"    if open({str(log)!r}).read().count('\\n') == 15: raise KeyboardInterrupt\n"
         "    return Checked('correct' if str(row['answer']) in response.split('####')[1] else 'unplaced')\n"
     )
-    arguments: dict[str, Any] = {"prompts": prompts, "models": MODELS, "checker": f"{code}:f", "licence": "MIT"}
+    arguments: dict[str, Any] = {
+        "prompts": prompts,
+        "models": MODELS,
+        "checker": f"{code}:f",
+        "entry": EntryOptions(licence="MIT"),
+    }
     script.lives = 3
     for _ in range(2):  # once at work on replies, once at work on checks
         with pytest.raises(KeyboardInterrupt):
@@ -158,7 +172,7 @@ def test_samples_are_drawn_apart_and_the_same_answer_counts_once(
         MODELS,
         "embedded",
         tmp_path / "out",
-        licence="MIT",
+        entry=EntryOptions(licence="MIT"),
         answers=AnswerOptions(samples=3),
         sampling=Overrides(temperature=0.7),
         selection=PromptSelection(limit=5),
@@ -174,7 +188,7 @@ def test_a_reply_that_did_not_end_is_left_out(
 ) -> None:
     usual, cut = script.say, script.questions[0]
     script.say = lambda model, question, settings: "" if question == cut else usual(model, question, settings)
-    generate(prompts, MODELS[:1], "final-number", tmp_path / "out", licence="MIT")
+    generate(prompts, MODELS[:1], "final-number", tmp_path / "out", entry=EntryOptions(licence="MIT"))
     assert "embedded:target: 9 correct; left out: 1 unfinished" in capsys.readouterr().out
 
 
@@ -183,7 +197,7 @@ def test_another_checker_judges_the_same_replies_under_its_own_name(
 ) -> None:
     store = str(tmp_path / "labels.db")
     for checker in ("embedded", "final-number"):
-        generate(prompts, MODELS, checker, tmp_path / "out", store, licence="MIT", author="me")
+        generate(prompts, MODELS, checker, tmp_path / "out", store, entry=EntryOptions(licence="MIT", author="me"))
     assert len(script.asked) == 20
     with Store(store) as opened:
         labels = [answer.label for answer in opened.answers() if answer.model == MODELS[1]]
@@ -196,7 +210,7 @@ def test_another_checker_judges_the_same_replies_under_its_own_name(
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"licence": None}, r"prompts.jsonl:1: the licence is not in the row"),
+        ({}, {"entry": EntryOptions()}, r"prompts.jsonl:1: the licence is not in the row"),
         ({}, {"checker": "nothing"}, "checker 'nothing' is not known"),
         ({}, {"models": (MODELS[0], MODELS[0])}, "each once"),
         ({}, {"where": TargetOptions(revision="main")}, "belongs to one model"),
@@ -217,7 +231,11 @@ def test_a_mistake_is_told_with_its_place_and_leaves_no_answers(
         "def beyond(row, response): return Checked('wrong', (0, 10**6))\n"
         "def fails(row, response): return 1 / 0\n"
     )
-    arguments: dict[str, Any] = {"models": MODELS, "checker": "embedded", "licence": "MIT"} | options
+    arguments: dict[str, Any] = {
+        "models": MODELS,
+        "checker": "embedded",
+        "entry": EntryOptions(licence="MIT"),
+    } | options
     arguments["checker"] = arguments["checker"].replace("CODE", str(code))
     with pytest.raises(ValueError, match=message):
         generate(prompts, out=tmp_path / "out", **arguments)
@@ -240,7 +258,7 @@ def test_questions_that_cannot_be_asked_or_judged_are_left_out_with_their_place(
     rows[3] |= {"text": "A book.", "messages": []}
     rows[4] |= {"licence": 7}
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generate(prompts, MODELS[:1], "final-number", tmp_path / "out", licence="MIT")
+    generate(prompts, MODELS[:1], "final-number", tmp_path / "out", entry=EntryOptions(licence="MIT"))
     assert len(script.asked) == len(rows) - 3
     told = capsys.readouterr().err
     for reason in (":3: the row: its reference", ":4: ", "is a document", ":5: the licence is 7, not text"):
@@ -255,7 +273,7 @@ def test_a_checker_gets_a_row_as_every_command_reads_it(prompts: Path, tmp_path:
     del changed["answer"]
     prompts.write_text(json.dumps(changed) + "\n")
     for checker in ("embedded", "final-number"):
-        generate(prompts, MODELS[:1], checker, tmp_path / checker, licence="MIT")
+        generate(prompts, MODELS[:1], checker, tmp_path / checker, entry=EntryOptions(licence="MIT"))
 
 
 def test_a_user_without_a_name_is_told_before_anything_is_asked(
@@ -265,7 +283,7 @@ def test_a_user_without_a_name_is_told_before_anything_is_asked(
         raise OSError("No username set in the environment")
 
     monkeypatch.setattr(getpass, "getuser", nameless)
-    asked: dict[str, Any] = {"models": MODELS, "checker": "embedded", "licence": "MIT"}
+    asked: dict[str, Any] = {"models": MODELS, "checker": "embedded", "entry": EntryOptions(licence="MIT")}
     asked["selection"] = PromptSelection(limit=1)
     with pytest.raises(ValueError, match="say who adds to the store with --author"):
         generate(prompts, out=tmp_path / "out", store=str(tmp_path / "labels.db"), **asked)

@@ -91,7 +91,7 @@ def test_the_proposed_draft_vocabulary_has_nearly_all_labelled_tokens_in_half_th
     counts = torch.zeros(64, dtype=torch.int64)
     counts[[3, 9, 40]] = torch.tensor([90, 9, 1])
     assert labelled_text._draft_vocabulary(counts) == [
-        "draft_vocab_size 2 would make the drafter's head 32.0 times smaller and have 99.0 % of the labelled tokens"
+        "draft_vocab_size 2 would make the drafter's head 32.0 times smaller and hold 99.0 % of the labelled tokens"
     ]
     [line] = labelled_text._draft_vocabulary(torch.ones(64, dtype=torch.int64))
     assert line == "a draft vocabulary would save little: 64 tokens are needed for 99 % of the labelled ones"
