@@ -84,7 +84,7 @@ def test_the_best_of_the_sweep_is_kept_with_a_threshold_from_the_held_out_questi
     fit(tmp_path, module, data, callbacks=[KeepJudge()])
     judge = load_judge(tmp_path / "judge")
     states, labels = labelled_states(cache, [one.row for one in data._splits["validation"].joined])
-    areas = [roc_auc(module._values_NS[:, index].numpy(), labels.numpy()) for index in range(3)]
+    areas = [roc_auc(module._values[:, index].numpy(), labels.numpy()) for index in range(3)]
     assert roc_auc(judge.log_odds(states).detach().numpy(), labels.numpy()) == pytest.approx(max(areas), abs=1e-3)
     assert max(areas) > 0.8
     accepted = judge.accepts(states)
@@ -162,7 +162,7 @@ def test_post_norm_states_are_the_targets_normed_ones(
     states, labels = labelled_states(cache, [one.row for one in data._splits["validation"].joined])
     assert torch.allclose(data.tokens("validation").features, target.ends.final_norm(states))
     judge = module.judge().attach(target.ends)
-    assert torch.allclose(judge.log_odds(states).double(), module._values_NS[:, module.best], atol=2e-4)
+    assert torch.allclose(judge.log_odds(states).double(), module._values[:, module.best], atol=2e-4)
     assert roc_auc(judge.log_odds(states).detach().numpy(), labels.numpy()) > 0.7
 
 
