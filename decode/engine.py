@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.decode.batch import Batch, Generation, Recorder, Request
 from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.prefill import Prefill
+from draftsmith.decode.prefill import Prefill, Requests, check_prompt
 from draftsmith.decode.runners import Compile, Runner, check_compile, compiles, needs_host, whole_cycle_runner
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.choice import verifier_for
@@ -126,7 +126,7 @@ class Engine:
         if len(numbers) != len(prompts):
             raise ValueError(f"there are {len(numbers)} request_ids for {len(prompts)} prompts; give one each")
         for index, prompt in enumerate(prompts):
-            self._check(index, prompt)
+            check_prompt(self.target, index, prompt)
         room = max(map(len, prompts), default=0) + settings.max_new_tokens
         most_rows = max(1, len(prompts)) if num_rows is None else num_rows
         requests = zip(numbers, prompts, strict=True)
@@ -145,7 +145,8 @@ class Engine:
         """Decode prompts from an iterator and give replies as they end. Prompts are taken from it as rows become free.
 
         Args:
-            prompts: (request id, token ids) of each; the id says which noise it draws.
+            prompts: (request id, token ids) of each; the id says which noise it draws. Where it has none left, it is asked again after
+                each reply, so a caller can add prompts that follow from replies.
             settings: shared by all.
             num_rows: how many decode at once.
             room: the most tokens of a prompt and its reply together. Memory is that of ``num_rows`` rows of so many tokens.
@@ -162,7 +163,7 @@ class Engine:
         recorder = Recorder(settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens, until)
         if num_rows < 1:
             raise ValueError(f"num_rows is {num_rows}; give at least 1")
-        waiting = self._requests(prompts, settings, room)
+        waiting = Requests(self.target, prompts, settings, room)
         with evaluating(self.drafter):
             for request in self._decode(waiting, settings, recorder, num_rows, room):
                 yield request.index, request.generation
@@ -258,46 +259,6 @@ class Engine:
             self._said.add(reason)
             warnings.warn(f"cycles run op by op, not compiled: {reason}", stacklevel=3)
         return self._cycle, self._cycle
-
-    def _requests(
-        self, prompts: Iterable[tuple[int, list[int]]], settings: GenerationSettings, room: int
-    ) -> Iterator[Request]:
-        """Checked requests; each may take what the room and the context leave of its budget.
-
-        Raises:
-            ValueError: one cannot be decoded.
-        """
-        context = self.target.max_positions or 2**62
-        for index, (number, prompt) in enumerate(prompts):
-            self._check(index, prompt)
-            budget = min(settings.max_new_tokens, context - len(prompt))
-            if len(prompt) + budget > room:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens and its reply up to {budget}, a row has room for {room}; shorten the prompt, "
-                    "or give more room"
-                )
-            yield Request(index, prompt, number, budget)
-
-    def _check(self, index: int, prompt: list[int]) -> None:
-        """Raise for a prompt that cannot be decoded.
-
-        Raises:
-            ValueError: it is empty, too long, or of other ids than the vocabulary's.
-        """
-        context = self.target.max_positions
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; give at least one token (a BOS token, for instance)")
-        if context is not None and len(prompt) >= context:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, the context of {self.target.name} is {context} and needs room for a reply; "
-                "shorten the prompt"
-            )
-        if min(prompt) < 0 or max(prompt) >= self.target.ends.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < self.target.ends.vocab_size)
-            raise ValueError(
-                f"prompt {index} holds token id {wrong}, the vocabulary of {self.target.name} ends at "
-                f"{self.target.ends.vocab_size - 1}; is the tokenizer the target's?"
-            )
 
 
 def shared(settings: GenerationSettings) -> GenerationSettings:

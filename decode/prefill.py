@@ -1,13 +1,13 @@
 """The start of requests: their prompts are read, their first tokens chosen, the drafter starts.
 
-Owns how rows come to be, for a whole batch or for a few rows of one in flight. Knows no queue.
+Owns what can be decoded at all, and how rows come to be, for a whole batch or for a few rows of one in flight. Knows no queue.
 
 Shape legend: B batch rows, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.verifier import Reading
 from draftsmith.models.drafters.drafter import Emitted, Opening
-from draftsmith.models.target.target import PRE_NORM, TargetOutput
+from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import request_keys
 from draftsmith.models.tree.slot_cache import SlotCache
@@ -112,6 +112,72 @@ class Prefill:
         if cycle.drafter is not None and cycle.limits.early_stop is not None:
             rows.stop = StopState.begin(cycle.limits.early_stop, cycle.limits.draft_length, len(requests), device)
         return rows
+
+
+class Requests:
+    """Checked requests from prompts, taken one by one.
+
+    Args:
+        target: the model.
+        prompts: (request id, token ids) of each. An iterator that has none left may have more later.
+        settings: shared by all.
+        room: the most tokens of a prompt and its reply together.
+    """
+
+    def __init__(
+        self, target: Target, prompts: Iterable[tuple[int, list[int]]], settings: GenerationSettings, room: int
+    ) -> None:
+        self._target, self._prompts = target, iter(prompts)
+        self._max_new_tokens, self._room = settings.max_new_tokens, room
+        self._index = 0
+
+    def __iter__(self) -> Requests:
+        return self
+
+    def __next__(self) -> Request:
+        """The next one; its budget is what the context leaves of it.
+
+        Raises:
+            ValueError: it cannot be decoded, or does not fit into the room.
+        """
+        number, prompt = next(self._prompts)
+        index, self._index = self._index, self._index + 1
+        check_prompt(self._target, index, prompt)
+        context = self._target.max_positions
+        budget = self._max_new_tokens if context is None else min(self._max_new_tokens, context - len(prompt))
+        if len(prompt) + budget > self._room:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens and its reply up to {budget}, a row has room for {self._room}; shorten the "
+                "prompt, or give more room"
+            )
+        return Request(index, prompt, number, budget)
+
+
+def check_prompt(target: Target, index: int, prompt: list[int]) -> None:
+    """Check that a prompt can be decoded.
+
+    Args:
+        target: the model.
+        index: of the prompt, for the message.
+        prompt: token ids.
+
+    Raises:
+        ValueError: it is empty, too long, or of other ids than the vocabulary's.
+    """
+    context, vocab_size = target.max_positions, target.ends.vocab_size
+    if not prompt:
+        raise ValueError(f"prompt {index} is empty; give at least one token (a BOS token, for instance)")
+    if context is not None and len(prompt) >= context:
+        raise ValueError(
+            f"prompt {index} has {len(prompt)} tokens, the context of {target.name} is {context} and needs room for a reply; "
+            "shorten the prompt"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"prompt {index} holds token id {wrong}, the vocabulary of {target.name} ends at {vocab_size - 1}; is the tokenizer the "
+            "target's?"
+        )
 
 
 def _text(request: Request, settings: GenerationSettings, vocab_size: int, device: torch.device) -> RequestText:

@@ -123,6 +123,34 @@ def test_prompts_are_taken_as_rows_become_free_and_replies_given_as_they_end(tar
     assert sorted(order) == list(range(len(PROMPTS)))
 
 
+def test_prompts_may_follow_from_replies(target: Target) -> None:
+    """Two rows, and two prompts at first: each reply brings one more, also when no other waits and no row decodes."""
+
+    class Growing:
+        def __init__(self) -> None:
+            self.waiting = [[BOS, 5, 9, 11], [BOS, 40]]
+            self.given: list[list[int]] = []
+
+        def __iter__(self) -> Growing:
+            return self
+
+        def __next__(self) -> tuple[int, list[int]]:
+            if not self.waiting:
+                raise StopIteration
+            self.given.append(self.waiting.pop())
+            return len(self.given) - 1, self.given[-1]
+
+    prompts, request = Growing(), GenerationSettings(max_new_tokens=3)
+    replies = {}
+    for index, reply in Engine(target).stream(prompts, request, num_rows=2, room=30):
+        replies[index] = reply.token_ids
+        if len(prompts.given) < 6:
+            prompts.waiting.append([*prompts.given[index], *reply.token_ids])
+    assert sorted(replies) == list(range(6))
+    for index, prompt in enumerate(prompts.given):
+        assert replies[index] == Engine(target).generate([prompt], request)[0].token_ids
+
+
 def test_a_prompt_that_does_not_fit_into_a_row_is_refused_with_both_numbers(target: Target) -> None:
     requests = iter([(0, PROMPTS[1]), (1, PROMPTS[2])])
     with pytest.raises(ValueError, match="prompt 1 has 7 tokens and its reply up to 13, a row has room for 18"):
