@@ -22,7 +22,8 @@ from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.ledger import Ledger
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafters.drafter import Cycle, Drafter, DraftState, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.lora import activate, load_adapter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.rows import Rows
-from draftsmith.models.drafters.drafter import DraftState
+from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.tree.row_state import ReplacedRows, all_by_rows, put_rows
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 

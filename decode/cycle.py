@@ -18,7 +18,8 @@ from draftsmith.decode.batch import Batch
 from draftsmith.decode.ledger import Ledger, phase
 from draftsmith.decode.sampling import GenerationSettings, choose, process
 from draftsmith.decode.verify.verifier import Reading, Verifier, Walk
-from draftsmith.models.drafters.drafter import Cycle, Drafter, DraftState, Emitted
+from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.finite import broken_rows
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.limits import DraftLimits

@@ -19,7 +19,7 @@ from draftsmith.decode.processors import RequestText, processors_of
 from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.verifier import Reading
-from draftsmith.models.drafters.drafter import Emitted, Opening
+from draftsmith.models.drafters.draft_records import Emitted, Opening
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import request_keys

@@ -4,7 +4,8 @@ The names of this package are what drafter families of other packages are writte
 """
 
 from draftsmith.models.drafters.draft_lm import LMDrafter, load_draft_lm
-from draftsmith.models.drafters.drafter import Cycle, Drafter, DraftState, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.registry import all_families, register, registry

@@ -26,7 +26,7 @@ from draftsmith.models import (
     Target,
     tree_from_paths,
 )
-from draftsmith.models.drafters.drafter import DraftState
+from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.tree.search import Expander
 
 VOCAB = 61

@@ -16,7 +16,8 @@ from draftsmith.data.shards.packing import pack
 from draftsmith.evaluate.doctor.case import Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding, Verdict
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
-from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.returned_shapes import checked_expander, checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
 from draftsmith.models.files.finite import is_finite

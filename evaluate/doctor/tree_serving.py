@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.drafters.returned_shapes import checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch

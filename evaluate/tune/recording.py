@@ -31,7 +31,7 @@ from draftsmith.models import (
     TargetEnds,
     root_tree,
 )
-from draftsmith.models.drafters.drafter import DraftState
+from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.tree.search import Expander
 
 Ints = NDArray[np.int32]

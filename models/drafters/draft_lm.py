@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
-from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.adapter_files import read_json

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.models.drafters.drafter import Cycle
+from draftsmith.models.drafters.draft_records import Cycle
 from draftsmith.models.tree.mask import slot_mask
 from draftsmith.models.tree.slot_cache import SlotCache
 

@@ -1,9 +1,9 @@
 """The drafter seam: the one interface that the trainer, the decoder and the exporter share.
 
-Owns what every family has in common: which features of the target it reads, the draft vocabulary, and the bond to one target. Owns also
-what passes between it and the decoder. Knows no family, no Lightning and no cache format.
+Owns what every family has in common: which features of the target it reads, the draft vocabulary, and the bond to one target. Knows no
+family, no Lightning and no cache format.
 
-Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, E emitted tokens, N tree nodes.
+Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, N tree nodes.
 D hidden, V target vocabulary, Vd draft vocabulary.
 """
 
@@ -12,15 +12,15 @@ from __future__ import annotations
 import copy
 import os
 from abc import abstractmethod
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
@@ -29,154 +29,8 @@ from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.sampled_search import sampled_tree
-from draftsmith.models.tree.search import Draws, Expander, search
-from draftsmith.models.tree.slot_cache import KeptRows
+from draftsmith.models.tree.search import Expander, search
 from draftsmith.models.tree.tree import DraftTree
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """Tokens that became final, each with the target's features at the position that predicted it.
-
-    Attributes:
-        tokens_BE: int64 [B, E]; the last counted one of a row is the new root.
-        features: layer name -> [B, E, D]; ``[b, i]`` is the target's state of the token before ``tokens_BE[b, i]``.
-        counts_B: int64 [B], how many of the E are real in each row, at least 1.
-    """
-
-    tokens_BE: Tensor
-    features: dict[str, Tensor]
-    counts_B: Tensor
-
-    def last(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Give the new root, and the state of the token before it, which predicted it.
-
-        Args:
-            layer: name of the state's layer.
-
-        Returns:
-            The root int64 [B], and the target's state [B, D].
-        """
-        last_B = self.counts_B - 1
-        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        return self.tokens_BE[rows_B, last_B], self.features[layer][rows_B, last_B]
-
-    def slots(self, begin: int, end: int) -> Emitted:
-        """The pairs in slots ``begin`` to ``end - 1``; the counts stay those of all."""
-        features = {name: states_BED[:, begin:end] for name, states_BED in self.features.items()}
-        return Emitted(self.tokens_BE[:, begin:end], features, self.counts_B)
-
-    def last_only(self, num_slots: int = 1) -> Emitted:
-        """The last counted pair of each row alone, as the first of some slots.
-
-        Args:
-            num_slots: E of what is given; the slots behind the pair are empty.
-        """
-        last_B1 = self.counts_B[:, None] - 1
-        more = num_slots - 1
-        features = {
-            name: F.pad(states_BED.gather(1, last_B1[..., None].expand(-1, -1, states_BED.shape[-1])), (0, 0, 0, more))
-            for name, states_BED in self.features.items()
-        }
-        return Emitted(F.pad(self.tokens_BE.gather(1, last_B1), (0, more)), features, torch.ones_like(self.counts_B))
-
-    def select_rows(self, rows_B: Tensor) -> Emitted:
-        """Keep some batch rows only.
-
-        Args:
-            rows_B: int64 [B'].
-
-        Returns:
-            The same of these rows.
-        """
-        features = {name: states[rows_B] for name, states in self.features.items()}
-        return Emitted(self.tokens_BE[rows_B], features, self.counts_B[rows_B])
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a drafter learns when a batch begins.
-
-    Attributes:
-        prompt: the pairs of the prompts: every token but the first, then the first emitted one, each with the state before it.
-        first_B: int64 [B], the first token of each prompt, which no such pair holds.
-        limits: how drafts will be made.
-        room: tokens that a row can come to hold, prompt included; for buffers.
-        fixed_shapes: see :class:`Cycle`; what :meth:`Drafter.advance` returns must then fit into what :meth:`Drafter.start` returned.
-        chunk: tokens of the prompts to read at once, which bounds the memory of long ones.
-    """
-
-    prompt: Emitted
-    first_B: Tensor
-    limits: DraftLimits
-    room: int
-    fixed_shapes: bool = False
-    chunk: int = 1024
-
-    @property
-    def num_pending(self) -> int:
-        """Slots for the pairs of one cycle in a state that :meth:`Drafter.advance` must fit into; 1 where shapes follow the rows."""
-        return self.limits.draft_length + 1 if self.fixed_shapes else 1
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """What the decoder knows of its rows when it asks for a draft.
-
-    Attributes:
-        lengths_B: int64 [B], tokens of each row in the target's cache; the root is not among them.
-        host_lengths: the same numbers on the host, so that shapes can follow them without asking the device.
-        host_fresh: how many of them are new since the last draft (all of them in the first).
-        fixed_shapes: whether every cycle must have the shapes of the others, as a compiled or captured one has. ``host_lengths`` and
-            ``host_fresh`` are then the same upper bounds in every cycle.
-        stop_below_B: float32 [B], threshold of the early stop, or None.
-        draws: for sampled trees, or None.
-        temperature: of the requests; decides how sharply scores are read.
-        keep_probs: whether verification compares distributions; chains then carry theirs.
-    """
-
-    lengths_B: Tensor
-    host_lengths: list[int]
-    host_fresh: list[int]
-    stop_below_B: Tensor | None = None
-    draws: Draws | None = None
-    temperature: float = 0.0
-    keep_probs: bool = False
-    fixed_shapes: bool = False
-
-    def select_rows(self, rows: list[int], rows_B: Tensor) -> Cycle:
-        """Keep some batch rows only.
-
-        Args:
-            rows: their numbers.
-            rows_B: int64 [B'], the same on the device.
-
-        Returns:
-            The same of these rows.
-        """
-        return replace(
-            self,
-            lengths_B=self.lengths_B[rows_B],
-            host_lengths=[self.host_lengths[row] for row in rows],
-            host_fresh=[self.host_fresh[row] for row in rows],
-            stop_below_B=None if self.stop_below_B is None else self.stop_below_B[rows_B],
-            draws=None if self.draws is None else replace(self.draws, keys_BU=self.draws.keys_BU[rows_B]),
-        )
-
-
-class DraftState(Protocol):
-    """What a drafter carries from cycle to cycle; its content is the family's own."""
-
-    def select_rows(self, kept: KeptRows) -> DraftState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        ...
 
 
 class Drafter(PreTrainedModel):

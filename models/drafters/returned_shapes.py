@@ -15,7 +15,8 @@ from torch import Tensor
 from draftsmith.models.tree.search import Expander
 
 if TYPE_CHECKING:
-    from draftsmith.models.drafters.drafter import Cycle, Drafter, DraftState
+    from draftsmith.models.drafters.draft_records import Cycle, DraftState
+    from draftsmith.models.drafters.drafter import Drafter
     from draftsmith.models.drafters.rollout import PackedBatch, Rollout
     from draftsmith.models.tree.limits import DraftLimits
 

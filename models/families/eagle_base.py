@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
-from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_config import EagleConfig

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.models.drafters.drafter import Cycle, Drafter, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
