@@ -37,7 +37,7 @@ drafter.save_pretrained(place / "drafter")
 words = ["--drafter", str(place / "drafter"), "--target", str(place / "target")]
 assert main(["export", *words, "--out", str(place / "own")]) == 0
 assert main(["export", *words, "--out", str(place / "code"), "--layout", "custom_generate"]) == 0
-assert "Needs `pip install draftsmith medusa-heads`" in (place / "own" / "README.md").read_text()
+assert "Needs `python -m pip install draftsmith medusa-heads`" in (place / "own" / "README.md").read_text()
 words = ["--target", str(place / "target"), "--drafter", str(place / "own"), "--max-new-tokens", "4"]
 assert main(["decode", "--prompt", "hello", *words]) == 0
 """

@@ -258,7 +258,7 @@ def test_the_own_layout_is_read_back(run: Run, target: Target, drafter: Parallel
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# A Medusa draft head for" in card
     assert "tags: [speculative-decoding, draft-head, medusa]" in card
-    assert "`pip install draftsmith`, and the module `parallel_heads`" in card, "no distribution names it"
+    assert "`python -m pip install draftsmith`, and the module `parallel_heads`" in card, "no distribution names it"
 
 
 def test_a_layout_of_another_family_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
