@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from draftsmith.arguments import suggestion
 from draftsmith.foreign import visible
 from draftsmith.outline import Setting, class_settings
+from draftsmith.train.config_files import with_bases
 from draftsmith.train.key_check import unknown_key
 
 PROG = "draftsmith train"
@@ -77,6 +78,18 @@ def early_answer(arguments: Sequence[str]) -> int | None:
         return 0
     _check_keys(command, arguments[1:])
     return None
+
+
+def with_base_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments with every configuration file that will be read, by its name of today.
+
+    Args:
+        arguments: the words after `draftsmith train`.
+
+    Raises:
+        ValueError: a base that does not exist, or files that are each other's base.
+    """
+    return with_bases(arguments, tell=lambda line: None)
 
 
 def _check_keys(command: str, arguments: Sequence[str]) -> None:

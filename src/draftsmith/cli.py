@@ -205,7 +205,7 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
             code = _early_answer(command, arguments)
             if code is not None:
                 return code
-            check_config_files(prog, arguments)
+            check_config_files(prog, _with_base_files(command, arguments))
             with quiet_libraries():
                 command.load()(arguments)
         else:
@@ -225,6 +225,14 @@ def _run(name: tuple[str, ...], arguments: list[str]) -> int:
         print(f"\n{prog}: interrupted; repeat the command to resume it, where that is possible", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_base_files(command: Command, arguments: list[str]) -> list[str]:
+    """The arguments with every configuration file that will be read, by its name of today."""
+    if command.help is None:
+        return arguments
+    words: list[str] = importlib.import_module(command.help).with_base_files(arguments)
+    return words
 
 
 def _early_answer(command: Command, arguments: list[str]) -> int | None:
