@@ -24,6 +24,7 @@ from draftsmith.models.target.prompt_template import PromptTemplate, TemplateRef
 
 # Stands for a reply while a conversation is rendered; plain small letters, which no template trims, escapes or puts in another case.
 _SENTINEL = "draftsmithreplygoeshere"
+_PLAIN_REPLY = Message(role="assistant", content=_SENTINEL)
 
 
 class Seams:
@@ -120,7 +121,8 @@ class History:
         self._template = template
         self._seams = Seams(template)
         self._messages = list(asked)
-        self._text = "" if template.text is None else template._render(asked, add_generation_prompt=True)
+        # None once the template has failed on a reply: then nobody can tell what it would make of the turns before.
+        self._text: str | None = "" if template.text is None else template._render(asked, add_generation_prompt=True)
 
     def next_prompt_ids(
         self, prompt_ids: Sequence[int], reply_ids: Sequence[int], following: Sequence[Message]
@@ -128,7 +130,8 @@ class History:
         """Encode what the target reads before its next reply.
 
         The ids begin with `prompt_ids + reply_ids`. The one exception is a template that shows earlier turns otherwise, now that more
-        follows. Then they are the whole conversation as it renders it.
+        follows. Then they are the whole conversation as it renders it. Where the template fails on a reply, such as an empty one, the ids
+        continue what the target read and said, behind what the template writes for a reply of plain words.
 
         Args:
             prompt_ids: what the target read before its latest reply.
@@ -139,17 +142,22 @@ class History:
             Token ids.
 
         Raises:
-            ValueError: the template shows a reply not exactly once, or fails.
+            ValueError: the template shows a reply not exactly once, or fails on replies of plain words (see `check_turns`).
         """
-        grown = [*prompt_ids, *reply_ids, *self._seams.ids(self._messages, reply_ids, following)]
+        grown = [*prompt_ids, *reply_ids, *self._seam(reply_ids, following)]
         if self._template.text is None:
             return grown
-        before, said, header = self._text, self._said(prompt_ids, reply_ids), self._written_before_reply()
+        before = self._text
+        if before is None:
+            self._messages += [_PLAIN_REPLY, *following]
+            return grown
+        said, header = self._said(prompt_ids, reply_ids), self._written_before_reply(before)
         reply = Message(role="assistant", content=said.removeprefix(header))
         self._messages += [reply, *following]
         try:
             self._text = self._template._render(self._messages, add_generation_prompt=True)
-        except TemplateRefusal:  # of an empty reply, say: nobody can tell what it would make of the turns before
+        except TemplateRefusal:
+            self._forget_replies()
             return grown
         # A header that the template writes and the target did not say leaves the target's words unchanged.
         as_said = (before + said, before + header + reply["content"])
@@ -159,6 +167,19 @@ class History:
         # A tokenizer may drop white space: then a text that differs in nothing else is the same ids.
         read = [self._template._encode(text) for text in as_said]
         return grown if any(anew[: len(ids)] == ids for ids in read) else anew
+
+    def _seam(self, reply_ids: Sequence[int], following: Sequence[Message]) -> list[int]:
+        """What lies between the latest reply and the next one."""
+        try:
+            return self._seams.ids(self._messages, reply_ids, following)
+        except TemplateRefusal:
+            self._forget_replies()
+            return self._seams.ids(self._messages, reply_ids, following)
+
+    def _forget_replies(self) -> None:
+        """Let plain words take the place of all replies, since the template fails on one."""
+        self._messages = [_PLAIN_REPLY if message["role"] == "assistant" else message for message in self._messages]
+        self._text = None
 
     def _said(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> str:
         """The reply's text without its end token, as it reads behind the prompt: some tokenizers write a first word otherwise."""
@@ -171,10 +192,28 @@ class History:
             self._template.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
-    def _written_before_reply(self) -> str:
-        """What the template writes between the prompt and a reply's content, in place of the target."""
+    def _written_before_reply(self, prompt: str) -> str:
+        """What the template writes between the prompt's text and a reply's content, in place of the target."""
         shown, _ = around_reply(self._template, self._messages)
-        return shown.removeprefix(self._text) if shown.startswith(self._text) else ""
+        return shown.removeprefix(prompt) if shown.startswith(prompt) else ""
+
+
+def check_turns(template: PromptTemplate, turns: Sequence[Sequence[Message]]) -> None:
+    """Check that a template writes all turns of a conversation whose replies are not there yet.
+
+    Args:
+        template: the template.
+        turns: the messages before each reply.
+
+    Raises:
+        ValueError: the template shows a reply not exactly once, or fails.
+    """
+    asked: list[Message] = []
+    for number, turn in enumerate(turns):
+        if number and template.text is not None:
+            around_reply(template, asked, turn)
+            asked.append(_PLAIN_REPLY)
+        asked += turn
 
 
 def around_reply(

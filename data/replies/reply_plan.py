@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from draftsmith.data.prompt_ids import first_prompt_ids
 from draftsmith.data.prompts import Prompt
+from draftsmith.data.seams import check_turns
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.json_rows import Dropped
@@ -160,8 +161,8 @@ def _fitting_ids(prompt: Prompt, chat: ChatTemplate, context: int | None) -> lis
         ValueError: the prompt, or a later turn of it, cannot be answered; the message is the reason.
     """
     ids = first_prompt_ids(prompt, chat)
-    for turn in [] if prompt.text is not None else prompt.user_turns()[1:]:
-        chat.next_turn_ids(turn, ())  # better left out now than a failure when hours of replies are there
+    if prompt.text is None:
+        check_turns(chat, prompt.user_turns())  # better left out now than a failure when hours of replies are there
     if not ids:
         raise ValueError("the prompt has no token")
     if context is not None and len(ids) >= context:

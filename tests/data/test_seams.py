@@ -2,11 +2,13 @@
 
 import pytest
 from chat_styles import KINDS, STYLES, conversation, styled_tokenizer
+from tiny import EOS, make_tokenizer
 
 from draftsmith.data import seams
 from draftsmith.data.formats import Message
 from draftsmith.data.seams import History
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.models.target.prompt_template import TemplateRefusal
 
 CHAINED = [
     "turn marks",
@@ -126,3 +128,38 @@ def test_a_conversation_about_the_reply_marker_has_seams_and_masks_like_another(
     sample = chat.conversation("c", [*asked, said, *asked, Message(role="assistant", content="Yes.")])
     learned = [token for token, own in zip(sample.input_ids, sample.loss_mask, strict=True) if own]
     assert tokenizer.decode(learned) == f"{marker.upper()} is {marker}.<E>Yes.<E>"
+
+
+# Fails on a reply with capitals, wherever it is in the conversation.
+CHOOSY = (
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' and m.content != m.content.lower() %}{{ raise_exception('too loud') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{{ '<|end|>' if m.role == 'assistant' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("replies", [("NINE", "nine", "nine"), ("nine", "NINE", "nine"), ("nine", "nine", "NINE")])
+def test_a_conversation_with_a_reply_that_the_template_refuses_continues_behind_the_targets_own_ids(
+    replies: tuple[str, ...],
+) -> None:
+    tokenizer = make_tokenizer(CHOOSY)
+    chat = ChatTemplate(tokenizer)
+    asked = [Message(role="user", content="How many?")]
+    history, prompt = History(chat, asked), chat.first_prompt_ids(asked)
+    for reply in replies:
+        read = [*prompt, *chat._encode(reply), EOS]
+        prompt = history.next_prompt_ids(prompt, read[len(prompt) :], NEXT)
+        assert prompt[: len(read)] == read
+        assert tokenizer.decode(prompt[len(read) :]) == "<|user|>Sure?<|assistant|>"
+
+
+def test_turns_that_a_template_refuses_together_are_found_before_any_reply() -> None:
+    short = make_tokenizer(
+        CHOOSY.replace("{% for", "{% if messages | length > 4 %}{{ raise_exception('long') }}{% endif %}{% for", 1)
+    )
+    chat = ChatTemplate(short)
+    turns = [[Message(role="user", content=text)] for text in ("How many?", "Sure?", "Really?")]
+    seams.check_turns(chat, turns[:2])
+    with pytest.raises(TemplateRefusal, match="long"):
+        seams.check_turns(chat, turns)
