@@ -59,7 +59,7 @@ class StepSums:
 
     Attributes:
         total: [] differentiable, the sum over k of step_weights[k] * loss_sum[k].
-        loss_sum: [K] detached, in nats.
+        loss_sum: [K] detached, in nats; of a divergence without the target's entropy, the soft cross-entropy.
         loss_rows: [K], rows in the loss.
         rows: [K], valid rows, those outside the draft vocabulary included. Accuracies are relative to these.
         top1: [K], rows whose target is the best token; None when not asked for.
@@ -135,6 +135,7 @@ def head_distillation(
     chunk_rows: int | None = None,
     metrics: bool = True,
     emphasis: TopEmphasis | None = None,
+    entropy: bool = True,
 ) -> StepSums:
     """KL(target_probs || draft_probs) of every draft step, with the target's distribution along its own path.
 
@@ -158,6 +159,8 @@ def head_distillation(
         metrics: count top-1 and top-5 too.
         emphasis: adds its weight times the sum of target_probs * log(target_probs / draft_probs) over the target's top tokens, which may be
             negative.
+        entropy: subtract the target's entropy. It depends on no weight, so without it the gradients are the same, and the loss is the
+            soft cross-entropy.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -176,6 +179,7 @@ def head_distillation(
         chunk_positions=max(1, (chunk_rows or default_chunk_rows(weights[0].shape[0])) // num_grouped),
         metrics=metrics,
         grad_enabled=torch.is_grad_enabled(),
+        entropy=entropy,
     )
     return _run(job, head_inputs, weights, valid, step_weights)
 
@@ -280,6 +284,7 @@ class _DistillationJob:
     chunk_positions: int
     metrics: bool
     grad_enabled: bool
+    entropy: bool
 
     def chunks(self) -> Iterator[_Chunk]:
         for ids, grid in zip(
@@ -295,7 +300,7 @@ class _DistillationJob:
         """log_probs [U * G, Vd], overwritten -> loss [U * G], d(loss)/d(logits) [U * G, Vd].
 
         The loss is sum(w * (log target_probs - log draft_probs)) with weights w whose sum is s. Its gradient is s draft_probs - w.
-        Without emphasis, w is target_probs and s is 1.
+        Without emphasis, w is target_probs and s is 1. Without entropy, the loss is -sum(w * log draft_probs).
         """
         teacher = self.teacher(chunk.payload)
         target_probs = torch.softmax(teacher.logits, dim=-1, dtype=log_probs.dtype)
@@ -305,20 +310,25 @@ class _DistillationJob:
             weights = target_probs.scatter_add(1, places, self.emphasis.weight * top)
         if teacher.kept is not None:
             weights = weights * teacher.kept[:, None]
-        # A token that the target can never say (a logit of -inf) adds nothing, not 0 * -inf.
-        if weights is target_probs:
-            entropy = torch.special.entr(target_probs).sum(-1).neg()
-        else:
-            entropy = torch.where(weights > 0, weights * target_probs.log(), 0.0).sum(-1)
         grouped = log_probs.view(len(chunk.payload), -1, log_probs.shape[-1])
-        cross = torch.bmm(grouped, weights[:, :, None]).squeeze(-1)
-        loss = (entropy[:, None] - cross).reshape(-1)
+        cross_entropy = torch.bmm(grouped, weights[:, :, None]).squeeze(-1).neg()
+        loss = (cross_entropy + _certainty(target_probs, weights)[:, None] if self.entropy else cross_entropy).reshape(
+            -1
+        )
         if self.grad_enabled:
             grouped.exp_()
             if weights is not target_probs:
                 grouped.mul_(weights.sum(-1)[:, None, None])
             grouped.sub_(weights[:, None])
         return loss, log_probs
+
+
+def _certainty(target_probs: Tensor, weights: Tensor) -> Tensor:
+    """The sum of w * log target_probs over tokens: [U, Vd] each -> [U]. With the weights target_probs it is the negative entropy."""
+    # A token that the target can never say (a logit of -inf) adds nothing, not 0 * -inf.
+    if weights is target_probs:
+        return torch.special.entr(target_probs).sum(-1).neg()
+    return torch.where(weights > 0, weights * target_probs.log(), 0.0).sum(-1)
 
 
 _Job = _CrossEntropyJob | _DistillationJob

@@ -72,7 +72,7 @@ class DraftModule(pl.LightningModule):
         min_lr_ratio: the rate falls on a cosine to this share of its peak.
         ema_decay: validate and save a running average of the weights with this decay; null uses the weights themselves.
         chunk_rows: rows of logits in memory at a time; null chooses.
-        metrics_every: compute top-1 and top-5 of the training batch every so many steps.
+        metrics_every: show the loss, and compute top-1 and top-5 of the training batch, every so many steps.
         ends_dtype: dtype of the target's ends; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
@@ -300,6 +300,8 @@ class DraftModule(pl.LightningModule):
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
         """Weighted mean loss of one batch; see _step_weights for what the mean is over.
 
+        With distillation path, the loss lacks the target's entropy in steps that do not show it: that costs time and changes no gradient.
+
         Args:
             batch: packed samples.
             batch_idx: of the epoch.
@@ -308,10 +310,12 @@ class DraftModule(pl.LightningModule):
         torch.manual_seed(batch_seed(self._noise_seed, self, batch_idx))
         prepared = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
         metrics = (self.global_step + 1) % self.metrics_every == 0
-        sums = run(self.objective, prepared, self.drafter, self.ends, self._step_weights(prepared), metrics)
+        shown = metrics or batch_idx == 0
+        sums = run(self.objective, prepared, self.drafter, self.ends, self._step_weights(prepared), metrics, shown)
         loss = sums.total.detach()
         self._finite.watch(self, loss, partial(self._not_finite, loss, batch))
-        self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
+        if shown:
+            self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
         if metrics:
             self._log_scalars(means(sum_over_ranks(self, pool(sums)), self.objective, "train"))
         return sums.total

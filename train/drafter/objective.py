@@ -168,6 +168,7 @@ def run(
     ends: TargetEnds,
     step_weights: Tensor,
     metrics: bool,
+    entropy: bool = True,
 ) -> StepSums:
     """Runs the drafter over a batch and sums its losses.
 
@@ -178,9 +179,11 @@ def run(
         ends: the target's.
         step_weights: float32 [K], multiply each step's summed loss.
         metrics: count top-1 and top-5 too.
+        entropy: with `path`, subtract the target's entropy from the loss; see head_distillation.
     """
     head_inputs = checked_head_inputs(drafter, prepared.batch, prepared.rollout)
-    sums = _token_loss(objective, prepared, drafter, ends, head_inputs, objective.logit_weight * step_weights, metrics)
+    weights = objective.logit_weight * step_weights
+    sums = _token_loss(objective, prepared, drafter, ends, head_inputs, weights, metrics, entropy)
     if objective.feature_weight == 0.0:
         return sums
     features = feature_smooth_l1(
@@ -201,6 +204,7 @@ def _token_loss(
     head_inputs: Tensor,
     step_weights: Tensor,
     metrics: bool,
+    entropy: bool,
 ) -> StepSums:
     """The loss on tokens of all steps, with one head or with that of each step."""
     heads = checked_heads(drafter, objective.num_steps, head_inputs.shape[-1])
@@ -210,7 +214,7 @@ def _token_loss(
     draft_ids = None if drafter.d2t is None else drafter.draft_ids()
     teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside)
     teacher_rows = path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids))
-    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis)
+    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from training import VOCAB, KeepLosses, MakeCache, make_module, make_trainer
 
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter import losses
 from draftsmith.train.drafter.metrics import proxy_tokens_per_step
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.run.schedule import lr_share
@@ -41,6 +42,47 @@ def test_path_distillation_lowers_the_divergence_from_the_target(
     trainer = make_trainer(tmp_path, max_epochs=8, callbacks=[KeepLosses(losses)])
     trainer.fit(module, data)
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+class NoteShownLosses(pl.Callback):
+    """Notes what the progress bar shows after each step: the loss, where a step has just logged it."""
+
+    def __init__(self) -> None:
+        self.shown: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        value = trainer.progress_bar_metrics.get("loss")
+        assert isinstance(value, float)
+        self.shown[trainer.global_step] = value
+
+
+def test_the_entropy_of_the_target_is_computed_only_in_steps_that_show_their_loss(
+    target_dir: Path, make_cache: MakeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache([12] * 10)
+    computed: list[int] = []
+    certainty = losses._certainty
+
+    def fit(metrics_every: int) -> tuple[NoteShownLosses, DraftModule]:
+        notes = NoteShownLosses()
+        trainer = make_trainer(tmp_path, max_steps=6, max_epochs=-1, callbacks=[notes])
+        monkeypatch.setattr(
+            losses, "_certainty", lambda *args: (computed.append(trainer.global_step + 1), certainty(*args))[1]
+        )
+        module = make_module(target_dir, distillation="path", metrics_every=metrics_every)
+        trainer.fit(module, CacheDataModule(cache, val_fraction=0, tokens_per_batch=12))
+        return notes, module
+
+    always, first = fit(1)
+    assert set(computed) == {1, 2, 3, 4, 5, 6}
+    computed.clear()
+    sometimes, second = fit(3)
+    assert set(computed) == {1, 3, 6}
+    assert sometimes.shown == {
+        step: always.shown[step if step in (1, 3, 6) else {2: 1, 4: 3, 5: 3}[step]] for step in range(1, 7)
+    }
+    expected = weights_of(first)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(second).items())
 
 
 def weights_of(module: DraftModule) -> dict[str, torch.Tensor]:

@@ -75,7 +75,11 @@ def fast_of(case: Case, kind: str, chunk_rows: int | None = None) -> StepSums:
 
 
 def distillation(
-    case: Case, chunk_rows: int | None = None, kept: Tensor | None = None, emphasis: TopEmphasis | None = None
+    case: Case,
+    chunk_rows: int | None = None,
+    kept: Tensor | None = None,
+    emphasis: TopEmphasis | None = None,
+    entropy: bool = True,
 ) -> StepSums:
     return head_distillation(
         case.head_inputs,
@@ -87,6 +91,7 @@ def distillation(
         case.step_weights,
         chunk_rows,
         emphasis=emphasis,
+        entropy=entropy,
     )
 
 
@@ -212,6 +217,21 @@ def test_a_token_the_target_can_never_say_adds_nothing_to_the_divergence() -> No
     fast, plain = distillation(case, 5), eager(case, "distillation")
     assert torch.isfinite(fast.total)
     torch.testing.assert_close(fast.total, plain.total)
+
+
+@pytest.mark.parametrize("kind", ["distillation", "top-k of kept"])
+def test_a_divergence_without_the_targets_entropy_is_cross_entropy_with_the_same_gradients(kind: str) -> None:
+    case = make_case()
+    kept, emphasis = TEACHINGS[kind]
+    whole, without = distillation(case, 5, kept, emphasis), distillation(case, 5, kept, emphasis, entropy=False)
+    for with_entropy, alone in zip(gradients(whole, case), gradients(without, case), strict=True):
+        assert torch.equal(with_entropy, alone)
+    assert (without.loss_sum > whole.loss_sum).all(), "the entropy of a distribution is positive"
+    if kind == "distillation":
+        target_probs = case.teacher_logits.softmax(-1)[case.teacher_rows].transpose(0, 1)
+        entropy = torch.special.entr(target_probs).sum(-1)
+        expected = torch.where(case.valid.T, entropy, 0.0).sum(1)
+        torch.testing.assert_close(without.loss_sum - whole.loss_sum, expected)
 
 
 def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_no_loss() -> None:
