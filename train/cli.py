@@ -18,6 +18,7 @@ from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.plugins import Precision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from draftsmith import train
@@ -27,6 +28,7 @@ from draftsmith.train.config_files import already_read, with_bases
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.drafter_callbacks.run_length import RunLength
 from draftsmith.train.help import PROG, lightnings_words
+from draftsmith.train.precision import RunPrecision
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption, ResumeValidation
 from draftsmith.train.run.progress_bar import RunProgress
@@ -48,7 +50,10 @@ class SaveConfig(SaveConfigCallback):
         """Not yet; the other subcommands change nothing in the folder."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the callbacks of the YAML have agreed to the run."""
+        """After the callbacks of the YAML have agreed to the run. A precision that was left open is saved as what it became."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, RunPrecision) and callback.is_open for callback in callbacks):
+            self.config["trainer"]["precision"] = trainer.precision
         super().setup(trainer, pl_module, "fit")
 
 
@@ -111,10 +116,14 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_validate(self) -> None:
-        """Checkpoints are read without running code, and written whole."""
+        """Checkpoints are read without running code, and written whole. A precision that was left open is chosen by the device."""
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
+        is_open = self.config[self.subcommand]["trainer"]["precision"] is None
+        precision = RunPrecision(is_open and type(self.trainer.precision_plugin) is Precision)
+        precision.choose(self.trainer, self.model)
+        self.trainer.callbacks.append(precision)  # type: ignore[attr-defined]
 
     before_test = before_predict = before_validate
 

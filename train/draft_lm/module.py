@@ -36,7 +36,7 @@ from draftsmith.train.draft_lm.target_choice import TargetChoice
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
-from draftsmith.train.run.schedule import check_ratios, warm_up_then_cosine, weight_groups
+from draftsmith.train.run.schedule import adamw, check_ratios, warm_up_then_cosine, weight_groups
 from draftsmith.train.run.strategies import refuse_dividing
 from draftsmith.train.run.whole_tensors import PRECISIONS
 
@@ -81,6 +81,8 @@ class DraftLMModule(pl.LightningModule):
         ValueError: settings out of range; in setup(), models that do not fit together, or a strategy that divides the draft LM; in
             training, a loss that is not finite.
     """
+
+    trains_in_bf16 = True  # where nobody sets the precision and the device can
 
     def __init__(
         self,
@@ -396,7 +398,7 @@ class DraftLMModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
         groups = weight_groups(self.student.lm.parameters(), self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        optimizer = adamw(groups, self.trainer.strategy, self.lr, self.betas)
         return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
 
     def data(self) -> DistilDataModule:

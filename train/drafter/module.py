@@ -38,10 +38,9 @@ from draftsmith.train.drafter.objective import Distillation, Objective, Prepared
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
 from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter
-from draftsmith.train.run.averaging import AveragingAdamW
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
-from draftsmith.train.run.schedule import check_ratios, warm_up_then_cosine, weight_groups
+from draftsmith.train.run.schedule import adamw, check_ratios, warm_up_then_cosine, weight_groups
 from draftsmith.train.run.strategies import divides_weights, refuse_other_engines
 
 
@@ -91,6 +90,7 @@ class DraftModule(pl.LightningModule):
     """
 
     may_be_divided = True  # by the strategies of run/strategies.py
+    trains_in_bf16 = True  # where nobody sets the precision and the device can
 
     def __init__(
         self,
@@ -401,11 +401,7 @@ class DraftModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decay on matrices only; linear warm-up, then cosine."""
-        optimizer = (
-            torch.optim.AdamW(self._groups(), lr=self.lr, betas=self.betas)
-            if self.ema_decay is None
-            else AveragingAdamW(self._groups(), self.lr, self.betas, self.ema_decay)
-        )
+        optimizer = adamw(self._groups(), self.trainer.strategy, self.lr, self.betas, self.ema_decay)
         return warm_up_then_cosine(self.trainer, optimizer, self.warmup_ratio, self.min_lr_ratio)
 
     def _groups(self) -> list[dict[str, Any]]:

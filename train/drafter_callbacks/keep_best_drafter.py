@@ -145,9 +145,14 @@ class KeepBestDrafter(pl.Callback):
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 
     def _moment(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """For provenance: which run, at which step, and how good."""
+        """For provenance: which run, in which precision, at which step, and how good."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return {"run": self.run, "step": trainer.global_step, "metrics": metrics}
+        return {
+            "run": self.run,
+            "precision": str(trainer.precision),
+            "step": trainer.global_step,
+            "metrics": metrics,
+        }
 
 
 def _run_of(folder: Path) -> str | None:

@@ -26,15 +26,23 @@ class AveragingAdamW(torch.optim.AdamW):
         lr: peak learning rate.
         betas: AdamW's.
         decay: of the average, between 0 and 1.
+        fused: as torch.optim.AdamW takes it.
 
     Raises:
         ValueError: a decay out of range.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], decay: float) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        decay: float,
+        fused: bool | None = None,
+    ) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"the decay of the average is {decay}; it must be between 0 and 1")
-        super().__init__(groups, lr=lr, betas=betas)
+        super().__init__(groups, lr=lr, betas=betas, fused=fused)
         self.decay = decay
 
     @torch.no_grad()

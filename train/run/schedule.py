@@ -1,18 +1,23 @@
-"""The optimiser's groups and the course of the learning rate that all trained modules here share.
+"""The optimiser, its groups and the course of the learning rate that all trained modules here share.
 
-Owns: which weights decay, warm-up and cosine. Does not know: what the weights are.
+Owns: AdamW as fast as the device allows, which weights decay, warm-up and cosine. Does not know: what the weights are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy, Strategy
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
+
+from draftsmith.train.run.averaging import AveragingAdamW
 
 
 def weight_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -28,6 +33,40 @@ def weight_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[
         {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]  # an adapter has no vectors
+
+
+def adamw(
+    groups: Sequence[dict[str, Any]],
+    strategy: Strategy,
+    lr: float,
+    betas: tuple[float, float],
+    average_decay: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW, fused on CUDA: one kernel updates many weights. Elsewhere, and under DeepSpeed, torch chooses.
+
+    Args:
+        groups: as torch.optim.AdamW takes them.
+        strategy: of the run.
+        lr: peak learning rate.
+        betas: AdamW's.
+        average_decay: of a running average of the weights; None keeps none.
+    """
+    kind = torch.optim.AdamW if average_decay is None else partial(AveragingAdamW, decay=average_decay)
+    if strategy.root_device.type != "cuda":
+        return kind(groups, lr=lr, betas=betas)
+    if isinstance(
+        strategy, DeepSpeedStrategy
+    ):  # it keeps the count of steps on the CPU, where the kernel does not read it
+        rank_zero_info("AdamW is not fused: DeepSpeed divides its states")
+        return kind(groups, lr=lr, betas=betas)
+    try:
+        optimizer = kind(groups, lr=lr, betas=betas, fused=True)
+    except RuntimeError as error:  # what torch raises for weights that it cannot update in one kernel
+        rank_zero_info(f"AdamW is not fused, so its steps take longer: {error}")
+        return kind(groups, lr=lr, betas=betas)
+    # Lightning clips no gradients of an optimiser that unscales them itself. This one need not: torch's scaler does it as well.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def warm_up_then_cosine(

@@ -162,7 +162,8 @@ class Zero(Sharded, DeepSpeedStrategy):
         """Divides whole states as DeepSpeed divides the weights."""
         saved = checkpoint["optimizer_states"][0]
         for group, values in zip(self._inner().param_groups, saved["param_groups"], strict=True):
-            group.update({name: value for name, value in values.items() if name != "params"})
+            # Which kernel updates the weights is this engine's business, and another engine may have written the file.
+            group.update({name: value for name, value in values.items() if name not in ("params", "fused", "foreach")})
         if not saved["state"]:
             return
         weights = [weight for group in self._groups for weight in group]
