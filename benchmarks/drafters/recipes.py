@@ -5,8 +5,8 @@ Each run's outcome is kept in its folder (`trained.json`), so that a benchmark t
 
 import itertools
 import json
-import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -116,9 +116,9 @@ def train(
     limit = None
     if steps is None:
         assert seconds is not None
-        pilot = _fit(recipe, target, cache, out / "pilot", PILOT_STEPS, None)
+        with tempfile.TemporaryDirectory(prefix="pilot-") as folder:
+            pilot = _fit(recipe, target, cache, Path(folder), PILOT_STEPS, None)
         steps, limit = max(1, int(0.95 * seconds / pilot.pace)), seconds
-        shutil.rmtree(out / "pilot", ignore_errors=True)
     started = time.perf_counter()
     counted = _fit(recipe, target, cache, out, steps, limit)
     result = Trained(counted.steps, counted.tokens, time.perf_counter() - started, counted.parameters)

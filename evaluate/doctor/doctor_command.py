@@ -63,6 +63,7 @@ from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target, TargetEnds
+from draftsmith.ownership import check_output_file
 
 Check = Callable[[Case], Finding]
 READS_TEXT = ("overlap", "duplicates")
@@ -160,6 +161,7 @@ def doctor(
     """
     left_out = _skipped(skip or [])
     inputs = find(drafter, cache, target, where.revision, where.adapter)
+    _check_out(out, (inputs.folder, inputs.target, inputs.cache, prompts, source))
     where = replace(where.placed(), revision=inputs.revision, adapter=inputs.adapter)
     tokenizer = where.tokenizer(inputs.target)
     asked = _prompts(prompts, split, inputs.target, tokenizer, rendering, where)
@@ -172,12 +174,17 @@ def doctor(
         corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on
     findings = examine(case, bounds, left_out, corpus)
     _print(case, findings, show)
-    if out is not None:
-        _write(out, case, findings, {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts})
+    _write(out, case, findings, {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts})
     print(summary(findings))
     faults = [finding.name for finding in findings if finding.verdict == "fault"]
     if faults:
         raise ValueError(f"{len(faults)} of {len(findings)} checks found a fault: {', '.join(faults)}")
+
+
+def _check_out(out: Path | None, read: Sequence[str | Path | None]) -> None:
+    """Keep the report away from what the command reads."""
+    if out is not None:
+        check_output_file(out, [Path(each) for each in read if each is not None])
 
 
 def _prompts(
@@ -223,8 +230,10 @@ def _print(case: Case, findings: Sequence[Finding], show: int) -> None:
         screen.print(view, soft_wrap=True)
 
 
-def _write(out: Path, case: Case, findings: Sequence[Finding], settings: Mapping[str, Any]) -> None:
-    """The report as JSON."""
+def _write(out: Path | None, case: Case, findings: Sequence[Finding], settings: Mapping[str, Any]) -> None:
+    """The report as JSON, where one is asked for."""
+    if out is None:
+        return
     inputs = case.inputs
     subject = {"drafter": inputs.folder, "origin": inputs.origin, "target": inputs.target, "cache": inputs.cache}
     named = {name: None if value is None else str(value) for name, value in subject.items()}

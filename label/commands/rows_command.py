@@ -20,6 +20,7 @@ from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.schema import Answer, read_answers
+from draftsmith.label.store.database import database_file
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
 from draftsmith.label.token_rows import LabelledRow, write_rows
@@ -28,6 +29,7 @@ from draftsmith.models.files.pretrained import read_config
 from draftsmith.models.target.context import context_of
 from draftsmith.models.target.options import OWN_FILES, TokenizerOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
+from draftsmith.ownership import check_output_file
 
 # As in token_labels, which jsonargparse cannot look behind.
 After = Literal["ignored", "wrong"]
@@ -90,6 +92,7 @@ def rows(
         )
     if (store is None) == (answers is None):
         raise ValueError("give either a store (--store) or a file of answers (--answers), and not both")
+    check_output_file(out, filter(None, [Path(target), answers, None if store is None else database_file(store)]))
     labelled = _read(store, answers)
     revision, trust = where.revision, where.trust_remote_code
     tokenizer = where.tokenizer(target)

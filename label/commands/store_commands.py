@@ -18,8 +18,10 @@ from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.importers import Format, read_labelled
 from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.store.database import database_file
 from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store
+from draftsmith.ownership import check_output_file
 
 ExportFormat = Literal["answers", "label-studio"]
 After = Literal["ignored", "wrong"]
@@ -86,6 +88,7 @@ def export_answers(
     """
     if target is not None and format == "label-studio":
         raise ValueError("label-studio's JSON has no place for tokens; leave --target out, or export answers")
+    check_output_file(out, filter(None, [database_file(store)]))
     with Store(store) as opened:
         answers = opened.answers(unlabelled)
     if not answers:

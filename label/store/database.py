@@ -54,10 +54,11 @@ class Database:
     def __init__(self, place: str, create: bool = False, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.url = _url(place)
         self.name = self.url.render_as_string(hide_password=True) if "://" in place else place
-        if self._is_file() and not Path(str(self.url.database)).exists():
+        file = _file(self.url)
+        if file is not None and not file.exists():
             if not create:
                 raise ValueError(f"{self.name} does not exist; check the path, or import answers into it first")
-            Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
         self.engine = self._engine(patience_seconds)
         with self.read() as connection:
             ready = self._is_ready(connection, create)
@@ -67,9 +68,6 @@ class Database:
                 if not self._is_ready(connection, create):
                     METADATA.create_all(connection)
                     connection.execute(insert(ABOUT).values(version=VERSION, at=now()))
-
-    def _is_file(self) -> bool:
-        return self.url.get_backend_name() == "sqlite" and self.url.database not in (None, "", ":memory:")
 
     def _engine(self, patience_seconds: float) -> Engine:
         sqlite = self.url.get_backend_name() == "sqlite"
@@ -142,6 +140,26 @@ def _url(place: str) -> URL:
         return make_url(place)
     except (exc.ArgumentError, ValueError) as error:
         raise ValueError("the store's URL cannot be read; write DIALECT://USER:PASSWORD@HOST/DATABASE") from error
+
+
+def _file(url: URL) -> Path | None:
+    named = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)) if named else None
+
+
+def database_file(place: str) -> Path | None:
+    """Find the file that a store lies in.
+
+    Args:
+        place: a path (SQLite) or an SQLAlchemy URL.
+
+    Returns:
+        Its path; None for a database without a file here.
+
+    Raises:
+        ValueError: a wrong URL.
+    """
+    return _file(_url(place))
 
 
 def _remedy(failure: str) -> str:

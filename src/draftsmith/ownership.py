@@ -152,6 +152,29 @@ def check_begun(log: Path, *fields: str) -> None:
         )
 
 
+def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Let a command write one file, which replaces what is at `path`: nothing, or a file that nothing else depends on.
+
+    Args:
+        path: of the file to be.
+        inputs: files and folders that the command reads; what is not there does not count.
+
+    Raises:
+        ValueError: `path` is a folder, an input, a file inside one, or a file of a folder that a stage wrote whole.
+    """
+    file = Path(path).resolve()
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder, but a file is to be written there; name a file inside it")
+    if not file.exists():
+        return
+    for source in inputs:
+        if source.exists() and source.resolve() in (file, *file.parents):
+            raise ValueError(f"the command reads {source}, and would overwrite it with {path}; name another file")
+    claim = read_claim(file.parent)
+    if claim is not None and file.name in claim.entries:
+        raise ValueError(f"`{claim.stage}` wrote {path}, which would be overwritten; name another file")
+
+
 def _entries(folder: Path) -> Iterable[str]:
     return (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 

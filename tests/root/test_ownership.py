@@ -12,7 +12,14 @@ import pytest
 from draftsmith import provenance
 from draftsmith.cli import main
 from draftsmith.files import atomic_directory
-from draftsmith.ownership import CLAIM_FILE, check_begun, check_replaceable, check_unclaimed, read_claim
+from draftsmith.ownership import (
+    CLAIM_FILE,
+    check_begun,
+    check_output_file,
+    check_replaceable,
+    check_unclaimed,
+    read_claim,
+)
 
 STAGE = "draftsmith weave"
 
@@ -173,6 +180,21 @@ def test_a_record_is_not_overwritten_by_a_stage_that_only_adds_files(tmp_path: P
     check_unclaimed(tmp_path)
     with pytest.raises(ValueError, match=r"`draftsmith weave` wrote .*out, record included"):
         check_unclaimed(weave(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["letters/letter.txt", "letters", "link", "woven/cloth", "woven/provenance.json"])
+def test_an_output_file_replaces_no_input_and_nothing_that_a_stage_wrote(tmp_path: Path, name: str) -> None:
+    letters(tmp_path / "letters")
+    weave(tmp_path / "woven")
+    (tmp_path / "link").symlink_to(tmp_path / "letters" / "letter.txt")
+    with pytest.raises(ValueError, match=r"name (another file|a file inside it)"):
+        check_output_file(tmp_path / name, [tmp_path / "letters"])
+
+
+def test_an_output_file_may_be_new_beside_the_inputs_or_replace_another_file(tmp_path: Path) -> None:
+    letters(tmp_path / "letters")
+    check_output_file(tmp_path / "letters" / "letter.txt", [tmp_path / "absent"])
+    check_output_file(tmp_path / "letters" / "report.json", [tmp_path / "letters"])
 
 
 def test_what_a_writer_killed_between_two_renames_had_moved_aside_is_put_back(tmp_path: Path) -> None:

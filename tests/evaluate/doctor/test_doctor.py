@@ -61,6 +61,11 @@ def test_the_command_exits_with_1_where_something_is_at_fault(run: Run, capsys: 
     assert f"1 ok, {len(NAMES) - 1} not checked" in capsys.readouterr().out
     assert main([*words, "--target", str(run.target), "--cache", str(run.replies)]) == 1
     assert "no hidden-state cache" in capsys.readouterr().err
+    config = run.target / "config.json"
+    before = config.read_bytes()
+    assert main([*words, "--out", str(config)]) == 1
+    assert "name another file" in capsys.readouterr().err
+    assert config.read_bytes() == before
 
 
 def test_the_same_seed_draws_the_same_samples(run: Run, look: Callable[..., Found]) -> None:

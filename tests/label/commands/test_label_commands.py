@@ -76,6 +76,32 @@ def test_with_a_target_lines_hold_its_tokens_and_stats_count_them(
         assert [answer.tokens for answer in store.answers()] == [answer.tokens for answer in answers]
 
 
+@pytest.mark.parametrize("as_url", [False, True])
+def test_an_export_never_overwrites_its_own_store(
+    source: Path, tmp_path: Path, as_url: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "labels.db"
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    assert run("export", "--store", f"sqlite:///{place}" if as_url else place, "--out", place) == 1
+    assert "name another file" in capsys.readouterr().err
+    with Store(str(place)) as store:
+        assert store.num_entries() == 3
+
+
+def test_rows_never_overwrite_what_they_are_made_of(
+    source: Path, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, answers = tmp_path / "labels.db", tmp_path / "answers.jsonl"
+    assert run("import", "--source", source, "--store", place, "--licence", "MIT") == 0
+    assert run("export", "--store", place, "--out", answers) == 0
+    before = answers.read_bytes(), place.read_bytes(), (target / "config.json").read_bytes()
+    for given in (("--answers", answers, "--out", answers), ("--store", place, "--out", place)):
+        assert run("rows", "--target", target, *given) == 1
+    assert run("rows", "--target", target, "--answers", answers, "--out", target / "config.json") == 1
+    assert capsys.readouterr().err.count("name another file") == 3
+    assert (answers.read_bytes(), place.read_bytes(), (target / "config.json").read_bytes()) == before
+
+
 def test_rows_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rated.jsonl"
     rows = [{"problem": "?", "steps": ["a"], "ratings": [rating]} for rating in (1, *[None] * 7)]
