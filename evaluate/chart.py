@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from draftsmith.evaluate.records import Row
+from draftsmith.evaluate.roofline.roofline import Roofline
+from draftsmith.evaluate.roofline.words import share
 from draftsmith.foreign import chart_text
 
 INK, SOFT, GRID = "#22262e", "#6b7280", "#e5e7eb"
@@ -58,6 +60,51 @@ def draw(rows: Sequence[Row]) -> bytes:
     return titled_png(
         figure, f"{first.target}: {first.prompts} prompts, batch {first.batch_size}, {first.dtype} on {first.device}"
     )
+
+
+def draw_rooflines(rows: Sequence[Row]) -> bytes | None:
+    """PNG bytes of rows that were clocked: how long a cycle takes at least, and how long it took. None without such rows."""
+    clocked = [row for row in rows if row.roofline is not None and row.roofline.stage_seconds]
+    if not clocked:
+        return None
+    figure = Figure(
+        figsize=(11.5, max(3.2, 1.9 + 0.7 * len(clocked))), dpi=150, facecolor="white", layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    several = len({row.temperature for row in clocked}) > 1
+    names = [chart_text(f"{row.label}  T={row.temperature:g}" if several else row.label) for row in clocked]
+    _draw_cycles(figure.subplots(), [row.roofline for row in clocked if row.roofline is not None], names)
+    figure.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="outside lower center", ncols=6)
+    first = clocked[0]
+    return titled_png(figure, f"{first.target}: a cycle against the memory of {first.device}, {first.dtype}")
+
+
+def _draw_cycles(axes: Axes, rooflines: Sequence[Roofline], names: list[str]) -> None:
+    """For each row two bars: above the bound, below the time that each stage took."""
+    places = range(len(rooflines))
+    target = [1e3 * (each.weight_bytes + each.cached_bytes) / each.bandwidth for each in rooflines]
+    draft = [1e3 * each.draft_bytes / each.bandwidth for each in rooflines]
+    above, below = [place - 0.17 for place in places], [place + 0.17 for place in places]
+    axes.barh(above, target, height=0.3, color="#9ca3af", label="roofline: read the target")
+    if any(draft):
+        axes.barh(above, draft, left=target, height=0.3, color="#d1d5db", label="roofline: read the drafter")
+    ends = [0.0] * len(rooflines)
+    for name, (colour, _) in zip(
+        dict.fromkeys(n for each in rooflines for n in each.stage_seconds), LOOKS, strict=False
+    ):
+        taken = [1e3 * each.stage_seconds.get(name, 0.0) for each in rooflines]
+        axes.barh(below, taken, left=ends, height=0.3, color=colour, alpha=0.85, label=f"took: {name}")
+        ends = [end + more for end, more in zip(ends, taken, strict=True)]
+    widest = max(*ends, *(sum(both) for both in zip(target, draft, strict=True)))
+    for place, end, each in zip(below, ends, rooflines, strict=True):
+        note = share(each) if each.beats_memory else f"{share(each)} of the roofline"
+        axes.annotate(note, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=9.5, color=SOFT)
+    axes.set_xlim(0, 1.25 * widest)
+    axes.set_yticks(list(places), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a cycle", fontsize=9, color=SOFT)
+    _plain_axes(axes, "How long a cycle takes at least (above) and how long it took (below)", "x")
+    axes.tick_params(axis="y", labelcolor=INK)
 
 
 def titled_png(figure: Figure, title: str) -> bytes:

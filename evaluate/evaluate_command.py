@@ -19,12 +19,21 @@ from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import NO_FILTERS, FilterOptions, ReplyOptions, settings_of
-from draftsmith.evaluate.chart import draw
+from draftsmith.evaluate.chart import draw, draw_rooflines
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, measure
 from draftsmith.evaluate.records import Row, Sample
-from draftsmith.evaluate.report import REPORTS, main_table, write_report, write_scalars
+from draftsmith.evaluate.report import (
+    REPORTS,
+    ROOFLINE_CHART,
+    labelled_rooflines,
+    main_table,
+    write_report,
+    write_scalars,
+)
 from draftsmith.evaluate.resume import parts
+from draftsmith.evaluate.roofline.memory_speed import memory_speed
+from draftsmith.evaluate.roofline.words import roofline_text
 from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.files import atomic_directory, exclusive, sha256_file
@@ -61,7 +70,7 @@ def evaluate(
     """Measure what drafters gain on a target, and whether its replies stay the same.
 
     Plain decoding and every drafter decode a prompt before the next prompt comes, so that all meet the same machine. Writes report.md,
-    report.json, report.png and TensorBoard scalars. To resume a killed run, repeat the command.
+    report.json, report.png, roofline.png and TensorBoard scalars. To resume a killed run, repeat the command.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
@@ -79,7 +88,7 @@ def evaluate(
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
     """
-    check_unclaimed(out, REPORTS)
+    check_unclaimed(out, (*REPORTS, ROOFLINE_CHART))
     check_replaceable(out / TENSORBOARD, STAGE)
     settings = settings_of(reply, filters)
     entries = parse_entries(drafters or [], shapes)
@@ -102,6 +111,8 @@ def evaluate(
     print(main_table(rows))
     for line in slow_drafters(rows):
         print(visible(line))
+    if text := roofline_text(labelled_rooflines(rows)):
+        print(f"\n{text}\n")
     print(f"report: {out / 'report.md'}")
 
 
@@ -130,10 +141,11 @@ def _measured(
     ]
     with exclusive(out), parts(out, measurements) as unfinished:
         _announce_replaced(out)
+        speed = memory_speed(target.device)
         rows: list[Row] = []
         for settings, part in zip(by_temperature, unfinished, strict=True):
             ending = replace(settings, eos_token_ids=target.eos_token_ids)
-            rows += measure(target, samples, candidates, ending, plan, part)
+            rows += measure(target, samples, candidates, ending, plan, part, speed)
         _write(out, rows, record())
     return rows
 
@@ -193,4 +205,6 @@ def _write(out: Path, rows: Sequence[Row], made_by: dict) -> None:
         write_scalars(folder, rows)
         provenance.write(folder, made_by)
     provenance.write(out, made_by)
-    write_report(out, made_by["command"], made_by["machine"], made_by["versions"], rows, draw(rows))
+    write_report(
+        out, made_by["command"], made_by["machine"], made_by["versions"], rows, draw(rows), draw_rooflines(rows)
+    )

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
-from draftsmith.evaluate.records import Row, Sample
-from draftsmith.evaluate.report_rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, make_row
+from draftsmith.evaluate.records import Row, Sample, Timed
+from draftsmith.evaluate.report_rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, first_replies, make_row
 from draftsmith.evaluate.resume import Part
+from draftsmith.evaluate.roofline.memory_speed import MemorySpeed
+from draftsmith.evaluate.roofline.roofline import CycleClock, Roofline, cycle_load, roofline
 from draftsmith.evaluate.speed import num_calls, race
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.target.target import Target
@@ -88,10 +90,12 @@ def measure(
     settings: GenerationSettings,
     plan: Plan,
     part: Part | None = None,
+    speed: MemorySpeed | None = None,
 ) -> list[Row]:
     """Rows for plain decoding, prompt lookup where asked for, and every candidate, in this order.
 
-    `part` is what an earlier run of the same measurement has done, and notes what this one does.
+    `part` is what an earlier run of the same measurement has done, and notes what this one does. With `speed`, rows of the engine are
+    compared with what the machine's memory allows.
     """
     part = part or Part()
     engines = {PLAIN: Engine(target)} | {
@@ -118,7 +122,31 @@ def measure(
     if plan.lookup_tokens:
         chosen.append(Contestant(LOOKUP, f"{LOOKUP} {plan.lookup_tokens}"))
     chosen += [_contestant(candidate.label, candidate.name, candidate, part.ledgers) for candidate in candidates]
-    return [make_row(contestant, runs, samples, setting, target) for contestant in chosen]
+    rows = [make_row(contestant, runs, samples, setting, target) for contestant in chosen]
+    if speed is None:
+        return rows
+    rooflines = {
+        name: _roofline(engine, runs[name], samples, plan, part.ledgers[name], speed)
+        for name, engine in engines.items()
+    }
+    return [replace(row, roofline=rooflines.get(contestant.name)) for row, contestant in zip(rows, chosen, strict=True)]
+
+
+def _roofline(
+    engine: Engine, runs: Sequence[Timed], samples: Sequence[Sample], plan: Plan, ledger: Ledger, speed: MemorySpeed
+) -> Roofline:
+    """A contender against the memory of the machine, over the prompts that its ledger timed; over all of them without a ledger."""
+    replies = first_replies(runs)
+    clocked = sorted(replies)[: plan.ledger_prompts or None]
+    load = cycle_load(
+        [len(samples[number].prompt_ids) for number in clocked],
+        [replies[number].accepted for number in clocked],
+        plan.batch_size,
+        ledger.nodes / ledger.cycles if ledger.cycles else engine.limits.max_nodes if engine.drafter else 1,
+    )
+    limits = None if engine.drafter is None else engine.limits
+    clock = CycleClock(ledger.seconds, ledger.cycles)
+    return roofline(engine.target, engine.drafter, limits, load, speed, clock)
 
 
 def _line_up(

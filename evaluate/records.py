@@ -6,6 +6,7 @@ Owns the data and its small invariants. Does not know how anything is decoded, t
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from draftsmith.evaluate.roofline.roofline import Roofline
 from draftsmith.models.tree.shapes import short_shape
 
 
@@ -114,6 +115,7 @@ class Row:
     Rates are wall-clock and include the prefill. `speedup` is the pooled ratio of tokens/s over the very same prompts,
     `speedup_median` the median of the per-prompt ratios. `tokens_per_step` is pooled and counts the bonus token.
 
+    `roofline` compares its cycles with what memory allows; None for contenders that have no ledger, and in reports of earlier versions.
     `shape` is what the command line reads, empty where nothing is drafted; `beam_width` is None also for static and sampled trees.
     """
 
@@ -154,6 +156,7 @@ class Row:
     stage_cycles: int = 0
     slices: tuple[Slice, ...] = ()
     divergences: tuple[Divergence, ...] = ()
+    roofline: Roofline | None = None
 
     @property
     def is_sampled(self) -> bool:

@@ -10,12 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from draftsmith.evaluate.records import Row, Slice
+from draftsmith.evaluate.roofline.words import MEANING as ROOFLINE_MEANING
+from draftsmith.evaluate.roofline.words import NamedRoofline, roofline_text
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.files import atomic_write
 from draftsmith.foreign import block, code, plain
 from draftsmith.outside import parse_json
 
 REPORTS = ("report.md", "report.json", "report.png")
+ROOFLINE_CHART = "roofline.png"
 HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
 MEANING = """\
 - *Tokens per step*: emitted tokens per target forward after the prefill, pooled over prompts, the bonus token counted.
@@ -61,7 +64,14 @@ def read_rows(path: Path) -> list[dict]:
     return report["rows"]
 
 
-def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row], chart: str | None = None) -> str:
+def to_markdown(
+    command: str,
+    machine: dict,
+    versions: dict,
+    rows: Sequence[Row],
+    chart: str | None = None,
+    roofline_chart: str | None = None,
+) -> str:
     """The text of report.md: table, what its words mean, parts of the prompts, acceptance by depth, where time went."""
     first = rows[0]
     runs = f"{first.repeats} timed run{'s' if first.repeats > 1 else ''} a prompt"
@@ -79,7 +89,8 @@ def to_markdown(command: str, machine: dict, versions: dict, rows: Sequence[Row]
     ]
     if chart:
         parts.append(f"![Speed-up, tokens per step and acceptance by depth]({chart})")
-    parts += [MEANING.rstrip(), _slice_table(rows), _depth_table(rows), _stage_table(rows), _divergence_list(rows)]
+    parts += [MEANING.rstrip(), _slice_table(rows), _depth_table(rows), _stage_table(rows)]
+    parts += [_roofline_part(rows, roofline_chart), _divergence_list(rows)]
     parts.append(_made_by(command, machine, versions))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -172,6 +183,17 @@ def _stage_table(rows: Sequence[Row]) -> str:
     return f"## Where the time goes\n\n{note}\n\n" + "\n".join(lines)
 
 
+def labelled_rooflines(rows: Sequence[Row]) -> list[NamedRoofline]:
+    """The rooflines of the rows that have one."""
+    return [NamedRoofline(row.label, row.temperature, row.roofline) for row in rows if row.roofline is not None]
+
+
+def _roofline_part(rows: Sequence[Row], chart: str | None) -> str:
+    text = roofline_text(labelled_rooflines(rows))
+    picture = f"\n\n![The memory roofline of each cycle, and the time it took]({chart})" if chart else ""
+    return f"## Against the memory roofline\n\n{text}{picture}\n\n{ROOFLINE_MEANING.rstrip()}" if text else ""
+
+
 def _divergence_list(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
@@ -227,11 +249,20 @@ def write_scalars(directory: Path, rows: Sequence[Row]) -> None:
 
 
 def write_report(
-    out: Path, command: str, machine: dict, versions: dict, rows: Sequence[Row], chart: bytes | None = None
+    out: Path,
+    command: str,
+    machine: dict,
+    versions: dict,
+    rows: Sequence[Row],
+    chart: bytes | None = None,
+    roofline_chart: bytes | None = None,
 ) -> None:
-    """Write report.json, report.md and, where given, report.png into `out`; the JSON last, so it means all is there."""
+    """Write report.json, report.md and, where given, the charts into `out`; the JSON last, so it means all is there."""
     out.mkdir(parents=True, exist_ok=True)
-    if chart is not None:
-        atomic_write(out / "report.png", chart)
-    atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, "report.png" if chart else None))
+    pictures = {"report.png": chart, ROOFLINE_CHART: roofline_chart}
+    for name, picture in pictures.items():
+        if picture is not None:
+            atomic_write(out / name, picture)
+    shown = [name if picture else None for name, picture in pictures.items()]
+    atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, *shown))
     atomic_write(out / "report.json", to_json(command, machine, versions, rows) + "\n")

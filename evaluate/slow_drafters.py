@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from draftsmith.evaluate.records import Row
-from draftsmith.evaluate.rows import LOOKUP
+from draftsmith.evaluate.report_rows import LOOKUP
 
 SHORT_TRAINING = "A head trained for less than a minute is slower."
 TUNE = "find a faster shape with `draftsmith tune`"

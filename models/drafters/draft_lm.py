@@ -21,6 +21,7 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
+from draftsmith.models.drafters.key_values import KeyValues, key_values_of
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.adapter_files import read_json
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
@@ -113,6 +114,10 @@ class LMDrafter(Drafter):
     def needs_host(self) -> str:
         """See :meth:`Drafter.needs_host`."""
         return f"the rotary factors of {self.lm.name} follow the length" if self.lm.factors_follow_length else ""
+
+    def key_values(self) -> tuple[KeyValues, ...]:
+        """See :meth:`Drafter.key_values`: the LM's own."""
+        return key_values_of(self.lm)
 
     @property
     def head_weight(self) -> Tensor:

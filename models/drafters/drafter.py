@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
+from draftsmith.models.drafters.key_values import KeyValues
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
@@ -339,6 +340,20 @@ class Drafter(PreTrainedModel):
     def needs_host(self) -> str:
         """Why a draft cannot be compiled or captured: it reads tensors on the host, or switches modules. Empty where it can."""
         return ""
+
+    def weights_read_once(self) -> tuple[Tensor, ...]:
+        """Weights, or views of parts of them, that a draft reads once and not at every step. Most families have none.
+
+        It serves the count of the bytes that a draft reads, nothing else.
+        """
+        return ()
+
+    def key_values(self) -> tuple[KeyValues, ...]:
+        """What the drafter's own layers keep of each token in a cache, which every draft step reads. Most families keep nothing.
+
+        It serves the count of the bytes that a draft reads, nothing else.
+        """
+        return ()
 
     def check_depth(self, limits: DraftLimits) -> None:
         """Check that this drafter can draft as deep as the limits ask for.

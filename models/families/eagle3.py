@@ -115,6 +115,10 @@ class Eagle3(EagleBase):
         """[Vd, D]."""
         return self.lm_head.weight
 
+    def weights_read_once(self) -> tuple[Tensor, ...]:
+        """See :meth:`Drafter.weights_read_once`: fc, which reads the states of emitted tokens only."""
+        return (self.fc.weight,)
+
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
         """fc over the fused layers.
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.key_values import KeyValues
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_config import EagleConfig
@@ -77,6 +78,11 @@ class EagleBase(Drafter):
     def needs_host(self) -> str:
         """See :meth:`Drafter.needs_host`."""
         return "the rotary factors of the draft layer follow the length" if self.rotation.follows_length else ""
+
+    def key_values(self) -> tuple[KeyValues, ...]:
+        """See :meth:`Drafter.key_values`: one layer's."""
+        layer = self.config.llama()
+        return (KeyValues(2 * layer.num_key_value_heads * layer.head_dim * self.dtype.itemsize),)
 
     @property
     @abstractmethod

@@ -192,6 +192,12 @@ class ReDrafter(Drafter):
             states.append(state_AD)
         return self._exit(self._exit_context(context_AD), torch.stack(states), self._exit_parts())
 
+    def weights_read_once(self) -> tuple[Tensor, ...]:
+        """See :meth:`Drafter.weights_read_once`: the context's share of the projection."""
+        if self.config.exit_dim == 2 * self.config.hidden_size:
+            return ()
+        return self.input_proj.weight[:, : self.config.hidden_size], self.input_proj.bias
+
     def start(self, opening: Opening) -> ReDrafterState:
         """The context and root after the prompt."""
         return self._at(opening.prompt)

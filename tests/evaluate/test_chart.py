@@ -1,11 +1,13 @@
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from matplotlib.image import imread
 
-from draftsmith.evaluate.chart import draw
+from draftsmith.evaluate.chart import draw, draw_rooflines
 from draftsmith.evaluate.records import Row
+from draftsmith.evaluate.roofline.roofline import Roofline
 
 RowMaker = Callable[..., Row]
 
@@ -24,3 +26,19 @@ def test_chart_draws_rows_without_drafts(make_row: RowMaker) -> None:
 
 def test_chart_is_the_same_for_the_same_rows(make_row: RowMaker) -> None:
     assert draw([make_row()]) == draw([make_row()])
+
+
+STAGES = {"draft": 0.002, "verify": 0.004, "accept": 0.001, "rest": 0.0005}
+ROOFLINE = Roofline(8e9, 2**25, 1, 70.0, 1.0, 12_000_000, 300_000, 6_000_000, 5, False, 0.0023, STAGES, STAGES, 0.3)
+
+
+def test_the_chart_of_rooflines_shows_rows_that_were_clocked(make_row: RowMaker) -> None:
+    clocked = [make_row(roofline=ROOFLINE), make_row(drafter="other", roofline=ROOFLINE)]
+    image = draw_rooflines(clocked)
+    assert image is not None
+    assert imread(io.BytesIO(image))[..., :3].std() > 0.05
+    assert draw_rooflines([make_row(), *clocked]) == image
+
+
+def test_rows_without_a_clock_have_no_chart_of_rooflines(make_row: RowMaker) -> None:
+    assert draw_rooflines([make_row(), make_row(roofline=replace(ROOFLINE, stage_seconds={}))]) is None

@@ -51,6 +51,12 @@ def test_a_report_of_everything_is_written(tmp_path: Path, target: Path, drafter
     assert report["rows"][0]["transformers_exact_share"] == 1.0
     assert report["rows"][2]["drafter_fingerprint"]
     assert imread(tmp_path / "out" / "report.png").shape[0] > 300
+    rooflines = {row["drafter"]: row["roofline"] for row in report["rows"]}
+    assert rooflines["transformers prompt lookup 3"] is None
+    assert rooflines["plain"]["draft_bytes"] == 0
+    assert 0 < rooflines["plain"]["bound_seconds"] < rooflines["mine"]["bound_seconds"]
+    assert set(rooflines["mine"]["left_over_seconds"]) == {"draft", "verify", "accept", "rest"}
+    assert imread(tmp_path / "out" / "roofline.png").shape[0] > 300
     assert "| mine 3x2 | 1 |" in (tmp_path / "out" / "report.md").read_text()
     assert list((tmp_path / "out" / "tensorboard").iterdir())
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())

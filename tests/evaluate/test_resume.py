@@ -69,6 +69,7 @@ def run(tmp_path: Path, target: Path, drafter: Path) -> Run:
         without_times = [{key: value for key, value in row.items() if key not in TIMES} for row in report["rows"]]
         for row in without_times:
             row["slices"] = [{**part, "speedup": None} for part in row["slices"]]
+            row["roofline"] = {key: value for key, value in row["roofline"].items() if key.endswith("_bytes")}
         return without_times
 
     return start

@@ -1,0 +1,1 @@
+"""How close decoding comes to what the memory of the machine allows."""
