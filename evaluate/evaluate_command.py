@@ -107,13 +107,16 @@ def evaluate(
     config |= asdict(where) | asdict(rendering)
     inputs = _inputs(prompts, model, entries)
     record = partial(provenance.record, provenance.command_line(), config, inputs)
-    rows = _measured(out, model, samples, candidates, by_temperature, plan, record)
+    _print(_measured(out, model, samples, candidates, by_temperature, plan, record))
+    print(f"report: {out / 'report.md'}")
+
+
+def _print(rows: Sequence[Row]) -> None:
     print(main_table(rows))
     for line in slow_drafters(rows):
         print(visible(line))
     if text := roofline_text(labelled_rooflines(rows)):
         print(f"\n{text}\n")
-    print(f"report: {out / 'report.md'}")
 
 
 def _inputs(prompts: Path, target: Target, entries: Sequence[Entry]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.key_values import KeyValues
+from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.trunk.known_models import text_base

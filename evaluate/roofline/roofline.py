@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from draftsmith.evaluate.roofline.bytes_read import cached_bytes, draft_bytes, target_weights
 from draftsmith.evaluate.roofline.memory_speed import MemorySpeed
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.key_values import key_values_of
+from draftsmith.models.target.key_values import key_values_of
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 

@@ -21,7 +21,6 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
-from draftsmith.models.drafters.key_values import KeyValues, key_values_of
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.adapter_files import read_json
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
@@ -29,6 +28,7 @@ from draftsmith.models.files.finite import is_finite
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import read_config
+from draftsmith.models.target.key_values import KeyValues, key_values_of
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.mask import slot_positions

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
-from draftsmith.models.drafters.key_values import KeyValues
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
 from draftsmith.models.tree.limits import DraftLimits

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.key_values import KeyValues
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
+from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 

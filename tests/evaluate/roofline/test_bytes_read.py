@@ -26,10 +26,10 @@ from draftsmith.evaluate.roofline.bytes_read import (
     tensor_bytes,
 )
 from draftsmith.models.drafters.draft_lm import LMDrafter
-from draftsmith.models.drafters.key_values import KeyValues, key_values_of
 from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.families.redrafter import ReDrafter
+from draftsmith.models.target.key_values import KeyValues, key_values_of
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
 

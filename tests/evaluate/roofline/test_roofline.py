@@ -7,8 +7,8 @@ from draftsmith.evaluate.roofline.bytes_read import cached_bytes, draft_bytes, t
 from draftsmith.evaluate.roofline.memory_speed import MemorySpeed
 from draftsmith.evaluate.roofline.roofline import CycleClock, CycleLoad, Roofline, cycle_load, roofline
 from draftsmith.evaluate.roofline.words import NamedRoofline, roofline_text
-from draftsmith.models.drafters.key_values import key_values_of
 from draftsmith.models.families.redrafter import ReDrafter
+from draftsmith.models.target.key_values import key_values_of
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
 

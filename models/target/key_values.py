@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache
 
 from draftsmith.models.target.target import Target
-from draftsmith.models.tree.slot_cache import SlotCache
 
 SLIDING = "sliding_attention"
 
@@ -44,9 +44,8 @@ def key_values_of(target: Target) -> tuple[KeyValues, ...]:
     Returns:
         One record for each layer that keeps keys and values of its own.
     """
-    cache = SlotCache(1, target.config.num_hidden_layers)
+    cache = DynamicCache()
     zero_B1 = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
-    cache.aim(zero_B1, 1, first=0)
     target.forward(
         zero_B1,
         cache=cache,
@@ -54,8 +53,8 @@ def key_values_of(target: Target) -> tuple[KeyValues, ...]:
         mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=target.device),
         key_positions=zero_B1,
     )
-    kinds = getattr(target.config, "layer_types", None) or [SLIDING] * len(cache)
+    kinds = getattr(target.config, "layer_types", None) or [SLIDING] * len(cache.layers)
     return tuple(
-        KeyValues(sum(part.nbytes for part in cache.layer(index)), target.window if kind == SLIDING else None)
-        for index, kind in zip(range(len(cache)), kinds, strict=False)
+        KeyValues(layer.keys.nbytes + layer.values.nbytes, target.window if kind == SLIDING else None)
+        for layer, kind in zip(cache.layers, kinds, strict=False)
     )
