@@ -7,7 +7,7 @@ Shape legend: B batch rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,6 +34,7 @@ class Generation:
             belongs to no cycle. Tokens per step of a request is ``(len(token_ids) - 1) / len(accepted)``.
         depths: the deepest draft proposed in each cycle.
         by_rule: positions in ``token_ids`` of tokens that only a LOSSY rule accepted; empty without a rule.
+        cycles_before: how many cycles the rows of its call had run when it took one.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -41,6 +42,22 @@ class Generation:
     accepted: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     by_rule: list[int] = field(default_factory=list)
+    cycles_before: int = 0
+
+
+def busy_share(replies: Iterable[Generation], num_rows: int) -> float:
+    """Which share of its rows a call kept busy, over all of its cycles. Rows that rest, wait for a prompt or were given up are not busy.
+
+    Args:
+        replies: all replies of the call.
+        num_rows: how many rows it had.
+
+    Returns:
+        Between 0 and 1; 1 where every reply ended with its first token, so that no cycle ran.
+    """
+    spans = [(reply.cycles_before, len(reply.accepted)) for reply in replies]
+    num_cycles = max((before + own for before, own in spans), default=0)
+    return sum(own for _, own in spans) / (num_rows * num_cycles) if num_cycles else 1.0
 
 
 @dataclass(frozen=True)
@@ -122,9 +139,14 @@ class Batch:
         """Let idle rows emit nothing from now on; they keep their places."""
         self.active_B.copy_(torch.tensor([request is not None for request in self.requests]))
 
-    def drop_idle(self) -> None:
-        """Make the batch smaller by its idle rows; the last rows move into the holes they leave."""
-        keep = [row for row, request in enumerate(self.requests) if request is not None]
+    def drop_idle(self, num_spare: int = 0) -> None:
+        """Make the batch smaller by its idle rows; the last rows move into the holes they leave.
+
+        Args:
+            num_spare: how many idle rows keep their places.
+        """
+        dropped = set(self.idle[num_spare:])
+        keep = [row for row in range(len(self.requests)) if row not in dropped]
         if len(keep) == len(self.requests):
             return
         kept = KeptRows.of(keep, self.root_B.device)
@@ -149,6 +171,9 @@ class Recorder:
         on_tokens: called with (index of the request, tokens) as soon as tokens are final.
         until: called with (index of the request, its reply so far) for every token in turn; True ends the request with that token.
 
+    Attributes:
+        num_cycles: how many cycles have been recorded.
+
     Raises:
         ValueError: stop strings without a tokenizer.
     """
@@ -168,6 +193,7 @@ class Recorder:
         self._tokenizer = tokenizer
         self._on_tokens = on_tokens
         self._until = until
+        self.num_cycles = 0
         # A stop of n characters ends within the last 4 n byte-level tokens; a few more give the decoder its context.
         self._tail = 4 * max(map(len, stop_strings), default=0) + 4
 
@@ -185,7 +211,9 @@ class Recorder:
         start = len(generation.token_ids)
         generation.by_rule += [start + place for place, ruled in enumerate(by_rule[: len(kept)]) if ruled]
         generation.token_ids.extend(kept)
-        if drafted is not None:
+        if drafted is None:
+            generation.cycles_before = self.num_cycles
+        else:
             generation.accepted.append(len(kept) - 1)
             generation.depths.append(drafted)
         if self._on_tokens is not None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.decode.batch import Batch, Generation, Recorder, Request
 from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.prefill import Prefill, Requests, check_prompt
+from draftsmith.decode.prefill import Admission, Prefill, Requests, check_prompt
 from draftsmith.decode.runners import Compile, Runner, check_compile, compiles, needs_host, whole_cycle_runner
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.choice import verifier_for
@@ -44,7 +44,8 @@ class Engine:
         limits: how much to draft a cycle.
         tokenizer: needed for stop strings only; must be the drafter's.
         ledger: where time is charged, or None.
-        prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts.
+        prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts. Where a prompt takes a free row of a batch, no more
+            than so many are read between two cycles of the other rows.
         rule: keeps draft tokens that the target would not have chosen; the text is then no longer the target's own.
         compile: ``on`` runs a cycle as one compiled function (on CUDA as one captured graph), ``off`` op by op. ``auto`` is ``off``
             as long as no GPU has measured the captured cycle. Where a cycle needs the host, it runs op by op, and a warning says why.
@@ -98,7 +99,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: list[list[int]],
+        prompts: Iterable[list[int]],
         settings: GenerationSettings,
         on_tokens: Callable[[int, list[int]], None] | None = None,
         request_ids: list[int] | None = None,
@@ -108,7 +109,7 @@ class Engine:
         """Decode prompts of any lengths.
 
         Args:
-            prompts: token ids, one list a request.
+            prompts: token ids, one list a request. All are taken before the first is decoded; :meth:`stream` takes them one by one.
             settings: shared by all.
             on_tokens: called with (index of the prompt, tokens) as soon as tokens are final.
             request_ids: which noise each prompt draws; its index by default.
@@ -122,6 +123,7 @@ class Engine:
             ValueError: an empty prompt, one that leaves no room in the context, ids outside the vocabulary, sampled trees at
                 temperature 0, ``num_rows`` below 1, or logits that turn into NaN or infinity.
         """
+        prompts = list(prompts)
         numbers = list(range(len(prompts))) if request_ids is None else request_ids
         if len(numbers) != len(prompts):
             raise ValueError(f"there are {len(numbers)} request_ids for {len(prompts)} prompts; give one each")
@@ -141,8 +143,11 @@ class Engine:
         room: int,
         on_tokens: Callable[[int, list[int]], None] | None = None,
         until: Callable[[int, list[int]], bool] | None = None,
+        in_order: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
         """Decode prompts from an iterator and give replies as they end. Prompts are taken from it as rows become free.
+
+        A prompt that cannot be decoded ends the stream, but first the prompts before it get their replies.
 
         Args:
             prompts: (request id, token ids) of each; the id says which noise it draws. Where it has none left, it is asked again after
@@ -152,6 +157,7 @@ class Engine:
             room: the most tokens of a prompt and its reply together. Memory is that of ``num_rows`` rows of so many tokens.
             on_tokens: called with (index of the prompt, tokens) as soon as tokens are final.
             until: called with (index of the prompt, its reply so far) for every token in turn; True ends the reply with that token.
+            in_order: give replies in the order of the prompts. A reply then waits for those before it, and takes memory meanwhile.
 
         Yields:
             The index of a prompt, counted from 0, and its record.
@@ -165,8 +171,10 @@ class Engine:
             raise ValueError(f"num_rows is {num_rows}; give at least 1")
         waiting = Requests(self.target, prompts, settings, room)
         with evaluating(self.drafter):
-            for request in self._decode(waiting, settings, recorder, num_rows, room):
+            ended = self._decode(waiting, settings, recorder, num_rows, room)
+            for request in sorted_as_they_come(ended) if in_order else ended:
                 yield request.index, request.generation
+        waiting.raise_failure()
 
     @torch.no_grad()
     def _decode(
@@ -181,29 +189,40 @@ class Engine:
             yield from self._record(batch, recorder, report, in_cycle=False)
             # Where a family's state cannot be told apart by rows, requests wait until all rows have ended.
             queue = waiting if batch.can_refill() else iter(())
-            yield from self._refill(batch, queue, prefill, settings, recorder)
+            admission = Admission(prefill, queue, settings)
+            yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
             while not batch.has_ended:
                 self._read_again(batch)
                 ended = self._record(batch, recorder, run(batch, shared(settings), self.ledger), in_cycle=True)
                 yield from ended
-                if ended:
-                    yield from self._refill(batch, queue, prefill, settings, recorder)
+                if batch.idle and (ended or admission.has_more or admission.num_rows):
+                    yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
 
-    def _refill(
-        self, batch: Batch, queue: Iterator[Request], prefill: Prefill, settings: GenerationSettings, recorder: Recorder
-    ) -> Iterator[Request]:
-        """Let requests that wait take the places of those that have ended; places that nobody takes are given up."""
-        while batch.idle and (requests := list(islice(queue, len(batch.idle)))):
+    def _refill(self, batch: Batch, admission: Admission, recorder: Recorder, fixed_shapes: bool) -> Iterator[Request]:
+        """Let requests that wait take the places of those that have ended; places that nobody takes are given up.
+
+        While other rows decode, it reads no more than a chunk of prompt tokens. The rest of a long prompt is read after later cycles, and
+        its place is idle until then.
+        """
+        num_tokens = self._prefill_chunk
+        while batch.idle:
+            num_tokens = self._prefill_chunk if batch.has_ended else num_tokens
+            num_read = admission.begin(len(batch.idle), num_tokens)
+            if not num_read:
+                break
+            num_tokens -= num_read
             with phase(self.ledger, "prefill"):
-                fresh, report = prefill(requests, settings)
-            yield from self._record(fresh, recorder, report, in_cycle=False)
-            fresh.drop_idle()
-            if not fresh.has_ended:
-                batch.refill(fresh)
-        if prefill.cycle.fixed_shapes:
+                started = admission.step()
+            if started is not None:
+                fresh, report = started
+                yield from self._record(fresh, recorder, report, in_cycle=False)
+                fresh.drop_idle()
+                if not fresh.has_ended:
+                    batch.refill(fresh)
+        if not fixed_shapes and not admission.has_more:
+            batch.drop_idle(num_spare=admission.num_rows)
+        if batch.idle:
             batch.rest()
-        else:
-            batch.drop_idle()
 
     def _record(self, batch: Batch, recorder: Recorder, report: CycleReport, in_cycle: bool) -> list[Request]:
         """Read a cycle back in one transfer and hand its tokens to the host's records.
@@ -218,6 +237,7 @@ class Engine:
             The requests that have ended with it; their rows are idle.
         """
         ended = []
+        recorder.num_cycles += in_cycle
         with phase(self.ledger, "host"):
             for row, (broken, count, *cells) in enumerate(report.columns_BC.tolist()):
                 request = batch.requests[row]
@@ -264,3 +284,18 @@ class Engine:
 def shared(settings: GenerationSettings) -> GenerationSettings:
     """What of a request's settings a cycle reads; requests that differ in the rest share a compiled cycle."""
     return replace(settings, max_new_tokens=1, seed=0, stop_strings=())
+
+
+def sorted_as_they_come(requests: Iterable[Request]) -> Iterator[Request]:
+    """Requests in the order of their index, each as soon as all before it have ended.
+
+    Args:
+        requests: in the order in which they ended; together their indices are 0, 1, 2 and so on.
+    """
+    waiting: dict[int, Request] = {}
+    following = 0
+    for request in requests:
+        waiting[request.index] = request
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1

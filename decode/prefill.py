@@ -1,13 +1,14 @@
 """The start of requests: their prompts are read, their first tokens chosen, the drafter starts.
 
-Owns what can be decoded at all, and how rows come to be, for a whole batch or for a few rows of one in flight. Knows no queue.
+Owns what can be decoded at all, and how rows come to be, for a whole batch or for a few rows of one in flight: which requests are read
+together, and how many prompt tokens between two cycles. Knows no loop.
 
 Shape legend: B batch rows, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,11 @@ from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import request_keys
 from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.tree.steps import result_of
 from draftsmith.models.tree.tree import root_tree
-from draftsmith.models.trunk.forwards import CHUNK, read_prompts
+from draftsmith.models.trunk.forwards import CHUNK, joined, read_chunks
+
+Started = tuple[Batch, CycleReport]
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,21 @@ class Prefill:
     cycle: DecodeCycle
     chunk: int = CHUNK
 
-    def __call__(
-        self, requests: Sequence[Request], settings: GenerationSettings, room: int | None = None
-    ) -> tuple[Batch, CycleReport]:
+    def __call__(self, requests: Sequence[Request], settings: GenerationSettings, room: int | None = None) -> Started:
         """Read prompts and choose the token behind each.
+
+        Args:
+            requests, settings, room: as :meth:`in_steps`.
+
+        Returns:
+            The rows, and the report of their first tokens.
+        """
+        return result_of(self.in_steps(requests, settings, room))
+
+    def in_steps(
+        self, requests: Sequence[Request], settings: GenerationSettings, room: int | None = None
+    ) -> Generator[None, None, Started]:
+        """As a call, but gives control back whenever a chunk has been read and another follows, by the target or by the drafter.
 
         Args:
             requests: one a row.
@@ -59,7 +74,8 @@ class Prefill:
         padded = [request.prompt + [0] * (longest - len(request.prompt)) for request in requests]
         tokens_BT = torch.tensor(padded, device=target.device)
         lengths_B = torch.tensor(lengths, device=target.device)
-        room = longest if room is None else room
+        # A row runs past its budget by a draft at most, and stays there while it is idle.
+        room = (longest if room is None else room) + cycle.limits.draft_length
         batch = Batch(
             requests=list(requests),
             cache=SlotCache(room + cycle.limits.max_nodes + cycle.slot_step, target.config.num_hidden_layers),
@@ -72,7 +88,12 @@ class Prefill:
             room=room,
         )
         layers = tuple({PRE_NORM, *cycle.layers})
-        states = read_prompts(target, batch.cache, tokens_BT, lengths_B, layers, self.chunk, cycle.slot_step)
+        chunks = []
+        for states in read_chunks(target, batch.cache, tokens_BT, lengths_B, layers, self.chunk, cycle.slot_step):
+            chunks.append(states)
+            if len(chunks) * self.chunk < longest:
+                yield
+        states = joined(chunks)
         reading = self._reading(batch, states[PRE_NORM], settings)
         steps = cycle.verifier.walk(reading, None)
         batch.root_B.copy_(steps.emitted_BE[:, 0])
@@ -82,7 +103,7 @@ class Prefill:
             emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
             pairs = Emitted(emitted_BE, {name: states[name] for name in cycle.drafter.features}, lengths_B.clone())
             opening = Opening(pairs, tokens_BT[:, 0], cycle.limits, room, cycle.fixed_shapes, self.chunk)
-            batch.draft = cycle.drafter.start(opening)
+            batch.draft = yield from cycle.drafter.start_in_steps(opening)
         return batch, cycle.report(batch, steps, reading)
 
     def _reading(self, batch: Batch, pre_norm_BTD: Tensor, settings: GenerationSettings) -> Reading:
@@ -114,14 +135,98 @@ class Prefill:
         return rows
 
 
+class Admission:
+    """Lets requests that wait into a batch in flight, a chunk of prompt tokens at a time.
+
+    Short prompts are read together. A prompt of more than one chunk is read alone, in several steps, and the requests behind it wait.
+
+    Args:
+        prefill: reads prompts.
+        queue: the requests that wait.
+        settings: shared by them.
+
+    Attributes:
+        has_more: whether requests may still wait in the queue.
+    """
+
+    def __init__(self, prefill: Prefill, queue: Iterator[Request], settings: GenerationSettings) -> None:
+        self._prefill, self._queue, self._settings = prefill, queue, settings
+        self._steps: Generator[None, None, Started] | None = None
+        self._next: Request | None = None
+        self._longest = self._num_rows = 0
+        self.has_more = True
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are promised to requests that were taken from the queue."""
+        return (self._num_rows if self._steps is not None else 0) + (self._next is not None)
+
+    def begin(self, most_rows: int, most_tokens: int) -> int:
+        """Choose what :meth:`step` reads, if nothing is under way.
+
+        Args:
+            most_rows: how many rows are idle.
+            most_tokens: how many prompt tokens may be read now.
+
+        Returns:
+            How many tokens a step reads, padding included; 0 where no request waits, or the next one needs more than may be read now.
+        """
+        chunk = self._prefill.chunk
+        if self._steps is None:
+            requests = self._take(most_rows, most_tokens)
+            if not requests:
+                return 0
+            self._num_rows, self._longest = len(requests), max(len(request.prompt) for request in requests)
+            self._steps = self._prefill.in_steps(requests, self._settings)
+        num_tokens = self._num_rows * min(self._longest, chunk)
+        return num_tokens if num_tokens <= most_tokens else 0
+
+    def step(self) -> Started | None:
+        """Read what :meth:`begin` chose.
+
+        Returns:
+            The new rows and the report of their first tokens; None where more of their prompts is left to read.
+        """
+        assert self._steps is not None
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self._steps = None
+            started: Started = end.value
+            return started
+        return None
+
+    def _take(self, most_rows: int, most_tokens: int) -> list[Request]:
+        """The next requests whose prompts, padded to the longest, have at most so many tokens, or the first chunk of a single one."""
+        requests: list[Request] = []
+        longest = 0
+        while len(requests) < most_rows:
+            self._next = self._next or next(self._queue, None)
+            self.has_more = self._next is not None
+            if self._next is None:
+                break
+            length = len(self._next.prompt)
+            longest = max(longest, length if requests else min(length, self._prefill.chunk))
+            if (len(requests) + 1) * longest > most_tokens:
+                break
+            requests.append(self._next)
+            self._next = None
+            if length > self._prefill.chunk:
+                break
+        return requests
+
+
 class Requests:
-    """Checked requests from prompts, taken one by one.
+    """Checked requests from prompts, taken one by one. It ends before one that cannot be decoded.
 
     Args:
         target: the model.
         prompts: (request id, token ids) of each. An iterator that has none left may have more later.
         settings: shared by all.
         room: the most tokens of a prompt and its reply together.
+
+    Attributes:
+        failure: why the next prompt cannot be decoded; None as long as all could.
     """
 
     def __init__(
@@ -130,27 +235,47 @@ class Requests:
         self._target, self._prompts = target, iter(prompts)
         self._max_new_tokens, self._room = settings.max_new_tokens, room
         self._index = 0
+        self.failure: ValueError | None = None
 
     def __iter__(self) -> Requests:
         return self
 
     def __next__(self) -> Request:
-        """The next one; its budget is what the context leaves of it.
+        """The next one; its budget is what the context leaves of it."""
+        if self.failure is not None:
+            raise StopIteration
+        number, prompt = next(self._prompts)
+        index, self._index = self._index, self._index + 1
+        try:
+            return Request(index, prompt, number, self._budget(index, prompt))
+        except ValueError as error:
+            self.failure = error
+        raise StopIteration
+
+    def raise_failure(self) -> None:
+        """Raise what kept a prompt from being decoded.
+
+        Raises:
+            ValueError: a prompt cannot be decoded, or does not fit into the room.
+        """
+        if self.failure is not None:
+            raise self.failure
+
+    def _budget(self, index: int, prompt: list[int]) -> int:
+        """The most tokens of a prompt's reply.
 
         Raises:
             ValueError: it cannot be decoded, or does not fit into the room.
         """
-        number, prompt = next(self._prompts)
-        index, self._index = self._index, self._index + 1
         check_prompt(self._target, index, prompt)
         context = self._target.max_positions
         budget = self._max_new_tokens if context is None else min(self._max_new_tokens, context - len(prompt))
         if len(prompt) + budget > self._room:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens and its reply up to {budget}, a row has room for {self._room}; shorten the "
-                "prompt, or give more room"
+                f"prompt, lower max_new_tokens, or give a room of {len(prompt) + budget}"
             )
-        return Request(index, prompt, number, budget)
+        return budget
 
 
 def check_prompt(target: Target, index: int, prompt: list[int]) -> None:

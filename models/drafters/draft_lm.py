@@ -10,6 +10,7 @@ S cache slots, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.mask import slot_positions
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
-from draftsmith.models.trunk.forwards import read_prompts, within_context
+from draftsmith.models.tree.steps import result_of
+from draftsmith.models.trunk.forwards import read_chunks, within_context
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,19 @@ class LMDrafter(Drafter):
 
     def start(self, opening: Opening) -> DraftLMState:
         """Read the prompts; the first emitted token is pending."""
+        return result_of(self.start_in_steps(opening))
+
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, DraftLMState]:
+        """See :meth:`Drafter.start_in_steps`."""
         spare = 1 + max(opening.limits.max_fed, opening.limits.draft_length + 1)
         cache = SlotCache(opening.room + spare, self.lm.config.num_hidden_layers)
         prompt = opening.prompt
         # Shorter prompts have their root and padding behind them here; the first draft writes over both.
         tokens_BT = torch.cat([opening.first_B[:, None], prompt.tokens_BE[:, :-1]], dim=1)
-        read_prompts(self.lm, cache, self.known(tokens_BT), prompt.counts_B, chunk=opening.chunk)
+        chunks = read_chunks(self.lm, cache, self.known(tokens_BT), prompt.counts_B, chunk=opening.chunk)
+        for number, _ in enumerate(chunks):
+            if (number + 1) * opening.chunk < tokens_BT.shape[1]:
+                yield
         return DraftLMState(cache, prompt.last_only(opening.num_pending))
 
     def advance(self, state: DraftLMState, emitted: Emitted) -> DraftLMState:  # type: ignore[override]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import abstractmethod
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -311,6 +312,18 @@ class Drafter(PreTrainedModel):
         Returns:
             The state after them.
         """
+
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, DraftState]:
+        """As :meth:`start`, but gives control back whenever a chunk of the prompts has been read and another follows.
+
+        Args:
+            opening: its prompts and first emitted tokens.
+
+        Returns:
+            The state after them.
+        """
+        yield from ()
+        return self.start(opening)
 
     @abstractmethod
     def expander(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> Expander:

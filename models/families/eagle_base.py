@@ -13,7 +13,7 @@ D hidden or head size, I attention's input, H heads, G key/value heads, S cache 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
+from draftsmith.models.tree.steps import result_of
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,17 @@ class EagleBase(Drafter):
 
     def start(self, opening: Opening) -> EagleState:
         """Read the pairs of the prompts, in chunks; the last one, which the first draft hangs on, stays pending."""
+        return result_of(self.start_in_steps(opening))
+
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, EagleState]:
+        """See :meth:`Drafter.start_in_steps`."""
         spare = max(opening.limits.max_fed, opening.limits.draft_length + 1)
         cache, prompt = SlotCache(opening.room + spare, num_layers=1), opening.prompt
         B, T = prompt.tokens_BE.shape
         # Behind the pairs of shorter prompts, padding is written, which the drafts write over.
         for begin in range(0, T, opening.chunk):
+            if begin > 0:
+                yield
             pairs = prompt.slots(begin, min(begin + opening.chunk, T))
             positions_BE = torch.arange(begin, begin + pairs.tokens_BE.shape[1], device=self.device).expand(B, -1)
             cache.aim(positions_BE, cache.capacity, begin)

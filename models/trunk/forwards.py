@@ -7,6 +7,7 @@ Shape legend: B batch rows, T prompt tokens, N new tokens (the nodes of a tree),
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -63,6 +64,31 @@ def read_prompts(
     """Run prompts through a model, in chunks.
 
     Args:
+        target, cache, tokens_BT, lengths_B, layers, chunk, slot_step: as :func:`read_chunks`.
+
+    Returns:
+        The states of the layers by name, [B, T, D] each.
+    """
+    return joined(list(read_chunks(target, cache, tokens_BT, lengths_B, layers, chunk, slot_step)))
+
+
+def joined(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The states of whole prompts, [B, T, D] of each layer, from those of their chunks."""
+    return {name: torch.cat([states[name] for states in chunks], dim=1) for name in chunks[0]}
+
+
+def read_chunks(
+    target: Reader,
+    cache: SlotCache,
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    layers: tuple[str, ...] = (),
+    chunk: int = CHUNK,
+    slot_step: int = 1,
+) -> Iterator[dict[str, Tensor]]:
+    """Run prompts through a model, a chunk each time that the next states are asked for.
+
+    Args:
         target: the model.
         cache: empty; receives keys and values at slots 0 to T - 1.
         tokens_BT: int64, padded on the right, where what is written is overwritten by what comes.
@@ -71,11 +97,10 @@ def read_prompts(
         chunk: tokens a forward.
         slot_step: visible slots are a multiple of it, up to the cache's capacity.
 
-    Returns:
-        The states of the layers by name, [B, T, D] each.
+    Yields:
+        The states of the layers at a chunk's tokens by name, [B, N, D] each.
     """
     B, T = tokens_BT.shape
-    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for begin in range(0, T, chunk):
         end = min(begin + chunk, T)
         window = _slots(end, slot_step, cache.capacity)
@@ -91,9 +116,7 @@ def read_prompts(
             layers=layers,
             text_lengths=torch.maximum(lengths_B[:, None], positions_BN + 1),
         )
-        for name in layers:
-            parts[name].append(output.feature(name))
-    return {name: torch.cat(states, dim=1) for name, states in parts.items()}
+        yield {name: output.feature(name) for name in layers}
 
 
 def read_tree(

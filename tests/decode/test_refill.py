@@ -153,8 +153,51 @@ def test_prompts_may_follow_from_replies(target: Target) -> None:
 
 def test_a_prompt_that_does_not_fit_into_a_row_is_refused_with_both_numbers(target: Target) -> None:
     requests = iter([(0, PROMPTS[1]), (1, PROMPTS[2])])
-    with pytest.raises(ValueError, match="prompt 1 has 7 tokens and its reply up to 13, a row has room for 18"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has 7 tokens and its reply up to 13, a row has room for 18; .*a room of 20"
+    ):
         list(Engine(target).stream(requests, REQUESTS["greedy"], num_rows=1, room=18))
+
+
+WRONG = {
+    "too long": ([BOS] * 20, "prompt {} has 20 tokens and its reply up to 13, a row has room for 30; .*a room of 33"),
+    "longer than the context": ([BOS] * 96, "prompt {} has 96 tokens, the context of .* is 96"),
+    "empty": ([], "prompt {} is empty"),
+    "other ids": ([BOS, 999], "prompt {} holds token id 999"),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_prompt_that_cannot_be_decoded_costs_no_reply_before_it(target: Target, wrong: str, place: int) -> None:
+    """With two rows: the first of all, one of the first that are taken, and one that comes later."""
+    prompt, message = WRONG[wrong]
+    prompts = [*PROMPTS[:place], prompt, *PROMPTS[place:]]
+    replies: dict[int, list[int]] = {}
+    stream = Engine(target).stream(enumerate(prompts), REQUESTS["greedy"], num_rows=2, room=30)
+    with pytest.raises(ValueError, match=message.format(place)):
+        replies.update((index, reply.token_ids) for index, reply in stream)
+    assert replies == dict(enumerate(alone(target, REQUESTS["greedy"])[:place]))
+
+
+def test_a_list_with_a_prompt_that_cannot_be_decoded_is_checked_before_the_first_cycle(target: Target) -> None:
+    with pytest.raises(ValueError, match="prompt 6 is empty"):
+        Engine(target).generate(
+            [*PROMPTS, []], REQUESTS["greedy"], on_tokens=lambda *_: pytest.fail("decoded"), num_rows=2
+        )
+
+
+def test_replies_come_in_the_order_of_the_prompts_if_asked(target: Target) -> None:
+    request = REQUESTS["greedy"]
+    ended = [index for index, _ in Engine(target).stream(enumerate(PROMPTS), request, num_rows=3, room=30)]
+    assert ended != sorted(ended)
+    replies = list(Engine(target).stream(enumerate(PROMPTS), request, num_rows=3, room=30, in_order=True))
+    assert [(index, reply.token_ids) for index, reply in replies] == list(enumerate(alone(target, request)))
+
+
+def test_prompts_may_come_from_any_iterable(target: Target) -> None:
+    replies = Engine(target).generate((prompt for prompt in PROMPTS), REQUESTS["greedy"], num_rows=2)
+    assert [reply.token_ids for reply in replies] == alone(target, REQUESTS["greedy"])
 
 
 def test_a_number_of_rows_below_one_is_refused(target: Target) -> None:

@@ -208,7 +208,7 @@ def test_texts_beyond_the_lms_context_are_decoded_all_the_same(target: Target) -
 
 def test_long_prompts_are_read_in_chunks(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last of the prompts takes three chunks of four; a chunk that went astray would be missed by the drafter."""
-    monkeypatch.setattr(draft_lm, "read_prompts", partial(draft_lm.read_prompts, chunk=4))
+    monkeypatch.setattr(draft_lm, "read_chunks", partial(draft_lm.read_chunks, chunk=4))
     results = Engine(target, LMDrafter(random_target()), DraftLimits(1, 4)).generate(
         PROMPTS, GenerationSettings(max_new_tokens=16)
     )
