@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from draftsmith.train.drafter.losses import default_chunk_rows
+from draftsmith.train.drafter.chunk_rows import default_chunk_rows
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "total_variation", "cross_entropy"]
 DIVERGENCES: tuple[DivergenceName, ...] = ("forward_kl", "reverse_kl", "jsd", "total_variation", "cross_entropy")

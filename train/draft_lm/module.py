@@ -33,6 +33,7 @@ from draftsmith.train.draft_lm.padded_texts import PaddedTexts, pad_texts
 from draftsmith.train.draft_lm.reply_sums import reply_sums
 from draftsmith.train.draft_lm.student import Student
 from draftsmith.train.draft_lm.target_choice import TargetChoice
+from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
@@ -63,7 +64,7 @@ class DraftLMModule(pl.LightningModule):
         weight_decay: AdamW's, on matrices only.
         warmup_ratio: share of all steps over which the rate rises linearly.
         min_lr_ratio: the rate falls on a cosine to this share of its peak.
-        chunk_rows: rows of logits of both models in memory at a time; null chooses.
+        chunk_rows: rows of logits of both models in memory at a time; null chooses by the vocabulary, and on CUDA by the free memory.
         sampling_rows: rows sampled together; null takes a whole batch.
         dtype: of the draft LM's weights; `auto` is float32 where they are trained, and with `lora`, which freezes them, the checkpoint's
             own on CUDA and float32 elsewhere. To train all weights in bf16, set trainer.precision to bf16-mixed instead.
@@ -248,6 +249,9 @@ class DraftLMModule(pl.LightningModule):
     def _to_device(self) -> None:
         if self.target_choice.may_move:
             self.target.to(self.device)
+        # Of both models' logits.
+        vocabularies = self.student.as_target().ends.vocab_size + self.target.ends.vocab_size
+        self.chunk_rows = chosen_chunk_rows(self.chunk_rows, vocabularies, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the target's replies to held-out prompts. With LoRA leaves out the draft LM below the adapter, which its own directory

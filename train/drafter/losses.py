@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from draftsmith.train.drafter.chunk_rows import default_chunk_rows
+
 Heads = Tensor | Sequence[Tensor]
 """Output heads: one [Vd, E] for all draft steps, or one for each of the K."""
 
@@ -74,15 +76,6 @@ class StepSums:
     top1: Tensor | None
     top5: Tensor | None
     feature_sum: Tensor | None = None
-
-
-def default_chunk_rows(draft_vocab_size: int) -> int:
-    """Rows of a chunk: about a million logits, but at least 512 rows, because thinner matrix products waste the machine.
-
-    Args:
-        draft_vocab_size: Vd.
-    """
-    return max(512, min(4096, 2**20 // max(1, draft_vocab_size)))
 
 
 def head_cross_entropy(

@@ -8,6 +8,7 @@ Only the target's ends (embedding, final norm, head) are loaded: its states come
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
+from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
 from draftsmith.train.drafter.family_settings import most_frequent
 from draftsmith.train.drafter.finite_loss import FiniteLoss
 from draftsmith.train.drafter.losses import TopEmphasis
@@ -70,7 +72,7 @@ class DraftModule(pl.LightningModule):
         warmup_ratio: share of all steps over which the rate rises linearly.
         min_lr_ratio: the rate falls on a cosine to this share of its peak.
         ema_decay: validate and save a running average of the weights with this decay; null uses the weights themselves.
-        chunk_rows: rows of logits in memory at a time; null chooses.
+        chunk_rows: rows of logits in memory at a time; null chooses by the vocabulary, and on CUDA by the free memory.
         metrics_every: show the loss, and compute top-1 and top-5 of the training batch, every so many steps.
         ends_dtype: dtype of the target's ends; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
@@ -247,8 +249,13 @@ class DraftModule(pl.LightningModule):
         """What this run learns from, counted in a part of a large cache."""
         counts, counted, samples = self._data().sampled_token_counts(self.ends.vocab_size, COUNTED_SAMPLES)
         is_new = self.starting_drafter.folder is None
+        rows = self.objective.chunk_rows
         return LabelledText(
-            counts, samples, counted, draft_vocabulary=len(self.evaluated.draft_ids()) if is_new else None
+            counts,
+            samples,
+            counted,
+            draft_vocabulary=len(self.evaluated.draft_ids()) if is_new else None,
+            remarks=() if rows is None else (f"its loss works through {rows} rows of logits at a time (chunk_rows)",),
         )
 
     def save_drafter(self, folder: Path) -> None:
@@ -296,6 +303,10 @@ class DraftModule(pl.LightningModule):
     def _to_device(self) -> None:
         self.ends.to(self.device)
         self._to_draft = self._to_draft.to(self.device)
+        num_draft_tokens = len(self.evaluated.draft_ids())
+        rows = chosen_chunk_rows(self.objective.chunk_rows, num_draft_tokens, self.device)
+        self.objective = replace(self.objective, chunk_rows=rows)
+        self.val_objective = replace(self.val_objective, chunk_rows=rows)
 
     def training_step(self, batch: CacheBatch, batch_idx: int) -> Tensor:
         """Weighted mean loss of one batch; see _step_weights for what the mean is over.
