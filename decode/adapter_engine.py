@@ -9,7 +9,7 @@ Shape legend: B batch rows, G rows of one group, N tree nodes, M nodes with chil
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,9 +30,12 @@ from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.row_state import ReplacedRows, append_rows
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.slot_cache import KeptRows
+from draftsmith.models.tree.steps import result_of
 from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.trunk.forwards import CHUNK
 
 
 class AdapterEngine:
@@ -42,7 +45,7 @@ class AdapterEngine:
         target: the frozen model.
         drafter: trained; it stays as it is.
         adapters: folders that training with ``lora`` wrote, by the names that requests use.
-        limits, tokenizer, ledger: see :class:`Engine`.
+        limits, tokenizer, ledger, prefill_chunk: see :class:`Engine`.
 
     Raises:
         ValueError: an adapter of another drafter or another target.
@@ -56,8 +59,9 @@ class AdapterEngine:
         limits: DraftLimits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ledger: Ledger | None = None,
+        prefill_chunk: int = CHUNK,
     ) -> None:
-        self._engine = Engine(target, AdapterSwitch(drafter, adapters), limits, tokenizer, ledger)
+        self._engine = Engine(target, AdapterSwitch(drafter, adapters), limits, tokenizer, ledger, prefill_chunk)
 
     def generate(
         self,
@@ -66,11 +70,12 @@ class AdapterEngine:
         adapters: Sequence[str | None],
         on_tokens: Callable[[int, list[int]], None] | None = None,
         request_ids: list[int] | None = None,
+        num_rows: int | None = None,
     ) -> list[Generation]:
-        """Decode a batch; see :meth:`Engine.generate`.
+        """Decode prompts of any lengths; see :meth:`Engine.generate`.
 
         Args:
-            prompts, settings, on_tokens, request_ids: as there.
+            prompts, settings, on_tokens, request_ids, num_rows: as there.
             adapters: of each prompt, the name of its adapter, or None for the drafter as it is.
 
         Raises:
@@ -80,10 +85,44 @@ class AdapterEngine:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(adapters)} adapters are given; name one for each, or None"
             )
-        switch = self._engine.drafter
-        assert isinstance(switch, AdapterSwitch)
-        switch.assign(adapters)
-        return self._engine.generate(prompts, settings, on_tokens, request_ids)
+        self._switch.assign(adapters)
+        return self._engine.generate(prompts, settings, on_tokens, request_ids, num_rows=num_rows)
+
+    def stream(
+        self,
+        prompts: Iterable[tuple[int, list[int], str | None]],
+        settings: GenerationSettings,
+        num_rows: int,
+        room: int,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+        until: Callable[[int, list[int]], bool] | None = None,
+        in_order: bool = False,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Decode prompts from an iterator and give replies as they end; see :meth:`Engine.stream`.
+
+        Args:
+            prompts: (request id, token ids, the name of its adapter or None) of each.
+            settings, num_rows, room, on_tokens, until, in_order: as there.
+
+        Yields:
+            The index of a prompt, counted from 0, and its record.
+
+        Raises:
+            ValueError: as there; or an unknown name.
+        """
+        self._switch.assign(())
+
+        def assigned() -> Iterator[tuple[int, list[int]]]:
+            for number, prompt, adapter in prompts:
+                self._switch.assign_next(adapter)
+                yield number, prompt
+
+        yield from self._engine.stream(assigned(), settings, num_rows, room, on_tokens, until, in_order)
+
+    @property
+    def _switch(self) -> AdapterSwitch:
+        assert isinstance(self._engine.drafter, AdapterSwitch)
+        return self._engine.drafter
 
 
 @dataclass(frozen=True)
@@ -112,6 +151,11 @@ class Group:
         state = self.state if len(keep) == len(self.rows) else self.state.select_rows(kept)
         return Group(self.adapter, rows, torch.tensor(rows, device=self.rows_G.device), state)
 
+    def join(self, other: Group) -> Group:
+        """The rows of both, which have the same adapter."""
+        state = append_rows(self.state, other.state, len(self.rows), len(other.rows))
+        return Group(self.adapter, self.rows + other.rows, torch.cat([self.rows_G, other.rows_G]), state)
+
 
 @dataclass(frozen=True)
 class SwitchState:
@@ -128,6 +172,16 @@ class SwitchState:
         places = {row: place for place, row in enumerate(kept.order)}
         chosen = (group.select(places) for group in self.groups)
         return SwitchState(tuple(group for group in chosen if group is not None))
+
+    def replace_rows(self, fresh: SwitchState, replaced: ReplacedRows) -> SwitchState:
+        """Let new rows take places in the batch; each joins the group of its adapter."""
+        stay = {row: row for row in range(replaced.num_rows) if row not in replaced.rows}
+        staying = (group.select(stay) for group in self.groups)
+        groups = {group.adapter: group for group in staying if group is not None}
+        for each in fresh.groups:
+            group = replace(each, rows=[replaced.rows[row] for row in each.rows], rows_G=replaced.index_R[each.rows_G])
+            groups[group.adapter] = groups[group.adapter].join(group) if group.adapter in groups else group
+        return SwitchState(tuple(groups.values()))
 
 
 class AdapterSwitch(Drafter):
@@ -154,24 +208,35 @@ class AdapterSwitch(Drafter):
         }
         if any(bond.target_fingerprint for bond in self._bonds.values()):
             self.below = self.below.for_any_target()  # adapters of a fine-tuned target: their own bonds count
-        self._assigned: list[str | None] = []
+        self._assigned: dict[int, str | None] = {}
+        self._num_assigned = self._room = 0
         self._acting: str | None = None
 
     def assign(self, adapters: Sequence[str | None]) -> None:
-        """Say which adapter drafts for each row of the next batch.
+        """Say which adapter drafts for each of the first prompts of the next call; the state of the last call is forgotten.
 
         Raises:
             ValueError: a name that was not given, or None where the drafter below belongs to another target.
         """
+        self._assigned, self._num_assigned, self._room = {}, 0, 0
         for name in adapters:
-            if name is not None and name not in self._bonds:
-                raise ValueError(f"adapter {name!r} is unknown; there are {', '.join(sorted(self._bonds)) or 'none'}")
+            self.assign_next(name)
+
+    def assign_next(self, name: str | None) -> None:
+        """Say which adapter drafts for the prompt behind those that have one.
+
+        Raises:
+            ValueError: the name was not given, or is None where the drafter below belongs to another target.
+        """
+        if name is not None and name not in self._bonds:
+            raise ValueError(f"adapter {name!r} is unknown; there are {', '.join(sorted(self._bonds)) or 'none'}")
         drafter_fingerprint = self._plain[0]
-        if None in adapters and self._borrowed and drafter_fingerprint and drafter_fingerprint != self.ends.fingerprint:
+        if name is None and self._borrowed and drafter_fingerprint and drafter_fingerprint != self.ends.fingerprint:
             raise ValueError(
                 f"a request without an adapter needs a drafter of {self.ends.name!r}, this one is of another target; name an adapter"
             )
-        self._assigned = list(adapters)
+        self._assigned[self._num_assigned] = name
+        self._num_assigned += 1
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -230,23 +295,49 @@ class AdapterSwitch(Drafter):
         raise ValueError("several adapters have no expander in common; call propose")
 
     def start(self, opening: Opening) -> SwitchState:
-        """Every row with the adapter that :meth:`assign` gave it.
+        """Every row with the adapter of its prompt.
 
         Raises:
-            ValueError: another number of rows was assigned.
+            ValueError: a prompt has no adapter assigned.
         """
-        if len(self._assigned) != len(opening.first_B):
+        return result_of(self.start_in_steps(opening))
+
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, SwitchState]:
+        """See :meth:`Drafter.start_in_steps`.
+
+        Raises:
+            ValueError: a prompt has no adapter assigned.
+        """
+        known = [index for index in opening.indices if index in self._assigned]
+        if len(known) != len(opening.first_B):
             raise ValueError(
-                f"{len(opening.first_B)} rows start, {len(self._assigned)} were assigned an adapter; call assign first"
+                f"{len(opening.first_B)} rows start, {len(known)} were assigned an adapter; call assign first"
             )
+        names = [self._assigned.pop(index) for index in known]
+        # Rows that come later may found a group, whose buffers must hold as much as those of the first.
+        self._room = max(self._room, opening.room)
         groups = []
-        for name in dict.fromkeys(self._assigned):
-            rows = [row for row, assigned in enumerate(self._assigned) if assigned == name]
+        for name in dict.fromkeys(names):
+            rows = [row for row, assigned in enumerate(names) if assigned == name]
             rows_G = torch.tensor(rows, device=opening.first_B.device)
-            part = replace(opening, prompt=opening.prompt.select_rows(rows_G), first_B=opening.first_B[rows_G])
-            self._take(name)
-            groups.append(Group(name, rows, rows_G, self.below.start(part)))
+            prompt, first_B = opening.prompt.select_rows(rows_G), opening.first_B[rows_G]
+            part = replace(opening, prompt=prompt, first_B=first_B, room=self._room)
+            state = yield from self._acting_as(name, self.below.start_in_steps(part))
+            groups.append(Group(name, rows, rows_G, state))
         return SwitchState(tuple(groups))
+
+    def _acting_as(
+        self, name: str | None, steps: Generator[None, None, DraftState]
+    ) -> Generator[None, None, DraftState]:
+        """Work of the drafter below under one adapter, although others act between its steps."""
+        while True:
+            self._take(name)
+            try:
+                next(steps)
+            except StopIteration as end:
+                state: DraftState = end.value
+                return state
+            yield
 
     def advance(self, state: SwitchState, emitted: Emitted) -> SwitchState:  # type: ignore[override]
         """Each group's state after its own tokens."""

@@ -102,7 +102,8 @@ class Prefill:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
             emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
             pairs = Emitted(emitted_BE, {name: states[name] for name in cycle.drafter.features}, lengths_B.clone())
-            opening = Opening(pairs, tokens_BT[:, 0], cycle.limits, room, cycle.fixed_shapes, self.chunk)
+            indices = tuple(request.index for request in requests)
+            opening = Opening(pairs, tokens_BT[:, 0], cycle.limits, room, cycle.fixed_shapes, self.chunk, indices)
             batch.draft = yield from cycle.drafter.start_in_steps(opening)
         return batch, cycle.report(batch, steps, reading)
 
@@ -226,7 +227,7 @@ class Requests:
         room: the most tokens of a prompt and its reply together.
 
     Attributes:
-        failure: why the next prompt cannot be decoded; None as long as all could.
+        failure: why the next prompt cannot be decoded, or was not given; None as long as all could.
     """
 
     def __init__(
@@ -244,9 +245,9 @@ class Requests:
         """The next one; its budget is what the context leaves of it."""
         if self.failure is not None:
             raise StopIteration
-        number, prompt = next(self._prompts)
-        index, self._index = self._index, self._index + 1
         try:
+            number, prompt = next(self._prompts)
+            index, self._index = self._index, self._index + 1
             return Request(index, prompt, number, self._budget(index, prompt))
         except ValueError as error:
             self.failure = error

@@ -89,6 +89,7 @@ class Opening:
         room: tokens that a row can come to hold, prompt included; for buffers.
         fixed_shapes: see :class:`Cycle`; what :meth:`Drafter.advance` returns must then fit into what :meth:`Drafter.start` returned.
         chunk: tokens of the prompts to read at once, which bounds the memory of long ones.
+        indices: which of the caller's prompts each row answers; empty where nobody has numbered them.
     """
 
     prompt: Emitted
@@ -97,6 +98,7 @@ class Opening:
     room: int
     fixed_shapes: bool = False
     chunk: int = 1024
+    indices: tuple[int, ...] = ()
 
     @property
     def num_pending(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from draftsmith.models.tree.slot_cache import SlotCache
 
 class UnknownState(TypeError):
     """A state holds what this walk cannot tell rows apart in."""
+
+
+@runtime_checkable
+class ReplacesRows(Protocol):
+    """A part of a state that replaces its rows by itself."""
+
+    def replace_rows(self, fresh: Self, replaced: ReplacedRows) -> Self:
+        """As :func:`put_rows`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ def put_rows(state: Any, fresh: Any, replaced: ReplacedRows) -> Any:
         if isinstance(own, SlotCache):
             own.replace(replaced.rows, new)
             return own
+        if isinstance(own, ReplacesRows):
+            return own.replace_rows(new, replaced)
         if isinstance(own, Tensor) and own.ndim > 0 and own.shape[0] == replaced.num_rows:
             return _put_tensor(own, new, replaced.index_R)
         if isinstance(own, list) and len(own) == replaced.num_rows and len(new) == len(replaced.rows):
@@ -79,7 +90,7 @@ def all_by_rows(state: Any, num_rows: int) -> bool:
 
     def check(own: Any, _: Any) -> Any:
         if (
-            not isinstance(own, SlotCache)
+            not isinstance(own, SlotCache | ReplacesRows)
             and (len(own) if isinstance(own, list) else own.shape[:1].numel()) != num_rows
         ):
             raise UnknownState
@@ -90,6 +101,36 @@ def all_by_rows(state: Any, num_rows: int) -> bool:
     except UnknownState:
         return False
     return True
+
+
+def append_rows(state: Any, fresh: Any, num_rows: int, num_fresh: int) -> Any:
+    """Put the rows of another state behind those of a state.
+
+    Args:
+        state: of ``num_rows`` rows. It must not be used afterwards.
+        fresh: of ``num_fresh`` rows, made in the same way.
+        num_rows: B.
+        num_fresh: R.
+
+    Returns:
+        The state of B + R rows.
+
+    Raises:
+        UnknownState: a part of the state has no entry for each row, or differs between the two.
+    """
+
+    def append(own: Any, new: Any) -> Any:
+        if isinstance(own, SlotCache):
+            own.append(new)
+            return own
+        if isinstance(own, Tensor) and own.shape[:1] == (num_rows,) and new.shape[:1] == (num_fresh,):
+            width = max(own.shape[1], new.shape[1]) if own.ndim > 1 else 0
+            return torch.cat([_widened(own, width), _widened(new, width)])
+        if isinstance(own, list) and (len(own), len(new)) == (num_rows, num_fresh):
+            return own + new
+        raise UnknownState(f"a {type(own).__name__} has no entry for each of {num_rows} rows")
+
+    return _walk(state, fresh, append)
 
 
 def write_over(state: Any, new: Any) -> None:
@@ -117,16 +158,21 @@ def write_over(state: Any, new: Any) -> None:
 def _put_tensor(own: Tensor, new: Tensor, index_R: Tensor) -> Tensor:
     if own.ndim < 2 or own.shape[1:] == new.shape[1:]:
         return own.index_copy_(0, index_R, new)
-    more = new.shape[1] - own.shape[1]
-    if more > 0:
-        own = F.pad(own, (0, 0) * (own.ndim - 2) + (0, more))
+    own = _widened(own, new.shape[1])
     own[:, : new.shape[1]].index_copy_(0, index_R, new)
     return own
 
 
+def _widened(own: Tensor, width: int) -> Tensor:
+    """The tensor with zeros behind its dimension 1 up to ``width``, where it has that dimension and is shorter."""
+    if own.ndim < 2 or own.shape[1] >= width:
+        return own
+    return F.pad(own, (0, 0) * (own.ndim - 2) + (0, width - own.shape[1]))
+
+
 def _walk(own: Any, new: Any, change: Callable[[Any, Any], Any]) -> Any:
     """Both states part by part: ``change`` gives what takes the place of a tensor, list or cache; all else must be equal."""
-    if isinstance(own, Tensor | list | SlotCache):
+    if isinstance(own, Tensor | list | SlotCache | ReplacesRows):
         return change(own, new)
     if isinstance(own, dict):
         return {key: _walk(part, new[key], change) for key, part in own.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 
@@ -145,6 +146,16 @@ class SlotCache(Cache):
         for index in range(len(self)):
             for buffer, new in zip(self.layer(index), fresh.layer(index), strict=True):
                 buffer[rows, :, : fresh.capacity] = new
+
+    def append(self, fresh: SlotCache) -> None:
+        """Put another cache's rows behind these.
+
+        Args:
+            fresh: filled by the same model; with no more slots.
+        """
+        more = self.capacity - fresh.capacity
+        for index, (pool, new) in enumerate(zip(self._pools, fresh._pools, strict=True)):
+            self._pools[index] = torch.cat([pool, F.pad(new, (0, 0, 0, more))], dim=1)
 
     def shrink(self, kept: KeptRows) -> None:
         """Keep some rows; only those that fill holes are copied.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,49 @@ def test_rows_that_end_early_leave_the_other_groups_undisturbed(
     for row, name in enumerate(NAMES):
         [single] = Engine(target, alone(base, folders, name), MANNERS["beams"]).generate([PROMPTS[row]], request)
         assert found[row].accepted == single.accepted
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_the_adapter_of_a_row_is_that_of_the_request_that_takes_it(
+    target: Target, base: Path, folders: dict[str, Path], num_rows: int
+) -> None:
+    """Prompts wait for rows, and the longest is read in chunks while other adapters act."""
+    prompts = [*PROMPTS, [BOS, *range(20, 41)], [BOS, 5]]
+    names = [*NAMES, "tales", "sums"]
+    budgets = [3, 9, 6, 4, 2, 9, 7, 5]
+    request, limits = GenerationSettings(max_new_tokens=9), MANNERS["dynamic"]
+    whole = {name: Engine(target, alone(base, folders, name), limits) for name in set(names)}
+    expected = [
+        whole[name].generate([prompt], replace(request, max_new_tokens=budget))[0]
+        for name, prompt, budget in zip(names, prompts, budgets, strict=True)
+    ]
+    engine = AdapterEngine(target, load_drafter(base), folders, limits, prefill_chunk=4)
+    replies = list(
+        engine.stream(
+            zip(range(8), prompts, names, strict=True),
+            request,
+            num_rows,
+            room=31,
+            in_order=True,
+            until=lambda index, reply: len(reply) == budgets[index],
+        )
+    )
+    assert [(index, reply.token_ids, reply.accepted) for index, reply in replies] == [
+        (index, reply.token_ids, reply.accepted) for index, reply in enumerate(expected)
+    ]
+
+
+def test_an_unknown_adapter_ends_a_stream_behind_the_replies_before_it(engine: AdapterEngine) -> None:
+    replies: list[int] = []
+    stream = engine.stream(
+        [(0, PROMPTS[0], "sums"), (1, PROMPTS[1], None), (2, PROMPTS[2], "tales")],
+        GenerationSettings(max_new_tokens=4),
+        num_rows=1,
+        room=20,
+    )
+    with pytest.raises(ValueError, match="adapter 'tales' is unknown; there are sums"):
+        replies.extend(index for index, _ in stream)
+    assert replies == [0, 1]
 
 
 def test_sampled_text_is_that_of_plain_decoding_and_sampled_trees_that_of_each_adapter_alone(
