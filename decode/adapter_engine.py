@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Generation
@@ -34,7 +33,7 @@ from draftsmith.models.tree.row_state import ReplacedRows, append_rows
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.slot_cache import KeptRows
 from draftsmith.models.tree.steps import result_of
-from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.tree.tree import DraftTree, in_batch_order
 from draftsmith.models.trunk.forwards import CHUNK
 
 
@@ -370,46 +369,3 @@ def _sharing_weights(drafter: Drafter) -> Drafter:
     memo: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), False) for weight in drafter.parameters()}
     memo |= {id(part): part for part in (*drafter.buffers(), *drafter._borrowed)}
     return copy.deepcopy(drafter, memo)
-
-
-def in_batch_order(trees: Sequence[DraftTree], rows: Sequence[Tensor]) -> DraftTree:
-    """Trees of several groups as one; smaller ones get padding nodes.
-
-    Args:
-        trees: of each group.
-        rows: int64 [G] each, the place of a group's rows in the batch; together 0 to B - 1.
-    """
-    num_nodes = max(tree.num_nodes for tree in trees)
-    wide = [_widened(tree, num_nodes) for tree in trees]
-    order_B = torch.cat(list(rows)).argsort()
-    probs = [tree.draft_probs_BMV for tree in wide if tree.draft_probs_BMV is not None]
-    scores = [tree.scores_BN for tree in wide if tree.scores_BN is not None]
-    return DraftTree(
-        tokens_BN=torch.cat([tree.tokens_BN for tree in wide])[order_B],
-        parents_BN=torch.cat([tree.parents_BN for tree in wide])[order_B],
-        depths_BN=torch.cat([tree.depths_BN for tree in wide])[order_B],
-        valid_BN=torch.cat([tree.valid_BN for tree in wide])[order_B],
-        max_depth=max(tree.max_depth for tree in wide),
-        scores_BN=torch.cat(scores)[order_B] if len(scores) == len(wide) else None,
-        chain=all(tree.chain for tree in wide),
-        draft_probs_BMV=_cat_probs(probs)[order_B] if len(probs) == len(wide) else None,
-    )
-
-
-def _widened(tree: DraftTree, num_nodes: int) -> DraftTree:
-    """The tree with padding nodes up to ``num_nodes``."""
-    more = (0, num_nodes - tree.num_nodes)
-    return replace(
-        tree,
-        tokens_BN=F.pad(tree.tokens_BN, more),
-        parents_BN=F.pad(tree.parents_BN, more),
-        depths_BN=F.pad(tree.depths_BN, more),
-        valid_BN=F.pad(tree.valid_BN, more, value=False),
-        scores_BN=None if tree.scores_BN is None else F.pad(tree.scores_BN, more, value=-torch.inf),
-    )
-
-
-def _cat_probs(probs: Sequence[Tensor]) -> Tensor:
-    """[G, M, V] each -> [B, M, V]; nodes that a group has not drew nothing."""
-    most = max(probs_GMV.shape[1] for probs_GMV in probs)
-    return torch.cat([F.pad(probs_GMV, (0, 0, 0, most - probs_GMV.shape[1])) for probs_GMV in probs])

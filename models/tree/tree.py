@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -253,3 +254,46 @@ def cuts_padding(device: torch.device, cut: bool | None) -> bool:
 
 def _under(root_B1: Tensor, layers: Sequence[Tensor]) -> Tensor:
     return torch.cat([root_B1, *(layer.to(root_B1.dtype) for layer in layers)], dim=1)
+
+
+def in_batch_order(trees: Sequence[DraftTree], rows: Sequence[Tensor]) -> DraftTree:
+    """Trees of several groups as one; smaller ones get padding nodes.
+
+    Args:
+        trees: of each group.
+        rows: int64 [G] each, the place of a group's rows in the batch; together 0 to B - 1.
+    """
+    num_nodes = max(tree.num_nodes for tree in trees)
+    wide = [_widened(tree, num_nodes) for tree in trees]
+    order_B = torch.cat(list(rows)).argsort()
+    probs = [tree.draft_probs_BMV for tree in wide if tree.draft_probs_BMV is not None]
+    scores = [tree.scores_BN for tree in wide if tree.scores_BN is not None]
+    return DraftTree(
+        tokens_BN=torch.cat([tree.tokens_BN for tree in wide])[order_B],
+        parents_BN=torch.cat([tree.parents_BN for tree in wide])[order_B],
+        depths_BN=torch.cat([tree.depths_BN for tree in wide])[order_B],
+        valid_BN=torch.cat([tree.valid_BN for tree in wide])[order_B],
+        max_depth=max(tree.max_depth for tree in wide),
+        scores_BN=torch.cat(scores)[order_B] if len(scores) == len(wide) else None,
+        chain=all(tree.chain for tree in wide),
+        draft_probs_BMV=_cat_probs(probs)[order_B] if len(probs) == len(wide) else None,
+    )
+
+
+def _widened(tree: DraftTree, num_nodes: int) -> DraftTree:
+    """The tree with padding nodes up to ``num_nodes``."""
+    more = (0, num_nodes - tree.num_nodes)
+    return replace(
+        tree,
+        tokens_BN=F.pad(tree.tokens_BN, more),
+        parents_BN=F.pad(tree.parents_BN, more),
+        depths_BN=F.pad(tree.depths_BN, more),
+        valid_BN=F.pad(tree.valid_BN, more, value=False),
+        scores_BN=None if tree.scores_BN is None else F.pad(tree.scores_BN, more, value=-torch.inf),
+    )
+
+
+def _cat_probs(probs: Sequence[Tensor]) -> Tensor:
+    """[G, M, V] each -> [B, M, V]; nodes that a group has not drew nothing."""
+    most = max(probs_GMV.shape[1] for probs_GMV in probs)
+    return torch.cat([F.pad(probs_GMV, (0, 0, 0, most - probs_GMV.shape[1])) for probs_GMV in probs])

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.adapter_engine import AdapterEngine, AdapterSwitch, in_batch_order
+from draftsmith.decode.adapter_engine import AdapterEngine, AdapterSwitch
 from draftsmith.models import Drafter, DraftLimits, Eagle, Eagle3, EarlyStop, ReDrafter, SampledChildren, Target
 from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
 from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.files.fingerprint import module_fingerprint
-from draftsmith.models.tree.tree import tree_from_paths
+from draftsmith.models.tree.tree import in_batch_order, tree_from_paths
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 33], [BOS, 40, 41], [BOS, 50, 9, 3], [BOS, 22]]
 NAMES = ["sums", None, "tales", "sums", "tales", None]
