@@ -356,6 +356,15 @@ class AdapterSwitch(Drafter):
             trees.append(self.below.propose(group.state, own_cycle, limits))
         return in_batch_order(trees, [group.rows_G for group in state.groups])
 
+    def follow(self, state: SwitchState, cycle: Cycle, limits: DraftLimits) -> SwitchState:  # type: ignore[override]
+        """Each group's state, after what was pending in it."""
+        groups = []
+        for group in state.groups:
+            self._take(group.adapter)
+            own_cycle = cycle.select_rows(group.rows, group.rows_G)
+            groups.append(replace(group, state=self.below.follow(group.state, own_cycle, limits)))
+        return SwitchState(tuple(groups))
+
     def _take(self, name: str | None) -> None:
         if name == self._acting:
             return

@@ -113,6 +113,11 @@ class Batch:
         return [row for row, request in enumerate(self.requests) if request is None]
 
     @property
+    def num_alive(self) -> int:
+        """How many rows decode."""
+        return len(self.requests) - len(self.idle)
+
+    @property
     def has_ended(self) -> bool:
         """Whether no row decodes."""
         return all(request is None for request in self.requests)

@@ -53,9 +53,10 @@ class DecodeCycle:
     Attributes:
         target: the frozen model.
         drafter: attached to it; None decodes plainly.
-        limits: how much to draft.
+        limits: the most that a cycle of the same batch drafts; its state has room for it.
         verifier: decides what is emitted.
         layers: names of the target's layers that drafter and verifier read.
+        shape: what this cycle drafts, within the limits; None drafts nothing, and the drafter's state follows the text.
         fixed_shapes: whether every cycle has the shapes of the others and all state keeps its address. The attention then sees all slots
             of the cache. Otherwise shapes follow the rows' lengths and what was drafted, which is less work.
         slot_step: where shapes are not fixed, the visible slots are a multiple of it.
@@ -66,6 +67,7 @@ class DecodeCycle:
     limits: DraftLimits
     verifier: Verifier
     layers: tuple[str, ...]
+    shape: DraftLimits | None
     fixed_shapes: bool = False
     slot_step: int = 1
 
@@ -144,7 +146,10 @@ class DecodeCycle:
             self.verifier.reads_draft_probs,
             self.fixed_shapes,
         )
-        return self.drafter.propose(batch.draft, cycle, self.limits)
+        if self.shape is None:
+            self._keep_draft(batch, self.drafter.follow(batch.draft, cycle, self.limits))
+            return root_tree(batch.root_B)
+        return self.drafter.propose(batch.draft, cycle, self.shape)
 
     def _draws(self, batch: Batch, settings: GenerationSettings) -> Draws | None:
         """What the drafter draws with: the first keys of the cycle, and the request's processors but for the penalty.
@@ -197,7 +202,7 @@ class DecodeCycle:
             self._keep_draft(batch, self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, fresh_B)))
 
     def _keep_draft(self, batch: Batch, state: DraftState) -> None:
-        if self.fixed_shapes:
-            write_over(batch.draft, state)
-        else:
+        if not self.fixed_shapes:
             batch.draft = state
+        elif state is not batch.draft:
+            write_over(batch.draft, state)

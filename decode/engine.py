@@ -11,7 +11,7 @@ Shape legend: B batch rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 
@@ -32,6 +32,7 @@ from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.finite import not_finite
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows, as_shapes
 from draftsmith.models.trunk.forwards import CHUNK, read_again
 
 
@@ -41,7 +42,8 @@ class Engine:
     Args:
         target: the frozen model.
         drafter: proposes; None decodes plainly. It stays as it is: several engines can share one.
-        limits: how much to draft a cycle.
+        limits: how much to draft a cycle, or how much for how many rows. By default, the shapes that ``draftsmith tune`` kept in the folder
+            that the drafter was loaded from, if they fit here and no rule is given; else a chain of 4.
         tokenizer: needed for stop strings only; must be the drafter's.
         ledger: where time is charged, or None.
         prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts. Where a prompt takes a free row of a batch, no more
@@ -53,18 +55,20 @@ class Engine:
 
     Attributes:
         drafter: a view of the drafter that is attached to the target; None in plain decoding.
+        shapes: what is drafted for how many rows.
+        limits: the most that is drafted.
         verifier: decides what is emitted.
 
     Raises:
         ValueError: the drafter or the rule belongs to another target or tokenizer, the rule cannot verify such drafts, nothing drafts for
-            it, or ``compile`` is unknown.
+            it, ``compile`` is unknown, or the file of kept shapes breaks a rule.
     """
 
     def __init__(
         self,
         target: Target,
         drafter: Drafter | None = None,
-        limits: DraftLimits | None = None,
+        limits: DraftLimits | ShapesByRows | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ledger: Ledger | None = None,
         prefill_chunk: int = CHUNK,
@@ -74,10 +78,15 @@ class Engine:
     ) -> None:
         check_compile(compile)
         self.target = target
-        self.limits = limits or DraftLimits()
+        if limits is None and drafter is not None and rule is None:
+            limits = drafter.kept_shapes(target)
+        self.shapes = as_shapes(limits or DraftLimits())
+        self.limits = self.shapes.most
         self.tokenizer = tokenizer
         self.ledger = ledger
-        self.verifier = verifier_for(target, None if drafter is None else self.limits, rule)
+        drafted = () if drafter is None else self.shapes.drafted
+        verifiers = [verifier_for(target, shape, rule) for shape in drafted or (None,)]
+        self.verifier = verifiers[0]  # of several shapes, all are verified alike
         self.drafter = None if drafter is None else drafter.bound(target.ends)
         self._prefill_chunk = prefill_chunk
         features = () if self.drafter is None else self.drafter.features
@@ -85,11 +94,17 @@ class Engine:
         target.tap(layers)
         # On a GPU the visible slots grow in steps, so that few shapes occur.
         slot_step = 64 if target.device.type == "cuda" else 1
-        self._cycle = DecodeCycle(target, self.drafter, self.limits, self.verifier, layers, slot_step=slot_step)
-        self._fixed_cycle = replace(self._cycle, fixed_shapes=True)
+        own = self.drafter if drafted else None
+        self._cycles = {
+            shape: DecodeCycle(target, own, self.limits, self.verifier, layers, shape, slot_step=slot_step)
+            for shape in self.shapes.shapes
+        }
+        self._fixed_cycles = {shape: replace(cycle, fixed_shapes=True) for shape, cycle in self._cycles.items()}
         if runner is None and compiles(compile):
             runner = whole_cycle_runner
-        self._runner = None if runner is None else runner(self._fixed_cycle)
+        self._runners: dict[DraftLimits | None, Runner] = {}
+        if runner is not None:
+            self._runners = {shape: runner(cycle) for shape, cycle in self._fixed_cycles.items()}
         self._said: set[str] = set()
         if tokenizer is not None:
             fingerprint = tokenizer_fingerprint(tokenizer)
@@ -181,7 +196,7 @@ class Engine:
         self, waiting: Iterator[Request], settings: GenerationSettings, recorder: Recorder, num_rows: int, room: int
     ) -> Iterator[Request]:
         """The loop: cycle after cycle until no request is left. Gives requests as they end."""
-        cycle, run = self._cycle_for(settings)
+        cycle, runners = self._cycle_for(settings)
         prefill = Prefill(cycle, self._prefill_chunk)
         while requests := list(islice(waiting, num_rows)):
             with phase(self.ledger, "prefill"):
@@ -193,6 +208,7 @@ class Engine:
             yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
             while not batch.has_ended:
                 self._read_again(batch)
+                run = runners[self.shapes.at(batch.num_alive)]
                 ended = self._record(batch, recorder, run(batch, shared(settings), self.ledger), in_cycle=True)
                 yield from ended
                 if batch.idle and (ended or admission.has_more or admission.num_rows):
@@ -268,17 +284,15 @@ class Engine:
         with phase(self.ledger, "verify"):
             read_again(self.target, batch.cache, texts, lengths, self.target.device, self._prefill_chunk)
 
-    def _cycle_for(self, settings: GenerationSettings) -> tuple[DecodeCycle, Runner]:
-        """The cycle of a request, and what runs it: op by op where it needs the host."""
-        if self._runner is None:
-            return self._cycle, self._cycle
-        reason = needs_host(self.target, self.drafter, settings)
-        if not reason:
-            return self._fixed_cycle, self._runner
-        if reason not in self._said:
+    def _cycle_for(self, settings: GenerationSettings) -> tuple[DecodeCycle, Mapping[DraftLimits | None, Runner]]:
+        """A cycle of a request, and what runs the cycle of each shape: op by op where it needs the host."""
+        reason = needs_host(self.target, self.drafter, settings) if self._runners else ""
+        if self._runners and not reason:
+            return next(iter(self._fixed_cycles.values())), self._runners
+        if reason and reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"cycles run op by op, not compiled: {reason}", stacklevel=3)
-        return self._cycle, self._cycle
+        return next(iter(self._cycles.values())), self._cycles
 
 
 def shared(settings: GenerationSettings) -> GenerationSettings:

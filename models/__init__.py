@@ -17,6 +17,7 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds, TargetOutput
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop, SampledChildren
 from draftsmith.models.tree.search import Expander
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.tree import DraftTree, root_tree, tree_from_layers, tree_from_paths
 
@@ -40,6 +41,7 @@ __all__ = [
     "PackedBatch",
     "Rollout",
     "SampledChildren",
+    "ShapesByRows",
     "SlotCache",
     "Target",
     "TargetEnds",

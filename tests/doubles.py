@@ -197,3 +197,16 @@ def served_logits(target: Target, drafter: Drafter, text: list[int], num_steps: 
     for token in text[root + 1 :]:
         logits.append(expander.extend(torch.tensor([[token]]), torch.tensor([[0]]))[0, 0])
     return torch.stack(logits)
+
+
+def tensors_of(part: object) -> list[Tensor]:
+    """Every tensor that a batch holds, in the order of its parts."""
+    if isinstance(part, Tensor):
+        return [part]
+    if isinstance(part, dict):
+        return [tensor for entry in part.values() for tensor in tensors_of(entry)]
+    if hasattr(part, "layer") and hasattr(part, "capacity"):
+        return [tensor for index in range(len(part)) for tensor in part.layer(index)]  # type: ignore[arg-type]
+    if hasattr(part, "__dataclass_fields__") and "prompt" not in part.__dataclass_fields__:
+        return [tensor for name in part.__dataclass_fields__ for tensor in tensors_of(getattr(part, name))]
+    return []

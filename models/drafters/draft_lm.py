@@ -162,6 +162,11 @@ class LMDrafter(Drafter):
         """See :class:`LMDraft`."""
         return LMDraft(self, state, cycle)
 
+    def follow(self, state: DraftLMState, cycle: Cycle, limits: DraftLimits) -> DraftLMState:  # type: ignore[override]
+        """See :meth:`Drafter.follow`: the pending tokens are read, and nothing is scored."""
+        LMDraft(self, state, cycle).read_pending()
+        return state
+
     def known(self, tokens: Tensor) -> Tensor:
         """Map target ids to ids that the LM can embed.
 
@@ -203,11 +208,15 @@ class LMDraft:
 
     def begin(self) -> Tensor:
         """See :class:`Expander`: what follows the root, once all pending tokens are read."""
-        tokens_BE = self._pending.tokens_BE[:, : self._slots.num_fresh]
-        positions_BE = self._slots.aim_fresh(self._pending.counts_B)
-        normed_BED = self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
+        normed_BED = self.read_pending()
         last_B11 = self._last_B1[..., None]
         return self._drafter.shared_logits(normed_BED.gather(1, last_B11.expand(-1, -1, normed_BED.shape[-1])))
+
+    def read_pending(self) -> Tensor:
+        """Read all pending tokens: [B, E, D], their normed states."""
+        tokens_BE = self._pending.tokens_BE[:, : self._slots.num_fresh]
+        positions_BE = self._slots.aim_fresh(self._pending.counts_B)
+        return self._run(tokens_BE, positions_BE, self._slots.text_mask(positions_BE))
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`: what follows new nodes."""

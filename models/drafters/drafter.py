@@ -27,11 +27,13 @@ from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.target.key_values import KeyValues
-from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
+from draftsmith.models.tree.kept_shapes import fitting_shapes
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.sampled_search import sampled_tree
 from draftsmith.models.tree.search import Expander, search
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -43,6 +45,9 @@ class Drafter(PreTrainedModel):
 
     Args:
         config: of the family's own class.
+
+    Attributes:
+        loaded_from: the folder that it was loaded from; None for one that was made in memory.
 
     Raises:
         ValueError: the config's ``score_scale`` is not a positive number.
@@ -57,6 +62,7 @@ class Drafter(PreTrainedModel):
     def __init__(self, config: DrafterConfig) -> None:
         config.check(type(self).__name__)
         super().__init__(config)
+        self.loaded_from: Path | None = None
         self._borrowed: list[TargetEnds] = []
         self._any_target = False
         if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:
@@ -80,9 +86,13 @@ class Drafter(PreTrainedModel):
             ValueError: the folder holds no whole drafter of this family.
         """
         given = pretrained_model_name_or_path
-        if isinstance(given, str | os.PathLike) and Path(given).is_dir():
-            read_drafter(Path(given), cls)
-        return super().from_pretrained(given, *args, **kwargs)
+        folder = Path(given) if isinstance(given, str | os.PathLike) and Path(given).is_dir() else None
+        if folder is not None:
+            read_drafter(folder, cls)
+        loaded = super().from_pretrained(given, *args, **kwargs)
+        drafter = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info it is a pair
+        drafter.loaded_from = folder
+        return loaded
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -349,6 +359,42 @@ class Drafter(PreTrainedModel):
         Returns:
             The state after them.
         """
+
+    def follow(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftState:
+        """Stay ready for later drafts in a cycle that drafts nothing. By default a draft is begun and what it says is dropped.
+
+        A family overrides this where less work is enough, or where it proposes without an expander.
+
+        Args:
+            state: of the drafter.
+            cycle: what the decoder knows of the rows.
+            limits: the most that is drafted in other cycles.
+
+        Returns:
+            The state, from which nothing is pending any more.
+        """
+        self.expander(state, cycle, limits).begin()
+        return state
+
+    def kept_shapes(self, target: Target) -> ShapesByRows | None:
+        """The shapes that ``draftsmith tune`` kept in the folder that this drafter was loaded from, if they fit a target.
+
+        A log line says which they are; a warning says why they do not fit.
+
+        Args:
+            target: the target that decodes.
+
+        Returns:
+            The shapes; None where there are none, or they were measured on another kind of device or with another target.
+
+        Raises:
+            ValueError: the file of shapes breaks a rule.
+        """
+        if self.loaded_from is None:
+            return None
+        return fitting_shapes(
+            self.loaded_from, target.device.type, target.fingerprint or self.config.target_fingerprint
+        )
 
     def needs_host(self) -> str:
         """Why a draft cannot be compiled or captured: it reads tensors on the host, or switches modules. Empty where it can."""

@@ -61,7 +61,9 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
         return _with_adapter(path, dtype, trust_remote_code)
     kind = _family_in(path)
     if kind is None:
-        return load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
+        draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
+        draft_lm.loaded_from = path
+        return draft_lm
     return read_drafter(path, kind, finite)
 
 
@@ -102,7 +104,9 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
 
     bond = load_adapter(drafter, adapter, "merged", module_fingerprint(drafter))
     bond.bind(drafter)
-    return merge_adapter(drafter, "merged")
+    merged = merge_adapter(drafter, "merged")
+    merged.loaded_from = adapter  # the shapes that were kept for the drafter alone are not those of both together
+    return merged
 
 
 def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool) -> Drafter:

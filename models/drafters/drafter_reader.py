@@ -42,7 +42,9 @@ def read_drafter(folder: Path, kind: type[_Family], finite: bool = True) -> _Fam
         ValueError: a file is missing or broken, a field of the config breaks its rule, or the tensors are not those of the family. That
             covers name, shape and dtype, all values finite, and a draft vocabulary of increasing token ids.
     """
-    return build_drafter(kind, read_fields(folder), read_tensors(folder), str(folder), finite)
+    drafter = build_drafter(kind, read_fields(folder), read_tensors(folder), str(folder), finite)
+    drafter.loaded_from = folder
+    return drafter
 
 
 def build_drafter(

@@ -216,6 +216,32 @@ class EagleBase(Drafter):
         """See :class:`FeatureDraft`."""
         return FeatureDraft(self, state, cycle)
 
+    def follow(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> EagleState:  # type: ignore[override]
+        """See :meth:`Drafter.follow`: keys and values of the pending pairs only."""
+        FeatureDraft(self, state, cycle).read_pending()
+        return state
+
+
+@dataclass(frozen=True)
+class _FreshPairs:
+    """Pairs of the text that the layer has just read.
+
+    Attributes:
+        state_BED: its residual input.
+        inputs_BEI: what its attention reads.
+        positions_BE: int64.
+        rotation: cosines and sines at the positions.
+        keys_BGSD: of the visible slots, the pairs' own among them.
+        values_BGSD: of the same.
+    """
+
+    state_BED: Tensor
+    inputs_BEI: Tensor
+    positions_BE: Tensor
+    rotation: tuple[Tensor, Tensor]
+    keys_BGSD: Tensor
+    values_BGSD: Tensor
+
 
 class FeatureDraft:
     """One draft of an EAGLE drafter: the accepted pairs with the target's states first, then nodes with the layer's own output."""
@@ -232,17 +258,22 @@ class FeatureDraft:
 
     def begin(self) -> Tensor:
         """See :class:`Expander`: keys and values of all fresh pairs, and the layer's output at the last."""
+        pairs = self.read_pending()
+        last_B11 = self._last_B1[..., None]
+        state_B1D = pairs.state_BED.gather(1, last_B11.expand(-1, -1, pairs.state_BED.shape[-1]))
+        inputs_B1I = pairs.inputs_BEI.gather(1, last_B11.expand(-1, -1, pairs.inputs_BEI.shape[-1]))
+        rotation_last = (_at(pairs.rotation[0], last_B11), _at(pairs.rotation[1], last_B11))
+        mask_B11S = self._slots.text_mask(pairs.positions_BE.gather(1, self._last_B1))
+        return self._attend(state_B1D, inputs_B1I, rotation_last, pairs.keys_BGSD, pairs.values_BGSD, mask_B11S)
+
+    def read_pending(self) -> _FreshPairs:
+        """Write keys and values of all fresh pairs."""
         drafter, slots = self._drafter, self._slots
         state_BED, inputs_BEI = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
         positions_BE = slots.aim_fresh(self._pending.counts_B)
         rotation = drafter.rotation(positions_BE, inputs_BEI)
         keys_BGSD, values_BGSD = _write(slots.cache, self._layer, inputs_BEI, rotation)
-        last_B11 = self._last_B1[..., None]
-        state_B1D = state_BED.gather(1, last_B11.expand(-1, -1, state_BED.shape[-1]))
-        inputs_B1I = inputs_BEI.gather(1, last_B11.expand(-1, -1, inputs_BEI.shape[-1]))
-        rotation_last = (_at(rotation[0], last_B11), _at(rotation[1], last_B11))
-        mask_B11S = slots.text_mask(positions_BE.gather(1, self._last_B1))
-        return self._attend(state_B1D, inputs_B1I, rotation_last, keys_BGSD, values_BGSD, mask_B11S)
+        return _FreshPairs(state_BED, inputs_BEI, positions_BE, rotation, keys_BGSD, values_BGSD)
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`: the layer's output at new nodes, which are fed their parents'."""

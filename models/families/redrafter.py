@@ -214,6 +214,10 @@ class ReDrafter(Drafter):
         """See :class:`Recurrence`."""
         return Recurrence(self, state)
 
+    def follow(self, state: ReDrafterState, cycle: Cycle, limits: DraftLimits) -> ReDrafterState:  # type: ignore[override]
+        """See :meth:`Drafter.follow`: nothing is ever pending."""
+        return state
+
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.ends.embed(tokens).to(self.dtype)
 

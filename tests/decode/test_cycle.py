@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import BOS, random_target
+from doubles import BOS, random_target, tensors_of
 from every_family import EVERY_FAMILY, fresh, name_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,19 +136,6 @@ def test_state_keeps_its_addresses_from_cycle_to_cycle(
     tokens(Engine(target, drafters[name], DraftLimits(1, 3), runner=eager), DRAWN, num_rows=2)
     assert len(seen) == 1
     assert len(next(iter(seen))) > 6
-
-
-def tensors_of(part: object) -> list[Tensor]:
-    """Every tensor that a batch holds, in the order of its parts."""
-    if isinstance(part, Tensor):
-        return [part]
-    if isinstance(part, dict):
-        return [tensor for entry in part.values() for tensor in tensors_of(entry)]
-    if hasattr(part, "layer") and hasattr(part, "capacity"):
-        return [tensor for index in range(len(part)) for tensor in part.layer(index)]  # type: ignore[arg-type]
-    if hasattr(part, "__dataclass_fields__") and "prompt" not in part.__dataclass_fields__:
-        return [tensor for name in part.__dataclass_fields__ for tensor in tensors_of(getattr(part, name))]
-    return []
 
 
 def test_a_cycle_that_needs_the_host_runs_op_by_op_and_the_reason_is_given_once(target: Target) -> None:

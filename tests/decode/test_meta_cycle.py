@@ -69,7 +69,7 @@ def begun(
     target: Target, drafter: Drafter | None, limits: DraftLimits, request: GenerationSettings
 ) -> tuple[DecodeCycle, Batch]:
     """A batch of two rows behind its first cycle, which may make tables and plans."""
-    cycle = Engine(target, drafter, limits, runner=lambda own: own)._fixed_cycle
+    cycle = Engine(target, drafter, limits, runner=lambda own: own)._fixed_cycles[limits]
     requests = [Request(0, [BOS, 5, 6, 7], 0, 20), Request(1, [BOS, 5], 1, 20)]
     batch, _ = Prefill(cycle)(requests, request, room=24)
     cycle(batch, request)

@@ -38,7 +38,7 @@ BELOW = {
 ROOMS: dict[str, dict[str, set[str]]] = {
     "models": {
         "files": set(),
-        "tree": set(),
+        "tree": {"files"},
         "trunk": {"files", "tree"},
         "target": {"files", "trunk"},
         "drafters": {"files", "tree", "trunk", "target"},
