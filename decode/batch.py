@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -45,19 +45,34 @@ class Generation:
     cycles_before: int = 0
 
 
-def busy_share(replies: Iterable[Generation], num_rows: int) -> float:
-    """Which share of its rows a call kept busy, over all of its cycles. Rows that rest, wait for a prompt or were given up are not busy.
+class Decoding(Protocol):
+    """When a request was decoded; see :class:`Generation`."""
+
+    @property
+    def cycles_before(self) -> int:
+        """Cycles that the rows of its call had run when it took one."""
+
+    @property
+    def accepted(self) -> Sequence[int]:
+        """One entry a cycle."""
+
+
+def busy_share(calls: Iterable[Iterable[Decoding]], num_rows: int) -> float:
+    """Which share of its rows an engine kept busy, over all cycles. Rows that rest, wait for a prompt or were given up are not busy.
 
     Args:
-        replies: all replies of the call.
-        num_rows: how many rows it had.
+        calls: all replies of each call.
+        num_rows: how many rows a call had.
 
     Returns:
         Between 0 and 1; 1 where every reply ended with its first token, so that no cycle ran.
     """
-    spans = [(reply.cycles_before, len(reply.accepted)) for reply in replies]
-    num_cycles = max((before + own for before, own in spans), default=0)
-    return sum(own for _, own in spans) / (num_rows * num_cycles) if num_cycles else 1.0
+    num_busy = num_cycles = 0
+    for replies in calls:
+        spans = [(reply.cycles_before, len(reply.accepted)) for reply in replies]
+        num_busy += sum(own for _, own in spans)
+        num_cycles += max((before + own for before, own in spans), default=0)
+    return num_busy / (num_rows * num_cycles) if num_cycles else 1.0
 
 
 @dataclass(frozen=True)

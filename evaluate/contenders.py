@@ -35,33 +35,50 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class EngineContender:
-    """The engine with one drafter and shape, or plain."""
+    """The engine with one drafter and shape, or plain; `num_rows` prompts at once, the others take the rows of those that end."""
 
     name: str
     engine: Engine
     settings: GenerationSettings
+    num_rows: int | None = None
 
     def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
-        """One batch of any lengths; under one seed a prompt draws the same noise whatever else is in its batch."""
+        """Prompts of any lengths; under one seed a prompt draws the same noise whatever is decoded beside it."""
         prompts = [list(sample.prompt_ids) for sample in samples]
-        return tuple(map(_decoded, self.engine.generate(prompts, self.settings, request_ids=list(numbers))))
+        generations = self.engine.generate(prompts, self.settings, request_ids=list(numbers), num_rows=self.num_rows)
+        return tuple(map(_decoded, generations))
 
 
 def _decoded(generation: Generation) -> Decoded:
-    return Decoded(tuple(generation.token_ids), tuple(generation.accepted), tuple(generation.depths))
+    return Decoded(
+        tuple(generation.token_ids),
+        tuple(generation.accepted),
+        tuple(generation.depths),
+        cycles_before=generation.cycles_before,
+    )
 
 
 @dataclass(frozen=True)
 class TransformersContender:
-    """`generate` of the target's own module with its own cache; `prompt_lookup` > 0 drafts so many tokens from n-grams."""
+    """`generate` of the target's own module with its own cache; `prompt_lookup` > 0 drafts so many tokens from n-grams.
+
+    It cannot refill rows: prompts are decoded in batches of `batch_size`, or all together by default.
+    """
 
     name: str
     target: Target
     settings: GenerationSettings
     prompt_lookup: int = 0
+    batch_size: int | None = None
+
+    def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
+        """Batch after batch; see `_decode_batch`."""
+        size = self.batch_size or len(samples)
+        parts = [slice(start, start + size) for start in range(0, len(samples), size)]
+        return tuple(decoded for part in parts for decoded in self._decode_batch(samples[part], numbers[part]))
 
     @torch.inference_mode()
-    def decode(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
+    def _decode_batch(self, samples: Sequence[Sample], numbers: Sequence[int]) -> tuple[Decoded, ...]:
         """One batch, padded on the left. Sampling draws from torch's global generator, reseeded here.
 
         Raises:

@@ -103,6 +103,7 @@ def evaluate(
     samples = readable_by(model, samples)
     candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     config = asdict(settings) | asdict(plan) | {"temperatures": [each.temperature for each in by_temperature]}
+    config |= {"round_prompts": plan.round_prompts(len(samples))}
     config |= {"drafters": [asdict(entry) for entry in entries], "split": selection.split}
     config |= asdict(where) | asdict(rendering)
     inputs = _inputs(prompts, model, entries)

@@ -22,6 +22,8 @@ from draftsmith.models.tree.shapes import shape_text
 
 LOOKUP_TOKENS = 5
 """Drafted by prompt lookup unless somebody asks for another number."""
+PROMPTS_A_ROW = 4
+"""In each round of a contender that decodes several prompts at once."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Plan:
     """How much is measured.
 
     Args:
-        batch_size: Prompts decoded together.
+        batch_size: Prompts decoded at once. A prompt that waits takes the row of one that has ended.
         repeats: Timed runs of every prompt; medians are taken.
         transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
         prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not. Default: 5 where
@@ -56,6 +58,20 @@ class Plan:
                 f"prompt_lookup is {self.prompt_lookup}; it must be at least 0, and above 0 it needs batch_size 1 and "
                 "transformers_prompts above 0"
             )
+
+    def round_prompts(self, num_prompts: int) -> int:
+        """How many prompts each contender decodes before the next one comes.
+
+        Args:
+            num_prompts: of the evaluation.
+
+        Returns:
+            One where prompts are decoded one at a time, else about four a row: with fewer, rows would hardly be refilled.
+        """
+        if self.batch_size == 1:
+            return 1
+        num_rounds = max(1, -(-num_prompts // (PROMPTS_A_ROW * self.batch_size)))
+        return -(-num_prompts // num_rounds)
 
     @property
     def lookup_tokens(self) -> int:
@@ -101,14 +117,16 @@ def measure(
     engines = {PLAIN: Engine(target)} | {
         candidate.label: Engine(target, candidate.drafter, candidate.limits) for candidate in candidates
     }
-    contenders, first_only = _line_up(engines, target, settings, plan)
-    num_batches = -(-len(samples) // plan.batch_size)
+    round_prompts = plan.round_prompts(len(samples))
+    contenders, first_only = _line_up(engines, target, settings, plan, round_prompts)
+    num_batches = -(-len(samples) // round_prompts)
     calls = num_calls([contender.name for contender in contenders], num_batches, plan.repeats, first_only)
     with progress(f"evaluate T={settings.temperature:g}", calls, "replies", part.num_calls) as advance:
         runs = race(
             contenders,
             samples,
-            batch_size=plan.batch_size,
+            batch_size=round_prompts,
+            warm_up=plan.batch_size,
             repeats=plan.repeats,
             first_only=first_only,
             advance=advance,
@@ -150,14 +168,16 @@ def _roofline(
 
 
 def _line_up(
-    engines: Mapping[str, Engine], target: Target, settings: GenerationSettings, plan: Plan
+    engines: Mapping[str, Engine], target: Target, settings: GenerationSettings, plan: Plan, round_prompts: int
 ) -> tuple[list[Contender], dict[str, int]]:
-    """Everyone who decodes, and of whom only the first so many batches are asked."""
-    contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
+    """Everyone who decodes, and of whom only the first so many rounds are asked."""
+    contenders: list[Contender] = [
+        EngineContender(name, engine, settings, plan.batch_size) for name, engine in engines.items()
+    ]
     first_only: dict[str, int] = {}
     if plan.transformers_prompts:
-        contenders.insert(1, TransformersContender(TRANSFORMERS, target, settings))
-        first_only[TRANSFORMERS] = -(-plan.transformers_prompts // plan.batch_size)
+        contenders.insert(1, TransformersContender(TRANSFORMERS, target, settings, batch_size=plan.batch_size))
+        first_only[TRANSFORMERS] = -(-plan.transformers_prompts // round_prompts)
     if plan.lookup_tokens:
         contenders.insert(2, TransformersContender(LOOKUP, target, settings, plan.lookup_tokens))
         first_only[LOOKUP] = first_only[TRANSFORMERS]

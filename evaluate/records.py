@@ -28,12 +28,14 @@ class Decoded:
         accepted: accepted draft tokens of each decode cycle. The prefill emits the first token outside of any cycle.
         drafted: depth of the draft tree of each cycle; empty when the contender does not say.
         prefill_tokens: tokens that came with the prompt's own forward; more than one only where a prefill drafts.
+        cycles_before: cycles that the rows of its call had run when the prompt took one; 0 when the contender does not say.
     """
 
     token_ids: tuple[int, ...]
     accepted: tuple[int, ...]
     drafted: tuple[int, ...] = ()
     prefill_tokens: int = 1
+    cycles_before: int = 0
 
     @property
     def stepped_tokens(self) -> int:
@@ -48,7 +50,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Timed:
-    """One timed call: a batch of prompts decoded by one contender. `samples` index the evaluation's prompt list."""
+    """One timed call: a round of prompts decoded by one contender. `samples` index the evaluation's prompt list."""
 
     samples: tuple[int, ...]
     batch: int
@@ -116,6 +118,9 @@ class Row:
     `speedup_median` the median of the per-prompt ratios. `tokens_per_step` is pooled and counts the bonus token.
 
     `roofline` compares its cycles with what memory allows; None for contenders that have no ledger, and in reports of earlier versions.
+    `busy_rows` is the share of an engine's rows in which a prompt was decoded, over all cycles; None where prompts are decoded one at a
+    time, or by Transformers.
+
     `shape` is what the command line reads, empty where nothing is drafted; `beam_width` is None also for static and sampled trees.
     """
 
@@ -157,6 +162,7 @@ class Row:
     slices: tuple[Slice, ...] = ()
     divergences: tuple[Divergence, ...] = ()
     roofline: Roofline | None = None
+    busy_rows: float | None = None
 
     @property
     def is_sampled(self) -> bool:

@@ -23,8 +23,8 @@ HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | 
 MEANING = """\
 - *Tokens per step*: emitted tokens per target forward after the prefill, pooled over prompts, the bonus token counted.
   Plain decoding is 1.
-- *Speed-up*: tokens/s over plain decoding in the same engine, interleaved prompt by prompt; wall-clock, prefill
-  included, warm-up excluded.
+- *Speed-up*: tokens/s over plain decoding in the same engine, interleaved prompt by prompt or, with several prompts
+  at once, round by round; wall-clock, prefill included, warm-up excluded.
 - *Identical*: share of prompts whose token ids equal plain decoding's, all of them, EOS included. Sampled trees have
   the target's distribution, but draw other tokens than plain decoding does from the same seed.
 - *Looping*: share of replies that end by repeating one phrase, which any drafter guesses: see the parts below.
@@ -86,6 +86,7 @@ def to_markdown(
         *map(plain, slow_drafters(rows)),
         *_warnings(rows),
         *_baseline(rows),
+        _busy_rows(rows),
     ]
     if chart:
         parts.append(f"![Speed-up, tokens per step and acceptance by depth]({chart})")
@@ -130,6 +131,19 @@ def _baseline(rows: Sequence[Row]) -> list[str]:
                 f"({row.transformers_tokens_per_second:.0f} tokens/s on the same prompts{same})."
             )
     return lines
+
+
+def _busy_rows(rows: Sequence[Row]) -> str:
+    """How several prompts at once were decoded; empty where they were decoded one at a time."""
+    shares = [(row, row.busy_rows) for row in rows if row.busy_rows is not None]
+    if not shares:
+        return ""
+    listed = ", ".join(f"{code(row.label)} at T = {row.temperature:g} {_percent(share)}" for row, share in shares)
+    return (
+        f"The engine decoded {rows[0].batch_size} prompts at once, plainly and with every drafter. A prompt that waited took the row "
+        "of one that had ended. The contenders took turns round by round, and the intervals of speed-ups are over rounds. "
+        f"Transformers decodes fixed batches. Busy rows, over all cycles: {listed}."
+    )
 
 
 def _slice_table(rows: Sequence[Row]) -> str:

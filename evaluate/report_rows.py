@@ -6,6 +6,7 @@ Owns which runs are compared with which. Does not know how a contender decodes o
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from draftsmith.decode.batch import busy_share
 from draftsmith.evaluate.acceptance import (
     acceptance_by_depth,
     accepted_length_counts,
@@ -126,7 +127,15 @@ def make_row(
         stage_cycles=contestant.stage_cycles,
         slices=_slices(replies, samples, own, base, setting),
         divergences=_explained(divergences, samples, plain, setting, target),
+        busy_rows=_busy_rows(contestant, runs[contestant.name], setting),
     )
+
+
+def _busy_rows(contestant: Contestant, runs: Sequence[Timed], setting: Setting) -> float | None:
+    """Over all timed calls; Transformers does not say which rows are busy."""
+    if setting.batch_size == 1 or contestant.name == LOOKUP:
+        return None
+    return busy_share([run.decoded for run in runs], setting.batch_size)
 
 
 def looping_samples(replies: Mapping[int, Decoded], eos_token_ids: Sequence[int]) -> set[int]:

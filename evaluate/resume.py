@@ -67,7 +67,13 @@ class Part:
 
 def _timed(run: Mapping[str, Any]) -> Timed:
     decoded = tuple(
-        Decoded(tuple(reply["token_ids"]), tuple(reply["accepted"]), tuple(reply["drafted"]), reply["prefill_tokens"])
+        Decoded(
+            tuple(reply["token_ids"]),
+            tuple(reply["accepted"]),
+            tuple(reply["drafted"]),
+            reply["prefill_tokens"],
+            reply["cycles_before"],
+        )
         for reply in run["decoded"]
     )
     return Timed(tuple(run["samples"]), run["batch"], run["repeat"], run["seconds"], decoded)

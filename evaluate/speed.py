@@ -35,6 +35,7 @@ def race(
     samples: Sequence[Sample],
     *,
     batch_size: int = 1,
+    warm_up: int | None = None,
     repeats: int = 1,
     first_only: Mapping[str, int] | None = None,
     clock: Callable[[], float] | None = None,
@@ -47,6 +48,7 @@ def race(
     Args:
         contenders: who decodes. Batch b starts with contender b modulo their number, then goes round.
         samples: prompts, cut into consecutive batches of `batch_size`.
+        warm_up: most prompts of the untimed call; a whole batch by default.
         repeats: how often the whole round is run.
         first_only: contenders (by name) that decode only the first so many batches.
         clock: seconds now; the device is waited for by the default one.
@@ -67,7 +69,7 @@ def race(
     for contender in contenders:
         first = next((index for _, index in left if takes_part(contender, index)), None)
         if first is not None:
-            contender.decode(chosen[first], list(batches[first]))
+            contender.decode(chosen[first][:warm_up], list(batches[first])[:warm_up])
     for repeat, index in left:
         turn = (index + repeat) % len(contenders)
         finished: dict[str, Timed] = {}

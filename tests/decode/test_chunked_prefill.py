@@ -151,7 +151,8 @@ def test_the_share_of_busy_rows_counts_rows_that_rest(target: Target) -> None:
     replies = engine.generate(PROMPTS[:4], request, num_rows=2, until=lambda index, reply: len(reply) == ends[index])
     # Cycles of each: 8, 4, 2, 2; the last two take the second's row, so both rows are busy for 8 cycles.
     assert [reply.cycles_before for reply in replies] == [0, 0, 4, 6]
-    assert busy_share(replies, 2) == 1.0
+    assert busy_share([replies], 2) == 1.0
     together = engine.generate(PROMPTS[:4], request, until=lambda index, reply: len(reply) == ends[index])
-    assert busy_share(together, 4) == pytest.approx((8 + 4 + 2 + 2) / 32)
+    assert busy_share([together], 4) == pytest.approx((8 + 4 + 2 + 2) / 32)
+    assert busy_share([together, together], 4) == busy_share([together], 4)
     assert busy_share([], 4) == 1.0

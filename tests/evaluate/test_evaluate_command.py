@@ -77,6 +77,30 @@ def test_ragged_batches_give_the_same_replies(tmp_path: Path, target: Path, draf
     assert [row["exact_share"] for row in rows] == [1.0, 1.0]
     assert rows[0]["transformers_exact_share"] == 1.0
     assert all(part["speedup"] is None for row in rows for part in row["slices"])
+    assert all(0.3 < row["busy_rows"] <= 1.0 for row in rows)
+    assert "The engine decoded 3 prompts at once" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_prompts", "expected"), [(1, 50, 1), (4, 50, 13), (16, 70, 35), (16, 64, 64), (8, 3, 3)]
+)
+def test_a_round_has_about_four_prompts_a_row_and_rounds_are_alike(
+    batch_size: int, num_prompts: int, expected: int
+) -> None:
+    assert Plan(batch_size=batch_size).round_prompts(num_prompts) == expected
+
+
+def test_every_engine_of_a_round_refills_its_rows_and_transformers_takes_batches(target: Path) -> None:
+    model = Target.load(str(target))
+    settings = GenerationSettings(max_new_tokens=6)
+    samples = [Sample(str(number), "all", (1, *range(5, 7 + number))) for number in range(5)]
+    alone = EngineContender("plain", Engine(model), settings)
+    whole = [alone.decode([sample], [0])[0] for sample in samples]
+    rows = EngineContender("plain", Engine(model), settings, num_rows=2).decode(samples, range(5))
+    assert [reply.token_ids for reply in rows] == [reply.token_ids for reply in whole]
+    assert {reply.cycles_before for reply in rows} > {0}
+    batches = TransformersContender("transformers", model, settings, batch_size=2).decode(samples, range(5))
+    assert [reply.token_ids for reply in batches] == [reply.token_ids for reply in whole]
 
 
 def test_a_drafter_of_another_target_is_refused_before_anything_is_decoded(

@@ -65,6 +65,12 @@ def test_batches_are_consecutive_and_the_last_may_be_short() -> None:
     assert [one.batch for one in runs["a"]] == [0, 1, 2]
 
 
+def test_the_warm_up_can_be_shorter_than_a_batch() -> None:
+    world = World()
+    run(world, Fake("a", world, 1), batch_size=4, warm_up=2)
+    assert world.log == [("a", (0, 1)), ("a", (0, 1, 2, 3)), ("a", (4,))]
+
+
 def test_a_contender_can_take_part_in_the_first_batches_only() -> None:
     world = World()
     told: list[int] = []
