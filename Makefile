@@ -2,6 +2,7 @@
 # make test         the test suite          make check     ruff and mypy
 # make bench        compare all families    make embedded  train the embedded models from scratch (over an hour)
 # make bench-train  training speed against bare matrix products, memory, two processes, the cost model
+# make bench-gpu    decoding and training on a GPU against its memory, under 8 minutes, nothing downloaded
 # make judge        a judge from nothing to its price, on the embedded pair (under twenty minutes)
 # make wheel        dist/*.whl              make clean     remove what make built, but not runs/
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 DRAFTSMITH := HF_HUB_OFFLINE=1 $(BIN)/draftsmith
 
 .DELETE_ON_ERROR:
-.PHONY: install install-dev quickstart test check bench bench-train judge embedded wheel clean
+.PHONY: install install-dev quickstart test check bench bench-train bench-gpu judge embedded wheel clean
 
 # torch goes first: on a machine that offers a CPU build of the pinned version, the rest then settles on that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -113,6 +114,9 @@ bench: install
 
 bench-train: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train.speed
+
+bench-gpu: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu.bench
 
 judge: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.judge.end_to_end
