@@ -37,6 +37,7 @@ from draftsmith.models.target.prompt_template import (
 )
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ def decode(
         target: Model directory, hub id, embedded:target or embedded:draft_lm.
         drafter: Directory of an exported drafter; none decodes plainly.
         shape: How much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
-            static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: the family's own, else 1x4.
+            static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what `draftsmith tune` kept in the
+            drafter's folder, else the family's own, else 1x4.
         rule: lossless; or LOSSY: judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, everything.
         draw: Length, seed and temperature; see `DrawOptions`. With and without a drafter one seed gives one text, except for sampled trees.
         filters: Which tokens can be drawn; see `FilterOptions`.
@@ -88,14 +90,16 @@ def decode(
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
     """
-    limits = DraftLimits(draft_length=4) if shape is None else parse_shape(shape)
+    limits: DraftLimits | ShapesByRows | None = None if shape is None else parse_shape(shape)
     _, lossy = parse_rule(rule)
     where = where.resolved(target)
     model, tokenizer = where.load(target), where.tokenizer(target)
     head = _drafter(drafter, drafter_adapter, where.dtype, where.trust_remote_code)
     if head is not None:
         nn.Module.to(head, model.device)
-        limits = default_limits(head, limits) if shape is None else limits
+        if limits is None and lossy is None:
+            limits = head.kept_shapes(model)
+        limits = limits or default_limits(head, DraftLimits(draft_length=4))
     settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)

@@ -45,6 +45,7 @@ from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows, as_shapes
 from draftsmith.ownership import check_replaceable, check_unclaimed
 
 STAGE = "draftsmith evaluate"
@@ -78,8 +79,8 @@ def evaluate(
         out: Folder for the report.
         drafters: Folders of trained or exported drafters; NAME=PATH names one, PATH@1x4,10x4 gives it its own shapes.
         shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json
-            or t3.2.1 a static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: the family's
-            own, else 1x4.
+            or t3.2.1 a static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what
+            `draftsmith tune` kept in the drafter's folder, else the family's own, else 1x4.
         temperatures: One row each; 0 is greedy. Default 0.
         reply: Length and seed; see `ReplyOptions`.
         filters: Which tokens can be drawn; see `FilterOptions`.
@@ -170,9 +171,12 @@ def load_candidates(
         drafter.check_tokenizer(tokenizer)
         fingerprint = module_fingerprint(drafter)
         nn.Module.to(drafter, target.device)
-        shapes = entry.shapes or (default_limits(drafter, DraftLimits(draft_length=4)),)
+        shapes: Sequence[DraftLimits | ShapesByRows] = entry.shapes
+        if not shapes:
+            shapes = [drafter.kept_shapes(target) or default_limits(drafter, DraftLimits(draft_length=4))]
         for limits in shapes:
-            drafter.check_depth(limits)
+            for shape in as_shapes(limits).drafted:
+                drafter.check_depth(shape)
         candidates += [Candidate(entry.name, drafter, limits, fingerprint) for limits in shapes]
     return candidates
 

@@ -18,7 +18,7 @@ from draftsmith.evaluate.speed import num_calls, race
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.shapes import shape_text
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows, limits_text
 
 LOOKUP_TOKENS = 5
 """Drafted by prompt lookup unless somebody asks for another number."""
@@ -86,17 +86,17 @@ ONE_RUN = Plan()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loaded drafter, attached to the target, with one shape. `name` is what the report calls the drafter."""
+    """A loaded drafter, attached to the target, with one shape or the shapes that tune kept. `name` is what the report calls it."""
 
     name: str
     drafter: Drafter
-    limits: DraftLimits
+    limits: DraftLimits | ShapesByRows
     fingerprint: str = ""
 
     @property
     def label(self) -> str:
         """Name and shape: distinct for each candidate."""
-        return f"{self.name} {shape_text(self.limits)}"
+        return f"{self.name} {limits_text(self.limits)}"
 
 
 def measure(
@@ -154,17 +154,17 @@ def _roofline(
     engine: Engine, runs: Sequence[Timed], samples: Sequence[Sample], plan: Plan, ledger: Ledger, speed: MemorySpeed
 ) -> Roofline:
     """A contender against the memory of the machine, over the prompts that its ledger timed; over all of them without a ledger."""
+    limits = None if engine.drafter is None else engine.shapes.at(plan.batch_size)
     replies = first_replies(runs)
     clocked = sorted(replies)[: plan.ledger_prompts or None]
     load = cycle_load(
         [len(samples[number].prompt_ids) for number in clocked],
         [replies[number].accepted for number in clocked],
         plan.batch_size,
-        ledger.nodes / ledger.cycles if ledger.cycles else engine.limits.max_nodes if engine.drafter else 1,
+        ledger.nodes / ledger.cycles if ledger.cycles else limits.max_nodes if limits else 1,
     )
-    limits = None if engine.drafter is None else engine.limits
     clock = CycleClock(ledger.seconds, ledger.cycles)
-    return roofline(engine.target, engine.drafter, limits, load, speed, clock)
+    return roofline(engine.target, engine.drafter if limits else None, limits, load, speed, clock)
 
 
 def _line_up(
@@ -213,7 +213,7 @@ def _ledgers(
     ledgers = {}
     for name, engine in engines.items():
         ledgers[name] = Ledger()
-        clocked = Engine(engine.target, engine.drafter, engine.limits, ledger=ledgers[name])
+        clocked = Engine(engine.target, engine.drafter, engine.shapes, ledger=ledgers[name])
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             numbers = list(range(start, start + len(batch)))

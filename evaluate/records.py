@@ -121,7 +121,8 @@ class Row:
     `busy_rows` is the share of an engine's rows in which a prompt was decoded, over all cycles; None where prompts are decoded one at a
     time, or by Transformers.
 
-    `shape` is what the command line reads, empty where nothing is drafted; `beam_width` is None also for static and sampled trees.
+    `shape` is what the command line reads, or several with their numbers of rows; empty where nothing is drafted. `beam_width` is None also
+    for static and sampled trees, and it and the numbers behind it for several shapes.
     """
 
     target: str

@@ -19,7 +19,7 @@ from draftsmith.evaluate.records import Decoded, Divergence, Row, Sample, Slice,
 from draftsmith.evaluate.speed import Track, is_suspicious, shared, speedup, speedup_interval, speedup_median, track
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.shapes import shape_text
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows, limits_text
 
 PLAIN, TRANSFORMERS, LOOKUP = "plain", "transformers", "transformers prompt lookup"
 
@@ -45,7 +45,7 @@ class Contestant:
 
     name: str
     drafter: str
-    limits: DraftLimits | None = None
+    limits: DraftLimits | ShapesByRows | None = None
     parameters: int = 0
     fingerprint: str = ""
     stage_seconds: Mapping[str, float] | None = None
@@ -86,7 +86,8 @@ def make_row(
     other = track(runs[TRANSFORMERS]) if TRANSFORMERS in runs else None
     replies, plain = first_replies(runs[contestant.name]), all_replies(runs[PLAIN])
     share, divergences = compare(samples, plain, all_replies(runs[contestant.name]))
-    decoded, limits = list(replies.values()), contestant.limits
+    decoded, drafts = list(replies.values()), contestant.limits is not None
+    limits = contestant.limits if isinstance(contestant.limits, DraftLimits) else None
     steps, gain = tokens_per_step(decoded), speedup(own, base)
     common = shared(own, base)
     return Row(
@@ -107,7 +108,7 @@ def make_row(
         engine_vs_transformers=None if other is None else speedup(base, other),
         transformers_exact_share=_transformers_share(runs, samples, plain, setting),
         suspicious=is_suspicious(gain, steps),
-        shape="" if limits is None else shape_text(limits),
+        shape="" if contestant.limits is None else limits_text(contestant.limits),
         beam_width=None if limits is None or limits.paths or limits.sampled else limits.beam_width,
         draft_length=None if limits is None else limits.draft_length,
         node_budget=None if limits is None else limits.node_budget,
@@ -121,7 +122,7 @@ def make_row(
         repeats=setting.repeats,
         tokens=sum(len(reply.token_ids) for reply in decoded),
         looping_share=len(looping_samples(replies, setting.eos_token_ids)) / len(replies),
-        acceptance_by_depth=() if limits is None else acceptance_by_depth(decoded),
+        acceptance_by_depth=acceptance_by_depth(decoded) if drafts else (),
         accepted_lengths=accepted_length_counts(decoded),
         stage_seconds=dict(contestant.stage_seconds or {}),
         stage_cycles=contestant.stage_cycles,

@@ -23,6 +23,7 @@ from draftsmith.models.files.checkpoint_files import WEIGHTS
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.options import EndsOptions
+from draftsmith.models.tree.kept_shapes import read_kept_shapes
 from draftsmith.outside import parse_json
 from draftsmith.ownership import check_replaceable
 
@@ -92,6 +93,8 @@ def export(
             *_adapter_notes(drafter, where.adapter, drafter_adapter),
         )
         subject = replace(subject, notes=notes)
+        if subject.layout.holds_shapes:
+            _copy_shapes(drafter if drafter_adapter is None else drafter_adapter, folder)
         (folder / CARD).write_text(write_card(subject, measured, made_by, history), encoding="utf-8")
         provenance.write(folder, record | {"training": history})
     print(f"{out}: {subject.parameters:,} parameters in {layout} layout, read back bit for bit; see {out / CARD}")
@@ -140,6 +143,13 @@ def _load(drafter: Path, adapter: Path | None, ends: TargetEnds | None, tokenize
         trained.attach(ends)
         trained.check_tokenizer(tokenizer)
     return trained
+
+
+def _copy_shapes(source: Path, folder: Path) -> None:
+    """The shapes that tune kept beside the drafter, or beside the adapter that is merged into it."""
+    kept = read_kept_shapes(source)
+    if kept is not None:
+        kept.write(folder)
 
 
 def _adapter_notes(drafter: Path, adapter: str | None, drafter_adapter: Path | None) -> tuple[str, ...]:

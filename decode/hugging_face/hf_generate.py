@@ -48,7 +48,9 @@ from draftsmith.models.files.checkpoint_files import read_fields
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, LIST, Rule, check_fields, is_number, is_whole
 from draftsmith.models.target.target import Target
 from draftsmith.models.target.target_probe import other_ends
+from draftsmith.models.tree.kept_shapes import SHAPES_FILE
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "custom_generate/settings.json"
@@ -106,7 +108,7 @@ def generate(
     refuse_cache(generation_config or model.generation_config, kwargs)
     generation_config, kwargs["stopping_criteria"] = take_stop_strings(model, generation_config, kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
-    limits = _limits(served.limits, given)
+    limits = _limits(served.limits, given) if given or served.kept is None else served.kept
 
     decode = _decoder(served, limits, streamer)
     # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
@@ -118,7 +120,7 @@ def generate(
 
 
 def _decoder(
-    served: _Served, limits: DraftLimits, streamer: BaseStreamer | None
+    served: _Served, limits: DraftLimits | ShapesByRows, streamer: BaseStreamer | None
 ) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
     """What Transformers calls once it has prepared prompts, masks, lengths and processors."""
 
@@ -174,21 +176,26 @@ def _limits(default: Mapping[str, Any], given: Mapping[str, Any]) -> DraftLimits
 
 @dataclass(frozen=True)
 class _Served:
-    """A model with its drafter: from where (path, size and time of the weights), for which parts, and the limits by default."""
+    """A model with its drafter: from where (path, size and time of the files, kind of device), and the limits by default.
+
+    Where `draftsmith tune` kept shapes that fit this machine and target, ``kept`` holds them and they come before these limits.
+    """
 
     origin: tuple[Any, ...]
     target: Target
     drafter: Drafter
     limits: dict[str, Any]
+    kept: ShapesByRows | None
 
 
 def _serve(model: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> _Served:
     """The model's wrapping and the drafter; kept on the model, since both take some forwards and reads to make."""
     folder = _folder(name, hub)
-    weights = (folder / WEIGHTS).stat()
+    files = [(folder / file).stat() for file in (WEIGHTS, SHAPES_FILE) if (folder / file).is_file()]
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     parts = (model.get_input_embeddings(), model.get_output_embeddings(), attention)
-    origin = (folder.resolve(), weights.st_mtime_ns, weights.st_size)
+    stamps = [(file.st_mtime_ns, file.st_size) for file in files]
+    origin = (folder.resolve(), stamps, model.device.type)
     # By module: copies of this file that other drafters brought along have classes of their own.
     kept: dict[str, tuple[Any, _Served]] = vars(model).setdefault(_ATTRIBUTE, {})
     known_parts, served = kept.get(__name__, (None, None))
@@ -199,7 +206,8 @@ def _serve(model: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> _Served
     else:
         target = served.target
     if served is None or served.origin != origin:
-        served = _Served(origin, target, *_load(folder, target))
+        drafter, limits = _load(folder, target)
+        served = _Served(origin, target, drafter, limits, drafter.kept_shapes(target))
         kept[__name__] = (parts, served)
     nn.Module.to(served.drafter, target.device)
     return served
@@ -242,6 +250,14 @@ def _folder(name: str, hub: Mapping[str, Any]) -> Path:
     """
     try:
         config, *_ = [cached_file(name, file, **hub) for file in (CONFIG, WEIGHTS, SETTINGS)]
+        # Most folders hold none.
+        cached_file(
+            name,
+            SHAPES_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
     except OSError as error:
         raise ValueError(
             f"{name} is no drafter that `draftsmith export --layout custom_generate` wrote: {error}"

@@ -81,4 +81,5 @@ LAYOUT = Layout(
     "custom_generate",
     write,
     "draftsmith's layout, and in `custom_generate/` the code with which Transformers decodes",
+    holds_shapes=True,
 )

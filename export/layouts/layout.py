@@ -44,6 +44,7 @@ class Layout:
         what: the layout in words, for the card; continues "This is".
         foreign: how it is read where it is other software's; None for our own, and for variants that another one reads.
         commands: the target's name and the tokens of a chain -> how engines serve the folder, in Markdown.
+        holds_shapes: whether the shapes that tune kept are copied into the folder; serving engines draft shapes of their own.
         whole_vocabulary: engines score the whole vocabulary with it, whatever the drafter's draft vocabulary.
     """
 
@@ -52,4 +53,5 @@ class Layout:
     what: str
     foreign: Foreign | None = None
     commands: Callable[[str, int], str] | None = None
+    holds_shapes: bool = False
     whole_vocabulary: bool = False

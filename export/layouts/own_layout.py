@@ -57,5 +57,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
 
 
 LAYOUT = Layout(
-    "draftsmith", write, "draftsmith's layout: `config.json` names the target, `model.safetensors` the tensors"
+    "draftsmith",
+    write,
+    "draftsmith's layout: `config.json` names the target, `model.safetensors` the tensors",
+    holds_shapes=True,
 )

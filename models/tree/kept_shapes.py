@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.files import atomic_write
+from draftsmith.files import atomic_addition
 from draftsmith.models.files.field_rules import LIST, TEXT, Rule, check_fields, is_whole
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape, shape_text
@@ -89,7 +89,7 @@ class KeptShapes:
             for most, shape in self.shapes.steps
         ]
         path = folder / SHAPES_FILE
-        atomic_write(path, json.dumps(fields, indent=2) + "\n")
+        atomic_addition(path, json.dumps(fields, indent=2) + "\n")
         return path
 
     def misfit(self, device: str, target_fingerprint: str) -> str:

@@ -90,7 +90,7 @@ def as_shapes(limits: DraftLimits | ShapesByRows) -> ShapesByRows:
 
 def limits_text(limits: DraftLimits | ShapesByRows) -> str:
     """What a report calls limits: a shape as it is typed, several with their numbers of rows."""
-    return str(limits) if isinstance(limits, ShapesByRows) else shape_text(limits)
+    return f"by rows: {limits}" if isinstance(limits, ShapesByRows) else shape_text(limits)
 
 
 def _words(shape: DraftLimits | None) -> str:

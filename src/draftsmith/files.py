@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from draftsmith.json_rows import Dropped, UnusableRow, check_encoding, is_blank, parse_object, shown
-from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed
+from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed, claimed_too
 
 _OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")
 _LONG_UNTOUCHED = 86_400.0
@@ -98,6 +98,18 @@ def atomic_write(path: Path, data: bytes | str, clear: bool = True) -> None:
     """
     with atomic_file(path, clear) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def atomic_addition(path: Path, data: bytes | str) -> None:
+    """As `atomic_write`, of a file beside those that a stage wrote. The stage's claim then covers it, so the stage may replace the folder.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    claim = claimed_too(path.parent, path.name)
+    if claim is not None:
+        atomic_write(path.parent / CLAIM_FILE, claim)
+    atomic_write(path, data)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,16 @@ def claimed(folder: Path, stage: str) -> str:
     return json_text({**record, _KEY: {"stage": stage, "entries": entries}}, indent=2) + "\n"
 
 
+def claimed_too(folder: Path, entry: str) -> str | None:
+    """The text of the folder's `provenance.json` with one entry more in its claim; None where nothing is to be changed."""
+    claim = read_claim(folder)
+    if claim is None or entry in claim.entries:
+        return None
+    record = json.loads((folder / CLAIM_FILE).read_bytes())
+    record[_KEY] = {"stage": claim.stage, "entries": sorted({*claim.entries, entry})}
+    return json_text(record, indent=2) + "\n"
+
+
 def read_claim(folder: Path) -> Claim | None:
     """The claim in a folder; None where there is none that can be read."""
     try:

@@ -48,7 +48,7 @@ class AtRandom(ShapesByRows):
         object.__setattr__(self, "draws", random.Random(self.seed))
 
     def at(self, num_rows: int) -> DraftLimits | None:
-        return self.draws.choice(self.shapes)  # type: ignore[attr-defined, no-any-return]
+        return self.draws.choice(self.shapes)
 
 
 @pytest.fixture(scope="module")

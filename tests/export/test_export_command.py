@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,9 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.tree.kept_shapes import SHAPES_FILE, KeptShapes, read_kept_shapes
+from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 
 DRAFT_IDS = torch.arange(0, 280, 3)
 
@@ -274,3 +278,34 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, drafter: Path, m
         export(drafter, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KEPT = KeptShapes(
+    ShapesByRows(((2, parse_shape("2x3n4")), (8, None))), (1, 8), "tiny", "", "cpu", "a processor", "float32"
+)
+
+
+def test_shapes_that_tune_kept_go_along_to_where_this_decoder_runs(tmp_path: Path, drafter: Path, target: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(drafter, source)
+    KEPT.write(source)
+    for layout in ("draftsmith", "custom_generate"):
+        export(source, tmp_path / layout, target=str(target), layout=layout)
+        assert read_kept_shapes(tmp_path / layout) == KEPT
+    export(source, tmp_path / "apple", target=str(target), layout="apple")
+    assert not (tmp_path / "apple" / SHAPES_FILE).exists()
+    export(drafter, tmp_path / "without", target=str(target))
+    assert not (tmp_path / "without" / SHAPES_FILE).exists()
+
+
+def test_an_export_with_shapes_that_were_kept_in_it_can_be_replaced(tmp_path: Path, drafter: Path) -> None:
+    out = tmp_path / "out"
+    export(drafter, out)
+    KEPT.write(out)
+    KEPT.write(out)
+    export(drafter, out)
+    assert not (out / SHAPES_FILE).exists()
+    KEPT.write(out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which"):
+        export(drafter, out)

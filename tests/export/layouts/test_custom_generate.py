@@ -6,9 +6,11 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,23 +25,27 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
+from draftsmith.decode import Engine
 from draftsmith.decode.hugging_face.hf_generate import generate
 from draftsmith.export.export_command import export
 from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts.shipped_code import PACKAGES, shipped_code
 from draftsmith.models import (
     Drafter,
+    DraftLimits,
     Eagle,
     Eagle3,
     Family,
     PackedBatch,
     ReDrafter,
+    ShapesByRows,
     Target,
     TargetEnds,
     data_rollout,
 )
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.tree.kept_shapes import KeptShapes
 
 KINDS: dict[str, type[Any]] = {"redrafter": ReDrafter, "eagle": Eagle, "eagle3": Eagle3}
 QUESTIONS = (
@@ -669,3 +675,33 @@ def test_torchs_seed_decides_the_sample(tiny: tuple[PreTrainedModel, Path]) -> N
         torch.manual_seed(seed)
         texts.append(generate(model, prompt, drafter=folder, do_sample=True, max_new_tokens=30).tolist())
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_shapes_that_tune_kept_are_drafted_where_a_call_says_nothing(
+    tmp_path: Path,
+    model: PreTrainedModel,
+    folders: dict[str, Path],
+    prompts: list[list[int]],
+    plain: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    class Watched(Engine):
+        def __init__(self, target: Target, drafter: Drafter, limits: Any) -> None:
+            asked.append(limits)
+            super().__init__(target, drafter, limits)
+
+    monkeypatch.setattr("draftsmith.decode.hugging_face.hf_generate.Engine", Watched)
+    folder, shapes = tmp_path / "kept", ShapesByRows(((1, DraftLimits(2, 3)), (4, None)))
+    shutil.copytree(folders["eagle"], folder)
+    decode(model, folder, prompts[0], max_new_tokens=2)
+    kept = KeptShapes(shapes, (1, 4), "embedded:target", "", "cpu", "a processor", "float32")
+    kept.write(folder)
+    assert decode(model, folder, prompts[0]) == plain[0]
+    decode(model, folder, prompts[0], max_new_tokens=2, draft_length=2)
+    replace(kept, device="cuda").write(folder)
+    with pytest.warns(UserWarning, match="is not used"):
+        decode(model, folder, prompts[0], max_new_tokens=2)
+    assert [isinstance(limits, ShapesByRows) for limits in asked] == [False, True, False, False]
+    assert asked[1] == shapes

@@ -41,7 +41,7 @@ def test_buffers_for_the_most_hold_every_shape(texts: list[str]) -> None:
 
 def test_shapes_are_told_in_words() -> None:
     assert str(SHAPES) == "4x5n11 up to 2 rows, 1x4 up to 8 rows, no draft for more"
-    assert limits_text(ShapesByRows(((1, TREE), (2, CHAIN)))) == "4x5n11 up to 1 row, 1x4 for more"
+    assert limits_text(ShapesByRows(((1, TREE), (2, CHAIN)))) == "by rows: 4x5n11 up to 1 row, 1x4 for more"
     assert limits_text(CHAIN) == "1x4"
 
 
