@@ -17,6 +17,7 @@ from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
 from draftsmith.files import sha256_file
+from draftsmith.foreign import one_line
 from draftsmith.json_rows import Dropped, check_encoding, check_values, is_blank, parse_object, shown, summary
 from draftsmith.outside import parse_json_object
 
@@ -312,7 +313,7 @@ class Corpus:
             UnusableRow: the row holds no sample, or the template fails on it.
         """
         check_values({"id": row.get("id")})
-        sample_id = row_id(row, f"{self.files[file].stem}-{line}")
+        sample_id = row_id(row, f"{one_line(self.files[file].stem)}-{line}")
         turns = turns_of(row, self.vocab_size)
         if turns is not None:
             anew = _begun_anew(row)

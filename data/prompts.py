@@ -4,7 +4,6 @@ Owns: ids, splits, duplicates, the prompt file. Does not know: the formats (`for
 """
 
 import hashlib
-import json
 import re
 import sys
 import unicodedata
@@ -28,6 +27,7 @@ from draftsmith.data.formats import (
 )
 from draftsmith.data.sources import Row, read_rows, source_name
 from draftsmith.files import atomic_directory, read_jsonl, sha256_file
+from draftsmith.foreign import json_text
 from draftsmith.json_rows import DROPPED_FILE, Dropped, dropped_lines, shown_row, summary
 from draftsmith.ownership import check_replaceable
 
@@ -265,7 +265,7 @@ def write_prompts(path: Path, prompts: list[Prompt]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for prompt in prompts:
             row = {key: value for key, value in prompt.fields().items() if value not in (None, ()) or key == "messages"}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row) + "\n")
 
 
 def _parse(place: str, row: Row) -> Prompt:

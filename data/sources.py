@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.files import read_jsonl
+from draftsmith.foreign import one_line
 from draftsmith.json_rows import (
     Dropped,
     UnusableRow,
@@ -82,7 +83,7 @@ def read_rows(
 
 
 def source_name(source: str) -> str:
-    """Short name of a source for ids and reports: a file's stem, or the hub id itself.
+    """Short name of a source for ids and reports: a file's stem, or the hub id itself. Bytes that are no UTF-8 are escaped.
 
     Args:
         source: a file, or the id of a data set on the hub.
@@ -91,7 +92,7 @@ def source_name(source: str) -> str:
         The name.
     """
     path = Path(source)
-    return path.stem if path.suffix in _SUFFIXES else source
+    return one_line(path.stem if path.suffix in _SUFFIXES else source)
 
 
 def _decoded(source: str, path: Path, hub_config: str | None, hub_split: str) -> Iterator[Row | _Unread]:

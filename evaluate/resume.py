@@ -16,6 +16,7 @@ from typing import Any
 from draftsmith.decode import Ledger
 from draftsmith.evaluate.records import Decoded, Place, Round, Timed
 from draftsmith.files import JsonlAppender, atomic_write
+from draftsmith.foreign import json_text
 from draftsmith.ownership import check_begun
 
 WORK_FILE = "unfinished.jsonl"
@@ -131,7 +132,7 @@ def _drop_others(path: Path, heads: Sequence[Mapping[str, Any]]) -> list[str]:
     others = [row for row in rows if row.get("part") not in own]
     if not others:
         return []
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row not in others))
+    atomic_write(path, "".join(json_text(row) + "\n" for row in rows if row not in others))
     rounds = Counter(row.get("part") for row in others if "round" in row)
     known = {row["part"]: row for row in others if _FACTS in row}
     return [

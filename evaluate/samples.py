@@ -138,7 +138,15 @@ def readable_by(target: Target, samples: list[Sample]) -> list[Sample]:
     Raises:
         ValueError: no prompt is left.
     """
-    longest, vocab_size = target.max_positions, target.ends.vocab_size
+    return readable(samples, target.ends.vocab_size, target.max_positions)
+
+
+def readable(samples: list[Sample], vocab_size: int, longest: int | None = None) -> list[Sample]:
+    """As `readable_by`, by a target's numbers: its vocabulary, and its context where the samples are to be decoded.
+
+    Raises:
+        ValueError: no prompt is left.
+    """
     fitting, left_out = [], []
     for sample in samples:
         if max(sample.prompt_ids) >= vocab_size:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.foreign import json_text
 from draftsmith.json_rows import Dropped, shown_row
 
 Verdict = Literal["correct", "wrong", "unplaced"]
@@ -110,7 +111,9 @@ def answer_id(source: str, messages: Sequence[Message], response: str, model: st
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "backslashreplace")
+    ).hexdigest()[:16]
 
 
 def refusal(place: str, field: str, value: object, rule: str, remedy: str) -> ValueError:
@@ -285,7 +288,7 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
         path: the file.
         answers: in order.
     """
-    atomic_write(path, "".join(json.dumps(to_row(answer), ensure_ascii=False) + "\n" for answer in answers))
+    atomic_write(path, "".join(json_text(to_row(answer)) + "\n" for answer in answers))
 
 
 def _label(row: Mapping[str, Any], place: str) -> Label | None:

@@ -6,13 +6,13 @@ the labels belong to under the same ids. Knows no store, no tokenizer and no tra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.foreign import json_text
 from draftsmith.label.schema import refusal
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG
 
@@ -50,7 +50,7 @@ def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
         path: the file.
         rows: in order.
     """
-    atomic_write(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(path, "".join(json_text(asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> Iterator[LabelledRow]:

@@ -56,7 +56,7 @@ from draftsmith.evaluate.doctor.report import Finding, console, findings_json, f
 from draftsmith.evaluate.doctor.serving import check_file, check_serving
 from draftsmith.evaluate.doctor.states import check_projection, check_sound, check_states, project
 from draftsmith.evaluate.records import Sample
-from draftsmith.evaluate.samples import selected_samples
+from draftsmith.evaluate.samples import readable, selected_samples
 from draftsmith.files import atomic_write
 from draftsmith.models.files.device_and_dtype import AUTO, as_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
@@ -167,8 +167,7 @@ def doctor(
     asked = _prompts(prompts, split, inputs.target, tokenizer, rendering, where)
     corpus = _text(source, where.end_tokens(inputs.target, tokenizer), tokenizer, rendering)
     case = gather(inputs, tokenizer, bounds, ends_only, where)
-    for sample in asked:
-        check_ids(f"the prompt {sample.id} of {prompts}", max(sample.prompt_ids, default=0), case.ends.vocab_size)
+    asked = readable(asked, case.ends.vocab_size)
     case = replace(case, prompts=tuple(asked), use=use, template=rendering.template, rendering=rendering.options)
     if corpus is not None and case.cache is not None:
         corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on

@@ -6,13 +6,13 @@ configuration that fits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_write
+from draftsmith.foreign import json_text
 from draftsmith.label.schema import Answer, How, Label, Span, Verdict, refusal
 from draftsmith.label.store.label_source import LabelSource
 
@@ -63,7 +63,7 @@ def write_tasks(path: Path, answers: Iterable[Answer]) -> None:
         task = tasks.setdefault(answer.id, {"data": _data(answer), "annotations": []})
         if answer.label is not None:
             task["annotations"].append({"result": _result(answer.label, answer.response)})
-    atomic_write(path, json.dumps(list(tasks.values()), ensure_ascii=False, indent=1) + "\n")
+    atomic_write(path, json_text(list(tasks.values()), indent=1) + "\n")
 
 
 def _data(answer: Answer) -> dict[str, Any]:

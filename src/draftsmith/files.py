@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import glob
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from draftsmith.foreign import json_text
 from draftsmith.json_rows import Dropped, UnusableRow, check_encoding, is_blank, parse_object, shown
 from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed, claimed_too
 
@@ -304,7 +304,7 @@ class JsonlAppender:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, in one write call so that a kill tears at most this line."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+        self._file.write(json_text(row).encode("utf-8") + b"\n")
         self.rows.append(self._keep(row))
         self._unsynced += 1
         if self._unsynced >= self.sync_rows or time.monotonic() - self._last_sync >= self.sync_seconds:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from draftsmith.foreign import one_line
+from draftsmith.foreign import json_text, one_line
 
 DROPPED_FILE = "dropped.jsonl"
 MAX_DEPTH = 100
@@ -120,7 +120,7 @@ def shown_row(row: object) -> str:
 def dropped_lines(dropped: Iterable[Dropped]) -> str:
     """The content of `dropped.jsonl`, without the fields that are empty."""
     rows = ({name: value for name, value in asdict(row).items() if value} for row in dropped)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json_text(row) + "\n" for row in rows)
 
 
 def summary(rows: Sequence[Dropped], what: str = "dropped") -> str:

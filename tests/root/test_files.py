@@ -321,5 +321,6 @@ def test_a_folder_cleared_away_before_the_lock_is_opened_is_made_anew(
 def test_a_log_of_replies_goes_on_whatever_characters_they_hold(tmp_path: Path) -> None:
     with files.JsonlAppender(tmp_path / "log.jsonl") as log:
         log.write({"text": "\0"})
+        log.write({"text": "\ud83d", "place": os.fsdecode(b"caf\xe9")})
     with files.JsonlAppender(tmp_path / "log.jsonl") as log:
-        assert log.rows == [{"text": "\0"}]
+        assert log.rows == [{"text": "\0"}, {"text": "\ud83d", "place": "caf\udce9"}]

@@ -257,6 +257,25 @@ def test_long_samples_are_cut_and_those_without_labels_left_are_recorded(
         extract(str(target), write_jsonl(rows), tmp_path / "d", storage=StorageOptions(max_length=500))
 
 
+def test_a_row_whose_id_no_encoder_takes_is_listed_with_its_place(
+    tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    ids = {"prompt_ids": [5, 6], "reply_ids": [7]}
+    source = write_jsonl([{"id": "a"} | ids, {"id": "\ud83d"} | ids, {"id": "c\ud83d"} | ids | {"reply_ids": 7}])
+    extract(str(target), source, tmp_path / "c")
+    assert len(HiddenStateCache(tmp_path / "c").sample_lengths) == 1
+    dropped = [json.loads(line) for line in (tmp_path / "c" / "dropped.jsonl").read_text().splitlines()]
+    assert [row["place"].rpartition(":")[2] for row in dropped] == ["2", "3"]
+    assert all("half a surrogate pair" in row["reason"] for row in dropped)
+
+
+def test_rows_of_a_file_whose_name_is_no_utf8_have_ids(tmp_path: Path, target: Path) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    source.write_text(json.dumps({"prompt_ids": [5, 6], "reply_ids": [7]}) + "\n")
+    extract(str(target), source, tmp_path / "c")
+    assert len(HiddenStateCache(tmp_path / "c").sample_lengths) == 1
+
+
 def test_a_corpus_without_labels_is_refused_before_anything_is_written(
     tmp_path: Path, target: Path, write_jsonl: Callable[..., Path]
 ) -> None:
