@@ -6,6 +6,7 @@ which samples are held out (`held_out.py`), how batches are planned (`batch_plan
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from draftsmith.train.batches.cache_subset import CacheSubset, check_same_origin
 from draftsmith.train.batches.epoch_order import Buckets, Windows
 from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.held_out import num_held_out, split_order
+from draftsmith.train.batches.look_ahead import LookAheadLoader, placed
 
 Shuffle = Literal["full", "windowed"]
 Batching = Literal["packed", "bucketed"]
@@ -61,6 +63,7 @@ class CacheDataModule(pl.LightningDataModule):
         shard_cache: folder of this node for fetched shards; null: `draftsmith/shards` in XDG_CACHE_HOME or ~/.cache, which nobody else
             may write in.
         shard_cache_gib: how much it may hold.
+        look_ahead: read, pack and copy the next batch in a thread while a step runs. null does so on CUDA. The batches are the same.
 
     Raises:
         ValueError: a cache that is missing, unfinished or altered; settings that leave nothing to train on or do not work together.
@@ -82,6 +85,7 @@ class CacheDataModule(pl.LightningDataModule):
         pad_to: int = 64,
         shard_cache: Path | None = None,
         shard_cache_gib: float = 50.0,
+        look_ahead: bool | None = None,
     ) -> None:
         super().__init__()
         if val_cache is None and not 0.0 <= val_fraction < 1.0:
@@ -103,6 +107,7 @@ class CacheDataModule(pl.LightningDataModule):
         self.num_workers, self.check = num_workers, check
         self.window_shards, self.batching, self.pad_to = window_shards, batching, pad_to
         self.shard_cache, self.shard_cache_gib = shard_cache, shard_cache_gib
+        self.look_ahead = look_ahead
         self.cache: HiddenStateCache | None = None
         self.train_set: CacheSubset | None = None
         self.val_set: CacheSubset | None = None
@@ -127,6 +132,8 @@ class CacheDataModule(pl.LightningDataModule):
         """
         if self.train_set is not None:
             return
+        # Made here: a strategy may send this module to processes that it spawns, and locks cannot be sent.
+        self._reading = threading.Lock()
         self.cache = self._open(self.cache_path)
         order = split_order(self.cache, self.seed, self._by_shard)
         if self.val_cache_path is not None:
@@ -223,18 +230,41 @@ class CacheDataModule(pl.LightningDataModule):
                 break
         return prompts
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Any:
         """Batches of this rank, from where a resumed run stopped."""
-        return self._loader(self._train(), bool(self.shuffle), self._epoch, self._start)
+        loader = self._train_loader()
+        return self._ahead_of_steps(loader, ahead=True) if self._looks_ahead() else loader
 
-    def val_dataloader(self) -> DataLoader | list:
+    def val_dataloader(self) -> Any:
         """Batches of the held-out samples in a fixed order; none when nothing is held out.
 
         Raises:
             ValueError: fewer held-out samples than processes.
         """
-        if self.val_set is None:
+        loader = self._val_loader()
+        if loader is None:
             return []
+        # Not ahead: a training batch may be waiting with its states meanwhile.
+        return self._ahead_of_steps(loader, ahead=False) if self._looks_ahead() else loader
+
+    def _looks_ahead(self) -> bool:
+        return self._device().type == "cuda" if self.look_ahead is None else self.look_ahead
+
+    def _ahead_of_steps(self, loader: DataLoader, ahead: bool) -> LookAheadLoader:
+        device = self._device()
+        return LookAheadLoader(
+            loader, partial(placed, device=device), ahead, device, threaded=True, reading=self._reading
+        )
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _train_loader(self) -> DataLoader:
+        return self._loader(self._train(), bool(self.shuffle), self._epoch, self._start)
+
+    def _val_loader(self) -> DataLoader | None:
+        if self.val_set is None:
+            return None
         processes = self._world()[1]
         if len(self.val_set) < processes:
             raise ValueError(

@@ -17,7 +17,8 @@ from draftsmith.models.target.prompt_template import TemplateOptions
 from draftsmith.models.target.sharding import ShardedOver, TargetSharding, load_sharded, sharded_over
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.batches.target_states import LookAheadLoader, Rounds, RoundSampler, StatesInTheLoop
+from draftsmith.train.batches.look_ahead import LookAheadLoader
+from draftsmith.train.batches.target_states import Rounds, RoundSampler, StatesInTheLoop
 from draftsmith.train.batches.token_corpus import TargetFiles, TextSource, write_tokens
 
 
@@ -200,13 +201,13 @@ class OnlineDataModule(CacheDataModule):
         ahead = self.look_ahead
         if ahead is None:
             ahead = self._device().type == "cuda" and not self.over.is_sharded
-        return self._in_the_loop(super().train_dataloader(), ahead)
+        return self._in_the_loop(self._train_loader(), ahead)
 
     def val_dataloader(self) -> Any:
         """Batches of the held-out samples in a fixed order; none when nothing is held out."""
-        loader = super().val_dataloader()
+        loader = self._val_loader()
         # Not ahead: a training batch may be waiting with its states meanwhile.
-        return self._in_the_loop(loader, ahead=False) if isinstance(loader, DataLoader) else loader
+        return [] if loader is None else self._in_the_loop(loader, ahead=False)
 
     def _in_the_loop(self, loader: DataLoader, ahead: bool) -> LookAheadLoader:
         rounds = DataLoader(

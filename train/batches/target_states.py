@@ -1,7 +1,7 @@
-"""States of a batch from the target itself, in the loop, and the order in which forwards and training steps run.
+"""States of a batch from the target itself, in the loop.
 
-Owns: the length buckets of a batch's forwards, who runs which forwards when several processes hold the target together, and the
-look-ahead by one batch. Does not know: where texts come from, losses, optimisers.
+Owns: the length buckets of a batch's forwards, and who runs which forwards when several processes hold the target together. Does not know:
+where texts come from, when a batch is asked for (`look_ahead.py`), losses, optimisers.
 
 Shape legend: B rows of a forward, T tokens (of the packed batch, or of the longest row of a forward), D hidden, G greedy tokens a
 position, n real tokens of a forward.
@@ -9,15 +9,13 @@ position, n real tokens of a forward.
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from draftsmith.data.cache.features import length_batches, prompt_lengths
@@ -27,18 +25,12 @@ from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.epoch_sampler import EpochSampler
+from draftsmith.train.batches.look_ahead import LookAheadLoader, PlacedBatch, to_device, without_states
+
+__all__ = ["LookAheadLoader", "Round", "RoundSampler", "Rounds", "StatesInTheLoop"]
 
 Round = Sequence[CacheBatch]
 """Batches that several processes train on at the same step, without states: one a process, or this process's own only."""
-
-
-class BatchInTheLoop(CacheBatch):
-    """A batch that lies where it is wanted, so that there are no two of it."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> CacheBatch:
-        """Itself, on its own device; Lightning calls this."""
-        here = self.packed.input_ids.device
-        return self if torch.device(device) == here else super().to(device, non_blocking)
 
 
 class StatesInTheLoop:
@@ -77,13 +69,13 @@ class StatesInTheLoop:
             batches: of the round, without states.
         """
         own = batches[self.over.rank] if self.over.is_sharded else batches[0]
-        packed = _packed_to(own.packed, self.device)
+        packed = without_states(own.packed, self.device)
         # Made outside of inference mode, which the target's own tensors come from: autograd could not keep those.
         hidden = {layer: self._room(packed) for layer in self.layers}
         greedy = packed.input_ids.new_zeros(len(packed.input_ids), self.num_greedy) if self.num_greedy else None
         for forward in self._plan(batches):
             self._run(forward, hidden, greedy)
-        return BatchInTheLoop(replace(packed, hidden=hidden, greedy_ids=greedy), own.sample_ids)
+        return PlacedBatch(replace(packed, hidden=hidden, greedy_ids=greedy), own.sample_ids)
 
     def _room(self, packed: PackedBatch) -> Tensor:
         size = self.target.ends.hidden_size
@@ -113,12 +105,12 @@ class StatesInTheLoop:
         return [_PaddedForward([texts[row] for row in rows]) for rows in buckets]
 
     def _run(self, forward: _PaddedForward, hidden: dict[str, Tensor], greedy: Tensor | None) -> None:
-        ids = _to(forward.padded_ids(), self.target.device)
+        ids = to_device(forward.padded_ids(), self.target.device)
         read = prompt_lengths((text.loss_mask for text in forward.texts), ids.device)
         output = self.target.prefix(ids, layers=self.layers, read=read)
         taken, places = forward.kept()
         if len(taken):
-            taken, places = _to(taken, self.device), _to(places, self.device)
+            taken, places = to_device(taken, self.device), to_device(places, self.device)
             for layer, room in hidden.items():
                 states = output.feature(layer).to(room)
                 room.index_copy_(0, places, states.flatten(0, 1).index_select(0, taken))
@@ -170,21 +162,6 @@ def _texts(batch: CacheBatch, is_own: bool) -> Iterator[_PackedText]:
         start += len(ids)
 
 
-def _packed_to(packed: PackedBatch, device: torch.device) -> PackedBatch:
-    return replace(
-        packed,
-        input_ids=_to(packed.input_ids, device),
-        loss_mask=_to(packed.loss_mask, device),
-        document_ids=_to(packed.document_ids, device),
-        positions=_to(packed.positions, device),
-    )
-
-
-def _to(values: Tensor, device: torch.device) -> Tensor:
-    """On a GPU the copy does not hold up this process."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
-
-
 class RoundSampler(DistributedSampler):
     """The sample numbers of the batches of some processes at each step, or of this process's own only, by its own sampler.
 
@@ -217,92 +194,3 @@ class Rounds(Dataset):
 
     def __getitem__(self, numbers: Sequence[Sequence[int]]) -> Round:
         return [self.batches[own] for own in numbers]
-
-
-class LookAheadLoader:
-    """A loader whose batches have their states; on a GPU those of the next one are computed while the caller works on this one.
-
-    Before the caller gets batch i, the loader queues the forward of batch i + 1 on a stream of its own. That forward waits for everything
-    that the caller queued for batch i - 1, and runs beside step i. Without `ahead`, the same batches come in the same order, each computed
-    when the caller asks for it. A batch loses its states when the caller asks for the next one. So at most two batches have
-    states at any time, or one without `ahead`.
-
-    Args:
-        rounds: gives rounds of batches without states.
-        states: computes them; what it returns must be of the same batch, whenever it is called.
-        ahead: whether to run ahead by one batch.
-        device: whose stream is used; on others than CUDA there is none, and running ahead only changes the order of calls.
-    """
-
-    def __init__(
-        self, rounds: DataLoader, states: Callable[[Round], CacheBatch], ahead: bool, device: torch.device
-    ) -> None:
-        self.rounds, self.states, self.ahead, self.device = rounds, states, ahead, device
-
-    @property
-    def sampler(self) -> object:
-        """What Lightning tells the epoch's number."""
-        return self.rounds.sampler
-
-    @property
-    def batch_sampler(self) -> None:
-        """Lightning asks for it where there is a sampler: the sampler gives whole batches itself."""
-        return None
-
-    def __len__(self) -> int:
-        return len(self.rounds)
-
-    def __iter__(self) -> Iterator[CacheBatch]:
-        stream = torch.cuda.Stream(self.device) if self.ahead and self.device.type == "cuda" else None
-        launched: deque[_Launched] = deque()
-        handed: Callable[[], CacheBatch | None] = _nothing
-        for batches in self.rounds:
-            _forget(handed())
-            launched.append(_launch(self.states, batches, stream))
-            if len(launched) > self.ahead:
-                handed = weakref.ref(launched[0].batch)
-                yield launched.popleft().arrived()
-        while launched:
-            _forget(handed())
-            handed = weakref.ref(launched[0].batch)
-            yield launched.popleft().arrived()
-
-
-def _nothing() -> None:
-    return None
-
-
-def _forget(batch: CacheBatch | None) -> None:
-    """Lets go of the states of a batch that somebody may still hold: Lightning's validation does while it asks for the next."""
-    if batch is not None:
-        batch.packed.hidden.clear()
-
-
-@dataclass(frozen=True)
-class _Launched:
-    batch: CacheBatch
-    done: torch.cuda.Event | None
-
-    def arrived(self) -> CacheBatch:
-        """The batch, once the stream that it is used on waits for its states; this process does not wait."""
-        if self.done is not None:
-            stream = torch.cuda.current_stream(self.batch.packed.input_ids.device)
-            stream.wait_event(self.done)
-            for values in _tensors(self.batch.packed):
-                values.record_stream(stream)
-        return self.batch
-
-
-def _launch(states: Callable[[Round], CacheBatch], batches: Round, stream: torch.cuda.Stream | None) -> _Launched:
-    if stream is None:
-        return _Launched(states(batches), None)
-    # Behind the step before this one, so that memory stays bounded however far this process is ahead of the device.
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        batch = states(batches)
-        return _Launched(batch, stream.record_event())
-
-
-def _tensors(packed: PackedBatch) -> list[Tensor]:
-    plain = [packed.input_ids, packed.loss_mask, packed.document_ids, packed.positions, *packed.hidden.values()]
-    return plain if packed.greedy_ids is None else [*plain, packed.greedy_ids]
