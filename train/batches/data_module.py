@@ -189,7 +189,8 @@ class CacheDataModule(pl.LightningDataModule):
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is labelled in the training samples: int64 [V]."""
-        return self._count(self._train().indices, vocab_size)
+        train = self._train()
+        return _counts(train.cache, train.indices, vocab_size)
 
     def sampled_token_counts(self, vocab_size: int, most_samples: int) -> tuple[Tensor, int, int]:
         """As token_counts, for some of the samples: spread over a folder, the first ones behind a URL.
@@ -202,16 +203,17 @@ class CacheDataModule(pl.LightningDataModule):
             the counts, int64 [V]; the number of samples counted; the number of samples.
         """
         train = self._train()
-        step = 1 if train.cache.shards.fetches else -(-len(train) // most_samples)
-        indices = train.indices[::step][:most_samples]
-        return self._count(indices, vocab_size), len(indices), len(train)
+        counts, counted = _sampled_counts(train, vocab_size, most_samples)
+        return counts, counted, len(train)
 
-    def _count(self, indices: np.ndarray, vocab_size: int) -> Tensor:
-        counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for input_ids, loss_mask in self._train().cache.texts(indices):
-            labelled = input_ids[loss_mask]
-            counts.scatter_add_(0, labelled, torch.ones_like(labelled))
-        return counts
+    def held_out_token_counts(self, vocab_size: int, most_samples: int) -> Tensor | None:
+        """As sampled_token_counts, of the held-out samples: int64 [V], or None where nothing is held out.
+
+        Args:
+            vocab_size: V, the target's.
+            most_samples: count at most this many.
+        """
+        return None if self.val_set is None else _sampled_counts(self.val_set, vocab_size, most_samples)[0]
 
     def val_prompts(self, num_prompts: int) -> list[list[int]]:
         """Prompts of the first held-out samples that have one: token ids up to the first labelled token.
@@ -436,3 +438,18 @@ class CacheDataModule(pl.LightningDataModule):
                 f"shard_cache_gib is {self.shard_cache_gib:g}, but windows of up to {largest:.3g} GiB need {needed:.3g} GiB; raise it, "
                 "or lower window_shards or tokens_per_batch"
             )
+
+
+def _sampled_counts(subset: CacheSubset, vocab_size: int, most_samples: int) -> tuple[Tensor, int]:
+    """Labelled tokens of some samples, spread over a folder, the first ones behind a URL: int64 [V], and how many samples."""
+    step = 1 if subset.cache.shards.fetches else -(-len(subset) // most_samples)
+    indices = subset.indices[::step][:most_samples]
+    return _counts(subset.cache, indices, vocab_size), len(indices)
+
+
+def _counts(cache: HiddenStateCache, indices: np.ndarray, vocab_size: int) -> Tensor:
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for input_ids, loss_mask in cache.texts(indices):
+        labelled = input_ids[loss_mask]
+        counts.scatter_add_(0, labelled, torch.ones_like(labelled))
+    return counts

@@ -28,7 +28,7 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
+from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LARGE, LabelledText, VocabularyRule, coverage
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
 from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
@@ -83,6 +83,8 @@ class DraftModule(pl.LightningModule):
             layouts of other software). null starts with new weights.
         lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
             `target_modules`; null trains all weights.
+        draft_vocabulary: `auto`: where the target has more than 65,536 tokens, the drafter scores only the 32,768 that are labelled most
+            often in the training samples. null: as the drafter's draft_vocab_size says.
         allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer, such as the one that
             yours was fine-tuned from. The trained drafter belongs to yours.
 
@@ -92,6 +94,7 @@ class DraftModule(pl.LightningModule):
     """
 
     may_be_divided = True  # by the strategies of run/strategies.py
+    vocabulary_rule: VocabularyRule = LARGE
     trains_in_bf16 = True  # where nobody sets the precision and the device can
 
     def __init__(
@@ -123,8 +126,17 @@ class DraftModule(pl.LightningModule):
         init_from: Path | None = None,
         lora: LoraSettings | None = None,
         allow_other_target: bool = False,
+        draft_vocabulary: Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
+        if draft_vocabulary is not None and (init_from is not None or drafter.draft_vocab_size is not None):
+            other = (
+                f"init_from {init_from}" if init_from is not None else f"draft_vocab_size {drafter.draft_vocab_size}"
+            )
+            raise ValueError(
+                f"draft_vocabulary is {draft_vocabulary!r}, and {other} says it too; leave one of the two null"
+            )
+        self.draft_vocabulary = draft_vocabulary
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
         self.objective = Objective(
             num_steps, distillation, horizon_decay, chunk_rows, feature_weight, logit_weight, emphasis, skip_outside
@@ -203,6 +215,7 @@ class DraftModule(pl.LightningModule):
             "warmup_ratio",
             "min_lr_ratio",
             "ema_decay",
+            "draft_vocabulary",
         )
         chosen = {name: getattr(self, name) for name in names}
         return {
@@ -247,15 +260,31 @@ class DraftModule(pl.LightningModule):
 
     def labelled_text(self) -> LabelledText:
         """What this run learns from, counted in a part of a large cache."""
-        counts, counted, samples = self._data().sampled_token_counts(self.ends.vocab_size, COUNTED_SAMPLES)
+        data, vocab_size = self._data(), self.ends.vocab_size
+        counts, counted, samples = data.sampled_token_counts(vocab_size, COUNTED_SAMPLES)
+        held_out = data.held_out_token_counts(vocab_size, COUNTED_SAMPLES)
         is_new = self.starting_drafter.folder is None
-        rows = self.objective.chunk_rows
+        size = len(self.evaluated.draft_ids())
+        remarks = []
+        if self.draft_vocabulary is not None and size < vocab_size:
+            remarks.append(
+                f"its draft vocabulary is chosen: the {size} most frequent tokens {coverage(counts, held_out, size)}"
+            )
+        elif self.draft_vocabulary is not None:
+            remarks.append(
+                f"its draft vocabulary is whole: {vocab_size} tokens are not above {self.vocabulary_rule.above}"
+            )
+        if self.objective.chunk_rows is not None:
+            remarks.append(f"its loss works through {self.objective.chunk_rows} rows of logits at a time (chunk_rows)")
+        is_open = is_new and self.draft_vocabulary is None
         return LabelledText(
             counts,
             samples,
             counted,
-            draft_vocabulary=len(self.evaluated.draft_ids()) if is_new else None,
-            remarks=() if rows is None else (f"its loss works through {rows} rows of logits at a time (chunk_rows)",),
+            draft_vocabulary=size if is_open else None,
+            remarks=tuple(remarks),
+            held_out_V=held_out,
+            rule=self.vocabulary_rule,
         )
 
     def save_drafter(self, folder: Path) -> None:
@@ -272,6 +301,8 @@ class DraftModule(pl.LightningModule):
             drafter, self._base_fingerprint = self.starting_drafter.adopt(self.family, ends, tokenizer)
             return drafter
         wanted, draft_token_ids = self.family.draft_vocab_size, None
+        if self.draft_vocabulary == "auto":
+            wanted = self.vocabulary_rule.size_for(ends.vocab_size)
         if wanted is not None:
             draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
         return fresh_drafter(self.family, ends, draft_token_ids, self.objective.num_steps, tokenizer)
