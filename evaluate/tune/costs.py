@@ -6,6 +6,7 @@ acceptance.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from draftsmith.evaluate.tune.recording import num_candidates
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes_by_rows import ShapesByRows
+
+Timed = DraftLimits | ShapesByRows | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Costs:
         whole: what was timed as it is: chains and static trees.
         draft: (width, depth) of dynamic trees -> seconds of drafting.
         check: number of drafted nodes -> seconds of everything else, for dynamic trees.
+        follow: seconds of a step that drafts nothing while the drafter keeps up with the text, as between other shapes.
     """
 
     plain: float
@@ -84,6 +89,7 @@ class Costs:
     whole: Mapping[DraftLimits, Cost]
     draft: Mapping[tuple[int, int], float]
     check: Mapping[int, float]
+    follow: float = math.inf
 
     def of(self, limits: DraftLimits) -> Cost:
         """A shape's cost; between two numbers of nodes that were timed, checking is interpolated.
@@ -128,12 +134,12 @@ class TimingPlan:
 
     @property
     def shapes(self) -> list[DraftLimits | None]:
-        """What is run, each once; None is plain decoding."""
+        """What is timed by its shape, each once; None is plain decoding."""
         return [None, *dict.fromkeys([*self.whole, *self.draft.values(), *self.check.values()])]
 
     def num_runs(self, probe: Probe) -> int:
         """How many runs there are, the untimed first ones included."""
-        return len(self.shapes) * (probe.rounds + 1)
+        return (1 + len(self.shapes)) * (probe.rounds + 1)
 
 
 def time_cycles(
@@ -152,7 +158,8 @@ def time_cycles(
         probe: the text and the number of rounds.
         advance: called with the number of runs that were done since.
     """
-    cycles = _race(target, drafter, plan.shapes, probe, advance)
+    follow = _no_draft(probe.batch_size)
+    cycles = _race(target, drafter, [*plan.shapes, follow], probe, advance)
     timed = {shape: _median(costs) for shape, costs in cycles.items()}
     widths = sorted({width for width, _ in plan.draft})
     draft: dict[tuple[int, int], float] = {}
@@ -166,7 +173,13 @@ def time_cycles(
         whole=_rising_whole(plan.whole, timed),
         draft=draft,
         check=dict(zip(nodes, rising([timed[plan.check[count]].check for count in nodes]), strict=True)),
+        follow=timed[follow].cycle,
     )
+
+
+def _no_draft(num_rows: int) -> ShapesByRows:
+    """No draft for so many rows, in an engine that would draft for more."""
+    return ShapesByRows(((num_rows, None), (num_rows + 1, DraftLimits(draft_length=1))))
 
 
 def rising(values: Sequence[float]) -> list[float]:
@@ -183,7 +196,7 @@ def rising(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(block) for block in blocks for _ in block]
 
 
-def _rising_whole(shapes: Sequence[DraftLimits], timed: Mapping[DraftLimits | None, Cost]) -> dict[DraftLimits, Cost]:
+def _rising_whole(shapes: Sequence[DraftLimits], timed: Mapping[Timed, Cost]) -> dict[DraftLimits, Cost]:
     risen: dict[DraftLimits, Cost] = {}
     for family in (_chains(shapes), [limits for limits in shapes if limits.paths is not None]):
         series = sorted(family, key=lambda limits: limits.max_nodes)
@@ -204,12 +217,12 @@ def _is_dynamic(limits: DraftLimits) -> bool:
 def _race(
     target: Target,
     drafter: Drafter,
-    shapes: Sequence[DraftLimits | None],
+    shapes: Sequence[Timed],
     probe: Probe,
     advance: Callable[[int], None],
-) -> dict[DraftLimits | None, list[Cost]]:
+) -> dict[Timed, list[Cost]]:
     """The costs of single cycles. Each round runs every shape and begins with another one."""
-    costs: dict[DraftLimits | None, list[Cost]] = defaultdict(list)
+    costs: dict[Timed, list[Cost]] = defaultdict(list)
     for turn in range(-1, probe.rounds):
         for place in range(len(shapes)):
             shape = shapes[(place + turn) % len(shapes)]
@@ -220,7 +233,7 @@ def _race(
     return costs
 
 
-def _run(target: Target, drafter: Drafter | None, limits: DraftLimits | None, probe: Probe) -> list[Cost]:
+def _run(target: Target, drafter: Drafter | None, limits: Timed, probe: Probe) -> list[Cost]:
     """The cycles of one run but the first, in which some drafters read the prompt."""
     clock = CycleClock()
     settings = GenerationSettings(max_new_tokens=probe.new_tokens)

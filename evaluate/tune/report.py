@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from draftsmith.evaluate.chart import INK, SOFT
 from draftsmith.evaluate.slow_drafters import slow_shapes
+from draftsmith.evaluate.tune.by_rows import RowsOutcome
 from draftsmith.evaluate.tune.costs import Costs
 from draftsmith.evaluate.tune.tune import Outcome
 from draftsmith.foreign import block, code, plain
@@ -32,6 +33,10 @@ MEANING = """\
 - A static tree's tokens per step are those of trees chosen on the other half of the prompts; paths that the widest recorded tree
   does not continue are missing from it."""
 
+ROWS_MEANING = """\
+How many rows decode together decides which draft pays: more rows make each node dearer. *Speed-up*: predicted, of the shape named, over
+plain decoding of as many rows. *Without a draft*: the same of cycles in which the drafter only keeps up with the text."""
+
 
 @dataclass(frozen=True)
 class TuneReport:
@@ -43,6 +48,8 @@ class TuneReport:
         outcomes: the fastest first.
         costs: of the cycles.
         lookup: measured speed-up of prompt lookup over plain decoding; None where it was not timed.
+        by_rows: what is fastest for each number of rows; empty where no other number was asked for.
+        kept: what became of the file of shapes in the drafter's folder, in words; empty where none was to be kept.
         files: shape text -> the file that a static tree was written to.
     """
 
@@ -53,6 +60,8 @@ class TuneReport:
     costs: Costs
     files: Mapping[str, str]
     lookup: float | None = None
+    by_rows: Sequence[RowsOutcome] = ()
+    kept: str = ""
 
     @property
     def best(self) -> Outcome:
@@ -86,6 +95,18 @@ def tune_json(report: TuneReport, made_by: Mapping[str, object]) -> str:
             "wobble": costs.wobble,
             "draft_seconds": {f"{width}x{depth}": seconds for (width, depth), seconds in costs.draft.items()},
             "check_seconds": {str(nodes): seconds for nodes, seconds in costs.check.items()},
+            "by_rows": [
+                {
+                    "rows": each.rows,
+                    "shape": each.best.shape if each.drafts else None,
+                    "tokens_per_step": each.best.tokens_per_step if each.drafts else 1.0,
+                    "speedup": max(each.best.speedup, each.no_draft),
+                    "best_draft": asdict(each.best),
+                    "no_draft_speedup": each.no_draft,
+                }
+                for each in report.by_rows
+            ],
+            "kept": report.kept,
             "shapes": [asdict(outcome) | {"word": report.word(outcome)} for outcome in report.outcomes],
         },
         indent=2,
@@ -105,6 +126,7 @@ def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
         *map(plain, slow_shapes(best.speedup, report.lookup)),
         *_lookup(report),
         *_warnings(report.costs),
+        *_by_rows(report),
         f"## The fastest {min(SHOWN, len(report.outcomes))} of {len(report.outcomes)}",
         outcome_table(report, report.outcomes[:SHOWN]),
         "## The best of each manner and width",
@@ -135,6 +157,37 @@ def _warnings(costs: Costs) -> list[str]:
         "doing other things. Run again on an idle one, or with more rounds, before believing in small differences of speed. Tokens per "
         "step do not suffer."
     ]
+
+
+def _by_rows(report: TuneReport) -> list[str]:
+    if not report.by_rows:
+        return []
+    return [
+        "## The fastest by rows",
+        ROWS_MEANING,
+        rows_table(report),
+        *([plain(sentence(report.kept))] if report.kept else []),
+    ]
+
+
+def sentence(text: str) -> str:
+    """The text with a capital at its beginning and a full stop at its end."""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def rows_table(report: TuneReport) -> str:
+    """A Markdown table of what is fastest for each number of rows."""
+    lines = [
+        "| rows | shape | nodes | tokens per step | speed-up | without a draft |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in report.by_rows:
+        best = each.best
+        shape = plain(report.name(best)) if each.drafts else f"no draft (best: {plain(report.name(best))})"
+        lines.append(
+            f"| {each.rows} | {shape} | {best.nodes} | {best.tokens_per_step:.2f} | {best.speedup:.2f} | {each.no_draft:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def outcome_table(report: TuneReport, outcomes: Sequence[Outcome]) -> str:

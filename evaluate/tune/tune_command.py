@@ -4,7 +4,8 @@ Owns the order of the work: load, record, time, weigh, write. Does not know how 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +22,22 @@ from draftsmith.evaluate.measure import LOOKUP_TOKENS, Candidate
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_shapes
-from draftsmith.evaluate.tune.costs import Probe, TimingPlan, time_cycles
+from draftsmith.evaluate.tune.by_rows import fastest_by_rows, keep
+from draftsmith.evaluate.tune.costs import Costs, Probe, TimingPlan, time_cycles
 from draftsmith.evaluate.tune.lookup import lookup_speedup, num_lookup_replies
 from draftsmith.evaluate.tune.recording import Recorded, record
-from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, outcome_table, tune_json, tune_markdown
+from draftsmith.evaluate.tune.report import (
+    TuneReport,
+    best_of_each,
+    heat_map,
+    outcome_table,
+    rows_table,
+    tune_json,
+    tune_markdown,
+)
 from draftsmith.evaluate.tune.tune import Grid, weigh
 from draftsmith.files import atomic_write, exclusive, sha256_file
+from draftsmith.foreign import visible
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
@@ -76,7 +87,28 @@ class TimingOptions:
         return LOOKUP_TOKENS if self.batch_size == 1 else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    """For how many rows the fastest shapes are found, and whether they are kept.
+
+    Args:
+        rows: Numbers of rows that decode together, for each of which the fastest shape is found.
+        keep: Keep these shapes in the drafter's folder, where decode, evaluate, custom_generate and Python find them.
+
+    Raises:
+        ValueError: no number of rows, or one below 1.
+    """
+
+    rows: tuple[int, ...] = (1, 4, 16)
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.rows or min(self.rows) < 1:
+            raise ValueError(f"rows is {list(self.rows)}; give at least one number, each at least 1")
+
+
 ONE_PROMPT = TimingOptions()
+USUAL_ROWS = RowsOptions()
 FORTY_PROMPTS = PromptSelection(limit=40)
 
 
@@ -91,6 +123,7 @@ def tune(
     draw: Annotated[DrawOptions, FLAT] = GREEDY,
     selection: Annotated[PromptSelection, FLAT] = FORTY_PROMPTS,
     timing: Annotated[TimingOptions, FLAT] = ONE_PROMPT,
+    load: Annotated[RowsOptions, FLAT] = USUAL_ROWS,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
@@ -98,7 +131,8 @@ def tune(
 
     The prompts are decoded once, and behind every token the drafter drafts the widest trees. That record shows what any chain, dynamic
     tree or static tree would have emitted a step; timed single cycles show what each would cost. Writes tune.md, tune.json, tune.png,
-    and the best static trees as static-NODES.json for `tree:FILE.json`.
+    and the best static trees as static-NODES.json for `tree:FILE.json`. The fastest shape for each number of rows, down to no draft, is
+    kept as shapes_by_rows.json in the drafter's folder.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
@@ -111,6 +145,7 @@ def tune(
         draw: Length, seed and temperature of the replies; see `DrawOptions`.
         selection: Which prompts; see `PromptSelection`.
         timing: How shapes are timed; see `TimingOptions`.
+        load: For how many rows shapes are found; see `RowsOptions`.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
 
@@ -134,9 +169,19 @@ def tune(
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}
-    config = asdict(settings) | asdict(grid) | asdict(timing) | asdict(selection) | asdict(where) | asdict(rendering)
+    config = (
+        asdict(settings)
+        | asdict(grid)
+        | asdict(timing)
+        | asdict(load)
+        | asdict(selection)
+        | asdict(where)
+        | asdict(rendering)
+    )
     with exclusive(out):
-        report = _tuned(out, model, candidate, samples, settings, grid, timing)
+        report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows)
+        if load.keep:
+            report = replace(report, kept=keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)))
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
     _print_fastest(report)
     print(f"report: {out / 'tune.md'}")
@@ -150,30 +195,43 @@ def _tuned(
     settings: GenerationSettings,
     grid: Grid,
     timing: TimingOptions,
+    rows: Sequence[int],
 ) -> TuneReport:
-    """Records the replies, times every shape of the grid, and weighs them; writes the static trees."""
+    """Records the replies, times every shape of the grid, and weighs them, also by rows; writes the static trees."""
     drafter = candidate.drafter
     with progress("record", len(samples), "replies") as advance:
         replies = record(target, drafter, samples, settings, grid.widths, grid.depth, timing.record_batch, advance)
     dynamic, static = grid.shapes(), grid.static_shapes(replies)
-    plan = TimingPlan.of([*dynamic, *static])
-    probe = Probe(typical_text(replies, target.max_positions), timing.batch_size, rounds=timing.rounds)
-    with progress("time", plan.num_runs(probe), "runs") as advance:
-        costs = time_cycles(target, drafter, plan, probe, advance)
+    text = typical_text(replies, target.max_positions)
+
+    @cache
+    def costs_of(num_rows: int, shapes: tuple[DraftLimits, ...]) -> Costs:
+        plan, probe = TimingPlan.of(shapes), Probe(text, num_rows, rounds=timing.rounds)
+        with progress(
+            f"time {num_rows} rows" if num_rows > 1 else "time 1 row", plan.num_runs(probe), "runs"
+        ) as advance:
+            return time_cycles(target, drafter, plan, probe, advance)
+
+    costs = costs_of(timing.batch_size, (*dynamic, *static))
+    by_rows = fastest_by_rows(rows, replies, dynamic, static, costs_of)
     lookup = _timed_lookup(target, samples[: timing.lookup_prompts], settings, timing.lookup_tokens)
     setting = {
         "prompts": len(replies),
         "tokens": sum(len(reply.token_ids) for reply in replies),
         "temperature": settings.temperature,
         "batch size": timing.batch_size,
-        "context of the timed cycles": len(probe.prompt),
+        "context of the timed cycles": len(text),
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
     }
     files = _write_trees(out, static)
-    return TuneReport(
-        target.name, candidate.name, setting, weigh(replies, dynamic, static, costs), costs, files, lookup
-    )
+    outcomes = weigh(replies, dynamic, static, costs)
+    return TuneReport(target.name, candidate.name, setting, outcomes, costs, files, lookup, by_rows)
+
+
+def is_folder_of_the_caller(word: str) -> bool:
+    """Whether a drafter was named by its folder, not as an embedded model or by a hub id."""
+    return Path(word.partition("=")[2] or word).is_dir()
 
 
 def _timed_lookup(
@@ -192,6 +250,9 @@ def _print_fastest(report: TuneReport) -> None:
     print(
         f"\nfastest: --shapes {report.word(best)}  (predicted {best.speedup:.2f}, {best.tokens_per_step:.2f} tokens per step)"
     )
+    print(f"\n{rows_table(report)}\n")
+    if report.kept:
+        print(visible(report.kept))
     for line in slow_shapes(best.speedup, report.lookup):
         print(line)
 

@@ -16,7 +16,7 @@ SMALL = {
     "data respond": "--max-new-tokens 32",
     "train": "--trainer.max_steps 3 --trainer.accelerator cpu --data.init_args.tokens_per_batch 512 --trainer.enable_progress_bar false",
     "evaluate": "--max-new-tokens 16 --limit 2 --transformers-prompts 1 --ledger-prompts 1",
-    "tune": "--max-new-tokens 16 --limit 2 --widths 1 2 --depths 2 --nodes 3 --rounds 1",
+    "tune": "--max-new-tokens 16 --limit 2 --widths 1 2 --depths 2 --nodes 3 --rounds 1 --rows 1 2",
     "doctor": "--samples 4 --show 0 --skip overfit overlap acceptance train-serve",
     "decode": "--max-new-tokens 16",
 }

@@ -28,8 +28,9 @@ from draftsmith.evaluate.tune.recording import NOWHERE, Drafted, Recorded, Recor
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, tune_json, tune_markdown
 from draftsmith.evaluate.tune.simulate import best_static_tree, path_counts, replay
 from draftsmith.evaluate.tune.tune import Grid, weigh
-from draftsmith.evaluate.tune.tune_command import TimingOptions, tune, typical_text
+from draftsmith.evaluate.tune.tune_command import RowsOptions, TimingOptions, tune, typical_text
 from draftsmith.models import Cycle, Drafter, DraftLimits, Eagle, ReDrafter, Target
+from draftsmith.models.tree.kept_shapes import SHAPES_FILE
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.shapes import full_tree, parse_shape, shape_text
 
@@ -285,7 +286,7 @@ def test_a_plan_runs_each_part_once() -> None:
     assert {size: shape_text(limits) for size, limits in plan.draft.items()} == {(2, 3): "2x3n8", (4, 3): "4x3n8"}
     assert {nodes: shape_text(limits) for nodes, limits in plan.check.items()} == {4: "4x3n4", 8: "4x3n8"}
     assert len(plan.shapes) == 7
-    assert plan.num_runs(Probe((1,), rounds=3)) == 28
+    assert plan.num_runs(Probe((1,), rounds=3)) == 32
     assert TimingPlan.of([parse_shape("1x2")]).check == {}
 
 
@@ -299,6 +300,7 @@ def test_every_shape_of_a_plan_is_timed(model: Target) -> None:
     assert all(costs.of(limits).draft > 0 and costs.of(limits).check > 0 for limits in grid.shapes())
     assert list(costs.check) == [2, 4]
     assert costs.check[2] <= costs.check[4]
+    assert 0.2 * costs.plain < costs.follow < 5 * costs.plain
 
 
 def test_checking_is_interpolated_and_what_was_not_timed_is_refused() -> None:
@@ -429,6 +431,7 @@ def test_the_command_writes_all_that_it_promises(
         nodes=[3, 6],
         draw=DrawOptions(max_new_tokens=16),
         timing=TimingOptions(rounds=1, record_batch=3),
+        load=RowsOptions(rows=(1,), keep=False),
     )
     found = json.loads((out / "tune.json").read_text())
     shapes = [one["shape"] for one in found["shapes"] if one["manner"] != "static"]
@@ -442,6 +445,7 @@ def test_the_command_writes_all_that_it_promises(
     assert imread(out / "tune.png").shape[0] > 300
     assert "![Predicted speed-up" in (out / "tune.md").read_text()
     assert json.loads((out / "provenance.json").read_text())["inputs"][str(drafter)]
+    assert not (drafter / SHAPES_FILE).exists()
 
 
 def test_the_command_refuses_shapes_and_numbers_that_make_no_sense(
