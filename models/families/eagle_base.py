@@ -82,8 +82,8 @@ class EagleBase(Drafter):
 
     def key_values(self) -> tuple[KeyValues, ...]:
         """See :meth:`Drafter.key_values`: one layer's."""
-        layer = self.config.llama()
-        return (KeyValues(2 * layer.num_key_value_heads * layer.head_dim * self.dtype.itemsize),)
+        numbers = 2 * self.config.num_key_value_heads * self.config.head_dim
+        return (KeyValues(numbers * self.dtype.itemsize),)
 
     @property
     @abstractmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from draftsmith.models.target.target import Target
@@ -55,6 +56,12 @@ def key_values_of(target: Target) -> tuple[KeyValues, ...]:
     )
     kinds = getattr(target.config, "layer_types", None) or [SLIDING] * len(cache.layers)
     return tuple(
-        KeyValues(layer.keys.nbytes + layer.values.nbytes, target.window if kind == SLIDING else None)
+        KeyValues(_bytes_of(layer), target.window if kind == SLIDING else None)
         for layer, kind in zip(cache.layers, kinds, strict=False)
     )
+
+
+def _bytes_of(layer: object) -> int:
+    """Bytes of the keys and values in a layer of a cache; 0 of one that keeps none."""
+    parts = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))

@@ -62,6 +62,13 @@ def test_all_runners_are_timed() -> None:
     assert {"plain, eager", "plain, compiled", "ReDrafter 4x5n15, compiled"} < set(figures)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*DECODING, "runners"])
+def test_every_section_runs_on_a_gpu(name: str) -> None:
+    assert "error" not in command.section(name, Bench(SCALES["tiny"], torch.device("cuda")), 99.0)
+
+
 def failing(bench: Bench) -> dict[str, Any]:
     raise RuntimeError("CUDA error: out of luck")
 
