@@ -104,14 +104,14 @@ def answer_all(
     batch_rows: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Answered:
-    """Every problem answered, in batches of prompts of like length, and checked."""
-    order = sorted(range(len(samples)), key=lambda number: len(samples[number].prompt_ids))
+    """Every problem answered, `batch_rows` at once, the longest prompts first, and checked."""
+    order = sorted(range(len(samples)), key=lambda number: -len(samples[number].prompt_ids))
+    prompts = [(number, list(samples[number].prompt_ids)) for number in order]
+    room = len(prompts[0][1]) + settings.max_new_tokens if prompts else 0
     replies: dict[int, Generation] = {}
-    for start in range(0, len(order), batch_rows):
-        numbers = order[start : start + batch_rows]
-        prompts = [list(samples[number].prompt_ids) for number in numbers]
-        replies |= dict(zip(numbers, engine.generate(prompts, settings, request_ids=numbers), strict=True))
-        advance(len(numbers))
+    for index, reply in engine.stream(prompts, settings, batch_rows, room):
+        replies[order[index]] = reply
+        advance(1)
     in_order = [replies[number] for number in range(len(samples))]
     return Answered(in_order, [is_right(number, text_of(reply.token_ids)) for number, reply in enumerate(in_order)])
 

@@ -41,33 +41,27 @@ class DecodeBudget:
         """The clock of the decoding time starts."""
         self._deadline = time.perf_counter() + (self.share or 0.0) * self._trained
 
-    def is_used_up(self, trainer: pl.Trainer, rounds: int) -> bool:
-        """Whether decoding ends after so many rounds. The first process decides for all. Collective.
+    def known_rounds(self, trainer: pl.Trainer, most: int) -> int | None:
+        """How many rounds this validation decodes, where that is known before it begins.
 
         Args:
             trainer: of the run.
-            rounds: decoded so far.
-        """
-        if not self._limits(trainer):
-            return False
-        if self.rounds is not None:
-            return rounds >= self.rounds
-        return trainer.strategy.broadcast(time.perf_counter() >= self._deadline)
-
-    def settle(self, trainer: pl.Trainer, rounds: int) -> bool:
-        """Keeps the number of rounds for all later validations.
-
-        Args:
-            trainer: of the run.
-            rounds: decoded in this validation.
+            most: rounds that there are.
 
         Returns:
-            whether the number was open until now.
+            The number; None where the time decides.
         """
-        is_open = self.rounds is None and self._limits(trainer)
-        if is_open:
-            self.rounds = rounds
-        return is_open
+        if not self._limits(trainer):
+            return most
+        return None if self.rounds is None else min(self.rounds, most)
+
+    def is_used_up(self, trainer: pl.Trainer) -> bool:
+        """Whether the time is up. The first process decides for all. Collective.
+
+        Args:
+            trainer: of the run.
+        """
+        return trainer.strategy.broadcast(time.perf_counter() >= self._deadline)
 
     def _limits(self, trainer: pl.Trainer) -> bool:
         return self.share is not None and trainer.state.fn == "fit" and not trainer.sanity_checking

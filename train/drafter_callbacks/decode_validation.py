@@ -63,7 +63,10 @@ class DecodeValidation(pl.Callback):
         own: Sequence[int],
         settings: GenerationSettings,
     ) -> list[Generation]:
-        """Replies to this process's prompts, batch after batch, until all are there or the time is up. Collective.
+        """Replies to this process's prompts, until all are there or the time is up. Collective.
+
+        Where the time decides, prompts are decoded batch after batch. Later validations know how many there will be: a prompt that waits
+        takes the row of one that has ended.
 
         Args:
             trainer: of the run.
@@ -76,13 +79,20 @@ class DecodeValidation(pl.Callback):
         generations: list[Generation] = []
         # All processes go through the same number of rounds: the first has the most prompts.
         rounds = trainer.strategy.broadcast(-(-len(own) // self.batch_size))
+        known = self.budget.known_rounds(trainer, rounds)
+        if known is not None:
+            chosen = list(own[: known * self.batch_size])
+            return engine.generate(
+                [prompts[place] for place in chosen], settings, request_ids=chosen, num_rows=self.batch_size
+            )
         for number in range(rounds):
             batch = own[number * self.batch_size : (number + 1) * self.batch_size]
             if batch:
                 generations += engine.generate([prompts[place] for place in batch], settings, request_ids=list(batch))
-            if self.budget.is_used_up(trainer, number + 1):
+            if self.budget.is_used_up(trainer):
                 break
-        if self.budget.settle(trainer, number + 1) and number + 1 < rounds:
+        self.budget.rounds = number + 1
+        if number + 1 < rounds:
             rank_zero_info(
                 f"each validation decodes {(number + 1) * self.batch_size} of {len(own)} prompts a process; more would take over "
                 f"{100 * (self.budget.share or 0.0):g} % of the training time (time_share of {type(self).__name__})"
