@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +206,19 @@ def test_prompts_may_come_from_any_iterable(target: Target) -> None:
 def test_a_number_of_rows_below_one_is_refused(target: Target) -> None:
     with pytest.raises(ValueError, match="num_rows is 0; give at least 1"):
         Engine(target).generate(PROMPTS, REQUESTS["greedy"], num_rows=0)
+
+
+def test_the_examples_of_the_page_on_decoding_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "decoding.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    known: dict[str, Any] = {}
+    exec(compile(code, "docs/reference/decoding.md", "exec"), known)
+    assert len(known["replies"]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == [
+        f"prompt {number}: {len(reply.token_ids)} tokens, ended by {reply.finish}"
+        for number, reply in enumerate(known["replies"])
+    ]
 
 
 @dataclass(frozen=True)
