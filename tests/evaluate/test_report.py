@@ -6,6 +6,7 @@ import pytest
 
 from draftsmith.evaluate.records import Divergence, Row, Slice
 from draftsmith.evaluate.report import read_rows, to_json, to_markdown, write_report, write_scalars
+from draftsmith.evaluate.roofline.roofline import Roofline
 
 RowMaker = Callable[..., Row]
 
@@ -114,3 +115,25 @@ def test_scalars_can_be_read_back_by_tensorboard(tmp_path: Path, make_row: RowMa
     events.Reload()
     found = [(event.step, round(event.value, 3)) for event in events.Scalars("evaluate/redrafter_1x4/tokens_per_step")]
     assert found == [(0, 3.1), (1000, 2.5)]
+
+
+def test_rooflines_are_in_the_report_with_their_chart(tmp_path: Path, make_row: RowMaker) -> None:
+    seconds = {"draft": 0.002, "verify": 0.004, "accept": 0.001, "rest": 0.0005}
+    figures = Roofline(8e9, None, 1, 70.0, 1.0, 12_000_000, 300_000, 6_000_000, 5, False, 0.0023, seconds, seconds, 0.3)
+    write_report(tmp_path, "cmd", {}, {}, [make_row(roofline=figures)], roofline_chart=b"png")
+    text = (tmp_path / "report.md").read_text()
+    assert "| redrafter 1x4 | 0 | 18.3 MB (6 MB in 5 draft steps) | 2.30 ms | 7.50 ms | 30 % |" in text
+    assert "](roofline.png)" in text
+    assert read_rows(tmp_path / "report.json")[0]["roofline"]["left_over_seconds"]["draft"] == 0.002
+
+
+def test_rows_without_rooflines_have_no_such_part(make_row: RowMaker) -> None:
+    assert "roofline" not in to_markdown("", {}, {}, [make_row()])
+
+
+def test_reports_of_versions_without_rooflines_are_read(tmp_path: Path, make_row: RowMaker) -> None:
+    write_report(tmp_path, "cmd", {}, {}, [make_row()])
+    report = json.loads((tmp_path / "report.json").read_text())
+    del report["rows"][0]["roofline"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_rows(tmp_path / "report.json")[0]["drafter"] == "redrafter"
