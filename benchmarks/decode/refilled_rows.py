@@ -12,6 +12,7 @@ Without `--data` only the embedded target is measured; `models/chat-6m` and `rep
 from __future__ import annotations
 
 import argparse
+import heapq
 import os
 import platform
 import shlex
@@ -147,6 +148,36 @@ def subject(options: argparse.Namespace, path: str, texts: Sequence[str], drafte
     return Subject(path if path.startswith("embedded:") else Path(path).name, target, plan, drafter)
 
 
+def counted_cycles(lengths: Sequence[int], num_rows: int) -> tuple[int, int]:
+    """How many cycles plain decoding takes, counted from the lengths of its replies.
+
+    Args:
+        lengths: tokens of each reply, in the order of the prompts.
+        num_rows: how many are decoded at once.
+
+    Returns:
+        In fixed batches, and in refilled rows. The first token of a reply needs no cycle.
+    """
+    own = [length - 1 for length in lengths]
+    fixed = sum(max(own[start : start + num_rows]) for start in range(0, len(own), num_rows))
+    rows = [0] * num_rows
+    for cycles in own:
+        heapq.heapreplace(rows, rows[0] + cycles)
+    return fixed, max(rows)
+
+
+def counted(options: argparse.Namespace) -> Iterator[str]:
+    """What follows from the lengths of the replies of chat-6m alone: busy rows and cycles, for some prompts and for all."""
+    rows = [row for _, row in read_jsonl(options.data / "replies" / "chat-6m_train.jsonl")]
+    rows.sort(key=lambda row: -len(row["prompt_ids"]))
+    lengths, num_rows = [len(row["reply_ids"]) for row in rows], options.rows[-1]
+    for num_prompts in sorted({min(options.prompts, len(rows)), len(rows)}):
+        fixed, refilled = counted_cycles(lengths[:num_prompts], num_rows)
+        busy = sum(lengths[:num_prompts]) - num_prompts
+        shares = [f"{cycles} ({busy / (num_rows * cycles):.0%})" for cycles in (fixed, refilled)]
+        yield f"| {num_prompts} | {num_rows} | {shares[0]} | {shares[1]} | {fixed / refilled:.2f} |"
+
+
 def by_rows(chosen: Subject, options: argparse.Namespace) -> Iterator[tuple[int, str, Pace, float]]:
     """For each number of rows and each shape the pace, and the ratio to plain decoding in as many rows."""
     if chosen.drafter is None:
@@ -177,6 +208,11 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; load at the "
         f"start {os.getloadavg()[0]:.1f}."
     )
+    if options.data is not None:
+        yield ""
+        yield "| replies of chat-6m | rows | cycles in fixed batches (busy) | in refilled rows (busy) | ratio |"
+        yield "|---|---|---|---|---|"
+        yield from counted(options)
     chosen = list(subjects(options))
     yield ""
     yield "| target | prompts | rows | mean reply | fixed batches, tokens/s (busy) | refilled rows, tokens/s (busy) | gain |"

@@ -18,6 +18,11 @@ def test_a_page_names_its_command_and_compares_refilled_rows_with_fixed_batches(
     assert re.search(r"\| embedded:target \| 2 \| 1x2 \| \d+ \| \d+% \| \d\.\d\d \|", page)
 
 
+def test_cycles_are_counted_from_the_lengths_of_replies() -> None:
+    """Two rows: batches of (10, 2) and (4, 4) take 10 + 4 cycles less the first tokens; refilled, 2, 4 and 4 fit beside 10."""
+    assert refilled_rows.counted_cycles([10, 2, 4, 4], 2) == (9 + 3, 9)
+
+
 def test_arms_that_differ_in_a_token_are_not_compared() -> None:
     def emits(token: int) -> list[list[Generation]]:
         return [[Generation([token])]]
