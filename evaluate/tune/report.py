@@ -18,6 +18,7 @@ from draftsmith.evaluate.slow_drafters import slow_shapes
 from draftsmith.evaluate.tune.by_rows import RowsOutcome
 from draftsmith.evaluate.tune.costs import Costs
 from draftsmith.evaluate.tune.tune import Outcome
+from draftsmith.evaluate.tune.vocabularies import VocabularyOutcome, best_vocabulary, vocabulary_table
 from draftsmith.foreign import block, code, plain
 from draftsmith.models.tree.shapes import short_shape
 
@@ -36,6 +37,10 @@ MEANING = """\
 ROWS_MEANING = """\
 How many rows decode together decides which draft pays: more rows make each node dearer. *Speed-up*: predicted, of the shape named, over
 plain decoding of as many rows. *Without a draft*: the same of cycles in which the drafter only keeps up with the text."""
+VOCABULARIES_MEAN = """\
+With the fastest shape. A smaller vocabulary keeps the most frequent tokens. *Tokens per step* come from the same record, with drafts
+that end at tokens outside of it: a lower bound. *Draft* is an estimate, by the bytes of the output head; on a GPU, reading them takes
+the time."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class TuneReport:
         lookup: measured speed-up of prompt lookup over plain decoding; None where it was not timed.
         by_rows: what is fastest for each number of rows; empty where no other number was asked for.
         kept: what became of the file of shapes in the drafter's folder, in words; empty where none was to be kept.
+        vocabularies: what draft vocabularies would give with the fastest shape, the fastest first; empty where none was weighed.
         files: shape text -> the file that a static tree was written to.
     """
 
@@ -62,6 +68,7 @@ class TuneReport:
     lookup: float | None = None
     by_rows: Sequence[RowsOutcome] = ()
     kept: str = ""
+    vocabularies: Sequence[VocabularyOutcome] = ()
 
     @property
     def best(self) -> Outcome:
@@ -107,6 +114,7 @@ def tune_json(report: TuneReport, made_by: Mapping[str, object]) -> str:
                 for each in report.by_rows
             ],
             "kept": report.kept,
+            "draft_vocabularies": [asdict(outcome) for outcome in report.vocabularies],
             "shapes": [asdict(outcome) | {"word": report.word(outcome)} for outcome in report.outcomes],
         },
         indent=2,
@@ -133,11 +141,18 @@ def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
         outcome_table(report, best_of_each(report.outcomes)),
         "![Predicted speed-up by width, depth and nodes](tune.png)",
         MEANING,
+        *_vocabularies(report.vocabularies),
         "## What a cycle costs",
         _cost_tables(report.costs),
         f"## How it was made\n\n{block(made_by['command'], 'sh')}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _vocabularies(outcomes: Sequence[VocabularyOutcome]) -> list[str]:
+    if len(outcomes) < 2:
+        return []
+    return ["## Draft vocabularies", vocabulary_table(outcomes), f"{best_vocabulary(outcomes)}.", VOCABULARIES_MEAN]
 
 
 def _lookup(report: TuneReport) -> list[str]:

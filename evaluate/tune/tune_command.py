@@ -11,6 +11,7 @@ from typing import Annotated
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
+from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
@@ -36,8 +37,16 @@ from draftsmith.evaluate.tune.report import (
     tune_markdown,
 )
 from draftsmith.evaluate.tune.tune import Grid, weigh
+from draftsmith.evaluate.tune.vocabularies import (
+    SIZES,
+    VocabularyOutcome,
+    best_vocabulary,
+    labelled_counts,
+    weigh_vocabularies,
+)
 from draftsmith.files import atomic_write, exclusive, sha256_file
 from draftsmith.foreign import visible
+from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
@@ -45,6 +54,27 @@ from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import paths_json, shape_text
 from draftsmith.ownership import check_unclaimed
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyOptions:
+    """Which draft vocabularies are weighed.
+
+    Args:
+        vocabularies: Sizes of smaller draft vocabularies; those that are not below the drafter's are left out.
+        frequencies: A hidden-state cache; its labelled tokens say which tokens are frequent. Default: the replies, each half judged by
+            the other one, which is too little text for large vocabularies.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    vocabularies: tuple[int, ...] = SIZES
+    frequencies: Path | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.vocabularies, default=1) < 1:
+            raise ValueError(f"vocabularies is {list(self.vocabularies)}; a draft vocabulary has at least 1 token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +139,7 @@ class RowsOptions:
 
 ONE_PROMPT = TimingOptions()
 USUAL_ROWS = RowsOptions()
+LARGE_VOCABULARIES = VocabularyOptions()
 FORTY_PROMPTS = PromptSelection(limit=40)
 
 
@@ -124,6 +155,7 @@ def tune(
     selection: Annotated[PromptSelection, FLAT] = FORTY_PROMPTS,
     timing: Annotated[TimingOptions, FLAT] = ONE_PROMPT,
     load: Annotated[RowsOptions, FLAT] = USUAL_ROWS,
+    vocabulary: Annotated[VocabularyOptions, FLAT] = LARGE_VOCABULARIES,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
@@ -146,6 +178,7 @@ def tune(
         selection: Which prompts; see `PromptSelection`.
         timing: How shapes are timed; see `TimingOptions`.
         load: For how many rows shapes are found; see `RowsOptions`.
+        vocabulary: Which draft vocabularies are weighed; see `VocabularyOptions`.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
 
@@ -174,12 +207,13 @@ def tune(
         | asdict(grid)
         | asdict(timing)
         | asdict(load)
+        | asdict(vocabulary)
         | asdict(selection)
         | asdict(where)
         | asdict(rendering)
     )
     with exclusive(out):
-        report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows)
+        report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary)
         if load.keep:
             report = replace(report, kept=keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)))
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
@@ -196,6 +230,7 @@ def _tuned(
     grid: Grid,
     timing: TimingOptions,
     rows: Sequence[int],
+    vocabulary: VocabularyOptions,
 ) -> TuneReport:
     """Records the replies, times every shape of the grid, and weighs them, also by rows; writes the static trees."""
     drafter = candidate.drafter
@@ -226,12 +261,33 @@ def _tuned(
     }
     files = _write_trees(out, static)
     outcomes = weigh(replies, dynamic, static, costs)
-    return TuneReport(target.name, candidate.name, setting, outcomes, costs, files, lookup, by_rows)
+    best = next(limits for limits in (*dynamic, *static) if shape_text(limits) == outcomes[0].shape)
+    weighed = _vocabularies(target, drafter, replies, best, costs, vocabulary)
+    return TuneReport(
+        target.name, candidate.name, setting, outcomes, costs, files, lookup, by_rows, vocabularies=weighed
+    )
 
 
 def is_folder_of_the_caller(word: str) -> bool:
     """Whether a drafter was named by its folder, not as an embedded model or by a hub id."""
     return Path(word.partition("=")[2] or word).is_dir()
+
+
+def _vocabularies(
+    target: Target,
+    drafter: Drafter,
+    replies: Sequence[Recorded],
+    limits: DraftLimits,
+    costs: Costs,
+    options: VocabularyOptions,
+) -> list[VocabularyOutcome]:
+    """The draft vocabularies with the fastest shape."""
+    counts_V = None
+    if options.frequencies is not None:
+        cache = HiddenStateCache(options.frequencies, check="off")
+        cache.check_target(target.fingerprint, vocab_size=drafter.config.vocab_size)
+        counts_V = labelled_counts(cache, drafter.config.vocab_size)
+    return weigh_vocabularies(replies, drafter.bound(target.ends), limits, costs, options.vocabularies, counts_V)
 
 
 def _timed_lookup(
@@ -253,6 +309,8 @@ def _print_fastest(report: TuneReport) -> None:
     print(f"\n{rows_table(report)}\n")
     if report.kept:
         print(visible(report.kept))
+    if len(report.vocabularies) > 1:
+        print(best_vocabulary(report.vocabularies))
     for line in slow_shapes(best.speedup, report.lookup):
         print(line)
 
