@@ -72,7 +72,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "embedded_lm": {"run"},
         "": {"run", "batches", "drafter", "drafter_callbacks", "draft_lm", "judge"},
     },
-    "evaluate": {"roofline": set(), "": {"roofline"}, "doctor": {""}, "tune": {""}, "lossy": {""}},
+    "evaluate": {"roofline": set(), "": {"roofline"}, "doctor": {""}, "tune": {"", "roofline"}, "lossy": {""}},
     "export": {"layouts": set(), "judge": set(), "": {"layouts"}},
     "embedded": {"": set()},
     "configs": {"": set()},
