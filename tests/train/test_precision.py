@@ -16,6 +16,7 @@ from draftsmith.cli import main
 from draftsmith.train import precision
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 from draftsmith.train.judge.module import JudgeModule
 from draftsmith.train.precision import RunPrecision, precision_for
 from draftsmith.train.run.schedule import adamw
@@ -179,3 +180,17 @@ def test_a_fused_optimiser_in_bf16_trains_with_clipped_gradients(
     trainer: pl.Trainer = make_trainer(tmp_path, precision="bf16-mixed", gradient_clip_val=1.0, max_steps=2)
     trainer.fit(make_module(target_dir), CacheDataModule(cache, val_fraction=0, tokens_per_batch=40))
     assert trainer.global_step == 2
+
+
+def test_validation_decodes_with_the_target_in_its_own_dtype_whatever_the_training_computes_in(
+    target_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    for trained_in in ("32-true", "bf16-mixed"):
+        validation = TreeDecodeValidation(2, 8, dtype="bfloat16")
+        trainer = make_trainer(tmp_path, precision=trained_in, max_steps=2, callbacks=[validation])
+        module = make_module(target_dir)
+        trainer.fit(module, CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=40))
+        assert validation.target is not None
+        assert validation.target.dtype == torch.bfloat16
+        assert {weight.dtype for weight in module.evaluated.parameters()} == {torch.float32}
+        assert trainer.callback_metrics["val/tokens_per_step"] >= 1.0
