@@ -51,6 +51,11 @@ class Contestant:
     stage_seconds: Mapping[str, float] | None = None
     stage_cycles: int = 0
 
+    @property
+    def one_shape(self) -> DraftLimits | None:
+        """What it drafts whatever the number of rows; None where that decides, or nothing is drafted."""
+        return self.limits if isinstance(self.limits, DraftLimits) else None
+
 
 def first_replies(runs: Sequence[Timed]) -> dict[int, Decoded]:
     """Sample number -> what was decoded in the first repeat."""
@@ -86,8 +91,7 @@ def make_row(
     other = track(runs[TRANSFORMERS]) if TRANSFORMERS in runs else None
     replies, plain = first_replies(runs[contestant.name]), all_replies(runs[PLAIN])
     share, divergences = compare(samples, plain, all_replies(runs[contestant.name]))
-    decoded, drafts = list(replies.values()), contestant.limits is not None
-    limits = contestant.limits if isinstance(contestant.limits, DraftLimits) else None
+    decoded, limits = list(replies.values()), contestant.one_shape
     steps, gain = tokens_per_step(decoded), speedup(own, base)
     common = shared(own, base)
     return Row(
@@ -122,7 +126,7 @@ def make_row(
         repeats=setting.repeats,
         tokens=sum(len(reply.token_ids) for reply in decoded),
         looping_share=len(looping_samples(replies, setting.eos_token_ids)) / len(replies),
-        acceptance_by_depth=acceptance_by_depth(decoded) if drafts else (),
+        acceptance_by_depth=() if contestant.limits is None else acceptance_by_depth(decoded),
         accepted_lengths=accepted_length_counts(decoded),
         stage_seconds=dict(contestant.stage_seconds or {}),
         stage_cycles=contestant.stage_cycles,

@@ -128,6 +128,9 @@ class PlannedDrafter(Drafter):
     def advance(self, state: HistoryState, emitted: Emitted) -> HistoryState:  # type: ignore[override]
         return _extended(state.texts, emitted)
 
+    def follow(self, state: HistoryState, cycle: Cycle, limits: DraftLimits) -> HistoryState:  # type: ignore[override]
+        return state
+
     def propose(self, state: HistoryState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
         target, manner, width, depth = self.plan
         noise_BML = torch.randint(0, VOCAB, (len(state.texts), width, depth), generator=self.generator)

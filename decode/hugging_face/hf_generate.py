@@ -250,7 +250,7 @@ def _folder(name: str, hub: Mapping[str, Any]) -> Path:
     """
     try:
         config, *_ = [cached_file(name, file, **hub) for file in (CONFIG, WEIGHTS, SETTINGS)]
-        # Most folders hold none.
+        # Few folders hold this one; of the hub it comes into the same folder.
         cached_file(
             name,
             SHAPES_FILE,

@@ -81,7 +81,7 @@ class Costs:
         whole: what was timed as it is: chains and static trees.
         draft: (width, depth) of dynamic trees -> seconds of drafting.
         check: number of drafted nodes -> seconds of everything else, for dynamic trees.
-        follow: seconds of a step that drafts nothing while the drafter keeps up with the text, as between other shapes.
+        follow: seconds of a step that drafts nothing while the drafter keeps up with the text: a plain step, and what the drafter takes.
     """
 
     plain: float
@@ -173,7 +173,7 @@ def time_cycles(
         whole=_rising_whole(plan.whole, timed),
         draft=draft,
         check=dict(zip(nodes, rising([timed[plan.check[count]].check for count in nodes]), strict=True)),
-        follow=timed[follow].cycle,
+        follow=timed[None].cycle + timed[follow].draft,
     )
 
 

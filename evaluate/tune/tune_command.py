@@ -17,7 +17,7 @@ from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GREEDY, DrawOptions, settings_of
-from draftsmith.evaluate.drafters import parse_entries
+from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.evaluate_command import load_candidates
 from draftsmith.evaluate.measure import LOOKUP_TOKENS, Candidate
 from draftsmith.evaluate.records import Sample
@@ -163,8 +163,7 @@ def tune(
 
     The prompts are decoded once, and behind every token the drafter drafts the widest trees. That record shows what any chain, dynamic
     tree or static tree would have emitted a step; timed single cycles show what each would cost. Writes tune.md, tune.json, tune.png,
-    and the best static trees as static-NODES.json for `tree:FILE.json`. The fastest shape for each number of rows, down to no draft, is
-    kept as shapes_by_rows.json in the drafter's folder.
+    the best static trees as static-NODES.json for `tree:FILE.json`, and shapes_by_rows.json into the drafter's folder.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
@@ -186,12 +185,8 @@ def tune(
         ValueError: the drafter's word names shapes, files or settings do not belong together, or a folder would be overwritten.
     """
     check_unclaimed(out, ("tune.md", "tune.json", "tune.png"))
-    grid = Grid(
-        tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
-    )
-    if "@" in drafter:
-        raise ValueError(f"drafter {drafter!r} names shapes, which tune is to find; leave out what follows the @")
-    [entry] = parse_entries([drafter], ["1x1"])
+    grid = _grid(widths, depths, nodes)
+    entry = _entry(drafter)
     where = where.resolved(target)
     tokenizer = where.tokenizer(target)
     samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
@@ -202,16 +197,8 @@ def tune(
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}
-    config = (
-        asdict(settings)
-        | asdict(grid)
-        | asdict(timing)
-        | asdict(load)
-        | asdict(vocabulary)
-        | asdict(selection)
-        | asdict(where)
-        | asdict(rendering)
-    )
+    options = (settings, grid, timing, load, vocabulary, selection, where, rendering)
+    config = {name: value for each in options for name, value in asdict(each).items()}
     with exclusive(out):
         report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary)
         if load.keep:
@@ -219,6 +206,24 @@ def tune(
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
     _print_fastest(report)
     print(f"report: {out / 'tune.md'}")
+
+
+def _grid(widths: list[int] | None, depths: list[int] | None, nodes: list[int] | None) -> Grid:
+    return Grid(
+        tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
+    )
+
+
+def _entry(drafter: str) -> Entry:
+    """The one drafter.
+
+    Raises:
+        ValueError: shapes are named too.
+    """
+    if "@" in drafter:
+        raise ValueError(f"drafter {drafter!r} names shapes, which tune is to find; leave out what follows the @")
+    [entry] = parse_entries([drafter], ["1x1"])
+    return entry
 
 
 def _tuned(
