@@ -92,8 +92,7 @@ def make_row(
     replies, plain = first_replies(runs[contestant.name]), all_replies(runs[PLAIN])
     share, divergences = compare(samples, plain, all_replies(runs[contestant.name]))
     decoded, limits = list(replies.values()), contestant.one_shape
-    steps, gain = tokens_per_step(decoded), speedup(own, base)
-    common = shared(own, base)
+    steps, gain, common = tokens_per_step(decoded), speedup(own, base), shared(own, base)
     return Row(
         target=setting.target_name,
         drafter=contestant.drafter,

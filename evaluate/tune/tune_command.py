@@ -204,8 +204,7 @@ def tune(
         if load.keep:
             report = replace(report, kept=keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)))
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
-    _print_fastest(report)
-    print(f"report: {out / 'tune.md'}")
+    _print_fastest(report, out / "tune.md")
 
 
 def _grid(widths: list[int] | None, depths: list[int] | None, nodes: list[int] | None) -> Grid:
@@ -305,7 +304,7 @@ def _timed_lookup(
         return lookup_speedup(target, samples, settings, num_tokens, advance)
 
 
-def _print_fastest(report: TuneReport) -> None:
+def _print_fastest(report: TuneReport, page: Path) -> None:
     print(outcome_table(report, best_of_each(report.outcomes)))
     best = report.best
     print(
@@ -318,6 +317,7 @@ def _print_fastest(report: TuneReport) -> None:
         print(best_vocabulary(report.vocabularies))
     for line in slow_shapes(best.speedup, report.lookup):
         print(line)
+    print(f"report: {page}")
 
 
 def typical_text(replies: Sequence[Recorded], longest: int | None, room: int = 32) -> tuple[int, ...]:
