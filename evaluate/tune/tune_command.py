@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
@@ -195,14 +195,12 @@ def tune(
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     grid = grid.no_deeper_than(candidate.drafter.max_draft_steps)
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
-    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    inputs = {str(file): sha256_file(file), target: model.fingerprint, str(entry.path): candidate.fingerprint}
-    options = (settings, grid, timing, load, vocabulary, selection, where, rendering)
-    config = {name: value for each in options for name, value in asdict(each).items()}
+    inputs = _prompts_file(prompts) | {target: model.fingerprint, str(entry.path): candidate.fingerprint}
+    config = _fields(settings, grid, timing, load, vocabulary, selection, where, rendering)
     with exclusive(out):
         report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary)
-        if load.keep:
-            report = replace(report, kept=keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)))
+        kept = keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)) if load.keep else ""
+        report = replace(report, kept=kept)
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
     _print_fastest(report, out / "tune.md")
 
@@ -211,6 +209,16 @@ def _grid(widths: list[int] | None, depths: list[int] | None, nodes: list[int] |
     return Grid(
         tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
     )
+
+
+def _prompts_file(prompts: Path) -> dict[str, str]:
+    """The file that prompts are read from, with its fingerprint."""
+    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    return {str(file): sha256_file(file)}
+
+
+def _fields(*options: Any) -> dict[str, Any]:
+    return {name: value for each in options for name, value in asdict(each).items()}
 
 
 def _entry(drafter: str) -> Entry:
