@@ -148,7 +148,7 @@ class BundledEngine:
     Args:
         target: the model that replies.
         drafter: the folder of a trained drafter.
-        limits: how much it drafts.
+        limits: how much it drafts; by default as :class:`Engine` has it.
         tokenizer: the target's.
         trust_remote_code: whether Python files that come with a draft LM may run.
 

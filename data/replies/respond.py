@@ -70,7 +70,7 @@ def respond(
         batches: How many prompts are answered together; see `BatchOptions`.
         share: Which part of the prompts this process answers; see `ShareOptions`.
         drafter: A trained drafter that makes this faster; the replies stay the same.
-        limits: How much the drafter drafts.
+        limits: How much the drafter drafts. Default: what `draftsmith tune` kept in its folder, else 1x4.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
         engine: What generates: the bundled decoder, vLLM in this process, or a server that gives back token ids.

@@ -11,6 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 
-Timed = DraftLimits | ShapesByRows | None
+Timed: TypeAlias = DraftLimits | ShapesByRows | None
+"""What an engine that is timed drafts; None is plain decoding."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from doubles import random_target
 
+from draftsmith.data.replies.reply_sources import BundledEngine
 from draftsmith.decode import Engine
 from draftsmith.decode.decode_command import decode
 from draftsmith.decode.sampling import DrawOptions
@@ -140,6 +141,7 @@ def test_what_tune_keeps_is_drafted_by_whoever_asks_for_nothing_else(
     [other] = load_candidates(parse_entries([f"mine={folder}@1x3"], None), model, "")
     assert other.limits == DraftLimits(draft_length=3)
     assert Engine(model, load_drafter(folder)).shapes == candidate.limits
+    assert BundledEngine(model, folder)._engine.shapes == candidate.limits
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_report_and_says_so(
