@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import provenance
+from draftsmith.data.benchmark_fields import benchmark_fields
 from draftsmith.data.formats import (
     Conversation,
     Format,
@@ -34,6 +35,8 @@ from draftsmith.ownership import check_replaceable
 SPLITS = ("train", "validation", "test")
 PROMPT_FILE = "prompts.jsonl"
 STAGE = "draftsmith data prompts"
+DOCUMENT_PREFIX = 8
+"""Words of a document that are its prompt, unless somebody asks for another number."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Prompt:
             own replies are compared with.
         text: of a base model's prompt, a whole document.
         prefix_words: how many of the document's first words are the prompt.
+        category: of a benchmark's prompt, by which reports are split; None elsewhere.
+        sub_category: a part of the category, if the benchmark names one.
+        difficulty: if the benchmark names one.
         place: where it was read (`FILE:LINE`), for messages; it is no part of the prompt.
     """
 
@@ -59,6 +65,9 @@ class Prompt:
     reference: tuple[str, ...] = ()
     text: str | None = None
     prefix_words: int | None = None
+    category: str | None = None
+    sub_category: str | None = None
+    difficulty: str | None = None
     place: str = field(default="", compare=False)
 
     def fields(self) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def prompts(
     test: float = 0.05,
     seed: int = 0,
     limit: int | None = None,
-    prefix_words: int = 8,
+    prefix_words: int = DOCUMENT_PREFIX,
     hub_config: str | None = None,
     hub_split: str = "train",
 ) -> None:
@@ -231,6 +240,33 @@ def read_prompts(path: Path, split: str | None = None, dropped: list[Dropped] | 
     return chosen
 
 
+def read_question_set(path: Path, split: str | None = None, dropped: list[Dropped] | None = None) -> list[Prompt]:
+    """Read a public prompt set as it is, such as a file of Spec-Bench or SPEED-Bench; `prompts` would make the same prompts of it.
+
+    Args:
+        path: a JSONL, JSON or Parquet file.
+        split: keep only the rows whose own split this is; a row without one is in `test`.
+        dropped: takes the record of each row that is no prompt. None: they are counted on standard error.
+
+    Returns:
+        The prompts, in the order of the file.
+
+    Raises:
+        ValueError: the file cannot be read, no row is a prompt, or the split holds none.
+    """
+    read = _ReadPrompts("auto", dropped=[] if dropped is None else dropped)
+    for place, row in read_rows(str(path), dropped=read.dropped):
+        read.add(place, row, str(path), _given_split(row) or "test", DOCUMENT_PREFIX)
+    if not read.prompts:
+        raise ValueError(f"no usable prompt in {path}: {summary(read.dropped)}")
+    if dropped is None:
+        say_dropped(read.dropped)
+    chosen = [prompt for prompt in read.prompts if split is None or prompt.split == split]
+    if not chosen:
+        raise ValueError(f"{path} has no prompt in split {split!r}; it has {_split_counts(read.prompts)}")
+    return chosen
+
+
 def _add_new(prompt: Prompt, by_id: dict[str, Prompt]) -> None:
     """Add a prompt to those read so far.
 
@@ -289,6 +325,7 @@ def _parse(place: str, row: Row) -> Prompt:
         text=conversation.text,
         prefix_words=prefix_words,
         place=place,
+        **benchmark_fields(row),
     )
 
 
@@ -300,7 +337,7 @@ def _prompt(conversation: Conversation, row: Row, source: str, split: str, prefi
     digest = hashlib.sha256(_normalised(conversation).encode()).hexdigest()[:16]
     words = prefix_words if conversation.text is not None else None
     given = (f"{name}-{digest}", conversation.messages, split, label, conversation.reference)
-    return Prompt(*given, text=conversation.text, prefix_words=words)
+    return Prompt(*given, text=conversation.text, prefix_words=words, **benchmark_fields(row))
 
 
 def _normalised(conversation: Conversation) -> str:

@@ -103,7 +103,7 @@ def _draw_cycles(axes: Axes, rooflines: Sequence[Roofline], names: list[str]) ->
     axes.set_yticks(list(places), names)
     axes.invert_yaxis()
     axes.set_xlabel("ms a cycle", fontsize=9, color=SOFT)
-    _plain_axes(axes, "How long a cycle takes at least (above) and how long it took (below)", "x")
+    plain_axes(axes, "How long a cycle takes at least (above) and how long it took (below)", "x")
     axes.tick_params(axis="y", labelcolor=INK)
 
 
@@ -132,7 +132,14 @@ def _looks(rows: Sequence[Row]) -> list[Look]:
     return [look(row) if row.acceptance_by_depth else Look("#9ca3af") for row in rows]
 
 
-def _plain_axes(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:
+def plain_axes(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:
+    """A title, a grid along one axis, and no frame.
+
+    Args:
+        axes: to be changed.
+        title: above them.
+        grid: the axis whose values the lines mark.
+    """
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -161,7 +168,7 @@ def _draw_gains(axes: Axes, rows: Sequence[Row], names: list[str], colours: list
     axes.axvline(1.0, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(list(places), names)
     axes.invert_yaxis()
-    _plain_axes(axes, "Speed-up over plain decoding (bar) and tokens per step (diamond)", "x")
+    plain_axes(axes, "Speed-up over plain decoding (bar) and tokens per step (diamond)", "x")
     axes.tick_params(axis="y", labelcolor=INK)
 
 
@@ -191,5 +198,5 @@ def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[
     axes.set_xlim(0.8, deepest + 0.2)
     axes.set_ylim(0, 102)
     axes.set_xlabel("draft depth", fontsize=9, color=SOFT)
-    _plain_axes(axes, "Accepted, % of drafts whose parent was", "y")
+    plain_axes(axes, "Accepted, % of drafts whose parent was", "y")
     axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="lower left")

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from draftsmith.decode import Engine, Generation, GenerationSettings
-from draftsmith.evaluate.records import Decoded, Sample
+from draftsmith.evaluate.records import Sample
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.models.target.target import Target
 
 

@@ -24,10 +24,12 @@ from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, measure
 from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.report import (
+    CHARTS,
     REPORTS,
-    ROOFLINE_CHART,
     labelled_rooflines,
     main_table,
+    named_bins,
+    named_categories,
     write_report,
     write_scalars,
 )
@@ -36,6 +38,7 @@ from draftsmith.evaluate.roofline.memory_speed import memory_speed
 from draftsmith.evaluate.roofline.words import roofline_text
 from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_drafters
+from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.foreign import visible
 from draftsmith.models.drafters.drafter_folder import load_drafter
@@ -89,7 +92,7 @@ def evaluate(
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
     """
-    check_unclaimed(out, (*REPORTS, ROOFLINE_CHART))
+    check_unclaimed(out, (*REPORTS, *CHARTS))
     check_replaceable(out / TENSORBOARD, STAGE)
     settings = settings_of(reply, filters)
     entries = parse_entries(drafters or [], shapes)
@@ -213,6 +216,5 @@ def _write(out: Path, rows: Sequence[Row], made_by: dict) -> None:
         write_scalars(folder, rows)
         provenance.write(folder, made_by)
     provenance.write(out, made_by)
-    write_report(
-        out, made_by["command"], made_by["machine"], made_by["versions"], rows, draw(rows), draw_rooflines(rows)
-    )
+    charts = draw(rows), draw_rooflines(rows), draw_categories(named_categories(rows)), draw_contexts(named_bins(rows))
+    write_report(out, made_by["command"], made_by["machine"], made_by["versions"], rows, *charts)

@@ -7,45 +7,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from draftsmith.evaluate.roofline.roofline import Roofline
+from draftsmith.evaluate.strata.categories import Category
+from draftsmith.evaluate.strata.contexts import ContextBin
+from draftsmith.evaluate.strata.decoded import Decoded, DepthAcceptance
 from draftsmith.models.tree.shapes import short_shape
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt as token ids, ready to decode. `source` is the category that results are split by."""
+    """One prompt as token ids, ready to decode.
+
+    Attributes:
+        id: the prompt's own; that of a later turn of a conversation ends in `/2`, `/3`, and so on.
+        source: the data set.
+        prompt_ids: what the target reads.
+        category: as the prompt file names it; None where it names none.
+        sub_category: a part of the category; None where the file names none.
+        difficulty: as the prompt file names it; None where it names none.
+        turn: the reply's place in its conversation, from 1.
+    """
 
     id: str
     source: str
     prompt_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What one contender emitted for one prompt.
-
-    Attributes:
-        token_ids: the reply, EOS included when it was produced.
-        accepted: accepted draft tokens of each decode cycle. The prefill emits the first token outside of any cycle.
-        drafted: depth of the draft tree of each cycle; empty when the contender does not say.
-        prefill_tokens: tokens that came with the prompt's own forward; more than one only where a prefill drafts.
-        cycles_before: cycles that the rows of its call had run when the prompt took one; 0 when the contender does not say.
-    """
-
-    token_ids: tuple[int, ...]
-    accepted: tuple[int, ...]
-    drafted: tuple[int, ...] = ()
-    prefill_tokens: int = 1
-    cycles_before: int = 0
-
-    @property
-    def stepped_tokens(self) -> int:
-        """Tokens emitted by decode cycles, i.e. all but the prefill's."""
-        return max(len(self.token_ids) - self.prefill_tokens, 0)
-
-    @property
-    def cycles(self) -> int:
-        """Target forwards after the prefill."""
-        return len(self.accepted)
+    category: str | None = None
+    sub_category: str | None = None
+    difficulty: str | None = None
+    turn: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,25 +49,6 @@ class Timed:
 
 Place = tuple[int, int]  # of a round: repeat and batch
 Round = Mapping[str, Timed]  # one batch, decoded by every contender (by name) that takes part
-
-
-@dataclass(frozen=True)
-class DepthAcceptance:
-    """Acceptance at one draft depth.
-
-    Attributes:
-        depth: 1 is the first drafted token after the root.
-        reached: cycles whose previous depth was accepted and that drafted this deep.
-        accepted: cycles that accepted this depth.
-        conditional: accepted / reached.
-        marginal: accepted / all cycles.
-    """
-
-    depth: int
-    reached: int
-    accepted: int
-    conditional: float
-    marginal: float
 
 
 @dataclass(frozen=True)
@@ -99,7 +68,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Slice:
-    """The same measures over part of the prompts: one source, or looping and other replies apart."""
+    """The same measures over part of the prompts, such as one source, one turn, or looping and other replies apart."""
 
     by: str
     value: str
@@ -120,6 +89,9 @@ class Row:
     `roofline` compares its cycles with what memory allows; None for contenders that have no ledger, and in reports of earlier versions.
     `busy_rows` is the share of an engine's rows in which a prompt was decoded, over all cycles; None where prompts are decoded one at a
     time, or by Transformers.
+
+    `by_category` has an entry for each category, where the prompts have categories, and `by_context` one for each length of the context;
+    reports of earlier versions lack both.
 
     `shape` is what the command line reads, or several with their numbers of rows; empty where nothing is drafted. `beam_width` is None also
     for static and sampled trees, and it and the numbers behind it for several shapes.
@@ -164,6 +136,8 @@ class Row:
     divergences: tuple[Divergence, ...] = ()
     roofline: Roofline | None = None
     busy_rows: float | None = None
+    by_category: tuple[Category, ...] = ()
+    by_context: tuple[ContextBin, ...] = ()
 
     @property
     def is_sampled(self) -> bool:

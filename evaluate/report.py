@@ -13,12 +13,25 @@ from draftsmith.evaluate.records import Row, Slice
 from draftsmith.evaluate.roofline.words import MEANING as ROOFLINE_MEANING
 from draftsmith.evaluate.roofline.words import NamedRoofline, roofline_text
 from draftsmith.evaluate.slow_drafters import slow_drafters
+from draftsmith.evaluate.strata.words import (
+    NamedBins,
+    NamedCategories,
+    category_text,
+    context_text,
+    depth_cells,
+    ranged,
+)
 from draftsmith.files import atomic_write
 from draftsmith.foreign import block, code, plain
 from draftsmith.outside import parse_json
 
 REPORTS = ("report.md", "report.json", "report.png")
 ROOFLINE_CHART = "roofline.png"
+CATEGORY_CHART = "categories.png"
+CONTEXT_CHART = "contexts.png"
+
+CHARTS = (REPORTS[2], ROOFLINE_CHART, CATEGORY_CHART, CONTEXT_CHART)
+"""Every picture that a report may have."""
 HEADER = "| drafter | T | tokens per step (95 %) | speed-up (95 %) | tokens/s | identical | looping |"
 MEANING = """\
 - *Tokens per step*: emitted tokens per target forward after the prefill, pooled over prompts, the bonus token counted.
@@ -71,8 +84,10 @@ def to_markdown(
     rows: Sequence[Row],
     chart: str | None = None,
     roofline_chart: str | None = None,
+    category_chart: str | None = None,
+    context_chart: str | None = None,
 ) -> str:
-    """The text of report.md: table, what its words mean, parts of the prompts, acceptance by depth, where time went."""
+    """The text of report.md: table, what its words mean, categories, parts of the prompts, acceptance, where time went."""
     first = rows[0]
     runs = f"{first.repeats} timed run{'s' if first.repeats > 1 else ''} a prompt"
     setting = (
@@ -90,7 +105,8 @@ def to_markdown(
     ]
     if chart:
         parts.append(f"![Speed-up, tokens per step and acceptance by depth]({chart})")
-    parts += [MEANING.rstrip(), _slice_table(rows), _depth_table(rows), _stage_table(rows)]
+    parts += [MEANING.rstrip(), _category_part(rows, category_chart), _slice_table(rows), _depth_table(rows)]
+    parts += [_context_part(rows, context_chart), _stage_table(rows)]
     parts += [_roofline_part(rows, roofline_chart), _divergence_list(rows)]
     parts.append(_made_by(command, machine, versions))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -100,8 +116,8 @@ def main_table(rows: Sequence[Row]) -> str:
     """The table of all rows, in Markdown."""
     lines = [HEADER, "|---|---|---|---|---|---|---|"]
     for row in rows:
-        steps = _ranged(row.tokens_per_step, row.tokens_per_step_interval)
-        speedup = _ranged(row.speedup, row.speedup_interval) + (" (suspicious)" if row.suspicious else "")
+        steps = ranged(row.tokens_per_step, row.tokens_per_step_interval)
+        speedup = ranged(row.speedup, row.speedup_interval) + (" (suspicious)" if row.suspicious else "")
         lines.append(
             f"| {plain(row.label)} | {row.temperature:g} | {steps} | {speedup} | {row.tokens_per_second:.0f} "
             f"| {'in distribution' if row.is_sampled else _percent(row.exact_share)} | {_percent(row.looping_share)} |"
@@ -157,7 +173,7 @@ def _slice_table(rows: Sequence[Row]) -> str:
 
 
 def _slice_line(row: Row, part: Slice) -> str:
-    steps = _ranged(part.tokens_per_step, part.tokens_per_step_interval)
+    steps = ranged(part.tokens_per_step, part.tokens_per_step_interval)
     speedup = "-" if part.speedup is None else f"{part.speedup:.2f}"
     name = plain(f"{part.by}: {part.value}")
     return (
@@ -175,10 +191,8 @@ def _depth_table(rows: Sequence[Row]) -> str:
         "|---" * (deepest + 2) + "|",
     ]
     for row in with_depths:
-        cells = [f"{level.conditional:.2f} / {level.marginal:.2f}" for level in row.acceptance_by_depth]
-        lines.append(
-            f"| {plain(row.label)} | {row.temperature:g} | " + " | ".join(cells + ["-"] * (deepest - len(cells))) + " |"
-        )
+        cells = depth_cells(row.acceptance_by_depth, deepest)
+        lines.append(f"| {plain(row.label)} | {row.temperature:g} | " + " | ".join(cells) + " |")
     return "## Acceptance by depth\n\nConditional (given the depth before was accepted) / marginal.\n\n" + "\n".join(
         lines
     )
@@ -200,6 +214,36 @@ def _stage_table(rows: Sequence[Row]) -> str:
 def labelled_rooflines(rows: Sequence[Row]) -> list[NamedRoofline]:
     """The rooflines of the rows that have one."""
     return [NamedRoofline(row.label, row.temperature, row.roofline) for row in rows if row.roofline is not None]
+
+
+def row_names(rows: Sequence[Row]) -> list[str]:
+    """The label of each row, with its temperature where the rows have several."""
+    several = len({row.temperature for row in rows}) > 1
+    return [f"{row.label} T={row.temperature:g}" if several else row.label for row in rows]
+
+
+def named_categories(rows: Sequence[Row]) -> list[NamedCategories]:
+    """The categories of each row but plain decoding's, which is the baseline."""
+    named = zip(row_names(rows), rows, strict=True)
+    return [(name, row.by_category) for name, row in named if row.by_category and row.drafter != "plain"]
+
+
+def named_bins(rows: Sequence[Row]) -> list[NamedBins]:
+    """The bins of the context of each row but plain decoding's, which has one token per step in all of them."""
+    named = zip(row_names(rows), rows, strict=True)
+    return [(name, row.by_context) for name, row in named if row.by_context and row.drafter != "plain"]
+
+
+def _category_part(rows: Sequence[Row], chart: str | None) -> str:
+    text = category_text(named_categories(rows))
+    picture = f"\n\n![Tokens per step and speed-up by category]({chart})" if chart else ""
+    return f"## By category\n\n{text}{picture}" if text else ""
+
+
+def _context_part(rows: Sequence[Row], chart: str | None) -> str:
+    text = context_text(named_bins(rows))
+    picture = f"\n\n![Tokens per step by length of the context]({chart})" if chart else ""
+    return f"## By length of the context\n\n{text}{picture}" if text else ""
 
 
 def _roofline_part(rows: Sequence[Row], chart: str | None) -> str:
@@ -224,12 +268,6 @@ def _made_by(command: str, machine: dict, versions: dict) -> str:
     facts = [f"- {plain(key)}: {plain(value)}" for key, value in machine.items() if value not in (None, "", [])]
     facts += [f"- {plain(key)} {plain(value)}" for key, value in versions.items() if value]
     return f"## How it was made\n\n{block(command, 'sh')}\n\n" + "\n".join(facts)
-
-
-def _ranged(value: float | None, interval: tuple[float, float] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
 
 
 def _percent(share: float) -> str:
@@ -270,12 +308,19 @@ def write_report(
     rows: Sequence[Row],
     chart: bytes | None = None,
     roofline_chart: bytes | None = None,
+    category_chart: bytes | None = None,
+    context_chart: bytes | None = None,
 ) -> None:
-    """Write report.json, report.md and, where given, the charts into `out`; the JSON last, so it means all is there."""
+    """Write report.json, report.md and, where given, the charts into `out`; the JSON last, so it means all is there.
+
+    A chart that an earlier report had and this one lacks is deleted.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {"report.png": chart, ROOFLINE_CHART: roofline_chart}
+    pictures = dict(zip(CHARTS, (chart, roofline_chart, category_chart, context_chart), strict=True))
     for name, picture in pictures.items():
-        if picture is not None:
+        if picture is None:
+            (out / name).unlink(missing_ok=True)
+        else:
             atomic_write(out / name, picture)
     shown = [name if picture else None for name, picture in pictures.items()]
     atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, *shown))

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from draftsmith.decode.batch import busy_share
-from draftsmith.evaluate.acceptance import (
+from draftsmith.evaluate.exactness import compare, with_gaps
+from draftsmith.evaluate.records import Divergence, Row, Sample, Slice, Timed
+from draftsmith.evaluate.speed import Track, is_suspicious, shared, speedup, speedup_interval, speedup_median, track
+from draftsmith.evaluate.strata.acceptance import (
     acceptance_by_depth,
     accepted_length_counts,
     is_looping,
     tokens_per_step,
     tokens_per_step_interval,
 )
-from draftsmith.evaluate.exactness import compare, with_gaps
-from draftsmith.evaluate.records import Decoded, Divergence, Row, Sample, Slice, Timed
-from draftsmith.evaluate.speed import Track, is_suspicious, shared, speedup, speedup_interval, speedup_median, track
+from draftsmith.evaluate.strata.categories import Category, prompts_by_category
+from draftsmith.evaluate.strata.contexts import by_context
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows, limits_text
@@ -132,6 +135,8 @@ def make_row(
         slices=_slices(replies, samples, own, base, setting),
         divergences=_explained(divergences, samples, plain, setting, target),
         busy_rows=_busy_rows(contestant, runs[contestant.name], setting),
+        by_category=_by_category(contestant, replies, samples, own, base, setting),
+        by_context=by_context(((len(samples[n].prompt_ids), reply) for n, reply in replies.items()), setting.seed),
     )
 
 
@@ -174,12 +179,12 @@ def _transformers_share(
 def _slices(
     replies: Mapping[int, Decoded], samples: Sequence[Sample], own: Track, base: Track, setting: Setting
 ) -> tuple[Slice, ...]:
-    """By source, and looping replies apart from the others; a split that leaves one part empty is left out."""
+    """By source, turn and the labels of a benchmark, and looping replies apart from the others; a split into one part is left out."""
     loops = looping_samples(replies, setting.eos_token_ids)
     groups: dict[tuple[str, str], list[int]] = {}
     for number in sorted(replies):
-        groups.setdefault(("source", samples[number].source), []).append(number)
-        groups.setdefault(("looping", "yes" if number in loops else "no"), []).append(number)
+        for by, value in _parts_of(samples[number], number in loops).items():
+            groups.setdefault((by, value), []).append(number)
     parts = []
     for (by, value), numbers in groups.items():
         if len(numbers) < len(replies):
@@ -190,3 +195,38 @@ def _slices(
             interval = tokens_per_step_interval(decoded, setting.seed)
             parts.append(Slice(by, value, len(numbers), tokens, tokens_per_step(decoded), interval, gain))
     return tuple(sorted(parts, key=lambda part: (part.by, part.value)))
+
+
+def _parts_of(sample: Sample, looping: bool) -> dict[str, str]:
+    """The parts of the prompts that a sample belongs to. Its category, with which a source may end, has tables of its own."""
+    source = sample.source.removesuffix(f"/{sample.category}")
+    labels = {"sub-category": sample.sub_category, "difficulty": sample.difficulty}
+    parts = {by: value for by, value in labels.items() if value is not None}
+    return {"source": source, "turn": str(sample.turn), "looping": "yes" if looping else "no"} | parts
+
+
+def _by_category(
+    contestant: Contestant,
+    replies: Mapping[int, Decoded],
+    samples: Sequence[Sample],
+    own: Track,
+    base: Track,
+    setting: Setting,
+) -> tuple[Category, ...]:
+    """The measures of each category; none where no prompt has one."""
+    parts = []
+    for category, numbers in prompts_by_category({number: samples[number].category for number in replies}).items():
+        decoded = [replies[number] for number in numbers]
+        alone = setting.batch_size == 1  # else seconds belong to a batch of mixed prompts
+        part = Category(
+            category=category,
+            prompts=len(numbers),
+            tokens=sum(len(reply.token_ids) for reply in decoded),
+            tokens_per_step=tokens_per_step(decoded),
+            tokens_per_step_interval=tokens_per_step_interval(decoded, setting.seed),
+            speedup=speedup(own, base, numbers) if alone else None,
+            speedup_interval=speedup_interval(own, base, setting.seed, numbers) if alone else None,
+            acceptance_by_depth=() if contestant.limits is None else acceptance_by_depth(decoded),
+        )
+        parts.append(part)
+    return tuple(parts)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.decode import Ledger
-from draftsmith.evaluate.records import Decoded, Place, Round, Timed
+from draftsmith.evaluate.records import Place, Round, Timed
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.files import JsonlAppender, atomic_write
 from draftsmith.foreign import json_text
 from draftsmith.ownership import check_begun

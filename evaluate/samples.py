@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.benchmark_fields import benchmark_fields
 from draftsmith.data.corpus import token_ids
 from draftsmith.data.formats import row_id
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
-from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, say_dropped
+from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, read_question_set, say_dropped
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
@@ -58,7 +59,7 @@ def read_samples(
     eos_ids: Iterable[int] = (),
     options: TemplateOptions = NO_OPTIONS,
 ) -> list[Sample]:
-    """Prompts of a file that `draftsmith data prompts` wrote, or of JSONL rows that carry `prompt_ids` themselves.
+    """Prompts of a file that `draftsmith data prompts` wrote, of a benchmark's own file, or of JSONL rows that carry `prompt_ids`.
 
     A prompt is what `draftsmith data respond` asks. Rows with ids are taken as they are: what the target read when it made its
     replies. Rows that are no prompt, and those that the template fails on, are left out and counted on standard error.
@@ -77,8 +78,9 @@ def read_samples(
     """
     file = path / PROMPT_FILE if path.is_dir() else path
     dropped: list[Dropped] = []
-    kinds = (_has_ids(row) for _, row in read_jsonl(file, []))
-    if next((kind for kind in kinds if kind is not None), False):
+    kinds = () if file.suffix == ".parquet" else (_has_ids(row) for _, row in read_jsonl(file, []))
+    kind = next((kind for kind in kinds if kind is not None), None)
+    if kind:
         if options != NO_OPTIONS:
             raise ValueError(
                 f"{file} has token ids, which no template renders; leave template_name and template_args out"
@@ -86,7 +88,8 @@ def read_samples(
         rows = read_jsonl(file, dropped)
         converted = (_or_dropped(_from_ids, (line, row), f"{file}:{line}", dropped) for line, row in rows)
     else:
-        prompts = read_prompts(file, split, dropped)[:limit]
+        is_benchmark = kind is None and _is_benchmark(file)
+        prompts = (read_question_set if is_benchmark else read_prompts)(file, split, dropped)[:limit]
         chat = chat_for(prompts, tokenizer, template, eos_ids, options)
         converted = (_or_dropped(_from_prompt, (prompt, chat), prompt.place, dropped) for prompt in prompts)
     samples = [sample for sample in converted if sample is not None]
@@ -113,13 +116,19 @@ def _has_ids(row: Mapping[str, Any]) -> bool | None:
     return False if row.get("messages") or row.get("text") else None
 
 
+def _is_benchmark(file: Path) -> bool:
+    """Whether a file has rows of the user's `turns`, and none that this project writes; Parquet files are a public set's."""
+    return file.suffix == ".parquet" or any(row.get("turns") for _, row in read_jsonl(file, []))
+
+
 def _asked(row: Mapping[str, Any]) -> Mapping[str, Any]:
     turns = row.get("turns")
     return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else row
 
 
 def _from_prompt(prompt: Prompt, chat: ChatTemplate) -> Sample:
-    return Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat)))
+    labels = prompt.category, prompt.sub_category, prompt.difficulty
+    return Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat)), *labels)
 
 
 def _from_ids(line: int, row: Mapping[str, Any]) -> Sample:
@@ -127,7 +136,7 @@ def _from_ids(line: int, row: Mapping[str, Any]) -> Sample:
     if not ids:
         raise UnusableRow("prompt_ids is empty")
     source = next((row[name] for name in ("source", "kind") if isinstance(row.get(name), str)), "prompts")
-    return Sample(row_id(row, f"line-{line}"), source, tuple(ids))
+    return Sample(row_id(row, f"line-{line}"), source, tuple(ids), **benchmark_fields(row))
 
 
 def readable_by(target: Target, samples: list[Sample]) -> list[Sample]:

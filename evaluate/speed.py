@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from draftsmith.evaluate.acceptance import bootstrap_interval
 from draftsmith.evaluate.contenders import Contender
 from draftsmith.evaluate.records import Place, Round, Sample, Timed
+from draftsmith.evaluate.strata.acceptance import bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ def speedup_median(fast: Track, base: Track) -> float:
     return statistics.median(fast.rate([batch]) / base.rate([batch]) for batch in shared(fast, base))
 
 
-def speedup_interval(fast: Track, base: Track, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the pooled speed-up over batches."""
-    columns = [
-        [fast.tokens[batch], fast.seconds[batch], base.tokens[batch], base.seconds[batch]]
-        for batch in shared(fast, base)
-    ]
+def speedup_interval(
+    fast: Track, base: Track, seed: int = 0, batches: Sequence[int] | None = None
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the pooled speed-up over batches: those that both decoded, or the given ones."""
+    common = shared(fast, base) if batches is None else batches
+    columns = [[fast.tokens[batch], fast.seconds[batch], base.tokens[batch], base.seconds[batch]] for batch in common]
 
     def ratio_of_rates(sums: np.ndarray) -> np.ndarray:
         return (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])

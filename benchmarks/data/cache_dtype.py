@@ -31,7 +31,7 @@ from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.shards.packing import packed_batches
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.evaluate.acceptance import bootstrap_interval, ratio_interval
+from draftsmith.evaluate.strata.acceptance import bootstrap_interval, ratio_interval
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.target.target import PRE_NORM, Target

@@ -32,7 +32,7 @@ from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.embedded.problems import Problem, distinct_problems
 from draftsmith.embedded.sums import check, write_prompts
-from draftsmith.evaluate.acceptance import ratio_interval
+from draftsmith.evaluate.strata.acceptance import ratio_interval
 from draftsmith.files import atomic_write
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter_folder import load_drafter

@@ -28,8 +28,8 @@ from draftsmith import provenance
 from draftsmith.data.cache.extract import extract
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.decode_command import prompt_ids
-from draftsmith.evaluate.acceptance import is_looping, tokens_per_step_interval
-from draftsmith.evaluate.records import Decoded
+from draftsmith.evaluate.strata.acceptance import is_looping, tokens_per_step_interval
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.drafters.drafter_folder import load_drafter

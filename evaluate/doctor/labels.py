@@ -17,9 +17,9 @@ from draftsmith.data.cache.show import render
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.data.survey import IDS_AS_GENERATED
 from draftsmith.data.tokens import TokenizedSample
-from draftsmith.evaluate.acceptance import is_looping
 from draftsmith.evaluate.doctor.case import MAX_TOKENS, Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding
+from draftsmith.evaluate.strata.acceptance import is_looping
 
 _FEW, _SPARSE, _ALMOST_ALL = (
     0.01,

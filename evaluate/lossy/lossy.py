@@ -14,11 +14,11 @@ import numpy as np
 from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.verify.lossy_rule import LossyRule
-from draftsmith.evaluate.acceptance import bootstrap_interval, ratio_interval
 from draftsmith.evaluate.contenders import Contender, EngineContender
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted
 from draftsmith.evaluate.records import Sample, Timed
 from draftsmith.evaluate.speed import race, speedup, speedup_interval, track
+from draftsmith.evaluate.strata.acceptance import bootstrap_interval, ratio_interval
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits

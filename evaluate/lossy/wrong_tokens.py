@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.lossy_rule import LossyRule
-from draftsmith.evaluate.acceptance import ratio_interval
+from draftsmith.evaluate.strata.acceptance import ratio_interval
 from draftsmith.label.token_labels import CORRECT, WRONG
 from draftsmith.label.token_rows import LabelledRow
 from draftsmith.models.drafters.draft_lm import LMDrafter

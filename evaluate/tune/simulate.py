@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from draftsmith.evaluate.records import Decoded
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.tune.recording import Ints, Recorded, num_candidates
 from draftsmith.models.tree.limits import DraftLimits
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from draftsmith.evaluate.acceptance import tokens_per_step, tokens_per_step_interval
-from draftsmith.evaluate.records import Decoded
+from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_step_interval
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.tune.costs import Costs
 from draftsmith.evaluate.tune.recording import Recorded, num_candidates
 from draftsmith.evaluate.tune.simulate import best_static_tree, path_counts, replay

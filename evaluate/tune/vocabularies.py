@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.evaluate.acceptance import tokens_per_step
 from draftsmith.evaluate.roofline.bytes_read import draft_bytes, tensor_bytes
+from draftsmith.evaluate.strata.acceptance import tokens_per_step
 from draftsmith.evaluate.tune.costs import Costs
 from draftsmith.evaluate.tune.recording import NOWHERE, Recorded
 from draftsmith.evaluate.tune.simulate import replay

@@ -39,6 +39,7 @@ MOVED = {
     "draftsmith.decode.lossy_walk": "draftsmith.decode.verify.lossy_walk",
     "draftsmith.decode.rule_text": "draftsmith.decode.verify.rule_text",
     "draftsmith.decode.rules": "draftsmith.decode.verify.lossy_rules",
+    "draftsmith.evaluate.acceptance": "draftsmith.evaluate.strata.acceptance",
     "draftsmith.evaluate.command": "draftsmith.evaluate.evaluate_command",
     "draftsmith.evaluate.costs": "draftsmith.evaluate.tune.costs",
     "draftsmith.evaluate.doctor_acceptance": "draftsmith.evaluate.doctor.acceptance",

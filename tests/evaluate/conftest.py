@@ -2,7 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from draftsmith.evaluate.records import DepthAcceptance, Row
+from draftsmith.evaluate.records import Row
+from draftsmith.evaluate.strata.decoded import DepthAcceptance
 
 RowMaker = Callable[..., Row]
 

@@ -12,8 +12,9 @@ from draftsmith.evaluate import evaluate_command as command
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
-from draftsmith.evaluate.records import Decoded, Sample
+from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.resume import WORK_FILE
+from draftsmith.evaluate.strata.decoded import Decoded
 
 Run = Callable[..., list[dict]]
 NUM_PROMPTS = 4

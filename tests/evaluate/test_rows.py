@@ -1,7 +1,8 @@
 import pytest
 
-from draftsmith.evaluate.records import Decoded, Sample, Timed
+from draftsmith.evaluate.records import Sample, Timed
 from draftsmith.evaluate.report_rows import Contestant, Setting, make_row
+from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.models.tree.limits import DraftLimits
 
 SAMPLES = [Sample("a", "sums", (1,)), Sample("b", "sums", (2,)), Sample("c", "tales", (3,))]

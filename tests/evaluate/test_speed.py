@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from draftsmith.evaluate.records import Decoded, Sample, Timed
+from draftsmith.evaluate.records import Sample, Timed
 from draftsmith.evaluate.speed import (
     is_suspicious,
     num_calls,
@@ -13,6 +13,7 @@ from draftsmith.evaluate.speed import (
     speedup_median,
     track,
 )
+from draftsmith.evaluate.strata.decoded import Decoded
 
 SAMPLES = [Sample(str(number), "all", (1, 2)) for number in range(5)]
 

@@ -21,7 +21,7 @@ from tuning import SAMPLES, NoisyOracle, flat_costs
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.sampling import DrawOptions
-from draftsmith.evaluate.acceptance import tokens_per_step
+from draftsmith.evaluate.strata.acceptance import tokens_per_step
 from draftsmith.evaluate.tune.costs import Cost, Costs, CycleClock, Probe, TimingPlan, rising, time_cycles
 from draftsmith.evaluate.tune.recording import NOWHERE, Drafted, Recorded, Recording, record, trace, unpruned
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, tune_json, tune_markdown

@@ -12,7 +12,7 @@ from torch import Tensor
 from tuning import SAMPLES, NoisyExpander, NoisyOracle, flat_costs
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.evaluate.acceptance import tokens_per_step
+from draftsmith.evaluate.strata.acceptance import tokens_per_step
 from draftsmith.evaluate.tune.recording import NOWHERE, Recorded, record
 from draftsmith.evaluate.tune.simulate import replay
 from draftsmith.evaluate.tune.vocabularies import (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from draftsmith.evaluate.records import Decoded, DepthAcceptance
+from draftsmith.evaluate.strata.decoded import Decoded, DepthAcceptance
 
 LOOP_MIN_REPEATS = 3
 LOOP_MIN_TOKENS = 16

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from draftsmith.evaluate.acceptance import (
+from draftsmith.evaluate.strata.acceptance import (
     acceptance_by_depth,
     accepted_length_counts,
     is_looping,
@@ -9,7 +9,7 @@ from draftsmith.evaluate.acceptance import (
     tokens_per_step,
     tokens_per_step_interval,
 )
-from draftsmith.evaluate.records import Decoded
+from draftsmith.evaluate.strata.decoded import Decoded
 
 
 def reply(*accepted: int, drafted: tuple[int, ...] = ()) -> Decoded:
