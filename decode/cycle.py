@@ -22,6 +22,7 @@ from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.finite import broken_rows
 from draftsmith.models.target.target import Target, TargetOutput
+from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.row_state import write_over
 from draftsmith.models.tree.search import Draws
@@ -34,7 +35,8 @@ class CycleReport:
     """What the host reads of a cycle.
 
     Attributes:
-        columns_BC: int64: whether the logits are broken, how many tokens were emitted, E tokens and, with a lossy rule, E flags.
+        columns_BC: int64: how many tokens were emitted (-1 where the logits are broken), E tokens and, with a lossy rule, E flags. Rows
+            without a request hold anything.
         num_slots: E.
         max_depth: how deep the draft could be.
         num_nodes: N, padding included.
@@ -89,9 +91,8 @@ class DecodeCycle:
             reading = self.reading(batch, tree, ancestors_BNN, self._read(batch, tree, ancestors_BNN), settings)
         with phase(ledger, "accept"):
             steps = self._walk(batch, reading)
-            report = self.report(batch, steps, reading)
             self._advance(batch, tree, steps, reading.output)
-        return report
+            return self.report(steps, reading)
 
     def reading(
         self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor, output: TargetOutput, settings: GenerationSettings
@@ -117,16 +118,15 @@ class DecodeCycle:
             is_constrained=settings.constraints is not None,
         )
 
-    def report(self, batch: Batch, steps: Walk, reading: Reading) -> CycleReport:
+    def report(self, steps: Walk, reading: Reading) -> CycleReport:
         """What the host reads of a walk, in one tensor.
 
         Args:
-            batch: the rows; those that are idle emit nothing.
             steps: where verification went.
             reading: what it judged.
         """
-        broken_B = broken_rows(reading.logits_BNV, steps.path_BE, steps.counts_B) & batch.active_B
-        columns = [broken_B[:, None].long(), (steps.counts_B * batch.active_B)[:, None], steps.emitted_BE]
+        broken_B = broken_rows(reading.logits_BNV, steps.path_BE, steps.counts_B)
+        columns = [steps.counts_B.masked_fill(broken_B, -1)[:, None], steps.emitted_BE]
         if steps.by_rule_BE is not None:
             columns.append(steps.by_rule_BE.long())
         num_slots = steps.emitted_BE.shape[1]
@@ -182,19 +182,18 @@ class DecodeCycle:
         )
 
     def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
-        """Compact the accepted path in the cache and move every active row's root; idle rows stay as they are."""
+        """Compact the accepted path in the cache and move every row on; idle rows keep their lengths."""
         if not tree.chain:
-            place_E = torch.arange(steps.path_BE.shape[1], device=steps.path_BE.device)
+            place_E = counting(steps.path_BE.shape[1], steps.path_BE.device)
             batch.cache.move(batch.lengths_B[:, None] + steps.path_BE, batch.lengths_B[:, None] + place_E)
-        root_B = steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1)
-        batch.root_B.copy_(torch.where(batch.active_B, root_B, batch.root_B))
+        batch.root_B.copy_(steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1))
         counts_B = steps.counts_B * batch.active_B
         batch.lengths_B.add_(counts_B)
         batch.rows.emit(steps.emitted_BE, counts_B)
         batch.rows.steer_stop(tree, steps.counts_B)
         if self.drafter is not None and batch.draft is not None:
-            # An idle row's state stands still with its length: one token that was there before is read again and again.
-            fresh_B = torch.where(batch.active_B, steps.counts_B, 1)
+            # An idle row's length stands still: some token is read into its last slot again and again.
+            fresh_B = counts_B.clamp(min=1)
             features = {
                 name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
                 for name in self.drafter.features

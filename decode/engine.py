@@ -255,11 +255,11 @@ class Engine:
         ended = []
         recorder.num_cycles += in_cycle
         with phase(self.ledger, "host"):
-            for row, (broken, count, *cells) in enumerate(report.columns_BC.tolist()):
+            for row, (count, *cells) in enumerate(report.columns_BC.tolist()):
                 request = batch.requests[row]
                 if request is None:
                     continue
-                if broken:
+                if count < 0:
                     place = f"behind token {batch.host_lengths[row]} of prompt {request.index}"
                     raise not_finite(self.target.name, self.target.dtype, place)
                 if in_cycle:

@@ -105,7 +105,7 @@ class Prefill:
             indices = tuple(request.index for request in requests)
             opening = Opening(pairs, tokens_BT[:, 0], cycle.limits, room, cycle.fixed_shapes, self.chunk, indices)
             batch.draft = yield from cycle.drafter.start_in_steps(opening)
-        return batch, cycle.report(batch, steps, reading)
+        return batch, cycle.report(steps, reading)
 
     def _reading(self, batch: Batch, pre_norm_BTD: Tensor, settings: GenerationSettings) -> Reading:
         """What the target says behind each prompt, as a draft of one node."""

@@ -20,6 +20,9 @@ from torch import Tensor
 from draftsmith.decode.constraints import Constraints
 from draftsmith.models.tree.noise import draw_at
 
+# A probability as a whole number of parts, and the bits of a digit in a search for one.
+_WHOLE, _DIGIT_BITS = 2**60, 10
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -149,14 +152,41 @@ def process(logits_BNV: Tensor, settings: GenerationSettings, seen_BNV: Tensor |
         kth_BN1 = logits_BNV.topk(settings.top_k, dim=-1).values[..., -1:]
         logits_BNV = logits_BNV.masked_fill(logits_BNV < kth_BN1, -torch.inf)
     if settings.top_p < 1.0:
-        ordered_BNV, order_BNV = logits_BNV.sort(dim=-1)
-        drop_BNV = ordered_BNV.softmax(-1).cumsum(-1) <= 1.0 - settings.top_p
-        drop_BNV[..., -1] = False
-        logits_BNV = logits_BNV.masked_fill(torch.zeros_like(drop_BNV).scatter_(-1, order_BNV, drop_BNV), -torch.inf)
+        logits_BNV = logits_BNV.masked_fill(~nucleus(logits_BNV.softmax(-1), settings.top_p), -torch.inf)
     if settings.min_p > 0.0:
         probs_BNV = logits_BNV.softmax(-1)
         logits_BNV = logits_BNV.masked_fill(probs_BNV < settings.min_p * probs_BNV.amax(-1, keepdim=True), -torch.inf)
     return logits_BNV
+
+
+def nucleus(probs: Tensor, mass: float) -> Tensor:
+    """The likeliest tokens that together have a probability, without a sort (arXiv:1904.09751, section 3.1).
+
+    A token is kept where those likelier than it have less than ``mass``. Probabilities are added up as whole numbers, so no order of
+    summation changes the set, and a token's place is found digit by digit, as a radix sort does. Of equally likely tokens all are kept or
+    none; Transformers' processor, which sorts, may keep some of them.
+
+    Args:
+        probs: float32 [..., V], not negative, at most 1.
+        mass: above 0 and below 1.
+
+    Returns:
+        bool [..., V], True at the tokens that are kept.
+    """
+    # Float32 numbers from 0 to 1 are ordered as their bits are, which fill three digits.
+    bits = probs.view(torch.int32).long()
+    masses = (probs.double() * _WHOLE).long()
+    wanted, above = max(1, int(mass * _WHOLE)), torch.zeros_like(masses[..., :1])
+    prefix = torch.zeros_like(above)
+    for place in reversed(range(0, 3 * _DIGIT_BITS, _DIGIT_BITS)):
+        shifted = bits >> place
+        here = masses * ((shifted >> _DIGIT_BITS) == prefix)
+        buckets = here.new_zeros(*here.shape[:-1], 2**_DIGIT_BITS)
+        buckets.scatter_add_(-1, shifted & (2**_DIGIT_BITS - 1), here)
+        likelier = above + buckets.sum(-1, keepdim=True) - buckets.cumsum(-1)
+        digit = (likelier >= wanted).sum(-1, keepdim=True)
+        above, prefix = likelier.gather(-1, digit), (prefix << _DIGIT_BITS) + digit
+    return bits >= prefix
 
 
 def choose(processed_BNV: Tensor, settings: GenerationSettings, keys_BP: Tensor | None, place_BN: Tensor) -> Tensor:

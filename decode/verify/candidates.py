@@ -21,7 +21,10 @@ from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.sampled_search import layer_start
 from draftsmith.models.tree.tree import DraftTree
 
-_HALVINGS = 32
+# Points of a round that narrows rho down, and rounds: a share of 2^-30 of the interval is left.
+_POINTS, _ROUNDS = 2**15, 2
+# What rounding may add to sums, in the search and behind it.
+_ROUNDING, _MORE_ROUNDING = 1.0 + 1e-12, 1.0 + 1e-10
 
 
 class CandidateVerifier:
@@ -106,30 +109,57 @@ def _k_seq(target: Tensor, draft: Tensor, candidates: Tensor) -> tuple[Tensor, T
     beta = sum(min(draft, target / rho)) is the chance of one candidate, so the first accepted one has the distribution
     min(draft, target / rho) / beta, and one is accepted at all with 1 - (1 - beta)^K. That many times that distribution must not exceed
     the target anywhere, which holds where (1 - (1 - beta)^K) / beta <= rho; the smallest such rho in [1, K] accepts most. The residual
-    is what is missing to the target. It is exact for every rho above, too, so the bisection may end early on its upper side.
+    is what is missing to the target. It is exact for every rho above, too.
     """
     num_candidates = candidates.shape[-1]
-    low = torch.ones_like(target[..., :1])
-    rho = low * num_candidates
-    for _ in range(_HALVINGS if num_candidates > 1 else 0):
-        middle = (low + rho) / 2
-        holds = _overlap(target, draft, middle, num_candidates)[1] <= middle
-        low, rho = torch.where(holds, low, middle), torch.where(holds, middle, rho)
-    shared, weight = _overlap(target, draft, rho, num_candidates)
+    rho = torch.ones_like(target[..., :1])
+    if num_candidates > 1:
+        rho = _smallest_rho(target, draft, num_candidates)
+    shared = torch.minimum(draft, target / rho)
+    weight = _tries(shared.sum(-1, keepdim=True), num_candidates)
     chance = draft.gather(-1, candidates)
     accept = torch.where(chance > 0.0, (shared.gather(-1, candidates) / chance).clamp(max=1.0), 0.0)
     residual = (target - weight * shared).clamp(min=0.0)
     return accept, _normalised(torch.where(residual.sum(-1, keepdim=True) > 0.0, residual, target))
 
 
-def _overlap(target: Tensor, draft: Tensor, rho: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """min(draft, target / rho) [..., V], and (1 - (1 - beta)^K) / beta [..., 1] as the geometric sum that is also right at beta = 0."""
-    shared = torch.minimum(draft, target / rho)
-    missed = 1.0 - shared.sum(-1, keepdim=True)
+def _smallest_rho(target: Tensor, draft: Tensor, num_candidates: int) -> Tensor:
+    """The smallest rho in [1, K] for which K-SEQ is exact, up to a share of 2^-30 on the upper side, float64 [..., 1].
+
+    With tokens sorted by target / draft, beta(rho) is P / rho + Q between two neighbouring ratios: P is the target's mass at ratios up to
+    rho, Q the draft's mass above. So one sort finds the interval, and the rest are numbers, not vocabularies.
+    """
+    ratio, order = torch.where(draft > 0.0, target / draft, torch.inf).sort(-1)
+    of_target = target.gather(-1, order).cumsum(-1)
+    of_draft = draft.sum(-1, keepdim=True) - draft.gather(-1, order).cumsum(-1)
+    too_small = _tries(of_target / ratio + of_draft, num_candidates) > ratio * _ROUNDING
+    below = (ratio <= 1.0) | (too_small & (ratio < num_candidates))
+    passed = below.sum(-1, keepdim=True)
+    last = (passed - 1).clamp(min=0)
+    mass = torch.where(passed > 0, of_target.gather(-1, last), 0.0)
+    rest = torch.where(passed > 0, of_draft.gather(-1, last), draft.sum(-1, keepdim=True))
+    low = torch.where(passed > 0, ratio.gather(-1, last), 1.0).clamp(min=1.0)
+    following = ratio.gather(-1, passed.clamp(max=ratio.shape[-1] - 1))
+    high = torch.where(passed < ratio.shape[-1], following, torch.inf).clamp(max=float(num_candidates))
+    step = torch.linspace(0.0, 1.0, _POINTS, dtype=target.dtype, device=target.device)
+    for _ in range(_ROUNDS):
+        points = low + (high - low) * step
+        holds = _tries(mass / points + rest, num_candidates) <= points * _ROUNDING
+        first = holds.logical_not().sum(-1, keepdim=True).clamp(max=_POINTS - 1)
+        low, high = points.gather(-1, (first - 1).clamp(min=0)), points.gather(-1, first)
+    # Rounding of the sums above cannot make a rule inexact: where this rho does not hold by its own sum, K does.
+    shared = torch.minimum(draft, target / high).sum(-1, keepdim=True)
+    holds = _tries(shared, num_candidates) <= high * _MORE_ROUNDING
+    return torch.where(holds, high, float(num_candidates))
+
+
+def _tries(chance: Tensor, num_candidates: int) -> Tensor:
+    """(1 - (1 - beta)^K) / beta of chances beta, as the geometric sum that is also right at 0."""
+    missed = 1.0 - chance
     weight = torch.ones_like(missed)
     for _ in range(num_candidates - 1):
         weight = 1.0 + missed * weight
-    return shared, weight
+    return weight
 
 
 def _normalised(weights: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.verifier import Reading, Walk
+from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -49,11 +50,14 @@ def walk(tree: DraftTree, ancestors_BNN: Tensor, choices_BN: Tensor) -> Walk:
     """
     if tree.num_nodes == 1:
         return Walk(torch.zeros_like(choices_BN), choices_BN, torch.ones_like(choices_BN[:, 0]))
-    agrees_BN = (tree.tokens_BN == choices_BN.gather(1, tree.parents_BN.clamp(min=0))) & tree.valid_BN
-    agrees_BN[:, 0] = True
-    accepted_BN = (agrees_BN[:, None, :] | ~ancestors_BNN).all(-1) & tree.valid_BN
+    device, deepest = choices_BN.device, tree.max_depth + 1
+    chosen_BN = choices_BN.gather(1, tree.parents_BN.clamp(min=0))
+    agrees_BN = (tree.tokens_BN == chosen_BN) & tree.valid_BN
+    agrees_BN[:, 0].fill_(True)
+    # Accepted where all ancestors, the node itself among them, agree: "agrees or is no ancestor", written as an order of truth values.
+    accepted_BN = (agrees_BN[:, None, :] >= ancestors_BNN).all(-1)
     # At most one node is accepted at each depth, because siblings differ in their tokens.
-    depth_BN = tree.depths_BN.masked_fill(~accepted_BN, tree.max_depth + 1)
-    index_BN = torch.arange(tree.num_nodes, device=choices_BN.device).expand_as(depth_BN)
-    path_BE = choices_BN.new_zeros(choices_BN.shape[0], tree.max_depth + 2).scatter_(1, depth_BN, index_BN)[:, :-1]
+    depth_BN = tree.depths_BN.masked_fill(~accepted_BN, deepest)
+    index_BN = counting(tree.num_nodes, device).expand_as(depth_BN)
+    path_BE = choices_BN.new_zeros(choices_BN.shape[0], deepest + 1).scatter_(1, depth_BN, index_BN)[:, :-1]
     return Walk(path_BE, choices_BN.gather(1, path_BE), accepted_BN.sum(1))

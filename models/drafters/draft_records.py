@@ -42,9 +42,10 @@ class Emitted:
         Returns:
             The root int64 [B], and the target's state [B, D].
         """
-        last_B = self.counts_B - 1
-        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        return self.tokens_BE[rows_B, last_B], self.features[layer][rows_B, last_B]
+        last_B1 = self.counts_B[:, None] - 1
+        states_BED = self.features[layer]
+        state_B1D = states_BED.gather(1, last_B1[..., None].expand(-1, -1, states_BED.shape[-1]))
+        return self.tokens_BE.gather(1, last_B1).squeeze(1), state_B1D.squeeze(1)
 
     def slots(self, begin: int, end: int) -> Emitted:
         """The pairs in slots ``begin`` to ``end - 1``; the counts stay those of all."""

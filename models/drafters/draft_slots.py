@@ -3,16 +3,16 @@
 Owns the bookkeeping that a draft layer and an ordinary draft LM share. Their cache holds the accepted text only. The nodes of a draft
 lie behind it, and the next draft overwrites them. Knows nothing of layers.
 
-Shape legend: B batch rows, E fresh tokens, M nodes of a layer, N nodes so far, S visible slots.
+Shape legend: B batch rows, E fresh tokens, M nodes of a layer, S visible slots.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.models.drafters.draft_records import Cycle
-from draftsmith.models.tree.mask import slot_mask
+from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.slot_cache import SlotCache
 
 
@@ -34,8 +34,9 @@ class DraftSlots:
         self.num_fresh = min(max(cycle.host_fresh), num_pending)
         self.fixed = cycle.fixed_shapes
         self.single = len(cycle.host_lengths) == 1 and not self.fixed
-        self._sees_BMN: Tensor | None = None
+        self._num_nodes = 0
         self._is_chain = True
+        self._mask_BMS: Tensor | None = None
 
     def aim_fresh(self, counts_B: Tensor) -> Tensor:
         """Aim the cache at the fresh tokens of every row.
@@ -48,7 +49,7 @@ class DraftSlots:
         Returns:
             Their positions, int64 [B, E].
         """
-        place_E = torch.arange(self.num_fresh, device=counts_B.device)
+        place_E = counting(self.num_fresh, counts_B.device)
         positions_BE = (self.lengths_B - counts_B)[:, None] + place_E
         first = self.longest - self.num_fresh if self.single else None
         self._aim(positions_BE, self.longest, first)
@@ -65,7 +66,7 @@ class DraftSlots:
         """
         if self.single and positions_BE.shape[1] == 1:
             return None
-        slot_S = torch.arange(self.cache.window, device=positions_BE.device)
+        slot_S = counting(self.cache.window, positions_BE.device)
         return (slot_S <= positions_BE[..., None])[:, None]
 
     def aim_nodes(self, above_BM: Tensor) -> Tensor | None:
@@ -77,20 +78,26 @@ class DraftSlots:
         Returns:
             The mask bool [B, 1, M, S], or None where all slots are seen.
         """
-        B, M = above_BM.shape
-        eye_BMM = torch.eye(M, dtype=torch.bool, device=above_BM.device).expand(B, -1, -1)
-        if self._sees_BMN is None:
-            sees_BMN, before = eye_BMM, 0
-        else:
-            before = self._sees_BMN.shape[2]
-            inherited_BMN = self._sees_BMN.gather(1, above_BM[..., None].expand(-1, -1, before))
-            sees_BMN = torch.cat([inherited_BMN, eye_BMM], dim=2)
-        self._sees_BMN = sees_BMN
-        place_M = torch.arange(before, before + M, device=above_BM.device)
-        first = self.longest + before if self.single else None
-        self._aim(self.lengths_B[:, None] + place_M, self.longest + before + M, first)
+        M, before = above_BM.shape[1], self._num_nodes
+        self._num_nodes += M
         self._is_chain = self._is_chain and M == 1
-        return None if self.single and self._is_chain else slot_mask(sees_BMN, self.lengths_B, self.cache.window)
+        slots_BM = self.lengths_B[:, None] + counting(self._num_nodes, above_BM.device)[before:]
+        self._aim(slots_BM, self.longest + self._num_nodes, self.longest + before if self.single else None)
+        if self.single and self._is_chain:
+            return None
+        self._mask_BMS = self._inherited(above_BM, before).scatter_(2, slots_BM[..., None], True)
+        return self._mask_BMS[:, None]
+
+    def _inherited(self, above_BM: Tensor, before: int) -> Tensor:
+        """bool [B, M, S]: what the nodes above see, of which there are ``before`` in all layers."""
+        window, mask_BMS = self.cache.window, self._mask_BMS
+        if mask_BMS is None:
+            # Nothing branched so far, so all nodes before are seen.
+            seen_BS = counting(window, above_BM.device) < (self.lengths_B + before)[:, None]
+            return seen_BS[:, None].repeat(1, above_BM.shape[1], 1)
+        inherited_BMS = mask_BMS.gather(1, above_BM[..., None].expand(-1, -1, mask_BMS.shape[2]))
+        more = window - mask_BMS.shape[2]
+        return F.pad(inherited_BMS, (0, more)) if more else inherited_BMS
 
     def _aim(self, slots_BN: Tensor, window: int, first: int | None) -> None:
         """Aim the cache at slots; where shapes are fixed, all of its slots are in the window."""

@@ -18,7 +18,7 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
 from draftsmith.models.families.eagle_config import EagleConfig, layer_fields
-from draftsmith.models.families.eagle_layer import DraftLayer
+from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
 from draftsmith.models.files.field_rules import NAMES, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
@@ -137,7 +137,7 @@ class Eagle3(EagleBase):
 
     def head_inputs(self, output: Tensor) -> Tensor:
         """The output after this drafter's own norm, [..., D]."""
-        return self.norm(output)
+        return rms_norm(self.norm, output)
 
 
 def default_layers(num_layers: int) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
@@ -29,6 +28,8 @@ from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
 from draftsmith.models.target.key_values import KeyValues
+from draftsmith.models.tree.attention import attend
+from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.steps import result_of
@@ -214,11 +215,11 @@ class EagleBase(Drafter):
 
     def expander(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft:  # type: ignore[override]
         """See :class:`FeatureDraft`."""
-        return FeatureDraft(self, state, cycle)
+        return FeatureDraft(self, state, cycle, limits.draft_length)
 
     def follow(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> EagleState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: keys and values of the pending pairs only."""
-        FeatureDraft(self, state, cycle).read_pending()
+        FeatureDraft(self, state, cycle, limits.draft_length).read_pending()
         return state
 
 
@@ -246,7 +247,7 @@ class _FreshPairs:
 class FeatureDraft:
     """One draft of an EAGLE drafter: the accepted pairs with the target's states first, then nodes with the layer's own output."""
 
-    def __init__(self, drafter: EagleBase, state: EagleState, cycle: Cycle) -> None:
+    def __init__(self, drafter: EagleBase, state: EagleState, cycle: Cycle, depth: int) -> None:
         self.target_ids = drafter.to_target_ids
         self._drafter, self._layer = drafter, drafter.layer
         self._pending = state.pending
@@ -254,6 +255,7 @@ class FeatureDraft:
         self._last_B1 = state.pending.counts_B[:, None] - 1
         self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
         self._depth = 0
+        self._rotations = _NodeRotations(drafter.rotation, self._slots.lengths_B, depth)
         self._output_BMD = torch.empty(0)
 
     def begin(self) -> Tensor:
@@ -264,7 +266,8 @@ class FeatureDraft:
         inputs_B1I = pairs.inputs_BEI.gather(1, last_B11.expand(-1, -1, pairs.inputs_BEI.shape[-1]))
         rotation_last = (_at(pairs.rotation[0], last_B11), _at(pairs.rotation[1], last_B11))
         mask_B11S = self._slots.text_mask(pairs.positions_BE.gather(1, self._last_B1))
-        return self._attend(state_B1D, inputs_B1I, rotation_last, pairs.keys_BGSD, pairs.values_BGSD, mask_B11S)
+        queries_B1HD = self._layer.queries(inputs_B1I, rotation_last)
+        return self._attend(state_B1D, queries_B1HD, pairs.keys_BGSD, pairs.values_BGSD, mask_B11S)
 
     def read_pending(self) -> _FreshPairs:
         """Write keys and values of all fresh pairs."""
@@ -284,28 +287,47 @@ class FeatureDraft:
         embedded_BMD = drafter.embed(tokens_BM)
         state_BMD = drafter.join(embedded_BMD, known_BMD.expand(*tokens_BM.shape, -1))
         inputs_BMI = self._layer.inputs(embedded_BMD, state_BMD)
-        positions_B1 = self._slots.lengths_B[:, None] + self._depth
+        rotation = self._rotations.at(self._depth, embedded_BMD)
         self._depth += 1
-        rotation = drafter.rotation(positions_B1, embedded_BMD)  # the nodes of a layer have one position
         mask_B1MS = self._slots.aim_nodes(above_BM)
-        keys_BGSD, values_BGSD = _write(self._slots.cache, self._layer, inputs_BMI, rotation)
-        return self._attend(state_BMD, inputs_BMI, rotation, keys_BGSD, values_BGSD, mask_B1MS)
+        queries_BMHD, keys_BMGD, values_BMGD = self._layer.queries_keys_values(inputs_BMI, rotation)
+        keys_BGSD, values_BGSD = self._slots.cache.update(keys_BMGD.transpose(1, 2), values_BMGD.transpose(1, 2), 0)
+        return self._attend(state_BMD, queries_BMHD, keys_BGSD, values_BGSD, mask_B1MS)
 
     def _attend(
         self,
         state_BMD: Tensor,
-        inputs_BMI: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        queries_BMHD: Tensor,
         keys_BGSD: Tensor,
         values_BGSD: Tensor,
         mask_B1MS: Tensor | None,
     ) -> Tensor:
-        queries_BHMD = self._layer.queries(inputs_BMI, rotation).transpose(1, 2)
-        attended_BHMD = F.scaled_dot_product_attention(
-            queries_BHMD, keys_BGSD, values_BGSD, attn_mask=mask_B1MS, enable_gqa=True
-        )
+        attended_BHMD = attend(queries_BMHD.transpose(1, 2), keys_BGSD, values_BGSD, mask_B1MS)
         self._output_BMD = self._layer.finish(state_BMD, attended_BHMD.transpose(1, 2))
         return self._drafter.logits(self._drafter.head_inputs(self._output_BMD), self._depth)
+
+
+class _NodeRotations:
+    """Angles of the nodes of a draft; the nodes of a layer have one position.
+
+    Args:
+        rotation: makes them.
+        lengths_B: int64, the position of the first layer of each row.
+        depth: how many layers there can be.
+    """
+
+    def __init__(self, rotation: Rotation, lengths_B: Tensor, depth: int) -> None:
+        self._rotation, self._lengths_B, self._depth = rotation, lengths_B, depth
+        self._all: tuple[Tensor, Tensor] | None = None
+
+    def at(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, 1, 1, Dh] of a layer, counted from 0, in the dtype of ``like``."""
+        if self._rotation.follows_length:
+            return self._rotation(self._lengths_B[:, None] + layer, like)
+        if self._all is None:
+            self._all = self._rotation(self._lengths_B[:, None] + counting(self._depth, like.device), like)
+        cosines_BL1D, sines_BL1D = self._all
+        return cosines_BL1D[:, layer : layer + 1], sines_BL1D[:, layer : layer + 1]
 
 
 def _write(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
@@ -29,6 +30,7 @@ class DraftAttention(nn.Module):
         heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         size = config.head_dim or config.hidden_size // heads
         self.head_dim = size
+        self.num_groups = groups
         self.q_proj = nn.Linear(width, heads * size, bias=False)
         self.k_proj = nn.Linear(width, groups * size, bias=False)
         self.v_proj = nn.Linear(width, groups * size, bias=False)
@@ -66,7 +68,7 @@ class DraftLayer(nn.Module):
         """
         if not self.wide:
             return state
-        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(state)], dim=-1)
+        return torch.cat([rms_norm(self.input_layernorm, embedded), rms_norm(self.hidden_norm, state)], dim=-1)
 
     def queries(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Project and rotate the queries.
@@ -93,6 +95,22 @@ class DraftLayer(nn.Module):
         keys = _rotated(self._heads(self.self_attn.k_proj(inputs)), rotation)
         return keys, self._heads(self.self_attn.v_proj(inputs))
 
+    def queries_keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the same tokens; one rotation turns both.
+
+        Args:
+            inputs: [..., I].
+            rotation: cosines and sines [..., 1, Dh].
+
+        Returns:
+            Queries [..., H, Dh]; keys and values, [..., G, Dh] each.
+        """
+        attention = self.self_attn
+        projected = torch.cat([attention.q_proj(inputs), attention.k_proj(inputs)], dim=-1)
+        turned = _rotated(self._heads(projected), rotation)
+        num_queries = turned.shape[-2] - attention.num_groups
+        return turned[..., :num_queries, :], turned[..., num_queries:, :], self._heads(attention.v_proj(inputs))
+
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
         """Finish the layer behind attention: its output projection, and the MLP.
 
@@ -104,7 +122,7 @@ class DraftLayer(nn.Module):
             [..., D].
         """
         state = state + self.self_attn.o_proj(attended.flatten(-2))
-        return state + self.mlp(self.post_attention_layernorm(state))
+        return state + self.mlp(rms_norm(self.post_attention_layernorm, state))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.self_attn.head_dim))
@@ -153,7 +171,22 @@ class Rotation(nn.Module):
         return cosines.to(like.dtype), sines.to(like.dtype)
 
 
+def rms_norm(norm: LlamaRMSNorm, states: Tensor) -> Tensor:
+    """Apply a norm of Llama as one operation, where states and weights have one dtype.
+
+    Args:
+        norm: the norm.
+        states: [..., D].
+
+    Returns:
+        [..., D], the norm's own numbers.
+    """
+    if states.dtype != norm.weight.dtype:  # under autocast
+        return norm(states)
+    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cosines, sines = rotation
     # Back to the projection's dtype: under autocast the angles are wider than it is.
-    return (heads * cosines + rotate_half(heads) * sines).to(heads.dtype)
+    return torch.addcmul(heads * cosines, rotate_half(heads), sines).to(heads.dtype)

@@ -53,7 +53,8 @@ def broken_rows(logits: Tensor, path: Tensor, counts: Tensor) -> Tensor:
     """
     place = torch.arange(path.shape[1], device=path.device)
     peaks = logits.amax(-1).gather(1, path)
-    return (~peaks.isfinite() & (place < counts[:, None])).any(1)
+    # A number less itself is 0; NaN and infinity give NaN.
+    return ((peaks - peaks != 0.0) & (place < counts[:, None])).any(1)
 
 
 def not_finite(name: str, dtype: torch.dtype, place: str) -> ValueError:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from draftsmith.models.tree.constants import counting
+
 
 def slot_mask(sees_BMN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
     """Which slots new tokens see: every cached token of their row, and the tree nodes that are theirs to see.
@@ -28,10 +30,11 @@ def slot_mask(sees_BMN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
         two cached tokens and the nodes root, 5, 7 (both children of the root) give, over five slots,
         ``[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]``.
     """
-    node_BS, drafted_BS = _nodes_at(lengths_B, window, sees_BMN.shape[2])
-    of_tree_BMS = sees_BMN.gather(2, node_BS[:, None, :].expand(-1, sees_BMN.shape[1], -1)) & drafted_BS[:, None, :]
-    cached_BS = torch.arange(window, device=lengths_B.device) < lengths_B[:, None]
-    return (of_tree_BMS | cached_BS[:, None, :])[:, None]
+    M, N = sees_BMN.shape[1:]
+    slots_BN = lengths_B[:, None] + counting(N, lengths_B.device)
+    cached_BS = counting(window, lengths_B.device) < lengths_B[:, None]
+    mask_BMS = cached_BS[:, None].repeat(1, M, 1)
+    return mask_BMS.scatter_(2, slots_BN[:, None].expand(-1, M, -1), sees_BMN)[:, None]
 
 
 def slot_positions(depths_BN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
@@ -49,11 +52,11 @@ def slot_positions(depths_BN: Tensor, lengths_B: Tensor, window: int) -> Tensor:
         the nodes of :func:`slot_mask` give the positions ``[0, 1, 2, 3, 3]``.
     """
     node_BS, drafted_BS = _nodes_at(lengths_B, window, depths_BN.shape[1])
-    slot_S = torch.arange(window, device=lengths_B.device)
+    slot_S = counting(window, lengths_B.device)
     return torch.where(drafted_BS, lengths_B[:, None] + depths_BN.gather(1, node_BS), slot_S)
 
 
 def _nodes_at(lengths_B: Tensor, window: int, num_nodes: int) -> tuple[Tensor, Tensor]:
     """int64 [B, S], bool [B, S]: which node lies at each slot, and whether one does."""
-    offset_BS = torch.arange(window, device=lengths_B.device) - lengths_B[:, None]
+    offset_BS = counting(window, lengths_B.device) - lengths_B[:, None]
     return offset_BS.clamp(0, num_nodes - 1), (offset_BS >= 0) & (offset_BS < num_nodes)

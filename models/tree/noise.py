@@ -107,8 +107,9 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
     Returns:
         Token ids, int64 [..., K].
     """
-    times = [exponentials(key[..., 0], weights.shape[-1]) for key in keys.split(1, dim=-1)]
-    return torch.stack([first_to_ring(weights, own) for own in times], dim=-1)
+    at_once = max(1, _PART // max(1, weights.numel()))
+    parts = [exponentials(part, weights.shape[-1]) for part in keys.split(at_once, dim=-1)]
+    return torch.cat([first_to_ring(weights[..., None, :], times) for times in parts], dim=-1)
 
 
 def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:

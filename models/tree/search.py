@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from draftsmith.models.tree.constants import counting, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.noise import Draw, draw
 from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune, tree_from_layers, tree_from_paths
@@ -152,8 +153,10 @@ class _Scorer:
             raise ValueError(
                 f"{count} continuations of a node are asked for, the draft vocabulary has {logits_BMV.shape[-1]} tokens; narrow the draft"
             )
-        top_BMR, draft_BMR = (logits_BMV.float() * self.scale).log_softmax(-1).topk(count, dim=-1)
-        top_BMR = score_BM[..., None] + top_BMR
+        scaled_BMV = logits_BMV.float() if self.scale == 1.0 else logits_BMV.float() * self.scale
+        top_BMR, draft_BMR = scaled_BMV.log_softmax(-1).topk(count, dim=-1)
+        if depth > 0:
+            top_BMR = score_BM[..., None] + top_BMR
         if self.stop is not None and self.below_B is not None and depth > 0:
             log_probs_BMV = logits_BMV.float().log_softmax(-1)
             stopped_BM = acceptance_bound(log_probs_BMV, self.stop.scale) < self.below_B[:, None]
@@ -207,8 +210,10 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
         above.append(layer.above_BM)
         scores.append(layer.score_BM)
     if width == 1:
-        parents = [torch.full_like(token_B1, depth) for depth, token_B1 in enumerate(tokens)]
-        return pack(tree_from_layers(expander.root_B, tokens, parents, scores), cut=scorer.cut)
+        parents_BL = counting(len(tokens), expander.root_B.device).expand(len(expander.root_B), -1)
+        chain = tree_from_layers(expander.root_B, tokens, [parents_BL], scores)
+        # Padding is behind the nodes already.
+        return pack(chain, cut=True) if scorer.cut else chain
     return _surviving(expander.root_B, tokens, above, scores, scorer.cut)
 
 
@@ -224,15 +229,18 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -
     Returns:
         The whole tree with its scores.
     """
-    tokens, parents, scores = [], [], []
-    parent_BM = torch.zeros_like(expander.root_B)[:, None]
-    num_nodes = 1
+    tokens, best, scores = [], [], []
     for layer in _beam_layers(expander, width, length, scorer, stopped_stay=False):
         tokens.append(layer.tokens_BMR.flatten(1))
-        parents.append(parent_BM.repeat_interleave(width, dim=1))
+        best.append(layer.flat_BM)
         scores.append(layer.scores_BMR.flatten(1))
-        parent_BM = layer.flat_BM + num_nodes
-        num_nodes += layer.flat_size
+    B, device = expander.root_B.shape[0], expander.root_B.device
+    parents = [repeated((0,), (width,), device).expand(B, -1)]
+    if len(tokens) > 1:
+        sizes = [layer.shape[1] for layer in tokens]
+        starts = tuple(1 + sum(sizes[:depth]) for depth in range(len(sizes) - 1))
+        continued_BC = torch.cat(best[:-1], dim=1) + repeated(starts, (width,) * len(starts), device)
+        parents.append(continued_BC[..., None].expand(-1, -1, width).flatten(1))
     return tree_from_layers(expander.root_B, tokens, parents, scores)
 
 
@@ -246,6 +254,7 @@ class _Layer:
         token_BM: int64, the best of all.
         score_BM: float32, the scores of the best.
         flat_BM: int64, the place of the best among all, in the flattened [M, R].
+        above_BM: int64, which node each of the best continues.
     """
 
     tokens_BMR: Tensor
@@ -253,14 +262,7 @@ class _Layer:
     token_BM: Tensor
     score_BM: Tensor
     flat_BM: Tensor
-
-    @property
-    def above_BM(self) -> Tensor:
-        return self.flat_BM // self.tokens_BMR.shape[2]
-
-    @property
-    def flat_size(self) -> int:
-        return self.tokens_BMR.shape[1] * self.tokens_BMR.shape[2]
+    above_BM: Tensor
 
 
 def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, stopped_stay: bool) -> Iterator[_Layer]:
@@ -273,7 +275,7 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, s
         # The best of all lie among the best of each beam, so that no [M * Vd] sort is needed.
         if scores_BMR.shape[1] == 1:
             score_BM, token_BM = scores_BMR[:, 0], tokens_BMR[:, 0]
-            standing_BM, flat_BM = score_BM, torch.arange(width, device=token_BM.device).expand_as(token_BM)
+            standing_BM, flat_BM = score_BM, counting(width, token_BM.device).expand_as(token_BM)
         else:
             competing_BMR = scorer.standing(scores_BMR, standing_BM) if stopped_stay else scores_BMR
             standing_BM, flat_BM = competing_BMR.flatten(1).topk(width, dim=-1)
@@ -281,7 +283,7 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, s
             token_BM = tokens_BMR.flatten(1).gather(1, flat_BM)
         if depth > 0 and scorer.all_stopped(score_BM):
             return
-        layer = _Layer(tokens_BMR, scores_BMR, token_BM, score_BM, flat_BM)
+        layer = _Layer(tokens_BMR, scores_BMR, token_BM, score_BM, flat_BM, flat_BM // width)
         yield layer
         if depth + 1 < length:
             logits_BMV = expander.extend(token_BM, layer.above_BM)
@@ -360,7 +362,7 @@ def _plan(paths: tuple[Path, ...], device: torch.device) -> tuple[_LayerPlan, ..
 def _surviving(root_B: Tensor, tokens: list[Tensor], above: list[Tensor], scores: list[Tensor], cut: bool) -> DraftTree:
     """Trace the beams back from the last layer ([B, M] a layer) and merge their shared prefixes."""
     width = tokens[-1].shape[1]
-    beam_BM = torch.arange(width, device=root_B.device).expand(root_B.shape[0], -1)
+    beam_BM = counting(width, root_B.device).expand(root_B.shape[0], -1)
     path_tokens, path_scores = [], []
     for layer in reversed(range(len(tokens))):
         path_tokens.append(tokens[layer].gather(1, beam_BM))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draftsmith.models.tree.constants import counting, lower_triangle, repeated
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -59,14 +61,11 @@ class DraftTree:
         Returns:
             bool [B, N, N]: ``[b, i, j]`` is True where node j is node i itself or one of its ancestors.
         """
-        eye_NN = torch.eye(self.num_nodes, dtype=torch.bool, device=self.tokens_BN.device)
-        if self.num_nodes == 1:
-            return eye_NN[None].expand(self.tokens_BN.shape[0], 1, 1)
         if self.chain:
-            return torch.ones_like(eye_NN).tril()[None].expand(self.tokens_BN.shape[0], -1, -1)
+            return lower_triangle(self.num_nodes, self.tokens_BN.device).expand(self.tokens_BN.shape[0], -1, -1)
         reach_BNN = torch.zeros(*self.tokens_BN.shape, self.num_nodes, device=self.tokens_BN.device)
         reach_BNN.scatter_(2, self.parents_BN.clamp(min=0)[..., None], 1.0)
-        reach_BNN.masked_fill_(eye_NN, 1.0)
+        reach_BNN.diagonal(dim1=1, dim2=2).fill_(1.0)
         # Each squaring doubles the reach of "self or parent"; the root's own parent entry is itself, so it adds nothing.
         for _ in range(math.ceil(math.log2(max(self.max_depth, 1)))):
             reach_BNN = (reach_BNN @ reach_BNN).clamp_(max=1.0)
@@ -158,30 +157,31 @@ def tree_from_layers(
     Args:
         root_B: int64 [B], the root tokens.
         tokens: of each depth from 1 on, int64 [B, C], C may differ from depth to depth.
-        parents: of each depth, int64 [B, C], index of the parent among all nodes (0 is the root).
+        parents: int64 [B, ...], which together give the index of each candidate's parent among all nodes (0 is the root).
         scores: of each depth, float [B, C], cumulative log-probabilities.
 
     Returns:
         The tree, not packed: N is 1 and the sum of all C.
     """
-    depths = [torch.full_like(layer, depth) for depth, layer in enumerate(tokens, 1)]
-    scores_BN = _under(scores[0].new_zeros(root_B.shape[0], 1), scores)
+    B, device = root_B.shape[0], root_B.device
+    sizes = tuple(layer.shape[1] for layer in tokens)
+    scores_BN = _under(scores[0].new_zeros(B, 1), scores)
     return DraftTree(
         tokens_BN=_under(root_B[:, None], tokens),
-        parents_BN=_under(torch.full_like(root_B, -1)[:, None], parents),
-        depths_BN=_under(torch.zeros_like(root_B)[:, None], depths),
+        parents_BN=_under(repeated((-1,), (1,), device).expand(B, 1), parents),
+        depths_BN=repeated(tuple(range(len(sizes) + 1)), (1, *sizes), device).expand(B, -1),
         valid_BN=scores_BN > -torch.inf,
-        max_depth=len(tokens),
+        max_depth=len(sizes),
         scores_BN=scores_BN,
-        chain=all(layer.shape[1] == 1 for layer in tokens),
+        chain=all(size == 1 for size in sizes),
     )
 
 
 def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTree:
     """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (the rerank of arXiv:2406.16858 section 4).
 
-    A parent never scores below its child and precedes it, and the sort is stable. So ties go to the parent and what is kept is
-    connected, which is asserted. The root is kept beside the budget.
+    A parent never scores below its child and precedes it, and the sort is stable. So ties go to the parent, and what is kept is
+    connected. The root is kept beside the budget.
 
     Args:
         tree: with scores.
@@ -199,13 +199,14 @@ def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTr
     if tree.scores_BN is None:
         raise ValueError("this drafter gives no scores, so its tree cannot be pruned; set node_budget to null")
     scores_BN = tree.scores_BN.masked_fill(~tree.valid_BN, -torch.inf)
-    scores_BN[:, 0] = torch.inf
-    order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
-    kept_BN = torch.zeros_like(tree.valid_BN).scatter_(1, order_BN[:, : node_budget + 1], True) & tree.valid_BN
-    parent_kept_BN = kept_BN.gather(1, tree.parents_BN.clamp(min=0))
-    torch._assert_async((parent_kept_BN | ~kept_BN).all(), "a draft node was kept without its parent")
-    shallow = replace(tree, valid_BN=kept_BN, max_depth=min(tree.max_depth, node_budget))
-    return pack(shallow, min(node_budget + 1, tree.num_nodes), cut)
+    scores_BN[:, 0].fill_(torch.inf)
+    best_BN, order_BN = scores_BN.sort(dim=1, descending=True, stable=True)
+    best_BN, order_BN = best_BN[:, : node_budget + 1], order_BN[:, : node_budget + 1]
+    if cuts_padding(order_BN.device, cut):
+        fullest = int((best_BN > -torch.inf).sum(1).max())
+        best_BN, order_BN = best_BN[:, :fullest], order_BN[:, :fullest]
+    index_BN = order_BN.masked_fill(best_BN == -torch.inf, tree.num_nodes).sort(1).values
+    return _taken(replace(tree, max_depth=min(tree.max_depth, node_budget)), index_BN)
 
 
 def pack(tree: DraftTree, width: int | None = None, cut: bool | None = None) -> DraftTree:
@@ -221,28 +222,36 @@ def pack(tree: DraftTree, width: int | None = None, cut: bool | None = None) -> 
         The tree with N of at most ``width``.
     """
     assert tree.draft_probs_BMV is None, "a sampled tree keeps its shape"
+    width = tree.num_nodes if width is None else width
     if cuts_padding(tree.tokens_BN.device, cut):
         fullest = int(tree.valid_BN.sum(1).max())
         if fullest == tree.num_nodes:
             return tree
-        width = fullest if width is None else min(width, fullest)
-    elif width is None:
-        width = tree.num_nodes
-    order_BN = (~tree.valid_BN).to(torch.int8).argsort(dim=1, stable=True)
-    place_BN = torch.empty_like(order_BN).scatter_(
-        1, order_BN, torch.arange(tree.num_nodes, device=order_BN.device).expand_as(order_BN)
-    )
-    order_BN = order_BN[:, :width]
-    valid_BN = tree.valid_BN.gather(1, order_BN)
-    parents_BN = tree.parents_BN.gather(1, order_BN)
-    moved_BN = place_BN.gather(1, parents_BN.clamp(min=0))
+        width = min(width, fullest)
+    index_N = counting(tree.num_nodes, tree.tokens_BN.device)
+    index_BN = torch.where(tree.valid_BN, index_N, tree.num_nodes)
+    return _taken(tree, index_BN.topk(width, dim=1, largest=False).values)
+
+
+def _taken(tree: DraftTree, index_BK: Tensor) -> DraftTree:
+    """The tree of some nodes.
+
+    Args:
+        tree: any.
+        index_BK: int64, which nodes, ascending; N where a row has no more of them. A node's parent is among them.
+    """
+    last = tree.num_nodes - 1
+    valid_BK, source_BK = index_BK <= last, index_BK.clamp(max=last)
+    # A node's new number is its place among the ascending old ones; the parent of the root, -1, has none.
+    parents_BK = torch.searchsorted(index_BK, tree.parents_BN.gather(1, source_BK)).mul_(valid_BK)
+    parents_BK[:, 0].fill_(-1)
     return DraftTree(
-        tokens_BN=tree.tokens_BN.gather(1, order_BN),
-        parents_BN=torch.where(parents_BN < 0, parents_BN, moved_BN).masked_fill(~valid_BN, 0),
-        depths_BN=tree.depths_BN.gather(1, order_BN).masked_fill(~valid_BN, 0),
-        valid_BN=valid_BN,
+        tokens_BN=tree.tokens_BN.gather(1, source_BK),
+        parents_BN=parents_BK,
+        depths_BN=tree.depths_BN.gather(1, source_BK).mul_(valid_BK),
+        valid_BN=valid_BK,
         max_depth=tree.max_depth,
-        scores_BN=None if tree.scores_BN is None else tree.scores_BN.gather(1, order_BN),
+        scores_BN=None if tree.scores_BN is None else tree.scores_BN.gather(1, source_BK),
         chain=tree.chain,
     )
 

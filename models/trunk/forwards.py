@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.mask import slot_mask, slot_positions
 from draftsmith.models.tree.slot_cache import SlotCache
 from draftsmith.models.tree.tree import DraftTree
@@ -148,13 +149,14 @@ def read_tree(
     nodes = tree.num_nodes
     window = cache.capacity if fixed_shapes else _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
     single = len(host_lengths) == 1 and not fixed_shapes
-    slots_BN = lengths_B[:, None] + torch.arange(nodes, device=lengths_B.device)
+    slots_BN = lengths_B[:, None] + counting(nodes, lengths_B.device)
     cache.aim(slots_BN, window, host_lengths[0] if single else None)
     mask_B1NS = key_positions_BS = None
     # One node of one row, no slot of another's and no sliding window need no mask.
     if nodes > 1 or not single or window != host_lengths[0] + 1 or target.window is not None:
         mask_B1NS = slot_mask(ancestors_BNN, lengths_B, window)
-        key_positions_BS = slot_positions(tree.depths_BN, lengths_B, window)
+        if target.window is not None:
+            key_positions_BS = slot_positions(tree.depths_BN, lengths_B, window)
     return target(
         tree.tokens_BN,
         cache=cache,

@@ -92,7 +92,7 @@ def test_a_cycle_reads_nothing_and_makes_nothing_from_lists(
             patch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor is made from host data"))
             report = cycle(batch, request)
         assert report.columns_BC.device.type == "meta"
-        assert report.columns_BC.shape == (2, 2 + report.num_slots)
+        assert report.columns_BC.shape == (2, 1 + report.num_slots)
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""Small tensors of counts that every cycle needs again: made once for each size and device.
+
+Owns them. They are shared, so nobody writes to them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=512)
+def counting(count: int, device: torch.device) -> Tensor:
+    """The numbers from 0 on.
+
+    Args:
+        count: how many.
+        device: where they lie.
+
+    Returns:
+        int64 [count], not to be written to.
+    """
+    return torch.arange(count, device=device)
+
+
+@lru_cache(maxsize=512)
+def repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers, each of them repeated.
+
+    Args:
+        numbers: which ones.
+        counts: how often each occurs.
+        device: where they lie.
+
+    Returns:
+        int64 [sum of the counts], not to be written to.
+
+    Example:
+        the numbers 1 and 2 with the counts 2 and 3 give ``[1, 1, 2, 2, 2]``.
+    """
+    cells = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
+    return torch.tensor(cells, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=512)
+def lower_triangle(count: int, device: torch.device) -> Tensor:
+    """Which numbers are not above each number.
+
+    Args:
+        count: how many.
+        device: where they lie.
+
+    Returns:
+        bool [count, count], not to be written to: ``[i, j]`` is True where j is at most i.
+    """
+    return torch.ones(count, count, dtype=torch.bool, device=device).tril()
