@@ -9,7 +9,8 @@ Shape legend: B batch rows, N tree nodes, E path slots, C columns of a report, U
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,12 +41,30 @@ class CycleReport:
         num_slots: E.
         max_depth: how deep the draft could be.
         num_nodes: N, padding included.
+        done: happens when the columns have arrived on the host; None where nothing copies them in the background.
     """
 
     columns_BC: Tensor
     num_slots: int
     max_depth: int
     num_nodes: int
+    done: torch.cuda.Event | None = None
+
+    def to_host(self) -> CycleReport:
+        """Start the copy of the columns to the host, and do not wait for it; :meth:`read` does."""
+        if self.columns_BC.device.type != "cuda":
+            return self
+        copied_BC = torch.empty_like(self.columns_BC, device="cpu", pin_memory=True)
+        copied_BC.copy_(self.columns_BC, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return replace(self, columns_BC=copied_BC, done=done)
+
+    def read(self) -> list[list[int]]:
+        """The columns, once they are there."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.columns_BC.tolist()
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,7 @@ class DecodeCycle:
     shape: DraftLimits | None
     fixed_shapes: bool = False
     slot_step: int = 1
+    runs_ahead: ClassVar[bool] = False  # see draftsmith.decode.runners.Runner
 
     def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
         """Run one cycle.

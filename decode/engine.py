@@ -3,7 +3,8 @@
 Owns the loop, the queue of requests and what the host records. What a cycle does is in :mod:`draftsmith.decode.cycle`, how it is run in
 :mod:`draftsmith.decode.runners`. A request that waits takes the row of one that has ended.
 
-The host waits for the device once a cycle, in :meth:`Engine._record`, to read what was emitted.
+The host waits for the device once a cycle, in :meth:`Engine._record`, to read what was emitted. Behind a captured graph it is one cycle
+behind: the device is never idle, and a row that has ended decodes one cycle too many, which is dropped.
 
 Shape legend: B batch rows.
 """
@@ -11,8 +12,9 @@ Shape legend: B batch rows.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -34,6 +36,19 @@ from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows, as_shapes
 from draftsmith.models.trunk.forwards import CHUNK, read_again
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A cycle that has been started.
+
+    Attributes:
+        report: what the host will read of it.
+        requests: which request each row belonged to at its start.
+    """
+
+    report: CycleReport
+    requests: list[Request | None]
 
 
 class Engine:
@@ -92,6 +107,7 @@ class Engine:
         features = () if self.drafter is None else self.drafter.features
         layers = tuple(dict.fromkeys((*features, *self.verifier.layers)))
         target.tap(layers)
+        target.merge()
         # On a GPU the visible slots grow in steps, so that few shapes occur.
         slot_step = 64 if target.device.type == "cuda" else 1
         own = self.drafter if drafted else None
@@ -106,6 +122,7 @@ class Engine:
         if runner is not None:
             self._runners = {shape: runner(cycle) for shape, cycle in self._fixed_cycles.items()}
         self._said: set[str] = set()
+        self._kept: tuple[Batch, GenerationSettings, int] | None = None
         if tokenizer is not None:
             fingerprint = tokenizer_fingerprint(tokenizer)
             if self.drafter is not None:
@@ -198,21 +215,48 @@ class Engine:
         """The loop: cycle after cycle until no request is left. Gives requests as they end."""
         cycle, runners = self._cycle_for(settings)
         prefill = Prefill(cycle, self._prefill_chunk)
-        while requests := list(islice(waiting, num_rows)):
-            with phase(self.ledger, "prefill"):
-                batch, report = prefill(requests, settings, room)
-            yield from self._record(batch, recorder, report, in_cycle=False)
+        room = self._rounded(room) if cycle.fixed_shapes else room
+        batch = self._kept_batch(settings, num_rows, room) if cycle.fixed_shapes else None
+        while batch is not None or (requests := list(islice(waiting, num_rows))):
+            if batch is None:
+                with phase(self.ledger, "prefill"):
+                    batch, report = prefill(requests, settings, room)
+                yield from self._record(batch, recorder, Flight(report, batch.requests), in_cycle=False)
             # Where a family's state cannot be told apart by rows, requests wait until all rows have ended.
-            queue = waiting if batch.can_refill() else iter(())
-            admission = Admission(prefill, queue, settings)
+            refills = batch.can_refill()
+            if cycle.fixed_shapes and refills and self._kept is None:
+                self._kept = (batch, shared(settings), room)
+            admission = Admission(prefill, waiting if refills else iter(()), settings)
             yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
+            flights: deque[Flight] = deque()
             while not batch.has_ended:
                 self._read_again(batch)
                 run = runners[self.shapes.at(batch.num_alive)]
-                ended = self._record(batch, recorder, run(batch, shared(settings), self.ledger), in_cycle=True)
+                report = run(batch, shared(settings), self.ledger)
+                flights.append(Flight(report.to_host(), list(batch.requests)))
+                if run.runs_ahead and len(flights) == 1:
+                    continue  # the device begins the next cycle before the host reads this one
+                ended = self._record(batch, recorder, flights.popleft(), in_cycle=True)
                 yield from ended
                 if batch.idle and (ended or admission.has_more or admission.num_rows):
                     yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
+            batch = None
+
+    def _kept_batch(self, settings: GenerationSettings, num_rows: int, room: int) -> Batch | None:
+        """The batch of fixed shapes of an earlier call, all of its rows idle, if it suits this one; its graphs are then used again."""
+        if self._kept is None:
+            return None
+        batch, own_settings, own_room = self._kept
+        if own_settings == shared(settings) and len(batch.requests) == num_rows and room <= own_room <= 4 * room:
+            batch.requests = [None] * num_rows
+            return batch
+        self._kept = None  # its memory is free before another takes its place
+        return None
+
+    def _rounded(self, room: int) -> int:
+        """Room for rows of fixed shapes, in steps that double, so that calls of other lengths need few further graphs."""
+        rounded, most = max(64, 1 << (room - 1).bit_length()), self.target.max_positions
+        return rounded if most is None else max(room, min(rounded, most))
 
     def _refill(self, batch: Batch, admission: Admission, recorder: Recorder, fixed_shapes: bool) -> Iterator[Request]:
         """Let requests that wait take the places of those that have ended; places that nobody takes are given up.
@@ -231,7 +275,7 @@ class Engine:
                 started = admission.step()
             if started is not None:
                 fresh, report = started
-                yield from self._record(fresh, recorder, report, in_cycle=False)
+                yield from self._record(fresh, recorder, Flight(report, fresh.requests), in_cycle=False)
                 fresh.drop_idle()
                 if not fresh.has_ended:
                     batch.refill(fresh)
@@ -240,24 +284,25 @@ class Engine:
         if batch.idle:
             batch.rest()
 
-    def _record(self, batch: Batch, recorder: Recorder, report: CycleReport, in_cycle: bool) -> list[Request]:
+    def _record(self, batch: Batch, recorder: Recorder, flight: Flight, in_cycle: bool) -> list[Request]:
         """Read a cycle back in one transfer and hand its tokens to the host's records.
 
         Args:
             batch: the rows.
             recorder: of their requests.
-            report: of the cycle, or of the prompts.
+            flight: the cycle, or the reading of the prompts. What it did for requests that had ended already is dropped.
             in_cycle: whether the tokens come from a cycle.
 
         Returns:
             The requests that have ended with it; their rows are idle.
         """
         ended = []
+        report = flight.report
         recorder.num_cycles += in_cycle
         with phase(self.ledger, "host"):
-            for row, (count, *cells) in enumerate(report.columns_BC.tolist()):
-                request = batch.requests[row]
-                if request is None:
+            for row, (count, *cells) in enumerate(report.read()):
+                request = flight.requests[row]
+                if request is None or request is not batch.requests[row]:
                     continue
                 if count < 0:
                     place = f"behind token {batch.host_lengths[row]} of prompt {request.index}"

@@ -74,8 +74,9 @@ class Prefill:
         padded = [request.prompt + [0] * (longest - len(request.prompt)) for request in requests]
         tokens_BT = torch.tensor(padded, device=target.device)
         lengths_B = torch.tensor(lengths, device=target.device)
-        # A row runs past its budget by a draft at most, and stays there while it is idle.
-        room = (longest if room is None else room) + cycle.limits.draft_length
+        # A row runs past its budget by a draft, with the host one cycle behind by two, and stays there while it is idle.
+        past = cycle.limits.draft_length * (2 if cycle.fixed_shapes else 1) + cycle.fixed_shapes
+        room = (longest if room is None else room) + past
         batch = Batch(
             requests=list(requests),
             cache=SlotCache(room + cycle.limits.max_nodes + cycle.slot_step, target.config.num_hidden_layers),

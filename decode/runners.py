@@ -6,6 +6,8 @@ drafters nor queues.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
 
@@ -22,7 +24,14 @@ Compile = Literal["auto", "on", "off"]
 
 
 class Runner(Protocol):
-    """Runs cycles."""
+    """Runs cycles.
+
+    Attributes:
+        runs_ahead: whether a call returns before its cycle has run, so that the next one should begin before the host reads this one.
+    """
+
+    @property
+    def runs_ahead(self) -> bool: ...
 
     def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
         """As :class:`~draftsmith.decode.cycle.DecodeCycle`."""
@@ -32,48 +41,87 @@ class Runner(Protocol):
 class CompiledRunner:
     """Runs cycles through ``torch.compile``: one graph for a batch's shapes, made in its first cycle.
 
+    Where the compiler fails, cycles run op by op, and a warning says why.
+
     Args:
         cycle: with fixed shapes.
         backend: of ``torch.compile``.
     """
 
+    runs_ahead = False
+
     def __init__(self, cycle: DecodeCycle, backend: str | Callable[..., Any] = "inductor") -> None:
-        self._compiled = torch.compile(cycle.__call__, fullgraph=True, dynamic=False, backend=backend)
+        from torch._dynamo.exc import TorchDynamoException  # the compiler takes seconds to import
+
+        self._failure = TorchDynamoException
+        self._cycle = cycle
+        self._run: Callable[[Batch, GenerationSettings], CycleReport] = torch.compile(
+            cycle.__call__, fullgraph=True, dynamic=False, backend=backend
+        )
 
     def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
         """Run one cycle; a ledger is charged for it as a whole."""
-        with phase(ledger, "cycle"):
-            return self._compiled(batch, settings)
+        if self._run == self._cycle:
+            return self._cycle(batch, settings, ledger)
+        try:
+            with phase(ledger, "cycle"):
+                return self._run(batch, settings)
+        except self._failure as error:  # nothing has run then
+            _warn_of_failure("compiled", error)
+            self._run = self._cycle
+        return self._cycle(batch, settings, ledger)
 
 
 class CapturedRunner:
     """Runs cycles as one CUDA graph, captured in a batch's second cycle: no kernel is launched by itself afterwards.
 
+    Where the capture fails, cycles run op by op, and a warning says why.
+
     Args:
         cycle: with fixed shapes.
     """
 
+    runs_ahead = True
+
     def __init__(self, cycle: DecodeCycle) -> None:
         self._cycle = cycle
-        self._batch: Batch | None = None
+        self._batch: Callable[[], Batch | None] = lambda: None
         self._settings: GenerationSettings | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._report: CycleReport | None = None
+        self._has_failed = False
 
     def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
         """Run one cycle; once it is captured, a ledger is charged for it as a whole."""
-        if batch is not self._batch or settings != self._settings:
+        if batch is not self._batch() or settings != self._settings:
             # The first cycle runs eagerly, so that libraries make what they need outside of a capture.
-            self._batch, self._settings, self._graph = batch, settings, None
+            self._batch, self._settings, self._graph = weakref.ref(batch), settings, None
+            return self._cycle(batch, settings, ledger)
+        if self._graph is None and not self._has_failed:
+            self._capture(batch, settings)
+        if self._graph is None:
             return self._cycle(batch, settings, ledger)
         with phase(ledger, "cycle"):
-            if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._report = self._cycle(batch, settings)
             self._graph.replay()
         assert self._report is not None
         return self._report
+
+    def _capture(self, batch: Batch, settings: GenerationSettings) -> None:
+        """Record the cycle's kernels; none of them runs, so the batch stays as it is."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._report = self._cycle(batch, settings)
+        except RuntimeError as error:  # CUDA's errors have no class of their own in every version
+            _warn_of_failure("captured", error)
+            self._has_failed = True
+        else:
+            self._graph = graph
+
+
+def _warn_of_failure(how: str, error: Exception) -> None:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    warnings.warn(f"cycles run op by op: they cannot be {how} ({reason})", stacklevel=4)
 
 
 def check_compile(compile: str) -> None:

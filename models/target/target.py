@@ -19,7 +19,8 @@ from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.loading import load_causal_lm
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.trunk.known_models import refuse_unsupported
-from draftsmith.models.trunk.proof import prove
+from draftsmith.models.trunk.merged import merge, split
+from draftsmith.models.trunk.proof import few_logits, prove, same_logits
 from draftsmith.models.trunk.trunk import PRE_NORM, TargetOutput
 
 __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
@@ -57,6 +58,7 @@ class Target(nn.Module):
         self.config = model.config.get_text_config()
         self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids, context=context)
         self._trunk = prove(model, name, self.ends.logits)
+        self._is_merged = False
 
     @classmethod
     def load(
@@ -184,6 +186,7 @@ class Target(nn.Module):
         key_positions: Tensor | None = None,
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> TargetOutput:
         """Run one forward over new tokens with a cache and an explicit mask.
 
@@ -197,6 +200,8 @@ class Target(nn.Module):
             layers: names of further layers to return.
             text_lengths: int64 [B, N], how long the row's text is when each new token is read: for a prompt's tokens all of it. Rotary
                 factors that change with length are chosen by it. None: up to the token itself.
+            ends: int64 [B], slots from here on are seen by no new token of a row; given where far more slots are in view than hold text,
+                so that attention can skip them.
 
         Returns:
             The states of the new tokens.
@@ -212,6 +217,7 @@ class Target(nn.Module):
             key_positions=key_positions,
             layers=layers,
             text_lengths=text_lengths,
+            ends=ends,
         )
 
     def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:
@@ -230,6 +236,24 @@ class Target(nn.Module):
             ValueError: an unknown layer.
         """
         return self._trunk.prefix(input_ids, layers, read)
+
+    def merge(self) -> None:
+        """Merge matrices that read the same states, and norms, where the model gives the same logits then; done once.
+
+        Weights are moved, not doubled. What the model says changes by rounding at most.
+        """
+        if self._is_merged or self.device.type == "meta":
+            return
+        self._is_merged = True
+        own = few_logits(self._trunk, self.model, self.ends.logits)
+        if not merge(self._trunk.blocks):
+            return
+        try:
+            is_same = same_logits(few_logits(self._trunk, self.model, self.ends.logits), own)
+        except (AttributeError, RuntimeError, TypeError):  # the family calls its matrices in another way
+            is_same = False
+        if not is_same:
+            split(self._trunk.blocks)
 
     def tap(self, layers: tuple[str, ...]) -> None:
         """Make the states of layers available to forwards; see :meth:`draftsmith.models.trunk.trunk.Trunk.tap`.

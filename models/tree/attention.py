@@ -59,6 +59,11 @@ def attend(
     return attended_BGMD.reshape(B, H, N, values_BGSD.shape[-1])
 
 
+def skips_blocks(device: torch.device) -> bool:
+    """Whether attention over all slots of a cache should skip those that nobody sees: a kernel for it pays on CUDA."""
+    return device.type == "cuda"
+
+
 def skipping(mask_B1NS: Tensor, ends_B: Tensor) -> BlockMask:
     """A mask with which :func:`attend` skips the slots that no new token of a row sees. Its shapes do not depend on how many these are.
 

@@ -49,6 +49,7 @@ class Reader(Protocol):
         key_positions: Tensor | None = None,
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> TargetOutput:
         """As :meth:`draftsmith.models.target.target.Target.forward`."""
 
@@ -164,6 +165,7 @@ def read_tree(
         mask=mask_B1NS,
         key_positions=key_positions_BS,
         layers=layers,
+        ends=lengths_B + nodes if fixed_shapes else None,
     )
 
 

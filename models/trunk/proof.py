@@ -24,6 +24,7 @@ from draftsmith.models.files.finite import refuse_non_finite
 from draftsmith.models.files.pretrained import RAISED_BY_CONFIGS
 from draftsmith.models.tree.slot_cache import SlotCache
 from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.forwards import read_again, read_prompts, read_tree, within_factors
 from draftsmith.models.trunk.known_models import text_base
 from draftsmith.models.trunk.shrink import shrunk
@@ -53,20 +54,55 @@ def prove(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor])
     Raises:
         ValueError: through masks and caches the model does not give its own numbers.
     """
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) == "sdpa":
+        # Our own attention where a family runs it and stays exact, else the one that it was loaded with.
+        config._attn_implementation = NAME
+        try:
+            return _proven_trunk(model, name, logits)
+        except ValueError:
+            config._attn_implementation = "sdpa"
+    return _proven_trunk(model, name, logits)
+
+
+def _proven_trunk(model: PreTrainedModel, name: str, logits: Callable[[Tensor], Tensor]) -> Trunk:
+    """See :func:`prove`: with the attention that the config names."""
     base, config = cast(PreTrainedModel, text_base(model)), model.config.get_text_config()
     style = _style_by_length(base, config)
     if isinstance(style, str):
         raise _refused(model, name, style)
     trunk = Trunk(base, config, style, name)
-    ids = torch.arange(6, device=next(model.get_input_embeddings().parameters()).device)[None] % config.vocab_size
     with torch.inference_mode():
-        expected = model(input_ids=ids, use_cache=False).logits
+        expected = model(input_ids=_few_ids(model), use_cache=False).logits
         refuse_non_finite(expected, name)
-        expected = expected.float()
-        got = logits(_few_tokens(trunk, ids)).float()
-    if not _close(got, expected, 1e-3 if trunk.dtype == torch.float32 else 5e-2):
+    if not same_logits(few_logits(trunk, model, logits), expected):
         raise _refused(model, name, "in a tree of six tokens its logits are others")
     return trunk
+
+
+@torch.inference_mode()
+def few_logits(trunk: Trunk, model: PreTrainedModel, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits of six tokens, of which four are read as a tree.
+
+    Args:
+        trunk: the model's decoder.
+        model: whole, with weights.
+        logits: normed states [..., D] -> logits [..., V].
+
+    Returns:
+        [1, 6, V].
+    """
+    return logits(_few_tokens(trunk, _few_ids(model)))
+
+
+def same_logits(got: Tensor, expected: Tensor) -> bool:
+    """Whether logits of the same tokens agree as far as their dtype allows."""
+    return _close(got.float(), expected.float(), 1e-3 if got.dtype == torch.float32 else 5e-2)
+
+
+def _few_ids(model: PreTrainedModel) -> Tensor:
+    embedding = next(model.get_input_embeddings().parameters())
+    return torch.arange(6, device=embedding.device)[None] % model.config.get_text_config().vocab_size
 
 
 def _refused(model: PreTrainedModel, name: str, finding: str) -> ValueError:

@@ -14,16 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from draftsmith.models.tree.attention import skipping, skips_blocks
+from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
 from draftsmith.models.trunk.rope import LengthRopes
 from draftsmith.models.trunk.taps import Taps
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -135,7 +140,9 @@ class Trunk:
         self._norm = final_norm(base)
         self._blocks = decoder_blocks(base)
         self._taps = Taps()
-        self._additive_mask = getattr(config, "_attn_implementation", "sdpa") == "eager"
+        attention = getattr(config, "_attn_implementation", "sdpa")
+        self._additive_mask = attention == "eager"
+        self._skips_blocks = attention == NAME
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,6 +200,7 @@ class Trunk:
         key_positions: Tensor | None = None,
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> TargetOutput:
         """See :meth:`draftsmith.models.target.target.Target.forward`."""
         if text_lengths is None and self.ropes:
@@ -202,7 +210,7 @@ class Trunk:
             output = self._base(
                 input_ids=input_ids,
                 position_ids=positions,
-                attention_mask=None if mask is None else self._masks(mask, positions, key_positions),
+                attention_mask=None if mask is None else self._masks(mask, positions, key_positions, ends),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -224,6 +232,11 @@ class Trunk:
             return first
         again = self._whole(input_ids, layers, torch.full_like(input_ids, T))
         return again.where((place >= boundary).expand(B, T), first)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks in order."""
+        return self._blocks
 
     def check_layer(self, name: str) -> None:
         """Check that the decoder has a layer.
@@ -257,7 +270,9 @@ class Trunk:
             )
         return self._blocks[int(parts[1])]
 
-    def _masks(self, mask: Tensor, positions: Tensor, key_positions: Tensor | None) -> Tensor | dict[str, Tensor]:
+    def _masks(
+        self, mask: Tensor, positions: Tensor, key_positions: Tensor | None, ends: Tensor | None
+    ) -> Any:  # a mask, or one for each kind of layer
         windowed = mask
         if self.style.window is not None:
             if key_positions is None:
@@ -265,10 +280,12 @@ class Trunk:
             near = positions[:, None, :, None] - key_positions[:, None, None, :] < self.style.window
             windowed = mask & near
         if not self.style.kinds:
-            return self._as_mask(windowed)
-        return {kind: self._as_mask(windowed if kind == SLIDING else mask) for kind in self.style.kinds}
+            return self._as_mask(windowed, ends)
+        return {kind: self._as_mask(windowed if kind == SLIDING else mask, ends) for kind in self.style.kinds}
 
-    def _as_mask(self, mask: Tensor) -> Tensor:
+    def _as_mask(self, mask: Tensor, ends: Tensor | None) -> Tensor | BlockMask:
+        if ends is not None and self._skips_blocks and skips_blocks(mask.device):
+            return skipping(mask, ends)
         if not self._additive_mask:
             return mask
         dtype = self.dtype
