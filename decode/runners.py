@@ -108,8 +108,8 @@ class CapturedRunner:
 
     def _capture(self, batch: Batch, settings: GenerationSettings) -> None:
         """Record the cycle's kernels; none of them runs, so the batch stays as it is."""
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._report = self._cycle(batch, settings)
         except RuntimeError as error:  # CUDA's errors have no class of their own in every version
@@ -120,7 +120,7 @@ class CapturedRunner:
 
 
 def _warn_of_failure(how: str, error: Exception) -> None:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
     warnings.warn(f"cycles run op by op: they cannot be {how} ({reason})", stacklevel=4)
 
 

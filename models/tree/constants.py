@@ -1,17 +1,40 @@
 """Small tensors of counts that every cycle needs again: made once for each size and device.
 
-Owns them. They are shared, so nobody writes to them.
+Owns them. They are shared, so nobody writes to them. A compiler makes them part of its graph instead.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@lru_cache(maxsize=512)
+
+def made_once(make: Callable[P, R]) -> Callable[P, R]:
+    """Keep what a function has made for arguments. While a cycle is compiled, nothing is kept: its tensors have no numbers then.
+
+    Args:
+        make: of arguments that can be hashed.
+
+    Returns:
+        The same, from memory where it can be.
+    """
+    kept: Callable[P, R] = lru_cache(maxsize=512)(make)
+
+    @wraps(make)
+    def remembered(*arguments: P.args, **named: P.kwargs) -> R:
+        return make(*arguments, **named) if torch.compiler.is_compiling() else kept(*arguments, **named)
+
+    return remembered
+
+
+@made_once
 def counting(count: int, device: torch.device) -> Tensor:
     """The numbers from 0 on.
 
@@ -25,7 +48,7 @@ def counting(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
 
-@lru_cache(maxsize=512)
+@made_once
 def repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Numbers, each of them repeated.
 
@@ -44,7 +67,7 @@ def repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.de
     return torch.tensor(cells, dtype=torch.int64, device=device)
 
 
-@lru_cache(maxsize=512)
+@made_once
 def lower_triangle(count: int, device: torch.device) -> Tensor:
     """Which numbers are not above each number.
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from draftsmith.models.tree.constants import counting, repeated
+from draftsmith.models.tree.constants import counting, made_once, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.noise import Draw, draw
 from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune, tree_from_layers, tree_from_paths
@@ -339,7 +338,7 @@ class _LayerPlan:
     continued_M: Tensor
 
 
-@lru_cache(maxsize=64)
+@made_once
 def _plan(paths: tuple[Path, ...], device: torch.device) -> tuple[_LayerPlan, ...]:
     """The layers of a static tree, made once for each device. Its nodes are numbered by depth, then as sorted."""
     index: dict[Path, int] = {(): 0}

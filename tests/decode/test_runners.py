@@ -1,0 +1,130 @@
+"""Ways of running a cycle: one cycle ahead of the host, again in later calls, and op by op where compiling or capturing fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from doubles import BOS, random_target, tensors_of
+from every_family import EVERY_FAMILY, fresh, name_of
+
+from draftsmith.decode import Engine, GenerationSettings, Ledger
+from draftsmith.decode.batch import Batch
+from draftsmith.decode.cycle import CycleReport, DecodeCycle
+from draftsmith.decode.runners import CapturedRunner, CompiledRunner, Runner
+from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
+
+PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4]]
+GREEDY = GenerationSettings(max_new_tokens=9, repetition_penalty=1.2)
+DRAWN = GenerationSettings(max_new_tokens=9, temperature=1.0, top_p=0.9, seed=3)
+
+
+class Ahead:
+    """As a captured graph does it: a cycle has begun before the host reads the one before."""
+
+    runs_ahead = True
+
+    def __init__(self, cycle: DecodeCycle) -> None:
+        self._cycle = cycle
+
+    def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
+        return self._cycle(batch, settings, ledger)
+
+
+def eager(cycle: DecodeCycle) -> Runner:
+    return cycle
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return random_target()
+
+
+@pytest.fixture(scope="module")
+def drafters(target: Target) -> dict[str, Drafter | None]:
+    families = {name_of(family): fresh(family, target.ends) for family in EVERY_FAMILY}
+    return {"plain": None, **families, "draft LM": LMDrafter(random_target(seed=3)).eval()}
+
+
+def tokens(engine: Engine, request: GenerationSettings, num_rows: int | None = None) -> list[list[int]]:
+    return [generation.token_ids for generation in engine.generate(PROMPTS, request, num_rows=num_rows)]
+
+
+@pytest.mark.parametrize("request_settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("name", ["plain", *map(name_of, EVERY_FAMILY), "draft LM"])
+def test_a_host_that_is_one_cycle_behind_reads_the_same_tokens(
+    target: Target, drafters: dict[str, Drafter | None], name: str, request_settings: GenerationSettings
+) -> None:
+    expected = tokens(Engine(target), request_settings)
+    engine = Engine(target, drafters[name], DraftLimits(3, 3), runner=Ahead)
+    assert tokens(engine, request_settings) == expected
+    assert tokens(engine, request_settings, num_rows=2) == expected
+    assert tokens(engine, request_settings, num_rows=1) == expected
+
+
+def test_what_a_cycle_does_for_a_request_that_has_ended_is_dropped(target: Target) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    engine = Engine(target, runner=Ahead)
+    replies = engine.generate(PROMPTS, GREEDY, on_tokens=lambda *each: seen.append(each), num_rows=2)
+    for index, reply in enumerate(replies):
+        assert [token for number, tokens in seen for token in tokens if number == index] == reply.token_ids
+        assert len(reply.token_ids) == len(reply.accepted) + 1
+
+
+def test_a_later_call_of_other_lengths_uses_the_same_state(
+    target: Target, drafters: dict[str, Drafter | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses: set[tuple[int, ...]] = set()
+    call = DecodeCycle.__call__
+
+    def watched(self: DecodeCycle, batch: Batch, *rest: Any) -> CycleReport:
+        report = call(self, batch, *rest)
+        addresses.add(tuple(tensor.data_ptr() for tensor in tensors_of(batch)))
+        return report
+
+    monkeypatch.setattr(DecodeCycle, "__call__", watched)
+    engine = Engine(target, drafters["eagle"], DraftLimits(2, 3), runner=eager)
+    plain = Engine(target)
+    for prompts in ([[BOS, 5, 9, 11, 4], [BOS, 7]], [[BOS, 4], [BOS, 6, 6, 6]], [[BOS, 8], [BOS, 9]]):
+        replies = engine.generate(prompts, DRAWN)
+        assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in plain.generate(prompts, DRAWN)]
+    with_drafts = {each for each in addresses if len(each) == max(map(len, addresses))}
+    assert len(with_drafts) == 1
+
+
+def test_a_call_that_was_left_in_the_middle_does_not_enter_the_next(target: Target) -> None:
+    engine = Engine(target, runner=eager)
+    stream = engine.stream(iter(enumerate(PROMPTS)), GREEDY, num_rows=2, room=20)
+    next(stream)
+    stream.close()
+    assert tokens(engine, GREEDY, num_rows=2) == tokens(Engine(target), GREEDY)
+
+
+def test_a_call_with_other_settings_starts_anew(target: Target) -> None:
+    engine = Engine(target, runner=eager)
+    for request in (GREEDY, DRAWN, GREEDY):
+        assert tokens(engine, request, num_rows=2) == tokens(Engine(target), request)
+
+
+def test_a_cycle_that_cannot_be_compiled_runs_op_by_op_and_the_reason_is_given_once(target: Target) -> None:
+    def broken(*_: Any) -> Any:
+        raise NotImplementedError("no kernel for this")
+
+    torch._dynamo.reset()
+    engine = Engine(target, runner=lambda cycle: CompiledRunner(cycle, broken))
+    with pytest.warns(UserWarning, match="cannot be compiled .*no kernel for this"):
+        first = tokens(engine, GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned twice"))
+        assert tokens(engine, GREEDY) == first == tokens(Engine(target), GREEDY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a capture works")
+def test_a_cycle_that_cannot_be_captured_runs_op_by_op_and_the_reason_is_given_once(target: Target) -> None:
+    engine = Engine(target, runner=CapturedRunner)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        first = tokens(engine, DRAWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned twice"))
+        assert tokens(engine, DRAWN) == first == tokens(Engine(target), DRAWN)

@@ -1,0 +1,37 @@
+"""Attention of a few tokens to many cached ones: shared heads, masks, and slots that are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from draftsmith.models.tree.attention import attend, skipping
+
+CASES = [(2, 6, 2, 5, 300, 32), (1, 8, 8, 16, 256, 16), (3, 9, 3, 1, 130, 16), (2, 4, 1, 7, 40, 8)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("B", "H", "G", "N", "S", "D"), CASES)
+def test_shared_heads_and_skipped_slots_give_the_numbers_of_repeated_keys(
+    B: int, H: int, G: int, N: int, S: int, D: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(B, H, N, D, generator=generator)
+    keys, values = torch.randn(2, B, G, S, D, generator=generator)
+    ends = torch.tensor([S // 3, 7 + N, S - 1])[:B]
+    mask = (torch.arange(S) < ends[:, None])[:, None, None].repeat(1, 1, N, 1)
+    mask &= torch.rand(B, 1, N, S, generator=generator) > 0.3
+    mask[..., 0] = True
+    repeated = (part.repeat_interleave(H // G, dim=1) for part in (keys, values))
+    expected = F.scaled_dot_product_attention(queries, *repeated, mask)
+    torch.testing.assert_close(attend(queries, keys, values, mask), expected)
+    torch.testing.assert_close(attend(queries, keys, values, skipping(mask, ends)), expected)
+
+
+def test_the_shapes_of_a_mask_that_skips_slots_do_not_depend_on_how_many_these_are() -> None:
+    mask = torch.ones(2, 1, 5, 300, dtype=torch.bool)
+    short, long = (skipping(mask, torch.tensor(ends)) for ends in ([5, 9], [290, 300]))
+    assert short.kv_num_blocks.flatten().tolist() == [1, 1]
+    assert long.kv_num_blocks.flatten().tolist() == [3, 3]
+    assert short.kv_indices.shape == long.kv_indices.shape
