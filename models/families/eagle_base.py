@@ -256,7 +256,7 @@ class FeatureDraft:
         self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
         self._depth = 0
         self._rotations = _NodeRotations(drafter.rotation, self._slots.lengths_B, depth)
-        self._output_BMD = torch.empty(0)
+        self._output_BMD = self._last_B1  # until the layer has run
 
     def begin(self) -> Tensor:
         """See :class:`Expander`: keys and values of all fresh pairs, and the layer's output at the last."""

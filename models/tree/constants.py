@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def made_once(make: Callable[P, R]) -> Callable[P, R]:
     Returns:
         The same, from memory where it can be.
     """
-    kept: Callable[P, R] = lru_cache(maxsize=512)(make)
+    kept = cast(Callable[P, R], lru_cache(maxsize=512)(make))
 
     @wraps(make)
     def remembered(*arguments: P.args, **named: P.kwargs) -> R:

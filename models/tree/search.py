@@ -133,11 +133,11 @@ class _Scorer:
     scale: float
     cut: bool
 
-    def best(self, score_BM: Tensor, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
+    def best(self, score_BM: Tensor | None, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
         """Find the ``count`` likeliest continuations of nodes at a depth. The root (depth 0) is always continued.
 
         Args:
-            score_BM: float32, cumulative log-probabilities of the nodes.
+            score_BM: float32, cumulative log-probabilities of the nodes; None for the root, whose own is 0.
             logits_BMV: float [B, M, Vd].
             count: R.
             depth: of the nodes.
@@ -154,7 +154,7 @@ class _Scorer:
             )
         scaled_BMV = logits_BMV.float() if self.scale == 1.0 else logits_BMV.float() * self.scale
         top_BMR, draft_BMR = scaled_BMV.log_softmax(-1).topk(count, dim=-1)
-        if depth > 0:
+        if score_BM is not None:
             top_BMR = score_BM[..., None] + top_BMR
         if self.stop is not None and self.below_B is not None and depth > 0:
             log_probs_BMV = logits_BMV.float().log_softmax(-1)
@@ -267,7 +267,7 @@ class _Layer:
 def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, stopped_stay: bool) -> Iterator[_Layer]:
     """Beam search, layer by layer; ``stopped_stay`` where a beam that is stopped early keeps its place among the beams."""
     logits_BMV = expander.begin()
-    score_BM = standing_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)
+    score_BM = standing_BM = None
     for depth in range(length):
         scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, width, depth)
         tokens_BMR = expander.target_ids(draft_BMR)
@@ -276,7 +276,9 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, s
             score_BM, token_BM = scores_BMR[:, 0], tokens_BMR[:, 0]
             standing_BM, flat_BM = score_BM, counting(width, token_BM.device).expand_as(token_BM)
         else:
-            competing_BMR = scorer.standing(scores_BMR, standing_BM) if stopped_stay else scores_BMR
+            competing_BMR = scores_BMR
+            if stopped_stay and standing_BM is not None:
+                competing_BMR = scorer.standing(scores_BMR, standing_BM)
             standing_BM, flat_BM = competing_BMR.flatten(1).topk(width, dim=-1)
             score_BM = scores_BMR.flatten(1).gather(1, flat_BM) if stopped_stay else standing_BM
             token_BM = tokens_BMR.flatten(1).gather(1, flat_BM)
@@ -304,8 +306,8 @@ def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) ->
     """
     tokens, parents, scores = [], [], []
     logits_BMV = expander.begin()
-    score_BM = torch.zeros(logits_BMV.shape[:2], device=logits_BMV.device)
-    for depth, plan in enumerate(_plan(paths, score_BM.device)):
+    score_BM = None
+    for depth, plan in enumerate(_plan(paths, logits_BMV.device)):
         scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, plan.num_ranks, depth)
         token_BC = expander.target_ids(draft_BMR.flatten(1)[:, plan.places_C])
         score_BC = scores_BMR.flatten(1)[:, plan.places_C]

@@ -36,7 +36,9 @@ class Operations(TorchDispatchMode):
     def fused(self) -> Iterator[None]:
         """Count what meta tensors take apart as the kernels that a GPU has for it."""
 
-        def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        def attention(
+            query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+        ) -> torch.Tensor:
             self.count["attention"] += 3
             return query.as_strided((*query.shape[:-1], values.shape[-1]), query.stride())
 
