@@ -20,6 +20,7 @@ from draftsmith.arguments import FLAT, WHOLE
 from draftsmith.decode.batch import Generation
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
+from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
@@ -67,6 +68,7 @@ def decode(
     drafter_adapter: Path | None = None,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
+    compile: Compile = "auto",
 ) -> None:
     """Decode one prompt and show which tokens were drafted and accepted.
 
@@ -89,6 +91,8 @@ def decode(
         drafter_adapter: A trained adapter of the drafter; without --drafter, of the one that it names.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
+        compile: on compiles decoding cycles (on CUDA it captures them), off runs them op by op; auto is off so far. Compiling takes a
+            minute or more.
     """
     limits: DraftLimits | ShapesByRows | None = None if shape is None else parse_shape(shape)
     _, lossy = parse_rule(rule)
@@ -101,7 +105,7 @@ def decode(
             limits = head.kept_shapes(model)
         limits = limits or default_limits(head, DraftLimits(draft_length=4))
     settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
-    engine = Engine(model, head, limits, tokenizer, rule=lossy)
+    engine = Engine(model, head, limits, tokenizer, rule=lossy, compile=compile)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)
     console = Console(highlight=False)
     generation = engine.generate([ids], settings)[0]

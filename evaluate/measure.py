@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, GenerationSettings, Ledger
+from draftsmith.decode.runners import Compile
 from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
 from draftsmith.evaluate.records import Row, Sample, Timed
 from draftsmith.evaluate.report_rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, first_replies, make_row
@@ -36,7 +37,9 @@ class Plan:
         transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
         prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not. Default: 5 where
             prompts are decoded one at a time and transformers is timed, else 0.
-        ledger_prompts: Prompts decoded once more with a clock on every stage; 0 for none.
+        ledger_prompts: Prompts decoded once more with a clock on every stage, op by op; 0 for none.
+        compile: on compiles decoding cycles (on CUDA it captures them), off runs them op by op; auto is off so far. Compiling takes a
+            minute or more a shape.
 
     Raises:
         ValueError: a count is too low, or prompt lookup is asked for with batches or without transformers' prompts.
@@ -47,6 +50,7 @@ class Plan:
     transformers_prompts: int = 40
     prompt_lookup: int | None = None
     ledger_prompts: int = 8
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("repeats", 1), ("transformers_prompts", 0), ("ledger_prompts", 0)):
@@ -114,8 +118,9 @@ def measure(
     compared with what the machine's memory allows.
     """
     part = part or Part()
-    engines = {PLAIN: Engine(target)} | {
-        candidate.label: Engine(target, candidate.drafter, candidate.limits) for candidate in candidates
+    engines = {PLAIN: Engine(target, compile=plan.compile)} | {
+        candidate.label: Engine(target, candidate.drafter, candidate.limits, compile=plan.compile)
+        for candidate in candidates
     }
     round_prompts = plan.round_prompts(len(samples))
     contenders, first_only = _line_up(engines, target, settings, plan, round_prompts)

@@ -18,6 +18,7 @@ from draftsmith.data.replies.reply_sources import BundledEngine, IndependentEngi
 from draftsmith.data.replies.server_source import NO_SERVER, ServerEngine, ServerOptions
 from draftsmith.data.replies.source_settings import check_settings
 from draftsmith.data.replies.vllm_source import ONE_GPU, VllmEngine, VllmOptions
+from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.tree.limits import DraftLimits
@@ -41,6 +42,7 @@ class EngineChoice:
         batches: how many prompts are answered together; a server batches by itself.
         server: for a server.
         vllm: for vLLM in this process.
+        compile: how the bundled decoder runs its cycles.
     """
 
     name: EngineName = "bundled"
@@ -49,6 +51,7 @@ class EngineChoice:
     batches: BatchOptions = SMALL_BATCHES
     server: ServerOptions = NO_SERVER
     vllm: VllmOptions = ONE_GPU
+    compile: Compile = "auto"
 
     def check(self, where: TargetOptions) -> None:
         """Check that no option would be dropped in silence.
@@ -75,6 +78,7 @@ class EngineChoice:
             if name not in _READ_BY[self.name]
         }
         changed |= {name: getattr(self, name) for name in ("drafter", "limits") if getattr(self, name) is not None}
+        changed |= {} if self.compile == "auto" else {"compile": self.compile}
         self._refuse(changed, "is an option of the bundled decoder", with_value=False)
 
     def _refuse(self, options: Mapping[str, Any], rule: str, with_value: bool = True) -> None:
@@ -106,7 +110,7 @@ class EngineChoice:
         """
         if self.name == "bundled":
             loaded = where.load(target)
-            bundled = BundledEngine(loaded, self.drafter, self.limits, tokenizer, where.trust_remote_code)
+            bundled = BundledEngine(loaded, self.drafter, self.limits, tokenizer, where.trust_remote_code, self.compile)
             identity = {"target_fingerprint": loaded.fingerprint} | loaded_here(where) | vars(self.batches)
             return OpenEngine(bundled, loaded.max_positions, identity)
         check_settings(settings)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.engine import Engine
+from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.target.target import Target
@@ -151,6 +152,7 @@ class BundledEngine:
         limits: how much it drafts; by default as :class:`Engine` has it.
         tokenizer: the target's.
         trust_remote_code: whether Python files that come with a draft LM may run.
+        compile: how cycles are run; see :class:`~draftsmith.decode.engine.Engine`.
 
     Raises:
         ValueError: the drafter belongs to another target or tokenizer.
@@ -163,6 +165,7 @@ class BundledEngine:
         limits: DraftLimits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = False,
+        compile: Compile = "auto",
     ) -> None:
         loaded = None
         if drafter is not None:
@@ -170,7 +173,7 @@ class BundledEngine:
         if loaded is not None:
             # The base class's `to`: the one of transformers is not typed for a device alone.
             nn.Module.to(loaded, target.device)
-        self._engine = Engine(target, loaded, limits, tokenizer)
+        self._engine = Engine(target, loaded, limits, tokenizer, compile=compile)
 
     def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:
         """See `ResponseEngine.reply`."""

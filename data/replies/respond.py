@@ -26,6 +26,7 @@ from draftsmith.data.shared_work import OWN_SHARE, Share, ShareOptions
 from draftsmith.data.survey import begun_anew
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.decode_command import NO_STOP_STRINGS, EndingOptions
+from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings, ReplyOptions
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
@@ -53,6 +54,7 @@ def respond(
     engine: EngineName = "bundled",
     server: Annotated[ServerOptions, FLAT] = NO_SERVER,
     vllm: Annotated[VllmOptions, FLAT] = ONE_GPU,
+    compile: Compile = "auto",
 ) -> None:
     """Lets the target answer the prompts itself.
 
@@ -76,9 +78,11 @@ def respond(
         engine: What generates: the bundled decoder, vLLM in this process, or a server that gives back token ids.
         server: The server's address and how patiently it is asked; see `ServerOptions`.
         vllm: What vLLM may take; see `VllmOptions`.
+        compile: on compiles decoding cycles (on CUDA it captures them), off runs them op by op; auto is off so far. Compiling takes a
+            minute or more.
     """
     check_unclaimed(out)
-    choice = EngineChoice(engine, drafter, limits, batches, server, vllm)
+    choice = EngineChoice(engine, drafter, limits, batches, server, vllm, compile)
     choice.check(where)
     where, own_share = where.resolved(target), share.own()
     unread: list[Dropped] = []
@@ -91,7 +95,11 @@ def respond(
     identity = run_identity(tokenizer, chat, settings, rendering, where) | {"prompts_sha256": digest} | opened.identity
     plan = _own_plan(own_share, chosen, unread, chat, settings, opened.context, batches)
     concurrency = server.concurrency if engine == "server" else None
-    config = identity | vars(selection) | {"target": target, "drafter": drafter, "concurrency": concurrency}
+    config = (
+        identity
+        | vars(selection)
+        | {"target": target, "drafter": drafter, "concurrency": concurrency, "compile": compile}
+    )
     record = partial(provenance.record, "data respond", config, {str(prompts): digest})
     written = write_replies(out, own_share, plan, chat, opened.engine, identity, record())
     provenance.write(out, record())
