@@ -71,7 +71,10 @@ ONE_GRAPH = {
     "recurrent beams": ("redrafter", "3x3", GREEDY),
     "dynamic tree": ("eagle", "3x3n5", DRAWN),
     "sampled tree": ("redrafter", "k2.1", DRAWN),
+    "static tree": ("redrafter", "t2.1", DRAWN),
+    "early stop": ("eagle", "2x3e0.5", GREEDY),
     "draft LM": ("draft LM", "1x2", GREEDY),
+    **{f"dynamic tree of {name}": (name, "2x2n3", DRAWN) for name in map(name_of, EVERY_FAMILY) if name != "eagle"},
 }
 
 

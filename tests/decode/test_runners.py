@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from draftsmith.decode.batch import Batch
 from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.runners import CapturedRunner, CompiledRunner, Runner
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
+from draftsmith.models.tree.shapes import parse_shape
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4]]
 GREEDY = GenerationSettings(max_new_tokens=9, repetition_penalty=1.2)
@@ -128,3 +130,22 @@ def test_a_cycle_that_cannot_be_captured_runs_op_by_op_and_the_reason_is_given_o
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned twice"))
         assert tokens(engine, DRAWN) == first == tokens(Engine(target), DRAWN)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", ["1x3", "3x3", "3x3n5", "t2.1", "s2.1", "k2.1"])
+@pytest.mark.parametrize("name", [*map(name_of, EVERY_FAMILY), "draft LM"])
+def test_captured_cycles_emit_the_tokens_of_cycles_run_op_by_op(
+    target: Target, drafters: dict[str, Drafter | None], name: str, shape: str
+) -> None:
+    on_gpu = random_target().to("cuda")
+    drafter, limits = copy.deepcopy(drafters[name]), parse_shape(shape)
+    assert drafter is not None
+    engines = [Engine(on_gpu, drafter.to("cuda"), limits, compile=way) for way in ("off", "on")]
+    for request in (DRAWN,) if limits.sampled is not None else (GREEDY, DRAWN):
+        op_by_op, captured = (tokens(engine, request, num_rows=2) for engine in engines)
+        assert captured == op_by_op
+        assert tokens(engines[1], request, num_rows=2) == op_by_op
+        if limits.sampled is None:
+            assert captured == tokens(Engine(on_gpu, compile="on"), request)
