@@ -40,7 +40,6 @@ from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.foreign import visible
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
@@ -119,7 +118,7 @@ def evaluate(
 def _print(rows: Sequence[Row]) -> None:
     print(main_table(rows))
     for line in slow_drafters(rows):
-        print(visible(line))
+        print(line)
     if text := roofline_text(labelled_rooflines(rows)):
         print(f"\n{text}\n")
 

@@ -98,7 +98,7 @@ def to_markdown(
         "# Evaluation",
         setting,
         main_table(rows),
-        *map(plain, slow_drafters(rows)),
+        *slow_drafters(rows, plain),
         *_warnings(rows),
         *_baseline(rows),
         _busy_rows(rows),

@@ -5,23 +5,25 @@ Owns the comparison and its words, for the terminal and for reports. Does not kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from draftsmith.evaluate.records import Row
 from draftsmith.evaluate.report_rows import LOOKUP
+from draftsmith.foreign import one_line
 
 SHORT_TRAINING = "A head trained for less than a minute is slower."
 TUNE = "find a faster shape with `draftsmith tune`"
 TRAIN = "train longer or on more replies"
 
 
-def slow_drafters(rows: Sequence[Row]) -> list[str]:
+def slow_drafters(rows: Sequence[Row], written: Callable[[object], str] = one_line) -> list[str]:
     """One line for each drafter and temperature whose fastest shape is slower than plain decoding or than prompt lookup.
 
     Prompt lookup counts where it was measured: `evaluate` leaves it out for batches (see `Plan.prompt_lookup`).
 
     Args:
         rows: of one evaluation, at all temperatures.
+        written: how a drafter's name, which is foreign text, is written where the lines go.
     """
     fastest: dict[tuple[str, float], Row] = {}
     for row in sorted((row for row in rows if row.shape), key=lambda row: -row.speedup):
@@ -35,9 +37,8 @@ def slow_drafters(rows: Sequence[Row]) -> list[str]:
         ]
         slower_than = _slower_than(row.speedup, max(lookups, default=None))
         if slower_than:
-            lines.append(
-                f"Slow: {row.label} at T = {row.temperature:g} decodes at {slower_than}. To try: {TRAIN}, or {TUNE}. {SHORT_TRAINING}"
-            )
+            place = f"{written(row.label)} at T = {row.temperature:g}"
+            lines.append(f"Slow: {place} decodes at {slower_than}. To try: {TRAIN}, or {TUNE}. {SHORT_TRAINING}")
     return lines
 
 

@@ -68,6 +68,7 @@ def test_each_temperature_and_drafter_is_judged_by_itself(make_row: RowMaker) ->
 
 def test_the_report_carries_the_line_as_text(make_row: RowMaker) -> None:
     assert "\n\nSlow: red\\|r 1x4 at T = 0" in to_markdown("", {}, {}, [make_row(speedup=0.8, drafter="red|r")])
+    assert "`draftsmith tune`" in to_markdown("", {}, {}, [make_row(speedup=0.8)])
     assert "Slow:" not in to_markdown("", {}, {}, [make_row()])
 
 
