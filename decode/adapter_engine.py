@@ -27,11 +27,11 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.lora import activate, load_adapter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.slots.row_state import ReplacedRows, append_rows
+from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.row_state import ReplacedRows, append_rows
 from draftsmith.models.tree.search import Expander
-from draftsmith.models.tree.slot_cache import KeptRows
 from draftsmith.models.tree.steps import result_of
 from draftsmith.models.tree.tree import DraftTree, in_batch_order
 from draftsmith.models.trunk.forwards import CHUNK

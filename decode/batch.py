@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.rows import Rows
 from draftsmith.models.drafters.draft_records import DraftState
-from draftsmith.models.tree.row_state import ReplacedRows, all_by_rows, put_rows
-from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
+from draftsmith.models.slots.row_state import ReplacedRows, all_by_rows, put_rows
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 
 Finish = Literal["eos", "stop", "length"]
 

@@ -22,10 +22,10 @@ from draftsmith.decode.verify.verifier import Reading, Verifier, Walk
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.finite import broken_rows
+from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.row_state import write_over
 from draftsmith.models.tree.search import Draws
 from draftsmith.models.tree.tree import DraftTree, root_tree
 from draftsmith.models.trunk.forwards import read_tree, within_factors

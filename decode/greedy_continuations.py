@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.target import Target
-from draftsmith.models.tree.slot_cache import SlotCache
 
 
 @torch.inference_mode()

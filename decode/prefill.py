@@ -21,10 +21,10 @@ from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.verifier import Reading
 from draftsmith.models.drafters.draft_records import Emitted, Opening
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import request_keys
-from draftsmith.models.tree.slot_cache import SlotCache
 from draftsmith.models.tree.steps import result_of
 from draftsmith.models.tree.tree import root_tree
 from draftsmith.models.trunk.forwards import CHUNK, joined, read_chunks

@@ -14,11 +14,11 @@ from draftsmith.models.families import *  # noqa: F403 - the names of the packag
 from draftsmith.models.families import __all__ as _of_families
 from draftsmith.models.files.fingerprint import template_fingerprint, tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds, TargetOutput
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop, SampledChildren
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
-from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.tree import DraftTree, root_tree, tree_from_layers, tree_from_paths
 
 __all__ = [

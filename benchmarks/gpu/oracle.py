@@ -15,10 +15,10 @@ from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted,
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
-from draftsmith.models.tree.slot_cache import KeptRows
 from draftsmith.models.tree.tree import DraftTree, tree_from_paths
 
 

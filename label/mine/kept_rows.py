@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.target import Target
-from draftsmith.models.tree.slot_cache import SlotCache
 from draftsmith.models.trunk.forwards import within_context
 
 CHUNK = 256

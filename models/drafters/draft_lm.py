@@ -29,11 +29,11 @@ from draftsmith.models.files.finite import is_finite
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.files.pretrained import read_config
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.target.key_values import KeyValues, key_values_of
 from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.mask import slot_positions
-from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.steps import result_of
 from draftsmith.models.trunk.forwards import read_chunks, within_context
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Draws
-from draftsmith.models.tree.slot_cache import KeptRows
 
 
 @dataclass(frozen=True)

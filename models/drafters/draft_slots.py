@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.models.drafters.draft_records import Cycle
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.constants import counting
-from draftsmith.models.tree.slot_cache import SlotCache
 
 
 class DraftSlots:

@@ -27,11 +27,11 @@ from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
+from draftsmith.models.slots.attention import attend
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.target.key_values import KeyValues
-from draftsmith.models.tree.attention import attend
 from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.steps import result_of
 
 

@@ -23,9 +23,9 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, COUNT_OR_ZERO, FLAG, Rule
+from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.slot_cache import KeptRows
 
 
 class ReDrafterConfig(DrafterConfig):

@@ -1,4 +1,4 @@
-"""The draft tree: its nodes, the searches that build it, their limits, masks, noise and cache slots."""
+"""The draft tree: its nodes, the searches that build it, their limits, masks and noise."""
 
 from draftsmith.public import names_of
 

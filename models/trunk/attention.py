@@ -1,4 +1,4 @@
-"""The attention that a model's layers run: :func:`draftsmith.models.tree.attention.attend`, under a name that Transformers knows.
+"""The attention that a model's layers run: :func:`draftsmith.models.slots.attention.attend`, under a name that Transformers knows.
 
 Owns the registration and what is left to Transformers' own function. Knows no family.
 
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from draftsmith.models.tree.attention import attend
+from draftsmith.models.slots.attention import attend
 
 NAME = "draftsmith"
 # What some families ask of attention besides; Transformers' function does it or refuses it.

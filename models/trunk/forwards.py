@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.mask import slot_mask, slot_positions
-from draftsmith.models.tree.slot_cache import SlotCache
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.trunk import TargetOutput
 

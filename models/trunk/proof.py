@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from draftsmith.models.files.finite import refuse_non_finite
 from draftsmith.models.files.pretrained import RAISED_BY_CONFIGS
-from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.forwards import read_again, read_prompts, read_tree, within_factors

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from draftsmith.models.tree.attention import skipping, skips_blocks
+from draftsmith.models.slots.attention import skipping, skips_blocks
 from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
 from draftsmith.models.trunk.rope import LengthRopes

@@ -15,7 +15,7 @@ from draftsmith.decode.batch import Batch, Request
 from draftsmith.decode.cycle import DecodeCycle
 from draftsmith.decode.greedy_continuations import greedy_continuations
 from draftsmith.models import DraftLimits, ReDrafter, Target
-from draftsmith.models.tree.slot_cache import KeptRows, SlotCache
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 30]]
 

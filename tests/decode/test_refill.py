@@ -17,9 +17,9 @@ from torch import Tensor
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.constraints import Constraints
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
-from draftsmith.models.tree.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, write_over
+from draftsmith.models.slots.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, write_over
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.shapes import parse_shape
-from draftsmith.models.tree.slot_cache import SlotCache
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4], [BOS, 40], [BOS, 41, 42, 43]]
 ENDS = tuple(range(3, 9))

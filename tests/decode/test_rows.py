@@ -11,8 +11,8 @@ from transformers.generation import LogitsProcessorList
 from draftsmith.decode.processors import RequestText
 from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.models import EarlyStop
+from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.early_stop import StopState
-from draftsmith.models.tree.slot_cache import KeptRows
 
 
 def rows_of(numbers: list[int]) -> Rows:

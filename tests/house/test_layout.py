@@ -38,11 +38,12 @@ BELOW = {
 ROOMS: dict[str, dict[str, set[str]]] = {
     "models": {
         "files": set(),
-        "tree": {"files"},
-        "trunk": {"files", "tree"},
-        "target": {"files", "trunk"},
-        "drafters": {"files", "tree", "trunk", "target"},
-        "families": {"files", "tree", "target", "drafters"},
+        "slots": set(),
+        "tree": {"files", "slots"},
+        "trunk": {"files", "slots", "tree"},
+        "target": {"files", "slots", "trunk"},
+        "drafters": {"files", "slots", "tree", "trunk", "target"},
+        "families": {"files", "slots", "tree", "target", "drafters"},
         "": {"files", "tree", "target", "drafters", "families"},
     },
     "decode": {"verify": set(), "": {"verify"}, "hugging_face": {""}},

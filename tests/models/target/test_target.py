@@ -14,8 +14,8 @@ from draftsmith.models import PRE_NORM, Target, TargetEnds, tree_from_paths
 from draftsmith.models.files.device_and_dtype import as_device, as_dtype
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.mask import slot_mask, slot_positions
-from draftsmith.models.tree.slot_cache import SlotCache
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.tree.slot_cache import SlotCache
+from draftsmith.models.slots.slot_cache import SlotCache
 
 
 class UnknownState(TypeError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from draftsmith.models.tree.attention import attend, skipping
+from draftsmith.models.slots.attention import attend, skipping
 
 CASES = [(2, 6, 2, 5, 300, 32), (1, 8, 8, 16, 256, 16), (3, 9, 3, 1, 130, 16), (2, 4, 1, 7, 40, 8)]
 
