@@ -81,6 +81,11 @@ class EngineChoice:
         changed |= {} if self.compile == "auto" else {"compile": self.compile}
         self._refuse(changed, "is an option of the bundled decoder", with_value=False)
 
+    def facts(self) -> dict[str, Any]:
+        """What a record of the run names besides its identity, none of which changes a reply."""
+        concurrency = self.server.concurrency if self.name == "server" else None
+        return {"drafter": self.drafter, "concurrency": concurrency, "compile": self.compile}
+
     def _refuse(self, options: Mapping[str, Any], rule: str, with_value: bool = True) -> None:
         """Check that none of some options is set.
 

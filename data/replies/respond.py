@@ -78,15 +78,13 @@ def respond(
         engine: What generates: the bundled decoder, vLLM in this process, or a server that gives back token ids.
         server: The server's address and how patiently it is asked; see `ServerOptions`.
         vllm: What vLLM may take; see `VllmOptions`.
-        compile: on compiles decoding cycles (on CUDA it captures them), off runs them op by op; auto is off so far. Compiling takes a
-            minute or more.
+        compile: on compiles decoding cycles, which takes a minute or more; auto and off run them op by op.
     """
     check_unclaimed(out)
     choice = EngineChoice(engine, drafter, limits, batches, server, vllm, compile)
     choice.check(where)
     where, own_share = where.resolved(target), share.own()
-    unread: list[Dropped] = []
-    chosen = read_prompts(prompts, selection.split, unread)[: selection.limit]
+    chosen, unread = _chosen(prompts, selection)
     tokenizer = where.tokenizer(target)
     settings = reply_settings(target, tokenizer, sampling, reply, ending.stop, where)
     chat = chat_for(chosen, tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
@@ -94,16 +92,18 @@ def respond(
     digest = _digest(json.dumps(prompt.fields()) for prompt in chosen)
     identity = run_identity(tokenizer, chat, settings, rendering, where) | {"prompts_sha256": digest} | opened.identity
     plan = _own_plan(own_share, chosen, unread, chat, settings, opened.context, batches)
-    concurrency = server.concurrency if engine == "server" else None
-    config = (
-        identity
-        | vars(selection)
-        | {"target": target, "drafter": drafter, "concurrency": concurrency, "compile": compile}
-    )
+    config = identity | vars(selection) | {"target": target} | choice.facts()
     record = partial(provenance.record, "data respond", config, {str(prompts): digest})
     written = write_replies(out, own_share, plan, chat, opened.engine, identity, record())
     provenance.write(out, record())
     _report(out, own_share, plan, identity, written, server.skip_failed)
+
+
+def _chosen(prompts: Path, selection: PromptSelection) -> tuple[list[Prompt], list[Dropped]]:
+    """The prompts to answer, and the rows that are none."""
+    unread: list[Dropped] = []
+    chosen = read_prompts(prompts, selection.split, unread)[: selection.limit]
+    return chosen, unread
 
 
 def _own_plan(

@@ -124,7 +124,7 @@ def most_frequent_of(own_ids: Counts, counts_V: Counts, size: int) -> NDArray[np
 
 
 def cut(reply: Recorded, kept_mask_V: NDArray[np.bool_]) -> Recorded:
-    """The record of a drafter that proposes only some tokens: a draft ends where the reply goes on with another one.
+    """The record of a drafter that proposes only some tokens: a draft ends where the reply continues with another one.
 
     Args:
         reply: recorded.

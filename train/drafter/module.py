@@ -129,13 +129,7 @@ class DraftModule(pl.LightningModule):
         draft_vocabulary: Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
-        if draft_vocabulary is not None and (init_from is not None or drafter.draft_vocab_size is not None):
-            other = (
-                f"init_from {init_from}" if init_from is not None else f"draft_vocab_size {drafter.draft_vocab_size}"
-            )
-            raise ValueError(
-                f"draft_vocabulary is {draft_vocabulary!r}, and {other} says it too; leave one of the two null"
-            )
+        _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
         self.draft_vocabulary = draft_vocabulary
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
         self.objective = Objective(
@@ -496,3 +490,11 @@ def _check_layers(layers: list[str], reader: str, cache: HiddenStateCache) -> No
             f"training {reader} reads the layers {missing}, {cache.path} holds {list(cache.manifest.identity.layers)}; "
             "extract a cache with them (--layers)"
         )
+
+
+def _check_draft_vocabulary(draft_vocabulary: str | None, init_from: Path | None, draft_vocab_size: int | None) -> None:
+    """Raise where two settings name a draft vocabulary."""
+    if draft_vocabulary is None or (init_from is None and draft_vocab_size is None):
+        return
+    other = f"draft_vocab_size {draft_vocab_size}" if init_from is None else f"init_from {init_from}"
+    raise ValueError(f"draft_vocabulary is {draft_vocabulary!r}, and {other} says it too; leave one of the two null")
