@@ -137,10 +137,7 @@ class DraftModule(pl.LightningModule):
         )
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
-        if ema_decay is not None and not 0.0 < ema_decay < 1.0:
-            raise ValueError(f"ema_decay is {ema_decay}; it must be between 0 and 1, or null for no average")
-        if metrics_every < 1:
-            raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
+        _check_numbers(ema_decay, metrics_every)
         self.target, self.revision, self.adapter = target, revision, adapter
         self.trust_remote_code, self.context = trust_remote_code, context
         self.starting_drafter = StartingDrafter(init_from, lora, allow_other_target)
@@ -498,3 +495,10 @@ def _check_draft_vocabulary(draft_vocabulary: str | None, init_from: Path | None
         return
     other = f"draft_vocab_size {draft_vocab_size}" if init_from is None else f"init_from {init_from}"
     raise ValueError(f"draft_vocabulary is {draft_vocabulary!r}, and {other} says it too; leave one of the two null")
+
+
+def _check_numbers(ema_decay: float | None, metrics_every: int) -> None:
+    if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+        raise ValueError(f"ema_decay is {ema_decay}; it must be between 0 and 1, or null for no average")
+    if metrics_every < 1:
+        raise ValueError(f"metrics_every is {metrics_every}; it must be at least 1")
