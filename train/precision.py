@@ -43,7 +43,7 @@ def set_precision(trainer: pl.Trainer, precision: Chosen) -> None:
     if isinstance(strategy, DeepSpeedStrategy):
         strategy.precision_plugin = DeepSpeedPrecision(precision)
     elif precision == BFLOAT16:
-        strategy.precision_plugin = MixedPrecision(BFLOAT16, strategy.root_device.type)
+        strategy.precision_plugin = MixedPrecision("bf16-mixed", strategy.root_device.type)
     else:
         strategy.precision_plugin = Precision()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +109,7 @@ def merge(blocks: Sequence[nn.Module]) -> int:
             count += sum(_merge_siblings(module, names) for names in _SIBLINGS)
             epsilon = _plain_rms_norm(module)
             if epsilon is not None:
-                module.merged_epsilon = epsilon
-                module.__class__ = _merged_norm(type(module))
+                _become(module, _merged_norm(type(module)), merged_epsilon=epsilon)  # type: ignore[arg-type]
                 count += 1
     return count
 
@@ -125,7 +125,7 @@ def split(blocks: Sequence[nn.Module]) -> None:
             if isinstance(module, MergedFirst):
                 del module.merged, module.merged_bias
             if isinstance(module, MergedFirst | MergedOther):
-                module.__class__ = nn.Linear
+                module.__class__ = nn.Linear  # type: ignore[assignment]
             elif isinstance(module, MergedNorm):
                 module.__class__ = type(module).__bases__[1]
 
@@ -148,10 +148,16 @@ def _merge_siblings(parent: nn.Module, names: tuple[str, ...]) -> int:
     outputs = _Outputs()
     first.register_buffer("merged", merged, persistent=False)
     first.register_buffer("merged_bias", merged_bias, persistent=False)
-    first.__class__, first.sizes, first.outputs = MergedFirst, sizes, outputs
+    _become(first, MergedFirst, sizes=sizes, outputs=outputs)
     for place, linear in enumerate(others):
-        linear.__class__, linear.place, linear.outputs = MergedOther, place, outputs
+        _become(linear, MergedOther, place=place, outputs=outputs)
     return len(names)
+
+
+def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
+    module.__class__ = kind
+    for name, value in attributes.items():
+        setattr(module, name, value)
 
 
 @cache

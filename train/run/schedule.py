@@ -65,7 +65,7 @@ def adamw(
         rank_zero_info(f"AdamW is not fused, so its steps take longer: {error}")
         return kind(groups, lr=lr, betas=betas)
     # Lightning clips no gradients of an optimiser that unscales them itself. This one need not: torch's scaler does it as well.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
