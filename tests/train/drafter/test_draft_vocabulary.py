@@ -86,7 +86,9 @@ def test_auto_keeps_a_small_vocabulary_whole_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"drafter": ReDrafterFamily(draft_vocab_size=20)}, {"init_from": Path("a/drafter")}], ids=str
+    "settings",
+    [{"drafter": ReDrafterFamily(draft_vocab_size=20)}, {"init_from": Path("a/drafter")}],
+    ids=["draft_vocab_size", "init_from"],
 )
 def test_auto_beside_another_choice_is_an_error(target_dir: Path, settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="leave one of the two null"):
