@@ -21,7 +21,7 @@ from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import NO_FILTERS, FilterOptions, ReplyOptions, settings_of
 from draftsmith.evaluate.chart import draw, draw_rooflines
 from draftsmith.evaluate.drafters import Entry, parse_entries
-from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, measure
+from draftsmith.evaluate.measure import ONE_RUN, Candidate, Plan, all_turns, measure
 from draftsmith.evaluate.records import Row, Sample
 from draftsmith.evaluate.report import (
     CHARTS,
@@ -36,7 +36,7 @@ from draftsmith.evaluate.report import (
 from draftsmith.evaluate.resume import parts
 from draftsmith.evaluate.roofline.memory_speed import memory_speed
 from draftsmith.evaluate.roofline.words import roofline_text
-from draftsmith.evaluate.samples import readable_by, selected_samples
+from draftsmith.evaluate.samples import Questions, readable_by, selected_questions
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
@@ -77,7 +77,8 @@ def evaluate(
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
-        prompts: JSONL file or folder of `draftsmith data prompts`, or JSONL rows with prompt_ids.
+        prompts: JSONL file or folder of `draftsmith data prompts`, a file of Spec-Bench or SPEED-Bench (JSONL or Parquet), or JSONL rows
+            with prompt_ids.
         out: Folder for the report.
         drafters: Folders of trained or exported drafters; NAME=PATH names one, PATH@1x4,10x4 gives it its own shapes.
         shapes: Shapes for the others: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json
@@ -97,21 +98,21 @@ def evaluate(
     entries = parse_entries(drafters or [], shapes)
     where = where.resolved(target)
     tokenizer = where.tokenizer(target)
-    samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
+    questions = selected_questions(prompts, target, tokenizer, selection, rendering, where, plan.max_turns)
     model = where.load(target)
     settings = for_target(settings, model)
     by_temperature = [
         replace(settings, temperature=value) for value in ([0.0] if temperatures is None else temperatures)
     ]
-    samples = readable_by(model, samples)
+    questions = replace(questions, samples=readable_by(model, questions.samples))
     candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     config = asdict(settings) | asdict(plan) | {"temperatures": [each.temperature for each in by_temperature]}
-    config |= {"round_prompts": plan.round_prompts(len(samples))}
+    config |= {"round_prompts": plan.round_prompts(questions.num_turns)}
     config |= {"drafters": [asdict(entry) for entry in entries], "split": selection.split}
     config |= asdict(where) | asdict(rendering)
     inputs = _inputs(prompts, model, entries)
     record = partial(provenance.record, provenance.command_line(), config, inputs)
-    _print(_measured(out, model, samples, candidates, by_temperature, plan, record))
+    _print(_measured(out, model, questions, candidates, by_temperature, plan, record))
     print(f"report: {out / 'report.md'}")
 
 
@@ -133,14 +134,15 @@ def _inputs(prompts: Path, target: Target, entries: Sequence[Entry]) -> dict[str
 def _measured(
     out: Path,
     target: Target,
-    samples: Sequence[Sample],
+    questions: Questions,
     candidates: Sequence[Candidate],
     by_temperature: Sequence[GenerationSettings],
     plan: Plan,
     record: Callable[[], dict[str, Any]],
 ) -> list[Row]:
     """Rows of all temperatures, each taken up where an earlier run stopped; written as reports."""
-    facts = identity(record(), samples, candidates)
+    facts = identity(record(), questions.samples, candidates)
+    facts |= {"conversations": [prompt.fields() for prompt in questions.conversations.values()]}
     temperatures = [settings.temperature for settings in by_temperature]
     measurements = [
         facts | {"temperature": value, "repeated": temperatures[:index].count(value)}
@@ -152,6 +154,7 @@ def _measured(
         rows: list[Row] = []
         for settings, part in zip(by_temperature, unfinished, strict=True):
             ending = replace(settings, eos_token_ids=target.eos_token_ids)
+            samples = all_turns(target, questions, ending, plan, part)
             rows += measure(target, samples, candidates, ending, plan, part, speed)
         _write(out, rows, record())
     return rows

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from draftsmith.data.progress import progress
+from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.runners import Compile
 from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
@@ -15,6 +16,7 @@ from draftsmith.evaluate.report_rows import LOOKUP, PLAIN, TRANSFORMERS, Contest
 from draftsmith.evaluate.resume import Part
 from draftsmith.evaluate.roofline.memory_speed import MemorySpeed
 from draftsmith.evaluate.roofline.roofline import CycleClock, Roofline, cycle_load, roofline
+from draftsmith.evaluate.samples import Questions, Turn
 from draftsmith.evaluate.speed import num_calls, race
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.target.target import Target
@@ -40,6 +42,7 @@ class Plan:
         ledger_prompts: Prompts decoded once more with a clock on every stage, op by op; 0 for none.
         compile: on compiles decoding cycles (on CUDA it captures them), off runs them op by op; auto is off so far. Compiling takes a
             minute or more a shape.
+        max_turns: Most turns of each conversation; 1 for the first turns alone. Default: all, each on the target's own earlier replies.
 
     Raises:
         ValueError: a count is too low, or prompt lookup is asked for with batches or without transformers' prompts.
@@ -51,11 +54,14 @@ class Plan:
     prompt_lookup: int | None = None
     ledger_prompts: int = 8
     compile: Compile = "auto"
+    max_turns: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("repeats", 1), ("transformers_prompts", 0), ("ledger_prompts", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.max_turns is not None and self.max_turns < 1:
+            raise ValueError(f"max_turns is {self.max_turns}; it must be at least 1; leave it out to play all turns")
         lookup = self.prompt_lookup or 0
         if lookup < 0 or (lookup and (self.batch_size > 1 or not self.transformers_prompts)):
             raise ValueError(
@@ -101,6 +107,36 @@ class Candidate:
     def label(self) -> str:
         """Name and shape: distinct for each candidate."""
         return f"{self.name} {limits_text(self.limits)}"
+
+
+def all_turns(
+    target: Target, questions: Questions, settings: GenerationSettings, plan: Plan, part: Part
+) -> list[Sample]:
+    """The prompts of all turns. The target answers earlier turns plainly, untimed, before the contenders race.
+
+    Args:
+        target: answers.
+        questions: first turns, and the conversations that they open.
+        settings: of the replies, and of the race.
+        plan: how many prompts are decoded at once, and in a round.
+        part: has the replies of an earlier run, and notes the new ones round by round.
+
+    Returns:
+        All first turns, then all second ones, and so on.
+    """
+    engine, size = Engine(target), plan.round_prompts(len(questions.samples))
+
+    def answer(turns: Sequence[Turn]) -> list[Reply]:
+        left = [(number, ids) for number, ids in turns if number not in part.played]
+        for start in range(0, len(left), size):
+            numbers, prompts = zip(*left[start : start + size], strict=True)
+            asked = [list(ids) for ids in prompts]
+            replies = engine.generate(asked, settings, request_ids=list(numbers), num_rows=plan.batch_size)
+            own = [Reply(reply.token_ids, reply.finish) for reply in replies]
+            part.keep_played(dict(zip(numbers, own, strict=True)))
+        return [part.played[number] for number, _ in turns]
+
+    return questions.played(answer, target.max_positions)
 
 
 def measure(

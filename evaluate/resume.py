@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode import Ledger
 from draftsmith.evaluate.records import Place, Round, Timed
 from draftsmith.evaluate.strata.decoded import Decoded
@@ -32,12 +33,14 @@ class Part:
     Attributes:
         rounds: by place, what every contender decoded and how long it took.
         ledgers: stage times by contender; empty until they are all there.
+        played: by prompt number, the target's own reply that later turns of its conversation read.
     """
 
     key: str = ""
     log: JsonlAppender | None = None
     rounds: dict[Place, Round] = field(default_factory=dict)
     ledgers: dict[str, Ledger] = field(default_factory=dict)
+    played: dict[int, Reply] = field(default_factory=dict)
 
     @property
     def num_calls(self) -> int:
@@ -54,6 +57,11 @@ class Part:
         self.ledgers.update(ledgers)
         self._write({"ledgers": {name: vars(ledger) for name, ledger in ledgers.items()}})
 
+    def keep_played(self, replies: Mapping[int, Reply]) -> None:
+        """Notes replies that later turns read."""
+        self.played.update(replies)
+        self._write({"played": [[number, reply.token_ids, reply.finish] for number, reply in replies.items()]})
+
     def _write(self, row: dict[str, Any]) -> None:
         if self.log is not None:
             self.log.write({"part": self.key} | row)
@@ -63,6 +71,8 @@ class Part:
         if "round" in row:
             repeat, batch = row["round"]
             self.rounds[repeat, batch] = {name: _timed(run) for name, run in row["runs"].items()}
+        elif "played" in row:
+            self.played |= {number: Reply(token_ids, finish) for number, token_ids, finish in row["played"]}
         else:
             self.ledgers = {name: Ledger(**ledger) for name, ledger in row["ledgers"].items()}
 

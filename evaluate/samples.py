@@ -4,7 +4,8 @@ Owns which rows count as prompts and which are too long. Does not know what deco
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from draftsmith.data.corpus import token_ids
 from draftsmith.data.formats import row_id
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, read_question_set, say_dropped
+from draftsmith.data.replies.dialogues import Dialogue
+from draftsmith.data.replies.reply_sources import Reply
+from draftsmith.data.seams import check_turns
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
@@ -23,6 +27,94 @@ from draftsmith.json_rows import Dropped, UnusableRow, summary
 from draftsmith.models.target.options import TokenizerOptions
 from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateChoice, TemplateOptions
 from draftsmith.models.target.target import Target
+
+Turn = tuple[int, Sequence[int]]
+"""The number of a prompt, by which it draws its noise, and what the target reads."""
+Answer = Callable[[Sequence[Turn]], Sequence[Reply]]
+"""The target's own replies to some turns."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of an evaluation, and the conversations that some of them open.
+
+    Attributes:
+        samples: the first turn of each.
+        conversations: sample id -> its prompt, where the user has several turns.
+        chat: renders later turns; None where there are none.
+    """
+
+    samples: list[Sample]
+    conversations: Mapping[str, Prompt] = field(default_factory=dict)
+    chat: ChatTemplate | None = None
+
+    @property
+    def num_turns(self) -> int:
+        """Prompts with all their later turns."""
+        own = [self.conversations.get(sample.id) for sample in self.samples]
+        return sum(1 if prompt is None else len(prompt.user_turns()) for prompt in own)
+
+    def played(self, answer: Answer, context: int | None) -> list[Sample]:
+        """Every turn as a prompt of its own: a later one reads the target's own replies to the turns before.
+
+        All first turns come first, then all second ones, and so on, so that a turn's number does not depend on later turns.
+
+        Args:
+            answer: the target's replies; it is asked for no reply to a last turn.
+            context: the target's context in tokens, None for no limit. A conversation that fills it ends there.
+
+        Returns:
+            The prompts.
+        """
+        samples = list(self.samples)
+        opened = [self.conversations.get(sample.id) for sample in samples]
+        waiting = [
+            (number, Dialogue(prompt, list(samples[number].prompt_ids)))
+            for number, prompt in enumerate(opened)
+            if prompt is not None
+        ]
+        while waiting:
+            replies = answer([(number, dialogue.next_ids or []) for number, dialogue in waiting])
+            following = []
+            for (number, dialogue), reply in zip(waiting, replies, strict=True):
+                assert self.chat is not None
+                dialogue.take(reply, self.chat, context)
+                if dialogue.next_ids is not None:
+                    turn, first = len(dialogue.turns) + 1, samples[number].id.removesuffix(f"/{len(dialogue.turns)}")
+                    ids = tuple(dialogue.next_ids)
+                    samples.append(replace(samples[number], id=f"{first}/{turn}", prompt_ids=ids, turn=turn))
+                    if turn < len(dialogue.prompt.user_turns()):
+                        following.append((len(samples) - 1, dialogue))
+            waiting = following
+        return samples
+
+
+def selected_questions(
+    path: Path,
+    target: str,
+    tokenizer: PreTrainedTokenizerBase,
+    selection: PromptSelection,
+    rendering: TemplateChoice,
+    where: TokenizerOptions,
+    max_turns: int | None = None,
+) -> Questions:
+    """As `selected_samples`, with the later turns of conversations.
+
+    Args:
+        path: the prompts.
+        target: path or hub id.
+        tokenizer: the target's.
+        selection: which prompts.
+        rendering: the chat template.
+        where: how the target's files are read.
+        max_turns: most turns of each conversation; None for all.
+
+    Raises:
+        ValueError: as `read_samples`.
+    """
+    ends = where.end_tokens(target, tokenizer)
+    template, options = rendering.template, rendering.options
+    return _read(path, tokenizer, template, selection.split, selection.limit, ends, options, max_turns)
 
 
 def selected_samples(
@@ -76,8 +168,24 @@ def read_samples(
     Raises:
         ValueError: the file or a template is missing, options of a template go with token ids, or no prompt is left.
     """
+    return _read(path, tokenizer, template, split, limit, eos_ids, options, max_turns=1).samples
+
+
+def _read(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    split: str | None,
+    limit: int | None,
+    eos_ids: Iterable[int],
+    options: TemplateOptions,
+    max_turns: int | None,
+) -> Questions:
+    """Prompts of a file, and those with later turns by the ids of their samples."""
     file = path / PROMPT_FILE if path.is_dir() else path
     dropped: list[Dropped] = []
+    conversations: dict[str, Prompt] = {}
+    chat: ChatTemplate | None = None
     kinds = () if file.suffix == ".parquet" else (_has_ids(row) for _, row in read_jsonl(file, []))
     kind = next((kind for kind in kinds if kind is not None), None)
     if kind:
@@ -90,13 +198,23 @@ def read_samples(
     else:
         is_benchmark = kind is None and _is_benchmark(file)
         prompts = (read_question_set if is_benchmark else read_prompts)(file, split, dropped)[:limit]
+        prompts = [_first_turns(prompt, max_turns) for prompt in prompts]
         chat = chat_for(prompts, tokenizer, template, eos_ids, options)
+        conversations = {prompt.id: prompt for prompt in prompts if len(prompt.user_turns()) > 1}
         converted = (_or_dropped(_from_prompt, (prompt, chat), prompt.place, dropped) for prompt in prompts)
     samples = [sample for sample in converted if sample is not None]
     if not samples:
         raise ValueError(f"no prompt is left of {file}: {summary(dropped)}")
     say_dropped(dropped)
-    return samples[:limit]
+    return Questions(samples[:limit], conversations, chat)
+
+
+def _first_turns(prompt: Prompt, max_turns: int | None) -> Prompt:
+    """A prompt with its first turns alone."""
+    turns = prompt.user_turns()
+    if max_turns is None or len(turns) <= max_turns:
+        return prompt
+    return replace(prompt, messages=tuple(message for turn in turns[:max_turns] for message in turn))
 
 
 def _or_dropped(
@@ -127,6 +245,8 @@ def _asked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _from_prompt(prompt: Prompt, chat: ChatTemplate) -> Sample:
+    if len(prompt.user_turns()) > 1:
+        check_turns(chat, prompt.user_turns())
     labels = prompt.category, prompt.sub_category, prompt.difficulty
     return Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat)), *labels)
 

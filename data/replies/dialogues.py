@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from draftsmith.data.benchmark_fields import benchmark_fields
 from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_plan import Plan
@@ -117,6 +118,7 @@ class Dialogue:
             "turns": [asdict(turn) for turn in self.turns],
             "source": self.prompt.source,
             "split": self.prompt.split,
+            **benchmark_fields(self.prompt.fields()),
             "settings": asdict(settings),
             **anew,
         }
