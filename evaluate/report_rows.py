@@ -5,6 +5,7 @@ Owns which runs are compared with which. Does not know how a contender decodes o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from draftsmith.decode.batch import busy_share
 from draftsmith.evaluate.exactness import compare, with_gaps
@@ -94,7 +95,7 @@ def make_row(
     other = track(runs[TRANSFORMERS]) if TRANSFORMERS in runs else None
     replies, plain = first_replies(runs[contestant.name]), all_replies(runs[PLAIN])
     share, divergences = compare(samples, plain, all_replies(runs[contestant.name]))
-    decoded, limits = list(replies.values()), contestant.one_shape
+    decoded = list(replies.values())
     steps, gain, common = tokens_per_step(decoded), speedup(own, base), shared(own, base)
     return Row(
         target=setting.target_name,
@@ -114,11 +115,7 @@ def make_row(
         engine_vs_transformers=None if other is None else speedup(base, other),
         transformers_exact_share=_transformers_share(runs, samples, plain, setting),
         suspicious=is_suspicious(gain, steps),
-        shape="" if contestant.limits is None else limits_text(contestant.limits),
-        beam_width=None if limits is None or limits.paths or limits.sampled else limits.beam_width,
-        draft_length=None if limits is None else limits.draft_length,
-        node_budget=None if limits is None else limits.node_budget,
-        min_probability=0.0 if limits is None else limits.min_probability,
+        **_shape_fields(contestant),
         drafter_fingerprint=contestant.fingerprint,
         parameters=contestant.parameters,
         dtype=setting.dtype,
@@ -137,6 +134,27 @@ def make_row(
         busy_rows=_busy_rows(contestant, runs[contestant.name], setting),
         by_category=_by_category(contestant, replies, samples, own, base, setting),
         by_context=by_context(((len(samples[n].prompt_ids), reply) for n, reply in replies.items()), setting.seed),
+    )
+
+
+class _ShapeFields(TypedDict):
+    """What a row says of the shape; see `Row`."""
+
+    shape: str
+    beam_width: int | None
+    draft_length: int | None
+    node_budget: int | None
+    min_probability: float
+
+
+def _shape_fields(contestant: Contestant) -> _ShapeFields:
+    limits = contestant.one_shape
+    return _ShapeFields(
+        shape="" if contestant.limits is None else limits_text(contestant.limits),
+        beam_width=None if limits is None or limits.paths or limits.sampled else limits.beam_width,
+        draft_length=None if limits is None else limits.draft_length,
+        node_budget=None if limits is None else limits.node_budget,
+        min_probability=0.0 if limits is None else limits.min_probability,
     )
 
 

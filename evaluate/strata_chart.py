@@ -111,8 +111,9 @@ def draw_contexts(rows: Sequence[NamedBins]) -> bytes | None:
         look["linestyle"] = DASHES[index // len(LOOKS) % len(DASHES)]
         axes.errorbar(across, values, yerr=errors, label=chart_text(name), **look)
     axes.set_xticks(range(len(places)), [names[low] for low in places])
+    axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("prompt and reply before the cycle, tokens", fontsize=9, color=SOFT)
     plain_axes(axes, "Tokens per step", "y")
-    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="lower left")
+    figure.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="outside lower center", ncols=4)
     return titled_png(figure, "By length of the context")

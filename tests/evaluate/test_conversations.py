@@ -112,3 +112,12 @@ def test_a_report_has_every_turn_and_a_killed_run_plays_none_again(
     }
     assert "## By category" in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "categories.png").is_file()
+
+
+def test_the_row_that_the_page_shows_is_read_with_both_turns(tmp_path: Path, target: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "measure" / "evaluate.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith('{"question_id"')]
+    (tmp_path / "spec_bench.jsonl").write_text(row + "\n")
+    questions = questions_of(tmp_path / "spec_bench.jsonl", target)
+    assert [sample.category for sample in questions.samples] == ["writing"]
+    assert questions.num_turns == 2
