@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from draftsmith.data.remote.private_folder import is_ours_alone, make_folder, open_file, user_cache_folder
+from draftsmith.data.remote.private_folder import is_ours_alone, make_folder, open_file
 from draftsmith.outside import safe_sha256
+from draftsmith.ownership import user_cache_folder
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
@@ -74,7 +75,12 @@ class ShardFolder:
     def __init__(self, path: Path | None, limit: int, patience: float = 60.0, check: bool = True) -> None:
         if limit < 1:
             raise ValueError(f"the folder of fetched shards may hold {limit} bytes; give shard_cache_gib above 0")
-        self.path, self.limit, self.patience, self.check = path or user_cache_folder(), limit, patience, check
+        self.path, self.limit, self.patience, self.check = (
+            path or user_cache_folder("shards", ", or give shard_cache"),
+            limit,
+            patience,
+            check,
+        )
         self._private = path is None
         self._known: set[tuple[str, int, int]] = set()
 

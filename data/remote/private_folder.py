@@ -15,26 +15,6 @@ _IS_LINK = (errno.ELOOP, errno.EMLINK)  # of O_NOFOLLOW: Linux and macOS, BSD
 _REMEDY = "remove it, or name a folder of your own as shard_cache"
 
 
-def user_cache_folder() -> Path:
-    """Where fetched shards lie by default: `draftsmith/shards` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
-
-    Returns:
-        The folder, which need not be there.
-
-    Raises:
-        ValueError: that variable is no absolute path, or this user has no home.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if cache:
-        if not Path(cache).is_absolute():
-            raise ValueError(f"XDG_CACHE_HOME is {cache!r}, which is no absolute path; correct it, or give shard_cache")
-        return Path(cache) / "draftsmith" / "shards"
-    try:
-        return Path.home() / ".cache" / "draftsmith" / "shards"
-    except RuntimeError as error:
-        raise ValueError(f"this user has no home folder for fetched shards ({error}); give shard_cache") from error
-
-
 def make_folder(path: Path, private: bool) -> bool:
     """Make a folder unless it is there.
 

@@ -15,7 +15,7 @@ from draftsmith.export.layouts.layout import Layout
 from draftsmith.export.layouts.shipped_code import shipped_code
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.registry import default_limits
-from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.files.model_folder import openable_name
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target_probe import end_values
 from draftsmith.models.tree.limits import DraftLimits
@@ -58,7 +58,7 @@ def limits_by_default(drafter: Drafter) -> dict[str, Any]:
 
 def example(target: str, question: str, has_template: bool) -> str:
     """A program that decodes one prompt with the drafter in the current folder, with Transformers alone."""
-    name = json.dumps(str(resolve(target)) if target.startswith("embedded:") else target)
+    name = json.dumps(openable_name(target))
     if has_template:
         prompt = f'messages = [{{"role": "user", "content": {json.dumps(question)}}}]\n'
         prompt += (

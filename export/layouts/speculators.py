@@ -23,7 +23,7 @@ from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.files.model_folder import openable_name
 from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
@@ -78,8 +78,8 @@ def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
 
 
 def _verifier(ends: TargetEnds) -> str:
-    """What others can open: an embedded model only by its path."""
-    return str(resolve(ends.name)) if ends.name.startswith("embedded:") else ends.name
+    """What others can open: an embedded model or a GGUF file by its folder."""
+    return openable_name(ends.name)
 
 
 def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> Eagle3:

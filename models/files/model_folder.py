@@ -1,4 +1,4 @@
-"""From a model's name to its folder on this disk: a path, an embedded model, or a hub id.
+"""From a model's name to its folder on this disk: a path, a GGUF file, an embedded model, or a hub id.
 
 Owns what a model may be called. Knows nothing of what the folder holds.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from draftsmith.models.files.gguf_folder import folder_of, gguf_file_of
 from draftsmith.models.files.hub_download import DownloadBar, announce_download
 
 _NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]
@@ -18,14 +19,15 @@ def resolve(path: str, revision: str | None = None) -> Path:
     """Find the local directory of a model.
 
     Args:
-        path: a directory, one of the embedded models (``embedded:target``), or a hub id, whose snapshot is downloaded where it is not here.
+        path: a directory, a GGUF file or a directory with no other weights than one, one of the embedded models
+            (``embedded:target``), or a hub id, whose snapshot is downloaded where it is not here.
         revision: the hub's revision.
 
     Returns:
-        The directory.
+        The directory; of a GGUF file the one in the user's cache that it was converted into.
 
     Raises:
-        ValueError: neither a directory nor a hub id that can be had.
+        ValueError: neither a directory, a GGUF file nor a hub id that can be had; or a GGUF file that cannot be read.
     """
     if path.startswith("embedded:"):
         from importlib.resources import files
@@ -39,6 +41,9 @@ def resolve(path: str, revision: str | None = None) -> Path:
     if "\0" in path:  # a name from somebody's file, which no system call takes
         raise ValueError(f"model path {path!r:.80} has a NUL in it; give a Hugging Face model directory or a hub id")
     local = Path(path)
+    gguf_file = gguf_file_of(local)
+    if gguf_file is not None:
+        return folder_of(gguf_file)
     if local.is_dir():
         if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ValueError(
@@ -75,3 +80,20 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
             f"{path} holds a PEFT adapter and no model (config.json is missing); give its base model here and this as --adapter"
         )
     return folder
+
+
+def openable_name(path: str) -> str:
+    """The name by which other software opens a model: an embedded model and a GGUF file by their folder, anything else as it is.
+
+    Args:
+        path: directory, GGUF file, embedded model or hub id.
+
+    Returns:
+        A directory or hub id.
+
+    Raises:
+        ValueError: as :func:`resolve`.
+    """
+    if path.startswith("embedded:") or gguf_file_of(Path(path)) is not None:
+        return str(resolve(path))
+    return path

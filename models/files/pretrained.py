@@ -21,8 +21,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -214,6 +216,51 @@ def read_adapter(kind: type[Any], model: Any, folder: Path) -> Any:
     return kind.from_pretrained(model, str(folder))
 
 
+def read_gguf(folder: Path, name: str, shown: Path, tensors: Iterable[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Read model and tokenizer from a GGUF file, which holds no code; the weights are dequantised to float32.
+
+    Args:
+        folder: that holds the file and nothing else.
+        name: of the file.
+        shown: the file's path for messages.
+        tensors: names of all tensors in the file.
+
+    Returns:
+        The model, which can be saved, and the tokenizer with its chat template.
+
+    Raises:
+        ValueError: the file cannot be read, or a tensor is missing, unknown or of another shape.
+    """
+    with _naming_the_folder(shown, "give another file, or the model's folder with safetensors"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        unread = _unread_tensors(empty, tensors)
+        kind: Any = AutoModelForCausalLM
+        model, report = kind.from_pretrained(
+            folder,
+            gguf_file=name,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    refuse_faults(shown, report | {"unexpected_keys": {*report["unexpected_keys"], *unread}})
+    return model, tokenizer
+
+
+def _unread_tensors(model: Any, names: Iterable[str]) -> set[str]:
+    """Names of a GGUF file's tensors that Transformers would pass over without a word, such as a table of rope factors."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    kind = TENSOR_PROCESSORS.get(model.config.model_type.replace("_", ""), TensorProcessor)
+    known = get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
+    return {name for name in names if name not in known and name.removesuffix(".weight") not in known}
+
+
 def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]]) -> None:
     """Judge what the loader reports.
 
@@ -296,7 +343,9 @@ def _check_file_names(folder: Path) -> None:
 
 
 @contextmanager
-def _naming_the_folder(folder: Path) -> Iterator[None]:
+def _naming_the_folder(
+    folder: Path, remedy: str = "give a complete checkpoint with its own config.json"
+) -> Iterator[None]:
     """Makes one error that names the folder of whatever Transformers raises at its files; a refusal to run code names our option."""
     try:
         yield
@@ -311,6 +360,4 @@ def _naming_the_folder(folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError):
             raise ValueError(f"{folder} needs a package that is not installed: {reason:.400}") from error
-        raise ValueError(
-            f"{folder} cannot be read ({type(error).__name__}: {reason:.400}); give a complete checkpoint with its own config.json"
-        ) from error
+        raise ValueError(f"{folder} cannot be read ({type(error).__name__}: {reason:.400}); {remedy}") from error

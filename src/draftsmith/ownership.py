@@ -1,6 +1,7 @@
 """Whose a folder is: the claim that a stage leaves in each folder it writes whole, and the refusal to replace any other.
 
-Owns the claim inside `provenance.json`. Does not know what stages write, nor how a folder gets to its place.
+Owns the claim inside `provenance.json`, and where caches of this user lie. Does not know what stages write, nor how a folder gets to
+its place.
 """
 
 from __future__ import annotations
@@ -193,3 +194,27 @@ def _named(entries: list[str]) -> str:
     """Example: `a, b, c and 2 more`."""
     more = len(entries) - _NUM_NAMED
     return ", ".join(entries[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def user_cache_folder(name: str, remedy: str = "") -> Path:
+    """One of this user's caches: `draftsmith/NAME` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
+
+    Args:
+        name: of the cache, such as shards.
+        remedy: what else the user can do, for the message: `, or give shard_cache`.
+
+    Returns:
+        The folder, which need not be there.
+
+    Raises:
+        ValueError: that variable is no absolute path, or this user has no home.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        if not Path(cache).is_absolute():
+            raise ValueError(f"XDG_CACHE_HOME is {cache!r}, which is no absolute path; correct it{remedy}")
+        return Path(cache) / "draftsmith" / name
+    try:
+        return Path.home() / ".cache" / "draftsmith" / name
+    except RuntimeError as error:
+        raise ValueError(f"this user has no home folder for {name} ({error}); set XDG_CACHE_HOME{remedy}") from error

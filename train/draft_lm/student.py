@@ -79,7 +79,7 @@ class Student:
         assert isinstance(adapted, PeftModel)
         # Where decoding finds the base again, from whatever folder it is called.
         adapted.peft_config["default"].base_model_name_or_path = (
-            str(Path(path).resolve()) if Path(path).is_dir() else path
+            str(Path(path).resolve()) if Path(path).exists() else path
         )
         self.adapter = adapted.eval()
 

@@ -16,8 +16,8 @@ from caches import change_manifest, write_small_cache
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.remote import private_folder as own_folder
 from draftsmith.data.remote.node_folder import ShardFolder
-from draftsmith.data.remote.private_folder import user_cache_folder
 from draftsmith.data.remote.remote_folder import RemoteFolder, Retry
+from draftsmith.ownership import user_cache_folder
 
 CONTENT = b"x" * 100
 NAME = hashlib.sha256(CONTENT).hexdigest()
@@ -99,10 +99,10 @@ def test_the_default_folder_is_the_users_own_and_private(home: Path, upload: Cal
 def test_without_xdg_cache_home_it_lies_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert user_cache_folder() == tmp_path / ".cache" / "draftsmith" / "shards"
+    assert user_cache_folder("shards") == tmp_path / ".cache" / "draftsmith" / "shards"
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")
     with pytest.raises(ValueError, match=r"XDG_CACHE_HOME is 'caches', which is no absolute path"):
-        user_cache_folder()
+        user_cache_folder("shards")
 
 
 def test_a_folder_that_others_may_read_becomes_private(home: Path) -> None:
