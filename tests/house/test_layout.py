@@ -226,7 +226,7 @@ def test_only_train_knows_lightning() -> None:
 def test_what_is_imported_is_declared() -> None:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["label"], *extras["deepspeed"], *extras["vllm"]]
+    lines = [*project["dependencies"], *extras["label"], *extras["deepspeed"], *extras["gguf"], *extras["vllm"]]
     declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
     found = {
         name.split(".")[0]
