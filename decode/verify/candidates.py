@@ -22,7 +22,7 @@ from draftsmith.models.tree.sampled_search import layer_start
 from draftsmith.models.tree.tree import DraftTree
 
 # Points of a round that narrows rho down, and rounds: a share of 2^-30 of the interval is left.
-_POINTS, _ROUNDS = 2**15, 2
+_POINTS, _ROUNDS = 2**10, 3
 # What rounding may add to sums, in the search and behind it.
 _ROUNDING, _MORE_ROUNDING = 1.0 + 1e-12, 1.0 + 1e-10
 

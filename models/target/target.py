@@ -29,6 +29,9 @@ __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
 class Target(nn.Module):
     """The frozen model, whole.
 
+    Attributes:
+        is_own: whether the model was loaded here. One that somebody else made is theirs to train further, so engines merge nothing in it.
+
     Args:
         model: a causal LM; it is put into evaluation mode, and its parameters are frozen.
         name: for messages.
@@ -59,6 +62,7 @@ class Target(nn.Module):
         self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids, context=context)
         self._trunk = prove(model, name, self.ends.logits)
         self._is_merged = False
+        self.is_own = False
 
     @classmethod
     def load(
@@ -105,7 +109,9 @@ class Target(nn.Module):
             trust_remote_code=trust_remote_code,
         )
         ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
-        return cls(model, path, fingerprint, ends, context)
+        target = cls(model, path, fingerprint, ends, context)
+        target.is_own = True
+        return target
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:

@@ -57,8 +57,15 @@ def test_weights_that_are_changed_in_place_or_moved_are_the_ones_that_compute() 
     torch.testing.assert_close(logits(target).float(), logits(other))
 
 
-def test_an_engine_merges_its_target_once() -> None:
+def test_an_engine_leaves_a_model_that_was_given_as_it_is() -> None:
     target = random_target()
+    own = kinds(target)
+    Engine(target)
+    assert kinds(target) == own
+
+
+def test_an_engine_merges_a_target_that_was_loaded_once() -> None:
+    target = Target.load("embedded:draft_lm")
     Engine(target)
     first = target._trunk.blocks[0].self_attn.q_proj
     Engine(target)
