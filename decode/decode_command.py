@@ -97,7 +97,7 @@ def decode(
     limits: DraftLimits | ShapesByRows | None = None if shape is None else parse_shape(shape)
     _, lossy = parse_rule(rule)
     where = where.resolved(target)
-    model, tokenizer = where.load(target), where.tokenizer(target)
+    model, tokenizer = where.load_to_decode(target), where.tokenizer(target)
     head = _drafter(drafter, drafter_adapter, where.dtype, where.trust_remote_code)
     if head is not None:
         nn.Module.to(head, model.device)

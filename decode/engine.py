@@ -107,8 +107,6 @@ class Engine:
         features = () if self.drafter is None else self.drafter.features
         layers = tuple(dict.fromkeys((*features, *self.verifier.layers)))
         target.tap(layers)
-        if target.is_own:
-            target.merge()
         # On a GPU the visible slots grow in steps, so that few shapes occur.
         slot_step = 64 if target.device.type == "cuda" else 1
         own = self.drafter if drafted else None

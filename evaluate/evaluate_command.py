@@ -99,7 +99,7 @@ def evaluate(
     where = where.resolved(target)
     tokenizer = where.tokenizer(target)
     questions = selected_questions(prompts, target, tokenizer, selection, rendering, where, plan.max_turns)
-    model = where.load(target)
+    model = where.load_to_decode(target)
     settings = for_target(settings, model)
     by_temperature = [
         replace(settings, temperature=value) for value in ([0.0] if temperatures is None else temperatures)

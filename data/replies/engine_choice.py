@@ -114,7 +114,7 @@ class EngineChoice:
             ValueError: it cannot be had, or cannot keep the settings.
         """
         if self.name == "bundled":
-            loaded = where.load(target)
+            loaded = where.load_to_decode(target)
             bundled = BundledEngine(loaded, self.drafter, self.limits, tokenizer, where.trust_remote_code, self.compile)
             identity = {"target_fingerprint": loaded.fingerprint} | loaded_here(where) | vars(self.batches)
             return OpenEngine(bundled, loaded.max_positions, identity)

@@ -114,7 +114,7 @@ def evaluate_rules(
     samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
     questions = _questions(file, samples, answer_checker)
-    model = where.load(target)
+    model = where.load_to_decode(target)
     samples = readable_by(model, samples)
     draft = _drafter(draft_folder, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     _check_tokenizers(chosen, tokenizer_fingerprint(tokenizer))

@@ -190,7 +190,7 @@ def tune(
     where = where.resolved(target)
     tokenizer = where.tokenizer(target)
     samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
-    model = where.load(target)
+    model = where.load_to_decode(target)
     samples = readable_by(model, samples)
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     grid = grid.no_deeper_than(candidate.drafter.max_draft_steps)

@@ -192,6 +192,22 @@ class TargetOptions(PlacementOptions):
             target.forget_settings()
         return target
 
+    def load_to_decode(self, path: str) -> Target:
+        """Load a target that only decodes: matrices that read the same states are merged.
+
+        Args:
+            path: directory or hub id.
+
+        Returns:
+            The target.
+
+        Raises:
+            ValueError: as `Target.load`.
+        """
+        target = self.load(path)
+        target.merge()
+        return target
+
 
 OWN_FILES = TokenizerOptions()
 DEFAULTS = TargetOptions()

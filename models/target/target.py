@@ -29,9 +29,6 @@ __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
 class Target(nn.Module):
     """The frozen model, whole.
 
-    Attributes:
-        is_own: whether the model was loaded here. One that somebody else made is theirs to train further, so engines merge nothing in it.
-
     Args:
         model: a causal LM; it is put into evaluation mode, and its parameters are frozen.
         name: for messages.
@@ -62,7 +59,6 @@ class Target(nn.Module):
         self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids, context=context)
         self._trunk = prove(model, name, self.ends.logits)
         self._is_merged = False
-        self.is_own = False
 
     @classmethod
     def load(
@@ -109,9 +105,7 @@ class Target(nn.Module):
             trust_remote_code=trust_remote_code,
         )
         ends = read_end_tokens(path, revision, trust_remote_code=trust_remote_code)
-        target = cls(model, path, fingerprint, ends, context)
-        target.is_own = True
-        return target
+        return cls(model, path, fingerprint, ends, context)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str = "in-memory") -> Target:
@@ -246,7 +240,8 @@ class Target(nn.Module):
     def merge(self) -> None:
         """Merge matrices that read the same states, and norms, where the model gives the same logits then; done once.
 
-        Weights are moved, not doubled. What the model says changes by rounding at most.
+        Weights are moved, not doubled. What the model says changes by rounding at most. It can no longer be trained, nor divided between
+        processes. So only commands that decode ask for it.
         """
         if self._is_merged or self.device.type == "meta":
             return

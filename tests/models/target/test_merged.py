@@ -9,6 +9,7 @@ from torch import nn
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import Target
+from draftsmith.models.target.options import DEFAULTS
 from draftsmith.models.trunk.merged import MergedFirst, MergedNorm, MergedOther, merge, split
 from draftsmith.models.trunk.proof import few_logits
 
@@ -57,20 +58,20 @@ def test_weights_that_are_changed_in_place_or_moved_are_the_ones_that_compute() 
     torch.testing.assert_close(logits(target).float(), logits(other))
 
 
-def test_an_engine_leaves_a_model_that_was_given_as_it_is() -> None:
+def test_an_engine_leaves_its_target_as_it_is() -> None:
     target = random_target()
     own = kinds(target)
     Engine(target)
     assert kinds(target) == own
 
 
-def test_an_engine_merges_a_target_that_was_loaded_once() -> None:
-    target = Target.load("embedded:draft_lm")
-    Engine(target)
+def test_commands_that_decode_merge_their_target_once() -> None:
+    target = DEFAULTS.load_to_decode("embedded:draft_lm")
     first = target._trunk.blocks[0].self_attn.q_proj
-    Engine(target)
     assert isinstance(first, MergedFirst)
+    target.merge()
     assert target._trunk.blocks[0].self_attn.q_proj is first
+    assert not isinstance(DEFAULTS.load("embedded:draft_lm")._trunk.blocks[0].self_attn.q_proj, MergedFirst)
 
 
 def test_what_is_split_again_is_as_it_was() -> None:
