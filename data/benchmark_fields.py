@@ -10,7 +10,7 @@ BENCHMARK_FIELDS = ("category", "sub_category", "difficulty")
 """By which reports split their figures. A benchmark's `multiturn` follows from its `turns`."""
 
 
-def benchmark_fields(row: Mapping[str, Any]) -> dict[str, str]:
+def benchmark_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Read the benchmark's fields of a row.
 
     Args:

@@ -4,6 +4,7 @@ Owns their look. Does not know how a figure was measured. Draws without a displa
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -73,7 +74,7 @@ def _draw_dots(
             [max(value - low, 0.0) for _, value, (low, _) in dots],
             [max(high - value, 0.0) for _, value, (_, high) in dots],
         ]
-        look = {"fmt": marker, "color": colour, "markersize": 5, "elinewidth": 1.2, "capsize": 2}
+        look: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 5, "elinewidth": 1.2, "capsize": 2}
         axes.errorbar(values, [place for place, _, _ in dots], xerr=errors, label=chart_text(name), **look)
     for place in range(1, len(categories)):
         axes.axhline(place - 0.5, color="#f1f3f5", linewidth=0.8, zorder=0)
@@ -107,7 +108,7 @@ def draw_contexts(rows: Sequence[NamedBins]) -> bytes | None:
         ]
         beside = 0.12 * ((index + 0.5) / len(rows) - 0.5)
         across = [places[part.low] + beside for part in bins]
-        look = {"color": colour, "marker": marker, "markersize": 5.5, "elinewidth": 1.2, "capsize": 2.5}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5.5, "elinewidth": 1.2, "capsize": 2.5}
         look["linestyle"] = DASHES[index // len(LOOKS) % len(DASHES)]
         axes.errorbar(across, values, yerr=errors, label=chart_text(name), **look)
     axes.set_xticks(range(len(places)), [names[low] for low in places])
