@@ -19,6 +19,25 @@ def pytest_runtest_protocol() -> Iterator[None]:
         os.environ.update(before)
 
 
+SHARED = ("target", "other_target", "drafter")
+
+
+@pytest.fixture(autouse=True)
+def shared_folders_are_left_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that writes into a folder that others read fails itself, not whichever of them comes next in its process."""
+    folders = [request.getfixturevalue(name) for name in SHARED if name in request.fixturenames]
+    folders = [folder for folder in folders if isinstance(folder, Path)]  # a few files have models of these names
+    before = [_state(folder) for folder in folders]
+    yield
+    changed = [str(folder) for folder, state in zip(folders, before, strict=True) if _state(folder) != state]
+    assert not changed, f"the test wrote into {', '.join(changed)}, which all tests share; let it copy the folder first"
+
+
+def _state(folder: Path) -> list[tuple[str, int, int]]:
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")))
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
 @pytest.fixture(scope="session")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved target with tokenizer and chat template."""

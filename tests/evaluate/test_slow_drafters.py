@@ -1,6 +1,7 @@
 """The line about a drafter that does not pay."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,20 +98,22 @@ def test_both_commands_print_the_line(
     from draftsmith.evaluate.command import evaluate
     from draftsmith.evaluate.tune_command import tune
 
+    mine = tmp_path / "mine"  # tune keeps its shapes there
+    shutil.copytree(drafter, mine)
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"id": "p{n}", "prompt_ids": [{4 + n}, 9, 30, 5], "source": "s"}}\n' for n in range(2)))
     evaluate(
         str(target),
         file,
         tmp_path / "report",
-        drafters=[f"mine={drafter}@1x8"],
+        drafters=[f"mine={mine}@1x8"],
         reply=ReplyOptions(max_new_tokens=12),
         plan=Plan(transformers_prompts=0, ledger_prompts=0),
     )
     assert "Slow: mine 1x8 at T = 0 decodes at " in capsys.readouterr().out
     tune(
         str(target),
-        f"mine={drafter}",
+        f"mine={mine}",
         file,
         tmp_path / "tune",
         widths=[1],
