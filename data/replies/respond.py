@@ -55,6 +55,7 @@ def respond(
     server: Annotated[ServerOptions, FLAT] = NO_SERVER,
     vllm: Annotated[VllmOptions, FLAT] = ONE_GPU,
     compile: Compile = "auto",
+    samples: int = 1,
 ) -> None:
     """Lets the target answer the prompts itself.
 
@@ -79,6 +80,7 @@ def respond(
         server: The server's address and how patiently it is asked; see `ServerOptions`.
         vllm: What vLLM may take; see `VllmOptions`.
         compile: on compiles decoding cycles, which takes a minute or more; auto and off run them op by op.
+        samples: Replies to each prompt, each drawn apart; more than one needs a temperature above 0.
     """
     check_unclaimed(out)
     choice = EngineChoice(engine, drafter, limits, batches, server, vllm, compile)
@@ -87,6 +89,7 @@ def respond(
     chosen, unread = _chosen(prompts, selection)
     tokenizer = where.tokenizer(target)
     settings = reply_settings(target, tokenizer, sampling, reply, ending.stop, where)
+    chosen = sampled_prompts(chosen, samples, settings.temperature)
     chat = chat_for(chosen, tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
     opened = choice.open(target, tokenizer, settings, where)
     digest = _digest(json.dumps(prompt.fields()) for prompt in chosen)
@@ -104,6 +107,32 @@ def _chosen(prompts: Path, selection: PromptSelection) -> tuple[list[Prompt], li
     unread: list[Dropped] = []
     chosen = read_prompts(prompts, selection.split, unread)[: selection.limit]
     return chosen, unread
+
+
+def sampled_prompts(prompts: list[Prompt], samples: int, temperature: float) -> list[Prompt]:
+    """Each prompt as often as it is answered; the second reply to `p7` has the id `p7#2`, from which its noise follows.
+
+    Args:
+        prompts: what to ask.
+        samples: replies to each.
+        temperature: of these replies.
+
+    Returns:
+        The prompts, those of one prompt side by side.
+
+    Raises:
+        ValueError: no samples, or several that would be equal.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    if samples > 1 and temperature == 0.0:
+        raise ValueError(
+            f"samples is {samples}, and at temperature 0 they would all be equal; set --temperature above 0, such as 0.7"
+        )
+    repeated = range(2, samples + 1)
+    return [
+        each for prompt in prompts for each in (prompt, *(replace(prompt, id=f"{prompt.id}#{n}") for n in repeated))
+    ]
 
 
 def _own_plan(
