@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftsmith.export.layouts import speculators
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
 from draftsmith.export.layouts.layout import Foreign, Layout
-from draftsmith.export.layouts.llama import SPECULATORS_KEY, has_own_head, layer_settings, llama_fields
+from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
@@ -27,6 +28,7 @@ from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec
+from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY, named_kind
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "EAGLE-1"
@@ -86,7 +88,7 @@ def write(drafter: Eagle, folder: Path, ends: TargetEnds | None) -> tuple[str, .
 
 
 def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> Eagle:
-    """A drafter from the engines' or the official layout; it knows no target yet beyond its sizes.
+    """A drafter from the engines' or the official layout, or from that of early speculators; it knows no target yet beyond its sizes.
 
     Args:
         fields: of the config.
@@ -98,6 +100,9 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, or the embedding is not the target's.
     """
     kept = dict(tensors)
+    if SPECULATORS_KEY in fields:
+        kept = speculators.eagle_tensors(fields, speculators.without_verifier(tensors, ends, where), where)
+        fields = speculators.flat_fields(fields, where)
     bias = kept.get("fc.bias")
     if bias is None and fields.get("bias") is True:
         raise ValueError(f"{where}: the config says bias true, but fc.bias is missing; get a whole checkpoint")
@@ -122,7 +127,11 @@ def _served(drafter: Eagle) -> Eagle:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in this layout. Engines' configs of EAGLE-1 and EAGLE-3 look alike; their tensors do not."""
-    return SPECULATORS_KEY not in fields and "fc.weight" in tensors and not has_own_head(tensors)
+    if SPECULATORS_KEY in fields:
+        return fields[SPECULATORS_KEY] == "eagle"
+    if named_kind(fields, tensors):
+        return False
+    return "fc.weight" in tensors and not has_own_head(tensors)
 
 
 def _commands(target: str, num_steps: int) -> str:

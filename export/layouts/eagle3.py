@@ -18,13 +18,14 @@ from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
 from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
-from draftsmith.export.layouts.llama import SPECULATORS_KEY, has_own_head, layer_settings, llama_fields
+from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
-from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
+from draftsmith.models.families.eagle3 import SWITCHES, Eagle3, Eagle3Config
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
+from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY, named_kind
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 
@@ -59,6 +60,10 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
             "The target computes more than a look-up for its embedding, so `embed_tokens` with the result is here. vLLM reads it; SGLang "
             "takes the target's bare matrix. A constant factor makes no difference behind the drafter's own norm."
         )
+    if drafter.config.norm_before_residual:
+        notes.append(
+            "Its residual is the normalised state (`norm_before_residual`). vLLM computes that; SGLang and the official code do not."
+        )
     if PRE_NORM in drafter.config.layers:
         notes.append("It reads the last block's output, which vLLM captures; no other engine was tried with it.")
     _write(drafter, folder, ends, tensors)
@@ -66,7 +71,15 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
 
 
 def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
-    """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`."""
+    """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`.
+
+    Raises:
+        ValueError: as there; or a switch of EAGLE-3.1 is on, which TensorRT-LLM does not read.
+    """
+    if on := [name for name, value in drafter.config.switches.items() if value]:
+        raise ValueError(
+            f"this drafter has {', '.join(on)}, which TensorRT-LLM does not read; export it with --layout eagle3 for vLLM"
+        )
     _write(drafter, folder, ends, tensors_of(drafter))
     counts = block_counts(drafter.config.layers, num_layers(ends))
     captured = ", ".join(str(count - 1) for count in counts)
@@ -77,6 +90,7 @@ def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict
     config = drafter.config
     fields = {"architectures": [ARCHITECTURE], **llama_fields(config, drafter.dtype, ends)}
     fields["draft_vocab_size"] = len(tensors["lm_head.weight"])
+    fields |= {name: True for name, value in config.switches.items() if value}
     fields |= id_fields(block_counts(config.layers, num_layers(ends)), num_layers(ends))
     engine_table(config).check(tensors, "the drafter in memory")
     write_files(folder, as_text(fields), tensors)
@@ -96,14 +110,16 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
             not the target's.
     """
-    settings, depth = layer_settings(fields, where), num_layers(ends)
+    settings, depth = layer_settings(fields, where, understood=SWITCHES), num_layers(ends)
     size = fields.get("draft_vocab_size")
     config = Eagle3Config(
         **settings,
+        **_switches(fields),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
         draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),
         num_draft_steps=7,
     )
+    config.check(where, "correct it by hand")
     layer = OTHER_LAYER if any(name.startswith(f"{OTHER_LAYER}.") for name in tensors) else LAYER
     engine_table(config, layer, where).check(tensors, where)
     kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
@@ -112,6 +128,12 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     if embedding is not None and ends is not None:
         refuse_other_embedding(embedding, ends, where)
     return assemble(Eagle3, config, kept)
+
+
+def _switches(fields: Mapping[str, Any]) -> dict[str, bool]:
+    """The switches of EAGLE-3.1 that a config turns on, at its top or among its ``eagle_config``."""
+    nested = fields.get("eagle_config") or {}
+    return {name: bool(fields.get(name) or nested.get(name)) for name in SWITCHES}
 
 
 def with_membership(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -127,8 +149,10 @@ def num_layers(ends: TargetEnds | None) -> int | None:
 
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a folder is in the engines' or the official layout."""
-    return SPECULATORS_KEY not in fields and "fc.weight" in tensors and has_own_head(tensors)
+    """Whether a folder is in the engines' or the official layout. Kinds that only look alike have a name of their own."""
+    if SPECULATORS_KEY in fields or named_kind(fields, tensors):
+        return False
+    return "fc.weight" in tensors and has_own_head(tensors)
 
 
 def _commands(target: str, num_steps: int) -> str:

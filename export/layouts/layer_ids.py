@@ -17,9 +17,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from draftsmith.models.files.field_rules import Rule, check_fields, is_whole
 from draftsmith.models.target.target import PRE_NORM
 
 KEY = "eagle_aux_hidden_state_layer_ids"
+_IDS: Rule = (
+    lambda value: isinstance(value, list) and all(is_whole(number, 0) for number in value),
+    "a list of whole numbers",
+)
+_REMEDY = "correct it by hand"
 
 
 def block_counts(layers: Sequence[str], num_layers: int | None) -> list[int]:
@@ -72,10 +78,12 @@ def read_counts(fields: Mapping[str, Any], num_layers: int | None, where: str) -
     """k from a config in either convention, or in none, which means the default for the target's L.
 
     Raises:
-        ValueError: the two conventions name different layers, or neither names any and the default has no sense for this target.
+        ValueError: a list that is none of numbers, the two conventions name different layers, or neither names any and the default has no sense for this target.
     """
-    top = fields.get(KEY)
-    nested = (fields.get("eagle_config") or {}).get(KEY)
+    places = (fields, fields.get("eagle_config") or {})
+    for place in places:
+        check_fields({name: value for name, value in place.items() if value is not None}, {KEY: _IDS}, where, _REMEDY)
+    top, nested = (place.get(KEY) for place in places)
     if top is not None and nested is not None and [count - 1 for count in top] != list(nested):
         raise ValueError(
             f"{where} names layers {list(top)} for vLLM and {list(nested)} for SGLang, which are not one less each; correct one"

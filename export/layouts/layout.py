@@ -5,33 +5,17 @@ Owns that record. A module of a family's foreign layouts offers a tuple of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.foreign.reader import Foreign
 from draftsmith.models.target.ends import TargetEnds
 
+__all__ = ["Foreign", "Layout", "Writer"]
+
 Writer = Callable[[Any, Path, TargetEnds | None], tuple[str, ...]]
-Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], TargetEnds | None, str], Drafter]
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """How a layout of other software is recognised and read.
-
-    Attributes:
-        software: whose it is, for messages, such as ``Apple's``.
-        holds: whether a config and tensors are in this layout; no two layouts say so of one folder.
-        read: config, tensors, the target's ends and what errors call the folder -> a drafter attached to nothing.
-    """
-
-    software: str
-    holds: Callable[[Mapping[str, Any], Mapping[str, Tensor]], bool]
-    read: Reader
 
 
 @dataclass(frozen=True)

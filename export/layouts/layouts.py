@@ -1,25 +1,21 @@
-"""Every layout by name: who writes it, whose drafters it can hold, and which of them a folder is in.
+"""Every layout by name: who writes it, and whose drafters it can hold.
 
-Owns that choice and the bond of what is read to one target. Every family's record names the modules of its foreign layouts. Does not know
+Owns that choice. Folders of other software are read by the one loader of drafters. Every family's record names the modules of its foreign layouts. Does not know
 the layouts' tables.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from draftsmith import provenance
 from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts import own_layout as own
-from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.layout import Layout
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_folder import Bond, read_foreign
 from draftsmith.models.drafters.family import Family
-from draftsmith.models.drafters.registry import all_families, family_of, missing_families
+from draftsmith.models.drafters.registry import all_families, family_of
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors
 from draftsmith.models.target.ends import TargetEnds
 
@@ -90,41 +86,4 @@ def load_any(folder: Path, ends: TargetEnds | None = None, tokenizer_fingerprint
             drafter.attach(ends)
             drafter.check_tokenizer(tokenizer_fingerprint)
         return drafter
-    tensors = read_tensors(folder)
-    layout = _foreign(fields, tensors, folder)
-    if ends is None:
-        raise ValueError(
-            f"{folder} is in {layout.software} layout, which names no target; say which one it is for with --target"
-        )
-    _check_bond(folder, ends)
-    drafter = layout.read(fields, tensors, ends, str(folder))
-    drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
-    drafter.config.tokenizer_fingerprint = tokenizer_fingerprint
-    return drafter.attach(ends)
-
-
-def _foreign(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Foreign:
-    """How a folder is read that is not in our layout."""
-    known = [
-        layout.foreign for family in all_families() for layout in foreign_layouts(family) if layout.foreign is not None
-    ]
-    for layout in known:
-        if layout.holds(fields, tensors):
-            return layout
-    raise ValueError(
-        f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r:.80}); give a folder in draftsmith's layout "
-        f"or in {' or '.join(dict.fromkeys(layout.software for layout in known))}{missing_families()}"
-    )
-
-
-def _check_bond(folder: Path, ends: TargetEnds) -> None:
-    """Other layouts name no target, but a folder that this package wrote tells it in its provenance."""
-    if not (folder / provenance.FILE_NAME).is_file():
-        return
-    config = provenance.read(folder).get("config", {})
-    bond = config.get("target_fingerprint", "")
-    if bond and bond != ends.fingerprint:
-        raise ValueError(
-            f"{folder} was exported for target {config.get('target_name')!r} (fingerprint {bond[:12]}), not for "
-            f"{ends.name!r} ({ends.fingerprint[:12]}); name that target"
-        )
+    return read_foreign(folder, None if ends is None else Bond(ends, tokenizer_fingerprint))

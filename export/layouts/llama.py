@@ -6,17 +6,17 @@ Transformers 4 reads no other. Knows no tensors and no folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from draftsmith.models.families.eagle3 import SWITCHES
 from draftsmith.models.families.eagle_config import EagleConfig
-from draftsmith.models.files.field_rules import COUNT, LIST, OBJECT, POSITIVE, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT, FLAG, LIST, OBJECT, POSITIVE, Rule, check_fields
 from draftsmith.models.target.ends import TargetEnds
 
-SPECULATORS_KEY = "speculators_model_type"  # only configs of the speculators package have it
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
 _RULES: dict[str, Rule] = {
     **{
@@ -29,6 +29,7 @@ _RULES: dict[str, Rule] = {
     "rope_scaling": OBJECT,
     "eagle_config": OBJECT,
     "layer_types": LIST,
+    **dict.fromkeys(SWITCHES, FLAG),
 }
 # What our layer is. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -36,10 +37,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "norm_before_residual": (False,),
-    "norm_before_fc": (False,),
-    "fc_norm": (False,),
-    "norm_output": (False,),
+    **dict.fromkeys((*SWITCHES, "use_aux_norm"), (False,)),
     "parallel_drafting": (False,),
     "partial_rotary_factor": (1.0,),
     "logit_scale": (1.0,),
@@ -89,8 +87,13 @@ def _special_tokens(ends: TargetEnds | None) -> dict[str, Any]:
     }
 
 
-def layer_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def layer_settings(fields: Mapping[str, Any], where: str, understood: Collection[str] = ()) -> dict[str, Any]:
     """The keyword arguments of :class:`EagleConfig` that such fields stand for.
+
+    Args:
+        fields: of the config.
+        where: for messages.
+        understood: settings that the caller reads itself, so that they may have any value.
 
     Raises:
         ValueError: a size is missing, a field breaks its rule, or a setting asks for a computation that our layer does not do.
@@ -100,7 +103,9 @@ def layer_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} lacks {', '.join(missing)}; without them no tensor can be checked, add them by hand")
     given = {name: value for name, value in fields.items() if value is not None}
     check_fields(given, _RULES, where, "correct it by hand")
-    refuse_other_layers(fields, where)
+    nested = {name: value for name, value in given.get("eagle_config", {}).items() if value is not None}
+    check_fields(nested, dict.fromkeys(SWITCHES, FLAG), f"{where}: eagle_config", "correct it by hand")
+    refuse_other_layers(fields, where, understood)
     heads = int(fields["num_attention_heads"])
     return {
         "hidden_size": int(fields["hidden_size"]),
@@ -115,7 +120,7 @@ def layer_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def refuse_other_layers(fields: Mapping[str, Any], where: str) -> None:
+def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Collection[str] = ()) -> None:
     """Refuse settings under which the same tensors would mean something else.
 
     Raises:
@@ -123,7 +128,7 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str) -> None:
     """
     nested = fields.get("eagle_config") or {}
     given = [(name, place[name]) for place in (fields, nested) for name in _FIXED if place.get(name) is not None]
-    faults = [f"{name} {value!r}" for name, value in given if value not in _FIXED[name]]
+    faults = [f"{name} {value!r}" for name, value in given if name not in understood and value not in _FIXED[name]]
     width = fields.get("target_hidden_size")
     if width is not None and width != fields["hidden_size"]:
         faults.append(f"target_hidden_size {width!r}")

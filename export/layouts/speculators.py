@@ -1,15 +1,17 @@
-"""EAGLE-3 in the layout of the ``speculators`` package, which vLLM reads too.
+"""The layout of the ``speculators`` package, which vLLM reads too: EAGLE-3 both ways, and EAGLE-1 of its early versions to read.
 
-Owns its config and tensor names: the layer lies in a config of its own, the target is named, the embedding comes along. Knows nothing
-of cards and commands.
+Owns its config and tensor names: the layer lies in a config of its own, the target is named, the embedding comes along. Folders of several
+versions are read: with and without the layers to read, with and without the target's own tensors. Knows nothing of cards and commands.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -18,15 +20,20 @@ from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows
 from draftsmith.export.layouts.layer_ids import KEY, block_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
-from draftsmith.export.layouts.llama import SIZES, SPECULATORS_KEY, llama_fields
+from draftsmith.export.layouts.llama import SIZES, llama_fields
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.eagle3 import Eagle3
-from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.field_rules import is_whole
 from draftsmith.models.files.model_folder import openable_name
+from draftsmith.models.files.tables import target_ids, vocabulary_faults
+from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
+_RESIDUAL = "norm_before_residual"
+_VERIFIER_HEAD, _VERIFIER_NORM = "verifier_lm_head.weight", "verifier_norm.weight"
 
 
 def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -69,8 +76,8 @@ def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
         },
         "transformer_layer_config": layer,
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
-        # Written although it is the default: vLLM's is the other one.
-        "norm_before_residual": False,
+        # All are written, although false is the default: vLLM's default of the first is the other one.
+        **config.switches,
         KEY: block_counts(config.layers, eagle3.num_layers(ends)),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
@@ -86,24 +93,117 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     """A drafter from this layout; it knows no target yet beyond its sizes and layers.
 
     Raises:
-        ValueError: another algorithm than EAGLE-3, and whatever :func:`eagle3.read` refuses.
+        ValueError: another layer than Llama's, tensors of the target that are not this target's, and whatever :func:`eagle3.read`
+            refuses.
     """
-    algorithm = fields.get(SPECULATORS_KEY)
-    if algorithm != "eagle3":
-        raise ValueError(
-            f"{where} is a {algorithm!r} of the speculators package; of its drafters only 'eagle3' can be read"
+    kept = without_verifier(tensors, ends, where)
+    if fields.get(_RESIDUAL) is None:
+        warnings.warn(
+            f"{where}: {CONFIG} does not name {_RESIDUAL}; draftsmith and the speculators package take false, vLLM takes true: add it",
+            stacklevel=2,
         )
+    drafter = eagle3.read(flat_fields(fields, where), kept, ends, where)
+    drafter.config.num_draft_steps = proposed_tokens(fields) or drafter.config.num_draft_steps
+    return drafter
+
+
+def flat_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The package's nested config as one level of fields, as engines and the official code write them.
+
+    Args:
+        fields: of the config.
+        where: for messages.
+
+    Returns:
+        The layer's fields, Llama's defaults where the package leaves them out, and the drafter's own.
+
+    Raises:
+        ValueError: the layer is not Llama's.
+    """
     layer = fields.get("transformer_layer_config")
     if not isinstance(layer, Mapping) or layer.get("model_type") != "llama":
         raise ValueError(f"{where}: transformer_layer_config is not a Llama layer's; such a drafter cannot be read")
     own = {name: value for name, value in fields.items() if name != "transformer_layer_config"}
     # The package leaves out what equals Llama's defaults.
     defaults = LlamaConfig()
-    sizes = {name: getattr(defaults, name) for name in SIZES}
-    drafter = eagle3.read({**sizes, **layer, **own}, tensors, ends, where)
-    methods = (fields.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    drafter.config.num_draft_steps = int(methods[0].get("speculative_tokens") or drafter.config.num_draft_steps)
-    return drafter
+    return {**{name: getattr(defaults, name) for name in SIZES}, **layer, **own}
+
+
+def eagle_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Give an EAGLE-1's tensors their common names: ``fusion_fc.weight`` -> ``fc.weight``, ``transformer.*`` -> ``layers.0.*``.
+
+    Args:
+        fields: of the config.
+        tensors: under the package's names.
+        where: for messages.
+
+    Returns:
+        The tensors by their common names.
+
+    Raises:
+        ValueError: the drafter has norms that EAGLE-1 has not (HASS with ``layernorms``).
+    """
+    if fields.get("layernorms"):
+        raise ValueError(f"{where} asks for layernorms, which an EAGLE-1 does not have; such a drafter cannot be read")
+    parts = {"fusion_fc": "fc", "transformer": "layers.0"}
+    named = {}
+    for name, tensor in tensors.items():
+        first, dot, rest = name.partition(".")
+        named[f"{parts.get(first, first)}{dot}{rest}"] = tensor
+    return named
+
+
+def proposed_tokens(fields: Mapping[str, Any]) -> int | None:
+    """The tokens that the package would draft in a chain; None where a config does not say."""
+    methods = _mapping(fields.get("speculators_config")).get("proposal_methods")
+    first = _mapping(methods[0]) if isinstance(methods, list) and methods else {}
+    proposed = first.get("speculative_tokens")
+    return proposed if is_whole(proposed, 1) else None
+
+
+def verifier_name(fields: Mapping[str, Any]) -> str:
+    """The target that a config names, by a hub id or somebody's path; empty where it names none."""
+    name = _mapping(_mapping(fields.get("speculators_config")).get("verifier")).get("name_or_path")
+    return name if isinstance(name, str) else ""
+
+
+def without_verifier(tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> dict[str, Tensor]:
+    """Take the target's own head and norm away, which folders of some versions hold beside the drafter.
+
+    Args:
+        tensors: of the folder.
+        ends: the target's; without them the tensors are not looked at.
+        where: for messages.
+
+    Returns:
+        The drafter's tensors.
+
+    Raises:
+        ValueError: they are another target's.
+    """
+    kept = dict(tensors)
+    stored = {name: kept.pop(name) for name in (_VERIFIER_HEAD, _VERIFIER_NORM) if name in kept}
+    if ends is None:
+        return kept
+    for name, tensor in stored.items():
+        own = _rows(ends.head_weight, tensor, kept) if name == _VERIFIER_HEAD else getattr(ends.norm, "weight", None)
+        if own is None or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
+            raise ValueError(
+                f"{where}: {name} differs from that of {ends.name!r}; name the target that the drafter was made for"
+            )
+    return kept
+
+
+def _rows(head_weight: Tensor, stored: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The target's head, or its rows of the draft vocabulary where so many are stored."""
+    if "d2t" not in tensors or len(stored) == len(head_weight) or vocabulary_faults(tensors, len(head_weight)):
+        return head_weight
+    return head_weight[target_ids(tensors["d2t"]).to(head_weight.device)]
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """A part of a config, empty where it holds something else there."""
+    return value if isinstance(value, dict) else {}
 
 
 def _outside(name: str) -> str:
@@ -113,7 +213,7 @@ def _outside(name: str) -> str:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in this layout."""
-    return SPECULATORS_KEY in fields
+    return fields.get(SPECULATORS_KEY) == "eagle3"
 
 
 def _commands(target: str, num_steps: int) -> str:

@@ -1,21 +1,44 @@
 """A drafter from the folder it was saved in, whole or not at all.
 
-Owns what a drafter may be called, which reader its folder needs, and that any other causal LM is a draft LM. Knows no trained family:
-the registry does.
+Owns what a drafter may be called, which reader its folder needs, how a folder of other software is bound to a target, and that any other
+causal LM is a draft LM. Knows no trained family and no layout: the registry's records name both.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from draftsmith import provenance
 from draftsmith.models.drafters.draft_lm import load_draft_lm
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
-from draftsmith.models.drafters.registry import missing_families, registry
+from draftsmith.models.drafters.registry import all_families, missing_families, registry
 from draftsmith.models.files.adapter_files import BOND
-from draftsmith.models.files.checkpoint_files import CONFIG, read_fields
+from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.model_folder import resolve
+from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY, named_kind
+from draftsmith.models.foreign.reader import Foreign
+from draftsmith.models.target.ends import TargetEnds
+
+
+@dataclass(frozen=True)
+class Bond:
+    """The target that a drafter of other software is for, since its folder names none.
+
+    Attributes:
+        ends: the target's.
+        tokenizer_fingerprint: of the target's tokenizer; empty means unknown.
+    """
+
+    ends: TargetEnds
+    tokenizer_fingerprint: str = ""
 
 
 def drafter_folder(name: str) -> Path:
@@ -39,8 +62,14 @@ def drafter_folder(name: str) -> Path:
         ) from error
 
 
-def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = False, finite: bool = True) -> Drafter:
-    """Load a drafter of any family, saved with ``save_pretrained`` or ``draftsmith export``, in evaluation mode; or a draft LM.
+def load_drafter(
+    path: Path,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    finite: bool = True,
+    target: Bond | None = None,
+) -> Drafter:
+    """Load a drafter of any family in evaluation mode, in draftsmith's layout or that of other software; or a draft LM.
 
     The folder of a drafter's adapter gives the drafter that it names with the adapter merged into it.
 
@@ -49,22 +78,120 @@ def load_drafter(path: Path, dtype: str = "float32", trust_remote_code: bool = F
         dtype: of a draft LM, which runs beside the target; trained families keep their own.
         trust_remote_code: whether Python files that come with a draft LM may run; trained families have none.
         finite: refuse NaN and infinity; False lets those of a trained family pass, for who looks for them.
+        target: what a folder of other software is for; only such a folder needs it.
 
     Returns:
-        The drafter, attached to nothing.
+        The drafter. One of other software is attached to the target, any other to nothing.
 
     Raises:
-        ValueError: no such folder, no drafter, or one that is not whole (see `read_drafter`).
+        ValueError: no such folder, no drafter, or one that is not whole (see `read_drafter`); a folder of other software that is of
+            another target, or without ``target``.
     """
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
-        return _with_adapter(path, dtype, trust_remote_code)
+        return _with_adapter(path, dtype, trust_remote_code, target)
     kind = _family_in(path)
-    if kind is None:
-        draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
-        draft_lm.loaded_from = path
-        return draft_lm
-    return read_drafter(path, kind, finite)
+    if kind is not None:
+        return read_drafter(path, kind, finite)
+    if is_foreign(path):
+        return read_foreign(path, target)
+    draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
+    draft_lm.loaded_from = path
+    return draft_lm
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a drafter of other software: of a layout that is read, or of a kind that is known by name.
+
+    Args:
+        folder: that holds no drafter in draftsmith's layout.
+
+    Returns:
+        True for a drafter, False for a whole model.
+
+    Raises:
+        ValueError: its weights are pickled, or a file is broken.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    fields = read_fields(folder)
+    if SPECULATORS_KEY in fields or named_kind(fields):
+        return True
+    if not weight_files(folder) and any(folder.glob("*.safetensors")):
+        return False
+    return _layout_of(fields, read_tensors(folder)) is not None
+
+
+def foreign_layouts() -> Iterator[Foreign]:
+    """Every layout of other software that one of the families reads.
+
+    Yields:
+        How it is recognised and read.
+    """
+    for family in all_families():
+        for module in map(importlib.import_module, family.layouts):
+            yield from (layout.foreign for layout in module.LAYOUTS if layout.foreign is not None)
+
+
+def _layout_of(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Foreign | None:
+    return next((layout for layout in foreign_layouts() if layout.holds(fields, tensors)), None)
+
+
+def read_foreign(folder: Path, target: Bond | None) -> Drafter:
+    """Read a drafter in the layout of other software, and bind it to its target.
+
+    Args:
+        folder: with ``config.json`` and weights as safetensors.
+        target: what it is for.
+
+    Returns:
+        The drafter in evaluation mode, attached to the target.
+
+    Raises:
+        ValueError: no layout that is known here, no ``target``, a drafter that is not whole, one that the families cannot express, or one
+            of another target.
+    """
+    fields, tensors = read_fields(folder), read_tensors(folder)
+    layout = _layout_of(fields, tensors)
+    if layout is None:
+        raise ValueError(_unknown(folder, fields, tensors))
+    if target is None:
+        raise ValueError(
+            f"{folder} is in {layout.software} layout, which names no target; say which one it is for with --target"
+        )
+    ends = target.ends
+    _check_bond(folder, ends)
+    drafter = layout.read(fields, tensors, ends, str(folder))
+    drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
+    drafter.config.tokenizer_fingerprint = target.tokenizer_fingerprint
+    drafter.loaded_from = folder
+    return drafter.attach(ends)
+
+
+def _unknown(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """What an error says of a folder that no layout holds."""
+    software = " or in ".join(dict.fromkeys(layout.software for layout in foreign_layouts()))
+    readable = f"give a folder in draftsmith's layout or in {software}{missing_families()}"
+    kind, package = named_kind(fields, tensors), fields.get(SPECULATORS_KEY)
+    if package is not None:
+        known = f" ({kind})" if kind else ""
+        return f"{folder} is a {package!r:.80} of the speculators package{known}, which draftsmith does not decode yet; {readable}"
+    if kind:
+        return f"{folder} holds a drafter of the kind {kind}, which draftsmith does not decode yet; {readable}"
+    return f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r:.80}); {readable}"
+
+
+def _check_bond(folder: Path, ends: TargetEnds) -> None:
+    """Other layouts name no target, but a folder that this package wrote tells it in its provenance."""
+    if not (folder / provenance.FILE_NAME).is_file():
+        return
+    config = provenance.read(folder).get("config", {})
+    bond = config.get("target_fingerprint", "")
+    if bond and bond != ends.fingerprint:
+        raise ValueError(
+            f"{folder} was exported for target {config.get('target_name')!r} (fingerprint {bond[:12]}), not for "
+            f"{ends.name!r} ({ends.fingerprint[:12]}); name that target"
+        )
 
 
 def _family_in(folder: Path) -> type[Drafter] | None:
@@ -109,12 +236,12 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
     return merged
 
 
-def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool) -> Drafter:
+def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool, target: Bond | None) -> Drafter:
     from draftsmith.models.drafters.lora import read_bond
 
     below = read_bond(adapter).drafter
     try:
-        drafter = load_drafter(Path(below), dtype, trust_remote_code)
+        drafter = load_drafter(Path(below), dtype, trust_remote_code, target=target)
     except ValueError as error:
         raise ValueError(
             f"{adapter} is an adapter of the drafter {below!r}, which cannot be had; give that drafter and the adapter apart with "

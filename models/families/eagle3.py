@@ -1,5 +1,8 @@
 """EAGLE-3: one decoder layer over fused states of several of the target's layers, with a head of its own (arXiv:2503.01840).
 
+Four switches are those of EAGLE-3.1 (arXiv:2605.09992), which public heads use: where the fused states, the residual and the state that is
+fed back are normalised. Ours begin with all of them off, as the paper has it.
+
 Owns the drafter, which layers it reads by default, its settings and its record. Knows nothing of losses, trees or verification.
 
 Shape legend: D hidden, Vd draft vocabulary.
@@ -19,8 +22,12 @@ from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
 from draftsmith.models.families.eagle_config import EagleConfig, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
-from draftsmith.models.files.field_rules import NAMES, Rule
+from draftsmith.models.files.field_rules import FLAG, NAMES, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
+
+
+SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+"""Fields of the config, named as engines and the speculators package name them."""
 
 
 class Eagle3Config(EagleConfig):
@@ -28,18 +35,41 @@ class Eagle3Config(EagleConfig):
 
     Attributes:
         layers: names of the target's layers that are fused, from low to high.
+        norm_before_residual: the layer's residual is the state after ``hidden_norm``, not the state itself.
+        norm_before_fc: one norm over the fused states together, before ``fc``.
+        fc_norm: one norm for each fused layer, before ``fc``; excludes ``norm_before_fc``.
+        norm_output: what a draft step feeds to the next is the output after the final norm.
     """
 
     model_type = "draftsmith_eagle3"
-    rules: ClassVar[Mapping[str, Rule]] = {**EagleConfig.rules, "layers": NAMES}
+    rules: ClassVar[Mapping[str, Rule]] = {**EagleConfig.rules, "layers": NAMES, **dict.fromkeys(SWITCHES, FLAG)}
 
-    def __init__(self, layers: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        norm_before_residual: bool = False,
+        norm_before_fc: bool = False,
+        fc_norm: bool = False,
+        norm_output: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.layers = list(layers)
+        self.norm_before_residual, self.norm_before_fc = norm_before_residual, norm_before_fc
+        self.fc_norm, self.norm_output = fc_norm, norm_output
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
-        return super().fault() if self.layers else "layers [], but it reads at least one of the target's"
+        if not self.layers:
+            return "layers [], but it reads at least one of the target's"
+        if self.norm_before_fc and self.fc_norm:
+            return "norm_before_fc and fc_norm, of which a drafter has one at the most"
+        return super().fault()
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """The four switches by name."""
+        return {name: getattr(self, name) for name in SWITCHES}
 
 
 class Eagle3(EagleBase):
@@ -51,9 +81,12 @@ class Eagle3(EagleBase):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
-        D = config.hidden_size
-        self.fc = nn.Linear(len(config.layers) * D, D, bias=False)
-        self.midlayer = DraftLayer(config.llama(), wide=True)
+        D, n = config.hidden_size, len(config.layers)
+        self.input_norm = LlamaRMSNorm(n * D, eps=config.rms_norm_eps) if config.norm_before_fc else None
+        norms = [LlamaRMSNorm(D, eps=config.rms_norm_eps) for _ in range(n)] if config.fc_norm else None
+        self.fc_norm = None if norms is None else nn.ModuleList(norms)
+        self.fc = nn.Linear(n * D, D, bias=False)
+        self.midlayer = DraftLayer(config.llama(), wide=True, norms_state=not config.norm_before_residual)
         self.norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.num_draft_tokens, bias=False)
         self.post_init()
@@ -120,7 +153,7 @@ class Eagle3(EagleBase):
         return (self.fc.weight,)
 
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
-        """fc over the fused layers.
+        """fc over the fused layers, normalised before it where the config says so.
 
         Args:
             features: layer name -> [..., D].
@@ -128,12 +161,19 @@ class Eagle3(EagleBase):
         Returns:
             [..., D].
         """
-        fused = torch.cat([features[name] for name in self.config.layers], dim=-1)
-        return self.fc(fused.to(self.fc.weight.dtype))
+        states = [features[name].to(self.fc.weight.dtype) for name in self.config.layers]
+        if self.fc_norm is not None:
+            states = [norm(state) for norm, state in zip(self.fc_norm, states, strict=True)]
+        fused = torch.cat(states, dim=-1)
+        return self.fc(fused if self.input_norm is None else rms_norm(self.input_norm, fused))
 
     def join(self, embedded: Tensor, known: Tensor) -> Tensor:
-        """The state as it is, [..., D]: the embedding enters through the layer's input."""
-        return known
+        """The state, [..., D], after the layer's norm of it with ``norm_before_residual``: the embedding enters through the layer's input."""
+        return rms_norm(self.midlayer.hidden_norm, known) if self.config.norm_before_residual else known
+
+    def fed_back(self, output: Tensor) -> Tensor:
+        """The output, [..., D], after this drafter's own norm with ``norm_output``."""
+        return rms_norm(self.norm, output) if self.config.norm_output else output
 
     def head_inputs(self, output: Tensor) -> Tensor:
         """The output after this drafter's own norm, [..., D]."""

@@ -125,6 +125,17 @@ class EagleBase(Drafter):
             [..., D].
         """
 
+    def fed_back(self, output: Tensor) -> Tensor:
+        """What a draft step knows of the position before it, where the target has not read the text.
+
+        Args:
+            output: [..., D], of the layer at that position.
+
+        Returns:
+            [..., D].
+        """
+        return output
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up the target's embeddings.
 
@@ -169,7 +180,8 @@ class EagleBase(Drafter):
         outputs = [layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further))]
         for step in range(1, rollout.tokens.shape[1]):
             embedded_AD = self.embed(rollout.tokens[:, step])
-            state_AD = self.join(embedded_AD, outputs[-1].detach() if self.detach_steps else outputs[-1])
+            known_AD = self.fed_back(outputs[-1].detach() if self.detach_steps else outputs[-1])
+            state_AD = self.join(embedded_AD, known_AD)
             inputs_AI = layer.inputs(embedded_AD, state_AD)
             rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)
             further = [*further, layer.keys_values(inputs_AI, rotation)]
@@ -281,7 +293,7 @@ class FeatureDraft:
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`: the layer's output at new nodes, which are fed their parents'."""
         drafter = self._drafter
-        known_BMD = self._output_BMD
+        known_BMD = drafter.fed_back(self._output_BMD)
         if known_BMD.shape[1] > 1:
             known_BMD = known_BMD.gather(1, above_BM[..., None].expand(-1, -1, known_BMD.shape[-1]))
         embedded_BMD = drafter.embed(tokens_BM)

@@ -43,12 +43,13 @@ class DraftLayer(nn.Module):
     Args:
         config: sizes, norm epsilon, rotary settings; those of the target, as far as it has them.
         wide: EAGLE-3's layer, with norms of its own for embedding and state.
+        norms_state: the wide layer applies ``hidden_norm`` to the state that it is given; False where whoever calls it has done so.
     """
 
-    def __init__(self, config: LlamaConfig, wide: bool) -> None:
+    def __init__(self, config: LlamaConfig, wide: bool, norms_state: bool = True) -> None:
         super().__init__()
         D, epsilon = config.hidden_size, config.rms_norm_eps
-        self.wide = wide
+        self.wide, self.norms_state = wide, norms_state
         self.self_attn = DraftAttention(config, 2 * D if wide else D)
         self.mlp = LlamaMLP(config)
         if wide:
@@ -68,7 +69,9 @@ class DraftLayer(nn.Module):
         """
         if not self.wide:
             return state
-        return torch.cat([rms_norm(self.input_layernorm, embedded), rms_norm(self.hidden_norm, state)], dim=-1)
+        if self.norms_state:
+            state = rms_norm(self.hidden_norm, state)
+        return torch.cat([rms_norm(self.input_layernorm, embedded), state], dim=-1)
 
     def queries(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Project and rotate the queries.

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftsmith.outside import parse_json_object
+from draftsmith.outside import parse_json_object, safe_file_name
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
 
@@ -39,8 +40,35 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return parse_json_object(path.read_bytes(), str(path), "give the folder of a trained drafter")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """List the files of a checkpoint's tensors: ``model.safetensors``, or the parts that its index names.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        The files, sorted; empty where there are none.
+
+    Raises:
+        ValueError: the index is broken, or a part that it names is not there.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    remedy = "copy the folder again"
+    parts = parse_json_object(index.read_bytes(), str(index), remedy).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise ValueError(f"{index} has no weight_map; {remedy}")
+    files = sorted({folder / safe_file_name(name, f"{index}: weight_map") for name in parts.values()})
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{index} names {', '.join(missing)}, which {folder} lacks; {remedy}")
+    return files
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read ``model.safetensors``.
+    """Read ``model.safetensors``, or the parts that its index names.
 
     Args:
         folder: of the checkpoint.
@@ -49,22 +77,33 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         Its tensors by name.
 
     Raises:
-        ValueError: there is no safetensors file, or it is broken.
+        ValueError: there is no safetensors file, one is broken, or only pickled weights are there, which are never opened.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-        if pickles:
-            raise ValueError(
-                f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}; pickled weights can run code and are not read. "
-                'Convert them: python -c "import torch, safetensors.torch as s; '
-                f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{WEIGHTS}')\""
-            )
-        raise ValueError(f"{folder} holds no {WEIGHTS}; give the folder of a trained drafter")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or no safetensors file: {error}; export it again") from error
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(_no_weights(folder))
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is cut off or no safetensors file: {error}; export it again") from error
+    return tensors
+
+
+def _no_weights(folder: Path) -> str:
+    """What an error says of a folder without safetensors."""
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if not pickles:
+        return (
+            f"{folder} holds no {WEIGHTS}; give the folder of a trained drafter. Pickled weights of a hub id are not fetched: fetch and "
+            "convert them first"
+        )
+    return (
+        f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}; pickled weights can run code and are not read. "
+        'Convert them in that folder: python -c "import torch, safetensors.torch as s; '
+        f"s.save_file({{n: t.contiguous() for n, t in torch.load('{pickles[0]}', weights_only=True).items()}}, '{WEIGHTS}')\""
+    )
 
 
 def write_files(folder: Path, config_text: str, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,83 @@
+"""Kinds of drafters that are known by name only: nothing here decodes them, and an error can say what they are.
+
+Owns how each is recognised, by the config of its publishers. A family that learns to read one takes its line away here. Knows no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SPECULATORS_KEY = "speculators_model_type"  # only configs of the speculators package have it
+
+
+@dataclass(frozen=True)
+class NamedKind:
+    """A kind of drafter that cannot be read.
+
+    Attributes:
+        title: its name.
+        architectures: classes that configs name.
+        speculators: what the speculators package calls it.
+        model_types: of configs.
+        fields: of the config, one of which is enough.
+        tensors: one of which is enough.
+    """
+
+    title: str
+    architectures: tuple[str, ...] = ()
+    speculators: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+    def is_in(self, fields: Mapping[str, Any], tensors: Collection[str]) -> bool:
+        """Whether a folder holds this kind.
+
+        Args:
+            fields: of its config.
+            tensors: the names of its tensors.
+
+        Returns:
+            True where one of the signs is there.
+        """
+        named = fields.get("architectures")
+        return (
+            (isinstance(named, list) and any(name in self.architectures for name in named))
+            or fields.get(SPECULATORS_KEY) in self.speculators
+            or fields.get("model_type") in self.model_types
+            or any(name in fields for name in self.fields)
+            or any(name in tensors for name in self.tensors)
+        )
+
+
+# The first that fits counts: a DSpark and a DFlash 2 have the fields of a DFlash, too.
+KINDS = (
+    NamedKind("DFlash 2", ("DFlash2DraftModel",), ("dflash2",)),
+    NamedKind("DSpark", ("Qwen3DSparkModel", "DSparkDraftModel"), ("dspark",)),
+    NamedKind("DFlash", ("DFlashDraftModel",), ("dflash",), fields=("dflash_config",)),
+    NamedKind(
+        "P-EAGLE",
+        ("PEagleDraftModel", "PeagleLlamaForCausalLM", "PeagleQwen3ForCausalLM"),
+        ("peagle",),
+        tensors=("mask_hidden",),
+    ),
+    NamedKind("multi-token prediction head (MTP)", speculators=("mtp",)),
+    NamedKind("XPress", speculators=("xpress",)),
+    NamedKind("Medusa", ("MedusaModel",), model_types=("medusa",), fields=("medusa_num_heads",)),
+    NamedKind("MLP speculator", ("MLPSpeculatorPreTrainedModel",), ("mlp",), model_types=("mlp_speculator",)),
+)
+
+
+def named_kind(fields: Mapping[str, Any], tensors: Collection[str] = ()) -> str:
+    """Name the kind of drafter in a folder that no family reads.
+
+    Args:
+        fields: of its config.
+        tensors: the names of its tensors.
+
+    Returns:
+        Its name, such as ``DFlash``; empty where it is none of the known kinds.
+    """
+    return next((kind.title for kind in KINDS if kind.is_in(fields, tensors)), "")
