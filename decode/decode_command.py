@@ -25,8 +25,9 @@ from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOp
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
 from draftsmith.models.drafters.registry import default_limits
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
@@ -98,7 +99,8 @@ def decode(
     _, lossy = parse_rule(rule)
     where = where.resolved(target)
     model, tokenizer = where.load_to_decode(target), where.tokenizer(target)
-    head = _drafter(drafter, drafter_adapter, where.dtype, where.trust_remote_code)
+    bond = TargetBond(model.ends, tokenizer_fingerprint(tokenizer))
+    head = _drafter(drafter, drafter_adapter, where.dtype, where.trust_remote_code, bond)
     if head is not None:
         nn.Module.to(head, model.device)
         if limits is None and lossy is None:
@@ -130,11 +132,13 @@ def _print_counts(console: Console, generation: Generation, rule: str | None) ->
         )
 
 
-def _drafter(folder: Path | None, adapter: Path | None, dtype: str, trust_remote_code: bool) -> Drafter | None:
+def _drafter(
+    folder: Path | None, adapter: Path | None, dtype: str, trust_remote_code: bool, target: TargetBond
+) -> Drafter | None:
     """The drafter with its adapter; the one that the adapter names where no folder is given."""
     if folder is None:
-        return None if adapter is None else load_drafter(adapter, dtype, trust_remote_code)
-    drafter = load_drafter(folder, dtype, trust_remote_code)
+        return None if adapter is None else load_drafter(adapter, dtype, trust_remote_code, target=target)
+    drafter = load_drafter(folder, dtype, trust_remote_code, target=target)
     return drafter if adapter is None else adapted(drafter, adapter)
 
 

@@ -40,7 +40,7 @@ from draftsmith.evaluate.samples import Questions, readable_by, selected_questio
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
@@ -170,8 +170,9 @@ def load_candidates(
             than the drafter can draft.
     """
     candidates = []
+    dtype, bond = str(target.dtype).removeprefix("torch."), TargetBond(target.ends, tokenizer)
     for entry in entries:
-        drafter = load_drafter(entry.path, str(target.dtype).removeprefix("torch."), trust_remote_code)
+        drafter = load_drafter(entry.path, dtype, trust_remote_code, target=bond)
         drafter.attach(target.ends)
         drafter.check_tokenizer(tokenizer)
         fingerprint = module_fingerprint(drafter)

@@ -16,7 +16,7 @@ from draftsmith.export.card import Subject, write_card
 from draftsmith.export.layouts import layouts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
 from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import WEIGHTS
@@ -133,12 +133,12 @@ def _inputs(drafter: Path, read: Sequence[Path]) -> dict[str, str]:
 
 
 def _load(drafter: Path, adapter: Path | None, ends: TargetEnds | None, tokenizer: str) -> Drafter:
-    """The drafter, with its adapter merged into it where one is given (our own layout only); attached where ends are given."""
+    """The drafter, with its adapter merged into it where one is given; attached where ends are given."""
     if (drafter / BOND).is_file():
         raise ValueError(f"{drafter} is an adapter; give its drafter, and this folder as --drafter-adapter")
     if adapter is None:
         return layouts.load_any(drafter, ends, tokenizer)
-    trained = adapted(load_drafter(drafter), adapter)
+    trained = adapted(load_drafter(drafter, target=None if ends is None else TargetBond(ends, tokenizer)), adapter)
     if ends is not None:
         trained.attach(ends)
         trained.check_tokenizer(tokenizer)

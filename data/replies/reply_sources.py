@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 
@@ -169,7 +170,8 @@ class BundledEngine:
     ) -> None:
         loaded = None
         if drafter is not None:
-            loaded = load_drafter(drafter, str(target.dtype).removeprefix("torch."), trust_remote_code)
+            bond = TargetBond(target.ends, "" if tokenizer is None else tokenizer_fingerprint(tokenizer))
+            loaded = load_drafter(drafter, str(target.dtype).removeprefix("torch."), trust_remote_code, target=bond)
         if loaded is not None:
             # The base class's `to`: the one of transformers is not typed for a device alone.
             nn.Module.to(loaded, target.device)

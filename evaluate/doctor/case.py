@@ -24,8 +24,9 @@ from draftsmith.data.shards.shards import CachedSample
 from draftsmith.evaluate.records import Sample
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
 from draftsmith.models.files.adapter_files import BOND
+from draftsmith.models.foreign.speculators_config import verifier_name
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.prompt_template import NO_OPTIONS, TemplateOptions
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
@@ -248,8 +249,9 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _named_target(folder: Path) -> str:
-    """The target that a drafter's config names; empty where it is no drafter's."""
-    return str(_config(folder).get("target_name") or "")
+    """The target that a drafter's config names, or that of a folder of the speculators package; empty where it names none."""
+    fields = _config(folder)
+    return str(fields.get("target_name") or verifier_name(fields))
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -279,20 +281,14 @@ def load_served(folder: Path, ends: TargetEnds, dtype: str, trust_remote_code: b
     """A drafter attached to the target, whatever target it names: whether it is that one is a check of its own.
 
     Raises:
-        ValueError: the folder holds no whole drafter in this package's layout, or one of other shapes.
+        ValueError: the folder holds no whole drafter, or one of other shapes.
     """
     try:
-        drafter = load_drafter(folder, dtype, trust_remote_code, finite=False)  # `drafter-file` looks for NaN
+        # Not only finite numbers: `drafter-file` looks for NaN.
+        drafter = load_drafter(folder, dtype, trust_remote_code, finite=False, target=TargetBond(ends))
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}): copy or export the drafter again"
-        ) from error
-    except ValueError as error:
-        if (folder / BOND).is_file() or "target_name" in _config(folder):
-            raise  # it is in our layout, and not whole
-        raise ValueError(
-            f"{error}. A drafter in another software's layout is read by `draftsmith export --drafter {folder} --target TARGET --out "
-            "FOLDER`: then give that folder"
         ) from error
     torch.nn.Module.to(drafter, ends.device)
     return drafter.eval().for_any_target().bound(ends)

@@ -35,7 +35,7 @@ from draftsmith.json_rows import UnusableRow
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.token_rows import read_rows
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
@@ -213,7 +213,8 @@ def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[s
 
 
 def _drafter(folder: Path, target: Target, tokenizer: str, trust_remote_code: bool) -> Drafter:
-    drafter = load_drafter(folder, str(target.dtype).removeprefix("torch."), trust_remote_code)
+    dtype, bond = str(target.dtype).removeprefix("torch."), TargetBond(target.ends, tokenizer)
+    drafter = load_drafter(folder, dtype, trust_remote_code, target=bond)
     drafter.attach(target.ends)
     drafter.check_tokenizer(tokenizer)
     nn.Module.to(drafter, target.device)

@@ -28,7 +28,8 @@ from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec
-from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY, named_kind
+from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "EAGLE-1"
@@ -101,8 +102,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     """
     kept = dict(tensors)
     if SPECULATORS_KEY in fields:
-        kept = speculators.eagle_tensors(fields, speculators.without_verifier(tensors, ends, where), where)
-        fields = speculators.flat_fields(fields, where)
+        kept = speculators.without_verifier(speculators.eagle_tensors(fields, tensors, where), ends, where)
+        fields = {**speculators.flat_fields(fields, where), "bias": fields.get("fusion_bias")}
     bias = kept.get("fc.bias")
     if bias is None and fields.get("bias") is True:
         raise ValueError(f"{where}: the config says bias true, but fc.bias is missing; get a whole checkpoint")

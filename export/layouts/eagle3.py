@@ -25,7 +25,8 @@ from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.eagle3 import SWITCHES, Eagle3, Eagle3Config
 from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
-from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY, named_kind
+from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 

@@ -13,7 +13,7 @@ from draftsmith.export.layouts import custom_generate
 from draftsmith.export.layouts import own_layout as own
 from draftsmith.export.layouts.layout import Layout
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import Bond, read_foreign
+from draftsmith.models.drafters.drafter_folder import TargetBond, read_foreign
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, family_of
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors
@@ -86,4 +86,4 @@ def load_any(folder: Path, ends: TargetEnds | None = None, tokenizer_fingerprint
             drafter.attach(ends)
             drafter.check_tokenizer(tokenizer_fingerprint)
         return drafter
-    return read_foreign(folder, None if ends is None else Bond(ends, tokenizer_fingerprint))
+    return read_foreign(folder, None if ends is None else TargetBond(ends, tokenizer_fingerprint))

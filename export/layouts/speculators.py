@@ -25,10 +25,9 @@ from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.field_rules import is_whole
 from draftsmith.models.files.model_folder import openable_name
 from draftsmith.models.files.tables import target_ids, vocabulary_faults
-from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, proposed_tokens
 from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
@@ -132,6 +131,8 @@ def flat_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 def eagle_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Give an EAGLE-1's tensors their common names: ``fusion_fc.weight`` -> ``fc.weight``, ``transformer.*`` -> ``layers.0.*``.
 
+    A head of its own is the target's, as in the folders that hold the target's tensors: ``lm_head`` -> ``verifier_lm_head``.
+
     Args:
         fields: of the config.
         tensors: under the package's names.
@@ -145,26 +146,12 @@ def eagle_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
     """
     if fields.get("layernorms"):
         raise ValueError(f"{where} asks for layernorms, which an EAGLE-1 does not have; such a drafter cannot be read")
-    parts = {"fusion_fc": "fc", "transformer": "layers.0"}
+    parts = {"fusion_fc": "fc", "transformer": "layers.0", "lm_head": "verifier_lm_head"}
     named = {}
     for name, tensor in tensors.items():
         first, dot, rest = name.partition(".")
         named[f"{parts.get(first, first)}{dot}{rest}"] = tensor
     return named
-
-
-def proposed_tokens(fields: Mapping[str, Any]) -> int | None:
-    """The tokens that the package would draft in a chain; None where a config does not say."""
-    methods = _mapping(fields.get("speculators_config")).get("proposal_methods")
-    first = _mapping(methods[0]) if isinstance(methods, list) and methods else {}
-    proposed = first.get("speculative_tokens")
-    return proposed if is_whole(proposed, 1) else None
-
-
-def verifier_name(fields: Mapping[str, Any]) -> str:
-    """The target that a config names, by a hub id or somebody's path; empty where it names none."""
-    name = _mapping(_mapping(fields.get("speculators_config")).get("verifier")).get("name_or_path")
-    return name if isinstance(name, str) else ""
 
 
 def without_verifier(tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> dict[str, Tensor]:
@@ -199,11 +186,6 @@ def _rows(head_weight: Tensor, stored: Tensor, tensors: Mapping[str, Tensor]) ->
     if "d2t" not in tensors or len(stored) == len(head_weight) or vocabulary_faults(tensors, len(head_weight)):
         return head_weight
     return head_weight[target_ids(tensors["d2t"]).to(head_weight.device)]
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    """A part of a config, empty where it holds something else there."""
-    return value if isinstance(value, dict) else {}
 
 
 def _outside(name: str) -> str:

@@ -18,18 +18,20 @@ from draftsmith import provenance
 from draftsmith.models.drafters.draft_lm import load_draft_lm
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
+from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, missing_families, registry
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.model_folder import resolve
-from draftsmith.models.foreign.named_kinds import SPECULATORS_KEY, named_kind
+from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.reader import Foreign
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
 
 @dataclass(frozen=True)
-class Bond:
+class TargetBond:
     """The target that a drafter of other software is for, since its folder names none.
 
     Attributes:
@@ -67,7 +69,7 @@ def load_drafter(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     finite: bool = True,
-    target: Bond | None = None,
+    target: TargetBond | None = None,
 ) -> Drafter:
     """Load a drafter of any family in evaluation mode, in draftsmith's layout or that of other software; or a draft LM.
 
@@ -119,25 +121,30 @@ def is_foreign(folder: Path) -> bool:
         return True
     if not weight_files(folder) and any(folder.glob("*.safetensors")):
         return False
-    return _layout_of(fields, read_tensors(folder)) is not None
+    return layout_of(fields, read_tensors(folder)) is not None
 
 
-def foreign_layouts() -> Iterator[Foreign]:
-    """Every layout of other software that one of the families reads.
+def layout_of(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Family, Foreign] | None:
+    """Find the layout of other software that a folder is in.
 
-    Yields:
-        How it is recognised and read.
+    Args:
+        fields: of its config.
+        tensors: by name.
+
+    Returns:
+        The family of its drafter, and how it is read; None where no family reads it.
     """
+    return next((pair for pair in _foreign_layouts() if pair[1].holds(fields, tensors)), None)
+
+
+def _foreign_layouts() -> Iterator[tuple[Family, Foreign]]:
+    """Every layout of other software that one of the families reads, with that family."""
     for family in all_families():
         for module in map(importlib.import_module, family.layouts):
-            yield from (layout.foreign for layout in module.LAYOUTS if layout.foreign is not None)
+            yield from ((family, layout.foreign) for layout in module.LAYOUTS if layout.foreign is not None)
 
 
-def _layout_of(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Foreign | None:
-    return next((layout for layout in foreign_layouts() if layout.holds(fields, tensors)), None)
-
-
-def read_foreign(folder: Path, target: Bond | None) -> Drafter:
+def read_foreign(folder: Path, target: TargetBond | None) -> Drafter:
     """Read a drafter in the layout of other software, and bind it to its target.
 
     Args:
@@ -152,9 +159,10 @@ def read_foreign(folder: Path, target: Bond | None) -> Drafter:
             of another target.
     """
     fields, tensors = read_fields(folder), read_tensors(folder)
-    layout = _layout_of(fields, tensors)
-    if layout is None:
+    found = layout_of(fields, tensors)
+    if found is None:
         raise ValueError(_unknown(folder, fields, tensors))
+    layout = found[1]
     if target is None:
         raise ValueError(
             f"{folder} is in {layout.software} layout, which names no target; say which one it is for with --target"
@@ -170,7 +178,7 @@ def read_foreign(folder: Path, target: Bond | None) -> Drafter:
 
 def _unknown(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """What an error says of a folder that no layout holds."""
-    software = " or in ".join(dict.fromkeys(layout.software for layout in foreign_layouts()))
+    software = " or in ".join(dict.fromkeys(layout.software for _, layout in _foreign_layouts()))
     readable = f"give a folder in draftsmith's layout or in {software}{missing_families()}"
     kind, package = named_kind(fields, tensors), fields.get(SPECULATORS_KEY)
     if package is not None:
@@ -236,7 +244,7 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
     return merged
 
 
-def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool, target: Bond | None) -> Drafter:
+def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool, target: TargetBond | None) -> Drafter:
     from draftsmith.models.drafters.lora import read_bond
 
     below = read_bond(adapter).drafter

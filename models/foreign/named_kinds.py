@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SPECULATORS_KEY = "speculators_model_type"  # only configs of the speculators package have it
-
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 
 @dataclass(frozen=True)
 class NamedKind:

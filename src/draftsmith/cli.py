@@ -124,6 +124,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("export",): Command(
         "draftsmith.export.export_command", "export", "Write a trained drafter as safetensors, with its card."
     ),
+    ("inspect",): Command(
+        "draftsmith.export.inspect_command", "inspect", "Tell what a drafter's folder holds, whoever wrote it."
+    ),
     ("judge", "export"): Command(
         "draftsmith.export.judge.export_command",
         "export_judge",

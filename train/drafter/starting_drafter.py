@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
 from draftsmith.models.drafters.family import DrafterFamily
 from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.files.fingerprint import module_fingerprint
@@ -140,7 +140,8 @@ def adopt(folder: Path, family: DrafterFamily, ends: TargetEnds, tokenizer: str,
     Raises:
         ValueError: a folder without a whole drafter, or one of another family, target or tokenizer.
     """
-    drafter = load_drafter(folder).float()  # exports may be narrower than what is trained
+    # In float32: exports may be narrower than what is trained.
+    drafter = load_drafter(folder, target=TargetBond(ends, tokenizer)).float()
     if not isinstance(drafter, family.kind):
         raise ValueError(
             f"init_from {str(folder)!r} holds a {type(drafter).__name__}, the run's family makes a {family.kind.__name__}; "
