@@ -15,6 +15,7 @@ from torch import Tensor
 
 from draftsmith import provenance
 from draftsmith.models.drafters.drafter_folder import layout_of
+from draftsmith.models.drafters.lora import read_bond
 from draftsmith.models.drafters.registry import registry
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors, weight_files
@@ -90,14 +91,14 @@ def contents_of(folder: Path) -> Contents:
     family = registry().get(model_type) if isinstance(model_type, str) else None
     if family is not None and "target_fingerprint" in fields:
         return Contents(family.about.title, "draftsmith's", facts, decodes=True)
-    found = layout_of(fields, tensors)
+    found, kind = layout_of(fields, tensors), named_kind(fields, tensors)
+    package = "the speculators package's" if SPECULATORS_KEY in fields else ""
     if found is not None:
-        return Contents(found[0].about.title, found[1].software, facts, decodes=True, needs_target=True)
-    kind = named_kind(fields, tensors)
-    if kind or SPECULATORS_KEY in fields:
+        family, layout = found
+        return Contents(family.about.title, package or layout.software, facts, decodes=True, needs_target=True)
+    if kind or package:
         title = kind or f"{fields[SPECULATORS_KEY]!r:.80}"
-        package = "the speculators package's" if SPECULATORS_KEY in fields else "its publisher's"
-        return Contents(title, package, facts, decodes=False)
+        return Contents(title, package or "its publisher's", facts, decodes=False)
     if "hidden_size" not in flat:
         raise ValueError(
             f"{folder} holds no drafter that is known here (model_type {model_type!r:.80}); give the folder of a drafter"
@@ -161,7 +162,5 @@ def _target(folder: Path, fields: Mapping[str, Any]) -> str:
 
 
 def _adapter_facts(folder: Path) -> tuple[tuple[str, str], ...]:
-    from draftsmith.models.drafters.lora import read_bond
-
     bond = read_bond(folder)
     return (("drafter below", bond.drafter), ("target", bond.target_name or "not named"))

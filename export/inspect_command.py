@@ -43,7 +43,7 @@ def inspect(drafter: str, target: str | None = None, where: Annotated[EndsOption
             print("the folder is not bound to a target: add --target to check that it is whole and fits")
         return
     bond = TargetBond(where.load_ends(target), tokenizer_fingerprint(where.tokenizer(target)))
-    loaded = load_drafter(folder, target=bond)
+    loaded = load_drafter(folder, trust_remote_code=where.trust_remote_code, target=bond)
     loaded.attach(bond.ends)
     loaded.check_tokenizer(bond.tokenizer_fingerprint)
     print(f"whole, and fits {one_line(target)}; `draftsmith evaluate --drafters {one_line(drafter)}` measures it")

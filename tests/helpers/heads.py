@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from draftsmith.models import Eagle, Eagle3, PackedBatch, Target, data_rollout
+from draftsmith.models import Eagle, Eagle3, Eagle3Config, PackedBatch, Target, data_rollout
 from draftsmith.models.families.eagle_base import EagleBase
 from draftsmith.models.target.ends import TargetEnds
 
@@ -80,10 +80,18 @@ def eagle(ends: TargetEnds, draft_ids: list[int] | None = None) -> Eagle:
     return drafter
 
 
-def eagle3(ends: TargetEnds, draft_ids: list[int] | None = None, layers: list[str] | None = None) -> Eagle3:
-    """An EAGLE-3 of random weights."""
+def eagle3(
+    ends: TargetEnds, draft_ids: list[int] | None = None, layers: list[str] | None = None, **switches: bool
+) -> Eagle3:
+    """An EAGLE-3 of random weights; the switches are those of EAGLE-3.1."""
     ids = None if draft_ids is None else torch.tensor(draft_ids)
-    drafter = shaken(Eagle3.for_target(ends, draft_token_ids=ids, layers=layers))
+    fresh = Eagle3.for_target(ends, draft_token_ids=ids, layers=layers)
+    if switches:
+        fresh = Eagle3(Eagle3Config.from_dict(fresh.config.to_dict() | switches))
+        if ids is not None:
+            fresh.set_draft_ids(ids)
+        fresh.attach(ends)
+    drafter = shaken(fresh)
     assert isinstance(drafter, Eagle3)
     return drafter
 
@@ -108,46 +116,91 @@ def our_logits(target: Target, drafter: EagleBase, num_steps: int = 1) -> Tensor
     return drafter.teacher_forced(batch, data_rollout(batch, num_steps)) @ drafter.head_weight.T
 
 
-@torch.no_grad()
-def logits_of_files(folder: Path, target: Target) -> Tensor:
-    """[T - 1, Vd]: the same of one step, by the papers' formulas from config.json and model.safetensors.
+class FilesForward:
+    """An EAGLE head from config.json and model.safetensors, by the papers' formulas.
 
     EAGLE-1 (arXiv:2401.15077, section 4): head(layer(fc([e(x_{t+1}); f_t]))). EAGLE-3 (arXiv:2503.01840, section 3.1): g_t = fc of
-    three layers' outputs; attention reads [norm(e(x_{t+1})); norm(g_t)], the residual is g_t.
+    three layers' outputs; attention reads [norm(e(x_{t+1})); norm(g_t)], the residual is g_t. The switches of EAGLE-3.1 are those of
+    `draftsmith.models.families.eagle3`.
     """
-    fields = json.loads((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
-    config = LlamaConfig.from_dict(fields.get("transformer_layer_config", fields))
-    config._attn_implementation = "eager"
-    prefix = "midlayer." if "midlayer.mlp.up_proj.weight" in tensors else "layers.0."
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    third = "hidden_norm.weight" in own
-    layer = LlamaDecoderLayer(config, 0)
-    if third:
-        for part in ("q_proj", "k_proj", "v_proj"):
-            setattr(layer.self_attn, part, nn.Linear(*reversed(own[f"self_attn.{part}.weight"].shape), bias=False))
-        layer.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    else:
-        layer.input_layernorm = nn.Identity()
-    layer.load_state_dict(own, strict=True)
-    embedded = target.ends.embed(torch.tensor(TEXT[1:]))[None]
-    hidden = target.model(torch.tensor([TEXT[:-1]]), output_hidden_states=True)
-    if third:
-        ids = fields.get("eagle_aux_hidden_state_layer_ids", [2, 4, 5])
-        known = torch.cat([hidden.hidden_states[k] for k in ids], dim=-1) @ tensors["fc.weight"].T
-        inputs = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(known)], dim=-1)
-    else:
-        bias = tensors.get("fc.bias", torch.zeros(()))
-        known = torch.cat([embedded, hidden.hidden_states[-1]], dim=-1) @ tensors["fc.weight"].T + bias
-        inputs = known
-    length = len(TEXT) - 1
-    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-    rotation = LlamaRotaryEmbedding(config)(known, torch.arange(length)[None])
-    attended, _ = layer.self_attn(inputs, position_embeddings=rotation, attention_mask=mask)
-    state = known + attended
-    state = state + layer.mlp(layer.post_attention_layernorm(state))
-    if not third:
-        return target.model.lm_head(state)[0]
-    norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    norm.load_state_dict({"weight": tensors["norm.weight"]})
-    return (norm(state) @ tensors["lm_head.weight"].T)[0]
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        fields = json.loads((folder / "config.json").read_text())
+        self.target, self.tensors, self.fields = target, load_file(folder / "model.safetensors"), fields
+        self.config = LlamaConfig.from_dict(fields.get("transformer_layer_config", fields))
+        self.config._attn_implementation = "eager"
+        prefix = "midlayer." if "midlayer.mlp.up_proj.weight" in self.tensors else "layers.0."
+        own = {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}
+        self.third = "hidden_norm.weight" in own
+        self.layer = LlamaDecoderLayer(self.config, 0)
+        if self.third:
+            for part in ("q_proj", "k_proj", "v_proj"):
+                shape = reversed(own[f"self_attn.{part}.weight"].shape)
+                setattr(self.layer.self_attn, part, nn.Linear(*shape, bias=False))
+            self.layer.hidden_norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        else:
+            self.layer.input_layernorm = nn.Identity()
+        self.layer.load_state_dict(own, strict=True)
+
+    def normed(self, name: str, states: Tensor) -> Tensor:
+        """An RMS norm whose weight is a tensor of the file."""
+        weight = self.tensors[f"{name}.weight"]
+        norm = LlamaRMSNorm(len(weight), eps=self.config.rms_norm_eps)
+        norm.load_state_dict({"weight": weight})
+        return norm(states)
+
+    def embedded(self, tokens: list[int]) -> Tensor:
+        """[1, T, D]."""
+        return self.target.ends.embed(torch.tensor(tokens))[None]
+
+    def known(self, tokens: list[int]) -> Tensor:
+        """[1, T, D]: what is known of the positions before the tokens that the target has read."""
+        hidden = self.target.model(torch.tensor([tokens]), output_hidden_states=True)
+        if not self.third:
+            return hidden.hidden_states[-1]
+        states = [hidden.hidden_states[k] for k in self.fields.get("eagle_aux_hidden_state_layer_ids", [2, 4, 5])]
+        if self.fields.get("fc_norm"):
+            states = [self.normed(f"fc_norm.{number}", state) for number, state in enumerate(states)]
+        fused = torch.cat(states, dim=-1)
+        fused = self.normed("input_norm", fused) if self.fields.get("norm_before_fc") else fused
+        return fused @ self.tensors["fc.weight"].T
+
+    def outputs(self, embedded: Tensor, known: Tensor) -> Tensor:
+        """[1, T, D]: the layer's, over pairs in a row."""
+        if self.third:
+            normed = self.layer.hidden_norm(known)
+            residual = normed if self.fields.get("norm_before_residual") else known
+            inputs = torch.cat([self.layer.input_layernorm(embedded), normed], dim=-1)
+        else:
+            bias = self.tensors.get("fc.bias", torch.zeros(()))
+            residual = inputs = torch.cat([embedded, known], dim=-1) @ self.tensors["fc.weight"].T + bias
+        length = embedded.shape[1]
+        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+        rotation = LlamaRotaryEmbedding(self.config)(residual, torch.arange(length)[None])
+        attended, _ = self.layer.self_attn(inputs, position_embeddings=rotation, attention_mask=mask)
+        state = residual + attended
+        return state + self.layer.mlp(self.layer.post_attention_layernorm(state))
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """[T, Vd]."""
+        if not self.third:
+            return self.target.model.lm_head(outputs)[0]
+        return (self.normed("norm", outputs) @ self.tensors["lm_head.weight"].T)[0]
+
+
+@torch.no_grad()
+def logits_of_files(folder: Path, target: Target) -> Tensor:
+    """[T - 1, Vd]: `our_logits` of one step, from nothing but a folder's files."""
+    files = FilesForward(folder, target)
+    return files.logits(files.outputs(files.embedded(TEXT[1:]), files.known(TEXT[:-1])))
+
+
+@torch.no_grad()
+def second_step_of_files(folder: Path, target: Target, anchor: int) -> Tensor:
+    """[Vd]: `our_logits` of the second step at an anchor, which is fed the first step's output in place of a state."""
+    files = FilesForward(folder, target)
+    known = files.known(TEXT[: anchor + 1])
+    output = files.outputs(files.embedded(TEXT[1 : anchor + 2]), known)[:, -1:]
+    fed_back = files.normed("norm", output) if files.fields.get("norm_output") else output
+    embedded = files.embedded(TEXT[1 : anchor + 3])
+    return files.logits(files.outputs(embedded, torch.cat([known, fed_back], dim=1)))[-1]

@@ -1,0 +1,106 @@
+"""`draftsmith inspect`: what lies in a folder is told from its files, whoever wrote them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from public_heads import READ, dflash
+from safetensors.torch import load_file
+
+from draftsmith.cli import main
+from draftsmith.models import TargetEnds
+
+
+@pytest.fixture(scope="module")
+def ends(target: Path) -> TargetEnds:
+    return TargetEnds.load(str(target))
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    """The lines of two columns."""
+    assert main(["inspect", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    pairs = [line.split("  ", 1) for line in lines if "  " in line]
+    return {name.strip(): value.strip() for name, value in pairs} | {"last": lines[-1]}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_public_layout_is_recognised_without_its_target_and_checked_with_it(
+    tmp_path: Path, target: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    build, kind = READ[name]
+    build(tmp_path, ends)
+    shown = told(capsys, "--drafter", str(tmp_path))
+    assert shown["kind"] == kind
+    assert shown["hidden size"] == "32"
+    assert "add --target to check that it is whole" in shown["last"]
+    shown = told(capsys, "--drafter", str(tmp_path), "--target", str(target))
+    assert shown["last"].startswith("whole, and fits ")
+
+
+def test_the_facts_of_a_speculators_folder(
+    tmp_path: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    READ["speculators-all-norms"][0](tmp_path, ends)
+    shown = told(capsys, "--drafter", str(tmp_path))
+    assert shown["layout"] == "the speculators package's"
+    assert shown["draft vocabulary"] == f"8 of {ends.vocab_size} tokens, ids 0 to 36"
+    assert shown["reads outputs of blocks"] == "[1, 2]"
+    assert (shown["norm_before_residual"], shown["norm_before_fc"], shown["norm_output"]) == ("True", "True", "True")
+    assert shown["target"] == ends.name
+    assert shown["tokens per draft"] == "3"
+    assert shown["embedding"] == "in the folder"
+
+
+def test_a_trained_bias_is_shown(tmp_path: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]) -> None:
+    READ["EAGLE-1"][0](tmp_path, ends)
+    shown = told(capsys, "--drafter", str(tmp_path))
+    assert (shown["fc.bias"], shown["target"]) == ("trained", "not named")
+    assert shown["draft vocabulary"] == "the whole vocabulary"
+
+
+def test_a_dflash_is_named_and_not_decoded(
+    tmp_path: Path, target: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dflash(tmp_path, ends)
+    shown = told(capsys, "--drafter", str(tmp_path), "--target", str(target))
+    assert (shown["kind"], shown["block size"], shown["layers of its own"]) == ("DFlash", "16", "5")
+    assert shown["reads outputs of blocks (from 0)"] == "[1, 9, 17, 25, 33]"
+    assert shown["last"] == "draftsmith names the kind DFlash and does not decode it yet"
+
+
+def test_our_own_folders_and_whole_models_are_told_too(
+    target: Path, drafter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = told(capsys, "--drafter", str(drafter), "--target", str(target))
+    assert (shown["kind"], shown["layout"]) == ("ReDrafter", "draftsmith's")
+    assert shown["target"] == str(target)
+    shown = told(capsys, "--drafter", str(target))
+    assert (shown["kind"], shown["architecture"]) == ("whole model (a draft LM)", "LlamaForCausalLM")
+
+
+def test_another_target_pickles_and_unknown_folders_are_errors(
+    tmp_path: Path, ends: TargetEnds, other_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    READ["speculators"][0](tmp_path / "head", ends)
+    assert main(["inspect", "--drafter", str(tmp_path / "head"), "--target", str(other_target)]) == 1
+    assert "differs from the embedding" in capsys.readouterr().err
+    tensors = load_file(tmp_path / "head" / "model.safetensors")
+    (tmp_path / "head" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "head" / "pytorch_model.bin")
+    assert main(["inspect", "--drafter", str(tmp_path / "head")]) == 1
+    assert "pickled weights can run code and are not read" in capsys.readouterr().err
+    (tmp_path / "head" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "head" / "pytorch_model.bin").unlink()
+    assert main(["inspect", "--drafter", str(tmp_path / "head")]) == 1
+
+
+def test_names_of_somebody_else_reach_the_terminal_as_text(
+    tmp_path: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    READ["speculators"][0](tmp_path, ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["speculators_config"]["verifier"]["name_or_path"] = "org/\x1b[31mred\nname"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert told(capsys, "--drafter", str(tmp_path))["target"] == r"org/\x1b[31mred name"
