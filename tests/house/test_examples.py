@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from pages import ROOT, make_recipes, make_suggestions, shell_lines
+from public_heads import official_eagle
 
 from draftsmith import cli, embedded
+from draftsmith.models import TargetEnds
 
 FIRST_RUN, OWN_MODEL = ROOT / "docs" / "start" / "first-run.md", ROOT / "docs" / "start" / "your-model.md"
+CHAT_LOGS, OWN_HEAD = ROOT / "docs" / "start" / "chat-logs.md", ROOT / "docs" / "how-to" / "drafters" / "your-own-head.md"
 # What keeps each command short. A page's own options come first, so these win.
 SMALL = {
     "data respond": "--max-new-tokens 32",
@@ -20,7 +23,7 @@ SMALL = {
     "doctor": "--samples 4 --show 0 --skip overfit overlap acceptance train-serve",
     "decode": "--max-new-tokens 16",
 }
-NOT_OURS = ("make", "source", "tensorboard")
+NOT_OURS = ("make", "source", "tensorboard", "vllm", "python")
 
 
 def run(line: str) -> None:
@@ -53,6 +56,26 @@ def test_the_commands_for_ones_own_model_run(folder: Path) -> None:
     for line in shell_lines(OWN_MODEL):
         run(line)
     assert "tokens per step" in (folder / "runs/mine/report/report.md").read_text()
+
+
+def test_the_commands_from_chat_logs_to_a_served_drafter_run(folder: Path) -> None:
+    problems = embedded.distinct_problems("train", 40, seed=5)
+    turns = [[("user", problem.question), ("assistant", "I do not know.")] for problem in problems]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for line in shell_lines(CHAT_LOGS):
+        run(line)
+    fields = json.loads((folder / "runs/chats/served/config.json").read_text())
+    assert fields["architectures"] == ["LlamaForCausalLMEagle", "EagleLlamaForCausalLM"]
+
+
+def test_the_commands_for_a_head_of_ones_own_run(folder: Path) -> None:
+    before = [line for line in shell_lines(OWN_MODEL) if line.startswith("draftsmith data")]
+    official_eagle(folder / "heads/public", TargetEnds.load("embedded:target"))
+    for line in [*before, *shell_lines(OWN_HEAD)]:
+        run(line)
+    assert "| public 4x4n8 |" in (folder / "runs/heads/report/report.md").read_text()
+    assert (folder / "runs/heads/adapted/model.safetensors").is_file()
 
 
 def test_the_quickstart_and_what_to_try_next_run(folder: Path) -> None:
