@@ -78,7 +78,8 @@ def read_counts(fields: Mapping[str, Any], num_layers: int | None, where: str) -
     """k from a config in either convention, or in none, which means the default for the target's L.
 
     Raises:
-        ValueError: a list that is none of numbers, the two conventions name different layers, or neither names any and the default has no sense for this target.
+        ValueError: a list that is not of numbers, the two conventions name different layers, or neither names any and the default has no
+            sense for this target.
     """
     places = (fields, fields.get("eagle_config") or {})
     for place in places:

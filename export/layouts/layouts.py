@@ -1,7 +1,7 @@
 """Every layout by name: who writes it, and whose drafters it can hold.
 
-Owns that choice. Folders of other software are read by the one loader of drafters. Every family's record names the modules of its foreign layouts. Does not know
-the layouts' tables.
+Owns that choice. The one loader of drafters reads folders of other software. Every family's record names the modules of its foreign
+layouts. Does not know the layouts' tables.
 """
 
 from __future__ import annotations

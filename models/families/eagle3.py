@@ -25,7 +25,6 @@ from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
 from draftsmith.models.files.field_rules import FLAG, NAMES, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
-
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Fields of the config, named as engines and the speculators package name them."""
 
@@ -168,7 +167,10 @@ class Eagle3(EagleBase):
         return self.fc(fused if self.input_norm is None else rms_norm(self.input_norm, fused))
 
     def join(self, embedded: Tensor, known: Tensor) -> Tensor:
-        """The state, [..., D], after the layer's norm of it with ``norm_before_residual``: the embedding enters through the layer's input."""
+        """The state as it is, [..., D], or with ``norm_before_residual`` after the layer's norm of it.
+
+        The embedding enters through the layer's input.
+        """
         return rms_norm(self.midlayer.hidden_norm, known) if self.config.norm_before_residual else known
 
     def fed_back(self, output: Tensor) -> Tensor:

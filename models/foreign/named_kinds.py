@@ -11,6 +11,7 @@ from typing import Any
 
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 
+
 @dataclass(frozen=True)
 class NamedKind:
     """A kind of drafter that cannot be read.

@@ -13,7 +13,10 @@ from draftsmith import cli, embedded
 from draftsmith.models import TargetEnds
 
 FIRST_RUN, OWN_MODEL = ROOT / "docs" / "start" / "first-run.md", ROOT / "docs" / "start" / "your-model.md"
-CHAT_LOGS, OWN_HEAD = ROOT / "docs" / "start" / "chat-logs.md", ROOT / "docs" / "how-to" / "drafters" / "your-own-head.md"
+CHAT_LOGS, OWN_HEAD = (
+    ROOT / "docs" / "start" / "chat-logs.md",
+    ROOT / "docs" / "how-to" / "drafters" / "your-own-head.md",
+)
 # What keeps each command short. A page's own options come first, so these win.
 SMALL = {
     "data respond": "--max-new-tokens 32",

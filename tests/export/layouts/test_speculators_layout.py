@@ -83,7 +83,10 @@ def test_it_needs_the_target_and_an_eagle_3(tmp_path: Path, deep_ends: TargetEnd
     [
         ({"speculators_model_type": "dflash"}, "is a 'dflash' of the speculators package"),
         ({"speculators_model_type": "peagle"}, r"is a 'peagle' of the speculators package \(P-EAGLE\)"),
-        ({"speculators_model_type": "newer"}, "is a 'newer' of the speculators package, which draftsmith does not decode"),
+        (
+            {"speculators_model_type": "newer"},
+            "is a 'newer' of the speculators package, which draftsmith does not decode",
+        ),
         ({"norm_before_residual": "yes"}, "norm_before_residual is 'yes', it must be true or false"),
         ({"transformer_layer_config": {"model_type": "qwen3"}}, "is not a Llama layer's"),
         ({"transformer_layer_config": None}, "is not a Llama layer's"),

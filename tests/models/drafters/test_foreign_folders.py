@@ -70,7 +70,7 @@ def test_a_folder_in_parts_is_read_by_its_index(tmp_path: Path, ends: TargetEnds
     with pytest.raises(ValueError, match=r"weight_map is '../other.safetensors', which is no plain file name"):
         load(tmp_path, ends)
     index.write_text(json.dumps({"weight_map": parts | {"d2t": "model-00003-of-00002.safetensors"}}))
-    with pytest.raises(ValueError, match="names model-00003-of-00002.safetensors, which .* lacks"):
+    with pytest.raises(ValueError, match=r"names model-00003-of-00002.safetensors, which .* lacks"):
         load(tmp_path, ends)
 
 
@@ -88,7 +88,7 @@ def test_the_norm_of_another_target_is_an_error(tmp_path: Path, ends: TargetEnds
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["verifier_norm.weight"][0] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="verifier_norm.weight differs from that of"):
+    with pytest.raises(ValueError, match=r"verifier_norm.weight differs from that of"):
         load(tmp_path, ends)
 
 
@@ -99,7 +99,9 @@ def test_a_folder_that_does_not_say_where_it_normalises_is_read_with_a_warning(
     fields = json.loads((tmp_path / "config.json").read_text())
     del fields["norm_before_residual"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.warns(UserWarning, match="does not name norm_before_residual; draftsmith and the speculators package take false"):
+    with pytest.warns(
+        UserWarning, match="does not name norm_before_residual; draftsmith and the speculators package take false"
+    ):
         drafter = load(tmp_path, ends)
     assert isinstance(drafter, Eagle3)
     assert not drafter.config.norm_before_residual
@@ -129,7 +131,7 @@ def test_pickled_heads_are_never_opened_and_the_error_converts_them(
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickled weights can run code and are not read. Convert them") as caught:
+    with pytest.raises(ValueError, match=r"pickled weights can run code and are not read. Convert them") as caught:
         load(tmp_path, ends)
     code = str(caught.value).partition('python -c "')[2].rpartition('"')[0]
     script = code.replace("'pytorch_model.bin'", repr(str(tmp_path / "pytorch_model.bin")))
