@@ -91,10 +91,10 @@ def contents_of(folder: Path) -> Contents:
     family = registry().get(model_type) if isinstance(model_type, str) else None
     if family is not None and "target_fingerprint" in fields:
         return Contents(family.about.title, "draftsmith's", facts, decodes=True)
-    found, kind = layout_of(fields, tensors), named_kind(fields, tensors)
+    match, kind = layout_of(fields, tensors), named_kind(fields, tensors)
     package = "the speculators package's" if SPECULATORS_KEY in fields else ""
-    if found is not None:
-        family, layout = found
+    if match is not None:
+        family, layout = match
         return Contents(family.about.title, package or layout.software, facts, decodes=True, needs_target=True)
     if kind or package:
         title = kind or f"{fields[SPECULATORS_KEY]!r:.80}"

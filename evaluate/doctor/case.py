@@ -222,7 +222,8 @@ def find(drafter: str, cache: str | None, target: str | None, revision: str | No
     record = _mapping(_mapping(whole.get("training", whole)).get("config"))
     trained_from = _mapping(record.get("data")).get("cache")
     there = _is_there(trained_from)
-    named = target or record.get("target") or _named_target(folder)
+    exported_for = _mapping(whole.get("config")).get("target_name")
+    named = target or record.get("target") or _named_target(folder) or exported_for
     if not named:
         raise ValueError(f"{folder} does not tell its target; name it with --target")
     return CaseInputs(

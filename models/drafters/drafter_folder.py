@@ -159,10 +159,10 @@ def read_foreign(folder: Path, target: TargetBond | None) -> Drafter:
             of another target.
     """
     fields, tensors = read_fields(folder), read_tensors(folder)
-    found = layout_of(fields, tensors)
-    if found is None:
+    match = layout_of(fields, tensors)
+    if match is None:
         raise ValueError(_unknown(folder, fields, tensors))
-    layout = found[1]
+    layout = match[1]
     if target is None:
         raise ValueError(
             f"{folder} is in {layout.software} layout, which names no target; say which one it is for with --target"

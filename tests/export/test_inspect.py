@@ -1,4 +1,4 @@
-"""`draftsmith inspect`: what lies in a folder is told from its files, whoever wrote them."""
+"""`draftsmith inspect`: its files tell what lies in a folder, whoever wrote them."""
 
 import json
 from pathlib import Path

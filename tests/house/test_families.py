@@ -14,7 +14,7 @@ OWN = {ROOT / "models" / "families"}
 FOREIGN = {
     ROOT / "export" / "layouts" / f"{name}.py"
     for name in ("apple", "eagle", "eagle3", "embedding", "layer_ids", "llama", "serving", "speculators")
-}
+} | {ROOT / "export" / "contents.py", ROOT / "models" / "foreign" / "named_kinds.py"}
 EARLIER_NAMES = ROOT / "src" / "draftsmith" / "moved.py"
 
 

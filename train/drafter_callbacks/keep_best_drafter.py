@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from draftsmith import provenance
 from draftsmith.files import atomic_directory
-from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.ownership import check_replaceable
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.module import DraftModule
@@ -141,7 +141,8 @@ class KeepBestDrafter(pl.Callback):
         inputs = {str(data.cache_path): identity.source, module.target: identity.target_fingerprint}
         with atomic_directory(self._folder(trainer), self.stage) as partial:
             module.save_drafter(partial)
-            load_drafter(partial)  # what is kept can be used: a training that diverged leaves NaN
+            # What is kept can be used: a training that diverged leaves NaN.
+            load_drafter(partial, target=TargetBond(module.ends, identity.tokenizer_fingerprint))
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 
     def _moment(self, trainer: pl.Trainer) -> dict[str, Any]:
