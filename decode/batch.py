@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.rows import Rows
 from draftsmith.models.drafters.draft_records import DraftState
+from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.row_state import ReplacedRows, all_by_rows, put_rows
 from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 
@@ -100,7 +101,7 @@ class Batch:
 
     Attributes:
         requests: of each row; None where its request has ended and none has taken its place.
-        cache: the target's keys and values.
+        cache: the target's keys and values, or the caches of its rows where it keeps a recurrent state.
         lengths_B: int64, cached tokens of each row; the root is not among them.
         host_lengths: the same numbers on the host.
         host_fresh: how many of them the last cycle added.
@@ -112,7 +113,7 @@ class Batch:
     """
 
     requests: list[Request | None]
-    cache: SlotCache
+    cache: SlotCache | RowCaches
     lengths_B: Tensor
     host_lengths: list[int]
     host_fresh: list[int]
@@ -151,8 +152,8 @@ class Batch:
             UnknownState: the drafter's state cannot be told apart by rows.
         """
         places = ReplacedRows.of(self.idle[: len(fresh.requests)], len(self.requests), self.root_B.device)
-        self.cache.replace(places.rows, fresh.cache)
-        for name in ("lengths_B", "root_B", "rows", "active_B", "draft", "requests", "host_lengths", "host_fresh"):
+        parts = ("cache", "lengths_B", "root_B", "rows", "active_B", "draft", "requests", "host_lengths", "host_fresh")
+        for name in parts:
             setattr(self, name, put_rows(getattr(self, name), getattr(fresh, name), places))
 
     def rest(self) -> None:

@@ -22,6 +22,7 @@ from draftsmith.decode.verify.verifier import Reading, Verifier, Walk
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.finite import broken_rows
+from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.constants import counting
@@ -202,12 +203,14 @@ class DecodeCycle:
         )
 
     def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
-        """Compact the accepted path in the cache and move every row on; idle rows keep their lengths."""
-        if not tree.chain:
+        """Keep the accepted path in the cache and move every row on; idle rows keep their lengths."""
+        counts_B = steps.counts_B * batch.active_B
+        if isinstance(batch.cache, RowCaches):
+            batch.cache.keep(tree.tokens_BN, counts_B)
+        elif not tree.chain:
             place_E = counting(steps.path_BE.shape[1], steps.path_BE.device)
             batch.cache.move(batch.lengths_B[:, None] + steps.path_BE, batch.lengths_B[:, None] + place_E)
         batch.root_B.copy_(steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1))
-        counts_B = steps.counts_B * batch.active_B
         batch.lengths_B.add_(counts_B)
         batch.rows.emit(steps.emitted_BE, counts_B)
         batch.rows.steer_stop(tree, steps.counts_B)

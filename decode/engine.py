@@ -34,6 +34,7 @@ from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.finite import not_finite
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import shape_text
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows, as_shapes
 from draftsmith.models.trunk.forwards import CHUNK, read_again
 
@@ -76,7 +77,7 @@ class Engine:
 
     Raises:
         ValueError: the drafter or the rule belongs to another target or tokenizer, the rule cannot verify such drafts, nothing drafts for
-            it, ``compile`` is unknown, or the file of kept shapes breaks a rule.
+            it, ``compile`` is unknown, or the file of kept shapes breaks a rule. Also for a tree, where the target keeps a recurrent state.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.ledger = ledger
         drafted = () if drafter is None else self.shapes.drafted
+        check_branches(target, drafted)
         verifiers = [verifier_for(target, shape, rule) for shape in drafted or (None,)]
         self.verifier = verifiers[0]  # of several shapes, all are verified alike
         self.drafter = None if drafter is None else drafter.bound(target.ends)
@@ -197,6 +199,10 @@ class Engine:
             ValueError: as :meth:`generate`; or a prompt does not fit into the room.
         """
         self.verifier.check_temperature(settings.temperature)
+        if self.target.keeps_state and num_rows > 1:
+            self._say(
+                f"{self.target.name} keeps a recurrent state: its rows are read one by one, so a batch is no faster than one row"
+            )
         recorder = Recorder(settings.eos_token_ids, settings.stop_strings, self.tokenizer, on_tokens, until)
         if num_rows < 1:
             raise ValueError(f"num_rows is {num_rows}; give at least 1")
@@ -333,10 +339,33 @@ class Engine:
         reason = needs_host(self.target, self.drafter, settings) if self._runners else ""
         if self._runners and not reason:
             return next(iter(self._fixed_cycles.values())), self._runners
-        if reason and reason not in self._said:
-            self._said.add(reason)
-            warnings.warn(f"cycles run op by op, not compiled: {reason}", stacklevel=3)
+        if reason:
+            self._say(f"cycles run op by op, not compiled: {reason}")
         return next(iter(self._cycles.values())), self._cycles
+
+    def _say(self, text: str) -> None:
+        """Warn, once for each text."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=4)
+
+
+def check_branches(target: Target, shapes: Iterable[DraftLimits]) -> None:
+    """Check that a target can follow the branches of drafts.
+
+    Args:
+        target: the model.
+        shapes: what is drafted.
+
+    Raises:
+        ValueError: a tree, where the target keeps a recurrent state.
+    """
+    for shape in shapes:
+        if target.keeps_state and not shape.is_chain:
+            raise ValueError(
+                f"the shape {shape_text(shape)} is a tree, but {target.name} keeps a recurrent state, which follows one branch only; draft "
+                f"a chain such as 1x{shape.draft_length}"
+            )
 
 
 def shared(settings: GenerationSettings) -> GenerationSettings:

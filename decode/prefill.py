@@ -21,7 +21,6 @@ from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.verifier import Reading
 from draftsmith.models.drafters.draft_records import Emitted, Opening
-from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.target import PRE_NORM, Target, TargetOutput
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import request_keys
@@ -79,7 +78,7 @@ class Prefill:
         room = (longest if room is None else room) + past
         batch = Batch(
             requests=list(requests),
-            cache=SlotCache(room + cycle.limits.max_nodes + cycle.slot_step, target.config.num_hidden_layers),
+            cache=target.new_cache(room + cycle.limits.max_nodes + cycle.slot_step, len(requests)),
             lengths_B=lengths_B,
             host_lengths=list(lengths),
             host_fresh=list(lengths),

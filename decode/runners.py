@@ -143,6 +143,8 @@ def needs_host(target: Target, drafter: Drafter | None, settings: GenerationSett
     """Why the cycles of a request cannot run as one function; empty where they can."""
     if settings.constraints is not None:
         return "the model's generation config sets constraints, which Transformers computes on the host"
+    if target.keeps_state:
+        return f"{target.name} keeps a recurrent state, which is copied and restored on the host's word"
     if target.factors_follow_length:
         return f"the rotary factors of {target.name} follow the length of the text"
     if len(set(getattr(target.model, "hf_device_map", {}).values())) > 1:

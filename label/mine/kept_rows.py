@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.target import Target
-from draftsmith.models.trunk.forwards import within_context
+from draftsmith.models.trunk.reader import within_context
 
 CHUNK = 256
 """Tokens a forward, which bounds the memory of long texts."""

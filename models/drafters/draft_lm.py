@@ -35,7 +35,8 @@ from draftsmith.models.target.target import Target, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.mask import slot_positions
 from draftsmith.models.tree.steps import result_of
-from draftsmith.models.trunk.forwards import read_chunks, within_context
+from draftsmith.models.trunk.forwards import read_chunks
+from draftsmith.models.trunk.reader import within_context
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,17 @@ class LMDrafter(Drafter):
     Args:
         lm: the draft model.
         tokenizer: fingerprint of its tokenizer; empty if unknown.
+
+    Raises:
+        ValueError: it keeps a recurrent state.
     """
 
     def __init__(self, lm: Target, tokenizer: str = "") -> None:
+        if lm.keeps_state:
+            raise ValueError(
+                f"{lm.name} keeps a recurrent state, which a draft LM cannot take back; it can be a target, but choose a draft LM whose "
+                "layers all attend"
+            )
         super().__init__(
             DrafterConfig(
                 hidden_size=lm.ends.hidden_size, vocab_size=lm.ends.vocab_size, tokenizer_fingerprint=tokenizer

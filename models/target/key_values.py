@@ -37,23 +37,20 @@ class KeyValues:
 def key_values_of(target: Target) -> tuple[KeyValues, ...]:
     """Find what each layer of a model keeps, from one forward over one token: architectures differ, and so do releases of Transformers.
 
+    A recurrent state is not among it: its size does not follow the text.
+
     Example: a layer with 2 key/value heads of size 8 in float32 (4 bytes) keeps 2 x 2 x 8 x 4 = 128 bytes a token.
 
     Args:
         target: any model that the engine decodes with.
 
     Returns:
-        One record for each layer that keeps keys and values of its own.
+        One record for each layer that keeps a cache of its own.
     """
-    cache = DynamicCache()
+    cache = DynamicCache(config=target.config) if target.keeps_state else DynamicCache()
     zero_B1 = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
-    target.forward(
-        zero_B1,
-        cache=cache,
-        positions=zero_B1,
-        mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=target.device),
-        key_positions=zero_B1,
-    )
+    mask_B1NS = None if target.keeps_state else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=target.device)
+    target.forward(zero_B1, cache=cache, positions=zero_B1, mask=mask_B1NS, key_positions=zero_B1)
     kinds = getattr(target.config, "layer_types", None) or [SLIDING] * len(cache.layers)
     return tuple(
         KeyValues(_bytes_of(layer), target.window if kind == SLIDING else None)

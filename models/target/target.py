@@ -17,6 +17,8 @@ from draftsmith.models.files.device_and_dtype import as_dtype, resolved_device, 
 from draftsmith.models.files.end_tokens import end_tokens, read_end_tokens
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.loading import load_causal_lm
+from draftsmith.models.slots.row_caches import RowCaches
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.trunk.known_models import refuse_unsupported
 from draftsmith.models.trunk.merged import merge, split
@@ -37,8 +39,8 @@ class Target(nn.Module):
         context: the longest text in tokens where the config's own is wrong.
 
     Raises:
-        ValueError: the family cannot decode trees (recurrent state, positional bias in attention, chunked attention, an encoder),
-            named in the message.
+        ValueError: the family cannot be decoded with drafts (positional bias in attention, chunked attention, an encoder), or gives other
+            numbers than its own generation; named in the message.
     """
 
     def __init__(
@@ -149,6 +151,11 @@ class Target(nn.Module):
         return bool(self._trunk.ropes)
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether layers keep a recurrent state: then drafts are chains, and rows are read one by one."""
+        return self._trunk.keeps_state
+
+    @property
     def max_positions(self) -> int | None:
         """The longest context in tokens, or None where the config names none."""
         return self.ends.max_positions
@@ -164,6 +171,18 @@ class Target(nn.Module):
     def forget_settings(self) -> None:
         """Give the model a generation config that names end tokens and asks for nothing else."""
         self.model.generation_config = GenerationConfig(eos_token_id=list(self.eos_token_ids) or None)
+
+    def new_cache(self, capacity: int, num_rows: int) -> SlotCache | RowCaches:
+        """Make what a batch's text is cached in.
+
+        Args:
+            capacity: slots of each row: tokens of text and draft.
+            num_rows: of the batch.
+
+        Returns:
+            An empty cache, of the kind that the model reads with.
+        """
+        return self._trunk.new_cache(capacity, num_rows, self.device)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Apply the head.
@@ -241,9 +260,9 @@ class Target(nn.Module):
         """Merge matrices that read the same states, and norms, where the model gives the same logits then; done once.
 
         Weights are moved, not doubled. What the model says changes by rounding at most. It can no longer be trained, nor divided between
-        processes. So only commands that decode ask for it.
+        processes. So only commands that decode ask for it. A model that keeps a recurrent state stays as it is.
         """
-        if self._is_merged or self.device.type == "meta":
+        if self._is_merged or self.device.type == "meta" or self.keeps_state:
             return
         self._is_merged = True
         own = few_logits(self._trunk, self.model, self.ends.logits)

@@ -152,6 +152,11 @@ class DraftLimits:
             drafted = min(drafted, self.node_budget)
         return 1 + drafted
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether every draft is one branch."""
+        return self.beam_width == 1 and self.max_nodes <= self.draft_length + 1
+
     @cached_property
     def max_fed(self) -> int:
         """The most drafted nodes that the drafter itself is fed in one cycle, the root not counted."""

@@ -9,54 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.mask import slot_mask, slot_positions
 from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.trunk.reader import Reader, within_context
+from draftsmith.models.trunk.recurrent import read_chain, read_row_chunks
 from draftsmith.models.trunk.trunk import TargetOutput
 
 CHUNK = 1024
 """Prompt tokens a forward, which bounds the memory of long prompts."""
 
 
-class Reader(Protocol):
-    """What is read with: a target, or its trunk alone."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest context in tokens."""
-
-    @property
-    def window(self) -> int | None:
-        """How many tokens a layer with a sliding window sees."""
-
-    @property
-    def rereads_past(self) -> int | None:
-        """The text length past which a whole text is read again."""
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        *,
-        cache: SlotCache,
-        positions: Tensor,
-        mask: Tensor | None,
-        key_positions: Tensor | None = None,
-        layers: tuple[str, ...] = (),
-        text_lengths: Tensor | None = None,
-        ends: Tensor | None = None,
-    ) -> TargetOutput:
-        """As :meth:`draftsmith.models.target.target.Target.forward`."""
-
-
 def read_prompts(
     target: Reader,
-    cache: SlotCache,
+    cache: SlotCache | RowCaches,
     tokens_BT: Tensor,
     lengths_B: Tensor,
     layers: tuple[str, ...] = (),
@@ -81,7 +53,7 @@ def joined(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def read_chunks(
     target: Reader,
-    cache: SlotCache,
+    cache: SlotCache | RowCaches,
     tokens_BT: Tensor,
     lengths_B: Tensor,
     layers: tuple[str, ...] = (),
@@ -92,7 +64,7 @@ def read_chunks(
 
     Args:
         target: the model.
-        cache: empty; receives keys and values at slots 0 to T - 1.
+        cache: empty; receives keys and values at slots 0 to T - 1. Of a model that keeps a recurrent state, the caches of its rows.
         tokens_BT: int64, padded on the right, where what is written is overwritten by what comes.
         lengths_B: int64, how long each row's text is, by which rotary factors that change with length are chosen: mostly the prompt.
         layers: names of layers.
@@ -102,6 +74,9 @@ def read_chunks(
     Yields:
         The states of the layers at a chunk's tokens by name, [B, N, D] each.
     """
+    if isinstance(cache, RowCaches):
+        yield from read_row_chunks(target, cache, tokens_BT, lengths_B, layers, chunk)
+        return
     B, T = tokens_BT.shape
     for begin in range(0, T, chunk):
         end = min(begin + chunk, T)
@@ -123,7 +98,7 @@ def read_chunks(
 
 def read_tree(
     target: Reader,
-    cache: SlotCache,
+    cache: SlotCache | RowCaches,
     tree: DraftTree,
     ancestors_BNN: Tensor,
     lengths_B: Tensor,
@@ -136,7 +111,7 @@ def read_tree(
 
     Args:
         target: the model.
-        cache: holds ``lengths_B`` tokens of each row.
+        cache: holds ``lengths_B`` tokens of each row. The caches of a model that keeps a recurrent state take chains only.
         tree: its root is the first token that is not cached.
         ancestors_BNN: bool, ``tree.ancestors()``.
         lengths_B: int64, cached tokens of each row.
@@ -147,6 +122,8 @@ def read_tree(
     Returns:
         The states of all N nodes.
     """
+    if isinstance(cache, RowCaches):
+        return read_chain(target, cache, tree, layers)
     nodes = tree.num_nodes
     window = cache.capacity if fixed_shapes else _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
     single = len(host_lengths) == 1 and not fixed_shapes
@@ -167,19 +144,6 @@ def read_tree(
         layers=layers,
         ends=lengths_B + nodes if fixed_shapes else None,
     )
-
-
-def within_context(target: Reader, positions: Tensor) -> Tensor:
-    """Clamp positions past the model's context to its last one. What is guessed there is never emitted, but must not fail.
-
-    Args:
-        target: the model.
-        positions: int64, any shape.
-
-    Returns:
-        int64, the same shape.
-    """
-    return positions if target.max_positions is None else positions.clamp(max=target.max_positions - 1)
 
 
 def within_factors(target: Reader, tree: DraftTree, lengths_B: Tensor) -> DraftTree:
@@ -209,7 +173,7 @@ def within_factors(target: Reader, tree: DraftTree, lengths_B: Tensor) -> DraftT
 
 def read_again(
     target: Reader,
-    cache: SlotCache,
+    cache: SlotCache | RowCaches,
     texts: list[list[int]],
     host_lengths: list[int],
     device: torch.device,
@@ -222,7 +186,7 @@ def read_again(
 
     Args:
         target: the model.
-        cache: holds ``host_lengths`` tokens of each row.
+        cache: holds ``host_lengths`` tokens of each row. No family with a recurrent state reads again.
         texts: all tokens of each row, of which the first ones are cached.
         host_lengths: of each row, how many.
         device: where token ids go in.
@@ -230,7 +194,7 @@ def read_again(
     """
     boundary = target.rereads_past
     rows = [row for row, length in enumerate(host_lengths) if length == boundary]
-    if boundary is None or not rows:
+    if boundary is None or not rows or isinstance(cache, RowCaches):
         return
     tokens_BT = torch.tensor([texts[row][:boundary] for row in rows], device=device)
     fresh = SlotCache(boundary, len(cache))

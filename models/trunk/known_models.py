@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm")
 _BLOCKS = ("layers", "h", "blocks")
 _RECURRENT = {"linear_attention", "mamba", "recurrent", "conv", "hybrid"}
 
@@ -58,22 +58,33 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(_child(text_base(model), _BLOCKS, "decoder blocks").children())
 
 
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Tell whether layers of a model keep a recurrent state, by which they know the text before.
+
+    Args:
+        model: whole, or its decoder alone.
+
+    Returns:
+        True where some do.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    # A class of stateful models also has members all of whose layers attend (Granite-4).
+    return bool(kinds & _RECURRENT) or (bool(getattr(model, "_is_stateful", False)) and not kinds)
+
+
 def refuse_unsupported(model: PreTrainedModel, name: str) -> None:
-    """Check that a model can decode trees.
+    """Check that nothing is known by which a model cannot be decoded with drafts; the proof at loading tries the rest.
 
     Args:
         model: whole.
         name: for the message.
 
     Raises:
-        ValueError: recurrent state, an encoder, chunked attention, positional bias in attention, or flash attention.
+        ValueError: an encoder, chunked attention, positional bias in attention, or flash attention.
     """
     config, kind = model.config.get_text_config(), type(model).__name__
     kinds = set(getattr(config, "layer_types", None) or ())
     reasons = {
-        # A class of stateful models also has members all of whose layers attend (Granite-4).
-        "keeps a recurrent state, which cannot follow several branches of a tree": bool(kinds & _RECURRENT)
-        or (getattr(model, "_is_stateful", False) and not kinds),
         "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "attends in chunks, which tree masks cannot follow": "chunked_attention" in kinds,
         "keeps the window of its local attention in mask buffers of its own, which follow neither trees nor rows of unequal length": (

@@ -22,11 +22,13 @@ from transformers.cache_utils import DynamicCache
 
 from draftsmith.models.files.finite import refuse_non_finite
 from draftsmith.models.files.pretrained import RAISED_BY_CONFIGS
+from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.slot_cache import SlotCache
-from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.tree.tree import DraftTree, tree_from_paths
 from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.forwards import read_again, read_prompts, read_tree, within_factors
-from draftsmith.models.trunk.known_models import text_base
+from draftsmith.models.trunk.known_models import keeps_state, text_base
+from draftsmith.models.trunk.recurrent import RecurrentTrunk, read_chain
 from draftsmith.models.trunk.shrink import shrunk
 from draftsmith.models.trunk.trunk import PRE_NORM, MaskStyle, Trunk, mask_styles
 
@@ -37,6 +39,7 @@ _TRUE_PATH = (0, 2, 4)
 """The tree of a cycle: the text continues along the second child of the root, and its second child."""
 # Two draws of the weights, since rounding may tip a router of experts in one.
 _SEEDS = (0, 1)
+_RECURRENT_STYLES = [MaskStyle((), None), MaskStyle((), None, in_steps=True)]
 _proven: dict[tuple[type, str | None, str], MaskStyle | str] = {}
 
 
@@ -71,18 +74,18 @@ def _proven_trunk(model: PreTrainedModel, name: str, logits: Callable[[Tensor], 
     style = _style_by_length(base, config)
     if isinstance(style, str):
         raise _refused(model, name, style)
-    trunk = Trunk(base, config, style, name)
+    trunk = _trunk(base, config, style, name)
     with torch.inference_mode():
         expected = model(input_ids=_few_ids(model), use_cache=False).logits
         refuse_non_finite(expected, name)
     if not same_logits(few_logits(trunk, model, logits), expected):
-        raise _refused(model, name, "in a tree of six tokens its logits are others")
+        raise _refused(model, name, "on six tokens, some of them drafted, its logits are others")
     return trunk
 
 
 @torch.inference_mode()
 def few_logits(trunk: Trunk, model: PreTrainedModel, logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits of six tokens, of which four are read as a tree.
+    """Logits of six tokens, of which four are read as a tree, or as chains where the decoder keeps a recurrent state.
 
     Args:
         trunk: the model's decoder.
@@ -92,7 +95,8 @@ def few_logits(trunk: Trunk, model: PreTrainedModel, logits: Callable[[Tensor], 
     Returns:
         [1, 6, V].
     """
-    return logits(_few_tokens(trunk, _few_ids(model)))
+    read = _few_in_chains if trunk.keeps_state else _few_in_a_tree
+    return logits(read(trunk, _few_ids(model)))
 
 
 def same_logits(got: Tensor, expected: Tensor) -> bool:
@@ -106,10 +110,21 @@ def _few_ids(model: PreTrainedModel) -> Tensor:
 
 
 def _refused(model: PreTrainedModel, name: str, finding: str) -> ValueError:
+    if keeps_state(model):
+        how, why = (
+            "keeps a recurrent state, and with drafts in its own cache it",
+            "the cache may not hold all that it keeps",
+        )
+    else:
+        how, why = "run through explicit masks it", "it may build its attention in a way that masks cannot express"
     return ValueError(
-        f"{name}: {type(model).__name__} is not supported: run through explicit masks it does not give its own numbers ({finding}); it "
-        "may build its attention in a way that masks cannot express. Please report the model's name"
+        f"{name}: {type(model).__name__} is not supported: {how} does not give its own numbers ({finding}); {why}. Please report the "
+        "model's name"
     )
+
+
+def _trunk(base: PreTrainedModel, config: PreTrainedConfig, style: MaskStyle, name: str) -> Trunk:
+    return (RecurrentTrunk if keeps_state(base) else Trunk)(base, config, style, name)
 
 
 def _close(got: Tensor, expected: Tensor, share: float) -> bool:
@@ -117,7 +132,7 @@ def _close(got: Tensor, expected: Tensor, share: float) -> bool:
     return got.shape == expected.shape and torch.allclose(got, expected, rtol=0.0, atol=tolerance)
 
 
-def _few_tokens(trunk: Trunk, ids: Tensor) -> Tensor:
+def _few_in_a_tree(trunk: Trunk, ids: Tensor) -> Tensor:
     """Normed states [1, T, D] of a prefill of two tokens and a packed tree of two branches, of which the second is the text."""
     cache, total = DynamicCache(), ids.shape[1]
     positions = torch.arange(total, device=ids.device)[None]
@@ -146,6 +161,17 @@ def _few_tokens(trunk: Trunk, ids: Tensor) -> Tensor:
     return torch.cat([first.normed, second.normed[:, 1:]], dim=1)
 
 
+def _few_in_chains(trunk: Trunk, ids: Tensor) -> Tensor:
+    """Normed states [1, T, D] of a prefill of two tokens and two chains, of which the first is wrong behind its root."""
+    cache = trunk.new_cache(ids.shape[1], 1, ids.device)
+    assert isinstance(cache, RowCaches)
+    prompt = read_prompts(trunk, cache, ids[:, :2], torch.tensor([2]), (PRE_NORM,))[PRE_NORM]
+    wrong = read_chain(trunk, cache, tree_from_paths(ids[:, 2], ids[:, None, :2]), ())
+    cache.keep(torch.cat([ids[:, 2:3], ids[:, :2]], dim=1), torch.tensor([1]))
+    right = read_chain(trunk, cache, tree_from_paths(ids[:, 3], ids[:, None, 4:]), ())
+    return torch.cat([trunk.final_norm(prompt), wrong.normed[:, :1], right.normed], dim=1)
+
+
 def _style_by_length(base: PreTrainedModel, config: PreTrainedConfig) -> MaskStyle | str:
     """How the family takes masks so that a tiny model of it is exact past its lengths, or what was found; once for each config."""
     try:
@@ -159,7 +185,9 @@ def _style_by_length(base: PreTrainedModel, config: PreTrainedConfig) -> MaskSty
             _proven[key] = _prove_lengths(type(base), tiny)
     style = _proven[key]
     # The tiny copy's window is short; the model's own is what its masks take.
-    return style if isinstance(style, str) else next(own for own in mask_styles(config) if own.kinds == style.kinds)
+    if isinstance(style, str) or keeps_state(base):
+        return style
+    return next(own for own in mask_styles(config) if own.kinds == style.kinds)
 
 
 def _not_run(error: Exception) -> str:
@@ -175,9 +203,9 @@ def _prove_lengths(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Mas
             expected = [_own_steps(base, config, text, prompt) for text, prompt in _texts(config)]
         except RAISED_BY_CONFIGS as error:
             return _not_run(error)
-        for style in mask_styles(config):
+        for style in _RECURRENT_STYLES if keeps_state(base) else mask_styles(config):
             try:
-                got = _through_trees(Trunk(base, config, style, "a tiny copy"), config)
+                got = _through_drafts(_trunk(base, config, style, "a tiny copy"), config)
             except RAISED_BY_CONFIGS as error:  # this family takes its masks in another way
                 finding = finding or f"{type(error).__name__}: {error}"
                 continue
@@ -234,28 +262,62 @@ def _own_steps(base: PreTrainedModel, config: PreTrainedConfig, text: Tensor, pr
     return torch.cat(states)
 
 
-def _through_trees(trunk: Trunk, config: PreTrainedConfig) -> list[Tensor]:
-    """The same states [T, D] of each row, as one ragged batch: prompts in chunks, then trees with branches."""
+def _through_drafts(trunk: Trunk, config: PreTrainedConfig) -> list[Tensor]:
+    """The same states [T, D] of each row, as one ragged batch: prompts in chunks, then drafts."""
     texts = _texts(config)
     host_lengths = [prompt for _, prompt in texts]
     lengths = torch.tensor(host_lengths)
     tokens = torch.nn.utils.rnn.pad_sequence([text[:prompt] for text, prompt in texts], batch_first=True)
-    cache = SlotCache(max(PROMPTS) + NEW_TOKENS + len(_PARENTS), config.num_hidden_layers)
+    cache = trunk.new_cache(max(PROMPTS) + NEW_TOKENS + len(_PARENTS), len(texts), lengths.device)
     states = read_prompts(trunk, cache, tokens, lengths, (PRE_NORM,), CHUNK)[PRE_NORM]
-    states_of_rows = [[trunk.final_norm(states[row, :prompt])] for row, prompt in enumerate(host_lengths)]
-    while any(length < len(text) for length, (text, _) in zip(host_lengths, texts, strict=True)):
-        tree = within_factors(trunk, _tree([text for text, _ in texts], host_lengths), lengths)
-        read_again(trunk, cache, [text.tolist() for text, _ in texts], host_lengths, lengths.device, CHUNK)
+    prompts = [trunk.final_norm(states[row, :prompt]) for row, prompt in enumerate(host_lengths)]
+    whole = [text for text, _ in texts]
+    if isinstance(cache, RowCaches):
+        replies = _through_chains(trunk, cache, whole, host_lengths)
+    else:
+        replies = _through_trees(trunk, cache, whole, host_lengths)
+    return [torch.cat([prompt, *parts]) for prompt, parts in zip(prompts, replies, strict=True)]
+
+
+def _through_trees(trunk: Trunk, cache: SlotCache, texts: list[Tensor], host_lengths: list[int]) -> list[list[Tensor]]:
+    """Behind the prompts, with branches; of each row the states in parts."""
+    lengths = torch.tensor(host_lengths)
+    states_of_rows: list[list[Tensor]] = [[] for _ in texts]
+    while any(length < len(text) for length, text in zip(host_lengths, texts, strict=True)):
+        tree = within_factors(trunk, _tree(texts, host_lengths), lengths)
+        read_again(trunk, cache, [text.tolist() for text in texts], host_lengths, lengths.device, CHUNK)
         output = read_tree(trunk, cache, tree, tree.ancestors(), lengths, host_lengths)
         path = torch.tensor(_TRUE_PATH)
         kept = tree.valid_BN[:, path]
-        for row, (text, _) in enumerate(texts):
+        for row, text in enumerate(texts):
             kept[row, len(text) - host_lengths[row] :] = False
             states_of_rows[row].append(output.normed[row, path[kept[row]]])
         cache.move(lengths[:, None] + path, lengths[:, None] + torch.arange(len(path)))
         lengths = lengths + kept.sum(1)
         host_lengths = lengths.tolist()
-    return [torch.cat(parts) for parts in states_of_rows]
+    return states_of_rows
+
+
+def _through_chains(trunk: Trunk, cache: RowCaches, texts: list[Tensor], host_lengths: list[int]) -> list[list[Tensor]]:
+    """Behind the prompts, in chains of which none, some or all tokens are right; of each row the states in parts."""
+    lengths = torch.tensor(host_lengths)
+    states_of_rows: list[list[Tensor]] = [[] for _ in texts]
+    cycle = 0
+    while any(length < len(text) for length, text in zip(lengths.tolist(), texts, strict=True)):
+        chains, counts = [], []
+        for row, (text, length) in enumerate(zip(texts, lengths.tolist(), strict=True)):
+            chain, right = torch.cat([text[length:], text[:4]])[:4], 1 + cycle % (3 + row)
+            chain[right:] = (chain[right:] + 1) % int(text.max())
+            chains.append(chain)
+            counts.append(min(right, len(text) - length))
+        tokens = torch.stack(chains)
+        output = read_chain(trunk, cache, tree_from_paths(tokens[:, 0], tokens[:, None, 1:]), ())
+        cache.keep(tokens, torch.tensor(counts))
+        for row, count in enumerate(counts):
+            states_of_rows[row].append(output.normed[row, :count])
+        lengths = lengths + torch.tensor(counts)
+        cycle += 1
+    return states_of_rows
 
 
 def _tree(texts: list[Tensor], lengths: list[int]) -> DraftTree:

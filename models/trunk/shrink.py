@@ -27,13 +27,13 @@ _SIZES = {
     _HEAD: r".*head_dim|query_pre_attn_scalar|kv_channels",
     _HEAD // 2: r"qk_(rope|nope)_head_dim|rotary_dim",
     _HEADS: r"(swa_)?num_attention_heads|(num|n)_.*experts|num_.*_experts|moe_num_experts",
-    2: r".*_per_tok(en)?|moe_top_?k|num_selected_experts|index_n_heads",
-    1: r"n_group|topk_group|first_k_dense_replace",
+    2: r".*_per_tok(en)?|moe_top_?k|num_selected_experts|index_n_heads|(attn|expert)_layer_period",
+    1: r"n_group|topk_group|first_k_dense_replace|(attn|expert)_layer_offset",
     0: r"pad_token_id",
 }
 _KEY_VALUE_HEADS = r"(swa_|global_)?num_(swa_|global_)?(key_value|kv)_heads|num_query_groups"
-# Of the checkpoint, not of the model: a tiny copy is whole and not quantized.
-_LEFT_OUT = ("architectures", "dtype", "model_type", "quantization_config", "transformers_version")
+# Of the checkpoint, not of the model: a tiny copy is whole and not quantized. Indices of layers say what layer_types says, too.
+_LEFT_OUT = ("architectures", "dtype", "full_attn_idxs", "model_type", "quantization_config", "transformers_version")
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -49,6 +49,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     names = {own: common for common, own in config.attribute_map.items()}
     values = {names.get(name, name): value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
+    values["num_hidden_layers"] = config.num_hidden_layers  # which some compute from their lists
     if values["hidden_size"] > _LARGE:
         values = _with_sizes(_with_layers(values))
     values = _marked(values, _LENGTHS)

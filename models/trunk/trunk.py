@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from draftsmith.models.slots.attention import skipping, skips_blocks
+from draftsmith.models.slots.row_caches import RowCaches
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
 from draftsmith.models.trunk.rope import LengthRopes
@@ -95,15 +97,17 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class MaskStyle:
-    """How a family takes its masks.
+    """How a family takes its masks, or reads on where it keeps a recurrent state.
 
     Attributes:
         kinds: the layer types that get a mask each, by name; empty where one mask is for all layers.
         window: how many tokens a layer with a sliding window sees, itself included; None without one.
+        in_steps: whether a decoder with a recurrent state reads one token a forward behind its first forward, as the others read several.
     """
 
     kinds: tuple[str, ...]
     window: int | None
+    in_steps: bool = False
 
 
 def mask_styles(config: PreTrainedConfig) -> list[MaskStyle]:
@@ -129,10 +133,16 @@ class Trunk:
         config: its text config.
         style: how it takes masks.
         name: for messages.
+
+    Attributes:
+        keeps_state: whether layers keep a recurrent state, which follows one text and takes no masks.
     """
+
+    keeps_state: ClassVar[bool] = False
 
     def __init__(self, base: PreTrainedModel, config: PreTrainedConfig, style: MaskStyle, name: str) -> None:
         self.name = name
+        self._config = config
         self.style = style
         self.max_positions: int | None = None  # the proof looks beyond the context, where rotary factors may change
         self.ropes = LengthRopes.of(base)
@@ -169,6 +179,19 @@ class Trunk:
     def rereads_past(self) -> int | None:
         """The text length past which the model reads its whole text again; see :class:`~draftsmith.models.trunk.rope.LengthRopes`."""
         return self.ropes.rereads_past
+
+    def new_cache(self, capacity: int, num_rows: int, device: torch.device) -> SlotCache | RowCaches:
+        """Make what a batch's text is cached in.
+
+        Args:
+            capacity: slots of each row.
+            num_rows: of the batch.
+            device: where token ids go in.
+
+        Returns:
+            An empty cache.
+        """
+        return SlotCache(capacity, self._config.num_hidden_layers)
 
     def tap(self, layers: tuple[str, ...]) -> None:
         """Make the states of layers available to forwards for as long as this trunk lives.
