@@ -67,7 +67,7 @@ _BUILD = (
 
 
 class Foresight(PlannedDrafter):
-    """Drafts what transformers generated, as the second of two beams; for a recurrent state as a chain that is mostly right up to its end."""
+    """Drafts what transformers generated, as the second of two beams, or as a chain for a recurrent state."""
 
     def __init__(self, target: Target, replies: dict[tuple[int, ...], list[int]]) -> None:
         super().__init__(target, "late")
