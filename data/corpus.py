@@ -314,6 +314,8 @@ class Corpus:
         """
         check_values({"id": row.get("id")})
         sample_id = row_id(row, f"{one_line(self.files[file].stem)}-{line}")
+        if row.get("input_ids") is not None:
+            return [_sample_of_ids(row, sample_id, self.vocab_size)]
         turns = turns_of(row, self.vocab_size)
         if turns is not None:
             anew = _begun_anew(row)
@@ -323,6 +325,20 @@ class Corpus:
         if conversation.text is not None:
             return [_or_unusable(self.chat.document, sample_id, conversation.text)]
         return _or_unusable(self.chat.samples, sample_id, conversation.to_learn_from())
+
+
+def _sample_of_ids(row: Mapping[str, Any], sample_id: str, vocab_size: int | None) -> TokenizedSample:
+    """The sample of a row of `input_ids` and `loss_mask`, as speculators and other trainers keep theirs.
+
+    Raises:
+        UnusableRow: ids that are none, or a mask that is not one 0 or 1 for each.
+    """
+    ids, mask = token_ids(row, "input_ids", vocab_size), row.get("loss_mask")
+    if not isinstance(mask, list) or len(mask) != len(ids) or any(entry not in (0, 1) for entry in mask):
+        raise UnusableRow(f"loss_mask is no list of {len(ids)} entries 0 or 1, one for each of input_ids")
+    if not ids:
+        raise UnusableRow("input_ids is empty")
+    return TokenizedSample(sample_id, ids, [bool(entry) for entry in mask])
 
 
 def _begun_anew(row: Mapping[str, Any]) -> list[int]:

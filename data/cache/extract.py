@@ -8,7 +8,7 @@ Owns: the command, and which process makes which shard. Does not know how sample
 import contextlib
 import errno
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.cache_folder import SURVEY_PREFIX, CacheFolder
 from draftsmith.data.cache.disk_use import footprint
-from draftsmith.data.cache.features import features, num_embeddings
+from draftsmith.data.cache.engine_states import NO_ENGINE, EngineOptions, open_source
+from draftsmith.data.cache.features import features, features_of_engine, num_embeddings
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.cache.sharded_extraction import Features, follow, leading, process_group
 from draftsmith.data.cache.shared_survey import shared_survey
@@ -37,12 +38,12 @@ from draftsmith.data.survey import Survey, begun_anew
 from draftsmith.data.tokens import chat_of
 from draftsmith.files import exclusive
 from draftsmith.json_rows import summary
-from draftsmith.models.files.device_and_dtype import AUTO
+from draftsmith.models.files.device_and_dtype import AUTO, as_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import PlacementOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice, rendering_fingerprint
 from draftsmith.models.target.sharding import load_sharded, sharded_over
-from draftsmith.models.target.target import Target
+from draftsmith.models.target.target import TargetEnds
 
 __all__ = ["CachedSample", "HiddenStateCache", "compare", "extract", "verify"]
 
@@ -101,8 +102,9 @@ def extract(
     share: Annotated[ShareOptions, FLAT] = OWN_SHARE,
     where: Annotated[PlacementOptions, FLAT] = ANYWHERE,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
+    engine: Annotated[EngineOptions, FLAT] = NO_ENGINE,
 ) -> None:
-    """Runs the target over samples and stores its hidden states.
+    """Runs the target over samples and stores its hidden states, or stores those that a serving engine computed.
 
     SOURCE is what `data respond` wrote (the target's own replies, token by token), or a file of conversations. To resume a run, start
     the same command again: it continues at the next shard and ends with the same bytes. Several processes share the shards by rank.
@@ -119,23 +121,27 @@ def extract(
         share: Which part of the shards this process makes; see `ShareOptions`.
         where: Where the target runs; see `PlacementOptions`.
         rendering: The chat template; see `TemplateChoice`.
+        engine: States of a serving engine; see `EngineOptions`.
     """
     where = where.placed()
     target_dtype = where.resolve_dtype(target, target_dtype)
     with contextlib.ExitStack() as stack:
-        if target_sharding == "tp":
+        worker: _Worker | None
+        if engine.states is not None:
+            worker = _engine_worker(stack, out, target, target_dtype, where, share.own(), storage, engine)
+        elif target_sharding == "tp":
             worker = _sharded_worker(stack, out, target, target_dtype, where, share, storage)
         else:
             worker = _whole_worker(stack, out, target, target_dtype, where, share.own())
         if worker is None:
             return  # the first process writes what this one has helped to compute
         tokenizer = where.tokenizer(target)
-        corpus = _corpus(source, split, worker.target, tokenizer, storage, where, rendering)
+        corpus = _corpus(source, split, worker, tokenizer, storage, where, rendering)
         rendered_by = rendering_fingerprint(tokenizer, rendering.template, rendering.options)
         with _explaining_a_full_disk(out):
             survey = _survey(corpus, tokenizer_fingerprint(tokenizer), rendered_by, out, worker.share)
             identity = replace(
-                _identity_of_forwards(worker.target, storage),
+                _identity_of_forwards(worker.ends, storage),
                 target_revision=where.revision,
                 tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
                 template_fingerprint=rendered_by,
@@ -146,6 +152,7 @@ def extract(
                 split=split,
                 mask=survey.mask,
                 max_length=corpus.max_length,
+                states_from=None if engine.states is None else "engine",
             )
             manifest = _make(CacheFolder(out), worker.share, corpus, survey, identity, worker.compute)
     _report(out, manifest, worker.share, survey)
@@ -156,8 +163,9 @@ class _Worker:
     """This process's part of the work: which shards, and how it computes states."""
 
     share: Share
-    target: Target
+    ends: TargetEnds
     compute: Features
+    check_layer: Callable[[str], None]
 
 
 def _whole_worker(
@@ -166,7 +174,35 @@ def _whole_worker(
     """A process with a target of its own."""
     _claim(stack, out, share)
     loaded = where.load(target, dtype)
-    return _Worker(share, loaded, partial(features, loaded))
+    return _Worker(share, loaded.ends, partial(features, loaded), loaded.check_layer)
+
+
+def _engine_worker(
+    stack: contextlib.ExitStack,
+    out: Path,
+    target: str,
+    dtype: str,
+    where: PlacementOptions,
+    share: Share,
+    storage: StorageOptions,
+    engine: EngineOptions,
+) -> _Worker:
+    """A process that reads what an engine computed; of the target it loads the ends alone.
+
+    Raises:
+        ValueError: greedy tokens are asked for, which only the target itself can give; or as :func:`open_source`.
+    """
+    if storage.local_horizon:
+        raise ValueError(
+            f"local_horizon is {storage.local_horizon}, but an engine's states hold no greedy continuations; set it to 0, or "
+            "leave --states out"
+        )
+    _claim(stack, out, share)
+    ends = TargetEnds.load(
+        target, as_dtype(dtype), "cpu", where.revision, where.adapter, where.trust_remote_code, where.context
+    )
+    source = open_source(engine, ends, storage.layers, sample_length(storage.max_length, ends.max_positions, ends.name))
+    return _Worker(share, ends, partial(features_of_engine, source), lambda _: None)
 
 
 def _sharded_worker(
@@ -198,11 +234,11 @@ def _sharded_worker(
     over = sharded_over("tp")
     loaded = load_sharded(target, dtype, over, device, where.revision, where.trust_remote_code, where.context)
     if own.rank > 0:
-        follow(loaded, _identity_of_forwards(loaded, storage))
+        follow(loaded, _identity_of_forwards(loaded.ends, storage))
         return None
     compute = stack.enter_context(leading(loaded))
     _claim(stack, out, Share())
-    return _Worker(Share(), loaded, compute)
+    return _Worker(Share(), loaded.ends, compute, loaded.check_layer)
 
 
 def _claim(stack: contextlib.ExitStack, out: Path, share: Share) -> None:
@@ -219,7 +255,7 @@ def _claim(stack: contextlib.ExitStack, out: Path, share: Share) -> None:
 def _corpus(
     source: Path,
     split: str | None,
-    target: Target,
+    worker: _Worker,
     tokenizer: PreTrainedTokenizerBase,
     storage: StorageOptions,
     where: PlacementOptions,
@@ -231,25 +267,26 @@ def _corpus(
         ValueError: it holds another tokenizer's ids, or the target does not have a layer.
     """
     for layer in storage.layers:
-        target.check_layer(layer)
-    length = sample_length(storage.max_length, target.max_positions, target.name)
+        worker.check_layer(layer)
+    ends = worker.ends
+    length = sample_length(storage.max_length, ends.max_positions, ends.name)
     revision, trust = where.revision, where.trust_remote_code
-    chat = partial(chat_of, target.name, tokenizer, rendering.template, revision, trust, rendering.options)
-    corpus = Corpus(source, chat, split, length, target.ends.vocab_size)
+    chat = partial(chat_of, ends.name, tokenizer, rendering.template, revision, trust, rendering.options)
+    corpus = Corpus(source, chat, split, length, ends.vocab_size)
     corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
     return corpus
 
 
-def _identity_of_forwards(target: Target, storage: StorageOptions) -> CacheIdentity:
+def _identity_of_forwards(ends: TargetEnds, storage: StorageOptions) -> CacheIdentity:
     """As much of an identity as forwards depend on: all of it that a process knows which reads no text."""
     return CacheIdentity(
-        target=target.name,
+        target=ends.name,
         target_revision=None,
-        target_fingerprint=target.fingerprint,
+        target_fingerprint=ends.fingerprint,
         tokenizer_fingerprint="",
         template_fingerprint="",
         layers=storage.layers,
-        hidden_size=target.ends.hidden_size,
+        hidden_size=ends.hidden_size,
         dtype=storage.dtype,
         target_dtype="",
         source="",
@@ -259,7 +296,7 @@ def _identity_of_forwards(target: Target, storage: StorageOptions) -> CacheIdent
         local_horizon=storage.local_horizon,
         shard_mib=storage.shard_mib,
         batch_tokens=storage.batch_tokens,
-        vocab_size=num_embeddings(target),
+        vocab_size=num_embeddings(ends),
     )
 
 

@@ -7,18 +7,19 @@ Shape legend: B rows of a forward, T tokens, D hidden, G greedy tokens a positio
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from draftsmith.data.cache.engine_states import StatesSource
 from draftsmith.data.shards.eight_bit import CODES, quantise, stored_dtype
 from draftsmith.data.shards.manifest import CacheIdentity
 from draftsmith.data.shards.shards import ShardContent
 from draftsmith.data.tokens import TokenizedSample
 from draftsmith.decode.greedy_continuations import greedy_continuations
-from draftsmith.models.target.target import Target
+from draftsmith.models.target.target import Target, TargetEnds
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,10 @@ def features(
     Raises:
         ValueError: a state is not finite, with sample, layer and position; or a token id is outside the target's vocabulary.
     """
-    lengths = [len(sample.input_ids) for sample in samples]
-    ends = list(itertools.accumulate(lengths, initial=0))
-    dtype = stored_dtype(identity.dtype)
-    horizon = identity.local_horizon
-    hidden = {layer: torch.empty(ends[-1], identity.hidden_size, dtype=dtype) for layer in identity.layers}
-    greedy_TG = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
-    content = ShardContent(
-        ids=[sample.id for sample in samples],
-        offsets=torch.tensor(ends),
-        input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.int32),
-        loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
-        hidden=hidden,
-        greedy_ids=greedy_TG,
-        scales={layer: torch.empty(ends[-1]) for layer in identity.layers if dtype == CODES},
-    )
+    content = _empty_content(samples, identity)
     _check_vocabulary(content, target)
     waiting: _Forward | None = None
-    for rows in length_batches(lengths, identity.batch_tokens):
+    for rows in length_batches([len(sample.input_ids) for sample in samples], identity.batch_tokens):
         launched = _launch(target, [samples[row] for row in rows], rows, identity)
         if waiting is not None:
             advance(_store(waiting, content))
@@ -90,16 +77,66 @@ def features(
     return content
 
 
-def num_embeddings(target: Target) -> int:
+@torch.inference_mode()
+def features_of_engine(
+    source: StatesSource,
+    samples: Sequence[TokenizedSample],
+    identity: CacheIdentity,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> ShardContent:
+    """As :func:`features`, with states that a serving engine computed.
+
+    Args:
+        source: where they come from.
+        samples: in tokens.
+        identity: of the cache.
+        advance: takes how many more tokens are done.
+
+    Returns:
+        Tensors of a shard.
+
+    Raises:
+        ValueError: the source has no states of a sample, or some are not finite.
+    """
+    content = _empty_content(samples, identity)
+    for row, states in enumerate(source.read(samples)):
+        kept, scales = _as_stored(
+            {layer: states[layer][None] for layer in identity.layers}, stored_dtype(identity.dtype)
+        )
+        advance(_store(_Forward([row], kept, scales, None, []), content))
+    return content
+
+
+def num_embeddings(target: Target | TargetEnds) -> int:
     """How many token ids a target can read.
 
     Args:
-        target: the model.
+        target: the model, or its ends.
 
     Returns:
         Rows of its embedding.
     """
-    return int(target.model.get_input_embeddings().weight.shape[0])
+    ends = target.ends if isinstance(target, Target) else target
+    return int(ends.embedding.weight.shape[0])
+
+
+def _empty_content(samples: Sequence[TokenizedSample], identity: CacheIdentity) -> ShardContent:
+    """A shard whose states are not there yet."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    ends = list(itertools.accumulate(lengths, initial=0))
+    dtype = stored_dtype(identity.dtype)
+    horizon = identity.local_horizon
+    hidden = {layer: torch.empty(ends[-1], identity.hidden_size, dtype=dtype) for layer in identity.layers}
+    greedy_TG = torch.zeros(ends[-1], horizon, dtype=torch.int32) if horizon else None
+    return ShardContent(
+        ids=[sample.id for sample in samples],
+        offsets=torch.tensor(ends),
+        input_ids=torch.tensor([token for sample in samples for token in sample.input_ids], dtype=torch.int32),
+        loss_mask=torch.tensor([kept for sample in samples for kept in sample.loss_mask], dtype=torch.bool),
+        hidden=hidden,
+        greedy_ids=greedy_TG,
+        scales={layer: torch.empty(ends[-1]) for layer in identity.layers if dtype == CODES},
+    )
 
 
 def _check_vocabulary(content: ShardContent, target: Target) -> None:
@@ -166,21 +203,25 @@ def _launch(target: Target, samples: list[TokenizedSample], rows: list[int], ide
     ids_BT = padded_ids(samples).to(target.device, non_blocking=True)
     read_B = prompt_lengths((sample.loss_mask for sample in samples), ids_BT.device)
     output = target.prefix(ids_BT, layers=identity.layers, read=read_B)
-    dtype = stored_dtype(identity.dtype)
-    states: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    sources: set[torch.device] = set()
-    for layer in identity.layers:
-        states_BTD = output.feature(layer)
-        sources.add(states_BTD.device)
-        if dtype == CODES:
-            states_BTD, scales_BT = quantise(states_BTD)
-            scales[layer] = _to_host(scales_BT)
-        states[layer] = _to_host(states_BTD.to(dtype))
+    layers = {layer: output.feature(layer) for layer in identity.layers}
+    states, scales = _as_stored(layers, stored_dtype(identity.dtype))
+    sources = {states_BTD.device for states_BTD in layers.values()}
     greedy_BTG = None
     if identity.local_horizon:
         greedy_BTG = greedy_continuations(target, ids_BT, identity.local_horizon, read_B).to("cpu", torch.int32)
     return _Forward(rows, states, scales, greedy_BTG, _ends_of_copies(sources))
+
+
+def _as_stored(layers: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """States [B, T, D] and, of eight bits, their scales [B, T], on their way to the host."""
+    states: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for layer, states_BTD in layers.items():
+        if dtype == CODES:
+            states_BTD, scales_BT = quantise(states_BTD)
+            scales[layer] = _to_host(scales_BT)
+        states[layer] = _to_host(states_BTD.to(dtype))
+    return states, scales
 
 
 def _ends_of_copies(sources: set[torch.device]) -> list[torch.cuda.Event]:

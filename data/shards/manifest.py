@@ -20,7 +20,7 @@ MANIFEST_FILE = "manifest.json"
 _NOT_COMPARED = ("target", "target_revision", "vocab_size")
 _REMEDY = "copy the cache again, or extract it again"
 # Fields that caches of earlier versions lack.
-_LATER = frozenset({"lengths_sha256", "target_quantization", "vocab_size", "template_args"})
+_LATER = frozenset({"lengths_sha256", "target_quantization", "vocab_size", "template_args", "states_from"})
 _STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3")
 _LARGEST_COUNT = 2**62
 
@@ -51,6 +51,7 @@ class CacheIdentity:
         target_quantization: what its weights were made (`8bit`, `4bit`), or None.
         vocab_size: token ids that the target can read; None in caches of earlier versions.
         template_args: the chat template's variables as JSON, None for none.
+        states_from: `engine` where a serving engine computed the states; None where the target ran here.
     """
 
     target: str
@@ -72,6 +73,7 @@ class CacheIdentity:
     target_quantization: str | None = None
     vocab_size: int | None = None
     template_args: str | None = None
+    states_from: str | None = None
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "": set(),
         "shards": set(),
         "remote": {"shards"},
-        "cache": {"", "shards", "remote"},
         "replies": {""},
+        "cache": {"", "shards", "remote", "replies"},
     },
     "label": {
         "": set(),
