@@ -132,10 +132,19 @@ def test_a_head_that_reads_less_than_the_states_is_refused_by_name(tmp_path: Pat
             load(str(tmp_path))
 
 
-def test_a_granite_with_recurrent_layers_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_granite_with_recurrent_layers_takes_chains_and_its_trees_are_refused_by_name(tmp_path: Path) -> None:
     config = transformers.GraniteMoeHybridConfig(
         **TEXT, **GRANITE, layer_types=["linear_attention", "full_attention", "full_attention"]
     )
-    saved(config, tmp_path)
+    own = saved(config, tmp_path)
+    target, prompt = Target.load(str(tmp_path)), [1, 7, 9]
+    expected = own.generate(
+        input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    drafter = Eagle.for_target(target.ends)
+    [reply] = Engine(target, drafter, DraftLimits(draft_length=3)).generate(
+        [prompt], GenerationSettings(max_new_tokens=NEW)
+    )
+    assert reply.token_ids == expected
     with pytest.raises(ValueError, match="keeps a recurrent state"):
-        Target.load(str(tmp_path))
+        Engine(target, drafter, DraftLimits(beam_width=3, draft_length=4))
