@@ -16,7 +16,7 @@ PROMPTS ?= benchmarks/real/prompts.jsonl
 REPLY_TOKENS ?= $(if $(ON_GPU),512,128)
 SAMPLES ?= $(if $(ON_GPU),16,1)
 EPOCHS ?=
-TEST_LIMIT ?= $(if $(ON_GPU),30,10)
+TEST_LIMIT ?= $(if $(ON_GPU),30,15)
 REAL_SHAPES ?= 1x3,10x5n24
 
 real: $(REAL_DONE)/evaluate
