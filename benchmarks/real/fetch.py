@@ -119,7 +119,11 @@ def link(model: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Runs the command.
+
+    Raises:
+        SystemExit: with the reason, where the model cannot be had.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the link to make")
     out = parser.parse_args().out

@@ -58,9 +58,9 @@ def test_every_command_on_a_page_is_one_that_exists(page: Path, line: str) -> No
 
 
 def test_every_command_that_make_runs_or_suggests_is_one_that_exists() -> None:
-    recipes = make_recipes("RUN=runs/none", "quickstart", "embedded")
+    recipes = make_recipes("RUN=runs/none", "REAL=runs/none/real", "quickstart", "real", "embedded")
     suggestions = make_suggestions("RUN=runs/none")
-    assert len(recipes) >= 8
+    assert len(recipes) >= 17
     assert len(suggestions) >= 3
     for line in recipes + suggestions:
         check_command(re.sub(r"\$\(.*\)", "x", line))
