@@ -62,8 +62,8 @@ class EngineOptions:
             )
         if self.states is not None and not self.states_layers:
             raise ValueError(
-                "--states needs --states-layers: the layers of its files in order, as the engine was given them "
-                "(eagle_aux_hidden_state_layer_ids), such as [2, 16, 29, 32]"
+                "--states needs --states-layers: the layers of its files in order, as the engine was given them, "
+                "such as [2, 16, 29, 32]"
             )
 
 

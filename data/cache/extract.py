@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -126,13 +126,10 @@ def extract(
     where = where.placed()
     target_dtype = where.resolve_dtype(target, target_dtype)
     with contextlib.ExitStack() as stack:
-        worker: _Worker | None
         if engine.states is not None:
             worker = _engine_worker(stack, out, target, target_dtype, where, share.own(), storage, engine)
-        elif target_sharding == "tp":
-            worker = _sharded_worker(stack, out, target, target_dtype, where, share, storage)
         else:
-            worker = _whole_worker(stack, out, target, target_dtype, where, share.own())
+            worker = _own_worker(stack, out, target, target_dtype, target_sharding, where, share, storage)
         if worker is None:
             return  # the first process writes what this one has helped to compute
         tokenizer = where.tokenizer(target)
@@ -142,12 +139,10 @@ def extract(
             survey = _survey(corpus, tokenizer_fingerprint(tokenizer), rendered_by, out, worker.share)
             identity = replace(
                 _identity_of_forwards(worker.ends, storage),
-                target_revision=where.revision,
+                **_placed(where, target_dtype),
                 tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
                 template_fingerprint=rendered_by,
                 template_args=rendering.as_text,
-                target_dtype=target_dtype,
-                target_quantization=where.quantization,
                 source=corpus.fingerprint,
                 split=split,
                 mask=survey.mask,
@@ -203,6 +198,22 @@ def _engine_worker(
     )
     source = open_source(engine, ends, storage.layers, sample_length(storage.max_length, ends.max_positions, ends.name))
     return _Worker(share, ends, partial(features_of_engine, source), lambda _: None)
+
+
+def _own_worker(
+    stack: contextlib.ExitStack,
+    out: Path,
+    target: str,
+    target_dtype: str,
+    target_sharding: str,
+    where: PlacementOptions,
+    share: ShareOptions,
+    storage: StorageOptions,
+) -> _Worker | None:
+    """The worker that runs the target here, whole or divided; None where another process writes what this one computes."""
+    if target_sharding == "tp":
+        return _sharded_worker(stack, out, target, target_dtype, where, share, storage)
+    return _whole_worker(stack, out, target, target_dtype, where, share.own())
 
 
 def _sharded_worker(
@@ -275,6 +286,15 @@ def _corpus(
     corpus = Corpus(source, chat, split, length, ends.vocab_size)
     corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
     return corpus
+
+
+def _placed(where: PlacementOptions, target_dtype: str) -> dict[str, Any]:
+    """What an identity says of how the target was loaded."""
+    return {
+        "target_revision": where.revision,
+        "target_dtype": target_dtype,
+        "target_quantization": where.quantization,
+    }
 
 
 def _identity_of_forwards(ends: TargetEnds, storage: StorageOptions) -> CacheIdentity:

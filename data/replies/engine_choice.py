@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,11 +53,14 @@ class EngineChoice:
     vllm: VllmOptions = ONE_GPU
     compile: Compile = "auto"
 
-    def check(self, where: TargetOptions) -> None:
+    def check(self, where: TargetOptions) -> Self:
         """Check that no option would be dropped in silence.
 
         Args:
             where: the target's options.
+
+        Returns:
+            This choice.
 
         Raises:
             ValueError: an option is set that the chosen engine does not read.
@@ -67,7 +70,7 @@ class EngineChoice:
         if self.name != "vllm":
             self._refuse(_changed(vars(self.vllm), vars(ONE_GPU)), "goes with --engine vllm")
         if self.name == "bundled":
-            return
+            return self
         if self.name == "server":
             own = vars(self.batches) | {"dtype": where.dtype}
             changed = _changed(own, vars(SMALL_BATCHES) | {"dtype": DEFAULTS.dtype})
@@ -80,6 +83,7 @@ class EngineChoice:
         changed |= {name: getattr(self, name) for name in ("drafter", "limits") if getattr(self, name) is not None}
         changed |= {} if self.compile == "auto" else {"compile": self.compile}
         self._refuse(changed, "is an option of the bundled decoder", with_value=False)
+        return self
 
     def facts(self) -> dict[str, Any]:
         """What a record of the run names besides its identity, none of which changes a reply."""

@@ -59,8 +59,8 @@ def respond(
 ) -> None:
     """Lets the target answer the prompts itself.
 
-    Writes OUT/responses.jsonl, one row a prompt, with the token ids of prompt and reply as they were read and generated. Sampling
-    settings that you do not give are the model's own (its generation config). To resume a run, start the same command again.
+    Writes OUT/responses.jsonl, with the token ids of prompts and replies as they were read and generated. Sampling settings that
+    you do not give are the model's own (its generation config). To resume a run, start the same command again.
 
     Args:
         target: Path or hub id of the target.
@@ -83,13 +83,11 @@ def respond(
         samples: Replies to each prompt, each drawn apart; more than one needs a temperature above 0.
     """
     check_unclaimed(out)
-    choice = EngineChoice(engine, drafter, limits, batches, server, vllm, compile)
-    choice.check(where)
+    choice = EngineChoice(engine, drafter, limits, batches, server, vllm, compile).check(where)
     where, own_share = where.resolved(target), share.own()
-    chosen, unread = _chosen(prompts, selection)
     tokenizer = where.tokenizer(target)
     settings = reply_settings(target, tokenizer, sampling, reply, ending.stop, where)
-    chosen = sampled_prompts(chosen, samples, settings.temperature)
+    chosen, unread = _chosen(prompts, selection, samples, settings.temperature)
     chat = chat_for(chosen, tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
     opened = choice.open(target, tokenizer, settings, where)
     digest = _digest(json.dumps(prompt.fields()) for prompt in chosen)
@@ -102,11 +100,13 @@ def respond(
     _report(out, own_share, plan, identity, written, server.skip_failed)
 
 
-def _chosen(prompts: Path, selection: PromptSelection) -> tuple[list[Prompt], list[Dropped]]:
-    """The prompts to answer, and the rows that are none."""
+def _chosen(
+    prompts: Path, selection: PromptSelection, samples: int, temperature: float
+) -> tuple[list[Prompt], list[Dropped]]:
+    """The prompts to answer, each as often as it is answered, and the rows that are none."""
     unread: list[Dropped] = []
     chosen = read_prompts(prompts, selection.split, unread)[: selection.limit]
-    return chosen, unread
+    return sampled_prompts(chosen, samples, temperature), unread
 
 
 def sampled_prompts(prompts: list[Prompt], samples: int, temperature: float) -> list[Prompt]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
@@ -120,7 +121,12 @@ class TreeDecodeValidation(DecodeValidation):
             ValueError: a draft deeper than the drafter can make.
         """
         module, _ = module_and_data(trainer, pl_module)
-        module.evaluated.check_depth(self.limits_for(module))
+        limits = self.limits_for(module)
+        module.evaluated.check_depth(limits)
+        if self.target is not None and self.target.keeps_state and self.limits is None and self.beam_width > 1:
+            rank_zero_info(
+                f"{self.target.name} keeps a recurrent state: validation drafts chains of {limits.draft_length}, not trees"
+            )
         super().on_train_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,10 +150,15 @@ class TreeDecodeValidation(DecodeValidation):
 
         Args:
             module: with the drafter.
+
+        Returns:
+            What was asked for. A target that keeps a recurrent state gets chains where the width was not named as a shape.
         """
         if self.limits is not None:
             return self.limits
         length = self.draft_length or module.objective.num_steps
+        if self.target is not None and self.target.keeps_state:
+            return DraftLimits(draft_length=length)
         limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
         is_given = (self.draft_length, self.beam_width, self.node_budget) != (None, 1, None)
         return limits if is_given else default_limits(module.evaluated, limits)
