@@ -106,9 +106,8 @@ def extract(
 ) -> None:
     """Runs the target over samples and stores its hidden states, or stores those that a serving engine computed.
 
-    SOURCE is what `data respond` wrote (the target's own replies, token by token), or a file of conversations. To resume a run, start
-    the same command again: it continues at the next shard and ends with the same bytes. Several processes share the shards by rank.
-    They need not run at the same time, and you may resume with another number of them.
+    SOURCE is what `data respond` wrote (the target's own replies), or a file of conversations. To resume a run, start the same command
+    again: it ends with the same bytes. Several processes share the shards by rank, at any time and in any number.
 
     Args:
         target: Path or hub id of the target.
@@ -126,6 +125,7 @@ def extract(
     where = where.placed()
     target_dtype = where.resolve_dtype(target, target_dtype)
     with contextlib.ExitStack() as stack:
+        worker: _Worker | None
         if engine.states is not None:
             worker = _engine_worker(stack, out, target, target_dtype, where, share.own(), storage, engine)
         else:

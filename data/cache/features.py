@@ -117,7 +117,9 @@ def num_embeddings(target: Target | TargetEnds) -> int:
         Rows of its embedding.
     """
     ends = target.ends if isinstance(target, Target) else target
-    return int(ends.embedding.weight.shape[0])
+    weight = ends.embedding.weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
 
 
 def _empty_content(samples: Sequence[TokenizedSample], identity: CacheIdentity) -> ShardContent:

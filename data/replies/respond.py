@@ -59,8 +59,7 @@ def respond(
 ) -> None:
     """Lets the target answer the prompts itself.
 
-    Writes OUT/responses.jsonl, with the token ids of prompts and replies as they were read and generated. Sampling settings that
-    you do not give are the model's own (its generation config). To resume a run, start the same command again.
+    Writes OUT/responses.jsonl, token ids included. Sampling settings default to the model's own. To resume a run, repeat the command.
 
     Args:
         target: Path or hub id of the target.
@@ -79,7 +78,7 @@ def respond(
         engine: What generates: the bundled decoder, vLLM in this process, or a server that gives back token ids.
         server: The server's address and how patiently it is asked; see `ServerOptions`.
         vllm: What vLLM may take; see `VllmOptions`.
-        compile: on compiles decoding cycles, which takes a minute or more; auto and off run them op by op.
+        compile: on compiles decoding cycles, a minute or more; auto and off run them op by op.
         samples: Replies to each prompt, each drawn apart; more than one needs a temperature above 0.
     """
     check_unclaimed(out)
@@ -88,8 +87,8 @@ def respond(
     tokenizer = where.tokenizer(target)
     settings = reply_settings(target, tokenizer, sampling, reply, ending.stop, where)
     chosen, unread = _chosen(prompts, selection, samples, settings.temperature)
-    chat = chat_for(chosen, tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
     opened = choice.open(target, tokenizer, settings, where)
+    chat = chat_for(chosen, tokenizer, rendering.template, settings.eos_token_ids, rendering.options)
     digest = _digest(json.dumps(prompt.fields()) for prompt in chosen)
     identity = run_identity(tokenizer, chat, settings, rendering, where) | {"prompts_sha256": digest} | opened.identity
     plan = _own_plan(own_share, chosen, unread, chat, settings, opened.context, batches)
