@@ -7,12 +7,18 @@ targets, how processes share the work (`shared_survey.py`).
 import functools
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from draftsmith.data.formats import UnusableRow, detect_format, row_id, to_conversation
+from draftsmith.data.chats.modes import modes_of_sample
+from draftsmith.data.chats.reply_marks import ReplyMarks
+from draftsmith.data.chats.tool_calls import read_tools
+from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
+from draftsmith.data.formats import Conversation, Message, UnusableRow, detect_format, row_id, to_conversation
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
@@ -58,6 +64,7 @@ class Corpus:
         split: keep the rows of this split only.
         max_length: samples are cut to this many tokens.
         vocab_size: rows with token ids that are not below this are left out; None: only those that no model has.
+        trained_on: what of the assistant's turns is trained on.
 
     Raises:
         ValueError: the path is missing, or its replies are not finished.
@@ -70,12 +77,14 @@ class Corpus:
         split: str | None,
         max_length: int,
         vocab_size: int | None = None,
+        trained_on: TrainedOn = EVERYTHING,
     ) -> None:
         self.source = source
         self.files = source_files(source)
         self.split = split
         self.max_length = max_length
         self.vocab_size = vocab_size
+        self.trained_on = trained_on
         self._make_chat = chat
         self._chat: ChatTemplate | None = None
 
@@ -145,6 +154,7 @@ class Corpus:
         """
         survey, dropped = Survey(), []
         num_rows = num_labelled = num_cut = num_begun_anew = 0
+        counts, modes = KindCounts(), Counter[str]()
         for line, place, samples in self._read(part):
             if isinstance(samples, Dropped):
                 dropped.append(samples)
@@ -159,6 +169,8 @@ class Corpus:
                     reason = why_unlabelled(sample, self.max_length)
                     dropped.append(Dropped(self._place(part.file, line), reason, id=sample.id))
                     continue
+                counts.add(short.counts)
+                modes.update(dict.fromkeys(modes_of_sample(short), short.num_labelled))
                 for name, value in zip(COLUMNS, (len(short.input_ids), part.file, line, place, number), strict=True):
                     getattr(survey, name).append(value)
         return replace(
@@ -167,6 +179,9 @@ class Corpus:
             num_labelled=num_labelled,
             num_cut=num_cut,
             num_begun_anew=num_begun_anew,
+            trained_tokens=counts.trained,
+            read_tokens=counts.read,
+            modes=dict(modes),
             mask=self.mask_recipe,
             dropped=dropped,
         )
@@ -319,12 +334,34 @@ class Corpus:
         turns = turns_of(row, self.vocab_size)
         if turns is not None:
             anew = _begun_anew(row)
-            return _or_unusable(lambda own_id, read: samples_from_turns(own_id, read, anew), sample_id, turns)
+            kinds = None if self._marks is None else self._marks.kinds
+            make = partial(samples_from_turns, begun_anew=anew, trained_on=self.trained_on, reply_kinds=kinds)
+            has_tools = bool(read_tools(row))
+            return [replace(sample, has_tools=has_tools) for sample in _or_unusable(make, sample_id, turns)]
         check_values(row)
         conversation = to_conversation(row, detect_format(row))
         if conversation.text is not None:
             return [_or_unusable(self.chat.document, sample_id, conversation.text)]
-        return _or_unusable(self.chat.samples, sample_id, conversation.to_learn_from())
+        return _or_unusable(partial(self._learned, conversation), sample_id, conversation.to_learn_from())
+
+    def _learned(self, conversation: Conversation, sample_id: str, turns: Sequence[Message]) -> list[TokenizedSample]:
+        """The samples of a conversation, rendered with its own tools and variables."""
+        chat = self.chat.for_row(conversation.tools, conversation.variables)
+        return chat.samples(sample_id, turns, self.trained_on)
+
+    @functools.cached_property
+    def _marks(self) -> ReplyMarks | None:
+        """The marks by which thoughts and tool calls are found in token ids; None for a tokenizer without a template.
+
+        Raises:
+            ValueError: there is no template, and only some kinds of tokens are trained on.
+        """
+        try:
+            return self._make_chat().marks
+        except ValueError:
+            if self.trained_on.kinds != EVERYTHING.kinds:
+                raise
+            return None
 
 
 def _sample_of_ids(row: Mapping[str, Any], sample_id: str, vocab_size: int | None) -> TokenizedSample:

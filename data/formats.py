@@ -1,42 +1,32 @@
 """The row formats of public data sets, each turned into one `Conversation`: the only place that says what a field means.
 
 Owns: what the fields of a row mean, and which rows are dropped, with the reason. A value of another type is never made into
-text. Does not know: files, splits, tokenizers, which templates take what.
+text. Does not know: a turn's own fields (`chats/`), files, splits, tokenizers, which templates take what.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NotRequired, TypedDict, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
-from draftsmith.json_rows import UnusableRow
+from draftsmith.data.chats.messages import (
+    ROLE_FIELDS,
+    Message,
+    check_order,
+    is_given,
+    is_plain,
+    read_turns,
+)
+from draftsmith.data.chats.tool_calls import read_tools
+from draftsmith.json_rows import UnusableRow, parse_object
 
 __all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
 
 Format = Literal["auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text"]
 
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
-_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
-# What changes the words of a turn in a way that nothing here renders.
-_UNREAD_FIELDS = ("tool_calls", "function_call", "audio", "images", "image", "videos")
+_MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
-
-
-class Message(TypedDict):
-    """One chat turn.
-
-    Attributes:
-        role: "system", "user" or "assistant".
-        content: the text.
-        train: False marks an assistant turn that is read and not learned from; absent where a row does not say.
-        reasoning_content: the thought before an assistant's content; absent where there is none.
-    """
-
-    role: str
-    content: str
-    train: NotRequired[bool]
-    reasoning_content: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -45,18 +35,24 @@ class Conversation:
 
     Attributes:
         turns: an optional system turn, then the user's turns, each with the data set's own answer behind it where there is one.
+            Between the two may be calls of tools and what these gave back.
         text: set instead for a plain document (base models).
         flaw: why the answers cannot be learned from, though what the user asks is fit for a prompt.
+        tools: definitions of the tools that may be called.
+        variables: of the chat template, for this row alone.
     """
 
     turns: tuple[Message, ...] = ()
     text: str | None = None
     flaw: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The system turn and the user's turns: what a target is asked."""
-        return tuple(turn for turn in self.turns if turn["role"] != "assistant")
+        """What a target is asked: all turns but those that it has to say. A call that a tool has answered is one of them."""
+        asked = [n for n, turn in enumerate(self.turns) if turn["role"] != "assistant" or is_given(self.turns, n)]
+        return tuple(self.turns[number] for number in asked)
 
     @property
     def reference(self) -> tuple[str, ...]:
@@ -66,11 +62,15 @@ class Conversation:
     @property
     def no_reference(self) -> str | None:
         """Why a row that has answers gives no reference, which holds words alone, all of them to be learned from."""
-        if self.flaw is None and any("reasoning_content" in answer for answer in self._answers):
+        if self.flaw is not None or not self._answers:
+            return self.flaw
+        if any("reasoning_content" in answer for answer in self._answers):
             return "an answer has a thought"
-        if self.flaw is None and any("train" in answer for answer in self._answers):
+        if any("tool_calls" in turn or turn["role"] == "tool" for turn in self.turns):
+            return "an answer has tool calls"
+        if any("train" in answer for answer in self._answers):
             return "an answer has weight 0"
-        return self.flaw
+        return None
 
     @property
     def _answers(self) -> list[Message]:
@@ -138,8 +138,11 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     conversation = _READERS[row_format](row)
     if conversation.text is not None:
         return conversation
+    conversation = replace(conversation, tools=read_tools(row), variables=_variables(row))
+    _check_media(row, conversation)
+    _check_json(conversation)
     for number, turn in enumerate(conversation.turns):
-        if not turn["content"].strip():
+        if is_plain(turn) and not turn["content"].strip():
             reason = f"an empty turn (turn {number}, the {turn['role']}'s)"
             if turn["role"] != "assistant":
                 raise UnusableRow(reason)
@@ -185,116 +188,66 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str):
-        raise UnusableRow(f"field {name!r} is {_kind(value)}, not text")
+        kind = "null" if value is None else type(value).__name__
+        raise UnusableRow(f"field {name!r} is {kind}, not text")
     return value
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _turns(value: Any) -> list[Message]:
-    """Chat turns in their own order, whatever it is."""
-    if not _is_list(value) or not value:
-        raise UnusableRow("the list of turns is empty or not a list")
-    return [_turn(turn, number) for number, turn in enumerate(value)]
+def _variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's variables of one row, as TRL and Transformers name them; null ones count as absent."""
+    value = row.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip():
+        value = parse_object(value.encode(errors="surrogatepass"))
+    if value in (None, ""):
+        return {}
+    if not isinstance(value, Mapping):
+        raise UnusableRow(f"chat_template_kwargs is {type(value).__name__}, not an object")
+    return {name: entry for name, entry in value.items() if entry is not None}
 
 
-def _turn(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise UnusableRow(f"turn {number} is {_kind(turn)}, not an object")
-    name = _only(turn, _ROLE_FIELDS, number)
-    role = _ROLES.get(turn[name]) if isinstance(turn[name], str) else None
-    if role is None:
-        raise UnusableRow(f"turn {number} has the role {turn[name]!r:.80}; roles are {', '.join(_ROLES)}")
-    for field in _UNREAD_FIELDS:
-        if turn.get(field):
-            raise UnusableRow(f"turn {number} has {field}, which are not read")
-    message = Message(role=role, content=_content(turn[_only(turn, _CONTENT_FIELDS, number)], f"turn {number}"))
-    if not _is_trained(turn, role, number):
-        message["train"] = False
-    thought = _thought(turn, number)
-    if thought is not None:
-        if role != "assistant":
-            raise UnusableRow(f"turn {number} is the {role}'s and has a thought; only assistant turns have one")
-        message["reasoning_content"] = thought
-    return message
+def _check_media(row: Mapping[str, Any], conversation: Conversation) -> None:
+    """Check that pictures beside the turns have their places in them.
+
+    Raises:
+        UnusableRow: no turn has a part for them.
+    """
+    for name in _MEDIA_FIELDS:
+        if row.get(name) not in (None, "", [], ()) and not any("parts" in turn for turn in conversation.turns):
+            raise UnusableRow(f"the row has {name}, and no turn has a part for them")
 
 
-def _only(turn: Mapping[str, Any], fields: Sequence[str], number: int) -> str:
-    """Which of two spellings a turn uses; null counts as absent."""
-    there = [name for name in fields if turn.get(name) is not None]
-    if len(there) == 1:
-        return there[0]
-    if there:
-        raise UnusableRow(f"turn {number} has {there[0]} and {there[1]}; one of them is enough")
-    raise UnusableRow(f"turn {number} has no {fields[0]}")
+def _check_json(conversation: Conversation) -> None:
+    """Check that what is more than words can be written as JSON; Parquet files may hold bytes and dates.
+
+    Raises:
+        UnusableRow: it cannot.
+    """
+    try:
+        json.dumps([conversation.turns, conversation.tools, conversation.variables], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UnusableRow(f"a turn, a tool or a variable holds what JSON cannot: {error}") from error
 
 
-def _content(value: Any, place: str) -> str:
-    """Text, or a list of parts that are all text, joined."""
-    if isinstance(value, str):
-        return value
-    if not _is_list(value):
-        raise UnusableRow(f"{place}: the content is {_kind(value)}, not text")
-    texts = []
-    for part in value:
-        if not isinstance(part, Mapping):
-            raise UnusableRow(f"{place}: a part is {_kind(part)}, not an object")
-        if part.get("type") != "text":
-            raise UnusableRow(f"{place}: a part is of the type {part.get('type')!r:.80}; only text is read")
-        texts.append(text_field(part, "text"))
-    return "".join(texts)
-
-
-def _is_trained(turn: Mapping[str, Any], role: str, number: int) -> bool:
-    """OpenAI's `weight` (0 or 1), or `train` (false or true); without either, an assistant turn is learned from."""
-    weight, train = turn.get("weight"), turn.get("train")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise UnusableRow(f"turn {number} has the weight {weight!r:.80}; weights are 0 and 1")
-    if train is not None and not isinstance(train, bool):
-        raise UnusableRow(f"turn {number} has train {train!r:.80}; it is true or false")
-    if role != "assistant":
-        if weight or train:
-            raise UnusableRow(f"turn {number} is the {role}'s and has a weight; only assistant turns are learned from")
-        return True
-    return bool(weight is None or weight) and train is not False
-
-
-def _thought(turn: Mapping[str, Any], number: int) -> str | None:
-    """The thought under any of its names; one that is empty is none."""
-    there = [name for name in _THOUGHT_FIELDS if turn.get(name) not in (None, "")]
-    if not there:
-        return None
-    thoughts = [text_field(turn, name) for name in there]
-    if len(set(thoughts)) > 1:
-        raise UnusableRow(f"turn {number} has two different thoughts, {there[0]} and {there[1]}")
-    return thoughts[0] if thoughts[0].strip() else None
-
-
-def _alternating(turns: Sequence[Message]) -> Conversation:
-    """Turns of a whole conversation: a system turn at most at its beginning, then user and assistant in turn."""
-    first = int(bool(turns) and turns[0]["role"] == "system")
-    for number, turn in enumerate(turns[first:], start=first):
-        expected = ("user", "assistant")[(number - first) % 2]
-        if turn["role"] != expected:
-            raise UnusableRow(f"turn {number} is the {turn['role']}'s where the {expected}'s belongs")
+def _conversation(turns: Sequence[Message]) -> Conversation:
+    check_order(turns)
     return Conversation(tuple(turns))
 
 
 def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
-    """User turns, several in a row perhaps, with the answers that are apart from them in `field`: one text, or a list of them."""
+    """What is asked, several user turns in a row perhaps, with the answers apart from it in `field`: one text, or a list of them."""
     for number, turn in enumerate(turns):
-        if turn["role"] == "assistant":
+        if turn["role"] == "assistant" and not is_given(turns, number):
             raise UnusableRow(f"turn {number} is the assistant's in a row whose answers are in {field!r}")
         if turn["role"] == "system" and number:
             raise UnusableRow(f"turn {number} is the system's where the user's belongs")
     answers = [answer] if isinstance(answer, str) else [] if answer is None else answer
     num_users = sum(turn["role"] == "user" for turn in turns)
+    if answers and any(turn["role"] == "tool" for turn in turns):
+        return Conversation(tuple(turns), flaw=f"field {field!r} cannot say which answers are to a tool's turn")
     if not _is_list(answers) or not all(isinstance(entry, str) for entry in answers):
         return Conversation(tuple(turns), flaw=f"field {field!r} is neither text nor a list of texts")
     if len(answers) > num_users:
@@ -313,16 +266,21 @@ def _openai(row: Mapping[str, Any]) -> Conversation:
 
     Elsewhere two user turns in a row are a broken conversation.
     """
-    turns = _turns(row.get("messages"))
-    is_prompt = {"id", "split", "source"} <= row.keys() and all(turn["role"] != "assistant" for turn in turns)
+    turns = read_turns(row.get("messages"))
+    is_asked = all(turn["role"] != "assistant" or is_given(turns, number) for number, turn in enumerate(turns))
+    is_prompt = {"id", "split", "source"} <= row.keys() and is_asked
     if is_prompt or row.get("reference") is not None:
         return _asked(turns, row.get("reference"), "reference")
-    return _alternating(turns)
+    return _conversation(turns)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Conversation:
-    turns = row.get("conversations")
-    return _alternating(_turns(row.get("conversation") if turns is None else turns))
+    """Turns, with a system text that may lie beside them."""
+    given = row.get("conversations")
+    turns = read_turns(row.get("conversation") if given is None else given)
+    if row.get("system") not in (None, "") and turns[0]["role"] != "system":
+        turns = [Message(role="system", content=text_field(row, "system")), *turns]
+    return _conversation(turns)
 
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
@@ -344,20 +302,22 @@ def _specbench(row: Mapping[str, Any]) -> Conversation:
     turns = row.get("turns")
     if not _is_list(turns) or not turns:
         raise UnusableRow("the list of turns is empty or not a list")
-    if any(isinstance(turn, Mapping) and any(turn.get(name) is not None for name in _ROLE_FIELDS) for turn in turns):
-        return _alternating(_turns(turns))
+    if any(isinstance(turn, Mapping) and any(turn.get(name) is not None for name in ROLE_FIELDS) for turn in turns):
+        return _conversation(read_turns(turns))
     contents = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns]
-    asked = [
-        Message(role="user", content=_content(content, f"turn {number}")) for number, content in enumerate(contents)
-    ]
+    asked = read_turns([{"role": "user", "content": content} for content in contents])
     return _asked(asked, row.get("reference"), "reference")
 
 
 def _prompt(row: Mapping[str, Any]) -> Conversation:
-    prompt = row.get("prompt")
-    if _is_list(prompt):
-        return _alternating(_turns(prompt))
-    return Conversation((Message(role="user", content=text_field(row, "prompt")),))
+    """`prompt`, a text or turns, and as TRL has it perhaps a `completion` of the same kind."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    turns = read_turns(prompt) if _is_list(prompt) else [Message(role="user", content=text_field(row, "prompt"))]
+    if completion is None:
+        return _conversation(turns)
+    if not _is_list(completion):
+        return _asked(turns, completion, "completion")
+    return _conversation([*turns, *read_turns(completion)])
 
 
 def _text(row: Mapping[str, Any]) -> Conversation:

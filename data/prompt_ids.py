@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.prompts import Prompt
+from draftsmith.data.seams import check_turns
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, TemplateOptions
 
@@ -58,4 +59,34 @@ def first_prompt_ids(prompt: Prompt, chat: ChatTemplate) -> list[int]:
     """
     if prompt.text is not None:
         return chat.document_prompt_ids(prompt.text, prompt.prefix_words)
-    return chat.first_prompt_ids(prompt.user_turns()[0])
+    return chat_of_prompt(prompt, chat).first_prompt_ids(prompt.user_turns()[0])
+
+
+def chat_of_prompt(prompt: Prompt, chat: ChatTemplate) -> ChatTemplate:
+    """Give the template what one prompt says of it: its tools and its variables.
+
+    Args:
+        prompt: of a prompt file.
+        chat: what `chat_for` made.
+
+    Returns:
+        The template that renders this prompt.
+
+    Raises:
+        TemplateRefusal: the template does not read them.
+    """
+    return chat.for_row(prompt.tools, prompt.chat_template_kwargs)
+
+
+def check_prompt(prompt: Prompt, chat: ChatTemplate) -> None:
+    """Check that the template writes all turns of a prompt, whose replies are not there yet.
+
+    Args:
+        prompt: of a prompt file.
+        chat: what `chat_for` made.
+
+    Raises:
+        ValueError: as `check_turns`.
+    """
+    if prompt.text is None:
+        check_turns(chat_of_prompt(prompt, chat), prompt.user_turns())

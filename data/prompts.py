@@ -4,18 +4,20 @@ Owns: ids, splits, duplicates, the prompt file. Does not know: the formats (`for
 """
 
 import hashlib
+import itertools
 import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from draftsmith import provenance
 from draftsmith.data.benchmark_fields import benchmark_fields
+from draftsmith.data.chats.messages import as_row, is_plain
 from draftsmith.data.formats import (
     Conversation,
     Format,
@@ -45,7 +47,7 @@ class Prompt:
 
     Attributes:
         id: its own, or made from its text.
-        messages: the user's turns, after an optional system turn.
+        messages: the user's turns, after an optional system turn; calls that the data set made, and what tools gave back, in between.
         split: train, validation, test, or a name of the data set's own.
         source: the data set.
         reference: `reference[i]` is the data set's own answer to user turn i (possibly fewer, possibly none): the text that the target's
@@ -55,6 +57,8 @@ class Prompt:
         category: of a benchmark's prompt, by which reports are split; None elsewhere.
         sub_category: a part of the category, if the benchmark names one.
         difficulty: if the benchmark names one.
+        tools: definitions of the tools that may be called.
+        chat_template_kwargs: variables of the chat template, for this prompt alone.
         place: where it was read (`FILE:LINE`), for messages; it is no part of the prompt.
     """
 
@@ -68,29 +72,36 @@ class Prompt:
     category: str | None = None
     sub_category: str | None = None
     difficulty: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     place: str = field(default="", compare=False)
 
     def fields(self) -> dict[str, Any]:
         """Everything but the place: what is written, and what a run's identity depends on.
 
         Returns:
-            The fields by name.
+            The fields by name; `tools` and `chat_template_kwargs` only where the prompt has them.
         """
-        fields = asdict(self)
-        del fields["place"]
+        fields = asdict(self) | {"messages": tuple(as_row(message) for message in self.messages)}
+        empty = [name for name in ("tools", "chat_template_kwargs") if not fields[name]]
+        for name in ("place", *empty):
+            del fields[name]
         return fields
 
     def user_turns(self) -> list[list[Message]]:
         """The messages that come before each reply: turn 0 includes the system turn.
+
+        A turn that begins with an assistant's message follows a tool's answer: that call takes the place of the target's own reply.
 
         Returns:
             A list for each reply.
         """
         turns: list[list[Message]] = []
         waiting: list[Message] = []
-        for message in self.messages:
+        following = [message["role"] for message in self.messages[1:]]
+        for message, next_role in itertools.zip_longest(self.messages, following):
             waiting.append(message)
-            if message["role"] == "user":
+            if message["role"] == "user" or (message["role"] == "tool" and next_role != "tool"):
                 turns.append(waiting)
                 waiting = []
         return turns
@@ -324,6 +335,8 @@ def _parse(place: str, row: Row) -> Prompt:
         reference=conversation.reference,
         text=conversation.text,
         prefix_words=prefix_words,
+        tools=conversation.tools,
+        chat_template_kwargs=conversation.variables,
         place=place,
         **benchmark_fields(row),
     )
@@ -337,12 +350,15 @@ def _prompt(conversation: Conversation, row: Row, source: str, split: str, prefi
     digest = hashlib.sha256(_normalised(conversation).encode()).hexdigest()[:16]
     words = prefix_words if conversation.text is not None else None
     given = (f"{name}-{digest}", conversation.messages, split, label, conversation.reference)
-    return Prompt(*given, text=conversation.text, prefix_words=words, **benchmark_fields(row))
+    prompt = Prompt(*given, text=conversation.text, prefix_words=words, **benchmark_fields(row))
+    return replace(prompt, tools=conversation.tools, chat_template_kwargs=conversation.variables)
 
 
 def _normalised(conversation: Conversation) -> str:
     """What two prompts share when they ask the same: case, width variants and spacing do not count."""
     parts = [conversation.text] if conversation.text is not None else [m["content"] for m in conversation.messages]
+    parts += [json_text(as_row(message)) for message in conversation.messages if not is_plain(message)]
+    parts += [json_text(given) for given in (conversation.tools, conversation.variables) if given]
     text = unicodedata.normalize("NFKC", "\0".join(part or "" for part in parts)).casefold()
     return re.sub(r"[^\S\0]+", " ", text).strip()
 

@@ -20,7 +20,8 @@ import hashlib
 from collections.abc import Sequence
 
 from draftsmith.data.formats import Message
-from draftsmith.models.target.prompt_template import PromptTemplate, TemplateRefusal, encoded
+from draftsmith.models.target.prompt_template import PromptTemplate, encoded
+from draftsmith.models.target.template_fields import TemplateRefusal
 
 # Stands for a reply while a conversation is rendered; plain small letters, which no template trims, escapes or puts in another case.
 _SENTINEL = "draftsmithreplygoeshere"
@@ -168,6 +169,21 @@ class History:
         read = [self._template._encode(text) for text in as_said]
         return grown if any(anew[: len(ids)] == ids for ids in read) else anew
 
+    def replaced_prompt_ids(self, following: Sequence[Message]) -> list[int] | None:
+        """Encode what the target reads before its next reply, where the data set's own call replaces its latest one.
+
+        Args:
+            following: the data set's call, and what the tools gave back.
+
+        Returns:
+            The whole conversation as the template renders it; None where the template failed on an earlier reply.
+        """
+        if self._text is None:
+            return None
+        self._messages += following
+        self._text = self._template._render(self._messages, add_generation_prompt=True)
+        return self._template._encode(self._text)
+
     def _seam(self, reply_ids: Sequence[int], following: Sequence[Message]) -> list[int]:
         """What lies between the latest reply and the next one."""
         try:
@@ -210,14 +226,34 @@ def check_turns(template: PromptTemplate, turns: Sequence[Sequence[Message]]) ->
     """
     asked: list[Message] = []
     for number, turn in enumerate(turns):
-        if number and template.text is not None:
+        if replaces_reply(turn):
+            if template.text is None:
+                raise ValueError(
+                    "a tool's answer follows, and plain text shows no turns; give a template with --template"
+                )
+            template._render([*asked, *turn], add_generation_prompt=True)
+        elif number and template.text is not None:
             around_reply(template, asked, turn)
             asked.append(_PLAIN_REPLY)
         asked += turn
+    template.fields.shown(asked)
+    template.check_tool_turns(asked)
+
+
+def replaces_reply(turn: Sequence[Message]) -> bool:
+    """Whether a turn begins with a call of the data set, which takes the place of the target's own reply before it.
+
+    Args:
+        turn: the messages before a reply.
+
+    Returns:
+        True where it does: the tool answered that call, whatever the target replied.
+    """
+    return turn[0]["role"] == "assistant"
 
 
 def around_reply(
-    template: PromptTemplate, asked: Sequence[Message], following: Sequence[Message] = ()
+    template: PromptTemplate, asked: Sequence[Message], following: Sequence[Message] = (), thought: str | None = None
 ) -> tuple[str, str]:
     """Render the text before and behind a reply.
 
@@ -225,6 +261,7 @@ def around_reply(
         template: the template.
         asked: the messages before the reply.
         following: the user's next turn; the prompt of the next reply then ends the text.
+        thought: of the reply, which then belongs to the text before it.
 
     Returns:
         The text before the reply, and the text behind it.
@@ -237,6 +274,8 @@ def around_reply(
     if mark in said.lower():
         mark += hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()
     reply = Message(role="assistant", content=mark)
+    if thought is not None:
+        reply["reasoning_content"] = thought
     head, *tails = template._render([*asked, reply, *following], add_generation_prompt=bool(following)).split(mark)
     if len(tails) != 1:
         raise ValueError("the chat template does not show an assistant turn exactly once; give another with --template")

@@ -4,7 +4,8 @@ Owns: the columns, and how the surveys of parts become one. Does not know: files
 """
 
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from draftsmith.json_rows import Dropped
@@ -30,6 +31,9 @@ class Survey:
         num_labelled: tokens that are trained on.
         num_cut: samples that were cut.
         num_begun_anew: rows of several samples.
+        trained_tokens: tokens that are trained on, by `KIND_NAMES`.
+        read_tokens: tokens of the assistant that are only read, by the same names.
+        modes: tokens that are trained on, by mode; a sample may be in several.
         mask: how loss masks were found.
         dropped: the rows that are no sample, and the samples that nothing is learned from.
     """
@@ -43,6 +47,9 @@ class Survey:
     num_labelled: int = 0
     num_cut: int = 0
     num_begun_anew: int = 0
+    trained_tokens: dict[str, int] = field(default_factory=dict)
+    read_tokens: dict[str, int] = field(default_factory=dict)
+    modes: dict[str, int] = field(default_factory=dict)
     mask: str = IDS_AS_GENERATED
     dropped: Sequence[Dropped] = ()
 
@@ -61,6 +68,9 @@ class Survey:
             num_labelled=sum(survey.num_labelled for survey in surveys),
             num_cut=sum(survey.num_cut for survey in surveys),
             num_begun_anew=sum(survey.num_begun_anew for survey in surveys),
+            trained_tokens=_summed(survey.trained_tokens for survey in surveys),
+            read_tokens=_summed(survey.read_tokens for survey in surveys),
+            modes=_summed(survey.modes for survey in surveys),
             mask=next((survey.mask for survey in surveys if survey.mask != IDS_AS_GENERATED), IDS_AS_GENERATED),
             dropped=[row for survey in surveys for row in survey.dropped],
         )
@@ -68,6 +78,14 @@ class Survey:
             for name in COLUMNS:
                 getattr(whole, name).extend(getattr(survey, name))
         return whole
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counts by name, summed, in one order whoever made the parts."""
+    whole: Counter[str] = Counter()
+    for own in counts:
+        whole.update(own)
+    return dict(sorted(whole.items()))
 
 
 def begun_anew(count: int) -> str:

@@ -8,78 +8,41 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from draftsmith.data.formats import Message
+from draftsmith.data.chats.messages import Message
+from draftsmith.data.chats.reply_marks import ReplyMarks
+from draftsmith.data.chats.samples import TokenizedSample, Turn, cut, from_turns, numbered, samples_from_turns
+from draftsmith.data.chats.trained import EVERYTHING, Kind, TrainedOn
 from draftsmith.data.reply_spans import Encoded, Span, reply_mask
 from draftsmith.data.seams import Seams, around_reply
 from draftsmith.models.files.end_tokens import read_end_tokens
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,
     NO_TEMPLATE,
-    RENDERING_ERRORS,
     PromptTemplate,
     TemplateOptions,
-    TemplateRefusal,
     encoded,
-    refusal,
-    shown_fields,
 )
+from draftsmith.models.target.template_fields import RENDERING_ERRORS, TemplateRefusal, refusal
 
-__all__ = ["NO_TEMPLATE", "ChatTemplate", "TokenizedSample", "Turn"]
+__all__ = ["NO_TEMPLATE", "ChatTemplate", "TokenizedSample", "Turn", "cut", "from_turns", "samples_from_turns"]
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 
 
-@dataclass(frozen=True)
-class TokenizedSample:
-    """One sample. Both lists have the same length.
-
-    Attributes:
-        id: the conversation's, or `ID#1`, `ID#2`, ... for its further samples.
-        input_ids: token ids.
-        loss_mask: True for the tokens that are trained on.
-
-    Raises:
-        ValueError: the lists have different lengths.
-    """
-
-    id: str
-    input_ids: list[int]
-    loss_mask: list[bool]
-
-    def __post_init__(self) -> None:
-        if len(self.input_ids) != len(self.loss_mask):
-            raise ValueError(f"sample {self.id}: {len(self.input_ids)} ids but {len(self.loss_mask)} mask entries")
-
-    @property
-    def num_labelled(self) -> int:
-        """Number of tokens that are trained on."""
-        return sum(self.loss_mask)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One exchange in token ids.
-
-    Attributes:
-        prompt_ids: everything the target had read. Those of a later turn begin with the earlier turn's `prompt_ids + reply_ids`.
-        reply_ids: what it replied.
-        finish: "eos", "stop", "length" (the token budget ended) or "context" (the model's context ended).
-    """
-
-    prompt_ids: list[int]
-    reply_ids: list[int]
-    finish: str
-
-
 class ChatTemplate(PromptTemplate):
     """Turns whole conversations into samples for one tokenizer; see `PromptTemplate` for its arguments and errors."""
+
+    @functools.cached_property
+    def marks(self) -> ReplyMarks:
+        """The marks by which thoughts and tool calls are found in token ids."""
+        return ReplyMarks(self)
 
     @property
     def mask_recipe(self) -> str:
@@ -124,7 +87,9 @@ class ChatTemplate(PromptTemplate):
         """
         return self.samples(sample_id, messages)[-1]
 
-    def samples(self, sample_id: str, messages: Sequence[Message]) -> list[TokenizedSample]:
+    def samples(
+        self, sample_id: str, messages: Sequence[Message], trained_on: TrainedOn = EVERYTHING
+    ) -> list[TokenizedSample]:
         """Encode a data set's own conversation, assistant turns included, with the mask of the assistant's tokens.
 
         A reply's tokens are those of its text as the template shows it, and the end token behind it. Where the template has
@@ -137,6 +102,7 @@ class ChatTemplate(PromptTemplate):
         Args:
             sample_id: the conversation's id.
             messages: with its assistant turns.
+            trained_on: what of the assistant's turns is trained on; the rest of them is read.
 
         Returns:
             One sample, or one for each reply.
@@ -145,29 +111,25 @@ class ChatTemplate(PromptTemplate):
             ValueError: the template fails, or shows a reply not exactly once.
         """
         self._check_turns(messages)
+        learned = _learned(messages, trained_on)
         if self.text is None:
-            return [self._plain_conversation(sample_id, messages)]
-        replies = [
-            (messages[: index + 1], message.get("train", True))
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        shown = [(self._shown(until), learned) for until, learned in replies]
+            return [self._plain_conversation(sample_id, messages, learned, trained_on)]
+        replies = [self._shown(messages[: number + 1], number in learned) for number in _assistants(messages)]
         whole = self._render(messages, add_generation_prompt=False)
-        to_learn = [reply for reply, learned in shown if learned]
-        if not to_learn or all(whole.startswith(reply.settled_text) for reply, _ in shown):
-            return [self._sample(sample_id, whole, [span for reply in to_learn for span in reply.spans])]
-        return _numbered([self._sample(sample_id, reply.text, reply.spans) for reply in to_learn])
+        if not learned or all(whole.startswith(reply.settled_text) for reply in replies):
+            return [self._sample(sample_id, whole, replies if learned else [], trained_on)]
+        to_learn = [reply for reply in replies if reply.is_learned]
+        return numbered([self._sample(sample_id, reply.text, [reply], trained_on) for reply in to_learn])
 
     def _check_turns(self, messages: Sequence[Message]) -> None:
         """Check that each turn would be learned as a whole.
 
         Raises:
-            ValueError: a thought that the template does not read, or an end mark in a reply.
+            ValueError: a turn holds what the template does not show, or a reply has an end mark in it.
         """
+        self.fields.shown(messages)
+        self.check_tool_turns(messages)
         for number, message in enumerate(messages):
-            if "reasoning_content" in message and "reasoning_content" not in (self.text or ""):
-                raise ValueError(f"turn {number} has a thought, and the chat template does not read reasoning_content")
             if message["role"] != "assistant":
                 continue
             inside = next((mark for mark in self._end_marks if mark in message["content"]), None)
@@ -187,19 +149,49 @@ class ChatTemplate(PromptTemplate):
         ids = self.plain_ids(text)
         return TokenizedSample(sample_id, ids, [index > 0 for index in range(len(ids))])
 
-    def _sample(self, sample_id: str, text: str, spans: Sequence[Span]) -> TokenizedSample:
+    def _sample(
+        self, sample_id: str, text: str, replies: Sequence["_ShownReply"], trained_on: TrainedOn
+    ) -> TokenizedSample:
         ids, offsets = self.ids_and_offsets(text)
-        return TokenizedSample(sample_id, ids, reply_mask(Encoded(text, ids, offsets), spans, self.eos_ids))
+        encoded = Encoded(text, ids, offsets)
+        kinds, mask = bytearray(len(ids)), [False] * len(ids)
+        for reply in replies:
+            for index, own in enumerate(reply_mask(encoded, reply.spans, self.eos_ids)):
+                if own:
+                    kinds[index] = kind = reply.kind_at(offsets[index][1] - 1)
+                    mask[index] = reply.is_learned and kind in trained_on.kinds
+        return TokenizedSample(sample_id, ids, mask, bytes(kinds), "tools" in self._args)
 
-    def _shown(self, messages: Sequence[Message]) -> "_ShownReply":
+    def _shown(self, messages: Sequence[Message], is_learned: bool) -> "_ShownReply":
         """The last message's reply as the template shows it at the end of a conversation."""
         text, blocks = self._render_with_blocks(messages)
         head, tail = around_reply(self, messages[:-1])
         stop = len(text) - (len(tail) if text.endswith(tail) else _num_shared(reversed(text), reversed(tail)))
         start = self._reply_start(messages, text, head)
-        learned = [Span(start, stop)] if blocks is None else _shared_parts(Span(start, stop), blocks)
+        spans = [Span(start, stop)] if blocks is None else _shared_parts(Span(start, stop), blocks)
         end_mark = self._end_mark_pattern.match(text, stop)
-        return _ShownReply(text, learned, text[: end_mark.end() if end_mark else stop])
+        settled = text[: end_mark.end() if end_mark else stop]
+        words = self._words_start(messages, text, start)
+        return _ShownReply(text, spans, settled, is_learned, words, self._calls_start(messages, text, words, tail))
+
+    def _words_start(self, messages: Sequence[Message], text: str, start: int) -> int:
+        """Where the words of a reply begin: behind its thought and what the template writes around that."""
+        if "reasoning_content" not in messages[-1]:
+            return start
+        head, _ = around_reply(self, messages[:-1], thought=messages[-1]["reasoning_content"])
+        return max(start, _num_shared(text, head))
+
+    def _calls_start(self, messages: Sequence[Message], text: str, words: int, tail: str) -> int:
+        """Where the tool calls of a reply begin: behind what the template writes for the same reply without them."""
+        if "tool_calls" not in messages[-1]:
+            return len(text)
+        without = Message(role="assistant", content=messages[-1]["content"])
+        if "reasoning_content" in messages[-1]:
+            without["reasoning_content"] = messages[-1]["reasoning_content"]
+        with contextlib.suppress(TemplateRefusal):
+            body = self._render([*messages[:-1], without], add_generation_prompt=False).removesuffix(tail)
+            return max(words, _num_shared(text, body))
+        return words
 
     def _reply_start(self, messages: Sequence[Message], text: str, head: str) -> int:
         """Where a reply begins: behind what the template writes before any content, and behind what the target reads before it replies.
@@ -229,7 +221,7 @@ class ChatTemplate(PromptTemplate):
             return self._render(messages, add_generation_prompt=False), None
         try:
             rendered = render_jinja_template(
-                [shown_fields(messages)],
+                [self.fields.shown(messages)],
                 chat_template=self.text,
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self._args},
@@ -240,9 +232,11 @@ class ChatTemplate(PromptTemplate):
         [text], [blocks] = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
         return text, [Span(start, stop) for start, stop in blocks]
 
-    def _plain_conversation(self, sample_id: str, messages: Sequence[Message]) -> TokenizedSample:
+    def _plain_conversation(
+        self, sample_id: str, messages: Sequence[Message], learned: Sequence[int], trained_on: TrainedOn
+    ) -> TokenizedSample:
         ids: list[int] = []
-        mask: list[bool] = []
+        kinds, mask = bytearray(), []
         for number, message in enumerate(messages):
             between = encoded(self.tokenizer, "\n", special=False) if number else []
             own = (
@@ -250,10 +244,11 @@ class ChatTemplate(PromptTemplate):
                 if number
                 else self.plain_ids(message["content"])
             )
-            learned = message["role"] == "assistant" and bool(message.get("train", True))
+            kind = Kind.REPLY if message["role"] == "assistant" else Kind.ASKED
             ids += between + own
-            mask += [False] * len(between) + [learned] * len(own)
-        return TokenizedSample(sample_id, ids, mask)
+            kinds += bytes(len(between)) + bytes([kind]) * len(own)
+            mask += [False] * len(between) + [number in learned and kind in trained_on.kinds] * len(own)
+        return TokenizedSample(sample_id, ids, mask, bytes(kinds))
 
 
 @dataclass(frozen=True)
@@ -264,11 +259,33 @@ class _ShownReply:
         text: the rendered conversation.
         spans: the reply's place in it; of a template with generation blocks, the parts that lie in one.
         settled_text: the text up to the reply's end mark, which no later turn should change.
+        is_learned: whether the reply is to be learned from.
+        words_start: where its thought ends.
+        calls_start: where its tool calls begin.
     """
 
     text: str
     spans: list[Span]
     settled_text: str
+    is_learned: bool
+    words_start: int
+    calls_start: int
+
+    def kind_at(self, place: int) -> Kind:
+        """The kind of a character of the reply; its end token is of the kind before it."""
+        if place < self.words_start:
+            return Kind.THOUGHT
+        return Kind.REPLY if place < self.calls_start else Kind.TOOL_CALL
+
+
+def _assistants(messages: Sequence[Message]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _learned(messages: Sequence[Message], trained_on: TrainedOn) -> list[int]:
+    """The numbers of the assistant's turns that are learned from."""
+    learned = [number for number in _assistants(messages) if messages[number].get("train", True)]
+    return learned[-1:] if trained_on.last_turn_only else learned
 
 
 def _num_shared(first: Iterable[str], second: Iterable[str]) -> int:
@@ -308,80 +325,6 @@ def chat_of(
     """
     ends = read_end_tokens(target, revision, tokenizer, trust_remote_code)
     return ChatTemplate(tokenizer, template, ends, options)
-
-
-def from_turns(sample_id: str, turns: Sequence[Turn]) -> TokenizedSample:
-    """Make a sample from ids as they were read and generated, nothing encoded again.
-
-    Example: turns `([1, 2], [3])` and `([1, 2, 3, 4], [5, 6])` give ids `[1, 2, 3, 4, 5, 6]` and the mask `001011`.
-
-    Args:
-        sample_id: the sample's id.
-        turns: of one conversation.
-
-    Returns:
-        The sample; the replies are trained on.
-
-    Raises:
-        ValueError: a turn's prompt does not continue the turn before it.
-    """
-    ids: list[int] = []
-    mask: list[bool] = []
-    for number, turn in enumerate(turns):
-        if turn.prompt_ids[: len(ids)] != ids:
-            raise ValueError(f"sample {sample_id}: the prompt of turn {number} does not begin with the turns before it")
-        new = len(turn.prompt_ids) - len(ids)
-        ids = turn.prompt_ids + turn.reply_ids
-        mask += [False] * new + [True] * len(turn.reply_ids)
-    return TokenizedSample(sample_id, ids, mask)
-
-
-def samples_from_turns(
-    sample_id: str, turns: Sequence[Turn], begun_anew: Collection[int] = ()
-) -> list[TokenizedSample]:
-    """As `from_turns`, with a new sample at each turn of `begun_anew`, whose prompt need not continue the turn before it.
-
-    The first one has the conversation's id, the others `ID#1`, `ID#2`, ...
-
-    Args:
-        sample_id: the conversation's id.
-        turns: of the conversation.
-        begun_anew: numbers of turns, from 0.
-
-    Returns:
-        The samples.
-
-    Raises:
-        ValueError: another turn's prompt does not continue the turn before it.
-    """
-    groups: list[list[Turn]] = []
-    for number, turn in enumerate(turns):
-        if number in begun_anew or not groups:
-            groups.append([])
-        groups[-1].append(turn)
-    return _numbered([from_turns(sample_id, group) for group in groups])
-
-
-def _numbered(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
-    """Samples of one conversation, each with an id of its own."""
-    return [
-        replace(sample, id=f"{sample.id}#{number}" if number else sample.id) for number, sample in enumerate(samples)
-    ]
-
-
-def cut(sample: TokenizedSample, max_length: int) -> TokenizedSample:
-    """Cut a sample to a length.
-
-    Args:
-        sample: whole.
-        max_length: in tokens.
-
-    Returns:
-        Its first `max_length` tokens.
-    """
-    if len(sample.input_ids) <= max_length:
-        return sample
-    return replace(sample, input_ids=sample.input_ids[:max_length], loss_mask=sample.loss_mask[:max_length])
 
 
 def no_labels(sample: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> ValueError:

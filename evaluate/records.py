@@ -25,6 +25,7 @@ class Sample:
         sub_category: a part of the category; None where the file names none.
         difficulty: as the prompt file names it; None where it names none.
         turn: the reply's place in its conversation, from 1.
+        modes: in which the prompt asks for its reply, such as `thinking` and `tools`.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Sample:
     sub_category: str | None = None
     difficulty: str | None = None
     turn: int = 1
+    modes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

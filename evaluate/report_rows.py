@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from draftsmith.data.chats.modes import NOT_THINKING
 from draftsmith.decode.batch import busy_share
 from draftsmith.evaluate.exactness import compare, with_gaps
 from draftsmith.evaluate.records import Divergence, Row, Sample, Slice, Timed
@@ -197,15 +198,18 @@ def _transformers_share(
 def _slices(
     replies: Mapping[int, Decoded], samples: Sequence[Sample], own: Track, base: Track, setting: Setting
 ) -> tuple[Slice, ...]:
-    """By source, turn and the labels of a benchmark, and looping replies apart from the others; a split into one part is left out."""
+    """By source, turn, mode and the labels of a benchmark, and looping replies apart from the others.
+
+    A split into one part is left out, but a mode other than not thinking is named all the same.
+    """
     loops = looping_samples(replies, setting.eos_token_ids)
     groups: dict[tuple[str, str], list[int]] = {}
     for number in sorted(replies):
-        for by, value in _parts_of(samples[number], number in loops).items():
+        for by, value in _parts_of(samples[number], number in loops):
             groups.setdefault((by, value), []).append(number)
     parts = []
     for (by, value), numbers in groups.items():
-        if len(numbers) < len(replies):
+        if len(numbers) < len(replies) or (by == "mode" and value != NOT_THINKING):
             decoded = [replies[number] for number in numbers]
             # a batch mixes prompts: seconds belong to a part only where each prompt was decoded alone
             gain = speedup(own, base, numbers) if setting.batch_size == 1 else None
@@ -215,12 +219,16 @@ def _slices(
     return tuple(sorted(parts, key=lambda part: (part.by, part.value)))
 
 
-def _parts_of(sample: Sample, looping: bool) -> dict[str, str]:
-    """The parts of the prompts that a sample belongs to. Its category, with which a source may end, has tables of its own."""
+def _parts_of(sample: Sample, looping: bool) -> list[tuple[str, str]]:
+    """The parts of the prompts that a sample belongs to, which may be in several modes.
+
+    Its category, with which a source may end, has tables of its own.
+    """
     source = sample.source.removesuffix(f"/{sample.category}")
     labels = {"sub-category": sample.sub_category, "difficulty": sample.difficulty}
     parts = {by: value for by, value in labels.items() if value is not None}
-    return {"source": source, "turn": str(sample.turn), "looping": "yes" if looping else "no"} | parts
+    parts |= {"source": source, "turn": str(sample.turn), "looping": "yes" if looping else "no"}
+    return [*parts.items(), *(("mode", mode) for mode in sample.modes)]
 
 
 def _by_category(

@@ -12,13 +12,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.data.benchmark_fields import benchmark_fields
+from draftsmith.data.chats.modes import modes
+from draftsmith.data.chats.reply_marks import ReplyMarks, marks_of
+from draftsmith.data.chats.tool_calls import read_tools
 from draftsmith.data.corpus import token_ids
 from draftsmith.data.formats import row_id
-from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
+from draftsmith.data.prompt_ids import chat_for, check_prompt, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, Prompt, PromptSelection, read_prompts, read_question_set, say_dropped
 from draftsmith.data.replies.dialogues import Dialogue
 from draftsmith.data.replies.reply_sources import Reply
-from draftsmith.data.seams import check_turns
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.records import Sample
 from draftsmith.files import read_jsonl
@@ -82,7 +84,10 @@ class Questions:
                 if dialogue.next_ids is not None:
                     turn, first = len(dialogue.turns) + 1, samples[number].id.removesuffix(f"/{len(dialogue.turns)}")
                     ids = tuple(dialogue.next_ids)
-                    samples.append(replace(samples[number], id=f"{first}/{turn}", prompt_ids=ids, turn=turn))
+                    own_modes = _modes(ids, bool(dialogue.prompt.tools), self.chat.marks)
+                    samples.append(
+                        replace(samples[number], id=f"{first}/{turn}", prompt_ids=ids, turn=turn, modes=own_modes)
+                    )
                     if turn < len(dialogue.prompt.user_turns()):
                         following.append((len(samples) - 1, dialogue))
             waiting = following
@@ -194,7 +199,8 @@ def _read(
                 f"{file} has token ids, which no template renders; leave template_name and template_args out"
             )
         rows = read_jsonl(file, dropped)
-        converted = (_or_dropped(_from_ids, (line, row), f"{file}:{line}", dropped) for line, row in rows)
+        marks = marks_of(tokenizer, template)
+        converted = (_or_dropped(_from_ids, (line, row, marks), f"{file}:{line}", dropped) for line, row in rows)
     else:
         is_benchmark = kind is None and _is_benchmark(file)
         prompts = (read_question_set if is_benchmark else read_prompts)(file, split, dropped)[:limit]
@@ -246,17 +252,24 @@ def _asked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _from_prompt(prompt: Prompt, chat: ChatTemplate) -> Sample:
     if len(prompt.user_turns()) > 1:
-        check_turns(chat, prompt.user_turns())
+        check_prompt(prompt, chat)
     labels = prompt.category, prompt.sub_category, prompt.difficulty
-    return Sample(prompt.id, prompt.source, tuple(first_prompt_ids(prompt, chat)), *labels)
+    ids = tuple(first_prompt_ids(prompt, chat))
+    return Sample(prompt.id, prompt.source, ids, *labels, modes=_modes(ids, bool(prompt.tools), chat.marks))
 
 
-def _from_ids(line: int, row: Mapping[str, Any]) -> Sample:
+def _modes(ids: Sequence[int], has_tools: bool, marks: ReplyMarks) -> tuple[str, ...]:
+    """The modes in which a prompt asks for its reply."""
+    return modes(marks.asks_for_thought(ids), has_tools, len(ids))
+
+
+def _from_ids(line: int, row: Mapping[str, Any], marks: ReplyMarks) -> Sample:
     ids = token_ids(_asked(row), "prompt_ids")
     if not ids:
         raise UnusableRow("prompt_ids is empty")
     source = next((row[name] for name in ("source", "kind") if isinstance(row.get(name), str)), "prompts")
-    return Sample(row_id(row, f"line-{line}"), source, tuple(ids), **benchmark_fields(row))
+    own_modes = _modes(ids, bool(read_tools(row)), marks)
+    return Sample(row_id(row, f"line-{line}"), source, tuple(ids), **benchmark_fields(row), modes=own_modes)
 
 
 def readable_by(target: Target, samples: list[Sample]) -> list[Sample]:

@@ -26,7 +26,9 @@ from draftsmith.data.cache.features import features, features_of_engine, num_emb
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.cache.sharded_extraction import Features, follow, leading, process_group
 from draftsmith.data.cache.shared_survey import shared_survey
+from draftsmith.data.cache.show import assistant_tokens
 from draftsmith.data.cache.verify_cache import compare, verify
+from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
 from draftsmith.data.shards.eight_bit import stored_dtype
@@ -103,6 +105,7 @@ def extract(
     where: Annotated[PlacementOptions, FLAT] = ANYWHERE,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
     engine: Annotated[EngineOptions, FLAT] = NO_ENGINE,
+    trained_on: Annotated[TrainedOn, FLAT] = EVERYTHING,
 ) -> None:
     """Runs the target over samples and stores its hidden states, or stores those that a serving engine computed.
 
@@ -121,6 +124,7 @@ def extract(
         where: Where the target runs; see `PlacementOptions`.
         rendering: The chat template; see `TemplateChoice`.
         engine: States of a serving engine; see `EngineOptions`.
+        trained_on: What of the assistant's turns is trained on; see `TrainedOn`.
     """
     where = where.placed()
     target_dtype = where.resolve_dtype(target, target_dtype)
@@ -133,7 +137,7 @@ def extract(
         if worker is None:
             return  # the first process writes what this one has helped to compute
         tokenizer = where.tokenizer(target)
-        corpus = _corpus(source, split, worker, tokenizer, storage, where, rendering)
+        corpus = _corpus(source, split, worker, tokenizer, storage, where, rendering, trained_on)
         rendered_by = rendering_fingerprint(tokenizer, rendering.template, rendering.options)
         with _explaining_a_full_disk(out):
             survey = _survey(corpus, tokenizer_fingerprint(tokenizer), rendered_by, out, worker.share)
@@ -143,10 +147,7 @@ def extract(
                 tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
                 template_fingerprint=rendered_by,
                 template_args=rendering.as_text,
-                source=corpus.fingerprint,
-                split=split,
-                mask=survey.mask,
-                max_length=corpus.max_length,
+                **_identity_of_text(corpus, survey),
                 states_from=None if engine.states is None else "engine",
             )
             manifest = _make(CacheFolder(out), worker.share, corpus, survey, identity, worker.compute)
@@ -271,6 +272,7 @@ def _corpus(
     storage: StorageOptions,
     where: PlacementOptions,
     rendering: TemplateChoice,
+    trained_on: TrainedOn,
 ) -> Corpus:
     """The samples of the source.
 
@@ -283,7 +285,7 @@ def _corpus(
     length = sample_length(storage.max_length, ends.max_positions, ends.name)
     revision, trust = where.revision, where.trust_remote_code
     chat = partial(chat_of, ends.name, tokenizer, rendering.template, revision, trust, rendering.options)
-    corpus = Corpus(source, chat, split, length, ends.vocab_size)
+    corpus = Corpus(source, chat, split, length, ends.vocab_size, trained_on)
     corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
     return corpus
 
@@ -320,6 +322,17 @@ def _identity_of_forwards(ends: TargetEnds, storage: StorageOptions) -> CacheIde
     )
 
 
+def _identity_of_text(corpus: Corpus, survey: Survey) -> dict[str, Any]:
+    """What an identity holds of the samples."""
+    return {
+        "source": corpus.fingerprint,
+        "split": corpus.split,
+        "mask": survey.mask,
+        "max_length": corpus.max_length,
+        "trained_on": corpus.trained_on.as_text,
+    }
+
+
 def _make(
     folder: CacheFolder, share: Share, corpus: Corpus, survey: Survey, identity: CacheIdentity, compute: Features
 ) -> Manifest:
@@ -347,6 +360,7 @@ def _report(out: Path, manifest: Manifest, share: Share, survey: Survey) -> None
         f"in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}: {out}; "
         f"{manifest.num_cut} samples cut; {summary(survey.dropped)}\n{footprint(manifest)}"
     )
+    print(assistant_tokens(manifest))
     if survey.num_begun_anew:
         print(begun_anew(survey.num_begun_anew))
 
@@ -356,7 +370,11 @@ def _survey(corpus: Corpus, tokenizer: str, rendered_by: str, out: Path, share: 
     if share.world_size == 1:
         return corpus.survey()
     settings = repr(
-        ("samples", corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, tokenizer, rendered_by)
+        (
+            "samples",
+            *(corpus.fingerprint, corpus.split, corpus.max_length, corpus.vocab_size, corpus.trained_on.as_text),
+            *(tokenizer, rendered_by),
+        )
     )
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return shared_survey(corpus, out / f"{SURVEY_PREFIX}{key}", share)
@@ -370,6 +388,9 @@ def _empty_manifest(identity: CacheIdentity, survey: Survey) -> Manifest:
         num_labelled=survey.num_labelled,
         num_dropped=len(survey.dropped),
         num_cut=survey.num_cut,
+        trained_tokens=survey.trained_tokens,
+        read_tokens=survey.read_tokens,
+        modes=survey.modes,
     )
 
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.chats.modes import MODES
+from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.shards.manifest import MANIFEST_FILE, Manifest
 from draftsmith.data.tokens import TokenizedSample, chat_of
@@ -35,10 +37,12 @@ def show(
     split: str | None = None,
     where: Annotated[TokenizerOptions, FLAT] = OWN_FILES,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
+    trained_on: Annotated[TrainedOn, FLAT] = EVERYTHING,
 ) -> None:
-    """Prints samples with the tokens that are not trained on dimmed, and the share that is trained on.
+    """Prints samples with the tokens that are not trained on dimmed, and counts those that are trained on.
 
-    Where the output is no terminal, the tokens that are trained on are between « and ».
+    The counts tell replies, tool calls and thoughts apart. Where the output is no terminal, the tokens that are trained on are between
+    « and ».
 
     Args:
         source: A hidden-state cache, a folder of replies, or a JSONL file of conversations.
@@ -49,6 +53,7 @@ def show(
         split: Show samples of this split only (not for a cache, which holds one).
         where: How the target's files are read; see `TokenizerOptions`.
         rendering: The chat template; see `TemplateChoice`.
+        trained_on: What of the assistant's turns is trained on (not for a cache, which says so); see `TrainedOn`.
 
     Raises:
         ValueError: the numbers are out of range, nothing names the tokenizer, or there is no such sample.
@@ -60,14 +65,17 @@ def show(
         raise ValueError(f"{source} does not name its tokenizer; give the target with --target")
     name = target or Manifest.load(source).identity.target
     tokenizer = where.tokenizer(name)
+    console = Console()
     if is_cache:
+        if trained_on != EVERYTHING:
+            raise ValueError(f"{source} is a cache, which says what is trained on; leave the options for that out")
         samples: Iterator[TokenizedSample | Dropped] = _cached(source, index, count)
+        _print_kinds(console, Manifest.load(source))
     else:
         revision, trust = where.revision, where.trust_remote_code
         chat = partial(chat_of, name, tokenizer, rendering.template, revision, trust, rendering.options)
-        corpus = Corpus(source, chat, split, _NO_LIMIT)
+        corpus = Corpus(source, chat, split, _NO_LIMIT, trained_on=trained_on)
         samples = itertools.islice(corpus.read(), index, index + count)
-    console = Console()
     dropped: list[Dropped] = []
     shown = 0
     for sample in samples:
@@ -97,7 +105,9 @@ def render(
     """
     total, labelled = len(sample.input_ids), sample.num_labelled
     share = f"{labelled / total:.0%}" if total else "none"
-    text = Text(f"{visible(sample.id)}: {total} tokens, {labelled} trained on ({share})\n", style="bold")
+    counts = sample.counts
+    kinds = f": {counts.words}" if counts.read or counts.trained.keys() - {"replies"} else ""
+    text = Text(f"{visible(sample.id)}: {total} tokens, {labelled} trained on ({share}){kinds}\n", style="bold")
     for kept, ids in _runs(sample.input_ids, sample.loss_mask):
         piece = "│".join(str(tokenizer.decode([token])) for token in ids) if tokens else str(tokenizer.decode(ids))
         text.append(
@@ -107,6 +117,29 @@ def render(
         if tokens:
             text.append("│", style="not bold dim")
     return text.append("\n")
+
+
+def _print_kinds(console: Console, manifest: Manifest) -> None:
+    """The counts of a whole cache, where it has more than replies."""
+    if manifest.read_tokens or manifest.trained_tokens.keys() - {"replies"}:
+        console.print(Text(assistant_tokens(manifest) + "\n"), soft_wrap=True)
+
+
+def assistant_tokens(manifest: Manifest) -> str:
+    """Say how many of a cache's tokens are of each kind, and in which modes they are.
+
+    Args:
+        manifest: of the cache.
+
+    Returns:
+        One line, such as `the assistant's tokens: replies 12, thoughts 9 (read only); trained on by mode: thinking 12`.
+    """
+    if not manifest.trained_tokens:
+        count = f"the assistant's tokens: {manifest.num_labelled:,} trained on"
+        return f"{count}; this cache does not tell replies, tool calls and thoughts apart"
+    kinds = KindCounts(manifest.trained_tokens, manifest.read_tokens).words
+    modes = ", ".join(f"{name} {manifest.modes[name]:,}" for name in MODES if manifest.modes.get(name))
+    return f"the assistant's tokens: {kinds}; trained on by mode: {modes}"
 
 
 def _runs(ids: Sequence[int], mask: Iterable[bool]) -> Iterator[tuple[bool, list[int]]]:

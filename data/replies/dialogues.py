@@ -14,7 +14,10 @@ from itertools import islice
 from typing import Any
 
 from draftsmith.data.benchmark_fields import benchmark_fields
+from draftsmith.data.chats.messages import as_row
+from draftsmith.data.chats.modes import MODES, modes_of_reply
 from draftsmith.data.formats import Message
+from draftsmith.data.prompt_ids import chat_of_prompt
 from draftsmith.data.prompts import Prompt
 from draftsmith.data.replies.reply_plan import Plan
 from draftsmith.data.replies.reply_sources import (
@@ -27,7 +30,7 @@ from draftsmith.data.replies.reply_sources import (
     Unanswered,
 )
 from draftsmith.data.replies.source_settings import settle
-from draftsmith.data.seams import History
+from draftsmith.data.seams import History, replaces_reply
 from draftsmith.data.tokens import ChatTemplate, Turn
 from draftsmith.decode.sampling import GenerationSettings
 
@@ -57,6 +60,7 @@ class Dialogue:
         messages: the turns so far, as text.
         turns: the exchanges so far, as token ids.
         begun_anew: the turns before which the template rewrote earlier turns: their prompts do not continue the turn before.
+        modes: those that a reply so far was in.
     """
 
     prompt: Prompt
@@ -64,6 +68,7 @@ class Dialogue:
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     begun_anew: list[int] = field(default_factory=list)
+    modes: set[str] = field(default_factory=set)
     _history: History | None = None
 
     @property
@@ -82,18 +87,26 @@ class Dialogue:
         ids = self.next_ids or []
         full = context is not None and len(ids) + len(reply.token_ids) >= context and reply.finish == "length"
         self.turns.append(Turn(ids, reply.token_ids, "context" if full else reply.finish))
+        self.modes.update(modes_of_reply(chat.marks.kinds(ids, reply.token_ids), bool(self.prompt.tools), len(ids)))
         self.next_ids = None
         users = self.prompt.user_turns()
         done = len(self.turns)
         if self.prompt.text is None:
             # A NUL, which byte-level models may generate, is no text to readers of rows; the ids keep it.
             text = str(chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)).replace("\0", "\ufffd")
+            if replaces_reply(users[done - 1]):
+                self.messages.pop()
             self.messages += [*users[done - 1], Message(role="assistant", content=text)]
         if full or done >= len(users):
             return
         if self._history is None:
-            self._history = History(chat, users[0])
-        longer = self._history.next_prompt_ids(ids, reply.token_ids, users[done])
+            self._history = History(chat_of_prompt(self.prompt, chat), users[0])
+        if replaces_reply(users[done]):
+            longer = self._history.replaced_prompt_ids(users[done])
+        else:
+            longer = self._history.next_prompt_ids(ids, reply.token_ids, users[done])
+        if longer is None:
+            return
         if context is not None and len(longer) >= context:
             self.turns[-1] = replace(self.turns[-1], finish="context")
             return
@@ -103,7 +116,7 @@ class Dialogue:
             self.begun_anew.append(done)
 
     def row(self, settings: GenerationSettings) -> dict[str, Any]:
-        """The row that is written; it has `begun_anew` only where there is such a turn.
+        """The row that is written; it has `begun_anew` only where there is such a turn, and tools and variables where the prompt has them.
 
         Args:
             settings: of generation.
@@ -112,14 +125,19 @@ class Dialogue:
             The row's fields.
         """
         anew = {"begun_anew": self.begun_anew} if self.begun_anew else {}
+        extras = {
+            name: self.prompt.fields()[name] for name in ("tools", "chat_template_kwargs") if getattr(self.prompt, name)
+        }
         return {
             "id": self.prompt.id,
-            "messages": self.messages,
+            "messages": [as_row(message) for message in self.messages],
             "turns": [asdict(turn) for turn in self.turns],
             "source": self.prompt.source,
             "split": self.prompt.split,
             **benchmark_fields(self.prompt.fields()),
+            "modes": [mode for mode in MODES if mode in self.modes],
             "settings": asdict(settings),
+            **extras,
             **anew,
         }
 

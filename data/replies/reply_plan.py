@@ -9,9 +9,8 @@ from array import array
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from draftsmith.data.prompt_ids import first_prompt_ids
+from draftsmith.data.prompt_ids import check_prompt, first_prompt_ids
 from draftsmith.data.prompts import Prompt
-from draftsmith.data.seams import check_turns
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.json_rows import Dropped
@@ -161,8 +160,7 @@ def _fitting_ids(prompt: Prompt, chat: ChatTemplate, context: int | None) -> lis
         ValueError: the prompt, or a later turn of it, cannot be answered; the message is the reason.
     """
     ids = first_prompt_ids(prompt, chat)
-    if prompt.text is None:
-        check_turns(chat, prompt.user_turns())  # better left out now than a failure when hours of replies are there
+    check_prompt(prompt, chat)  # better left out now than a failure when hours of replies are there
     if not ids:
         raise ValueError("the prompt has no token")
     if context is not None and len(ids) >= context:

@@ -20,7 +20,19 @@ MANIFEST_FILE = "manifest.json"
 _NOT_COMPARED = ("target", "target_revision", "vocab_size")
 _REMEDY = "copy the cache again, or extract it again"
 # Fields that caches of earlier versions lack.
-_LATER = frozenset({"lengths_sha256", "target_quantization", "vocab_size", "template_args", "states_from"})
+_LATER = frozenset(
+    {
+        "lengths_sha256",
+        "target_quantization",
+        "vocab_size",
+        "template_args",
+        "states_from",
+        "trained_on",
+        "trained_tokens",
+        "read_tokens",
+        "modes",
+    }
+)
 _STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3")
 _LARGEST_COUNT = 2**62
 
@@ -52,6 +64,7 @@ class CacheIdentity:
         vocab_size: token ids that the target can read; None in caches of earlier versions.
         template_args: the chat template's variables as JSON, None for none.
         states_from: `engine` where a serving engine computed the states; None where the target ran here.
+        trained_on: what of the assistant's turns is trained on, in words; None for everything.
     """
 
     target: str
@@ -74,6 +87,7 @@ class CacheIdentity:
     vocab_size: int | None = None
     template_args: str | None = None
     states_from: str | None = None
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,9 @@ class Manifest:
         complete: True from the last shard on.
         lengths_sha256: of `lengths.safetensors`; None while the cache is incomplete and where an earlier version made it.
         shards: in order; while the cache is being made, some may be missing between them.
+        trained_tokens: tokens that are trained on, by kind (`replies`, `tool_calls`, `thoughts`); empty in caches of earlier versions.
+        read_tokens: tokens of the assistant that are only read, by kind.
+        modes: tokens that are trained on, by mode of their sample, which may be in several.
     """
 
     identity: CacheIdentity
@@ -122,6 +139,9 @@ class Manifest:
     complete: bool = False
     lengths_sha256: str | None = None
     shards: tuple[ShardRecord, ...] = field(default=())
+    trained_tokens: dict[str, int] = field(default_factory=dict)
+    read_tokens: dict[str, int] = field(default_factory=dict)
+    modes: dict[str, int] = field(default_factory=dict)
 
     def with_shard(self, shard: ShardRecord) -> "Manifest":
         """Add one more shard.
@@ -296,6 +316,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT
 
 
+def _are_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
 def _are_texts(value: object) -> bool:
     return (
         isinstance(value, list)
@@ -315,6 +339,7 @@ _RULES: dict[Any, _Rule] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     tuple[str, ...]: (_are_texts, "a list of texts, each once"),
     tuple[ShardRecord, ...]: (lambda value: isinstance(value, list), "a list of objects"),
+    dict[str, int]: (_are_counts, "an object of whole numbers, 0 or more"),
     CacheIdentity: (lambda value: isinstance(value, dict), "an object"),
 }
 # Fields with a rule beyond their type.

@@ -43,6 +43,7 @@ from draftsmith.evaluate.doctor.case import (
     with_states,
 )
 from draftsmith.evaluate.doctor.labels import check_labels, check_loops, check_own_text, check_vocabulary, shown_samples
+from draftsmith.evaluate.doctor.modes import check_mode
 from draftsmith.evaluate.doctor.overfit import check_overfit
 from draftsmith.evaluate.doctor.overlap import (
     check_duplicates,
@@ -86,6 +87,7 @@ CHECKS: dict[str, Check] = {
     "draft-length": check_draft_length,
     "temperature": check_temperature,
     "prompt-length": check_prompt_length,
+    "mode": check_mode,
 }
 """The checks that need nothing but the case, in their order; `overfit` and READS_TEXT follow."""
 NAMES = (*CHECKS, "overfit", *READS_TEXT)

@@ -6,34 +6,26 @@ not know: replies, masks, files of prompts.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.models.files.end_tokens import end_tokens
 from draftsmith.models.files.fingerprint import template_fingerprint
+from draftsmith.models.target.template_fields import PROBE, RENDERING_ERRORS, TemplateFields, TemplateRefusal, refusal
 
 NO_TEMPLATE = "none"
 _DEFAULT_NAME = "default"
-# What a message may hold for a template to show; everything else of it is for us.
-_SHOWN_FIELDS = ("role", "content", "reasoning_content")
 # Variables that templates read and that are also named in the signature of `apply_chat_template`.
 _PASSED_ON = frozenset({"tools", "documents"})
 _RESERVED = {"messages"} | inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - _PASSED_ON
-# What a template may raise on messages that it was not written for.
-RENDERING_ERRORS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, ValueError)
-
-
-class TemplateRefusal(ValueError):
-    """A chat template that fails on messages: they break its rules, or it has a mistake."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +118,7 @@ class PromptTemplate:
         self.text = _template_text(tokenizer, template, options.template_name)
         self.eos_ids = frozenset(eos_ids) or frozenset(end_tokens(tokenizer=tokenizer))
         self._args = dict(options.template_args or {})
+        self.fields = TemplateFields(self.text, self._rendered)
         self._check_args()
 
     @property
@@ -140,7 +133,7 @@ class PromptTemplate:
         if self.text is None and self._args:
             raise ValueError(f"template_args is {self._args!r:.80}, but plain text has no template; leave it out")
         for name in self._args:
-            if not re.search(rf"\b{name}\b", self.text or ""):
+            if not self.fields.reads_variable(name):
                 raise ValueError(
                     f"template_args names {name!r}, which does not occur in the chat template; correct the name, or leave it out"
                 )
@@ -158,7 +151,7 @@ class PromptTemplate:
             TemplateRefusal: the template fails on these messages.
         """
         if self.text is None:
-            return self.plain_ids("\n".join(str(m["content"]) for m in messages))
+            return self.plain_ids("\n".join(str(m["content"]) for m in self.fields.shown(messages)))
         return self._encode(self._render(messages, add_generation_prompt=True))
 
     def plain_ids(self, text: str) -> list[int]:
@@ -185,22 +178,64 @@ class PromptTemplate:
         """
         return self.plain_ids(first_words(text, num_words))
 
+    def for_row(self, tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Self:
+        """Give the template what one row says of it beside its messages.
+
+        Args:
+            tools: definitions of the tools that may be called.
+            variables: of the template; they come before those of the command.
+
+        Returns:
+            The template with both; itself where there is neither.
+
+        Raises:
+            TemplateRefusal: the template does not read them.
+        """
+        given = dict(variables) | ({"tools": list(tools)} if tools else {})
+        for name in given:
+            if name in _RESERVED or not self.fields.reads_variable(name):
+                what = "tools" if name == "tools" else f"the variable {name!r} in chat_template_kwargs"
+                raise TemplateRefusal(f"the row has {what}, and {self.fields.reader} does not read {name}")
+        if not given:
+            return self
+        row = copy.copy(self)
+        row._args = self._args | given
+        return row
+
+    def check_tool_turns(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Check that the template shows what tools gave back.
+
+        Args:
+            messages: of a conversation.
+
+        Raises:
+            TemplateRefusal: it writes the same whatever the tool said, or fails.
+        """
+        if self.text is None or not any(message["role"] == "tool" and message["content"] for message in messages):
+            return
+        others = [{**message, "content": PROBE} if message["role"] == "tool" else message for message in messages]
+        if self._render(messages, False) == self._render(others, False):
+            raise TemplateRefusal("the chat template does not show the turns of a tool; give another with --template")
+
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Render messages as text.
 
         Raises:
-            TemplateRefusal: the template fails.
+            TemplateRefusal: the template fails, or does not show what a message holds.
         """
+        return self._rendered(self.fields.shown(messages), add_generation_prompt)
+
+    def _rendered(self, shown: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                shown_fields(messages),
+                shown,
                 chat_template=self.text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self._args,
             )
         except RENDERING_ERRORS as error:
-            raise refusal(messages, error) from error
+            raise refusal(shown, error) from error
         return str(rendered)
 
     def _encode(self, rendered: str) -> list[int]:
@@ -321,34 +356,6 @@ def encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
         Token ids.
     """
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
-
-
-def shown_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the fields of messages that a template shows.
-
-    Args:
-        messages: with further fields of ours.
-
-    Returns:
-        The messages as a template gets them.
-    """
-    return [{name: message[name] for name in _SHOWN_FIELDS if name in message} for message in messages]
-
-
-def refusal(messages: Sequence[Mapping[str, Any]], error: Exception) -> TemplateRefusal:
-    """Make the error of a template that fails on messages.
-
-    Args:
-        messages: with a ``role`` each.
-        error: what the template raised.
-
-    Returns:
-        The error, to be raised.
-    """
-    roles = [message["role"] for message in messages]
-    return TemplateRefusal(
-        f"the chat template fails on turns {roles}: {error}; change the data or give another with --template"
-    )
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str | None) -> str | None:

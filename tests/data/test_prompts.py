@@ -48,7 +48,7 @@ def test_a_system_turn_is_kept_before_the_first_user_turn() -> None:
     ("row", "reason"),
     [
         ({"messages": [USER, USER]}, "where the assistant's belongs"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 0 is the tool's where the user's belongs"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "where the user's belongs"),
         ({"messages": []}, "empty or not a list"),
         ({"messages": [{"role": "user", "content": "  "}]}, "an empty turn"),

@@ -8,7 +8,7 @@ from draftsmith.data import seams
 from draftsmith.data.formats import Message
 from draftsmith.data.seams import History
 from draftsmith.data.tokens import ChatTemplate
-from draftsmith.models.target.prompt_template import TemplateRefusal
+from draftsmith.models.target.template_fields import TemplateRefusal
 
 CHAINED = [
     "turn marks",

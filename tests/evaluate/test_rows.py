@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from draftsmith.evaluate.records import Sample, Timed
@@ -67,6 +69,17 @@ def test_looping_replies_and_sources_are_reported_apart() -> None:
     assert parts["looping", "yes"].speedup == pytest.approx(4.0)
     assert parts["source", "sums"].prompts == 2
     assert row.looping_share == pytest.approx(1 / 3)
+
+
+def test_modes_are_reported_apart_and_a_prompt_may_be_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = [("thinking", "tools"), ("thinking",), ("thinking", "long")]
+    samples = [replace(sample, modes=own) for sample, own in zip(SAMPLES, modes, strict=True)]
+    monkeypatch.setitem(globals(), "SAMPLES", samples)
+    row = row_of([3.0, 2.0, 5.0], [(3, 3), (0, 0, 0, 0), (3, 3, 3, 3, 2)])
+    parts = {part.value: part for part in row.slices if part.by == "mode"}
+    assert {value: part.prompts for value, part in parts.items()} == {"thinking": 3, "tools": 1, "long": 1}
+    assert parts["long"].tokens_per_step == pytest.approx(19 / 5)
+    assert parts["thinking"].tokens_per_step == row.tokens_per_step
 
 
 def test_a_reply_that_differs_lowers_the_exact_share() -> None:

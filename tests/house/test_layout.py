@@ -49,11 +49,12 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "decode": {"verify": set(), "": {"verify"}, "hugging_face": {""}},
     "data": {
-        "": set(),
+        "chats": set(),
+        "": {"chats"},
         "shards": set(),
         "remote": {"shards"},
-        "replies": {""},
-        "cache": {"", "shards", "remote", "replies"},
+        "replies": {"", "chats"},
+        "cache": {"", "chats", "shards", "remote", "replies"},
     },
     "label": {
         "": set(),

@@ -1,0 +1,271 @@
+"""Chat turns as rows hold them, each read into one `Message`: OpenAI's, ShareGPT's and Hugging Face's spellings.
+
+Owns: what the fields of a turn mean, and the order that turns come in. A value of another type is never made into text.
+Does not know: the formats of rows, templates, tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from draftsmith.data.chats.tool_calls import call_of_text, read_calls
+from draftsmith.json_rows import UnusableRow
+
+ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+# Roles of ShareGPT rows whose text is a call.
+_CALL_ROLES = ("function_call", "tool_call")
+_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# What changes the words of a turn in a way that nothing here renders.
+_UNREAD_FIELDS = ("audio", "images", "image", "videos")
+_MEDIA_TYPES = ("image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url")
+# Who may speak next; messages name the first one.
+_NEXT = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+
+
+class Message(TypedDict):
+    """One chat turn.
+
+    Attributes:
+        role: "system", "user", "assistant" or "tool" (what a tool gave back).
+        content: the text; of a turn with other parts, its texts joined.
+        parts: the parts as they are, where one of them is no text, such as an image.
+        train: False marks an assistant turn that is read and not learned from; absent where a row does not say.
+        reasoning_content: the thought before an assistant's content; absent where there is none.
+        tool_calls: an assistant's calls, as `read_calls` makes them; absent where there are none.
+        tool_call_id: the call that a tool's turn answers, where the row says so.
+        name: the tool's, where the row says so.
+    """
+
+    role: str
+    content: str
+    parts: NotRequired[list[dict[str, Any]]]
+    train: NotRequired[bool]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+def as_row(message: Message) -> dict[str, Any]:
+    """A turn as rows hold it: its parts, if any, are its content.
+
+    Args:
+        message: the turn.
+
+    Returns:
+        The fields to write, which `read_turns` reads back.
+    """
+    fields: dict[str, Any] = dict(message)
+    if "parts" in fields:
+        fields["content"] = fields.pop("parts")
+    return fields
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a turn holds words alone.
+
+    Args:
+        message: the turn.
+
+    Returns:
+        False for a tool's turn, and for one with calls, a thought or other parts.
+    """
+    return message["role"] != "tool" and not message.keys() & {"parts", "reasoning_content", "tool_calls"}
+
+
+def read_turns(value: Any) -> list[Message]:
+    """Read chat turns in their own order, whatever it is.
+
+    Args:
+        value: of a row.
+
+    Returns:
+        The turns.
+
+    Raises:
+        UnusableRow: no list of turns, or a turn with a field that breaks its rule.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise UnusableRow("the list of turns is empty or not a list")
+    return [_turn(turn, number) for number, turn in enumerate(value)]
+
+
+def check_order(turns: Sequence[Message]) -> None:
+    """Check the turns of a whole conversation: a system turn at most at its beginning, then user and assistant in turn.
+
+    Turns of a tool follow the assistant's, and the assistant speaks after them.
+
+    Args:
+        turns: of a conversation.
+
+    Raises:
+        UnusableRow: a turn is where another's belongs.
+    """
+    before: Message | None = None
+    for number, turn in enumerate(turns):
+        role = turn["role"]
+        if not number and role == "system":
+            continue
+        allowed = _NEXT[before["role"] if before else None]
+        if before and "tool_calls" in before:
+            allowed = ("tool",)
+        if role not in allowed:
+            raise UnusableRow(f"turn {number} is the {role}'s where the {allowed[0]}'s belongs")
+        before = turn
+
+
+def is_given(turns: Sequence[Message], number: int) -> bool:
+    """Whether an assistant's turn belongs to what is asked, because a tool has answered it.
+
+    Args:
+        turns: of a conversation.
+        number: of the turn.
+
+    Returns:
+        True where a tool's turn follows it.
+    """
+    following = turns[number + 1 : number + 2]
+    return turns[number]["role"] == "assistant" and bool(following) and following[0]["role"] == "tool"
+
+
+def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | None]:
+    """Read a turn's content: text, or a list of parts.
+
+    Args:
+        value: of a row.
+        place: what errors call it.
+
+    Returns:
+        The text, joined from the parts that are text; and the parts as they are, where one is no text.
+
+    Raises:
+        UnusableRow: neither text nor a list of known parts.
+    """
+    if isinstance(value, str):
+        return value, None
+    if not isinstance(value, list | tuple):
+        raise UnusableRow(f"{place}: the content is {_kind(value)}, not text")
+    texts, parts = [], []
+    for part in value:
+        if not isinstance(part, Mapping):
+            raise UnusableRow(f"{place}: a part is {_kind(part)}, not an object")
+        kind = part.get("type")
+        if kind == "text":
+            texts.append(_text(part, "text", place))
+        elif kind not in _MEDIA_TYPES:
+            known = ", ".join(("text", *_MEDIA_TYPES))
+            raise UnusableRow(f"{place}: a part is of the type {kind!r:.80}; types are {known}")
+        parts.append({name: entry for name, entry in part.items() if entry is not None})
+    return "".join(texts), parts if len(texts) < len(parts) else None
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _text(fields: Mapping[str, Any], name: str, place: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise UnusableRow(f"{place}: field {name!r} is {_kind(value)}, not text")
+    return value
+
+
+def _turn(turn: Any, number: int) -> Message:
+    place = f"turn {number}"
+    if not isinstance(turn, Mapping):
+        raise UnusableRow(f"{place} is {_kind(turn)}, not an object")
+    name = _only(turn, ROLE_FIELDS, place)
+    role = _ROLES.get(turn[name]) if isinstance(turn[name], str) else None
+    if role is None:
+        raise UnusableRow(f"{place} has the role {turn[name]!r:.80}; roles are {', '.join(_ROLES)}")
+    for field in _UNREAD_FIELDS:
+        if turn.get(field):
+            raise UnusableRow(f"{place} has {field}, which are not read beside the content; make them parts of it")
+    message = Message(role=role, content="")
+    if turn[name] in _CALL_ROLES:
+        message["tool_calls"] = call_of_text(_text(turn, _only(turn, _CONTENT_FIELDS, place), place), place)
+    else:
+        _add_content(message, turn, place)
+    if not _is_trained(turn, role, place):
+        message["train"] = False
+    thought = _thought(turn, place)
+    if thought is not None:
+        if role != "assistant":
+            raise UnusableRow(f"{place} is the {role}'s and has a thought; only assistant turns have one")
+        message["reasoning_content"] = thought
+    if role == "tool":
+        _add_call_names(message, turn, place)
+    return message
+
+
+def _add_content(message: Message, turn: Mapping[str, Any], place: str) -> None:
+    """The content and calls of a turn. Content may be absent where there are calls."""
+    calls, role = read_calls(turn, place), message["role"]
+    if calls:
+        if role != "assistant":
+            raise UnusableRow(f"{place} is the {role}'s and has tool_calls; only assistant turns have them")
+        message["tool_calls"] = calls
+    if calls and all(turn.get(name) is None for name in _CONTENT_FIELDS):
+        return
+    message["content"], parts = read_content(turn[_only(turn, _CONTENT_FIELDS, place)], place)
+    if parts is None:
+        return
+    if role == "assistant":
+        kind = next(part["type"] for part in parts if part["type"] != "text")
+        raise UnusableRow(f"{place}: a part is of the type {kind!r}; an assistant's turn is text")
+    message["parts"] = parts
+
+
+def _add_call_names(message: Message, turn: Mapping[str, Any], place: str) -> None:
+    """Which call a tool's turn answers, and the tool's name."""
+    if turn.get("tool_call_id") is not None:
+        message["tool_call_id"] = _text(turn, "tool_call_id", place)
+    if turn.get("name") is not None:
+        message["name"] = _text(turn, "name", place)
+
+
+def _only(turn: Mapping[str, Any], fields: Sequence[str], place: str) -> str:
+    """Which of two spellings a turn uses; null counts as absent."""
+    there = [name for name in fields if turn.get(name) is not None]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        raise UnusableRow(f"{place} has {there[0]} and {there[1]}; one of them is enough")
+    raise UnusableRow(f"{place} has no {fields[0]}")
+
+
+def _is_trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
+    """OpenAI's `weight` (0 or 1), or `train` (false or true); without either, an assistant turn is learned from."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise UnusableRow(f"{place} has the weight {weight!r:.80}; weights are 0 and 1")
+    if train is not None and not isinstance(train, bool):
+        raise UnusableRow(f"{place} has train {train!r:.80}; it is true or false")
+    if role != "assistant":
+        if weight or train:
+            raise UnusableRow(f"{place} is the {role}'s and has a weight; only assistant turns are learned from")
+        return True
+    return bool(weight is None or weight) and train is not False
+
+
+def _thought(turn: Mapping[str, Any], place: str) -> str | None:
+    """The thought under any of its names; one that is empty is none."""
+    there = [name for name in _THOUGHT_FIELDS if turn.get(name) not in (None, "")]
+    if not there:
+        return None
+    thoughts = [_text(turn, name, place) for name in there]
+    if len(set(thoughts)) > 1:
+        raise UnusableRow(f"{place} has two different thoughts, {there[0]} and {there[1]}")
+    return thoughts[0] if thoughts[0].strip() else None

@@ -1,0 +1,140 @@
+"""Tool definitions and tool calls of a row, each made into the one form that chat templates read.
+
+Owns: the spellings of a tool and of a call, and which ones are none. Does not know: turns, templates, tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from draftsmith.json_rows import UnusableRow, parse_object
+
+TOOL_FIELDS = ("tools", "functions")
+
+
+def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Read the tools that a row defines: a list of them, or its JSON text.
+
+    A bare function (`name`, `parameters`) becomes `{"type": "function", "function": ...}`, as servers give it to the template.
+
+    Args:
+        row: of a data set.
+
+    Returns:
+        The definitions; none where the row has no tools.
+
+    Raises:
+        UnusableRow: both `tools` and `functions`, anything but a list, or an entry without a function's name.
+    """
+    there = [name for name in TOOL_FIELDS if row.get(name) not in (None, "", [], ())]
+    if len(there) > 1:
+        raise UnusableRow(f"the row has {there[0]} and {there[1]}; one of them is enough")
+    if not there:
+        return ()
+    entries = _list(row[there[0]], there[0])
+    return tuple(_tool(entry, f"{there[0]}[{number}]") for number, entry in enumerate(entries))
+
+
+def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """Read the tool calls of an assistant's turn: `tool_calls`, or OpenAI's earlier `function_call`.
+
+    Arguments that are JSON text become an object: templates write it as JSON again, and servers read rows alike.
+
+    Args:
+        turn: of a row.
+        place: what errors call it.
+
+    Returns:
+        Calls of the form `{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}`; `id` only where there is one.
+
+    Raises:
+        UnusableRow: both spellings, or a call that has no name or whose arguments are no object.
+    """
+    there = [name for name in ("tool_calls", "function_call") if turn.get(name) not in (None, "", [], (), {})]
+    if len(there) > 1:
+        raise UnusableRow(f"{place} has {there[0]} and {there[1]}; one of them is enough")
+    if not there:
+        return []
+    given = turn[there[0]]
+    calls = _list(given, f"{place}: tool_calls") if there == ["tool_calls"] else [given]
+    return [_call(call, f"{place}: {there[0]}[{number}]") for number, call in enumerate(calls)]
+
+
+def call_of_text(text: str, place: str) -> list[dict[str, Any]]:
+    """Read the turn of a ShareGPT row that is a call: one call as JSON text, or a list of calls.
+
+    Args:
+        text: the turn's.
+        place: what errors call it.
+
+    Returns:
+        As `read_calls`.
+
+    Raises:
+        UnusableRow: the text is no JSON, or no call.
+    """
+    calls = _parsed(text, place)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls:
+        raise UnusableRow(f"{place} is a list without a call")
+    return [_call(call, f"{place}: call {number}") for number, call in enumerate(calls)]
+
+
+def _parsed(text: str, place: str) -> Any:
+    """JSON text by the rules of rows; a list is parsed as the value of an object.
+
+    Raises:
+        UnusableRow: it is no JSON.
+    """
+    try:
+        if not text.lstrip().startswith("["):
+            return parse_object(text.encode())
+        [(_, value)] = parse_object(f'{{"list": {text}}}'.encode()).items()
+        return value
+    except ValueError as error:  # no JSON, half a surrogate pair, or more behind the list
+        raise UnusableRow(f"{place} is no JSON: {error}") from error
+
+
+def _list(value: Any, place: str) -> list[Any] | tuple[Any, ...]:
+    value = _parsed(value, place) if isinstance(value, str) else value
+    if not isinstance(value, list | tuple):
+        raise UnusableRow(f"{place} is {type(value).__name__}, not a list")
+    return value
+
+
+def _function(entry: Any, place: str) -> Mapping[str, Any]:
+    """The function of a tool or of a call, which may be JSON text, or bare.
+
+    Raises:
+        UnusableRow: there is none.
+    """
+    entry = _parsed(entry, place) if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping):
+        raise UnusableRow(f"{place} is {type(entry).__name__}, not an object")
+    if entry.get("type") not in (None, "function"):
+        raise UnusableRow(f"{place} is of the type {entry['type']!r:.80}; only functions are read")
+    function = entry if entry.get("function") is None else entry["function"]
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name.strip():
+        raise UnusableRow(f"{place} names no function")
+    return function
+
+
+def _tool(entry: Any, place: str) -> dict[str, Any]:
+    function = _function(entry, place)
+    return {"type": "function", "function": {name: value for name, value in function.items() if name != "type"}}
+
+
+def _call(entry: Any, place: str) -> dict[str, Any]:
+    function = _function(entry, place)
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    elif isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{place}: the arguments")
+    if not isinstance(arguments, Mapping):
+        raise UnusableRow(f"{place}: the arguments are {type(arguments).__name__}, not an object")
+    own_id = entry.get("id") if isinstance(entry, Mapping) else None
+    if own_id is not None and not isinstance(own_id, str):
+        raise UnusableRow(f"{place}: the id is {own_id!r:.80}, not text")
+    call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    return call if own_id is None else {"id": own_id, **call}

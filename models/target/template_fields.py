@@ -1,0 +1,126 @@
+"""What a chat template shows of messages: which of their fields, parts and variables it reads.
+
+Owns: the form in which messages reach a template, and the refusal of what it would leave out in silence. Does not know: tokenizers, which
+template counts, replies.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+# What a message may hold for a template to show; everything else of it is for us.
+_SHOWN_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
+# What templates call a thought; each gets it by the name that it reads.
+_THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")
+PROBE = "draftsmithprobe"
+"""A word that no template changes, to see what it does with text."""
+# What a template may raise on messages that it was not written for.
+RENDERING_ERRORS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, ValueError)
+
+
+class TemplateRefusal(ValueError):
+    """A chat template that fails on messages: they break its rules, or it has a mistake."""
+
+
+class TemplateFields:
+    """What one template reads.
+
+    Args:
+        text: the template; None for plain text.
+        render: renders messages in the template's own form.
+    """
+
+    def __init__(self, text: str | None, render: Callable[[list[dict[str, Any]]], str]) -> None:
+        self._text = text or ""
+        self._render = render
+        self._parts_shown: dict[str, bool] = {}
+        self.reader = "plain text" if text is None else "the chat template"
+
+    @functools.cached_property
+    def thought_names(self) -> tuple[str, ...]:
+        """The names under which the template reads a thought; none where it reads no thought."""
+        return tuple(name for name in _THOUGHT_NAMES if self._reads_field(name))
+
+    def reads_variable(self, name: str) -> bool:
+        """Whether a name occurs in the template.
+
+        Args:
+            name: of a variable.
+
+        Returns:
+            True where it occurs as a word.
+        """
+        return re.search(rf"\b{re.escape(name)}\b", self._text) is not None
+
+    def _reads_field(self, name: str) -> bool:
+        return re.search(rf"""[.'"]{name}\b""", self._text) is not None
+
+    def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Give messages the form that the template reads.
+
+        Args:
+            messages: with further fields of ours.
+
+        Returns:
+            The messages as the template gets them: parts as content, a thought by the name that the template reads.
+
+        Raises:
+            TemplateRefusal: a message holds what the template does not show.
+        """
+        shown = []
+        for number, message in enumerate(messages):
+            self._check(message, number)
+            fields = {name: message[name] for name in _SHOWN_FIELDS if name in message}
+            if "parts" in message:
+                fields["content"] = message["parts"]
+            if "reasoning_content" in message:
+                fields |= dict.fromkeys(self.thought_names, message["reasoning_content"])
+            shown.append(fields)
+        return shown
+
+    def _check(self, message: Mapping[str, Any], number: int) -> None:
+        if "reasoning_content" in message and not self.thought_names:
+            raise TemplateRefusal(f"turn {number} has a thought, and {self.reader} does not read reasoning_content")
+        if "tool_calls" in message and not self._reads_field("tool_calls"):
+            raise TemplateRefusal(f"turn {number} has tool_calls, and {self.reader} does not read them")
+        for part in message.get("parts", ()):
+            if part["type"] != "text" and not self._shows_part(part["type"]):
+                raise TemplateRefusal(
+                    f"turn {number} has a part of the type {part['type']!r}, and {self.reader} does not show it: this target reads text "
+                    "alone; name a multimodal target, or remove the part"
+                )
+
+    def _shows_part(self, kind: str) -> bool:
+        """Whether a part of a type changes what the template writes, and the text beside it is still read as text."""
+        if kind not in self._parts_shown:
+            text = {"type": "text", "text": PROBE}
+            contents = [text], [text, {"type": kind, kind: {"url": "-"}}]
+            try:
+                alone, beside = (self._render([{"role": "user", "content": content}]) for content in contents)
+            except TemplateRefusal:
+                alone = beside = ""
+            # A template for text alone writes the list as Python shows it.
+            as_list = any("'type'" in written or '"type"' in written for written in (alone, beside))
+            self._parts_shown[kind] = alone != beside and PROBE in beside and not as_list
+        return self._parts_shown[kind]
+
+
+def refusal(messages: Sequence[Mapping[str, Any]], error: Exception) -> TemplateRefusal:
+    """Make the error of a template that fails on messages.
+
+    Args:
+        messages: with a ``role`` each.
+        error: what the template raised.
+
+    Returns:
+        The error, to be raised.
+    """
+    roles = [message["role"] for message in messages]
+    return TemplateRefusal(
+        f"the chat template fails on turns {roles}: {error}; change the data or give another with --template"
+    )

@@ -1,0 +1,172 @@
+"""Rows with tools, calls and thoughts, as data sets spell them, are rendered by the target's own template."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tool_chats import ASKED, CALL, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
+
+from draftsmith.data.cache.show import render
+from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
+from draftsmith.data.corpus import Corpus
+from draftsmith.data.tokens import ChatTemplate, TokenizedSample
+from draftsmith.json_rows import Dropped
+
+WriteRows = Callable[..., Path]
+TOOLS = '<tools>{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}</tools>'
+RENDERED = (
+    TOOLS + "<|user|>Is it warm?"
+    '<|assistant|>«<think>I ask.</think><call>weather {"city": "Oslo"}</call><|end|>»'
+    "<|tool|>9 C<|assistant|>«<think>9 is cold.</think>No.<|end|>»"
+)
+RESULT = {"role": "tool", "content": "9 C", "tool_call_id": "c1"}
+
+
+def outcomes(
+    row: dict[str, Any], write_jsonl: WriteRows, trained_on: TrainedOn = EVERYTHING
+) -> list[TokenizedSample | Dropped]:
+    tokenizer = tool_tokenizer()
+    corpus = Corpus(write_jsonl([row]), lambda: ChatTemplate(tokenizer), None, 1000, trained_on=trained_on)
+    return list(corpus.read())
+
+
+def view(sample: TokenizedSample | Dropped) -> tuple[str, str]:
+    assert isinstance(sample, TokenizedSample), sample
+    title, text = render(sample, tool_tokenizer(), marks=True).plain.split("\n", 1)
+    return title, text.rstrip("\n")
+
+
+def reason(row: dict[str, Any], write_jsonl: WriteRows) -> str:
+    [dropped] = outcomes(row, write_jsonl)
+    assert isinstance(dropped, Dropped)
+    assert dropped.place.endswith("rows.jsonl:1")
+    return dropped.reason
+
+
+def test_tools_calls_their_results_and_thoughts_are_rendered_and_learned(write_jsonl: WriteRows) -> None:
+    title, text = view(*outcomes(TOOL_ROW, write_jsonl))
+    assert text == RENDERED
+    assert "replies 4, tool calls 27, thoughts 19" in title
+
+
+BARE = {"name": "weather", "parameters": {"type": "object"}}
+CALL_TEXT = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TOOL_ROW | {"tools": json.dumps([BARE])},
+        {"functions": [BARE], "messages": TOOL_ROW["messages"]},
+        {
+            "tools": [json.dumps(WEATHER)],
+            "messages": [
+                ASKED,
+                {"role": "assistant", "thinking": "I ask.", "function_call": json.loads(CALL_TEXT)},
+                {"role": "function", "name": "weather", "content": "9 C"},
+                {"role": "assistant", "content": [{"type": "text", "text": "No."}], "reasoning": "9 is cold."},
+            ],
+        },
+        {
+            "tools": json.dumps([WEATHER]),
+            "conversations": [
+                {"from": "human", "value": "Is it warm?"},
+                {"from": "function_call", "value": CALL_TEXT, "reasoning_content": "I ask."},
+                {"from": "observation", "value": "9 C"},
+                {"from": "gpt", "value": "No.", "reasoning_content": "9 is cold."},
+            ],
+        },
+        {
+            "tools": [WEATHER],
+            "prompt": [ASKED],
+            "completion": [{**turn} for turn in TOOL_ROW["messages"][1:]],
+        },
+    ],
+    ids=["tools as text", "bare functions", "earlier OpenAI", "ShareGPT", "prompt and completion"],
+)
+def test_every_spelling_of_a_tool_conversation_gives_the_same_sample(
+    row: dict[str, Any], write_jsonl: WriteRows
+) -> None:
+    assert view(*outcomes(row, write_jsonl))[1] == RENDERED
+
+
+def test_a_rows_own_variables_reach_its_template_alone(write_jsonl: WriteRows) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "<think></think>No."}]}
+    assert view(*outcomes(row, write_jsonl))[1].endswith("<|assistant|>«<think></think>No.<|end|>»")
+    row["chat_template_kwargs"] = {"enable_thinking": False}  # type: ignore[assignment]
+    assert view(*outcomes(row, write_jsonl))[1].endswith("<|assistant|><think></think>«No.<|end|>»")
+
+
+def test_pictures_reach_a_template_that_shows_them_and_are_refused_by_one_that_does_not(write_jsonl: WriteRows) -> None:
+    def row(kind: str) -> dict[str, Any]:
+        parts = [{"type": "text", "text": "Is it warm?"}, {"type": kind, kind: "a.png"}]
+        return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "No."}]}
+
+    assert view(*outcomes(row("image"), write_jsonl))[1].startswith("<|user|>Is it warm?<|image|><|assistant|>")
+    assert "turn 0 has a part of the type 'video', and the chat template does not show it: this target reads text" in (
+        reason(row("video"), write_jsonl)
+    )
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([ASKED, {"role": "assistant", "tool_calls": [CALL]}, ASKED], "turn 2 is the user's where the tool's belongs"),
+        ([ASKED, RESULT], "turn 1 is the tool's where the assistant's belongs"),
+        ([ASKED | {"tool_calls": [CALL]}], "turn 0 is the user's and has tool_calls"),
+        ([ASKED, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}], "names no function"),
+        (
+            [ASKED, {"role": "assistant", "tool_calls": [{"name": "w", "arguments": "Oslo"}]}],
+            r"turn 1: tool_calls\[0\]: the arguments is no JSON",
+        ),
+        ([ASKED, {"role": "assistant", "tool_calls": [{"name": "w", "arguments": "[1], 2"}]}], "is no JSON"),
+        ([ASKED, {"role": "assistant", "tool_calls": [CALL], "function_call": CALL}], "tool_calls and function_call"),
+        ([ASKED, {"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}], "of the type 'custom'"),
+        ([ASKED, {"from": "function_call", "value": "[]"}], "a list without a call"),
+    ],
+)
+def test_a_broken_tool_conversation_is_dropped_with_its_reason(
+    turns: list[dict[str, Any]], expected: str, write_jsonl: WriteRows
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        raise ValueError(reason({"messages": turns}, write_jsonl))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"tools": 7}, "tools is int, not a list"),
+        ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\] names no function"),
+        ({"tools": [WEATHER], "functions": [WEATHER]}, "tools and functions"),
+        ({"images": ["a.png"]}, "the row has images, and no turn has a part for them"),
+        ({"chat_template_kwargs": {"colour": 1}}, "'colour' in chat_template_kwargs, and the chat template"),
+        ({"chat_template_kwargs": 7}, "chat_template_kwargs is int"),
+    ],
+)
+def test_what_a_row_says_beside_its_turns_is_read_or_the_row_is_dropped(
+    extra: dict[str, Any], expected: str, write_jsonl: WriteRows
+) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "No."}]} | extra
+    with pytest.raises(ValueError, match=expected):
+        raise ValueError(reason(row, write_jsonl))
+
+
+HIDES_TURNS = TOOL_TEMPLATE.replace("{% else %}<|{{ m.role }}|>", "{% elif m.role != 'tool' %}<|{{ m.role }}|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (HIDES_TURNS, "does not show the turns of a tool"),
+        (TOOL_TEMPLATE.replace("tools", "x"), "the row has tools, and the chat template does not read tools"),
+    ],
+)
+def test_a_template_that_hides_tools_or_their_turns_is_named(
+    template: str, expected: str, write_jsonl: WriteRows
+) -> None:
+    tokenizer = tool_tokenizer(template)
+    [dropped] = Corpus(write_jsonl([TOOL_ROW]), lambda: ChatTemplate(tokenizer), None, 1000).read()
+    assert isinstance(dropped, Dropped)
+    assert expected in dropped.reason
