@@ -11,7 +11,7 @@ from draftsmith.data.chats.modes import LONG, MODES, NOT_THINKING, THINKING, TOO
 from draftsmith.data.chats.reply_marks import marks_of
 from draftsmith.data.survey import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor.case import Case, NotChecked
-from draftsmith.evaluate.doctor.report import Finding
+from draftsmith.evaluate.doctor.report import Finding, Verdict
 
 _SELDOM = 0.05
 _REMEDIES = {
@@ -47,7 +47,7 @@ def check_mode(case: Case) -> Finding:
         return Finding("mode", "ok", measured, expected, "", figures)
     remedy = "; ".join(_REMEDIES[mode] for mode in foreign)
     remedy = f"a drafter gains little in a mode that it never saw: {remedy}; then train on these replies as well"
-    verdict = "fault" if max(asked[mode] for mode in foreign) > 0.5 else "warning"
+    verdict: Verdict = "fault" if max(asked[mode] for mode in foreign) > 0.5 else "warning"
     return Finding("mode", verdict, measured, expected, remedy, figures)
 
 

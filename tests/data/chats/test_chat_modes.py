@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tool_chats import ASKED, TOOL_ROW, WEATHER, tool_tokenizer
 
+from draftsmith.data.chats.messages import read_turns
 from draftsmith.data.chats.modes import LONG_TOKENS, modes
 from draftsmith.data.chats.reply_marks import marks_of
 from draftsmith.data.prompts import Prompt
@@ -51,9 +52,8 @@ def test_the_prompts_of_an_evaluation_know_the_modes_that_they_ask_for(write_jso
 
 def test_a_tool_conversation_is_played_with_the_data_sets_own_calls(write_jsonl: Callable[..., Path]) -> None:
     tokenizer = tool_tokenizer()
-    call, result = TOOL_ROW["messages"][1:3]
-    call = {"role": "assistant", "content": "", "tool_calls": call["tool_calls"]}
-    prompt = Prompt("p", (ASKED, call, result), "train", "s", tools=(WEATHER,))
+    asked, call, result = read_turns(TOOL_ROW["messages"][:3])
+    prompt = Prompt("p", (asked, call, result), "train", "s", tools=(WEATHER,))
     dialogue, chat = Dialogue(prompt, tokenizer.encode("<|user|>Is it warm?<|assistant|>")), ChatTemplate(tokenizer)
     dialogue.take(Reply(tokenizer.encode("<think>Hm</think>Yes.<|end|>"), "eos"), chat, None)
     assert dialogue.next_ids is not None
