@@ -358,9 +358,9 @@ def _report(out: Path, manifest: Manifest, share: Share, survey: Survey) -> None
     print(
         f"{manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens ({manifest.num_labelled / manifest.num_tokens:.0%} trained on) "
         f"in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}: {out}; "
-        f"{manifest.num_cut} samples cut; {summary(survey.dropped)}\n{footprint(manifest)}"
+        f"{manifest.num_cut} samples cut; {summary(survey.dropped)}"
     )
-    print(assistant_tokens(manifest))
+    print(assistant_tokens(manifest), footprint(manifest), sep="\n")
     if survey.num_begun_anew:
         print(begun_anew(survey.num_begun_anew))
 
