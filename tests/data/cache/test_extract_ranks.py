@@ -171,7 +171,7 @@ def test_the_same_rank_twice_is_refused_and_another_rank_is_not(tmp_path: Path, 
 def test_a_place_where_no_cache_can_be_is_refused_before_the_target_is_loaded(
     tmp_path: Path, target: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("draftsmith.data.cache.extract.Target", None)
+    monkeypatch.setattr("draftsmith.models.target.options.Target", None)
     full = tmp_path / "full"
     full.mkdir()
     (full / "notes.txt").write_text("mine")
