@@ -99,7 +99,8 @@ $(DONE)/card: $(DONE)/evaluate
 	  > /dev/null
 	@touch $@
 
-include benchmarks/real/real.mk
+# By its own place, so that the Makefile also works from another folder (make -f).
+include $(dir $(firstword $(MAKEFILE_LIST)))benchmarks/real/real.mk
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
 

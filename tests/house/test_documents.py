@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import PAGES, ROOT, make_recipes, make_suggestions, shell_lines
+from pages import PAGES, ROOT, make_lines, make_recipes, make_suggestions, shell_lines
 
 from draftsmith import cli
 from draftsmith.arguments import gather_lists, list_options, parser_for, with_underscores
@@ -64,6 +64,13 @@ def test_every_command_that_make_runs_or_suggests_is_one_that_exists() -> None:
     assert len(suggestions) >= 3
     for line in recipes + suggestions:
         check_command(re.sub(r"\$\(.*\)", "x", line))
+
+
+@pytest.mark.parametrize("goal", ["quickstart", "real"])
+def test_the_makefile_plans_its_goals_from_another_folder(goal: str, tmp_path: Path) -> None:
+    for name in ("configs", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert any("bin/draftsmith train fit" in line for line in make_lines(goal, folder=tmp_path))
 
 
 def test_the_quickstart_names_the_folders_that_its_configuration_names() -> None:

@@ -19,10 +19,10 @@ def shell_lines(page: Path) -> Iterator[str]:
                 yield line.strip()
 
 
-def make_lines(*goals: str) -> list[str]:
-    """The lines that `make GOALS` would run from nothing, each whole; goals may be settings (``RUN=runs/x``)."""
-    asked = ["make", "--always-make", "--dry-run", *goals]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+def make_lines(*goals: str, folder: Path = ROOT) -> list[str]:
+    """The lines that `make GOALS` would run from nothing in a folder, each whole; goals may be settings (``RUN=x``)."""
+    asked = ["make", "--file", str(ROOT / "Makefile"), "--always-make", "--dry-run", *goals]
+    done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.replace("\\\n", " ").splitlines()
 
 
