@@ -2,7 +2,8 @@
 
 Owns two rules, MCSD (arXiv:2401.06706, section 3.3) and SpecTr's K-SEQ (arXiv:2310.15141, algorithm 2), and the walk down a sampled tree
 by either; with one child a node both are the rejection of the classic chain (arXiv:2211.17192, algorithm 1). They are exact for
-candidates that were drawn from the draft distribution and are all shown, in the order of drawing. Knows nothing of drafters and caches.
+candidates that were drawn from the draft distribution and are all shown, in the order of drawing. Chains can be verified as one block
+instead (:mod:`draftsmith.decode.verify.block_walk`). Knows nothing of drafters and caches.
 
 A drafter that proposes by search draws nothing, so neither rule holds for it: its trees are for :mod:`draftsmith.decode.verify.lossless`.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from draftsmith.decode.verify.block_walk import block_walk
 from draftsmith.decode.verify.lossless import LosslessVerifier
 from draftsmith.decode.verify.verifier import Reading, Walk
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
@@ -60,11 +62,15 @@ class CandidateVerifier:
             )
 
     def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
-        """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`candidate_walk`."""
+        """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk`, :func:`candidate_walk` and
+        :func:`~draftsmith.decode.verify.block_walk.block_walk`."""
         if reading.tree.draft_probs_BMV is None:
             return self._lossless.walk(reading, None)
         assert keys_BU is not None
-        return candidate_walk(reading.tree, self._sampled, reading.logits_BNV.softmax(-1), keys_BU)
+        target_probs_BNV = reading.logits_BNV.softmax(-1)
+        if self._sampled.rule == "block":
+            return block_walk(reading.tree, target_probs_BNV, keys_BU)
+        return candidate_walk(reading.tree, self._sampled, target_probs_BNV, keys_BU)
 
 
 def accept_probs(rule: Rule, target_probs: Tensor, draft_probs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

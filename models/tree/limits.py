@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-Rule = Literal["mcsd", "kseq"]
+Rule = Literal["mcsd", "kseq", "block"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class SampledChildren:
     Attributes:
         children: how many are drawn below each node, depth by depth; ``(1, 1, 1)`` is the classic chain of three.
         rule: ``mcsd`` draws without replacement and rejects candidate by candidate (arXiv:2401.06706, section 3.3); ``kseq`` draws
-            independently and accepts by SpecTr's K-SEQ (arXiv:2310.15141, algorithm 2).
+            independently and accepts by SpecTr's K-SEQ (arXiv:2310.15141, algorithm 2); ``block`` verifies a chain as a whole
+            (arXiv:2403.10444, algorithm 2).
 
     Raises:
-        ValueError: no children, a number of children below 1, or an unknown rule.
+        ValueError: no children, a number of children below 1, an unknown rule, or ``block`` for more than a chain.
     """
 
     children: tuple[int, ...]
@@ -31,8 +32,12 @@ class SampledChildren:
     def __post_init__(self) -> None:
         if not self.children or min(self.children) < 1:
             raise ValueError(f"children is {self.children}; give one number of at least 1 for every depth")
-        if self.rule not in ("mcsd", "kseq"):
-            raise ValueError(f"rule is {self.rule!r}; it must be mcsd or kseq")
+        if self.rule not in ("mcsd", "kseq", "block"):
+            raise ValueError(f"rule is {self.rule!r}; it must be mcsd, kseq or block")
+        if self.rule == "block" and max(self.children) > 1:
+            raise ValueError(
+                f"children is {self.children}, and block verification is for chains; give 1 for every depth, or the rule mcsd or kseq"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Sampled draft trees: children drawn at every node from the drafter's own distribution.
 
 Owns the draws and the fixed shape of such trees. Knows neither what continues the nodes, nor the target, nor the rules by which candidates
-are accepted (:mod:`draftsmith.decode.verify.candidates`).
+are accepted (:mod:`draftsmith.decode.verify.candidates`, :mod:`draftsmith.decode.verify.block_walk`).
 
 Shape legend: B batch rows, M nodes of a layer, K children of a node, N tree nodes, U draws.
 V target vocabulary, Vd draft vocabulary.

@@ -26,17 +26,18 @@ _SHAPE = re.compile(
     rf"""(?: (?P<width>\d+) x (?P<length>\d+) (?: n (?P<nodes>\d+) )?
            | tree: (?P<file>.+\.json)
            | paths: (?P<leaves>\d[\d.+]*)
-           | (?P<kind>[tsk]) (?P<children>\d+(?:\.\d+)*) )
+           | (?P<kind>[tskb]) (?P<children>\d+(?:\.\d+)*) )
         (?: p (?P<floor>{_NUMBER}) )?
         (?: e (?P<threshold>{_NUMBER}) (?P<controls>(?:[gasrm]{_NUMBER})*) )?""",
     re.VERBOSE,
 )
 _MOST_NODES = 4096
 _CONTROLS = {"g": "scale", "a": "goal", "s": "step", "r": "rate_memory", "m": "threshold_memory"}
-_RULES: dict[str, Rule] = {"s": "mcsd", "k": "kseq"}
+_RULES: dict[str, Rule] = {"s": "mcsd", "k": "kseq", "b": "block"}
 _EXPLAINED = (
-    "it is not WIDTHxLENGTH, such as 1x4 or 10x4 (LENGTH counts drafted tokens, the root excluded), WIDTHxLENGTHnNODES for a dynamic tree, "
-    "tree:FILE.json, t3.2.1 for a static tree, or s1.1.1 and k4.2.1 for sampled ones; then p0.1 for a least probability, e0.5 to stop early"
+    "it is not WIDTHxLENGTH, such as 1x4 or 10x4 (LENGTH counts drafted tokens, the root excluded), WIDTHxLENGTHnNODES for a dynamic "
+    "tree, tree:FILE.json, t3.2.1 for a static tree, or s1.1.1, b1.1.1 and k4.2.1 for sampled ones; then p0.1 for a "
+    "least probability, e0.5 to stop early"
 )
 
 
@@ -51,6 +52,7 @@ def parse_shape(text: str) -> DraftLimits:
     ``paths:0.0+0.1+1``     a static tree by the paths to its leaves; every report writes static trees so
     ``s1.1.1.1``            a sampled chain; ``s4.2.1`` a sampled tree without replacement (MCSD)
     ``k4.2.1``              a sampled tree with replacement (SpecTr's K-SEQ)
+    ``b1.1.1.1``            a sampled chain, verified as one block
     ``...p0.1``             behind any of them: verify no node whose cumulative draft probability is below 0.1
     ``...e0.5``             behind any of them: stop early (AdaEDL) from this threshold on; then, where they differ from the defaults of
                             :class:`EarlyStop`, ``g`` scale, ``a`` goal, ``s`` step, ``r`` rate memory, ``m`` threshold memory

@@ -387,8 +387,9 @@ SHAPES = [
     SampledChildren((1, 1, 1)),
     SampledChildren((3, 2)),
     SampledChildren((3, 2), "kseq"),
+    SampledChildren((1, 1, 1), "block"),
 ]
-SHAPE_NAMES = ["chain", "mcsd", "kseq"]
+SHAPE_NAMES = ["chain", "mcsd", "kseq", "block"]
 
 
 @pytest.mark.parametrize("sampled", SHAPES, ids=SHAPE_NAMES)

@@ -29,6 +29,7 @@ EAGLE_LIKE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (0
         ("paths:0.0+12p0.1", DraftLimits(paths=((0,), (0, 0), (12,)), min_probability=0.1)),
         ("s1.1.1.1", DraftLimits(sampled=SampledChildren((1, 1, 1, 1)))),
         ("s4.2.1", DraftLimits(sampled=SampledChildren((4, 2, 1), "mcsd"))),
+        ("b1.1.1", DraftLimits(sampled=SampledChildren((1, 1, 1), "block"))),
         ("k4.2.1e0.6", DraftLimits(sampled=SampledChildren((4, 2, 1), "kseq"), early_stop=EarlyStop(0.6))),
     ],
 )
@@ -55,7 +56,9 @@ def some_limits() -> st.SearchStrategy[DraftLimits]:
     )
     static = st.builds(DraftLimits, paths=some_paths(), min_probability=share, early_stop=stops)
     children = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
-    drawn = st.builds(SampledChildren, children, st.sampled_from(["mcsd", "kseq"]))
+    drawn = st.builds(SampledChildren, children, st.sampled_from(["mcsd", "kseq"])) | st.builds(
+        SampledChildren, st.lists(st.just(1), min_size=1, max_size=5).map(tuple), st.just("block")
+    )
     return beams | static | st.builds(DraftLimits, sampled=drawn, early_stop=stops)
 
 
