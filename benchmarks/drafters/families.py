@@ -287,7 +287,8 @@ def page_of(
         training_table(counted),
         decoding_table(rows["steps"]),
         f"### Temperature 1 ({rows['warm'][0]['prompts']} prompts)",
-        "Shapes that begin with s (MCSD, no replacement), k (K-SEQ) or b (block verification) draw their candidates from the drafter and verify them by rejection: "
+        "Shapes that begin with s (MCSD, no replacement), k (K-SEQ) or b (block verification) draw their candidates from the drafter and "
+        "verify them by rejection: "
         "their text has the target's distribution, not the tokens of plain decoding's noise. All others walk.",
         decoding_table(rows["warm"]),
     ]
