@@ -40,9 +40,9 @@ from draftsmith.evaluate.samples import Questions, readable_by, selected_questio
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
-from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, load_drafter
 from draftsmith.models.drafters.registry import default_limits
-from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
+from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
@@ -127,7 +127,7 @@ def _print(rows: Sequence[Row]) -> None:
 def _inputs(prompts: Path, target: Target, entries: Sequence[Entry]) -> dict[str, str]:
     """What is read, by name or path, each with its fingerprint."""
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    drafters = {str(entry.path): checkpoint_fingerprint(entry.path) for entry in entries}
+    drafters = {str(entry.path): drafter_fingerprint(entry.path) for entry in entries}
     return {str(file): sha256_file(file), target.name: target.fingerprint} | drafters
 
 

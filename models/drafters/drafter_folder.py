@@ -6,6 +6,7 @@ causal LM is a draft LM. Knows no trained family and no layout: the registry's r
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, missing_families, registry
+from draftsmith.models.drafters.suffix_drafter import SuffixConfig, suffix_drafter
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
-from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.reader import Foreign
@@ -92,6 +94,8 @@ def load_drafter(
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
         return _with_adapter(path, dtype, trust_remote_code, target)
+    if _is_suffix(path):
+        return _suffix_drafter(path, dtype, trust_remote_code, target)
     kind = _family_in(path)
     if kind is not None:
         return read_drafter(path, kind, finite)
@@ -100,6 +104,46 @@ def load_drafter(
     draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
     draft_lm.loaded_from = path
     return draft_lm
+
+
+def drafter_fingerprint(folder: Path) -> str:
+    """Hash what a drafter's folder holds: its weights, or where it has none, its config and what that names.
+
+    Args:
+        folder: of the drafter.
+
+    Returns:
+        sha256 (hex).
+
+    Raises:
+        ValueError: the folder holds no drafter.
+    """
+    if not _is_suffix(folder):
+        return checkpoint_fingerprint(folder)
+    head = read_fields(folder).get("head") or ""
+    below = drafter_fingerprint(drafter_folder(_beside(folder, head))) if isinstance(head, str) and head else ""
+    return hashlib.sha256((folder / CONFIG).read_bytes() + below.encode()).hexdigest()
+
+
+def _is_suffix(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and read_fields(folder).get("model_type") == SuffixConfig.model_type
+
+
+def _suffix_drafter(folder: Path, dtype: str, trust_remote_code: bool, target: TargetBond | None) -> Drafter:
+    """The drafter without weights that a folder describes, with the head that it names."""
+    fields = read_fields(folder)
+    head = fields.get("head") or ""
+    if not isinstance(head, str) or not head:
+        return suffix_drafter(folder, fields, None)
+    if _is_suffix(drafter_folder(_beside(folder, head))):
+        raise ValueError(f"{folder / CONFIG} has head {head!r}, which has no weights either; name a trained drafter")
+    below = load_drafter(Path(_beside(folder, head)), dtype, trust_remote_code, target=target)
+    return suffix_drafter(folder, fields, below)
+
+
+def _beside(folder: Path, head: str) -> str:
+    """A head's name: a folder beside the config's own, or else as it is written."""
+    return str(folder / head) if (folder / head).is_dir() else head
 
 
 def is_foreign(folder: Path) -> bool:

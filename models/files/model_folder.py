@@ -36,7 +36,9 @@ def resolve(path: str, revision: str | None = None) -> Path:
         # A plain name: "embedded:../.." would be another place on this disk.
         folder = Path(str(files("draftsmith.embedded"))) / name
         if not name.isidentifier() or not (folder / "config.json").exists():
-            raise ValueError(f"there is no embedded model {path!r}; use embedded:target or embedded:draft_lm")
+            raise ValueError(
+                f"there is no embedded model {path!r}; use embedded:target, embedded:draft_lm or embedded:suffix"
+            )
         return folder
     if "\0" in path:  # a name from somebody's file, which no system call takes
         raise ValueError(f"model path {path!r:.80} has a NUL in it; give a Hugging Face model directory or a hub id")

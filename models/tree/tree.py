@@ -177,6 +177,47 @@ def tree_from_layers(
     )
 
 
+def joined(tree: DraftTree, paths_BPL: Tensor, scores_BPL: Tensor) -> DraftTree:
+    """Hang paths on a tree. What both hold is one node, with the better of the two scores.
+
+    Args:
+        tree: with scores.
+        paths_BPL: int64 [B, P, L], tokens of paths below the root.
+        scores_BPL: float [B, P, L], cumulative log-probability of each path's prefix; minus infinity marks padding. Paths that share a
+            prefix agree in its score.
+
+    Returns:
+        The tree, not packed: N is that of the tree and P * L.
+    """
+    assert tree.scores_BN is not None
+    B, P, L = paths_BPL.shape
+    there_BPL = scores_BPL > -torch.inf
+    both_BPPL = there_BPL[:, :, None] & there_BPL[:, None]
+    same_BPPL = ((paths_BPL[:, :, None] == paths_BPL[:, None]) & both_BPPL).int().cumprod(-1)
+    first_BPL = same_BPPL.argmax(2)  # the earliest path with the same prefix owns the node
+    own_BPL = there_BPL & (first_BPL == counting(P, paths_BPL.device)[:, None])
+    scores_BN, node_BP = tree.scores_BN, torch.zeros_like(paths_BPL[..., 0])
+    parents, valid = [], []
+    for depth, token_BP in enumerate(paths_BPL.unbind(-1)):
+        child_BPN = (tree.parents_BN[:, None] == node_BP[..., None]) & (tree.tokens_BN[:, None] == token_BP[..., None])
+        child_BPN = child_BPN & tree.valid_BN[:, None] & there_BPL[..., depth, None]
+        known_BP, child_BP = child_BPN.any(-1), child_BPN.int().argmax(-1)
+        parents.append(node_BP)
+        valid.append(own_BPL[..., depth] & ~known_BP)
+        better_BP = scores_BPL[..., depth].to(scores_BN.dtype).masked_fill(~known_BP, -torch.inf)
+        scores_BN = scores_BN.scatter_reduce(1, child_BP, better_BP, "amax")
+        node_BP = torch.where(known_BP, child_BP, tree.num_nodes + first_BPL[..., depth] * L + depth)
+    depth_BPL = counting(L, paths_BPL.device).add(1).expand(B, P, L)
+    return DraftTree(
+        tokens_BN=_under(tree.tokens_BN, [paths_BPL.flatten(1)]),
+        parents_BN=_under(tree.parents_BN, [torch.stack(parents, -1).flatten(1)]),
+        depths_BN=_under(tree.depths_BN, [depth_BPL.flatten(1)]),
+        valid_BN=_under(tree.valid_BN, [torch.stack(valid, -1).flatten(1)]),
+        max_depth=max(tree.max_depth, L),
+        scores_BN=_under(scores_BN, [scores_BPL.flatten(1)]),
+    )
+
+
 def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTree:
     """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (the rerank of arXiv:2406.16858 section 4).
 

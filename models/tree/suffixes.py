@@ -1,0 +1,89 @@
+"""Drafts without a model: what followed earlier places of a text that ended as the text ends now.
+
+Owns the search for such places and the scores of what followed them (suffix decoding, arXiv:2411.04975, section 4), as tensor operations
+over all rows, places and depths at once. There is no tree of suffixes: the text itself is compared. Knows no drafter and no vocabulary.
+
+Shape legend: B batch rows, T text slots, W compared tokens, P places, L drafted tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from draftsmith.models.tree.constants import counting
+
+
+@dataclass(frozen=True)
+class SuffixRule:
+    """What of a text's past is proposed.
+
+    Attributes:
+        longest_match: W, tokens before a place that are compared with the end of the text.
+        shortest_match: how many of them must agree.
+        num_places: P, how many places count: the longest matches, and among equal ones the latest.
+        tokens_per_match: drafted tokens for each token that agrees, so that short matches do not lead far.
+        least_probability: continuations that followed fewer of the places, as a share, are left out.
+    """
+
+    longest_match: int = 24
+    shortest_match: int = 1
+    num_places: int = 16
+    tokens_per_match: float = 2.0
+    least_probability: float = 0.1
+
+
+def continuations(text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRule) -> tuple[Tensor, Tensor]:
+    """What followed the places of each text that are most like its end.
+
+    For each number m of tokens that agree, the places that agree in at least m make a tree of what followed, and a node's score is the
+    share of these places that it followed. The m whose nodes have the largest sum of scores is taken; of equal ones, the largest m.
+
+    Args:
+        text_BT: int64, all tokens; those behind a row's length are ignored.
+        lengths_B: int64, tokens of each row.
+        depth: L, at most this many tokens of each continuation.
+        rule: what is compared and what is kept.
+
+    Returns:
+        int64 [B, P, L], the continuations, the longest match first; float32 [B, P, L], the logarithm of each prefix's share, minus
+        infinity behind the end of a continuation. Paths that share a prefix agree in its score.
+
+    Example:
+        the text 5 6 7 5 6 8 5 6 with depth 1 and matches of at least one: 7 and 8 followed "5 6" once each, so both score log(1/2).
+    """
+    match_BP, place_BP = _places(text_BT, lengths_B, rule)
+    step_L = counting(depth, text_BT.device)
+    position_BPL = place_BP[..., None] + 1 + step_L
+    there_BPL = (position_BPL < lengths_B[:, None, None]) & (match_BP >= rule.shortest_match)[..., None]
+    position_BPL = position_BPL.clamp(max=text_BT.shape[1] - 1)
+    paths_BPL = text_BT.gather(1, position_BPL.flatten(1)).view_as(position_BPL)
+    both_BPPL = there_BPL[:, :, None] & there_BPL[:, None]
+    same_BPPL = ((paths_BPL[:, :, None] == paths_BPL[:, None]) & both_BPPL).int().cumprod(-1).float()
+    # Level q are the places that match at least as long as place q does; the places are sorted by that.
+    member_BQP = (match_BP[:, None] >= match_BP[..., None]) & there_BPL[:, None, :, 0]
+    total_BQ11 = member_BQP.sum(-1).clamp(min=1)[..., None, None]
+    share_BQPL = torch.einsum("bqr,brpl->bqpl", member_BQP.float(), same_BPPL) / total_BQ11
+    reach_BQ11 = (match_BP * rule.tokens_per_match).ceil().clamp(min=1.0)[..., None, None]
+    kept_BQPL = there_BPL[:, None] & member_BQP[..., None] & (share_BQPL >= rule.least_probability)
+    share_BQPL = share_BQPL.masked_fill(~kept_BQPL | (step_L >= reach_BQ11), 0.0)
+    owner_BPL = same_BPPL.argmax(1) == counting(place_BP.shape[1], text_BT.device)[:, None]
+    level_B = (share_BQPL * owner_BPL[:, None]).sum((2, 3)).argmax(1)
+    share_BPL = share_BQPL[counting(len(level_B), text_BT.device), level_B]
+    return paths_BPL, share_BPL.log()
+
+
+def _places(text_BT: Tensor, lengths_B: Tensor, rule: SuffixRule) -> tuple[Tensor, Tensor]:
+    """int64 [B, P] each: how many tokens up to a place agree with the end of the text, longest first, and the place."""
+    T, W = text_BT.shape[1], rule.longest_match
+    back_W = counting(W, text_BT.device)
+    tail_BW = F.pad(text_BT, (W, 0), value=-1).gather(1, lengths_B[:, None] - 1 - back_W + W)
+    before_BTW = F.pad(text_BT, (W - 1, 0), value=-2).unfold(1, W, 1).flip(-1)
+    match_BT = (before_BTW == tail_BW[:, None]).int().cumprod(-1).sum(-1)
+    place_T = counting(T, text_BT.device)
+    match_BT = match_BT.masked_fill(place_T >= lengths_B[:, None] - 1, 0)
+    best_BP = (match_BT * T + place_T).topk(min(rule.num_places, T), dim=1).values
+    return best_BP // T, best_BP % T
