@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from draftsmith.models.drafters.rollout_attention import RolloutAttention
+from draftsmith.models.slots.rollout_attention import RolloutAttention
 
 HEADS, GROUPS, SIZE = 4, 4, 32
 CASES = (("1x8192", 3), ("1x4096+32x128", 3), ("32x256", 3), ("16x256", 7), ("64x64", 7), ("256x32", 7))

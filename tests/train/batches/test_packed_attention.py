@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from draftsmith.models.drafters import rollout_attention
-from draftsmith.models.drafters.rollout_attention import RolloutAttention
+from draftsmith.models.slots import rollout_attention
+from draftsmith.models.slots.rollout_attention import RolloutAttention
 
 
 def attention_case(
