@@ -24,10 +24,10 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
 from draftsmith.models.slots.attention import attend
+from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.tree.constants import counting

@@ -11,11 +11,11 @@ from transformers import AutoModel, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models import DraftLimits, Eagle, Eagle3, PackedBatch, Target, data_rollout, local_rollout
-from draftsmith.models.slots.rollout_attention import RolloutAttention
 from draftsmith.models.families.eagle3 import default_layers
 from draftsmith.models.families.eagle_base import EagleBase
 from draftsmith.models.families.eagle_config import rope_of
 from draftsmith.models.families.eagle_layer import Rotation
+from draftsmith.models.slots.rollout_attention import RolloutAttention
 
 FAMILIES = (Eagle, Eagle3)
 
