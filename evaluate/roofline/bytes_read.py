@@ -171,7 +171,7 @@ def draft_bytes(drafter: Drafter, limits: DraftLimits, context: float = 0.0, num
     num_tokens = num_rows * _nodes_of_a_step(limits)
     body = weights.read_by(num_tokens) - once - sum(tensor_bytes(head) for head in heads if id(head) in own)
     if drafter.has_one_head:
-        steps = [body + tensor_bytes(heads[0])] * limits.draft_length
+        steps = [body + tensor_bytes(heads[0])] * drafter.passes(limits.draft_length)
     else:
         steps = [body // len(heads) + tensor_bytes(head) for head in heads[: limits.draft_length]]
     cached = cached_bytes(drafter.key_values(), context, num_rows)

@@ -1,19 +1,76 @@
 """Where a drafter with keys and values of its own writes one draft, and what each drafted node sees.
 
 Owns the bookkeeping that a draft layer and an ordinary draft LM share. Their cache holds the accepted text only. The nodes of a draft
-lie behind it, and the next draft overwrites them. Knows nothing of layers.
+lie behind it, and the next draft overwrites them. Owns the state of drafters whose layers read pairs of a token and the target's state
+before it, and how the pairs of a prompt are read. Knows nothing of layers.
 
 Shape legend: B batch rows, E fresh tokens, M nodes of a layer, S visible slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.drafters.draft_records import Cycle
-from draftsmith.models.slots.slot_cache import SlotCache
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 from draftsmith.models.tree.constants import counting
+
+
+@dataclass(frozen=True)
+class PairState:
+    """What a drafter whose layers read pairs carries between cycles.
+
+    Attributes:
+        cache: keys and values of its layers at accepted positions, up to the pairs that are pending.
+        pending: what was emitted since the last draft, with the target's states.
+    """
+
+    cache: SlotCache
+    pending: Emitted
+
+    def select_rows(self, kept: KeptRows) -> PairState:
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
+        self.cache.shrink(kept)
+        return PairState(self.cache, self.pending.select_rows(kept.index))
+
+
+def read_prompt(
+    opening: Opening, cache: SlotCache, write: Callable[[Emitted, Tensor], object]
+) -> Generator[None, None, PairState]:
+    """Read the pairs of the prompts, in chunks, and give control back between two of them. The last pair stays pending.
+
+    Behind the pairs of shorter prompts, padding is written, which the drafts write over.
+
+    Args:
+        opening: the prompts.
+        cache: of the drafter, empty.
+        write: writes keys and values of some pairs at their positions, int64 [B, E], where the cache is aimed at them.
+
+    Returns:
+        The state, from which the first draft begins.
+    """
+    prompt = opening.prompt
+    B, T = prompt.tokens_BE.shape
+    for begin in range(0, T, opening.chunk):
+        if begin > 0:
+            yield
+        end = min(begin + opening.chunk, T)
+        positions_BE = torch.arange(begin, end, device=prompt.tokens_BE.device).expand(B, -1)
+        cache.aim(positions_BE, cache.capacity, begin)
+        write(prompt.slots(begin, end), positions_BE)
+    return PairState(cache, prompt.last_only(opening.num_pending))
 
 
 class DraftSlots:
@@ -54,6 +111,26 @@ class DraftSlots:
         first = self.longest - self.num_fresh if self.single else None
         self._aim(positions_BE, self.longest, first)
         return positions_BE
+
+    def aim_block(self, counts_B: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Aim the cache at the fresh tokens of every row, and at a block behind its text: the root and the slots that follow.
+
+        Rows with fewer than E fresh tokens write what is not theirs into one slot behind the block, which nobody sees.
+
+        Args:
+            counts_B: int64, fresh tokens of each row.
+            num_slots: of the block.
+
+        Returns:
+            Positions of the fresh tokens, int64 [B, E], and of the block, int64 [B, num_slots].
+        """
+        end_B1 = self.lengths_B[:, None]
+        fresh_BE = end_B1 - counts_B[:, None] + counting(self.num_fresh, counts_B.device)
+        block_BS = end_B1 + counting(num_slots, counts_B.device)
+        own_BE = torch.where(fresh_BE < end_B1, fresh_BE, end_B1 + num_slots)
+        first = self.longest - self.num_fresh if self.single else None
+        self._aim(torch.cat([own_BE, block_BS], dim=1), self.longest + num_slots, first)
+        return fresh_BE, block_BS
 
     def text_mask(self, positions_BE: Tensor) -> Tensor | None:
         """Let tokens of the text see the slots at or before their positions.

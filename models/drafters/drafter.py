@@ -400,6 +400,16 @@ class Drafter(PreTrainedModel):
         """Why a draft cannot be compiled or captured: it reads tensors on the host, or switches modules. Empty where it can."""
         return ""
 
+    def passes(self, draft_length: int) -> int:
+        """How often a draft reads the drafter's weights, its head included: once for every drafted token, unless a family drafts several at once.
+
+        It serves the count of the bytes that a draft reads, nothing else.
+
+        Args:
+            draft_length: drafted tokens below the root.
+        """
+        return draft_length
+
     def weights_read_once(self) -> tuple[Tensor, ...]:
         """Weights, or views of parts of them, that a draft reads once and not at every step. Most families have none.
 

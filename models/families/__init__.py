@@ -1,8 +1,9 @@
 """Drafter families: a file for each, with its record ``FAMILY``. A module here with such a record is a family of the package."""
 
+from draftsmith.models.families.block import BlockConfig, BlockDrafter
 from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
 
-__all__ = ["Eagle", "Eagle3", "Eagle3Config", "EagleConfig", "ReDrafter", "ReDrafterConfig"]
+__all__ = ["BlockConfig", "BlockDrafter", "Eagle", "Eagle3", "Eagle3Config", "EagleConfig", "ReDrafter", "ReDrafterConfig"]

@@ -18,10 +18,11 @@ from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
 from draftsmith.models.families.eagle_config import EagleConfig, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer
+from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
 
-class Eagle(EagleBase):
+class Eagle(TargetHead, EagleBase):
     """EAGLE-1: f^_{t+1} = layer(fc([E(x_{t+1}); f_t])), scored by the target's own head (arXiv:2401.15077, section 4).
 
     f is the target's state after its final norm. ``fc`` has a bias only where the config asks for it.
@@ -35,7 +36,6 @@ class Eagle(EagleBase):
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.bias)
         self.layers = nn.ModuleList([DraftLayer(config.llama(), wide=False)])
-        self._rows: Tensor | None = None
         self.post_init()
 
     @classmethod
@@ -81,16 +81,6 @@ class Eagle(EagleBase):
         assert isinstance(layer, DraftLayer)
         return layer
 
-    @property
-    def head_weight(self) -> Tensor:
-        """[Vd, D], frozen: the target's head, or its rows of the draft vocabulary."""
-        weight, scale = self.ends.head_weight, self.ends.logit_scale
-        if self.d2t is None and scale == 1.0:
-            return weight
-        if self._rows is None or self._rows.device != weight.device or self._rows.dtype != weight.dtype:
-            self._rows = weight.detach()[self.draft_ids().to(weight.device)] * scale
-        return self._rows
-
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
         """Read a position by its state after the final norm.
 
@@ -117,16 +107,6 @@ class Eagle(EagleBase):
     def head_inputs(self, output: Tensor) -> Tensor:
         """The predicted feature as it is, [..., D]."""
         return output
-
-    def set_draft_ids(self, target_ids: Tensor) -> None:
-        """See :meth:`Drafter.set_draft_ids`."""
-        super().set_draft_ids(target_ids)
-        self._rows = None
-
-    def attach(self, ends: TargetEnds) -> Drafter:
-        """See :meth:`Drafter.attach`."""
-        self._rows = None
-        return super().attach(ends)
 
 
 class EagleFamily(DrafterFamily):

@@ -21,43 +21,21 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
-from draftsmith.models.drafters.draft_slots import DraftSlots
+from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
 from draftsmith.models.slots.attention import attend
 from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
-from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
+from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 
 
-@dataclass(frozen=True)
-class EagleState:
-    """What an EAGLE drafter carries between cycles.
-
-    Attributes:
-        cache: keys and values of its layer at accepted positions, up to the pairs that are pending.
-        pending: what was emitted since the last draft, with the target's states.
-    """
-
-    cache: SlotCache
-    pending: Emitted
-
-    def select_rows(self, kept: KeptRows) -> EagleState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        self.cache.shrink(kept)
-        return EagleState(self.cache, self.pending.select_rows(kept.index))
+EagleState = PairState
 
 
 class EagleBase(Drafter):
@@ -202,18 +180,13 @@ class EagleBase(Drafter):
     def start_in_steps(self, opening: Opening) -> Generator[None, None, EagleState]:
         """See :meth:`Drafter.start_in_steps`."""
         spare = max(opening.limits.max_fed, opening.limits.draft_length + 1)
-        cache, prompt = SlotCache(opening.room + spare, num_layers=1), opening.prompt
-        B, T = prompt.tokens_BE.shape
-        # Behind the pairs of shorter prompts, padding is written, which the drafts write over.
-        for begin in range(0, T, opening.chunk):
-            if begin > 0:
-                yield
-            pairs = prompt.slots(begin, min(begin + opening.chunk, T))
-            positions_BE = torch.arange(begin, begin + pairs.tokens_BE.shape[1], device=self.device).expand(B, -1)
-            cache.aim(positions_BE, cache.capacity, begin)
+        cache = SlotCache(opening.room + spare, num_layers=1)
+
+        def write(pairs: Emitted, positions_BE: Tensor) -> None:
             inputs_BEI = self.pair_inputs(pairs)[1]
             _write(cache, self.layer, inputs_BEI, self.rotation(positions_BE, inputs_BEI))
-        return EagleState(cache, prompt.last_only(opening.num_pending))
+
+        return (yield from read_prompt(opening, cache, write))
 
     def pair_inputs(self, pairs: Emitted) -> tuple[Tensor, Tensor]:
         """The layer's residual input [B, E, D] at pairs of the text, and what its attention reads [B, E, I]."""

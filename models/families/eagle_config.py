@@ -1,4 +1,4 @@
-"""The configs of EAGLE drafters, and what of them follows the target.
+"""The configs of drafters with decoder layers, and what of them follows the target.
 
 Owns sizes, rotary settings and layer names: how a Llama layer is cut to a target of any family. Knows no weights and no runs.
 """
@@ -31,16 +31,14 @@ def _is_rope(value: Any) -> bool:
     )
 
 
-class EagleConfig(DrafterConfig):
-    """The decoder layer's sizes, which follow the target's, and the common fields.
+class LayerConfig(DrafterConfig):
+    """The sizes of a decoder layer, which follow the target's, and the common fields.
 
     Attributes:
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, max_position_embeddings: as in Llama.
         rope: rotary settings in Transformers' form (``rope_type``, ``rope_theta`` and the type's own).
-        bias: whether EAGLE-1's ``fc`` has one, as the public heads of its authors do. Ours begin without: vLLM drops it in silence.
     """
 
-    model_type = "draftsmith_eagle"
     rules: ClassVar[Mapping[str, Rule]] = {
         **DrafterConfig.rules,
         "intermediate_size": COUNT,
@@ -50,7 +48,6 @@ class EagleConfig(DrafterConfig):
         "rms_norm_eps": NOT_NEGATIVE,
         "max_position_embeddings": COUNT,
         "rope": (_is_rope, f"an object of rotary settings: rope_type {', '.join(_ROPE_TYPES)}, and numbers"),
-        "bias": FLAG,
     }
 
     def __init__(
@@ -62,7 +59,6 @@ class EagleConfig(DrafterConfig):
         rms_norm_eps: float = 1e-6,
         max_position_embeddings: int = 2048,
         rope: dict[str, Any] | None = None,
-        bias: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -73,7 +69,6 @@ class EagleConfig(DrafterConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.rope = {"rope_type": "default", "rope_theta": 10000.0} if rope is None else rope
-        self.bias = bias
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -99,6 +94,21 @@ class EagleConfig(DrafterConfig):
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=dict(self.rope),
         )
+
+
+class EagleConfig(LayerConfig):
+    """The decoder layer's sizes, and the common fields.
+
+    Attributes:
+        bias: whether EAGLE-1's ``fc`` has one, as the public heads of its authors do. Ours begin without: vLLM drops it in silence.
+    """
+
+    model_type = "draftsmith_eagle"
+    rules: ClassVar[Mapping[str, Rule]] = {**LayerConfig.rules, "bias": FLAG}
+
+    def __init__(self, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bias = bias
 
 
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class DraftLayer(nn.Module):
         Returns:
             [..., H, Dh].
         """
-        return _rotated(self._heads(self.self_attn.q_proj(inputs)), rotation)
+        return rotated(self._heads(self.self_attn.q_proj(inputs)), rotation)
 
     def keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Project the keys and values, and rotate the keys.
@@ -95,7 +95,7 @@ class DraftLayer(nn.Module):
         Returns:
             Keys and values, [..., G, Dh] each.
         """
-        keys = _rotated(self._heads(self.self_attn.k_proj(inputs)), rotation)
+        keys = rotated(self._heads(self.self_attn.k_proj(inputs)), rotation)
         return keys, self._heads(self.self_attn.v_proj(inputs))
 
     def queries_keys_values(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ class DraftLayer(nn.Module):
         """
         attention = self.self_attn
         projected = torch.cat([attention.q_proj(inputs), attention.k_proj(inputs)], dim=-1)
-        turned = _rotated(self._heads(projected), rotation)
+        turned = rotated(self._heads(projected), rotation)
         num_queries = turned.shape[-2] - attention.num_groups
         return turned[..., :num_queries, :], turned[..., num_queries:, :], self._heads(attention.v_proj(inputs))
 
@@ -189,7 +189,16 @@ def rms_norm(norm: LlamaRMSNorm, states: Tensor) -> Tensor:
     return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn queries or keys by their angles.
+
+    Args:
+        heads: [..., H, Dh].
+        rotation: cosines and sines [..., 1, Dh].
+
+    Returns:
+        [..., H, Dh], in the dtype of ``heads``.
+    """
     cosines, sines = rotation
     # Back to the projection's dtype: under autocast the angles are wider than it is.
     return torch.addcmul(heads * cosines, rotate_half(heads), sines).to(heads.dtype)

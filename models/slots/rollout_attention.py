@@ -95,18 +95,17 @@ class RolloutAttention:
         num_scores = num_heads * sum(length * count for length, count in zip(lengths, counts, strict=True))
         attend = _attend if num_scores <= self.block_scores else _attend_again_in_backward
         starts = self.anchors - self.positions[self.anchors]
-        of_anchors = (queries, starts, self.anchors, *self._own_steps(further))
+        of_anchors = (queries, starts, self.anchors, *self._own_steps(further), self._own_hidden(queries, further))
         anchors_of = zip(*(part.split(counts) for part in of_anchors), strict=True)
         text_of = zip(self.keys.split(lengths), self.values.split(lengths), strict=True)
         attended, first = [], 0
         for anchors, (keys, values) in zip(anchors_of, text_of, strict=True):
             num_queries = max(1, self.block_scores // (num_heads * len(keys)))
             blocks = zip(*(part.split(num_queries) for part in anchors), strict=True)
-            for queries_C, starts_C, last_C, own_keys, own_values in blocks:
+            for queries_C, starts_C, last_C, *own in blocks:
                 if len(last_C):
                     end = int(last_C[-1]) + 1 - first
-                    text = starts_C - first, last_C - first, own_keys, own_values, keys[:end], values[:end]
-                    attended.append(attend(queries_C, *text))
+                    attended.append(attend(queries_C, starts_C - first, last_C - first, *own, keys[:end], values[:end]))
             first += len(keys)
         return torch.cat(attended)
 
@@ -115,6 +114,18 @@ class RolloutAttention:
         if not further:
             return (self.keys.new_empty(len(self.anchors), 0, *self.keys.shape[1:]),) * 2
         return torch.stack([key for key, _ in further], dim=1), torch.stack([value for _, value in further], dim=1)
+
+    def _own_hidden(self, queries: Tensor, further: list[Pair]) -> Tensor:
+        """bool [A, J]: which of its own further keys a query does not see; here it sees all."""
+        return torch.zeros(len(queries), len(further), dtype=torch.bool, device=queries.device)
+
+    def _own_keys(self, begin_Q: Tensor, end_Q: Tensor, step: int) -> Pair:
+        """int64 [Q] twice: the first key of a further step that queries from ``begin_Q`` to ``end_Q - 1`` see, and the end of these keys.
+
+        Numbers are those of :meth:`sees`.
+        """
+        before = len(self.keys) + step * len(self.anchors)
+        return before + begin_Q, before + end_Q
 
     def _flexible(self, queries: Tensor, further: list[Pair]) -> Tensor:
         keys = torch.cat([self.keys, *(key for key, _ in further)])
@@ -165,8 +176,7 @@ class RolloutAttention:
         full_QB = of_one_Q[:, None] & (begin_B >= last_start_Q[:, None]) & (end_B - 1 <= first_Q[:, None])
         begin_Q = torch.arange(0, num_anchors, _BLOCK, device=begin_B.device)
         for step in range(num_further):
-            own_Q = num_tokens + step * num_anchors + begin_Q
-            own_end_Q = num_tokens + step * num_anchors + (begin_Q + _BLOCK).clamp(max=num_anchors)
+            own_Q, own_end_Q = self._own_keys(begin_Q, (begin_Q + _BLOCK).clamp(max=num_anchors), step)
             seen_QB = seen_QB | ((end_B > own_Q[:, None]) & (begin_B < own_end_Q[:, None]))
         return BlockMask.from_kv_blocks(
             *_listed(seen_QB & ~full_QB),
@@ -183,12 +193,13 @@ def _attend(
     last_C: Tensor,
     own_keys_CJGD: Tensor,
     own_values_CJGD: Tensor,
+    own_hidden_CJ: Tensor,
     keys_SGD: Tensor,
     values_SGD: Tensor,
 ) -> Tensor:
     """[C, H, Dh] with every score in memory: [G, R, C, S] over the text and [G, R, C, J] over the own steps.
 
-    A query sees the keys of the text from its first to its last (int64 [C], numbers among S).
+    A query sees the keys of the text from its first to its last (int64 [C], numbers among S), and its own that are not hidden.
     """
     num_keys, num_groups, head_size = keys_SGD.shape
     scaled = (queries_CHD / math.sqrt(head_size)).unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
@@ -196,7 +207,7 @@ def _attend(
     over_text = (scaled.flatten(1, 2) @ keys_SGD.permute(1, 2, 0)).unflatten(1, rows)
     at_S = torch.arange(num_keys, device=last_C.device)
     hidden_CS = (at_S < first_C[:, None]) | (at_S > last_C[:, None])
-    over_own = torch.einsum("grcd,cjgd->grcj", scaled, own_keys_CJGD)
+    over_own = torch.einsum("grcd,cjgd->grcj", scaled, own_keys_CJGD).masked_fill(own_hidden_CJ, -torch.inf)
     scores = torch.cat([over_text.masked_fill(hidden_CS, -torch.inf), over_own], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(queries_CHD.dtype)
     of_text = (weights[..., :num_keys].flatten(1, 2) @ values_SGD.transpose(0, 1)).unflatten(1, rows)

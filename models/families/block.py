@@ -1,0 +1,441 @@
+"""Block drafters: all slots of a draft in one pass of a few decoder layers over the target's states.
+
+DFlash (arXiv:2602.06036) fills a block behind the root: slot 0 holds the root and predicts nothing, slot k >= 1 holds a mask and predicts the
+k-th token behind the root. Every slot sees the others. JetSpec (arXiv:2606.18394) hides later slots (``causal``). DSpark's backbone
+(arXiv:2607.05147) lets slot 0 predict too (``sample_from_anchor``).
+
+Owns the drafter, which layers it reads by default, its settings and its record. Knows nothing of losses, trees or verification.
+
+Shape legend: B batch rows, E fresh pairs, T packed tokens, A anchors, S slots of a block, K draft steps, D hidden, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.family import About, DrafterFamily, Family
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.drafters.rollout_attention import Pair
+from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
+from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
+from draftsmith.models.families.eagle_layer import Rotation, rms_norm
+from draftsmith.models.families.target_head import TargetHead
+from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, Rule, is_whole
+from draftsmith.models.slots.attention import attend
+from draftsmith.models.slots.slot_cache import SlotCache
+from draftsmith.models.target.key_values import KeyValues
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.steps import result_of
+
+
+class BlockConfig(LayerConfig):
+    """The fields of a block drafter.
+
+    Attributes:
+        layers: names of the target's layers that are read, from low to high.
+        num_draft_layers: decoder layers of the drafter.
+        block_size: S, slots of a block, the root's included.
+        causal: a slot sees no later slot of its block.
+        sample_from_anchor: slot 0, which holds the root, predicts the first drafted token; otherwise slot 1 does.
+        mask_token_id: an unused token of the target whose embedding fills the slots behind the root; None learns a vector for them.
+    """
+
+    model_type = "draftsmith_block_drafter"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **LayerConfig.rules,
+        "layers": NAMES,
+        "num_draft_layers": COUNT,
+        "block_size": COUNT,
+        "causal": FLAG,
+        "sample_from_anchor": FLAG,
+        "mask_token_id": (lambda value: value is None or is_whole(value, 0), "a token id, or null"),
+    }
+
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        num_draft_layers: int = 1,
+        block_size: int = 8,
+        causal: bool = False,
+        sample_from_anchor: bool = False,
+        mask_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layers = list(layers)
+        self.num_draft_layers, self.block_size = num_draft_layers, block_size
+        self.causal, self.sample_from_anchor = causal, sample_from_anchor
+        self.mask_token_id = mask_token_id
+
+    @property
+    def first_slot(self) -> int:
+        """The slot that predicts the first drafted token."""
+        return 0 if self.sample_from_anchor else 1
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        if not self.layers:
+            return "layers [], but it reads at least one of the target's"
+        if self.block_size <= self.first_slot:
+            return f"block_size {self.block_size}, of which no slot predicts a token without sample_from_anchor"
+        if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
+            return f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
+        return super().fault()
+
+
+class BlockDrafter(TargetHead):
+    """Decoder layers over [root, mask, mask, ..], which also see one context vector a position of the text (arXiv:2602.06036).
+
+    Attributes:
+        recompute: in training, each layer's activations are computed again in the backward pass.
+    """
+
+    config_class = BlockConfig
+    config: BlockConfig
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__(config)
+        D, epsilon = config.hidden_size, config.rms_norm_eps
+        self.recompute = False
+        self.fc = nn.Linear(len(config.layers) * D, D, bias=False)
+        self.hidden_norm = LlamaRMSNorm(D, eps=epsilon)
+        self.layers = nn.ModuleList(BlockLayer(config.llama()) for _ in range(config.num_draft_layers))
+        self.norm = LlamaRMSNorm(D, eps=epsilon)
+        self.mask_embedding = nn.Parameter(torch.zeros(D)) if config.mask_token_id is None else None
+        self.rotation = Rotation(config.llama())
+        self.post_init()
+
+    @classmethod
+    def for_target(
+        cls,
+        ends: TargetEnds,
+        *,
+        layers: Sequence[str] | None = None,
+        num_draft_layers: int = 1,
+        causal: bool = False,
+        sample_from_anchor: bool = False,
+        mask_token_id: int | None = None,
+        draft_token_ids: Tensor | None = None,
+        num_draft_steps: int = 7,
+        tokenizer_fingerprint: str = "",
+    ) -> BlockDrafter:
+        """Make a fresh drafter for one target, attached to it.
+
+        Args:
+            ends: the target's frozen ends.
+            layers: names of the layers to read, low to high; None takes :func:`default_layers`.
+            num_draft_layers: decoder layers of the drafter.
+            causal: see the config.
+            sample_from_anchor: see the config.
+            mask_token_id: see the config.
+            draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
+            num_draft_steps: K, the tokens of a draft; the block has as many slots as that takes.
+            tokenizer_fingerprint: stored, and checked by those who decode with text.
+
+        Returns:
+            The drafter.
+        """
+        config = BlockConfig(
+            **layer_fields(ends),
+            layers=default_layers(ends.config.num_hidden_layers, num_draft_layers) if layers is None else layers,
+            num_draft_layers=num_draft_layers,
+            block_size=num_draft_steps + (0 if sample_from_anchor else 1),
+            causal=causal,
+            sample_from_anchor=sample_from_anchor,
+            mask_token_id=mask_token_id,
+            draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
+            num_draft_steps=num_draft_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        drafter = cls(config)
+        if draft_token_ids is not None and drafter.d2t is not None:
+            drafter.set_draft_ids(draft_token_ids)
+        drafter.attach(ends)
+        if drafter.mask_embedding is not None:
+            with torch.no_grad():  # as large as an embedding, and none of them
+                some = drafter.embed(torch.arange(min(ends.vocab_size, 1024), device=ends.device))
+                drafter.mask_embedding.normal_(std=float(some.std()))
+        return drafter
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The layers that are read."""
+        return tuple(self.config.layers)
+
+    @property
+    def max_draft_steps(self) -> int:
+        """As many tokens as slots of a block predict."""
+        return self.config.block_size - self.config.first_slot
+
+    def passes(self, draft_length: int) -> int:
+        """See :meth:`Drafter.passes`: one for the whole block."""
+        return 1
+
+    def needs_host(self) -> str:
+        """See :meth:`Drafter.needs_host`."""
+        return "the rotary factors of the draft layers follow the length" if self.rotation.follows_length else ""
+
+    def key_values(self) -> tuple[KeyValues, ...]:
+        """See :meth:`Drafter.key_values`: those of every layer."""
+        numbers = 2 * self.config.num_key_value_heads * self.config.head_dim
+        return (KeyValues(numbers * self.dtype.itemsize),) * self.config.num_draft_layers
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up the target's embeddings.
+
+        Args:
+            tokens: int64 [...], target ids.
+
+        Returns:
+            [..., D] in this drafter's dtype.
+        """
+        return self.ends.embed(tokens).to(self.dtype)
+
+    def context(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Make the context vectors, which are the same for all draft layers.
+
+        Args:
+            features: layer name -> [..., D], the target's states.
+
+        Returns:
+            [..., D].
+        """
+        states = [features[name].to(self.fc.weight.dtype) for name in self.config.layers]
+        return rms_norm(self.hidden_norm, self.fc(torch.cat(states, dim=-1)))
+
+    def slots(self, roots: Tensor, num_slots: int) -> Tensor:
+        """What the slots of a block hold before the first layer.
+
+        Args:
+            roots: int64 [N], target ids.
+            num_slots: how many slots, the root's included.
+
+        Returns:
+            [N, num_slots, D].
+        """
+        mask_D = self.mask_embedding
+        if mask_D is None:
+            mask_D = self.embed(torch.tensor(self.config.mask_token_id, device=roots.device))
+        root_N1D = self.embed(roots)[:, None]
+        return torch.cat([root_N1D, mask_D.to(root_N1D.dtype).expand(len(roots), num_slots - 1, -1)], dim=1)
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """See :meth:`Drafter.teacher_forced`: whole blocks, whatever the number of steps, since slots see the others."""
+        S, anchors_A = self.config.block_size, rollout.anchors
+        context_TD = self.context(batch.hidden)
+        positions_AS = batch.positions[anchors_A, None] + 1 + torch.arange(S, device=anchors_A.device)
+        states_QD = self.slots(rollout.tokens[:, 0], S).flatten(0, 1)
+        of_text, of_slots = (self.rotation(each, states_QD) for each in (batch.positions, positions_AS.flatten()))
+        attention = None
+        for layer in self.layers:
+            assert isinstance(layer, BlockLayer)
+            text = layer.keys_values(context_TD, of_text)
+            if attention is None:
+                attention = BlockAttention(batch, anchors_A, S, self.config.causal, text)
+            given = (layer, states_QD, attention.over(text), of_slots)
+            if self.recompute and torch.is_grad_enabled():
+                states_QD = checkpoint(_run_layer, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                states_QD = _run_layer(*given)
+        first, num_steps = self.config.first_slot, rollout.tokens.shape[1]
+        outputs_ASD = rms_norm(self.norm, states_QD).unflatten(0, (len(anchors_A), S))
+        return outputs_ASD[:, first : first + num_steps].transpose(0, 1)
+
+    def start(self, opening: Opening) -> PairState:
+        """Read the context of the prompts, in chunks."""
+        return result_of(self.start_in_steps(opening))
+
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, PairState]:
+        """See :meth:`Drafter.start_in_steps`."""
+        # Behind the block is one more slot; see DraftSlots.aim_block.
+        cache = SlotCache(opening.room + self.config.block_size + 1, num_layers=len(self.layers))
+
+        def write(pairs: Emitted, positions_BE: Tensor) -> None:
+            self.write_context(cache, pairs, positions_BE)
+
+        return (yield from read_prompt(opening, cache, write))
+
+    def write_context(self, cache: SlotCache, pairs: Emitted, positions_BE: Tensor) -> None:
+        """Write keys and values of every layer where the cache is aimed at.
+
+        Args:
+            cache: of the layers.
+            pairs: [B, E], of which only the features are read.
+            positions_BE: int64.
+        """
+        context_BED = self.context(pairs.features)
+        rotation = self.rotation(positions_BE, context_BED)
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, BlockLayer)
+            keys, values = layer.keys_values(context_BED, rotation)
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), number)
+
+    def advance(self, state: PairState, emitted: Emitted) -> PairState:  # type: ignore[override]
+        """What was emitted is pending until the next draft."""
+        return PairState(state.cache, emitted)
+
+    def expander(self, state: PairState, cycle: Cycle, limits: DraftLimits) -> BlockDraft:  # type: ignore[override]
+        """See :class:`BlockDraft`."""
+        return BlockDraft(self, state, cycle, limits.draft_length)
+
+    def follow(self, state: PairState, cycle: Cycle, limits: DraftLimits) -> PairState:  # type: ignore[override]
+        """See :meth:`Drafter.follow`: keys and values of the pending pairs only."""
+        slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
+        positions_BE = slots.aim_fresh(state.pending.counts_B)
+        self.write_context(state.cache, state.pending.slots(0, slots.num_fresh), positions_BE)
+        return state
+
+
+def _run_layer(layer: BlockLayer, states_QD: Tensor, attention: BlockAttention, rotation: Pair) -> Tensor:
+    """One layer over the slots of all blocks: [A S, D] -> [A S, D]."""
+    inputs_QD = layer.inputs(states_QD)
+    own = layer.keys_values(inputs_QD, rotation)
+    return layer.finish(states_QD, attention(layer.queries(inputs_QD, rotation), [own]))
+
+
+class BlockDraft:
+    """One draft: the block is computed once, and all nodes of one depth have the same continuations."""
+
+    def __init__(self, drafter: BlockDrafter, state: PairState, cycle: Cycle, draft_length: int) -> None:
+        self.target_ids = drafter.to_target_ids
+        self._drafter, self._pending, self._draft_length = drafter, state.pending, draft_length
+        self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
+        self.root_B = state.pending.tokens_BE.gather(1, state.pending.counts_B[:, None] - 1).squeeze(1)
+        self._depth = 0
+        self._logits_BKV = torch.empty(0)
+
+    def begin(self) -> Tensor:
+        """See :class:`Expander`: the whole block."""
+        drafter, first = self._drafter, self._drafter.config.first_slot
+        predicted_BKD = self._run()[:, first : first + self._draft_length]
+        self._logits_BKV = drafter.logits(rms_norm(drafter.norm, predicted_BKD), 0)
+        return self._logits_BKV[:, :1]
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """See :class:`Expander`: the next slot, whatever the nodes hold."""
+        self._depth += 1
+        return self._logits_BKV[:, self._depth : self._depth + 1].expand(-1, tokens_BM.shape[1], -1)
+
+    def _run(self) -> Tensor:
+        """States of the slots behind the last layer, [B, S, D]; without later slots that nobody sees."""
+        drafter, slots, config = self._drafter, self._slots, self._drafter.config
+        num_slots = config.first_slot + self._draft_length if config.causal else config.block_size
+        fresh = self._pending.slots(0, slots.num_fresh)
+        fresh_BE, slots_BS = slots.aim_block(self._pending.counts_B, num_slots)
+        mask = slots.text_mask(slots_BS if config.causal else slots_BS[:, -1:])
+        if mask is not None:
+            mask = mask.expand(-1, -1, num_slots, -1)
+        context_BED = drafter.context(fresh.features)
+        states_BSD = drafter.slots(self.root_B, num_slots)
+        of_context, of_slots = drafter.rotation(fresh_BE, context_BED), drafter.rotation(slots_BS, states_BSD)
+        for number, layer in enumerate(drafter.layers):
+            assert isinstance(layer, BlockLayer)
+            inputs_BSD = layer.inputs(states_BSD)
+            pairs = zip(layer.keys_values(context_BED, of_context), layer.keys_values(inputs_BSD, of_slots), strict=True)
+            keys, values = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
+            seen = slots.cache.update(keys, values, number)
+            attended = attend(layer.queries(inputs_BSD, of_slots).transpose(1, 2), *seen, mask)
+            states_BSD = layer.finish(states_BSD, attended.transpose(1, 2))
+        return states_BSD
+
+
+def default_layers(num_layers: int, count: int) -> tuple[str, ...]:
+    """The layers that public block drafters read: ``count`` of them, evenly from the second block to the third from the end.
+
+    Targets too shallow for that take theirs evenly from the first block to the last, each once.
+
+    Example: 36 blocks and 5 layers -> the outputs of blocks 1, 9, 17, 25 and 33, counted from 0.
+
+    Args:
+        num_layers: blocks of the target.
+        count: how many layers to read; one reads the middle block.
+
+    Returns:
+        Their names, from low to high.
+    """
+    first, last = (1, num_layers - 3) if num_layers - 3 >= count else (0, num_layers - 1)
+    blocks = {round(first + place * (last - first) / max(count - 1, 1)) for place in range(count)}
+    chosen = sorted(blocks) if count > 1 else [num_layers // 2]
+    return tuple(PRE_NORM if block == num_layers - 1 else f"layer.{block}.output" for block in chosen)
+
+
+class BlockFamily(DrafterFamily):
+    """A block drafter: all tokens of a draft in one pass of a few layers (DFlash, arXiv 2602.06036). `num_steps` sets its block.
+
+    Args:
+        num_draft_layers: decoder layers of the drafter.
+        layers: names of the target's layers to read, low to high; null takes as many as the drafter has layers, spread evenly.
+        mask: which slots of its block a slot sees: all, or with `causal` those before it.
+        sample_from_anchor: the slot of the root predicts the first drafted token, as in DSpark; false leaves it out, as in DFlash.
+        mask_token_id: an unused token whose embedding fills the slots behind the root, which serving engines ask for; null
+            learns a vector.
+        draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
+            their rows of the target's head; null scores all.
+        recompute: compute each layer's activations again in the backward pass: less memory, more time.
+    """
+
+    kind = BlockDrafter
+
+    def __init__(
+        self,
+        num_draft_layers: int = 1,
+        layers: list[str] | None = None,
+        mask: Literal["bidirectional", "causal"] = "bidirectional",
+        sample_from_anchor: bool = False,
+        mask_token_id: int | None = None,
+        draft_vocab_size: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
+        self.sample_from_anchor, self.mask_token_id = sample_from_anchor, mask_token_id
+        self.draft_vocab_size, self.recompute = draft_vocab_size, recompute
+
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> BlockDrafter:
+        """See DrafterFamily.build.
+
+        Raises:
+            ValueError: sizes that do not fit the target.
+        """
+        drafter = BlockDrafter.for_target(
+            ends,
+            layers=self.layers,
+            num_draft_layers=self.num_draft_layers,
+            causal=self.mask == "causal",
+            sample_from_anchor=self.sample_from_anchor,
+            mask_token_id=self.mask_token_id,
+            draft_token_ids=draft_token_ids,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        self.configure(drafter)
+        return drafter
+
+    def configure(self, drafter: Drafter) -> None:
+        """See DrafterFamily.configure."""
+        assert isinstance(drafter, BlockDrafter)
+        drafter.recompute = self.recompute
+
+
+FAMILY = Family(
+    name="blockdrafter",
+    drafter=BlockDrafter,
+    config=BlockConfig,
+    settings=BlockFamily,
+    about=About(
+        title="Block drafter",
+        what="A few decoder layers that draft all tokens in one pass ([DFlash](https://arxiv.org/abs/2602.06036))",
+        reads="hidden states of several layers",
+    ),
+)

@@ -1,0 +1,167 @@
+"""The decoder layer of block drafters, and its attention in training.
+
+A block is the root and the slots behind it, which are drafted in one pass. Its queries see the text's context vectors up to the anchor and
+the slots of their own block. Context and slots go through the same projections. Per-head norms of queries and keys are Qwen3's.
+
+Owns the layer's weights and the mask of training. Knows nothing of caches, trees or losses.
+
+Shape legend: T packed tokens, A anchors, S slots of a block, D hidden, H heads, G key/value heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from draftsmith.models.drafters.rollout import PackedBatch
+from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
+from draftsmith.models.families.eagle_layer import DraftAttention, rms_norm, rotated
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class BlockLayer(nn.Module):
+    """One decoder layer in three parts: keys and values of the context, queries and keys of the block, and what follows attention.
+
+    Args:
+        config: sizes, norm epsilon; those of the target, as far as it has them.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, epsilon = config.hidden_size, config.rms_norm_eps
+        self.self_attn = DraftAttention(config, D)
+        self.self_attn.q_norm = LlamaRMSNorm(self.self_attn.head_dim, eps=epsilon)
+        self.self_attn.k_norm = LlamaRMSNorm(self.self_attn.head_dim, eps=epsilon)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(D, eps=epsilon)
+        self.post_attention_layernorm = LlamaRMSNorm(D, eps=epsilon)
+
+    def keys_values(self, inputs: Tensor, rotation: Pair) -> Pair:
+        """Project keys and values, and rotate the keys. Context vectors come as they are, states of slots after the layer's norm.
+
+        Args:
+            inputs: [..., D].
+            rotation: cosines and sines [..., 1, Dh].
+
+        Returns:
+            Keys and values, [..., G, Dh] each.
+        """
+        attention = self.self_attn
+        keys = rms_norm(attention.k_norm, self._heads(attention.k_proj(inputs)))
+        return rotated(keys, rotation), self._heads(attention.v_proj(inputs))
+
+    def queries(self, inputs: Tensor, rotation: Pair) -> Tensor:
+        """Project and rotate the queries.
+
+        Args:
+            inputs: [..., D], states of slots after the layer's norm.
+            rotation: cosines and sines [..., 1, Dh].
+
+        Returns:
+            [..., H, Dh].
+        """
+        attention = self.self_attn
+        return rotated(rms_norm(attention.q_norm, self._heads(attention.q_proj(inputs))), rotation)
+
+    def inputs(self, states: Tensor) -> Tensor:
+        """What attention reads of slots: [..., D] -> [..., D]."""
+        return rms_norm(self.input_layernorm, states)
+
+    def finish(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Finish the layer behind attention: its output projection, and the MLP.
+
+        Args:
+            states: [..., D], of slots, before the layer.
+            attended: [..., H, Dh], attention's output.
+
+        Returns:
+            [..., D].
+        """
+        states = states + self.self_attn.o_proj(attended.flatten(-2))
+        return states + self.mlp(rms_norm(self.post_attention_layernorm, states))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.self_attn.head_dim))
+
+
+class BlockAttention(RolloutAttention):
+    """Attention of every anchor's block over one packed batch: the text up to the anchor, and the block itself.
+
+    The queries are the slots of all blocks, flat: slot k of block a is query a * S + k. Its only further step holds the same slots.
+
+    Args:
+        batch: packed samples.
+        anchors_A: int64, packed positions t, rising. The root of a block is at t + 1, so t is the last position that it sees.
+        num_slots: S.
+        causal: a slot sees no later slot of its block.
+        text: keys and values of the context vectors, [T, G, Dh] each.
+        flexible: see :class:`RolloutAttention`.
+    """
+
+    def __init__(
+        self,
+        batch: PackedBatch,
+        anchors_A: Tensor,
+        num_slots: int,
+        causal: bool,
+        text: Pair,
+        flexible: bool | None = None,
+    ) -> None:
+        anchors = anchors_A.repeat_interleave(num_slots)
+        super().__init__(batch.document_ids, batch.positions, anchors, *text, flexible=flexible)
+        self.num_slots, self.causal = num_slots, causal
+
+    def over(self, text: Pair) -> BlockAttention:
+        """The same attention over the keys and values of another layer, [T, G, Dh] each; the mask is made once."""
+        _ = self._mask if self.flexible else self._runs
+        other = copy.copy(self)
+        other.keys, other.values = text
+        return other
+
+    def _own_steps(self, further: list[Pair]) -> Pair:
+        """Keys and values [A S, S, G, Dh]: every slot has those of its whole block."""
+        S = self.num_slots
+        (keys, values), shape = further[0], (-1, S, S, *further[0][0].shape[1:])
+        blocks = (part.unflatten(0, (-1, S))[:, None].expand(shape).flatten(0, 1) for part in (keys, values))
+        return next(blocks), next(blocks)
+
+    def _own_hidden(self, queries: Tensor, further: list[Pair]) -> Tensor:
+        S, device = self.num_slots, queries.device
+        hidden_SS = torch.zeros(S, S, dtype=torch.bool, device=device)
+        if self.causal:
+            hidden_SS = torch.ones(S, S, dtype=torch.bool, device=device).triu(1)
+        return hidden_SS.repeat(len(queries) // S, 1)
+
+    def _own_keys(self, begin_Q: Tensor, end_Q: Tensor, step: int) -> Pair:
+        S, before = self.num_slots, len(self.keys)
+        return before + begin_Q // S * S, before + (end_Q + (S - 1)) // S * S
+
+    def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """See :meth:`RolloutAttention.sees`. Keys are the text's T first, and then the slots of all blocks."""
+        num_tokens, num_slots, causal = len(self.keys), self.num_slots, self.causal
+        document_ids, anchors = self.document_ids, self.anchors
+
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            at, slot = key.clamp(max=num_tokens - 1), key - num_tokens
+            of_text = (slot < 0) & (at <= anchors[query]) & (document_ids[at] == document_ids[anchors[query]])
+            of_block = (slot >= 0) & (slot // num_slots == query // num_slots)
+            return of_text | (of_block & (slot <= query) if causal else of_block)
+
+        return sees
+
+    def block_mask(self, num_further: int) -> BlockMask:
+        """See :meth:`RolloutAttention.block_mask`; the same for all layers."""
+        return self._mask
+
+    @cached_property
+    def _mask(self) -> BlockMask:
+        return super().block_mask(1)
