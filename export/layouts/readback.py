@@ -81,4 +81,4 @@ def probe_logits(drafter: Drafter, num_tokens: int = 12) -> Tensor:
     )
     num_steps = min(_NUM_STEPS, probe.max_draft_steps or _NUM_STEPS)
     inputs = checked_head_inputs(probe, batch, data_rollout(batch, num_steps))
-    return inputs if probe.predicts_features else probe.rollout_logits(inputs)
+    return inputs if probe.borrows_head or probe.predicts_features else probe.rollout_logits(inputs)

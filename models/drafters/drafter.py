@@ -58,6 +58,8 @@ class Drafter(PreTrainedModel):
     base_model_prefix = ""
     predicts_features: ClassVar[bool] = False
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
+    borrows_head: ClassVar[bool] = False
+    """Whether its output head is the target's own, which is no weight of the drafter."""
 
     def __init__(self, config: DrafterConfig) -> None:
         config.check(type(self).__name__)

@@ -110,6 +110,33 @@ def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
     )
 
 
+def fewer_anchors(rollout: Rollout, most: int, at_random: bool) -> Rollout:
+    """Keep some anchors only, in their order, all of which have something to predict.
+
+    Example: of the anchors 3, 4, 5, 6, two that are not drawn at random are 3 and 5.
+
+    Args:
+        rollout: of any kind.
+        most: how many anchors to keep.
+        at_random: draw them; otherwise they are spread evenly.
+
+    Returns:
+        The same of at most ``most`` anchors.
+    """
+    useful = torch.nonzero(rollout.valid[:, 0]).squeeze(1)
+    if len(useful) > most and at_random:
+        useful = useful[torch.randperm(len(useful), device=useful.device)[:most]].sort().values
+    elif len(useful) > most:
+        useful = useful[torch.arange(most, device=useful.device) * len(useful) // most]
+    return replace(
+        rollout,
+        anchors=rollout.anchors[useful],
+        tokens=rollout.tokens[useful],
+        targets=rollout.targets[useful],
+        valid=rollout.valid[useful],
+    )
+
+
 def local_rollout(batch: PackedBatch, num_steps: int, eos_token_ids: tuple[int, ...] = ()) -> Rollout:
     """Roll out along the target's own greedy continuation from every position (local distillation, arXiv:2403.09919, section 4.2).
 

@@ -21,6 +21,8 @@ class TargetHead(Drafter):
         config: of the family's own class.
     """
 
+    borrows_head = True
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
         self._rows: Tensor | None = None

@@ -65,6 +65,8 @@ class DraftModule(pl.LightningModule):
         top_k: see top_k_weight.
         skip_outside: with distillation path, learn nothing where the target's likeliest token is outside the draft
             vocabulary (arXiv 2503.01840).
+        max_anchors: learn at no more positions of a batch than this, drawn at random in each; null takes all. For
+            drafters whose blocks start at every such position, memory grows with it.
         val_steps: draft steps of the validation's accuracies; null takes num_steps.
         lr: peak learning rate.
         betas: AdamW's.
@@ -127,15 +129,24 @@ class DraftModule(pl.LightningModule):
         lora: LoraSettings | None = None,
         allow_other_target: bool = False,
         draft_vocabulary: Literal["auto"] | None = None,
+        max_anchors: int | None = None,
     ) -> None:
         super().__init__()
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
         self.draft_vocabulary = draft_vocabulary
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
         self.objective = Objective(
-            num_steps, distillation, horizon_decay, chunk_rows, feature_weight, logit_weight, emphasis, skip_outside
+            num_steps,
+            distillation,
+            horizon_decay,
+            chunk_rows,
+            feature_weight,
+            logit_weight,
+            emphasis,
+            skip_outside,
+            max_anchors,
         )
-        self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows)
+        self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         _check_numbers(ema_decay, metrics_every)
         self.target, self.revision, self.adapter = target, revision, adapter
@@ -341,7 +352,7 @@ class DraftModule(pl.LightningModule):
         """
         assert self.drafter is not None
         torch.manual_seed(batch_seed(self._noise_seed, self, batch_idx))
-        prepared = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids)
+        prepared = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids, draw_anchors=True)
         metrics = (self.global_step + 1) % self.metrics_every == 0
         shown = metrics or batch_idx == 0
         sums = run(self.objective, prepared, self.drafter, self.ends, self._step_weights(prepared), metrics, shown)
@@ -383,7 +394,9 @@ class DraftModule(pl.LightningModule):
         weights = torch.zeros(self.val_objective.num_steps, device=self.device)
         self._val_sums.append(pool(run(self.val_objective, prepared, self.evaluated, self.ends, weights, True)))
         if PRE_NORM in batch.packed.hidden:
-            self._surprise += surprise_by_scale(batch.packed, self.evaluated, self.ends, self._to_draft)
+            self._surprise += surprise_by_scale(
+                batch.packed, self.evaluated, self.ends, self._to_draft, self.val_objective.max_anchors
+            )
             # After every batch, not at the end, because callbacks that decode come before this module's own end of a validation.
             self.evaluated.config.score_scale = best_scale(self._surprise)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.returned_shapes import checked_head_inputs, checked_heads
-from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout, local_rollout
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout, fewer_anchors, local_rollout
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.drafter.losses import (
     OUTSIDE,
@@ -47,6 +47,7 @@ class Objective:
         logit_weight: of the loss on tokens (arXiv 2401.15077: 0.1).
         emphasis: HASS's top-K distillation, with `path` only.
         skip_outside: with `path`, learn nothing where the target's likeliest token is outside the draft vocabulary (arXiv 2503.01840).
+        max_anchors: learn at no more positions of a batch than this; None learns at all of them.
 
     Raises:
         ValueError: a setting out of range, or one that this distillation does not use.
@@ -60,6 +61,7 @@ class Objective:
     logit_weight: float = 1.0
     emphasis: TopEmphasis | None = None
     skip_outside: bool = False
+    max_anchors: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -68,6 +70,8 @@ class Objective:
             raise ValueError(f"horizon_decay is {self.horizon_decay}; it must be above 0 and at most 1")
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}; it must be at least 1, or null to choose")
+        if self.max_anchors is not None and self.max_anchors < 1:
+            raise ValueError(f"max_anchors is {self.max_anchors}; it must be at least 1, or null for all")
         if self.feature_weight < 0.0 or self.logit_weight < 0.0 or self.feature_weight + self.logit_weight == 0.0:
             raise ValueError(
                 f"feature_weight is {self.feature_weight} and logit_weight {self.logit_weight}; they must be at least 0, one above"
@@ -90,16 +94,21 @@ class Objective:
         """
         return self.horizon_decay ** torch.arange(self.num_steps, dtype=torch.float32, device=device)
 
-    def rollout(self, batch: PackedBatch, eos_token_ids: tuple[int, ...] = ()) -> Rollout:
+    def rollout(
+        self, batch: PackedBatch, eos_token_ids: tuple[int, ...] = (), draw_anchors: bool = False
+    ) -> Rollout:
         """What the drafter is fed and must predict.
 
         Args:
             batch: packed samples.
             eos_token_ids: with `local`, tokens that end the target's continuation.
+            draw_anchors: with `max_anchors`, draw the anchors at random; otherwise they are spread evenly.
         """
         if self.distillation == "local":
-            return local_rollout(batch, self.num_steps, eos_token_ids)
-        return data_rollout(batch, self.num_steps)
+            rollout = local_rollout(batch, self.num_steps, eos_token_ids)
+        else:
+            rollout = data_rollout(batch, self.num_steps)
+        return rollout if self.max_anchors is None else fewer_anchors(rollout, self.max_anchors, draw_anchors)
 
     @property
     def reads_features(self) -> bool:
@@ -145,7 +154,11 @@ class PreparedBatch:
 
 
 def prepare(
-    objective: Objective, batch: PackedBatch, to_draft: Tensor, eos_token_ids: tuple[int, ...] = ()
+    objective: Objective,
+    batch: PackedBatch,
+    to_draft: Tensor,
+    eos_token_ids: tuple[int, ...] = (),
+    draw_anchors: bool = False,
 ) -> PreparedBatch:
     """Rolls out a batch, and counts its rows without running the drafter.
 
@@ -154,8 +167,9 @@ def prepare(
         batch: packed samples.
         to_draft: int64 [V], maps target ids to draft ids.
         eos_token_ids: tokens that end the target's continuation.
+        draw_anchors: see Objective.rollout.
     """
-    rollout = objective.rollout(batch, eos_token_ids)
+    rollout = objective.rollout(batch, eos_token_ids, draw_anchors)
     draft_targets = to_draft[rollout.targets]
     counted = rollout.valid if objective.distillation == "path" else rollout.valid & (draft_targets != OUTSIDE)
     return PreparedBatch(batch, rollout, draft_targets, counted.sum(0))

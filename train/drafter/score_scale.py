@@ -27,7 +27,9 @@ SCALES = tuple(0.5 * 2 ** (quarter / 4) for quarter in range(17))
 
 
 @torch.no_grad()
-def surprise_by_scale(batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to_draft: Tensor) -> Tensor:
+def surprise_by_scale(
+    batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to_draft: Tensor, max_anchors: int | None = None
+) -> Tensor:
     """Summed cross-entropy of the target's likeliest next tokens under the first draft step, for each factor.
 
     Tokens outside the draft vocabulary are left out: no factor helps them.
@@ -37,11 +39,12 @@ def surprise_by_scale(batch: PackedBatch, drafter: Drafter, ends: TargetEnds, to
         drafter: to be scaled.
         ends: the target's.
         to_draft: int64 [V], maps target ids to draft ids.
+        max_anchors: look at no more positions of the batch than this, spread evenly; None looks at all.
 
     Returns:
         float32 [S], nats.
     """
-    prepared = prepare(Objective(1), batch, to_draft)
+    prepared = prepare(Objective(1, max_anchors=max_anchors), batch, to_draft)
     head_inputs = checked_head_inputs(drafter, batch, prepared.rollout)[0]
     states = batch.hidden[PRE_NORM][path_teacher_rows(prepared.rollout, len(batch.input_ids))[:, 0]]
     valid = prepared.rollout.valid[:, 0]
