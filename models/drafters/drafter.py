@@ -403,7 +403,7 @@ class Drafter(PreTrainedModel):
         return ""
 
     def passes(self, draft_length: int) -> int:
-        """How often a draft reads the drafter's weights, its head included: once for every drafted token, unless a family drafts several at once.
+        """How often a draft reads the drafter's weights, its head included: at every step, unless a family drafts several tokens at once.
 
         It serves the count of the bytes that a draft reads, nothing else.
 

@@ -6,4 +6,13 @@ from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
 
-__all__ = ["BlockConfig", "BlockDrafter", "Eagle", "Eagle3", "Eagle3Config", "EagleConfig", "ReDrafter", "ReDrafterConfig"]
+__all__ = [
+    "BlockConfig",
+    "BlockDrafter",
+    "Eagle",
+    "Eagle3",
+    "Eagle3Config",
+    "EagleConfig",
+    "ReDrafter",
+    "ReDrafterConfig",
+]

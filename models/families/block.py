@@ -1,7 +1,7 @@
 """Block drafters: all slots of a draft in one pass of a few decoder layers over the target's states.
 
-DFlash (arXiv:2602.06036) fills a block behind the root: slot 0 holds the root and predicts nothing, slot k >= 1 holds a mask and predicts the
-k-th token behind the root. Every slot sees the others. JetSpec (arXiv:2606.18394) hides later slots (``causal``). DSpark's backbone
+DFlash (arXiv:2602.06036) fills a block behind the root: slot 0 holds the root and predicts nothing, slot k >= 1 holds a mask and predicts
+the k-th token behind the root. Every slot sees the others. JetSpec (arXiv:2606.18394) hides later slots (``causal``). DSpark's backbone
 (arXiv:2607.05147) lets slot 0 predict too (``sample_from_anchor``).
 
 Owns the drafter, which layers it reads by default, its settings and its record. Knows nothing of losses, trees or verification.
@@ -89,7 +89,9 @@ class BlockConfig(LayerConfig):
         if self.block_size <= self.first_slot:
             return f"block_size {self.block_size}, of which no slot predicts a token without sample_from_anchor"
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
-            return f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
+            return (
+                f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
+            )
         return super().fault()
 
 
@@ -341,7 +343,9 @@ class BlockDraft:
         for number, layer in enumerate(drafter.layers):
             assert isinstance(layer, BlockLayer)
             inputs_BSD = layer.inputs(states_BSD)
-            pairs = zip(layer.keys_values(context_BED, of_context), layer.keys_values(inputs_BSD, of_slots), strict=True)
+            pairs = zip(
+                layer.keys_values(context_BED, of_context), layer.keys_values(inputs_BSD, of_slots), strict=True
+            )
             keys, values = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
             seen = slots.cache.update(keys, values, number)
             attended = attend(layer.queries(inputs_BSD, of_slots).transpose(1, 2), *seen, mask)

@@ -34,7 +34,6 @@ from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 
-
 EagleState = PairState
 
 

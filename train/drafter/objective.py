@@ -94,9 +94,7 @@ class Objective:
         """
         return self.horizon_decay ** torch.arange(self.num_steps, dtype=torch.float32, device=device)
 
-    def rollout(
-        self, batch: PackedBatch, eos_token_ids: tuple[int, ...] = (), draw_anchors: bool = False
-    ) -> Rollout:
+    def rollout(self, batch: PackedBatch, eos_token_ids: tuple[int, ...] = (), draw_anchors: bool = False) -> Rollout:
         """What the drafter is fed and must predict.
 
         Args:

@@ -1,0 +1,317 @@
+"""Block drafters: the forward by hand from the papers' equations, both layouts and masks, decoding, and trees over independent slots."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import replace
+
+import pytest
+import torch
+from doubles import BOS, draft, random_target, served_logits
+from every_family import batch_of
+from heads import deep_target
+from torch import Tensor
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.roofline.bytes_read import draft_bytes
+from draftsmith.models import DraftLimits, PackedBatch, SampledChildren, Target, data_rollout
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.families.block import BlockDrafter, BlockFamily, default_layers
+from draftsmith.models.families.block_layer import BlockAttention
+from draftsmith.models.tree.search import search
+
+STEPS = 4
+VARIANTS = [(causal, anchor) for causal in (False, True) for anchor in (False, True)]
+every_variant = pytest.mark.parametrize(("causal", "from_anchor"), VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return deep_target()
+
+
+def made(target: Target, causal: bool = False, from_anchor: bool = False, **chosen: object) -> BlockDrafter:
+    """Two layers over three of the target's, random everywhere."""
+    drafter = BlockDrafter.for_target(
+        target.ends,
+        layers=["layer.1.output", "layer.3.output", "layer.5.output"],
+        num_draft_layers=2,
+        causal=causal,
+        sample_from_anchor=from_anchor,
+        num_draft_steps=STEPS,
+        **chosen,  # type: ignore[arg-type]
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return drafter.eval()
+
+
+def by_hand(drafter: BlockDrafter, context: Tensor, root: int) -> Tensor:
+    """[K, D]: one block behind ``context`` [t + 1, n D], one slot and one head at a time, from the tensors of a folder alone."""
+    config, tensors, eps = drafter.config, drafter.state_dict(), drafter.config.rms_norm_eps
+    size, position = config.head_dim, len(context)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * tensors[f"{name}.weight"]
+
+    def turn(x: Tensor, at: int) -> Tensor:
+        cosines, sines = drafter.rotation(torch.tensor(at), x)
+        left, right = x[: size // 2], x[size // 2 :]
+        return x * cosines[0] + torch.cat([-right, left]) * sines[0]
+
+    known = norm(context @ tensors["fc.weight"].T, "hidden_norm")
+    mask = tensors["mask_embedding"]
+    x = torch.stack([drafter.ends.embed(torch.tensor(root))] + [mask] * (config.block_size - 1))
+    for number in range(config.num_draft_layers):
+        name = f"layers.{number}"
+        inputs = norm(x, f"{name}.input_layernorm")
+        sources = torch.cat([known, inputs])
+        keys, values = (sources @ tensors[f"{name}.self_attn.{part}_proj.weight"].T for part in "kv")
+        queries = inputs @ tensors[f"{name}.self_attn.q_proj.weight"].T
+        attended = []
+        for slot in range(config.block_size):
+            last = position + slot + 1 if config.causal else len(sources)
+            heads = []
+            for head in range(config.num_attention_heads):
+                group = head // (config.num_attention_heads // config.num_key_value_heads)
+                at, of_group = slice(head * size, head * size + size), slice(group * size, group * size + size)
+                query = turn(norm(queries[slot, at], f"{name}.self_attn.q_norm"), position + slot)
+                seen = [turn(norm(keys[i, of_group], f"{name}.self_attn.k_norm"), i) for i in range(last)]
+                scores = torch.stack(seen) @ query / size**0.5
+                heads.append(scores.softmax(0) @ values[:last, of_group])
+            attended.append(torch.cat(heads))
+        x = x + torch.stack(attended) @ tensors[f"{name}.self_attn.o_proj.weight"].T
+        inputs = norm(x, f"{name}.post_attention_layernorm")
+        gate, up = (inputs @ tensors[f"{name}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ tensors[f"{name}.mlp.down_proj.weight"].T
+    return norm(x, "norm")[0 if config.sample_from_anchor else 1 :]
+
+
+@every_variant
+@torch.no_grad()
+def test_training_computes_each_block_as_by_hand(target: Target, causal: bool, from_anchor: bool) -> None:
+    drafter = made(target, causal, from_anchor)
+    batch = batch_of(target, drafter)
+    rollout = data_rollout(batch, STEPS)
+    outputs = drafter.teacher_forced(batch, rollout)
+    states = torch.cat([batch.hidden[name] for name in drafter.features], dim=-1)
+    anchor, root = int(rollout.anchors[6]), int(rollout.tokens[6, 0])
+    torch.testing.assert_close(outputs[:, 6], by_hand(drafter, states[: anchor + 1], root), rtol=1e-4, atol=1e-4)
+
+
+@every_variant
+@torch.no_grad()
+def test_packed_samples_give_what_single_ones_give(target: Target, causal: bool, from_anchor: bool) -> None:
+    drafter = made(target, causal, from_anchor)
+    whole = batch_of(target, drafter)
+    cuts = [(0, 9), (9, 13), (13, 24)]
+    parts = [
+        PackedBatch(
+            whole.input_ids[start:end],
+            torch.arange(end - start) >= 2,
+            torch.zeros(end - start, dtype=torch.int64),
+            torch.arange(end - start),
+            {name: states[start:end] for name, states in whole.hidden.items()},
+        )
+        for start, end in cuts
+    ]
+    both = replace(
+        whole,
+        loss_mask=torch.cat([part.loss_mask for part in parts]),
+        document_ids=torch.cat([torch.full_like(part.document_ids, number) for number, part in enumerate(parts)]),
+        positions=torch.cat([part.positions for part in parts]),
+    )
+    rollout = data_rollout(both, STEPS)
+    apart = torch.cat([drafter.teacher_forced(part, data_rollout(part, STEPS)) for part in parts], dim=1)
+    valid = rollout.valid.T
+    torch.testing.assert_close(drafter.teacher_forced(both, rollout)[valid], apart[valid], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_without_score_matrices_equals_the_dense_one(causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    batch = PackedBatch(
+        torch.zeros(170, dtype=torch.int64),
+        torch.ones(170, dtype=torch.bool),
+        torch.tensor([0] * 7 + [1] * 4 + [2] * 159),
+        torch.cat([torch.arange(7), torch.arange(4), torch.arange(159)]),
+        {},
+    )
+    anchors = torch.cat([torch.tensor([2, 3, 8]), torch.arange(12, 169, 3)])
+    queries, own = rows(len(anchors) * 3, 4, 8), (rows(len(anchors) * 3, 2, 8), rows(len(anchors) * 3, 2, 8))
+    text = rows(170, 2, 8), rows(170, 2, 8)
+    dense, flexible = (
+        BlockAttention(batch, anchors, 3, causal, text, flexible).over(text)(queries, [own])
+        for flexible in (False, True)
+    )
+    torch.testing.assert_close(flexible, dense, rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+@torch.no_grad()
+def test_a_shorter_draft_has_the_logits_of_a_longer_one(target: Target, causal: bool, from_anchor: bool) -> None:
+    drafter = made(target, causal, from_anchor)
+    text = [BOS, 5, 6, 20, 21, 22, 23, 24, 5]
+    long, short = served_logits(target, drafter, text, STEPS), served_logits(target, drafter, text[:-2], STEPS - 2)
+    torch.testing.assert_close(short, long[: STEPS - 2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("causal", "limits", "temperature"),
+    [
+        (False, DraftLimits(3, STEPS, node_budget=7), 0.0),
+        (True, DraftLimits(1, 2), 1.0),
+        (False, DraftLimits(paths=((0,), (1,), (0, 0))), 1.0),
+    ],
+    ids=["tree", "chain", "static"],
+)
+def test_rows_of_different_lengths_get_the_targets_own_tokens(
+    target: Target, causal: bool, limits: DraftLimits, temperature: float
+) -> None:
+    drafter, prompts = made(target, causal, draft_token_ids=torch.arange(1, 64, 2)), [[1, 5, 9], [1, 7, 7, 30, 2], [3]]
+    settings = GenerationSettings(max_new_tokens=6, temperature=temperature)
+    plain = Engine(target).generate(prompts, settings)
+    drafted = Engine(target, drafter, limits).generate(prompts, settings, num_rows=2)
+    assert [reply.token_ids for reply in drafted] == [reply.token_ids for reply in plain]
+
+
+def test_a_sampled_chain_drafts_and_ends(target: Target) -> None:
+    drafter = made(target)
+    limits = DraftLimits(sampled=SampledChildren((1,) * STEPS))
+    settings = GenerationSettings(max_new_tokens=6, temperature=1.0)
+    replies = Engine(target, drafter, limits).generate([[1, 5, 9], [1, 7]], settings)
+    assert [len(reply.token_ids) for reply in replies] == [6, 6]
+
+
+@torch.no_grad()
+def test_a_draft_after_cycles_without_one_is_the_same(target: Target) -> None:
+    drafter = made(target)
+    batch, limits = batch_of(target, drafter), DraftLimits(1, STEPS)
+
+    def emitted(before: int, root: int) -> Emitted:
+        states = {name: batch.hidden[name][None, before:root] for name in drafter.features}
+        return Emitted(batch.input_ids[None, before + 1 : root + 1], states, torch.tensor([root - before]))
+
+    def logits(followed: bool) -> Tensor:
+        state = drafter.start(Opening(emitted(0, 5), batch.input_ids[:1], limits, room=24))
+        first, second = Cycle(torch.tensor([5]), [5], [5]), Cycle(torch.tensor([8]), [8], [3])
+        state = drafter.follow(state, first, limits)
+        if followed:
+            state = drafter.advance(state, emitted(5, 7))
+            state = drafter.follow(state, Cycle(torch.tensor([7]), [7], [2]), limits)
+            state, second = drafter.advance(state, emitted(7, 8)), Cycle(torch.tensor([8]), [8], [1])
+        else:
+            state = drafter.advance(state, emitted(5, 8))
+        return drafter.expander(state, second, limits).begin()
+
+    torch.testing.assert_close(logits(True), logits(False), rtol=1e-5, atol=1e-5)
+
+
+class FixedSlots:
+    """A draft whose slots have fixed logits [K, V]."""
+
+    def __init__(self, logits_KV: Tensor) -> None:
+        self.root_B, self._logits_KV, self._depth = torch.tensor([0]), logits_KV, 0
+
+    def begin(self) -> Tensor:
+        return self._logits_KV[None, :1]
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        self._depth += 1
+        return self._logits_KV[None, self._depth : self._depth + 1].expand(-1, tokens_BM.shape[1], -1)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_ids
+
+
+def heap_tree(logits_KV: Tensor, budget: int) -> set[tuple[int, ...]]:
+    """The ``budget`` likeliest paths by the heap of DDTree (arXiv:2604.12989): a path brings its next sibling and its first child."""
+    scores, ids = logits_KV.log_softmax(-1).sort(-1, descending=True)
+    heap, paths = [(-float(scores[0, 0]), (0,))], set()
+    while len(paths) < budget:
+        negative, ranks = heapq.heappop(heap)
+        paths.add(tuple(int(ids[depth, rank]) for depth, rank in enumerate(ranks)))
+        depth, last = len(ranks) - 1, ranks[-1]
+        if last + 1 < scores.shape[1]:
+            heapq.heappush(
+                heap, (negative + float(scores[depth, last] - scores[depth, last + 1]), (*ranks[:-1], last + 1))
+            )
+        if depth + 1 < len(scores):
+            heapq.heappush(heap, (negative - float(scores[depth + 1, 0]), (*ranks, 0)))
+    return paths
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dynamic_tree_as_wide_as_its_budget_is_that_of_the_heap(seed: int) -> None:
+    budget, logits_KV = 9, torch.randn(4, 30, generator=torch.Generator().manual_seed(seed)) * 2
+    tree = search(FixedSlots(logits_KV), None, DraftLimits(budget, 4, node_budget=budget))
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tree.tokens_BN[0, 1:].tolist(), tree.parents_BN[0, 1:].tolist(), strict=True):
+        paths.append((*paths[parent], token))
+    assert set(paths[1:]) == heap_tree(logits_KV, budget)
+
+
+def test_recomputed_activations_give_the_same_gradients(target: Target) -> None:
+    drafter = made(target)
+    batch = batch_of(target, drafter)
+    rollout = data_rollout(batch, STEPS)
+    grads = []
+    for recompute in (False, True):
+        drafter.recompute = recompute
+        drafter.zero_grad()
+        drafter.teacher_forced(batch, rollout).square().sum().backward()
+        grads.append([parameter.grad for parameter in drafter.parameters()])
+    assert all(grad is not None for grad in grads[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_batch_without_a_supervised_token_still_reaches_every_weight(target: Target) -> None:
+    drafter = made(target)
+    batch = replace(batch_of(target, drafter), loss_mask=torch.zeros(24, dtype=torch.bool))
+    outputs = drafter.teacher_forced(batch, data_rollout(batch, 2))
+    assert outputs.shape[:2] == (2, 0)
+    outputs.sum().backward()
+    assert not [name for name, weight in drafter.named_parameters() if weight.grad is None]
+
+
+def test_an_unused_token_fills_the_slots_where_its_id_is_given(target: Target) -> None:
+    drafter = made(target, mask_token_id=63)
+    assert "mask_embedding" not in drafter.state_dict()
+    slots = drafter.slots(torch.tensor([5, 6]), 3)
+    torch.testing.assert_close(slots[1], drafter.embed(torch.tensor([6, 63, 63])))
+
+
+def test_a_draft_reads_its_weights_once(target: Target) -> None:
+    drafter = made(target)
+    assert len(draft_bytes(drafter, DraftLimits(1, STEPS)).steps) == 1
+
+
+def test_the_layers_read_are_spread_evenly() -> None:
+    assert default_layers(36, 5) == tuple(f"layer.{block}.output" for block in (1, 9, 17, 25, 33))
+    assert default_layers(36, 1) == ("layer.18.output",)
+    assert default_layers(8, 2) == ("layer.1.output", "layer.5.output")
+    assert default_layers(4, 3) == ("layer.0.output", "layer.2.output", "last.pre_norm")
+    assert default_layers(2, 5) == ("layer.0.output", "last.pre_norm")
+
+
+def test_settings_that_do_not_fit_name_the_field(target: Target) -> None:
+    with pytest.raises(ValueError, match="mask_token_id 64, which is not below the target's vocabulary of 64"):
+        BlockFamily(mask_token_id=64).build(target.ends, None, 3, "")
+    with pytest.raises(ValueError, match=r"layers \[\], but it reads at least one"):
+        BlockFamily(layers=[]).build(target.ends, None, 3, "")
+    with pytest.raises(ValueError, match="a draft of 5 tokens is asked for"):
+        draft(target, made(target), [[BOS, 5]], DraftLimits(1, STEPS + 1))
+
+
+def test_targets_without_rotary_settings_get_a_drafter_too() -> None:
+    target = random_target("gpt2")
+    drafter = BlockFamily().build(target.ends, None, 3, "").eval()
+    tree = draft(target, drafter, [[BOS, 5, 6, 7]], DraftLimits(3, 3, node_budget=6))
+    assert int(tree.valid_BN.sum()) == 7

@@ -1,0 +1,76 @@
+"""Training block drafters: each recipe learns, anchors are drawn, and the best drafter decodes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import KeepLosses, MakeCache, make_module, make_trainer
+
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.rollout import PackedBatch, data_rollout, fewer_anchors
+from draftsmith.models.families.block import BlockFamily
+from draftsmith.models.target.target import PRE_NORM
+from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter.objective import Objective
+from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
+
+LAYERS = ["layer.0.output", PRE_NORM]
+RECIPES: dict[str, tuple[BlockFamily, dict[str, Any]]] = {
+    "plain": (BlockFamily(layers=LAYERS), {"horizon_decay": 0.8}),
+    "causal, 25 tokens": (BlockFamily(layers=LAYERS, mask="causal", draft_vocab_size=25, recompute=True), {}),
+    "from the anchor": (BlockFamily(layers=LAYERS, sample_from_anchor=True, num_draft_layers=2), {"max_anchors": 12}),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(make_cache: MakeCache) -> Path:
+    return make_cache([12] * 40, layers=tuple(LAYERS))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_learns(target_dir: Path, cache: Path, tmp_path: Path, recipe: str) -> None:
+    family, settings = RECIPES[recipe]
+    module = make_module(target_dir, drafter=family, lr=1e-2, distillation="path", **settings)
+    losses: list[float] = []
+    trainer = make_trainer(tmp_path, max_epochs=6, callbacks=[KeepLosses(losses)])
+    trainer.fit(module, CacheDataModule(cache, tokens_per_batch=60))
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert "val/step2/top1" in trainer.callback_metrics
+
+
+def test_the_best_drafter_decodes_and_loads_back(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    callbacks = [TreeDecodeValidation(2, 8, draft_length=3), KeepBestDrafter(tmp_path / "best")]
+    module = make_module(target_dir, drafter=BlockFamily(layers=LAYERS), max_anchors=16)
+    trainer = make_trainer(tmp_path, callbacks=callbacks)
+    trainer.fit(module, CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=60))
+    assert trainer.callback_metrics["val/tokens_per_step"] >= 1.0
+    again, weights = load_drafter(tmp_path / "best").state_dict(), module.evaluated.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
+
+
+def text(length: int) -> PackedBatch:
+    places = torch.arange(length)
+    return PackedBatch(places, places >= 2, torch.zeros(length, dtype=torch.int64), places, {})
+
+
+def test_fewer_anchors_are_spread_evenly_or_drawn() -> None:
+    rollout = data_rollout(text(10), 2)
+    assert rollout.anchors.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    spread = fewer_anchors(rollout, 3, at_random=False)
+    assert spread.anchors.tolist() == [1, 3, 5], "8 predicts nothing, so 7 are left"
+    assert torch.equal(spread.tokens, rollout.tokens[[0, 2, 4]])
+    assert torch.equal(spread.valid, rollout.valid[[0, 2, 4]])
+    torch.manual_seed(0)
+    drawn = [tuple(fewer_anchors(rollout, 3, at_random=True).anchors.tolist()) for _ in range(8)]
+    assert len(set(drawn)) > 1
+    assert all(list(each) == sorted(set(each)) and 8 not in each for each in drawn)
+    assert fewer_anchors(rollout, 20, at_random=True).anchors.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_every_anchor_is_learned_from_where_no_number_is_given() -> None:
+    assert torch.equal(Objective(2).rollout(text(10)).anchors, data_rollout(text(10), 2).anchors)
+    with pytest.raises(ValueError, match="max_anchors is 0; it must be at least 1, or null"):
+        replace(Objective(2), max_anchors=0)
