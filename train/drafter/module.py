@@ -157,6 +157,10 @@ class DraftModule(pl.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
         self.metrics_every = metrics_every
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
+        """What setup() and the run fill in."""
         self.drafter: Drafter | None = None
         # In a list, so that the frozen ends are neither parameters nor part of a checkpoint.
         self._ends: list[TargetEnds] = []
