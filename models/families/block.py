@@ -225,11 +225,14 @@ class BlockDrafter(TargetHead):
         Returns:
             [N, num_slots, D].
         """
-        mask_D = self.mask_embedding
-        if mask_D is None:
-            mask_D = self.embed(torch.tensor(self.config.mask_token_id, device=roots.device))
         root_N1D = self.embed(roots)[:, None]
-        return torch.cat([root_N1D, mask_D.to(root_N1D.dtype).expand(len(roots), num_slots - 1, -1)], dim=1)
+        if self.mask_embedding is None:
+            mask_id = self.config.mask_token_id
+            assert mask_id is not None
+            mask_D = self.embed(torch.full((), mask_id, device=roots.device))
+        else:
+            mask_D = self.mask_embedding.to(root_N1D.dtype)
+        return torch.cat([root_N1D, mask_D.expand(len(roots), num_slots - 1, -1)], dim=1)
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """See :meth:`Drafter.teacher_forced`: whole blocks, whatever the number of steps, since slots see the others."""

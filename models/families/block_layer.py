@@ -28,6 +28,19 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+class NormedAttention(DraftAttention):
+    """The four projections, and the norms of the heads of queries and keys.
+
+    Args:
+        config: heads and sizes.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config, config.hidden_size)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+
 class BlockLayer(nn.Module):
     """One decoder layer in three parts: keys and values of the context, queries and keys of the block, and what follows attention.
 
@@ -38,9 +51,7 @@ class BlockLayer(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         D, epsilon = config.hidden_size, config.rms_norm_eps
-        self.self_attn = DraftAttention(config, D)
-        self.self_attn.q_norm = LlamaRMSNorm(self.self_attn.head_dim, eps=epsilon)
-        self.self_attn.k_norm = LlamaRMSNorm(self.self_attn.head_dim, eps=epsilon)
+        self.self_attn = NormedAttention(config)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(D, eps=epsilon)
         self.post_attention_layernorm = LlamaRMSNorm(D, eps=epsilon)

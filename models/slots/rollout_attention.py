@@ -102,10 +102,11 @@ class RolloutAttention:
         for anchors, (keys, values) in zip(anchors_of, text_of, strict=True):
             num_queries = max(1, self.block_scores // (num_heads * len(keys)))
             blocks = zip(*(part.split(num_queries) for part in anchors), strict=True)
-            for queries_C, starts_C, last_C, *own in blocks:
+            for queries_C, starts_C, last_C, own_keys, own_values, own_hidden in blocks:
                 if len(last_C):
                     end = int(last_C[-1]) + 1 - first
-                    attended.append(attend(queries_C, starts_C - first, last_C - first, *own, keys[:end], values[:end]))
+                    own, text = (own_keys, own_values, own_hidden), (keys[:end], values[:end])
+                    attended.append(attend(queries_C, starts_C - first, last_C - first, *own, *text))
             first += len(keys)
         return torch.cat(attended)
 

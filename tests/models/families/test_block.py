@@ -234,7 +234,8 @@ class FixedSlots:
 def heap_tree(logits_KV: Tensor, budget: int) -> set[tuple[int, ...]]:
     """The ``budget`` likeliest paths by the heap of DDTree (arXiv:2604.12989): a path brings its next sibling and its first child."""
     scores, ids = logits_KV.log_softmax(-1).sort(-1, descending=True)
-    heap, paths = [(-float(scores[0, 0]), (0,))], set()
+    heap: list[tuple[float, tuple[int, ...]]] = [(-float(scores[0, 0]), (0,))]
+    paths: set[tuple[int, ...]] = set()
     while len(paths) < budget:
         negative, ranks = heapq.heappop(heap)
         paths.add(tuple(int(ids[depth, rank]) for depth, rank in enumerate(ranks)))
