@@ -24,13 +24,13 @@ from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_p
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.drafters.rollout_attention import Pair
 from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
 from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
 from draftsmith.models.families.eagle_layer import Rotation, rms_norm
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, Rule, is_whole
 from draftsmith.models.slots.attention import attend
+from draftsmith.models.slots.rollout_attention import Pair
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, TargetEnds

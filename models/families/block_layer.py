@@ -21,8 +21,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from draftsmith.models.drafters.rollout import PackedBatch
-from draftsmith.models.drafters.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.families.eagle_layer import DraftAttention, rms_norm, rotated
+from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
