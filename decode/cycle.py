@@ -21,15 +21,17 @@ from draftsmith.decode.sampling import GenerationSettings, choose, process
 from draftsmith.decode.verify.verifier import Reading, Verifier, Walk
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.files.finite import broken_rows
+from draftsmith.models.files.finite import broken_nodes
 from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.target.target import Target, TargetOutput
-from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Draws
 from draftsmith.models.tree.tree import DraftTree, root_tree
 from draftsmith.models.trunk.forwards import read_tree, within_factors
+
+BROKEN = -1
+"""In a report, in the place of a token that was chosen by logits that hold NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class CycleReport:
     """What the host reads of a cycle.
 
     Attributes:
-        columns_BC: int64: how many tokens were emitted (-1 where the logits are broken), E tokens and, with a lossy rule, E flags. Rows
-            without a request hold anything.
+        columns_BC: int64: how many tokens were emitted, E tokens (:data:`BROKEN` where the logits were no numbers) and, with a lossy rule,
+            E flags. Rows without a request hold anything.
         num_slots: E.
         max_depth: how deep the draft could be.
         num_nodes: N, padding included.
@@ -146,8 +148,8 @@ class DecodeCycle:
             steps: where verification went.
             reading: what it judged.
         """
-        broken_B = broken_rows(reading.logits_BNV, steps.path_BE, steps.counts_B)
-        columns = [steps.counts_B.masked_fill(broken_B, -1)[:, None], steps.emitted_BE]
+        broken_BE = broken_nodes(reading.logits_BNV, steps.path_BE)
+        columns = [steps.counts_B[:, None], steps.emitted_BE.masked_fill(broken_BE, BROKEN)]
         if steps.by_rule_BE is not None:
             columns.append(steps.by_rule_BE.long())
         num_slots = steps.emitted_BE.shape[1]
@@ -208,8 +210,7 @@ class DecodeCycle:
         if isinstance(batch.cache, RowCaches):
             batch.cache.keep(tree.tokens_BN, counts_B)
         elif not tree.chain:
-            place_E = counting(steps.path_BE.shape[1], steps.path_BE.device)
-            batch.cache.move(batch.lengths_B[:, None] + steps.path_BE, batch.lengths_B[:, None] + place_E)
+            batch.cache.keep(steps.path_BE)
         batch.root_B.copy_(steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1))
         batch.lengths_B.add_(counts_B)
         batch.rows.emit(steps.emitted_BE, counts_B)

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.batch import Batch, Generation, Recorder, Request
-from draftsmith.decode.cycle import CycleReport, DecodeCycle
+from draftsmith.decode.cycle import BROKEN, CycleReport, DecodeCycle
 from draftsmith.decode.ledger import Ledger, phase
 from draftsmith.decode.prefill import Admission, Prefill, Requests, check_prompt
 from draftsmith.decode.runners import Compile, Runner, check_compile, compiles, needs_host, whole_cycle_runner
@@ -309,14 +309,14 @@ class Engine:
                 request = flight.requests[row]
                 if request is None or request is not batch.requests[row]:
                     continue
-                if count < 0:
+                tokens, by_rule = cells[:count], cells[report.num_slots :][:count]
+                if BROKEN in tokens:
                     place = f"behind token {batch.host_lengths[row]} of prompt {request.index}"
                     raise not_finite(self.target.name, self.target.dtype, place)
                 if in_cycle:
                     batch.host_lengths[row] += count
                     batch.host_fresh[row] = count
-                by_rule = cells[report.num_slots :][:count]
-                if recorder.add(request, cells[:count], report.max_depth if in_cycle else None, by_rule):
+                if recorder.add(request, tokens, report.max_depth if in_cycle else None, by_rule):
                     batch.requests[row] = None
                     ended.append(request)
         if self.ledger is not None and in_cycle:

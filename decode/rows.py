@@ -17,6 +17,7 @@ from draftsmith.decode.processors import RequestText, process_texts
 from draftsmith.decode.sampling import GenerationSettings, process
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.slots.slot_cache import KeptRows
+from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import keys_at
 from draftsmith.models.tree.tree import DraftTree
@@ -27,7 +28,7 @@ class Rows:
     """State of the rows still decoding; None where the request or the verifier does not need it.
 
     Attributes:
-        num_emitted_B: int64, emitted tokens so far.
+        num_emitted_B: int64, emitted tokens so far; counted where there are noise keys.
         choice_keys_B: int64, the noise keys by which the target's choices are drawn, or None at temperature 0.
         cycle_keys_B: int64, the noise keys of cycles, or None where drafts are not drawn.
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
@@ -57,7 +58,7 @@ class Rows:
         """int64 [B, P]: the noise keys of the next ``count`` output positions, or None at temperature 0."""
         if self.choice_keys_B is None:
             return None
-        place_P = torch.arange(count, device=self.choice_keys_B.device)
+        place_P = counting(count, self.choice_keys_B.device)
         return keys_at(self.choice_keys_B[:, None], self.num_emitted_B[:, None] + place_P)
 
     def cycle_keys(self, start: int, count: int) -> Tensor | None:
@@ -95,9 +96,10 @@ class Rows:
             emitted_BE: int64, tokens; of each row only the first ``counts_B`` are real.
             counts_B: int64, at least 1.
         """
-        self.num_emitted_B.add_(counts_B)
+        if self.choice_keys_B is not None or self.cycle_keys_B is not None:
+            self.num_emitted_B.add_(counts_B)
         if self.seen_BV is not None:
-            place_E = torch.arange(emitted_BE.shape[1], device=emitted_BE.device)
+            place_E = counting(emitted_BE.shape[1], emitted_BE.device)
             real_BE = torch.where(place_E < counts_B[:, None], emitted_BE, emitted_BE[:, :1])
             self.seen_BV.scatter_(1, real_BE, True)
 

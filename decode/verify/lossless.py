@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.verifier import Reading, Walk
-from draftsmith.models.tree.constants import counting
+from draftsmith.models.tree.constants import counting, repeated
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -48,16 +48,16 @@ def walk(tree: DraftTree, ancestors_BNN: Tensor, choices_BN: Tensor) -> Walk:
     Example:
         root, children 5 and 7 of it, child 6 of 5; choices 5 at the root, 6 at node "5", 9 at node "6" accept 5 and 6, emit [5, 6, 9].
     """
-    if tree.num_nodes == 1:
-        return Walk(torch.zeros_like(choices_BN), choices_BN, torch.ones_like(choices_BN[:, 0]))
-    device, deepest = choices_BN.device, tree.max_depth + 1
-    chosen_BN = choices_BN.gather(1, tree.parents_BN.clamp(min=0))
-    agrees_BN = (tree.tokens_BN == chosen_BN) & tree.valid_BN
-    agrees_BN[:, 0].fill_(True)
+    (B, N), device, beyond = choices_BN.shape, choices_BN.device, tree.max_depth + 1
+    if N == 1:
+        return Walk(counting(1, device).expand(B, 1), choices_BN, repeated((1,), (1,), device).expand(B))
+    # Of the drafted nodes only: the root is accepted anyway, and its parent is none.
+    chosen_BN = choices_BN.gather(1, tree.parents_BN[:, 1:])
+    agrees_BN = (tree.tokens_BN[:, 1:] == chosen_BN) & tree.valid_BN[:, 1:]
     # Accepted where all ancestors, the node itself among them, agree: "agrees or is no ancestor", written as an order of truth values.
-    accepted_BN = (agrees_BN[:, None, :] >= ancestors_BNN).all(-1)
-    # At most one node is accepted at each depth, because siblings differ in their tokens.
-    depth_BN = tree.depths_BN.masked_fill(~accepted_BN, deepest)
-    index_BN = counting(tree.num_nodes, device).expand_as(depth_BN)
-    path_BE = choices_BN.new_zeros(choices_BN.shape[0], deepest + 1).scatter_(1, depth_BN, index_BN)[:, :-1]
+    accepted_BN = (agrees_BN[:, None, :] >= ancestors_BNN[..., 1:]).all(-1)
+    # At most one node is accepted at each depth, because siblings differ in their tokens. The others go to a place behind the path.
+    depth_BN = torch.where(accepted_BN, tree.depths_BN, repeated((beyond,), (1,), device))
+    zeros_BE = repeated((0,), (beyond + 1,), device).expand(B, -1)
+    path_BE = zeros_BE.scatter(1, depth_BN, counting(N, device).expand(B, -1))[:, :beyond]
     return Walk(path_BE, choices_BN.gather(1, path_BE), accepted_BN.sum(1))

@@ -156,14 +156,15 @@ class Recording(Drafter):
 
 
 def on_host(tree: DraftTree) -> list[Drafted]:
-    """Each row's tree."""
+    """Each row's tree, its valid nodes alone."""
     assert tree.scores_BN is not None
     tokens, parents, depths = (
         part.cpu().numpy().astype(np.int32) for part in (tree.tokens_BN, tree.parents_BN, tree.depths_BN)
     )
     scores, valid = tree.scores_BN.float().cpu().numpy(), tree.valid_BN.cpu().numpy()
+    places = np.where(parents < 0, -1, np.take_along_axis(valid.cumsum(1) - 1, parents.clip(min=0), axis=1))
     return [
-        Drafted(tokens[row][kept], parents[row][kept], depths[row][kept], scores[row][kept])
+        Drafted(tokens[row][kept], places[row][kept].astype(np.int32), depths[row][kept], scores[row][kept])
         for row, kept in enumerate(valid)
     ]
 

@@ -272,7 +272,8 @@ class Recurrence:
         # Looked up once a draft: on a small target each look-up costs as much as a product.
         self._parts = drafter._exit_parts()
         self._shared_B1E = drafter._exit_context(state.context_BD[:, None])
-        self._state_BMD = state.context_BD.new_zeros(state.context_BD.shape[0], 1, state.context_BD.shape[1])
+        self._shared_BME = self._shared_B1E
+        self._state_BMD: Tensor | None = None  # zeros before the first step
 
     def begin(self) -> Tensor:
         """See :class:`Expander`: the first step is fed the root."""
@@ -280,15 +281,51 @@ class Recurrence:
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`: one more step for nodes that continue those of the last call."""
+        assert self._state_BMD is not None
         if self._state_BMD.shape[1] > 1:
             D = self._state_BMD.shape[-1]
             self._state_BMD = self._state_BMD.gather(1, above_BM[..., None].expand(-1, -1, D))
         return self._step(tokens_BM)
 
     def _step(self, tokens_BM: Tensor) -> Tensor:
-        drafter = self._drafter
-        self._state_BMD = drafter._recur(self._state_BMD, drafter._embed(tokens_BM))
-        return self._parts.head(drafter._exit(self._shared_B1E, self._state_BMD, self._parts))
+        self._state_BMD = self._next_state(self._drafter._embed(tokens_BM))
+        x_BME = self._joined(self._state_BMD)
+        for block in self._parts.blocks:
+            x_BME = block(x_BME)
+        return self._parts.head(x_BME)
+
+    def _next_state(self, embedded_BMD: Tensor) -> Tensor:
+        """As :meth:`ReDrafter._recur`, with as few operations as can be."""
+        drafter, state_BMD = self._drafter, self._state_BMD
+        if not drafter.config.rnn:
+            return embedded_BMD if state_BMD is None else embedded_BMD + state_BMD
+        if state_BMD is None:
+            return F.silu(F.linear(embedded_BMD, drafter.rnn_w.weight, drafter.rnn_u.bias))
+        recurred_BMD = drafter.rnn_u(state_BMD).expand_as(embedded_BMD)
+        return F.silu(plus_product(recurred_BMD, embedded_BMD, drafter.rnn_w.weight))
+
+    def _joined(self, state_BMD: Tensor) -> Tensor:
+        """As the beginning of :meth:`ReDrafter._exit`."""
+        if self._parts.of_state is None:
+            return torch.cat([self._shared_B1E.expand_as(state_BMD), state_BMD], dim=-1)
+        B, M, _ = state_BMD.shape
+        if self._shared_BME.shape[1] != M:
+            self._shared_BME = self._shared_B1E.expand(B, M, -1).contiguous()
+        return plus_product(self._shared_BME, state_BMD, self._parts.of_state)
+
+
+def plus_product(added: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add a linear layer's product as one operation.
+
+    Args:
+        added: [..., O], of the shape of the product.
+        x: [..., I].
+        weight: [O, I].
+
+    Returns:
+        [..., O].
+    """
+    return torch.addmm(added.flatten(0, -2), x.flatten(0, -2), weight.t()).view_as(added)
 
 
 @dataclass(frozen=True)

@@ -40,21 +40,19 @@ def refuse_non_finite(logits: Tensor, name: str) -> None:
         raise not_finite(name, logits.dtype, "of its first tokens")
 
 
-def broken_rows(logits: Tensor, path: Tensor, counts: Tensor) -> Tensor:
-    """Find rows whose largest logit is NaN or infinite at a node that they went through; nothing is read back from the device.
+def broken_nodes(logits: Tensor, path: Tensor) -> Tensor:
+    """Find the nodes of a path whose largest logit is NaN or infinite; nothing is read back from the device.
 
     Args:
         logits: float [B, N, V], at every node of a tree.
-        path: int64 [B, E], the node that a row went through at each depth.
-        counts: int64 [B], how many of those are real. What is guessed beside the text may overflow.
+        path: int64 [B, E], the node that a row went through at each depth. Others may overflow.
 
     Returns:
-        bool [B], True at broken rows.
+        bool [B, E], True at broken nodes.
     """
-    place = torch.arange(path.shape[1], device=path.device)
     peaks = logits.amax(-1).gather(1, path)
     # A number less itself is 0; NaN and infinity give NaN.
-    return ((peaks - peaks != 0.0) & (place < counts[:, None])).any(1)
+    return peaks - peaks != 0.0
 
 
 def not_finite(name: str, dtype: torch.dtype, place: str) -> ValueError:

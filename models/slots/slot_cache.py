@@ -136,6 +136,15 @@ class SlotCache(Cache):
             moved = pool.gather(3, source_BE[None, :, None, :, None].to(pool.device).expand(shape))
             pool.scatter_(3, target_BE[None, :, None, :, None].to(pool.device).expand(shape), moved)
 
+    def keep(self, path_BE: Tensor) -> None:
+        """Compact an accepted path of the last forward: its tokens move to the first slots that this forward wrote.
+
+        Args:
+            path_BE: int64, which of the tokens that were written belong to the path, in order; behind its end any.
+        """
+        target_BE = self._slots_BN[:, : path_BE.shape[1]]
+        self.move(self._slots_BN.gather(1, path_BE[:, : target_BE.shape[1]]), target_BE)
+
     def replace(self, rows: list[int], fresh: SlotCache) -> None:
         """Put another cache's rows, all of its slots, in the place of these rows' first slots.
 

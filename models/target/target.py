@@ -266,14 +266,15 @@ class Target(nn.Module):
             return
         self._is_merged = True
         own = few_logits(self._trunk, self.model, self.ends.logits)
-        if not merge(self._trunk.blocks):
+        parts = [*self._trunk.blocks, self._trunk.norm]
+        if not merge(parts):
             return
         try:
             is_same = same_logits(few_logits(self._trunk, self.model, self.ends.logits), own)
         except (AttributeError, RuntimeError, TypeError):  # the family calls its matrices in another way
             is_same = False
         if not is_same:
-            split(self._trunk.blocks)
+            split(parts)
 
     def tap(self, layers: tuple[str, ...]) -> None:
         """Make the states of layers available to forwards; see :meth:`draftsmith.models.trunk.trunk.Trunk.tap`.

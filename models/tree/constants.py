@@ -68,6 +68,20 @@ def repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.de
 
 
 @made_once
+def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The number 0.
+
+    Args:
+        dtype: of the number.
+        device: where it lies.
+
+    Returns:
+        [1], not to be written to.
+    """
+    return torch.zeros(1, dtype=dtype, device=device)
+
+
+@made_once
 def lower_triangle(count: int, device: torch.device) -> Tensor:
     """Which numbers are not above each number.
 

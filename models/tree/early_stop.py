@@ -52,7 +52,7 @@ class StopState:
         whole and nothing is left to gain.
         """
         s, accepted_B = self.settings, counts_B - 1
-        drafted_B = tree.depths_BN.amax(1)
+        drafted_B = (tree.depths_BN * tree.valid_BN).amax(1)
         rate_B = s.rate_memory * self.rate_B + (1.0 - s.rate_memory) * accepted_B / drafted_B.clamp(min=1)
         eased_B = torch.where(accepted_B < self.longest, -s.step, 0.0)
         moved_B = self.threshold_B + torch.where(rate_B < s.goal, s.step, eased_B)

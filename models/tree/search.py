@@ -112,8 +112,9 @@ def search(
     else:
         tree = beam_tree(expander, limits.beam_width, limits.draft_length, scorer)
     if limits.min_probability > 0.0 and tree.scores_BN is not None:
-        likely_BN = tree.scores_BN >= math.log(limits.min_probability)
-        tree = pack(replace(tree, valid_BN=tree.valid_BN & likely_BN), cut=scorer.cut)
+        scores_BN = tree.scores_BN.masked_fill(tree.scores_BN < math.log(limits.min_probability), -torch.inf)
+        tree = replace(tree, valid_BN=tree.valid_BN & (scores_BN > -torch.inf), scores_BN=scores_BN)
+        tree = pack(tree, cut=scorer.cut) if limits.node_budget is None else tree
     return tree if limits.node_budget is None else prune(tree, limits.node_budget, scorer.cut)
 
 
@@ -203,17 +204,14 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
     Returns:
         The tree with its scores; shared prefixes are one node.
     """
-    tokens, above, scores = [], [], []
-    for layer in _beam_layers(expander, width, length, scorer, stopped_stay=scorer.stop is not None):
-        tokens.append(layer.token_BM)
-        above.append(layer.above_BM)
-        scores.append(layer.score_BM)
+    best = [layer.best for layer in _beam_layers(expander, width, length, scorer, beams=True) if layer.best is not None]
+    tokens, scores = [layer.token_BM for layer in best], [layer.score_BM for layer in best]
     if width == 1:
         parents_BL = counting(len(tokens), expander.root_B.device).expand(len(expander.root_B), -1)
         chain = tree_from_layers(expander.root_B, tokens, [parents_BL], scores)
         # Padding is behind the nodes already.
         return pack(chain, cut=True) if scorer.cut else chain
-    return _surviving(expander.root_B, tokens, above, scores, scorer.cut)
+    return _surviving(expander.root_B, best, scorer.cut)
 
 
 def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
@@ -228,66 +226,100 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -
     Returns:
         The whole tree with its scores.
     """
-    tokens, best, scores = [], [], []
-    for layer in _beam_layers(expander, width, length, scorer, stopped_stay=False):
-        tokens.append(layer.tokens_BMR.flatten(1))
-        best.append(layer.flat_BM)
-        scores.append(layer.scores_BMR.flatten(1))
+    layers = list(_beam_layers(expander, width, length, scorer, beams=False))
+    tokens, scores = (
+        [layer.tokens_BMR.flatten(1) for layer in layers],
+        [layer.scores_BMR.flatten(1) for layer in layers],
+    )
     B, device = expander.root_B.shape[0], expander.root_B.device
     parents = [repeated((0,), (width,), device).expand(B, -1)]
-    if len(tokens) > 1:
-        sizes = [layer.shape[1] for layer in tokens]
-        starts = tuple(1 + sum(sizes[:depth]) for depth in range(len(sizes) - 1))
-        continued_BC = torch.cat(best[:-1], dim=1) + repeated(starts, (width,) * len(starts), device)
-        parents.append(continued_BC[..., None].expand(-1, -1, width).flatten(1))
+    if len(layers) > 1:
+        continued = [layer.best.flat_BM for layer in layers[:-1] if layer.best is not None]
+        starts = tuple(1 + sum(layer.shape[1] for layer in tokens[:depth]) for depth in range(len(continued)))
+        above_BCR = torch.cat([flat_BM[..., None].expand(-1, -1, width) for flat_BM in continued], dim=1)
+        parents.append(above_BCR.flatten(1) + repeated(starts, (width**2,) * len(starts), device))
     return tree_from_layers(expander.root_B, tokens, parents, scores)
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer of a beam search: all continuations, and which of them are continued in turn.
+class _Best:
+    """The best continuations of a layer.
 
     Attributes:
-        tokens_BMR: int64, target ids of all continuations.
-        scores_BMR: float32, their cumulative log-probabilities.
-        token_BM: int64, the best of all.
-        score_BM: float32, the scores of the best.
-        flat_BM: int64, the place of the best among all, in the flattened [M, R].
-        above_BM: int64, which node each of the best continues.
+        token_BM: int64, target ids.
+        score_BM: float32, their cumulative log-probabilities.
+        standing_BM: float32, what they competed with.
+        flat_BM: int64, the place of each among all, in the flattened [M, R].
+        above_BM: int64, which node each of them continues.
     """
 
-    tokens_BMR: Tensor
-    scores_BMR: Tensor
     token_BM: Tensor
     score_BM: Tensor
+    standing_BM: Tensor
     flat_BM: Tensor
     above_BM: Tensor
 
 
-def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, stopped_stay: bool) -> Iterator[_Layer]:
-    """Beam search, layer by layer; ``stopped_stay`` where a beam that is stopped early keeps its place among the beams."""
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a beam search.
+
+    Attributes:
+        tokens_BMR: int64, target ids of all continuations.
+        scores_BMR: float32, their cumulative log-probabilities.
+        best: those that are continued or survive; None where nobody asks for them.
+    """
+
+    tokens_BMR: Tensor
+    scores_BMR: Tensor
+    best: _Best | None
+
+
+def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, beams: bool) -> Iterator[_Layer]:
+    """Beam search, layer by layer.
+
+    Args:
+        expander: continues nodes.
+        width: beams.
+        length: layers.
+        scorer: ranks continuations.
+        beams: whether the beams of the last layer are asked for. A beam that is stopped early then keeps its place among them.
+    """
     logits_BMV = expander.begin()
-    score_BM = standing_BM = None
+    best: _Best | None = None
     for depth in range(length):
-        scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, width, depth)
+        scores_BMR, draft_BMR = scorer.best(None if best is None else best.score_BM, logits_BMV, width, depth)
         tokens_BMR = expander.target_ids(draft_BMR)
-        # The best of all lie among the best of each beam, so that no [M * Vd] sort is needed.
-        if scores_BMR.shape[1] == 1:
-            score_BM, token_BM = scores_BMR[:, 0], tokens_BMR[:, 0]
-            standing_BM, flat_BM = score_BM, counting(width, token_BM.device).expand_as(token_BM)
+        is_last = depth + 1 == length
+        if is_last and not beams:
+            best = None
+        elif scores_BMR.shape[1] == 1:
+            best = _best_of_one(tokens_BMR, scores_BMR)
         else:
             competing_BMR = scores_BMR
-            if stopped_stay and standing_BM is not None:
-                competing_BMR = scorer.standing(scores_BMR, standing_BM)
-            standing_BM, flat_BM = competing_BMR.flatten(1).topk(width, dim=-1)
-            score_BM = scores_BMR.flatten(1).gather(1, flat_BM) if stopped_stay else standing_BM
-            token_BM = tokens_BMR.flatten(1).gather(1, flat_BM)
-        if depth > 0 and scorer.all_stopped(score_BM):
+            if beams and scorer.stop is not None and best is not None:
+                competing_BMR = scorer.standing(scores_BMR, best.standing_BM)
+            best = _best_of(tokens_BMR, scores_BMR, competing_BMR)
+        if depth > 0 and scorer.all_stopped(scores_BMR if best is None else best.score_BM):
             return
-        layer = _Layer(tokens_BMR, scores_BMR, token_BM, score_BM, flat_BM, flat_BM // width)
-        yield layer
-        if depth + 1 < length:
-            logits_BMV = expander.extend(token_BM, layer.above_BM)
+        yield _Layer(tokens_BMR, scores_BMR, best)
+        if best is not None and not is_last:
+            logits_BMV = expander.extend(best.token_BM, best.above_BM)
+
+
+def _best_of_one(tokens_B1R: Tensor, scores_B1R: Tensor) -> _Best:
+    """All continuations of an only node, which are as many as there are beams."""
+    (B, _, R), device = tokens_B1R.shape, tokens_B1R.device
+    score_BM, place_M, node_M = scores_B1R[:, 0], counting(R, device), repeated((0,), (R,), device)
+    return _Best(tokens_B1R[:, 0], score_BM, score_BM, place_M.expand(B, -1), node_M.expand(B, -1))
+
+
+def _best_of(tokens_BMR: Tensor, scores_BMR: Tensor, competing_BMR: Tensor) -> _Best:
+    """The best of all continuations, as many as each node has here. They lie among these, so that no [M * Vd] sort is needed."""
+    width = tokens_BMR.shape[2]
+    standing_BM, flat_BM = competing_BMR.flatten(1).topk(width, dim=-1)
+    score_BM = standing_BM if competing_BMR is scores_BMR else scores_BMR.flatten(1).gather(1, flat_BM)
+    return _Best(tokens_BMR.flatten(1).gather(1, flat_BM), score_BM, standing_BM, flat_BM, flat_BM // width)
 
 
 def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) -> DraftTree:
@@ -360,13 +392,12 @@ def _plan(paths: tuple[Path, ...], device: torch.device) -> tuple[_LayerPlan, ..
     return tuple(layers)
 
 
-def _surviving(root_B: Tensor, tokens: list[Tensor], above: list[Tensor], scores: list[Tensor], cut: bool) -> DraftTree:
-    """Trace the beams back from the last layer ([B, M] a layer) and merge their shared prefixes."""
-    width = tokens[-1].shape[1]
-    beam_BM = counting(width, root_B.device).expand(root_B.shape[0], -1)
-    path_tokens, path_scores = [], []
-    for layer in reversed(range(len(tokens))):
-        path_tokens.append(tokens[layer].gather(1, beam_BM))
-        path_scores.append(scores[layer].gather(1, beam_BM))
-        beam_BM = above[layer].gather(1, beam_BM)
-    return tree_from_paths(root_B, torch.stack(path_tokens[::-1], -1), torch.stack(path_scores[::-1], -1), cut)
+def _surviving(root_B: Tensor, layers: list[_Best], cut: bool) -> DraftTree:
+    """Trace the beams back from the last layer, and merge their shared prefixes."""
+    *before, last = layers
+    tokens, scores, beam_BM = [last.token_BM], [last.score_BM], last.above_BM
+    for layer in reversed(before):
+        tokens.append(layer.token_BM.gather(1, beam_BM))
+        scores.append(layer.score_BM.gather(1, beam_BM))
+        beam_BM = layer.above_BM.gather(1, beam_BM)
+    return tree_from_paths(root_B, torch.stack(tokens[::-1], -1), torch.stack(scores[::-1], -1), cut)

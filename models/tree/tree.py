@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.tree.constants import counting, lower_triangle, repeated
+from draftsmith.models.tree.constants import counting, lower_triangle, repeated, zero
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class DraftTree:
     """Proposed tokens as a tree in topological order: a parent always has a smaller index than its children.
 
     Node 0 is the *root*: the last emitted token, already decided and not yet in the target's cache. Invalid nodes are padding
-    behind the valid ones of a row (anywhere in a sampled tree, whose shape is fixed); they are never accepted. Siblings differ in
-    their tokens, except in trees sampled with replacement.
+    behind the valid ones of a row (anywhere in a sampled or pruned tree); they are never accepted. Siblings differ in their tokens,
+    except in trees sampled with replacement.
 
     Attributes:
         tokens_BN: target token ids, int64.
-        parents_BN: index of each node's parent, int64; -1 at the root, 0 at padding.
-        depths_BN: distance from the root, int64; 0 at padding.
+        parents_BN: index of each node's parent, int64; -1 at the root, 0 or any node before it at padding.
+        depths_BN: distance from the root, int64; at padding 0 or any depth up to the largest.
         valid_BN: bool, True at real nodes.
         max_depth: largest depth that any row can have (a host number, so that shapes stay static).
         scores_BN: cumulative draft log-probability of the path to a node, float; None where the drafter gives none.
@@ -100,10 +100,10 @@ def root_tree(root_B: Tensor) -> DraftTree:
     Returns:
         A tree of N = 1 node.
     """
-    zeros_B1 = torch.zeros_like(root_B)[:, None]
-    return DraftTree(
-        root_B[:, None], zeros_B1 - 1, zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool), max_depth=0, chain=True
-    )
+    device = root_B.device
+    parents_1, depths_1, valid_11 = repeated((-1,), (1,), device), counting(1, device), lower_triangle(1, device)
+    of_rows = (part.expand(root_B.shape[0], 1) for part in (parents_1, depths_1, valid_11))
+    return DraftTree(root_B[:, None], *of_rows, max_depth=0, chain=True)
 
 
 def tree_from_paths(
@@ -165,7 +165,7 @@ def tree_from_layers(
     """
     B, device = root_B.shape[0], root_B.device
     sizes = tuple(layer.shape[1] for layer in tokens)
-    scores_BN = _under(scores[0].new_zeros(B, 1), scores)
+    scores_BN = _under(zero(scores[0].dtype, device).expand(B, 1), scores)
     return DraftTree(
         tokens_BN=_under(root_B[:, None], tokens),
         parents_BN=_under(repeated((-1,), (1,), device).expand(B, 1), parents),
@@ -222,15 +222,15 @@ def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTr
     """Keep the ``node_budget`` best drafted nodes of each row by cumulative score (the rerank of arXiv:2406.16858 section 4).
 
     A parent never scores below its child and precedes it, and the sort is stable. So ties go to the parent, and what is kept is
-    connected. The root is kept beside the budget.
+    connected. The root, whose score is 0, comes first. It is kept beside the budget.
 
     Args:
-        tree: with scores.
+        tree: with scores, which are minus infinity at padding.
         node_budget: how many drafted nodes to keep, at least 1.
         cut: see :func:`pack`.
 
     Returns:
-        The tree, packed to at most ``node_budget`` + 1 nodes.
+        The tree of at most ``node_budget`` + 1 nodes. Where a row has fewer valid ones, padding is among them.
 
     Raises:
         ValueError: ``node_budget`` is below 1, or the tree carries no scores.
@@ -239,15 +239,20 @@ def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTr
         raise ValueError(f"node_budget is {node_budget}; it must be at least 1 (or null for every node)")
     if tree.scores_BN is None:
         raise ValueError("this drafter gives no scores, so its tree cannot be pruned; set node_budget to null")
-    scores_BN = tree.scores_BN.masked_fill(~tree.valid_BN, -torch.inf)
-    scores_BN[:, 0].fill_(torch.inf)
-    best_BN, order_BN = scores_BN.sort(dim=1, descending=True, stable=True)
-    best_BN, order_BN = best_BN[:, : node_budget + 1], order_BN[:, : node_budget + 1]
+    order_BN = tree.scores_BN.sort(dim=1, descending=True, stable=True).indices[:, : node_budget + 1]
     if cuts_padding(order_BN.device, cut):
-        fullest = int((best_BN > -torch.inf).sum(1).max())
-        best_BN, order_BN = best_BN[:, :fullest], order_BN[:, :fullest]
-    index_BN = order_BN.masked_fill(best_BN == -torch.inf, tree.num_nodes).sort(1).values
-    return _taken(replace(tree, max_depth=min(tree.max_depth, node_budget)), index_BN)
+        order_BN = order_BN[:, : int(tree.valid_BN.sum(1).max())]
+    index_BK = order_BN.sort(1).values
+    scores_BK = tree.scores_BN.gather(1, index_BK)
+    return DraftTree(
+        tokens_BN=tree.tokens_BN.gather(1, index_BK),
+        parents_BN=_renumbered(tree.parents_BN, index_BK, index_BK),
+        depths_BN=tree.depths_BN.gather(1, index_BK),
+        valid_BN=scores_BK > -torch.inf,
+        max_depth=min(tree.max_depth, node_budget),
+        scores_BN=scores_BK,
+        chain=tree.chain,
+    )
 
 
 def pack(tree: DraftTree, width: int | None = None, cut: bool | None = None) -> DraftTree:
@@ -283,18 +288,27 @@ def _taken(tree: DraftTree, index_BK: Tensor) -> DraftTree:
     """
     last = tree.num_nodes - 1
     valid_BK, source_BK = index_BK <= last, index_BK.clamp(max=last)
-    # A node's new number is its place among the ascending old ones; the parent of the root, -1, has none.
-    parents_BK = torch.searchsorted(index_BK, tree.parents_BN.gather(1, source_BK)).mul_(valid_BK)
-    parents_BK[:, 0].fill_(-1)
     return DraftTree(
         tokens_BN=tree.tokens_BN.gather(1, source_BK),
-        parents_BN=parents_BK,
+        parents_BN=_renumbered(tree.parents_BN, source_BK, index_BK) * valid_BK,
         depths_BN=tree.depths_BN.gather(1, source_BK).mul_(valid_BK),
         valid_BN=valid_BK,
         max_depth=tree.max_depth,
         scores_BN=None if tree.scores_BN is None else tree.scores_BN.gather(1, source_BK),
         chain=tree.chain,
     )
+
+
+def _renumbered(parents_BN: Tensor, source_BK: Tensor, index_BK: Tensor) -> Tensor:
+    """Parents of some nodes by their new numbers, int64 [B, K].
+
+    Args:
+        parents_BN: the old numbers of all.
+        source_BK: int64, which nodes.
+        index_BK: int64, the old numbers of the new nodes, ascending.
+    """
+    # A node's new number is its place among the ascending old ones. The parent of the root, -1, precedes all.
+    return torch.searchsorted(index_BK, parents_BN.gather(1, source_BK), right=True) - 1
 
 
 def cuts_padding(device: torch.device, cut: bool | None) -> bool:

@@ -92,13 +92,13 @@ class MergedNorm(nn.Module):
 
 
 def merge(blocks: Sequence[nn.Module]) -> int:
-    """Merge what can be merged in decoder blocks, one block at a time, so that memory grows by one block's matrices at most.
+    """Merge what can be merged in parts of a decoder, one part at a time, so that memory grows by one block's matrices at most.
 
     Modules keep their parameters under their names. Matrices that are quantised, adapted, divided between processes or moved by hooks
     stay as they are.
 
     Args:
-        blocks: of the decoder.
+        blocks: of the decoder; the final norm can be one of them.
 
     Returns:
         How many modules were changed.
@@ -132,7 +132,7 @@ def split(blocks: Sequence[nn.Module]) -> None:
 
 def _merge_siblings(parent: nn.Module, names: tuple[str, ...]) -> int:
     linears = [getattr(parent, name, None) for name in names]
-    plain = [linear for linear in linears if type(linear) is nn.Linear and _is_plain(linear)]
+    plain = [linear for linear in linears if type(linear) is nn.Linear and _is_whole(linear) and not _is_hooked(linear)]
     kinds = {(each.in_features, each.weight.dtype, each.weight.device, each.bias is None) for each in plain}
     if len(plain) != len(names) or len(kinds) != 1:
         return 0
@@ -165,26 +165,32 @@ def _merged_norm(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Merged{kind.__name__}", (MergedNorm, kind), {})
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing but its class's own forward and whole weights make up a module."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-    return not hooked and not any(
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module has its class's own forward and whole weights."""
+    return not hasattr(module, "_hf_hook") and not any(
         isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or type(parameter.data) is not Tensor
         for parameter in module.parameters(recurse=False)
     )
 
 
 def _plain_rms_norm(module: nn.Module) -> float | None:
-    """A norm's epsilon where it is the plain RMS norm of its weight; None for all other modules, Gemma's among them."""
+    """A norm's epsilon where it is the plain RMS norm of its weight; None for all other modules, Gemma's among them.
+
+    Hooks run before and after a norm's forward, whichever it is; the final norm has one that keeps its input.
+    """
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     is_norm = type(module).__name__.endswith("RMSNorm") and not isinstance(module, MergedNorm)
     if not (is_norm and isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(epsilon, float)):
         return None
-    if weight.is_meta or not _is_plain(module):
+    if weight.is_meta or not _is_whole(module):
         return None
     states = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.inference_mode():
-        own, merged = module(states), F.rms_norm(states, weight.shape, weight, epsilon)
+        own, merged = module.forward(states), F.rms_norm(states, weight.shape, weight, epsilon)
     alike = own.dtype == merged.dtype and torch.allclose(own, merged, rtol=1e-5 if own.dtype == torch.float32 else 1e-2)
     return epsilon if alike else None

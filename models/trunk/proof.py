@@ -292,7 +292,7 @@ def _through_trees(trunk: Trunk, cache: SlotCache, texts: list[Tensor], host_len
         for row, text in enumerate(texts):
             kept[row, len(text) - host_lengths[row] :] = False
             states_of_rows[row].append(output.normed[row, path[kept[row]]])
-        cache.move(lengths[:, None] + path, lengths[:, None] + torch.arange(len(path)))
+        cache.keep(path.expand(len(texts), -1))
         lengths = lengths + kept.sum(1)
         host_lengths = lengths.tolist()
     return states_of_rows

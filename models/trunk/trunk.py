@@ -261,6 +261,11 @@ class Trunk:
         """The decoder blocks in order."""
         return self._blocks
 
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        return self._norm
+
     def check_layer(self, name: str) -> None:
         """Check that the decoder has a layer.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models import DraftLimits
-from draftsmith.models.files.finite import broken_rows
+from draftsmith.models.files.finite import broken_nodes
 
 LIMITS = DraftLimits(beam_width=2, draft_length=3)
 
@@ -38,5 +38,5 @@ def test_only_nodes_that_a_row_went_through_count() -> None:
     logits_BNV = torch.zeros(2, 3, 4)
     logits_BNV[0, 1, 2] = float("nan")  # a branch that the walk of row 0 leaves aside
     logits_BNV[1, 2] = -torch.inf  # where row 1 ends its path
-    path_BE = torch.tensor([[0, 2, 1], [0, 2, 0]])
-    assert broken_rows(logits_BNV, path_BE, torch.tensor([2, 2])).tolist() == [False, True]
+    path_BE = torch.tensor([[0, 2, 0], [0, 2, 0]])
+    assert broken_nodes(logits_BNV, path_BE).tolist() == [[False] * 3, [False, True, False]]

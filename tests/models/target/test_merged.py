@@ -33,6 +33,7 @@ def test_a_merged_target_says_the_same_with_the_same_weights() -> None:
     before, weights = logits(target), num_weights(target)
     target.merge()
     assert all(any(issubclass(own, kind) for own in kinds(target)) for kind in (MergedFirst, MergedOther, MergedNorm))
+    assert isinstance(target.ends.norm, MergedNorm)
     torch.testing.assert_close(logits(target), before)
     assert num_weights(target) == weights
     assert len({parameter.untyped_storage().data_ptr() for parameter in target.model.parameters()}) < len(
