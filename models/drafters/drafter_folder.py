@@ -21,7 +21,6 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, missing_families, registry
-from draftsmith.models.drafters.suffix_drafter import SuffixConfig, suffix_drafter
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint
@@ -30,6 +29,12 @@ from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.reader import Foreign
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
+
+COMPOSED = {
+    "draftsmith_suffix": "draftsmith.models.composed.suffix_drafter",
+    "draftsmith_refined": "draftsmith.models.composed.refined_drafter",
+}
+"""Drafters whose folder is a config without weights, by model_type: the module whose ``from_folder`` makes them."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ def load_drafter(
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
         return _with_adapter(path, dtype, trust_remote_code, target)
-    if _is_suffix(path):
-        return _suffix_drafter(path, dtype, trust_remote_code, target)
+    if module := _composed_in(path):
+        return _composed(path, module, dtype, trust_remote_code, finite, target)
     kind = _family_in(path)
     if kind is not None:
         return read_drafter(path, kind, finite)
@@ -107,7 +112,7 @@ def load_drafter(
 
 
 def drafter_fingerprint(folder: Path) -> str:
-    """Hash what a drafter's folder holds: its weights, or where it has none, its config and what that names.
+    """Hash what a drafter's folder holds: its weights, or where it has none, its config and all that this names.
 
     Args:
         folder: of the drafter.
@@ -118,32 +123,56 @@ def drafter_fingerprint(folder: Path) -> str:
     Raises:
         ValueError: the folder holds no drafter.
     """
-    if not _is_suffix(folder):
+    if not _composed_in(folder):
         return checkpoint_fingerprint(folder)
-    head = read_fields(folder).get("head") or ""
-    below = drafter_fingerprint(drafter_folder(_beside(folder, head))) if isinstance(head, str) and head else ""
-    return hashlib.sha256((folder / CONFIG).read_bytes() + below.encode()).hexdigest()
+    _check_no_circle(folder)
+    below = [drafter_fingerprint(drafter_folder(name)) for name in _named_in(folder)]
+    return hashlib.sha256((folder / CONFIG).read_bytes() + "".join(below).encode()).hexdigest()
 
 
-def _is_suffix(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and read_fields(folder).get("model_type") == SuffixConfig.model_type
+def _composed_in(folder: Path) -> str:
+    """The module that reads a folder without weights; empty for any other folder."""
+    if not (folder / CONFIG).is_file():
+        return ""
+    return COMPOSED.get(str(read_fields(folder).get("model_type")), "")
 
 
-def _suffix_drafter(folder: Path, dtype: str, trust_remote_code: bool, target: TargetBond | None) -> Drafter:
-    """The drafter without weights that a folder describes, with the head that it names."""
+def _composed(
+    path: Path, module: str, dtype: str, trust_remote_code: bool, finite: bool, target: TargetBond | None
+) -> Drafter:
+    """The drafter that a config describes, with the drafters that it names."""
+    _check_no_circle(path)
+
+    def load(name: str) -> Drafter:
+        return load_drafter(Path(_beside(path, name)), dtype, trust_remote_code, finite, target)
+
+    drafter: Drafter = importlib.import_module(module).from_folder(path, read_fields(path), load)
+    return drafter
+
+
+def _named_in(folder: Path) -> list[str]:
+    """What a config without weights names."""
     fields = read_fields(folder)
-    head = fields.get("head") or ""
-    if not isinstance(head, str) or not head:
-        return suffix_drafter(folder, fields, None)
-    if _is_suffix(drafter_folder(_beside(folder, head))):
-        raise ValueError(f"{folder / CONFIG} has head {head!r}, which has no weights either; name a trained drafter")
-    below = load_drafter(Path(_beside(folder, head)), dtype, trust_remote_code, target=target)
-    return suffix_drafter(folder, fields, below)
+    names = [fields.get(part) for part in ("head", "ngrams", "lm")]
+    return [_beside(folder, name) for name in names if name and isinstance(name, str)]
 
 
-def _beside(folder: Path, head: str) -> str:
-    """A head's name: a folder beside the config's own, or else as it is written."""
-    return str(folder / head) if (folder / head).is_dir() else head
+def _check_no_circle(folder: Path, above: tuple[Path, ...] = ()) -> None:
+    """Check that no config names a folder that names it.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if folder.resolve() in above:
+        raise ValueError(f"{above[-1] / CONFIG} names {folder}, which names it in turn; name a trained drafter")
+    if _composed_in(folder):
+        for name in _named_in(folder):
+            _check_no_circle(Path(name), (*above, folder.resolve()))
+
+
+def _beside(folder: Path, name: str) -> str:
+    """The name of a drafter in a config: a folder beside the config's own, or else as it is written."""
+    return str(folder / name) if (folder / name).is_dir() else name
 
 
 def is_foreign(folder: Path) -> bool:

@@ -78,6 +78,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "verify",
         "Check a cache: checksums, and samples run through the target again.",
     ),
+    ("data", "ngrams"): Command(
+        "draftsmith.data.ngrams", "ngrams", "Count the n-grams of replies, to score drafts a second time."
+    ),
     ("data", "show"): Command(
         "draftsmith.data.cache.show", "show", "Print samples with the tokens no loss is taken on dimmed."
     ),

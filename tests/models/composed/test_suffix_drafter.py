@@ -17,8 +17,8 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.runners import CompiledRunner
 from draftsmith.decode.verify.lossy_rules import Divergence
 from draftsmith.models import DraftLimits, Target
+from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
 from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, drafter_folder, load_drafter
-from draftsmith.models.drafters.suffix_drafter import SuffixConfig, SuffixDrafter
 from draftsmith.models.tree.shapes import parse_shape
 
 PROMPTS = [[BOS, 5, 9, 11, 4, 5, 9, 11, 4, 5, 9], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 30, 31, 32, 30]]
@@ -111,7 +111,7 @@ def test_the_embedded_one_and_a_users_own_folder_load(tmp_path: Path, lm: Target
         ({"least_probability": 2}, "a number from 0 to 1"),
         ({"longest_match": 2, "shortest_match": 3}, "above longest_match 2"),
         ({"head": 3}, "head"),
-        ({"head": "embedded:suffix"}, "has no weights either"),
+        ({"head": "embedded:suffix"}, "reads the text as well"),
     ):
         with pytest.raises(ValueError, match=fault):
             load_drafter(write(tmp_path / "bad", **fields))

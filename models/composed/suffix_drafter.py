@@ -8,7 +8,7 @@ Shape legend: B batch rows, E fresh tokens, T text slots, P places, L drafted to
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -284,22 +284,27 @@ def _best_path(paths_BPL: Tensor, scores_BPL: Tensor) -> tuple[Tensor, Tensor]:
     return paths_BPL.gather(1, index_B1L), scores_BPL.gather(1, index_B1L)
 
 
-def suffix_drafter(folder: Path, fields: Mapping[str, Any], head: Drafter | None) -> SuffixDrafter:
+def from_folder(folder: Path, fields: Mapping[str, Any], load: Callable[[str], Drafter]) -> SuffixDrafter:
     """Make the drafter that a folder's config describes.
 
     Args:
         folder: where it lies.
         fields: of its config.
-        head: the drafter that ``head`` names, loaded; None where it names none.
+        load: gives a drafter by its name, relative to the folder.
 
     Returns:
         The drafter in evaluation mode.
 
     Raises:
-        ValueError: a field breaks its rule.
+        ValueError: a field breaks its rule, or the head cannot be had.
     """
     config = SuffixConfig(**{name: fields[name] for name in SuffixConfig.rules if name in fields})
     config.check(str(folder / "config.json"), "change the file")
+    head = load(config.head) if config.head else None
+    if isinstance(head, SuffixDrafter):
+        raise ValueError(
+            f"{folder / 'config.json'} has head {config.head!r}, which reads the text as well; name another drafter"
+        )
     drafter = SuffixDrafter(config, head)
     drafter.loaded_from = folder
     return drafter.eval()

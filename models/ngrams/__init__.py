@@ -1,0 +1,1 @@
+"""Back-off language models of a few tokens."""
