@@ -7,6 +7,7 @@ Shape legend: T packed tokens, A anchors, K draft steps, D hidden, G greedy toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,7 @@ class Rollout:
         targets: int64 [A, K], target token ids to predict.
         valid: bool [A, K], False where the prediction is not supervised (another sample, a prompt token, past the end).
         on_text: True where every step is fed the batch's own text, so that step k is at position t + k of it.
+        weights: float [A, K], how much each prediction counts; None counts all valid ones alike.
     """
 
     anchors: Tensor
@@ -73,6 +75,7 @@ class Rollout:
     targets: Tensor
     valid: Tensor
     on_text: bool = False
+    weights: Tensor | None = None
 
 
 def data_rollout(batch: PackedBatch, num_steps: int) -> Rollout:
@@ -134,7 +137,38 @@ def fewer_anchors(rollout: Rollout, most: int, at_random: bool) -> Rollout:
         tokens=rollout.tokens[useful],
         targets=rollout.targets[useful],
         valid=rollout.valid[useful],
+        weights=None if rollout.weights is None else rollout.weights[useful],
     )
+
+
+def prompt_weighted(
+    roll_out: Callable[[PackedBatch], Rollout], batch: PackedBatch, prompt_weight: float
+) -> Rollout:
+    """Roll out over prompts and replies, where a prediction that the replies alone would not teach counts with its own weight.
+
+    A prediction counts in full where every token from the root to the predicted one is supervised, as in :func:`data_rollout`.
+    The others begin in a prompt or cross its end. Padding has no supervised token in its document, and stays without predictions.
+
+    Args:
+        roll_out: :func:`data_rollout` or :func:`local_rollout`, with all but the batch chosen.
+        batch: packed samples.
+        prompt_weight: of a prediction of a prompt, above 0.
+
+    Returns:
+        The rollout over all positions, with weights.
+
+    Example:
+        ids ``[p, q, a, b]`` with mask ``[0, 0, 1, 1]``, one step and weight 0.5 give the anchors 0, 1, 2 with targets
+        ``[[a], [b], [-]]`` and weights ``[[0.5], [1], [-]]``; ``-`` is not valid.
+    """
+    in_replies = roll_out(batch)
+    counts = torch.zeros(int(batch.document_ids.max()) + 1, dtype=torch.int64, device=batch.document_ids.device)
+    counts.index_add_(0, batch.document_ids, batch.loss_mask.long())
+    everywhere = roll_out(replace(batch, loss_mask=(counts > 0)[batch.document_ids]))
+    weights = torch.full(everywhere.targets.shape, prompt_weight, device=everywhere.targets.device)
+    places = torch.searchsorted(everywhere.anchors, in_replies.anchors)
+    weights[places] = torch.where(in_replies.valid, 1.0, weights[places])
+    return replace(everywhere, weights=weights)
 
 
 def local_rollout(batch: PackedBatch, num_steps: int, eos_token_ids: tuple[int, ...] = ()) -> Rollout:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from draftsmith.models.files.end_tokens import end_tokens, read_end_tokens
@@ -190,7 +191,27 @@ class TargetEnds(nn.Module):
             [..., V], on the device of the states.
         """
         # The head of a target over several devices (device_map) may lie on another.
-        logits = self.head(normed).to(normed.device)
+        return self._scaled(self.head(normed).to(normed.device))
+
+    def logits_of(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """Take the head's rows of some tokens, so that scoring these costs no more than they are.
+
+        A head that is no plain matrix (quantised, divided over processes, adapted) scores all tokens, and the others are dropped.
+
+        Args:
+            ids: int64 [n], of the vocabulary.
+
+        Returns:
+            A function from states after the final norm [..., D] to the logits of these tokens [..., n], on the device of the states.
+        """
+        if type(self.head) is not nn.Linear or type(self.head.weight) is not nn.Parameter:
+            return lambda normed: self.logits(normed)[..., ids.to(normed.device)]
+        rows = ids.to(self.head.weight.device)
+        weight = self.head.weight[rows]
+        bias = None if self.head.bias is None else self.head.bias[rows]
+        return lambda normed: self._scaled(F.linear(normed.to(weight.device), weight, bias).to(normed.device))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self._soft_cap is not None:

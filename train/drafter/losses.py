@@ -62,7 +62,7 @@ class StepSums:
     Attributes:
         total: [] differentiable, the sum over k of step_weights[k] * loss_sum[k].
         loss_sum: [K] detached, in nats; of a divergence without the target's entropy, the soft cross-entropy.
-        loss_rows: [K], rows in the loss.
+        loss_rows: [K], rows in the loss, each as much as its weight.
         rows: [K], valid rows, those outside the draft vocabulary included. Accuracies are relative to these.
         top1: [K], rows whose target is the best token; None when not asked for.
         top5: [K], rows whose target is among the 5 best tokens; None when not asked for.
@@ -86,6 +86,7 @@ def head_cross_entropy(
     step_weights: Tensor,
     chunk_rows: int | None = None,
     metrics: bool = True,
+    row_weights: Tensor | None = None,
 ) -> StepSums:
     """Teacher-forced cross-entropy of every draft step (arXiv 2403.09919, section 4; Apple's training loss).
 
@@ -99,11 +100,12 @@ def head_cross_entropy(
         step_weights: float [K].
         chunk_rows: C; None chooses.
         metrics: count top-1 and top-5 too.
+        row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights)
+    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights, row_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     row_ids = torch.nonzero(flat_valid & (flat_targets != OUTSIDE)).squeeze(1)
     job = _CrossEntropyJob(
@@ -113,6 +115,7 @@ def head_cross_entropy(
         chunk_rows=chunk_rows or default_chunk_rows(weights[0].shape[0]),
         metrics=metrics,
         grad_enabled=torch.is_grad_enabled(),
+        row_weights=None if row_weights is None else row_weights.T.reshape(-1),
     )
     return _run(job, head_inputs, weights, valid, step_weights)
 
@@ -129,6 +132,7 @@ def head_distillation(
     metrics: bool = True,
     emphasis: TopEmphasis | None = None,
     entropy: bool = True,
+    row_weights: Tensor | None = None,
 ) -> StepSums:
     """KL(target_probs || draft_probs) of every draft step, with the target's distribution along its own path.
 
@@ -154,11 +158,12 @@ def head_distillation(
             negative.
         entropy: subtract the target's entropy. It depends on no weight, so without it the gradients are the same, and the loss is the
             soft cross-entropy.
+        row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights)
+    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights, row_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     teacher_ids, grid = group_by_teacher(teacher_rows.T.reshape(-1), flat_valid)
     num_grouped = max(1, grid.shape[1])
@@ -173,6 +178,7 @@ def head_distillation(
         metrics=metrics,
         grad_enabled=torch.is_grad_enabled(),
         entropy=entropy,
+        row_weights=None if row_weights is None else row_weights.T.reshape(-1),
     )
     return _run(job, head_inputs, weights, valid, step_weights)
 
@@ -182,8 +188,8 @@ class FeatureSums:
     """Sums over the rows of each draft step.
 
     Attributes:
-        total: [] differentiable, the sum over k of step_weights[k] * loss_sum[k].
-        loss_sum: [K] detached.
+        total: [] differentiable, the sum over k of step_weights[k] times the weighted loss of its rows.
+        loss_sum: [K] detached, all rows alike.
     """
 
     total: Tensor
@@ -191,7 +197,12 @@ class FeatureSums:
 
 
 def feature_smooth_l1(
-    predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
+    predicted: Tensor,
+    features: Tensor,
+    feature_rows: Tensor,
+    valid: Tensor,
+    step_weights: Tensor,
+    row_weights: Tensor | None = None,
 ) -> FeatureSums:
     """Smooth L1 between predicted and true features, averaged over their entries (arXiv 2401.15077, eq. 3).
 
@@ -201,11 +212,14 @@ def feature_smooth_l1(
         feature_rows: int64 [A, K], which feature row (a, k) predicts.
         valid: bool [A, K], rows that count.
         step_weights: float [K].
+        row_weights: float [A, K], of each row; None is 1 everywhere.
     """
     true = features[feature_rows.T].to(predicted.dtype)
     distance = torch.nn.functional.smooth_l1_loss(predicted, true, reduction="none").mean(-1)
-    loss_sum = torch.where(valid.T, distance, 0.0).sum(1)
-    return FeatureSums((step_weights.to(loss_sum.dtype) * loss_sum).sum(), loss_sum.detach())
+    distance = torch.where(valid.T, distance, 0.0)
+    weighted = distance if row_weights is None else distance * row_weights.T.to(distance.dtype)
+    total = (step_weights.to(distance.dtype) * weighted.sum(1)).sum()
+    return FeatureSums(total, distance.sum(1).detach())
 
 
 def group_by_teacher(teacher_rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,6 +263,7 @@ class _CrossEntropyJob:
     chunk_rows: int
     metrics: bool
     grad_enabled: bool
+    row_weights: Tensor | None
 
     def chunks(self) -> Iterator[_Chunk]:
         pairs = zip(self.row_ids.split(self.chunk_rows), self.row_targets.split(self.chunk_rows), strict=True)
@@ -278,6 +293,7 @@ class _DistillationJob:
     metrics: bool
     grad_enabled: bool
     entropy: bool
+    row_weights: Tensor | None
 
     def chunks(self) -> Iterator[_Chunk]:
         for ids, grid in zip(
@@ -390,6 +406,8 @@ def _one_chunk(
         ranks = _ranks(log_probs, job.targets_of(chunk))
         sums[2].index_add_(0, steps, keep * (ranks < 1))
         sums[3].index_add_(0, steps, keep * (ranks < 5))
+    if job.row_weights is not None:
+        keep = keep * job.row_weights[chunk.row_ids]
     loss, grad_logits = job.loss_and_grad(chunk, log_probs)
     sums[0].index_add_(0, steps, loss * keep)
     sums[1].index_add_(0, steps, keep)
@@ -453,12 +471,19 @@ def _run(job: _Job, head_inputs: Tensor, weights: Sequence[Tensor], valid: Tenso
 
 
 def _checked_weights(
-    head_inputs: Tensor, heads: Heads, targets: Tensor, valid: Tensor, step_weights: Tensor
+    head_inputs: Tensor,
+    heads: Heads,
+    targets: Tensor,
+    valid: Tensor,
+    step_weights: Tensor,
+    row_weights: Tensor | None,
 ) -> list[Tensor]:
     """The heads as a list of one or K, and all shapes checked."""
     num_steps, num_anchors, width = head_inputs.shape
     expected = {"targets": (num_anchors, num_steps), "valid": (num_anchors, num_steps), "step_weights": (num_steps,)}
     given = {"targets": targets.shape, "valid": valid.shape, "step_weights": step_weights.shape}
+    if row_weights is not None:
+        expected["row_weights"], given["row_weights"] = expected["valid"], row_weights.shape
     for name, shape in expected.items():
         if tuple(given[name]) != shape:
             raise ValueError(f"{name} has shape {tuple(given[name])}; head_inputs {num_steps, num_anchors} ask {shape}")

@@ -89,6 +89,8 @@ class DraftModule(pl.LightningModule):
             often in the training samples. null: as the drafter's draft_vocab_size says.
         allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer, such as the one that
             yours was fine-tuned from. The trained drafter belongs to yours.
+        prompt_weight: learn at the positions of prompts too, each counting so much where one of a reply counts 1. Their states are in the
+            cache already. 0 learns replies alone. With distillation none, what is learned there is the prompt's own text.
 
     Raises:
         ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or without the layers that the drafter reads;
@@ -130,6 +132,7 @@ class DraftModule(pl.LightningModule):
         allow_other_target: bool = False,
         draft_vocabulary: Literal["auto"] | None = None,
         max_anchors: int | None = None,
+        prompt_weight: float = 0.0,
     ) -> None:
         super().__init__()
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
@@ -145,6 +148,7 @@ class DraftModule(pl.LightningModule):
             emphasis,
             skip_outside,
             max_anchors,
+            prompt_weight,
         )
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)

@@ -8,8 +8,10 @@ Shape legend: T packed tokens, A anchors, K draft steps, D hidden, V vocabulary,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +19,14 @@ from torch import Tensor
 
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.returned_shapes import checked_head_inputs, checked_heads
-from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout, fewer_anchors, local_rollout
+from draftsmith.models.drafters.rollout import (
+    PackedBatch,
+    Rollout,
+    data_rollout,
+    fewer_anchors,
+    local_rollout,
+    prompt_weighted,
+)
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.drafter.losses import (
     OUTSIDE,
@@ -48,6 +57,8 @@ class Objective:
         emphasis: HASS's top-K distillation, with `path` only.
         skip_outside: with `path`, learn nothing where the target's likeliest token is outside the draft vocabulary (arXiv 2503.01840).
         max_anchors: learn at no more positions of a batch than this; None learns at all of them.
+        prompt_weight: predictions of prompts count so much, where those of replies count 1; 0 learns replies alone. What teaches is the
+            same as in replies: with `none` the prompt's own next token, which others wrote.
 
     Raises:
         ValueError: a setting out of range, or one that this distillation does not use.
@@ -62,6 +73,7 @@ class Objective:
     emphasis: TopEmphasis | None = None
     skip_outside: bool = False
     max_anchors: int | None = None
+    prompt_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -76,6 +88,8 @@ class Objective:
             raise ValueError(
                 f"feature_weight is {self.feature_weight} and logit_weight {self.logit_weight}; they must be at least 0, one above"
             )
+        if not 0.0 <= self.prompt_weight < math.inf:
+            raise ValueError(f"prompt_weight is {self.prompt_weight}; it must be at least 0, which learns replies alone")
         if self.distillation != "path" and (self.emphasis is not None or self.skip_outside):
             raise ValueError(
                 "top-K distillation and skip_outside read the target's distribution, which distillation "
@@ -102,10 +116,12 @@ class Objective:
             eos_token_ids: with `local`, tokens that end the target's continuation.
             draw_anchors: with `max_anchors`, draw the anchors at random; otherwise they are spread evenly.
         """
+        roll_out: Callable[[PackedBatch], Rollout] = partial(data_rollout, num_steps=self.num_steps)
         if self.distillation == "local":
-            rollout = local_rollout(batch, self.num_steps, eos_token_ids)
-        else:
-            rollout = data_rollout(batch, self.num_steps)
+            roll_out = partial(local_rollout, num_steps=self.num_steps, eos_token_ids=eos_token_ids)
+        rollout = (
+            prompt_weighted(roll_out, batch, self.prompt_weight) if self.prompt_weight > 0.0 else roll_out(batch)
+        )
         return rollout if self.max_anchors is None else fewer_anchors(rollout, self.max_anchors, draw_anchors)
 
     @property
@@ -142,7 +158,7 @@ class PreparedBatch:
         batch: packed samples.
         rollout: what the drafter is fed and must predict.
         draft_targets: int64 [A, K], targets as draft ids, OUTSIDE where the draft vocabulary lacks them.
-        loss_rows: int64 [K], rows of each step in the loss.
+        loss_rows: [K], rows of each step in the loss, each as much as its weight.
     """
 
     batch: PackedBatch
@@ -170,7 +186,8 @@ def prepare(
     rollout = objective.rollout(batch, eos_token_ids, draw_anchors)
     draft_targets = to_draft[rollout.targets]
     counted = rollout.valid if objective.distillation == "path" else rollout.valid & (draft_targets != OUTSIDE)
-    return PreparedBatch(batch, rollout, draft_targets, counted.sum(0))
+    loss_rows = counted.sum(0) if rollout.weights is None else (counted * rollout.weights).sum(0)
+    return PreparedBatch(batch, rollout, draft_targets, loss_rows)
 
 
 def run(
@@ -204,6 +221,7 @@ def run(
         path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids)),
         prepared.rollout.valid,
         objective.feature_weight * step_weights,
+        prepared.rollout.weights,
     )
     return replace(sums, total=sums.total + features.total, feature_sum=features.loss_sum)
 
@@ -220,13 +238,14 @@ def _token_loss(
 ) -> StepSums:
     """The loss on tokens of all steps, with one head or with that of each step."""
     heads = checked_heads(drafter, objective.num_steps, head_inputs.shape[-1])
+    row_weights = prepared.rollout.weights
     given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows, metrics)
     if objective.distillation != "path":
-        return head_cross_entropy(head_inputs, heads, *given)
+        return head_cross_entropy(head_inputs, heads, *given, row_weights=row_weights)
     draft_ids = None if drafter.d2t is None else drafter.draft_ids()
     teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside)
     teacher_rows = path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids))
-    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy)
+    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy, row_weights)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:
@@ -257,16 +276,21 @@ def path_teacher(
         draft_ids: int64 [Vd], the draft vocabulary; None for the whole one.
         skip_outside: keep no position whose likeliest token is outside the draft vocabulary.
     """
-    inside = None
-    if skip_outside and draft_ids is not None:
-        inside = torch.zeros(ends.vocab_size, dtype=torch.bool, device=draft_ids.device)
-        inside[draft_ids] = True
+
+    def normed(positions: Tensor) -> Tensor:
+        return ends.final_norm(batch.hidden[PRE_NORM][positions])
+
+    if draft_ids is None:
+        return lambda positions: TeacherLogits(ends.logits(normed(positions)))
+    if not skip_outside:
+        logits_of_drafted = ends.logits_of(draft_ids)
+        return lambda positions: TeacherLogits(logits_of_drafted(normed(positions)))
+    inside = torch.zeros(ends.vocab_size, dtype=torch.bool, device=draft_ids.device)
+    inside[draft_ids] = True
 
     def teach(positions: Tensor) -> TeacherLogits:
-        logits = ends.logits(ends.final_norm(batch.hidden[PRE_NORM][positions]))
-        if draft_ids is None:
-            return TeacherLogits(logits)
-        return TeacherLogits(logits[:, draft_ids], None if inside is None else inside[logits.argmax(-1)])
+        logits = ends.logits(normed(positions))
+        return TeacherLogits(logits[:, draft_ids], inside[logits.argmax(-1)])
 
     return teach
 
