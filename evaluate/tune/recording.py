@@ -202,12 +202,22 @@ def record(
         numbers = list(range(start, start + len(batch)))
         generations = engine.generate([list(sample.prompt_ids) for sample in batch], settings, request_ids=numbers)
         for sample, generation, drafted in zip(batch, generations, recording.drafted, strict=True):
-            recorded.append(_recorded(sample, generation.token_ids, drafted, depth))
+            recorded.append(traced(sample.prompt_ids, generation.token_ids, drafted, depth))
         advance(len(batch))
     return recorded
 
 
-def _recorded(sample: Sample, reply: list[int], drafted: dict[int, list[Drafted]], depth: int) -> Recorded:
+def traced(
+    prompt_ids: Sequence[int], reply: Sequence[int], drafted: dict[int, list[Drafted]], depth: int
+) -> Recorded:
+    """What is kept of the trees drafted behind each token of a reply but the last.
+
+    Args:
+        prompt_ids: what the reply was given for.
+        reply: its tokens.
+        drafted: width -> the trees.
+        depth: how deep they are traced.
+    """
     ahead, ranks = {}, {}
     for width, trees in drafted.items():
         assert len(trees) == len(reply) - 1, "a tree for every token but the last"
@@ -215,7 +225,7 @@ def _recorded(sample: Sample, reply: list[int], drafted: dict[int, list[Drafted]
         ranks[width] = np.full((len(trees), depth), -1, dtype=np.int32)
         for place, tree in enumerate(trees):
             trace(tree, reply[place + 1 :], ahead[width][place], ranks[width][place])
-    return Recorded(sample.prompt_ids, tuple(reply), ahead, ranks)
+    return Recorded(tuple(prompt_ids), tuple(reply), ahead, ranks)
 
 
 def trace(tree: Drafted, continuation: Sequence[int], ahead: Ints, ranks: Ints) -> None:

@@ -1,0 +1,139 @@
+"""Tokens per step of a drafter on cached greedy replies, without running the target again.
+
+At temperature 0 a reply does not depend on the draft. So one cache of replies serves every drafter: each drafts behind every token of a reply
+from the cached states, and the cycles are replayed from that record.
+
+Owns: the pass over a cache. Does not know: how drafters are trained, or what is compared.
+
+Shape legend: B replies of a batch, E pairs of a prompt, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from draftsmith.data.shards.shards import CachedSample
+from draftsmith.evaluate.strata.acceptance import tokens_per_step
+from draftsmith.evaluate.tune.recording import Drafted, Recorded, Recording, traced
+from draftsmith.evaluate.tune.simulate import replay
+from draftsmith.models import Cycle, Drafter, DraftLimits, Emitted, Opening
+
+TREE = DraftLimits(10, 5, node_budget=24)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What a drafter gains on some replies.
+
+    Attributes:
+        top1: share of positions where the drafter's likeliest token is the reply's next one.
+        tokens_per_step: tokens emitted a target forward behind the prompt's.
+        positions: where a draft was made.
+        cycles: target forwards.
+    """
+
+    top1: float
+    tokens_per_step: float
+    positions: int
+    cycles: int
+
+
+def acceptance(replies: Sequence[Recorded], limits: DraftLimits = TREE) -> Acceptance:
+    """Pools the record of some replies.
+
+    Args:
+        replies: recorded with the width of the limits.
+        limits: the shape of the drafts.
+    """
+    ranks = [reply.ranks[limits.beam_width][:, 0] for reply in replies]
+    positions = sum(map(len, ranks))
+    decoded = [replay(reply, limits) for reply in replies]
+    hits = sum(int((of_reply == 0).sum()) for of_reply in ranks)
+    cycles = sum(each.cycles for each in decoded)
+    return Acceptance(hits / max(1, positions), tokens_per_step(decoded) or 1.0, positions, cycles)
+
+
+@torch.no_grad()
+def record_cached(
+    drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits = TREE, batch_size: int = 8
+) -> list[Recorded]:
+    """Drafts behind every token of cached replies.
+
+    Args:
+        drafter: attached to the target of the cache.
+        samples: each a prompt, then one reply to the end of the sample.
+        limits: the widest and deepest draft that will be replayed.
+        batch_size: B.
+
+    Raises:
+        ValueError: a sample without a prompt or without a reply, or with more than one reply.
+    """
+    recording = Recording(drafter.eval(), [limits.beam_width], limits.draft_length)
+    recorded = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        prompts = [_prompt_length(sample) for sample in batch]
+        _draft_everywhere(recording, batch, prompts, limits)
+        for sample, prompt, trees in zip(batch, prompts, recording.drafted, strict=True):
+            ids = sample.input_ids.tolist()
+            reply = ids[prompt:]
+            kept: dict[int, list[Drafted]] = {width: of_width[: len(reply) - 1] for width, of_width in trees.items()}
+            recorded.append(traced(ids[:prompt], reply, kept, limits.draft_length))
+    return recorded
+
+
+def _prompt_length(sample: CachedSample) -> int:
+    labelled = torch.nonzero(sample.loss_mask).flatten()
+    prompt = len(sample.input_ids) - len(labelled)
+    if not len(labelled) or not prompt or int(labelled[0]) != prompt:
+        raise ValueError(f"sample {sample.id} must be a prompt and one reply; extract single-turn replies")
+    return prompt
+
+
+def _draft_everywhere(
+    recording: Recording, samples: Sequence[CachedSample], prompts: Sequence[int], limits: DraftLimits
+) -> None:
+    """Fills the record: all rows move by one token at a time, and one whose reply has ended repeats its last token."""
+    features = recording.features
+    lengths_B = torch.tensor(prompts)
+    first = Emitted(
+        pad_sequence([sample.input_ids[1 : prompt + 1] for sample, prompt in zip(samples, prompts, strict=True)], True),
+        {name: _padded(samples, prompts, name) for name in features},
+        lengths_B,
+    )
+    longest = max(len(sample.input_ids) for sample in samples)
+    state = recording.start(Opening(first, torch.stack([sample.input_ids[0] for sample in samples]), limits, longest))
+    fresh = list(prompts)
+    for tokens_B1, states, moved_B in _steps(samples, prompts, features):
+        recording.propose(state, Cycle(lengths_B, lengths_B.tolist(), fresh), limits)
+        lengths_B = lengths_B + moved_B
+        fresh = moved_B.tolist()
+        state = recording.advance(state, Emitted(tokens_B1, states, torch.ones_like(lengths_B)))
+
+
+def _padded(samples: Sequence[CachedSample], prompts: Sequence[int], name: str) -> Tensor:
+    """The states of the prompts, [B, E, D]."""
+    return pad_sequence(
+        [sample.hidden[name][:prompt].float() for sample, prompt in zip(samples, prompts, strict=True)], True
+    )
+
+
+def _steps(
+    samples: Sequence[CachedSample], prompts: Sequence[int], features: Sequence[str]
+) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
+    """The next token of every reply [B, 1], the states before it [B, 1, D], and 1 where there is one, 0 where the reply has ended."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    for step in range(1, max(length - prompt for length, prompt in zip(lengths, prompts, strict=True))):
+        at = [min(prompt + step, length - 1) for prompt, length in zip(prompts, lengths, strict=True)]
+        moved = [int(prompt + step < length) for prompt, length in zip(prompts, lengths, strict=True)]
+        tokens = torch.stack([sample.input_ids[place] for sample, place in zip(samples, at, strict=True)])
+        states = {
+            name: torch.stack([sample.hidden[name][place - 1] for sample, place in zip(samples, at, strict=True)])
+            for name in features
+        }
+        yield tokens[:, None], {name: of_layer[:, None].float() for name, of_layer in states.items()}, torch.tensor(moved)
