@@ -8,9 +8,11 @@ Model and data are named by class_path in the YAML (`draftsmith.train.drafter.mo
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,15 +22,19 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.plugins import Precision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from draftsmith import train
 from draftsmith.arguments import Suggesting
+from draftsmith.files import atomic_write
 from draftsmith.train.config_files import KEY as BASE
 from draftsmith.train.config_files import already_read, with_bases
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.drafter_callbacks.run_length import RunLength
 from draftsmith.train.help import PROG, lightnings_words
 from draftsmith.train.precision import RunPrecision
+from draftsmith.train.recipe import KEY as RECIPE
+from draftsmith.train.recipe import RECORD, Recipe, applied
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.preemption import Preemption, ResumeValidation
 from draftsmith.train.run.progress_bar import RunProgress
@@ -44,7 +50,17 @@ class TrainingParser(Suggesting, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration once training starts. A run that stops with an error before leaves that of an earlier run alone."""
+    """Saves the configuration once training starts. A run that stops with an error before leaves that of an earlier run alone.
+
+    Args:
+        args: as Lightning has it.
+        recipe: what chose some of the settings, saved beside the configuration.
+        kwargs: as Lightning has it.
+    """
+
+    def __init__(self, *args: Any, recipe: Recipe | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Not yet; the other subcommands change nothing in the folder."""
@@ -55,6 +71,15 @@ class SaveConfig(SaveConfigCallback):
         if any(isinstance(callback, RunPrecision) and callback.is_open for callback in callbacks):
             self.config["trainer"]["precision"] = trainer.precision
         super().setup(trainer, pl_module, "fit")
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            self._save_recipe(Path(trainer.log_dir) / RECORD)
+
+    def _save_recipe(self, file: Path) -> None:
+        """The record of this run's recipe; none may stay from an earlier run."""
+        if self.recipe is None:
+            file.unlink(missing_ok=True)
+        else:
+            atomic_write(file, json.dumps(self.recipe.record(), indent=2) + "\n")
 
 
 class TrainingCLI(LightningCLI):
@@ -76,7 +101,12 @@ class TrainingCLI(LightningCLI):
             default=False,
             help="let this run replace the best drafter, judge or draft LM that another run left in the same folder",
         )
-
+        parser.add_argument(
+            f"--{RECIPE}",
+            type=str | None,
+            default=None,
+            help="auto: choose epochs, rate, prompt positions and draft vocabulary by the size of the cache; your own settings win",
+        )
         parser.add_argument(
             f"--{BASE}", type=already_read, default=None, help="in a file: the configuration beside it that it changes"
         )
@@ -157,9 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
         arguments: of the command; None reads the process's.
 
     Raises:
-        ValueError: settings that do not work together, or not on this machine (a device that is not there).
+        ValueError: settings that do not work together, or not on this machine (a device that is not there); a recipe that does not exist
+            or does not fit the run.
     """
     import_public_names()
+    given = with_bases(lightnings_words(sys.argv[1:] if arguments is None else arguments))
+    recipe = applied(given)
+    for line in [] if recipe is None else recipe.lines():
+        rank_zero_info(line)
     try:
         return TrainingCLI(
             pl.LightningModule,
@@ -168,10 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> TrainingCLI:
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             # A resumed run writes the same folder again.
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "recipe": recipe},
             # A table of modules, which says nothing about a drafter that its card does not.
             trainer_defaults={"enable_model_summary": False},
-            args=with_bases(lightnings_words(sys.argv[1:] if arguments is None else arguments)),
+            args=given if recipe is None else [*given, *recipe.arguments()],
             parser_kwargs={"prog": PROG},
         )
     except MisconfigurationException as error:

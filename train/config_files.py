@@ -83,6 +83,18 @@ def _shipped(name: str) -> Path:
     return Path(str(files("draftsmith.configs"))) / name
 
 
+def is_shipped(file: Path) -> bool:
+    """Whether a file is a configuration of draftsmith's, unchanged, wherever it lies.
+
+    Args:
+        file: of any folder.
+    """
+    if not file.is_file():
+        return False
+    content = file.read_bytes()
+    return any(shipped.read_bytes() == content for shipped in _shipped("").rglob(file.name))
+
+
 def _bases(file: Path, above: tuple[Path, ...], tell: Callable[[str], None]) -> Iterator[Path]:
     """The files to read before this one, in order."""
     name = _base_of(file)

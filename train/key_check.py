@@ -7,33 +7,20 @@ modules. Lightning checks what lies deeper, such as a callback's settings, and t
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Collection, Mapping, Sequence
 
 from draftsmith.arguments import suggestion
 from draftsmith.outline import PACKAGE, class_settings
 from draftsmith.train.config_files import KEY as BASE
 from draftsmith.train.config_files import with_bases
+from draftsmith.train.given_settings import Given, sources
 
 TOP = frozenset(
     f"{BASE} config c help h help_all print_config seed_everything trainer model data optimizer lr_scheduler ckpt_path weights_only "
-    "replace_best verbose return_predictions".split()
+    "replace_best recipe verbose return_predictions".split()
 )
 """Keys beside one another in a file: this command's and those of Lightning's subcommands."""
 _TRAINER = ("pytorch_lightning.trainer.trainer", "Trainer")
-
-
-@dataclass(frozen=True)
-class _Given:
-    """One key with its value; `file` is empty for a flag."""
-
-    key: str
-    value: Any
-    file: str = ""
 
 
 def unknown_key(arguments: Sequence[str], classes: Mapping[str, str]) -> str | None:
@@ -47,7 +34,7 @@ def unknown_key(arguments: Sequence[str], classes: Mapping[str, str]) -> str | N
         ValueError: what `with_bases` raises.
     """
     chosen: dict[str, str] = {}
-    for source in _sources(with_bases(arguments, tell=lambda line: None)):
+    for source in sources(with_bases(arguments, tell=lambda line: None)):
         # The settings of a file are those of the class that it names, or that a file before it has named.
         chosen |= _classes(source)
         for each in source:
@@ -57,7 +44,7 @@ def unknown_key(arguments: Sequence[str], classes: Mapping[str, str]) -> str | N
     return None
 
 
-def _classes(source: Sequence[_Given]) -> dict[str, str]:
+def _classes(source: Sequence[Given]) -> dict[str, str]:
     """The names of the classes of `model` and `data` that a file or the flags choose."""
     keys = ("model", "data", "model.class_path", "data.class_path")
     return {
@@ -73,7 +60,7 @@ def _own_class(path: str) -> str:
     return name if module.partition(".")[0] in ("", PACKAGE) else ""
 
 
-def _told(given: _Given, known: Collection[str]) -> str:
+def _told(given: Given, known: Collection[str]) -> str:
     """The mistake in a line, with the known keys of the same place that are nearest."""
     prefix, dot, leaf = given.key.rpartition(".")
     hint = suggestion(leaf, {each.rpartition(".")[2] for each in known})
@@ -100,37 +87,3 @@ def _known(key: str, chosen: Mapping[str, str], classes: Mapping[str, str]) -> C
 @functools.cache
 def _settings(module: str, name: str) -> list[str]:
     return [setting.name for setting in class_settings(module, name).settings]
-
-
-def _sources(arguments: Sequence[str]) -> Iterator[list[_Given]]:
-    """The keys of each file in the order in which they are read, then those of all flags."""
-    flags: list[_Given] = []
-    words = list(arguments)
-    while words:
-        option, equals, value = words.pop(0).partition("=")
-        if not option.startswith("--"):
-            continue
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        if option == "--config":
-            yield list(_in_file(Path(value)))
-        else:
-            flags.append(_Given(option[2:], value))
-    yield flags
-
-
-def _in_file(file: Path) -> Iterator[_Given]:
-    """The keys of a configuration down to the settings of its classes. The parser says what is wrong with a file that is no YAML."""
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return
-    yield from _flat(content, "", str(file), depth=3)
-
-
-def _flat(content: Any, prefix: str, file: str, depth: int) -> Iterator[_Given]:
-    if not isinstance(content, dict) or not depth:
-        return
-    for key, value in content.items():
-        yield _Given(f"{prefix}{key}", value, file)
-        yield from _flat(value, f"{prefix}{key}.", file, depth - 1)

@@ -1,7 +1,7 @@
 """Tokens per step of a drafter on cached greedy replies, without running the target again.
 
-At temperature 0 a reply does not depend on the draft. So one cache of replies serves every drafter: each drafts behind every token of a reply
-from the cached states, and the cycles are replayed from that record.
+At temperature 0 a reply does not depend on the draft. So one cache of replies serves every drafter. Each drafts behind every token of a reply,
+from the cached states. The cycles are replayed from that record.
 
 Owns: the pass over a cache. Does not know: how drafters are trained, or what is compared.
 
@@ -136,4 +136,8 @@ def _steps(
             name: torch.stack([sample.hidden[name][place - 1] for sample, place in zip(samples, at, strict=True)])
             for name in features
         }
-        yield tokens[:, None], {name: of_layer[:, None].float() for name, of_layer in states.items()}, torch.tensor(moved)
+        yield (
+            tokens[:, None],
+            {name: of_layer[:, None].float() for name, of_layer in states.items()},
+            torch.tensor(moved),
+        )

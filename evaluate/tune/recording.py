@@ -207,9 +207,7 @@ def record(
     return recorded
 
 
-def traced(
-    prompt_ids: Sequence[int], reply: Sequence[int], drafted: dict[int, list[Drafted]], depth: int
-) -> Recorded:
+def traced(prompt_ids: Sequence[int], reply: Sequence[int], drafted: dict[int, list[Drafted]], depth: int) -> Recorded:
     """What is kept of the trees drafted behind each token of a reply but the last.
 
     Args:

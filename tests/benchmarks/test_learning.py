@@ -73,5 +73,7 @@ def test_a_sample_of_two_replies_is_refused(model: Target) -> None:
     mask[1] = True
     with pytest.raises(ValueError, match="a prompt and one reply"):
         record_cached(
-            drafter_of(model, "redrafter"), [CachedSample("x", sample.input_ids, mask, dict(sample.hidden), None)], LIMITS
+            drafter_of(model, "redrafter"),
+            [CachedSample("x", sample.input_ids, mask, dict(sample.hidden), None)],
+            LIMITS,
         )

@@ -192,6 +192,11 @@ class CacheDataModule(pl.LightningDataModule):
         train = self._train()
         return _counts(train.cache, train.indices, vocab_size)
 
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the training samples' cache that are not labelled, its held-out samples included."""
+        manifest = self.open_cache().manifest
+        return manifest.num_tokens - manifest.num_labelled
+
     def sampled_token_counts(self, vocab_size: int, most_samples: int) -> tuple[Tensor, int, int]:
         """As token_counts, for some of the samples: spread over a folder, the first ones behind a URL.
 

@@ -15,6 +15,9 @@ COUNTED_SAMPLES = 4096
 COVERED = 0.99
 """A draft vocabulary is proposed that has this share of the labelled tokens."""
 
+COVERED_HELD_OUT = 0.95
+"""A draft vocabulary that is chosen by coverage holds this share of the held-out tokens at least."""
+
 
 @dataclass(frozen=True)
 class VocabularyRule:
@@ -97,6 +100,29 @@ class HasLabelledText(Protocol):
     def labelled_text(self) -> LabelledText:
         """Called at the start of a fit, by the first process."""
         ...
+
+
+def covering_size(counts_V: Tensor, held_out_V: Tensor, share: float) -> int | None:
+    """The smallest power of two, of the most frequent tokens of the training text, that holds a share of the held-out text.
+
+    Little text has few distinct tokens, and covers itself with any draft vocabulary. So held-out text decides.
+
+    Args:
+        counts_V: how often each token is labelled in the training text, int64.
+        held_out_V: the same in the held-out text, int64.
+        share: at least so much of it must be held, as 0.95.
+
+    Returns:
+        The size; None where half the vocabulary is not enough, so the whole one it must be.
+    """
+    order = counts_V.sort(descending=True, stable=True).indices
+    held = held_out_V[order].cumsum(0).double() / max(1, int(held_out_V.sum()))
+    size = 1
+    while size <= len(counts_V) // 2:
+        if float(held[size - 1]) >= share:
+            return size
+        size *= 2
+    return None
 
 
 def coverage(counts_V: Tensor, held_out_V: Tensor | None, size: int) -> str:

@@ -28,7 +28,15 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LARGE, LabelledText, VocabularyRule, coverage
+from draftsmith.train.batches.labelled_text import (
+    COUNTED_SAMPLES,
+    COVERED_HELD_OUT,
+    LARGE,
+    LabelledText,
+    VocabularyRule,
+    coverage,
+    covering_size,
+)
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
 from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
@@ -86,7 +94,8 @@ class DraftModule(pl.LightningModule):
         lora: train a low-rank adapter of the drafter of init_from and nothing else: `rank`, `alpha`, `dropout`,
             `target_modules`; null trains all weights.
         draft_vocabulary: `auto`: where the target has more than 65,536 tokens, the drafter scores only the 32,768 that are labelled most
-            often in the training samples. null: as the drafter's draft_vocab_size says.
+            often in the training samples. `covering`: the fewest of these tokens (a power of two) that hold 95 % of the held-out ones.
+            null: as the drafter's draft_vocab_size says.
         allow_other_target: the drafter of init_from may belong to another target of the same sizes and tokenizer, such as the one that
             yours was fine-tuned from. The trained drafter belongs to yours.
         prompt_weight: learn at the positions of prompts too, each counting so much where one of a reply counts 1. Their states are in the
@@ -130,8 +139,12 @@ class DraftModule(pl.LightningModule):
         init_from: Path | None = None,
         lora: LoraSettings | None = None,
         allow_other_target: bool = False,
+<<<<<<< HEAD
         draft_vocabulary: Literal["auto"] | None = None,
         max_anchors: int | None = None,
+=======
+        draft_vocabulary: Literal["auto", "covering"] | None = None,
+>>>>>>> eec44b6 (A recipe by the size of the cache, and a draft vocabulary that covers held-out text)
         prompt_weight: float = 0.0,
     ) -> None:
         super().__init__()
@@ -281,8 +294,11 @@ class DraftModule(pl.LightningModule):
                 f"its draft vocabulary is chosen: the {size} most frequent tokens {coverage(counts, held_out, size)}"
             )
         elif self.draft_vocabulary is not None:
+            remarks.append(f"its draft vocabulary is whole: {self._why_whole(vocab_size)}")
+        if self.objective.prompt_weight > 0.0:
             remarks.append(
-                f"its draft vocabulary is whole: {vocab_size} tokens are not above {self.vocabulary_rule.above}"
+                f"it learns from {data.num_prompt_tokens()} prompt tokens too, each {self.objective.prompt_weight:g} times as much as a "
+                "labelled one (prompt_weight)"
             )
         if self.objective.chunk_rows is not None:
             remarks.append(f"its loss works through {self.objective.chunk_rows} rows of logits at a time (chunk_rows)")
@@ -296,6 +312,11 @@ class DraftModule(pl.LightningModule):
             held_out_V=held_out,
             rule=self.vocabulary_rule,
         )
+
+    def _why_whole(self, vocab_size: int) -> str:
+        if self.draft_vocabulary == "covering":
+            return f"no half of its {vocab_size} tokens holds {100 * COVERED_HELD_OUT:g} % of the held-out ones"
+        return f"{vocab_size} tokens are not above {self.vocabulary_rule.above}"
 
     def save_drafter(self, folder: Path) -> None:
         """Writes what is evaluated: the drafter, or with lora its adapter.
@@ -313,6 +334,8 @@ class DraftModule(pl.LightningModule):
         wanted, draft_token_ids = self.family.draft_vocab_size, None
         if self.draft_vocabulary == "auto":
             wanted = self.vocabulary_rule.size_for(ends.vocab_size)
+        elif self.draft_vocabulary == "covering":
+            wanted = _covering(data, ends.vocab_size)
         if wanted is not None:
             draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
         return fresh_drafter(self.family, ends, draft_token_ids, self.objective.num_steps, tokenizer)
@@ -516,6 +539,17 @@ def _check_draft_vocabulary(draft_vocabulary: str | None, init_from: Path | None
         return
     other = f"draft_vocab_size {draft_vocab_size}" if init_from is None else f"init_from {init_from}"
     raise ValueError(f"draft_vocabulary is {draft_vocabulary!r}, and {other} says it too; leave one of the two null")
+
+
+def _covering(data: CacheDataModule, vocab_size: int) -> int | None:
+    """How many tokens hold enough of the held-out text; None for all."""
+    held_out_V = data.held_out_token_counts(vocab_size, COUNTED_SAMPLES)
+    if held_out_V is None or not bool(held_out_V.any()):
+        raise ValueError(
+            "draft_vocabulary is 'covering', which counts the tokens of held-out samples, and none is held out; give val_cache or a "
+            "val_fraction above 0"
+        )
+    return covering_size(data.sampled_token_counts(vocab_size, COUNTED_SAMPLES)[0], held_out_V, COVERED_HELD_OUT)
 
 
 def _check_numbers(ema_decay: float | None, metrics_every: int) -> None:

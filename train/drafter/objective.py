@@ -89,7 +89,9 @@ class Objective:
                 f"feature_weight is {self.feature_weight} and logit_weight {self.logit_weight}; they must be at least 0, one above"
             )
         if not 0.0 <= self.prompt_weight < math.inf:
-            raise ValueError(f"prompt_weight is {self.prompt_weight}; it must be at least 0, which learns replies alone")
+            raise ValueError(
+                f"prompt_weight is {self.prompt_weight}; it must be at least 0, which learns replies alone"
+            )
         if self.distillation != "path" and (self.emphasis is not None or self.skip_outside):
             raise ValueError(
                 "top-K distillation and skip_outside read the target's distribution, which distillation "
@@ -245,7 +247,9 @@ def _token_loss(
     draft_ids = None if drafter.d2t is None else drafter.draft_ids()
     teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside)
     teacher_rows = path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids))
-    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy, row_weights)
+    return head_distillation(
+        head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy, row_weights
+    )
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:

@@ -170,6 +170,7 @@ def _data_settings(data: CacheDataModule) -> dict[str, Any]:
             "samples": manifest.num_samples,
             "tokens": manifest.num_tokens,
             "labelled_tokens": manifest.num_labelled,
+            "prompt_tokens": data.num_prompt_tokens(),
             "tokens_per_batch": data.tokens_per_batch,
             "seed": data.seed,
         }

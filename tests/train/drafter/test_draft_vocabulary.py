@@ -9,7 +9,7 @@ from training import VOCAB, MakeCache, make_module, make_trainer
 
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.batches.labelled_text import LabelledText, VocabularyRule
+from draftsmith.train.batches.labelled_text import COVERED_HELD_OUT, LabelledText, VocabularyRule, covering_size
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.drafter_callbacks.run_length import RunLength
 
@@ -103,3 +103,30 @@ def test_a_proposal_without_held_out_text_speaks_of_the_training_text_alone() ->
     assert "hold 99.9 % of the labelled tokens, and would make its head 40.0 times smaller" in line
     assert VocabularyRule().size_for(65_536) is None
     assert VocabularyRule().size_for(128_256) == 32_768
+
+
+def test_a_covering_vocabulary_is_the_smallest_that_holds_the_held_out_text() -> None:
+    counts, held_out = torch.tensor([5, 9, 0, 7, 1, 0, 0, 0]), torch.tensor([50, 40, 0, 5, 0, 5, 0, 0])
+    # By frequency: 1, 3, 0, 4, ... They hold 40, 45, 95, 95 of 100.
+    assert covering_size(counts, held_out, 0.4) == 1
+    assert covering_size(counts, held_out, 0.45) == 2
+    assert covering_size(counts, held_out, 0.95) == 4
+    assert covering_size(counts, held_out, 0.96) is None, "half of the vocabulary is not enough"
+
+
+def test_covering_counts_the_held_out_samples_and_says_what_it_chose(
+    target_dir: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, module, data = printed(target_dir, cache, tmp_path, caplog, SMALL, draft_vocabulary="covering")
+    assert module.drafter is not None
+    held_out = data.held_out_token_counts(VOCAB, 100)
+    assert held_out is not None
+    size = covering_size(data.token_counts(VOCAB), held_out, COVERED_HELD_OUT)
+    assert len(module.drafter.draft_ids()) == (VOCAB if size is None else size)
+    assert "its draft vocabulary is" in text
+
+
+def test_covering_without_held_out_samples_is_an_error(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    module = make_module(target_dir, draft_vocabulary="covering")
+    with pytest.raises(ValueError, match="none is held out; give val_cache or a val_fraction above 0"):
+        make_trainer(tmp_path, max_steps=1).fit(module, CacheDataModule(cache, val_fraction=0.0, tokens_per_batch=20))
