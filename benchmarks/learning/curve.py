@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning.curve --target TARGET --cache CACHE --test TEST_CACHE --work FOLDER [--runs NAME ...]
 
-CACHE holds the target's own replies (`draftsmith data extract`). TEST_CACHE holds its greedy replies to held-out prompts, one reply a sample.
-Every run keeps its result in FOLDER, so that you can add runs later. The table compares the runs that you name.
+CACHE holds the target's own replies (`draftsmith data extract`). TEST_CACHE holds its greedy replies to held-out prompts, one
+reply a sample. Every run keeps its result in FOLDER, so that you can add runs later. The table compares the runs that you name.
 
 Owns: the runs, and the table. Does not know: how a cache is made, how a drafter drafts.
 """
