@@ -141,9 +141,7 @@ def fewer_anchors(rollout: Rollout, most: int, at_random: bool) -> Rollout:
     )
 
 
-def prompt_weighted(
-    roll_out: Callable[[PackedBatch], Rollout], batch: PackedBatch, prompt_weight: float
-) -> Rollout:
+def prompt_weighted(roll_out: Callable[[PackedBatch], Rollout], batch: PackedBatch, prompt_weight: float) -> Rollout:
     """Roll out over prompts and replies, where a prediction that the replies alone would not teach counts with its own weight.
 
     A prediction counts in full where every token from the root to the predicted one is supervised, as in :func:`data_rollout`.

@@ -139,12 +139,8 @@ class DraftModule(pl.LightningModule):
         init_from: Path | None = None,
         lora: LoraSettings | None = None,
         allow_other_target: bool = False,
-<<<<<<< HEAD
-        draft_vocabulary: Literal["auto"] | None = None,
-        max_anchors: int | None = None,
-=======
         draft_vocabulary: Literal["auto", "covering"] | None = None,
->>>>>>> eec44b6 (A recipe by the size of the cache, and a draft vocabulary that covers held-out text)
+        max_anchors: int | None = None,
         prompt_weight: float = 0.0,
     ) -> None:
         super().__init__()

@@ -121,9 +121,7 @@ class Objective:
         roll_out: Callable[[PackedBatch], Rollout] = partial(data_rollout, num_steps=self.num_steps)
         if self.distillation == "local":
             roll_out = partial(local_rollout, num_steps=self.num_steps, eos_token_ids=eos_token_ids)
-        rollout = (
-            prompt_weighted(roll_out, batch, self.prompt_weight) if self.prompt_weight > 0.0 else roll_out(batch)
-        )
+        rollout = prompt_weighted(roll_out, batch, self.prompt_weight) if self.prompt_weight > 0.0 else roll_out(batch)
         return rollout if self.max_anchors is None else fewer_anchors(rollout, self.max_anchors, draw_anchors)
 
     @property
