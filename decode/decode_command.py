@@ -24,6 +24,7 @@ from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
+from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
 from draftsmith.models.drafters.registry import default_limits
@@ -105,7 +106,7 @@ def decode(
         nn.Module.to(head, model.device)
         if limits is None and lossy is None:
             limits = head.kept_shapes(model)
-        limits = limits or default_limits(head, DraftLimits(draft_length=4))
+        limits = limits or default_for(model, default_limits(head, DraftLimits(draft_length=4)))
     settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy, compile=compile)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)

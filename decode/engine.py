@@ -28,13 +28,13 @@ from draftsmith.decode.runners import Compile, Runner, check_compile, compiles, 
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.decode.verify.choice import verifier_for
 from draftsmith.decode.verify.lossy_rule import LossyRule
+from draftsmith.models.branches import check_branches
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.evaluating import evaluating
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.finite import not_finite
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.shapes import shape_text
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows, as_shapes
 from draftsmith.models.trunk.forwards import CHUNK, read_again
 
@@ -348,24 +348,6 @@ class Engine:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=4)
-
-
-def check_branches(target: Target, shapes: Iterable[DraftLimits]) -> None:
-    """Check that a target can follow the branches of drafts.
-
-    Args:
-        target: the model.
-        shapes: what is drafted.
-
-    Raises:
-        ValueError: a tree, where the target keeps a recurrent state.
-    """
-    for shape in shapes:
-        if target.keeps_state and not shape.is_chain:
-            raise ValueError(
-                f"the shape {shape_text(shape)} is a tree, but {target.name} keeps a recurrent state, which follows one branch only; draft "
-                f"a chain such as 1x{shape.draft_length}"
-            )
 
 
 def shared(settings: GenerationSettings) -> GenerationSettings:

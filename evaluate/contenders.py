@@ -110,6 +110,15 @@ class TransformersContender:
         return (Decoded(replies[0], tuple(count - 1 for count in later), prefill_tokens=first),)
 
 
+def lookup_refusal(target: Target) -> str:
+    """Why transformers' prompt lookup cannot run a target; empty where it can."""
+    if not getattr(target.model, "_is_stateful", False):  # what `generate` itself looks at
+        return ""
+    return (
+        f"Prompt lookup is left out: {target.name} keeps a recurrent state, and Transformers drafts for no such model."
+    )
+
+
 def generation_config(
     settings: GenerationSettings, target: Target, prompt_length: int, prompt_lookup: int = 0
 ) -> GenerationConfig:

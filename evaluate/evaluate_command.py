@@ -40,6 +40,8 @@ from draftsmith.evaluate.samples import Questions, readable_by, selected_questio
 from draftsmith.evaluate.slow_drafters import slow_drafters
 from draftsmith.evaluate.strata_chart import draw_categories, draw_contexts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
+from draftsmith.foreign import visible
+from draftsmith.models.branches import check_branches, default_for
 from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, load_drafter
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import module_fingerprint, tokenizer_fingerprint
@@ -53,6 +55,7 @@ from draftsmith.ownership import check_replaceable, check_unclaimed
 STAGE = "draftsmith evaluate"
 TENSORBOARD = "tensorboard"
 REPORT = "report.json"
+LEFT_OUT = "left_out"
 REPLY = ReplyOptions()
 
 
@@ -106,18 +109,21 @@ def evaluate(
     ]
     questions = replace(questions, samples=readable_by(model, questions.samples))
     candidates = load_candidates(entries, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
+    plan, left_out = plan.runnable_with(model)
     config = asdict(settings) | asdict(plan) | {"temperatures": [each.temperature for each in by_temperature]}
     config |= {"round_prompts": plan.round_prompts(questions.num_turns)}
     config |= {"drafters": [asdict(entry) for entry in entries], "split": selection.split}
-    config |= asdict(where) | asdict(rendering)
+    config |= asdict(where) | asdict(rendering) | {LEFT_OUT: left_out}
     inputs = _inputs(prompts, model, entries)
     record = partial(provenance.record, provenance.command_line(), config, inputs)
-    _print(_measured(out, model, questions, candidates, by_temperature, plan, record))
+    _print(_measured(out, model, questions, candidates, by_temperature, plan, record), left_out)
     print(f"report: {out / 'report.md'}")
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[Row], left_out: Sequence[str]) -> None:
     print(main_table(rows))
+    for line in left_out:
+        print(visible(line))
     for line in slow_drafters(rows):
         print(line)
     if text := roofline_text(labelled_rooflines(rows)):
@@ -167,7 +173,7 @@ def load_candidates(
 
     Raises:
         ValueError: a drafter is of another target or another tokenizer (by fingerprint) or does not load whole, or a shape is deeper
-            than the drafter can draft.
+            than the drafter can draft, or a tree that the target cannot follow.
     """
     candidates = []
     dtype, bond = str(target.dtype).removeprefix("torch."), TargetBond(target.ends, tokenizer)
@@ -179,8 +185,10 @@ def load_candidates(
         nn.Module.to(drafter, target.device)
         shapes: Sequence[DraftLimits | ShapesByRows] = entry.shapes
         if not shapes:
-            shapes = [drafter.kept_shapes(target) or default_limits(drafter, DraftLimits(draft_length=4))]
+            by_default = default_limits(drafter, DraftLimits(draft_length=4))
+            shapes = [drafter.kept_shapes(target) or default_for(target, by_default)]
         for limits in shapes:
+            check_branches(target, as_shapes(limits).drafted)
             for shape in as_shapes(limits).drafted:
                 drafter.check_depth(shape)
         candidates += [Candidate(entry.name, drafter, limits, fingerprint) for limits in shapes]
@@ -220,4 +228,5 @@ def _write(out: Path, rows: Sequence[Row], made_by: dict) -> None:
         provenance.write(folder, made_by)
     provenance.write(out, made_by)
     charts = draw(rows), draw_rooflines(rows), draw_categories(named_categories(rows)), draw_contexts(named_bins(rows))
-    write_report(out, made_by["command"], made_by["machine"], made_by["versions"], rows, *charts)
+    facts = made_by["command"], made_by["machine"], made_by["versions"]
+    write_report(out, *facts, rows, *charts, left_out=made_by["config"][LEFT_OUT])

@@ -3,6 +3,8 @@
 Owns who takes part. Does not know files or the measures' definitions.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +12,7 @@ from draftsmith.data.progress import progress
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.runners import Compile
-from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender
+from draftsmith.evaluate.contenders import Contender, EngineContender, TransformersContender, lookup_refusal
 from draftsmith.evaluate.records import Row, Sample, Timed
 from draftsmith.evaluate.report_rows import LOOKUP, PLAIN, TRANSFORMERS, Contestant, Setting, first_replies, make_row
 from draftsmith.evaluate.resume import Part
@@ -38,7 +40,7 @@ class Plan:
         repeats: Timed runs of every prompt; medians are taken.
         transformers_prompts: Prompts on which transformers.generate is timed beside the engine; 0 for none.
         prompt_lookup: Also time transformers' prompt lookup with so many drafted tokens, on the same prompts; 0 for not. Default: 5 where
-            prompts are decoded one at a time and transformers is timed, else 0.
+            prompts are decoded one at a time and transformers is timed, else 0. Left out where transformers cannot run the target so.
         ledger_prompts: Prompts decoded once more with a clock on every stage, op by op; 0 for none.
         compile: on compiles decoding cycles (on CUDA it captures them), off runs them op by op; auto is off so far. Compiling takes a
             minute or more a shape.
@@ -89,6 +91,18 @@ class Plan:
         if self.prompt_lookup is not None:
             return self.prompt_lookup
         return LOOKUP_TOKENS if self.batch_size == 1 and self.transformers_prompts else 0
+
+    def runnable_with(self, target: Target) -> tuple[Plan, list[str]]:
+        """Leave out the contenders that a target cannot run.
+
+        Args:
+            target: of the evaluation.
+
+        Returns:
+            The plan without them, and a sentence about each.
+        """
+        refusal = lookup_refusal(target) if self.lookup_tokens else ""
+        return (replace(self, prompt_lookup=0), [refusal]) if refusal else (self, [])
 
 
 ONE_RUN = Plan()
@@ -148,12 +162,13 @@ def measure(
     part: Part | None = None,
     speed: MemorySpeed | None = None,
 ) -> list[Row]:
-    """Rows for plain decoding, prompt lookup where asked for, and every candidate, in this order.
+    """Rows for plain decoding, prompt lookup where asked for and possible, and every candidate, in this order.
 
     `part` is what an earlier run of the same measurement has done, and notes what this one does. With `speed`, rows of the engine are
     compared with what the machine's memory allows.
     """
     part = part or Part()
+    plan, _ = plan.runnable_with(target)
     engines = {PLAIN: Engine(target, compile=plan.compile)} | {
         candidate.label: Engine(target, candidate.drafter, candidate.limits, compile=plan.compile)
         for candidate in candidates

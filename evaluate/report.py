@@ -46,10 +46,11 @@ MEANING = """\
 """
 
 
-def to_json(command: str, machine: dict, versions: dict, rows: Sequence[Row]) -> str:
-    """The text of report.json: command, machine, versions, rows. NaN and infinity, which JSON lacks, become null."""
+def to_json(command: str, machine: dict, versions: dict, rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
+    """The text of report.json: command, machine, versions, who was left out, rows. NaN and infinity, which JSON lacks, become null."""
+    facts = {"command": command, "machine": machine, "versions": versions, "left_out": list(left_out)}
     return json.dumps(
-        {"command": command, "machine": machine, "versions": versions, "rows": [_finite(asdict(row)) for row in rows]},
+        facts | {"rows": [_finite(asdict(row)) for row in rows]},
         indent=2,
         allow_nan=False,
     )
@@ -86,8 +87,9 @@ def to_markdown(
     roofline_chart: str | None = None,
     category_chart: str | None = None,
     context_chart: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> str:
-    """The text of report.md: table, what its words mean, categories, parts of the prompts, acceptance, where time went."""
+    """The text of report.md: table, who was left out and why, what words mean, categories, parts, acceptance, where time went."""
     first = rows[0]
     runs = f"{first.repeats} timed run{'s' if first.repeats > 1 else ''} a prompt"
     setting = (
@@ -98,6 +100,7 @@ def to_markdown(
         "# Evaluation",
         setting,
         main_table(rows),
+        *map(plain, left_out),
         *slow_drafters(rows, plain),
         *_warnings(rows),
         *_baseline(rows),
@@ -310,6 +313,7 @@ def write_report(
     roofline_chart: bytes | None = None,
     category_chart: bytes | None = None,
     context_chart: bytes | None = None,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Write report.json, report.md and, where given, the charts into `out`; the JSON last, so it means all is there.
 
@@ -323,5 +327,5 @@ def write_report(
         else:
             atomic_write(out / name, picture)
     shown = [name if picture else None for name, picture in pictures.items()]
-    atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, *shown))
-    atomic_write(out / "report.json", to_json(command, machine, versions, rows) + "\n")
+    atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, *shown, left_out))
+    atomic_write(out / "report.json", to_json(command, machine, versions, rows, left_out) + "\n")

@@ -40,6 +40,7 @@ from draftsmith.decode.hugging_face.hf_request import (
     without_stop_strings,
 )
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.served_families import drafter_class
@@ -108,7 +109,7 @@ def generate(
     refuse_cache(generation_config or model.generation_config, kwargs)
     generation_config, kwargs["stopping_criteria"] = take_stop_strings(model, generation_config, kwargs)
     served = _serve(model, str(drafter or _asked_for()), hub)
-    limits = _limits(served.limits, given) if given or served.kept is None else served.kept
+    limits = _limits(served, given) if given or served.kept is None else served.kept
 
     decode = _decoder(served, limits, streamer)
     # Transformers prepares prompts, masks, lengths and processors as for its own decoding, and then calls `decode`.
@@ -165,13 +166,15 @@ def _is_list_of_lists(value: object) -> TypeGuard[list[list[Any]]]:
     return isinstance(value, list) and all(isinstance(item, list) for item in value)
 
 
-def _limits(default: Mapping[str, Any], given: Mapping[str, Any]) -> DraftLimits:
+def _limits(served: _Served, given: Mapping[str, Any]) -> DraftLimits:
     """The limits of one call. One that says anything of its own is not drafted for with the default static tree."""
-    chosen = {**default, **given}
+    chosen = {**served.limits, **given}
     if given and "paths" not in given:
         chosen["paths"] = None
     paths = chosen.pop("paths", None)
-    return DraftLimits(**chosen, paths=None if paths is None else tuple(map(tuple, paths)))
+    limits = DraftLimits(**chosen, paths=None if paths is None else tuple(map(tuple, paths)))
+    asks_for_branches = not given.keys() <= {"draft_length"}
+    return limits if asks_for_branches else default_for(served.target, limits)
 
 
 @dataclass(frozen=True)

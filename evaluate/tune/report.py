@@ -56,6 +56,7 @@ class TuneReport:
         by_rows: what is fastest for each number of rows; empty where no other number was asked for.
         kept: what became of the file of shapes in the drafter's folder, in words; empty where none was to be kept.
         vocabularies: what draft vocabularies would give with the fastest shape, the fastest first; empty where none was weighed.
+        left_out: why prompt lookup was not timed though it was wanted; empty otherwise.
         files: shape text -> the file that a static tree was written to.
     """
 
@@ -69,6 +70,7 @@ class TuneReport:
     by_rows: Sequence[RowsOutcome] = ()
     kept: str = ""
     vocabularies: Sequence[VocabularyOutcome] = ()
+    left_out: str = ""
 
     @property
     def best(self) -> Outcome:
@@ -99,6 +101,7 @@ def tune_json(report: TuneReport, made_by: Mapping[str, object]) -> str:
             "best": report.word(report.best),
             "plain_seconds": costs.plain,
             "prompt_lookup_speedup": report.lookup,
+            "left_out": report.left_out,
             "wobble": costs.wobble,
             "draft_seconds": {f"{width}x{depth}": seconds for (width, depth), seconds in costs.draft.items()},
             "check_seconds": {str(nodes): seconds for nodes, seconds in costs.check.items()},
@@ -157,7 +160,7 @@ def _vocabularies(outcomes: Sequence[VocabularyOutcome]) -> list[str]:
 
 def _lookup(report: TuneReport) -> list[str]:
     if report.lookup is None:
-        return []
+        return [plain(report.left_out)] if report.left_out else []
     return [
         f"Prompt lookup of Transformers, which needs no training, was measured at {report.lookup:.2f} times the speed of plain decoding, "
         "prefill included."

@@ -22,10 +22,10 @@ Manner = Literal["chain", "dynamic", "static"]
 
 @dataclass(frozen=True)
 class Grid:
-    """Which widths, depths and numbers of verified nodes are weighed against each other.
+    """Which widths, depths and numbers of verified nodes are weighed against each other; without numbers of nodes no trees.
 
     Raises:
-        ValueError: no value, one twice, or one below 1.
+        ValueError: no width or depth, a value twice, or one below 1.
     """
 
     widths: tuple[int, ...]
@@ -35,7 +35,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("widths", "depths", "nodes"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < 1:
+            if not (values or name == "nodes") or len(set(values)) < len(values) or min(values, default=1) < 1:
                 raise ValueError(f"{name} is {list(values)}; give numbers of at least 1, each once")
 
     def no_deeper_than(self, most: int | None) -> Grid:
@@ -46,6 +46,10 @@ class Grid:
         if most is None or self.depth <= most:
             return self
         return replace(self, depths=(*(depth for depth in self.depths if depth < most), most))
+
+    def of_chains(self) -> Grid:
+        """The chains of the same depths, and no tree."""
+        return replace(self, widths=(1,), nodes=())
 
     @property
     def depth(self) -> int:

@@ -17,6 +17,7 @@ from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GREEDY, DrawOptions, settings_of
+from draftsmith.evaluate.contenders import lookup_refusal
 from draftsmith.evaluate.drafters import Entry, parse_entries
 from draftsmith.evaluate.evaluate_command import load_candidates
 from draftsmith.evaluate.measure import LOOKUP_TOKENS, Candidate
@@ -86,7 +87,8 @@ class TimingOptions:
         record_batch: Prompts decoded together for the record; changes its speed and memory, not its content.
         rounds: Timed runs of each shape.
         prompt_lookup: Drafted tokens of transformers' prompt lookup, which the fastest shape is compared with; 0 for none. Default: 5
-            where batch_size is 1, else 0, as prompt lookup decodes one prompt at a time.
+            where batch_size is 1, else 0, as prompt lookup decodes one prompt at a time. Left out where transformers cannot run the
+            target so.
         lookup_prompts: Prompts on which prompt lookup is timed.
 
     Raises:
@@ -194,6 +196,7 @@ def tune(
     samples = readable_by(model, samples)
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     grid = grid.no_deeper_than(candidate.drafter.max_draft_steps)
+    grid = _grid_of(model, grid, is_asked=widths is not None)
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     inputs = _prompts_file(prompts) | {target: model.fingerprint, str(entry.path): candidate.fingerprint}
     config = _fields(settings, grid, timing, load, vocabulary, selection, where, rendering)
@@ -209,6 +212,30 @@ def _grid(widths: list[int] | None, depths: list[int] | None, nodes: list[int] |
     return Grid(
         tuple(widths or (1, 2, 4, 8)), tuple(depths or (2, 3, 4, 5, 6, 8)), tuple(nodes or (4, 8, 12, 16, 24, 32, 48))
     )
+
+
+def _grid_of(target: Target, grid: Grid, is_asked: bool) -> Grid:
+    """The grid, or its chains where the target can follow nothing else; says so.
+
+    Args:
+        target: decodes.
+        grid: as asked for.
+        is_asked: whether its widths were named.
+
+    Raises:
+        ValueError: trees were named, and the target cannot follow them.
+    """
+    if not target.keeps_state:
+        return grid
+    if is_asked and grid.widths != (1,):
+        raise ValueError(
+            f"widths is {list(grid.widths)}, but {target.name} keeps a recurrent state, which follows one branch only; weigh chains with "
+            "--widths 1"
+        )
+    print(
+        visible(f"{target.name} keeps a recurrent state, which follows one branch only: chains are weighed, no trees")
+    )
+    return grid.of_chains()
 
 
 def _prompts_file(prompts: Path) -> dict[str, str]:
@@ -261,7 +288,9 @@ def _tuned(
 
     costs = costs_of(timing.batch_size, (*dynamic, *static))
     by_rows = fastest_by_rows(rows, replies, dynamic, static, costs_of)
-    lookup = _timed_lookup(target, samples[: timing.lookup_prompts], settings, timing.lookup_tokens)
+    refusal = lookup_refusal(target) if timing.lookup_tokens else ""
+    num_lookup = 0 if refusal else timing.lookup_tokens
+    lookup = _timed_lookup(target, samples[: timing.lookup_prompts], settings, num_lookup)
     setting = {
         "prompts": len(replies),
         "tokens": sum(len(reply.token_ids) for reply in replies),
@@ -276,7 +305,16 @@ def _tuned(
     best = next(limits for limits in (*dynamic, *static) if shape_text(limits) == outcomes[0].shape)
     weighed = _vocabularies(target, drafter, replies, best, costs, vocabulary)
     return TuneReport(
-        target.name, candidate.name, setting, outcomes, costs, files, lookup, by_rows, vocabularies=weighed
+        target.name,
+        candidate.name,
+        setting,
+        outcomes,
+        costs,
+        files,
+        lookup,
+        by_rows,
+        vocabularies=weighed,
+        left_out=refusal,
     )
 
 
@@ -319,8 +357,8 @@ def _print_fastest(report: TuneReport, page: Path) -> None:
         f"\nfastest: --shapes {report.word(best)}  (predicted {best.speedup:.2f}, {best.tokens_per_step:.2f} tokens per step)"
     )
     print(f"\n{rows_table(report)}\n")
-    if report.kept:
-        print(visible(report.kept))
+    for line in filter(None, (report.kept, report.left_out)):
+        print(visible(line))
     if len(report.vocabularies) > 1:
         print(best_vocabulary(report.vocabularies))
     for line in slow_shapes(best.speedup, report.lookup):

@@ -1,7 +1,8 @@
 """Rows of text that a model continues to read, each with its keys and values kept.
 
 Owns which tokens of a row the model has read, and runs it over the rest only. A text that differs from the one read before at some place
-costs only what is behind that place. Any few of the rows share a forward. Knows nothing of answers and swaps.
+costs only what is behind that place. Any few of the rows share a forward, except in a model that keeps a recurrent state
+(:mod:`draftsmith.label.mine.state_rows`). Knows nothing of answers and swaps.
 
 Shape legend: B rows of a forward, R rows in all, N new tokens, S cache slots, K asked places, H key/value heads, Dh head size, D hidden.
 """
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from draftsmith.label.mine.state_rows import StateRows
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.target import Target
 from draftsmith.models.trunk.reader import within_context
@@ -130,6 +133,7 @@ class CachedRows:
         self.model = model
         self.num_forwards = self.num_tokens = self.num_padding = 0
         self._chunk = min(chunk, longest)
+        self._states = StateRows(model, num_rows) if model.keeps_state else None
         self._cache = RowSlots(longest + self._chunk, model.config.num_hidden_layers, num_rows)
         self._read: list[list[int]] = [[] for _ in range(num_rows)]
         self._vocab_size = vocab_size
@@ -154,13 +158,13 @@ class CachedRows:
         while long := [i for i, read in enumerate(reads) if len(read.tokens) - begins[i] > self._chunk]:
             sizes = [min(self._chunk, len(reads[i].tokens) - reads[i].num_asked - begins[i]) for i in long]
             parts = [reads[i].tokens[begins[i] : begins[i] + size] for i, size in zip(long, sizes, strict=True)]
-            self._forward([reads[i].row for i in long], [begins[i] for i in long], parts)
+            self._forward([reads[i].row for i in long], [begins[i] for i in long], parts, [0] * len(long))
             for i, size in zip(long, sizes, strict=True):
                 begins[i] += size
                 forwards[i] += 1
         rest = [read.tokens[begin:] for read, begin in zip(reads, begins, strict=True)]
-        normed_BND = self._forward([read.row for read in reads], begins, rest)
-        next_tokens = self._next_tokens(normed_BND, rest, [read.num_asked for read in reads])
+        asked = [read.num_asked for read in reads]
+        next_tokens = self._next_tokens(self._forward([read.row for read in reads], begins, rest, asked), rest, asked)
         for read in reads:
             self._read[read.row] = read.tokens
         return {
@@ -173,27 +177,40 @@ class CachedRows:
         assert 0 < read.num_asked <= min(self._chunk, len(read.tokens))
         most = min(len(self._read[read.row]), len(read.tokens) - read.num_asked)
         old = self._read[read.row]
-        return next((place for place in range(most) if old[place] != read.tokens[place]), most)
+        same = next((place for place in range(most) if old[place] != read.tokens[place]), most)
+        return same if self._states is None else self._states.known(read.row, same)
 
-    def _forward(self, rows: list[int], begins: list[int], parts: list[list[int]]) -> Tensor:
-        """Normed states [B, N, D] of new tokens; each row's padding is behind its tokens, where the next forward writes over it."""
+    def _forward(self, rows: list[int], begins: list[int], parts: list[list[int]], asked: list[int]) -> Tensor:
+        """Normed states [B, N, D] of new tokens, padded on the right."""
+        self.num_tokens += sum(map(len, parts))
+        if self._states is not None:
+            self.num_forwards += len(rows)
+            reads = zip(rows, begins, [self._embeddable(part) for part in parts], asked, strict=True)
+            return pad_sequence([self._states.read(*read) for read in reads], batch_first=True)
         width = max(map(len, parts))
+        self.num_forwards += 1
+        self.num_padding += len(parts) * width - sum(map(len, parts))
+        return self._over_slots(rows, begins, parts, width)
+
+    def _over_slots(self, rows: list[int], begins: list[int], parts: list[list[int]], width: int) -> Tensor:
+        """One forward; each row's padding is behind its tokens, where the next forward writes over it."""
         device = self.model.device
+        parts = [self._embeddable(part) for part in parts]
         tokens_BN = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device)
         slots_BN = torch.tensor(begins, device=device)[:, None] + torch.arange(width, device=device)
         window = max(begins) + width
         key_positions_BS = torch.arange(window, device=device).expand(len(rows), -1)
         self._cache.aim_rows(torch.tensor(rows, device=device), slots_BN, window)
-        self.num_forwards += 1
-        self.num_tokens += sum(map(len, parts))
-        self.num_padding += len(parts) * width - sum(map(len, parts))
         return self.model(
-            tokens_BN.clamp(max=self._embedded - 1),
+            tokens_BN,
             cache=self._cache,
             positions=within_context(self.model, slots_BN),
             mask=key_positions_BS[:, None, None, :] <= slots_BN[:, None, :, None],
             key_positions=key_positions_BS,
         ).normed
+
+    def _embeddable(self, tokens: list[int]) -> list[int]:
+        return [min(token, self._embedded - 1) for token in tokens]
 
     def _next_tokens(self, normed_BND: Tensor, parts: list[list[int]], asked: list[int]) -> list[list[int]]:
         device = normed_BND.device

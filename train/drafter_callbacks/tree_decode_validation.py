@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.models.branches import check_branches, followed
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.device_and_dtype import resolved_dtype
 from draftsmith.models.target.target import Target
@@ -118,15 +119,17 @@ class TreeDecodeValidation(DecodeValidation):
             pl_module: in training.
 
         Raises:
-            ValueError: a draft deeper than the drafter can make.
+            ValueError: a draft deeper than the drafter can make, or a shape that is a tree with a target that keeps a recurrent state.
         """
         module, _ = module_and_data(trainer, pl_module)
         limits = self.limits_for(module)
         module.evaluated.check_depth(limits)
-        if self.target is not None and self.target.keeps_state and self.limits is None and self.beam_width > 1:
-            rank_zero_info(
-                f"{self.target.name} keeps a recurrent state: validation drafts chains of {limits.draft_length}, not trees"
-            )
+        if self.target is not None:
+            check_branches(self.target, (limits,))
+            if limits != self._asked_limits(module):
+                rank_zero_info(
+                    f"{self.target.name} keeps a recurrent state: validation drafts chains of {limits.draft_length}, not trees"
+                )
         super().on_train_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,11 +157,14 @@ class TreeDecodeValidation(DecodeValidation):
         Returns:
             What was asked for. A target that keeps a recurrent state gets chains where the width was not named as a shape.
         """
+        limits = self._asked_limits(module)
+        return limits if self.limits is not None or self.target is None else followed(self.target, limits)
+
+    def _asked_limits(self, module: DraftModule) -> DraftLimits:
+        """What the settings ask for, whatever the target can follow."""
         if self.limits is not None:
             return self.limits
         length = self.draft_length or module.objective.num_steps
-        if self.target is not None and self.target.keeps_state:
-            return DraftLimits(draft_length=length)
         limits = DraftLimits(beam_width=self.beam_width, draft_length=length, node_budget=self.node_budget)
         is_given = (self.draft_length, self.beam_width, self.node_budget) != (None, 1, None)
         return limits if is_given else default_limits(module.evaluated, limits)
