@@ -12,7 +12,7 @@ from doctor_runs import write_prompts
 from recurrent_models import recurrent_model
 from tiny import EOS, make_tokenizer, save_drafter, save_target
 from training import make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2ForCausalLM
 
 from draftsmith.cli import main
 from draftsmith.decode.hugging_face.hf_generate import generate
@@ -38,13 +38,11 @@ def run(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of which Transformers says that it keeps a state, with prompts, and the cache of its replies to them."""
+    """A target that keeps a recurrent state, with prompts, and the cache of its replies to them."""
     folder = tmp_path_factory.mktemp("recurrent")
     tokenizer = make_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "num_hidden_layers": 2}
-    layers = ["linear_attention", "full_attention"]
-    model = recurrent_model("Qwen3Next", **sizes, layer_types=layers, eos_token_id=EOS, bos_token_id=None)
-    model.save_pretrained(folder / "target")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    recurrent_model("Lfm2", **sizes, eos_token_id=EOS, bos_token_id=None).save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     write_prompts(folder / "prompts.jsonl", 0, 4)
     write_prompts(folder / "held_out.jsonl", 100, 2)
@@ -73,6 +71,12 @@ def trained(folder: Path) -> Path:
     return folder / "run" / "drafter"
 
 
+@pytest.fixture
+def no_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers refuses prompt lookup for this model, as it does for most with a recurrent state."""
+    monkeypatch.setattr(Lfm2ForCausalLM, "_is_stateful", True)
+
+
 def evaluated(folder: Path, out: Path, *words: object) -> int:
     asked = ("--target", folder / "target", "--prompts", folder / "held_out.jsonl", "--out", out)
     return run(*words[:1], *asked, "--max-new-tokens", 6, *words[1:])
@@ -96,30 +100,32 @@ def test_the_plain_replies_are_those_of_a_drafter(folder: Path, drafter: Path, t
     assert own.items() <= token_ids(folder / "replies").items()
 
 
+@pytest.mark.usefixtures("no_lookup")
 def test_evaluation_leaves_prompt_lookup_out_and_says_why_once(
     folder: Path, drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ("--transformers-prompts", 1, "--ledger-prompts", 1, "--limit", 1)
-    assert evaluated(folder, tmp_path, "evaluate", "--drafters", drafter, "--temperatures", 0, 1, *few) == 0
+    assert evaluated(folder, tmp_path, "evaluate", "--drafters", drafter, *few) == 0
     assert capsys.readouterr().out.count(LOOKUP) == 1
     assert (tmp_path / "report.md").read_text().count(LOOKUP) == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["drafter"] for row in report["rows"]] == ["plain", "drafter"] * 2
+    assert [row["drafter"] for row in report["rows"]] == ["plain", "drafter"]
     assert LOOKUP in report["left_out"][0]
     assert report["rows"][1]["exact_share"] == 1.0
 
 
+@pytest.mark.usefixtures("no_lookup")
 def test_tune_weighs_chains_alone(
     folder: Path, drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ("--depths", 1, 2, "--rounds", 1, "--rows", 1, "--keep", "false")
+    few = ("--depths", 2, "--rounds", 1, "--rows", 1, "--keep", "false")
     assert evaluated(folder, tmp_path / "out", "tune", "--drafter", drafter, *few) == 0
     said = capsys.readouterr().out
     assert f"{KEEPS}: chains are weighed" in said
     assert LOOKUP in said
     assert LOOKUP in (tmp_path / "out" / "tune.md").read_text()
     shapes = json.loads((tmp_path / "out" / "tune.json").read_text())["shapes"]
-    assert {each["shape"] for each in shapes} == {"1x1", "1x2"}
+    assert {each["shape"] for each in shapes} == {"1x2"}
 
 
 @pytest.mark.parametrize("words", [("evaluate", "--shapes", "2x3"), ("tune", "--widths", 1, 2)])
@@ -164,7 +170,16 @@ def test_labels_are_mined_and_generated(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "checker.py").write_text(CHECKER)
-    checker = ("--checker", f"{tmp_path / 'checker.py'}:check", "--prompts", prompts, "--max-new-tokens", 8)
+    checker = (
+        "--checker",
+        f"{tmp_path / 'checker.py'}:check",
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        8,
+        "--licence",
+        "mine",
+    )
     draft = save_target(tmp_path / "draft")
     mine = ("--target", folder / "target", "--draft", draft, "--out", tmp_path / "mined", "--against", "reference")
     assert run("label", "mine", *mine, *checker) == 0
@@ -174,9 +189,7 @@ def test_labels_are_mined_and_generated(folder: Path, tmp_path: Path) -> None:
     assert run("label", "generate", *models, *checker) == 0
 
 
-def test_decode_takes_a_chain_by_default(
-    folder: Path, drafter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_decode_takes_a_chain_by_default(folder: Path, drafter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--target", folder / "target", "--drafter", drafter, "--prompt", "Tom has", "--max-new-tokens", 6)
     assert run("decode", *asked) == 0
     assert "tokens per step" in capsys.readouterr().out
