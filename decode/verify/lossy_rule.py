@@ -63,6 +63,20 @@ class LossyRule(ABC):
             bool [B, N], for the token of each node; nobody reads the root's entry.
         """
 
+    def allows_beside(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput, choices_BN: Tensor) -> Tensor:
+        """As :meth:`allows`, for a rule that also looks at what the target itself chooses. Most rules do not.
+
+        Args:
+            tree: see there, as the next two.
+            logits_BNV: see there.
+            output: see there.
+            choices_BN: int64, the target's own next token after each node.
+
+        Returns:
+            bool [B, N].
+        """
+        return self.allows(tree, logits_BNV, output)
+
     def __str__(self) -> str:
         return f"{self.name} {self.threshold:g}"
 

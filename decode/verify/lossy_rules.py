@@ -170,11 +170,6 @@ class Everything(LossyRule):
         return self.name
 
 
-TRAINING_FREE: dict[str, type[TopK] | type[Typical] | type[Divergence]] = {
-    rule.name: rule for rule in (TopK, Typical, Divergence)
-}
-
-
 def divergence(probs: Tensor, log_others: Tensor) -> Tensor:
     """KL(probs || others) in nats over the last dimension; tokens of probability 0 add nothing."""
     cross = torch.where(probs > 0.0, probs * log_others, 0.0).sum(-1)

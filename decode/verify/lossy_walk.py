@@ -69,12 +69,13 @@ class LossyVerifier:
         if reading.tree.num_nodes == 1:
             steps = self._lossless.walk(reading, keys_BU)
             return replace(steps, by_rule_BE=torch.zeros_like(steps.emitted_BE, dtype=torch.bool))
-        return lossy_walk(reading.tree, reading.choose(), self._allowed(reading))
+        choices_BN = reading.choose()
+        return lossy_walk(reading.tree, choices_BN, self._allowed(reading, choices_BN))
 
-    def _allowed(self, reading: Reading) -> Tensor:
+    def _allowed(self, reading: Reading, choices_BN: Tensor) -> Tensor:
         """bool [B, N]: nodes that may stay although the target chooses others."""
         tree, logits_BNV = reading.tree, reading.logits_BNV
-        allowed_BN = self._rule.allows(tree, logits_BNV, reading.output)
+        allowed_BN = self._rule.allows_beside(tree, logits_BNV, reading.output, choices_BN)
         # What the model's maker forbids never stays, and only the target ends a reply.
         if reading.is_constrained:
             allowed_BN = allowed_BN & (of_tokens(tree, logits_BNV) > torch.finfo(logits_BNV.dtype).min)

@@ -1,0 +1,120 @@
+"""LOSSY rules that accept a draft token only where the target itself hesitates. They need no training.
+
+Owns FLy and the margin. The other rules are in :mod:`draftsmith.decode.verify.lossy_rules`.
+
+Shape legend: B batch rows, N tree nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.models.target.target import TargetOutput
+from draftsmith.models.tree.tree import DraftTree
+
+_LIKELIEST = 3
+
+
+@dataclass(frozen=True, repr=False)
+class Fly(LossyRule):
+    """Allowed where the target hesitates and then agrees with what was drafted behind the token (FLy, arXiv:2511.22972).
+
+    The target hesitates where its three likeliest tokens have an entropy of at least ``threshold`` nats. It agrees where the next
+    ``window`` drafted tokens are its own choices, each given the draft before it. Two tokens closer than that do not help each other.
+    In a tree that is asked along each path. A draft that is not deeper than the window never shows so many, so the window shrinks to one
+    token less than the draft is deep.
+
+    Attributes:
+        threshold: nats, at least 0; vLLM takes 0.3.
+        window: tokens that must agree, at least 1.
+
+    Raises:
+        ValueError: another threshold or window.
+    """
+
+    threshold: float
+    window: int = 6
+    name = "fly"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold < math.inf:
+            raise ValueError(f"fly's entropy is {self.threshold}; give a number of nats of at least 0, such as 0.3")
+        if self.window < 1:
+            raise ValueError(f"fly's window is {self.window}; at least one token behind must agree")
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """Not without the target's choices: see :meth:`allows_beside`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("fly compares the draft with the target's choices; call allows_beside")
+
+    def allows_beside(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput, choices_BN: Tensor) -> Tensor:
+        """See :meth:`LossyRule.allows_beside`."""
+        parents_BN = tree.parents_BN.clamp(min=0)
+        probs_BNV = logits_BNV.softmax(-1)
+        entropy_BN = torch.special.entr(probs_BNV.topk(min(_LIKELIEST, probs_BNV.shape[-1]), dim=-1).values).sum(-1)
+        hesitates_BN = entropy_BN.gather(1, parents_BN) >= self.threshold
+        window = min(self.window, max(1, tree.max_depth - 1))
+        agrees_BN = agreeing_behind(tree, choices_BN) >= window
+        return hesitates_BN & agrees_BN & (of_tokens(tree, probs_BNV) > 0.0)
+
+
+def agreeing_behind(tree: DraftTree, choices_BN: Tensor) -> Tensor:
+    """How many drafted tokens in a row the target would choose below each node, along the best path.
+
+    Args:
+        tree: the draft.
+        choices_BN: int64, the target's own next token after each node.
+
+    Returns:
+        int64 [B, N].
+
+    Example:
+        a chain 5, 6, 7 with choices 9, 6, 7, 8 at the root and its nodes: 0 at the root, 2 below 5, 1 below 6, 0 below 7.
+    """
+    parents_BN = tree.parents_BN.clamp(min=0)
+    matches_BN = (tree.tokens_BN == choices_BN.gather(1, parents_BN)) & tree.valid_BN
+    matches_BN[:, 0] = False
+    run_BN = torch.zeros_like(parents_BN)
+    for _ in range(tree.max_depth):
+        through_BN = (run_BN + 1).masked_fill(~matches_BN, 0)
+        run_BN = torch.zeros_like(run_BN).scatter_reduce(1, parents_BN, through_BN, "amax")
+    return run_BN
+
+
+@dataclass(frozen=True, repr=False)
+class Margin(LossyRule):
+    """Allowed if it is the target's second choice, and the first is hardly likelier (after MARS, arXiv:2601.15498).
+
+    MARS compares logits by their ratio, which a constant added to all logits changes. Here the difference of the two log-probabilities
+    counts, which nothing of the kind changes.
+
+    Attributes:
+        threshold: nats, above 0: the first choice may be exp(threshold) times as likely.
+
+    Raises:
+        ValueError: another threshold.
+    """
+
+    threshold: float
+    name = "margin"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < math.inf:
+            raise ValueError(f"the margin is {self.threshold}; give a number of nats above 0, such as 0.3")
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        best_BN2 = logits_BNV.topk(2, dim=-1).values.gather(
+            1, tree.parents_BN.clamp(min=0)[..., None].expand(-1, -1, 2)
+        )
+        own_BN = of_tokens(tree, logits_BNV)
+        close_BN = best_BN2[..., 0] - best_BN2[..., 1] < self.threshold
+        return close_BN & (own_BN >= best_BN2[..., 1]) & (own_BN > -torch.inf)
