@@ -272,6 +272,14 @@ class Drafter(PreTrainedModel):
         return type(self).step_weight is Drafter.step_weight
 
     @property
+    def correction_weight(self) -> Tensor | None:
+        """[Vd, r]: a matrix beside the output head; None in most families.
+
+        Where there is one, a head's inputs are [..., E + r], and its logits ``inputs[..., :E] @ head.T + inputs[..., E:] @ correction.T``.
+        """
+        return None
+
+    @property
     def max_draft_steps(self) -> int | None:
         """The deepest draft that it can make; None for any depth. A family with a head for each step overrides this."""
         return None
@@ -280,14 +288,18 @@ class Drafter(PreTrainedModel):
         """Score one draft step.
 
         Args:
-            head_inputs: [..., E].
+            head_inputs: [..., E], or [..., E + r] with a :attr:`correction_weight`.
             step: counted from 0.
 
         Returns:
             Draft logits [..., Vd].
         """
-        weight = self.step_weight(step)
-        return F.linear(head_inputs.to(weight.dtype), weight)
+        weight, correction = self.step_weight(step), self.correction_weight
+        if correction is None:
+            return F.linear(head_inputs.to(weight.dtype), weight)
+        width = weight.shape[1]
+        corrected = F.linear(head_inputs[..., width:].to(correction.dtype), correction)
+        return F.linear(head_inputs[..., :width].to(weight.dtype), weight) + corrected
 
     def rollout_logits(self, head_inputs_KAE: Tensor) -> Tensor:
         """Score all steps of a rollout.
@@ -311,7 +323,7 @@ class Drafter(PreTrainedModel):
             rollout: which tokens each anchor is fed.
 
         Returns:
-            [K, A, E]: the inputs of the output head at every step of every anchor.
+            [K, A, E]: the inputs of the output head at every step of every anchor; [K, A, E + r] with a :attr:`correction_weight`.
         """
 
     @abstractmethod

@@ -41,13 +41,16 @@ def checked_heads(drafter: Drafter, num_steps: int, width: int) -> Tensor | list
     Args:
         drafter: whose heads.
         num_steps: K.
-        width: E of what ``teacher_forced`` returned.
+        width: E of what ``teacher_forced`` returned, or E + r with a correction.
 
     Raises:
         ValueError: a head is of another shape.
     """
+    name, correction = type(drafter).__name__, drafter.correction_weight
+    if correction is not None:
+        _check(f"{name}.correction_weight", correction, "[Vd, r]", (drafter.config.num_draft_tokens, None))
+        width -= correction.shape[1]
     shape = (drafter.config.num_draft_tokens, width)
-    name = type(drafter).__name__
     if drafter.has_one_head:
         head = drafter.head_weight
         _check(f"{name}.head_weight", head, "[Vd, E], with the E of teacher_forced", shape)

@@ -2,7 +2,7 @@
 
 DFlash (arXiv:2602.06036) fills a block behind the root: slot 0 holds the root and predicts nothing, slot k >= 1 holds a mask and predicts
 the k-th token behind the root. Every slot sees the others. JetSpec (arXiv:2606.18394) hides later slots (``causal``). DSpark's backbone
-(arXiv:2607.05147) lets slot 0 predict too (``sample_from_anchor``).
+(arXiv:2607.05147) lets slot 0 predict too (``sample_from_anchor``). A correction lets a slot read the tokens drafted before it.
 
 Owns the drafter, which layers it reads by default, its settings and its record. Knows nothing of losses, trees or verification.
 
@@ -12,10 +12,11 @@ Shape legend: B batch rows, E fresh pairs, T packed tokens, A anchors, S slots o
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -24,6 +25,7 @@ from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_p
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.families.block_correction import Correction, CorrectionKind, correction_of
 from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
 from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
 from draftsmith.models.families.eagle_layer import Rotation, rms_norm
@@ -48,6 +50,9 @@ class BlockConfig(LayerConfig):
         causal: a slot sees no later slot of its block.
         sample_from_anchor: slot 0, which holds the root, predicts the first drafted token; otherwise slot 1 does.
         mask_token_id: an unused token of the target whose embedding fills the slots behind the root; None learns a vector for them.
+        correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent`` or ``gru``.
+        correction_rank: r.
+        correction_state: size of the GRU's state.
     """
 
     model_type = "draftsmith_block_drafter"
@@ -59,6 +64,12 @@ class BlockConfig(LayerConfig):
         "causal": FLAG,
         "sample_from_anchor": FLAG,
         "mask_token_id": (lambda value: value is None or is_whole(value, 0), "a token id, or null"),
+        "correction": (
+            lambda value: value in get_args(CorrectionKind),
+            f"one of {', '.join(get_args(CorrectionKind))}",
+        ),
+        "correction_rank": COUNT,
+        "correction_state": COUNT,
     }
 
     def __init__(
@@ -69,6 +80,9 @@ class BlockConfig(LayerConfig):
         causal: bool = False,
         sample_from_anchor: bool = False,
         mask_token_id: int | None = None,
+        correction: CorrectionKind = "none",
+        correction_rank: int = 256,
+        correction_state: int = 1024,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -76,6 +90,7 @@ class BlockConfig(LayerConfig):
         self.num_draft_layers, self.block_size = num_draft_layers, block_size
         self.causal, self.sample_from_anchor = causal, sample_from_anchor
         self.mask_token_id = mask_token_id
+        self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
 
     @property
     def first_slot(self) -> int:
@@ -115,6 +130,8 @@ class BlockDrafter(TargetHead):
         self.norm = LlamaRMSNorm(D, eps=epsilon)
         self.mask_embedding = nn.Parameter(torch.zeros(D)) if config.mask_token_id is None else None
         self.rotation = Rotation(config.llama())
+        sizes = (D, config.vocab_size, config.num_draft_tokens, config.correction_rank, config.correction_state)
+        self.correction = correction_of(config.correction, *sizes)
         self.post_init()
 
     @classmethod
@@ -127,6 +144,9 @@ class BlockDrafter(TargetHead):
         causal: bool = False,
         sample_from_anchor: bool = False,
         mask_token_id: int | None = None,
+        correction: CorrectionKind = "none",
+        correction_rank: int = 256,
+        correction_state: int = 1024,
         draft_token_ids: Tensor | None = None,
         num_draft_steps: int = 7,
         tokenizer_fingerprint: str = "",
@@ -140,6 +160,7 @@ class BlockDrafter(TargetHead):
             causal: see the config.
             sample_from_anchor: see the config.
             mask_token_id: see the config.
+            correction, correction_rank, correction_state: see the config.
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
             num_draft_steps: K, the tokens of a draft; the block has as many slots as that takes.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
@@ -155,6 +176,9 @@ class BlockDrafter(TargetHead):
             causal=causal,
             sample_from_anchor=sample_from_anchor,
             mask_token_id=mask_token_id,
+            correction=correction,
+            correction_rank=correction_rank,
+            correction_state=correction_state,
             draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
             num_draft_steps=num_draft_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -163,11 +187,17 @@ class BlockDrafter(TargetHead):
         if draft_token_ids is not None and drafter.d2t is not None:
             drafter.set_draft_ids(draft_token_ids)
         drafter.attach(ends)
-        if drafter.mask_embedding is not None:
-            with torch.no_grad():  # as large as an embedding, and none of them
-                some = drafter.embed(torch.arange(min(ends.vocab_size, 1024), device=ends.device))
-                drafter.mask_embedding.normal_(std=float(some.std()))
+        drafter._initialise()
         return drafter
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """The vector of the masks, as large as an embedding; and a correction that changes nothing yet."""
+        if self.mask_embedding is not None:
+            some = self.embed(torch.arange(min(self.config.vocab_size, 1024), device=self.ends.device))
+            self.mask_embedding.normal_(std=float(some.std()))
+        if self.correction is not None:
+            self.correction.output.weight.zero_()
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -178,6 +208,11 @@ class BlockDrafter(TargetHead):
     def max_draft_steps(self) -> int:
         """As many tokens as slots of a block predict."""
         return self.config.block_size - self.config.first_slot
+
+    @property
+    def correction_weight(self) -> Tensor | None:
+        """See :attr:`Drafter.correction_weight`."""
+        return None if self.correction is None else self.correction.output.weight
 
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""
@@ -254,7 +289,17 @@ class BlockDrafter(TargetHead):
                 states_QD = _run_layer(*given)
         first, num_steps = self.config.first_slot, rollout.tokens.shape[1]
         outputs_ASD = rms_norm(self.norm, states_QD).unflatten(0, (len(anchors_A), S))
-        return outputs_ASD[:, first : first + num_steps].transpose(0, 1)
+        outputs_KAD = outputs_ASD[:, first : first + num_steps].transpose(0, 1)
+        return outputs_KAD if self.correction is None else self._corrected(self.correction, outputs_KAD, rollout)
+
+    def _corrected(self, correction: Correction, outputs_KAD: Tensor, rollout: Rollout) -> Tensor:
+        """The slots' states, and behind them what the correction adds for the tokens of the rollout: [K, A, D + r]."""
+        state_AS, parts = correction.begin(outputs_KAD[0]), []
+        for step, hidden_AD in enumerate(outputs_KAD):
+            tokens_A = rollout.tokens[:, step]
+            part_Ar, state_AS = correction.step(tokens_A, self.embed(tokens_A), hidden_AD, state_AS, step)
+            parts.append(part_Ar)
+        return torch.cat([outputs_KAD, torch.stack(parts).to(outputs_KAD.dtype)], dim=-1)
 
     def start(self, opening: Opening) -> PairState:
         """Read the context of the prompts, in chunks."""
@@ -309,7 +354,7 @@ def _run_layer(layer: BlockLayer, states_QD: Tensor, attention: BlockAttention, 
 
 
 class BlockDraft:
-    """One draft: the block is computed once, and all nodes of one depth have the same continuations."""
+    """One draft: the block is computed once. Nodes of one depth have the same continuations, but for what a correction adds."""
 
     def __init__(self, drafter: BlockDrafter, state: PairState, cycle: Cycle, draft_length: int) -> None:
         self.target_ids = drafter.to_target_ids
@@ -317,19 +362,36 @@ class BlockDraft:
         self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
         self.root_B = state.pending.tokens_BE.gather(1, state.pending.counts_B[:, None] - 1).squeeze(1)
         self._depth = 0
-        self._logits_BKV = torch.empty(0)
+        self._hidden_BKD = self._logits_BKV = self._state_BMS = torch.empty(0)  # until the block has run
 
     def begin(self) -> Tensor:
         """See :class:`Expander`: the whole block."""
         drafter, first = self._drafter, self._drafter.config.first_slot
-        predicted_BKD = self._run()[:, first : first + self._draft_length]
-        self._logits_BKV = drafter.logits(rms_norm(drafter.norm, predicted_BKD), 0)
-        return self._logits_BKV[:, :1]
+        self._hidden_BKD = rms_norm(drafter.norm, self._run()[:, first : first + self._draft_length])
+        head = drafter.head_weight
+        self._logits_BKV = F.linear(self._hidden_BKD.to(head.dtype), head)
+        if drafter.correction is not None:
+            self._state_BMS = drafter.correction.begin(self._hidden_BKD[:, :1])
+        return self._corrected(self.root_B[:, None])
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """See :class:`Expander`: the next slot, whatever the nodes hold."""
+        """See :class:`Expander`: the next slot, corrected by what the nodes hold."""
         self._depth += 1
-        return self._logits_BKV[:, self._depth : self._depth + 1].expand(-1, tokens_BM.shape[1], -1)
+        if self._state_BMS.shape[-1] and self._state_BMS.shape[1] > 1:
+            self._state_BMS = self._state_BMS.gather(1, above_BM[..., None].expand(-1, -1, self._state_BMS.shape[-1]))
+        return self._corrected(tokens_BM)
+
+    def _corrected(self, tokens_BM: Tensor) -> Tensor:
+        """[B, M, Vd]: logits of the slot behind some tokens."""
+        drafter, depth, num_nodes = self._drafter, self._depth, tokens_BM.shape[1]
+        logits_BMV = self._logits_BKV[:, depth : depth + 1].expand(-1, num_nodes, -1)
+        if drafter.correction is None:
+            return logits_BMV
+        hidden_BMD = self._hidden_BKD[:, depth : depth + 1].expand(-1, num_nodes, -1)
+        state_BMS = self._state_BMS.expand(-1, num_nodes, -1)
+        embedded_BMD = drafter.embed(tokens_BM)
+        part_BMr, self._state_BMS = drafter.correction.step(tokens_BM, embedded_BMD, hidden_BMD, state_BMS, depth)
+        return logits_BMV + drafter.correction.output(part_BMr)
 
     def _run(self) -> Tensor:
         """States of the slots behind the last layer, [B, S, D]; without later slots that nobody sees."""
@@ -386,6 +448,11 @@ class BlockFamily(DrafterFamily):
         sample_from_anchor: the slot of the root predicts the first drafted token, as in DSpark; false leaves it out, as in DFlash.
         mask_token_id: an unused token whose embedding fills the slots behind the root, which serving engines ask for; null
             learns a vector.
+        correction: how a drafted token changes the logits of the next slot: not at all; by a bigram (`vanilla`), one that the
+            slot weighs (`gated`) or a recurrent state (`recurrent`), as in DSpark; or by a GRU over all drafted tokens
+            (`gru`), as in Domino.
+        correction_rank: of the correction's matrices; small targets need less.
+        correction_state: size of the GRU's state.
         draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
             their rows of the target's head; null scores all.
         recompute: compute each layer's activations again in the backward pass: less memory, more time.
@@ -400,11 +467,15 @@ class BlockFamily(DrafterFamily):
         mask: Literal["bidirectional", "causal"] = "bidirectional",
         sample_from_anchor: bool = False,
         mask_token_id: int | None = None,
+        correction: CorrectionKind = "none",
+        correction_rank: int = 256,
+        correction_state: int = 1024,
         draft_vocab_size: int | None = None,
         recompute: bool = False,
     ) -> None:
         self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
         self.sample_from_anchor, self.mask_token_id = sample_from_anchor, mask_token_id
+        self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
         self.draft_vocab_size, self.recompute = draft_vocab_size, recompute
 
     def build(
@@ -422,6 +493,9 @@ class BlockFamily(DrafterFamily):
             causal=self.mask == "causal",
             sample_from_anchor=self.sample_from_anchor,
             mask_token_id=self.mask_token_id,
+            correction=self.correction,
+            correction_rank=self.correction_rank,
+            correction_state=self.correction_state,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,

@@ -8,8 +8,8 @@ Why gradients are computed in the forward pass: the loss is a weighted sum over 
 d(loss)/d(logits) of a chunk is known as soon as its logits are. Keeping the logits for a backward pass would cost K x A x Vd floats
 (64 GB for 5 steps of 25k anchors at a vocabulary of 128k).
 
-Shape legend: T packed tokens, K draft steps, A anchors, D hidden, E head inputs, V target vocabulary, Vd draft
-vocabulary, R rows = (step, anchor) pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
+Shape legend: T packed tokens, K draft steps, A anchors, D hidden, E head inputs, V target vocabulary, Vd draft vocabulary, r columns of a
+correction, R rows = (step, anchor) pairs that count, C rows of one chunk, U distinct predicted positions, G rows that share one position.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -87,13 +87,14 @@ def head_cross_entropy(
     chunk_rows: int | None = None,
     metrics: bool = True,
     row_weights: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> StepSums:
     """Teacher-forced cross-entropy of every draft step (arXiv 2403.09919, section 4; Apple's training loss).
 
     A target outside the draft vocabulary adds nothing to the loss, and counts as a miss in top-1 and top-5: a drafter can never propose it.
 
     Args:
-        head_inputs: float [K, A, E].
+        head_inputs: float [K, A, E], or [K, A, E + r] with a correction.
         heads: float [Vd, E], the head of all steps; or K of them, the head of each step.
         targets: int64 [A, K], draft ids, OUTSIDE where the draft vocabulary lacks the token.
         valid: bool [A, K], rows that count.
@@ -101,11 +102,12 @@ def head_cross_entropy(
         chunk_rows: C; None chooses.
         metrics: count top-1 and top-5 too.
         row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
+        correction: float [Vd, r], added at all steps: logits are head_inputs[..., :E] @ head.T + head_inputs[..., E:] @ correction.T.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights, row_weights)
+    weights = _checked_weights(head_inputs, heads, correction, targets, valid, step_weights, row_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     row_ids = torch.nonzero(flat_valid & (flat_targets != OUTSIDE)).squeeze(1)
     job = _CrossEntropyJob(
@@ -117,7 +119,7 @@ def head_cross_entropy(
         grad_enabled=torch.is_grad_enabled(),
         row_weights=None if row_weights is None else row_weights.T.reshape(-1),
     )
-    return _run(job, head_inputs, weights, valid, step_weights)
+    return _run(job, head_inputs, weights, correction, valid, step_weights)
 
 
 def head_distillation(
@@ -133,6 +135,7 @@ def head_distillation(
     emphasis: TopEmphasis | None = None,
     entropy: bool = True,
     row_weights: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> StepSums:
     """KL(target_probs || draft_probs) of every draft step, with the target's distribution along its own path.
 
@@ -145,7 +148,7 @@ def head_distillation(
     another rollout.
 
     Args:
-        head_inputs: float [K, A, E].
+        head_inputs: float [K, A, E], or [K, A, E + r] with a correction.
         heads: float [Vd, E], the head of all steps; or K of them, the head of each step.
         teacher: gives the TeacherLogits of n teacher rows, from their ids int64 [n].
         teacher_rows: int64 [A, K], which teacher row (a, k) is to match.
@@ -159,11 +162,12 @@ def head_distillation(
         entropy: subtract the target's entropy. It depends on no weight, so without it the gradients are the same, and the loss is the
             soft cross-entropy.
         row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
+        correction: float [Vd, r]; see head_cross_entropy.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    weights = _checked_weights(head_inputs, heads, targets, valid, step_weights, row_weights)
+    weights = _checked_weights(head_inputs, heads, correction, targets, valid, step_weights, row_weights)
     flat_targets, flat_valid = targets.T.reshape(-1), valid.T.reshape(-1)
     teacher_ids, grid = group_by_teacher(teacher_rows.T.reshape(-1), flat_valid)
     num_grouped = max(1, grid.shape[1])
@@ -180,7 +184,7 @@ def head_distillation(
         entropy=entropy,
         row_weights=None if row_weights is None else row_weights.T.reshape(-1),
     )
-    return _run(job, head_inputs, weights, valid, step_weights)
+    return _run(job, head_inputs, weights, correction, valid, step_weights)
 
 
 @dataclass(frozen=True)
@@ -343,11 +347,23 @@ def _certainty(target_probs: Tensor, weights: Tensor) -> Tensor:
 _Job = _CrossEntropyJob | _DistillationJob
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """One matrix of the output head: the rows of a chunk and the columns of its inputs that go through it."""
+
+    rows: Tensor | slice
+    columns: slice
+    weight: Tensor
+    grad: Tensor | None
+
+
 class _ChunkedHead(torch.autograd.Function):
     """Sums over chunks of rows; gradients are made beside the loss and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, head_inputs: Tensor, step_weights: Tensor, job: _Job, *heads: Tensor) -> tuple:
+    def forward(
+        ctx: Any, head_inputs: Tensor, step_weights: Tensor, job: _Job, is_corrected: bool, *heads: Tensor
+    ) -> tuple:
         num_steps, num_anchors, width = head_inputs.shape
         device_type = head_inputs.device.type
         compute_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
@@ -366,7 +382,9 @@ class _ChunkedHead(torch.autograd.Function):
                 if not len(chunk.row_ids):  # splitting nothing gives one empty piece
                     continue
                 inputs = flat_inputs.index_select(0, chunk.row_ids).to(compute_dtype)
-                _one_chunk(job, chunk, inputs, weights, step_weights.to(sum_dtype), sums, grad_inputs, grad_weights)
+                steps = torch.div(chunk.row_ids, job.num_anchors, rounding_mode="floor")
+                factors = _factors(steps, weights, grad_weights, is_corrected)
+                _one_chunk(job, chunk, steps, inputs, factors, step_weights.to(sum_dtype), sums, grad_inputs)
         total = (step_weights.to(sum_dtype) * sums[0]).sum()
         ctx.shape = head_inputs.shape
         ctx.head_dtypes = [head.dtype for head in heads]
@@ -383,24 +401,35 @@ class _ChunkedHead(torch.autograd.Function):
             None if grad is None else (grad * grad_total).to(dtype)
             for grad, dtype in zip(weight_grads, ctx.head_dtypes, strict=True)
         ]
-        return grad_inputs, None, None, *grad_weights
+        return grad_inputs, None, None, None, *grad_weights
+
+
+def _factors(
+    steps: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor | None], is_corrected: bool
+) -> list[_Factor]:
+    """The matrices of a chunk; the last weight is the correction where there is one, which every row goes through."""
+    num_heads, width = len(weights) - is_corrected, weights[0].shape[1]
+    rows_of_heads = _rows_of_heads(steps, num_heads)
+    given = zip(rows_of_heads, weights[:num_heads], grads[:num_heads], strict=True)
+    factors = [_Factor(rows, slice(width), weight, grad) for rows, weight, grad in given]
+    if is_corrected:
+        factors.append(_Factor(slice(None), slice(width, None), weights[-1], grads[-1]))
+    return factors
 
 
 def _one_chunk(
     job: _Job,
     chunk: _Chunk,
+    steps: Tensor,
     inputs: Tensor,
-    weights: Sequence[Tensor],
+    factors: Sequence[_Factor],
     step_weights: Tensor,
     sums: Tensor,
     grad_inputs: Tensor | None,
-    grad_weights: Sequence[Tensor | None],
 ) -> None:
     """Adds one chunk to sums [4, K] (loss, loss rows, top-1, top-5) and, scaled by step weights, to the gradients."""
-    steps = torch.div(chunk.row_ids, job.num_anchors, rounding_mode="floor")
-    rows_of_heads = _rows_of_heads(steps, len(weights))
     # Softmax in float32 (or better) whatever the matrix product's dtype: bf16 has 8 bits and a vocabulary has 2^17.
-    log_probs = torch.log_softmax(_logits(inputs, weights, rows_of_heads), dim=-1, dtype=sums.dtype)
+    log_probs = torch.log_softmax(_logits(inputs, factors), dim=-1, dtype=sums.dtype)
     keep = torch.ones_like(steps, dtype=sums.dtype) if chunk.row_mask is None else chunk.row_mask.to(sums.dtype)
     if job.metrics:
         ranks = _ranks(log_probs, job.targets_of(chunk))
@@ -412,15 +441,18 @@ def _one_chunk(
     sums[0].index_add_(0, steps, loss * keep)
     sums[1].index_add_(0, steps, keep)
     scales = (keep * step_weights[steps])[:, None]
-    for rows, weight, grad_weight in zip(rows_of_heads, weights, grad_weights, strict=True):
-        if grad_inputs is None and grad_weight is None:
+    for factor in factors:
+        if grad_inputs is None and factor.grad is None:
             continue
+        rows, weight = factor.rows, factor.weight
         rows_grad = grad_logits[rows].to(weight.dtype)
-        if grad_weight is not None:
-            _add_product(grad_weight, rows_grad.T, inputs[rows] * scales[rows].to(inputs.dtype))
+        if factor.grad is not None:
+            own_inputs = inputs[rows][:, factor.columns]
+            _add_product(factor.grad, rows_grad.T, own_inputs * scales[rows].to(inputs.dtype))
         if grad_inputs is not None:
             # Masked slots add exact zeros to row 0.
-            grad_inputs.index_add_(0, chunk.row_ids[rows], ((rows_grad @ weight) * scales[rows]).to(grad_inputs.dtype))
+            own_grad = ((rows_grad @ weight) * scales[rows]).to(grad_inputs.dtype)
+            grad_inputs[:, factor.columns].index_add_(0, chunk.row_ids[rows], own_grad)
 
 
 def _rows_of_heads(steps: Tensor, num_heads: int) -> list[Tensor | slice]:
@@ -431,13 +463,17 @@ def _rows_of_heads(steps: Tensor, num_heads: int) -> list[Tensor | slice]:
     return list(steps.argsort(stable=True).split(sizes))
 
 
-def _logits(inputs: Tensor, weights: Sequence[Tensor], rows_of_heads: Sequence[Tensor | slice]) -> Tensor:
-    """inputs [C, E] -> [C, Vd], each row by its own head."""
-    if len(weights) == 1:
-        return inputs @ weights[0].T
-    logits = inputs.new_empty(len(inputs), weights[0].shape[0])
-    for rows, weight in zip(rows_of_heads, weights, strict=True):
-        logits[rows] = inputs[rows] @ weight.T
+def _logits(inputs: Tensor, factors: Sequence[_Factor]) -> Tensor:
+    """inputs [C, E + r] -> [C, Vd], each row by its own head, and by the correction."""
+    first = factors[0]
+    if isinstance(first.rows, slice):
+        logits = inputs[:, first.columns] @ first.weight.T
+        for factor in factors[1:]:
+            logits.addmm_(inputs[:, factor.columns], factor.weight.T)
+        return logits
+    logits = inputs.new_zeros(len(inputs), first.weight.shape[0])
+    for factor in factors:
+        logits[factor.rows] += inputs[factor.rows][:, factor.columns] @ factor.weight.T
     return logits
 
 
@@ -464,8 +500,16 @@ def _ranks(log_probs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(targets == OUTSIDE, log_probs.shape[-1], better)
 
 
-def _run(job: _Job, head_inputs: Tensor, weights: Sequence[Tensor], valid: Tensor, step_weights: Tensor) -> StepSums:
-    total, sums = _ChunkedHead.apply(head_inputs, step_weights, job, *weights)
+def _run(
+    job: _Job,
+    head_inputs: Tensor,
+    weights: Sequence[Tensor],
+    correction: Tensor | None,
+    valid: Tensor,
+    step_weights: Tensor,
+) -> StepSums:
+    matrices = weights if correction is None else [*weights, correction]
+    total, sums = _ChunkedHead.apply(head_inputs, step_weights, job, correction is not None, *matrices)
     top1, top5 = (sums[2], sums[3]) if job.metrics else (None, None)
     return StepSums(total, sums[0], sums[1], valid.sum(0).to(sums.dtype), top1, top5)
 
@@ -473,6 +517,7 @@ def _run(job: _Job, head_inputs: Tensor, weights: Sequence[Tensor], valid: Tenso
 def _checked_weights(
     head_inputs: Tensor,
     heads: Heads,
+    correction: Tensor | None,
     targets: Tensor,
     valid: Tensor,
     step_weights: Tensor,
@@ -490,6 +535,12 @@ def _checked_weights(
     weights = [heads] if isinstance(heads, Tensor) else list(heads)
     if len(weights) not in (1, num_steps):
         raise ValueError(f"{len(weights)} heads are given for {num_steps} draft steps; give one, or one for each step")
+    if correction is not None:
+        width -= correction.shape[1]
+        if correction.shape[0] != weights[0].shape[0]:
+            raise ValueError(
+                f"a correction of {correction.shape[0]} rows is given beside a head of {weights[0].shape[0]}; both need one row a token"
+            )
     for weight in weights:
         if weight.shape != (weights[0].shape[0], width):
             raise ValueError(

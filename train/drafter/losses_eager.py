@@ -13,18 +13,24 @@ from draftsmith.train.drafter.losses import OUTSIDE, StepSums, TeacherLogits, To
 
 
 def head_cross_entropy_eager(
-    head_inputs: Tensor, head_weight: Tensor, targets: Tensor, valid: Tensor, step_weights: Tensor
+    head_inputs: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    step_weights: Tensor,
+    correction: Tensor | None = None,
 ) -> StepSums:
     """Twin of losses.head_cross_entropy, which explains the arguments.
 
     Args:
-        head_inputs: float [K, A, E].
+        head_inputs: float [K, A, E], or [K, A, E + r].
         head_weight: float [Vd, E].
         targets: int64 [A, K].
         valid: bool [A, K].
         step_weights: float [K].
+        correction: float [Vd, r], or None.
     """
-    log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
+    log_probs = _log_probs(head_inputs, head_weight, correction)
     step_targets, step_valid = targets.T, valid.T  # [K, A]
     in_loss = step_valid & (step_targets != OUTSIDE)
     picked = log_probs.gather(-1, step_targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -41,6 +47,7 @@ def head_distillation_eager(
     valid: Tensor,
     step_weights: Tensor,
     emphasis: TopEmphasis | None = None,
+    correction: Tensor | None = None,
 ) -> StepSums:
     """Twin of losses.head_distillation, which explains the arguments.
 
@@ -53,8 +60,9 @@ def head_distillation_eager(
         valid: bool [A, K].
         step_weights: float [K].
         emphasis: the extra loss, or None.
+        correction: float [Vd, r], or None.
     """
-    log_probs = torch.log_softmax(head_inputs @ head_weight.T, dim=-1)  # [K, A, Vd]
+    log_probs = _log_probs(head_inputs, head_weight, correction)
     target_probs = torch.softmax(teacher.logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
     terms = torch.xlogy(target_probs, target_probs) - target_probs * log_probs
     loss = terms.sum(-1)
@@ -86,6 +94,12 @@ def feature_smooth_l1_eager(
                 gap = (predicted[step, anchor] - features[feature_rows[anchor, step]]).abs()
                 total = total + step_weights[step] * torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
     return total
+
+
+def _log_probs(head_inputs: Tensor, head_weight: Tensor, correction: Tensor | None) -> Tensor:
+    """[K, A, Vd]."""
+    weight = head_weight if correction is None else torch.cat([head_weight, correction], dim=1)
+    return torch.log_softmax(head_inputs @ weight.T, dim=-1)
 
 
 def _sums(

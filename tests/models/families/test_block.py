@@ -14,10 +14,19 @@ from torch import Tensor
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.doctor.serving import served_logits as served_in_a_row
+from draftsmith.evaluate.doctor.serving import trained_logits
+from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.evaluate.roofline.bytes_read import draft_bytes
 from draftsmith.models import DraftLimits, PackedBatch, SampledChildren, Target, data_rollout
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.families.block import BlockDrafter, BlockFamily, default_layers
+from draftsmith.models.families.block_correction import (
+    GatedCorrection,
+    GruCorrection,
+    RecurrentCorrection,
+    correction_of,
+)
 from draftsmith.models.families.block_layer import BlockAttention
 from draftsmith.models.tree.search import search
 
@@ -212,6 +221,63 @@ def test_a_draft_after_cycles_without_one_is_the_same(target: Target) -> None:
         return drafter.expander(state, second, limits).begin()
 
     torch.testing.assert_close(logits(True), logits(False), rtol=1e-5, atol=1e-5)
+
+
+CORRECTIONS = ("vanilla", "gated", "recurrent", "gru")
+
+
+@pytest.mark.parametrize("from_anchor", [False, True])
+@pytest.mark.parametrize("kind", CORRECTIONS)
+@torch.no_grad()
+def test_a_correction_decodes_as_it_trains(target: Target, kind: str, from_anchor: bool) -> None:
+    drafter = made(target, False, from_anchor, correction=kind, correction_rank=5, correction_state=6)
+    batch, roots = batch_of(target, drafter), [2, 7, 15]
+    trained = trained_logits(drafter, batch, roots, STEPS)
+    torch.testing.assert_close(served_in_a_row(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
+    in_tree, in_chain = tree_and_chain_logits(drafter, batch, 7)
+    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
+    other = replace(batch, input_ids=batch.input_ids.clone())
+    other.input_ids[8] = (other.input_ids[8] + 1) % 64
+    changed = trained_logits(drafter, other, roots, STEPS)[1] != trained[1]
+    assert changed.any(-1).tolist() == [False, True, kind in ("recurrent", "gru"), kind in ("recurrent", "gru")]
+
+
+@pytest.mark.parametrize("kind", CORRECTIONS)
+@torch.no_grad()
+def test_a_fresh_correction_changes_nothing(target: Target, kind: str) -> None:
+    chosen = {"layers": ["layer.3.output"], "num_draft_steps": 3, "correction_rank": 4, "correction_state": 4}
+    drafter = BlockDrafter.for_target(target.ends, correction=kind, **chosen).eval()  # type: ignore[arg-type]
+    plain = BlockDrafter.for_target(target.ends, **chosen).eval()  # type: ignore[arg-type]
+    plain.load_state_dict(drafter.state_dict(), strict=False)
+    batch = batch_of(target, drafter)
+    torch.testing.assert_close(trained_logits(drafter, batch, [7], 3), trained_logits(plain, batch, [7], 3))
+
+
+@torch.no_grad()
+def test_corrections_are_those_of_the_papers(target: Target) -> None:
+    hidden, token, sizes = torch.randn(3, 32), torch.tensor([4, 9, 4]), (32, 64, 64, 5, 6)
+    state = torch.randn(3, 5)
+    embedded = target.ends.embed(token)
+    gated = correction_of("gated", *sizes)
+    recurrent, gru = correction_of("recurrent", *sizes), correction_of("gru", *sizes)
+    assert isinstance(gated, GatedCorrection)
+    assert isinstance(recurrent, RecurrentCorrection)
+    assert isinstance(gru, GruCorrection)
+    of_token = gated.tokens.weight[token]
+    gate = torch.sigmoid(torch.cat([hidden, of_token], 1) @ gated.gate_proj.weight.T + gated.gate_proj.bias)
+    torch.testing.assert_close(gated.step(token, embedded, hidden, state, 1)[0], gate * of_token)
+    joined = torch.cat([state, recurrent.tokens.weight[token], hidden], 1)
+    kept, candidate, output = (joined @ recurrent.joint_proj.weight.T + recurrent.joint_proj.bias).split(5, 1)
+    part, after = recurrent.step(token, embedded, hidden, state, 1)
+    torch.testing.assert_close(part, output.tanh())
+    torch.testing.assert_close(after, kept.sigmoid() * state + (1 - kept.sigmoid()) * candidate.tanh())
+    whole = torch.nn.GRU(32, 6, bias=False)
+    whole.weight_ih_l0.copy_(gru.gru.weight_ih)
+    whole.weight_hh_l0.copy_(gru.gru.weight_hh)
+    part, after = gru.step(token, embedded, hidden, gru.begin(hidden), 1)
+    torch.testing.assert_close(after, whole(embedded[None])[0][0])
+    torch.testing.assert_close(part, torch.nn.functional.silu(torch.cat([hidden, after], 1) @ gru.input.weight.T))
+    assert not gru.step(token, embedded, hidden, gru.begin(hidden), 0)[0].any(), "the first slot stays as it is"
 
 
 class FixedSlots:

@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[BlockFamily, dict[str, Any]]] = {
     "plain": (BlockFamily(layers=LAYERS), {"horizon_decay": 0.8}),
     "causal, 25 tokens": (BlockFamily(layers=LAYERS, mask="causal", draft_vocab_size=25, recompute=True), {}),
     "from the anchor": (BlockFamily(layers=LAYERS, sample_from_anchor=True, num_draft_layers=2), {"max_anchors": 12}),
+    "gated": (BlockFamily(layers=LAYERS, sample_from_anchor=True, correction="gated", correction_rank=4), {}),
 }
 
 

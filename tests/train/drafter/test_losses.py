@@ -161,6 +161,27 @@ def test_heads_of_their_own_give_each_step_the_sums_and_gradients_of_that_step_a
             torch.testing.assert_close(head.grad, alone.head_weight.grad)
 
 
+@pytest.mark.parametrize("num_heads", [1, STEPS])
+@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+def test_a_head_in_two_parts_gives_what_the_whole_one_gives(kind: str, num_heads: int) -> None:
+    case = make_case()
+    plain = fast_of(case, kind, 4)
+    wanted = torch.autograd.grad(plain.total, (case.head_inputs, case.head_weight))
+    parts = case.head_weight.detach().split([4, WIDTH - 4], dim=1)
+    heads, correction = [parts[0].clone().requires_grad_() for _ in range(num_heads)], parts[1].clone().requires_grad_()
+    given = (case.targets, case.valid, case.step_weights, 4)
+    if kind == "cross_entropy":
+        sums = head_cross_entropy(case.head_inputs, heads, *given, correction=correction)
+    else:
+        teacher = (lambda rows: TeacherLogits(case.teacher_logits[rows]), case.teacher_rows)
+        sums = head_distillation(case.head_inputs, heads, *teacher, *given, correction=correction)
+    for name in ("total", "loss_sum", "loss_rows", "rows", "top1", "top5"):
+        torch.testing.assert_close(getattr(sums, name), getattr(plain, name), msg=name)
+    of_inputs, of_correction, *of_heads = torch.autograd.grad(sums.total, (case.head_inputs, correction, *heads))
+    torch.testing.assert_close(of_inputs, wanted[0])
+    torch.testing.assert_close(torch.cat([torch.stack(of_heads).sum(0), of_correction], dim=1), wanted[1])
+
+
 def step_alone(case: Case, head: Tensor, step: int) -> Case:
     """One step of a case as a case of its own, with another head."""
     one = slice(step, step + 1)
@@ -350,6 +371,13 @@ def test_no_tensor_exceeds_a_chunk_of_logits_at_a_vocabulary_of_128k(kind: str) 
             sums.total.backward()
         peaks.append(seen.numel)
     assert peaks[0] == peaks[1] <= chunk_rows * vocab
+
+
+def test_a_correction_of_another_vocabulary_is_named() -> None:
+    case = make_case()
+    given = (case.head_inputs, case.head_weight[:, :4], case.targets, case.valid, case.step_weights)
+    with pytest.raises(ValueError, match="a correction of 5 rows is given beside a head of 17"):
+        head_cross_entropy(*given, correction=case.head_weight[:5, :2])
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
