@@ -59,7 +59,8 @@ class Engine:
         target: the frozen model.
         drafter: proposes; None decodes plainly. It stays as it is: several engines can share one.
         limits: how much to draft a cycle, or how much for how many rows. By default, the shapes that ``draftsmith tune`` kept in the folder
-            that the drafter was loaded from, if they fit here and no rule is given; else a chain of 4.
+            that the drafter was loaded from, if they fit here and no rule is given; else a chain of 4 (of fewer, where the drafter can
+            make no more).
         tokenizer: needed for stop strings only; must be the drafter's.
         ledger: where time is charged, or None.
         prefill_chunk: prompt tokens a forward, which bounds the memory of long prompts. Where a prompt takes a free row of a batch, no more
@@ -96,7 +97,7 @@ class Engine:
         self.target = target
         if limits is None and drafter is not None and rule is None:
             limits = drafter.kept_shapes(target)
-        self.shapes = as_shapes(limits or DraftLimits())
+        self.shapes = as_shapes(limits or chain_for(drafter))
         self.limits = self.shapes.most
         self.tokenizer = tokenizer
         self.ledger = ledger
@@ -348,6 +349,12 @@ class Engine:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=4)
+
+
+def chain_for(drafter: Drafter | None) -> DraftLimits:
+    """What is drafted where nobody says: a chain of 4 tokens, or of as many as the drafter can make."""
+    most = None if drafter is None else drafter.max_draft_steps
+    return DraftLimits() if most is None else DraftLimits().no_deeper_than(most)
 
 
 def shared(settings: GenerationSettings) -> GenerationSettings:

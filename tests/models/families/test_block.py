@@ -355,6 +355,12 @@ def test_an_unused_token_fills_the_slots_where_its_id_is_given(target: Target) -
     torch.testing.assert_close(slots[1], drafter.embed(torch.tensor([6, 63, 63])))
 
 
+def test_an_engine_drafts_no_deeper_than_the_block_by_itself(target: Target) -> None:
+    drafter = BlockFamily().build(target.ends, None, 2, "")
+    assert Engine(target, drafter).limits == DraftLimits(draft_length=2)
+    assert Engine(target, made(target)).limits == DraftLimits(draft_length=4)
+
+
 def test_a_draft_reads_its_weights_once(target: Target) -> None:
     drafter = made(target)
     assert len(draft_bytes(drafter, DraftLimits(1, STEPS)).steps) == 1
