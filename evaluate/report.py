@@ -326,6 +326,7 @@ def write_report(
             (out / name).unlink(missing_ok=True)
         else:
             atomic_write(out / name, picture)
-    shown = [name if picture else None for name, picture in pictures.items()]
-    atomic_write(out / "report.md", to_markdown(command, machine, versions, rows, *shown, left_out))
+    best, roofline, category, context = (name if picture else None for name, picture in pictures.items())
+    page = to_markdown(command, machine, versions, rows, best, roofline, category, context, left_out)
+    atomic_write(out / "report.md", page)
     atomic_write(out / "report.json", to_json(command, machine, versions, rows, left_out) + "\n")

@@ -102,8 +102,8 @@ def root_tree(root_B: Tensor) -> DraftTree:
     """
     device = root_B.device
     parents_1, depths_1, valid_11 = repeated((-1,), (1,), device), counting(1, device), lower_triangle(1, device)
-    of_rows = (part.expand(root_B.shape[0], 1) for part in (parents_1, depths_1, valid_11))
-    return DraftTree(root_B[:, None], *of_rows, max_depth=0, chain=True)
+    parents_B1, depths_B1, valid_B1 = (part.expand(root_B.shape[0], 1) for part in (parents_1, depths_1, valid_11))
+    return DraftTree(root_B[:, None], parents_B1, depths_B1, valid_B1, max_depth=0, chain=True)
 
 
 def tree_from_paths(
