@@ -47,10 +47,10 @@ MEANING = """\
 
 
 def to_json(command: str, machine: dict, versions: dict, rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
-    """The text of report.json: command, machine, versions, who was left out, rows. NaN and infinity, which JSON lacks, become null."""
-    facts = {"command": command, "machine": machine, "versions": versions, "left_out": list(left_out)}
+    """The text of report.json: command, machine, versions, rows, and who was left out, if anybody. NaN and infinity become null."""
+    facts = {"command": command, "machine": machine, "versions": versions}
     return json.dumps(
-        facts | {"rows": [_finite(asdict(row)) for row in rows]},
+        facts | {"rows": [_finite(asdict(row)) for row in rows]} | ({"left_out": list(left_out)} if left_out else {}),
         indent=2,
         allow_nan=False,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from draftsmith.models.tree.constants import counting, made_once, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.noise import Draw, draw
-from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune, tree_from_layers, tree_from_paths
+from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune_marked, tree_from_layers, tree_from_paths
 
 Path = tuple[int, ...]
 
@@ -115,7 +115,7 @@ def search(
         scores_BN = tree.scores_BN.masked_fill(tree.scores_BN < math.log(limits.min_probability), -torch.inf)
         tree = replace(tree, valid_BN=tree.valid_BN & (scores_BN > -torch.inf), scores_BN=scores_BN)
         tree = pack(tree, cut=scorer.cut) if limits.node_budget is None else tree
-    return tree if limits.node_budget is None else prune(tree, limits.node_budget, scorer.cut)
+    return tree if limits.node_budget is None else prune_marked(tree, limits.node_budget, scorer.cut)
 
 
 @dataclass(frozen=True)

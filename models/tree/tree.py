@@ -225,7 +225,7 @@ def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTr
     connected. The root, whose score is 0, comes first. It is kept beside the budget.
 
     Args:
-        tree: with scores, which are minus infinity at padding.
+        tree: with scores.
         node_budget: how many drafted nodes to keep, at least 1.
         cut: see :func:`pack`.
 
@@ -239,6 +239,23 @@ def prune(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTr
         raise ValueError(f"node_budget is {node_budget}; it must be at least 1 (or null for every node)")
     if tree.scores_BN is None:
         raise ValueError("this drafter gives no scores, so its tree cannot be pruned; set node_budget to null")
+    return prune_marked(
+        replace(tree, scores_BN=torch.where(tree.valid_BN, tree.scores_BN, -torch.inf)), node_budget, cut
+    )
+
+
+def prune_marked(tree: DraftTree, node_budget: int, cut: bool | None = None) -> DraftTree:
+    """As :func:`prune`, in fewer operations, of a tree whose padding scores minus infinity.
+
+    Args:
+        tree: with such scores.
+        node_budget: see there, as the next one.
+        cut: see there.
+
+    Returns:
+        The tree of at most ``node_budget`` + 1 nodes.
+    """
+    assert tree.scores_BN is not None
     order_BN = tree.scores_BN.sort(dim=1, descending=True, stable=True).indices[:, : node_budget + 1]
     if cuts_padding(order_BN.device, cut):
         order_BN = order_BN[:, : int(tree.valid_BN.sum(1).max())]
