@@ -12,7 +12,7 @@ from typing import Any
 
 from draftsmith.train.batches.labelled_text import COVERED_HELD_OUT
 
-PAGE = "benchmarks/results/drafters/2026-11-29-learning.md"
+PAGE = "benchmarks/results/learning/2026-11-29-learning.md"
 """Where the figures behind the rules are."""
 
 

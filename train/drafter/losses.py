@@ -150,7 +150,7 @@ def head_distillation(
     Args:
         head_inputs: float [K, A, E], or [K, A, E + r] with a correction.
         heads: float [Vd, E], the head of all steps; or K of them, the head of each step.
-        teacher: gives the TeacherLogits of n teacher rows, from their ids int64 [n].
+        teacher: TeacherLogits of n teacher rows, from their ids int64 [n].
         teacher_rows: int64 [A, K], which teacher row (a, k) is to match.
         targets: int64 [A, K], draft ids, for the accuracies only.
         valid: bool [A, K], rows that count.
@@ -159,8 +159,7 @@ def head_distillation(
         metrics: count top-1 and top-5 too.
         emphasis: adds its weight times the sum of target_probs * log(target_probs / draft_probs) over the target's top tokens, which may be
             negative.
-        entropy: subtract the target's entropy. It depends on no weight, so without it the gradients are the same, and the loss is the
-            soft cross-entropy.
+        entropy: subtract the target's entropy, which changes no gradient. Without it the loss is the soft cross-entropy.
         row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
         correction: float [Vd, r]; see head_cross_entropy.
 

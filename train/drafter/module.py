@@ -163,13 +163,12 @@ class DraftModule(pl.LightningModule):
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         _check_numbers(ema_decay, metrics_every)
         self.target, self.revision, self.adapter = target, revision, adapter
-        self.trust_remote_code, self.context = trust_remote_code, context
+        self.trust_remote_code, self.context, self.metrics_every = trust_remote_code, context, metrics_every
         self.starting_drafter = StartingDrafter(init_from, lora, allow_other_target)
         self._base_fingerprint = ""  # fingerprint of the drafter of init_from
         self.family, self.ends_dtype = drafter, str(ends_dtype)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio, self.ema_decay = warmup_ratio, min_lr_ratio, ema_decay
-        self.metrics_every = metrics_every
         self._begin_empty()
 
     def _begin_empty(self) -> None:
