@@ -26,7 +26,9 @@ def test_documents_come_first_and_replies_continue_what_they_taught(
         == 0
     )
     manifest = HiddenStateCache(text).manifest
-    assert manifest.num_labelled == manifest.num_tokens - len(words), "all but the first token of a document are labelled"
+    assert manifest.num_labelled == manifest.num_tokens - len(words), (
+        "all but the first token of a document are labelled"
+    )
 
     replies = make_cache([9] * 10)
     config = tiny_config(tmp_path, target_dir, replies)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from doubles import BOS, VOCAB, family_configs, random_model, random_target
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
 
 from draftsmith.models import PRE_NORM, Target, TargetEnds, tree_from_paths
 from draftsmith.models.files.device_and_dtype import as_device, as_dtype
@@ -94,6 +95,28 @@ def test_ends_load_without_the_trunk_and_equal_the_targets(saved: Path) -> None:
     torch.testing.assert_close(ends.embed(ids), target.ends.embed(ids))
     trunk = sum(parameter.numel() for parameter in target.model.model.layers.parameters())
     assert sum(parameter.numel() for parameter in ends.parameters()) < trunk
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits
+@pytest.mark.parametrize("head", ["plain", "scaled", "with a bias", "wrapped"])
+@torch.no_grad()
+def test_the_logits_of_some_tokens_are_those_of_all(family: str, head: str) -> None:
+    ends = random_target(family).ends
+    if head == "scaled":
+        ends.logit_scale = 0.5
+    elif head == "with a bias":
+        ends.head.bias = torch.nn.Parameter(torch.randn(ends.vocab_size))
+    elif head == "wrapped":
+        parametrize.register_parametrization(ends.head, "weight", Doubled())
+    ids, normed = torch.tensor([2, 3, 40]), torch.randn(2, 5, ends.hidden_size)
+    torch.testing.assert_close(ends.logits_of(ids)(normed), ends.logits(normed)[..., ids])
+
+
+class Doubled(torch.nn.Module):
+    """Makes a head that is no plain matrix."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2.0 * weight
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
