@@ -67,12 +67,10 @@ class Band:
     prompt_weight: float
 
 
-BANDS = (
-    Band(below=50_000, epochs=12, prompt_weight=1.0),
-    Band(below=200_000, epochs=8, prompt_weight=1.0),
-)
+BANDS = (Band(below=50_000, epochs=12, prompt_weight=1.0),)
+"""What was measured, the smallest first. Larger text needs its own measurement before it gets a row."""
 SMALL_TEXT_RATE = 1e-3
-"""Below the last band: papers' rates are for weeks of text, and a few hundred steps do not get far with them."""
+"""In every band: papers' rates are for weeks of text, and a few hundred steps do not get far with them."""
 
 
 def auto(corpus: Corpus) -> list[Choice]:
