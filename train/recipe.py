@@ -21,7 +21,7 @@ from draftsmith.train.recipe_rules import PAGE, RECIPES, Choice, Corpus
 KEY = "recipe"
 RECORD = "recipe.json"
 _CACHE = "data.init_args.cache"
-_DRAFTER = "model.init_args.drafter"
+_CLASSES = {"model": "DraftModule", "data": "CacheDataModule"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def applied(arguments: Sequence[str]) -> Recipe | None:
         arguments: of the command, with the base of each file before it.
 
     Raises:
-        ValueError: a recipe that does not exist; a run that reads no cache; a cache that cannot be read.
+        ValueError: a recipe that does not exist; a run that trains no draft head, or not from a cache; a cache that cannot be read.
     """
     given = [each for source in sources(arguments) for key in source for each in within(key)]
     latest = {_short(each.key): each.value for each in given}
@@ -130,11 +130,15 @@ def _corpus(name: str, latest: dict[str, Any]) -> Corpus:
         name: of the recipe.
         latest: the value of each key that counts, by its short name.
     """
+    for part, known in _CLASSES.items():
+        own = str(latest.get(f"{part}.class_path") or latest.get(part) or "").rpartition(".")[2]
+        if own != known:
+            raise ValueError(
+                f"recipe {name!r} is for runs whose {part} is {known}, and here it is {own or 'not named'}; leave the recipe out"
+            )
     place = latest.get(_short(_CACHE))
     if not isinstance(place, str) or not place:
-        raise ValueError(
-            f"recipe {name!r} chooses by the size of a hidden-state cache, and this run reads none; give {_CACHE}, or leave the recipe out"
-        )
+        raise ValueError(f"recipe {name!r} chooses by the size of a cache; give {_CACHE}, or leave the recipe out")
     cache = HiddenStateCache(place, check="off")
     manifest = cache.manifest
     cache.close()
@@ -142,11 +146,5 @@ def _corpus(name: str, latest: dict[str, Any]) -> Corpus:
     return Corpus(
         manifest.num_labelled,
         manifest.num_tokens - manifest.num_labelled,
-        _class_name(latest),
         "" if starts_from in (None, "null") else str(starts_from),
     )
-
-
-def _class_name(latest: dict[str, Any]) -> str:
-    named = latest.get(f"{_short(_DRAFTER)}.class_path") or latest.get(_short(_DRAFTER))
-    return named.rpartition(".")[2] if isinstance(named, str) else ""

@@ -23,13 +23,11 @@ class Corpus:
     Attributes:
         labelled_tokens: of the cache.
         prompt_tokens: of the cache, not labelled.
-        family: the class name of the drafter's settings, such as `EagleFamily`; empty where no file names one.
         starts_from: the drafter that the run starts from; empty for new weights.
     """
 
     labelled_tokens: int
     prompt_tokens: int
-    family: str = ""
     starts_from: str = ""
 
 
@@ -89,8 +87,9 @@ def auto(corpus: Corpus) -> list[Choice]:
             f"under {band.below:,} labelled tokens, {band.epochs} epochs still raise the acceptance of held-out text",
             rivals=("trainer.max_steps", "trainer.max_time"),
         ),
-        Choice("model.init_args.lr", SMALL_TEXT_RATE, "few steps need a high rate"),
     ]
+    if not corpus.starts_from:
+        choices.append(Choice("model.init_args.lr", SMALL_TEXT_RATE, "new weights and few steps need a high rate"))
     if corpus.prompt_tokens:
         choices.append(
             Choice(

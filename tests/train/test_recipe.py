@@ -44,7 +44,7 @@ def own_file(folder: Path, cache: Path, **more: object) -> str:
 def test_the_recipe_changes_what_shipped_configurations_say(cache: Path) -> None:
     shipped = f"--config={SHIPPED / 'eagle.yaml'}"
     recipe = recipe_of(shipped, "--recipe", "auto", f"--data.init_args.cache={cache}")
-    assert recipe.corpus == Corpus(10 * (9 - PROMPT), 10 * PROMPT, "EagleFamily")
+    assert recipe.corpus == Corpus(10 * (9 - PROMPT), 10 * PROMPT)
     assert set(chosen(recipe)) == {choice.key for choice in auto(recipe.corpus)}
     assert not recipe.yours
     [last] = recipe.arguments()
@@ -95,10 +95,10 @@ def test_larger_text_is_read_less_often_and_unmeasured_sizes_keep_the_configurat
     assert "more than was measured" in Recipe("auto", Corpus(BANDS[-1].below, 10), (), ()).lines()[0]
 
 
-def test_a_run_from_a_trained_drafter_keeps_its_vocabulary(tmp_path: Path, cache: Path) -> None:
+def test_a_run_from_a_trained_drafter_keeps_its_vocabulary_and_the_configured_rate(tmp_path: Path, cache: Path) -> None:
     recipe = recipe_of(own_file(tmp_path, cache, recipe="auto"), "--model.init_args.init_from", "runs/first/drafter")
     assert recipe.corpus.starts_from == "runs/first/drafter"
-    assert VOCABULARY not in chosen(recipe)
+    assert {VOCABULARY, "model.init_args.lr"}.isdisjoint(chosen(recipe))
 
 
 def test_text_without_prompts_has_none_to_learn_from() -> None:
@@ -112,11 +112,25 @@ def test_a_recipe_that_does_not_exist_names_those_that_do(
     assert "recipe is 'best'; known recipes: auto" in capsys.readouterr().err
 
 
-def test_a_run_without_a_cache_has_no_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        ("judge.yaml", "whose model is DraftModule, and here it is JudgeModule"),
+        ("draft_lm.yaml", "here it is DraftLMModule"),
+        ("online.yaml", "whose data is CacheDataModule, and here it is OnlineDataModule"),
+    ],
+)
+def test_a_run_of_another_kind_or_without_a_cache_takes_no_recipe(tmp_path: Path, base: str, reason: str) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text("base: draft_lm.yaml\nrecipe: auto\n")
-    with pytest.raises(ValueError, match="this run reads none"):
+    path.write_text(f"base: {base}\nrecipe: auto\n")
+    with pytest.raises(ValueError, match=reason):
         recipe_of(f"--config={path}")
+
+
+def test_a_run_whose_cache_is_not_named_is_an_error() -> None:
+    classes = ["--model.class_path=DraftModule", "--data.class_path=CacheDataModule"]
+    with pytest.raises(ValueError, match=r"give data\.init_args\.cache"):
+        recipe_of("--recipe=auto", *classes)
 
 
 def test_without_the_option_nothing_is_read(tmp_path: Path) -> None:
