@@ -144,8 +144,7 @@ def head_distillation(
     2503.01840 leaves out rows whose likeliest token is outside the draft vocabulary.) Rows with the same teacher row are computed
     together, so each teacher distribution is computed once.
 
-    Soft cross-entropy is the same up to a constant. Local distillation (arXiv 2403.09919, section 4.2) is head_cross_entropy on
-    another rollout.
+    Local distillation (arXiv 2403.09919, section 4.2) is head_cross_entropy on another rollout.
 
     Args:
         head_inputs: float [K, A, E], or [K, A, E + r] with a correction.
@@ -157,8 +156,7 @@ def head_distillation(
         step_weights: float [K].
         chunk_rows: C; None chooses.
         metrics: count top-1 and top-5 too.
-        emphasis: adds its weight times the sum of target_probs * log(target_probs / draft_probs) over the target's top tokens, which may be
-            negative.
+        emphasis: adds its weight times the divergence's terms of the target's top tokens, whose sum may be negative.
         entropy: subtract the target's entropy, which changes no gradient. Without it the loss is the soft cross-entropy.
         row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
         correction: float [Vd, r]; see head_cross_entropy.
