@@ -45,7 +45,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
-    """The layer as the fields of a one-layer Llama's ``config.json``. Token ids are the target's, as far as it is at hand."""
+    """The layer as the fields of a one-layer Llama's ``config.json``. Token ids are the target's, as far as it is at hand.
+
+    Raises:
+        ValueError: the layer has a sliding window.
+    """
+    if config.sliding_window is not None:
+        raise ValueError(
+            f"this drafter has sliding_window {config.sliding_window}, and no engine reads that from a draft layer: it would attend to the "
+            "whole text; serve it from --layout draftsmith or custom_generate, or train one without a window"
+        )
     rope = dict(config.rope)
     theta = float(rope.pop("rope_theta", 10000.0))
     return {

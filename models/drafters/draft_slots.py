@@ -81,9 +81,12 @@ class DraftSlots:
         cycle: what the decoder knows of the rows.
         num_pending: the most tokens that a row has pending.
         ahead: tokens that the drafter's cache holds beyond the target's; 1 where it is fed the root itself.
+        sliding_window: a token sees only so many of the last ones, itself among them; None for all. No draft may be deeper.
     """
 
-    def __init__(self, cache: SlotCache, cycle: Cycle, num_pending: int, ahead: int = 0) -> None:
+    def __init__(
+        self, cache: SlotCache, cycle: Cycle, num_pending: int, ahead: int = 0, sliding_window: int | None = None
+    ) -> None:
         self.cache = cache
         self.lengths_B = cycle.lengths_B + ahead
         self.longest = max(cycle.host_lengths) + ahead
@@ -91,7 +94,8 @@ class DraftSlots:
         self.num_fresh = min(max(cycle.host_fresh), num_pending)
         self.fixed = cycle.fixed_shapes
         self.single = len(cycle.host_lengths) == 1 and not self.fixed
-        self._num_nodes = 0
+        self._sliding_window = sliding_window
+        self._num_layers = self._num_nodes = 0
         self._is_chain = True
         self._mask_BMS: Tensor | None = None
 
@@ -141,10 +145,10 @@ class DraftSlots:
         Returns:
             bool [B, 1, E, S], or None where a token sees all slots.
         """
-        if self.single and positions_BE.shape[1] == 1:
+        if self.single and positions_BE.shape[1] == 1 and not self._passes_window():
             return None
         slot_S = counting(self.cache.window, positions_BE.device)
-        return (slot_S <= positions_BE[..., None])[:, None]
+        return self._within_window(slot_S <= positions_BE[..., None], positions_BE)[:, None]
 
     def aim_nodes(self, above_BM: Tensor) -> Tensor | None:
         """Aim the cache at M new nodes below those of the last call.
@@ -160,10 +164,26 @@ class DraftSlots:
         self._is_chain = self._is_chain and M == 1
         slots_BM = self.lengths_B[:, None] + counting(self._num_nodes, above_BM.device)[before:]
         self._aim(slots_BM, self.longest + self._num_nodes, self.longest + before if self.single else None)
-        if self.single and self._is_chain:
+        positions_B1 = self.lengths_B[:, None] + self._num_layers
+        self._num_layers += 1
+        if self.single and self._is_chain and not self._passes_window():
             return None
         self._mask_BMS = self._inherited(above_BM, before).scatter_(2, slots_BM[..., None], True)
-        return self._mask_BMS[:, None]
+        return self._within_window(self._mask_BMS, positions_B1)[:, None]
+
+    def _passes_window(self) -> bool:
+        """Whether the cache's window may hold tokens that the layer does not see."""
+        return self._sliding_window is not None and self.cache.window > self._sliding_window
+
+    def _within_window(self, mask_BNS: Tensor, positions_BN: Tensor) -> Tensor:
+        """Without the slots that are too far behind tokens at these positions, where the layer has a sliding window.
+
+        A slot of the text equals its position. Nodes of the draft have slots behind it, at or after their positions.
+        """
+        if self._sliding_window is None:
+            return mask_BNS
+        slot_S = counting(mask_BNS.shape[-1], mask_BNS.device)
+        return mask_BNS & (slot_S > positions_BN[..., None] - self._sliding_window)
 
     def _inherited(self, above_BM: Tensor, before: int) -> Tensor:
         """bool [B, M, S]: what the nodes above see, of which there are ``before`` in all layers."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
-from draftsmith.models.families.eagle_config import EagleConfig, layer_fields
+from draftsmith.models.families.eagle_config import EagleConfig, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
@@ -46,6 +46,7 @@ class Eagle(TargetHead, EagleBase):
         draft_token_ids: Tensor | None = None,
         num_draft_steps: int = 1,
         tokenizer_fingerprint: str = "",
+        sliding_window: int | None = None,
     ) -> Eagle:
         """Make a fresh drafter for one target, attached to it.
 
@@ -54,6 +55,7 @@ class Eagle(TargetHead, EagleBase):
             draft_token_ids: int64 [Vd], increasing: only these rows of the target's head are scored; None scores all.
             num_draft_steps: steps it will be trained for, stored in its config.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
+            sliding_window: see :class:`EagleConfig`.
 
         Returns:
             The drafter; its first guess of a feature is the feature before it.
@@ -64,6 +66,7 @@ class Eagle(TargetHead, EagleBase):
                 draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
                 num_draft_steps=num_draft_steps,
                 tokenizer_fingerprint=tokenizer_fingerprint,
+                sliding_window=sliding_window,
             )
         )
         if draft_token_ids is not None and drafter.d2t is not None:
@@ -117,6 +120,8 @@ class EagleFamily(DrafterFamily):
             their rows of the target's head; null scores all.
         feature_noise: uniform noise added to the target's states in training, times 512 / length; EAGLE-1 uses 0.1.
         detach_steps: no gradient flows from a draft step into those before it (HASS); matters with several steps.
+        sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all. No engine's layout
+            carries it.
 
     Raises:
         ValueError: ``feature_noise`` is below 0.
@@ -125,21 +130,32 @@ class EagleFamily(DrafterFamily):
     kind = Eagle
 
     def __init__(
-        self, draft_vocab_size: int | None = None, feature_noise: float = 0.0, detach_steps: bool = True
+        self,
+        draft_vocab_size: int | None = None,
+        feature_noise: float = 0.0,
+        detach_steps: bool = True,
+        sliding_window: int | None = None,
     ) -> None:
         if feature_noise < 0.0:
             raise ValueError(f"feature_noise is {feature_noise}; it must be at least 0")
+        self.sliding_window = sliding_window
         self.draft_vocab_size, self.feature_noise, self.detach_steps = draft_vocab_size, feature_noise, detach_steps
 
     def build(
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
     ) -> Eagle:
-        """See DrafterFamily.build."""
+        """See DrafterFamily.build.
+
+        Raises:
+            ValueError: the sliding window is shorter than the steps.
+        """
+        check_window(self.sliding_window, num_steps)
         drafter = Eagle.for_target(
             ends,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            sliding_window=self.sliding_window,
         )
         self.configure(drafter)
         return drafter

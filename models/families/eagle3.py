@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
-from draftsmith.models.families.eagle_config import EagleConfig, layer_fields
+from draftsmith.models.families.eagle_config import EagleConfig, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
 from draftsmith.models.files.field_rules import FLAG, NAMES, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
@@ -99,6 +99,7 @@ class Eagle3(EagleBase):
         draft_token_ids: Tensor | None = None,
         num_draft_steps: int = 7,
         tokenizer_fingerprint: str = "",
+        sliding_window: int | None = None,
     ) -> Eagle3:
         """Make a fresh drafter for one target, attached to it, its head started from the target's.
 
@@ -108,6 +109,7 @@ class Eagle3(EagleBase):
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
             num_draft_steps: steps it will be trained for, stored in its config.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
+            sliding_window: see :class:`EagleConfig`.
 
         Returns:
             The drafter.
@@ -122,6 +124,7 @@ class Eagle3(EagleBase):
                 draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
                 num_draft_steps=num_draft_steps,
                 tokenizer_fingerprint=tokenizer_fingerprint,
+                sliding_window=sliding_window,
             )
         )
         if draft_token_ids is not None and drafter.d2t is not None:
@@ -212,13 +215,20 @@ class Eagle3Family(DrafterFamily):
         draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps
             all.
         detach_steps: no gradient flows from a draft step into those before it.
+        sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all. No engine's layout
+            carries it.
     """
 
     kind = Eagle3
 
     def __init__(
-        self, layers: list[str] | None = None, draft_vocab_size: int | None = None, detach_steps: bool = False
+        self,
+        layers: list[str] | None = None,
+        draft_vocab_size: int | None = None,
+        detach_steps: bool = False,
+        sliding_window: int | None = None,
     ) -> None:
+        self.sliding_window = sliding_window
         self.layers, self.draft_vocab_size, self.detach_steps = layers, draft_vocab_size, detach_steps
 
     def build(
@@ -227,14 +237,16 @@ class Eagle3Family(DrafterFamily):
         """See DrafterFamily.build.
 
         Raises:
-            ValueError: the target has fewer than three layers.
+            ValueError: the target has fewer than three layers, or the sliding window is shorter than the steps.
         """
+        check_window(self.sliding_window, num_steps)
         drafter = Eagle3.for_target(
             ends,
             layers=self.layers,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            sliding_window=self.sliding_window,
         )
         self.configure(drafter)
         return drafter

@@ -24,7 +24,7 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.families.eagle_config import EagleConfig
+from draftsmith.models.families.eagle_config import EagleConfig, check_window
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
 from draftsmith.models.slots.attention import attend
 from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
@@ -61,7 +61,16 @@ class EagleBase(Drafter):
     def key_values(self) -> tuple[KeyValues, ...]:
         """See :meth:`Drafter.key_values`: one layer's."""
         numbers = 2 * self.config.num_key_value_heads * self.config.head_dim
-        return (KeyValues(numbers * self.dtype.itemsize),)
+        return (KeyValues(numbers * self.dtype.itemsize, self.config.sliding_window),)
+
+    @property
+    def max_draft_steps(self) -> int | None:
+        """See :attr:`Drafter.max_draft_steps`: within the sliding window, a node sees all nodes above it."""
+        return self.config.sliding_window
+
+    def check_depth(self, limits: DraftLimits) -> None:
+        """See :meth:`Drafter.check_depth`; a draft lies within the sliding window."""
+        check_window(self.config.sliding_window, limits.draft_length, "draft_length")
 
     @property
     @abstractmethod
@@ -150,7 +159,9 @@ class EagleBase(Drafter):
         inputs_TI = layer.inputs(embedded_TD, state_TD)
         rotation = self.rotation(batch.positions, embedded_TD)
         text = layer.keys_values(inputs_TI, rotation)
-        attention = RolloutAttention(batch.document_ids, batch.positions, anchors_A, *text)
+        attention = RolloutAttention(
+            batch.document_ids, batch.positions, anchors_A, *text, sliding_window=self.config.sliding_window
+        )
         state_AD, inputs_AI = state_TD[anchors_A], inputs_TI[anchors_A]
         rotation = (rotation[0][anchors_A], rotation[1][anchors_A])
         further: list[Pair] = []
@@ -235,7 +246,9 @@ class FeatureDraft:
         self.target_ids = drafter.to_target_ids
         self._drafter, self._layer = drafter, drafter.layer
         self._pending = state.pending
-        self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
+        self._slots = DraftSlots(
+            state.cache, cycle, state.pending.tokens_BE.shape[1], sliding_window=drafter.config.sliding_window
+        )
         self._last_B1 = state.pending.counts_B[:, None] - 1
         self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
         self._depth = 0

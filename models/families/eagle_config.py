@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig
 
 from draftsmith.models.drafters.drafter_config import DrafterConfig
-from draftsmith.models.files.field_rules import COUNT, FLAG, NOT_NEGATIVE, Rule, is_number, is_whole
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, NOT_NEGATIVE, Rule, is_number, is_whole
 from draftsmith.models.target.target import TargetEnds
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -101,14 +101,33 @@ class EagleConfig(LayerConfig):
 
     Attributes:
         bias: whether EAGLE-1's ``fc`` has one, as the public heads of its authors do. Ours begin without: vLLM drops it in silence.
+        sliding_window: the layer sees only so many of the last tokens, itself among them; None for all. No draft is deeper.
     """
 
     model_type = "draftsmith_eagle"
-    rules: ClassVar[Mapping[str, Rule]] = {**LayerConfig.rules, "bias": FLAG}
+    rules: ClassVar[Mapping[str, Rule]] = {**LayerConfig.rules, "bias": FLAG, "sliding_window": COUNT_OR_NULL}
 
-    def __init__(self, bias: bool = False, **kwargs: Any) -> None:
+    def __init__(self, bias: bool = False, sliding_window: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bias = bias
+        self.bias, self.sliding_window = bias, sliding_window
+
+
+def check_window(sliding_window: int | None, num_steps: int, name: str = "num_steps") -> None:
+    """Check that a sliding window holds a whole draft.
+
+    Args:
+        sliding_window: in tokens; None for no window.
+        num_steps: of a draft.
+        name: of that setting.
+
+    Raises:
+        ValueError: it is shorter.
+    """
+    if sliding_window is not None and sliding_window < num_steps:
+        raise ValueError(
+            f"sliding_window is {sliding_window} and {name} {num_steps}; a draft lies within the window, so draft at most "
+            f"{sliding_window} tokens, or train with a window of at least {num_steps}"
+        )
 
 
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class RolloutAttention:
         values: [T, G, Dh].
         flexible: compute with ``flex_attention``, which never holds a score matrix; None does so on CUDA devices.
         block_scores: scores in memory at a time without it.
+        sliding_window: a query sees only so many of the last positions, its own among them; None for all. Steps are fewer.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class RolloutAttention:
         values: Tensor,
         flexible: bool | None = None,
         block_scores: int = 2**23,
+        sliding_window: int | None = None,
     ) -> None:
         self.document_ids, self.positions, self.anchors = document_ids, positions, anchors
         self.keys, self.values = keys, values
         self.flexible = keys.device.type == "cuda" if flexible is None else flexible
         self.block_scores = block_scores
+        self.sliding_window = sliding_window
 
     def __call__(self, queries: Tensor, further: list[Pair]) -> Tensor:
         """Attend from every anchor.
@@ -94,7 +97,7 @@ class RolloutAttention:
         num_heads = queries.shape[1]
         num_scores = num_heads * sum(length * count for length, count in zip(lengths, counts, strict=True))
         attend = _attend if num_scores <= self.block_scores else _attend_again_in_backward
-        starts = self.anchors - self.positions[self.anchors]
+        starts = self._first_seen(len(further))
         of_anchors = (queries, starts, self.anchors, *self._own_steps(further), self._own_hidden(queries, further))
         anchors_of = zip(*(part.split(counts) for part in of_anchors), strict=True)
         text_of = zip(self.keys.split(lengths), self.values.split(lengths), strict=True)
@@ -109,6 +112,13 @@ class RolloutAttention:
                     attended.append(attend(queries_C, starts_C - first, last_C - first, *own, *text))
             first += len(keys)
         return torch.cat(attended)
+
+    def _first_seen(self, num_further: int) -> Tensor:
+        """int64 [A]: the first packed position of the text that each anchor's query sees so many steps further."""
+        starts_A = self.anchors - self.positions[self.anchors]
+        if self.sliding_window is None:
+            return starts_A
+        return torch.maximum(starts_A, self.anchors + num_further - self.sliding_window + 1)
 
     def _own_steps(self, further: list[Pair]) -> Pair:
         """Keys and values [A, J, G, Dh] of the anchors' further steps."""
@@ -151,6 +161,15 @@ class RolloutAttention:
 
         return sees
 
+    def _sees_within(self, first_A: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The mask function without the text before each query's first packed position."""
+        sees, num_tokens = self.sees(), len(self.keys)
+
+        def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return sees(batch, head, query, key) & ((key >= num_tokens) | (key >= first_A[query]))
+
+        return within
+
     def block_mask(self, num_further: int) -> BlockMask:
         """Which blocks of keys each block of queries sees, in part or in full, worked out from where documents and anchors lie.
 
@@ -166,7 +185,7 @@ class RolloutAttention:
 
         num_tokens, num_anchors = len(self.keys), len(self.anchors)
         num_keys = num_tokens + num_further * num_anchors
-        starts_A = self.anchors - self.positions[self.anchors]
+        starts_A = self._first_seen(num_further)
         first_Q, last_Q = _extremes(self.anchors)
         first_start_Q, last_start_Q = _extremes(starts_A)
         begin_B = torch.arange(0, num_keys, _BLOCK, device=self.anchors.device)
@@ -183,7 +202,7 @@ class RolloutAttention:
             *_listed(seen_QB & ~full_QB),
             *_listed(full_QB),
             BLOCK_SIZE=_BLOCK,
-            mask_mod=self.sees(),
+            mask_mod=self.sees() if self.sliding_window is None else self._sees_within(starts_A),
             seq_lengths=(num_anchors, num_keys),
         )
 

@@ -6,12 +6,14 @@ text becomes token ids (`token_corpus.py`), the forwards themselves (`target_sta
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
+from draftsmith.data.chats.trained import TrainedOn
 from draftsmith.models.files.device_and_dtype import resolved_dtype
 from draftsmith.models.target.prompt_template import TemplateOptions
 from draftsmith.models.target.sharding import ShardedOver, TargetSharding, load_sharded, sharded_over
@@ -51,6 +53,10 @@ class OnlineDataModule(CacheDataModule):
             target is sharded. true is an error with a sharded target.
         template_name: which of a tokenizer's several chat templates to use; null: the one called default.
         template_args: variables of the chat template, such as {enable_thinking: false}.
+        train_replies: train on the words of replies.
+        train_tool_calls: train on tool calls.
+        train_thoughts: train on thoughts.
+        last_turn_only: train on the last assistant turn of each conversation alone; for validation too.
 
     Raises:
         ValueError: settings that do not work together, a source that `data extract` cannot read, or the folder of another text.
@@ -79,6 +85,10 @@ class OnlineDataModule(CacheDataModule):
         look_ahead: bool | None = None,
         template_name: str | None = None,
         template_args: dict[str, Any] | None = None,
+        train_replies: bool = True,
+        train_tool_calls: bool = True,
+        train_thoughts: bool = True,
+        last_turn_only: bool = False,
     ) -> None:
         second = val_source is not None or val_split is not None
         super().__init__(
@@ -93,10 +103,16 @@ class OnlineDataModule(CacheDataModule):
         # The folder is one for all nodes, as a cache is.
         self.prepare_data_per_node = False
         rendering = TemplateOptions(template_name, template_args)
-        self.texts = {Path(tokens) / "train": TextSource(Path(source), split, template, max_length, rendering)}
+        trained_on = TrainedOn(
+            train_replies=train_replies,
+            train_tool_calls=train_tool_calls,
+            train_thoughts=train_thoughts,
+            last_turn_only=last_turn_only,
+        )
+        text = TextSource(Path(source), split, template, max_length, rendering, trained_on)
+        self.texts = {Path(tokens) / "train": text}
         if second:
-            own = TextSource(Path(val_source or source), val_split, template, max_length, rendering)
-            self.texts[Path(tokens) / "val"] = own
+            self.texts[Path(tokens) / "val"] = replace(text, source=Path(val_source or source), split=val_split)
         if forward_tokens < 1:
             raise ValueError(f"forward_tokens is {forward_tokens}; a forward needs at least 1 token")
         if val_split is not None and val_source is None and split in (None, val_split):

@@ -21,6 +21,7 @@ import torch
 
 from draftsmith import provenance
 from draftsmith.data.cache.extract import sample_length
+from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus, why_unlabelled
 from draftsmith.data.shards.lengths import write_lengths
 from draftsmith.data.shards.manifest import MANIFEST_FILE, CacheIdentity, Manifest
@@ -50,6 +51,7 @@ class TextSource:
         template: Jinja file for conversations, or `none` for plain text; None: the tokenizer's own.
         max_length: samples are cut to this many tokens; None: the target's context.
         rendering: the chat template's name and variables.
+        trained_on: what of the assistant's turns is trained on.
     """
 
     source: Path
@@ -57,6 +59,7 @@ class TextSource:
     template: str | None = None
     max_length: int | None = None
     rendering: TemplateOptions = NO_OPTIONS
+    trained_on: TrainedOn = EVERYTHING
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         text.split,
         length,
         int(config.vocab_size),
+        text.trained_on,
     )
     own_tokenizer = tokenizer_fingerprint(tokenizer)
     corpus.check_tokenizer(own_tokenizer)
@@ -161,6 +165,7 @@ def _corpus_and_identity(text: TextSource, target: TargetFiles) -> tuple[Corpus,
         tokenizer_fingerprint=own_tokenizer,
         template_fingerprint=rendering_fingerprint(tokenizer, text.template, text.rendering),
         template_args=text.rendering.as_text,
+        trained_on=text.trained_on.as_text,
         layers=(),
         hidden_size=int(config.hidden_size),
         dtype="float32",

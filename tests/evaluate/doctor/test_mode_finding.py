@@ -1,10 +1,14 @@
 """A drafter that was trained in one mode and is measured in another is found, with what to do."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from doctor_runs import Found, Run, skip_all_but
 from tool_chats import tool_tokenizer
 
 from draftsmith.data.survey import IDS_AS_GENERATED
@@ -69,3 +73,19 @@ def test_without_prompts_or_modes_nothing_is_checked() -> None:
         check_mode(case({"thinking": 100}))
     with pytest.raises(NotChecked, match="extract it again"):
         check_mode(case({}, ("thinking",)))
+
+
+def test_a_whole_run_finds_prompts_in_another_mode(run: Run, look: Callable[..., Found], tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    rows = [
+        {"id": "plain", "prompt_ids": [9, 8, 7]},
+        *({"id": f"t{n}", "prompt_ids": [9, n], "tools": tools} for n in (8, 7)),
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finding = look(run.train / "drafter", prompts=prompts, samples=4, skip=skip_all_but("mode"))["mode"]
+    assert finding["verdict"] == "fault"
+    assert "tools 67%; trained on: not thinking 100%" in finding["measured"]
+    assert "prompts with `tools`" in finding["remedy"]
+    fine = look(run.train / "drafter", prompts=run.held_out, samples=4, skip=skip_all_but("mode"))["mode"]
+    assert fine["verdict"] == "ok"

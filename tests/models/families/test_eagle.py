@@ -73,8 +73,9 @@ def test_packed_samples_give_what_single_ones_give(target: Target, family: type[
     torch.testing.assert_close(together[rollout.valid.T], apart[rollout.valid.T], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 4])
 @pytest.mark.parametrize("further_steps", [0, 1, 3])
-def test_attention_without_score_matrices_equals_the_dense_one(further_steps: int) -> None:
+def test_attention_without_score_matrices_equals_the_dense_one(further_steps: int, sliding_window: int | None) -> None:
     generator = torch.Generator().manual_seed(further_steps)
 
     def rows(*shape: int) -> torch.Tensor:
@@ -85,11 +86,17 @@ def test_attention_without_score_matrices_equals_the_dense_one(further_steps: in
     anchors = torch.tensor([2, 3, 5, 8, 9, 12, 13, 18])
     keys, values, queries = rows(20, 2, 8), rows(20, 2, 8), rows(8, 4, 8)
     further = [(rows(8, 2, 8), rows(8, 2, 8)) for _ in range(further_steps)]
-    dense = RolloutAttention(document_ids, positions, anchors, keys, values, flexible=False)(queries, further)
-    flexible = RolloutAttention(document_ids, positions, anchors, keys, values, flexible=True)(queries, further)
+    dense, flexible = (
+        RolloutAttention(
+            document_ids, positions, anchors, keys, values, flexible=flexible, sliding_window=sliding_window
+        )(queries, further)
+        for flexible in (False, True)
+    )
     torch.testing.assert_close(flexible, dense, rtol=1e-4, atol=1e-5)
     for number, anchor in enumerate(anchors.tolist()):
         seen = (document_ids == document_ids[anchor]) & (torch.arange(20) <= anchor)
+        if sliding_window is not None:
+            seen &= torch.arange(20) > anchor + further_steps - sliding_window
         own_keys = torch.cat([keys[seen], *(key[number : number + 1] for key, _ in further)])
         own_values = torch.cat([values[seen], *(value[number : number + 1] for _, value in further)])
         by_hand = torch.nn.functional.scaled_dot_product_attention(

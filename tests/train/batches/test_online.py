@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import AutoModel
 
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.chats.trained import TrainedOn
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.target.sharding import ShardedOver
 from draftsmith.models.target.target import PRE_NORM, Target
@@ -238,6 +240,24 @@ def test_any_source_of_extract_becomes_the_same_samples(tmp_path: Path) -> None:
             expected.loss_mask.tolist(),
         )
         assert not own.hidden
+
+
+def test_what_is_trained_on_is_chosen_as_in_extraction(tmp_path: Path) -> None:
+    target_dir, text = save_target(tmp_path / "target"), tmp_path / "text.jsonl"
+    question, answer = ({"role": role, "content": TEXTS[2]} for role in ("user", "assistant"))
+    text.write_text(json.dumps({"id": "talk", "messages": [question, answer, question, answer]}) + "\n")
+    last = TrainedOn(last_turn_only=True)
+    extract(str(target_dir), text, tmp_path / "cache", storage=StorageOptions(max_length=200), trained_on=last)
+    data = OnlineDataModule(text, tmp_path / "tokens", max_length=200, last_turn_only=True)
+    [asked] = data.texts.values()
+    write_tokens(tmp_path / "tokens", asked, TargetFiles(str(target_dir)))
+    [own], [expected] = HiddenStateCache(tmp_path / "tokens"), HiddenStateCache(tmp_path / "cache")
+    assert own.loss_mask.tolist() == expected.loss_mask.tolist()
+    assert 0 < own.loss_mask.sum() < len(own.loss_mask) // 2
+    with pytest.raises(ValueError, match="trained_on"):
+        write_tokens(tmp_path / "tokens", replace(asked, trained_on=TrainedOn()), TargetFiles(str(target_dir)))
+    with pytest.raises(ValueError, match="nothing is trained on"):
+        OnlineDataModule(text, tmp_path / "none", train_replies=False, train_tool_calls=False, train_thoughts=False)
 
 
 def test_text_without_anything_to_train_on_is_refused(target_dir: Path, tmp_path: Path) -> None:

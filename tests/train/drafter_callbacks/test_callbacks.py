@@ -2,12 +2,14 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from recurrent_models import recurrent_model
 from training import MakeCache, make_module, make_trainer, tiny_config
 
 from draftsmith.cli import main
@@ -18,6 +20,7 @@ from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.train.batches.data_module import CacheDataModule
+from draftsmith.train.drafter_callbacks import tree_decode_validation
 from draftsmith.train.drafter_callbacks.acceptance_metrics import TOKENS_PER_STEP, acceptance_sums
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
@@ -134,3 +137,34 @@ def test_without_a_metric_the_last_weights_are_kept(target_dir: Path, make_cache
     data = CacheDataModule(make_cache([9] * 6), val_fraction=0.0)
     make_trainer(tmp_path, callbacks=[KeepBestDrafter(tmp_path / "kept")]).fit(module, data)
     assert torch.equal(ReDrafter.from_pretrained(tmp_path / "kept").head_weight, module.evaluated.head_weight)
+
+
+def test_validation_drafts_chains_with_a_target_that_keeps_a_recurrent_state(target_dir: Path) -> None:
+    module, recurrent = make_module(target_dir), Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
+    beams = TreeDecodeValidation(beam_width=4, draft_length=2, node_budget=6)
+    assert not beams.limits_for(module).is_chain
+    beams.target = recurrent
+    assert beams.limits_for(module) == DraftLimits(draft_length=2)
+
+
+@pytest.mark.parametrize(("settings", "says"), [({"beam_width": 4}, True), ({}, False)])
+def test_validation_says_where_it_drafts_chains_instead(
+    target_dir: Path, settings: dict[str, Any], says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation, module = TreeDecodeValidation(**settings), make_module(target_dir)
+    validation.target = Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
+    said: list[str] = []
+    monkeypatch.setattr(tree_decode_validation, "rank_zero_info", said.append)
+    monkeypatch.setattr(tree_decode_validation, "module_and_data", lambda trainer, module: (module, None))
+    validation.on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
+    assert said == ["tiny-Lfm2 keeps a recurrent state: validation drafts chains of 3, not trees"] * says
+
+
+def test_a_tree_that_is_named_is_an_error_with_a_recurrent_state(
+    target_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation, module = TreeDecodeValidation(shape="2x3"), make_module(target_dir)
+    validation.target = Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
+    monkeypatch.setattr(tree_decode_validation, "module_and_data", lambda trainer, module: (module, None))
+    with pytest.raises(ValueError, match="the shape 2x3 is a tree, but tiny-Lfm2 keeps a recurrent state"):
+        validation.on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
