@@ -139,8 +139,13 @@ def test_without_a_metric_the_last_weights_are_kept(target_dir: Path, make_cache
     assert torch.equal(ReDrafter.from_pretrained(tmp_path / "kept").head_weight, module.evaluated.head_weight)
 
 
-def test_validation_drafts_chains_with_a_target_that_keeps_a_recurrent_state(target_dir: Path) -> None:
-    module, recurrent = make_module(target_dir), Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
+def module_of(target: Target) -> Any:
+    """What the callback reads of a module that drafts three tokens."""
+    return SimpleNamespace(objective=SimpleNamespace(num_steps=3), evaluated=ReDrafter.for_target(target.ends))
+
+
+def test_validation_drafts_chains_with_a_target_that_keeps_a_recurrent_state(target: Target) -> None:
+    module, recurrent = module_of(target), Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
     beams = TreeDecodeValidation(beam_width=4, draft_length=2, node_budget=6)
     assert not beams.limits_for(module).is_chain
     beams.target = recurrent
@@ -149,9 +154,9 @@ def test_validation_drafts_chains_with_a_target_that_keeps_a_recurrent_state(tar
 
 @pytest.mark.parametrize(("settings", "says"), [({"beam_width": 4}, True), ({}, False)])
 def test_validation_says_where_it_drafts_chains_instead(
-    target_dir: Path, settings: dict[str, Any], says: bool, monkeypatch: pytest.MonkeyPatch
+    target: Target, settings: dict[str, Any], says: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validation, module = TreeDecodeValidation(**settings), make_module(target_dir)
+    validation, module = TreeDecodeValidation(**settings), module_of(target)
     validation.target = Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
     said: list[str] = []
     monkeypatch.setattr(tree_decode_validation, "rank_zero_info", said.append)
@@ -161,9 +166,9 @@ def test_validation_says_where_it_drafts_chains_instead(
 
 
 def test_a_tree_that_is_named_is_an_error_with_a_recurrent_state(
-    target_dir: Path, monkeypatch: pytest.MonkeyPatch
+    target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validation, module = TreeDecodeValidation(shape="2x3"), make_module(target_dir)
+    validation, module = TreeDecodeValidation(shape="2x3"), module_of(target)
     validation.target = Target.from_model(recurrent_model("Lfm2"), "tiny-Lfm2")
     monkeypatch.setattr(tree_decode_validation, "module_and_data", lambda trainer, module: (module, None))
     with pytest.raises(ValueError, match="the shape 2x3 is a tree, but tiny-Lfm2 keeps a recurrent state"):
