@@ -6,7 +6,7 @@ Makes a tiny target and drafters of random weights, exports them in every layout
 (2.6 GB; the CUDA wheel runs its loaders on a CPU), lets vLLM resolve each folder's config, build its drafter class and load the weights,
 and compares every tensor. The environment is made once and kept; a second run takes about three minutes.
 
-What this does not show: decoding in vLLM. The attention kernels of the wheel need a GPU.
+What this does not show: decoding in vLLM. The attention kernels of the wheel need a GPU; `vllm_decoding.py` decodes with a build for CPUs.
 """
 
 from __future__ import annotations
