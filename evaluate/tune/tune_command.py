@@ -195,8 +195,7 @@ def tune(
     model = where.load_to_decode(target)
     samples = readable_by(model, samples)
     [candidate] = load_candidates([entry], model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
-    grid = grid.no_deeper_than(candidate.drafter.max_draft_steps)
-    grid = _grid_of(model, grid, is_asked=widths is not None)
+    grid = _grid_of(model, grid.no_deeper_than(candidate.drafter.max_draft_steps), is_asked=widths is not None)
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     inputs = _prompts_file(prompts) | {target: model.fingerprint, str(entry.path): candidate.fingerprint}
     config = _fields(settings, grid, timing, load, vocabulary, selection, where, rendering)

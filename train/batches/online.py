@@ -100,8 +100,7 @@ class OnlineDataModule(CacheDataModule):
             shuffle=shuffle,
             seed=seed,
         )
-        # The folder is one for all nodes, as a cache is.
-        self.prepare_data_per_node = False
+        self.prepare_data_per_node = False  # the folder is one for all nodes, as a cache is
         rendering = TemplateOptions(template_name, template_args)
         trained_on = TrainedOn(
             train_replies=train_replies,
@@ -115,11 +114,7 @@ class OnlineDataModule(CacheDataModule):
             self.texts[Path(tokens) / "val"] = replace(text, source=Path(val_source or source), split=val_split)
         if forward_tokens < 1:
             raise ValueError(f"forward_tokens is {forward_tokens}; a forward needs at least 1 token")
-        if val_split is not None and val_source is None and split in (None, val_split):
-            raise ValueError(
-                f"val_split is {val_split!r} and split {split!r} of the same source, so training would use the validation samples; "
-                "set split to the other samples, or val_source to another text"
-            )
+        _check_splits(val_source, split, val_split)
         _check_sharding(target_sharding, look_ahead, bool(target_device_map or target_quantization))
         self.target_dtype, self.target_sharding, self.target_group = target_dtype, target_sharding, target_group
         self.target_device_map, self.target_quantization = target_device_map, target_quantization
@@ -253,6 +248,15 @@ class OnlineDataModule(CacheDataModule):
     def _device(self) -> torch.device:
         assert self.trainer is not None
         return self.trainer.strategy.root_device
+
+
+def _check_splits(val_source: Path | None, split: str | None, val_split: str | None) -> None:
+    """Refuse to train on the validation samples of one source."""
+    if val_source is None and val_split is not None and split in (None, val_split):
+        raise ValueError(
+            f"val_split is {val_split!r} and split {split!r} of the same source, so training would use the validation samples; "
+            "set split to the other samples, or val_source to another text"
+        )
 
 
 def _check_sharding(target_sharding: str, look_ahead: bool | None, is_placed: bool) -> None:
