@@ -108,12 +108,13 @@ class DecodeCycle:
             what was emitted.
         """
         with phase(ledger, "draft"):
-            tree = within_factors(self.target, self._draft(batch, settings), batch.lengths_B)
+            keys_BU = batch.rows.cycle_keys(0, self.verifier.num_draft_keys + self.verifier.num_walk_keys)
+            tree = within_factors(self.target, self._draft(batch, settings, keys_BU), batch.lengths_B)
         with phase(ledger, "verify"):
             ancestors_BNN = tree.ancestors()
             reading = self.reading(batch, tree, ancestors_BNN, self._read(batch, tree, ancestors_BNN), settings)
         with phase(ledger, "accept"):
-            steps = self._walk(batch, reading)
+            steps = self._walk(reading, keys_BU)
             self._advance(batch, tree, steps, reading.output)
             return self.report(steps, reading)
 
@@ -155,7 +156,7 @@ class DecodeCycle:
         num_slots = steps.emitted_BE.shape[1]
         return CycleReport(torch.cat(columns, dim=1), num_slots, reading.tree.max_depth, reading.tree.num_nodes)
 
-    def _draft(self, batch: Batch, settings: GenerationSettings) -> DraftTree:
+    def _draft(self, batch: Batch, settings: GenerationSettings, keys_BU: Tensor | None) -> DraftTree:
         if self.drafter is None or batch.draft is None:
             return root_tree(batch.root_B)
         num_rows, most_fresh = len(batch.host_lengths), self.limits.draft_length + 1
@@ -164,7 +165,7 @@ class DecodeCycle:
             [batch.room] * num_rows if self.fixed_shapes else batch.host_lengths,
             [most_fresh] * num_rows if self.fixed_shapes else batch.host_fresh,
             None if batch.rows.stop is None else batch.rows.stop.threshold_B,
-            self._draws(batch, settings),
+            self._draws(settings, keys_BU),
             settings.temperature,
             self.verifier.reads_draft_probs,
             self.fixed_shapes,
@@ -174,15 +175,14 @@ class DecodeCycle:
             return root_tree(batch.root_B)
         return self.drafter.propose(batch.draft, cycle, self.shape)
 
-    def _draws(self, batch: Batch, settings: GenerationSettings) -> Draws | None:
+    def _draws(self, settings: GenerationSettings, keys_BU: Tensor | None) -> Draws | None:
         """What the drafter draws with: the first keys of the cycle, and the request's processors but for the penalty.
 
         Any distribution is exact to draw from; one like the target's is accepted most.
         """
-        keys_BU = batch.rows.cycle_keys(0, self.verifier.num_draft_keys)
         if keys_BU is None:
             return None
-        return Draws(keys_BU, lambda logits: process(logits, settings).softmax(-1))
+        return Draws(keys_BU[:, : self.verifier.num_draft_keys], lambda logits: process(logits, settings).softmax(-1))
 
     def _read(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> TargetOutput:
         """One target forward over the packed tree, written behind each row's cached tokens."""
@@ -198,11 +198,9 @@ class DecodeCycle:
             self.fixed_shapes,
         )
 
-    def _walk(self, batch: Batch, reading: Reading) -> Walk:
+    def _walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
         """Verify with keys of the cycle that the drafter has not seen."""
-        return self.verifier.walk(
-            reading, batch.rows.cycle_keys(self.verifier.num_draft_keys, self.verifier.num_walk_keys)
-        )
+        return self.verifier.walk(reading, None if keys_BU is None else keys_BU[:, self.verifier.num_draft_keys :])
 
     def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
         """Keep the accepted path in the cache and move every row on; idle rows keep their lengths."""

@@ -19,7 +19,7 @@ from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.early_stop import StopState
-from draftsmith.models.tree.noise import keys_at
+from draftsmith.models.tree.noise import keys_at, keys_below
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -65,8 +65,7 @@ class Rows:
         """int64 [B, U]: the noise keys ``start`` to ``start + count - 1`` of the cycle at this output position; None without any."""
         if self.cycle_keys_B is None or count == 0:
             return None
-        cycle_B1 = keys_at(self.cycle_keys_B, self.num_emitted_B)[:, None]
-        return keys_at(cycle_B1, torch.arange(start, start + count, device=cycle_B1.device))
+        return keys_below(keys_at(self.cycle_keys_B, self.num_emitted_B), start, count)
 
     def process(
         self, logits_BNV: Tensor, tree: DraftTree, ancestors_BNN: Tensor, settings: GenerationSettings

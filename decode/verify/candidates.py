@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.decode.verify.block_walk import block_walk
 from draftsmith.decode.verify.lossless import LosslessVerifier
 from draftsmith.decode.verify.verifier import Reading, Walk
+from draftsmith.models.tree.constants import counting, made_once, number
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.sampled_search import layer_start
@@ -25,8 +27,10 @@ from draftsmith.models.tree.tree import DraftTree
 
 # Points of a round that narrows rho down, and rounds: a share of 2^-30 of the interval is left.
 _POINTS, _ROUNDS = 2**10, 3
-# What rounding may add to sums, in the search and behind it.
-_ROUNDING, _MORE_ROUNDING = 1.0 + 1e-12, 1.0 + 1e-10
+# What rounding may add to sums.
+_ROUNDING = 1.0 + 1e-12
+# The least that is divided by, less than any chance: 0 / 0 is then 0.
+_TINY = 1e-300
 
 
 class CandidateVerifier:
@@ -100,11 +104,12 @@ def _without_replacement(target: Tensor, draft: Tensor, candidates: Tensor) -> t
     accept = []
     for candidate in candidates.split(1, dim=-1):
         chance = draft.gather(-1, candidate)
-        accept.append(torch.where(chance > 0.0, (target.gather(-1, candidate) / chance).clamp(max=1.0), 0.0))
+        accept.append(_share(torch.minimum(target.gather(-1, candidate), chance), chance))
         residual = (target - draft).clamp(min=0.0)
+        total = residual.sum(-1, keepdim=True)
         # Nothing is left where the two are equal, but there a candidate is never rejected.
-        going_on = (chance > 0.0) & (residual.sum(-1, keepdim=True) > 0.0)
-        target = torch.where(going_on, _normalised(residual), target)
+        goes_on = (chance > 0.0) & (total > 0.0)
+        target = torch.where(goes_on, _share(residual, total), target)
         draft = _normalised(draft.scatter(-1, candidate, 0.0))
     return torch.cat(accept, -1), target
 
@@ -118,60 +123,65 @@ def _k_seq(target: Tensor, draft: Tensor, candidates: Tensor) -> tuple[Tensor, T
     is what is missing to the target. It is exact for every rho above, too.
     """
     num_candidates = candidates.shape[-1]
-    rho = torch.ones_like(target[..., :1])
-    if num_candidates > 1:
-        rho = _smallest_rho(target, draft, num_candidates)
-    shared = torch.minimum(draft, target / rho)
-    weight = _tries(shared.sum(-1, keepdim=True), num_candidates)
-    chance = draft.gather(-1, candidates)
-    accept = torch.where(chance > 0.0, (shared.gather(-1, candidates) / chance).clamp(max=1.0), 0.0)
-    residual = (target - weight * shared).clamp(min=0.0)
-    return accept, _normalised(torch.where(residual.sum(-1, keepdim=True) > 0.0, residual, target))
+    if num_candidates == 1:
+        shared = torch.minimum(draft, target)
+        missing = target - shared
+    else:
+        shared = torch.minimum(draft, target / _smallest_rho(target, draft, num_candidates))
+        weight = _tries(1.0 - shared.sum(-1, keepdim=True), num_candidates)
+        missing = torch.addcmul(target, weight, shared, value=-1.0)
+    residual = missing.clamp(min=0.0)
+    total = residual.sum(-1, keepdim=True)
+    accept = _share(shared.gather(-1, candidates), draft.gather(-1, candidates))
+    return accept, torch.where(total > 0.0, _share(residual, total), target)
 
 
 def _smallest_rho(target: Tensor, draft: Tensor, num_candidates: int) -> Tensor:
     """The smallest rho in [1, K] for which K-SEQ is exact, up to a share of 2^-30 on the upper side, float64 [..., 1].
 
-    With tokens sorted by target / draft, beta(rho) is P / rho + Q between two neighbouring ratios: P is the target's mass at ratios up to
-    rho, Q the draft's mass above. So one sort finds the interval, and the rest are numbers, not vocabularies.
+    With tokens sorted by target / draft, 1 - beta(rho) is D - P / rho between two neighbouring ratios: P and D are the masses of target and
+    draft at ratios up to rho. So one sort finds the interval, and the rest are numbers, not vocabularies.
     """
-    ratio, order = torch.where(draft > 0.0, target / draft, torch.inf).sort(-1)
-    of_target = target.gather(-1, order).cumsum(-1)
-    of_draft = draft.sum(-1, keepdim=True) - draft.gather(-1, order).cumsum(-1)
-    too_small = _tries(of_target / ratio + of_draft, num_candidates) > ratio * _ROUNDING
-    below = (ratio <= 1.0) | (too_small & (ratio < num_candidates))
-    passed = below.sum(-1, keepdim=True)
-    last = (passed - 1).clamp(min=0)
-    mass = torch.where(passed > 0, of_target.gather(-1, last), 0.0)
-    rest = torch.where(passed > 0, of_draft.gather(-1, last), draft.sum(-1, keepdim=True))
-    low = torch.where(passed > 0, ratio.gather(-1, last), 1.0).clamp(min=1.0)
-    following = ratio.gather(-1, passed.clamp(max=ratio.shape[-1] - 1))
-    high = torch.where(passed < ratio.shape[-1], following, torch.inf).clamp(max=float(num_candidates))
-    step = torch.linspace(0.0, 1.0, _POINTS, dtype=target.dtype, device=target.device)
+    ratio, order = (target / draft.clamp(min=_TINY)).sort(-1)
+    both = torch.stack([target, draft], dim=-2)
+    masses = F.pad(both.gather(-1, order[..., None, :].expand_as(both)).cumsum(-1), (1, 0))
+    upper = masses[..., 1:]
+    # Ratios of 0 give NaN, which holds nowhere either.
+    holds = _tries(upper[..., 1, :] - upper[..., 0, :] / ratio, num_candidates) <= ratio * _ROUNDING
+    passed = (ratio.shape[-1] - holds.sum(-1, keepdim=True)).clamp(max=ratio.shape[-1] - 1)
+    mass, drawn = masses.gather(-1, passed[..., None, :].expand(*masses.shape[:-1], 1)).unbind(-2)
+    ends = counting(2, target.device)
+    bounds = F.pad(ratio, (1, 0), value=1.0).gather(-1, passed + ends).clamp(1.0, float(num_candidates))
     for _ in range(_ROUNDS):
-        points = low + (high - low) * step
-        holds = _tries(mass / points + rest, num_candidates) <= points * _ROUNDING
-        first = holds.logical_not().sum(-1, keepdim=True).clamp(max=_POINTS - 1)
-        low, high = points.gather(-1, (first - 1).clamp(min=0)), points.gather(-1, first)
-    # Rounding of the sums above cannot make a rule inexact: where this rho does not hold by its own sum, K does.
-    shared = torch.minimum(draft, target / high).sum(-1, keepdim=True)
-    holds = _tries(shared, num_candidates) <= high * _MORE_ROUNDING
-    return torch.where(holds, high, float(num_candidates))
+        points = torch.lerp(bounds[..., :1], bounds[..., 1:], _fractions(_POINTS, target.device))
+        holds = _tries(drawn - mass / points, num_candidates) <= points * _ROUNDING
+        before = (_POINTS - 1 - holds.sum(-1, keepdim=True)).clamp(0, _POINTS - 2)
+        bounds = points.gather(-1, before + ends)
+    return bounds[..., 1:]
 
 
-def _tries(chance: Tensor, num_candidates: int) -> Tensor:
-    """(1 - (1 - beta)^K) / beta of chances beta, as the geometric sum that is also right at 0."""
-    missed = 1.0 - chance
-    weight = torch.ones_like(missed)
-    for _ in range(num_candidates - 1):
-        weight = 1.0 + missed * weight
+@made_once
+def _fractions(count: int, device: torch.device) -> Tensor:
+    """float64 [count], from 0 to 1 in equal steps."""
+    return torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=device)
+
+
+def _tries(missed: Tensor, num_candidates: int) -> Tensor:
+    """(1 - (1 - beta)^K) / beta by 1 - beta, for K above 1, as the geometric sum that is also right where beta is 0."""
+    weight = 1.0 + missed
+    for _ in range(num_candidates - 2):
+        weight = torch.addcmul(number(1.0, missed.dtype, missed.device), missed, weight)
     return weight
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Part / whole; 0 where both are."""
+    return part / whole.clamp(min=_TINY)
 
 
 def _normalised(weights: Tensor) -> Tensor:
     """Weights [..., V] over their sum; zeros stay zeros."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0.0, total, 1.0)
+    return _share(weights, weights.sum(-1, keepdim=True))
 
 
 def num_draws(sampled: SampledChildren) -> int:
@@ -195,26 +205,37 @@ def candidate_walk(
         draw: how a token is drawn by weights and a key.
     """
     assert tree.draft_probs_BMV is not None
-    row_B = torch.arange(tree.tokens_BN.shape[0], device=tree.tokens_BN.device)
-    node_B, going_B = torch.zeros_like(row_B), torch.ones_like(row_B, dtype=torch.bool)
-    law_BV = target_probs_BNV[:, 0].double()
+    B, device = len(tree.tokens_BN), tree.tokens_BN.device
+    row_B, node_B = counting(B, device), counting(1, device).expand(B)
+    going_B, residual_BV = torch.ones_like(row_B, dtype=torch.bool), target_probs_BNV[:, 0].double()
+    uniforms_BU = uniforms(keys_BU[:, :-1])
     path = [node_B]
     used = 0
-    for depth, count in enumerate(sampled.children[: tree.max_depth]):
-        place_B = (node_B - layer_start(sampled, depth)).clamp(min=0)  # negative in rows that have ended
-        first_B = layer_start(sampled, depth + 1) + place_B * count
-        child_BK = first_B[:, None] + torch.arange(count, device=first_B.device)
-        draft_BV = tree.draft_probs_BMV[row_B, layer_start(sampled, depth) + place_B]
-        accept_BK, residual_BV = accept_probs(sampled.rule, law_BV, draft_BV, tree.tokens_BN.gather(1, child_BK))
-        taken_BK = uniforms(keys_BU[:, used : used + count]) < accept_BK
+    for count in sampled.children[: tree.max_depth]:
+        # A row that has ended stays at its node, and what is found for it there is dropped.
+        child_BK = _first_children(sampled, device)[node_B][:, None] + counting(count, device)
+        target_BV, draft_BV = target_probs_BNV[row_B, node_B], tree.draft_probs_BMV[row_B, node_B]
+        accept_BK, rest_BV = accept_probs(sampled.rule, target_BV, draft_BV, tree.tokens_BN.gather(1, child_BK))
+        is_taken_B, place_B = (uniforms_BU[:, used : used + count] < accept_BK).max(1)
         used += count
-        law_BV = torch.where(going_B[:, None], residual_BV, law_BV)
-        going_B = going_B & taken_BK.any(1)
-        node_B = torch.where(going_B, first_B + taken_BK.int().argmax(1), node_B)
-        law_BV = torch.where(going_B[:, None], target_probs_BNV[row_B, node_B].double(), law_BV)
-        path.append(torch.where(going_B, node_B, 0))
+        residual_BV = torch.where(going_B[:, None], rest_BV, residual_BV)
+        going_B = going_B & is_taken_B
+        node_B = torch.where(going_B, child_BK.gather(1, place_B[:, None]).squeeze(1), node_B)
+        path.append(node_B * going_B)
+    law_BV = torch.where(going_B[:, None], target_probs_BNV[row_B, node_B].double(), residual_BV)
     path_BE = torch.stack(path, dim=1)
     counts_B = 1 + (path_BE > 0).sum(1)
     last_B1 = draw(law_BV, keys_BU[:, -1:])
     emitted_BE = tree.tokens_BN.gather(1, path_BE).roll(-1, dims=1).scatter_(1, counts_B[:, None] - 1, last_B1)
     return Walk(path_BE, emitted_BE, counts_B)
+
+
+@made_once
+def _first_children(sampled: SampledChildren, device: torch.device) -> Tensor:
+    """int64 [M]: the first child of each node that has children."""
+    first = [
+        layer_start(sampled, depth + 1) + place * count
+        for depth, (count, width) in enumerate(zip(sampled.children, (1, *sampled.widths), strict=False))
+        for place in range(width)
+    ]
+    return torch.tensor(first, dtype=torch.int64, device=device)

@@ -68,17 +68,18 @@ def repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.de
 
 
 @made_once
-def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The number 0.
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One number.
 
     Args:
-        dtype: of the number.
+        value: the number.
+        dtype: of the tensor.
         device: where it lies.
 
     Returns:
         [1], not to be written to.
     """
-    return torch.zeros(1, dtype=dtype, device=device)
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 @made_once

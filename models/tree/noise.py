@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from draftsmith.models.tree.constants import made_once
+
 Stream = Literal["choices", "cycles"]
 # (weights [..., V], keys [..., K]) -> token ids [..., K]
 Draw = Callable[[Tensor, Tensor], Tensor]
@@ -81,6 +83,26 @@ def keys_at(keys: Tensor, places: Tensor) -> Tensor:
     return _mixed(keys + (places + 1) * _INCREMENT)
 
 
+def keys_below(keys: Tensor, start: int, count: int) -> Tensor:
+    """Make the keys of consecutive places below keys; see :func:`keys_at`.
+
+    Args:
+        keys: int64 [...].
+        start: the first place.
+        count: how many.
+
+    Returns:
+        int64 [..., count].
+    """
+    return _mixed(keys[..., None] + _increments(start + count, keys.device)[start:])
+
+
+@made_once
+def _increments(count: int, device: torch.device) -> Tensor:
+    """int64 [count]: what the places from 0 on add to a key."""
+    return (torch.arange(count, device=device) + 1) * _INCREMENT
+
+
 def uniforms(keys: Tensor) -> Tensor:
     """Turn keys into uniform numbers.
 
@@ -109,7 +131,8 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
     """
     at_once = max(1, _PART // max(1, weights.numel()))
     parts = [exponentials(part, weights.shape[-1]) for part in keys.split(at_once, dim=-1)]
-    return torch.cat([first_to_ring(weights[..., None, :], times) for times in parts], dim=-1)
+    drawn = [first_to_ring(weights[..., None, :], times) for times in parts]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=-1)
 
 
 def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
@@ -152,8 +175,7 @@ def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
     Returns:
         float64 [..., V], finite and above 0.
     """
-    tokens_V = torch.arange(vocab_size, device=keys.device)
-    return uniforms(keys_at(keys[..., None], tokens_V)).neg_().log1p_().neg_()
+    return uniforms(keys_below(keys, 0, vocab_size)).neg_().log1p_().neg_()
 
 
 def first_to_ring(weights: Tensor, times: Tensor) -> Tensor:

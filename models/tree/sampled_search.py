@@ -9,15 +9,14 @@ V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from draftsmith.models.tree.constants import lower_triangle, repeated
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw
 from draftsmith.models.tree.search import Draws, Expander, acceptance_bound
-from draftsmith.models.tree.tree import DraftTree, cuts_padding, tree_from_layers
+from draftsmith.models.tree.tree import DraftTree, cuts_padding
 
 
 def sampled_tree(
@@ -48,9 +47,11 @@ def sampled_tree(
         The tree, with ``draft_probs_BMV`` and without scores.
     """
     assert limits.sampled is not None
-    tokens, parents, scores, probs = [], [], [], []
+    tokens, alive, probs = [expander.root_B[:, None]], [], []
     logits_BMV = expander.begin()
-    alive_BM = torch.ones(logits_BMV.shape[:2], dtype=torch.bool, device=logits_BMV.device)
+    device = logits_BMV.device
+    alive_BM = lower_triangle(1, device).expand(logits_BMV.shape[:2])
+    alive.append(alive_BM)
     for depth, count in enumerate(limits.sampled.children):
         if depth > 0 and limits.early_stop is not None and stop_below_B is not None:
             bound_BM = acceptance_bound(logits_BMV.float().log_softmax(-1), limits.early_stop.scale)
@@ -62,22 +63,33 @@ def sampled_tree(
         keys_BMK = draws.keys_BU[:, first - 1 : first - 1 + width].unflatten(1, (-1, count))
         draft_BMK, drawn_BMK = _children(limits.sampled.rule, weights_BMV, keys_BMK, draws.draw)
         token_BC = expander.target_ids(draft_BMK).flatten(1)
-        above_BC = torch.arange(width, device=token_BC.device).expand_as(token_BC) // count
         alive_BM = drawn_BMK.flatten(1)
         tokens.append(token_BC)
-        parents.append(above_BC + layer_start(limits.sampled, depth))
-        scores.append(torch.zeros_like(alive_BM, dtype=torch.float32).masked_fill(~alive_BM, -torch.inf))
+        alive.append(alive_BM)
         probs.append(over_target(expander, weights_BMV, vocab_size))
         if depth + 1 < len(limits.sampled.children):
-            logits_BMV = expander.extend(token_BC, above_BC)
-    tree = tree_from_layers(expander.root_B, tokens, parents, scores)
-    return replace(
-        tree,
-        parents_BN=tree.parents_BN.masked_fill(~tree.valid_BN, 0),
-        depths_BN=tree.depths_BN.masked_fill(~tree.valid_BN, 0),
-        scores_BN=None,
+            above_C = repeated(tuple(range(width // count)), (count,) * (width // count), device)
+            logits_BMV = expander.extend(token_BC, above_C.expand_as(token_BC))
+    valid_BN = torch.cat(alive, dim=1)
+    sizes = tuple(layer.shape[1] for layer in tokens)
+    return DraftTree(
+        tokens_BN=torch.cat(tokens, dim=1),
+        parents_BN=_parents(limits.sampled, len(sizes) - 1, device) * valid_BN,
+        depths_BN=repeated(tuple(range(len(sizes))), sizes, device) * valid_BN,
+        valid_BN=valid_BN,
+        max_depth=len(sizes) - 1,
+        chain=all(size == 1 for size in sizes),
         draft_probs_BMV=torch.cat(probs, dim=1),
     )
+
+
+def _parents(sampled: SampledChildren, depth: int, device: torch.device) -> Tensor:
+    """int64 [N]: the parent of each node of a tree of some depth, all of whose nodes were drawn."""
+    nodes = tuple(range(layer_start(sampled, depth)))
+    counts = [
+        children for children, width in zip(sampled.children, (1, *sampled.widths), strict=False) for _ in range(width)
+    ]
+    return repeated((-1, *nodes), (1, *counts[: len(nodes)]), device)
 
 
 def layer_start(sampled: SampledChildren, depth: int) -> int:

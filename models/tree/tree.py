@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.tree.constants import counting, lower_triangle, repeated, zero
+from draftsmith.models.tree.constants import counting, lower_triangle, number, repeated
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def tree_from_layers(
     """
     B, device = root_B.shape[0], root_B.device
     sizes = tuple(layer.shape[1] for layer in tokens)
-    scores_BN = _under(zero(scores[0].dtype, device).expand(B, 1), scores)
+    scores_BN = _under(number(0.0, scores[0].dtype, device).expand(B, 1), scores)
     return DraftTree(
         tokens_BN=_under(root_B[:, None], tokens),
         parents_BN=_under(repeated((-1,), (1,), device).expand(B, 1), parents),
