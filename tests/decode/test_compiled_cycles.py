@@ -27,7 +27,7 @@ PENALISED = replace(DRAWN, repetition_penalty=1.2, min_p=0.01)
 
 @dataclass(frozen=True)
 class Case:
-    """A cycle to compile; together the cases pair families, manners, temperatures, penalties, rules and adapters."""
+    """A cycle to compile. The cases pair families and manners of drafting with temperatures, penalties, rules and adapters."""
 
     drafter: str
     shape: str
@@ -40,8 +40,6 @@ CASES = [
     Case("eagle", "3x3n5", PENALISED, Typical(0.3)),
     Case("eagle", "s2.1", PENALISED),
     Case("draft LM", "k2.1", DRAWN),
-    Case("draft LM", "t2.1", GREEDY),
-    Case("adapted", "3x3", DRAWN),
     Case("adapted", "2x3n4e0.5", PENALISED),
 ]
 
@@ -75,7 +73,7 @@ def drafters(target: Target) -> dict[str, Drafter]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.drafter} {case.shape}")
-def test_a_hundred_cycles_are_at_most_two_graphs_and_emit_the_same_tokens(
+def test_all_cycles_of_a_call_are_one_or_two_graphs_that_emit_the_same_tokens(
     target: Target, drafters: dict[str, Drafter], case: Case, recwarn: pytest.WarningsRecorder
 ) -> None:
     graphs = 0
