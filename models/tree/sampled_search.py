@@ -9,6 +9,8 @@ V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,11 +49,9 @@ def sampled_tree(
         The tree, with ``draft_probs_BMV`` and without scores.
     """
     assert limits.sampled is not None
-    tokens, alive, probs = [expander.root_B[:, None]], [], []
     logits_BMV = expander.begin()
-    device = logits_BMV.device
-    alive_BM = lower_triangle(1, device).expand(logits_BMV.shape[:2])
-    alive.append(alive_BM)
+    alive_BM = lower_triangle(1, logits_BMV.device).expand(logits_BMV.shape[:2])
+    tokens, alive, probs = [expander.root_B[:, None]], [alive_BM], []
     for depth, count in enumerate(limits.sampled.children):
         if depth > 0 and limits.early_stop is not None and stop_below_B is not None:
             bound_BM = acceptance_bound(logits_BMV.float().log_softmax(-1), limits.early_stop.scale)
@@ -68,18 +68,25 @@ def sampled_tree(
         alive.append(alive_BM)
         probs.append(over_target(expander, weights_BMV, vocab_size))
         if depth + 1 < len(limits.sampled.children):
-            above_C = repeated(tuple(range(width // count)), (count,) * (width // count), device)
+            above_C = repeated(tuple(range(width // count)), (count,) * (width // count), token_BC.device)
             logits_BMV = expander.extend(token_BC, above_C.expand_as(token_BC))
-    valid_BN = torch.cat(alive, dim=1)
+    return _tree_of(limits.sampled, tokens, alive, probs)
+
+
+def _tree_of(
+    sampled: SampledChildren, tokens: Sequence[Tensor], alive: Sequence[Tensor], probs: Sequence[Tensor]
+) -> DraftTree:
+    """The tree of drawn layers, the root's first: tokens, which of them were drawn, and what the children of each node were drawn from."""
+    valid_BN, device = torch.cat(list(alive), dim=1), tokens[0].device
     sizes = tuple(layer.shape[1] for layer in tokens)
     return DraftTree(
-        tokens_BN=torch.cat(tokens, dim=1),
-        parents_BN=_parents(limits.sampled, len(sizes) - 1, device) * valid_BN,
+        tokens_BN=torch.cat(list(tokens), dim=1),
+        parents_BN=_parents(sampled, len(sizes) - 1, device) * valid_BN,
         depths_BN=repeated(tuple(range(len(sizes))), sizes, device) * valid_BN,
         valid_BN=valid_BN,
         max_depth=len(sizes) - 1,
         chain=all(size == 1 for size in sizes),
-        draft_probs_BMV=torch.cat(probs, dim=1),
+        draft_probs_BMV=torch.cat(list(probs), dim=1),
     )
 
 
