@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +16,10 @@ from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.batch import Batch
 from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.runners import CapturedRunner, CompiledRunner, Runner
-from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
+from draftsmith.decode.verify.lossy_rule import LossyRule
+from draftsmith.decode.verify.lossy_rules import Divergence, Typical
+from draftsmith.models import Drafter, DraftLimits, LMDrafter, ReDrafter, Target
+from draftsmith.models.drafters.lora import LoraSettings, add_adapter
 from draftsmith.models.tree.shapes import parse_shape
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4]]
@@ -120,6 +125,63 @@ def test_a_cycle_that_cannot_be_compiled_runs_op_by_op_and_the_reason_is_given_o
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned twice"))
         assert tokens(engine, GREEDY) == first == tokens(Engine(target), GREEDY)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cycle to compile. The cases pair families and manners of drafting with temperatures, penalties, rules and adapters."""
+
+    drafter: str
+    shape: str
+    request: GenerationSettings
+    rule: LossyRule | None = None
+
+
+LONG_GREEDY = GenerationSettings(max_new_tokens=50)
+LONG_DRAWN = replace(DRAWN, max_new_tokens=50)
+LONG_PENALISED = replace(LONG_DRAWN, repetition_penalty=1.2, min_p=0.01)
+CASES = [
+    Case("redrafter", "1x3", LONG_GREEDY, Divergence(0.5)),
+    Case("eagle", "3x3n5", LONG_PENALISED, Typical(0.3)),
+    Case("eagle", "s2.1", LONG_PENALISED),
+    Case("draft LM", "k2.1", LONG_DRAWN),
+    Case("adapted", "2x3n4e0.5", LONG_PENALISED),
+]
+
+
+def adapted(target: Target) -> Drafter:
+    """A drafter with an adapter of random weights."""
+    drafter = ReDrafter.for_target(target.ends, head_init="random")
+    add_adapter(drafter, LoraSettings(rank=2), "a")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in drafter.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return drafter.eval()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.drafter} {case.shape}")
+def test_all_cycles_of_a_call_are_one_or_two_graphs_that_emit_the_same_tokens(
+    target: Target, drafters: dict[str, Drafter | None], case: Case, recwarn: pytest.WarningsRecorder
+) -> None:
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    limits = parse_shape(case.shape)
+    drafter = adapted(target) if case.drafter == "adapted" else drafters[case.drafter]
+    engine = Engine(target, drafter, limits, rule=case.rule, runner=lambda cycle: CompiledRunner(cycle, counting))
+    replies = engine.generate(PROMPTS, case.request, num_rows=2)
+    op_by_op = Engine(target, drafter, limits, rule=case.rule).generate(PROMPTS, case.request)
+    assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in op_by_op]
+    assert max(reply.cycles_before + len(reply.accepted) for reply in replies) > 40
+    assert 1 <= graphs <= 2
+    assert not [warning for warning in recwarn if "op by op" in str(warning.message)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a capture works")
