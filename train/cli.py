@@ -105,7 +105,7 @@ class TrainingCLI(LightningCLI):
             f"--{RECIPE}",
             type=str | None,
             default=None,
-            help="auto: choose epochs, rate, prompt positions and draft vocabulary by the size of the cache; your own settings win",
+            help="auto: choose epochs, rate and draft vocabulary by the size of the cache; your own settings win",
         )
         parser.add_argument(
             f"--{BASE}", type=already_read, default=None, help="in a file: the configuration beside it that it changes"

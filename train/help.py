@@ -38,7 +38,7 @@ _DATA = {
 _FLAGS = {
     "--config FILE": "Read settings from this YAML file. Repeat it: later files win over earlier ones, flags over files.",
     "--ckpt_path last": "Resume an interrupted run.",
-    "--recipe auto": "Choose epochs, rate, prompt positions and draft vocabulary by the size of the cache. Your own settings win.",
+    "--recipe auto": "Choose epochs, rate and draft vocabulary by the size of the cache. Your own settings win.",
     "--replace_best true": "Replace the best weights that another run left in the same folder.",
     "--model.init_args.target NAME": "The frozen target: a directory, a hub id, or embedded:target.",
     "--data.init_args.cache FOLDER": "The hidden-state cache.",

@@ -1,6 +1,7 @@
 """What `--recipe auto` chooses, by the number of labelled tokens: the whole table, in one place.
 
-Each rule names the page with its measurement. A size that nobody has measured keeps what the configuration says.
+The page below has the measurements. A size that nobody has measured keeps what the configuration says. So does a setting that made no
+difference, such as `prompt_weight`.
 
 Owns: the rules and their words. Does not know: command lines, caches, training.
 """
@@ -57,15 +58,13 @@ class Band:
     Attributes:
         below: labelled tokens; the first band that fits counts.
         epochs: how often the text is read.
-        prompt_weight: of predictions of prompts.
     """
 
     below: int
     epochs: int
-    prompt_weight: float
 
 
-BANDS = (Band(below=50_000, epochs=12, prompt_weight=1.0),)
+BANDS = (Band(below=50_000, epochs=12),)
 """What was measured, the smallest first. Larger text needs its own measurement before it gets a row."""
 SMALL_TEXT_RATE = 1e-3
 """In every band: papers' rates are for weeks of text, and a few hundred steps do not get far with them."""
@@ -90,14 +89,6 @@ def auto(corpus: Corpus) -> list[Choice]:
     ]
     if not corpus.starts_from:
         choices.append(Choice("model.init_args.lr", SMALL_TEXT_RATE, "new weights and few steps need a high rate"))
-    if corpus.prompt_tokens:
-        choices.append(
-            Choice(
-                "model.init_args.prompt_weight",
-                band.prompt_weight,
-                f"the states of {corpus.prompt_tokens:,} prompt tokens are in the cache already",
-            )
-        )
     if not corpus.starts_from:
         choices.append(
             Choice(

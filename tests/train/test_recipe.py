@@ -59,7 +59,7 @@ def test_the_recipe_changes_what_shipped_configurations_say(cache: Path) -> None
         ('--model.init_args={"lr": 5e-4}', "model.init_args.lr"),
         ("--trainer.max_steps=10", "trainer.max_epochs"),
         ("--model.init_args.drafter.init_args.draft_vocab_size=8", VOCABULARY),
-        ("--config={model: {init_args: {prompt_weight: 0.0}}}", "model.init_args.prompt_weight"),
+        ("--config={model: {init_args: {lr: 5.0e-4}}}", "model.init_args.lr"),
     ],
 )
 def test_a_setting_of_ones_own_wins_however_it_is_given(cache: Path, setting: str, key: str) -> None:
@@ -99,10 +99,6 @@ def test_a_run_from_a_trained_drafter_keeps_its_vocabulary_and_the_configured_ra
     recipe = recipe_of(own_file(tmp_path, cache, recipe="auto"), "--model.init_args.init_from", "runs/first/drafter")
     assert recipe.corpus.starts_from == "runs/first/drafter"
     assert {VOCABULARY, "model.init_args.lr"}.isdisjoint(chosen(recipe))
-
-
-def test_text_without_prompts_has_none_to_learn_from() -> None:
-    assert "model.init_args.prompt_weight" not in {choice.key for choice in auto(Corpus(1000, 0))}
 
 
 def test_a_recipe_that_does_not_exist_names_those_that_do(
@@ -161,13 +157,9 @@ def test_a_run_takes_the_choices_prints_them_and_keeps_the_record(
     assert "its draft vocabulary is" in caplog.text
     record = json.loads((tmp_path / "run" / RECORD).read_text())
     assert record["corpus"]["labelled_tokens"] == 60
-    assert {each["key"] for each in record["chosen"]} == {
-        "model.init_args.lr",
-        "model.init_args.prompt_weight",
-        VOCABULARY,
-    }
+    assert {each["key"] for each in record["chosen"]} == {"model.init_args.lr", VOCABULARY}
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved["model"]["init_args"]["prompt_weight"] == BANDS[0].prompt_weight
+    assert saved["model"]["init_args"]["draft_vocabulary"] == "covering"
     with caplog.at_level("INFO"):
         assert main(["train", "fit", f"--config={config}", "--trainer.max_epochs=1", "--replace_best=true"]) == 0
     assert not (tmp_path / "run" / RECORD).exists(), "a run without a recipe keeps no record of another one"
