@@ -94,7 +94,7 @@ def auto(corpus: Corpus) -> list[Choice]:
             Choice(
                 "model.init_args.draft_vocabulary",
                 "covering",
-                f"the fewest tokens that hold {100 * COVERED_HELD_OUT:g} % of held-out text",
+                f"a smaller head costs less: the fewest tokens that hold {100 * COVERED_HELD_OUT:g} % of held-out text",
                 rivals=("model.init_args.drafter.init_args.draft_vocab_size",),
                 clears=("model.init_args.drafter.init_args.draft_vocab_size",),
             )
