@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from every_family import EVERY_FAMILY, fresh, name_of
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.batch import Batch
 from draftsmith.decode.cycle import CycleReport, DecodeCycle
-from draftsmith.decode.runners import CapturedRunner, CompiledRunner, Runner
+from draftsmith.decode.runners import CapturedRunner, CompiledRunner, Runner, needs_host
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import Divergence, Typical
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, ReDrafter, Target
@@ -182,6 +183,20 @@ def test_all_cycles_of_a_call_are_one_or_two_graphs_that_emit_the_same_tokens(
     assert max(reply.cycles_before + len(reply.accepted) for reply in replies) > 40
     assert 1 <= graphs <= 2
     assert not [warning for warning in recwarn if "op by op" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "facts"),
+    [
+        ("a recurrent state", {"keeps_state": True}),
+        ("follow the length", {"factors_follow_length": True}),
+        ("several devices", {"model": SimpleNamespace(hf_device_map={"layers.0": 0, "layers.1": 1})}),
+    ],
+)
+def test_what_no_graph_can_hold_is_named(reason: str, facts: dict[str, Any]) -> None:
+    usual = {"name": "t", "keeps_state": False, "factors_follow_length": False, "model": SimpleNamespace()}
+    assert needs_host(cast(Target, SimpleNamespace(**usual)), None, GREEDY) == ""
+    assert reason in needs_host(cast(Target, SimpleNamespace(**{**usual, **facts})), None, GREEDY)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a capture works")
