@@ -239,13 +239,13 @@ def _token_loss(
     """The loss on tokens of all steps, with one head or with that of each step."""
     heads = checked_heads(drafter, objective.num_steps, head_inputs.shape[-1])
     given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows, metrics)
-    further = {"row_weights": prepared.rollout.weights, "correction": drafter.correction_weight}
+    further = (prepared.rollout.weights, drafter.correction_weight)
     if objective.distillation != "path":
-        return head_cross_entropy(head_inputs, heads, *given, **further)
+        return head_cross_entropy(head_inputs, heads, *given, *further)
     draft_ids = None if drafter.d2t is None else drafter.draft_ids()
     teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside)
     teacher_rows = path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids))
-    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy, **further)
+    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy, *further)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:

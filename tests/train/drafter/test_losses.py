@@ -173,8 +173,14 @@ def test_a_head_in_two_parts_gives_what_the_whole_one_gives(kind: str, num_heads
     if kind == "cross_entropy":
         sums = head_cross_entropy(case.head_inputs, heads, *given, correction=correction)
     else:
-        teacher = (lambda rows: TeacherLogits(case.teacher_logits[rows]), case.teacher_rows)
-        sums = head_distillation(case.head_inputs, heads, *teacher, *given, correction=correction)
+        sums = head_distillation(
+            case.head_inputs,
+            heads,
+            lambda rows: TeacherLogits(case.teacher_logits[rows]),
+            case.teacher_rows,
+            *given,
+            correction=correction,
+        )
     for name in ("total", "loss_sum", "loss_rows", "rows", "top1", "top5"):
         torch.testing.assert_close(getattr(sums, name), getattr(plain, name), msg=name)
     of_inputs, of_correction, *of_heads = torch.autograd.grad(sums.total, (case.head_inputs, correction, *heads))
