@@ -164,12 +164,14 @@ class DraftSlots:
         self._is_chain = self._is_chain and M == 1
         slots_BM = self.lengths_B[:, None] + counting(self._num_nodes, above_BM.device)[before:]
         self._aim(slots_BM, self.longest + self._num_nodes, self.longest + before if self.single else None)
-        positions_B1 = self.lengths_B[:, None] + self._num_layers
+        depth = self._num_layers
         self._num_layers += 1
         if self.single and self._is_chain and not self._passes_window():
             return None
         self._mask_BMS = self._inherited(above_BM, before).scatter_(2, slots_BM[..., None], True)
-        return self._within_window(self._mask_BMS, positions_B1)[:, None]
+        if self._sliding_window is None:
+            return self._mask_BMS[:, None]
+        return self._within_window(self._mask_BMS, self.lengths_B[:, None] + depth)[:, None]
 
     def _passes_window(self) -> bool:
         """Whether the cache's window may hold tokens that the layer does not see."""
