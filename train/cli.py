@@ -71,8 +71,9 @@ class SaveConfig(SaveConfigCallback):
         if any(isinstance(callback, RunPrecision) and callback.is_open for callback in callbacks):
             self.config["trainer"]["precision"] = trainer.precision
         super().setup(trainer, pl_module, "fit")
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            self._save_recipe(Path(trainer.log_dir) / RECORD)
+        folder = trainer.log_dir  # asked for by every process: Lightning sends it from the first one to the others
+        if trainer.is_global_zero and folder is not None:
+            self._save_recipe(Path(folder) / RECORD)
 
     def _save_recipe(self, file: Path) -> None:
         """The record of this run's recipe; none may stay from an earlier run."""
