@@ -13,6 +13,7 @@ from tool_chats import tool_tokenizer
 
 from draftsmith.data.survey import IDS_AS_GENERATED
 from draftsmith.evaluate.doctor.case import NotChecked
+from draftsmith.evaluate.doctor.doctor_command import Bounds
 from draftsmith.evaluate.doctor.modes import check_mode
 from draftsmith.evaluate.records import Sample
 
@@ -83,9 +84,11 @@ def test_a_whole_run_finds_prompts_in_another_mode(run: Run, look: Callable[...,
     ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finding = look(run.train / "drafter", prompts=prompts, samples=4, skip=skip_all_but("mode"))["mode"]
+    finding = look(run.train / "drafter", prompts=prompts, bounds=Bounds(samples=4), skip=skip_all_but("mode"))["mode"]
     assert finding["verdict"] == "fault"
     assert "tools 67%; trained on: not thinking 100%" in finding["measured"]
     assert "prompts with `tools`" in finding["remedy"]
-    fine = look(run.train / "drafter", prompts=run.held_out, samples=4, skip=skip_all_but("mode"))["mode"]
+    fine = look(run.train / "drafter", prompts=run.held_out, bounds=Bounds(samples=4), skip=skip_all_but("mode"))[
+        "mode"
+    ]
     assert fine["verdict"] == "ok"
