@@ -15,9 +15,9 @@ from torch import Tensor
 
 from draftsmith.decode.processors import RequestText, process_texts
 from draftsmith.decode.sampling import GenerationSettings, process
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.slots.slot_cache import KeptRows
-from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.early_stop import StopState
 from draftsmith.models.tree.noise import keys_at, keys_below
 from draftsmith.models.tree.tree import DraftTree

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.verifier import Walk
-from draftsmith.models.tree.constants import counting
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.tree import DraftTree
 

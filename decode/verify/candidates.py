@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from draftsmith.decode.verify.block_walk import block_walk
 from draftsmith.decode.verify.lossless import LosslessVerifier
 from draftsmith.decode.verify.verifier import Reading, Walk
-from draftsmith.models.tree.constants import counting, made_once, number
+from draftsmith.models.slots.constants import counting, made_once, number
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.sampled_search import layer_start

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.verifier import Reading, Walk
-from draftsmith.models.tree.constants import counting, repeated
+from draftsmith.models.slots.constants import counting, repeated
 from draftsmith.models.tree.tree import DraftTree
 
 

@@ -25,10 +25,10 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import COUNT, NOT_NEGATIVE, TEXT, Rule
 from draftsmith.models.ngrams.table import NgramTable, load_ngrams
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import TargetEnds
-from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
 

@@ -22,9 +22,9 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import COUNT, POSITIVE, TEXT, Rule, is_number
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import TargetEnds
-from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.suffixes import SuffixRule, continuations

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
-from draftsmith.models.tree.constants import counting
 
 
 @dataclass(frozen=True)

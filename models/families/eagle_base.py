@@ -27,10 +27,10 @@ from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_config import EagleConfig, check_window
 from draftsmith.models.families.eagle_layer import DraftLayer, Rotation
 from draftsmith.models.slots.attention import attend
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.rollout_attention import Pair, RolloutAttention
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.key_values import KeyValues
-from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 

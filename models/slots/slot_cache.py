@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from draftsmith.models.slots.constants import counting
+
 
 @dataclass(frozen=True)
 class KeptRows:
@@ -119,10 +121,21 @@ class SlotCache(Cache):
             keys[:, :, self._first : last] = key_states
             values[:, :, self._first : last] = value_states
         else:
-            slots = self._slots_BN[:, None, :, None].to(keys.device)
-            keys.scatter_(2, slots.expand_as(key_states), key_states)
-            values.scatter_(2, slots.expand_as(value_states), value_states)
+            for place, states in zip(self._places[layer_idx], (key_states, value_states), strict=True):
+                self._write(place, states)
         return keys[:, :, : self.window], values[:, :, : self.window]
+
+    def _write(self, place: tuple[int, int], states: Tensor) -> None:
+        """Write at the rows' own slots.
+
+        The index reaches into the whole buffer. Through a view of one layer, a compiler copies the buffers of all layers for each write.
+        """
+        pool, (B, H, *_), device = self._pools[place[0]], states.shape, states.device
+        row = counting(pool.shape[0], device)[place[1]]
+        slots_BN = self._slots_BN.to(device)
+        pool.index_put_(
+            (row, counting(B, device)[:, None, None], counting(H, device)[:, None], slots_BN[:, None]), states
+        )
 
     def move(self, source_BE: Tensor, target_BE: Tensor) -> None:
         """Copy slots to other slots of the same row, in all layers: the compaction of an accepted path.

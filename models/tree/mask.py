@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.models.tree.constants import counting
+from draftsmith.models.slots.constants import counting
 
 
 def slot_mask(sees_BMN: Tensor, lengths_B: Tensor, window: int) -> Tensor:

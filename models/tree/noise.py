@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith.models.tree.constants import made_once
+from draftsmith.models.slots.constants import made_once
 
 Stream = Literal["choices", "cycles"]
 # (weights [..., V], keys [..., K]) -> token ids [..., K]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draftsmith.models.tree.constants import lower_triangle, repeated
+from draftsmith.models.slots.constants import lower_triangle, repeated
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw
 from draftsmith.models.tree.search import Draws, Expander, acceptance_bound

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from draftsmith.models.tree.constants import counting, made_once, repeated
+from draftsmith.models.slots.constants import counting, made_once, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.noise import Draw, draw
 from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune_marked, tree_from_layers, tree_from_paths

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.tree.constants import counting
+from draftsmith.models.slots.constants import counting
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.models.tree.constants import counting, lower_triangle, number, repeated
+from draftsmith.models.slots.constants import counting, lower_triangle, number, repeated
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.slot_cache import SlotCache
-from draftsmith.models.tree.constants import counting
 from draftsmith.models.tree.mask import slot_mask, slot_positions
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.reader import Reader, within_context

@@ -150,6 +150,7 @@ MOVED = {
     "draftsmith.models.support": "draftsmith.models.trunk.known_models",
     "draftsmith.models.tables": "draftsmith.models.files.tables",
     "draftsmith.models.target_adapter": "draftsmith.models.files.merged_adapter",
+    "draftsmith.models.tree.constants": "draftsmith.models.slots.constants",
     "draftsmith.models.tree.row_state": "draftsmith.models.slots.row_state",
     "draftsmith.models.tree.slot_cache": "draftsmith.models.slots.slot_cache",
     "draftsmith.same_run": "draftsmith.provenance",

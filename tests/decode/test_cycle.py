@@ -9,7 +9,9 @@ import pytest
 import torch
 from doubles import BOS, random_target, tensors_of
 from every_family import EVERY_FAMILY, fresh, name_of
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch.nn import functional as F
 
 from draftsmith.decode import Engine, GenerationSettings
@@ -97,6 +99,23 @@ def test_a_whole_cycle_is_one_graph_for_all_lengths_and_rows(
     assert tokens(engine, request_settings, num_rows=2) == expected
     # The state of an early stop is made anew for rows that enter, which the compiler follows once.
     assert graphs <= (2 if limits.early_stop is not None else 1)
+
+
+def test_writing_keys_copies_no_other_layer_in_a_compiled_cycle(target: Target) -> None:
+    written: list[str] = []
+
+    def without_views(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        written.extend(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def functional(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        return aot_module_simplified(graph, inputs, fw_compiler=lambda *own: make_boxed_func(without_views(*own)))
+
+    torch._dynamo.reset()
+    engine = Engine(target, runner=lambda cycle: CompiledRunner(cycle, functional))
+    assert tokens(engine, GREEDY) == tokens(Engine(target), GREEDY)
+    assert sum(name.startswith("index_put") for name in written) >= 2 * target.config.num_hidden_layers
+    assert not [name for name in written if name.startswith("select_scatter")]
 
 
 def test_attention_has_one_shape_for_the_target_and_two_for_a_drafter(
