@@ -19,7 +19,7 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
 from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.files.adapter_files import BOND
-from draftsmith.models.files.checkpoint_files import WEIGHTS
+from draftsmith.models.files.checkpoint_files import weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.options import EndsOptions
@@ -129,7 +129,7 @@ def _inputs(drafter: Path, read: Sequence[Path]) -> dict[str, str]:
     """The files and folders that an export is made of, each with its fingerprint."""
     others = [path for path in read if path != drafter]
     fingerprints = {str(path): checkpoint_fingerprint(path) if path.is_dir() else sha256_file(path) for path in others}
-    return {str(drafter / WEIGHTS): sha256_file(drafter / WEIGHTS)} | fingerprints
+    return {str(file): sha256_file(file) for file in weight_files(drafter)} | fingerprints
 
 
 def _load(drafter: Path, adapter: Path | None, ends: TargetEnds | None, tokenizer: str) -> Drafter:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from draftsmith.models.families.eagle_config import block_outputs
 from draftsmith.models.files.field_rules import Rule, check_fields, is_whole
 from draftsmith.models.target.target import PRE_NORM
 
@@ -56,7 +57,7 @@ def layer_names(counts: Sequence[int], num_layers: int | None, where: str) -> li
         raise ValueError(
             f"{where} reads outputs {list(counts)}, which are not from low to high; engines disagree there"
         )
-    return [PRE_NORM if count == num_layers else f"layer.{count - 1}.output" for count in counts]
+    return list(block_outputs((count - 1 for count in counts), num_layers))
 
 
 def default_counts(num_layers: int) -> list[int]:

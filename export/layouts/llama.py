@@ -1,6 +1,6 @@
-"""What every layout of an EAGLE drafter shares: the fields by which Llama's config tells the sizes of its one layer.
+"""What every layout of a drafter with decoder layers shares: the fields by which Llama's config tells their sizes.
 
-Owns the way between :class:`EagleConfig` and those fields, rotary settings in the legacy form (``rope_theta``, ``rope_scaling``), since
+Owns the way between :class:`LayerConfig` and those fields, rotary settings in the legacy form (``rope_theta``, ``rope_scaling``), since
 Transformers 4 reads no other. Knows no tensors and no folder.
 """
 
@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from draftsmith.models.families.eagle3 import SWITCHES
-from draftsmith.models.families.eagle_config import EagleConfig
+from draftsmith.models.families.eagle_config import EagleConfig, LayerConfig
 from draftsmith.models.files.field_rules import COUNT, FLAG, LIST, OBJECT, POSITIVE, Rule, check_fields
 from draftsmith.models.target.ends import TargetEnds
 
@@ -44,13 +44,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
+def llama_fields(config: LayerConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
     """The layer as the fields of a one-layer Llama's ``config.json``. Token ids are the target's, as far as it is at hand.
 
     Raises:
         ValueError: the layer has a sliding window.
     """
-    if config.sliding_window is not None:
+    if isinstance(config, EagleConfig) and config.sliding_window is not None:
         raise ValueError(
             f"this drafter has sliding_window {config.sliding_window}, and no engine reads that from a draft layer: it would attend to the "
             "whole text; serve it from --layout draftsmith or custom_generate, or train one without a window"
@@ -79,7 +79,7 @@ def llama_fields(config: EagleConfig, dtype: torch.dtype, ends: TargetEnds | Non
     }
 
 
-def _context(config: EagleConfig, ends: TargetEnds | None) -> int:
+def _context(config: LayerConfig, ends: TargetEnds | None) -> int:
     """The target's context; the layer's own where no target is at hand, or where its rotary frequencies depend on that number."""
     known = None if ends is None or config.rope.get("rope_type") == "dynamic" else ends.max_positions
     return config.max_position_embeddings if known is None else known
@@ -97,7 +97,7 @@ def _special_tokens(ends: TargetEnds | None) -> dict[str, Any]:
 
 
 def layer_settings(fields: Mapping[str, Any], where: str, understood: Collection[str] = ()) -> dict[str, Any]:
-    """The keyword arguments of :class:`EagleConfig` that such fields stand for.
+    """The keyword arguments of :class:`LayerConfig` that such fields stand for.
 
     Args:
         fields: of the config.
@@ -145,7 +145,7 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Colle
         faults.append("layer_types with sliding attention")
     if faults:
         raise ValueError(
-            f"{where} asks for {', '.join(faults)}, which our one Llama layer does not do; such a drafter cannot be read"
+            f"{where} asks for {', '.join(faults)}, which our draft layer does not do; such a drafter cannot be read"
         )
 
 

@@ -36,3 +36,16 @@ def sglang(algorithm: str, target: str) -> str:
         f"  --speculative-algorithm {algorithm} --speculative-draft-model-path /path/to/this/folder \\\n"
         f"  --speculative-num-steps {_STEPS} --speculative-eagle-topk {_TOP_K} --speculative-num-draft-tokens {_NODES}\n```"
     )
+
+
+def sglang_block(algorithm: str, target: str) -> str:
+    """What starts SGLang with a block drafter, whose config says how much it drafts, in Markdown.
+
+    Args:
+        algorithm: what SGLang calls the manner of drafting.
+        target: what the engine is to load as its model.
+    """
+    return (
+        f"SGLang:\n\n```sh\npython -m sglang.launch_server --model-path {shell_word(target)} \\\n"
+        f"  --speculative-algorithm {algorithm} --speculative-draft-model-path /path/to/this/folder\n```"
+    )

@@ -51,12 +51,7 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
     eagle3.engine_table(drafter.config).check(tensors, "the drafter in memory")
     write_files(folder, as_text(_fields(drafter, ends)), {_outside(name): tensor for name, tensor in tensors.items()})
     refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
-    if Path(_verifier(ends)).is_dir():
-        return (
-            f"The config names the target by a path of the machine that wrote it, `{_verifier(ends)}`. Before you publish this folder, "
-            "put the target's hub id into `speculators_config.verifier.name_or_path`: `vllm serve` on this folder alone needs one.",
-        )
-    return ()
+    return path_note(ends)
 
 
 def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
@@ -65,14 +60,7 @@ def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
     dtype = layer.pop("torch_dtype")
     return {
         "architectures": ["Eagle3DraftModel"],
-        SPECULATORS_KEY: "eagle3",
-        "speculators_version": VERSION,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.num_draft_steps}],
-            "verifier": {"name_or_path": _verifier(ends), "architectures": list(ends.config.architectures or [])},
-        },
+        **package_fields("eagle3", config.num_draft_steps, ends),
         "transformer_layer_config": layer,
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         # All are written, although false is the default: vLLM's default of the first is the other one.
@@ -81,6 +69,36 @@ def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
     }
+
+
+def package_fields(algorithm: str, num_tokens: int, ends: TargetEnds) -> dict[str, Any]:
+    """The fields by which the package knows what a folder holds.
+
+    Args:
+        algorithm: the package's name for the kind of drafter.
+        num_tokens: of a draft.
+        ends: the target's.
+    """
+    return {
+        SPECULATORS_KEY: algorithm,
+        "speculators_version": VERSION,
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_tokens}],
+            "verifier": {"name_or_path": _verifier(ends), "architectures": list(ends.config.architectures or [])},
+        },
+    }
+
+
+def path_note(ends: TargetEnds) -> tuple[str, ...]:
+    """What a user must know where the target is named by a path; nothing where it has a hub id."""
+    if not Path(_verifier(ends)).is_dir():
+        return ()
+    return (
+        f"The config names the target by a path of the machine that wrote it, `{_verifier(ends)}`. Before you publish this folder, "
+        "put the target's hub id into `speculators_config.verifier.name_or_path`: `vllm serve` on this folder alone needs one.",
+    )
 
 
 def _verifier(ends: TargetEnds) -> str:

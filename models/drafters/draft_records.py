@@ -165,3 +165,27 @@ class DraftState(Protocol):
             The state of these rows.
         """
         ...
+
+
+@dataclass(frozen=True)
+class RootState:
+    """What drafters without keys and values of their own carry between cycles.
+
+    Attributes:
+        context_BD: the target's normed state of the last cached token, constant over a draft.
+        root_B: int64, the last emitted token.
+    """
+
+    context_BD: Tensor
+    root_B: Tensor
+
+    def select_rows(self, kept: KeptRows) -> RootState:
+        """Keep some batch rows only.
+
+        Args:
+            kept: which rows, and where they go.
+
+        Returns:
+            The state of these rows.
+        """
+        return RootState(self.context_BD[kept.index], self.root_B[kept.index])

@@ -58,7 +58,7 @@ class Drafter(PreTrainedModel):
     base_model_prefix = ""
     predicts_features: ClassVar[bool] = False
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
-    borrows_head: ClassVar[bool] = False
+    borrows_head: bool = False
     """Whether its output head is the target's own, which is no weight of the drafter."""
 
     def __init__(self, config: DrafterConfig) -> None:
@@ -174,6 +174,20 @@ class Drafter(PreTrainedModel):
         check_features(self)
         self._borrowed[:] = [ends]
         return self
+
+    def adopt_target(self, ends: TargetEnds, draft_token_ids: Tensor | None) -> None:
+        """Give a fresh drafter its draft vocabulary, and attach it to its target.
+
+        Args:
+            ends: the target's.
+            draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
+
+        Raises:
+            ValueError: as :meth:`set_draft_ids` and :meth:`attach`.
+        """
+        if draft_token_ids is not None and self.d2t is not None:
+            self.set_draft_ids(draft_token_ids)
+        self.attach(ends)
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Check that a tokenizer is the one of training.

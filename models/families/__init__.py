@@ -4,6 +4,7 @@ from draftsmith.models.families.block import BlockConfig, BlockDrafter
 from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.families.eagle_config import EagleConfig
+from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Eagle3",
     "Eagle3Config",
     "EagleConfig",
+    "HeadsConfig",
+    "HeadsDrafter",
     "ReDrafter",
     "ReDrafterConfig",
 ]

@@ -27,7 +27,7 @@ from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.block_correction import Correction, CorrectionKind, correction_of
 from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
-from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
+from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs, layer_fields
 from draftsmith.models.families.eagle_layer import Rotation, rms_norm
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, Rule, is_whole
@@ -35,7 +35,7 @@ from draftsmith.models.slots.attention import attend
 from draftsmith.models.slots.rollout_attention import Pair
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.target.key_values import KeyValues
-from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 
@@ -100,7 +100,7 @@ class BlockConfig(LayerConfig):
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
         if not self.layers:
-            return "layers [], but it reads at least one of the target's"
+            return NO_LAYERS
         if self.block_size <= self.first_slot:
             return f"block_size {self.block_size}, of which no slot predicts a token without sample_from_anchor"
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
@@ -184,9 +184,7 @@ class BlockDrafter(TargetHead):
             tokenizer_fingerprint=tokenizer_fingerprint,
         )
         drafter = cls(config)
-        if draft_token_ids is not None and drafter.d2t is not None:
-            drafter.set_draft_ids(draft_token_ids)
-        drafter.attach(ends)
+        drafter.adopt_target(ends, draft_token_ids)
         drafter._initialise()
         return drafter
 
@@ -434,8 +432,7 @@ def default_layers(num_layers: int, count: int) -> tuple[str, ...]:
     """
     first, last = (1, num_layers - 3) if num_layers - 3 >= count else (0, num_layers - 1)
     blocks = {round(first + place * (last - first) / max(count - 1, 1)) for place in range(count)}
-    chosen = sorted(blocks) if count > 1 else [num_layers // 2]
-    return tuple(PRE_NORM if block == num_layers - 1 else f"layer.{block}.output" for block in chosen)
+    return block_outputs(sorted(blocks) if count > 1 else [num_layers // 2], num_layers)
 
 
 class BlockFamily(DrafterFamily):
@@ -519,4 +516,5 @@ FAMILY = Family(
         what="A few decoder layers that draft all tokens in one pass ([DFlash](https://arxiv.org/abs/2602.06036))",
         reads="hidden states of several layers",
     ),
+    layouts=("draftsmith.export.layouts.block.dflash", "draftsmith.export.layouts.block.speculators"),
 )

@@ -69,12 +69,10 @@ class Eagle(TargetHead, EagleBase):
                 sliding_window=sliding_window,
             )
         )
-        if draft_token_ids is not None and drafter.d2t is not None:
-            drafter.set_draft_ids(draft_token_ids)
+        drafter.adopt_target(ends, draft_token_ids)
         with torch.no_grad():  # begins by handing the feature on: what follows is a correction of it
             D = ends.hidden_size
             drafter.fc.weight[:, D:].copy_(torch.eye(D))
-        drafter.attach(ends)
         return drafter
 
     @property

@@ -20,10 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
-from draftsmith.models.families.eagle_config import EagleConfig, check_window, layer_fields
+from draftsmith.models.families.eagle_config import NO_LAYERS, EagleConfig, block_outputs, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
 from draftsmith.models.files.field_rules import FLAG, NAMES, Rule
-from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.target.target import TargetEnds
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Fields of the config, named as engines and the speculators package name them."""
@@ -60,7 +60,7 @@ class Eagle3Config(EagleConfig):
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
         if not self.layers:
-            return "layers [], but it reads at least one of the target's"
+            return NO_LAYERS
         if self.norm_before_fc and self.fc_norm:
             return "norm_before_fc and fc_norm, of which a drafter has one at the most"
         return super().fault()
@@ -127,12 +127,10 @@ class Eagle3(EagleBase):
                 sliding_window=sliding_window,
             )
         )
-        if draft_token_ids is not None and drafter.d2t is not None:
-            drafter.set_draft_ids(draft_token_ids)
+        drafter.adopt_target(ends, draft_token_ids)
         with torch.no_grad():
             rows = ends.head_weight[drafter.draft_ids().to(ends.device)]
             drafter.lm_head.weight.copy_(rows * ends.logit_scale)
-        drafter.attach(ends)
         return drafter
 
     @property
@@ -204,7 +202,7 @@ def default_layers(num_layers: int) -> tuple[str, ...]:
     counts = (2, num_layers // 2, num_layers - 3)
     if not counts[0] < counts[1] < counts[2]:
         counts = (1, (num_layers + 1) // 2, num_layers - 1 if num_layers > 3 else num_layers)
-    return tuple(PRE_NORM if count == num_layers else f"layer.{count - 1}.output" for count in counts)
+    return block_outputs([count - 1 for count in counts], num_layers)
 
 
 class Eagle3Family(DrafterFamily):

@@ -5,14 +5,14 @@ Owns sizes, rotary settings and layer names: how a Llama layer is cut to a targe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, NOT_NEGATIVE, Rule, is_number, is_whole
-from draftsmith.models.target.target import TargetEnds
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -128,6 +128,25 @@ def check_window(sliding_window: int | None, num_steps: int, name: str = "num_st
             f"sliding_window is {sliding_window} and {name} {num_steps}; a draft lies within the window, so draft at most "
             f"{sliding_window} tokens, or train with a window of at least {num_steps}"
         )
+
+
+NO_LAYERS = "layers [], but it reads at least one of the target's"
+"""The fault of a drafter over several layers that names none."""
+
+
+def block_outputs(blocks: Iterable[int], num_layers: int | None) -> tuple[str, ...]:
+    """Name the outputs of some of the target's blocks; the last one's is its state before the final norm.
+
+    Example: blocks 1 and 7 of 8 -> ``layer.1.output``, ``last.pre_norm``.
+
+    Args:
+        blocks: counted from 0.
+        num_layers: blocks of the target; None takes no block for the last.
+
+    Returns:
+        Their names, in the same order.
+    """
+    return tuple(PRE_NORM if block + 1 == num_layers else f"layer.{block}.output" for block in blocks)
 
 
 def layer_fields(ends: TargetEnds) -> dict[str, Any]:

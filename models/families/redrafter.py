@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening, RootState
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.families.head_steps import ResidualBlock
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, COUNT_OR_ZERO, FLAG, Rule
-from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 
@@ -53,40 +53,7 @@ class ReDrafterConfig(DrafterConfig):
         self.rnn = rnn
 
 
-@dataclass(frozen=True)
-class ReDrafterState:
-    """What ReDrafter carries between cycles.
-
-    Attributes:
-        context_BD: the target's normed state of the last cached token, constant over a draft.
-        root_B: int64, the last emitted token.
-    """
-
-    context_BD: Tensor
-    root_B: Tensor
-
-    def select_rows(self, kept: KeptRows) -> ReDrafterState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        return ReDrafterState(self.context_BD[kept.index], self.root_B[kept.index])
-
-
-class ResidualBlock(nn.Module):
-    """x + SiLU(A x + a); starts as the identity when its weights are zero."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., E] -> [..., E]."""
-        return x + F.silu(self.linear(x))
+ReDrafterState = RootState
 
 
 class ReDrafter(Drafter):
@@ -153,9 +120,7 @@ class ReDrafter(Drafter):
             rnn=rnn,
         )
         drafter = cls(config)
-        if drafter.d2t is not None and draft_token_ids is not None:
-            drafter.set_draft_ids(draft_token_ids)
-        drafter.attach(ends)
+        drafter.adopt_target(ends, draft_token_ids)
         if head_init == "target":
             drafter._start_from_target(ends)
         drafter.lm_head[-1].weight.requires_grad_(not freeze_head)

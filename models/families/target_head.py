@@ -30,6 +30,10 @@ class TargetHead(Drafter):
     @property
     def head_weight(self) -> Tensor:
         """[Vd, D], frozen: the target's head, or its rows of the draft vocabulary."""
+        return self.target_rows()
+
+    def target_rows(self) -> Tensor:
+        """As :attr:`head_weight`, for families that have heads of their own too."""
         weight, scale = self.ends.head_weight, self.ends.logit_scale
         if self.d2t is None and scale == 1.0:
             return weight

@@ -19,6 +19,7 @@ from draftsmith.outside import parse_json_object, safe_file_name
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"
+_OTHER_WEIGHTS = ("medusa_lm_head.safetensors",)  # what other software calls the one file of a drafter
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
 
@@ -41,7 +42,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the files of a checkpoint's tensors: ``model.safetensors``, or the parts that its index names.
+    """List the files of a checkpoint's tensors: ``model.safetensors``, the parts that its index names, or a file of another known name.
 
     Args:
         folder: of the checkpoint.
@@ -56,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.is_file():
-        return []
+        return [folder / name for name in _OTHER_WEIGHTS if (folder / name).is_file()]
     remedy = "copy the folder again"
     parts = parse_json_object(index.read_bytes(), str(index), remedy).get("weight_map")
     if not isinstance(parts, dict) or not parts:

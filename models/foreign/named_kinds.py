@@ -1,6 +1,6 @@
-"""Kinds of drafters that are known by name only: nothing here decodes them, and an error can say what they are.
+"""Kinds of drafters by the config of their publishers: folders that look alike are told apart, and an error can name what nothing decodes.
 
-Owns how each is recognised, by the config of its publishers. A family that learns to read one takes its line away here. Knows no tensor.
+Owns how each is recognised. Which of them a family reads is the business of its layouts. Knows no tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 
 @dataclass(frozen=True)
 class NamedKind:
-    """A kind of drafter that cannot be read.
+    """A kind of drafter.
 
     Attributes:
         title: its name.
@@ -71,7 +71,7 @@ KINDS = (
 
 
 def named_kind(fields: Mapping[str, Any], tensors: Collection[str] = ()) -> str:
-    """Name the kind of drafter in a folder that no family reads.
+    """Name the kind of drafter in a folder of other software.
 
     Args:
         fields: of its config.

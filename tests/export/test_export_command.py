@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 
 DRAFT_IDS = torch.arange(0, 280, 3)
+# Settings of drafters that a layout can hold, where the family's usual ones are others: family, layout, whether with a draft vocabulary.
+MASK: dict[str, Any] = {"mask_token_id": 299}
+FOR_LAYOUT: dict[tuple[str, str], tuple[dict[str, Any], bool]] = {
+    ("blockdrafter", "dflash"): (MASK, True),
+    ("blockdrafter", "dspark"): (MASK | {"sample_from_anchor": True, "correction": "vanilla"}, True),
+    ("blockdrafter", "domino"): (MASK | {"sample_from_anchor": True, "correction": "gru"}, False),
+    ("blockdrafter", "speculators"): (MASK, True),
+    ("headsdrafter", "medusa"): ({"head": "per_step"}, True),
+    ("headsdrafter", "mlp_speculator"): ({"network": "mlp"}, False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,17 @@ def heads(tmp_path_factory: pytest.TempPathFactory, drafter: Path, target: Path)
     for family in EVERY_FAMILY:
         torch.manual_seed(5)
         for_two_layers(family).build(ends, DRAFT_IDS, 3, fingerprint).save_pretrained(folders[family.name])
+    for (name, layout), (chosen, has_ids) in FOR_LAYOUT.items():
+        family = next(family for family in OUR_FAMILIES if family.name == name)
+        folders[f"{name} for {layout}"] = tmp_path_factory.mktemp(layout)
+        built = for_two_layers(family, **chosen).build(ends, DRAFT_IDS if has_ids else None, 3, fingerprint)
+        built.save_pretrained(folders[f"{name} for {layout}"])
     return folders | {"redrafter": drafter}
+
+
+def suited(heads: dict[str, Path], family: str, layout: str) -> Path:
+    """A saved drafter of a family that a layout can hold."""
+    return heads.get(f"{family} for {layout}", heads[family])
 
 
 def in_layouts(layouts: Callable[[Family], Iterable[Layout]]) -> list[tuple[str, str]]:
@@ -83,7 +104,7 @@ def run_card_example(folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), in_layouts(lambda family: layouts_of(family)[:-1]))
 def test_the_cards_example_runs(tmp_path: Path, heads: dict[str, Path], target: Path, family: str, layout) -> None:
-    export(heads[family], tmp_path / "out", target=str(target), layout=layout)
+    export(suited(heads, family, layout), tmp_path / "out", target=str(target), layout=layout)
     assert re.search(r"\d+ tokens in \d+ target forwards", run_card_example(tmp_path / "out"))
 
 
@@ -111,12 +132,15 @@ def test_the_cards_example_runs(tmp_path: Path, heads: dict[str, Path], target: 
         ("eagle3", "eagle3", ['"method": "eagle3"', "--speculative-algorithm EAGLE3 "]),
         ("eagle3", "tensorrt-llm", ["Eagle3DecodingConfig", "`eagle3_layers_to_capture={0, 1}`"]),
         ("eagle3", "speculators", ["with the target's embedding", "put the target's hub id into"]),
+        ("blockdrafter", "dflash", ['"method": "dflash"', "--speculative-algorithm DFLASH "]),
+        ("blockdrafter", "dspark", ['"method": "dspark"', "SGLang drops the head of a DSpark"]),
+        ("headsdrafter", "medusa", ['"method": "medusa"', "vLLM 0.32 is the last release with Medusa"]),
     ],
 )
 def test_the_card_knows_the_family_and_the_layout(
     tmp_path: Path, heads: dict[str, Path], target: Path, family: str, layout, told: list[str]
 ) -> None:
-    export(heads[family], tmp_path / "out", target=str(target), layout=layout)
+    export(suited(heads, family, layout), tmp_path / "out", target=str(target), layout=layout)
     card = (tmp_path / "out" / "README.md").read_text()
     for text in told:
         assert text in card, text
@@ -143,9 +167,10 @@ def holds_the_draft_vocabulary(family: Family) -> Iterator[Layout]:
 def test_an_engines_layout_and_back_is_the_same_drafter(
     tmp_path: Path, heads: dict[str, Path], target: Path, other_target: Path, family: str, layout
 ) -> None:
-    export(heads[family], tmp_path / "engine", target=str(target), layout=layout)
+    drafter = suited(heads, family, layout)
+    export(drafter, tmp_path / "engine", target=str(target), layout=layout)
     export(tmp_path / "engine", tmp_path / "back", target=str(target))
-    before, after = load_drafter(heads[family]), load_drafter(tmp_path / "back")
+    before, after = load_drafter(drafter), load_drafter(tmp_path / "back")
     assert module_fingerprint(before) == module_fingerprint(after)
     assert before.config.target_fingerprint == after.config.target_fingerprint
     assert before.config.tokenizer_fingerprint == after.config.tokenizer_fingerprint

@@ -11,10 +11,17 @@ from draftsmith.models.families import __all__ as class_names
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded")
 OWN = {ROOT / "models" / "families"}
+LAYOUTS = ROOT / "export" / "layouts"
 FOREIGN = {
-    ROOT / "export" / "layouts" / f"{name}.py"
-    for name in ("apple", "eagle", "eagle3", "embedding", "layer_ids", "llama", "serving", "speculators")
-} | {ROOT / "export" / "contents.py", ROOT / "models" / "foreign" / "named_kinds.py"}
+    *(
+        LAYOUTS / f"{name}.py"
+        for name in ("apple", "eagle", "eagle3", "embedding", "layer_ids", "llama", "serving", "speculators")
+    ),
+    *(LAYOUTS / "block").glob("*.py"),
+    *(LAYOUTS / "heads").glob("*.py"),
+    ROOT / "export" / "contents.py",
+    ROOT / "models" / "foreign" / "named_kinds.py",
+}
 EARLIER_NAMES = ROOT / "src" / "draftsmith" / "moved.py"
 
 

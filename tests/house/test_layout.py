@@ -85,7 +85,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tune": {"", "roofline", "strata"},
         "lossy": {"", "strata"},
     },
-    "export": {"layouts": set(), "judge": set(), "": {"layouts"}},
+    "export": {"layouts": set(), "block": {"layouts"}, "heads": {"layouts"}, "judge": set(), "": {"layouts"}},
     "embedded": {"": set()},
     "configs": {"": set()},
 }

@@ -95,5 +95,5 @@ def test_missing_sizes_and_unknown_rotary_settings_are_refused() -> None:
 )
 def test_settings_that_change_the_computation_are_refused(changes: dict, message: str) -> None:
     refuse_other_layers({"hidden_size": 32, "target_hidden_size": 32, "num_hidden_layers": 1}, "here")
-    with pytest.raises(ValueError, match=f"here asks for {message}, which our one Llama layer does not do"):
+    with pytest.raises(ValueError, match=f"here asks for {message}, which our draft layer does not do"):
         refuse_other_layers({"hidden_size": 32, **changes}, "here")

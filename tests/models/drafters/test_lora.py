@@ -55,9 +55,14 @@ MAKERS: dict[str, Callable[[TargetEnds], Drafter]] = {
 
 
 def make(name: str, target: Target) -> Drafter:
-    """A drafter of random weights: of a family with its usual settings, or the wide one."""
+    """A drafter of random weights: of a family with its usual settings, or the wide one. A matrix that begins at zero would hide others."""
     torch.manual_seed(5)
-    return MAKERS[name](target.ends).eval()
+    drafter = MAKERS[name](target.ends).eval()
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            if not weight.any():
+                weight.normal_(std=0.1)
+    return drafter
 
 
 def shake(drafter: Drafter, seed: int = 7) -> None:

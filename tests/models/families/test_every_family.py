@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_each_steps_own_head(family: Family, target: Target,
     for step in range(STEPS):
         one = slice(step, step + 1)
         place = (lesson.draft_targets[:, one], lesson.rollout.valid[:, one], weights[one])
-        alone = head_cross_entropy_eager(inputs[one], drafter.step_weight(step), *place)
+        alone = head_cross_entropy_eager(inputs[one], drafter.step_weight(step), *place, drafter.correction_weight)
         assert alone.top1 is not None
         assert sums.top1[step] == alone.top1[0]
         assert sums.rows[step] == alone.rows[0]

@@ -1,0 +1,380 @@
+"""Block drafters on disk: z-lab's DFlash layout, and its relatives for JetSpec, DSpark and Domino, which vLLM and SGLang read.
+
+Owns their config fields, and which drafter each can hold. Engines read some of them differently:
+
+- Layers are counted from 0 in ``target_layer_ids``, and from 1 in ``eagle_aux_hidden_state_layer_ids``, which vLLM prefers.
+- ``is_causal`` at the top is for both engines, ``dflash_config.causal`` for vLLM. Without either, full attention sees the whole block.
+- vLLM refuses a DFlash whose root's slot predicts. A DSpark is ``Qwen3DSparkModel`` to it; ``DSparkDraftModel`` is another model.
+
+Knows nothing of cards and commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from draftsmith.export.layouts.block.qwen3 import (
+    MARKOV_TYPES,
+    add_embedding,
+    assembled,
+    last_block_note,
+    public_tensors,
+    qwen3_fields,
+    qwen3_settings,
+    refuse_learned_mask,
+)
+from draftsmith.export.layouts.eagle3 import num_layers
+from draftsmith.export.layouts.embedding import NAME as EMBEDDING
+from draftsmith.export.layouts.embedding import is_plain
+from draftsmith.export.layouts.layer_ids import KEY, block_counts, layer_names
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.readback import refuse_difference
+from draftsmith.export.layouts.serving import sglang_block, vllm
+from draftsmith.models.families.block import BlockConfig, BlockDrafter
+from draftsmith.models.families.block_correction import CorrectionKind
+from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, Rule, check_fields, is_whole
+from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.target.ends import TargetEnds
+
+DFLASH, DSPARK, DOMINO = "dflash", "dspark", "domino"
+_ARCHITECTURES = {DFLASH: "DFlashDraftModel", DSPARK: "Qwen3DSparkModel", DOMINO: "DFlashDraftModel"}
+_NESTED = "dflash_config"
+_IDS: Rule = (
+    lambda value: isinstance(value, list) and bool(value) and all(is_whole(number, 0) for number in value),
+    "a list of whole numbers",
+)
+_RULES: dict[str, Rule] = {
+    _NESTED: OBJECT,
+    "block_size": COUNT,
+    "mask_token_id": (lambda value: is_whole(value, 0), "a token id"),
+    "target_layer_ids": _IDS,
+    KEY: _IDS,
+    "aux_hidden_state_layer_ids": _IDS,
+    "num_target_layers": COUNT,
+    "draft_vocab_size": COUNT,
+    "is_causal": FLAG,
+    "causal": FLAG,
+    "sample_from_anchor": FLAG,
+    "shift_label": FLAG,
+    "markov_rank": (lambda value: is_whole(value, 0), "a whole number of at least 0"),
+    "markov_head_type": (lambda value: value in MARKOV_TYPES.values(), "vanilla, gated or rnn"),
+    "gru_hidden_dim": COUNT,
+    "emb_dim": COUNT,
+    "enable_confidence_head": FLAG,
+}
+# What our layers and corrections are. Another value means another computation, which loading the weights alone would hide.
+_FIXED: dict[str, Any] = {
+    "pure_draft_prefix_len": 1,
+    "is_neox_style": True,
+    "use_swa": False,
+    "attention_sink_bias": False,
+    "use_sliding_window": False,
+    "enable_confidence_head": False,
+}
+
+
+def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """Write a DFlash or a JetSpec into an existing folder, read it back and compare.
+
+    Returns:
+        what a user must know of the result.
+
+    Raises:
+        ValueError: a drafter that no engine serves, since its mask is a learned vector or its root's slot predicts without a correction;
+            one of another layout; or a draft vocabulary without the target at hand.
+    """
+    return _write(DFLASH, drafter, folder, ends)
+
+
+def write_dspark(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """As :func:`write`, a DSpark.
+
+    Raises:
+        ValueError: as there.
+    """
+    return _write(DSPARK, drafter, folder, ends)
+
+
+def write_domino(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """As :func:`write`, a Domino.
+
+    Raises:
+        ValueError: as there.
+    """
+    return _write(DOMINO, drafter, folder, ends)
+
+
+def _write(layout: str, drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    config, kind = drafter.config, kind_of(drafter.config)
+    if kind != layout:
+        raise ValueError(
+            f"this drafter has the correction {config.correction!r}, which --layout {layout} does not hold; use --layout {kind}"
+        )
+    tensors = public_tensors(drafter, ends, with_membership=False)
+    notes = [*add_embedding(tensors, ends, drafter.dtype), *last_block_note(config), *engine_notes(config)]
+    write_files(folder, as_text(_fields(drafter, kind, ends)), tensors)
+    refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
+    return tuple(notes)
+
+
+def kind_of(config: BlockConfig) -> str:
+    """Which of the three kinds a drafter is.
+
+    Args:
+        config: of the drafter.
+
+    Returns:
+        ``dflash``, ``dspark`` or ``domino``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    remedy = "serve it from --layout draftsmith or custom_generate"
+    if config.correction == "none":
+        if config.sample_from_anchor:
+            raise ValueError(
+                "the root's slot of this drafter predicts (sample_from_anchor), and vLLM refuses such a DFlash; train it with "
+                f"sample_from_anchor false or with a correction, or {remedy}"
+            )
+        return DFLASH
+    if not config.sample_from_anchor:
+        raise ValueError(
+            f"this drafter has the correction {config.correction!r} without sample_from_anchor, which no engine serves as far as we know; "
+            f"train it with sample_from_anchor true, or {remedy}"
+        )
+    if config.correction != "gru":
+        return DSPARK
+    if config.num_draft_tokens != config.vocab_size:
+        raise ValueError(
+            f"this drafter has the correction 'gru' and a draft vocabulary of {config.num_draft_tokens} tokens, and Domino's layout holds "
+            f"only the whole one; train it with draft_vocab_size null, or {remedy}"
+        )
+    return DOMINO
+
+
+def engine_notes(config: BlockConfig) -> list[str]:
+    """What a user must know of engines that compute something else, or nothing."""
+    notes = []
+    if config.correction in ("gated", "recurrent"):
+        notes.append(f"Its correction is {config.correction!r}, which SGLang reads. vLLM has no parameters for it.")
+    if config.correction == "gru":
+        notes.append("Its correction is Domino's, which SGLang reads and vLLM does not.")
+    if config.correction != "none" and config.num_draft_tokens != config.vocab_size:
+        notes.append(
+            "vLLM reads its draft vocabulary. SGLang drops the head of a DSpark and scores the whole vocabulary."
+        )
+    return notes
+
+
+def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[str, Any]:
+    config = drafter.config
+    depth = num_layers(ends)
+    nested: dict[str, Any] = {
+        "mask_token_id": refuse_learned_mask(config),
+        "target_layer_ids": [count - 1 for count in block_counts(config.layers, depth)],
+        "block_size": config.block_size,
+        "causal": config.causal,
+    }
+    fields = {
+        "architectures": [_ARCHITECTURES[kind]],
+        **qwen3_fields(config, drafter.dtype, ends),
+        "block_size": config.block_size,
+        "is_causal": config.causal,
+        _NESTED: nested,
+    }
+    if depth is not None:
+        fields["num_target_layers"] = depth
+    if config.draft_vocab_size is not None:
+        fields["draft_vocab_size"] = config.num_draft_tokens
+    if kind == DOMINO:
+        nested |= {"projector_type": DOMINO, "shift_label": True, "pure_draft_prefix_len": 1}
+        nested |= {"gru_hidden_dim": config.correction_state, "emb_dim": config.correction_rank}
+    elif kind == DSPARK:
+        # vLLM reads these at the top.
+        fields |= {name: nested[name] for name in ("mask_token_id", "target_layer_ids")}
+        fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
+        fields |= {"enable_confidence_head": False, "confidence_head_with_markov": False, "sample_from_anchor": True}
+        nested["projector_type"] = DSPARK
+    return fields
+
+
+def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:
+    """A drafter from this layout; it knows no target yet beyond its sizes and layers.
+
+    Args:
+        fields: of the config; those of its own stand at the top or in ``dflash_config``.
+        tensors: of the checkpoint.
+        ends: the target's; without them, copies of the target's tensors are not looked at.
+        where: for messages.
+
+    Raises:
+        ValueError: a field is missing or breaks its rule, two fields contradict each other, the layers compute what ours do not, or the
+            tensors are not those of the config.
+    """
+    flat = _flat(fields, where)
+    refuse_other_computation(flat, where)
+    if ends is not None and EMBEDDING not in tensors:
+        refuse_other_scale(flat, ends, where)
+    size = len(tensors["d2t"]) if "d2t" in tensors else flat.get("draft_vocab_size")
+    config = BlockConfig(
+        **qwen3_settings(fields, where),
+        **_correction(flat),
+        layers=layer_names(_counts(flat, where), num_layers(ends), where),
+        block_size=_required(flat, "block_size", where),
+        mask_token_id=_required(flat, "mask_token_id", where),
+        causal=_causal(flat, where),
+        draft_vocab_size=None if size == fields.get("vocab_size") else size,
+    )
+    config.num_draft_steps = config.block_size - config.first_slot
+    config.check(where, "correct it by hand")
+    return assembled(config, tensors, ends, where)
+
+
+def _flat(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields at the top and those of ``dflash_config`` as one level, each of which follows its rule.
+
+    Raises:
+        ValueError: one breaks its rule, or has one value at the top and another one below.
+    """
+    place = f"{where}: {CONFIG}"
+    top = {name: value for name, value in fields.items() if value is not None}
+    check_fields(top, _RULES, place, "correct it by hand")
+    nested = {name: value for name, value in top.get(_NESTED, {}).items() if value is not None}
+    check_fields(nested, _RULES, f"{place}: {_NESTED}", "correct it by hand")
+    for name in _RULES.keys() & top.keys() & nested.keys():
+        if top[name] != nested[name]:
+            raise ValueError(
+                f"{place} has {name} {top[name]!r}, and {nested[name]!r} in {_NESTED}, between which engines differ; correct one of the two"
+            )
+    return {**nested, **top}
+
+
+def refuse_other_computation(flat: Mapping[str, Any], where: str) -> None:
+    """Refuse settings under which the same tensors would mean something else.
+
+    Raises:
+        ValueError: naming each.
+    """
+    faults = [f"{name} {flat[name]!r}" for name, value in _FIXED.items() if name in flat and flat[name] != value]
+    if flat.get("projector_type", DFLASH) not in (DFLASH, DSPARK, DOMINO):
+        faults.append(f"projector_type {flat['projector_type']!r}")
+    if faults:
+        raise ValueError(
+            f"{where} asks for {', '.join(faults)}, which our block drafters do not have; it cannot be read"
+        )
+
+
+def refuse_other_scale(flat: Mapping[str, Any], ends: TargetEnds, where: str) -> None:
+    """Refuse a drafter that was trained with the bare rows of an embedding that computes more, or with rows times a factor.
+
+    Raises:
+        ValueError: naming the factor.
+    """
+    scale = flat.get("input_embedding_scale", 1.0)
+    if (scale == 1.0) != is_plain(ends):
+        raise ValueError(
+            f"{where} was trained with rows of the target's embedding matrix times {scale}, and {ends.name!r} computes something else for "
+            "its embedding; such a drafter cannot be read"
+        )
+
+
+def _counts(flat: Mapping[str, Any], where: str) -> list[int]:
+    """The layers that are read, as outputs of blocks counted from 1.
+
+    Raises:
+        ValueError: none are named, or two lists differ.
+    """
+    lists = {name: list(flat[name]) for name in (KEY, "aux_hidden_state_layer_ids") if name in flat}
+    if "target_layer_ids" in flat:
+        lists["target_layer_ids"] = [number + 1 for number in flat["target_layer_ids"]]
+    if not lists:
+        raise ValueError(f"{where} names no target_layer_ids, the layers to read; add them by hand, counted from 0")
+    if any(counts != next(iter(lists.values())) for counts in lists.values()):
+        raise ValueError(
+            f"{where} names different layers in {' and '.join(lists)}; target_layer_ids count blocks from 0, the others from 1: correct one"
+        )
+    return next(iter(lists.values()))
+
+
+def _causal(flat: Mapping[str, Any], where: str) -> bool:
+    """Whether a slot sees no later one.
+
+    Raises:
+        ValueError: the two fields that say so differ.
+    """
+    values = {flat[name] for name in ("is_causal", "causal") if name in flat}
+    if len(values) > 1:
+        raise ValueError(
+            f"{where} has is_causal {flat['is_causal']} and causal {flat['causal']}; correct one of the two"
+        )
+    return bool(values and values.pop())
+
+
+def _correction(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of :class:`BlockConfig` about the correction, and which slot predicts first."""
+    if flat.get("projector_type") == DOMINO:
+        return {
+            "correction": "gru",
+            "correction_rank": flat.get("emb_dim", 256),
+            "correction_state": flat.get("gru_hidden_dim", 1024),
+            "sample_from_anchor": flat.get("shift_label", True),
+        }
+    rank = flat.get("markov_rank", 0)
+    is_dspark = bool(rank) or flat.get("projector_type") == DSPARK or named_kind(flat) == "DSpark"
+    kinds: dict[str, CorrectionKind] = {theirs: ours for ours, theirs in MARKOV_TYPES.items()}  # type: ignore[misc]
+    return {
+        "sample_from_anchor": flat.get("sample_from_anchor", is_dspark),
+        **({"correction": kinds[flat.get("markov_head_type", "vanilla")], "correction_rank": rank} if rank else {}),
+    }
+
+
+def _required(flat: Mapping[str, Any], name: str, where: str) -> int:
+    if name not in flat:
+        raise ValueError(f"{where} lacks {name}, without which no block can be drafted; add it by hand")
+    return int(flat[name])
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in this layout."""
+    return SPECULATORS_KEY not in fields and named_kind(fields, tensors) in ("DFlash", "DSpark")
+
+
+def _commands(target: str, num_steps: int) -> str:
+    return f"{vllm(DFLASH, target, num_steps)}\n\n{sglang_block('DFLASH', target)}"
+
+
+def _dspark_commands(target: str, num_steps: int) -> str:
+    return f"{vllm(DSPARK, target, num_steps)}\n\n{sglang_block('DSPARK', target)}"
+
+
+def _domino_commands(target: str, num_steps: int) -> str:
+    return sglang_block("DFLASH", target)
+
+
+LAYOUTS = (
+    Layout(
+        "dflash",
+        write,
+        "z-lab's DFlash layout, which vLLM and SGLang load. The target is named in `provenance.json`",
+        Foreign("z-lab's", holds, read),
+        _commands,
+    ),
+    Layout(
+        "dspark",
+        write_dspark,
+        "the DSpark layout of vLLM and SGLang: DFlash's with a Markov head. The target is named in `provenance.json`",
+        commands=_dspark_commands,
+    ),
+    Layout(
+        "domino",
+        write_domino,
+        "the Domino layout of SGLang: DFlash's with a recurrent head. The target is named in `provenance.json`",
+        commands=_domino_commands,
+    ),
+)

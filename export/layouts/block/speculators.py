@@ -1,0 +1,140 @@
+"""Block drafters in the layout of the speculators package (vllm-project/speculators 0.9): its ``dflash`` and ``dspark``.
+
+Owns the package's config. The layers are in a config of their own, the target is named, and layers are counted from 1. Layers with full
+attention see the whole block there. vLLM makes them causal where ``sliding_window_non_causal`` is false, so it is written as true, and
+a causal drafter has no place in this layout. The package takes embedding and head from the target, but for the head's rows of a draft
+vocabulary. Knows nothing of cards and commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from draftsmith.export.layouts import speculators
+from draftsmith.export.layouts.block import dflash
+from draftsmith.export.layouts.block.qwen3 import (
+    MARKOV_TYPES,
+    last_block_note,
+    public_tensors,
+    qwen3_fields,
+    refuse_learned_mask,
+)
+from draftsmith.export.layouts.eagle3 import num_layers
+from draftsmith.export.layouts.embedding import is_plain
+from draftsmith.export.layouts.layer_ids import block_counts
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.readback import refuse_difference
+from draftsmith.export.layouts.serving import vllm
+from draftsmith.models.families.block import BlockDrafter
+from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.field_rules import OBJECT, check_fields
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.target.ends import TargetEnds
+
+_LAYERS = "transformer_layer_config"
+_KINDS = {dflash.DFLASH: "DFlashSpeculator", dflash.DSPARK: "DSparkSpeculator"}
+
+
+def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """Write the layout into an existing folder, read it back and compare.
+
+    Returns:
+        what a user must know of the result.
+
+    Raises:
+        ValueError: no target is at hand, or a drafter that the package or the engines behind it would compute in another way: it is causal,
+            has Domino's correction or a learned mask, or its target computes more than a look-up for its embedding.
+    """
+    if ends is None:
+        raise ValueError("the speculators layout names the target and its architecture; add --target")
+    config, kind = drafter.config, dflash.kind_of(drafter.config)
+    if config.causal:
+        raise ValueError(
+            "this drafter is causal, and layers with full attention see the whole block in the speculators package; export it with "
+            "--layout dflash"
+        )
+    if kind not in _KINDS:
+        raise ValueError(
+            "this drafter's correction is 'gru', which this layout does not hold; export it with --layout domino"
+        )
+    if not is_plain(ends):
+        raise ValueError(
+            f"{ends.name!r} computes more than a look-up for its embedding, and the speculators package takes its bare matrix; export the "
+            "drafter with --layout dflash"
+        )
+    tensors = public_tensors(drafter, ends, with_membership=True)
+    write_files(folder, as_text(_fields(drafter, kind, ends)), tensors)
+    refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
+    return (*speculators.path_note(ends), *last_block_note(config), *dflash.engine_notes(config))
+
+
+def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any]:
+    config = drafter.config
+    layer = qwen3_fields(config, drafter.dtype, ends)
+    dtype = layer.pop("torch_dtype")
+    fields = {
+        "architectures": [_KINDS[kind]],
+        **speculators.package_fields(kind, config.block_size - config.first_slot, ends),
+        _LAYERS: layer,
+        "draft_vocab_size": config.num_draft_tokens,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": block_counts(config.layers, num_layers(ends)),
+        "mask_token_id": refuse_learned_mask(config),
+        "sliding_window_non_causal": True,
+        "sample_from_anchor": config.sample_from_anchor,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }
+    if kind == dflash.DSPARK:
+        fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
+        fields |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    return fields
+
+
+def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:
+    """A drafter from this layout; it knows no target yet beyond its sizes and layers.
+
+    Raises:
+        ValueError: another layer than Qwen3's, a DSpark that does not say which slot predicts first, tensors of another target, and
+            whatever :func:`dflash.read` refuses.
+    """
+    check_fields(fields, {_LAYERS: OBJECT}, f"{where}: {CONFIG}", "correct it by hand", required=(_LAYERS,))
+    layer = fields[_LAYERS]
+    if layer.get("model_type") != "qwen3":
+        raise ValueError(f"{where}: {_LAYERS} is not a Qwen3 layer's; such a drafter cannot be read")
+    kind = fields[SPECULATORS_KEY]
+    if kind == dflash.DSPARK and "sample_from_anchor" not in fields:
+        raise ValueError(
+            f"{where} does not say sample_from_anchor, whose default differs between versions of the package; add it by hand: true where "
+            "the root's slot predicts the first drafted token"
+        )
+    # The causality of sliding windows, which our layers do not have.
+    own = {name: value for name, value in fields.items() if name not in (_LAYERS, SPECULATORS_KEY)}
+    flat = {**layer, **own, "projector_type": fields.get("projector_type", kind), "is_causal": False}
+    return dflash.read(flat, speculators.without_verifier(tensors, ends, where), ends, where)
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in this layout."""
+    return fields.get(SPECULATORS_KEY) in _KINDS
+
+
+def _commands(target: str, num_steps: int) -> str:
+    return (
+        f"{vllm(dflash.DFLASH, target, num_steps)}\n\nFor a drafter with a correction, the method is `{dflash.DSPARK}`."
+    )
+
+
+LAYOUTS = (
+    Layout(
+        "speculators",
+        write,
+        "the layout of the speculators package. Embedding and head are the target's",
+        Foreign("the speculators package's", holds, read),
+        _commands,
+    ),
+)

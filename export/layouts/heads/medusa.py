@@ -1,0 +1,177 @@
+"""Medusa on disk: the official layout, which vLLM up to 0.32 reads too.
+
+Owns its names and config fields. Each head has residual blocks and an output matrix of its own: ``{h}.{l}.linear``, ``{h}.{L}``. The
+official training writes `medusa_lm_head.safetensors`; its own decoder reads a pickle, which nothing here writes. vLLM drops the biases of
+the blocks unless ``medusa_fc_bias`` is true. It takes any field with "num" and "heads" in its name for the number of heads. Knows
+nothing of cards and commands.
+
+Shape legend: D hidden, V vocabulary, Vd draft vocabulary, K heads, L blocks of a head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.export.layouts.heads.own_heads import written_out
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.readback import refuse_difference, tensors_of
+from draftsmith.export.layouts.serving import vllm
+from draftsmith.models.drafters.drafter_reader import assemble, module_table
+from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
+from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, Rule, check_fields
+from draftsmith.models.files.model_folder import openable_name
+from draftsmith.models.files.tables import target_ids
+from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.target.ends import TargetEnds
+
+WHAT = "Medusa"
+_TOKENS = "token_map"  # vLLM's draft vocabulary: the target id of each row
+_RULES: dict[str, Rule] = {
+    "medusa_num_heads": COUNT,
+    "medusa_num_layers": COUNT,
+    "num_heads": COUNT,
+    "num_hidden_layers": COUNT,
+    "hidden_size": COUNT,
+    "vocab_size": COUNT,
+    "truncated_vocab_size": COUNT_OR_NULL,
+}
+# Our names, the official ones, and vLLM's own.
+_BLOCK, _HEAD = "steps.blocks.{h}.{l}.linear.", "heads.{h}.weight"
+_OFFICIAL_BLOCK, _OFFICIAL_HEAD = "{h}.{l}.linear.", "{h}.{L}.weight"
+_VLLM_BLOCK, _VLLM_HEAD = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\."), re.compile(r"lm_heads\.(\d+)\.")
+
+
+def write(drafter: HeadsDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """Write the layout into an existing folder, read it back and compare.
+
+    Returns:
+        what a user must know of the result.
+
+    Raises:
+        ValueError: the steps are no residual blocks over the target's state, or the target is needed and not at hand.
+    """
+    if drafter.config.network != "medusa":
+        raise ValueError(
+            f"this drafter's network is {drafter.config.network!r}, and Medusa's layout holds only 'medusa'; export it with --layout "
+            "draftsmith"
+        )
+    own = written_out(drafter, ends, "Medusa's")
+    config, tensors = own.config, tensors_of(own)
+    fields: dict[str, Any] = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "medusa_num_heads": config.num_draft_steps,
+        "medusa_num_layers": config.num_blocks,
+        "medusa_fc_bias": True,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "base_model_name_or_path": config.target_name if ends is None else openable_name(ends.name),
+        "version": "2",
+        "torch_dtype": str(own.dtype).removeprefix("torch."),
+    }
+    notes = [
+        "The official Medusa code decodes from `medusa_lm_head.pt`, a pickle, so convert `model.safetensors` for it."
+    ]
+    outside = {theirs: tensors[ours] for ours, theirs in _names(config).items()}
+    if own.d2t is not None:
+        fields["truncated_vocab_size"] = len(own.d2t)
+        outside[_TOKENS] = target_ids(tensors["d2t"])
+        notes.append("Its draft vocabulary is vLLM's `token_map`, which the official code does not know.")
+    write_files(folder, as_text(fields), outside)
+    refuse_difference(own, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
+    return tuple(notes)
+
+
+def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> HeadsDrafter:
+    """A drafter from this layout; it knows no target yet beyond its sizes.
+
+    Args:
+        fields: of the config; sizes that it lacks follow from the tensors.
+        tensors: of the checkpoint, under official names or vLLM's own.
+        ends: the target's, whose vocabulary counts where the config does not give one.
+        where: for messages.
+
+    Raises:
+        ValueError: a field breaks its rule, the tensors are not a Medusa's, or its heads are not linear layers of its own.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    check_fields(given, _RULES, f"{where}: {CONFIG}", "correct it by hand")
+    if given.get("original_lm_head"):
+        raise ValueError(f"{where} has original_lm_head, one head for all steps, which is not read; serve it with vLLM")
+    num_heads = given.get("medusa_num_heads", given.get("num_heads"))
+    num_blocks = given.get("medusa_num_layers", given.get("num_hidden_layers", 1))
+    named = {_official(name, num_blocks): tensor for name, tensor in tensors.items() if name != _TOKENS}
+    first_head = named.get(f"0.{num_blocks}.weight")
+    if num_heads is None or first_head is None or first_head.ndim != 2:
+        raise ValueError(
+            f"{where} is no whole Medusa: it needs medusa_num_heads, and a tensor 0.{num_blocks}.weight behind {num_blocks} blocks of "
+            "medusa_num_layers; get a whole checkpoint"
+        )
+    ids = tensors.get(_TOKENS)
+    vocab_size = given.get("vocab_size") or (len(first_head) if ends is None else ends.vocab_size)
+    config = HeadsConfig(
+        network="medusa",
+        head="per_step",
+        num_blocks=num_blocks,
+        hidden_size=given.get("hidden_size") or first_head.shape[1],
+        vocab_size=vocab_size,
+        draft_vocab_size=None if ids is None else len(ids),
+        num_draft_steps=num_heads,
+    )
+    names = {theirs: ours for ours, theirs in _names(config).items()}
+    kept = {names.get(name, name): tensor for name, tensor in named.items()}
+    if given.get("medusa_fc_bias") is False or not any(name.endswith(".bias") for name in kept):
+        # vLLM computes without biases then, whatever is stored.
+        kept |= {
+            name: torch.zeros(config.hidden_size, dtype=first_head.dtype)
+            for name in names.values()
+            if name.endswith(".bias")
+        }
+    if ids is not None:
+        kept["d2t"] = ids.to(torch.int64) - torch.arange(len(ids))
+    module_table(HeadsDrafter, config, where).check(kept, where)
+    return assemble(HeadsDrafter, config, kept)
+
+
+def _names(config: HeadsConfig) -> dict[str, str]:
+    """The official name of each of our tensors, but for the draft vocabulary."""
+    names = {}
+    for h in range(config.num_draft_steps):
+        for block in range(config.num_blocks):
+            for part in ("weight", "bias"):
+                names[_BLOCK.format(h=h, l=block) + part] = _OFFICIAL_BLOCK.format(h=h, l=block) + part
+        names[_HEAD.format(h=h)] = _OFFICIAL_HEAD.format(h=h, L=config.num_blocks)
+    return names
+
+
+def _official(name: str, num_blocks: int) -> str:
+    """An official name as it is; vLLM's ``blocks.0.layers.1.weight`` -> ``0.1.linear.weight``, ``lm_heads.0.weight`` -> ``0.2.weight``."""
+    bare = name.removeprefix("medusa_heads.")
+    return _VLLM_HEAD.sub(rf"\g<1>.{num_blocks}.", _VLLM_BLOCK.sub(r"\1.\2.linear.", bare))
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder is in this layout."""
+    return named_kind(fields, tensors) == WHAT
+
+
+def _commands(target: str, num_steps: int) -> str:
+    return f"{vllm('medusa', target, num_steps)}\n\nvLLM 0.32 is the last release with Medusa; it drafts a chain."
+
+
+LAYOUTS = (
+    Layout(
+        "medusa",
+        write,
+        "the layout of Medusa's official training, with an output head for each step. The target is named in `provenance.json`",
+        Foreign("Medusa's", holds, read),
+        _commands,
+    ),
+)

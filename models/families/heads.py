@@ -1,0 +1,399 @@
+"""Draft heads: each step of a draft has a small network over the target's last state, and an output head.
+
+One family with switches. ``network`` says what a step computes (`models/families/head_steps.py`): Medusa, blockwise heads, Hydra or the
+MLP speculator. ``head`` says whose output head follows: the target's own, frozen; one of the drafter's for all steps; or one for each step.
+Steps that share a head can differ by a matrix of low rank: step k scores with W + U M_k, where U [Vd, r] is one for all steps. At large
+vocabularies that is the affordable form: K heads of their own cost K V D weights.
+
+Owns the drafter, its draft, its settings and its record. Knows nothing of losses, trees or verification.
+
+Shape legend: B batch rows, M nodes of a layer, A anchors, K draft steps.
+D hidden, E outputs of a step, r rank, S state, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening, RootState
+from draftsmith.models.drafters.drafter_config import DrafterConfig
+from draftsmith.models.drafters.family import About, DrafterFamily, Family
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.families.eagle_config import layer_fields
+from draftsmith.models.families.head_steps import (
+    BlockwiseSteps,
+    DraftSteps,
+    HydraSteps,
+    MedusaSteps,
+    MlpSteps,
+    Network,
+)
+from draftsmith.models.families.target_head import TargetHead
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, Rule
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.tree.limits import DraftLimits
+
+HeadOwner = Literal["target", "shared", "per_step"]
+DEFAULT_RANK = 64
+
+
+class HeadsConfig(DrafterConfig):
+    """The fields of draft heads.
+
+    Attributes:
+        network: of a step: ``medusa``, ``blockwise``, ``hydra`` or ``mlp``.
+        head: the output head: ``target``, ``shared`` by all steps, or ``per_step``.
+        rank: r of what steps with a common head add to it; 0 adds nothing.
+        num_blocks: layers of a step, of ``medusa`` and ``hydra``.
+        inner_size: I, width of the hidden layer of ``blockwise``, and of the state of ``mlp``.
+        tied: in ``mlp``, one embedding and norm serve all steps.
+        scale_input: in ``mlp``, the target's state is normed before the first step.
+    """
+
+    model_type = "draftsmith_heads"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **DrafterConfig.rules,
+        "network": (lambda value: value in get_args(Network), f"one of {', '.join(get_args(Network))}"),
+        "head": (lambda value: value in get_args(HeadOwner), f"one of {', '.join(get_args(HeadOwner))}"),
+        "rank": COUNT_OR_ZERO,
+        "num_blocks": COUNT,
+        "inner_size": COUNT,
+        "tied": FLAG,
+        "scale_input": FLAG,
+    }
+
+    def __init__(
+        self,
+        network: Network = "medusa",
+        head: HeadOwner = "target",
+        rank: int = 0,
+        num_blocks: int = 1,
+        inner_size: int | None = None,
+        tied: bool = True,
+        scale_input: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network, self.head, self.rank = network, head, rank
+        self.num_blocks, self.tied, self.scale_input = num_blocks, tied, scale_input
+        self.inner_size = self.hidden_size if inner_size is None else inner_size
+
+    @property
+    def output_size(self) -> int:
+        """E: what a step gives to its head."""
+        return self.inner_size if self.network == "mlp" else self.hidden_size
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        if self.head == "target" and self.output_size != self.hidden_size:
+            return (
+                f"inner_size {self.inner_size} and head 'target', whose rows have {self.hidden_size} numbers: use that inner_size, or "
+                "head 'shared' or 'per_step'"
+            )
+        if self.head == "per_step" and self.rank:
+            return (
+                f"rank {self.rank} and head 'per_step', but only steps that share a head add a matrix to it: use rank 0"
+            )
+        return super().fault()
+
+
+class HeadsDrafter(TargetHead):
+    """A network and an output head for each step (arXiv:1811.03115, 2401.10774, 2402.05109, 2404.19124)."""
+
+    config_class = HeadsConfig
+    config: HeadsConfig
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__(config)
+        K, E, r = config.num_draft_steps, config.output_size, config.rank
+        self.borrows_head = config.head == "target"
+        self.steps = steps_of(config)
+        num_heads = {"target": 0, "shared": 1, "per_step": K}[config.head]
+        self.heads = nn.ModuleList(nn.Linear(E, config.num_draft_tokens, bias=False) for _ in range(num_heads))
+        self.mix = nn.ModuleList(nn.Linear(E, r, bias=False) for _ in range(K if r else 0))
+        self.difference = nn.Linear(r, config.num_draft_tokens, bias=False) if r else None
+        self.post_init()
+
+    @classmethod
+    def for_target(
+        cls,
+        ends: TargetEnds,
+        *,
+        draft_token_ids: Tensor | None = None,
+        num_draft_steps: int = 4,
+        tokenizer_fingerprint: str = "",
+        **chosen: Any,
+    ) -> HeadsDrafter:
+        """Make fresh heads for one target, attached to it. Those that begin as the identity begin as the target's own next-token guess.
+
+        Args:
+            ends: the target's frozen ends.
+            draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
+            num_draft_steps: K, the deepest draft.
+            tokenizer_fingerprint: stored, and checked by those who decode with text.
+            chosen: further fields of :class:`HeadsConfig`.
+
+        Returns:
+            The drafter.
+
+        Raises:
+            ValueError: fields that do not go together.
+        """
+        config = HeadsConfig.for_target(ends, draft_token_ids, num_draft_steps, tokenizer_fingerprint, **chosen)
+        drafter = cls(config)
+        drafter.adopt_target(ends, draft_token_ids)
+        drafter._initialise()
+        return drafter
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Steps as their kind begins them; heads from the target's, or at random as those of the MLP speculator; no difference yet."""
+        self.steps.reset()
+        if self.difference is not None:
+            self.difference.weight.zero_()
+        for head in self.heads:
+            if self.config.network == "mlp":
+                head.weight.normal_(std=self.config.inner_size**-0.5)
+            else:
+                head.weight.copy_(self.target_rows())
+
+    @property
+    def max_draft_steps(self) -> int:
+        """As many as there are steps."""
+        return self.config.num_draft_steps
+
+    @property
+    def has_one_head(self) -> bool:
+        """See :attr:`Drafter.has_one_head`."""
+        return self.config.head != "per_step"
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[Vd, E]: the target's head, or the drafter's own.
+
+        Raises:
+            ValueError: each step has a head of its own.
+        """
+        if self.borrows_head:
+            return self.target_rows()
+        return self.heads[0].weight if self.has_one_head else super(TargetHead, self).head_weight
+
+    def step_weight(self, step: int) -> Tensor:
+        """See :meth:`Drafter.step_weight`."""
+        return self.head_weight if self.has_one_head else self.heads[step].weight
+
+    @property
+    def correction_weight(self) -> Tensor | None:
+        """See :attr:`Drafter.correction_weight`: U of the differences."""
+        return None if self.difference is None else self.difference.weight
+
+    def passes(self, draft_length: int) -> int:
+        """See :meth:`Drafter.passes`: one where no step reads a token, since all are computed at once."""
+        return draft_length if self.steps.reads_tokens else 1
+
+    def weights_read_once(self) -> tuple[Tensor, ...]:
+        """See :meth:`Drafter.weights_read_once`: in a draft of several passes, what only one step has."""
+        return (
+            (*self.steps.read_once(), *self.mix.parameters()) if self.has_one_head and self.steps.reads_tokens else ()
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up the target's embeddings.
+
+        Args:
+            tokens: int64 [...], target ids.
+
+        Returns:
+            [..., D] in this drafter's dtype.
+        """
+        return self.ends.embed(tokens).to(self.dtype)
+
+    def context(self, states: Tensor) -> Tensor:
+        """The target's states [..., D] after its final norm, in this drafter's dtype."""
+        return self.ends.final_norm(states).to(self.dtype)
+
+    def head_inputs(self, state: Tensor, step: int) -> Tensor:
+        """What the head of a step is applied to.
+
+        Args:
+            state: [..., S], of the step.
+            step: counted from 0.
+
+        Returns:
+            [..., E], or [..., E + r] with differences.
+        """
+        outputs = self.steps.outputs(state, step)
+        return outputs if self.difference is None else torch.cat([outputs, self.mix[step](outputs)], dim=-1)
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """See :meth:`Drafter.teacher_forced`."""
+        state_AS = self.steps.begin(self.context(batch.hidden[PRE_NORM][rollout.anchors]))
+        inputs = []
+        for step in range(rollout.tokens.shape[1]):
+            state_AS = self.read(rollout.tokens[:, step], state_AS, step)
+            inputs.append(self.head_inputs(state_AS, step))
+        return torch.stack(inputs)
+
+    def read(self, tokens: Tensor, state: Tensor, step: int) -> Tensor:
+        """The state [..., S] of a step, from the tokens int64 [...] before it and the state before that."""
+        return self.steps.read(tokens, self.embed(tokens), state, step) if self.steps.reads_tokens else state
+
+    def start(self, opening: Opening) -> RootState:
+        """The context and root after the prompt."""
+        return self._at(opening.prompt)
+
+    def advance(self, state: RootState, emitted: Emitted) -> RootState:  # type: ignore[override]
+        """Only the last emitted token and the state that predicted it matter."""
+        return self._at(emitted)
+
+    def _at(self, emitted: Emitted) -> RootState:
+        root_B, state_BD = emitted.last(PRE_NORM)
+        return RootState(self.context(state_BD), root_B)
+
+    def expander(self, state: RootState, cycle: Cycle, limits: DraftLimits) -> HeadsDraft:  # type: ignore[override]
+        """See :class:`HeadsDraft`."""
+        return HeadsDraft(self, state, limits.draft_length)
+
+    def follow(self, state: RootState, cycle: Cycle, limits: DraftLimits) -> RootState:  # type: ignore[override]
+        """See :meth:`Drafter.follow`: nothing is ever pending."""
+        return state
+
+
+def steps_of(config: HeadsConfig) -> DraftSteps:
+    """Make the networks of all steps.
+
+    Args:
+        config: of the drafter.
+
+    Returns:
+        The module.
+    """
+    D, K, inner_size = config.hidden_size, config.num_draft_steps, config.inner_size
+    if config.network == "medusa":
+        return MedusaSteps(D, K, config.num_blocks)
+    if config.network == "blockwise":
+        return BlockwiseSteps(D, K, inner_size)
+    if config.network == "hydra":
+        return HydraSteps(D, K, config.num_blocks)
+    return MlpSteps(D, config.vocab_size, K, inner_size, config.tied, config.scale_input)
+
+
+class HeadsDraft:
+    """One draft. Where no step reads a token, all nodes of one depth have the same continuations, which are made in one pass.
+
+    Args:
+        drafter: whose steps.
+        state: the last emitted tokens, and the target's normed states before them.
+        draft_length: layers that may be asked for.
+    """
+
+    def __init__(self, drafter: HeadsDrafter, state: RootState, draft_length: int) -> None:
+        self.root_B, self.target_ids = state.root_B, drafter.to_target_ids
+        self._drafter, self._draft_length, self._step = drafter, draft_length, 0
+        self._state_BMS = drafter.steps.begin(state.context_BD)[:, None]
+        self._logits_KBV = torch.empty(0)  # of all steps, where they are made at once
+
+    def begin(self) -> Tensor:
+        """See :class:`Expander`."""
+        drafter = self._drafter
+        if drafter.steps.reads_tokens:
+            return self._next(self.root_B[:, None])
+        state_BS = self._state_BMS[:, 0]
+        self._logits_KBV = drafter.rollout_logits(
+            torch.stack([drafter.head_inputs(state_BS, step) for step in range(self._draft_length)])
+        )
+        return self._logits_KBV[0][:, None]
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """See :class:`Expander`."""
+        self._step += 1
+        if not self._drafter.steps.reads_tokens:
+            return self._logits_KBV[self._step][:, None].expand(-1, tokens_BM.shape[1], -1)
+        if self._state_BMS.shape[1] > 1:
+            self._state_BMS = self._state_BMS.gather(1, above_BM[..., None].expand(-1, -1, self._state_BMS.shape[-1]))
+        return self._next(tokens_BM)
+
+    def _next(self, tokens_BM: Tensor) -> Tensor:
+        """[B, M, Vd]: what follows some tokens, whose parents' states are at hand."""
+        drafter, state_BMS = self._drafter, self._state_BMS.expand(-1, tokens_BM.shape[1], -1)
+        self._state_BMS = drafter.read(tokens_BM, state_BMS, self._step)
+        return drafter.logits(drafter.head_inputs(self._state_BMS, self._step), self._step)
+
+
+class HeadsFamily(DrafterFamily):
+    """Draft heads over the target's last state: Medusa, blockwise heads, Hydra, the MLP speculator. `num_steps` sets how many.
+
+    Args:
+        network: what a step computes. `medusa` (arXiv 2401.10774) and `blockwise` (arXiv 1811.03115) draft all tokens at once; each
+            step of `hydra` (arXiv 2402.05109) and `mlp` (arXiv 2404.19124) also reads the tokens before it.
+        head: the output head: the target's own, frozen (`target`); one of the drafter's for all steps (`shared`); or one for each
+            step (`per_step`), which costs a whole head a step. Null takes `target`; of `mlp`, `shared` if tied, else `per_step`.
+        rank: steps that share a head each add a matrix of this rank to it; 0 adds nothing. Null takes 64 with the target's head, else 0.
+        num_blocks: layers of a step, of `medusa` and `hydra`.
+        inner_size: width of the hidden layer of `blockwise`, and of the state of `mlp`; null takes that of the target's MLPs for
+            `blockwise`, and the target's hidden size for `mlp`.
+        tied: one embedding, norm and projection serve all steps of `mlp`.
+        scale_input: `mlp` norms the target's state before its first step.
+        draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples; null scores all.
+    """
+
+    kind = HeadsDrafter
+
+    def __init__(
+        self,
+        network: Network = "medusa",
+        head: HeadOwner | None = None,
+        rank: int | None = None,
+        num_blocks: int = 1,
+        inner_size: int | None = None,
+        tied: bool = True,
+        scale_input: bool = False,
+        draft_vocab_size: int | None = None,
+    ) -> None:
+        self.network, self.head, self.rank, self.num_blocks = network, head, rank, num_blocks
+        self.inner_size, self.tied, self.scale_input = inner_size, tied, scale_input
+        self.draft_vocab_size = draft_vocab_size
+
+    def build(
+        self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
+    ) -> HeadsDrafter:
+        """See DrafterFamily.build.
+
+        Raises:
+            ValueError: settings that do not go together.
+        """
+        own: HeadOwner = "shared" if self.tied else "per_step"
+        head = self.head or ("target" if self.network != "mlp" else own)
+        inner_size = self.inner_size
+        if inner_size is None and self.network == "blockwise":
+            inner_size = layer_fields(ends)["intermediate_size"]
+        return HeadsDrafter.for_target(
+            ends,
+            network=self.network,
+            head=head,
+            rank=self.rank if self.rank is not None else DEFAULT_RANK if head == "target" else 0,
+            num_blocks=self.num_blocks,
+            inner_size=inner_size,
+            tied=self.tied,
+            scale_input=self.scale_input,
+            draft_token_ids=draft_token_ids,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+
+FAMILY = Family(
+    name="headsdrafter",
+    drafter=HeadsDrafter,
+    config=HeadsConfig,
+    settings=HeadsFamily,
+    about=About(
+        title="Heads drafter",
+        what="Draft heads over the target's last state, one for each step ([Medusa](https://arxiv.org/abs/2401.10774) and its relatives)",
+    ),
+    layouts=("draftsmith.export.layouts.heads.medusa", "draftsmith.export.layouts.heads.mlp_speculator"),
+)

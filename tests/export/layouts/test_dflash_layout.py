@@ -1,0 +1,220 @@
+"""Block drafters in z-lab's and the speculators package's layouts: a forward from the files alone, and every trap of the engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from block_files import BlockFiles
+from every_family import batch_of
+from heads import deep_config, deep_target
+from safetensors.torch import load_file, save_file
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.doctor.serving import trained_logits
+from draftsmith.export.layouts.layouts import load_any, write
+from draftsmith.export.layouts.readback import tensors_of
+from draftsmith.models import DraftLimits, Target
+from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
+from draftsmith.models.families.block import BlockDrafter
+
+STEPS, MASK = 3, 63
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DFlash": ("dflash", {}),
+    "DFlash, 6 tokens": ("dflash", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
+    "JetSpec": ("dflash", {"causal": True}),
+    "DSpark": ("dspark", {"correction": "vanilla"}),
+    "DSpark, 6 tokens": ("dspark", {"correction": "vanilla", "draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
+    "DSpark, gated": ("dspark", {"correction": "gated"}),
+    "DSpark, recurrent": ("dspark", {"correction": "recurrent"}),
+    "Domino": ("domino", {"correction": "gru"}),
+    "DFlash of speculators": ("speculators", {}),
+    "DSpark of speculators": ("speculators", {"correction": "recurrent"}),
+    "6 tokens of speculators": ("speculators", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
+}
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return deep_target()
+
+
+def made(target: Target, **chosen: Any) -> BlockDrafter:
+    """Two layers over three of the target's, random everywhere, with a token for its masks."""
+    settings = {"mask_token_id": MASK, "correction_rank": 5, "correction_state": 6} | chosen
+    settings.setdefault("sample_from_anchor", "correction" in chosen)
+    drafter = BlockDrafter.for_target(
+        target.ends,
+        layers=["layer.1.output", "layer.3.output", "layer.5.output"],
+        num_draft_layers=2,
+        num_draft_steps=STEPS,
+        **settings,
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return drafter.eval()
+
+
+def rewritten(folder: Path, **changes: Any) -> None:
+    """Changes fields of a config, at the top or, where they are there, in `dflash_config`; None takes one away."""
+    fields = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        place = fields["dflash_config"] if name in fields.get("dflash_config", {}) and name not in fields else fields
+        place[name] = value
+        if value is None:
+            del place[name]
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_from_the_files_alone_has_our_logits(target: Target, tmp_path: Path, kind: str) -> None:
+    layout, chosen = KINDS[kind]
+    drafter = made(target, **chosen)
+    write(drafter, tmp_path, layout, target.ends)
+    batch, root = batch_of(target, drafter), 9
+    ids = batch.input_ids.tolist()
+    of_files = BlockFiles(tmp_path, target).logits(ids[: root + 1], ids[root + 1 : root + STEPS])
+    with torch.no_grad():
+        ours = trained_logits(drafter, batch, [root], STEPS)[0]
+    torch.testing.assert_close(of_files, ours, rtol=1e-4, atol=1e-4)
+    again = load_any(tmp_path, target.ends)
+    assert isinstance(again, BlockDrafter)
+    before, after = tensors_of(drafter), tensors_of(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert again.config.num_draft_steps == STEPS
+    for name in ("layers", "block_size", "causal", "sample_from_anchor", "mask_token_id", "correction"):
+        assert getattr(again.config, name) == getattr(drafter.config, name), name
+
+
+def test_a_public_folder_decodes_the_targets_own_tokens(target: Target, tmp_path: Path) -> None:
+    write(made(target, causal=True), tmp_path, "dflash", target.ends)
+    drafter = load_drafter(tmp_path, target=TargetBond(target.ends))
+    settings, prompts = GenerationSettings(max_new_tokens=6), [[1, 5, 9], [1, 7]]
+    plain = Engine(target).generate(prompts, settings)
+    drafted = Engine(target, drafter, DraftLimits(2, STEPS)).generate(prompts, settings)
+    assert [reply.token_ids for reply in drafted] == [reply.token_ids for reply in plain]
+
+
+def test_both_engines_are_told_layers_masks_and_causality(target: Target, tmp_path: Path) -> None:
+    write(made(target, causal=True), tmp_path, "dflash", target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["architectures"] == ["DFlashDraftModel"]
+    assert (fields["model_type"], fields["num_hidden_layers"]) == ("qwen3", 2)
+    assert (fields["layer_types"], fields["num_target_layers"]) == (["full_attention"] * 2, 8)
+    assert fields["is_causal"] is True
+    assert fields["dflash_config"] == {
+        "mask_token_id": MASK,
+        "target_layer_ids": [1, 3, 5],
+        "block_size": STEPS + 1,
+        "causal": True,
+    }
+    assert not {"lm_head.weight", "embed_tokens.weight", "d2t"} & load_file(tmp_path / "model.safetensors").keys()
+
+
+def test_vllm_finds_what_it_asks_of_a_dspark_at_the_top(target: Target, tmp_path: Path) -> None:
+    write(made(target, correction="vanilla"), tmp_path, "dspark", target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["architectures"] == ["Qwen3DSparkModel"]
+    wanted = {"target_layer_ids": [1, 3, 5], "mask_token_id": MASK, "block_size": STEPS, "markov_rank": 5}
+    assert {name: fields[name] for name in wanted} == wanted
+    assert (fields["sample_from_anchor"], fields["markov_head_type"]) == (True, "vanilla")
+    assert fields["enable_confidence_head"] is False
+
+
+def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_path: Path) -> None:
+    write(made(target), tmp_path, "speculators", target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["speculators_model_type"], fields["sliding_window_non_causal"]) == ("dflash", True)
+    assert (fields["aux_hidden_state_layer_ids"], fields["sample_from_anchor"]) == ([2, 4, 6], False)
+    assert fields["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == STEPS
+    assert fields["speculators_config"]["algorithm"] == "dflash"
+
+
+@pytest.mark.parametrize(
+    ("layout", "chosen", "message"),
+    [
+        ("dflash", {"mask_token_id": None}, r"learned a vector .* train it with mask_token_id, an unused token"),
+        ("dspark", {"mask_token_id": None, "correction": "vanilla"}, "learned a vector"),
+        ("dflash", {"sample_from_anchor": True}, "vLLM refuses such a DFlash; train it with sample_from_anchor false"),
+        ("dspark", {"correction": "gated", "sample_from_anchor": False}, "'gated' without sample_from_anchor"),
+        ("dflash", {"correction": "vanilla"}, "'vanilla', which --layout dflash does not hold; use --layout dspark"),
+        ("dspark", {}, "'none', which --layout dspark does not hold; use --layout dflash"),
+        ("domino", {"correction": "gru", "draft_token_ids": torch.arange(9)}, "a draft vocabulary of 9 tokens"),
+        ("speculators", {"causal": True}, r"see the whole block .* --layout dflash"),
+        ("speculators", {"correction": "gru"}, "export it with --layout domino"),
+    ],
+)
+def test_a_drafter_that_engines_would_compute_differently_is_an_error(
+    target: Target, tmp_path: Path, layout: str, chosen: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(made(target, **chosen), tmp_path, layout, target.ends)
+
+
+def test_some_exports_need_the_target(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rows of a draft vocabulary beside the drafter; add --target"):
+        write(made(target, draft_token_ids=torch.arange(9)), tmp_path, "dflash")
+    with pytest.raises(ValueError, match="names the target and its architecture; add --target"):
+        write(made(target), tmp_path, "speculators")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_token_id": None}, "lacks mask_token_id"),
+        ({"target_layer_ids": None}, "names no target_layer_ids"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "target_layer_ids count blocks from 0, the others from 1"),
+        ({"is_causal": True}, "has is_causal True and causal False"),
+        ({"block_size": 5}, r"has block_size 5, and 4 in dflash_config, between which engines differ"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding attention"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"attention_sink_bias": True}, "attention_sink_bias True"),
+        ({"projector_type": "xpress"}, "projector_type 'xpress'"),
+        ({"input_embedding_scale": 5.5}, "rows of the target's embedding matrix times 5.5"),
+        ({"enable_confidence_head": True}, "enable_confidence_head True"),
+        ({"num_hidden_layers": 3}, r"layers\.2\.input_layernorm\.weight is missing"),
+        ({"target_hidden_size": 64}, "target_hidden_size 64"),
+    ],
+)
+def test_reading_a_folder_that_computes_something_else_is_an_error(
+    target: Target, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(made(target), tmp_path, "dflash", target.ends)
+    rewritten(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_any(tmp_path, target.ends)
+
+
+def test_a_head_or_embedding_of_its_own_is_an_error(target: Target, tmp_path: Path) -> None:
+    write(made(target), tmp_path, "dflash", target.ends)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    own = {name: torch.zeros(64, 32) for name in ("lm_head.weight", "embed_tokens.weight")}
+    for name, message in (("lm_head.weight", "head of"), ("embed_tokens.weight", "embedding of")):
+        save_file({**tensors, name: own[name]}, file)
+        with pytest.raises(ValueError, match=f"{name} differs from the {message}"):
+            load_any(tmp_path, target.ends)
+    save_file({**tensors, "lm_head.weight": target.ends.head_weight.clone()}, file)
+    assert isinstance(load_any(tmp_path, target.ends), BlockDrafter)
+
+
+def test_a_dspark_of_speculators_says_which_slot_predicts_first(target: Target, tmp_path: Path) -> None:
+    write(made(target, correction="vanilla"), tmp_path, "speculators", target.ends)
+    rewritten(tmp_path, sample_from_anchor=None)
+    with pytest.raises(ValueError, match="does not say sample_from_anchor, whose default differs between versions"):
+        load_any(tmp_path, target.ends)
+
+
+def test_what_a_qwen3_config_leaves_out_is_its_default(target: Target, tmp_path: Path) -> None:
+    write(made(target), tmp_path, "dflash", target.ends)
+    rewritten(tmp_path, head_dim=None)
+    with pytest.raises(ValueError, match=r"q_proj\.weight is float32 \[64, 32\], not float \[512, 32\]"):
+        load_any(tmp_path, target.ends)
+    assert deep_config().head_dim == 16, "of another size than Qwen3's default of 128"
