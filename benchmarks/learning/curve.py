@@ -71,6 +71,7 @@ class Run:
 
 
 RUNS = {
+    "e2": Run("two epochs", 2),
     "e4": Run("four epochs"),
     "e12": Run("twelve epochs", 12),
     "e4-prompts": Run("four epochs, prompts too", 4, {"prompt_weight": 1.0}),
@@ -79,6 +80,7 @@ RUNS = {
     "e4-tokens": Run("four epochs, tokens weigh 1.0", 4, {"logit_weight": 1.0}),
     "e4-average": Run("four epochs, averaged", 4, {"ema_decay": 0.98}),
     "e4-quiet": Run("four epochs, no noise", 4, {}, {"feature_noise": 0.0}),
+    "r2": Run("ReDrafter, two epochs", 2, redrafter=True),
     "r4": Run("ReDrafter, four epochs", 4, redrafter=True),
     "r4-prompts": Run("ReDrafter, four epochs, prompts too", 4, {"prompt_weight": 1.0}, redrafter=True),
     "r12-prompts": Run("ReDrafter, twelve epochs, prompts too", 12, {"prompt_weight": 1.0}, redrafter=True),

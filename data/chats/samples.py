@@ -47,6 +47,22 @@ class TokenizedSample:
         return sum(self.loss_mask)
 
     @property
+    def num_asked(self) -> int:
+        """Tokens before the first one of the assistant; all tokens where it wrote none."""
+        return next((number for number, kind in enumerate(self.kinds) if kind != Kind.ASKED), len(self.kinds))
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens before the reply whose tokens are the first that are trained on; all tokens where none is.
+
+        Example: a prompt of two tokens and a reply of a thought and words give 2, also where only the words are trained on.
+        """
+        start = self.loss_mask.index(True) if self.num_labelled else len(self.input_ids)
+        while self.num_labelled and start and self.kinds[start - 1] != Kind.ASKED:
+            start -= 1
+        return start
+
+    @property
     def counts(self) -> KindCounts:
         """The assistant's tokens by kind."""
         return count_kinds(self.kinds, self.loss_mask)

@@ -126,6 +126,7 @@ class KeepBestDraftLM(KeepBestDrafter):
             "on_policy": data.on_policy,
             "batch_size": data.batch_size,
             "max_length": data.max_length,
+            "trained_on": data.trained_on.as_text,
             "seed": data.seed,
         }
         config = {**module.settings(), **self._moment(trainer), "data": rows}

@@ -21,101 +21,19 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.data.chats.reply_marks import ReplyMarks
+from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
-from draftsmith.data.tokens import ChatTemplate
+from draftsmith.data.tokens import ChatTemplate, cut
 from draftsmith.files import sha256_file
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.prompt_template import TemplateOptions, rendering_fingerprint
 from draftsmith.train.batches.epoch_sampler import EpochSampler
 from draftsmith.train.batches.labelled_text import COUNTED_SAMPLES, LabelledText
-
-
-class DistilText:
-    """One row: a prompt, and the rest of the text if there is one.
-
-    Deliberately no dataclass, like the batch: Lightning would walk into one.
-
-    Args:
-        number: of the row in the run's data.
-        ids: token ids, the prompt first.
-        labelled: True where a token is the target's own reply.
-        num_prompt: tokens before the first labelled one.
-    """
-
-    def __init__(self, number: int, ids: list[int], labelled: list[bool], num_prompt: int) -> None:
-        self.number, self.ids, self.labelled, self.num_prompt = number, ids, labelled, num_prompt
-
-    @property
-    def has_reply(self) -> bool:
-        """Whether there is anything behind the prompt."""
-        return len(self.ids) > self.num_prompt
-
-    def with_reply(self, reply_ids: Sequence[int], max_length: int) -> DistilText:
-        """The prompt with another reply.
-
-        Args:
-            reply_ids: token ids of the reply.
-            max_length: cut the text to this many tokens.
-        """
-        reply = list(reply_ids)[: max_length - self.num_prompt]
-        labelled = [False] * self.num_prompt + [True] * len(reply)
-        return DistilText(self.number, self.ids[: self.num_prompt] + reply, labelled, self.num_prompt)
-
-
-class TextBatch:
-    """Some rows.
-
-    Args:
-        texts: the rows.
-    """
-
-    def __init__(self, texts: list[DistilText]) -> None:
-        self.texts = texts
-
-
-class TextStore(Dataset):
-    """All rows in flat arrays: five bytes a token. Indexing with row numbers gives a batch."""
-
-    def __init__(self) -> None:
-        self._ids, self._labelled = array("i"), bytearray()
-        self._starts, self._prompts = array("q", [0]), array("q")
-
-    def add(self, ids: Sequence[int], labelled: Sequence[bool] | None) -> None:
-        """Appends a row.
-
-        Args:
-            ids: token ids, the prompt first.
-            labelled: True where a token is the target's own reply; None for a prompt alone.
-        """
-        flags = [False] * len(ids) if labelled is None else labelled
-        self._ids.extend(ids)
-        self._labelled.extend(flags)
-        self._starts.append(len(self._ids))
-        self._prompts.append(len(ids) if labelled is None else list(labelled).index(True))
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def text(self, number: int) -> DistilText:
-        """One row."""
-        span = slice(self._starts[number], self._starts[number + 1])
-        labelled = [bool(flag) for flag in self._labelled[span]]
-        return DistilText(int(number), self._ids[span].tolist(), labelled, self._prompts[number])
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all rows together."""
-        return len(self._ids)
-
-    def with_reply(self) -> np.ndarray:
-        """Which rows are more than a prompt: bool [N]."""
-        return np.diff(np.asarray(self._starts)) > np.asarray(self._prompts)
-
-    def __getitem__(self, numbers: Sequence[int]) -> TextBatch:
-        return TextBatch([self.text(number) for number in numbers])
+from draftsmith.train.draft_lm.texts import DistilText, TextBatch, TextStore
 
 
 class DistilDataModule(pl.LightningDataModule):
@@ -123,7 +41,7 @@ class DistilDataModule(pl.LightningDataModule):
 
     An epoch uses every row once. The draft LM itself answers a share `on_policy` of the rows, and uses only their prompts. On the others
     it learns along the target's own reply. Each epoch draws anew which rows are on-policy, always the same number. A prompt without a
-    reply is always on-policy.
+    reply is always on-policy. What is trained on holds for both: a reply that the draft LM samples has thoughts and tool calls too.
 
     Args:
         replies: the target's own replies: a folder or JSONL that `draftsmith data respond` wrote.
@@ -141,10 +59,14 @@ class DistilDataModule(pl.LightningDataModule):
         seed: fixes the held-out rows, every epoch's order, and which rows are on-policy.
         template_name: which of a tokenizer's several chat templates to use; null: the one called default.
         template_args: variables of the chat template, such as {enable_thinking: false}.
+        train_replies: train on the words of replies.
+        train_tool_calls: train on tool calls.
+        train_thoughts: train on thoughts.
+        last_turn_only: train on the last assistant turn of each conversation alone; an on-policy row then answers the last turn.
 
     Raises:
-        ValueError: settings out of range; when reading, rows of another tokenizer, nothing left to train on, or more prompts without a
-            reply than `on_policy` has room for.
+        ValueError: settings out of range, or that train on nothing; when reading, rows of another tokenizer, nothing left to train on,
+            more prompts without a reply than `on_policy` has room for, or no chat template where only some kinds are trained on.
     """
 
     def __init__(
@@ -163,25 +85,18 @@ class DistilDataModule(pl.LightningDataModule):
         seed: int = 0,
         template_name: str | None = None,
         template_args: dict[str, Any] | None = None,
+        train_replies: bool = True,
+        train_tool_calls: bool = True,
+        train_thoughts: bool = True,
+        last_turn_only: bool = False,
     ) -> None:
         super().__init__()
         if replies is None and prompts is None:
             raise ValueError(
                 "neither replies nor prompts are given; give the folder of `data respond` or `data prompts`"
             )
-        if not 0.0 <= on_policy <= 1.0:
-            raise ValueError(f"on_policy is {on_policy}; it is a share of the rows, between 0 and 1")
-        if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
-        counts = {
-            "max_val_rows": max_val_rows,
-            "max_length": max_length,
-            "batch_size": batch_size,
-            "max_samples": max_samples,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
+        _check_shares(on_policy, val_fraction)
+        check_counts(max_val_rows=max_val_rows, max_length=max_length, batch_size=batch_size, max_samples=max_samples)
         self.replies = None if replies is None else Path(replies)
         self.prompts = None if prompts is None else Path(prompts)
         self.on_policy, self.split = on_policy, split
@@ -189,11 +104,19 @@ class DistilDataModule(pl.LightningDataModule):
         self.max_length, self.batch_size, self.max_samples = max_length, batch_size, max_samples
         self.template, self.shuffle, self.seed = template, shuffle, seed
         self.rendering = TemplateOptions(template_name, template_args)
+        self.trained_on = TrainedOn(
+            train_replies=train_replies,
+            train_tool_calls=train_tool_calls,
+            train_thoughts=train_thoughts,
+            last_turn_only=last_turn_only,
+        )
         self.store = TextStore()
         self.train_rows = np.empty(0, dtype=np.int64)
         self.val_rows = np.empty(0, dtype=np.int64)
         self.sources: dict[str, str] = {}
         self.num_left_out = 0
+        self.counts = KindCounts()
+        self._marks: ReplyMarks | None = None
         self._dropped: list[Dropped] = []
         self._answered: set[bytes] = set()
         self._epoch, self._start = 0, 0
@@ -216,12 +139,15 @@ class DistilDataModule(pl.LightningDataModule):
             vocab_size: replies with token ids that are not below this are left out.
 
         Raises:
-            ValueError: rows of another tokenizer, or nothing left to train on.
+            ValueError: rows of another tokenizer, nothing left to train on, or no chat template where only some kinds of tokens are
+                trained on.
         """
         if len(self.store):
             return
         self.max_length = self.max_length if context is None else min(self.max_length, context)
         self._template = rendering_fingerprint(tokenizer, self.template, self.rendering)
+        if self.trained_on.kinds != EVERYTHING.kinds:
+            self._marks = ChatTemplate(tokenizer, self.template, eos_ids, self.rendering).marks
         if self.replies is not None:
             self._read_replies(self.replies, tokenizer, eos_ids, vocab_size)
         if self.prompts is not None:
@@ -231,7 +157,7 @@ class DistilDataModule(pl.LightningDataModule):
             rank_zero_info(summary(self._dropped))
         if self.num_left_out:
             rank_zero_info(
-                f"{self.num_left_out} row(s) left out: no reply in them, or no room for one within max_length {self.max_length}"
+                f"{self.num_left_out} row(s) left out: no reply to train on in them, or no room for one within max_length {self.max_length}"
             )
         order = torch.randperm(len(self.store), generator=torch.Generator().manual_seed(self.seed)).numpy()
         held_out = self._num_held_out()
@@ -239,9 +165,9 @@ class DistilDataModule(pl.LightningDataModule):
         self.train_rows = np.sort(order[held_out:][: self.max_samples])
         if not len(self.train_rows):
             raise ValueError(
-                f"{summary(self._dropped)}; "
-                f"{len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} ({self.num_left_out} hold no reply, or "
-                f"leave no room for one within max_length {self.max_length}): none is left to train on; add rows, or raise max_length"
+                f"{summary(self._dropped)}; {len(self.store)} usable row(s) in {', '.join(self.sources)}, split {self.split} "
+                f"({self.num_left_out} hold no reply to train on, or leave no room for one within max_length {self.max_length}): "
+                "none is left to train on; add rows, or raise max_length"
             )
         choose_on_policy(self._with_reply(), self.on_policy, self.seed, 0)
 
@@ -260,14 +186,16 @@ class DistilDataModule(pl.LightningDataModule):
             self.split,
             max_length=self.max_length,
             vocab_size=vocab_size,
+            trained_on=self.trained_on,
         )
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
         for sample in corpus.all_samples(self._dropped):
-            ids, labelled = sample.input_ids[: self.max_length], sample.loss_mask[: self.max_length]
-            if any(labelled) and not labelled[0]:
-                self.store.add(ids, labelled)
+            short, num_prompt = cut(sample, self.max_length), sample.num_prompt
+            if short.num_labelled and num_prompt:
+                self.counts.add(short.counts)
+                self.store.add(short.input_ids, short.loss_mask, num_prompt)
                 if self.prompts is not None:
-                    self._answered.add(_digest(ids[: labelled.index(True)]))
+                    self._answered.add(_digest(sample.input_ids[: sample.num_asked]))
             else:
                 self.num_left_out += 1
         self.sources[str(source)] = corpus.fingerprint
@@ -288,6 +216,19 @@ class DistilDataModule(pl.LightningDataModule):
             else:
                 self.num_left_out += 1
         self.sources[str(source)] = sha256_file(source / PROMPT_FILE if source.is_dir() else source)
+
+    def answered(self, text: DistilText, reply_ids: Sequence[int]) -> DistilText:
+        """A row with a reply that a model has just written, trained on as the run's choice says.
+
+        Args:
+            text: the row.
+            reply_ids: token ids of the reply.
+        """
+        labelled = None
+        if self._marks is not None:
+            kinds = self._marks.kinds(text.prompt_ids, reply_ids)
+            labelled = [kind in self.trained_on.kinds for kind in kinds]
+        return text.with_reply(reply_ids, self.max_length, labelled)
 
     def is_on_policy(self, number: int, epoch: int) -> bool:
         """Whether the draft LM continues this row itself in an epoch.
@@ -314,6 +255,8 @@ class DistilDataModule(pl.LightningDataModule):
             counts.scatter_add_(0, labelled, torch.ones_like(labelled))
         on_policy = int(choose_on_policy(with_reply, self.on_policy, self.seed, 0).sum())
         remarks = []
+        if self.counts.read or len(self.counts.trained) > 1:
+            remarks.append(f"the target's replies, held-out rows included: {self.counts.words}")
         if on_policy:
             remarks.append(
                 f"the draft LM answers {on_policy} of these rows itself in each epoch, and learns from its own tokens there"
@@ -333,7 +276,7 @@ class DistilDataModule(pl.LightningDataModule):
             num_prompts: at most this many.
         """
         texts = [self.store.text(number) for number in self.val_rows[:num_prompts]]
-        return [text.ids[: text.num_prompt] for text in texts]
+        return [text.prompt_ids for text in texts]
 
     def train_dataloader(self) -> DataLoader:
         """Batches of this rank, from where a resumed run stopped."""
@@ -371,7 +314,7 @@ class DistilDataModule(pl.LightningDataModule):
             ValueError: the rows, their order or the batches differ from those of the interrupted run.
         """
         own = self._layout()
-        # Checkpoints of earlier versions tell neither split nor template nor the number of tokens.
+        # Checkpoints of earlier versions tell neither split nor template, the number of tokens, nor what is trained on.
         before = {**own, **state_dict["layout"]}
         for name, value in own.items():
             if before[name] != value:
@@ -391,6 +334,7 @@ class DistilDataModule(pl.LightningDataModule):
             "tokens": self.store.num_tokens,
             "batch_size": self.batch_size,
             "on_policy": self.on_policy,
+            "trained_on": self.trained_on.as_text,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "world_size": self._world()[1],
@@ -417,6 +361,27 @@ class DistilDataModule(pl.LightningDataModule):
             start=start,
         )
         return DataLoader(_Subset(self.store, rows), batch_size=None, sampler=sampler)
+
+
+def _check_shares(on_policy: float, val_fraction: float) -> None:
+    if not 0.0 <= on_policy <= 1.0:
+        raise ValueError(f"on_policy is {on_policy}; it is a share of the rows, between 0 and 1")
+    if not 0.0 <= val_fraction < 1.0:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Checks numbers of rows or tokens.
+
+    Args:
+        counts: by the name of their setting; None is a default or no limit.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1")
 
 
 def _digest(ids: Sequence[int]) -> bytes:

@@ -5,13 +5,13 @@ Owns: which prompts still need a reply, the exchange between processes, and what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from draftsmith.train.draft_lm.data import DistilText
+from draftsmith.train.draft_lm.texts import DistilText
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
 
 
@@ -27,20 +27,23 @@ class HeldOutReplies:
         self._num_shared = 0
 
     def complete(
-        self, texts: list[DistilText], max_length: int, answer: Callable[[list[list[int]]], list[list[int]]]
+        self,
+        texts: list[DistilText],
+        answer: Callable[[list[list[int]]], list[list[int]]],
+        answered: Callable[[DistilText, Sequence[int]], DistilText],
     ) -> list[DistilText]:
         """The texts, each with a reply.
 
         Args:
             texts: rows with or without a reply.
-            max_length: cut a text to this many tokens.
             answer: gives the target's replies to prompts; called once for each prompt of a run.
+            answered: makes a row of a prompt and its reply.
         """
         missing = [text for text in texts if not text.has_reply and text.number not in self.by_row]
         if missing:
             replies = answer([text.ids for text in missing])
             self.by_row |= {text.number: reply for text, reply in zip(missing, replies, strict=True)}
-        return [text if text.has_reply else text.with_reply(self.by_row[text.number], max_length) for text in texts]
+        return [text if text.has_reply else answered(text, self.by_row[text.number]) for text in texts]
 
     def share(self, module: pl.LightningModule) -> None:
         """Gives every process the replies of all, if there are new ones: the first process writes the checkpoint. Collective."""

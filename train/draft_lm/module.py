@@ -26,13 +26,14 @@ from draftsmith.models.files.device_and_dtype import AUTO, resolved_dtype
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import Target
 from draftsmith.train.batches.labelled_text import LabelledText
-from draftsmith.train.draft_lm.data import DistilDataModule, DistilText, TextBatch
+from draftsmith.train.draft_lm.data import DistilDataModule, check_counts
 from draftsmith.train.draft_lm.held_out_replies import HeldOutReplies
 from draftsmith.train.draft_lm.losses import DivergenceLoss, DivergenceName, DivergenceSums
 from draftsmith.train.draft_lm.padded_texts import PaddedTexts, pad_texts
 from draftsmith.train.draft_lm.reply_sums import reply_sums
 from draftsmith.train.draft_lm.student import Student
 from draftsmith.train.draft_lm.target_choice import TargetChoice
+from draftsmith.train.draft_lm.texts import DistilText, TextBatch
 from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.run.checkpoints import check_fits
@@ -77,6 +78,8 @@ class DraftLMModule(pl.LightningModule):
         device_map: accelerate's placement of a target too large for one device, such as auto; with one process only.
         quantization: `8bit` or `4bit` weights for the target.
         seed: of the sampling; the noise depends on this seed, the epoch and the row.
+        num_layers: keep only so many layers of `draft_lm`, the first ones, with its embedding, final norm and head; null keeps all. So a
+            target's own first layers become its draft LM: name the target as `draft_lm` too.
 
     Raises:
         ValueError: settings out of range; in setup(), models that do not fit together, or a strategy that divides the draft LM; in
@@ -111,14 +114,13 @@ class DraftLMModule(pl.LightningModule):
         device_map: str | None = None,
         quantization: str | None = None,
         seed: int = 0,
+        num_layers: int | None = None,
     ) -> None:
         super().__init__()
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
-        _check_rows(chunk_rows=chunk_rows, sampling_rows=sampling_rows)
-        if lora is not None and lora.dropout > 0:
-            raise ValueError(
-                f"lora dropout is {lora.dropout}, but sampling and drafting use no dropout, and training must match them; set it to 0"
-            )
+        check_counts(chunk_rows=chunk_rows, sampling_rows=sampling_rows, num_layers=num_layers)
+        if lora is not None:
+            _check_lora(lora, num_layers)
         self.divergence = DivergenceLoss(divergence, beta)
         self.sampling = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         self.target_choice = TargetChoice(
@@ -133,7 +135,8 @@ class DraftLMModule(pl.LightningModule):
             quantization,
         )
         self.draft_lm = draft_lm
-        self.lora, self.chunk_rows, self.sampling_rows = lora, chunk_rows, sampling_rows
+        self.lora, self.num_layers = lora, num_layers
+        self.chunk_rows, self.sampling_rows = chunk_rows, sampling_rows
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
         self.dtype_name = str(dtype)
@@ -181,6 +184,7 @@ class DraftLMModule(pl.LightningModule):
         """Every setting of the run that concerns the draft LM, for provenance."""
         names = (
             "draft_lm",
+            "num_layers",
             "divergence",
             "sampling",
             "lora",
@@ -226,7 +230,7 @@ class DraftLMModule(pl.LightningModule):
         self.dtype_name = self._resolved_own_dtype(str(strategy.root_device))
         target = choice.load(strategy, self.trainer.world_size)
         tokenizer = load_tokenizer(choice.name, choice.revision, choice.trust_remote_code)
-        student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora)
+        student = Student.load(self.draft_lm, self.dtype_name, target, tokenizer, self.lora, self.num_layers)
         # It stays in evaluation mode on purpose: with dropout, what is trained would not be what samples and drafts.
         self._target, self._student, self._tokenizer = [target], [student], [tokenizer]
         self.lm = student.lm
@@ -312,9 +316,11 @@ class DraftLMModule(pl.LightningModule):
         texts = self.texts_of(batch, self.trainer.current_epoch)
         padded = pad_texts(texts, self.device)
         rows = sum_over_ranks(self, torch.tensor(float(len(padded.labels_R)), device=self.device))
+        # Replies that the draft LM has just sampled may hold nothing of what is trained on.
+        divisor = rows.clamp(min=1.0)
         # The number of ranks undoes the mean that DDP takes over gradients.
-        sums = self._sums(padded, world_size(self) / rows.clamp(min=1.0), self.divergence.name != "cross_entropy")
-        loss, accepted = sum_over_ranks(self, torch.stack([sums.loss, sums.acceptance])) / rows
+        sums = self._sums(padded, world_size(self) / divisor, self.divergence.name != "cross_entropy")
+        loss, accepted = sum_over_ranks(self, torch.stack([sums.loss, sums.acceptance])) / divisor
         # Judged by the joint loss, so that all processes stop together: one alone would leave the others waiting for its gradients.
         if not bool(torch.isfinite(loss)):
             raise ValueError(
@@ -342,12 +348,10 @@ class DraftLMModule(pl.LightningModule):
         if not asked:
             return batch.texts
         requests = [epoch * len(data.store) + text.number for text in asked]
-        prompts = [text.ids[: text.num_prompt] for text in asked]
+        prompts = [text.prompt_ids for text in asked]
         settings = replace(self.sampling, eos_token_ids=self.eos_token_ids)
         replies = self.student.sample(prompts, settings, requests, self.sampling_rows or len(asked))
-        sampled = {
-            text.number: text.with_reply(reply, data.max_length) for text, reply in zip(asked, replies, strict=True)
-        }
+        sampled = {text.number: data.answered(text, reply) for text, reply in zip(asked, replies, strict=True)}
         return [sampled.get(text.number, text) for text in batch.texts]
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
@@ -376,7 +380,7 @@ class DraftLMModule(pl.LightningModule):
             self.log_dict(means, prog_bar=True, batch_size=1)
 
     def _with_target_replies(self, texts: list[DistilText]) -> list[DistilText]:
-        return self.held_out_replies.complete(texts, self.data().max_length, self._answer)
+        return self.held_out_replies.complete(texts, self._answer, self.data().answered)
 
     def _answer(self, prompts: list[list[int]]) -> list[list[int]]:
         """The target's greedy replies. The draft LM drafts for it, which changes none of them."""
@@ -425,8 +429,14 @@ def _first(loaded: list[Any]) -> Any:
     return loaded[0]
 
 
-def _check_rows(**counts: int | None) -> None:
-    """Raise for a number of rows below 1; None stands for a default."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1, or null")
+def _check_lora(lora: LoraSettings, num_layers: int | None) -> None:
+    """Raise where an adapter cannot be trained as the draft LM will run."""
+    if lora.dropout > 0:
+        raise ValueError(
+            f"lora dropout is {lora.dropout}, but sampling and drafting use no dropout, and training must match them; set it to 0"
+        )
+    if num_layers is not None:
+        raise ValueError(
+            f"num_layers is {num_layers}, and an adapter needs a base on disk with as many layers as it adapts; set lora to null, or "
+            "num_layers to null"
+        )

@@ -2,7 +2,7 @@
 
 Owns: the padding, and the one shift from a position to its next token. Does not know: models, losses.
 
-Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token belongs to a reply).
+Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token is trained on).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftsmith.train.draft_lm.data import DistilText
+from draftsmith.train.draft_lm.texts import DistilText
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PaddedTexts:
 
     Attributes:
         ids_BT: int64, padded on the right.
-        keep_mask_BT: bool, True at positions whose next token belongs to a reply.
+        keep_mask_BT: bool, True at positions whose next token is trained on.
         labels_R: int64, those next tokens, row by row.
     """
 

@@ -3,7 +3,7 @@
 Owns: the order of both forwards, and which of the target's states are kept. Does not know: where texts come from, how divergences are
 computed, the mean over ranks.
 
-Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token belongs to a reply), C rows of one chunk, D and E
+Shape legend: B batch rows, T positions, R rows of the loss (positions whose next token is trained on), C rows of one chunk, D and E
 hidden sizes of draft LM and target.
 """
 

@@ -27,6 +27,7 @@ from draftsmith.models.files.loading import load_causal_lm, load_tokenizer
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.target.target import Target
 from draftsmith.models.trunk.known_models import text_base
+from draftsmith.train.draft_lm.first_layers import keep_first_layers
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 
 
@@ -85,7 +86,13 @@ class Student:
 
     @classmethod
     def load(
-        cls, path: str, dtype: str, target: Target, target_tokenizer: PreTrainedTokenizerBase, lora: LoraSettings | None
+        cls,
+        path: str,
+        dtype: str,
+        target: Target,
+        target_tokenizer: PreTrainedTokenizerBase,
+        lora: LoraSettings | None,
+        num_layers: int | None = None,
     ) -> Student:
         """A draft LM for a target.
 
@@ -95,9 +102,10 @@ class Student:
             target: the run's.
             target_tokenizer: the target's.
             lora: train an adapter; None trains all weights.
+            num_layers: keep only so many layers, the first ones; None keeps all.
 
         Raises:
-            ValueError: no causal LM, an adapter's folder, or another tokenizer than the target's.
+            ValueError: no causal LM, an adapter's folder, another tokenizer than the target's, or fewer layers than `num_layers`.
         """
         folder = resolve(path)
         if not (folder / "config.json").is_file():
@@ -112,6 +120,8 @@ class Student:
                 "same; use an LM of the target's own model family, with its tokenizer"
             )
         lm, _ = load_causal_lm(path, as_dtype(dtype))
+        if num_layers is not None:
+            keep_first_layers(lm, num_layers, path)
         return cls(path, lm, target.ends.vocab_size, lora)
 
     @functools.cached_property

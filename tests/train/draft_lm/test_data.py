@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EOS, make_tokenizer
+from tool_chats import TOOL_ROW, tool_tokenizer
 
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
-from draftsmith.train.draft_lm.data import DistilDataModule, TextStore, choose_on_policy
+from draftsmith.train.draft_lm.data import DistilDataModule, choose_on_policy
+from draftsmith.train.draft_lm.texts import DistilText, TextStore
 
 TOKENIZER = make_tokenizer()
 
@@ -136,7 +138,7 @@ def test_what_leaves_no_room_for_a_reply_is_left_out_and_counted(tmp_path: Path)
     data = read(prompts=write_prompts(tmp_path / "p.jsonl", ["a", "How many apples does Tom have now?"]), max_length=12)
     assert len(data.train_rows) == 1
     assert data.num_left_out == 1
-    with pytest.raises(ValueError, match=r"1 hold no reply, or leave no room for one within max_length 3"):
+    with pytest.raises(ValueError, match=r"1 hold no reply to train on, or leave no room for one within max_length 3"):
         read(prompts=write_prompts(tmp_path / "q.jsonl", ["apples"]), max_length=3)
 
 
@@ -227,3 +229,78 @@ def test_a_share_too_small_for_the_prompts_is_refused_before_training(tmp_path: 
     prompts = write_prompts(tmp_path / "p.jsonl", ["one", "two", "three"])
     with pytest.raises(ValueError, match="3 rows are prompts without a reply"):
         read(replies=write_replies(tmp_path / "r.jsonl", 3), prompts=prompts, on_policy=0.2)
+
+
+CALL = '<call>weather {"city": "Oslo"}</call><|end|>'
+KINDS = [
+    ({}, ["<think>I ask.</think>", CALL, "<think>9 is cold.</think>", "No.<|end|>"]),
+    ({"train_thoughts": False}, [CALL, "No.<|end|>"]),
+    ({"train_replies": False, "train_thoughts": False}, [CALL]),
+    ({"train_tool_calls": False, "last_turn_only": True}, ["<think>9 is cold.</think>", "No.<|end|>"]),
+]
+
+
+def tool_text(tmp_path: Path, **trained_on: bool) -> tuple[DistilDataModule, DistilText]:
+    (tmp_path / "chats.jsonl").write_text(json.dumps(TOOL_ROW) + "\n")
+    data = DistilDataModule(tmp_path / "chats.jsonl", val_fraction=0.0, **trained_on)
+    data.read(tool_tokenizer(), 1000, (EOS,))
+    return data, data.store.text(0)
+
+
+def decoded(ids: list[int]) -> str:
+    return str(tool_tokenizer().decode(ids))
+
+
+@pytest.mark.parametrize(("trained_on", "expected"), KINDS)
+def test_the_kinds_that_are_asked_for_are_learned_along_the_targets_replies(
+    trained_on: dict[str, bool], expected: list[str], tmp_path: Path
+) -> None:
+    _, text = tool_text(tmp_path, **trained_on)
+    learned = [token for token, labelled in zip(text.ids, text.labelled, strict=True) if labelled]
+    assert decoded(learned) == "".join(expected)
+
+
+def test_a_row_whose_thought_is_not_learned_is_answered_from_before_the_thought(tmp_path: Path) -> None:
+    _, everything = tool_text(tmp_path)
+    data, text = tool_text(tmp_path, train_thoughts=False, train_tool_calls=False)
+    assert decoded(text.prompt_ids).endswith("<|tool|>9 C<|assistant|>")
+    assert decoded(everything.prompt_ids).endswith("Is it warm?<|assistant|>")
+    reply = tool_tokenizer().encode("<think>cold</think>No.<call>a</call>")
+    sampled = data.answered(text, reply)
+    assert decoded([token for token, own in zip(sampled.ids, sampled.labelled, strict=True) if own]) == "No."
+    assert sampled.ids == text.prompt_ids + reply
+
+
+def test_an_on_policy_row_of_the_last_turn_alone_answers_that_turn(tmp_path: Path) -> None:
+    data, text = tool_text(tmp_path, last_turn_only=True)
+    assert decoded(text.prompt_ids).endswith("<|tool|>9 C<|assistant|>")
+    reply = tool_tokenizer().encode("<think>cold</think>No.")
+    assert data.answered(text, reply).labelled == [False] * text.num_prompt + [True] * len(reply)
+
+
+def test_a_prompt_whose_first_turn_is_answered_is_passed_over_when_the_last_turn_is_learned(tmp_path: Path) -> None:
+    turns = [
+        {"prompt_ids": TOKENIZER.encode("<|user|>\nHow many\n<|assistant|>\n"), "reply_ids": [7, EOS]},
+    ]
+    turns.append({"prompt_ids": [*turns[0]["prompt_ids"], 7, EOS, 9], "reply_ids": [8, EOS]})
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "a", "turns": turns}) + "\n")
+    prompts = write_prompts(tmp_path / "p.jsonl", ["How many"])
+    data = read(replies=tmp_path / "r.jsonl", prompts=prompts, last_turn_only=True)
+    assert [data.store.text(int(number)).num_prompt for number in data.train_rows] == [len(turns[1]["prompt_ids"])]
+
+
+def test_what_is_not_learned_is_counted_and_a_run_does_not_resume_with_another_choice(tmp_path: Path) -> None:
+    data, _ = tool_text(tmp_path, train_thoughts=False)
+    told = "the target's replies, held-out rows included: replies 4, tool calls 27, thoughts 19 (read only)"
+    assert told in data.labelled_text(1000).remarks
+    layout = tool_text(tmp_path)[0]._layout()
+    with pytest.raises(ValueError, match="made with trained_on = None, this run has 'replies, tool_calls'"):
+        data.load_state_dict({"batches_done": 1, "batches_per_epoch": 1, "layout": layout})
+
+
+def test_nothing_to_learn_or_no_template_that_tells_the_kinds_apart_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="all false, so nothing is trained on"):
+        tool_text(tmp_path, train_replies=False, train_tool_calls=False, train_thoughts=False)
+    data = DistilDataModule(write_replies(tmp_path / "r.jsonl"), train_thoughts=False)
+    with pytest.raises(ValueError, match="no chat template"):
+        data.read(tool_tokenizer(None), 1000, (EOS,))

@@ -26,10 +26,11 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.train.draft_lm import callbacks as callbacks_file
 from draftsmith.train.draft_lm import module as module_file
 from draftsmith.train.draft_lm.callbacks import ChainDecodeValidation, KeepBestDraftLM
-from draftsmith.train.draft_lm.data import DistilDataModule, DistilText, TextBatch
+from draftsmith.train.draft_lm.data import DistilDataModule
 from draftsmith.train.draft_lm.losses import DIVERGENCES, DivergenceName
 from draftsmith.train.draft_lm.module import ACCEPTANCE, DraftLMModule
 from draftsmith.train.draft_lm.padded_texts import pad_texts
+from draftsmith.train.draft_lm.texts import DistilText, TextBatch
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.drafter_callbacks.run_length import RunLength
 from draftsmith.train.run.strategies import FullyShard
@@ -236,7 +237,7 @@ def test_samples_come_from_the_weights_of_this_very_step(
     settings = GenerationSettings(REPLY, eos_token_ids=module.eos_token_ids)
     fresh = Engine(Target.from_model(LlamaForCausalLM.from_pretrained(draft_lm).eval()))
     fresh.target.model.load_state_dict(module.student.lm.state_dict())
-    prompts = [text.ids[: text.num_prompt] for text in batch.texts]
+    prompts = [text.prompt_ids for text in batch.texts]
     wanted = [generation.token_ids for generation in fresh.generate(prompts, settings)]
     assert after == [prompt + reply for prompt, reply in zip(prompts, wanted, strict=True)]
 
