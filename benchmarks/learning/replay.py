@@ -1,7 +1,8 @@
-"""Tokens per step of a drafter on cached greedy replies, without running the target again.
+"""Tokens per step of a drafter on cached replies, without running the target again.
 
-At temperature 0 a reply does not depend on the draft. So one cache of replies serves every drafter. Each drafts behind every token
-of a reply, from the cached states. The cycles are replayed from that record.
+A reply does not depend on the draft: greedy ones never do, and the random numbers of sampled ones belong to places of the reply. So one
+cache of replies serves every drafter. Each drafts behind every token of a reply, from the cached states. The cycles are replayed from
+that record.
 
 Owns: the pass over a cache. Does not know: how drafters are trained, or what is compared.
 

@@ -1,9 +1,10 @@
-# make real: draft heads for a chat model of 135 M parameters, from nothing to a table. Part of the Makefile, which says where commands are.
+# make real: drafters for a chat model of 135 M parameters, from nothing to a table. Part of the Makefile, which says where commands are.
 #
 # A stage is done when its stamp is there. An interrupted stage resumes; `rm -r runs/real` starts anew. Settings:
 #   MODEL=org/name            another target: a folder, a hub id that is on this machine, or a GGUF file
 #   PROMPTS=questions.jsonl   other prompts; a tenth is kept for the test
 #   REPLY_TOKENS SAMPLES EPOCHS TEST_LIMIT   more text, more training, more test prompts; a GPU has more of each by default
+#   DRAFT_LAYERS=6            layers of the target that the draft LM begins with
 
 .PHONY: real
 
@@ -18,6 +19,7 @@ SAMPLES ?= $(if $(ON_GPU),16,1)
 EPOCHS ?=
 TEST_LIMIT ?= $(if $(ON_GPU),30,15)
 REAL_SHAPES ?= 1x3,10x5n24
+DRAFT_LAYERS ?= 4
 
 real: $(REAL_DONE)/evaluate
 	@printf '\nWhat the drafters gain on prompts that they have not seen ("plain" is the target alone, brackets hold 95 %% intervals):\n\n'
@@ -57,15 +59,24 @@ $(REAL_DONE)/train-%: $(REAL_DONE)/extract
 	  $(if $(EPOCHS),--trainer.max_epochs $(EPOCHS))
 	@touch $@
 
+$(REAL_DONE)/train-draft_lm: $(REAL_DONE)/respond
+	@echo "5/7 train: distil the target's first $(DRAFT_LAYERS) layers towards all of them, as a draft LM"
+	@$(DRAFTSMITH) train fit --config configs/draft_lm.yaml --ckpt_path last --trainer.default_root_dir $(REAL)/draft_lm \
+	  --trainer.max_epochs $(or $(EPOCHS),2) --trainer.val_check_interval 1.0 --model.init_args.target $(MODEL) \
+	  --model.init_args.draft_lm $(MODEL) --model.init_args.num_layers $(DRAFT_LAYERS) --model.init_args.lr 5e-4 \
+	  --data.init_args.replies $(REAL)/replies --data.init_args.on_policy 0 --data.init_args.batch_size 8
+	@touch $@
+
 $(REAL_DONE)/export: $(REAL_DONE)/train-eagle $(REAL_DONE)/train-redrafter
 	@echo "6/7 export: write the best heads as safetensors, ready to decode with"
 	@$(DRAFTSMITH) export --drafter $(REAL)/eagle/drafter --target $(MODEL) --out $(REAL)/heads/eagle
 	@$(DRAFTSMITH) export --drafter $(REAL)/redrafter/drafter --target $(MODEL) --out $(REAL)/heads/redrafter
 	@touch $@
 
-$(REAL_DONE)/evaluate: $(REAL_DONE)/export
-	@echo "7/7 evaluate: race the heads against plain decoding and prompt lookup, and compare every reply"
+$(REAL_DONE)/evaluate: $(REAL_DONE)/export $(REAL_DONE)/train-draft_lm
+	@echo "7/7 evaluate: race the drafters against plain decoding and prompt lookup, and compare every reply"
 	@$(DRAFTSMITH) evaluate --target $(MODEL) --prompts $(REAL)/prompts --split test --limit $(TEST_LIMIT) \
-	  --drafters eagle=$(REAL)/heads/eagle redrafter=$(REAL)/heads/redrafter --shapes $(REAL_SHAPES) --temperatures 0,1 \
+	  --drafters eagle=$(REAL)/heads/eagle redrafter=$(REAL)/heads/redrafter draft_lm=$(REAL)/draft_lm/draft_lm@1x3 \
+	  --shapes $(REAL_SHAPES) --temperatures 0,1 \
 	  --max_new_tokens 64 --transformers_prompts 5 --prompt_lookup 5 --out $(REAL) > /dev/null
 	@touch $@

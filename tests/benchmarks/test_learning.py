@@ -12,6 +12,7 @@ from benchmarks.learning.replay import acceptance, record_cached
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.evaluate.tune.recording import record
+from draftsmith.evaluate.tune.simulate import replay
 from draftsmith.models import Drafter, DraftLimits, Eagle, ReDrafter, Target
 from draftsmith.models.target.target import PRE_NORM
 
@@ -31,11 +32,11 @@ def drafter_of(model: Target, kind: str) -> Drafter:
     return ReDrafter.for_target(model.ends, num_draft_steps=4)
 
 
-def cached(model: Target, lengths: dict[int, int]) -> list[CachedSample]:
-    """Greedy replies with their states; `lengths` cuts some of them short."""
+def cached(model: Target, lengths: dict[int, int], request: GenerationSettings = REQUEST) -> list[CachedSample]:
+    """Replies with their states; `lengths` cuts some of them short."""
     prompts = [list(sample.prompt_ids) for sample in SAMPLES]
     samples = []
-    for number, reply in enumerate(Engine(model).generate(prompts, REQUEST)):
+    for number, reply in enumerate(Engine(model).generate(prompts, request)):
         ids = torch.tensor([*prompts[number], *reply.token_ids[: lengths.get(number)]])
         states = model.prefix(ids[None], (PRE_NORM,)).feature(PRE_NORM)[0]
         mask = torch.arange(len(ids)) >= len(prompts[number])
@@ -54,6 +55,17 @@ def test_a_cache_of_greedy_replies_tells_what_real_decoding_accepts(model: Targe
         assert (ours.ranks[3] == engines.ranks[3]).all()
     assert acceptance(replayed, LIMITS) == acceptance(real, LIMITS)
     assert acceptance(replayed, LIMITS).positions == sum(len(reply.token_ids) - 1 for reply in real)
+
+
+@torch.inference_mode()
+def test_sampled_replies_take_the_cycles_of_the_engine(model: Target) -> None:
+    request = GenerationSettings(max_new_tokens=16, temperature=1.0, seed=3)
+    drafter = drafter_of(model, "eagle")
+    replayed = record_cached(drafter.bound(model.ends), cached(model, {}, request), LIMITS)
+    real = Engine(model, drafter, LIMITS).generate([list(sample.prompt_ids) for sample in SAMPLES], request)
+    for ours, engines in zip(replayed, real, strict=True):
+        assert ours.token_ids == tuple(engines.token_ids)
+        assert replay(ours, LIMITS).accepted == tuple(engines.accepted)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ SMALL = {
     "data": "",
     "train": "--trainer.max_steps 2 --trainer.accelerator cpu --data.init_args.tokens_per_batch 256 "
     "--trainer.enable_progress_bar false --model.init_args.drafter.init_args.draft_vocab_size 200",
+    "draft_lm": "--trainer.max_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false",
     "export": "",
     "evaluate": "--max-new-tokens 8 --transformers-prompts 1 --ledger-prompts 1",
     "decode": "--max-new-tokens 8",
@@ -72,13 +73,16 @@ def test_every_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
     monkeypatch.chdir(tmp_path)
     settings = ("MODEL=embedded:target", "PROMPTS=some.jsonl", "REPLY_TOKENS=8", "SAMPLES=2", "TEST_LIMIT=2")
-    recipes = make_recipes(*settings, "REAL_SHAPES=1x2", "real")
-    assert len(recipes) == 9
+    recipes = make_recipes(*settings, "REAL_SHAPES=1x2", "DRAFT_LAYERS=1", "real")
+    assert len(recipes) == 10
     for line in recipes:
         words = shlex.split(line.partition(" > ")[0])[1:]
-        assert cli.main([*words, *SMALL[words[0]].split()]) == 0, line
+        small = SMALL["draft_lm" if "configs/draft_lm.yaml" in words else words[0]]
+        assert cli.main([*words, *small.split()]) == 0, line
     report = json.loads(Path("runs/real/report.json").read_text())
-    assert {"eagle", "redrafter"} <= {str(row["drafter"]).split()[0] for row in report["rows"]}
+    assert {"eagle", "redrafter", "draft_lm"} <= {str(row["drafter"]).split()[0] for row in report["rows"]}
+    assert {row["temperature"] for row in report["rows"]} == {0.0, 1.0}
+    assert json.loads(Path("runs/real/draft_lm/draft_lm/config.json").read_text())["num_hidden_layers"] == 1
     assert os.listdir("runs/real/heads/redrafter")
 
 
