@@ -59,8 +59,8 @@ def test_a_cache_of_greedy_replies_tells_what_real_decoding_accepts(model: Targe
 
 @torch.inference_mode()
 def test_sampled_replies_take_the_cycles_of_the_engine(model: Target) -> None:
-    request = GenerationSettings(max_new_tokens=16, temperature=1.0, seed=3)
-    drafter = drafter_of(model, "eagle")
+    request = GenerationSettings(max_new_tokens=8, temperature=1.0, seed=3)
+    drafter = drafter_of(model, "redrafter")
     replayed = record_cached(drafter.bound(model.ends), cached(model, {}, request), LIMITS)
     real = Engine(model, drafter, LIMITS).generate([list(sample.prompt_ids) for sample in SAMPLES], request)
     for ours, engines in zip(replayed, real, strict=True):

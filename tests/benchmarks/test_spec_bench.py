@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import random_target
+from tiny import make_tokenizer
 from tuning import SAMPLES
 
 from benchmarks.real.spec_bench import lookup_decoded, main, reply_set
@@ -34,6 +35,14 @@ def test_prompt_lookup_counts_what_the_prompt_already_tells_as_the_prefills() ->
     decoded = lookup_decoded([5, 6, 7, 8, 5, 6], [7, 8, 9, 9, 4], 2)
     # 7 8 are drafted behind "5 6", and 9 is the target's. Then nothing is known behind 9, and 9 behind "9 9" is wrong.
     assert (decoded.prefill_tokens, decoded.accepted) == (3, (0, 0))
+
+
+@pytest.fixture
+def target_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "target"
+    random_target().model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
