@@ -222,6 +222,21 @@ def test_on_policy_rows_hold_the_draft_lms_reply_and_the_others_the_targets(
     assert sum(kinds) == len(kinds) // 2
 
 
+def test_sampled_replies_that_hold_nothing_of_what_is_trained_on_change_no_weight(
+    speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_learned(data: DistilDataModule, text: DistilText, reply: list[int]) -> DistilText:
+        return text.with_reply(reply, data.max_length, [False] * len(reply))
+
+    monkeypatch.setattr(DistilDataModule, "answered", nothing_learned)
+    module = distil_module(speaker, draft_lm)
+    set_up(tmp_path / "before", module, distil_data(replies))
+    before = weights(module)
+    trainer = fit(tmp_path, module, distil_data(replies, val_fraction=0.0), limit_train_batches=1)
+    assert float(trainer.callback_metrics["train/loss"]) == 0.0
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(module).items())
+
+
 def test_samples_come_from_the_weights_of_this_very_step(
     speaker: Path, draft_lm: Path, replies: Path, tmp_path: Path
 ) -> None:
