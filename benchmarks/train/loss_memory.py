@@ -14,8 +14,8 @@ import sys
 
 import torch
 
-from draftsmith.train.drafter.chunk_rows import default_chunk_rows
-from draftsmith.train.drafter.losses import TeacherLogits, head_cross_entropy, head_distillation
+from draftsmith.train.losses import TeacherLogits, head_cross_entropy, head_distillation
+from draftsmith.train.losses.chunk_rows import default_chunk_rows
 
 VOCAB, WIDTH, STEPS = 128 * 1024, 32, 2
 

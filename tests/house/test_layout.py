@@ -70,9 +70,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     "train": {
         "run": set(),
         "batches": set(),
-        "drafter": {"run", "batches"},
+        "losses": set(),
+        "drafter": {"run", "batches", "losses"},
         "drafter_callbacks": {"run", "batches", "drafter"},
-        "draft_lm": {"run", "batches", "drafter", "drafter_callbacks"},
+        "draft_lm": {"run", "batches", "losses", "drafter", "drafter_callbacks"},
         "judge": {"run", "batches", "drafter_callbacks"},
         "embedded_lm": {"run"},
         "": {"run", "batches", "drafter", "drafter_callbacks", "draft_lm", "judge"},

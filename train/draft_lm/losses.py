@@ -1,19 +1,7 @@
-"""How far a draft LM's distribution is from the target's: divergences over tokens, and their chunked sum over a batch.
+"""The divergence of a draft LM from its target, summed over a batch chunk by chunk.
 
-Owns: the divergences, their gradients, and the sum over rows that never holds more than a chunk of either model's logits, forward or
-backward. Does not know: models, batches, where the text comes from.
-
-With target_probs and draft_probs at one position, all sums over tokens (DistillSpec, arXiv:2310.08461, compares these four):
-
-    (1) forward KL        sum target_probs * log(target_probs / draft_probs)
-    (2) reverse KL        sum draft_probs * log(draft_probs / target_probs)
-    (3) JSD(beta)         beta * KL(target_probs || mean) + (1 - beta) * KL(draft_probs || mean),
-                          mean = beta * target_probs + (1 - beta) * draft_probs       (GKD, arXiv:2306.13649, section 2)
-    (4) total variation   1/2 * sum |target_probs - draft_probs|
-    (5) acceptance        sum min(target_probs, draft_probs) = 1 - (4)                 (arXiv:2211.17192, corollary 3.6)
-
-(5) is the chance that rejection sampling accepts a token drawn from draft_probs. Where g is the derivative of a divergence by
-draft_probs, that by the draft's logits is draft_probs * (g - sum draft_probs * g).
+Owns: the sum over rows that never holds more than a chunk of either model's logits, forward or backward. Does not know: the formulas
+(`train/losses/divergences.py`), models, batches, where the text comes from.
 
 Vocabularies may differ in padded rows. A draft LM's distribution is the softmax over the tokens that both models have, as
 `LMDrafter` drafts. The divergences take the target's distribution over the same tokens. The acceptance takes the target's whole
@@ -25,168 +13,41 @@ both models have, Vd and Vt their logits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from draftsmith.train.drafter.chunk_rows import default_chunk_rows
+from draftsmith.train.losses.chunk_rows import default_chunk_rows
+from draftsmith.train.losses.divergences import (
+    DIVERGENCES,
+    DivergenceLoss,
+    DivergenceName,
+    acceptance,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    total_variation,
+)
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "total_variation", "cross_entropy"]
-DIVERGENCES: tuple[DivergenceName, ...] = ("forward_kl", "reverse_kl", "jsd", "total_variation", "cross_entropy")
+__all__ = [
+    "DIVERGENCES",
+    "DivergenceLoss",
+    "DivergenceName",
+    "DivergenceSums",
+    "acceptance",
+    "divergence_sums",
+    "forward_kl",
+    "jsd",
+    "reverse_kl",
+    "shared_log_probs",
+    "total_variation",
+]
+
 Head = Callable[[Tensor], Tensor]
-
-
-def forward_kl(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Forward KL, equation (1). Tokens that the target never says (-inf) add nothing.
-
-    Args:
-        target_log_probs: [..., V], the target's log-probabilities.
-        draft_log_probs: [..., V], the draft's.
-
-    Returns:
-        [...], nats.
-    """
-    target_probs = target_log_probs.exp()
-    return torch.where(target_probs > 0, target_probs * (target_log_probs - draft_log_probs), 0.0).sum(-1)
-
-
-def reverse_kl(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Reverse KL, equation (2).
-
-    Args:
-        target_log_probs: [..., V], the target's log-probabilities.
-        draft_log_probs: [..., V], the draft's.
-
-    Returns:
-        [...], nats; infinite where the draft says what the target never does.
-    """
-    return forward_kl(draft_log_probs, target_log_probs)
-
-
-def jsd(target_log_probs: Tensor, draft_log_probs: Tensor, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence, equation (3).
-
-    Divided by beta it tends to (1) as beta tends to 0; divided by 1 - beta, to (2) as beta tends to 1.
-
-    Args:
-        target_log_probs: [..., V], the target's log-probabilities.
-        draft_log_probs: [..., V], the draft's.
-        beta: weight of the target in the mean, between 0 and 1.
-
-    Returns:
-        [...], nats; at most log 2 for beta 0.5.
-    """
-    mean_log_probs = _mean_log_probs(target_log_probs, draft_log_probs, beta)
-    of_target, of_draft = forward_kl(target_log_probs, mean_log_probs), forward_kl(draft_log_probs, mean_log_probs)
-    return beta * of_target + (1.0 - beta) * of_draft
-
-
-def total_variation(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """Total variation, equation (4).
-
-    Args:
-        target_log_probs: [..., V], the target's log-probabilities.
-        draft_log_probs: [..., V], the draft's.
-
-    Returns:
-        [...], between 0 (equal) and 1 (nothing in common).
-    """
-    return 0.5 * (target_log_probs.exp() - draft_log_probs.exp()).abs().sum(-1)
-
-
-def acceptance(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
-    """The chance that rejection sampling accepts a token of the draft, equation (5).
-
-    Args:
-        target_log_probs: [..., V], the target's log-probabilities.
-        draft_log_probs: [..., V], the draft's.
-
-    Returns:
-        [...], from 0 to 1; probability of the target outside the V tokens counts as rejected.
-    """
-    return torch.minimum(target_log_probs, draft_log_probs).exp().sum(-1)
-
-
-@dataclass(frozen=True)
-class DivergenceLoss:
-    """Which divergence is minimised.
-
-    Args:
-        name: `forward_kl`, `reverse_kl`, `jsd` or `total_variation`: equations (1) to (4); `cross_entropy`: no distillation, the
-            text's own next token.
-        beta: of `jsd`.
-
-    Raises:
-        ValueError: an unknown name, or a beta outside 0 to 1.
-    """
-
-    name: DivergenceName
-    beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.name not in DIVERGENCES:
-            raise ValueError(f"divergence {self.name!r} is not known; use one of {', '.join(DIVERGENCES)}")
-        if not 0.0 < self.beta < 1.0:
-            raise ValueError(
-                f"beta is {self.beta}; it must lie between 0 and 1, both left out: those are forward_kl and reverse_kl"
-            )
-
-    def value(self, target_log_probs: Tensor, draft_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """The divergence of each row, differentiable: the plain twin of :meth:`gradient`.
-
-        Cross-entropy learns nothing where the text's token is not among the V.
-
-        Args:
-            target_log_probs: [C, V], the target's log-probabilities.
-            draft_log_probs: [C, V], the draft's.
-            labels: int64 [C], the text's tokens.
-
-        Returns:
-            [C], nats.
-        """
-        if self.name == "cross_entropy":
-            labels, known = _within(labels, draft_log_probs.shape[-1])
-            return torch.where(known, -draft_log_probs.gather(-1, labels[:, None]).squeeze(-1), 0.0)
-        if self.name == "jsd":
-            return jsd(target_log_probs, draft_log_probs, self.beta)
-        formulas = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "total_variation": total_variation}
-        return formulas[self.name](target_log_probs, draft_log_probs)
-
-    def gradient(self, target_log_probs: Tensor, draft_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """The derivative of :meth:`value` with respect to the draft's logits, in closed form.
-
-        Args:
-            target_log_probs: [C, V], the target's log-probabilities.
-            draft_log_probs: [C, V], the draft's.
-            labels: int64 [C], the text's tokens.
-
-        Returns:
-            [C, V].
-        """
-        draft_probs = draft_log_probs.exp()
-        if self.name == "cross_entropy":
-            labels, known = _within(labels, draft_probs.shape[-1])
-            return (
-                draft_probs.scatter_add(-1, labels[:, None], draft_probs.new_full((len(labels), 1), -1.0))
-                * known[:, None]
-            )
-        if self.name == "forward_kl":
-            return draft_probs - target_log_probs.exp()
-        if self.name == "reverse_kl":
-            slope = draft_log_probs - target_log_probs
-        elif self.name == "jsd":
-            mean_log_probs = _mean_log_probs(target_log_probs, draft_log_probs, self.beta)
-            slope = (1.0 - self.beta) * (draft_log_probs - mean_log_probs)
-        else:
-            slope = 0.5 * torch.sign(draft_probs - target_log_probs.exp())
-        # A token that the draft never says moves nothing, whatever its slope (0 * inf).
-        weighted = torch.where(draft_probs > 0, draft_probs * slope, 0.0)
-        return weighted - draft_probs * weighted.sum(-1, keepdim=True)
 
 
 def shared_log_probs(draft_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,15 +212,6 @@ def _one_chunk(
         grad_states[rows] = chunk_grads.pop(0)
     for total, grad in zip(grads, chunk_grads, strict=True):
         total += grad
-
-
-def _within(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Labels [C] that can be looked up, and bool [C], which of them are unchanged."""
-    return labels.clamp(max=vocab_size - 1), labels < vocab_size
-
-
-def _mean_log_probs(target_log_probs: Tensor, draft_log_probs: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(target_log_probs + math.log(beta), draft_log_probs + math.log1p(-beta))
 
 
 def _check_shapes(

@@ -28,14 +28,15 @@ from draftsmith.models.target.target import Target
 from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.draft_lm.data import DistilDataModule, check_counts
 from draftsmith.train.draft_lm.held_out_replies import HeldOutReplies
-from draftsmith.train.draft_lm.losses import DivergenceLoss, DivergenceName, DivergenceSums
+from draftsmith.train.draft_lm.losses import DivergenceSums
 from draftsmith.train.draft_lm.padded_texts import PaddedTexts, pad_texts
 from draftsmith.train.draft_lm.reply_sums import reply_sums
 from draftsmith.train.draft_lm.student import Student
 from draftsmith.train.draft_lm.target_choice import TargetChoice
 from draftsmith.train.draft_lm.texts import DistilText, TextBatch
-from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
 from draftsmith.train.drafter.starting_drafter import LoraSettings
+from draftsmith.train.losses.chunk_rows import chosen_chunk_rows
+from draftsmith.train.losses.divergences import DivergenceLoss, DivergenceName
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
 from draftsmith.train.run.schedule import adamw, check_ratios, warm_up_then_cosine, weight_groups
@@ -54,8 +55,9 @@ class DraftLMModule(pl.LightningModule):
     Args:
         target: the frozen target: a model directory, a hub id, or `embedded:target`.
         draft_lm: the draft LM to start from, with the target's tokenizer: a model directory, a hub id, or `embedded:draft_lm`.
-        divergence: the loss: `forward_kl`, `reverse_kl`, `jsd`, `total_variation` (which is 1 - acceptance), or
-            `cross_entropy`, plain fine-tuning on the target's replies (the data's on_policy must then be 0).
+        divergence: the loss: `forward_kl`, `reverse_kl`, `jsd`, `total_variation` (which is 1 - acceptance), `l1` (twice that),
+            `negative_log_acceptance`, `lk_hybrid` (which begins as forward KL and ends as total variation), or `cross_entropy`, plain
+            fine-tuning on the target's replies (the data's on_policy must then be 0).
         beta: of `jsd`.
         max_new_tokens: of a sampled reply.
         temperature: of the sampling; 0 is greedy.

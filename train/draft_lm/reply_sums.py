@@ -13,9 +13,10 @@ from torch import Tensor
 
 from draftsmith.data.cache.features import prompt_lengths
 from draftsmith.models.target.target import Target
-from draftsmith.train.draft_lm.losses import DivergenceLoss, DivergenceSums, divergence_sums
+from draftsmith.train.draft_lm.losses import DivergenceSums, divergence_sums
 from draftsmith.train.draft_lm.padded_texts import PaddedTexts
 from draftsmith.train.draft_lm.student import Student
+from draftsmith.train.losses.divergences import DivergenceLoss
 
 
 def reply_sums(

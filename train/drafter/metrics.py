@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.train.drafter.losses import StepSums
 from draftsmith.train.drafter.objective import Objective
+from draftsmith.train.losses.sums import StepSums
 
 
 def pool(sums: StepSums) -> Tensor:
@@ -16,23 +16,27 @@ def pool(sums: StepSums) -> Tensor:
         sums: with top-1 and top-5.
 
     Returns:
-        float [6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned).
+        float [6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned); or [8, K], where the
+        acceptance is known: its sum, and the sum of the chance that a step and all before it are accepted.
     """
     assert sums.top1 is not None
     assert sums.top5 is not None
     features = torch.zeros_like(sums.loss_sum) if sums.feature_sum is None else sums.feature_sum
-    return torch.stack([sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features])
+    rows = [sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features]
+    if sums.accepted is not None:
+        rows += [sums.accepted.sum(1), sums.accepted.cumprod(0).sum(1)]
+    return torch.stack(rows)
 
 
 def means(pooled: Tensor, objective: Objective, stage: str) -> dict[str, float]:
     """Means by name, with the usual proxy for tokens per step.
 
     Args:
-        pooled: float [6, K], as `pool` makes it, summed over batches and processes.
+        pooled: float [6, K] or [8, K], as `pool` makes it, summed over batches and processes.
         objective: whose steps these are.
         stage: `train` or `val`, which every name begins with.
     """
-    loss_sum, loss_rows, rows, top1, top5, feature_sum = pooled
+    loss_sum, loss_rows, rows, top1, top5, feature_sum = pooled[:6]
     losses, accuracies = loss_sum / loss_rows.clamp(min=1), top1 / rows.clamp(min=1)
     horizon = objective.horizon_weights(losses.device)
     named = {f"{stage}/loss": float((losses * horizon).sum() / horizon.sum())}
@@ -43,6 +47,10 @@ def means(pooled: Tensor, objective: Objective, stage: str) -> dict[str, float]:
         if objective.feature_weight > 0.0:
             named[f"{stage}/step{step}/feature_loss"] = float(feature_sum[step] / rows[step].clamp(min=1))
     named[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
+    if len(pooled) > 6:
+        accepted, reached = (each / rows.clamp(min=1) for each in pooled[6:])
+        named |= {f"{stage}/step{step}/acceptance": float(share) for step, share in enumerate(accepted)}
+        named[f"{stage}/expected_tokens_per_step"] = 1.0 + float(reached.sum())
     return named
 
 

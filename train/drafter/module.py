@@ -39,15 +39,16 @@ from draftsmith.train.batches.labelled_text import (
 )
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
-from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows
 from draftsmith.train.drafter.family_settings import most_frequent
 from draftsmith.train.drafter.finite_loss import FiniteLoss
-from draftsmith.train.drafter.losses import TopEmphasis
 from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Distillation, Objective, PreparedBatch, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
 from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter
+from draftsmith.train.losses.chunk_rows import chosen_chunk_rows
+from draftsmith.train.losses.divergences import HeadDivergence
+from draftsmith.train.losses.sums import TopEmphasis
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks, world_size
 from draftsmith.train.run.schedule import adamw, check_ratios, warm_up_then_cosine, weight_groups
@@ -64,7 +65,7 @@ class DraftModule(pl.LightningModule):
         drafter: which family to train, with its settings.
         num_steps: draft steps K trained on; drafting longer than this is untrained.
         distillation: what teaches. `none`: the tokens of the text. `path`: the target's own distribution at each
-            position of the text, free from the cached states. `local`: the target's greedy continuation from every
+            position of the text, free from the cached states, by `divergence`. `local`: the target's greedy continuation from every
             position; needs a cache made with --local-horizon num_steps + 1.
         horizon_decay: step k (from 0) weighs horizon_decay ** k.
         feature_weight: of smooth L1 on the predicted feature, for drafters that predict it; arXiv 2401.15077 uses 1.0.
@@ -100,6 +101,13 @@ class DraftModule(pl.LightningModule):
             yours was fine-tuned from. The trained drafter belongs to yours.
         prompt_weight: learn at the positions of prompts too, each counting so much where one of a reply counts 1. Their states are in the
             cache already. 0 learns replies alone. With distillation none, what is learned there is the prompt's own text.
+        divergence: with distillation path, what is minimised: `forward_kl`; `reverse_kl`; `total_variation`, which is 1 - the acceptance at
+            temperature 1; `l1`, twice that; `negative_log_acceptance`; or `lk_hybrid`, which begins as forward KL and ends as total
+            variation.
+        text_weight: with distillation path, the share of the text's own cross-entropy in the loss on tokens. DSpark (arXiv 2607.05147)
+            takes 0.1 beside `l1`.
+        d_pace: weigh each draft step by how many accepted tokens depend on it (D-PACE, arXiv 2605.18810), with this smoothing, 0.5 in the
+            paper; null weighs by horizon_decay alone.
 
     Raises:
         ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or without the layers that the drafter reads;
@@ -142,6 +150,9 @@ class DraftModule(pl.LightningModule):
         draft_vocabulary: Literal["auto", "covering"] | None = None,
         max_anchors: int | None = None,
         prompt_weight: float = 0.0,
+        divergence: HeadDivergence = "forward_kl",
+        text_weight: float = 0.0,
+        d_pace: float | None = None,
     ) -> None:
         super().__init__()
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
@@ -158,6 +169,9 @@ class DraftModule(pl.LightningModule):
             skip_outside,
             max_anchors,
             prompt_weight,
+            divergence,
+            text_weight,
+            d_pace,
         )
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
@@ -381,7 +395,8 @@ class DraftModule(pl.LightningModule):
         prepared = prepare(self.objective, batch.packed, self._to_draft, self._eos_token_ids, draw_anchors=True)
         metrics = (self.global_step + 1) % self.metrics_every == 0
         shown = metrics or batch_idx == 0
-        sums = run(self.objective, prepared, self.drafter, self.ends, self._step_weights(prepared), metrics, shown)
+        weights, acceptance = self._step_weights(prepared), metrics and self.objective.distillation == "path"
+        sums = run(self.objective, prepared, self.drafter, self.ends, weights, metrics, shown, acceptance)
         loss = sums.total.detach()
         self._finite.watch(self, loss, partial(self._not_finite, loss, batch))
         if shown:
@@ -410,7 +425,8 @@ class DraftModule(pl.LightningModule):
         self._surprise = torch.zeros(len(SCALES), device=self.device)
 
     def validation_step(self, batch: CacheBatch, batch_idx: int) -> None:
-        """Teacher-forced cross-entropy and accuracies along the text, whatever the training's distillation; and the drafter's score scale.
+        """Teacher-forced cross-entropy, accuracies and acceptance along the text, whatever the training's distillation; and the drafter's
+        score scale.
 
         Args:
             batch: packed samples.
@@ -418,7 +434,8 @@ class DraftModule(pl.LightningModule):
         """
         prepared = prepare(self.val_objective, batch.packed, self._to_draft)
         weights = torch.zeros(self.val_objective.num_steps, device=self.device)
-        self._val_sums.append(pool(run(self.val_objective, prepared, self.evaluated, self.ends, weights, True)))
+        sums = run(self.val_objective, prepared, self.evaluated, self.ends, weights, True, acceptance=True)
+        self._val_sums.append(pool(sums))
         if PRE_NORM in batch.packed.hidden:
             self._surprise += surprise_by_scale(
                 batch.packed, self.evaluated, self.ends, self._to_draft, self.val_objective.max_anchors

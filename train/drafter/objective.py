@@ -28,15 +28,11 @@ from draftsmith.models.drafters.rollout import (
     prompt_weighted,
 )
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
-from draftsmith.train.drafter.losses import (
-    OUTSIDE,
-    StepSums,
-    TeacherLogits,
-    TopEmphasis,
-    feature_smooth_l1,
-    head_cross_entropy,
-    head_distillation,
-)
+from draftsmith.train.losses.cross_entropy import head_cross_entropy
+from draftsmith.train.losses.distillation import head_distillation
+from draftsmith.train.losses.divergences import OF_ACCEPTANCE, DivergenceLoss, HeadDivergence
+from draftsmith.train.losses.features import feature_smooth_l1
+from draftsmith.train.losses.sums import OUTSIDE, StepSums, TeacherLogits, TopEmphasis
 
 Distillation = Literal["none", "path", "local"]
 
@@ -48,8 +44,8 @@ class Objective:
     Attributes:
         num_steps: K, draft steps.
         distillation: what teaches. `none`: the tokens of the text, by cross-entropy. `path`: the target's own distribution at each
-            predicted position of the text, by KL. `local`: the target's greedy continuation from every position, by cross-entropy; needs a
-            cache made with --local-horizon.
+            predicted position of the text, by a divergence. `local`: the target's greedy continuation from every position, by
+            cross-entropy; needs a cache made with --local-horizon.
         horizon_decay: step k weighs horizon_decay ** k.
         chunk_rows: rows of logits in memory at a time; None chooses.
         feature_weight: of smooth L1 on predicted features (arXiv 2401.15077: 1.0).
@@ -59,6 +55,10 @@ class Objective:
         max_anchors: learn at no more positions of a batch than this; None learns at all of them.
         prompt_weight: predictions of prompts count so much, where those of replies count 1; 0 learns replies alone. What teaches is the
             same as in replies: with `none` the prompt's own next token, which others wrote.
+        divergence: with `path`, how far the drafter is from the target's distribution.
+        text_weight: with `path`, the share of the text's own cross-entropy in the loss on tokens, beside the divergence (DSpark,
+            arXiv:2607.05147: 0.1 beside `l1`).
+        d_pace: smoothing of D-PACE's row weights (arXiv:2605.18810: 0.5), which multiply the horizon's; None weighs by the horizon alone.
 
     Raises:
         ValueError: a setting out of range, or one that this distillation does not use.
@@ -74,6 +74,9 @@ class Objective:
     skip_outside: bool = False
     max_anchors: int | None = None
     prompt_weight: float = 0.0
+    divergence: HeadDivergence = "forward_kl"
+    text_weight: float = 0.0
+    d_pace: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -92,11 +95,32 @@ class Objective:
             raise ValueError(
                 f"prompt_weight is {self.prompt_weight}; it must be at least 0, which learns replies alone"
             )
-        if self.distillation != "path" and (self.emphasis is not None or self.skip_outside):
+        self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        """Raises where settings of the loss do not fit each other."""
+        reads_target = {
+            "top-K distillation": self.emphasis is not None,
+            "skip_outside": self.skip_outside,
+            f"divergence {self.divergence}": self.divergence != "forward_kl",
+            "text_weight": self.text_weight > 0.0,
+        }
+        asked = " and ".join(name for name, is_set in reads_target.items() if is_set)
+        if self.distillation != "path" and asked:
             raise ValueError(
-                "top-K distillation and skip_outside read the target's distribution, which distillation "
-                f"{self.distillation!r} has not; use 'path'"
+                f"{asked} asks for the target's distribution, which distillation {self.distillation!r} has not; use 'path'"
             )
+        if self.emphasis is not None and self.divergence != "forward_kl":
+            raise ValueError(
+                f"top-K distillation adds terms of forward KL, and divergence is {self.divergence}; set top_k_weight to 0, or divergence "
+                "to forward_kl"
+            )
+        if not 0.0 <= self.text_weight < 1.0:
+            raise ValueError(
+                f"text_weight is {self.text_weight}; it must be at least 0 and below 1; distillation none learns the text alone"
+            )
+        if self.d_pace is not None and not 0.0 <= self.d_pace < 1.0:
+            raise ValueError(f"d_pace is {self.d_pace}; it must be at least 0 and below 1, or null for no such weights")
         if self.emphasis is not None and (self.emphasis.weight <= 0.0 or self.emphasis.count < 1):
             raise ValueError(
                 f"top-K distillation has weight {self.emphasis.weight} and K {self.emphasis.count}; both must be positive"
@@ -198,6 +222,7 @@ def run(
     step_weights: Tensor,
     metrics: bool,
     entropy: bool = True,
+    acceptance: bool = False,
 ) -> StepSums:
     """Runs the drafter over a batch and sums its losses.
 
@@ -209,10 +234,12 @@ def run(
         step_weights: float32 [K], multiply each step's summed loss.
         metrics: count top-1 and top-5 too.
         entropy: with `path`, subtract the target's entropy from the loss; see head_distillation.
+        acceptance: return the chance that each row is accepted at temperature 1, where the batch holds the target's distribution.
     """
     head_inputs = checked_head_inputs(drafter, prepared.batch, prepared.rollout)
     weights = objective.logit_weight * step_weights
-    sums = _token_loss(objective, prepared, drafter, ends, head_inputs, weights, metrics, entropy)
+    acceptance = acceptance and prepared.rollout.on_text and PRE_NORM in prepared.batch.hidden
+    sums = _token_loss(objective, prepared, drafter, ends, head_inputs, weights, metrics, entropy, acceptance)
     if objective.feature_weight == 0.0:
         return sums
     features = feature_smooth_l1(
@@ -235,17 +262,27 @@ def _token_loss(
     step_weights: Tensor,
     metrics: bool,
     entropy: bool,
+    acceptance: bool,
 ) -> StepSums:
     """The loss on tokens of all steps, with one head or with that of each step."""
     heads = checked_heads(drafter, objective.num_steps, head_inputs.shape[-1])
-    given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows, metrics)
+    given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows)
     further = (prepared.rollout.weights, drafter.correction_weight)
     if objective.distillation != "path":
-        return head_cross_entropy(head_inputs, heads, *given, *further)
+        sums = head_cross_entropy(head_inputs, heads, *given, metrics, *further, objective.d_pace)
+        if not acceptance:
+            return sums
     draft_ids = None if drafter.d2t is None else drafter.draft_ids()
-    teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside)
+    needs_mass = acceptance or objective.d_pace is not None or objective.divergence in OF_ACCEPTANCE
+    teacher = path_teacher(prepared.batch, ends, draft_ids, objective.skip_outside, needs_mass)
     teacher_rows = path_teacher_rows(prepared.rollout, len(prepared.batch.input_ids))
-    return head_distillation(head_inputs, heads, teacher, teacher_rows, *given, objective.emphasis, entropy, *further)
+    distil = partial(head_distillation, head_inputs, heads, teacher, teacher_rows, *given)
+    if objective.distillation != "path":
+        with torch.no_grad():
+            measured = distil(metrics=False, entropy=False, correction=drafter.correction_weight, keep_accepted=True)
+        return replace(sums, accepted=measured.accepted)
+    losses = (DivergenceLoss(objective.divergence), objective.text_weight, objective.d_pace, acceptance)
+    return distil(metrics, objective.emphasis, entropy, *further, *losses)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:
@@ -266,7 +303,7 @@ def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:
 
 
 def path_teacher(
-    batch: PackedBatch, ends: TargetEnds, draft_ids: Tensor | None, skip_outside: bool = False
+    batch: PackedBatch, ends: TargetEnds, draft_ids: Tensor | None, skip_outside: bool = False, mass: bool = False
 ) -> Callable[[Tensor], TeacherLogits]:
     """A function from packed positions [n] to what the target says there, over the draft vocabulary.
 
@@ -275,6 +312,7 @@ def path_teacher(
         ends: the target's.
         draft_ids: int64 [Vd], the draft vocabulary; None for the whole one.
         skip_outside: keep no position whose likeliest token is outside the draft vocabulary.
+        mass: give how much of the target's probability the draft vocabulary holds, too. That takes its whole head.
     """
 
     def normed(positions: Tensor) -> Tensor:
@@ -282,7 +320,7 @@ def path_teacher(
 
     if draft_ids is None:
         return lambda positions: TeacherLogits(ends.logits(normed(positions)))
-    if not skip_outside:
+    if not (skip_outside or mass):
         logits_of_drafted = ends.logits_of(draft_ids)
         return lambda positions: TeacherLogits(logits_of_drafted(normed(positions)))
     inside = torch.zeros(ends.vocab_size, dtype=torch.bool, device=draft_ids.device)
@@ -290,7 +328,10 @@ def path_teacher(
 
     def teach(positions: Tensor) -> TeacherLogits:
         logits = ends.logits(normed(positions))
-        return TeacherLogits(logits[:, draft_ids], inside[logits.argmax(-1)])
+        drafted = logits[:, draft_ids]
+        kept = inside[logits.argmax(-1)] if skip_outside else None
+        log_mass = drafted.float().logsumexp(-1) - logits.float().logsumexp(-1) if mass else None
+        return TeacherLogits(drafted, kept, log_mass)
 
     return teach
 

@@ -18,9 +18,9 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.returned_shapes import checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
-from draftsmith.train.drafter.chunk_rows import default_chunk_rows
-from draftsmith.train.drafter.losses import OUTSIDE
 from draftsmith.train.drafter.objective import Objective, path_teacher_rows, prepare
+from draftsmith.train.losses.chunk_rows import default_chunk_rows
+from draftsmith.train.losses.sums import OUTSIDE
 
 SCALES = tuple(0.5 * 2 ** (quarter / 4) for quarter in range(17))
 """From 0.5 to 8, four to an octave."""

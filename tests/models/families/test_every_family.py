@@ -17,8 +17,8 @@ from draftsmith.models import DraftLimits, Family, Target, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.lora import LoraSettings, add_adapter
 from draftsmith.models.drafters.registry import default_limits, recorded_settings
-from draftsmith.train.drafter.losses_eager import head_cross_entropy_eager
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, path_teacher_rows, prepare, run
+from draftsmith.train.losses.eager import head_cross_entropy_eager
 
 STEPS = 3
 DRAFT_IDS = torch.arange(1, 64, 2)
@@ -59,10 +59,14 @@ def test_the_tokens_are_the_targets_own(family: Family, target: Target) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("distillation", ["none", "path"])
+@pytest.mark.parametrize("distillation", ["none", "path", "acceptance"])
 def test_the_loss_is_that_of_each_steps_own_head(family: Family, target: Target, distillation: str) -> None:
     drafter = fresh(family, target.ends, DRAFT_IDS)
-    objective = Objective(STEPS, distillation)  # type: ignore[arg-type]
+    objective = {
+        "none": Objective(STEPS),
+        "path": Objective(STEPS, "path"),
+        "acceptance": Objective(STEPS, "path", divergence="lk_hybrid", text_weight=0.1, d_pace=0.5),
+    }[distillation]
     lesson = prepare(objective, batch_of(target, drafter), inverse_draft_ids(drafter.draft_ids(), 64))
     weights = torch.tensor([1.0, 0.5, 0.25])
     sums = run(objective, lesson, drafter, target.ends, weights, True)

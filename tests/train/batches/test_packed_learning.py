@@ -17,10 +17,10 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import PRE_NORM, Target
-from draftsmith.train.drafter.losses import TopEmphasis
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.judge.data import JudgeTokens
 from draftsmith.train.judge.fit import SweepProblem, measure_scaling
+from draftsmith.train.losses import TopEmphasis
 
 STEPS = 3
 LAYERS = TWO_LAYERS

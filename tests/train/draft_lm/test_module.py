@@ -27,12 +27,12 @@ from draftsmith.train.draft_lm import callbacks as callbacks_file
 from draftsmith.train.draft_lm import module as module_file
 from draftsmith.train.draft_lm.callbacks import ChainDecodeValidation, KeepBestDraftLM
 from draftsmith.train.draft_lm.data import DistilDataModule
-from draftsmith.train.draft_lm.losses import DIVERGENCES, DivergenceName
 from draftsmith.train.draft_lm.module import ACCEPTANCE, DraftLMModule
 from draftsmith.train.draft_lm.padded_texts import pad_texts
 from draftsmith.train.draft_lm.texts import DistilText, TextBatch
 from draftsmith.train.drafter.starting_drafter import LoraSettings
 from draftsmith.train.drafter_callbacks.run_length import RunLength
+from draftsmith.train.losses.divergences import DIVERGENCES, DivergenceName
 from draftsmith.train.run.strategies import FullyShard
 
 

@@ -23,6 +23,10 @@ EAGLE = {"distillation": "path", "feature_weight": 1.0, "logit_weight": 0.1, "nu
 RECIPES: dict[str, tuple[DrafterFamily, dict[str, Any]]] = {
     "eagle": (EagleFamily(), EAGLE),
     "eagle, noisy, 20 tokens": (EagleFamily(draft_vocab_size=20, feature_noise=0.01), EAGLE),
+    "acceptance": (
+        EagleFamily(draft_vocab_size=20),
+        {**EAGLE, "num_steps": 2, "divergence": "lk_hybrid", "d_pace": 0.5},
+    ),
     "hass": (EagleFamily(), {**EAGLE, "num_steps": 3, "top_k_weight": 1.0, "top_k": 5}),
     "eagle3": (
         Eagle3Family(layers=list(LAYERS), draft_vocab_size=25),
@@ -124,6 +128,11 @@ def test_what_cannot_be_taught_is_refused_before_training(
         ({"feature_weight": -1.0}, "must be at least 0"),
         ({"logit_weight": 0.0}, "one above"),
         ({"top_k_weight": 1.0, "top_k": 0, "distillation": "path"}, "both must be positive"),
+        ({"divergence": "l1"}, "divergence l1 asks for the target's distribution"),
+        ({"text_weight": 0.1, "distillation": "local"}, "text_weight asks for the target's distribution"),
+        ({"text_weight": 1.0, "distillation": "path"}, "text_weight is 1.0"),
+        ({"d_pace": 1.0}, "d_pace is 1.0"),
+        ({"top_k_weight": 1.0, "distillation": "path", "divergence": "l1"}, "set top_k_weight to 0"),
     ],
 )
 def test_weights_that_make_no_sense_are_refused(target_dir: Path, settings: dict[str, Any], complaint: str) -> None:

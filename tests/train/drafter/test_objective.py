@@ -11,8 +11,9 @@ from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.drafter.family_settings import most_frequent
-from draftsmith.train.drafter.losses import OUTSIDE, StepSums
+from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, path_teacher_rows, prepare, run
+from draftsmith.train.losses import OUTSIDE, StepSums
 
 STEPS = 3
 
@@ -53,15 +54,23 @@ def drafter(target: Target) -> ReDrafter:
     return made
 
 
-def sums_of(batch: PackedBatch, drafter: Drafter, target: Target, distillation: str) -> StepSums:
-    objective = Objective(STEPS, distillation)  # type: ignore[arg-type]
+LOSSES: dict[str, dict[str, object]] = {
+    "none": {},
+    "path": {},
+    "local": {},
+    "path, dspark": {"divergence": "l1", "text_weight": 0.1, "d_pace": 0.5},
+}
+
+
+def sums_of(batch: PackedBatch, drafter: Drafter, target: Target, name: str, acceptance: bool = False) -> StepSums:
+    objective = Objective(STEPS, name.partition(",")[0], **LOSSES[name])  # type: ignore[arg-type]
     lesson = prepare(objective, batch, inverse_draft_ids(drafter.draft_ids(), VOCAB))
-    sums = run(objective, lesson, drafter, target.ends, torch.ones(STEPS), True)
+    sums = run(objective, lesson, drafter, target.ends, torch.ones(STEPS), True, acceptance=acceptance)
     torch.testing.assert_close(sums.loss_rows, lesson.loss_rows.float())
     return sums
 
 
-@pytest.mark.parametrize("distillation", ["none", "path", "local"])
+@pytest.mark.parametrize("distillation", LOSSES)
 def test_the_loss_of_packed_samples_is_that_of_the_single_ones(
     target: Target, drafter: ReDrafter, distillation: str
 ) -> None:
@@ -110,6 +119,38 @@ def test_a_perfect_path_teacher_is_matched_by_its_own_logits(target: Target) -> 
     cheat = Cheat.for_target(target.ends, num_draft_steps=STEPS)
     sums = sums_of(batch, cheat, target, "path")
     torch.testing.assert_close(sums.loss_sum, torch.zeros(STEPS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("distillation", ["none", "path", "path, dspark"])
+def test_the_acceptance_is_that_of_the_whole_target_by_a_drafter_of_some_tokens(
+    target: Target, drafter: ReDrafter, distillation: str
+) -> None:
+    batch = make_batch([9, 8])
+    accepted = sums_of(batch, drafter, target, distillation, acceptance=True).accepted
+    lesson = prepare(Objective(STEPS), batch, inverse_draft_ids(drafter.draft_ids(), VOCAB))
+    states = batch.hidden[PRE_NORM][path_teacher_rows(lesson.rollout, len(batch.input_ids))]
+    target_probs = target.ends.logits(target.ends.final_norm(states)).softmax(-1)[..., drafter.draft_ids()]
+    inputs = drafter.teacher_forced(batch, lesson.rollout)
+    draft_probs = torch.stack([drafter.logits(inputs[step], step) for step in range(STEPS)]).softmax(-1)
+    shared = torch.minimum(target_probs.transpose(0, 1), draft_probs).sum(-1)
+    assert accepted is not None
+    torch.testing.assert_close(accepted, torch.where(lesson.rollout.valid.T, shared, 0.0))
+    assert not accepted.requires_grad
+
+
+def test_acceptance_along_the_targets_own_continuation_is_not_claimed(target: Target, drafter: ReDrafter) -> None:
+    """The states of the text say nothing about tokens that the text does not hold."""
+    assert sums_of(make_batch([9]), drafter, target, "local", acceptance=True).accepted is None
+
+
+def test_expected_tokens_add_up_the_chances_that_a_step_is_reached() -> None:
+    accepted = torch.tensor([[0.5, 1.0], [0.5, 0.0]])
+    ones = torch.ones(2)
+    sums = StepSums(torch.zeros(()), ones, 2 * ones, 2 * ones, ones, ones, accepted=accepted)
+    named = means(pool(sums), Objective(2), "val")
+    assert (named["val/step0/acceptance"], named["val/step1/acceptance"]) == (0.75, 0.25)
+    assert named["val/expected_tokens_per_step"] == 1.0 + 0.75 + (0.25 + 0.0) / 2
+    assert "val/expected_tokens_per_step" not in means(pool(replace(sums, accepted=None)), Objective(2), "val")
 
 
 def test_draft_ids_are_inverted() -> None:

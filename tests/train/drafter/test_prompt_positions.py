@@ -17,10 +17,10 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter.losses import StepSums
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
 from draftsmith.train.drafter_callbacks.run_length import RunLength
+from draftsmith.train.losses import StepSums
 
 EVERYTHING = torch.arange(VOCAB)
 FAMILIES = {"redrafter": ReDrafterFamily(), "eagle": EagleFamily()}

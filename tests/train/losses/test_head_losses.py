@@ -1,13 +1,14 @@
 """The chunked losses against their eager twins, in double precision, and what they promise about memory and dtypes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypedDict, get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from draftsmith.train.drafter.losses import (
+from draftsmith.train.losses import (
     OUTSIDE,
     StepSums,
     TeacherLogits,
@@ -17,7 +18,8 @@ from draftsmith.train.drafter.losses import (
     head_cross_entropy,
     head_distillation,
 )
-from draftsmith.train.drafter.losses_eager import (
+from draftsmith.train.losses.divergences import DivergenceLoss, HeadDivergence
+from draftsmith.train.losses.eager import (
     feature_smooth_l1_eager,
     head_cross_entropy_eager,
     head_distillation_eager,
@@ -52,62 +54,110 @@ def make_case(dtype: torch.dtype = torch.float64, seed: int = 0, anchors: int = 
     )
 
 
-def cross_entropy(case: Case, chunk_rows: int | None = None, metrics: bool = True) -> StepSums:
-    heads = case.heads or case.head_weight
-    return head_cross_entropy(case.head_inputs, heads, case.targets, case.valid, case.step_weights, chunk_rows, metrics)
-
-
 KEPT = torch.tensor([place % 3 != 1 for place in range(ANCHORS + STEPS)])
+LOG_MASS = torch.linspace(0.3, 1.0, ANCHORS + STEPS, dtype=torch.float64).log()
+
+
+class Extra(TypedDict, total=False):
+    """What head_distillation and its twin take beside the usual."""
+
+    divergence: DivergenceLoss
+    text_weight: float
+    d_pace: float
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What is learned, and of which teacher."""
+
+    kept: Tensor | None = None
+    emphasis: TopEmphasis | None = None
+    log_mass: Tensor | None = None
+    extra: Extra = field(default_factory=Extra)
+
+
 TEACHINGS = {
-    "cross_entropy": (None, None),
-    "distillation": (None, None),
-    "top-k": (None, TopEmphasis(0.7, 3)),
-    "kept": (KEPT, None),
-    "top-k of kept": (KEPT, TopEmphasis(1.5, 4)),
+    "cross_entropy": Teaching(),
+    "d-pace": Teaching(extra={"d_pace": 0.3}),
+    "distillation": Teaching(),
+    "top-k": Teaching(emphasis=TopEmphasis(0.7, 3)),
+    "kept": Teaching(KEPT),
+    "top-k of kept": Teaching(KEPT, TopEmphasis(1.5, 4)),
+    "text beside": Teaching(KEPT, extra={"text_weight": 0.3}),
+    "paced kl": Teaching(log_mass=LOG_MASS, extra={"d_pace": 0.5}),
+    "paced kept acceptance": Teaching(
+        KEPT, log_mass=LOG_MASS, extra={"divergence": DivergenceLoss("negative_log_acceptance"), "d_pace": 0.0}
+    ),
+    "dspark": Teaching(
+        KEPT, log_mass=LOG_MASS, extra={"divergence": DivergenceLoss("l1"), "text_weight": 0.1, "d_pace": 0.5}
+    ),
+    **{
+        name: Teaching(log_mass=LOG_MASS, extra={"divergence": DivergenceLoss(name)})
+        for name in get_args(HeadDivergence)
+    },
 }
+OF_TEXT = ("cross_entropy", "d-pace")
+BY_ROW = [kind for kind, teaching in TEACHINGS.items() if "d_pace" not in teaching.extra]
+"""Losses whose rows count whatever the other rows of their anchor are; the others have weights that are held constant."""
+
+
+def cross_entropy(
+    case: Case, chunk_rows: int | None = None, metrics: bool = True, d_pace: float | None = None
+) -> StepSums:
+    heads, given = case.heads or case.head_weight, (case.targets, case.valid, case.step_weights, chunk_rows, metrics)
+    return head_cross_entropy(case.head_inputs, heads, *given, d_pace=d_pace)
+
+
+def teacher_of(case: Case, teaching: Teaching, rows: Tensor) -> TeacherLogits:
+    of_rows = (None if each is None else each[rows] for each in (teaching.kept, teaching.log_mass))
+    return TeacherLogits(case.teacher_logits[rows], *of_rows)
 
 
 def fast_of(case: Case, kind: str, chunk_rows: int | None = None) -> StepSums:
-    kept, emphasis = TEACHINGS[kind]
-    return (
-        cross_entropy(case, chunk_rows) if kind == "cross_entropy" else distillation(case, chunk_rows, kept, emphasis)
-    )
+    teaching = TEACHINGS[kind]
+    if kind in OF_TEXT:
+        return cross_entropy(case, chunk_rows, d_pace=teaching.extra.get("d_pace"))
+    return distillation(case, chunk_rows, teaching)
 
 
 def distillation(
     case: Case,
     chunk_rows: int | None = None,
-    kept: Tensor | None = None,
-    emphasis: TopEmphasis | None = None,
+    teaching: Teaching = Teaching(),
     entropy: bool = True,
+    keep_accepted: bool = False,
 ) -> StepSums:
     return head_distillation(
         case.head_inputs,
         case.heads or case.head_weight,
-        lambda rows: TeacherLogits(case.teacher_logits[rows], None if kept is None else kept[rows]),
+        lambda rows: teacher_of(case, teaching, rows),
         case.teacher_rows,
         case.targets,
         case.valid,
         case.step_weights,
         chunk_rows,
-        emphasis=emphasis,
+        emphasis=teaching.emphasis,
         entropy=entropy,
+        keep_accepted=keep_accepted,
+        **teaching.extra,
     )
 
 
 def eager(case: Case, kind: str) -> StepSums:
-    if kind == "cross_entropy":
-        return head_cross_entropy_eager(case.head_inputs, case.head_weight, case.targets, case.valid, case.step_weights)
-    kept, emphasis = TEACHINGS[kind]
+    teaching = TEACHINGS[kind]
+    if kind in OF_TEXT:
+        given = (case.head_inputs, case.head_weight, case.targets, case.valid, case.step_weights)
+        return head_cross_entropy_eager(*given, d_pace=teaching.extra.get("d_pace"))
     return head_distillation_eager(
         case.head_inputs,
         case.head_weight,
-        TeacherLogits(case.teacher_logits, kept),
+        TeacherLogits(case.teacher_logits, teaching.kept, teaching.log_mass),
         case.teacher_rows,
         case.targets,
         case.valid,
         case.step_weights,
-        emphasis,
+        teaching.emphasis,
+        **teaching.extra,
     )
 
 
@@ -127,7 +177,7 @@ def test_the_chunked_loss_and_its_gradients_equal_the_eager_twin(kind: str, chun
         torch.testing.assert_close(fast_grad, plain_grad)
 
 
-@pytest.mark.parametrize("kind", TEACHINGS)
+@pytest.mark.parametrize("kind", BY_ROW)
 def test_the_hand_written_gradient_equals_finite_differences(kind: str) -> None:
     case = make_case(anchors=4, vocab=5)
 
@@ -139,7 +189,7 @@ def test_the_hand_written_gradient_equals_finite_differences(kind: str) -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
-@pytest.mark.parametrize("kind", TEACHINGS)
+@pytest.mark.parametrize("kind", BY_ROW)
 def test_heads_of_their_own_give_each_step_the_sums_and_gradients_of_that_step_alone(
     kind: str, chunk_rows: int
 ) -> None:
@@ -249,8 +299,8 @@ def test_a_token_the_target_can_never_say_adds_nothing_to_the_divergence() -> No
 @pytest.mark.parametrize("kind", ["distillation", "top-k of kept"])
 def test_a_divergence_without_the_targets_entropy_is_cross_entropy_with_the_same_gradients(kind: str) -> None:
     case = make_case()
-    kept, emphasis = TEACHINGS[kind]
-    whole, without = distillation(case, 5, kept, emphasis), distillation(case, 5, kept, emphasis, entropy=False)
+    teaching = TEACHINGS[kind]
+    whole, without = distillation(case, 5, teaching), distillation(case, 5, teaching, entropy=False)
     for with_entropy, alone in zip(gradients(whole, case), gradients(without, case), strict=True):
         assert torch.equal(with_entropy, alone)
     assert (without.loss_sum > whole.loss_sum).all(), "the entropy of a distribution is positive"
@@ -309,11 +359,11 @@ def test_each_teacher_distribution_is_asked_for_once(num_heads: int) -> None:
     assert sorted(asked) == sorted(set(case.teacher_rows[case.valid].tolist()))
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+@pytest.mark.parametrize("kind", ["cross_entropy", "d-pace", "distillation", "dspark"])
 def test_a_batch_without_a_valid_row_gives_zero_and_zero_gradients(kind: str) -> None:
     case = make_case()
     case.valid[:] = False
-    sums = cross_entropy(case) if kind == "cross_entropy" else distillation(case)
+    sums = fast_of(case, kind)
     assert sums.total.item() == 0.0
     assert all(not grad.any() for grad in gradients(sums, case))
 
@@ -350,7 +400,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "distillation"])
+@pytest.mark.parametrize("kind", ["cross_entropy", "distillation", "dspark"])
 def test_no_tensor_exceeds_a_chunk_of_logits_at_a_vocabulary_of_128k(kind: str) -> None:
     vocab, chunk_rows, peaks = 128 * 1024, 6, []
     for anchors in (8, 64):
@@ -373,6 +423,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits_at_a_vocabulary_of_128k(kind: str) 
                     valid,
                     step_weights,
                     chunk_rows,
+                    **({} if kind == "distillation" else TEACHINGS[kind].extra),
                 )
             sums.total.backward()
         peaks.append(seen.numel)
@@ -395,6 +446,48 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         head_cross_entropy(case.head_inputs, case.head_weight[:, :4], *given)
     with pytest.raises(ValueError, match="2 heads are given for 3 draft steps"):
         head_cross_entropy(case.head_inputs, [case.head_weight] * 2, *given)
+
+
+@pytest.mark.parametrize("kind", ["distillation", "paced kept acceptance", "dspark"])
+def test_the_acceptance_of_each_row_is_that_of_the_targets_whole_distribution(kind: str) -> None:
+    case, teaching = make_case(), TEACHINGS[kind]
+    accepted = distillation(case, 4, teaching, keep_accepted=True).accepted
+    assert accepted is not None
+    target = case.teacher_logits.softmax(-1)
+    if teaching.log_mass is not None:
+        target = target * teaching.log_mass.exp()[:, None]
+    draft = (case.head_inputs @ case.head_weight.T).softmax(-1)
+    shared = torch.minimum(target[case.teacher_rows.T], draft).sum(-1).detach()
+    torch.testing.assert_close(accepted, torch.where(case.valid.T, shared, 0.0))
+    torch.testing.assert_close(eager(case, kind).accepted, accepted)
+    assert distillation(case, 4, teaching).accepted is None
+
+
+def test_paced_acceptance_pulls_along_the_expected_number_of_accepted_tokens() -> None:
+    case = make_case()
+    case.valid[:] = True
+    teaching = Teaching(extra={"divergence": DivergenceLoss("negative_log_acceptance"), "d_pace": 0.0})
+    case = replace(case, step_weights=torch.ones(STEPS, dtype=torch.float64))
+    [found] = torch.autograd.grad(distillation(case, 7, teaching).total, case.head_inputs)
+    draft, target = (case.head_inputs @ case.head_weight.T).softmax(-1), case.teacher_logits.softmax(-1)
+    expected = torch.minimum(draft, target[case.teacher_rows.T]).sum(-1).cumprod(0).sum()
+    [wanted] = torch.autograd.grad(-expected, case.head_inputs)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_certain_teacher_makes_cross_entropy_of_the_negative_log_acceptance() -> None:
+    """Even where the draft hardly knows the token: the gradient does not vanish with the acceptance."""
+    inputs, head = torch.tensor([[[1.0]]]).double().requires_grad_(), torch.tensor([[0.0], [80.0]]).double()
+    given = (torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1).double())
+    certain = TeacherLogits(torch.tensor([[0.0, -torch.inf]]).double())
+    rows = torch.zeros(1, 1, dtype=torch.int64)
+    sums = head_distillation(
+        inputs, head, lambda ids: certain, rows, *given, divergence=DivergenceLoss("negative_log_acceptance")
+    )
+    plain = head_cross_entropy(inputs, head, *given)
+    torch.testing.assert_close(sums.total, plain.total)
+    for one, other in zip(*(torch.autograd.grad(each.total, inputs) for each in (sums, plain)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_feature_loss_equals_the_formula_row_by_row() -> None:

@@ -10,7 +10,7 @@ from training import KeepLosses, MakeCache, make_module, make_trainer
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter import chunk_rows
 from draftsmith.train.drafter import losses as losses_module
-from draftsmith.train.drafter.chunk_rows import chosen_chunk_rows, default_chunk_rows, free_memory
+from draftsmith.train.losses.chunk_rows import chosen_chunk_rows, default_chunk_rows, free_memory
 
 GIB = 2**30
 

@@ -1,4 +1,4 @@
-"""Plain twins of the losses in `losses.py`: the same sums in a few lines each, with every logit in memory at once.
+"""Plain twins of the chunked losses: the same sums in a few lines each, with every logit in memory at once.
 
 Owns: the definitions that the chunked losses must equal, for reading and for small problems. Tests compare both.
 Does not know: chunks, hand-written gradients, anything of training.
@@ -6,10 +6,15 @@ Does not know: chunks, hand-written gradients, anything of training.
 Shape legend: K draft steps, A anchors, D hidden, E head inputs, T packed tokens, Vd draft vocabulary, R teacher rows.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from draftsmith.train.drafter.losses import OUTSIDE, StepSums, TeacherLogits, TopEmphasis
+from draftsmith.train.losses.d_pace import d_pace_weights
+from draftsmith.train.losses.distillation import FORWARD_KL
+from draftsmith.train.losses.divergences import DivergenceLoss
+from draftsmith.train.losses.sums import OUTSIDE, StepSums, TeacherLogits, TopEmphasis
 
 
 def head_cross_entropy_eager(
@@ -19,8 +24,9 @@ def head_cross_entropy_eager(
     valid: Tensor,
     step_weights: Tensor,
     correction: Tensor | None = None,
+    d_pace: float | None = None,
 ) -> StepSums:
-    """Twin of losses.head_cross_entropy, which explains the arguments.
+    """Twin of head_cross_entropy, which explains the arguments.
 
     Args:
         head_inputs: float [K, A, E], or [K, A, E + r].
@@ -29,13 +35,17 @@ def head_cross_entropy_eager(
         valid: bool [A, K].
         step_weights: float [K].
         correction: float [Vd, r], or None.
+        d_pace: smoothing, or None.
     """
     log_probs = _log_probs(head_inputs, head_weight, correction)
     step_targets, step_valid = targets.T, valid.T  # [K, A]
     in_loss = step_valid & (step_targets != OUTSIDE)
     picked = log_probs.gather(-1, step_targets.clamp(min=0)[..., None]).squeeze(-1)
-    loss_sum = torch.where(in_loss, -picked, 0.0).sum(1)
-    return _sums(loss_sum, in_loss, log_probs, step_targets, step_valid, step_weights)
+    loss = torch.where(in_loss, -picked, 0.0)
+    if d_pace is not None:
+        chance = torch.where(step_targets == OUTSIDE, 0.0, picked.exp())
+        loss = loss * d_pace_weights(chance.detach(), step_valid, d_pace)
+    return _sums(loss.sum(1), in_loss, log_probs, step_targets, step_valid, step_weights)
 
 
 def head_distillation_eager(
@@ -48,8 +58,11 @@ def head_distillation_eager(
     step_weights: Tensor,
     emphasis: TopEmphasis | None = None,
     correction: Tensor | None = None,
+    divergence: DivergenceLoss = FORWARD_KL,
+    text_weight: float = 0.0,
+    d_pace: float | None = None,
 ) -> StepSums:
-    """Twin of losses.head_distillation, which explains the arguments.
+    """Twin of head_distillation, which explains the arguments.
 
     Args:
         head_inputs: float [K, A, E].
@@ -61,24 +74,35 @@ def head_distillation_eager(
         step_weights: float [K].
         emphasis: the extra loss, or None.
         correction: float [Vd, r], or None.
+        divergence: what is minimised.
+        text_weight: of the cross-entropy of the text.
+        d_pace: smoothing, or None.
     """
-    log_probs = _log_probs(head_inputs, head_weight, correction)
-    target_probs = torch.softmax(teacher.logits, dim=-1)[teacher_rows.T]  # [K, A, Vd]
-    terms = torch.xlogy(target_probs, target_probs) - target_probs * log_probs
-    loss = terms.sum(-1)
+    log_probs, rows, step_targets = _log_probs(head_inputs, head_weight, correction), teacher_rows.T, targets.T
+    target = torch.log_softmax(teacher.logits, dim=-1)[rows]  # [K, A, Vd]
+    whole = target if teacher.log_mass is None else target + teacher.log_mass[rows][..., None]
+    accepted = torch.minimum(whole.exp(), log_probs.exp()).sum(-1)
+    loss = divergence.value(target, log_probs, step_targets, accepted)
     if emphasis is not None:
-        top = target_probs.topk(min(emphasis.count, target_probs.shape[-1]), dim=-1).indices
+        terms = torch.xlogy(target.exp(), target.exp()) - target.exp() * log_probs
+        top = target.topk(min(emphasis.count, target.shape[-1]), dim=-1).indices
         loss = loss + emphasis.weight * terms.gather(-1, top).sum(-1)
+    if text_weight > 0.0:
+        picked = log_probs.gather(-1, step_targets.clamp(min=0)[..., None]).squeeze(-1)
+        loss = (1.0 - text_weight) * loss + text_weight * torch.where(step_targets == OUTSIDE, 0.0, -picked)
     if teacher.kept is not None:
-        loss = loss * teacher.kept[teacher_rows.T]
+        loss = loss * teacher.kept[rows]
+    if d_pace is not None:
+        loss = loss * d_pace_weights(accepted.detach(), valid.T, d_pace)
     loss_sum = torch.where(valid.T, loss, 0.0).sum(1)
-    return _sums(loss_sum, valid.T, log_probs, targets.T, valid.T, step_weights)
+    sums = _sums(loss_sum, valid.T, log_probs, step_targets, valid.T, step_weights)
+    return replace(sums, accepted=torch.where(valid.T, accepted, 0.0).detach())
 
 
 def feature_smooth_l1_eager(
     predicted: Tensor, features: Tensor, feature_rows: Tensor, valid: Tensor, step_weights: Tensor
 ) -> Tensor:
-    """Twin of losses.feature_smooth_l1's total, row by row like the paper's formula.
+    """Twin of feature_smooth_l1's total, row by row like the paper's formula.
 
     Args:
         predicted: float [K, A, D].
