@@ -294,6 +294,26 @@ class Drafter(PreTrainedModel):
         return None
 
     @property
+    def has_confidence(self) -> bool:
+        """Whether :meth:`confidence` says how likely a token will be accepted."""
+        return False
+
+    def confidence(self, head_inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Say how likely the target will accept what is drawn from a step, before it is drawn.
+
+        Args:
+            head_inputs: [..., E], as :meth:`teacher_forced` gives them.
+            tokens: int64 [...], target ids fed at these steps.
+
+        Returns:
+            [...], logits of the chances.
+
+        Raises:
+            ValueError: this family has no such head.
+        """
+        raise ValueError(f"{type(self).__name__} has no confidence head; ask has_confidence first")
+
+    @property
     def max_draft_steps(self) -> int | None:
         """The deepest draft that it can make; None for any depth. A family with a head for each step overrides this."""
         return None

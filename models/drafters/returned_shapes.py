@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from draftsmith.models.tree.search import Expander
+from draftsmith.models.tree.search import ConfidentExpander, Expander
 
 if TYPE_CHECKING:
     from draftsmith.models.drafters.draft_records import Cycle, DraftState
@@ -112,7 +112,7 @@ class CheckedDraft:
 
     def __init__(self, draft: Expander, num_rows: int, num_draft_tokens: int) -> None:
         self._draft, self._name = draft, type(draft).__name__
-        self._num_rows, self._num_draft_tokens = num_rows, num_draft_tokens
+        self._num_rows, self._num_draft_tokens, self._num_nodes = num_rows, num_draft_tokens, 1
         self.root_B = draft.root_B
         what = "[B], the rows of the batch; select_rows(kept) keeps those of kept.index"
         _check(f"{self._name}.root_B", self.root_B, what, (num_rows,), torch.int64)
@@ -131,7 +131,16 @@ class CheckedDraft:
         _check(f"{self._name}.target_ids", ids, "the shape of its argument", tuple(draft_ids.shape), torch.int64)
         return ids
 
+    def acceptance(self) -> Tensor | None:
+        """See :class:`ConfidentExpander`."""
+        chances_BM = self._draft.acceptance() if isinstance(self._draft, ConfidentExpander) else None
+        if chances_BM is not None:
+            what = "[B, M], chances for the nodes of the last call"
+            _check(f"{self._name}.acceptance", chances_BM, what, (self._num_rows, self._num_nodes))
+        return chances_BM
+
     def _logits(self, method: str, what: str, logits_BMV: Tensor, num_nodes: int) -> Tensor:
+        self._num_nodes = num_nodes
         _check(f"{self._name}.{method}", logits_BMV, what, (self._num_rows, num_nodes, self._num_draft_tokens))
         return logits_BMV
 

@@ -25,6 +25,7 @@ from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_p
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.families.block_confidence import ConfidenceHead
 from draftsmith.models.families.block_correction import Correction, CorrectionKind, correction_of
 from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
 from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs, layer_fields
@@ -53,6 +54,7 @@ class BlockConfig(LayerConfig):
         correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent`` or ``gru``.
         correction_rank: r.
         correction_state: size of the GRU's state.
+        confidence: a head says how likely each token will be accepted, before it is drawn.
     """
 
     model_type = "draftsmith_block_drafter"
@@ -70,6 +72,7 @@ class BlockConfig(LayerConfig):
         ),
         "correction_rank": COUNT,
         "correction_state": COUNT,
+        "confidence": FLAG,
     }
 
     def __init__(
@@ -83,6 +86,7 @@ class BlockConfig(LayerConfig):
         correction: CorrectionKind = "none",
         correction_rank: int = 256,
         correction_state: int = 1024,
+        confidence: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -91,6 +95,7 @@ class BlockConfig(LayerConfig):
         self.causal, self.sample_from_anchor = causal, sample_from_anchor
         self.mask_token_id = mask_token_id
         self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
+        self.confidence = confidence
 
     @property
     def first_slot(self) -> int:
@@ -132,6 +137,7 @@ class BlockDrafter(TargetHead):
         self.rotation = Rotation(config.llama())
         sizes = (D, config.vocab_size, config.num_draft_tokens, config.correction_rank, config.correction_state)
         self.correction = correction_of(config.correction, *sizes)
+        self.confidence_head = ConfidenceHead(D, self.correction) if config.confidence else None
         self.post_init()
 
     @classmethod
@@ -147,6 +153,7 @@ class BlockDrafter(TargetHead):
         correction: CorrectionKind = "none",
         correction_rank: int = 256,
         correction_state: int = 1024,
+        confidence: bool = False,
         draft_token_ids: Tensor | None = None,
         num_draft_steps: int = 7,
         tokenizer_fingerprint: str = "",
@@ -160,7 +167,7 @@ class BlockDrafter(TargetHead):
             causal: see the config.
             sample_from_anchor: see the config.
             mask_token_id: see the config.
-            correction, correction_rank, correction_state: see the config.
+            correction, correction_rank, correction_state, confidence: see the config.
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
             num_draft_steps: K, the tokens of a draft; the block has as many slots as that takes.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
@@ -179,6 +186,7 @@ class BlockDrafter(TargetHead):
             correction=correction,
             correction_rank=correction_rank,
             correction_state=correction_state,
+            confidence=confidence,
             draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
             num_draft_steps=num_draft_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -211,6 +219,16 @@ class BlockDrafter(TargetHead):
     def correction_weight(self) -> Tensor | None:
         """See :attr:`Drafter.correction_weight`."""
         return None if self.correction is None else self.correction.output.weight
+
+    @property
+    def has_confidence(self) -> bool:
+        """See :attr:`Drafter.has_confidence`."""
+        return self.confidence_head is not None
+
+    def confidence(self, head_inputs: Tensor, tokens: Tensor) -> Tensor:
+        """See :meth:`Drafter.confidence`."""
+        assert self.confidence_head is not None
+        return self.confidence_head(head_inputs[..., : self.config.hidden_size], tokens, self.correction)
 
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""
@@ -359,7 +377,7 @@ class BlockDraft:
         self._drafter, self._pending, self._draft_length = drafter, state.pending, draft_length
         self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
         self.root_B = state.pending.tokens_BE.gather(1, state.pending.counts_B[:, None] - 1).squeeze(1)
-        self._depth = 0
+        self._depth, self._tokens_BM = 0, self.root_B[:, None]
         self._hidden_BKD = self._logits_BKV = self._state_BMS = torch.empty(0)  # until the block has run
 
     def begin(self) -> Tensor:
@@ -379,8 +397,16 @@ class BlockDraft:
             self._state_BMS = self._state_BMS.gather(1, above_BM[..., None].expand(-1, -1, self._state_BMS.shape[-1]))
         return self._corrected(tokens_BM)
 
+    def acceptance(self) -> Tensor | None:
+        """See :class:`ConfidentExpander`."""
+        if not self._drafter.has_confidence:
+            return None
+        hidden_BMD = self._hidden_BKD[:, self._depth : self._depth + 1].expand(-1, self._tokens_BM.shape[1], -1)
+        return self._drafter.confidence(hidden_BMD, self._tokens_BM).float().sigmoid()
+
     def _corrected(self, tokens_BM: Tensor) -> Tensor:
         """[B, M, Vd]: logits of the slot behind some tokens."""
+        self._tokens_BM = tokens_BM
         drafter, depth, num_nodes = self._drafter, self._depth, tokens_BM.shape[1]
         logits_BMV = self._logits_BKV[:, depth : depth + 1].expand(-1, num_nodes, -1)
         if drafter.correction is None:
@@ -450,6 +476,8 @@ class BlockFamily(DrafterFamily):
             (`gru`), as in Domino.
         correction_rank: of the correction's matrices; small targets need less.
         correction_state: size of the GRU's state.
+        confidence: a head learns how likely each token will be accepted, as in DSpark. Shapes such as `1x7e0.5s0` end drafts where
+            it is below that number. The cache must hold last.pre_norm.
         draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
             their rows of the target's head; null scores all.
         recompute: compute each layer's activations again in the backward pass: less memory, more time.
@@ -469,11 +497,12 @@ class BlockFamily(DrafterFamily):
         correction_state: int = 1024,
         draft_vocab_size: int | None = None,
         recompute: bool = False,
+        confidence: bool = False,
     ) -> None:
         self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
         self.sample_from_anchor, self.mask_token_id = sample_from_anchor, mask_token_id
         self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
-        self.draft_vocab_size, self.recompute = draft_vocab_size, recompute
+        self.draft_vocab_size, self.recompute, self.confidence = draft_vocab_size, recompute, confidence
 
     def build(
         self, ends: TargetEnds, draft_token_ids: Tensor | None, num_steps: int, tokenizer_fingerprint: str
@@ -493,6 +522,7 @@ class BlockFamily(DrafterFamily):
             correction=self.correction,
             correction_rank=self.correction_rank,
             correction_state=self.correction_state,
+            confidence=self.confidence,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.tree.sampled_search import over_target
-from draftsmith.models.tree.search import Expander
+from draftsmith.models.tree.search import ConfidentExpander, Expander
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -47,6 +47,10 @@ class KeptLogits:
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """See :class:`Expander`."""
         return self.inner.target_ids(draft_ids)
+
+    def acceptance(self) -> Tensor | None:
+        """See :class:`ConfidentExpander`."""
+        return self.inner.acceptance() if isinstance(self.inner, ConfidentExpander) else None
 
     def onto(self, chain: DraftTree, vocab_size: int) -> DraftTree:
         """Add the recorded distributions to a chain.

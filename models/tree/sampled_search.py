@@ -17,7 +17,7 @@ from torch import Tensor
 from draftsmith.models.slots.constants import lower_triangle, repeated
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw
-from draftsmith.models.tree.search import Draws, Expander, acceptance_bound
+from draftsmith.models.tree.search import Draws, Expander, expected_acceptance
 from draftsmith.models.tree.tree import DraftTree, cuts_padding
 
 
@@ -54,8 +54,8 @@ def sampled_tree(
     tokens, alive, probs = [expander.root_B[:, None]], [alive_BM], []
     for depth, count in enumerate(limits.sampled.children):
         if depth > 0 and limits.early_stop is not None and stop_below_B is not None:
-            bound_BM = acceptance_bound(logits_BMV.float().log_softmax(-1), limits.early_stop.scale)
-            alive_BM = alive_BM & (bound_BM >= stop_below_B[:, None])
+            expected_BM = expected_acceptance(expander, logits_BMV, limits.early_stop.scale)
+            alive_BM = alive_BM & (expected_BM >= stop_below_B[:, None])
             if cuts_padding(alive_BM.device, cut) and not bool(alive_BM.any()):
                 break
         weights_BMV = draws.probs(logits_BMV) * alive_BM[..., None]

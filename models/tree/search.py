@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,6 +67,22 @@ class Expander(Protocol):
         ...
 
 
+@runtime_checkable
+class ConfidentExpander(Protocol):
+    """An expander that may know how likely a continuation will be accepted."""
+
+    def acceptance(self) -> Tensor | None:
+        """Say how likely the target accepts what will be drawn behind each node of the last call.
+
+        The number may depend on what was drawn so far, and on nothing that comes behind: then it may end a draft and the output stays the
+        same.
+
+        Returns:
+            float [B, M], chances; None where this expander does not know.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Draws:
     """Randomness for sampled trees.
@@ -104,7 +120,8 @@ def search(
     Raises:
         ValueError: more continuations are asked for than the draft vocabulary has tokens.
     """
-    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale, cuts_padding(expander.root_B.device, cut))
+    cut = cuts_padding(expander.root_B.device, cut)
+    scorer = _Scorer(limits.early_stop, stop_below_B, score_scale, cut, expander)
     if limits.paths is not None:
         tree = static_tree(expander, limits.paths, scorer)
     elif limits.node_budget is not None:
@@ -127,12 +144,14 @@ class _Scorer:
         below_B: float32 [B], its thresholds, or None.
         scale: draft logits are multiplied by it first.
         cut: whether shapes follow what was drafted.
+        expander: continues the nodes.
     """
 
     stop: EarlyStop | None
     below_B: Tensor | None
     scale: float
     cut: bool
+    expander: Expander
 
     def best(self, score_BM: Tensor | None, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
         """Find the ``count`` likeliest continuations of nodes at a depth. The root (depth 0) is always continued.
@@ -158,8 +177,7 @@ class _Scorer:
         if score_BM is not None:
             top_BMR = score_BM[..., None] + top_BMR
         if self.stop is not None and self.below_B is not None and depth > 0:
-            log_probs_BMV = logits_BMV.float().log_softmax(-1)
-            stopped_BM = acceptance_bound(log_probs_BMV, self.stop.scale) < self.below_B[:, None]
+            stopped_BM = expected_acceptance(self.expander, logits_BMV, self.stop.scale) < self.below_B[:, None]
             top_BMR = top_BMR.masked_fill(stopped_BM[..., None], -torch.inf)
         return top_BMR, draft_BMR
 
@@ -176,6 +194,21 @@ class _Scorer:
     def all_stopped(self, score_BM: Tensor) -> bool:
         """Whether no row has a node left, as far as that is free to ask."""
         return self.stop is not None and self.cut and bool((score_BM == -torch.inf).all())
+
+
+def expected_acceptance(expander: Expander, logits_BMV: Tensor, scale: float) -> Tensor:
+    """The chance that the target accepts a draw behind each node: what the drafter says of it, else the bound by its entropy.
+
+    Args:
+        expander: that gave the logits last.
+        logits_BMV: float [B, M, Vd].
+        scale: see :func:`acceptance_bound`.
+
+    Returns:
+        float [B, M].
+    """
+    known_BM = expander.acceptance() if isinstance(expander, ConfidentExpander) else None
+    return acceptance_bound(logits_BMV.float().log_softmax(-1), scale) if known_BM is None else known_BM
 
 
 def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:

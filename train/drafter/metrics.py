@@ -17,7 +17,8 @@ def pool(sums: StepSums) -> Tensor:
 
     Returns:
         float [6, K]: loss_sum, loss_rows, rows, top1, top5, feature_sum (zeros where features are not learned); or [8, K], where the
-        acceptance is known: its sum, and the sum of the chance that a step and all before it are accepted.
+        acceptance is known: its sum, and the sum of the chance that a step and all before it are accepted; or [9, K] with the sum of a
+        confidence head's chances.
     """
     assert sums.top1 is not None
     assert sums.top5 is not None
@@ -25,6 +26,7 @@ def pool(sums: StepSums) -> Tensor:
     rows = [sums.loss_sum, sums.loss_rows, sums.rows, sums.top1, sums.top5, features]
     if sums.accepted is not None:
         rows += [sums.accepted.sum(1), sums.accepted.cumprod(0).sum(1)]
+        rows += [] if sums.chances is None else [sums.chances]
     return torch.stack(rows)
 
 
@@ -32,7 +34,7 @@ def means(pooled: Tensor, objective: Objective, stage: str) -> dict[str, float]:
     """Means by name, with the usual proxy for tokens per step.
 
     Args:
-        pooled: float [6, K] or [8, K], as `pool` makes it, summed over batches and processes.
+        pooled: float [6 to 9, K], as `pool` makes it, summed over batches and processes.
         objective: whose steps these are.
         stage: `train` or `val`, which every name begins with.
     """
@@ -48,8 +50,9 @@ def means(pooled: Tensor, objective: Objective, stage: str) -> dict[str, float]:
             named[f"{stage}/step{step}/feature_loss"] = float(feature_sum[step] / rows[step].clamp(min=1))
     named[f"{stage}/proxy_tokens_per_step"] = proxy_tokens_per_step(accuracies)
     if len(pooled) > 6:
-        accepted, reached = (each / rows.clamp(min=1) for each in pooled[6:])
+        accepted, reached, *chances = (each / rows.clamp(min=1) for each in pooled[6:])
         named |= {f"{stage}/step{step}/acceptance": float(share) for step, share in enumerate(accepted)}
+        named |= {f"{stage}/step{step}/confidence": float(share) for each in chances for step, share in enumerate(each)}
         named[f"{stage}/expected_tokens_per_step"] = 1.0 + float(reached.sum())
     return named
 

@@ -108,6 +108,7 @@ class DraftModule(pl.LightningModule):
             takes 0.1 beside `l1`.
         d_pace: weigh each draft step by how many accepted tokens depend on it (D-PACE, arXiv 2605.18810), with this smoothing, 0.5 in the
             paper; null weighs by horizon_decay alone.
+        confidence_weight: of the loss of a confidence head, beside that on tokens; null is 1 where the drafter has one.
 
     Raises:
         ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or without the layers that the drafter reads;
@@ -153,6 +154,7 @@ class DraftModule(pl.LightningModule):
         divergence: HeadDivergence = "forward_kl",
         text_weight: float = 0.0,
         d_pace: float | None = None,
+        confidence_weight: float | None = None,
     ) -> None:
         super().__init__()
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
@@ -172,6 +174,7 @@ class DraftModule(pl.LightningModule):
             divergence,
             text_weight,
             d_pace,
+            confidence_weight,
         )
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
@@ -278,7 +281,10 @@ class DraftModule(pl.LightningModule):
         self.drafter = self._make(data, ends, own_tokenizer)
         self.objective.check(self.drafter)
         self.val_objective.check(self.drafter)
-        layers = {*self.drafter.features, *([PRE_NORM] if self.objective.reads_features else [])}
+        layers = {
+            *self.drafter.features,
+            *([PRE_NORM] if self.objective.reads_features or self.drafter.has_confidence else []),
+        }
         if online is None:
             _check_layers(sorted(layers), type(self.drafter).__name__, cache)
             data.read_layers(tuple(sorted(layers)))

@@ -28,6 +28,7 @@ from draftsmith.models.drafters.rollout import (
     prompt_weighted,
 )
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.train.losses.confidence import confidence_loss
 from draftsmith.train.losses.cross_entropy import head_cross_entropy
 from draftsmith.train.losses.distillation import head_distillation
 from draftsmith.train.losses.divergences import OF_ACCEPTANCE, DivergenceLoss, HeadDivergence
@@ -59,6 +60,7 @@ class Objective:
         text_weight: with `path`, the share of the text's own cross-entropy in the loss on tokens, beside the divergence (DSpark,
             arXiv:2607.05147: 0.1 beside `l1`).
         d_pace: smoothing of D-PACE's row weights (arXiv:2605.18810: 0.5), which multiply the horizon's; None weighs by the horizon alone.
+        confidence_weight: of the loss of a confidence head (arXiv:2607.05147: 1.0); None is 1 where the drafter has such a head.
 
     Raises:
         ValueError: a setting out of range, or one that this distillation does not use.
@@ -77,6 +79,7 @@ class Objective:
     divergence: HeadDivergence = "forward_kl"
     text_weight: float = 0.0
     d_pace: float | None = None
+    confidence_weight: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -121,6 +124,10 @@ class Objective:
             )
         if self.d_pace is not None and not 0.0 <= self.d_pace < 1.0:
             raise ValueError(f"d_pace is {self.d_pace}; it must be at least 0 and below 1, or null for no such weights")
+        if self.confidence_weight is not None and not 0.0 < self.confidence_weight < math.inf:
+            raise ValueError(
+                f"confidence_weight is {self.confidence_weight}; it must be above 0, or null for the usual 1"
+            )
         if self.emphasis is not None and (self.emphasis.weight <= 0.0 or self.emphasis.count < 1):
             raise ValueError(
                 f"top-K distillation has weight {self.emphasis.weight} and K {self.emphasis.count}; both must be positive"
@@ -160,7 +167,7 @@ class Objective:
             drafter: to be trained.
 
         Raises:
-            ValueError: the drafter has too few heads, or predicts no features.
+            ValueError: the drafter has too few heads, predicts no features, or has a confidence head that the objective does not fit.
         """
         most = drafter.max_draft_steps
         if most is not None and self.num_steps > most:
@@ -171,6 +178,16 @@ class Objective:
         if self.feature_weight > 0.0 and not drafter.predicts_features:
             raise ValueError(
                 f"feature_weight is {self.feature_weight}, but {type(drafter).__name__} predicts tokens only, no features; set it to 0"
+            )
+        if self.confidence_weight is not None and not drafter.has_confidence:
+            raise ValueError(
+                f"confidence_weight is {self.confidence_weight}, and this {type(drafter).__name__} has no confidence head; leave it null, "
+                "or train a block drafter with confidence: true"
+            )
+        if drafter.has_confidence and self.distillation == "local":
+            raise ValueError(
+                f"this {type(drafter).__name__} has a confidence head, which learns the acceptance along the text, and distillation is "
+                "'local'; use 'path' or 'none', or train it without the head"
             )
 
 
@@ -238,8 +255,11 @@ def run(
     """
     head_inputs = checked_head_inputs(drafter, prepared.batch, prepared.rollout)
     weights = objective.logit_weight * step_weights
-    acceptance = acceptance and prepared.rollout.on_text and PRE_NORM in prepared.batch.hidden
+    is_known = prepared.rollout.on_text and PRE_NORM in prepared.batch.hidden
+    acceptance = is_known and (acceptance or drafter.has_confidence)
     sums = _token_loss(objective, prepared, drafter, ends, head_inputs, weights, metrics, entropy, acceptance)
+    if acceptance and drafter.has_confidence:
+        sums = _with_confidence(objective, prepared, drafter, head_inputs, step_weights, sums)
     if objective.feature_weight == 0.0:
         return sums
     features = feature_smooth_l1(
@@ -283,6 +303,23 @@ def _token_loss(
         return replace(sums, accepted=measured.accepted)
     losses = (DivergenceLoss(objective.divergence), objective.text_weight, objective.d_pace, acceptance)
     return distil(metrics, objective.emphasis, entropy, *further, *losses)
+
+
+def _with_confidence(
+    objective: Objective,
+    prepared: PreparedBatch,
+    drafter: Drafter,
+    head_inputs: Tensor,
+    step_weights: Tensor,
+    sums: StepSums,
+) -> StepSums:
+    """The sums with the loss of the confidence head, which learns the acceptances among them."""
+    assert sums.accepted is not None
+    rollout = prepared.rollout
+    logits = drafter.confidence(head_inputs, rollout.tokens.T)
+    weight = 1.0 if objective.confidence_weight is None else objective.confidence_weight
+    confidence = confidence_loss(logits, sums.accepted, rollout.valid, weight * step_weights, rollout.weights)
+    return replace(sums, total=sums.total + confidence.total, chances=confidence.chances)
 
 
 def path_teacher_rows(rollout: Rollout, num_tokens: int) -> Tensor:

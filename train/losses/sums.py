@@ -60,6 +60,7 @@ class StepSums:
         feature_sum: [K], summed smooth L1; None where features are not learned.
         accepted: [K, A] detached, the chance that the target accepts a draw of each row at temperature 1, and 0 in rows that are not valid;
             None when not asked for.
+        chances: [K], summed chances of acceptance that a confidence head gives; None where none is learned.
     """
 
     total: Tensor
@@ -70,3 +71,4 @@ class StepSums:
     top5: Tensor | None
     feature_sum: Tensor | None = None
     accepted: Tensor | None = None
+    chances: Tensor | None = None

@@ -84,8 +84,13 @@ def public_tensors(drafter: BlockDrafter, ends: TargetEnds | None, with_membersh
         with_membership: whether ``t2d`` comes beside ``d2t``.
 
     Raises:
-        ValueError: a draft vocabulary without the target, whose rows belong into the folder.
+        ValueError: a draft vocabulary without the target, whose rows belong into the folder; or a confidence head.
     """
+    if drafter.config.confidence:
+        raise ValueError(
+            "this drafter has a confidence head, which --layout draftsmith and custom_generate hold and no other layout here; use one of them, "
+            "or train it with confidence false"
+        )
     names = public_names(drafter.config)
     tensors = {names.get(name, name): tensor for name, tensor in tensors_of(drafter).items()}
     if "d2t" in tensors:

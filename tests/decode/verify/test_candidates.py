@@ -278,23 +278,48 @@ def continued(laws: list[Tensor], level: int, token: int) -> Tensor:
     return laws[level][token].view(-1, *[1] * (rest.ndim - 1)) * rest
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("children", [(1, 1), (2, 1), (1, 2), (3,)])
-@pytest.mark.parametrize("zeros", [0, 1, 2])
-def test_whole_sampled_trees_emit_the_targets_joint_law_by_exact_integration(
-    rule: Rule, children: tuple[int, ...], zeros: int
-) -> None:
-    """Integrate over every uniform of drafting and of the walk: the joint of one token more than the tree is deep."""
-    vocab, sampled = 3, SampledChildren(children, rule)
-    depth = len(children)
+class SureExpander(TableExpander):
+    """A draft that says how likely a continuation will be accepted: by the token before it alone."""
+
+    chances = torch.tensor([0.9, 0.2, 0.7])
+    tokens_BM: Tensor
+
+    def begin(self) -> Tensor:
+        self.tokens_BM = torch.zeros(self.rows, 1, dtype=torch.int64)
+        return super().begin()
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        self.tokens_BM = tokens_BM
+        return super().extend(tokens_BM, above_BM)
+
+    def acceptance(self) -> Tensor:
+        return self.chances[self.tokens_BM]
+
+
+def joint_distance(sampled: SampledChildren, zeros: int, stop: EarlyStop | None = None, peeks: bool = False) -> float:
+    """How far what sampled trees emit is from the target's joint law of one token more than they are deep.
+
+    It integrates over every uniform of drafting and of the walk.
+
+    Args:
+        sampled: the trees.
+        zeros: how many tokens the drafter never says.
+        stop: where the drafter is not sure, the draft ends.
+        peeks: drop a drawn token for what it is, which no rule may do.
+    """
+    vocab, depth = 3, len(sampled.children)
     laws = [torch.stack([law(100 * level + token, vocab) for token in range(vocab)]) for level in range(depth + 1)]
     tables = [
         torch.stack([law(900 + 100 * level + token, vocab, zeros) for token in range(vocab)]) for level in range(depth)
     ]
     noise_BU, volume_B = grid(drafting_cuts(sampled, tables))
     draws = Draws(keys_of(noise_BU), lambda weights: weights, inverted)
-    limits = DraftLimits(sampled=sampled)
-    trees = sampled_tree(TableExpander(tables, len(noise_BU)), None, limits, draws, vocab)
+    limits = DraftLimits(sampled=sampled, early_stop=stop)
+    below_B = None if stop is None else torch.full((len(noise_BU),), stop.threshold)
+    trees = sampled_tree(SureExpander(tables, len(noise_BU)), below_B, limits, draws, vocab, cut=False)
+    if peeks and trees.draft_probs_BMV is not None:
+        kept_B = trees.tokens_BN[:, 1] != 1
+        trees = replace(trees, draft_probs_BMV=trees.draft_probs_BMV * kept_B[:, None, None])
     shapes, which_B = torch.stack([trees.tokens_BN, trees.valid_BN.long()], -1).unique(dim=0, return_inverse=True)
     joint = torch.zeros((vocab,) * (depth + 1), dtype=torch.float64)
     for number in range(len(shapes)):
@@ -313,7 +338,28 @@ def test_whole_sampled_trees_emit_the_targets_joint_law_by_exact_integration(
             rest = torch.stack([continued(laws, length, token) for token in range(vocab)])
             joint += float(volume_B[members].sum()) * block[(..., *[None] * (depth + 1 - length))] * rest
     assert float(joint.sum()) == pytest.approx(1.0, abs=1e-12)
-    assert distance(joint, continued(laws, 0, 0)) < 1e-12
+    return distance(joint, continued(laws, 0, 0))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("children", [(1, 1), (2, 1), (1, 2), (3,)])
+@pytest.mark.parametrize("zeros", [0, 1, 2])
+def test_whole_sampled_trees_emit_the_targets_joint_law_by_exact_integration(
+    rule: Rule, children: tuple[int, ...], zeros: int
+) -> None:
+    assert joint_distance(SampledChildren(children, rule), zeros) < 1e-12
+
+
+@pytest.mark.parametrize(("rule", "children"), [("mcsd", (1, 1)), ("mcsd", (2, 1)), ("kseq", (1, 2))])
+def test_drafts_that_end_where_the_drafter_is_not_sure_emit_the_targets_joint_law(
+    rule: Rule, children: tuple[int, ...]
+) -> None:
+    assert joint_distance(SampledChildren(children, rule), 0, EarlyStop(0.5)) < 1e-12
+
+
+def test_a_draft_that_ends_because_of_the_token_just_drawn_would_not() -> None:
+    """The test above can fail: tokens are dropped for what they are."""
+    assert joint_distance(SampledChildren((1,)), 0, peeks=True) > 0.01
 
 
 def test_children_lie_side_by_side_behind_the_layer_of_their_parents() -> None:

@@ -137,8 +137,9 @@ def test_chunks_add_up_to_the_whole(
     assert torch.allclose(found[1], 2.0 * grad_matrix, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "lk_hybrid"])
 def test_gradients_agree_with_finite_differences(name: DivergenceName) -> None:
+    """But for the LK hybrid, whose weight is held constant."""
     given = batch(rows=3)
     weight, bias = given["head_parameters"]  # type: ignore[misc]
 

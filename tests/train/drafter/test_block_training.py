@@ -22,6 +22,10 @@ RECIPES: dict[str, tuple[BlockFamily, dict[str, Any]]] = {
     "plain": (BlockFamily(layers=LAYERS), {"horizon_decay": 0.8}),
     "causal, 25 tokens": (BlockFamily(layers=LAYERS, mask="causal", draft_vocab_size=25, recompute=True), {}),
     "from the anchor": (BlockFamily(layers=LAYERS, sample_from_anchor=True, num_draft_layers=2), {"max_anchors": 12}),
+    "dspark": (
+        BlockFamily(layers=LAYERS, sample_from_anchor=True, correction="vanilla", correction_rank=4, confidence=True),
+        {"divergence": "l1", "text_weight": 0.1},
+    ),
     "gated": (BlockFamily(layers=LAYERS, sample_from_anchor=True, correction="gated", correction_rank=4), {}),
 }
 
@@ -40,6 +44,35 @@ def test_every_recipe_learns(target_dir: Path, cache: Path, tmp_path: Path, reci
     trainer.fit(module, CacheDataModule(cache, tokens_per_batch=60))
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert "val/step2/top1" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("distillation", ["none", "path"])
+def test_a_confidence_head_learns_the_acceptance(
+    target_dir: Path, cache: Path, tmp_path: Path, distillation: str
+) -> None:
+    family = BlockFamily(layers=LAYERS, sample_from_anchor=True, confidence=True)
+    module = make_module(target_dir, drafter=family, lr=1e-2, distillation=distillation)
+    data = CacheDataModule(cache, val_fraction=0.2, tokens_per_batch=60)
+    trainer = make_trainer(tmp_path, max_epochs=6)
+    [before] = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    after = trainer.callback_metrics
+
+    def errors(figures: Any) -> list[float]:
+        return [abs(float(figures[f"val/step{k}/confidence"] - figures[f"val/step{k}/acceptance"])) for k in range(3)]
+
+    assert max(errors(after)) < 0.05 < min(errors(before))
+
+
+def test_a_confidence_head_that_cannot_learn_is_refused(target_dir: Path, cache: Path, tmp_path: Path) -> None:
+    for family, settings, complaint in (
+        (BlockFamily(layers=LAYERS, confidence=True), {"distillation": "local"}, "use 'path' or 'none'"),
+        (BlockFamily(layers=LAYERS), {"confidence_weight": 1.0}, "has no confidence head; leave it null"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            make_trainer(tmp_path).fit(make_module(target_dir, drafter=family, **settings), CacheDataModule(cache))
+    with pytest.raises(ValueError, match=r"confidence_weight is 0\.0; it must be above 0"):
+        Objective(2, confidence_weight=0.0)
 
 
 def test_the_best_drafter_decodes_and_loads_back(target_dir: Path, cache: Path, tmp_path: Path) -> None:

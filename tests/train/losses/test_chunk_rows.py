@@ -8,8 +8,7 @@ import torch
 from training import KeepLosses, MakeCache, make_module, make_trainer
 
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter import chunk_rows
-from draftsmith.train.drafter import losses as losses_module
+from draftsmith.train.losses import chunk_rows, chunked_head
 from draftsmith.train.losses.chunk_rows import chosen_chunk_rows, default_chunk_rows, free_memory
 
 GIB = 2**30
@@ -54,13 +53,13 @@ def test_a_run_takes_the_rows_that_fit_and_its_losses_change_by_rounding_only(
 ) -> None:
     cache = make_cache([12] * 10)
     sizes: list[int] = []
-    one_chunk = losses_module._one_chunk
+    one_chunk = chunked_head._one_chunk
 
     def note(job: Any, chunk: Any, *args: Any) -> None:
         sizes.append(len(chunk.row_ids))
         one_chunk(job, chunk, *args)
 
-    monkeypatch.setattr(losses_module, "_one_chunk", note)
+    monkeypatch.setattr(chunked_head, "_one_chunk", note)
 
     def losses(**settings: int) -> tuple[list[float], int | None]:
         sizes.clear()

@@ -1,0 +1,185 @@
+"""What one trains and how one verifies for sampling: losses made of the acceptance, and every lossless rule at equal nodes.
+
+    python -m benchmarks.drafters.acceptance --cache CACHE      # about half an hour on one core
+
+It trains draft heads for the same number of steps with each loss, and counts tokens per step at temperature 0 and above it. Then it
+verifies the drafts of one of them by every rule. Tokens per step do not depend on what else the machine does. Intervals are bootstraps
+over prompts.
+
+Data: the folder that `--data` names, with models/chat-6m and replies/chat-6m_test.jsonl, and a cache of chat-6m that
+`draftsmith data extract` made. What it trained and counted is kept in `--work` and used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.drafters.recipes import RECIPES, train
+from draftsmith import provenance
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.strata.acceptance import ratio_interval
+from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.target.target import Target
+from draftsmith.models.tree.shapes import parse_shape
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "total_variation": {"divergence": "total_variation"},
+    "l1, text 0.1": {"divergence": "l1", "text_weight": 0.1},
+    "negative_log_acceptance": {"divergence": "negative_log_acceptance"},
+    "lk_hybrid": {"divergence": "lk_hybrid"},
+    "forward_kl, d_pace 0.5": {"d_pace": 0.5},
+    "negative_log_acceptance, d_pace 0.5": {"divergence": "negative_log_acceptance", "d_pace": 0.5},
+}
+LOSS_SHAPES = {0.0: ["1x5", "10x5n24"], 1.0: ["10x5n24", "s1.1.1.1.1", "s4.1.1.1.1"]}
+"""What each loss is judged by, for each temperature: a tree walk and, where there is sampling, rejection along chains and trees."""
+RULES = {
+    "walk, chain": {6: "1x6", 12: "1x12", 24: "1x24"},
+    "walk, dynamic tree": {6: "6x4n6", 12: "10x4n12", 24: "10x5n24"},
+    "p/q, sampled chain": {6: "s1.1.1.1.1.1", 12: "s" + ".".join("1" * 12)},
+    "block verification": {6: "b1.1.1.1.1.1", 12: "b" + ".".join("1" * 12)},
+    "MCSD": {6: "s2.1.1", 12: "s3.1.1.1", 24: "s6.1.1.1"},
+    "MCSD, shallow": {6: "s3.1", 12: "s4.1.1", 24: "s8.1.1"},
+    "K-SEQ": {6: "k2.1.1", 12: "k3.1.1.1", 24: "k6.1.1.1"},
+}
+"""A shape for each rule and number of drafted nodes."""
+
+
+def tokens_per_step(
+    engine: Engine, prompts: list[list[int]], temperature: float, num_tokens: int, seeds: int
+) -> tuple[float, float, float]:
+    """Emitted tokens a cycle over all prompts, without each reply's first, and its interval over prompts."""
+    emitted, cycles = [0.0] * len(prompts), [0.0] * len(prompts)
+    for seed in range(seeds if temperature > 0.0 else 1):
+        settings = GenerationSettings(max_new_tokens=num_tokens, temperature=temperature, seed=seed)
+        for place, reply in enumerate(engine.generate(prompts, settings, num_rows=32)):
+            emitted[place] += len(reply.token_ids) - 1
+            cycles[place] += len(reply.accepted)
+    low, high = ratio_interval(emitted, cycles)
+    return sum(emitted) / sum(cycles), low, high
+
+
+class Counts:
+    """Counted figures, kept in a file between runs."""
+
+    def __init__(self, options: argparse.Namespace, target: Target, prompts: list[list[int]]) -> None:
+        self.options, self.target, self.prompts = options, target, prompts
+        self.file = options.work / "counts.json"
+        self.kept: dict[str, list[float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def cell(self, drafter: Path, shape: str, temperature: float) -> str:
+        """A figure with its interval, as a cell of a table."""
+        key = f"{drafter.parent.name} {shape} {temperature}"
+        if key not in self.kept:
+            engine = Engine(self.target, load_drafter(drafter), parse_shape(shape))
+            self.kept[key] = list(
+                tokens_per_step(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
+            )
+            atomic_write(self.file, json.dumps(self.kept, indent=1))
+            print(f"{time.strftime('%H:%M')} {key}: {self.kept[key]}", flush=True)
+        mean, low, high = self.kept[key]
+        return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def folder_of(family: str, loss: str) -> str:
+    """The name of a run's folder."""
+    return f"{family}-{loss}".replace(" ", "").replace(",", "-")
+
+
+def train_all(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
+    """The drafter of every family and loss, each trained for the same number of steps."""
+    drafters: dict[str, dict[str, Path]] = {}
+    for family in options.families:
+        for loss in options.losses:
+            recipe = RECIPES[family]
+            recipe = replace(recipe, module={**recipe.module, **LOSSES[loss]}, options={**recipe.options})
+            out = options.work / folder_of(family, loss)
+            done = train(recipe, str(options.target), options.cache, out, steps=options.steps)
+            drafters.setdefault(family, {})[loss] = out / "drafter"
+            print(f"{time.strftime('%H:%M')} {out.name}: {done}", flush=True)
+    return drafters
+
+
+def loss_table(counts: Counts, drafters: dict[str, Path]) -> list[str]:
+    """Tokens per step by loss, for one family."""
+    columns = [(temperature, shape) for temperature, shapes in LOSS_SHAPES.items() for shape in shapes]
+    lines = ["| loss | " + " | ".join(f"T = {temperature:g}, `{shape}`" for temperature, shape in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for loss, drafter in drafters.items():
+        cells = [counts.cell(drafter, shape, temperature) for temperature, shape in columns]
+        lines.append(f"| `{loss}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def rule_table(counts: Counts, drafter: Path, temperature: float) -> list[str]:
+    """Tokens per step by rule and number of nodes, for one drafter."""
+    sizes = sorted({size for shapes in RULES.values() for size in shapes})
+    lines = ["| rule | " + " | ".join(f"{size} nodes" for size in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
+    for rule, shapes in RULES.items():
+        cells = [counts.cell(drafter, shapes[size], temperature) if size in shapes else "" for size in sizes]
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> int:
+    options = _options()
+    options.target = options.data / "models" / "chat-6m"
+    if not options.target.is_dir():
+        print(f"skipped: {options.target} is not there; name the data with --data")
+        return 0
+    options.work.mkdir(parents=True, exist_ok=True)
+    prompts = [row["prompt_ids"] for _, row in read_jsonl(options.data / "replies" / "chat-6m_test.jsonl")]
+    load = os.getloadavg()[0]
+    drafters = train_all(options)
+    counts = Counts(options, Target.load(str(options.target)), prompts[: options.prompts])
+    page = [f"# Losses and rules for sampling, chat-6m, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    page.append(
+        f"{options.steps} steps for each head, {len(counts.prompts)} prompts, {options.tokens} new tokens, {options.seeds} seeds where "
+        f"tokens are drawn. Load average at the start: {load:.1f}."
+    )
+    for family, of_family in drafters.items():
+        page += [f"## Losses: {family}", "\n".join(loss_table(counts, of_family))]
+    for family in options.rule_families:
+        for loss in options.rule_losses:
+            for temperature in options.temperatures:
+                page.append(f"## Rules: {family}, `{loss}`, T = {temperature:g}")
+                page.append("\n".join(rule_table(counts, drafters[family][loss], temperature)))
+    atomic_write(options.work / "page.md", "\n\n".join(page) + "\n")
+    print(options.work / "page.md")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(";")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--cache", type=Path, required=True, help="of chat-6m, with last.pre_norm")
+    parser.add_argument("--work", type=Path, default=Path("runs/acceptance"))
+    parser.add_argument("--families", type=names, default=["eagle", "redrafter"], help="joined by semicolons")
+    parser.add_argument("--losses", type=names, default=list(LOSSES), help="joined by semicolons")
+    parser.add_argument("--rule-families", type=names, default=["eagle"])
+    parser.add_argument("--rule-losses", type=names, default=["forward_kl", "negative_log_acceptance"])
+    parser.add_argument(
+        "--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0.7, 1.0]
+    )
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""How sure a block drafter is of its next token: the chance that the target accepts what will be drawn at a slot (arXiv:2607.05147).
+
+    c_k = sigmoid(w [h_k ; W1[x_{k-1}]] + b)        h_k: the slot's state; W1: the tokens' rows of a Markov correction, where there is one
+
+c_k reads the token before the slot and not the one that will be drawn there. So a draft may end where it is small: whether a token is
+drawn then never depends on that token, and the output stays the target's own.
+
+Owns the head and its weights. Knows nothing of losses, of thresholds, of how a draft ends.
+
+Shape legend: D hidden, r rank of the correction; "..." are any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.models.families.block_correction import Correction, MarkovCorrection
+
+
+class ConfidenceHead(nn.Module):
+    """A linear layer over a slot's state and the token before it.
+
+    Args:
+        hidden_size: D.
+        correction: of the drafter, whose rows of tokens are read where it has any.
+    """
+
+    def __init__(self, hidden_size: int, correction: Correction | None) -> None:
+        super().__init__()
+        rank = correction.tokens.embedding_dim if isinstance(correction, MarkovCorrection) else 0
+        self.proj = nn.Linear(hidden_size + rank, 1)
+
+    def forward(self, hidden: Tensor, tokens: Tensor, correction: Correction | None) -> Tensor:
+        """Score slots.
+
+        Args:
+            hidden: [..., D], their states.
+            tokens: int64 [...], target ids before them.
+            correction: of the drafter.
+
+        Returns:
+            [...], logits of the chances.
+        """
+        parts = [hidden]
+        if isinstance(correction, MarkovCorrection):
+            parts.append(correction.tokens(tokens).to(hidden.dtype))
+        return self.proj(torch.cat(parts, dim=-1)).squeeze(-1)
