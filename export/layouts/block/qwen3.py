@@ -88,8 +88,8 @@ def public_tensors(drafter: BlockDrafter, ends: TargetEnds | None, with_membersh
     """
     if drafter.config.confidence:
         raise ValueError(
-            "this drafter has a confidence head, which --layout draftsmith and custom_generate hold and no other layout here; use one of them, "
-            "or train it with confidence false"
+            "this drafter has a confidence head, which only --layout draftsmith and custom_generate hold; use one of them, or train it "
+            "with confidence false"
         )
     names = public_names(drafter.config)
     tensors = {names.get(name, name): tensor for name, tensor in tensors_of(drafter).items()}
