@@ -3,7 +3,8 @@
 One family with switches. ``network`` says what a step computes (`models/families/head_steps.py`): Medusa, blockwise heads, Hydra or the
 MLP speculator. ``head`` says whose output head follows: the target's own, frozen; one of the drafter's for all steps; or one for each step.
 Steps that share a head can differ by a matrix of low rank: step k scores with W + U M_k, where U [Vd, r] is one for all steps. At large
-vocabularies that is the affordable form: K heads of their own cost K V D weights.
+vocabularies that is affordable, while K heads of their own cost K V D weights. With ``prefix_layer``, a layer over all states of the text
+comes first (`models/families/prefix_layer.py`).
 
 Owns the drafter, its draft, its settings and its record. Knows nothing of losses, trees or verification.
 
@@ -13,17 +14,18 @@ D hidden, E outputs of a step, r rank, S state, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening, RootState
+from draftsmith.models.drafters.draft_slots import PairState
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.families.eagle_config import layer_fields
+from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
 from draftsmith.models.families.head_steps import (
     BlockwiseSteps,
     DraftSteps,
@@ -32,13 +34,18 @@ from draftsmith.models.families.head_steps import (
     MlpSteps,
     Network,
 )
+from draftsmith.models.families.prefix_layer import PrefixLayer
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, Rule
+from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.steps import result_of
 
 HeadOwner = Literal["target", "shared", "per_step"]
+HeadsState = RootState | PairState
 DEFAULT_RANK = 64
+PREFIX_FIELDS = tuple(name for name in LayerConfig.rules if name not in DrafterConfig.rules)
 
 
 class HeadsConfig(DrafterConfig):
@@ -52,6 +59,7 @@ class HeadsConfig(DrafterConfig):
         inner_size: I, width of the hidden layer of ``blockwise``, and of the state of ``mlp``.
         tied: in ``mlp``, one embedding and norm serve all steps.
         scale_input: in ``mlp``, the target's state is normed before the first step.
+        prefix_layer: sizes of a Llama layer that reads all states of the text first, the fields of :class:`LayerConfig`; None for none.
     """
 
     model_type = "draftsmith_heads"
@@ -64,6 +72,10 @@ class HeadsConfig(DrafterConfig):
         "inner_size": COUNT,
         "tied": FLAG,
         "scale_input": FLAG,
+        "prefix_layer": (
+            lambda value: value is None or isinstance(value, dict),
+            "an object of a layer's sizes, or null",
+        ),
     }
 
     def __init__(
@@ -75,12 +87,21 @@ class HeadsConfig(DrafterConfig):
         inner_size: int | None = None,
         tied: bool = True,
         scale_input: bool = False,
+        prefix_layer: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.prefix_layer = prefix_layer
         self.network, self.head, self.rank = network, head, rank
         self.num_blocks, self.tied, self.scale_input = num_blocks, tied, scale_input
         self.inner_size = self.hidden_size if inner_size is None else inner_size
+
+    @property
+    def layer(self) -> LayerConfig | None:
+        """The prefix layer's config."""
+        if self.prefix_layer is None:
+            return None
+        return LayerConfig(hidden_size=self.hidden_size, vocab_size=self.vocab_size, **self.prefix_layer)
 
     @property
     def output_size(self) -> int:
@@ -98,6 +119,10 @@ class HeadsConfig(DrafterConfig):
             return (
                 f"rank {self.rank} and head 'per_step', but only steps that share a head add a matrix to it: use rank 0"
             )
+        if unknown := sorted((self.prefix_layer or {}).keys() - set(PREFIX_FIELDS)):
+            return f"prefix_layer with {', '.join(unknown)}, which no layer has"
+        if self.layer is not None:
+            self.layer.check("prefix_layer")
         return super().fault()
 
 
@@ -111,6 +136,7 @@ class HeadsDrafter(TargetHead):
         super().__init__(config)
         K, E, r = config.num_draft_steps, config.output_size, config.rank
         self.borrows_head = config.head == "target"
+        self.prefix = None if config.layer is None else PrefixLayer(config.layer.llama())
         self.steps = steps_of(config)
         num_heads = {"target": 0, "shared": 1, "per_step": K}[config.head]
         self.heads = nn.ModuleList(nn.Linear(E, config.num_draft_tokens, bias=False) for _ in range(num_heads))
@@ -153,6 +179,8 @@ class HeadsDrafter(TargetHead):
     def _initialise(self) -> None:
         """Steps as their kind begins them; heads from the target's, or at random as those of the MLP speculator; no difference yet."""
         self.steps.reset()
+        if self.prefix is not None:
+            self.prefix.reset()
         if self.difference is not None:
             self.difference.weight.zero_()
         for head in self.heads:
@@ -197,9 +225,22 @@ class HeadsDrafter(TargetHead):
 
     def weights_read_once(self) -> tuple[Tensor, ...]:
         """See :meth:`Drafter.weights_read_once`: in a draft of several passes, what only one step has."""
-        return (
-            (*self.steps.read_once(), *self.mix.parameters()) if self.has_one_head and self.steps.reads_tokens else ()
-        )
+        if not self.has_one_head or not self.steps.reads_tokens:
+            return ()
+        prefix = () if self.prefix is None else self.prefix.parameters()
+        return (*self.steps.read_once(), *self.mix.parameters(), *prefix)
+
+    def key_values(self) -> tuple[KeyValues, ...]:
+        """See :meth:`Drafter.key_values`: those of the prefix layer."""
+        layer = self.config.layer
+        if layer is None:
+            return ()
+        return (KeyValues(2 * layer.num_key_value_heads * layer.head_dim * self.dtype.itemsize),)
+
+    def needs_host(self) -> str:
+        """See :meth:`Drafter.needs_host`."""
+        follows = self.prefix is not None and self.prefix.rotation.follows_length
+        return "the rotary factors of the prefix layer follow the length" if follows else ""
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up the target's embeddings.
@@ -231,7 +272,11 @@ class HeadsDrafter(TargetHead):
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """See :meth:`Drafter.teacher_forced`."""
-        state_AS = self.steps.begin(self.context(batch.hidden[PRE_NORM][rollout.anchors]))
+        if self.prefix is None:
+            context_AD = self.context(batch.hidden[PRE_NORM][rollout.anchors])
+        else:
+            context_AD = self.prefix.over_text(self.context(batch.hidden[PRE_NORM]), batch, rollout.anchors)
+        state_AS = self.steps.begin(context_AD)
         inputs = []
         for step in range(rollout.tokens.shape[1]):
             state_AS = self.read(rollout.tokens[:, step], state_AS, step)
@@ -242,25 +287,41 @@ class HeadsDrafter(TargetHead):
         """The state [..., S] of a step, from the tokens int64 [...] before it and the state before that."""
         return self.steps.read(tokens, self.embed(tokens), state, step) if self.steps.reads_tokens else state
 
-    def start(self, opening: Opening) -> RootState:
+    def start(self, opening: Opening) -> HeadsState:
         """The context and root after the prompt."""
-        return self._at(opening.prompt)
+        return result_of(self.start_in_steps(opening))
 
-    def advance(self, state: RootState, emitted: Emitted) -> RootState:  # type: ignore[override]
-        """Only the last emitted token and the state that predicted it matter."""
-        return self._at(emitted)
+    def start_in_steps(self, opening: Opening) -> Generator[None, None, HeadsState]:
+        """See :meth:`Drafter.start_in_steps`: chunks of the prompt matter to a prefix layer alone."""
+        if self.prefix is None:
+            return self._at(opening.prompt)
+        return (yield from self.prefix.start_in_steps(opening, self._states))
+
+    def advance(self, state: HeadsState, emitted: Emitted) -> HeadsState:  # type: ignore[override]
+        """The last emitted token and the state that predicted it; what a prefix layer has not read is pending."""
+        return PairState(state.cache, emitted) if isinstance(state, PairState) else self._at(emitted)
+
+    def expander(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsDraft:  # type: ignore[override]
+        """See :class:`HeadsDraft`."""
+        if isinstance(state, PairState):
+            assert self.prefix is not None
+            pending = state.pending
+            root_B = pending.tokens_BE.gather(1, pending.counts_B[:, None] - 1).squeeze(1)
+            state = RootState(self.prefix.at_last(state, cycle, self._states), root_B)
+        return HeadsDraft(self, state, limits.draft_length)
+
+    def follow(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsState:  # type: ignore[override]
+        """See :meth:`Drafter.follow`: keys and values of a prefix layer only."""
+        if isinstance(state, PairState):
+            self.expander(state, cycle, limits)
+        return state
 
     def _at(self, emitted: Emitted) -> RootState:
         root_B, state_BD = emitted.last(PRE_NORM)
         return RootState(self.context(state_BD), root_B)
 
-    def expander(self, state: RootState, cycle: Cycle, limits: DraftLimits) -> HeadsDraft:  # type: ignore[override]
-        """See :class:`HeadsDraft`."""
-        return HeadsDraft(self, state, limits.draft_length)
-
-    def follow(self, state: RootState, cycle: Cycle, limits: DraftLimits) -> RootState:  # type: ignore[override]
-        """See :meth:`Drafter.follow`: nothing is ever pending."""
-        return state
+    def _states(self, pairs: Emitted) -> Tensor:
+        return self.context(pairs.features[PRE_NORM])
 
 
 def steps_of(config: HeadsConfig) -> DraftSteps:
@@ -338,6 +399,7 @@ class HeadsFamily(DrafterFamily):
             `blockwise`, and the target's hidden size for `mlp`.
         tied: one embedding, norm and projection serve all steps of `mlp`.
         scale_input: `mlp` norms the target's state before its first step.
+        prefix_layer: a decoder layer over all of the target's states comes first, as in Hydra++; it has keys and values of its own.
         draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples; null scores all.
     """
 
@@ -352,8 +414,10 @@ class HeadsFamily(DrafterFamily):
         inner_size: int | None = None,
         tied: bool = True,
         scale_input: bool = False,
+        prefix_layer: bool = False,
         draft_vocab_size: int | None = None,
     ) -> None:
+        self.prefix_layer = prefix_layer
         self.network, self.head, self.rank, self.num_blocks = network, head, rank, num_blocks
         self.inner_size, self.tied, self.scale_input = inner_size, tied, scale_input
         self.draft_vocab_size = draft_vocab_size
@@ -368,9 +432,10 @@ class HeadsFamily(DrafterFamily):
         """
         own: HeadOwner = "shared" if self.tied else "per_step"
         head = self.head or ("target" if self.network != "mlp" else own)
+        sizes = {name: value for name, value in layer_fields(ends).items() if name in PREFIX_FIELDS}
         inner_size = self.inner_size
         if inner_size is None and self.network == "blockwise":
-            inner_size = layer_fields(ends)["intermediate_size"]
+            inner_size = sizes["intermediate_size"]
         return HeadsDrafter.for_target(
             ends,
             network=self.network,
@@ -380,6 +445,7 @@ class HeadsFamily(DrafterFamily):
             inner_size=inner_size,
             tied=self.tied,
             scale_input=self.scale_input,
+            prefix_layer=sizes if self.prefix_layer else None,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,

@@ -85,17 +85,18 @@ def write(drafter: HeadsDrafter, folder: Path, ends: TargetEnds | None) -> tuple
 
 def _as_stored(drafter: HeadsDrafter, ends: TargetEnds | None) -> tuple[HeadsDrafter, bool]:
     """The drafter in the form that the layout holds, and whether its steps are tied there: one head for all, or one for each."""
-    if drafter.config.tied and drafter.config.head == "shared" and not drafter.config.rank:
+    config = drafter.config
+    if config.tied and config.head == "shared" and not config.rank and config.prefix_layer is None:
         return drafter, True
     own = written_out(drafter, ends, "the MLP speculator's")
     if not own.config.tied:
         return own, False
-    config = HeadsConfig.from_dict(own.config.to_dict() | {"tied": False})
+    untied = HeadsConfig.from_dict(own.config.to_dict() | {"tied": False})
     tensors = tensors_of(own)
     apart = {
-        ours: tensors[name] for ours, name in zip(_names(config).values(), _names(own.config).values(), strict=True)
+        ours: tensors[name] for ours, name in zip(_names(untied).values(), _names(own.config).values(), strict=True)
     }
-    return assemble(HeadsDrafter, config, apart), False
+    return assemble(HeadsDrafter, untied, apart), False
 
 
 def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> HeadsDrafter:

@@ -29,9 +29,13 @@ def written_out(drafter: HeadsDrafter, ends: TargetEnds | None, software: str) -
         The drafter, attached to nothing unless it is the same one.
 
     Raises:
-        ValueError: the head is the target's, and no target is at hand.
+        ValueError: a prefix layer; or the head is the target's, and no target is at hand.
     """
     config = drafter.config
+    if config.prefix_layer is not None:
+        raise ValueError(
+            f"this drafter has a prefix_layer, which {software} layout does not hold; export it with --layout draftsmith"
+        )
     if config.head == "per_step":
         return drafter
     if config.head == "target":

@@ -176,6 +176,8 @@ def test_vllms_own_names_of_medusa_are_read_and_its_lost_biases_are_zero(target:
         ("medusa", {"network": "hydra"}, None, "network is 'hydra', and Medusa's layout holds only 'medusa'"),
         ("mlp_speculator", {}, None, "network is 'medusa', and the MLP speculator's layout holds only 'mlp'"),
         ("mlp_speculator", {"network": "mlp"}, DRAFT_IDS, "a draft vocabulary of 6 of 64 tokens"),
+        ("medusa", {"prefix_layer": True}, None, "has a prefix_layer, which Medusa's layout does not hold"),
+        ("mlp_speculator", {"network": "mlp", "prefix_layer": True}, None, "has a prefix_layer"),
     ],
 )
 def test_what_a_layout_cannot_hold_is_an_error(

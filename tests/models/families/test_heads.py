@@ -9,6 +9,7 @@ from every_family import batch_of
 from heads import deep_target
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
@@ -16,7 +17,7 @@ from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.evaluate.roofline.bytes_read import draft_bytes, tensor_bytes
 from draftsmith.models import DraftLimits, SampledChildren, Target, data_rollout
-from draftsmith.models.families.heads import HeadsDrafter, HeadsFamily
+from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter, HeadsFamily
 from draftsmith.models.target.target import PRE_NORM
 
 STEPS, ANCHOR = 3, 6
@@ -26,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blockwise": {"network": "blockwise", "rank": 0},
     "hydra": {"network": "hydra", "num_blocks": 2, "rank": 5},
     "hydra, its own heads": {"network": "hydra", "head": "per_step"},
+    "hydra++": {"network": "hydra", "head": "per_step", "prefix_layer": True},
     "mlp, tied": {"network": "mlp", "inner_size": 24, "rank": 3},
     "mlp": {"network": "mlp", "inner_size": 24, "tied": False, "scale_input": True},
 }
@@ -98,6 +100,19 @@ def logits_by_hand(drafter: HeadsDrafter, outputs: list[Tensor]) -> Tensor:
     return torch.stack(logits)
 
 
+def after_prefix_layer(drafter: HeadsDrafter, states_TD: Tensor) -> Tensor:
+    """[T, D]: the states behind Transformers' own Llama layer with the drafter's weights."""
+    assert drafter.config.layer is not None
+    config = drafter.config.layer.llama()
+    config._attn_implementation = "eager"
+    layer = LlamaDecoderLayer(config, 0)
+    own = {name.removeprefix("prefix."): weight for name, weight in drafter.state_dict().items() if "prefix." in name}
+    layer.load_state_dict({name.removeprefix("layer."): weight for name, weight in own.items()}, strict=True)
+    mask = torch.full((len(states_TD), len(states_TD)), -torch.inf).triu(1)[None, None]
+    rotation = LlamaRotaryEmbedding(config)(states_TD, torch.arange(len(states_TD))[None])
+    return layer(states_TD[None], position_embeddings=rotation, attention_mask=mask)[0]
+
+
 @every_setting
 @torch.no_grad()
 def test_training_computes_each_step_by_its_equation(target: Target, name: str) -> None:
@@ -105,7 +120,10 @@ def test_training_computes_each_step_by_its_equation(target: Target, name: str) 
     batch = batch_of(target, drafter)
     rollout = data_rollout(batch, STEPS)
     logits = drafter.rollout_logits(drafter.teacher_forced(batch, rollout))[:, ANCHOR]
-    h = target.ends.final_norm(batch.hidden[PRE_NORM][int(rollout.anchors[ANCHOR])])
+    states = target.ends.final_norm(batch.hidden[PRE_NORM])
+    if drafter.prefix is not None:
+        states = after_prefix_layer(drafter, states)
+    h = states[int(rollout.anchors[ANCHOR])]
     by_hand = logits_by_hand(drafter, outputs_by_hand(drafter, h, rollout.tokens[ANCHOR].tolist()))
     torch.testing.assert_close(logits, by_hand, rtol=1e-4, atol=1e-4)
 
@@ -121,7 +139,7 @@ def test_decoding_has_the_logits_of_training_and_a_tree_those_of_its_chains(targ
     torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["blockwise", "hydra", "mlp"])
+@pytest.mark.parametrize("name", ["blockwise", "hydra++", "mlp"])
 def test_rows_get_the_targets_own_tokens_in_every_shape(target: Target, name: str) -> None:
     drafter, prompts = made(target, name), [[1, 5, 9], [1, 7, 7, 30, 2], [3]]
     shapes = (DraftLimits(2, STEPS), DraftLimits(3, STEPS, node_budget=7), DraftLimits(paths=((0,), (1,), (0, 0))))
@@ -171,6 +189,7 @@ def test_defaults_follow_the_network(target: Target) -> None:
         ("target", 0, 48),
         ("target", 5, 32),
         ("per_step", 0, 32),
+        ("per_step", 0, 32),
         ("shared", 3, 24),
         ("per_step", 0, 24),
     ]
@@ -200,6 +219,12 @@ def test_settings_that_do_not_fit_name_the_field(target: Target) -> None:
         HeadsFamily(head="per_step", rank=4).build(target.ends, None, 3, "")
     with pytest.raises(ValueError, match=r"inner_size 24 and head 'target', whose rows have 32 numbers"):
         HeadsFamily(network="mlp", head="target", inner_size=24).build(target.ends, None, 3, "")
+    config = HeadsFamily(prefix_layer=True).build(target.ends, None, 3, "").config
+    assert config.prefix_layer is not None
+    for change, message in (({"head_dim": 3}, "head_dim is 3"), ({"depth": 2}, "prefix_layer with depth")):
+        changed = HeadsConfig.from_dict(config.to_dict() | {"prefix_layer": config.prefix_layer | change})
+        with pytest.raises(ValueError, match=message):
+            HeadsDrafter(changed)
     with pytest.raises(ValueError, match="a draft of 4 tokens is asked for"):
         draft(target, made(target, "mlp"), [[BOS, 5]], DraftLimits(1, STEPS + 1))
     with pytest.raises(ValueError, match="a head for each step, so it has no head_weight"):
