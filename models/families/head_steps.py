@@ -171,7 +171,7 @@ class HydraSteps(DraftSteps):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
         for skip in self.skip:
-            nn.init.eye_(skip.weight)
+            nn.init.eye_(skip.get_parameter("weight"))
 
 
 class ShiftedNorm(nn.Module):
@@ -212,7 +212,7 @@ class MlpSteps(DraftSteps):
         self, size: int, vocab_size: int, num_steps: int, inner_size: int, tied: bool, scale_input: bool
     ) -> None:
         super().__init__()
-        self.tied, self.scale_input = tied, scale_input
+        self.inner_size, self.tied, self.scale_input = inner_size, tied, scale_input
         num_own, num_further = (1, min(1, num_steps - 1)) if tied else (num_steps, num_steps - 1)
         self.emb = nn.ModuleList(nn.Embedding(vocab_size, inner_size) for _ in range(num_own))
         widths = [size, *[inner_size] * num_further]
@@ -239,10 +239,12 @@ class MlpSteps(DraftSteps):
 
     def read_once(self) -> tuple[Tensor, ...]:
         """See :meth:`DraftSteps.read_once`: the first projection, and with it all but the embeddings where no step is tied."""
-        return (self.proj[0].weight,) if self.tied else (*self.proj.parameters(), *self.ln.parameters())
+        if self.tied:
+            return (self.proj.get_parameter("0.weight"),)
+        return (*self.proj.parameters(), *self.ln.parameters())
 
     def reset(self) -> None:
         """See :meth:`DraftSteps.reset`: matrices from a normal distribution of deviation 1 / sqrt(I)."""
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.Linear):
-                nn.init.normal_(module.weight, std=self.emb[0].embedding_dim ** -0.5)
+                nn.init.normal_(module.weight, std=self.inner_size**-0.5)

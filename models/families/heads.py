@@ -183,11 +183,11 @@ class HeadsDrafter(TargetHead):
             self.prefix.reset()
         if self.difference is not None:
             self.difference.weight.zero_()
-        for head in self.heads:
+        for weight in self.heads.parameters():
             if self.config.network == "mlp":
-                head.weight.normal_(std=self.config.inner_size**-0.5)
+                weight.normal_(std=self.config.inner_size**-0.5)
             else:
-                head.weight.copy_(self.target_rows())
+                weight.copy_(self.target_rows())
 
     @property
     def max_draft_steps(self) -> int:
@@ -208,11 +208,16 @@ class HeadsDrafter(TargetHead):
         """
         if self.borrows_head:
             return self.target_rows()
-        return self.heads[0].weight if self.has_one_head else super(TargetHead, self).head_weight
+        return self._own_head(0) if self.has_one_head else super(TargetHead, self).head_weight
 
     def step_weight(self, step: int) -> Tensor:
         """See :meth:`Drafter.step_weight`."""
-        return self.head_weight if self.has_one_head else self.heads[step].weight
+        return self.head_weight if self.has_one_head else self._own_head(step)
+
+    def _own_head(self, number: int) -> Tensor:
+        weight = self.heads[number].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def correction_weight(self) -> Tensor | None:

@@ -54,5 +54,7 @@ def _head(drafter: HeadsDrafter, step: int) -> Tensor:
     """[Vd, E]: the head of one step, in the drafter's dtype on the CPU."""
     weight = drafter.step_weight(step).to(drafter.dtype)
     if drafter.difference is not None:
-        weight = weight + drafter.difference.weight @ drafter.mix[step].weight
+        mix = drafter.mix[step].weight
+        assert isinstance(mix, Tensor)
+        weight = weight + drafter.difference.weight @ mix
     return weight.cpu().contiguous()
