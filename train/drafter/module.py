@@ -160,22 +160,9 @@ class DraftModule(pl.LightningModule):
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
         self.draft_vocabulary = draft_vocabulary
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
-        self.objective = Objective(
-            num_steps,
-            distillation,
-            horizon_decay,
-            chunk_rows,
-            feature_weight,
-            logit_weight,
-            emphasis,
-            skip_outside,
-            max_anchors,
-            prompt_weight,
-            divergence,
-            text_weight,
-            d_pace,
-            confidence_weight,
-        )
+        rolled_out = (num_steps, distillation, horizon_decay, chunk_rows)
+        weighed = (feature_weight, logit_weight, emphasis, skip_outside, max_anchors, prompt_weight)
+        self.objective = Objective(*rolled_out, *weighed, divergence, text_weight, d_pace, confidence_weight)
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         _check_numbers(ema_decay, metrics_every)

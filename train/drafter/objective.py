@@ -101,7 +101,11 @@ class Objective:
         self._check_distillation()
 
     def _check_distillation(self) -> None:
-        """Raises where settings of the loss do not fit each other."""
+        """Check that settings of the loss fit each other.
+
+        Raises:
+            ValueError: naming those that do not.
+        """
         reads_target = {
             "top-K distillation": self.emphasis is not None,
             "skip_outside": self.skip_outside,

@@ -1,7 +1,8 @@
 """Distillation of draft steps from the target's distributions along the text.
 
 Owns: rows that share a teacher, the loss and its gradient, for each divergence. Does not know: drafters, batches, where teachers'
-probabilities come from, how chunks are multiplied and added up (`chunked_head.py`).
+probabilities come from, how chunks are multiplied and added up (`chunked_head.py`). Local distillation (arXiv 2403.09919, section 4.2) is
+cross-entropy on another rollout.
 
 Shape legend: K draft steps, A anchors, E head inputs, Vd draft vocabulary, r columns of a correction, R rows = (step, anchor) pairs, C rows
 of one chunk, U distinct predicted positions, G rows that share one position.
@@ -45,31 +46,19 @@ def head_distillation(
 ) -> StepSums:
     """KL(target_probs || draft_probs) of every draft step, or another divergence, with the target's distribution along its own path.
 
-    The softmax of the teacher's logits is the target's distribution renormalised over the draft vocabulary. Both KL divergences are exact
-    with respect to it; probability outside is not counted. The acceptance, and what is made of it, takes the target's probabilities as
-    they are, so that it is the true chance of acceptance. Rows whose teacher is not kept add nothing and still count in the mean. (arXiv
-    2503.01840 leaves out rows whose likeliest token is outside the draft vocabulary.) Rows with the same teacher row are computed
-    together, so each teacher distribution is computed once.
-
-    Local distillation (arXiv 2403.09919, section 4.2) is head_cross_entropy on another rollout.
+    The softmax of the teacher's logits is the target's distribution renormalised over the draft vocabulary. KL divergences are with respect
+    to it. The acceptance, and what is made of it, takes the target's probabilities as they are. Rows whose teacher is not kept add nothing
+    and still count in the mean. (arXiv 2503.01840 leaves out rows whose likeliest token is outside the draft vocabulary.)
 
     Args:
-        head_inputs: float [K, A, E], or [K, A, E + r] with a correction.
-        heads: float [Vd, E], the head of all steps; or K of them, the head of each step.
-        teacher: TeacherLogits of n teacher rows, from their ids int64 [n].
+        head_inputs, heads, targets, valid, step_weights, chunk_rows, metrics, row_weights, correction: see head_cross_entropy. The targets
+            are read for the accuracies and the text_weight.
+        teacher: TeacherLogits of n teacher rows, from their ids int64 [n]; each row is asked for once.
         teacher_rows: int64 [A, K], which teacher row (a, k) is to match.
-        targets: int64 [A, K], draft ids, for the accuracies, and for the cross-entropy of the text where it has a weight.
-        valid: bool [A, K], rows that count.
-        step_weights: float [K].
-        chunk_rows: C; None chooses.
-        metrics: count top-1 and top-5 too.
-        emphasis: adds its weight times the divergence's terms of the target's top tokens, whose sum may be negative.
+        emphasis: adds its weight times forward KL's terms of the target's top tokens, whose sum may be negative.
         entropy: of forward KL, subtract the target's entropy, which changes no gradient. Without it the loss is the soft cross-entropy.
-        row_weights: float [A, K], of each row's loss; accuracies count all rows alike. None is 1 everywhere.
-        correction: float [Vd, r]; see head_cross_entropy.
         divergence: what is minimised; an emphasis goes with forward KL alone.
-        text_weight: w; the loss is (1 - w) times the divergence and w times the cross-entropy of the text's token. A token outside the
-            draft vocabulary has none.
+        text_weight: w; the loss is (1 - w) times the divergence and w times the cross-entropy of the text's token, 0 for one OUTSIDE.
         d_pace: smoothing of D-PACE's weights, with the acceptance of each row as its chance; None weighs without it.
         keep_accepted: return the acceptance of each row.
 
@@ -77,7 +66,6 @@ def head_distillation(
         ValueError: shapes that do not fit.
     """
     weights = checked_weights(head_inputs, heads, correction, targets, valid, step_weights, row_weights)
-    weighting = None if d_pace is None else DPace(d_pace, valid.T)
     job = _DistillationJob(
         teacher=teacher,
         divergence=divergence,
@@ -92,7 +80,7 @@ def head_distillation(
         metrics=metrics,
         grad_enabled=torch.is_grad_enabled(),
         row_weights=None if row_weights is None else row_weights.T.reshape(-1),
-        d_pace=weighting,
+        d_pace=None if d_pace is None else DPace(d_pace, valid.T),
         keep_accepted=keep_accepted,
     )
     return run_job(job, head_inputs, weights, correction, valid, step_weights)
