@@ -1,106 +1,53 @@
 """The judge: a linear head that reads the target's state of a draft token. It tells whether that token may stand although it is not the
 target's own choice.
 
-Owns the head's equation, its threshold, its folder, and its bond to one target. Decoding with a judge is LOSSY. Knows nothing of how it
+Owns the head's equation, its folder, and its bond to one target. Decoding with a judge is LOSSY. Knows nothing of how it
 was trained, and no decoder.
 
-Shape legend: D the target's hidden size, F features (D, and the draft model's hidden size where it reads that too).
+Shape legend: D the target's hidden size, F features (D, the target's opinion of the token, and the draft model's hidden size, where it
+reads these).
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from draftsmith.models.files.finite import is_finite
+from draftsmith.models.judge_config import (
+    FEATURES,
+    POST_NORM,
+    WITH_OPINION,
+    CurvePoint,
+    JudgeConfig,
+    check_config,
+    refuse,
+)
+from draftsmith.models.opinion import NUM_NUMBERS
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.outside import parse_json_object
 
-POST_NORM = "last.post_norm"
-FEATURES = (PRE_NORM, POST_NORM)
+__all__ = [
+    "FEATURES",
+    "POST_NORM",
+    "WITH_OPINION",
+    "CurvePoint",
+    "Judge",
+    "JudgeConfig",
+    "check_config",
+    "load_judge",
+    "log_odds_of",
+]
+
 _TENSORS = ("bias", "mean", "scale", "weight")
-
-
-class CurvePoint(TypedDict):
-    """What one threshold does to held-out tokens: shares from 0 to 1, each with a 95 % interval over questions.
-
-    Attributes:
-        threshold: the threshold, from 0 to 1.
-        correct, correct_low, correct_high: the share of the tokens labelled correct that are accepted, and its interval.
-        wrong, wrong_low, wrong_high: the same of the tokens labelled wrong.
-    """
-
-    threshold: float
-    correct: float
-    correct_low: float
-    correct_high: float
-    wrong: float
-    wrong_low: float
-    wrong_high: float
-
-
-_POINT = tuple(CurvePoint.__annotations__)
-
-
-class JudgeConfig(PreTrainedConfig):
-    """What a judge reads, where it draws the line, and whose states it knows.
-
-    Attributes:
-        hidden_size: the target's hidden size D.
-        feature: ``last.pre_norm``, the last block's output as it is, or ``last.post_norm``, the same after the target's final norm.
-        draft_hidden_size: 0, or the hidden size of the draft model. The last block's output of that model, before its own final norm, then
-            follows the target's.
-        threshold: from 0 to 1; a token is accepted where its probability of being correct is above it. 1 accepts nothing.
-        curve: what other thresholds do, in rising order of the threshold; empty where none was measured.
-        target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
-        draft_name, draft_fingerprint: the bond to one draft model, where it reads one.
-        labels: where the labels came from, and how many.
-    """
-
-    model_type = "draftsmith_judge"
-
-    def __init__(
-        self,
-        hidden_size: int = 0,
-        feature: str = PRE_NORM,
-        draft_hidden_size: int = 0,
-        threshold: float = 1.0,
-        curve: list[CurvePoint] | None = None,
-        target_name: str = "",
-        target_fingerprint: str = "",
-        tokenizer_fingerprint: str = "",
-        draft_name: str = "",
-        draft_fingerprint: str = "",
-        labels: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.hidden_size = hidden_size
-        self.feature = feature
-        self.draft_hidden_size = draft_hidden_size
-        self.threshold = threshold
-        self.curve = [] if curve is None else curve
-        self.target_name = target_name
-        self.target_fingerprint = target_fingerprint
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.draft_name = draft_name
-        self.draft_fingerprint = draft_fingerprint
-        self.labels = {} if labels is None else labels
-        super().__init__(**kwargs)
-
-    @property
-    def num_features(self) -> int:
-        """F."""
-        return self.hidden_size + self.draft_hidden_size
 
 
 class Judge(PreTrainedModel):
@@ -150,6 +97,11 @@ class Judge(PreTrainedModel):
     def reads_draft(self) -> bool:
         """Whether it needs the draft model's states too."""
         return self.config.draft_hidden_size > 0
+
+    @property
+    def reads_opinion(self) -> bool:
+        """Whether it needs the target's opinion of each token too."""
+        return self.config.reads_opinion
 
     def attach(self, ends: TargetEnds) -> Judge:
         """Borrow the target's frozen ends; needed for ``last.post_norm``, and a check of the target for both.
@@ -210,30 +162,30 @@ class Judge(PreTrainedModel):
                 f"({fingerprint[:12]}); use that draft model, or train a judge that reads the target alone"
             )
 
-    def log_odds(self, states: Tensor, draft_states: Tensor | None = None) -> Tensor:
+    def log_odds(self, states: Tensor, draft_states: Tensor | None = None, opinion: Tensor | None = None) -> Tensor:
         """The log-odds of being correct.
 
         Args:
             states: [..., D] of any float dtype, the target's states before its final norm, each at the position of the token that
                 is judged.
             draft_states: [..., the draft model's hidden size] at the same positions, for a judge that reads them.
+            opinion: float [..., 6], what the target thinks of each token (:mod:`draftsmith.models.opinion`), for a judge that reads it.
 
         Returns:
             float32 [...].
 
         Raises:
-            ValueError: states of another size, draft states missing or not wanted, or a norm is needed and no target is attached.
+            ValueError: states of another size, draft states or an opinion missing or not wanted, or a norm is needed and no target is
+                attached.
         """
         _check_states("states", states, self.config.hidden_size)
-        if self.reads_draft != (draft_states is not None):
-            reads = "it reads the draft model's states too" if self.reads_draft else "it reads the target's states only"
-            raise ValueError(
-                f"draft_states are {'missing' if self.reads_draft else 'given'}; {reads} (draft_hidden_size "
-                f"{self.config.draft_hidden_size}); call it so"
-            )
+        self._check_given(draft_states, opinion)
         if self.config.feature == POST_NORM:
             states = self._ends().final_norm(states)
         parts = [states.float()]
+        if opinion is not None:
+            _check_states("opinion", opinion, NUM_NUMBERS)
+            parts.append(opinion.to(states.device).float())
         if draft_states is not None:
             _check_states("draft_states", draft_states, self.config.draft_hidden_size)
             parts.append(draft_states.to(states.device).float())
@@ -241,7 +193,7 @@ class Judge(PreTrainedModel):
             standard = (torch.cat(parts, dim=-1) - self.mean.float()) / self.scale.float()
             return standard @ self.weight.float() + self.bias.float()
 
-    def accepts(self, states: Tensor, draft_states: Tensor | None = None) -> Tensor:
+    def accepts(self, states: Tensor, draft_states: Tensor | None = None, opinion: Tensor | None = None) -> Tensor:
         """Whether each token may stand: sigmoid(log_odds) > threshold. NaN states are never accepted.
 
         Compared as log-odds, because sigmoid in float32 is 1 from 17 on: so a threshold of 1 accepts nothing, whatever the states.
@@ -249,6 +201,7 @@ class Judge(PreTrainedModel):
         Args:
             states: as for :meth:`log_odds`.
             draft_states: as for :meth:`log_odds`.
+            opinion: as for :meth:`log_odds`.
 
         Returns:
             bool [...].
@@ -256,7 +209,7 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: as :meth:`log_odds`.
         """
-        return self.log_odds(states, draft_states) > log_odds_of(self.config.threshold)
+        return self.log_odds(states, draft_states, opinion) > log_odds_of(self.config.threshold)
 
     def with_threshold(self, threshold: float) -> Judge:
         """Make a copy with another threshold, attached to the same target.
@@ -277,6 +230,21 @@ class Judge(PreTrainedModel):
         nn.Module.to(other, self.weight.device)
         other._borrowed[:] = self._borrowed
         return other.train(self.training)
+
+    def _check_given(self, draft_states: Tensor | None, opinion: Tensor | None) -> None:
+        if self.reads_draft != (draft_states is not None):
+            reads = "it reads the draft model's states too" if self.reads_draft else "it reads the target's states only"
+            raise ValueError(
+                f"draft_states are {'missing' if self.reads_draft else 'given'}; {reads} (draft_hidden_size "
+                f"{self.config.draft_hidden_size}); call it so"
+            )
+        if self.reads_opinion != (opinion is not None):
+            remedy = (
+                "give opinion_of_text of draftsmith.models.opinion" if self.reads_opinion else "leave the opinion out"
+            )
+            raise ValueError(
+                f"the target's opinion is {'missing' if self.reads_opinion else 'given'}; this judge reads {self.config.feature}; {remedy}"
+            )
 
     def _ends(self) -> TargetEnds:
         if not self._borrowed:
@@ -322,88 +290,6 @@ def load_judge(folder: Path) -> Judge:
     return judge.eval()
 
 
-def check_config(fields: Mapping[str, Any], place: str) -> None:
-    """Check the fields of a judge's config against their rules.
-
-    Args:
-        fields: by name.
-        place: what errors call the config.
-
-    Raises:
-        ValueError: with place, field, value, rule and remedy.
-    """
-    known = set(JudgeConfig().to_dict()) | {"model_type", "architectures", "dtype", "transformers_version", "auto_map"}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            _refuse(
-                place,
-                name,
-                fields[name],
-                "a judge has no such field",
-                f"did you mean {near[0]}?" if near else "remove it",
-            )
-    if fields.get("model_type") != JudgeConfig.model_type:
-        _refuse(
-            place,
-            "model_type",
-            fields.get("model_type"),
-            f"a judge's is {JudgeConfig.model_type}",
-            "give a judge's folder",
-        )
-    for name, least in (("hidden_size", 1), ("draft_hidden_size", 0)):
-        value = fields.get(name, 0)
-        if type(value) is not int or value < least:
-            _refuse(place, name, value, f"it is a whole number of at least {least}", "train or export the judge again")
-    if fields.get("feature", PRE_NORM) not in FEATURES:
-        _refuse(
-            place, "feature", fields["feature"], f"it is one of {', '.join(FEATURES)}", "train the judge on one of them"
-        )
-    _share(place, "threshold", fields.get("threshold", 1.0))
-    for name in ("target_name", "target_fingerprint", "tokenizer_fingerprint", "draft_name", "draft_fingerprint"):
-        if not isinstance(fields.get(name, ""), str):
-            _refuse(place, name, fields[name], "it is text", "train or export the judge again")
-    if not isinstance(fields.get("labels", {}), Mapping):
-        _refuse(place, "labels", fields["labels"], "it is an object", "train or export the judge again")
-    _check_curve(place, fields.get("curve", []))
-
-
-def _check_curve(place: str, curve: Any) -> None:
-    if not isinstance(curve, list):
-        _refuse(place, "curve", curve, "it is a list of points", "train the judge again, or write []")
-    last = -1.0
-    for index, point in enumerate(curve):
-        if not isinstance(point, Mapping) or set(point) != set(_POINT):
-            _refuse(
-                place,
-                f"curve[{index}]",
-                point,
-                f"a point has {', '.join(_POINT)}",
-                "train the judge again, or write []",
-            )
-        for name in _POINT:
-            _share(place, f"curve[{index}].{name}", point[name])
-        if point["threshold"] <= last:
-            _refuse(
-                place,
-                f"curve[{index}].threshold",
-                point["threshold"],
-                f"it is above {last}, the one before",
-                "sort the curve",
-            )
-        last = point["threshold"]
-
-
-def _share(place: str, name: str, value: Any) -> None:
-    # bool is an int for Python, and NaN passes no comparison.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        _refuse(place, name, value, "it is a number from 0 to 1", "correct it, or train the judge again")
-
-
-def _refuse(place: str, field: str, value: object, rule: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{place}: {field} is {value!r}; {rule}; {remedy}")
-
-
 def _check_states(name: str, states: Tensor, size: int) -> None:
     if states.shape[-1:] != (size,) or not states.is_floating_point():
         raise ValueError(
@@ -435,7 +321,7 @@ def _tensors(path: Path, num_features: int) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         shape = () if name == "bias" else (num_features,)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            _refuse(
+            refuse(
                 str(path),
                 name,
                 f"{tensor.dtype} {tuple(tensor.shape)}",
@@ -443,11 +329,10 @@ def _tensors(path: Path, num_features: int) -> dict[str, Tensor]:
                 "export it again",
             )
         if not is_finite(tensor):
-            _refuse(str(path), name, "NaN or infinite in places", "every number is finite", "train the judge again")
+            refuse(str(path), name, "NaN or infinite in places", "every number is finite", "train the judge again")
     if not bool((tensors["scale"] > 0).all()):
-        _refuse(str(path), "scale", float(tensors["scale"].min()), "every scale is above 0", "train the judge again")
+        refuse(str(path), "scale", float(tensors["scale"].min()), "every scale is above 0", "train the judge again")
     return tensors
 
 
-AutoConfig.register(JudgeConfig.model_type, JudgeConfig)
 AutoModel.register(JudgeConfig, Judge)

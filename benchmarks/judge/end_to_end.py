@@ -115,6 +115,7 @@ def trained(
         "model.init_args.target": target,
         "data.init_args.cache": json.dumps([str(folder / "cache") for folder in folders]),
         "data.init_args.rows": json.dumps([str(folder / "rows.jsonl") for folder in folders]),
+        "data.init_args.join_kinds": "true",  # `both` joins mined labels to the checker's
         "data.init_args.max_questions": "null" if max_questions is None else str(max_questions),
         "trainer.default_root_dir": str(root),
         "trainer.enable_progress_bar": "false",

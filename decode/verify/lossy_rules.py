@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
 from draftsmith.models.judge import Judge
+from draftsmith.models.opinion import confidence, opinion
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.tree import DraftTree
 
@@ -58,7 +59,21 @@ class JudgeRule(LossyRule):
 
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
         """See :meth:`LossyRule.allows`."""
-        return self.judge.accepts(output.feature(self.features[0]))
+        six_BN6 = opinion_of_draft(tree, logits_BNV) if self.judge.reads_opinion else None
+        return self.judge.accepts(output.feature(self.features[0]), opinion=six_BN6)
+
+
+def opinion_of_draft(tree: DraftTree, logits_BNV: Tensor) -> Tensor:
+    """The target's opinion of each drafted token, as a judge reads it: float32 [B, N, 6]; the root's entry means nothing.
+
+    Args:
+        tree: the draft.
+        logits_BNV: float32, the target's logits after each node.
+    """
+    log_probs_BNV = logits_BNV.log_softmax(-1)
+    after_BN2 = confidence(log_probs_BNV)
+    before_BN2 = after_BN2.gather(1, tree.parents_BN.clamp(min=0)[..., None].expand(-1, -1, 2))
+    return opinion(of_tokens(tree, log_probs_BNV), before_BN2, after_BN2)
 
 
 @dataclass(frozen=True, repr=False)

@@ -57,7 +57,9 @@ def accepted_tokens(
         for rule, counted in zip(rules, counts, strict=True):
             if rule is not None and rule.reads_draft and lm is None:
                 continue
-            stands_T = own_T if rule is None else own_T | rule.allows(chain, logits_NV[None], output)[0, 1:]
+            stands_T = own_T
+            if rule is not None:
+                stands_T = own_T | rule.allows_beside(chain, logits_NV[None], output, choices_N[None])[0, 1:]
             for place, label in ((0, WRONG), (2, CORRECT)):
                 counted[row.question][place] += int((stands_T & (labels_T == label)).sum())
                 counted[row.question][place + 1] += int((labels_T == label).sum())

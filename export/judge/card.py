@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from draftsmith.export.judge.autojudge import NUMBERS, TENSORS
 from draftsmith.foreign import code, plain, yaml_text
-from draftsmith.models.judge import PRE_NORM, CurvePoint, JudgeConfig
+from draftsmith.models.judge import POST_NORM, CurvePoint, JudgeConfig
 
 JudgeLayout = Literal["draftsmith", "autojudge"]
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
 _LIMITS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_HEADER = "| threshold | correct tokens accepted | wrong tokens accepted |"
 _TEXT = "Tom has 3 boxes with 4 pens each. Tom has 12 pens."
 
 
@@ -55,7 +56,9 @@ def _front_matter(config: JudgeConfig) -> str:
 
 
 def _summary(config: JudgeConfig) -> str:
-    reads = "before its final norm" if config.feature == PRE_NORM else "after its final norm"
+    reads = "after its final norm" if config.feature == POST_NORM else "before its final norm"
+    if config.reads_opinion:
+        reads += ", and six numbers of what that target thinks of the token"
     draft = f" and the last state of {code(config.draft_name or 'its draft model')}" if config.draft_hidden_size else ""
     return (
         "**This is LOSSY.** A judge lets tokens of a draft stand that the target itself would not have written. With it, speculative "
@@ -74,6 +77,9 @@ def _use(config: JudgeConfig) -> str:
 def judge_example(config: JudgeConfig) -> str:
     """A program that judges the tokens of a text with the judge in the current folder."""
     target = config.target_name or UNKNOWN_TARGET
+    opinion = ["from draftsmith.models.opinion import opinion_of_text"] if config.reads_opinion else []
+    # A target has no opinion of the first token.
+    first = "[:, 1:]" if config.reads_opinion else ""
     lines = [
         "from pathlib import Path",
         "",
@@ -81,16 +87,22 @@ def judge_example(config: JudgeConfig) -> str:
         "",
         "from draftsmith.models import Target, load_tokenizer",
         "from draftsmith.models.judge import load_judge",
+        *opinion,
         "",
         f"target = Target.load({json.dumps(target)})",
         'judge = load_judge(Path(".")).attach(target.ends)',
         f"ids = torch.tensor([load_tokenizer({json.dumps(target)}).encode({json.dumps(_TEXT)})])",
         "with torch.no_grad():",
-        "    states = [target.prefix(ids).pre_norm]",
+        "    states = target.prefix(ids).pre_norm",
+        f'    features = {{"states": states{first}}}',
     ]
     if config.draft_hidden_size:
-        lines.append(f"    states.append(Target.load({json.dumps(config.draft_name)}).prefix(ids).pre_norm)")
-    return "\n".join([*lines, "    print(judge.log_odds(*states).sigmoid(), judge.accepts(*states))"]) + "\n"
+        draft = json.dumps(config.draft_name)
+        lines.append(f'    features["draft_states"] = Target.load({draft}).prefix(ids).pre_norm{first}')
+    if config.reads_opinion:
+        lines.append("    positions = torch.arange(1, ids.shape[1])")
+        lines.append('    features["opinion"] = opinion_of_text(target.ends, states[0], ids[0], positions)[None]')
+    return "\n".join([*lines, "    print(judge.log_odds(**features).sigmoid(), judge.accepts(**features))"]) + "\n"
 
 
 def _use_autojudge(config: JudgeConfig) -> str:
@@ -113,10 +125,24 @@ def _thresholds(config: JudgeConfig) -> str:
     if isinstance(at, Mapping) and at.get("threshold") == config.threshold:
         rows.append("| " + " | ".join(f"**{cell}**" for cell in _cells(CurvePoint(**at))) + " |")  # type: ignore[typeddict-item]
         setting = f"The last row is the threshold that this judge is set to{_rule(config.labels)}"
-    table = "\n".join(["| threshold | correct tokens accepted | wrong tokens accepted |", "|---|---|---|", *rows])
+    table = "\n".join([_HEADER, "|---|---|---|", *rows])
     return (
         f"Over held-out questions, with 95 % intervals by bootstrap over questions. {setting}.\n\n{table}\n\n"
-        "These are shares of labelled tokens. What a threshold does to answers has to be measured on answers."
+        f"{_differing(config)}These are shares of labelled tokens. What a threshold does to answers has to be measured on answers."
+    )
+
+
+def _differing(config: JudgeConfig) -> str:
+    """The same over the tokens that a judge is asked about; empty where nobody measured it."""
+    found = config.labels.get("differing")
+    if not config.differing_curve or not isinstance(found, Mapping):
+        return ""
+    rows = [_row(point) for point in _chosen(config.differing_curve)]
+    table = "\n".join([_HEADER, "|---|---|---|", *rows])
+    return (
+        "Tokens that the target itself would have chosen stand without a judge. Over the other held-out tokens "
+        f"({plain(found['correct'])} correct, {plain(found['wrong'])} wrong) the area under the ROC curve is {found['auc']:.4f}, and the "
+        f"thresholds accept:\n\n{table}\n\n"
     )
 
 

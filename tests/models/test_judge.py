@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from draftsmith.models.judge import POST_NORM, Judge, JudgeConfig, load_judge, log_odds_of
+from draftsmith.models.judge import POST_NORM, WITH_OPINION, Judge, JudgeConfig, load_judge, log_odds_of
 from draftsmith.models.target.target import PRE_NORM, Target
 
 D = 32
@@ -101,6 +101,30 @@ def test_draft_states_stand_behind_the_targets() -> None:
         judge.log_odds(states)
     with pytest.raises(ValueError, match="draft_states are given"):
         a_judge().log_odds(states, draft)
+
+
+def test_the_opinion_stands_between_the_targets_states_and_the_drafts() -> None:
+    judge = a_judge(feature=WITH_OPINION, draft_hidden_size=4)
+    states, opinion, draft = torch.randn(3, D), torch.randn(3, 6), torch.randn(3, 4)
+    by_hand = ((torch.cat([states, opinion, draft], -1) - judge.mean) / judge.scale) @ judge.weight + judge.bias
+    assert torch.allclose(judge.log_odds(states, draft, opinion), by_hand)
+    with pytest.raises(ValueError, match="opinion is missing; this judge reads last.pre_norm \\+ opinion"):
+        judge.log_odds(states, draft)
+    with pytest.raises(ValueError, match="opinion is given; this judge reads last.pre_norm;"):
+        a_judge().log_odds(states, opinion=opinion)
+    with pytest.raises(ValueError, match=r"opinion are torch.float32 of shape \(3, 5\)"):
+        judge.log_odds(states, draft, opinion[:, :5])
+
+
+def test_a_judge_from_before_there_were_opinions_loads_as_it_is(change: Callable[..., Path]) -> None:
+    folder = change()
+    fields = json.loads((folder / "config.json").read_text())
+    for name in ("feature", "differing_curve"):
+        del fields[name]
+    (folder / "config.json").write_text(json.dumps(fields))
+    judge, states = load_judge(folder), torch.randn(5, D)
+    assert not judge.reads_opinion
+    assert torch.equal(judge.log_odds(states), a_judge().log_odds(states))
 
 
 @pytest.mark.parametrize("states", [torch.zeros(3, D + 1), torch.zeros(3, D, dtype=torch.int64)])

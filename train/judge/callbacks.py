@@ -15,7 +15,8 @@ from draftsmith import provenance
 from draftsmith.files import atomic_directory
 from draftsmith.models.judge import load_judge
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
-from draftsmith.train.judge.figures import draw_precision_recall, draw_reliability, draw_roc
+from draftsmith.train.judge.figures import Image, draw_precision_recall, draw_reliability, draw_roc
+from draftsmith.train.judge.held_out import HeldOutTokens
 from draftsmith.train.judge.module import AUC, JudgeModule
 
 
@@ -88,16 +89,24 @@ class JudgeFigures(pl.Callback):
     def _draw(self, trainer: pl.Trainer, module: JudgeModule) -> None:
         if not trainer.is_global_zero or module.held_out is None:
             return
-        probabilities, labels, _ = module.held_out.arrays
-        images = {
-            "val/roc": draw_roc(probabilities, labels),
-            "val/precision_recall_wrong": draw_precision_recall(probabilities, labels),
-            "val/reliability": draw_reliability(probabilities, labels),
-        }
+        images = _images(module.held_out, "")
+        differing = module.held_out.differing()
+        if differing is not None:
+            images |= _images(differing, "_differing")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, image in images.items():
                     logger.experiment.add_image(name, image, trainer.global_step, dataformats="HWC")
+
+
+def _images(tokens: HeldOutTokens, ending: str) -> dict[str, Image]:
+    """By name, with an ending that tells which tokens are meant."""
+    probabilities, labels, _ = tokens.arrays
+    return {
+        f"val/roc{ending}": draw_roc(probabilities, labels),
+        f"val/precision_recall_wrong{ending}": draw_precision_recall(probabilities, labels),
+        f"val/reliability{ending}": draw_reliability(probabilities, labels),
+    }
 
 
 def _expect(pl_module: pl.LightningModule) -> JudgeModule:

@@ -1,6 +1,6 @@
 """Labelled tokens for training a judge: rows joined to the states of a hidden-state cache, split by question.
 
-Owns: the join, the split, which rows are this process's, reading states into memory. Does not know: judges, losses, thresholds.
+Owns: the split, which rows are this process's, reading states into memory. Does not know: judges, losses, thresholds.
 
 Shape legend: N labelled tokens, D hidden, F features.
 """
@@ -21,35 +21,23 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.data.shards.shards import CachedSample
 from draftsmith.files import sha256_file
-from draftsmith.label.token_labels import CORRECT, IGNORED
-from draftsmith.label.token_rows import LabelledRow, read_rows
-from draftsmith.models.target.target import PRE_NORM
+from draftsmith.label.token_labels import IGNORED
+from draftsmith.models.opinion import DIFFERENCE, NUM_NUMBERS, opinion_of_text
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.labelled_text import LabelledText
+from draftsmith.train.judge.joined_rows import (
+    CachedRow,
+    check_one_kind,
+    check_same_origin,
+    join,
+    labelled_positions,
+    names_of_paths,
+    rows_of_files,
+)
 
 Norm = Callable[[Tensor], Tensor]
 SPLITS = ("train", "validation")
-
-
-def labelled_positions(row: LabelledRow) -> tuple[Tensor, Tensor]:
-    """Where in its sample a row's labelled tokens are, and their labels.
-
-    The state of a token is the one at its own position, after the target has read it (Judge Decoding, arXiv:2501.19309). It is not the
-    state before, which predicts the token.
-
-    Worked example: the prompt 5 6 7 and the reply 8 9 with labels -100 and 0. The position is 4, where the state of 9 is; the label is
-        wrong.
-
-    Args:
-        row: of labelled tokens.
-
-    Returns:
-        positions, int64 [N], and labels, bool [N] (True is correct).
-    """
-    labels = torch.tensor(row.labels, dtype=torch.int64)
-    places = torch.nonzero(labels != IGNORED).flatten()
-    return len(row.prompt_ids) + places, labels[places] == CORRECT
 
 
 class JudgeTokens:
@@ -63,11 +51,21 @@ class JudgeTokens:
         places: int64 [N], each token's number among those of the whole split, over all processes.
         part_tokens: tokens gone through at a time.
         on_device: whether the features go to the accelerator as a whole, or a part at a time.
+        differs: bool [N], True where the target would have chosen another token; None where nobody asked the target.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, places: Tensor, part_tokens: int, on_device: bool) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        places: Tensor,
+        part_tokens: int,
+        on_device: bool,
+        differs: Tensor | None = None,
+    ) -> None:
         self.features, self.labels, self.places = features, labels, places
         self.part_tokens, self.on_device = part_tokens, on_device
+        self.differs = torch.zeros_like(labels) if differs is None else differs
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,8 +78,8 @@ class JudgeTokens:
             non_blocking: ignored.
         """
         features = self.features.to(device) if self.on_device else self.features
-        labels, places = self.labels.to(device), self.places.to(device)
-        return JudgeTokens(features, labels, places, self.part_tokens, self.on_device)
+        labels, places, differs = (tensor.to(device) for tensor in (self.labels, self.places, self.differs))
+        return JudgeTokens(features, labels, places, self.part_tokens, self.on_device, differs)
 
     def parts(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """Rows and features, a part at a time.
@@ -97,21 +95,11 @@ class JudgeTokens:
             yield rows, self.features[rows].to(device)
 
 
-@dataclass(frozen=True)
-class _CachedRow:
-    """A row and its sample: the number of the cache, the sample's index, and both of the draft model's cache."""
-
-    row: LabelledRow
-    cache: int
-    index: int
-    draft: tuple[int, int] | None
-
-
 @dataclass
 class _Split:
     """The rows of a split over all processes, in the order of the cache."""
 
-    joined: list[_CachedRow]
+    joined: list[CachedRow]
 
     def __post_init__(self) -> None:
         labels = [labelled_positions(joined.row)[1].numpy() for joined in self.joined]
@@ -122,6 +110,15 @@ class _Split:
         self.questions = np.repeat([numbers[joined.row.question] for joined in self.joined], sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.num_questions = len(names)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What is made of states that are read: see `JudgeDataModule.read_states`."""
+
+    norm: Norm | None
+    ends: TargetEnds | None
+    with_opinion: bool
 
 
 class JudgeDataModule(pl.LightningDataModule):
@@ -140,10 +137,12 @@ class JudgeDataModule(pl.LightningDataModule):
         batch_tokens: tokens in memory at a time; changes the memory only.
         on_device: keep all features on the accelerator; false sends a part at a time, if they do not fit.
         check: when to compare the shards' sha256: at `open`, `lazy` before first use, or `off`.
+        join_kinds: learn from mined labels together with others, although the two mean different things by wrong.
 
     Raises:
-        ValueError: settings out of range; in setup(), rows that are not in the cache or have other tokens there, repeated ids, or training
-            or validation without one of the classes; when reading, states that are not finite, with the sample's id.
+        ValueError: settings out of range; in setup(), rows that are not in the cache or have other tokens there, repeated ids, kinds of
+            labels that nobody asked to join, or training or validation without one of the classes; when reading, states that are not
+            finite, with the sample's id.
     """
 
     def __init__(
@@ -157,6 +156,7 @@ class JudgeDataModule(pl.LightningDataModule):
         batch_tokens: int = 4096,
         on_device: bool = True,
         check: Literal["open", "lazy", "off"] = "open",
+        join_kinds: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 < val_fraction < 1.0:
@@ -171,6 +171,7 @@ class JudgeDataModule(pl.LightningDataModule):
         self.batch_tokens, self.on_device, self.check = batch_tokens, on_device, check
         self.caches: list[HiddenStateCache] = []
         self.draft_caches: list[HiddenStateCache] = []
+        self.join_kinds = join_kinds
         self._splits: dict[str, _Split] = {}
         self._read: dict[str, JudgeTokens] = {}
 
@@ -184,31 +185,37 @@ class JudgeDataModule(pl.LightningDataModule):
             return
         self.caches = [HiddenStateCache(path, check=self.check) for path in self.cache_paths]
         self.draft_caches = [HiddenStateCache(path, check=self.check) for path in self.draft_paths]
-        _check_same_origin(self.caches)
-        _check_same_origin(self.draft_caches)
+        check_same_origin(self.caches)
+        check_same_origin(self.draft_caches)
         for cache in self.draft_caches:
             cache.check_tokenizer(self.caches[0].manifest.identity.tokenizer_fingerprint)
-        rows = [row for row in _rows(self.row_paths) if set(row.labels) - {IGNORED}]
+        rows = [row for row in rows_of_files(self.row_paths) if set(row.labels) - {IGNORED}]
         if not rows:
-            raise ValueError(f"{_names(self.row_paths)} has no labelled token; label answers first")
-        joined = _join(rows, self.caches, self.draft_caches)
+            raise ValueError(f"{names_of_paths(self.row_paths)} has no labelled token; label answers first")
+        if not self.join_kinds:
+            check_one_kind(rows)
+        joined = join(rows, self.caches, self.draft_caches)
         held_out, trained = self._divide(sorted({row.question for row in rows}))
         for name, questions in (("train", trained), ("validation", held_out)):
             self._splits[name] = _Split([sample for sample in joined if sample.row.question in questions])
             self._check_classes(name)
 
-    def read_states(self, norm: Norm | None = None) -> None:
+    def read_states(self, norm: Norm | None = None, ends: TargetEnds | None = None, with_opinion: bool = False) -> None:
         """Reads this process's tokens into memory.
 
         Args:
             norm: what the target's states go through, as stored [rows, D] -> [rows, D]; None leaves them.
+            ends: the target's; they tell which tokens it would not have chosen. None asks nobody.
+            with_opinion: whether the target's opinion of each token follows its state.
 
         Raises:
-            ValueError: states that are not finite, or fewer rows than processes.
+            ValueError: states that are not finite, rows without a prompt, fewer rows than processes, or an opinion without ends.
         """
+        if with_opinion and ends is None:
+            raise ValueError("an opinion is the target's; give its ends")
         rank, world_size = self._world()
         for name in SPLITS:
-            self._read[name] = self._read_split(name, rank, world_size, norm)
+            self._read[name] = self._read_split(name, rank, world_size, _Reader(norm, ends, with_opinion))
 
     @property
     def feature_sizes(self) -> tuple[int, int]:
@@ -343,7 +350,7 @@ class JudgeDataModule(pl.LightningDataModule):
             "answers, or change val_fraction, max_questions or seed"
         )
 
-    def _read_split(self, name: str, rank: int, world_size: int, norm: Norm | None) -> JudgeTokens:
+    def _read_split(self, name: str, rank: int, world_size: int, reader: _Reader) -> JudgeTokens:
         split = self._splits[name]
         own = range(rank, len(split.joined), world_size)
         if len(split.joined) < world_size:
@@ -351,30 +358,43 @@ class JudgeDataModule(pl.LightningDataModule):
                 f"{name} has {len(split.joined)} rows for {world_size} processes; train on fewer devices, or label more answers"
             )
         sizes = [int(split.starts[number + 1] - split.starts[number]) for number in own]
-        features = torch.empty(sum(sizes), sum(self.feature_sizes), dtype=torch.float32)
-        labels = torch.empty(sum(sizes), dtype=torch.bool)
+        num_opinions = NUM_NUMBERS if reader.with_opinion else 0
+        features = torch.empty(sum(sizes), sum(self.feature_sizes) + num_opinions, dtype=torch.float32)
+        labels, differs = torch.empty(sum(sizes), dtype=torch.bool), torch.zeros(sum(sizes), dtype=torch.bool)
         places = torch.empty(sum(sizes), dtype=torch.int64)
         start = 0
         for number, size in zip(own, sizes, strict=True):
             rows, joined = slice(start, start + size), split.joined[number]
             positions, labels[rows] = labelled_positions(joined.row)
-            self._read_features(features[rows], joined, positions, norm)
+            features[rows], differs[rows] = self._features(joined, positions, reader)
             places[rows] = torch.arange(size) + int(split.starts[number])
             start += size
-        return JudgeTokens(features, labels, places, self.batch_tokens, self.on_device)
+        return JudgeTokens(features, labels, places, self.batch_tokens, self.on_device, differs)
 
-    def _read_features(self, into: Tensor, joined: _CachedRow, positions: Tensor, norm: Norm | None) -> None:
-        """Fills float32 [rows, F]."""
-        states = self.caches[joined.cache][joined.index].hidden[PRE_NORM][positions]
-        hidden_size = self.feature_sizes[0]
-        into[:, :hidden_size] = states if norm is None else norm(states)
+    def _features(self, joined: CachedRow, positions_N: Tensor, reader: _Reader) -> tuple[Tensor, Tensor]:
+        """float32 [N, F], and bool [N]: where the target would have chosen another token."""
+        sample = self.caches[joined.cache][joined.index]
+        states_TD = sample.hidden[PRE_NORM]
+        own_ND = states_TD[positions_N]
+        parts = [own_ND if reader.norm is None else reader.norm(own_ND)]
+        differs_N = torch.zeros(len(positions_N), dtype=torch.bool)
+        if reader.ends is not None:
+            if not joined.row.prompt_ids:
+                raise ValueError(
+                    f"row {joined.row.id} has no prompt token; the target says nothing before its first reply token; leave the row out"
+                )
+            opinion_N6 = opinion_of_text(reader.ends, states_TD, sample.input_ids, positions_N)
+            differs_N = opinion_N6[:, DIFFERENCE] < 0.0
+            parts += [opinion_N6] if reader.with_opinion else []
         if joined.draft is not None:
             cache, index = joined.draft
-            into[:, hidden_size:] = self.draft_caches[cache][index].hidden[PRE_NORM][positions]
-        if not bool(torch.isfinite(into).all()):
+            parts.append(self.draft_caches[cache][index].hidden[PRE_NORM][positions_N])
+        features_NF = torch.cat([part.float() for part in parts], dim=-1)
+        if not bool(torch.isfinite(features_NF).all()):
             raise ValueError(
                 f"the states of sample {joined.row.id} hold NaN or infinity; extract the cache again, in another dtype if they overflow"
             )
+        return features_NF, differs_N
 
     def _world(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -386,10 +406,6 @@ def _paths(given: Path | list[Path] | None) -> list[Path]:
     return [Path(path) for path in several]
 
 
-def _names(paths: Sequence[Path | str]) -> str:
-    return ", ".join(map(str, paths))
-
-
 def _one_batch(tokens: JudgeTokens) -> DataLoader:
     """A list is a data set of one element; without a batch size nothing is collated.
 
@@ -397,72 +413,3 @@ def _one_batch(tokens: JudgeTokens) -> DataLoader:
     """
     whole: Any = [tokens]
     return DataLoader(whole, batch_size=None, sampler=DistributedSampler(whole, num_replicas=1, rank=0, shuffle=False))
-
-
-def _rows(paths: Sequence[Path]) -> Iterator[LabelledRow]:
-    seen: dict[str, Path] = {}
-    for path in paths:
-        for row in read_rows(path):
-            if row.id in seen:
-                raise ValueError(
-                    f"{path}: the id {row.id} is in {seen[row.id]} already; a token is learnt from once; leave one out"
-                )
-            seen[row.id] = path
-            yield row
-
-
-def _join(
-    rows: Sequence[LabelledRow], caches: Sequence[HiddenStateCache], draft_caches: Sequence[HiddenStateCache]
-) -> list[_CachedRow]:
-    """Rows with their samples, in the order of the caches."""
-    wanted = {row.id: row for row in rows}
-    places = _places_in_caches(wanted, caches)
-    drafts = _places_in_caches(wanted, draft_caches) if draft_caches else {}
-    joined = [_CachedRow(row, *places[row.id], drafts.get(row.id)) for row in rows]
-    return sorted(joined, key=lambda row: (row.cache, row.index))
-
-
-def _places_in_caches(wanted: dict[str, LabelledRow], caches: Sequence[HiddenStateCache]) -> dict[str, tuple[int, int]]:
-    """Number of the cache and index of the sample of every row."""
-    places: dict[str, tuple[int, int]] = {}
-    for number, cache in enumerate(caches):
-        if PRE_NORM not in cache.manifest.identity.layers:
-            raise ValueError(
-                f"{cache.path} holds the layers {list(cache.manifest.identity.layers)}; a judge reads {PRE_NORM}; extract a cache with it"
-            )
-        for index, sample in enumerate(cache):
-            if sample.id not in wanted:
-                continue
-            if sample.id in places:
-                raise ValueError(f"{cache.path}: sample {sample.id} comes twice; name each cache once")
-            _check_tokens(wanted[sample.id], sample, cache.path)
-            places[sample.id] = (number, index)
-    missing = sorted(wanted.keys() - places.keys())
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(wanted)} rows are not in {_names([cache.path for cache in caches])} (first: {missing[0]}); run "
-            "draftsmith data extract with these very rows as --source"
-        )
-    return places
-
-
-def _check_tokens(row: LabelledRow, sample: CachedSample, path: Path | str) -> None:
-    ids = row.prompt_ids + row.reply_ids
-    if len(ids) != len(sample.input_ids):
-        raise ValueError(
-            f"{path}: sample {row.id} has {len(sample.input_ids)} tokens, its row {len(ids)}; the cache was cut (--max-length) or made of "
-            "other rows; extract it again from these"
-        )
-    cached = sample.input_ids.tolist()
-    if ids != cached:
-        place = next(number for number, (own, other) in enumerate(zip(ids, cached, strict=True)) if own != other)
-        raise ValueError(
-            f"{path}: sample {row.id} has other tokens than its row (at {place}: {cached[place]}, not {ids[place]}); the labels are those "
-            "of another tokenizer or text; make rows and cache with the same target"
-        )
-
-
-def _check_same_origin(caches: Sequence[HiddenStateCache]) -> None:
-    for cache in caches[1:]:
-        cache.check_target(caches[0].manifest.identity.target_fingerprint)
-        cache.check_tokenizer(caches[0].manifest.identity.tokenizer_fingerprint)

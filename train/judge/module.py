@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.judge import FEATURES, POST_NORM, Judge, JudgeConfig
-from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.judge import FEATURES, POST_NORM, WITH_OPINION, Judge, JudgeConfig
+from draftsmith.models.target.target import TargetEnds
 from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.judge.data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge.fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
+from draftsmith.train.judge.held_out import HeldOutTokens
 from draftsmith.train.judge.metrics import average_precision, choose_threshold, curve, reliability, roc_auc
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks
@@ -51,7 +52,8 @@ class JudgeModule(pl.LightningModule):
 
     Args:
         target: the frozen target: a model directory, a hub id, or `embedded:target`.
-        feature: `last.pre_norm`, the last block's output as it is (Judge Decoding), or `last.post_norm`, after the final norm (AutoJudge).
+        feature: `last.pre_norm + opinion`, the last block's output and six numbers of the forward pass that verifies the token;
+            `last.pre_norm`, the output alone (Judge Decoding); or `last.post_norm`, the output after the final norm (AutoJudge).
         l2: the sweep. The one whose area under the ROC curve over the held-out questions is largest is kept.
         class_weight: `balanced` (each class counts half), or a number: wrong tokens count so many times what they do there.
         iterations: of L-BFGS, an epoch.
@@ -60,7 +62,7 @@ class JudgeModule(pl.LightningModule):
         max_wrong: the threshold accepts at most this share of the wrong tokens of held-out questions.
         hold_upper: the upper end of the share's 95 % interval (bootstrap over questions) must be within it too.
         num_replicates: of the bootstrap.
-        ends_dtype: dtype of the target's final norm; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
+        ends_dtype: dtype of the target's final norm and head; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
         trust_remote_code: run Python files that come with the target; read them first.
@@ -75,7 +77,7 @@ class JudgeModule(pl.LightningModule):
     def __init__(
         self,
         target: str,
-        feature: Literal["last.pre_norm", "last.post_norm"] = "last.pre_norm",
+        feature: Literal["last.pre_norm + opinion", "last.pre_norm", "last.post_norm"] = "last.pre_norm + opinion",
         l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
         class_weight: Literal["balanced"] | float = "balanced",
         iterations: int = 10,
@@ -106,6 +108,7 @@ class JudgeModule(pl.LightningModule):
         self.register_buffer("scale", torch.ones(0, dtype=torch.float64))
         self._config = JudgeConfig()
         self._values = torch.empty(0)
+        self._differs = torch.empty(0)
         self.best = 0
         self.held_out: HeldOutTokens | None = None
 
@@ -142,14 +145,15 @@ class JudgeModule(pl.LightningModule):
         device = str(self.trainer.strategy.root_device)
         self.ends_dtype = resolved_dtype(self.ends_dtype, self.target, device, self.revision, self.trust_remote_code)
         ends = TargetEnds.load(
-            self.target, as_dtype(self.ends_dtype), "cpu", self.revision, self.adapter, self.trust_remote_code
+            self.target, as_dtype(self.ends_dtype), device, self.revision, self.adapter, self.trust_remote_code
         )
         self._vocab_size = ends.vocab_size
         own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         for cache in data.caches:
             cache.check_target(ends.fingerprint, vocab_size=ends.vocab_size)
             cache.check_tokenizer(own_tokenizer)
-        data.read_states(_norm_of(ends) if self.feature == POST_NORM else None)
+        norm = _norm_of(ends) if self.feature == POST_NORM else None
+        data.read_states(norm, ends, with_opinion=self.feature == WITH_OPINION)
         hidden_size, draft_hidden_size = data.feature_sizes
         draft = data.draft_caches[0].manifest.identity if data.draft_caches else None
         self._config = JudgeConfig(
@@ -218,11 +222,13 @@ class JudgeModule(pl.LightningModule):
             batch_idx: 0.
         """
         values = project(batch, Scaling(self.mean, self.scale), self.theta.detach(), len(batch))
-        everywhere = torch.zeros(
-            len(self.data().labels("validation")), len(self.l2), dtype=torch.float64, device=self.device
-        )
+        num_tokens = len(self.data().labels("validation"))
+        everywhere = torch.zeros(num_tokens, len(self.l2), dtype=torch.float64, device=self.device)
         everywhere[batch.places] = values
         self._values = (sum_over_ranks(self, everywhere) / _GRAIN).round() * _GRAIN
+        differs = torch.zeros(num_tokens, dtype=torch.float64, device=self.device)
+        differs[batch.places] = batch.differs.double()
+        self._differs = sum_over_ranks(self, differs) > 0
 
     def on_validation_epoch_end(self) -> None:
         """Chooses among the sweep and logs what it is worth."""
@@ -231,7 +237,7 @@ class JudgeModule(pl.LightningModule):
         areas = [roc_auc(values[:, index], labels) for index in range(len(self.l2))]
         self.best = int(np.argmax(areas))
         probabilities = torch.sigmoid(self._values[:, self.best]).cpu().numpy()
-        self.held_out = HeldOutTokens(probabilities, labels, data.questions("validation"))
+        self.held_out = HeldOutTokens(probabilities, labels, data.questions("validation"), self._differs.cpu().numpy())
         self.log(AUC, areas[self.best], prog_bar=True, batch_size=1)
         self.log_dict({f"{AUC}/l2={l2:g}": area for l2, area in zip(self.l2, areas, strict=True)}, batch_size=1)
         point = choose_threshold(*self.held_out.arrays, self.max_wrong, num_replicates=1)
@@ -243,6 +249,23 @@ class JudgeModule(pl.LightningModule):
                 "val/threshold": point["threshold"],
                 "val/correct_accepted": point["correct"],
                 "val/wrong_accepted": point["wrong"],
+            },
+            batch_size=1,
+        )
+        self._log_differing(self.held_out.differing(), point["threshold"])
+
+    def _log_differing(self, tokens: HeldOutTokens | None, threshold: float) -> None:
+        """The same over the tokens that the target would not have chosen, where they are of both classes."""
+        if tokens is None:
+            return
+        probabilities, labels, _ = tokens.arrays
+        point = tokens.points([threshold], num_replicates=1)[0]
+        self.log_dict(
+            {
+                f"{AUC}_differing": roc_auc(probabilities, labels),
+                "val/calibration_error_differing": reliability(probabilities, labels).error,
+                "val/correct_accepted_differing": point["correct"],
+                "val/wrong_accepted_differing": point["wrong"],
             },
             batch_size=1,
         )
@@ -267,6 +290,10 @@ class JudgeModule(pl.LightningModule):
         config.threshold = point["threshold"]
         config.labels = {**config.labels, "l2": self.l2[self.best], "class_weight": self.class_weight}
         config.labels |= {"max_wrong": self.max_wrong, "hold_upper": self.hold_upper, "at_threshold": dict(point)}
+        differing = self.held_out.differing()
+        if differing is not None:
+            config.differing_curve = curve(*differing.arrays, num_replicates=self.num_replicates)
+            config.labels["differing"] = differing.summary(point["threshold"], self.num_replicates)
         judge = Judge(config)
         with torch.no_grad():
             judge.mean.copy_(self.mean)
@@ -312,24 +339,6 @@ class JudgeModule(pl.LightningModule):
         return data
 
 
-class HeldOutTokens:
-    """The held-out tokens as the best of the sweep sees them.
-
-    Args:
-        probabilities: float64 [N], of being correct.
-        labels: bool [N].
-        questions: int64 [N].
-    """
-
-    def __init__(self, probabilities: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> None:
-        self.probabilities, self.labels, self.questions = probabilities, labels, questions
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All three, in this order."""
-        return self.probabilities, self.labels, self.questions
-
-
 def token_weights(labels: Tensor, all_labels: np.ndarray, class_weight: Literal["balanced"] | float) -> Tensor:
     """Each token's weight, such that those of all processes sum to 1.
 
@@ -354,7 +363,7 @@ def token_weights(labels: Tensor, all_labels: np.ndarray, class_weight: Literal[
 def _norm_of(ends: TargetEnds) -> Callable[[Tensor], Tensor]:
     def norm(states: Tensor) -> Tensor:
         with torch.no_grad():
-            return ends.final_norm(states)
+            return ends.final_norm(states.to(ends.device)).cpu()
 
     return norm
 
@@ -363,7 +372,7 @@ def _check_settings(
     feature: str, l2: Sequence[float], class_weight: str | float, max_wrong: float, counts: dict[str, int]
 ) -> None:
     if feature not in FEATURES:
-        raise ValueError(f"feature is {feature!r}; a judge reads {PRE_NORM} or {POST_NORM}; give one of them")
+        raise ValueError(f"feature is {feature!r}; a judge reads one of {', '.join(FEATURES)}; give one of them")
     if not l2 or not all(0.0 < penalty < float("inf") for penalty in l2):
         raise ValueError(
             f"l2 is {list(l2)}; it is a list of penalties above 0, without which separable tokens have no optimum"

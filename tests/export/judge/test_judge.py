@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from draftsmith import cli, provenance
 from draftsmith.models import Target, tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.judge import POST_NORM, CurvePoint, Judge, JudgeConfig, load_judge
+from draftsmith.models.judge import POST_NORM, WITH_OPINION, CurvePoint, Judge, JudgeConfig, load_judge
 
 D = 32
 
@@ -53,15 +53,12 @@ LABELS = {
 
 def save_judge(folder: Path, target: Path, **settings: object) -> Path:
     torch.manual_seed(2)
+    fields = {"hidden_size": D, "threshold": AT["threshold"], "curve": CURVE, "labels": LABELS, **settings}
     config = JudgeConfig(
-        hidden_size=D,
-        threshold=AT["threshold"],
-        curve=CURVE,
-        labels=LABELS,
         target_name=str(target),
         target_fingerprint=Target.load(str(target)).fingerprint,
         tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(str(target))),
-        **settings,
+        **fields,
     )
     judge = Judge(config)
     with torch.no_grad():
@@ -114,6 +111,15 @@ def test_the_card_says_that_it_is_lossy_how_it_was_labelled_and_what_thresholds_
     assert thresholds == sorted(thresholds, reverse=True)
 
 
+def test_the_card_has_a_table_of_the_tokens_that_a_judge_is_asked_about(target: Path, tmp_path: Path) -> None:
+    labels = {**LABELS, "differing": {"correct": 70, "wrong": 9, "auc": 0.7654, "calibration_error": 0.1}}
+    judge = save_judge(tmp_path / "judge", target, labels=labels, differing_curve=[point(0.4, 0.7, 0.02)])
+    assert run("--judge", judge, "--out", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "(70 correct, 9 wrong) the area under the ROC curve is 0.7654" in card
+    assert "| 0.4 | 70.0% (63.0% to 77.0%) | 2.0% (1.0% to 3.0%) |" in card
+
+
 def test_what_was_not_recorded_is_said_to_be_not_recorded(target: Path, tmp_path: Path) -> None:
     Judge(JudgeConfig(hidden_size=D)).save_pretrained(tmp_path / "bare")
     assert run("--judge", tmp_path / "bare", "--out", tmp_path / "out") == 0
@@ -132,12 +138,18 @@ def test_another_threshold_is_exported_and_told(judge: Path, tmp_path: Path) -> 
     assert "**80.0%" not in card
 
 
+@pytest.mark.parametrize("feature", [POST_NORM, WITH_OPINION])
 @pytest.mark.parametrize("reads_draft", [False, True])
 def test_the_cards_program_runs(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reads_draft: bool
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reads_draft: bool,
+    feature: str,
 ) -> None:
     settings = {"draft_hidden_size": D, "draft_name": str(target)} if reads_draft else {}
-    judge = save_judge(tmp_path / "judge", target, feature=POST_NORM, **settings)
+    judge = save_judge(tmp_path / "judge", target, feature=feature, **settings)
     assert run("--judge", judge, "--out", tmp_path / "out") == 0
     [program] = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path / "out")
@@ -181,6 +193,7 @@ def test_autojudge_at_threshold_one_accepts_nothing(target: Path, tmp_path: Path
     ("settings", "told"),
     [
         ({}, "train a judge with feature last.post_norm"),
+        ({"feature": WITH_OPINION}, "reads last.pre_norm + opinion"),
         ({"feature": POST_NORM, "draft_hidden_size": 4}, "without draft_cache"),
     ],
 )
