@@ -50,7 +50,8 @@ def judge_data(cache: Path, rows: Path, **settings: object) -> JudgeDataModule:
 
 
 def judge_module(target: Path, **settings: object) -> JudgeModule:
-    chosen: dict[str, object] = {"l2": [1e-3, 1e-1], "num_replicates": 50, "tolerance": 1e-9}
+    """Reads the state alone, unless the settings say something else."""
+    chosen: dict[str, object] = {"feature": PRE_NORM, "l2": [1e-3, 1e-1], "num_replicates": 50, "tolerance": 1e-9}
     return JudgeModule(str(target), **(chosen | settings))  # type: ignore[arg-type]
 
 

@@ -108,9 +108,9 @@ def test_the_opinion_stands_between_the_targets_states_and_the_drafts() -> None:
     states, opinion, draft = torch.randn(3, D), torch.randn(3, 6), torch.randn(3, 4)
     by_hand = ((torch.cat([states, opinion, draft], -1) - judge.mean) / judge.scale) @ judge.weight + judge.bias
     assert torch.allclose(judge.log_odds(states, draft, opinion), by_hand)
-    with pytest.raises(ValueError, match="opinion is missing; this judge reads last.pre_norm \\+ opinion"):
+    with pytest.raises(ValueError, match=r"opinion is missing; this judge reads last\.pre_norm \+ opinion"):
         judge.log_odds(states, draft)
-    with pytest.raises(ValueError, match="opinion is given; this judge reads last.pre_norm;"):
+    with pytest.raises(ValueError, match=r"opinion is given; this judge reads last\.pre_norm;"):
         a_judge().log_odds(states, opinion=opinion)
     with pytest.raises(ValueError, match=r"opinion are torch.float32 of shape \(3, 5\)"):
         judge.log_odds(states, draft, opinion[:, :5])
