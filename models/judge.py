@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from transformers import AutoModel, PreTrainedModel
 from draftsmith.models.files.finite import is_finite
 from draftsmith.models.judge_config import (
     FEATURES,
+    GATES,
+    NO_GATE,
     POST_NORM,
     WITH_OPINION,
     CurvePoint,
     JudgeConfig,
+    JudgedDrafter,
     check_config,
     refuse,
 )
@@ -37,11 +41,14 @@ from draftsmith.outside import parse_json_object
 
 __all__ = [
     "FEATURES",
+    "GATES",
+    "NO_GATE",
     "POST_NORM",
     "WITH_OPINION",
     "CurvePoint",
     "Judge",
     "JudgeConfig",
+    "JudgedDrafter",
     "check_config",
     "load_judge",
     "log_odds_of",
@@ -225,6 +232,27 @@ class Judge(PreTrainedModel):
         """
         config = copy.deepcopy(self.config)
         config.threshold = threshold
+        return self._with(config)
+
+    def with_gate(self, gate: str, veto: bool = False, line_end_ids: Sequence[int] = ()) -> Judge:
+        """Make a copy with another gate, attached to the same target.
+
+        Args:
+            gate: ``none``, ``line`` or ``reply``; see :class:`JudgeConfig`.
+            veto: whether the target's own tokens must pass, too.
+            line_end_ids: the tokens that end a line, for the gate of lines.
+
+        Returns:
+            The copy.
+
+        Raises:
+            ValueError: an unknown gate, a veto without a gate, or a gate of lines without the tokens that end them.
+        """
+        config = copy.deepcopy(self.config)
+        config.gate, config.veto, config.line_end_ids = gate, veto, list(line_end_ids)
+        return self._with(config)
+
+    def _with(self, config: JudgeConfig) -> Judge:
         other = Judge(config)
         other.load_state_dict(self.state_dict())
         nn.Module.to(other, self.weight.device)

@@ -16,6 +16,8 @@ from draftsmith.models.target.target import PRE_NORM
 
 POST_NORM = "last.post_norm"
 WITH_OPINION = "last.pre_norm + opinion"
+NO_GATE = "none"
+GATES = (NO_GATE, "line", "reply")
 FEATURES = (WITH_OPINION, PRE_NORM, POST_NORM)
 
 
@@ -40,6 +42,20 @@ class CurvePoint(TypedDict):
 _POINT = tuple(CurvePoint.__annotations__)
 
 
+class JudgedDrafter(TypedDict):
+    """A drafter whose drafts a judge has seen.
+
+    Attributes:
+        name: as it was given.
+        fingerprint: of its folder.
+        shapes: of its drafts, as the command line writes them.
+    """
+
+    name: str
+    fingerprint: str
+    shapes: list[str]
+
+
 class JudgeConfig(PreTrainedConfig):
     """What a judge reads, where it draws the line, and whose states it knows.
 
@@ -51,10 +67,15 @@ class JudgeConfig(PreTrainedConfig):
         draft_hidden_size: 0, or the hidden size of the draft model. The last block's output of that model, before its own final norm, then
             follows the target's.
         threshold: from 0 to 1; a token is accepted where its probability of being correct is above it. 1 accepts nothing.
+        gate: ``none``: each token stands alone. ``line``: of a drafted line all tokens stand, or none by the judge. ``reply``: the same of
+            the rest of the reply, as far as its end.
+        veto: whether the target's own tokens must pass the judge, too, or else the line or reply falls; with a gate only.
+        line_end_ids: the tokens that end a line, for the gate of lines.
         curve: what other thresholds do, in rising order of the threshold; empty where none was measured.
         differing_curve: the same over the tokens that the target would not have chosen.
         target_name, target_fingerprint, tokenizer_fingerprint: the bond to one target; empty strings mean unknown.
         draft_name, draft_fingerprint: the bond to one draft model, where it reads one.
+        drafters: those that the judge was trained or tuned with: ``name``, ``fingerprint`` and ``shapes`` of each; empty where unknown.
         labels: where the labels came from, and how many.
     """
 
@@ -66,6 +87,9 @@ class JudgeConfig(PreTrainedConfig):
         feature: str = PRE_NORM,
         draft_hidden_size: int = 0,
         threshold: float = 1.0,
+        gate: str = NO_GATE,
+        veto: bool = False,
+        line_end_ids: list[int] | None = None,
         curve: list[CurvePoint] | None = None,
         differing_curve: list[CurvePoint] | None = None,
         target_name: str = "",
@@ -73,6 +97,7 @@ class JudgeConfig(PreTrainedConfig):
         tokenizer_fingerprint: str = "",
         draft_name: str = "",
         draft_fingerprint: str = "",
+        drafters: list[JudgedDrafter] | None = None,
         labels: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +105,8 @@ class JudgeConfig(PreTrainedConfig):
         self.feature = feature
         self.draft_hidden_size = draft_hidden_size
         self.threshold = threshold
+        self.gate, self.veto = gate, veto
+        self.line_end_ids = [] if line_end_ids is None else line_end_ids
         self.curve = [] if curve is None else curve
         self.differing_curve = [] if differing_curve is None else differing_curve
         self.target_name = target_name
@@ -87,6 +114,7 @@ class JudgeConfig(PreTrainedConfig):
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.draft_name = draft_name
         self.draft_fingerprint = draft_fingerprint
+        self.drafters = [] if drafters is None else drafters
         self.labels = {} if labels is None else labels
         super().__init__(**kwargs)
 
@@ -144,8 +172,38 @@ def check_config(fields: Mapping[str, Any], place: str) -> None:
             refuse(place, name, fields[name], "it is text", "train or export the judge again")
     if not isinstance(fields.get("labels", {}), Mapping):
         refuse(place, "labels", fields["labels"], "it is an object", "train or export the judge again")
+    _check_gate(place, fields)
+    _check_drafters(place, fields.get("drafters", []))
     for name in ("curve", "differing_curve"):
         _check_curve(place, name, fields.get(name, []))
+
+
+def _check_gate(place: str, fields: Mapping[str, Any]) -> None:
+    gate, veto, ends = fields.get("gate", NO_GATE), fields.get("veto", False), fields.get("line_end_ids", [])
+    if gate not in GATES:
+        refuse(place, "gate", gate, f"it is one of {', '.join(GATES)}", "choose one of them")
+    if type(veto) is not bool or (veto and gate == NO_GATE):
+        refuse(place, "veto", veto, "it is true or false, and true only with a gate", "choose a gate, or write false")
+    if not isinstance(ends, list) or not all(type(token) is int and token >= 0 for token in ends):
+        refuse(place, "line_end_ids", ends, "it is a list of token ids", "tune the judge again")
+    if bool(ends) != (gate == "line"):
+        rule = "the gate of lines needs the tokens that end a line, and no other gate has any"
+        refuse(place, "line_end_ids", ends[:5], rule, "tune the judge again")
+
+
+def _check_drafters(place: str, drafters: Any) -> None:
+    whole = isinstance(drafters, list) and all(
+        isinstance(drafter, Mapping)
+        and set(drafter) == set(JudgedDrafter.__annotations__)
+        and isinstance(drafter["name"], str)
+        and isinstance(drafter["fingerprint"], str)
+        and isinstance(drafter["shapes"], list)
+        and all(isinstance(shape, str) for shape in drafter["shapes"])
+        for drafter in drafters
+    )
+    if not whole:
+        rule = "it is a list of objects with name, fingerprint and shapes"
+        refuse(place, "drafters", drafters, rule, "tune the judge again, or write []")
 
 
 def _check_curve(place: str, name: str, curve: Any) -> None:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from draftsmith.decode.verify.gates import Gate
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.tree import DraftTree
 
@@ -24,11 +25,13 @@ class LossyRule(ABC):
         threshold: its one number; larger or smaller accepts more, depending on the rule.
         features: names of the target's layers that it reads.
         reads_draft: whether it needs the draft's distributions, which only chains keep.
+        gate: what several tokens in a row must pass together; None where each stands alone. Only chains have gates.
     """
 
     name: ClassVar[str]
     threshold: float
     reads_draft: ClassVar[bool] = False
+    gate: Gate | None = None
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.decode.verify.gates import Gate
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
-from draftsmith.models.judge import Judge
+from draftsmith.models.judge import NO_GATE, Judge
 from draftsmith.models.opinion import confidence, opinion
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.tree import DraftTree
@@ -42,6 +43,7 @@ class JudgeRule(LossyRule):
                 "alone"
             )
         self.judge, self.threshold = judge, float(judge.config.threshold)
+        self.gate = _gate(judge)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -53,6 +55,11 @@ class JudgeRule(LossyRule):
         judge = self.judge.with_threshold(self.threshold).attach(target.ends)
         return JudgeRule(torch.nn.Module.to(judge, target.device))
 
+    def __str__(self) -> str:
+        gate = self.judge.config.gate
+        veto = " with a veto" if self.judge.config.veto else ""
+        return f"{super().__str__()}{'' if gate == NO_GATE else f', {gate} gate{veto}'}"
+
     def check_tokenizer(self, fingerprint: str) -> None:
         """The judge's."""
         self.judge.check_tokenizer(fingerprint)
@@ -61,6 +68,15 @@ class JudgeRule(LossyRule):
         """See :meth:`LossyRule.allows`."""
         six_BN6 = opinion_of_draft(tree, logits_BNV) if self.judge.reads_opinion else None
         return self.judge.accepts(output.feature(self.features[0]), opinion=six_BN6)
+
+
+def _gate(judge: Judge) -> Gate | None:
+    """The gate that a judge's config names, on the judge's device."""
+    config = judge.config
+    if config.gate == NO_GATE:
+        return None
+    ends_K = torch.tensor(config.line_end_ids, device=judge.weight.device) if config.gate == "line" else None
+    return Gate(ends_K, config.veto)
 
 
 def opinion_of_draft(tree: DraftTree, logits_BNV: Tensor) -> Tensor:

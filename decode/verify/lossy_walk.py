@@ -40,9 +40,14 @@ class LossyVerifier:
                 f"a sampled tree is verified by rejection, which has no place for the rule {rule}; draft with beams, a dynamic or a static "
                 "tree, or leave the rule out"
             )
-        if rule.reads_draft and (limits.beam_width != 1 or limits.paths is not None):
+        is_chain = limits.beam_width == 1 and limits.paths is None
+        if rule.reads_draft and not is_chain:
             raise ValueError(
                 f"the rule {rule} compares the distributions of draft and target, which only chains keep; draft a chain such as 1x16"
+            )
+        if rule.gate is not None and not is_chain:
+            raise ValueError(
+                f"the rule {rule} has a gate, which asks whether tokens in a row stand together; draft a chain such as 1x64"
             )
         self._rule = rule
         self._lossless = LosslessVerifier()
@@ -70,18 +75,23 @@ class LossyVerifier:
             steps = self._lossless.walk(reading, keys_BU)
             return replace(steps, by_rule_BE=torch.zeros_like(steps.emitted_BE, dtype=torch.bool))
         choices_BN = reading.choose()
-        return lossy_walk(reading.tree, choices_BN, self._allowed(reading, choices_BN))
+        matches_BN = _matches(reading.tree, choices_BN)
+        return lossy_walk(reading.tree, choices_BN, self._allowed(reading, choices_BN, matches_BN))
 
-    def _allowed(self, reading: Reading, choices_BN: Tensor) -> Tensor:
+    def _allowed(self, reading: Reading, choices_BN: Tensor, matches_BN: Tensor) -> Tensor:
         """bool [B, N]: nodes that may stay although the target chooses others."""
         tree, logits_BNV = reading.tree, reading.logits_BNV
-        allowed_BN = self._rule.allows_beside(tree, logits_BNV, reading.output, choices_BN)
+        approved_BN = self._rule.allows_beside(tree, logits_BNV, reading.output, choices_BN)
+        allowed_BN = approved_BN
         # What the model's maker forbids never stays, and only the target ends a reply.
         if reading.is_constrained:
             allowed_BN = allowed_BN & (of_tokens(tree, logits_BNV) > torch.finfo(logits_BNV.dtype).min)
         for token in reading.eos_token_ids:
             allowed_BN = allowed_BN & (tree.tokens_BN != token)
-        return allowed_BN
+        gate = self._rule.gate
+        return (
+            allowed_BN if gate is None else gate.kept(tree, matches_BN, allowed_BN, approved_BN, reading.eos_token_ids)
+        )
 
 
 def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> Walk:
@@ -95,7 +105,7 @@ def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> Walk:
     Example:
         a chain 5, 6, 7 with choices 5, 8, 7, 9 at the root and its nodes, and 6 allowed: emits [5, 6, 7, 9], of which 6 is by the rule.
     """
-    matches_BN = tree.tokens_BN == choices_BN.gather(1, tree.parents_BN.clamp(min=0))
+    matches_BN = _matches(tree, choices_BN)
     stands_BN = (matches_BN | allowed_BN) & tree.valid_BN
     path_BE = _chain(stands_BN) if tree.chain else _descend(tree, stands_BN, matches_BN)
     counts_B = 1 + (path_BE > 0).sum(1)
@@ -105,6 +115,11 @@ def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> Walk:
     by_rule_BE = (~matches_BN).gather(1, path_BE).roll(-1, dims=1)
     place_E = torch.arange(path_BE.shape[1], device=path_BE.device)
     return Walk(path_BE, emitted_BE, counts_B, by_rule_BE & (place_E < last_B1))
+
+
+def _matches(tree: DraftTree, choices_BN: Tensor) -> Tensor:
+    """bool [B, N]: nodes that the target chooses at their parents; the root's entry means nothing."""
+    return tree.tokens_BN == choices_BN.gather(1, tree.parents_BN.clamp(min=0))
 
 
 def _chain(stands_BN: Tensor) -> Tensor:

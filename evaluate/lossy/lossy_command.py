@@ -6,36 +6,27 @@ Owns the order of the work and its files. Does not know the measures' definition
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
-from draftsmith.data.formats import row_id
-from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
-from draftsmith.decode.model_settings import for_target
-from draftsmith.decode.sampling import DrawOptions, settings_of
+from draftsmith.data.prompts import ALL_PROMPTS, PromptSelection
+from draftsmith.decode.sampling import DrawOptions
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy.chart import draw_trade
-from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, IsRight, Ruled, RuleRow, compare
+from draftsmith.evaluate.lossy.contest import prepare
+from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy.report import to_markdown, trade_table
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted, accepted_tokens
-from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.report import REPORTS
-from draftsmith.evaluate.samples import readable_by, selected_samples
-from draftsmith.files import atomic_write, exclusive, read_jsonl, sha256_file
-from draftsmith.json_rows import UnusableRow
-from draftsmith.label.checkers.checkers import Checker, load_checker
+from draftsmith.files import atomic_write, exclusive
+from draftsmith.label.checkers.checkers import load_checker
 from draftsmith.label.token_rows import read_rows
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
@@ -107,40 +98,29 @@ def evaluate_rules(
     """
     check_unclaimed(out, REPORTS)
     chosen, limits = _ruled(rules), parse_shape(shape)
-    draft_folder = drafter_folder(drafter)
-    answer_checker = load_checker(checker)
     where = where.resolved(target)
-    tokenizer = where.tokenizer(target)
-    samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
-    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    questions = _questions(file, samples, answer_checker)
-    model = where.load_to_decode(target)
-    samples = readable_by(model, samples)
-    draft = _drafter(draft_folder, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
-    _check_tokenizers(chosen, tokenizer_fingerprint(tokenizer))
-    settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
-    is_right, text_of = _judging(questions, samples, answer_checker), _decoding(tokenizer)
-    contest = partial(compare, model, draft, limits, chosen, samples, is_right, text_of, settings)
-    config = asdict(settings) | {"shape": shape, "rules": rules, "checker": checker} | asdict(where) | asdict(rendering)
-    inputs = {str(file): sha256_file(file), target: model.fingerprint}
+    contest = prepare(target, drafter, prompts, load_checker(checker), draw, selection, where, rendering)
+    assert contest.is_right is not None, "there is a checker"
+    _check_tokenizers(chosen, tokenizer_fingerprint(contest.tokenizer))
+    config = asdict(contest.settings) | {"shape": shape, "rules": rules, "checker": checker}
+    config |= asdict(where) | asdict(rendering)
     with exclusive(out):
-        rows = contest(
-            timed_problems=min(workload.timed_problems, len(samples)),
+        rows = compare(
+            contest.target,
+            contest.drafter,
+            limits,
+            chosen,
+            contest.samples,
+            contest.is_right,
+            contest.text_of,
+            contest.settings,
+            timed_problems=min(workload.timed_problems, len(contest.samples)),
             batch_rows=workload.batch_rows,
-            wrong_tokens=_wrong_tokens(model, draft, chosen, labelled_rows),
+            wrong_tokens=_wrong_tokens(contest.target, contest.drafter, chosen, labelled_rows),
         )
-        _write(out, rows, provenance.record(provenance.command_line(), config, inputs), target, drafter)
+        made_by = provenance.record(provenance.command_line(), config, dict(contest.inputs))
+        _write(out, rows, made_by, target, drafter)
     print(f"{trade_table(rows)}\nreport: {out / 'report.md'}")
-
-
-def _judging(questions: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], checker: Checker) -> IsRight:
-    """Tells whether a text answers the problem of a sample, by its number."""
-    return lambda number, text: checker.check(questions[samples[number].id], text).verdict == "correct"
-
-
-def _decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """Token ids as text without special tokens."""
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _check_tokenizers(rules: Sequence[Ruled], tokenizer: str) -> None:
@@ -189,36 +169,6 @@ def _check_names(rules: Sequence[Ruled]) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"rule {label!r} is there twice; name the rules apart with NAME=RULE")
-
-
-def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
-    """The whole row of each problem by its id. Each is checked now: a row that cannot judge an answer is an error before decoding."""
-    rows: dict[str, Mapping[str, Any]] = {}
-    for line, row in read_jsonl(file, []):  # `read_samples` tells of those left out
-        try:
-            name = row_id(row, f"line-{line}")
-        except UnusableRow:
-            continue
-        if name in rows:
-            raise ValueError(
-                f"{file}:{line}: id is {name!r}; another problem has it already; give each an id of its own"
-            )
-        rows[name] = row
-    for sample in samples if judged.probed else ():
-        try:
-            judged.check(rows[sample.id], "")
-        except ValueError as error:
-            raise ValueError(f"{file}: problem {sample.id}: {error}") from error
-    return rows
-
-
-def _drafter(folder: Path, target: Target, tokenizer: str, trust_remote_code: bool) -> Drafter:
-    dtype, bond = str(target.dtype).removeprefix("torch."), TargetBond(target.ends, tokenizer)
-    drafter = load_drafter(folder, dtype, trust_remote_code, target=bond)
-    drafter.attach(target.ends)
-    drafter.check_tokenizer(tokenizer)
-    nn.Module.to(drafter, target.device)
-    return drafter
 
 
 def _write(out: Path, rows: Sequence[RuleRow], made_by: dict[str, Any], target: str, drafter: str) -> None:

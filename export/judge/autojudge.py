@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftsmith.models.judge import POST_NORM, Judge
+from draftsmith.models.judge import NO_GATE, POST_NORM, Judge
 
 TENSORS, NUMBERS = "autojudge.safetensors", "autojudge.json"
 
@@ -28,7 +28,7 @@ def convert(judge: Judge) -> tuple[dict[str, Tensor], dict[str, Any]]:
     it is correct and accepts above it. So weights and bias change their signs, and a threshold t becomes 1 - t.
 
     Raises:
-        ValueError: the judge reads states before the final norm, or a draft model's: the fork has only the target's after it.
+        ValueError: the judge reads anything but the target's states after the final norm, which is all that the fork has; or it has a gate.
     """
     config = judge.config
     if config.feature != POST_NORM:
@@ -40,6 +40,10 @@ def convert(judge: Judge) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"this judge reads {config.draft_hidden_size} numbers of the draft model too, AutoJudge's fork of vLLM has the target's states "
             "only; train a judge without draft_cache"
+        )
+    if config.gate != NO_GATE:
+        raise ValueError(
+            f"this judge has the gate {config.gate!r}, AutoJudge's fork of vLLM judges each token alone; tune it with --gates none"
         )
     tensors = {
         "weights": -judge.weight.detach(),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from draftsmith.export.judge.autojudge import NUMBERS, TENSORS
 from draftsmith.foreign import code, plain, yaml_text
-from draftsmith.models.judge import POST_NORM, CurvePoint, JudgeConfig
+from draftsmith.models.judge import NO_GATE, POST_NORM, CurvePoint, JudgeConfig
 
 JudgeLayout = Literal["draftsmith", "autojudge"]
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
@@ -39,6 +39,7 @@ def write_judge_card(config: JudgeConfig, layout: JudgeLayout, training: Mapping
         _use(config) if layout == "draftsmith" else _use_autojudge(config),
         "## Thresholds",
         _thresholds(config),
+        *_answers(config),
         "## Labels",
         _labels(config.labels),
         "## Training",
@@ -144,6 +145,38 @@ def _differing(config: JudgeConfig) -> str:
         f"({plain(found['correct'])} correct, {plain(found['wrong'])} wrong) the area under the ROC curve is {found['auc']:.4f}, and the "
         f"thresholds accept:\n\n{table}\n\n"
     )
+
+
+def _answers(config: JudgeConfig) -> list[str]:
+    """What the threshold was chosen by, where answers decided; nothing where they did not, or another threshold is set now."""
+    tuned = config.labels.get("tuned")
+    if not isinstance(tuned, Mapping) or tuned.get("threshold") != config.threshold:
+        return []
+    judged = f"judged by {code(tuned['checker'])}" if tuned["checker"] else "compared with the target's own"
+    most = f"{100 * tuned['most_lost']:g}"
+    parts = [f"Threshold and gate were chosen by answers to {plain(tuned['problems'])} problems, {judged}."]
+    if not tuned["checker"]:
+        parts.append("**Quality is unmeasured:** no checker said which answers are right.")
+    if not tuned["holds"]:
+        parts.append(
+            f"**No setting was kept**, so the threshold is 1 and this judge accepts nothing: {plain(tuned['why'])}. The limit is a loss of "
+            f"{most} points."
+        )
+    else:
+        gate = (
+            ""
+            if tuned["gate"] == NO_GATE
+            else f" with the gate {code(tuned['gate'])}{' and a veto' if tuned['veto'] else ''}"
+        )
+        parts.append(
+            f"With drafts of {code(tuned['shape'])}{gate}, right answers change by {100 * tuned['change']:+.1f} points against lossless "
+            f"decoding (lower 95 % bound {100 * tuned['change_low']:+.1f}; the limit was -{most}). {tuned['accepted_per_cycle']:.2f} draft "
+            f"tokens stand in a cycle, {tuned['lossless_per_cycle']:.2f} without the judge. The best of {plain(tuned['settings'])} settings "
+            "looks a little better than it is."
+        )
+    for drafter in config.drafters:
+        parts.append(f"The drafts were those of {code(drafter['name'])}; others may fool this judge.")
+    return ["## Answers", " ".join(parts)]
 
 
 def _rule(labels: Mapping[str, Any]) -> str:

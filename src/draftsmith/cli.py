@@ -140,6 +140,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "evaluate_rules",
         "Measure what lossy rules gain, and what they cost in right answers.",
     ),
+    ("judge", "tune"): Command(
+        "draftsmith.evaluate.lossy.tune_command",
+        "tune_judge",
+        "Choose a judge's threshold and gate by the answers that they give. Lossy.",
+    ),
     ("decode",): Command(
         "draftsmith.decode.decode_command", "decode", "Decode with a drafter and show what was accepted."
     ),

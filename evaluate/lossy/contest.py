@@ -1,0 +1,136 @@
+"""What a comparison of ways of decoding needs: target, drafter, problems, and who judges the answers.
+
+Owns how they are loaded and checked against each other. Knows no rule and no measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from draftsmith.data.formats import row_id
+from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
+from draftsmith.decode.model_settings import for_target
+from draftsmith.decode.sampling import DrawOptions, GenerationSettings, settings_of
+from draftsmith.evaluate.lossy.lossy import IsRight
+from draftsmith.evaluate.records import Sample
+from draftsmith.evaluate.samples import readable_by, selected_samples
+from draftsmith.files import read_jsonl, sha256_file
+from draftsmith.json_rows import UnusableRow
+from draftsmith.label.checkers.checkers import Checker
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.target.options import TargetOptions
+from draftsmith.models.target.prompt_template import TemplateChoice
+from draftsmith.models.target.target import Target
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What every way of decoding answers the same problems with.
+
+    Attributes:
+        target: the frozen model.
+        drafter: attached to it.
+        tokenizer: the target's.
+        samples: the problems, each with its prompt.
+        settings: of the answers.
+        is_right: whether a text answers a problem, by its number; None where nobody judges.
+        inputs: what was read, for provenance.
+    """
+
+    target: Target
+    drafter: Drafter
+    tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[Sample]
+    settings: GenerationSettings
+    is_right: IsRight | None
+    inputs: Mapping[str, str]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Token ids as text without special tokens.
+
+        Args:
+            ids: of a reply.
+        """
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def prepare(
+    target: str,
+    drafter: str,
+    prompts: Path,
+    checker: Checker | None,
+    draw: DrawOptions,
+    selection: PromptSelection,
+    where: TargetOptions,
+    rendering: TemplateChoice,
+) -> Contest:
+    """Load target, drafter and problems.
+
+    Args:
+        target: directory or hub id of the target, or embedded:target.
+        drafter: folder of a trained drafter, or a draft LM.
+        prompts: JSONL file of problems, or a folder with one.
+        checker: what judges answers; None for nobody.
+        draw: length, seed and temperature of the answers.
+        selection: which problems.
+        where: where the target runs; resolved.
+        rendering: the chat template.
+
+    Raises:
+        ValueError: a problem that the checker cannot judge, two problems of one id, or a drafter of another target or tokenizer.
+    """
+    folder = drafter_folder(drafter)
+    tokenizer = where.tokenizer(target)
+    samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
+    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    questions = None if checker is None else _questions(file, samples, checker)
+    model = where.load_to_decode(target)
+    samples = readable_by(model, samples)
+    draft = _drafter(folder, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
+    settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
+    is_right = None if checker is None or questions is None else _judging(questions, samples, checker)
+    inputs = {str(file): sha256_file(file), target: model.fingerprint}
+    return Contest(model, draft, tokenizer, samples, settings, is_right, inputs)
+
+
+def _judging(questions: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], checker: Checker) -> IsRight:
+    """Tells whether a text answers the problem of a sample, by its number."""
+    return lambda number, text: checker.check(questions[samples[number].id], text).verdict == "correct"
+
+
+def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
+    """The whole row of each problem by its id. Each is checked now: a row that cannot judge an answer is an error before decoding."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    for line, row in read_jsonl(file, []):  # `read_samples` tells of those left out
+        try:
+            name = row_id(row, f"line-{line}")
+        except UnusableRow:
+            continue
+        if name in rows:
+            raise ValueError(
+                f"{file}:{line}: id is {name!r}; another problem has it already; give each an id of its own"
+            )
+        rows[name] = row
+    for sample in samples if judged.probed else ():
+        try:
+            judged.check(rows[sample.id], "")
+        except ValueError as error:
+            raise ValueError(f"{file}: problem {sample.id}: {error}") from error
+    return rows
+
+
+def _drafter(folder: Path, target: Target, tokenizer: str, trust_remote_code: bool) -> Drafter:
+    dtype, bond = str(target.dtype).removeprefix("torch."), TargetBond(target.ends, tokenizer)
+    drafter = load_drafter(folder, dtype, trust_remote_code, target=bond)
+    drafter.attach(target.ends)
+    drafter.check_tokenizer(tokenizer)
+    nn.Module.to(drafter, target.device)
+    return drafter
