@@ -6,6 +6,7 @@ and knows no command line. Knows nothing of measuring; that is ``draftsmith eval
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,18 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
+from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
 from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
+from draftsmith.models.drafters.drafter_folder import (
+    TargetBond,
+    adapted,
+    drafter_fingerprint,
+    drafter_folder,
+    load_drafter,
+)
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
@@ -107,6 +115,8 @@ def decode(
         if limits is None and lossy is None:
             limits = head.kept_shapes(model)
         limits = limits or default_for(model, default_limits(head, DraftLimits(draft_length=4)))
+    if isinstance(lossy, JudgeRule) and drafter is not None and isinstance(limits, DraftLimits):
+        _warn_of_unknown_draft(lossy, drafter, limits)
     settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy, compile=compile)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)
@@ -131,6 +141,12 @@ def _print_counts(console: Console, generation: Generation, rule: str | None) ->
             Text(f"by the rule {visible(rule)}: {len(generation.by_rule)} tokens are not the target's choice", "dim"),
             sep="",
         )
+
+
+def _warn_of_unknown_draft(rule: JudgeRule, drafter: Path, limits: DraftLimits) -> None:
+    said = rule.unknown_draft(str(drafter), drafter_fingerprint(drafter_folder(str(drafter))), limits)
+    if said:
+        warnings.warn(said, stacklevel=3)
 
 
 def _drafter(

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from draftsmith.decode.verify.gates import Gate
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.foreign import visible
 from draftsmith.models.judge import NO_GATE, Judge
 from draftsmith.models.opinion import confidence, opinion
 from draftsmith.models.target.target import Target, TargetOutput
+from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.tree.shapes import shape_text
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -63,6 +66,33 @@ class JudgeRule(LossyRule):
     def check_tokenizer(self, fingerprint: str) -> None:
         """The judge's."""
         self.judge.check_tokenizer(fingerprint)
+
+    def unknown_draft(self, drafter: str, fingerprint: str, limits: DraftLimits) -> str:
+        """What a user should know who drafts otherwise than the judge has seen: a sentence, empty where the judge knows such drafts.
+
+        A judge finds the errors that it has learnt from. Another drafter makes others.
+
+        Args:
+            drafter: its name, for the sentence.
+            fingerprint: of its folder.
+            limits: how much is drafted.
+        """
+        remedy = (
+            "measure them with draftsmith judge evaluate, or tune the judge for this drafter with draftsmith judge tune"
+        )
+        if not self.judge.config.drafters:
+            return f"nobody recorded whose drafts this judge has seen; it may let errors of {visible(drafter)} stand: {remedy}"
+        known = [seen for seen in self.judge.config.drafters if seen["fingerprint"] == fingerprint]
+        if not known:
+            names = ", ".join(visible(seen["name"]) for seen in self.judge.config.drafters)
+            return f"this judge has seen drafts of {names}, not of {visible(drafter)}; it may let their errors stand: {remedy}"
+        shapes = [shape for seen in known for shape in seen["shapes"]]
+        if shape_text(limits) in shapes:
+            return ""
+        return (
+            f"this judge was tuned for drafts of {', '.join(map(visible, shapes))}, not of {shape_text(limits)}; right answers may differ: "
+            "measure them with draftsmith judge evaluate"
+        )
 
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
         """See :meth:`LossyRule.allows`."""

@@ -185,8 +185,8 @@ def _say_if_too_few(problems: int, most_lost: float) -> None:
     needed = problems_needed(most_lost / 100)
     if problems < needed:
         print(
-            f"{problems} problems are too few: even if no answer changes, it takes {needed} to show that less than {most_lost:g} points are "
-            "lost"
+            f"{problems} problems are too few: even if no answer changes, it takes {needed} to show that less than {most_lost:g} points "
+            "are lost"
         )
 
 

@@ -171,8 +171,8 @@ def _answers(config: JudgeConfig) -> list[str]:
         parts.append(
             f"With drafts of {code(tuned['shape'])}{gate}, right answers change by {100 * tuned['change']:+.1f} points against lossless "
             f"decoding (lower 95 % bound {100 * tuned['change_low']:+.1f}; the limit was -{most}). {tuned['accepted_per_cycle']:.2f} draft "
-            f"tokens stand in a cycle, {tuned['lossless_per_cycle']:.2f} without the judge. The best of {plain(tuned['settings'])} settings "
-            "looks a little better than it is."
+            f"tokens stand in a cycle, {tuned['lossless_per_cycle']:.2f} without the judge. The best of {plain(tuned['settings'])} "
+            "settings looks a little better than it is."
         )
     for drafter in config.drafters:
         parts.append(f"The drafts were those of {code(drafter['name'])}; others may fool this judge.")

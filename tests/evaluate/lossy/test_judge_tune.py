@@ -1,0 +1,201 @@
+"""A judge tuned by answers: the bound of a paired change, which setting is kept, and the command from a judge to a judge with a card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from draftsmith.cli import main
+from draftsmith.embedded import write_prompts
+from draftsmith.evaluate.lossy.paired import change_bounds, problems_needed
+from draftsmith.evaluate.lossy.sweep import Setting, Trial, best_trial, parts, settings_of_sweep, why_none
+from draftsmith.evaluate.lossy.tune_command import SweepOptions, agreement, line_end_ids
+from draftsmith.models import Target, load_tokenizer
+from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, load_judge
+
+TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
+
+
+def trial(gained: int, lost: int, problems: int = 500, accepted: int = 20, stopped: bool = False) -> Trial:
+    return Trial(
+        Setting("1x16", 0.5),
+        problems,
+        problems - lost,
+        gained,
+        lost,
+        accepted * 100,
+        100,
+        lossless_per_cycle=5.0,
+        stopped=stopped,
+    )
+
+
+def test_the_bounds_of_a_change_that_nothing_disturbs_narrow_with_the_problems() -> None:
+    for problems in (50, 500):
+        z = 1.6448536269514722
+        low, high = change_bounds(0, 0, problems)
+        assert -low == high == pytest.approx(z * z / (problems + z * z), abs=1e-9)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 3), (2, 5), (9, 1)])
+def test_at_each_bound_the_counts_are_as_unlikely_as_five_in_a_hundred(gained: int, lost: int) -> None:
+    problems = 200
+    low, high = change_bounds(gained, lost, problems)
+    assert -1.0 < low < (gained - lost) / problems < high < 1.0
+    for bound, sign in ((low, 1), (high, -1)):
+        # The share of lost answers that makes the counts likeliest, by search: the probabilities are (share + bound, share, the rest).
+        shares = torch.linspace(max(0.0, -bound), (1.0 - bound) / 2, 200_001, dtype=torch.float64)[1:-1]
+        likely = gained * (shares + bound).log() + lost * shares.log()
+        likely += (problems - gained - lost) * (1 - 2 * shares - bound).log()
+        share = float(shares[likely.argmax()])
+        deviation = (problems * (2 * share + bound - bound * bound)) ** 0.5
+        assert (gained - lost - problems * bound) / deviation == pytest.approx(sign * 1.64485, abs=1e-3)
+
+
+def test_so_many_problems_are_needed_as_the_bound_says() -> None:
+    needed = problems_needed(0.01)
+    assert change_bounds(0, 0, needed)[0] > -0.01 >= change_bounds(0, 0, needed - 1)[0]
+
+
+def test_the_largest_gain_among_the_settings_that_hold_is_kept() -> None:
+    safe, good, bold = trial(0, 0, accepted=10), trial(0, 1, accepted=12), trial(0, 12, accepted=30)
+    assert best_trial([safe, good, bold], 0.01) is good
+    assert best_trial([bold, trial(0, 0, accepted=4)], 0.01) is None
+    assert best_trial([trial(0, 0, stopped=True)], 0.01) is None
+
+
+def test_why_no_setting_is_kept_is_a_sentence() -> None:
+    assert why_none([trial(0, 0, problems=50)], 0.01, 268) == (
+        "50 problems cannot show a loss below 1 points; even if no answer changes, 268 are needed"
+    )
+    assert "the nearest, 1x16 at 0.5, changes them by -2.4 points" in why_none([trial(0, 12)], 0.01, 268)
+    assert "accepts more than lossless" in why_none([trial(0, 0, accepted=4)], 0.01, 268)
+
+
+def test_parts_cover_all_problems_once() -> None:
+    assert [list(part) for part in parts(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [list(part) for part in parts(2, 5)] == [[0], [1]]
+
+
+def test_every_combination_is_tried_and_a_gate_also_with_a_veto() -> None:
+    options = SweepOptions(thresholds=[0.5], gates=["none", "reply"], veto=True)
+    found = settings_of_sweep(["1x16", "1x64"], options.thresholds, options.vetoes)
+    assert len(found) == len(set(found)) == 6
+    assert str(found[2]) == "1x16 at 0.5, reply gate with a veto"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"thresholds": [1.0]}, "below 1, which accepts nothing"),
+        ({"thresholds": [0.5, 0.5]}, "each once"),
+        ({"gates": []}, "give at least one"),
+        ({"veto": True}, "a veto needs a gate"),
+        ({"most_lost": 0.0}, "most_lost is 0.0"),
+        ({"looks": 0}, "looks is 0"),
+    ],
+)
+def test_settings_out_of_range_are_an_error(fields: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SweepOptions(**fields)  # type: ignore[arg-type]
+
+
+def test_without_a_checker_answers_agree_where_their_last_numbers_do() -> None:
+    agrees = agreement(["So 7 and 5 are 12.\n#### 12", "no number"])
+    assert agrees(0, "7 + 5 = 12")
+    assert not agrees(0, "7 + 5 = 13")
+    assert agrees(1, "no number")
+    assert not agrees(1, "another text")
+
+
+def test_the_tokens_that_end_a_line_are_those_with_a_line_feed() -> None:
+    tokenizer = load_tokenizer(TARGET)
+    ids = line_end_ids(tokenizer)
+    assert tokenizer.encode("First.\nThen", add_special_tokens=False)[-2] in ids or len(ids) > 0
+    assert all("\n" in tokenizer.decode([token]) for token in ids)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "train.jsonl"
+    write_prompts(path, "train", 6)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finds nothing wrong with any token, whatever the threshold below 1."""
+    target = Target.load(TARGET)
+    head = Judge(JudgeConfig(target.ends.hidden_size, WITH_OPINION, target_name=TARGET))
+    with torch.no_grad():
+        head.bias.fill_(20.0)
+    folder = tmp_path_factory.mktemp("judges") / "yes"
+    head.save_pretrained(folder)
+    return folder
+
+
+def tune(judge: Path, prompts: Path, out: Path, *words: object) -> int:
+    fixed = ["--target", TARGET, "--drafter", DRAFTER, "--judge", judge, "--prompts", prompts, "--out", out]
+    few = ["--thresholds", "[0.5]", "--max_new_tokens", 100, "--looks", 2]
+    return main(["judge", "tune", *map(str, [*fixed, *few, *words])])
+
+
+def test_too_few_problems_shut_the_judge_and_its_card_says_why(
+    judge: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(judge, prompts, tmp_path / "tuned", "--checker", "final-number", "--shapes", '["1x8"]') == 0
+    assert "6 problems are too few" in capsys.readouterr().out
+    tuned = load_judge(tmp_path / "tuned" / "judge")
+    assert tuned.config.threshold == 1.0
+    assert not tuned.config.labels["tuned"]["holds"]
+    assert [drafter["name"] for drafter in tuned.config.drafters] == [DRAFTER]
+    assert main(["judge", "export", "--judge", str(tmp_path / "tuned" / "judge"), "--out", str(tmp_path / "card")]) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "**No setting was kept**, so the threshold is 1" in card
+    assert "6 problems cannot show a loss below 1 points" in card
+    assert "Quality is unmeasured" not in card
+
+
+def test_a_setting_that_holds_is_kept_with_its_gate_and_decodes(
+    judge: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "tuned", ["--most_lost", 99, "--gates", '["none", "line"]', "--shapes", '["1x12"]']
+    assert tune(judge, prompts, out, *words) == 0
+    assert "Quality is unmeasured" in capsys.readouterr().out
+    report = json.loads((out / "tuning.json").read_text())
+    free, gated = report["trials"]
+    assert (free["setting"]["gate"], gated["setting"]["gate"]) == ("none", "line")
+    assert free["per_cycle"] > gated["per_cycle"] >= free["lossless_per_cycle"] > 0
+    assert free["problems"] == gated["problems"] == 6
+    tuned = load_judge(out / "judge")
+    kept = tuned.config.labels["tuned"]
+    assert (kept["holds"], kept["gate"], kept["accepted_per_cycle"]) == (True, "none", free["per_cycle"])
+    assert (tuned.config.threshold, tuned.config.drafters[0]["shapes"]) == (0.5, ["1x12"])
+    assert "| 1x12 at 0.5, line gate |" in (out / "tuning.md").read_text()
+    assert main(["judge", "export", "--judge", str(out / "judge"), "--out", str(tmp_path / "card")]) == 0
+    assert "**Quality is unmeasured:**" in (tmp_path / "card" / "README.md").read_text()
+
+
+def test_decode_warns_of_drafts_that_the_judge_has_not_seen(
+    judge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def warned(**fields: object) -> str:
+        head = load_judge(judge)
+        for name, value in fields.items():
+            setattr(head.config, name, value)
+        head.save_pretrained(tmp_path / "judge")
+        words = ["--prompt", "Tom has 3 pens.", "--target", TARGET, "--drafter", DRAFTER, "--max_new_tokens", "4"]
+        assert main(["decode", *words, "--shape", "1x4", "--rule", f"judge:{tmp_path / 'judge'}"]) == 0
+        return " ".join(capfd.readouterr().err.split())
+
+    from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder
+
+    own = drafter_fingerprint(drafter_folder(DRAFTER))
+    assert "nobody recorded whose drafts this judge has seen" in warned()
+    other = [{"name": "runs/eagle", "fingerprint": "0" * 64, "shapes": ["1x4"]}]
+    assert warned(drafters=other).count("has seen drafts of runs/eagle, not of embedded:draft_lm") == 1
+    assert "not of 1x4" in warned(drafters=[{"name": DRAFTER, "fingerprint": own, "shapes": ["1x16"]}])
+    assert "this judge" not in warned(drafters=[{"name": DRAFTER, "fingerprint": own, "shapes": ["1x4"]}])
