@@ -6,6 +6,7 @@ taken there. Knows nothing of files and stores. Dimension: N, the tokens of one 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,13 +16,17 @@ from draftsmith.label.schema import Answer, Span, Tokens
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 
 After = Literal["ignored", "wrong"]
+StepRule = Literal["whole", "first-number", "last-token"]
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 CORRECT = 1
 WRONG = 0
 IGNORED = -100
 
 
-def token_labels(answer: Answer, offsets: Sequence[Span], after: After = "ignored") -> list[int]:
+def token_labels(
+    answer: Answer, offsets: Sequence[Span], after: After = "ignored", step: StepRule = "whole"
+) -> list[int]:
     """One label a token, as Judge Decoding masks them: 1 before the first error, 0 on it, `after` behind it.
 
     Worked example: "1+1=3, so 3" with the error (4, 5), cut into "1", "+", "1", "=3", ", so", " 3", gives 1, 1, 1, 0, IGNORED, IGNORED. A
@@ -33,12 +38,18 @@ def token_labels(answer: Answer, offsets: Sequence[Span], after: After = "ignore
         offsets: each token's span in the response. Any tokenizer will do: spans are of characters, so a label made
             on one tokenizer's tokens holds for another's.
         after: what the tokens behind the error are. They continue from a mistake, so by default they are ignored.
+        step: what of an error that is a step (see :func:`is_step`) is wrong: all of it, its first number, or its last token. The rest of
+            the step is then ignored: nobody has looked at it. So is a step without a number.
 
     Raises:
-        ValueError: `after` is another word, or no token touches the error (this tokenizer leaves those characters out).
+        ValueError: `after` or `step` is another word, or no token touches the error (this tokenizer leaves those characters out).
     """
     if after not in ("ignored", "wrong"):
         raise ValueError(f"after is {after!r}; tokens behind the first error are 'ignored' or 'wrong'")
+    if step not in ("whole", "first-number", "last-token"):
+        raise ValueError(
+            f"step is {step!r}; of a wrong step the 'whole', the 'first-number' or the 'last-token' is wrong"
+        )
     label = answer.label
     if label is None or label.verdict == "unplaced":
         return [IGNORED] * len(offsets)
@@ -52,13 +63,40 @@ def token_labels(answer: Answer, offsets: Sequence[Span], after: After = "ignore
             labels.append(IGNORED)
         else:
             labels.append(CORRECT if label.error is None or end <= label.error[0] else behind)
-    if label.error is not None and not any(_touch(span, label.error) for span in offsets):
+    if label.error is None:
+        return labels
+    if not any(_touch(span, label.error) for span in offsets):
         missed = answer.response[slice(*label.error)]
         raise ValueError(
             f"{answer.id}: no token touches the error {missed!r} at characters {list(label.error)}; this tokenizer leaves "
             "them out; mark the error on characters that it keeps, or leave the answer out"
         )
-    return labels
+    return _narrowed(labels, answer.response, label.error, offsets, step)
+
+
+def is_step(response: str, error: Span) -> bool:
+    """Whether an error is a step: whole lines of an answer that has more than these.
+
+    Args:
+        response: the answer's text.
+        error: its span.
+    """
+    start, end = error
+    begins = start == 0 or response[start - 1] == "\n"
+    ends = end == len(response) or response[end] == "\n"
+    return begins and ends and (start, end) != (0, len(response))
+
+
+def _narrowed(labels: list[int], response: str, error: Span, offsets: Sequence[Span], step: StepRule) -> list[int]:
+    """The labels with less of a wrong step called wrong."""
+    if step == "whole" or not is_step(response, error):
+        return labels
+    inside = [at for at, span in enumerate(offsets) if _touch(span, error)]
+    wrong = inside[-1:]
+    if step == "first-number":
+        number = _NUMBER.search(response, *error)
+        wrong = [] if number is None else [at for at in inside if _touch(offsets[at], number.span())]
+    return [IGNORED if at in inside and at not in wrong else label for at, label in enumerate(labels)]
 
 
 def tokenize(response: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:

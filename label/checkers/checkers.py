@@ -81,7 +81,7 @@ def load_checker(spec: str, timeout_s: float = 5.0, unprotected: bool = False) -
         ValueError: there is no such checker, the function cannot be loaded, or the sandbox does not work here.
     """
     if ":" in spec:
-        function, code = _load_function(spec)
+        function, code = load_function(spec, "checker", "(row, response)")
         return Checker(spec, _guarded(spec, function), code, probed=False)
     checks: dict[str, Callable[[Row, str], Checked]] = {
         "final-number": _check_number,
@@ -198,20 +198,29 @@ def _question(row: Row) -> str:
     return ""
 
 
-def _load_function(spec: str) -> tuple[Callable[[Row, str], Any], str]:
-    """A user's function, and what identifies its code."""
+def load_function(spec: str, role: str, arguments: str) -> tuple[Callable[..., Any], str]:
+    """A user's function, and what identifies its code.
+
+    Args:
+        spec: `package.module:function` or `file.py:function`.
+        role: what errors call it.
+        arguments: what it takes, for errors.
+
+    Raises:
+        ValueError: there is no such file, module or function, or it fails at import.
+    """
     where, _, name = spec.rpartition(":")
     if where.endswith(".py") and not Path(where).is_file():
-        raise ValueError(f"checker {spec!r}: {where} is not a file; give the path of a Python file")
+        raise ValueError(f"{role} {spec!r}: {where} is not a file; give the path of a Python file")
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:
         raise ValueError(
-            f"checker {spec!r} cannot be loaded ({type(error).__name__}: {error}); check the name, or correct the code"
+            f"{role} {spec!r} cannot be loaded ({type(error).__name__}: {error}); check the name, or correct the code"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"checker {spec!r}: {where} has no function {name!r}; name one that takes (row, response)")
+        raise ValueError(f"{role} {spec!r}: {where} has no function {name!r}; name one that takes {arguments}")
     source = getattr(module, "__file__", None)
     code = sha256_file(Path(source)) if source is not None else __version__
     return function, f"{spec} {code}"

@@ -7,8 +7,9 @@ The embedded checker decides what is right. Knows no files and no models.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import takewhile
+from itertools import count, takewhile
 
 from draftsmith.embedded.checker import Verdict, check, read_step
 from draftsmith.embedded.problems import Problem, Step, compute, parse_plan
@@ -18,6 +19,7 @@ from draftsmith.embedded.wordings import STEP_WORDINGS
 Span = tuple[int, int]
 
 _SLOT = re.compile(r"\{(\w+)\}|\[([^]]*)\]")
+_WORD_SLOT = re.compile(r"\{(\w+)\}")
 _DIGITS = re.compile(r"\d+")
 _PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")  # digit by digit: "56" for "53" goes wrong at the 6
 
@@ -25,7 +27,7 @@ _PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")  # digit by digit: "56" for "53" goe
 def problem_of(question: str) -> Problem | None:
     """The problem that a question of the corpus asks, or None for any other text.
 
-    Its steps carry no labels: the checker judges numbers and operations, not what they count.
+    Its steps say what they count, as the solutions of the corpus do. The checker judges numbers and operations only.
 
     Args:
         question: text.
@@ -33,9 +35,11 @@ def problem_of(question: str) -> Problem | None:
     for index, form in enumerate(_forms()):
         match = form.fullmatch(question.strip())
         if match is not None:
-            given = {name[1:]: int(value) for name, value in match.groupdict().items()}
+            said = {name: value for name, value in match.groupdict().items() if value is not None}
+            given = {name[1:]: int(value) for name, value in said.items() if name.startswith("n")}
             numbers = tuple(given[str(place)] for place in range(len(given)))
-            return _solved(TEMPLATES[index], numbers, question)
+            words = {name.partition("_")[2]: value for name, value in said.items() if name.startswith("w")}
+            return _solved(TEMPLATES[index], numbers, words, question)
     return None
 
 
@@ -129,24 +133,26 @@ def _wording_forms() -> tuple[re.Pattern[str], ...]:
 
 @cache
 def _forms() -> tuple[re.Pattern[str], ...]:
-    """One pattern a template: its numbers as named groups, any word for a person or thing, each choice of words."""
-    return tuple(re.compile(_pattern(template.story)) for template in TEMPLATES)
+    """One pattern a template: its numbers and words as named groups, any word for a person or thing, each choice of words."""
+    return tuple(re.compile(_pattern(template.story, count())) for template in TEMPLATES)
 
 
-def _pattern(story: str) -> str:
+def _pattern(story: str, numbering: Iterator[int]) -> str:
+    """Numbers are the groups n0, n1, ...; words are wN_A, wN_x, ..., where N tells the places of one word apart."""
     pattern, last = "", 0
     for slot in _SLOT.finditer(story):
         pattern += re.escape(story[last : slot.start()])
         name, choices = slot.groups()
         if choices is not None:
-            pattern += "(?:" + "|".join(_pattern(choice) for choice in choices.split("|")) + ")"
+            pattern += "(?:" + "|".join(_pattern(choice, numbering) for choice in choices.split("|")) + ")"
         else:
-            pattern += rf"(?P<n{name}>\d{{1,4}})" if name.isdigit() else r"\w+"
+            group = rf"(?P<n{name}>\d{{1,4}})" if name.isdigit() else rf"(?P<w{next(numbering)}_{name}>\w+)"
+            pattern += group
         last = slot.end()
     return pattern + re.escape(story[last:])
 
 
-def _solved(template: Template, numbers: tuple[int, ...], question: str) -> Problem | None:
+def _solved(template: Template, numbers: tuple[int, ...], words: Mapping[str, str], question: str) -> Problem | None:
     """The problem with these numbers; None where a division does not come out."""
     steps: list[Step] = []
     for plan in parse_plan(template):
@@ -155,7 +161,8 @@ def _solved(template: Template, numbers: tuple[int, ...], question: str) -> Prob
         result = compute(plan.op, left, right)
         if result is None:
             return None
-        steps.append(Step(plan.op, left, right, result, "", needs))
+        label = _WORD_SLOT.sub(lambda slot: words.get(slot[1], ""), plan.label)
+        steps.append(Step(plan.op, left, right, result, label, needs))
     return Problem(question, template.name, numbers, question, tuple(steps), steps[-1].result)
 
 

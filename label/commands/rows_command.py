@@ -33,6 +33,7 @@ from draftsmith.ownership import check_output_file
 
 # As in token_labels, which jsonargparse cannot look behind.
 After = Literal["ignored", "wrong"]
+StepRule = Literal["whole", "first-number", "last-token"]
 
 UNPLACED = "wrong, but nobody has said where"
 SILENT = "no token is left that a label speaks of"
@@ -64,6 +65,7 @@ def rows(
     store: str | None = None,
     answers: Path | None = None,
     after: After = "ignored",
+    step: StepRule = "whole",
     max_length: int | None = None,
     where: Annotated[TokenizerOptions, FLAT] = OWN_FILES,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
@@ -79,6 +81,8 @@ def rows(
         store: a store of labels (path, or an SQLAlchemy URL).
         answers: a file of labelled answers, instead of a store.
         after: what the tokens behind the first error are.
+        step: what of an error is wrong that is a whole line, as in imported sets of steps: all of it, its first number or its last token.
+            The rest of the line is ignored.
         max_length: leave out rows of more tokens; default: the target's context.
         where: How the target's files are read; see `TokenizerOptions`.
         rendering: The chat template; see `TemplateChoice`.
@@ -98,7 +102,7 @@ def rows(
     tokenizer = where.tokenizer(target)
     length = max_length or context_of(read_config(resolve(target, revision), trust))
     chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
-    made = make_rows(labelled, tokenizer, chat, after, length)
+    made = make_rows(labelled, tokenizer, chat, after, length, step)
     _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)
     _tell(made, out)
@@ -110,6 +114,7 @@ def make_rows(
     chat: ChatTemplate,
     after: After = "ignored",
     max_length: int | None = None,
+    step: StepRule = "whole",
 ) -> MadeRows:
     """One row an answer, in the order of the answers. Several labels of one answer are one row (see merged_labels).
 
@@ -119,6 +124,7 @@ def make_rows(
         chat: the target's chat template.
         after: what the tokens behind the first error are.
         max_length: leave out rows of more tokens; None keeps all.
+        step: what of a wrong step is wrong; see :func:`~draftsmith.label.token_labels.token_labels`.
 
     Raises:
         ValueError: two answers have one id.
@@ -133,7 +139,7 @@ def make_rows(
             group.append(answer)
     for group in by_id.values():
         if group:
-            _add(made, group, tokenizer, chat, after, max_length)
+            _add(made, group, tokenizer, chat, after, max_length, step)
     return made
 
 
@@ -167,6 +173,7 @@ def _add(
     chat: ChatTemplate,
     after: After,
     max_length: int | None,
+    step: StepRule,
 ) -> None:
     first = group[0]
     placed = [answer for answer in group if answer.label is not None and answer.label.verdict != "unplaced"]
@@ -176,7 +183,7 @@ def _add(
         return
     tokens = tokenize(first.response, tokenizer)
     try:
-        labels, disputed = merged_labels([token_labels(answer, tokens.offsets, after) for answer in placed])
+        labels, disputed = merged_labels([token_labels(answer, tokens.offsets, after, step) for answer in placed])
     except ValueError as error:
         made.left_out.append((str(error), UNTOUCHED))
         return

@@ -7,7 +7,7 @@ the store. Label Studio's tasks are in `label_studio.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,10 +17,16 @@ from draftsmith.label.formats import calculations, label_studio
 from draftsmith.label.schema import Answer, Label, Span, check_answer, from_row, refusal
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
-Format = Literal["auto", "answers", "label-studio", "prm800k", "mistake", "solutions", "autojudge"]
+Format = Literal[
+    "auto", "answers", "label-studio", "prm800k", "mistake", "processbench", "stepwise", "solutions", "autojudge"
+]
 Row = Mapping[str, Any]
 
 STEP_BREAK = "\n"
+STEPWISE_STEPS = "model_output_steps"
+# The second is MR-GSM8K's own name of the field.
+_STEPWISE_ERRORS = ("first_error_step", "model_output_solution_first_error_step")
+_NO_STEP = (None, 0, -1, "", "N/A")
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,10 @@ def detect(row: Row, place: str) -> Format:
         return "label-studio"
     if {"steps", "mistake_index"} <= set(row):
         return "mistake"
+    if {"problem", "steps", "label"} <= set(row):
+        return "processbench"
+    if "question" in row and STEPWISE_STEPS in row:
+        return "stepwise"
     if {"steps", "ratings"} <= set(row) or {"question", "label"} <= set(row):
         return "prm800k"
     if {"prefix", "draft_token", "important"} <= set(row):
@@ -112,9 +122,40 @@ def _mistake(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     if index is not None and (type(index) is not int or not 0 <= index < len(steps)):
         rule = f"it is null or the index of one of the {len(steps)} steps, from 0"
         raise refusal(place, "mistake_index", index, rule, "correct it")
-    response = STEP_BREAK.join(steps)
-    error = None if index is None else _step_span(steps, index)
-    yield origin.answer(_get(row, "input", place), response, origin.label("person", error), place)
+    yield _of_steps(_get(row, "input", place), steps, index, origin, place)
+
+
+def _processbench(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
+    """ProcessBench: `label` is the index of the first wrong step, -1 where there is none."""
+    steps = _steps(_get(row, "steps", place), place, "steps")
+    index = _get(row, "label", place)
+    if type(index) is not int or not -1 <= index < len(steps):
+        rule = f"it is -1 or the index of one of the {len(steps)} steps, from 0"
+        raise refusal(place, "label", index, rule, "correct it")
+    yield _of_steps(_get(row, "problem", place), steps, None if index < 0 else index, origin, place)
+
+
+def _stepwise(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
+    """Steps with the number of the first wrong one, counted from 1: MR-GSM8K and its like."""
+    steps = _steps(_get(row, STEPWISE_STEPS, place), place, STEPWISE_STEPS)
+    field = next((name for name in _STEPWISE_ERRORS if name in row), _STEPWISE_ERRORS[0])
+    number = _get(row, field, place)
+    if isinstance(number, str) and number.isdecimal():
+        number = int(number)
+    is_none = number in _NO_STEP and not isinstance(number, bool)
+    if not is_none and (type(number) is not int or not 1 <= number <= len(steps)):
+        rule = f"it is the number of one of the {len(steps)} steps, from 1; or null, 0, -1 or N/A for none"
+        raise refusal(place, field, number, rule, "correct it")
+    answer = _of_steps(_get(row, "question", place), steps, None if is_none else number - 1, origin, place)
+    if is_none and row.get("model_output_solution_correctness") == "wrong":
+        answer = replace(answer, label=Label("unplaced", origin.labelled_by, "person"))
+    yield answer
+
+
+def _of_steps(question: Any, steps: list[str], wrong: int | None, origin: LabelSource, place: str) -> Answer:
+    """An answer of which one step is the first wrong one, by its index, or none is."""
+    error = None if wrong is None else _step_span(steps, wrong)
+    return origin.answer(question, STEP_BREAK.join(steps), origin.label("person", error), place)
 
 
 def _prm800k(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
@@ -295,6 +336,8 @@ READERS: dict[str, Callable[[Row, str, LabelSource], Iterator[Answer]]] = {
     "label-studio": label_studio.read_task,
     "prm800k": _prm800k,
     "mistake": _mistake,
+    "processbench": _processbench,
+    "stepwise": _stepwise,
     "solutions": _solutions_of,
     "autojudge": _autojudge,
 }

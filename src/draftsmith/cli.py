@@ -94,6 +94,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "generate",
         "Let models answer questions, check every answer, keep them labelled.",
     ),
+    ("label", "corrupt"): Command(
+        "draftsmith.label.corrupt.corrupt_command",
+        "corrupt",
+        "Put errors of known places into right answers: more kinds than one draft LM makes.",
+    ),
     ("label", "export"): Command(
         "draftsmith.label.commands.store_commands",
         "export_answers",

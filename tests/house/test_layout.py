@@ -65,6 +65,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "formats": {"", "store"},
         "page": {"", "store"},
         "mine": {"", "checkers"},
+        "corrupt": {"", "checkers"},
         "commands": {"", "checkers", "store", "formats"},
     },
     "train": {

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,3 +104,44 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Slow does not tell its tokens' offsets"):
         tokenize("a", Slow())  # type: ignore[arg-type]
+
+
+STEPS = "Take 3 pens.\nSo 3 + 4 = 8 now.\nThat is all."
+
+
+def by_words(error: tuple[int, int], step: str) -> list[tuple[str, int]]:
+    """Each word of STEPS with its label."""
+    offsets = [match.span() for match in re.finditer(r"\S+", STEPS)]
+    messages = (Message(role="user", content="?"),)
+    label = Label("wrong", "me", "person", error)
+    labels = token_labels(Answer("a", messages, STEPS, "m", "MIT", "s", label), offsets, step=step)  # type: ignore[arg-type]
+    return [(STEPS[slice(*span)], label) for span, label in zip(offsets, labels, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("step", "wrong"),
+    [("whole", ["So", "3", "+", "4", "=", "8", "now."]), ("first-number", ["3"]), ("last-token", ["now."])],
+)
+def test_of_a_wrong_step_only_what_the_rule_says_is_wrong_and_the_rest_unknown(step: str, wrong: list[str]) -> None:
+    start = STEPS.index("So")
+    found = by_words((start, STEPS.index("\nThat")), step)
+    assert found[:3] == [("Take", 1), ("3", 1), ("pens.", 1)]
+    assert [word for word, label in found if label == 0] == wrong
+    assert all(label != 1 for _, label in found[3:])
+
+
+def test_an_error_within_a_line_is_no_step() -> None:
+    at = STEPS.index("8")
+    for step in ("whole", "first-number", "last-token"):
+        assert [word for word, label in by_words((at, at + 1), step) if label == 0] == ["8"]
+
+
+def test_a_step_without_a_number_teaches_nothing_by_its_first_number() -> None:
+    start = STEPS.index("That")
+    found = by_words((start, len(STEPS)), "first-number")
+    assert not [word for word, label in found if label == 0]
+
+
+def test_another_word_for_the_rule_of_steps_is_an_error() -> None:
+    with pytest.raises(ValueError, match="step is 'all'"):
+        by_words((0, 4), "all")

@@ -51,6 +51,53 @@ def test_no_mistake_is_correct(tmp_path: Path) -> None:
     assert one(tmp_path, MISTAKE | {"mistake_index": None}).label == Label("correct", "them", "person")
 
 
+PROCESS = {"id": "gsm8k-1", "problem": "Solve.", "steps": ["ab", "cde", "f"], "label": 1, "final_answer_correct": False}
+STEPWISE = {"question": "Solve.", "model_output_steps": ["ab", "cde", "f"], "first_error_step": 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "none"),
+    [(PROCESS, "processbench", {"label": -1}), (STEPWISE, "stepwise", {"first_error_step": None})],
+)
+def test_sets_of_steps_are_known_by_their_fields(tmp_path: Path, row: Any, format: str, none: Any) -> None:
+    imported = read(tmp_path, row, row | none)
+    assert imported.format == format
+    wrong, correct = imported.answers
+    assert (wrong.response, wrong.label) == ("ab\ncde\nf", Label("wrong", "them", "person", (3, 6)))
+    assert wrong.messages == ({"role": "user", "content": "Solve."},)
+    assert correct.label == Label("correct", "them", "person")
+
+
+@pytest.mark.parametrize(
+    ("number", "span"), [(1, (0, 2)), (3, (7, 8)), ("3", (7, 8)), (0, None), (-1, None), ("N/A", None)]
+)
+def test_stepwise_errors_count_from_one(tmp_path: Path, number: Any, span: Any) -> None:
+    for field in ("first_error_step", "model_output_solution_first_error_step"):
+        row = {key: value for key, value in STEPWISE.items() if key != "first_error_step"} | {field: number}
+        label = one(tmp_path, row).label
+        assert label is not None
+        assert label.error == span
+
+
+def test_a_solution_that_is_wrong_nowhere_in_particular_is_unplaced(tmp_path: Path) -> None:
+    label = one(tmp_path, STEPWISE | {"first_error_step": None, "model_output_solution_correctness": "wrong"}).label
+    assert label == Label("unplaced", "them", "person")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "told"),
+    [
+        (PROCESS, {"label": 3}, "label is 3; it is -1 or the index of one of the 3 steps, from 0"),
+        (PROCESS, {"label": True}, "label is true"),
+        (STEPWISE, {"first_error_step": 4}, "first_error_step is 4; it is the number of one of the 3 steps, from 1"),
+        (STEPWISE, {"first_error_step": False}, "first_error_step is false"),
+        (STEPWISE, {"model_output_steps": "ab"}, "it is a list"),
+    ],
+)
+def test_steps_that_are_none_are_left_out(tmp_path: Path, good: Any, bad: Any, told: str) -> None:
+    assert told in refused(tmp_path, good, good | bad)
+
+
 def test_the_first_step_rated_wrong_is_the_error_and_neutral_is_none(tmp_path: Path) -> None:
     answer = one(tmp_path, RATED | {"tail": "more"})
     assert (answer.response, answer.label) == ("ab\ncde\nf\nmore", Label("wrong", "them", "person", (7, 8)))
