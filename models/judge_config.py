@@ -18,7 +18,7 @@ POST_NORM = "last.post_norm"
 WITH_OPINION = "last.pre_norm + opinion"
 NO_GATE = "none"
 GATES = (NO_GATE, "line", "reply")
-FEATURES = (WITH_OPINION, PRE_NORM, POST_NORM)
+FEATURES = (PRE_NORM, POST_NORM, WITH_OPINION)
 
 
 class CurvePoint(TypedDict):

@@ -21,7 +21,7 @@ from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.judge import FEATURES, POST_NORM, WITH_OPINION, Judge, JudgeConfig
-from draftsmith.models.target.target import TargetEnds
+from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.judge.data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge.fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
@@ -372,7 +372,9 @@ def _check_settings(
     feature: str, l2: Sequence[float], class_weight: str | float, max_wrong: float, counts: dict[str, int]
 ) -> None:
     if feature not in FEATURES:
-        raise ValueError(f"feature is {feature!r}; a judge reads one of {', '.join(FEATURES)}; give one of them")
+        raise ValueError(
+            f"feature is {feature!r}; a judge reads {PRE_NORM} or {POST_NORM} alone, or {WITH_OPINION}; give one of them"
+        )
     if not l2 or not all(0.0 < penalty < float("inf") for penalty in l2):
         raise ValueError(
             f"l2 is {list(l2)}; it is a list of penalties above 0, without which separable tokens have no optimum"

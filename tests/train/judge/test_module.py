@@ -301,7 +301,7 @@ def test_parts_that_do_not_fit_together_are_refused(target_dir: Path, cache: Pat
         ({"max_wrong": -0.1}, "max_wrong is -0.1"),
         ({"iterations": 0}, "iterations is 0"),
         ({"num_replicates": 0}, "num_replicates is 0"),
-        ({"feature": "layer.1.output"}, "a judge reads one of"),
+        ({"feature": "layer.1.output"}, "a judge reads last.pre_norm or last.post_norm"),
     ],
 )
 def test_settings_out_of_range_are_refused(target_dir: Path, settings: dict[str, Any], told: str) -> None:

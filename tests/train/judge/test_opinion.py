@@ -69,8 +69,9 @@ def test_a_kept_judge_has_figures_over_the_tokens_that_the_target_would_not_have
     trained: tuple[JudgeModule, JudgeDataModule, Path],
 ) -> None:
     module, data, folder = trained
-    config = load_judge(folder).config
-    assert (config.feature, config.num_features) == (WITH_OPINION, HIDDEN + 6)
+    kept, config = load_judge(folder).config, module.judge().config  # the best so far, and the last
+    assert (kept.feature, kept.num_features) == (WITH_OPINION, HIDDEN + 6)
+    assert kept.labels["differing"].keys() == config.labels["differing"].keys()
     differs = data.tokens("validation").differs.numpy()
     labels = data.labels("validation")[differs]
     found = config.labels["differing"]
@@ -105,7 +106,7 @@ def test_mined_labels_are_joined_to_others_only_by_asking_for_it(cache: Path, tm
     rows = rows_of(cache)
     file = save_rows(tmp_path, [replace(row, how="mined") if number < 30 else row for number, row in enumerate(rows)])
     with pytest.raises(
-        ValueError, match=r"labelled by mined \(30\), rule \(30\); a mined label means .* join_kinds: true"
+        ValueError, match=r"labelled by mined \(30\), rule \(30\); a mined label means .*join_kinds: true"
     ):
         judge_data(cache, file).setup()
     joined = judge_data(cache, file, join_kinds=True)
