@@ -19,7 +19,7 @@ from draftsmith.arguments import FLAT, suggestion
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.progress import progress
-from draftsmith.data.prompts import PromptSelection
+from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.doctor.acceptance import check_acceptance
 from draftsmith.evaluate.doctor.alignment import check_shifts, check_steps
@@ -42,6 +42,7 @@ from draftsmith.evaluate.doctor.case import (
     replies_of,
     with_states,
 )
+from draftsmith.evaluate.doctor.foreign_words import check_judge
 from draftsmith.evaluate.doctor.labels import check_labels, check_loops, check_own_text, check_vocabulary, shown_samples
 from draftsmith.evaluate.doctor.modes import check_mode
 from draftsmith.evaluate.doctor.overfit import check_overfit
@@ -56,9 +57,12 @@ from draftsmith.evaluate.doctor.overlap import (
 from draftsmith.evaluate.doctor.report import Finding, console, findings_json, findings_table, summary
 from draftsmith.evaluate.doctor.serving import check_file, check_serving
 from draftsmith.evaluate.doctor.states import check_projection, check_sound, check_states, project
+from draftsmith.evaluate.lossy.contest import judged_by, read_questions
+from draftsmith.evaluate.lossy.lossy import IsRight
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import readable, selected_samples
 from draftsmith.files import atomic_write
+from draftsmith.label.checkers.checkers import load_checker
 from draftsmith.models.files.device_and_dtype import AUTO, as_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
@@ -89,8 +93,8 @@ CHECKS: dict[str, Check] = {
     "prompt-length": check_prompt_length,
     "mode": check_mode,
 }
-"""The checks that need nothing but the case, in their order; `overfit` and READS_TEXT follow."""
-NAMES = (*CHECKS, "overfit", *READS_TEXT)
+"""The checks that need nothing but the case, in their order; `overfit`, READS_TEXT and, if asked for, `judge` follow."""
+NAMES = (*CHECKS, "overfit", *READS_TEXT, "judge")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def doctor(
     show: int = 2,
     source: Path | None = None,
     ends_only: bool = False,
+    judge: str | None = None,
     bounds: Annotated[Bounds, FLAT] = USUAL_BOUNDS,
     use: Annotated[Use, FLAT] = UNKNOWN_USE,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
@@ -153,6 +158,7 @@ def doctor(
         show: How many of the samples are printed, with what is trained on marked.
         source: The text that was trained on, as `draftsmith data extract` takes it; read instead of the cache's tokens.
         ends_only: Load the target's embedding, norm and head alone: for a target too large for this machine. No fresh forward then.
+        judge: A checker of answers, as in `draftsmith label generate`: tells whether a judge could keep the answers of this draft LM right.
         bounds: How much is looked at; see `Bounds`.
         use: How you use the drafter; see `Use`.
         where: Where the target runs; see `TargetOptions`.
@@ -174,6 +180,8 @@ def doctor(
     if corpus is not None and case.cache is not None:
         corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on
     findings = examine(case, bounds, left_out, corpus)
+    if judge is not None:
+        findings.append(_made("judge", partial(check_judge, is_right=_judge(judge, prompts, asked)), case, left_out))
     _print(case, findings, show)
     _write(out, case, findings, {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts})
     print(summary(findings))
@@ -203,6 +211,15 @@ def _prompts(
     if not samples:
         raise ValueError(f"{prompts} has no prompt in split {split!r}; name another with --split, or leave it out")
     return samples
+
+
+def _judge(checker: str, prompts: Path | None, samples: Sequence[Sample]) -> IsRight | None:
+    """Tells whether a text answers a prompt, by its number; None without prompts."""
+    if prompts is None:
+        return None
+    loaded = load_checker(checker)
+    file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    return judged_by(read_questions(file, samples, loaded), samples, loaded)
 
 
 def _text(

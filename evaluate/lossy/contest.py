@@ -91,23 +91,38 @@ def prepare(
     tokenizer = where.tokenizer(target)
     samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    questions = None if checker is None else _questions(file, samples, checker)
+    questions = None if checker is None else read_questions(file, samples, checker)
     model = where.load_to_decode(target)
     samples = readable_by(model, samples)
     draft = _drafter(folder, model, tokenizer_fingerprint(tokenizer), where.trust_remote_code)
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
-    is_right = None if checker is None or questions is None else _judging(questions, samples, checker)
+    is_right = None if checker is None or questions is None else judged_by(questions, samples, checker)
     inputs = {str(file): sha256_file(file), target: model.fingerprint}
     return Contest(model, draft, tokenizer, samples, settings, is_right, inputs)
 
 
-def _judging(questions: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], checker: Checker) -> IsRight:
-    """Tells whether a text answers the problem of a sample, by its number."""
+def judged_by(questions: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], checker: Checker) -> IsRight:
+    """Tells whether a text answers the problem of a sample, by its number.
+
+    Args:
+        questions: the whole row of each problem, by its id.
+        samples: the problems.
+        checker: judges.
+    """
     return lambda number, text: checker.check(questions[samples[number].id], text).verdict == "correct"
 
 
-def _questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
-    """The whole row of each problem by its id. Each is checked now: a row that cannot judge an answer is an error before decoding."""
+def read_questions(file: Path, samples: Sequence[Sample], judged: Checker) -> dict[str, Mapping[str, Any]]:
+    """The whole row of each problem by its id. Each is checked now: a row that cannot judge an answer is an error before decoding.
+
+    Args:
+        file: of the problems.
+        samples: those that are answered.
+        judged: the checker.
+
+    Raises:
+        ValueError: two problems have one id, or one cannot judge an answer.
+    """
     rows: dict[str, Mapping[str, Any]] = {}
     for line, row in read_jsonl(file, []):  # `read_samples` tells of those left out
         try:
