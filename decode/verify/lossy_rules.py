@@ -24,6 +24,8 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import shape_text
 from draftsmith.models.tree.tree import DraftTree
 
+_SURE = 0.9
+
 
 class JudgeRule(LossyRule):
     """A trained judge (Judge Decoding, arXiv:2501.19309): allowed where it finds the draft token's own state to be a correct token's.
@@ -210,6 +212,60 @@ class Divergence(LossyRule):
         log_target_BLV = logits_BNV[:, :-1].log_softmax(-1)
         apart_BL = divergence(tree.draft_probs_BMV, log_target_BLV)
         return torch.nn.functional.pad(apart_BL < self.threshold, (1, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class UnsureDivergence(Divergence):
+    """As :class:`Divergence`, but only where the target is not sure: its likeliest token has at most 0.9 (arXiv:2601.04766).
+
+    Where a target is sure, a draft with nearly the same distribution can still hold the one token that it would never write.
+
+    Attributes:
+        threshold: nats, at least 0.
+
+    Raises:
+        ValueError: another threshold.
+    """
+
+    name = "kl-unsure"
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        best_BN = logits_BNV.softmax(-1).amax(-1).gather(1, tree.parents_BN.clamp(min=0))
+        return super().allows(tree, logits_BNV, output) & (best_BN <= _SURE)
+
+
+@dataclass(frozen=True, repr=False)
+class Ensemble(LossyRule):
+    """Allowed if it is the likeliest token of a mixture of target and draft, as Transformers' `assistant_ensemble_weight` has it.
+
+    The mixture is threshold * target + (1 - threshold) * draft. The target's distribution is that of the request, the draft's is as it was
+    learned. Transformers also draws from the mixture where it samples, and writes its likeliest token where it does not accept. Here the
+    target's own choice ends a cycle, as with every rule. Chains only.
+
+    Attributes:
+        threshold: the target's weight, above 0 and below 1; half or less can accept what the target finds impossible.
+
+    Raises:
+        ValueError: another weight.
+    """
+
+    threshold: float
+    name = "ensemble"
+    reads_draft = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(
+                f"the ensemble's weight is {self.threshold}; it is the target's share of the mixture: give a number above 0 and below 1"
+            )
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`."""
+        assert tree.draft_probs_BMV is not None
+        target_BLV = logits_BNV[:, :-1].softmax(-1)
+        likeliest_BL = torch.lerp(tree.draft_probs_BMV.float(), target_BLV, self.threshold).argmax(-1)
+        return torch.nn.functional.pad(likeliest_BL == tree.tokens_BN[:, 1:], (1, 0))
 
 
 @dataclass(frozen=True, repr=False)

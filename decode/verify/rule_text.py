@@ -9,12 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from draftsmith.decode.verify.lossy_rule import LossyRule
-from draftsmith.decode.verify.lossy_rules import Divergence, Everything, JudgeRule, TopK, Typical
+from draftsmith.decode.verify.lossy_rules import (
+    Divergence,
+    Ensemble,
+    Everything,
+    JudgeRule,
+    TopK,
+    Typical,
+    UnsureDivergence,
+)
 from draftsmith.decode.verify.uncertain_rules import Fly, Margin
 from draftsmith.models.judge import load_judge
 
 TRAINING_FREE: dict[str, Callable[[float], LossyRule]] = {
-    rule.name: rule for rule in (TopK, Typical, Divergence, Fly, Margin)
+    rule.name: rule for rule in (TopK, Typical, Divergence, UnsureDivergence, Ensemble, Fly, Margin)
 }
 """Rules that need no training, by name: each made from its threshold."""
 
@@ -23,7 +31,7 @@ def parse_rule(text: str) -> tuple[str, LossyRule | None]:
     """A rule and its name from ``[NAME=]KIND[:FOLDER][@THRESHOLD]``; without a name it has its kind's.
 
     Kinds: ``lossless`` (no rule), ``judge:FOLDER`` with the head's own threshold unless one is given, ``top-k@3``, ``typical@0.09``,
-    ``kl@0.5``, ``fly@0.3``, ``margin@0.3``, ``everything``.
+    ``kl@0.5``, ``kl-unsure@0.5``, ``ensemble@0.7``, ``fly@0.3``, ``margin@0.3``, ``everything``.
 
     Raises:
         ValueError: an unknown kind, a threshold that is missing, not wanted or out of range, or a folder that holds no whole judge.
@@ -45,8 +53,8 @@ def parse_rule(text: str) -> tuple[str, LossyRule | None]:
     if kind in TRAINING_FREE and threshold is not None:
         return name, TRAINING_FREE[kind](threshold)
     raise ValueError(
-        f"rule {text!r} is not known; write lossless, judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, fly@0.3, "
-        "margin@0.3 or everything"
+        f"rule {text!r} is not known; write lossless, judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, "
+        "kl-unsure@0.5, ensemble@0.7, fly@0.3, margin@0.3 or everything"
     )
 
 

@@ -114,7 +114,7 @@ def test_a_judge_with_a_gate_stays_within_what_it_accepts_without(target: Target
     everywhere = tuple(range(3, target.ends.vocab_size))
     free = by_rule(judge)
     assert by_rule(judge.with_gate("line", line_end_ids=everywhere)) == free  # each token is a line
-    assert by_rule(judge.with_gate("line", line_end_ids=[0]))[0] == 0  # no line ever ends
+    assert by_rule(judge.with_gate("line", line_end_ids=[0]))[0] < free[0]  # hardly a line ends
     assert free[0] > 0
 
 
