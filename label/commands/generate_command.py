@@ -191,7 +191,7 @@ def generate(
     _check_models(models, where)
     adder = "" if store is None else entry.adder()
     checking = load_checker(checker, tests.test_seconds, tests.unprotected)
-    questions = _questions(prompts, selection, entry.licence, checking)
+    questions = licensed_questions(prompts, selection, entry.licence, checking)
     config = asking.recorded | vars(selection) | {"prompts": prompts, "models": models, "checker": checker}
     config |= {"pairs": pairs, "licence": entry.licence, "where": where.placed(), "test_seconds": tests.test_seconds}
     config["dtype"] = {model: where.resolve_dtype(model, where.dtype) for model in models}
@@ -254,10 +254,16 @@ def _check_models(models: Sequence[str], where: TargetOptions) -> None:
         )
 
 
-def _questions(
-    prompts: Path, selection: PromptSelection, licence: str | None, checker: Checker
+def licensed_questions(
+    prompts: Path, selection: PromptSelection, licence: str | None, checker: Checker | None
 ) -> list[LicensedPrompt]:
     """The questions. The checker sees each of them before any model is loaded. The others are counted on standard error.
+
+    Args:
+        prompts: a prompt file, or a folder with one.
+        selection: which of them.
+        licence: of those whose rows do not name one.
+        checker: judges the answers; None for people.
 
     Raises:
         ValueError: none is left; names the first line and its reason.
@@ -277,7 +283,7 @@ def _questions(
     return usable
 
 
-def _question(prompt: Prompt, row: Row, licence: str | None, checker: Checker) -> LicensedPrompt:
+def _question(prompt: Prompt, row: Row, licence: str | None, checker: Checker | None) -> LicensedPrompt:
     """A prompt ready to be asked.
 
     Raises:
@@ -294,7 +300,7 @@ def _question(prompt: Prompt, row: Row, licence: str | None, checker: Checker) -
     if prompt.reference:
         asked["reference"] = list(prompt.reference)
     whole = {**row, **asked}  # as a checker expects them, however the row writes them
-    if checker.probed:
+    if checker is not None and checker.probed:
         checker.check(whole, "")
     return LicensedPrompt(prompt, whole, prompt.place, own)
 

@@ -66,6 +66,7 @@ def rows(
     answers: Path | None = None,
     after: After = "ignored",
     step: StepRule = "whole",
+    one_class: bool = False,
     max_length: int | None = None,
     where: Annotated[TokenizerOptions, FLAT] = OWN_FILES,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
@@ -83,6 +84,7 @@ def rows(
         after: what the tokens behind the first error are.
         step: what of an error is wrong that is a whole line, as in imported sets of steps: all of it, its first number or its last token.
             The rest of the line is ignored.
+        one_class: write the rows even where all tokens are correct, or all wrong; a judge then needs other rows beside them.
         max_length: leave out rows of more tokens; default: the target's context.
         where: How the target's files are read; see `TokenizerOptions`.
         rendering: The chat template; see `TemplateChoice`.
@@ -103,7 +105,8 @@ def rows(
     length = max_length or context_of(read_config(resolve(target, revision), trust))
     chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
     made = make_rows(labelled, tokenizer, chat, after, length, step)
-    _refuse_one_class(made, store or str(answers))
+    if not one_class:
+        _refuse_one_class(made, store or str(answers))
     write_rows(out, made.rows)
     _tell(made, out)
 

@@ -145,6 +145,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "evaluate_rules",
         "Measure what lossy rules gain, and what they cost in right answers.",
     ),
+    ("judge", "rounds"): Command(
+        "draftsmith.train.judge.rounds_command",
+        "judge_rounds",
+        "Let a judge learn from what it lets stand: decode, check, train, round by round.",
+    ),
     ("judge", "tune"): Command(
         "draftsmith.evaluate.lossy.tune_command",
         "tune_judge",

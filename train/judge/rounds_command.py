@@ -1,0 +1,255 @@
+"""`draftsmith judge rounds`: a judge learns from what it lets stand, round by round.
+
+Owns the options, the files of a round, and where a stopped command goes on. Does not know how a round is decoded or trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from draftsmith.arguments import FLAT
+from draftsmith.data.cache.extract import extract
+from draftsmith.data.prompts import ALL_PROMPTS, PromptSelection
+from draftsmith.data.tokens import chat_of
+from draftsmith.decode.model_settings import for_target
+from draftsmith.decode.sampling import DrawOptions, settings_of
+from draftsmith.files import atomic_write, exclusive, sha256_file
+from draftsmith.label.checkers.checkers import Checker, load_checker
+from draftsmith.label.commands.checked_answers import LicensedPrompt
+from draftsmith.label.commands.generate_command import licensed_questions
+from draftsmith.label.commands.rows_command import rows as label_rows
+from draftsmith.label.schema import read_answers, write_answers
+from draftsmith.models.judge import load_judge
+from draftsmith.models.target.options import DEFAULTS, TargetOptions
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
+from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.ownership import check_unclaimed
+from draftsmith.provenance import differences
+from draftsmith.train.judge.data import JudgeDataModule
+from draftsmith.train.judge.module import JudgeModule
+from draftsmith.train.judge.rounds import (
+    Decoder,
+    RoundFigures,
+    Served,
+    checked,
+    figures,
+    keep,
+    rounds_table,
+    train,
+    write_table,
+)
+
+ANSWERS, TO_LABEL, COUNTS, ROWS, SETTINGS = (
+    "answers.jsonl",
+    "to-label.jsonl",
+    "decoded.json",
+    "rows.jsonl",
+    "settings.json",
+)
+LONG_ANSWERS = DrawOptions(max_new_tokens=256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOptions:
+    """How many rounds, and of how many questions.
+
+    Args:
+        rounds: How often the judge decodes, is checked and trained.
+        questions: Questions of each round; each round takes others.
+        batch_rows: Answers in flight.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+
+    rounds: int = 2
+    questions: int = 200
+    batch_rows: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "questions", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+TWO_ROUNDS = RoundOptions()
+
+
+def judge_rounds(
+    target: str,
+    judge: Path,
+    rows: list[Path],
+    cache: list[Path],
+    drafters: list[str],
+    prompts: Path,
+    out: Path,
+    checker: str | None = None,
+    shapes: list[str] = ("1x16",),  # type: ignore[assignment]
+    licence: str | None = None,
+    course: Annotated[RoundOptions, FLAT] = TWO_ROUNDS,
+    draw: Annotated[DrawOptions, FLAT] = LONG_ANSWERS,
+    selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
+    where: Annotated[TargetOptions, FLAT] = DEFAULTS,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
+) -> None:
+    """Decode training questions with a judge, let a checker label what stood, and train the judge again, round by round.
+
+    A judge that learns from one drafter's errors lets those of another stand. Give all drafters that it is to serve. To resume a stopped
+    command, start it again. Writes OUT/round-1, OUT/round-2, ... with a judge in each, and a table: rounds.md and rounds.json.
+
+    Args:
+        target: Directory or hub id of the target, or embedded:target.
+        judge: Folder of the judge that the first round decodes with.
+        rows: Files of labelled rows that it was trained on; every round learns from these, too.
+        cache: Folders of their states.
+        drafters: Folders of trained drafters, or draft LMs, that the judge is to serve.
+        prompts: Problems of the training split, with their reference answers.
+        out: Folder of the rounds.
+        checker: What labels the answers, as in `draftsmith label generate`. Without one, people do: the command writes to-label.jsonl and
+            stops. Put their labels beside it as answers.jsonl, and start it again.
+        shapes: How much each drafter drafts: one shape for all, or one for each.
+        licence: Licence of the problems, where their rows do not name one.
+        course: How many rounds; see `RoundOptions`.
+        draw: Length, seed and temperature of the answers; see `DrawOptions`.
+        selection: Which problems; see `PromptSelection`.
+        where: Where the target runs; see `TargetOptions`.
+        rendering: The chat template; see `TemplateChoice`.
+
+    Raises:
+        ValueError: settings that do not work together, too few problems, or a folder of a command with other settings.
+    """
+    check_unclaimed(out)
+    served = served_drafters(drafters, shapes)
+    checking = None if checker is None else load_checker(checker)
+    where = where.resolved(target)
+    questions = _parts(licensed_questions(prompts, selection, licence, checking), course)
+    settings = {
+        "target": target,
+        "judge": str(judge),
+        "drafters": [asdict(each) for each in served],
+        "checker": checker,
+    }
+    settings |= (
+        asdict(course) | asdict(draw) | {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(prompts)}
+    )
+    with exclusive(out / SETTINGS):
+        _check_settings(out / SETTINGS, settings)
+        run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
+        table: list[RoundFigures] = []
+        for number, part in enumerate(questions, start=1):
+            made = run.once(number, judge if number == 1 else out / f"round-{number - 1}" / "judge", part)
+            if made is None:
+                return
+            table.append(made)
+            write_table(out, table)
+    print(f"{rounds_table(table)}\njudge: {out / f'round-{len(table)}' / 'judge'}")
+
+
+def served_drafters(drafters: Sequence[str], shapes: Sequence[str]) -> list[Served]:
+    """Each drafter with its shape.
+
+    Args:
+        drafters: by name.
+        shapes: one for all, or one for each.
+
+    Raises:
+        ValueError: another number of shapes, none of either, or a shape that is none.
+    """
+    if not drafters or len(shapes) not in (1, len(drafters)):
+        raise ValueError(
+            f"{len(drafters)} drafters and {len(shapes)} shapes are named; name at least one drafter, and one shape for all or one for each"
+        )
+    for shape in shapes:
+        parse_shape(shape)
+    every = list(shapes) * len(drafters) if len(shapes) == 1 else list(shapes)
+    return [Served(name, shape) for name, shape in zip(drafters, every, strict=True)]
+
+
+def _parts(questions: Sequence[LicensedPrompt], course: RoundOptions) -> list[Sequence[LicensedPrompt]]:
+    needed = course.rounds * course.questions
+    if len(questions) < needed:
+        raise ValueError(
+            f"{len(questions)} problems are too few for {course.rounds} rounds of {course.questions}; give {needed}, or lower --questions"
+        )
+    return [questions[start : start + course.questions] for start in range(0, needed, course.questions)]
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings, or compares them with those of the command that is resumed."""
+    if not file.is_file():
+        atomic_write(file, json.dumps(settings, indent=1) + "\n")
+        return
+    changed = differences(json.loads(file.read_text(encoding="utf-8")), settings)
+    if changed:
+        raise ValueError(f"{file.parent} holds rounds with other settings: {changed}; give the same, or another --out")
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """What all rounds share; see `judge_rounds`."""
+
+    target: str
+    rows: Sequence[Path]
+    cache: Sequence[Path]
+    served: Sequence[Served]
+    out: Path
+    checker: Checker | None
+    draw: DrawOptions
+    course: RoundOptions
+    where: TargetOptions
+    rendering: TemplateChoice
+
+    def once(self, number: int, judge: Path, questions: Sequence[LicensedPrompt]) -> RoundFigures | None:
+        """One round, from where it was stopped; None where people have to label first."""
+        folder = self.out / f"round-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / ANSWERS).is_file():
+            if not (folder / TO_LABEL).is_file():
+                self._decode(folder, judge, questions, number)
+            if not (folder / ANSWERS).is_file():
+                print(
+                    f"label {folder / TO_LABEL} (draftsmith label import and serve), export the labels to {folder / ANSWERS}, and start "
+                    "the command again"
+                )
+                return None
+        if not (folder / ROWS).is_file():
+            # One class alone is fine here: the rows are learnt from together with the first ones.
+            label_rows(self.target, folder / ROWS, answers=folder / ANSWERS, rendering=self.rendering, one_class=True)
+        extract(self.target, folder / ROWS, folder / "cache", rendering=self.rendering)
+        if not (folder / "judge").is_dir():
+            self._train(folder, number)
+        counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+        return figures(number, folder, list(read_answers(folder / ANSWERS)), counts, self.checker is not None)
+
+    def _decode(self, folder: Path, judge: Path, questions: Sequence[LicensedPrompt], number: int) -> None:
+        tokenizer = self.where.tokenizer(self.target)
+        model = self.where.load_to_decode(self.target)
+        rendering, where = self.rendering, self.where
+        chat = chat_of(
+            self.target, tokenizer, rendering.template, where.revision, where.trust_remote_code, rendering.options
+        )
+        settings = for_target(settings_of(self.draw, eos_token_ids=model.eos_token_ids), model)
+        decoder = Decoder(model, tokenizer, chat, settings, self.course.batch_rows)
+        drafters = [(each, decoder.drafter(each.name, where.trust_remote_code)) for each in self.served]
+        decoded = decoder.decode(load_judge(judge), drafters, questions, number)
+        atomic_write(folder / COUNTS, decoded.counts() + "\n")
+        if self.checker is None:
+            write_answers(folder / TO_LABEL, decoded.answers)
+        else:
+            write_answers(folder / ANSWERS, checked(decoded, self.checker))
+
+    def _train(self, folder: Path, number: int) -> None:
+        rounds = [self.out / f"round-{each}" for each in range(1, number + 1)]
+        data = JudgeDataModule(
+            [*self.cache, *(each / "cache" for each in rounds)], [*self.rows, *(each / ROWS for each in rounds)]
+        )
+        where = self.where
+        module = JudgeModule(
+            self.target, revision=where.revision, adapter=where.adapter, trust_remote_code=where.trust_remote_code
+        )
+        train(module, data, folder / "train")
+        keep(folder / "train", self.served, folder / "judge")
