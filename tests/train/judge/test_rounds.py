@@ -1,0 +1,120 @@
+"""On-policy rounds: a judge decodes, what stood is checked, and it learns from that; a stopped command goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from draftsmith.cli import main
+from draftsmith.data.cache.extract import extract
+from draftsmith.embedded import write_prompts
+from draftsmith.label.commands.rows_command import rows as label_rows
+from draftsmith.label.corrupt.corrupt_command import CorruptionOptions, corrupt
+from draftsmith.label.schema import read_answers
+from draftsmith.label.token_rows import read_rows
+from draftsmith.models.judge import load_judge
+from draftsmith.train.judge.data import JudgeDataModule
+from draftsmith.train.judge.module import JudgeModule
+from draftsmith.train.judge.rounds import RoundFigures, Served, rounds_table, train
+from draftsmith.train.judge.rounds_command import RoundOptions, served_drafters
+
+TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a judge, the rows and the cache that it was trained from, and problems."""
+    folder = tmp_path_factory.mktemp("first")
+    write_prompts(folder / "problems.jsonl", "train", 20)
+    ways = CorruptionOptions(wordings=["draft"])
+    corrupt(folder / "problems.jsonl", folder / "wrong.jsonl", "embedded", "Apache-2.0", ways)
+    label_rows(TARGET, folder / "rows.jsonl", answers=folder / "wrong.jsonl")
+    extract(TARGET, folder / "rows.jsonl", folder / "cache")
+    write_prompts(folder / "train.jsonl", "train", 6, seed=9)
+    train(JudgeModule(TARGET), JudgeDataModule(folder / "cache", folder / "rows.jsonl"), folder / "run")
+    return folder
+
+
+def run(first: Path, out: Path, *words: object) -> int:
+    fixed = {
+        "target": TARGET,
+        "judge": first / "run" / "judge",
+        "rows": json.dumps([str(first / "rows.jsonl")]),
+        "cache": json.dumps([str(first / "cache")]),
+        "drafters": json.dumps([DRAFTER]),
+        "prompts": first / "train.jsonl",
+        "out": out,
+        "licence": "Apache-2.0",
+        "questions": 3,
+        "max_new_tokens": 120,
+    }
+    return main(["judge", "rounds", *(f"--{name}={value}" for name, value in fixed.items()), *map(str, words)])
+
+
+def test_rounds_make_judges_and_a_table_and_a_second_call_finds_them_done(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(first, tmp_path / "rounds", "--checker", "embedded", "--rounds", 2) == 0
+    figures = json.loads((tmp_path / "rounds" / "rounds.json").read_text())
+    assert [row["number"] for row in figures] == [1, 2]
+    assert all(row["answers"] == 3 and 0 <= row["right"] <= 3 for row in figures)
+    assert all(0.0 < row["accepted_per_cycle"] <= 16 and 0 <= row["by_rule"] < row["tokens"] for row in figures)
+    judges = [tmp_path / "rounds" / f"round-{number}" / "judge" for number in (1, 2)]
+    for judge in judges:
+        config = load_judge(judge).config
+        assert [(seen["name"], seen["shapes"]) for seen in config.drafters] == [(DRAFTER, ["1x16"])]
+    own = {row.id for number in (1, 2) for row in read_rows(judges[number - 1].parent / "rows.jsonl")}
+    learnt = load_judge(judges[1]).config.labels
+    # The second round learns from its own rows, those of the first round, and the first rows of all.
+    assert len(own) == 6
+    assert len(learnt["rows"]) == 3
+    made = [judge.stat().st_ino for judge in judges]
+    capsys.readouterr()
+    assert run(first, tmp_path / "rounds", "--checker", "embedded", "--rounds", 2) == 0
+    assert [judge.stat().st_ino for judge in judges] == made
+    assert "| 2 | 3 |" in capsys.readouterr().out
+    assert run(first, tmp_path / "rounds", "--checker", "final-number", "--rounds", 2) == 1
+    assert "holds rounds with other settings: ['checker: there" in capsys.readouterr().err
+
+
+def test_without_a_checker_people_label_what_stood(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rounds"
+    assert run(first, out, "--rounds", 1) == 0
+    assert "start the command again" in capsys.readouterr().out
+    waiting = list(read_answers(out / "round-1" / "to-label.jsonl"))
+    assert waiting
+    assert all(answer.label is None for answer in waiting)
+    rows = [json.loads(line) for line in (out / "round-1" / "to-label.jsonl").read_text().splitlines()]
+    label = {"verdict": "correct", "labelled_by": "me", "how": "person"}
+    (out / "round-1" / "answers.jsonl").write_text("".join(json.dumps(row | label) + "\n" for row in rows))
+    assert run(first, out, "--rounds", 1) == 0
+    assert load_judge(out / "round-1" / "judge").config.labels["how"].keys() == {"person", "rule"}
+    assert "labelled by people" in (out / "rounds.md").read_text()
+
+
+def test_each_drafter_has_a_shape() -> None:
+    assert served_drafters(["a", "b"], ["1x4"]) == [Served("a", "1x4"), Served("b", "1x4")]
+    assert served_drafters(["a", "b"], ["1x4", "1x8"]) == [Served("a", "1x4"), Served("b", "1x8")]
+    for drafters, shapes in ((["a"], ["1x4", "1x8"]), ([], ["1x4"])):
+        with pytest.raises(ValueError, match="one shape for all or one for each"):
+            served_drafters(drafters, shapes)
+
+
+def test_too_few_problems_are_an_error_before_anything_is_decoded(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(first, tmp_path / "rounds", "--rounds", 3) == 1
+    assert "6 problems are too few for 3 rounds of 3; give 9" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="rounds is 0"):
+        RoundOptions(rounds=0)
+
+
+def test_the_table_tells_rounds_of_people_from_those_of_a_checker() -> None:
+    rows = [RoundFigures(1, 4, 3, 7.5, 10, 100, 0.9, None, 0.5), RoundFigures(2, 4, None, 7.5, 10, 100, 0.9, 0.8, 0.5)]
+    lines = rounds_table(rows).splitlines()
+    assert lines[2] == "| 1 | 4 | 75.0 % | 7.50 | 10.0 % | 0.9000 | - | 0.5 |"
+    assert lines[3] == "| 2 | 4 | labelled by people | 7.50 | 10.0 % | 0.9000 | 0.8000 | 0.5 |"
