@@ -23,6 +23,7 @@ from draftsmith.decode.engine import Engine
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.runners import Compile
 from draftsmith.decode.sampling import GREEDY, NO_FILTERS, DrawOptions, FilterOptions, settings_of
+from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.foreign import visible
@@ -92,8 +93,7 @@ def decode(
         shape: How much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
             static one, s1.1.1 or k4.2.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what `draftsmith tune` kept in the
             drafter's folder, else the family's own, else 1x4.
-        rule: lossless; or LOSSY: judge:FOLDER, judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, kl-unsure@0.5, ensemble@0.7, fly@0.3,
-            margin@0.3, everything.
+        rule: lossless; or LOSSY: judge:FOLDER@0.9, top-k@3, typical@0.09, kl@0.5, kl-unsure@0.5, ensemble@0.7, fly@0.3, margin@0.3.
         draw: Length, seed and temperature; see `DrawOptions`. With and without a drafter one seed gives one text, except for sampled trees.
         filters: Which tokens can be drawn; see `FilterOptions`.
         ending: What ends the reply early; see `EndingOptions`.
@@ -116,8 +116,7 @@ def decode(
         if limits is None and lossy is None:
             limits = head.kept_shapes(model)
         limits = limits or default_for(model, default_limits(head, DraftLimits(draft_length=4)))
-    if isinstance(lossy, JudgeRule) and drafter is not None and isinstance(limits, DraftLimits):
-        _warn_of_unknown_draft(lossy, drafter, limits)
+    _warn_of_unknown_draft(lossy, drafter, limits)
     settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy, compile=compile)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)
@@ -144,7 +143,12 @@ def _print_counts(console: Console, generation: Generation, rule: str | None) ->
         )
 
 
-def _warn_of_unknown_draft(rule: JudgeRule, drafter: Path, limits: DraftLimits) -> None:
+def _warn_of_unknown_draft(
+    rule: LossyRule | None, drafter: Path | None, limits: DraftLimits | ShapesByRows | None
+) -> None:
+    """Of drafts that a judge has not seen; other rules know no drafters."""
+    if not isinstance(rule, JudgeRule) or drafter is None or not isinstance(limits, DraftLimits):
+        return
     said = rule.unknown_draft(str(drafter), drafter_fingerprint(drafter_folder(str(drafter))), limits)
     if said:
         warnings.warn(said, stacklevel=3)

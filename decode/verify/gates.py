@@ -1,7 +1,7 @@
 """Gates: several drafted tokens in a row stand together, or none of them by a lossy rule.
 
-Owns which stretches stand. Each token that a rule lets stand in a foreign wording is followed by the next; a rejection in the middle leaves
-a mixture of two wordings, in which small targets err. A gate avoids mixtures: a line, or the rest of the reply, is taken over whole or is
+Owns which stretches stand. A rejection in the middle of text in a foreign wording leaves a mixture of two
+wordings, in which small targets err. A gate avoids mixtures: a line, or the rest of the reply, is taken over whole or is
 verified losslessly. Knows no rule.
 
 Shape legend: B batch rows, N nodes of a chain, S stretches (N at most), K tokens that end a line.

@@ -6,7 +6,7 @@ checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,12 @@ class Use:
     Args:
         draft_length: Tokens that you draft in a cycle, to be compared with what was trained.
         temperature: What you decode at, to be compared with the replies'.
+        judge: A checker, as in `draftsmith label generate`: also tells whether a judge could keep the answers right with this draft LM.
     """
 
     draft_length: int | None = None
     temperature: float | None = None
+    judge: str | None = None
 
 
 UNKNOWN_USE = Use()
@@ -128,6 +130,7 @@ class Case:
         template: chat template file, or `none`, that replaces the tokenizer's own; None for that one.
         rendering: the chat template's name and variables.
         quantization: of the target in use; None for whole weights.
+        is_right: whether a text answers one of the prompts, by its number; None where nobody judges.
     """
 
     inputs: CaseInputs
@@ -146,6 +149,7 @@ class Case:
     template: str | None = None
     rendering: TemplateOptions = NO_OPTIONS
     quantization: str | None = None
+    is_right: Callable[[int, str], bool] | None = None
 
     @property
     def open_cache(self) -> HiddenStateCache:

@@ -136,7 +136,6 @@ def doctor(
     show: int = 2,
     source: Path | None = None,
     ends_only: bool = False,
-    judge: str | None = None,
     bounds: Annotated[Bounds, FLAT] = USUAL_BOUNDS,
     use: Annotated[Use, FLAT] = UNKNOWN_USE,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
@@ -158,7 +157,6 @@ def doctor(
         show: How many of the samples are printed, with what is trained on marked.
         source: The text that was trained on, as `draftsmith data extract` takes it; read instead of the cache's tokens.
         ends_only: Load the target's embedding, norm and head alone: for a target too large for this machine. No fresh forward then.
-        judge: A checker of answers, as in `draftsmith label generate`: tells whether a judge could keep the answers of this draft LM right.
         bounds: How much is looked at; see `Bounds`.
         use: How you use the drafter; see `Use`.
         where: Where the target runs; see `TargetOptions`.
@@ -177,11 +175,10 @@ def doctor(
     case = gather(inputs, tokenizer, bounds, ends_only, where)
     asked = readable(asked, case.ends.vocab_size)
     case = replace(case, prompts=tuple(asked), use=use, template=rendering.template, rendering=rendering.options)
+    case = replace(case, is_right=_judge(use.judge, prompts, asked))
     if corpus is not None and case.cache is not None:
         corpus.split = case.cache.manifest.identity.split  # the other rows were never trained on
     findings = examine(case, bounds, left_out, corpus)
-    if judge is not None:
-        findings.append(_made("judge", partial(check_judge, is_right=_judge(judge, prompts, asked)), case, left_out))
     _print(case, findings, show)
     _write(out, case, findings, {**vars(bounds), "skip": left_out, "ends_only": ends_only, "prompts": prompts})
     print(summary(findings))
@@ -213,9 +210,9 @@ def _prompts(
     return samples
 
 
-def _judge(checker: str, prompts: Path | None, samples: Sequence[Sample]) -> IsRight | None:
-    """Tells whether a text answers a prompt, by its number; None without prompts."""
-    if prompts is None:
+def _judge(checker: str | None, prompts: Path | None, samples: Sequence[Sample]) -> IsRight | None:
+    """Tells whether a text answers a prompt, by its number; None without a checker or prompts."""
+    if prompts is None or checker is None:
         return None
     loaded = load_checker(checker)
     file = prompts / PROMPT_FILE if prompts.is_dir() else prompts
@@ -335,6 +332,8 @@ def check_ids(place: str, largest: int, vocab_size: int) -> None:
 def examine(case: Case, bounds: Bounds, skip: Sequence[str] = (), corpus: Corpus | None = None) -> list[Finding]:
     """Every check once, in order; those that cannot be made say why. `corpus`: the text to read instead of the cache's tokens."""
     checks: dict[str, Check] = dict(CHECKS)
+    if case.use.judge is not None:
+        checks["judge"] = check_judge
     checks["overfit"] = partial(check_overfit, max_steps=bounds.overfit_steps)
     findings = [_made(name, check, case, skip) for name, check in checks.items()]
     read = wanted = None

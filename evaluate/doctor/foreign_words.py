@@ -46,17 +46,16 @@ class Continued:
     lost: int
 
 
-def check_judge(case: Case, is_right: IsRight | None) -> Finding:
+def check_judge(case: Case) -> Finding:
     """Whether the target is as good behind right beginnings in the draft LM's words as by itself.
 
     Args:
-        case: with the target, a draft LM and problems.
-        is_right: whether a text answers a problem, by its number; None where nobody judges.
+        case: with the target, a draft LM, problems, and who judges their answers.
 
     Raises:
         NotChecked: something is missing for it.
     """
-    if is_right is None:
+    if case.is_right is None:
         raise NotChecked("nobody judges answers: name a checker with --judge, and problems with --prompts")
     if case.target is None:
         raise NotChecked("the target's trunk is not loaded: leave --ends-only out")
@@ -64,7 +63,7 @@ def check_judge(case: Case, is_right: IsRight | None) -> Finding:
         raise NotChecked(
             "a draft head has no words of its own: name the draft LM whose words the judge is to let stand"
         )
-    continued = _continued(case, case.target, case.drafter.lm, is_right)
+    continued = _continued(case, case.target, case.drafter.lm, case.is_right)
     if not continued.problems:
         raise NotChecked("the draft LM answers none of the problems rightly: name easier ones with --prompts")
     return _finding(continued)

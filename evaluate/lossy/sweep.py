@@ -52,7 +52,7 @@ class Trial:
         lost: problems that only lossless decoding answers rightly.
         accepted: draft tokens that stood.
         cycles: of drafting and verifying.
-        lossless_per_cycle: draft tokens that stand in a cycle of lossless decoding with this shape.
+        lossless_per_cycle: draft tokens that a cycle of lossless decoding accepts with this shape.
         stopped: whether it was clearly bad before all problems were answered.
     """
 

@@ -135,15 +135,15 @@ def _thresholds(config: JudgeConfig) -> str:
 
 def _differing(config: JudgeConfig) -> str:
     """The same over the tokens that a judge is asked about; empty where nobody measured it."""
-    found = config.labels.get("differing")
-    if not config.differing_curve or not isinstance(found, Mapping):
+    differing = config.labels.get("differing")
+    if not config.differing_curve or not isinstance(differing, Mapping):
         return ""
     rows = [_row(point) for point in _chosen(config.differing_curve)]
     table = "\n".join([_HEADER, "|---|---|---|", *rows])
     return (
         "Tokens that the target itself would have chosen stand without a judge. Over the other held-out tokens "
-        f"({plain(found['correct'])} correct, {plain(found['wrong'])} wrong) the area under the ROC curve is {found['auc']:.4f}, and the "
-        f"thresholds accept:\n\n{table}\n\n"
+        f"({plain(differing['correct'])} correct, {plain(differing['wrong'])} wrong) the area under the ROC curve is "
+        f"{differing['auc']:.4f}, and the thresholds accept:\n\n{table}\n\n"
     )
 
 
@@ -171,7 +171,7 @@ def _answers(config: JudgeConfig) -> list[str]:
         parts.append(
             f"With drafts of {code(tuned['shape'])}{gate}, right answers change by {100 * tuned['change']:+.1f} points against lossless "
             f"decoding (lower 95 % bound {100 * tuned['change_low']:+.1f}; the limit was -{most}). {tuned['accepted_per_cycle']:.2f} draft "
-            f"tokens stand in a cycle, {tuned['lossless_per_cycle']:.2f} without the judge. The best of {plain(tuned['settings'])} "
+            f"tokens are accepted a cycle, {tuned['lossless_per_cycle']:.2f} without the judge. The best of {plain(tuned['settings'])} "
             "settings looks a little better than it is."
         )
     for drafter in config.drafters:

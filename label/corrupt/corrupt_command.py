@@ -149,10 +149,10 @@ def _of_problems(
         place = f"{file}:{line}"
         try:
             name = row_id(row, f"line-{line}")
-            found = list(wrong_answers(row, list(ways.wordings), corruptor, f"{ways.seed}\0{name}"))
+            spoiled = list(wrong_answers(row, list(ways.wordings), corruptor, f"{ways.seed}\0{name}"))
             answers = [
                 _wrong(row, wrong.response, wrong.error, wording, spec, row.get("licence") or licence, place)
-                for wording, wrong in found
+                for wording, wrong in spoiled
             ]
         except ValueError as error:
             dropped.append(Dropped(place, str(error)))

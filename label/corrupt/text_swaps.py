@@ -52,7 +52,9 @@ class Swap:
         """
         start, end = self.span
         old = text[start:end]
-        shared = next((at for at, (one, other) in enumerate(zip(old, self.new, strict=False)) if one != other), None)
+        shared = next(
+            (at for at, (before, after) in enumerate(zip(old, self.new, strict=False)) if before != after), None
+        )
         shared = min(len(old), len(self.new)) if shared is None else shared
         # A name that only lacks its end is wrong as a whole.
         first = start + (0 if shared == len(self.new) else shared)
@@ -73,8 +75,8 @@ def swaps(text: str, prompt: str, kinds: Sequence[SwapKind], rng: random.Random)
         "operators": _of_operators,
         "names": lambda text, rng: _of_names(text, prompt, rng),
     }
-    found = [swap for kind in kinds for swap in makers[kind](text, rng)]
-    return sorted(found, key=lambda swap: swap.span)
+    every = [swap for kind in kinds for swap in makers[kind](text, rng)]
+    return sorted(every, key=lambda swap: swap.span)
 
 
 def _of_numbers(text: str, rng: random.Random) -> Iterator[Swap]:

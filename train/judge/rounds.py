@@ -81,7 +81,7 @@ class RoundFigures:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What stood in a round.
+    """The answers of a round.
 
     Attributes:
         answers: unlabelled, one for each question and drafter.
@@ -193,8 +193,8 @@ def checked(decoded: Decoded, checker: Checker) -> list[Answer]:
     """
     labelled = []
     for answer, question in zip(decoded.answers, decoded.rows, strict=True):
-        found = checker.check(question.row, answer.response)
-        label = Label(found.verdict, checker.name, "rule", found.error, None, found.note)
+        verdict = checker.check(question.row, answer.response)
+        label = Label(verdict.verdict, checker.name, "rule", verdict.error, None, verdict.note)
         labelled.append(Answer(**{**vars(answer), "label": label}))
     return labelled
 

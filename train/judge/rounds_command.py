@@ -133,20 +133,12 @@ def judge_rounds(
         "drafters": [asdict(each) for each in served],
         "checker": checker,
     }
-    settings |= (
-        asdict(course) | asdict(draw) | {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(prompts)}
-    )
+    settings |= asdict(course) | asdict(draw)
+    settings |= {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(prompts)}
+    run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
     with exclusive(out / SETTINGS):
         _check_settings(out / SETTINGS, settings)
-        run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
-        table: list[RoundFigures] = []
-        for number, part in enumerate(questions, start=1):
-            made = run.once(number, judge if number == 1 else out / f"round-{number - 1}" / "judge", part)
-            if made is None:
-                return
-            table.append(made)
-            write_table(out, table)
-    print(f"{rounds_table(table)}\njudge: {out / f'round-{len(table)}' / 'judge'}")
+        run.all(judge, questions)
 
 
 def served_drafters(drafters: Sequence[str], shapes: Sequence[str]) -> list[Served]:
@@ -202,6 +194,18 @@ class _Rounds:
     course: RoundOptions
     where: TargetOptions
     rendering: TemplateChoice
+
+    def all(self, judge: Path, questions: Sequence[Sequence[LicensedPrompt]]) -> None:
+        """Every round with its questions, as far as there are labels."""
+        table: list[RoundFigures] = []
+        for number, part in enumerate(questions, start=1):
+            row = self.once(number, judge, part)
+            if row is None:
+                return
+            table.append(row)
+            write_table(self.out, table)
+            judge = self.out / f"round-{number}" / "judge"
+        print(f"{rounds_table(table)}\njudge: {judge}")
 
     def once(self, number: int, judge: Path, questions: Sequence[LicensedPrompt]) -> RoundFigures | None:
         """One round, from where it was stopped; None where people have to label first."""

@@ -1,4 +1,4 @@
-"""The doctor's look at a target that a judge is to serve: how it goes on behind right text in a draft LM's words."""
+"""The doctor's look at a target that a judge is to serve: how it continues right text in a draft LM's words."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.embedded import write_prompts
+from draftsmith.evaluate.doctor.case import Use
 from draftsmith.evaluate.doctor.doctor_command import CHECKS, doctor
 from draftsmith.evaluate.doctor.foreign_words import Continued, _finding
 
@@ -32,7 +33,7 @@ def check(tmp_path: Path, drafter: str, **options: object) -> dict[str, object]:
     """The finding `judge` of the doctor, all other checks left out."""
     out = tmp_path / "report.json"
     skip = [*CHECKS, "overfit", "overlap", "duplicates"]
-    doctor(drafter, "embedded:target", skip=skip, show=0, out=out, judge="final-number", **options)  # type: ignore[arg-type]
+    doctor(drafter, "embedded:target", skip=skip, show=0, out=out, use=Use(judge="final-number"), **options)  # type: ignore[arg-type]
     [finding] = [one for one in json.loads(out.read_text())["findings"] if one["name"] == "judge"]
     return finding
 
