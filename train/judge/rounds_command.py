@@ -1,6 +1,6 @@
 """`draftsmith judge rounds`: a judge learns from what it lets stand, round by round.
 
-Owns the options, the files of a round, and where a stopped command goes on. Does not know how a round is decoded or trained.
+Owns the options, the files of a round, and where a stopped command continues. Does not know how a round is decoded or trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""On-policy rounds: a judge decodes, what stood is checked, and it learns from that; a stopped command goes on where it was."""
+"""On-policy rounds: a judge decodes, what stood is checked, and it learns from that; a stopped command continues where it was."""
 
 from __future__ import annotations
 
