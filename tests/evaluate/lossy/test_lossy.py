@@ -16,6 +16,7 @@ from draftsmith.decode import GenerationSettings
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import Divergence, Everything, JudgeRule, TopK, Typical
 from draftsmith.decode.verify.rule_text import parse_rule
+from draftsmith.decode.verify.uncertain_rules import Fly
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy.chart import draw_trade
 from draftsmith.evaluate.lossy.lossy import Ruled, RuleRow, compare
@@ -317,3 +318,12 @@ def test_one_rule_given_twice_is_refused(prompts: Path, tmp_path: Path, capsys: 
 def test_problems_keep_their_ids(prompts: Path) -> None:
     samples = read_samples(prompts, load_tokenizer("embedded:target"))
     assert [sample.id for sample in samples] == [prompt.id for prompt in read_prompts(prompts, None)]
+
+
+def test_a_rule_that_looks_at_the_targets_choices_is_given_them(
+    target: Target, draft_lm: LMDrafter, prompts: Path
+) -> None:
+    lossless, fly = accepted_tokens(target, draft_lm, [None, Fly(0.0, window=1)], labelled(prompts))
+    assert lossless is not None
+    assert fly is not None
+    assert lossless.correct_share <= fly.correct_share < 1.0
