@@ -67,6 +67,7 @@ _RULES: dict[str, Rule] = {
     "gru_hidden_dim": COUNT,
     "emb_dim": COUNT,
     "enable_confidence_head": FLAG,
+    "confidence_head_with_markov": FLAG,
 }
 # What our layers and corrections are. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, Any] = {
@@ -75,7 +76,6 @@ _FIXED: dict[str, Any] = {
     "use_swa": False,
     "attention_sink_bias": False,
     "use_sliding_window": False,
-    "enable_confidence_head": False,
 }
 
 
@@ -199,7 +199,8 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
         # vLLM reads these at the top.
         fields |= {name: nested[name] for name in ("mask_token_id", "target_layer_ids")}
         fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
-        fields |= {"enable_confidence_head": False, "confidence_head_with_markov": False, "sample_from_anchor": True}
+        fields |= dict.fromkeys(("enable_confidence_head", "confidence_head_with_markov"), config.confidence)
+        fields["sample_from_anchor"] = True
         nested["projector_type"] = DSPARK
     return fields
 
@@ -264,6 +265,9 @@ def refuse_other_computation(flat: Mapping[str, Any], where: str) -> None:
     faults = [f"{name} {flat[name]!r}" for name, value in _FIXED.items() if name in flat and flat[name] != value]
     if flat.get("projector_type", DFLASH) not in (DFLASH, DSPARK, DOMINO):
         faults.append(f"projector_type {flat['projector_type']!r}")
+    reads_tokens = bool(flat.get("markov_rank"))
+    if flat.get("enable_confidence_head") and flat.get("confidence_head_with_markov", reads_tokens) != reads_tokens:
+        faults.append(f"confidence_head_with_markov {not reads_tokens} with markov_rank {flat.get('markov_rank', 0)}")
     if faults:
         raise ValueError(
             f"{where} asks for {', '.join(faults)}, which our block drafters do not have; it cannot be read"
@@ -317,7 +321,7 @@ def _causal(flat: Mapping[str, Any], where: str) -> bool:
 
 
 def _correction(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of :class:`BlockConfig` about the correction, and which slot predicts first."""
+    """The keyword arguments of :class:`BlockConfig` about correction and confidence, and which slot predicts first."""
     if flat.get("projector_type") == DOMINO:
         return {
             "correction": "gru",
@@ -330,6 +334,7 @@ def _correction(flat: Mapping[str, Any]) -> dict[str, Any]:
     kinds: dict[str, CorrectionKind] = {theirs: ours for ours, theirs in MARKOV_TYPES.items()}  # type: ignore[misc]
     return {
         "sample_from_anchor": flat.get("sample_from_anchor", is_dspark),
+        "confidence": flat.get("enable_confidence_head", False),
         **({"correction": kinds[flat.get("markov_head_type", "vanilla")], "correction_rank": rank} if rank else {}),
     }
 

@@ -84,12 +84,13 @@ def public_tensors(drafter: BlockDrafter, ends: TargetEnds | None, with_membersh
         with_membership: whether ``t2d`` comes beside ``d2t``.
 
     Raises:
-        ValueError: a draft vocabulary without the target, whose rows belong into the folder; or a confidence head.
+        ValueError: a draft vocabulary without the target, whose rows belong into the folder; or a confidence head
+            without a Markov head.
     """
-    if drafter.config.confidence:
+    if drafter.config.confidence and drafter.config.correction not in MARKOV_TYPES:
         raise ValueError(
-            "this drafter has a confidence head, which only --layout draftsmith and custom_generate hold; use one of them, or train it "
-            "with confidence false"
+            f"this drafter has a confidence head and the correction {drafter.config.correction!r}, and engines read such a head beside "
+            "a Markov head alone (dspark); serve it from --layout draftsmith or custom_generate, or train it with confidence false"
         )
     names = public_names(drafter.config)
     tensors = {names.get(name, name): tensor for name, tensor in tensors_of(drafter).items()}

@@ -91,7 +91,7 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any
     }
     if kind == dflash.DSPARK:
         fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
-        fields |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+        fields |= dict.fromkeys(("enable_confidence_head", "confidence_head_with_markov"), config.confidence)
     return fields
 
 

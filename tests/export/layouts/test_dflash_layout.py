@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DSpark": ("dspark", {"correction": "vanilla"}),
     "DSpark, 6 tokens": ("dspark", {"correction": "vanilla", "draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
     "DSpark, gated": ("dspark", {"correction": "gated"}),
-    "DSpark, recurrent": ("dspark", {"correction": "recurrent"}),
+    "DSpark, recurrent": ("dspark", {"correction": "recurrent", "confidence": True}),
     "Domino": ("domino", {"correction": "gru"}),
     "DFlash of speculators": ("speculators", {}),
     "DSpark of speculators": ("speculators", {"correction": "recurrent"}),
@@ -89,7 +89,7 @@ def test_a_forward_from_the_files_alone_has_our_logits(target: Target, tmp_path:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.config.num_draft_steps == STEPS
-    for name in ("layers", "block_size", "causal", "sample_from_anchor", "mask_token_id", "correction"):
+    for name in ("layers", "block_size", "causal", "sample_from_anchor", "mask_token_id", "correction", "confidence"):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
 
 
@@ -119,13 +119,15 @@ def test_both_engines_are_told_layers_masks_and_causality(target: Target, tmp_pa
 
 
 def test_vllm_finds_what_it_asks_of_a_dspark_at_the_top(target: Target, tmp_path: Path) -> None:
-    write(made(target, correction="vanilla"), tmp_path, "dspark", target.ends)
+    write(made(target, correction="vanilla", confidence=True), tmp_path, "dspark", target.ends)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["architectures"] == ["Qwen3DSparkModel"]
     wanted = {"target_layer_ids": [1, 3, 5], "mask_token_id": MASK, "block_size": STEPS, "markov_rank": 5}
     assert {name: fields[name] for name in wanted} == wanted
     assert (fields["sample_from_anchor"], fields["markov_head_type"]) == (True, "vanilla")
-    assert fields["enable_confidence_head"] is False
+    assert (fields["enable_confidence_head"], fields["confidence_head_with_markov"]) == (True, True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["confidence_head.proj.weight"].shape == (1, 32 + 5)
 
 
 def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_path: Path) -> None:
@@ -149,6 +151,7 @@ def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_
         ("domino", {"correction": "gru", "draft_token_ids": torch.arange(9)}, "a draft vocabulary of 9 tokens"),
         ("speculators", {"causal": True}, r"see the whole block .* --layout dflash"),
         ("speculators", {"correction": "gru"}, "export it with --layout domino"),
+        ("dflash", {"confidence": True}, "a confidence head and the correction 'none', and engines read such a head"),
     ],
 )
 def test_a_drafter_that_engines_would_compute_differently_is_an_error(
@@ -178,7 +181,8 @@ def test_some_exports_need_the_target(target: Target, tmp_path: Path) -> None:
         ({"attention_sink_bias": True}, "attention_sink_bias True"),
         ({"projector_type": "xpress"}, "projector_type 'xpress'"),
         ({"input_embedding_scale": 5.5}, "rows of the target's embedding matrix times 5.5"),
-        ({"enable_confidence_head": True}, "enable_confidence_head True"),
+        ({"enable_confidence_head": True}, r"confidence_head\.proj\.weight is missing"),
+        ({"enable_confidence_head": True, "confidence_head_with_markov": True}, "markov True with markov_rank 0"),
         ({"num_hidden_layers": 3}, r"layers\.2\.input_layernorm\.weight is missing"),
         ({"target_hidden_size": 64}, "target_hidden_size 64"),
     ],

@@ -151,11 +151,9 @@ def test_a_folder_keeps_the_head(target: Target, tmp_path: Path) -> None:
     assert torch.equal(again.state_dict()["confidence_head.proj.weight"], drafter.confidence_head.proj.weight)  # type: ignore[union-attr]
 
 
-def test_layouts_that_lack_the_head_refuse_it(target: Target, tmp_path: Path) -> None:
-    drafter = sure_drafter(target)
-    for layout in ("dspark", "speculators"):
-        with pytest.raises(ValueError, match="has a confidence head"):
-            write(drafter, tmp_path, layout, target.ends)
+def test_a_layout_that_lacks_the_head_refuses_it(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has a confidence head and the correction 'gru'"):
+        write(sure_drafter(target, "gru"), tmp_path, "domino", target.ends)
 
 
 def test_a_drafter_without_the_head_knows_no_chances(target: Target) -> None:
