@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from draftsmith.evaluate.chart import INK, SOFT
 from draftsmith.evaluate.slow_drafters import slow_shapes
+from draftsmith.evaluate.tune.alphas import AlphaOutcome, alpha_table, best_alpha
 from draftsmith.evaluate.tune.by_rows import RowsOutcome
 from draftsmith.evaluate.tune.costs import Costs
 from draftsmith.evaluate.tune.tune import Outcome
@@ -42,6 +43,10 @@ With the fastest shape. A smaller vocabulary keeps the most frequent tokens. *To
 that end at tokens outside of it: a lower bound. *Draft* is an estimate, by the bytes of the output head; on a GPU, reading them takes
 the time."""
 
+ALPHAS_MEAN = """\
+On the same replies, with the fastest shape. Alpha 0 is the control: the same candidates without the second opinion. The weight changes no
+time of a cycle."""
+
 
 @dataclass(frozen=True)
 class TuneReport:
@@ -56,6 +61,7 @@ class TuneReport:
         by_rows: what is fastest for each number of rows; empty where no other number was asked for.
         kept: what became of the file of shapes in the drafter's folder, in words; empty where none was to be kept.
         vocabularies: what draft vocabularies would give with the fastest shape, the fastest first; empty where none was weighed.
+        alphas: what weights of a refined drafter's second opinion give with the fastest shape, the best first; empty for other drafters.
         left_out: why prompt lookup was not timed though it was wanted; empty otherwise.
         files: shape text -> the file that a static tree was written to.
     """
@@ -70,6 +76,7 @@ class TuneReport:
     by_rows: Sequence[RowsOutcome] = ()
     kept: str = ""
     vocabularies: Sequence[VocabularyOutcome] = ()
+    alphas: Sequence[AlphaOutcome] = ()
     left_out: str = ""
 
     @property
@@ -118,6 +125,7 @@ def tune_json(report: TuneReport, made_by: Mapping[str, object]) -> str:
             ],
             "kept": report.kept,
             "draft_vocabularies": [asdict(outcome) for outcome in report.vocabularies],
+            "alphas": [asdict(outcome) for outcome in report.alphas],
             "shapes": [asdict(outcome) | {"word": report.word(outcome)} for outcome in report.outcomes],
         },
         indent=2,
@@ -145,6 +153,7 @@ def tune_markdown(report: TuneReport, made_by: Mapping[str, object]) -> str:
         "![Predicted speed-up by width, depth and nodes](tune.png)",
         MEANING,
         *_vocabularies(report.vocabularies),
+        *_alphas(report.alphas),
         "## What a cycle costs",
         _cost_tables(report.costs),
         f"## How it was made\n\n{block(made_by['command'], 'sh')}",
@@ -156,6 +165,17 @@ def _vocabularies(outcomes: Sequence[VocabularyOutcome]) -> list[str]:
     if len(outcomes) < 2:
         return []
     return ["## Draft vocabularies", vocabulary_table(outcomes), f"{best_vocabulary(outcomes)}.", VOCABULARIES_MEAN]
+
+
+def _alphas(outcomes: Sequence[AlphaOutcome]) -> list[str]:
+    if not outcomes:
+        return []
+    return [
+        "## The weight of the second opinion",
+        alpha_table(outcomes),
+        f"{sentence(best_alpha(outcomes))}",
+        ALPHAS_MEAN,
+    ]
 
 
 def _lookup(report: TuneReport) -> list[str]:

@@ -24,6 +24,7 @@ from draftsmith.evaluate.measure import LOOKUP_TOKENS, Candidate
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.evaluate.slow_drafters import slow_shapes
+from draftsmith.evaluate.tune.alphas import ALPHAS, AlphaOutcome, best_alpha, weigh_alphas
 from draftsmith.evaluate.tune.by_rows import fastest_by_rows, keep
 from draftsmith.evaluate.tune.costs import Costs, Probe, TimingPlan, time_cycles
 from draftsmith.evaluate.tune.lookup import lookup_speedup, num_lookup_replies
@@ -47,13 +48,14 @@ from draftsmith.evaluate.tune.vocabularies import (
 )
 from draftsmith.files import atomic_write, exclusive, sha256_file
 from draftsmith.foreign import visible
+from draftsmith.models.composed.refined_drafter import RefinedDrafter
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.shapes import paths_json, shape_text
+from draftsmith.models.tree.shapes import parse_shape, paths_json, shape_text
 from draftsmith.ownership import check_unclaimed
 
 
@@ -76,6 +78,24 @@ class VocabularyOptions:
     def __post_init__(self) -> None:
         if min(self.vocabularies, default=1) < 1:
             raise ValueError(f"vocabularies is {list(self.vocabularies)}; a draft vocabulary has at least 1 token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinementOptions:
+    """Which weights of a refined drafter's second opinion are tried with the fastest shape.
+
+    Args:
+        alphas: Weights, the drafter's own besides; other drafters have none.
+
+    Raises:
+        ValueError: a weight below 0.
+    """
+
+    alphas: tuple[float, ...] = ALPHAS
+
+    def __post_init__(self) -> None:
+        if min(self.alphas, default=0.0) < 0.0:
+            raise ValueError(f"alphas is {list(self.alphas)}; a weight is at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +162,7 @@ class RowsOptions:
 ONE_PROMPT = TimingOptions()
 USUAL_ROWS = RowsOptions()
 LARGE_VOCABULARIES = VocabularyOptions()
+USUAL_ALPHAS = RefinementOptions()
 FORTY_PROMPTS = PromptSelection(limit=40)
 
 
@@ -158,6 +179,7 @@ def tune(
     timing: Annotated[TimingOptions, FLAT] = ONE_PROMPT,
     load: Annotated[RowsOptions, FLAT] = USUAL_ROWS,
     vocabulary: Annotated[VocabularyOptions, FLAT] = LARGE_VOCABULARIES,
+    refinement: Annotated[RefinementOptions, FLAT] = USUAL_ALPHAS,
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
@@ -180,6 +202,7 @@ def tune(
         timing: How shapes are timed; see `TimingOptions`.
         load: For how many rows shapes are found; see `RowsOptions`.
         vocabulary: Which draft vocabularies are weighed; see `VocabularyOptions`.
+        refinement: Which weights a refined drafter is tried with; see `RefinementOptions`.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
 
@@ -198,9 +221,11 @@ def tune(
     grid = _grid_of(model, grid.no_deeper_than(candidate.drafter.max_draft_steps), is_asked=widths is not None)
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     inputs = _prompts_file(prompts) | {target: model.fingerprint, str(entry.path): candidate.fingerprint}
-    config = _fields(settings, grid, timing, load, vocabulary, selection, where, rendering)
+    config = _fields(settings, grid, timing, load, vocabulary, refinement, selection, where, rendering)
     with exclusive(out):
         report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary)
+        tried = _alphas(report, model, candidate, samples, settings, grid, timing, refinement)
+        report = replace(report, alphas=tried)
         kept = keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)) if load.keep else ""
         report = replace(report, kept=kept)
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
@@ -317,6 +342,27 @@ def _tuned(
     )
 
 
+def _alphas(
+    report: TuneReport,
+    target: Target,
+    candidate: Candidate,
+    samples: Sequence[Sample],
+    settings: GenerationSettings,
+    grid: Grid,
+    timing: TimingOptions,
+    options: RefinementOptions,
+) -> list[AlphaOutcome]:
+    """The weights of a refined drafter with the fastest shape; none of others."""
+    drafter = candidate.drafter.bound(target.ends)
+    if not isinstance(drafter, RefinedDrafter) or not options.alphas:
+        return []
+    limits, num_tried = parse_shape(report.best.shape), len({*options.alphas, float(drafter.config.alpha)})
+    with progress("alphas", len(samples) * num_tried, "replies") as advance:
+        return weigh_alphas(
+            target, drafter, samples, settings, limits, options.alphas, max(grid.widths), timing.record_batch, advance
+        )
+
+
 def is_folder_of_the_caller(word: str) -> bool:
     """Whether a drafter was named by its folder, not as an embedded model or by a hub id."""
     return Path(word.partition("=")[2] or word).is_dir()
@@ -330,7 +376,9 @@ def _vocabularies(
     costs: Costs,
     options: VocabularyOptions,
 ) -> list[VocabularyOutcome]:
-    """The draft vocabularies with the fastest shape."""
+    """The draft vocabularies with the fastest shape; none of a drafter that is made of others, which has no output head of its own."""
+    if not drafter.config.vocab_size:
+        return []
     counts_V = None
     if options.frequencies is not None:
         cache = HiddenStateCache(options.frequencies, check="off")
@@ -360,6 +408,8 @@ def _print_fastest(report: TuneReport, page: Path) -> None:
         print(visible(line))
     if len(report.vocabularies) > 1:
         print(best_vocabulary(report.vocabularies))
+    if report.alphas:
+        print(best_alpha(report.alphas))
     for line in slow_shapes(best.speedup, report.lookup):
         print(line)
     print(f"report: {page}")

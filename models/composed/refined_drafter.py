@@ -363,6 +363,23 @@ class RefinedDrafter(Drafter):
         more = self.reviser.lm.key_values() if isinstance(self.reviser, LMReviser) else ()
         return (*self.head.key_values(), *more)
 
+    def with_alpha(self, alpha: float) -> RefinedDrafter:
+        """The same head and second opinion with another weight.
+
+        Args:
+            alpha: the weight.
+
+        Returns:
+            A drafter that shares all weights with this one.
+
+        Raises:
+            ValueError: a weight below 0.
+        """
+        fields = {name: getattr(self.config, name) for name in RefinedConfig.rules} | {"alpha": alpha}
+        other = RefinedDrafter(RefinedConfig(**fields), self.head, self.reviser)
+        other._borrowed[:] = self._borrowed
+        return other.eval()
+
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """Not for this drafter.
 
