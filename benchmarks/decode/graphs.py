@@ -60,6 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=100, help="at least so many cycles for a graph")
     parser.add_argument("--shaped_cycles", type=int, default=500, help="cycles whose attention is watched")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--drafters", nargs="+", help="families by name, plain, or 'draft LM'; default: all")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="manners of drafting")
     options = parser.parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
@@ -87,6 +88,11 @@ def drafters_for(target: Target) -> dict[str, Drafter | None]:
     """Every family with its usual settings and random weights, a draft LM, and None for plain decoding."""
     families = {family.name: family.settings().build(target.ends, None, 3, "").eval() for family in all_families()}
     return {"plain": None, **families, "draft LM": LMDrafter(tiny_target(seed=3)).eval()}
+
+
+def chosen(target: Target, names: Sequence[str] | None) -> dict[str, Drafter | None]:
+    """Some of these by name, or all."""
+    return {name: drafter for name, drafter in drafters_for(target).items() if names is None or name in names}
 
 
 def trace(target: Target, drafter: Drafter | None, shape: str, temperature: float, cycles: int) -> Trace:
@@ -122,7 +128,7 @@ def graph_rows(options: argparse.Namespace) -> Iterator[str]:
     yield "| drafter | shape | T | cycles | graphs | tokens of cycles run op by op |"
     yield "|---|---|---|---|---|---|"
     target = tiny_target()
-    for name, drafter in drafters_for(target).items():
+    for name, drafter in chosen(target, options.drafters).items():
         for shape in options.shapes if drafter is not None else options.shapes[:1]:
             for temperature in (1.0,) if parse_shape(shape).sampled is not None else (0.0, 1.0):
                 made = trace(target, drafter, shape, temperature, options.cycles)
@@ -162,7 +168,7 @@ def shape_rows(options: argparse.Namespace) -> Iterator[str]:
     yield "| drafter | shape | cycles | shapes of attention, target and drafter together |"
     yield "|---|---|---|---|"
     target = tiny_target()
-    for name, drafter in drafters_for(target).items():
+    for name, drafter in chosen(target, options.drafters).items():
         shape = "1x3" if drafter is None else "4x3n6"
         seen: set[tuple[torch.Size, torch.Size]] = set()
         cycles = [0]
