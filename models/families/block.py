@@ -228,7 +228,8 @@ class BlockDrafter(TargetHead):
     def confidence(self, head_inputs: Tensor, tokens: Tensor) -> Tensor:
         """See :meth:`Drafter.confidence`."""
         assert self.confidence_head is not None
-        return self.confidence_head(head_inputs[..., : self.config.hidden_size], tokens, self.correction)
+        hidden = head_inputs[..., : self.config.hidden_size]
+        return self.confidence_head.forward(hidden, tokens, self.correction)
 
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""

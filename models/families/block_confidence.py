@@ -45,4 +45,5 @@ class ConfidenceHead(nn.Module):
         parts = [hidden]
         if isinstance(correction, MarkovCorrection):
             parts.append(correction.tokens(tokens).to(hidden.dtype))
-        return self.proj(torch.cat(parts, dim=-1)).squeeze(-1)
+        scores: Tensor = self.proj(torch.cat(parts, dim=-1))
+        return scores.squeeze(-1)

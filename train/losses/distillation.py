@@ -161,9 +161,9 @@ class _DistillationJob(Job):
             return self.teacher(chunk.payload)
         ids, places = chunk.payload.unique(return_inverse=True)
         once = self.teacher(ids)
-        return TeacherLogits(
-            *(None if each is None else each[places] for each in (once.logits, once.kept, once.log_mass))
-        )
+        kept = None if once.kept is None else once.kept[places]
+        log_mass = None if once.log_mass is None else once.log_mass[places]
+        return TeacherLogits(once.logits[places], kept, log_mass)
 
     def _text(self, chunk: Chunk, teacher: TeacherLogits, log_probs: Tensor) -> RowLosses:
         """The cross-entropy of the text's tokens, and its gradient in a tensor of its own."""
