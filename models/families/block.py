@@ -229,7 +229,7 @@ class BlockDrafter(TargetHead):
         """See :meth:`Drafter.confidence`."""
         assert self.confidence_head is not None
         hidden = head_inputs[..., : self.config.hidden_size]
-        return self.confidence_head.forward(hidden, tokens, self.correction)
+        return self.confidence_head(hidden, tokens, self.correction)
 
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""
