@@ -87,8 +87,22 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     return (f"TensorRT-LLM needs the layers to capture from you: `eagle3_layers_to_capture={{{captured}}}`.",)
 
 
+def refuse_parallel(config: Eagle3Config) -> None:
+    """Refuse a P-EAGLE, which engines would draft with step by step.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if config.parallel:
+        raise ValueError(
+            "this drafter is a P-EAGLE (mask_token_id), which the layouts of EAGLE-3 do not hold; serve it from --layout draftsmith or "
+            "custom_generate"
+        )
+
+
 def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict[str, Tensor]) -> None:
     config = drafter.config
+    refuse_parallel(config)
     fields = {"architectures": [ARCHITECTURE], **llama_fields(config, drafter.dtype, ends)}
     fields["draft_vocab_size"] = len(tensors["lm_head.weight"])
     fields |= {name: True for name, value in config.switches.items() if value}

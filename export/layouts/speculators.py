@@ -46,6 +46,7 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
     """
     if ends is None:
         raise ValueError("the speculators layout holds the target's embedding and names its architecture; add --target")
+    eagle3.refuse_parallel(drafter.config)
     tensors = eagle3.with_membership(tensors_of(drafter), drafter.config.vocab_size)
     tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
     eagle3.engine_table(drafter.config).check(tensors, "the drafter in memory")

@@ -31,7 +31,7 @@ from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
 from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs, layer_fields
 from draftsmith.models.families.eagle_layer import Rotation, rms_norm
 from draftsmith.models.families.target_head import TargetHead
-from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, Rule, is_whole
+from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, TOKEN_OR_NULL, Rule
 from draftsmith.models.slots.attention import attend
 from draftsmith.models.slots.rollout_attention import Pair
 from draftsmith.models.slots.slot_cache import SlotCache
@@ -65,7 +65,7 @@ class BlockConfig(LayerConfig):
         "block_size": COUNT,
         "causal": FLAG,
         "sample_from_anchor": FLAG,
-        "mask_token_id": (lambda value: value is None or is_whole(value, 0), "a token id, or null"),
+        "mask_token_id": TOKEN_OR_NULL,
         "correction": (
             lambda value: value in get_args(CorrectionKind),
             f"one of {', '.join(get_args(CorrectionKind))}",

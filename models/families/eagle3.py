@@ -1,11 +1,12 @@
 """EAGLE-3: one decoder layer over fused states of several of the target's layers, with a head of its own (arXiv:2503.01840).
 
 Four switches are those of EAGLE-3.1 (arXiv:2605.09992), which public heads use: where the fused states, the residual and the state that is
-fed back are normalised. Ours begin with all of them off, as the paper has it.
+fed back are normalised. Ours begin with all of them off, as the paper has it. With ``parallel`` it is a P-EAGLE (arXiv:2602.01469): the
+steps behind the first read a mask in place of the drafted token and of the layer's own output, so that one pass drafts all tokens.
 
 Owns the drafter, which layers it reads by default, its settings and its record. Knows nothing of losses, trees or verification.
 
-Shape legend: D hidden, Vd draft vocabulary.
+Shape legend: B batch rows, E fresh pairs, M nodes of a layer, K draft steps, n fused layers, D hidden, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from draftsmith.models.drafters.draft_records import Cycle
+from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
-from draftsmith.models.families.eagle_base import EagleBase
+from draftsmith.models.families.eagle_base import EagleBase, EagleState, FeatureDraft
 from draftsmith.models.families.eagle_config import NO_LAYERS, EagleConfig, block_outputs, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
-from draftsmith.models.files.field_rules import FLAG, NAMES, Rule
+from draftsmith.models.files.field_rules import FLAG, NAMES, TOKEN_OR_NULL, Rule
+from draftsmith.models.slots.attention import attend
 from draftsmith.models.target.target import TargetEnds
+from draftsmith.models.tree.limits import DraftLimits
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Fields of the config, named as engines and the speculators package name them."""
@@ -38,10 +43,17 @@ class Eagle3Config(EagleConfig):
         norm_before_fc: one norm over the fused states together, before ``fc``.
         fc_norm: one norm for each fused layer, before ``fc``; excludes ``norm_before_fc``.
         norm_output: what a draft step feeds to the next is the output after the final norm.
+        parallel: no step reads what was drafted before it; the steps behind the first are fed a mask.
+        mask_token_id: with ``parallel``, an unused token of the target whose embedding these steps are fed.
     """
 
     model_type = "draftsmith_eagle3"
-    rules: ClassVar[Mapping[str, Rule]] = {**EagleConfig.rules, "layers": NAMES, **dict.fromkeys(SWITCHES, FLAG)}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **EagleConfig.rules,
+        "layers": NAMES,
+        **dict.fromkeys((*SWITCHES, "parallel"), FLAG),
+        "mask_token_id": TOKEN_OR_NULL,
+    }
 
     def __init__(
         self,
@@ -50,12 +62,15 @@ class Eagle3Config(EagleConfig):
         norm_before_fc: bool = False,
         fc_norm: bool = False,
         norm_output: bool = False,
+        parallel: bool = False,
+        mask_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.layers = list(layers)
         self.norm_before_residual, self.norm_before_fc = norm_before_residual, norm_before_fc
         self.fc_norm, self.norm_output = fc_norm, norm_output
+        self.parallel, self.mask_token_id = parallel, mask_token_id
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -63,6 +78,12 @@ class Eagle3Config(EagleConfig):
             return NO_LAYERS
         if self.norm_before_fc and self.fc_norm:
             return "norm_before_fc and fc_norm, of which a drafter has one at the most"
+        if self.parallel != (self.mask_token_id is not None):
+            return f"parallel {self.parallel} and mask_token_id {self.mask_token_id}, of which a drafter has both or neither"
+        if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
+            return (
+                f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
+            )
         return super().fault()
 
     @property
@@ -88,6 +109,7 @@ class Eagle3(EagleBase):
         self.midlayer = DraftLayer(config.llama(), wide=True, norms_state=not config.norm_before_residual)
         self.norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.num_draft_tokens, bias=False)
+        self.mask_hidden = nn.Parameter(0.02 * torch.randn(1, 1, n * D)) if config.parallel else None
         self.post_init()
 
     @classmethod
@@ -100,6 +122,7 @@ class Eagle3(EagleBase):
         num_draft_steps: int = 7,
         tokenizer_fingerprint: str = "",
         sliding_window: int | None = None,
+        mask_token_id: int | None = None,
     ) -> Eagle3:
         """Make a fresh drafter for one target, attached to it, its head started from the target's.
 
@@ -110,6 +133,7 @@ class Eagle3(EagleBase):
             num_draft_steps: steps it will be trained for, stored in its config.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
             sliding_window: see :class:`EagleConfig`.
+            mask_token_id: of a P-EAGLE; None makes an ordinary EAGLE-3.
 
         Returns:
             The drafter.
@@ -125,6 +149,8 @@ class Eagle3(EagleBase):
                 num_draft_steps=num_draft_steps,
                 tokenizer_fingerprint=tokenizer_fingerprint,
                 sliding_window=sliding_window,
+                parallel=mask_token_id is not None,
+                mask_token_id=mask_token_id,
             )
         )
         drafter.adopt_target(ends, draft_token_ids)
@@ -150,7 +176,11 @@ class Eagle3(EagleBase):
 
     def weights_read_once(self) -> tuple[Tensor, ...]:
         """See :meth:`Drafter.weights_read_once`: fc, which reads the states of emitted tokens only."""
-        return (self.fc.weight,)
+        return () if self.config.parallel else (self.fc.weight,)
+
+    def passes(self, draft_length: int) -> int:
+        """See :meth:`Drafter.passes`: one where all steps are drafted at once."""
+        return 1 if self.config.parallel else draft_length
 
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
         """fc over the fused layers, normalised before it where the config says so.
@@ -178,9 +208,84 @@ class Eagle3(EagleBase):
         """The output, [..., D], after this drafter's own norm with ``norm_output``."""
         return rms_norm(self.norm, output) if self.config.norm_output else output
 
+    def drafted_inputs(self, tokens: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`EagleBase.drafted_inputs`; with ``parallel`` the mask, whatever was drafted."""
+        if not self.config.parallel:
+            return super().drafted_inputs(tokens, output)
+        embedded_D, known_D = self.mask()
+        return embedded_D.expand_as(output), known_D.expand_as(output)
+
+    def mask(self) -> tuple[Tensor, Tensor]:
+        """What a P-EAGLE's steps behind the first are fed: the embedding of the mask token [D], and fc of the learned state [D]."""
+        assert self.mask_hidden is not None
+        assert self.config.mask_token_id is not None
+        parts = self.mask_hidden.flatten().chunk(len(self.config.layers))
+        token = torch.full((), self.config.mask_token_id, device=self.mask_hidden.device)
+        return self.embed(token), self.read(dict(zip(self.config.layers, parts, strict=True)))
+
+    def expander(self, state: EagleState, cycle: Cycle, limits: DraftLimits) -> FeatureDraft | MaskedDraft:  # type: ignore[override]
+        """See :class:`FeatureDraft`, and with ``parallel`` :class:`MaskedDraft`."""
+        if self.config.parallel:
+            return MaskedDraft(self, state, cycle, limits.draft_length)
+        return super().expander(state, cycle, limits)
+
     def head_inputs(self, output: Tensor) -> Tensor:
         """The output after this drafter's own norm, [..., D]."""
         return rms_norm(self.norm, output)
+
+
+class MaskedDraft:
+    """One draft of a P-EAGLE: the last pair of the text and K - 1 masks behind it, in one pass.
+
+    Nodes of one depth have the same continuations.
+
+    Args:
+        drafter: with ``parallel``.
+        state: of the drafter.
+        cycle: what the decoder knows of the rows.
+        depth: K.
+    """
+
+    def __init__(self, drafter: Eagle3, state: EagleState, cycle: Cycle, depth: int) -> None:
+        self.target_ids = drafter.to_target_ids
+        self._drafter, self._pending, self._length, self._depth = drafter, state.pending, depth, 0
+        self._slots = DraftSlots(
+            state.cache, cycle, state.pending.tokens_BE.shape[1], sliding_window=drafter.config.sliding_window
+        )
+        self._last_B1 = state.pending.counts_B[:, None] - 1
+        self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
+        self._logits_BKV = torch.empty(0)  # until the layer has run
+
+    def begin(self) -> Tensor:
+        """See :class:`Expander`: all steps."""
+        drafter, layer, slots = self._drafter, self._drafter.layer, self._slots
+        state_BED, inputs_BEI = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
+        fresh_BE, masks_BS = slots.aim_block(self._pending.counts_B, self._length - 1)
+        embedded_D, known_D = drafter.mask()
+        masked_D = drafter.join(embedded_D, known_D)
+        shape = (*masks_BS.shape, -1)
+        masks_BSI = layer.inputs(embedded_D, masked_D).expand(shape)
+        all_inputs, all_positions = torch.cat([inputs_BEI, masks_BSI], dim=1), torch.cat([fresh_BE, masks_BS], dim=1)
+        keys, values = layer.keys_values(all_inputs, drafter.rotation(all_positions, all_inputs))
+        seen = slots.cache.update(keys.transpose(1, 2), values.transpose(1, 2), 0)
+        positions_BK = torch.cat([fresh_BE.gather(1, self._last_B1), masks_BS], dim=1)
+        queries = layer.queries(
+            torch.cat([self._at_last(inputs_BEI), masks_BSI], dim=1), drafter.rotation(positions_BK, all_inputs)
+        )
+        attended = attend(queries.transpose(1, 2), *seen, slots.text_mask(positions_BK))
+        residual_BKD = torch.cat([self._at_last(state_BED), masked_D.expand(shape)], dim=1)
+        outputs_BKD = layer.finish(residual_BKD, attended.transpose(1, 2))
+        self._logits_BKV = drafter.logits(drafter.head_inputs(outputs_BKD), 0)
+        return self._logits_BKV[:, :1]
+
+    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """See :class:`Expander`: the next step, whatever was drafted."""
+        self._depth += 1
+        return self._logits_BKV[:, self._depth : self._depth + 1].expand(-1, tokens_BM.shape[1], -1)
+
+    def _at_last(self, part_BEI: Tensor) -> Tensor:
+        """[B, E, I] -> [B, 1, I] at each row's last fresh pair."""
+        return part_BEI.gather(1, self._last_B1[..., None].expand(-1, -1, part_BEI.shape[-1]))
 
 
 def default_layers(num_layers: int) -> tuple[str, ...]:
@@ -215,6 +320,7 @@ class Eagle3Family(DrafterFamily):
         detach_steps: no gradient flows from a draft step into those before it.
         sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all. No engine's layout
             carries it.
+        mask_token_id: an unused token of the target; it makes a P-EAGLE (arXiv 2602.01469), which drafts all tokens in one pass.
     """
 
     kind = Eagle3
@@ -225,8 +331,9 @@ class Eagle3Family(DrafterFamily):
         draft_vocab_size: int | None = None,
         detach_steps: bool = False,
         sliding_window: int | None = None,
+        mask_token_id: int | None = None,
     ) -> None:
-        self.sliding_window = sliding_window
+        self.sliding_window, self.mask_token_id = sliding_window, mask_token_id
         self.layers, self.draft_vocab_size, self.detach_steps = layers, draft_vocab_size, detach_steps
 
     def build(
@@ -245,6 +352,7 @@ class Eagle3Family(DrafterFamily):
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
             sliding_window=self.sliding_window,
+            mask_token_id=self.mask_token_id,
         )
         self.configure(drafter)
         return drafter

@@ -122,6 +122,18 @@ class EagleBase(Drafter):
         """
         return output
 
+    def drafted_inputs(self, tokens: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """What a draft step behind the first is fed in training.
+
+        Args:
+            tokens: int64 [...], target ids.
+            output: [..., D], of the layer in the step before.
+
+        Returns:
+            The embedding [..., D], and what is known of the position before, [..., D].
+        """
+        return self.embed(tokens), self.fed_back(output)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up the target's embeddings.
 
@@ -167,8 +179,8 @@ class EagleBase(Drafter):
         further: list[Pair] = []
         outputs = [layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further))]
         for step in range(1, rollout.tokens.shape[1]):
-            embedded_AD = self.embed(rollout.tokens[:, step])
-            known_AD = self.fed_back(outputs[-1].detach() if self.detach_steps else outputs[-1])
+            before_AD = outputs[-1].detach() if self.detach_steps else outputs[-1]
+            embedded_AD, known_AD = self.drafted_inputs(rollout.tokens[:, step], before_AD)
             state_AD = self.join(embedded_AD, known_AD)
             inputs_AI = layer.inputs(embedded_AD, state_AD)
             rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)

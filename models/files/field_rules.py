@@ -35,6 +35,7 @@ def is_number(value: object) -> bool:
 
 COUNT: Rule = (lambda value: is_whole(value, 1), "a whole number of at least 1")
 COUNT_OR_ZERO: Rule = (lambda value: is_whole(value, 0), "a whole number of at least 0")
+TOKEN_OR_NULL: Rule = (lambda value: value is None or is_whole(value, 0), "a token id, or null")
 COUNT_OR_NULL: Rule = (lambda value: value is None or is_whole(value, 1), "a whole number of at least 1, or null")
 POSITIVE: Rule = (lambda value: is_number(value) and value > 0, "a finite number above 0")
 NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0, "a finite number of at least 0")

@@ -1,0 +1,102 @@
+"""P-EAGLE: an EAGLE-3 whose later steps read a mask, by hand and in decoding; no drafted token changes a draft."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from every_family import batch_of
+from heads import DRAFT_IDS, TEXT, FilesForward, deep_target, our_logits, shaken
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
+from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
+from draftsmith.evaluate.roofline.bytes_read import draft_bytes
+from draftsmith.export.layouts.layouts import write
+from draftsmith.models import DraftLimits, Eagle3, Eagle3Config, SampledChildren, Target
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.families.eagle3 import Eagle3Family
+
+STEPS, MASK = 3, 63
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return deep_target()
+
+
+def made(target: Target, **settings: object) -> Eagle3:
+    """Random everywhere."""
+    family = Eagle3Family(mask_token_id=MASK, **settings)  # type: ignore[arg-type]
+    drafter = shaken(family.build(target.ends, torch.tensor(DRAFT_IDS), STEPS, ""))
+    assert isinstance(drafter, Eagle3)
+    return drafter
+
+
+@torch.no_grad()
+def test_every_step_is_that_of_an_eagle_3_over_masks(target: Target, tmp_path: Path) -> None:
+    drafter, anchor = made(target), 5
+    fields = drafter.config.to_dict() | {"parallel": False, "mask_token_id": None}
+    ordinary = Eagle3(Eagle3Config.from_dict(fields)).eval()
+    ordinary.load_state_dict({name: part for name, part in drafter.state_dict().items() if name != "mask_hidden"})
+    ordinary.attach(target.ends)
+    write(ordinary, tmp_path, "eagle3", target.ends)
+    files, logits = FilesForward(tmp_path, target), our_logits(target, drafter, STEPS)
+    assert drafter.mask_hidden is not None
+    masked = drafter.mask_hidden[0] @ files.tensors["fc.weight"].T
+    for step in range(STEPS):
+        embedded = files.embedded(TEXT[1 : anchor + 2] + [MASK] * step)
+        known = torch.cat([files.known(TEXT[: anchor + 1]), masked[None].expand(-1, step, -1)], dim=1)
+        by_hand = files.logits(files.outputs(embedded, known))[-1]
+        torch.testing.assert_close(logits[step, anchor], by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_decoding_has_the_logits_of_training_and_a_tree_those_of_its_chains(target: Target, window: int | None) -> None:
+    drafter = made(target, sliding_window=window)
+    batch, roots = batch_of(target, drafter), [2, 7, 15]
+    trained = trained_logits(drafter, batch, roots, STEPS)
+    torch.testing.assert_close(served_logits(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
+    in_tree, in_chain = tree_and_chain_logits(drafter, batch, 7)
+    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
+    batch.input_ids[8] = (batch.input_ids[8] + 1) % 64
+    torch.testing.assert_close(trained_logits(drafter, batch, [7], STEPS)[0], trained[1])
+
+
+def test_rows_of_different_lengths_get_the_targets_own_tokens(target: Target) -> None:
+    drafter, prompts = made(target), [[1, 5, 9], [1, 7, 7, 30, 2], [3]]
+    for limits, temperature in (
+        (DraftLimits(1, 1), 0.0),
+        (DraftLimits(3, STEPS, node_budget=7), 0.0),
+        (DraftLimits(2, STEPS), 1.0),
+    ):
+        settings = GenerationSettings(max_new_tokens=6, temperature=temperature)
+        plain = Engine(target).generate(prompts, settings)
+        drafted = Engine(target, drafter, limits).generate(prompts, settings, num_rows=2)
+        assert [reply.token_ids for reply in drafted] == [reply.token_ids for reply in plain]
+    sampled = Engine(target, drafter, DraftLimits(sampled=SampledChildren((1,) * STEPS)))
+    assert [len(reply.token_ids) for reply in sampled.generate(prompts, settings)] == [6, 6, 6]
+
+
+def test_a_draft_is_one_pass_and_a_folder_keeps_the_mask(target: Target, tmp_path: Path) -> None:
+    drafter = made(target)
+    assert len(draft_bytes(drafter, DraftLimits(1, STEPS)).steps) == 1
+    drafter.save_pretrained(tmp_path)
+    again = load_drafter(tmp_path)
+    assert isinstance(again, Eagle3)
+    assert again.config.mask_token_id == MASK
+    assert torch.equal(again.state_dict()["mask_hidden"], drafter.state_dict()["mask_hidden"])
+
+
+def test_a_p_eagle_that_does_not_fit_is_an_error(target: Target, tmp_path: Path) -> None:
+    drafter = made(target)
+    for layout in ("eagle3", "tensorrt-llm", "speculators"):
+        with pytest.raises(ValueError, match="is a P-EAGLE"):
+            write(drafter, tmp_path, layout, target.ends)
+    with pytest.raises(ValueError, match="mask_token_id 64, which is not below the target's vocabulary of 64"):
+        Eagle3Family(mask_token_id=64).build(target.ends, None, STEPS, "")
+    with pytest.raises(
+        ValueError, match="parallel True and mask_token_id None, of which a drafter has both or neither"
+    ):
+        Eagle3(Eagle3Config.from_dict(drafter.config.to_dict() | {"mask_token_id": None}))
