@@ -53,8 +53,8 @@ class SweepOptions:
         ValueError: a setting is out of range, or is there twice.
     """
 
-    thresholds: list[float] = (0.3, 0.5, 0.7, 0.9, 0.97, 0.99)  # type: ignore[assignment]
-    gates: list[GateName] = ("none",)  # type: ignore[assignment]
+    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
+    gates: tuple[GateName, ...] = ("none",)
     veto: bool = False
     most_lost: float = 1.0
     looks: int = 5
@@ -94,7 +94,7 @@ def tune_judge(
     prompts: Path,
     out: Path,
     checker: str | None = None,
-    shapes: list[str] = ("1x16",),  # type: ignore[assignment]
+    shapes: tuple[str, ...] = ("1x16",),
     sweep: Annotated[SweepOptions, FLAT] = SWEEP,
     draw: Annotated[DrawOptions, FLAT] = LONG_ANSWERS,
     selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,

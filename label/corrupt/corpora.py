@@ -6,7 +6,7 @@ Owns the interface, the corruptor of the sums corpus, and how a user's own funct
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def corrupt_sum(row: Row, wording: Wording, rng: random.Random) -> Corrupted | N
 
 
 def wrong_answers(
-    row: Row, wordings: list[Wording], corruptor: Corruptor, seed: str
+    row: Row, wordings: Sequence[Wording], corruptor: Corruptor, seed: str
 ) -> Iterator[tuple[Wording, Corrupted]]:
     """A wrong answer in each wording; the same ones for the same seed.
 

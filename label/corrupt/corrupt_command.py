@@ -39,8 +39,8 @@ class CorruptionOptions:
         ValueError: a list is empty or names something twice, or per_answer is below 1.
     """
 
-    wordings: list[Wording] = ("draft", "target", "mixed")  # type: ignore[assignment]
-    kinds: list[SwapKind] = ("numbers", "operators", "names")  # type: ignore[assignment]
+    wordings: tuple[Wording, ...] = ("draft", "target", "mixed")
+    kinds: tuple[SwapKind, ...] = ("numbers", "operators", "names")
     per_answer: int = 1
     seed: int = 0
 
@@ -149,7 +149,7 @@ def _of_problems(
         place = f"{file}:{line}"
         try:
             name = row_id(row, f"line-{line}")
-            spoiled = list(wrong_answers(row, list(ways.wordings), corruptor, f"{ways.seed}\0{name}"))
+            spoiled = list(wrong_answers(row, ways.wordings, corruptor, f"{ways.seed}\0{name}"))
             answers = [
                 _wrong(row, wrong.response, wrong.error, wording, spec, row.get("licence") or licence, place)
                 for wording, wrong in spoiled

