@@ -180,7 +180,9 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         return
     changed = differences(json.loads(file.read_text(encoding="utf-8")), settings)
     if changed:
-        raise ValueError(f"{file.parent} holds rounds with other settings: {changed}; give the same, or another --out")
+        raise ValueError(
+            f"{file.parent} holds rounds with other settings: {'; '.join(changed)}; give the same, or another --out"
+        )
 
 
 @dataclass(frozen=True)

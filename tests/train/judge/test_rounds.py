@@ -76,7 +76,7 @@ def test_rounds_make_judges_and_a_table_and_a_second_call_finds_them_done(
     assert [judge.stat().st_ino for judge in judges] == made
     assert "| 2 | 3 |" in capsys.readouterr().out
     assert run(first, tmp_path / "rounds", "--checker", "final-number", "--rounds", 2) == 1
-    assert "holds rounds with other settings: ['checker: there" in capsys.readouterr().err
+    assert "holds rounds with other settings: checker: there 'embedded', now 'final-number';" in capsys.readouterr().err
 
 
 def test_without_a_checker_people_label_what_stood(
