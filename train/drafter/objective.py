@@ -186,7 +186,7 @@ class Objective:
         if self.confidence_weight is not None and not drafter.has_confidence:
             raise ValueError(
                 f"confidence_weight is {self.confidence_weight}, and this {type(drafter).__name__} has no confidence head; leave it null, "
-                "or train a block drafter with confidence: true"
+                "or train a drafter that has one (confidence: true)"
             )
         if drafter.has_confidence and self.distillation == "local":
             raise ValueError(
