@@ -38,6 +38,7 @@ class Subject:
         has_template: whether the target's tokenizer has a chat template; None where the target was not at hand.
         eos_token_ids: what ends the target's replies, as far as known.
         notes: what a user must know of this layout of this drafter.
+        most_steps: the deepest draft that it can make; None for any depth.
     """
 
     family: Family
@@ -49,11 +50,18 @@ class Subject:
     has_template: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    most_steps: int | None = None
 
     @property
     def target(self) -> str:
         """The target's name as far as one was recorded."""
         return self.config.target_name or UNKNOWN_TARGET
+
+    @property
+    def chain(self) -> int:
+        """The tokens that an engine is to draft in a chain: those of training, and at least 3 where the drafter can."""
+        wanted = max(3, self.config.num_draft_steps)
+        return wanted if self.most_steps is None else min(wanted, self.most_steps)
 
     @property
     def draft_vocab_size(self) -> int | None:
@@ -143,7 +151,7 @@ def _needed(family: Family) -> str:
 
 def _serve(subject: Subject) -> list[str]:
     commands = subject.layout.commands
-    text = "" if commands is None else commands(subject.target, max(3, subject.config.num_draft_steps))
+    text = "" if commands is None else commands(subject.target, subject.chain)
     if not text and not subject.notes:
         return []
     where_measured = [text, "No figure on this page is from one of these engines."] if text else []

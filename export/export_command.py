@@ -112,6 +112,7 @@ def _subject(drafter: Drafter, layout: str, target: str | None, where: EndsOptio
         parameters=sum(parameter.numel() for parameter in drafter.parameters()),
         dtype=str(drafter.dtype).removeprefix("torch."),
         layout=layouts.layout_for(family, layout),
+        most_steps=drafter.max_draft_steps,
     )
     if target is None:
         return subject

@@ -147,6 +147,13 @@ def test_the_card_knows_the_family_and_the_layout(
     assert ("## Serve" in card) == (layout not in ("draftsmith", "apple"))
 
 
+def test_the_card_has_an_engine_draft_no_deeper_than_the_drafter_can(tmp_path: Path, target: Path) -> None:
+    ends, family = TargetEnds.load(str(target)), next(each for each in OUR_FAMILIES if each.name == "blockdrafter")
+    for_two_layers(family, **MASK).build(ends, None, 2, "").save_pretrained(tmp_path / "block")
+    export(tmp_path / "block", tmp_path / "out", target=str(target), layout="dflash")
+    assert '"num_speculative_tokens": 2' in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("family", [family.name for family in EVERY_FAMILY])
 def test_what_is_exported_in_our_layout_is_what_decoding_loads(
     tmp_path: Path, heads: dict[str, Path], target: Path, family: str
