@@ -149,6 +149,8 @@ def test_rows_get_the_targets_own_tokens_in_every_shape(target: Target, name: st
         for limits in shapes:
             replies = Engine(target, drafter, limits).generate(prompts, settings, num_rows=2)
             assert [reply.token_ids for reply in replies] == plain
+            fixed = Engine(target, drafter, limits, runner=lambda cycle: cycle).generate(prompts, settings, num_rows=2)
+            assert [reply.token_ids for reply in fixed] == plain, "with the shapes of a compiled cycle"
     sampled = Engine(target, drafter, DraftLimits(sampled=SampledChildren((2, 1))))
     assert [len(reply.token_ids) for reply in sampled.generate(prompts, settings)] == [6, 6, 6]
 

@@ -75,6 +75,8 @@ def test_rows_of_different_lengths_get_the_targets_own_tokens(target: Target) ->
         plain = Engine(target).generate(prompts, settings)
         drafted = Engine(target, drafter, limits).generate(prompts, settings, num_rows=2)
         assert [reply.token_ids for reply in drafted] == [reply.token_ids for reply in plain]
+        fixed = Engine(target, drafter, limits, runner=lambda cycle: cycle).generate(prompts, settings, num_rows=2)
+        assert [reply.token_ids for reply in fixed] == [reply.token_ids for reply in plain]
     sampled = Engine(target, drafter, DraftLimits(sampled=SampledChildren((1,) * STEPS)))
     assert [len(reply.token_ids) for reply in sampled.generate(prompts, settings)] == [6, 6, 6]
 
