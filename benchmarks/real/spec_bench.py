@@ -96,7 +96,7 @@ def lookup_decoded(prompt_ids: Sequence[int], reply: Sequence[int], num_tokens: 
     generator = PromptLookupCandidateGenerator(num_output_tokens=num_tokens, max_length=len(prompt_ids) + len(reply))
     accepted, done = [], 0
     while done < len(reply):
-        text = torch.tensor([[*prompt_ids, *reply[:done]]])
+        text = torch.LongTensor([[*prompt_ids, *reply[:done]]])
         drafted = generator.get_candidates(text)[0][0, text.shape[1] :].tolist()
         accepted.append(_num_equal(drafted, reply[done:-1]))  # the token behind what is accepted is the target's own
         done += accepted[-1] + 1

@@ -240,7 +240,7 @@ KINDS = [
 ]
 
 
-def tool_text(tmp_path: Path, **trained_on: bool) -> tuple[DistilDataModule, DistilText]:
+def tool_text(tmp_path: Path, **trained_on: Any) -> tuple[DistilDataModule, DistilText]:
     (tmp_path / "chats.jsonl").write_text(json.dumps(TOOL_ROW) + "\n")
     data = DistilDataModule(tmp_path / "chats.jsonl", val_fraction=0.0, **trained_on)
     data.read(tool_tokenizer(), 1000, (EOS,))
