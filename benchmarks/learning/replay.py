@@ -59,11 +59,10 @@ def acceptance(replies: Sequence[Recorded], limits: DraftLimits = TREE) -> Accep
     return Acceptance(hits / max(1, positions), tokens_per_step(decoded) or 1.0, positions, cycles)
 
 
-@torch.no_grad()
 def record_cached(
     drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits = TREE, batch_size: int = 8
 ) -> list[Recorded]:
-    """Drafts behind every token of cached replies.
+    """Drafts behind every token of cached replies, and keeps where the replies go on in the drafts.
 
     Args:
         drafter: attached to the target of the cache.
@@ -74,18 +73,37 @@ def record_cached(
     Raises:
         ValueError: a sample without a prompt or without a reply, or with more than one reply.
     """
+    drafted = drafts_of(drafter, samples, limits, batch_size)
+    return [traced(prompt, reply, trees, limits.draft_length) for prompt, reply, trees in drafted]
+
+
+def drafts_of(
+    drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits = TREE, batch_size: int = 8
+) -> Iterator[tuple[list[int], list[int], dict[int, list[Drafted]]]]:
+    """Drafts behind every token of cached replies.
+
+    Args:
+        drafter: attached to the target of the cache.
+        samples: each a prompt, then one reply to the end of the sample.
+        limits: the widest and deepest draft.
+        batch_size: B.
+
+    Yields:
+        Of each sample the prompt, the reply, and by width the drafts behind all tokens of the reply but the last.
+
+    Raises:
+        ValueError: a sample without a prompt or without a reply, or with more than one reply.
+    """
     recording = Recording(drafter.eval(), [limits.beam_width], limits.draft_length)
-    recorded = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         prompts = [_prompt_length(sample) for sample in batch]
-        _draft_everywhere(recording, batch, prompts, limits)
+        with torch.no_grad():
+            _draft_everywhere(recording, batch, prompts, limits)
         for sample, prompt, trees in zip(batch, prompts, recording.drafted, strict=True):
             ids = sample.input_ids.tolist()
-            reply = ids[prompt:]
-            kept: dict[int, list[Drafted]] = {width: of_width[: len(reply) - 1] for width, of_width in trees.items()}
-            recorded.append(traced(ids[:prompt], reply, kept, limits.draft_length))
-    return recorded
+            kept = {width: of_width[: len(ids) - prompt - 1] for width, of_width in trees.items()}
+            yield ids[:prompt], ids[prompt:], kept
 
 
 def _prompt_length(sample: CachedSample) -> int:

@@ -1,0 +1,196 @@
+"""Drafts refined by a second opinion (arXiv:2404.09221): tokens per step of heads alone and with n-gram tables, on cached replies.
+
+    python -m benchmarks.drafters.refinement --target TARGET --cache CACHE --heads medusa=FOLDER eagle=FOLDER \\
+      --tables 2-gram=FOLDER 4-gram=FOLDER [--shape 4x4n16] [--alphas 0 0.1 0.2 0.5 1]
+
+CACHE holds greedy replies of the target to held-out prompts, of one turn each, with the layers that the heads read. Replies do not depend
+on drafts, so the target does not run. Alpha 0 is the control: the same candidates without the second opinion. *Oracle*: chains that hold
+the reply's next token wherever it is among the head's candidates. *Repeats*: adjacent equal tokens in the likeliest path of a draft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.learning.replay import drafts_of
+from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.shards.packing import pack
+from draftsmith.data.shards.shards import CachedSample
+from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_step_interval
+from draftsmith.evaluate.strata.decoded import Decoded
+from draftsmith.evaluate.tune.recording import Drafted, traced
+from draftsmith.evaluate.tune.simulate import replay
+from draftsmith.models import Drafter, DraftLimits
+from draftsmith.models.composed.refined_drafter import NgramReviser, RefinedConfig, RefinedDrafter
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.rollout import data_rollout
+from draftsmith.models.ngrams.table import load_ngrams
+from draftsmith.models.target.target import TargetEnds
+from draftsmith.models.tree.shapes import parse_shape
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a drafter gains.
+
+    Attributes:
+        steps: tokens per step, the bonus token counted.
+        interval: 95 % bootstrap over prompts.
+        repeats: share of adjacent equal tokens in the likeliest path of a draft.
+    """
+
+    steps: float
+    interval: tuple[float, float]
+    repeats: float
+
+    def cells(self, control: float) -> str:
+        """Of a table's row."""
+        low, high = self.interval
+        over = f"{100 * (self.steps / control - 1):+.1f} %"
+        return f"{self.steps:.2f} ({low:.2f} to {high:.2f}) | {over} | {100 * self.repeats:.1f} %"
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What a head's candidates would allow.
+
+    Attributes:
+        oracle: tokens per step of chains that always choose right among the candidates.
+        entropies: of each step's distribution, in nats.
+    """
+
+    oracle: float
+    entropies: list[float]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drafters.refinement", description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--heads", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--tables", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--shape", default="4x4n16", help="a chain or a dynamic tree")
+    parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.2, 0.5, 1.0])
+    parser.add_argument("--candidates", type=int, default=16)
+    options = parser.parse_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
+    return options
+
+
+def gain_of(drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits) -> Gain:
+    """Draft behind every token of the replies, and replay the cycles.
+
+    Args:
+        drafter: attached to the target.
+        samples: cached replies.
+        limits: the shape.
+    """
+    decoded: list[Decoded] = []
+    repeats = pairs = 0
+    for prompt, reply, trees in drafts_of(drafter, samples, limits):
+        decoded.append(replay(traced(prompt, reply, trees, limits.draft_length), limits))
+        for tree in trees[limits.beam_width]:
+            path = likeliest_path(tree)
+            repeats += sum(first == second for first, second in pairwise(path))
+            pairs += len(path) - 1
+    steps, interval = tokens_per_step(decoded), tokens_per_step_interval(decoded)
+    assert steps is not None
+    assert interval is not None
+    return Gain(steps, interval, repeats / max(1, pairs))
+
+
+def likeliest_path(tree: Drafted) -> list[int]:
+    """Tokens from the root down, each the best-scored child of the one before."""
+    at, path = 0, [int(tree.tokens[0])]
+    while len(children := (tree.parents == at).nonzero()[0]):
+        at = int(children[tree.scores[children].argmax()])
+        path.append(int(tree.tokens[at]))
+    return path
+
+
+@torch.no_grad()
+def headroom(drafter: Drafter, samples: Sequence[CachedSample], num_candidates: int, depth: int) -> Headroom:
+    """How often the reply's tokens are among a head's candidates, along the replies.
+
+    Args:
+        drafter: attached to the target.
+        samples: cached replies.
+        num_candidates: of a step.
+        depth: steps K.
+    """
+    decoded, entropy_sums, rows = [], torch.zeros(depth), torch.zeros(depth)
+    for sample in samples:
+        batch = pack([sample])
+        rollout = data_rollout(batch, depth)
+        logits_KAV = drafter.rollout_logits(drafter.teacher_forced(batch, rollout)).float()
+        ids = drafter.to_target_ids(logits_KAV.topk(num_candidates, dim=-1).indices)
+        hits_AK = (ids == rollout.targets.T[..., None]).any(-1).T & rollout.valid
+        decoded.append(_chains(hits_AK))
+        log_probs = logits_KAV.log_softmax(-1)
+        entropies_KA = -(log_probs.exp() * log_probs).sum(-1)
+        entropy_sums += (entropies_KA * rollout.valid.T).sum(1)
+        rows += rollout.valid.sum(0)
+    oracle = tokens_per_step(decoded)
+    assert oracle is not None
+    return Headroom(oracle, (entropy_sums / rows).tolist())
+
+
+def _chains(hits_AK: Tensor) -> Decoded:
+    """The cycles of chains that accept as many tokens as the first steps are right; A counts the reply's tokens, each a root."""
+    accepted = hits_AK.int().cumprod(1).sum(1).tolist()
+    cycles, place = [], 0
+    while place < len(accepted) - 1:
+        cycles.append(min(accepted[place], len(accepted) - place - 2))
+        place += cycles[-1] + 1
+    return Decoded((0,) * len(accepted), tuple(cycles))
+
+
+def report(options: argparse.Namespace) -> Iterator[str]:
+    """The page, line by line."""
+    yield f"`{shlex.join(['python', '-m', 'benchmarks.drafters.refinement', *options.words])}`"
+    yield ""
+    samples, limits = list(HiddenStateCache(options.cache)), parse_shape(options.shape)
+    tables = {name: load_ngrams(Path(folder)) for name, _, folder in (each.partition("=") for each in options.tables)}
+    ends = TargetEnds.load(options.target)
+    yield (
+        f"{os.cpu_count()} cores, torch {torch.__version__}, float32. {len(samples)} greedy replies, shape {options.shape}, "
+        f"{options.candidates} candidates."
+    )
+    for name, _, folder in (each.partition("=") for each in options.heads):
+        head = load_drafter(Path(folder)).bound(ends)
+        room = headroom(head, samples, options.candidates, limits.draft_length)
+        entropies = ", ".join(f"{entropy:.2f}" for entropy in room.entropies)
+        yield ""
+        yield f"**{name}**: oracle {room.oracle:.2f} tokens per step of a chain; entropies of its steps {entropies}."
+        yield ""
+        yield "| second opinion | alpha | tokens per step (95 %) | over alpha 0 | repeats |"
+        yield "|---|---|---|---|---|"
+        control = gain_of(refined(head, ends, next(iter(tables.values())), 0.0, options), samples, limits)
+        yield f"| none | | {gain_of(head, samples, limits).cells(control.steps)} |"
+        yield f"| none, the candidates alone | 0 | {control.cells(control.steps)} |"
+        for table_name, table in tables.items():
+            for alpha in options.alphas:
+                drafter = refined(head, ends, table, alpha, options)
+                yield f"| {table_name} | {alpha:g} | {gain_of(drafter, samples, limits).cells(control.steps)} |"
+
+
+def refined(head: Drafter, ends: TargetEnds, table: object, alpha: float, options: argparse.Namespace) -> Drafter:
+    """A head with a table's second opinion."""
+    config = RefinedConfig(head="head", ngrams="table", alpha=alpha, num_candidates=options.candidates)
+    return RefinedDrafter(config, head, NgramReviser(table)).eval().bound(ends)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    for line in report(parse()):
+        print(line, flush=True)

@@ -1,0 +1,68 @@
+"""The benchmark of refined drafts: headroom and repeats agree with decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from doubles import VOCAB, random_target
+from tuning import SAMPLES
+
+from benchmarks.drafters.refinement import gain_of, headroom, likeliest_path
+from draftsmith.data.shards.shards import CachedSample
+from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.evaluate.strata.acceptance import tokens_per_step
+from draftsmith.evaluate.strata.decoded import Decoded
+from draftsmith.evaluate.tune.recording import Drafted
+from draftsmith.models import Drafter, ReDrafter, Target
+from draftsmith.models.target.target import PRE_NORM
+from draftsmith.models.tree.shapes import parse_shape
+
+REQUEST = GenerationSettings(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model() -> Target:
+    return random_target()
+
+
+@pytest.fixture(scope="module")
+def head(model: Target) -> Drafter:
+    torch.manual_seed(0)
+    return ReDrafter.for_target(model.ends, num_draft_steps=4).eval().bound(model.ends)
+
+
+@pytest.fixture(scope="module")
+def samples(model: Target) -> list[CachedSample]:
+    prompts = [list(sample.prompt_ids) for sample in SAMPLES]
+    made = []
+    for number, reply in enumerate(Engine(model).generate(prompts, REQUEST)):
+        ids = torch.tensor([*prompts[number], *reply.token_ids])
+        states = model.prefix(ids[None], (PRE_NORM,)).feature(PRE_NORM)[0]
+        made.append(
+            CachedSample(str(number), ids, torch.arange(len(ids)) >= len(prompts[number]), {PRE_NORM: states}, None)
+        )
+    return made
+
+
+@torch.inference_mode()
+def test_an_oracle_of_one_candidate_is_the_heads_own_chain_and_one_of_all_tokens_accepts_all(
+    model: Target, head: Drafter, samples: list[CachedSample]
+) -> None:
+    replies = Engine(model, head, parse_shape("1x4")).generate([list(each.prompt_ids) for each in SAMPLES], REQUEST)
+    own = tokens_per_step([Decoded(tuple(reply.token_ids), tuple(reply.accepted)) for reply in replies])
+    assert headroom(head, samples, 1, 4).oracle == pytest.approx(own)
+    assert gain_of(head, samples, parse_shape("1x4")).steps == pytest.approx(own)
+    everything = headroom(head, samples, VOCAB, 4)
+    assert everything.oracle > 3.0
+    assert len(everything.entropies) == 4
+
+
+def test_the_likeliest_path_follows_the_best_child_of_each_node() -> None:
+    tree = Drafted(
+        np.array([3, 7, 8, 7, 9], dtype=np.int32),
+        np.array([-1, 0, 0, 1, 2], dtype=np.int32),
+        np.array([0, 1, 1, 2, 2], dtype=np.int32),
+        np.array([0.0, -0.1, -1.0, -0.5, -1.1], dtype=np.float32),
+    )
+    assert likeliest_path(tree) == [3, 7, 7]
