@@ -121,7 +121,8 @@ def _within(places: Sequence[Swap], answer: Answer) -> list[Swap]:
 
 def _chosen(places: Sequence[Swap], count: int, rng: random.Random) -> list[Swap]:
     """So many at most; each kind has the same chance, however often it occurs."""
-    left, chosen = list(places), []
+    left = list(places)
+    chosen: list[Swap] = []
     while left and len(chosen) < count:
         kind = rng.choice(sorted({swap.kind for swap in left}))
         chosen.append(rng.choice([swap for swap in left if swap.kind == kind]))

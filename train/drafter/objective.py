@@ -305,8 +305,16 @@ def _token_loss(
         with torch.no_grad():
             measured = distil(metrics=False, entropy=False, correction=drafter.correction_weight, keep_accepted=True)
         return replace(sums, accepted=measured.accepted)
-    losses = (DivergenceLoss(objective.divergence), objective.text_weight, objective.d_pace, acceptance)
-    return distil(metrics, objective.emphasis, entropy, *further, *losses)
+    return distil(
+        metrics,
+        objective.emphasis,
+        entropy,
+        *further,
+        divergence=DivergenceLoss(objective.divergence),
+        text_weight=objective.text_weight,
+        d_pace=objective.d_pace,
+        keep_accepted=acceptance,
+    )
 
 
 def _with_confidence(

@@ -43,7 +43,8 @@ class HeldOutTokens:
         chosen = self._differs
         if len(np.unique(self.labels[chosen])) < 2:
             return None
-        return HeldOutTokens(*(array[chosen] for array in self.arrays), chosen[chosen])
+        probabilities, labels, questions = self.arrays
+        return HeldOutTokens(probabilities[chosen], labels[chosen], questions[chosen], chosen[chosen])
 
     def points(self, thresholds: Sequence[float], num_replicates: int) -> list[CurvePoint]:
         """What thresholds accept.

@@ -127,7 +127,7 @@ def judge_rounds(
     checking = None if checker is None else load_checker(checker)
     where = where.resolved(target)
     questions = _parts(licensed_questions(prompts, selection, licence, checking), course)
-    settings = {
+    settings: dict[str, Any] = {
         "target": target,
         "judge": str(judge),
         "drafters": [asdict(each) for each in served],
