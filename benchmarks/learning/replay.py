@@ -62,7 +62,7 @@ def acceptance(replies: Sequence[Recorded], limits: DraftLimits = TREE) -> Accep
 def record_cached(
     drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimits = TREE, batch_size: int = 8
 ) -> list[Recorded]:
-    """Drafts behind every token of cached replies, and keeps where the replies go on in the drafts.
+    """Drafts behind every token of cached replies, and keeps where the drafts hold what follows in the replies.
 
     Args:
         drafter: attached to the target of the cache.
