@@ -55,7 +55,7 @@ from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.shapes import parse_shape, paths_json, shape_text
+from draftsmith.models.tree.shapes import paths_json, shape_text
 from draftsmith.ownership import check_unclaimed
 
 
@@ -210,8 +210,7 @@ def tune(
         ValueError: the drafter's word names shapes, files or settings do not belong together, or a folder would be overwritten.
     """
     check_unclaimed(out, ("tune.md", "tune.json", "tune.png"))
-    grid = _grid(widths, depths, nodes)
-    entry = _entry(drafter)
+    grid, entry = _grid(widths, depths, nodes), _entry(drafter)
     where = where.resolved(target)
     tokenizer = where.tokenizer(target)
     samples = selected_samples(prompts, target, tokenizer, selection, rendering, where)
@@ -223,11 +222,8 @@ def tune(
     inputs = _prompts_file(prompts) | {target: model.fingerprint, str(entry.path): candidate.fingerprint}
     config = _fields(settings, grid, timing, load, vocabulary, refinement, selection, where, rendering)
     with exclusive(out):
-        report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary)
-        tried = _alphas(report, model, candidate, samples, settings, grid, timing, refinement)
-        report = replace(report, alphas=tried)
-        kept = keep(report.by_rows, model, entry.path, is_folder_of_the_caller(drafter)) if load.keep else ""
-        report = replace(report, kept=kept)
+        report = _tuned(out, model, candidate, samples, settings, grid, timing, load.rows, vocabulary, refinement)
+        report = replace(report, kept=_keep(report, model, entry.path, drafter) if load.keep else "")
         _write(out, report, provenance.record(provenance.command_line(), config, inputs))
     _print_fastest(report, out / "tune.md")
 
@@ -294,6 +290,7 @@ def _tuned(
     timing: TimingOptions,
     rows: Sequence[int],
     vocabulary: VocabularyOptions,
+    refinement: RefinementOptions,
 ) -> TuneReport:
     """Records the replies, times every shape of the grid, and weighs them, also by rows; writes the static trees."""
     drafter = candidate.drafter
@@ -338,14 +335,15 @@ def _tuned(
         lookup,
         by_rows,
         vocabularies=weighed,
+        alphas=_alphas(best, target, drafter, samples, settings, grid, timing, refinement),
         left_out=refusal,
     )
 
 
 def _alphas(
-    report: TuneReport,
+    limits: DraftLimits,
     target: Target,
-    candidate: Candidate,
+    drafter: Drafter,
     samples: Sequence[Sample],
     settings: GenerationSettings,
     grid: Grid,
@@ -353,14 +351,19 @@ def _alphas(
     options: RefinementOptions,
 ) -> list[AlphaOutcome]:
     """The weights of a refined drafter with the fastest shape; none of others."""
-    drafter = candidate.drafter.bound(target.ends)
+    drafter = drafter.bound(target.ends)
     if not isinstance(drafter, RefinedDrafter) or not options.alphas:
         return []
-    limits, num_tried = parse_shape(report.best.shape), len({*options.alphas, float(drafter.config.alpha)})
+    num_tried = len({*options.alphas, float(drafter.config.alpha)})
     with progress("alphas", len(samples) * num_tried, "replies") as advance:
         return weigh_alphas(
             target, drafter, samples, settings, limits, options.alphas, max(grid.widths), timing.record_batch, advance
         )
+
+
+def _keep(report: TuneReport, target: Target, folder: Path, word: str) -> str:
+    """Keep the shapes in the drafter's folder; what became of it, in words."""
+    return keep(report.by_rows, target, folder, is_folder_of_the_caller(word))
 
 
 def is_folder_of_the_caller(word: str) -> bool:

@@ -160,21 +160,10 @@ class DraftModule(pl.LightningModule):
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
         self.draft_vocabulary = draft_vocabulary
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
-        self.objective = Objective(
-            num_steps,
-            distillation,
-            horizon_decay,
-            chunk_rows,
-            feature_weight=feature_weight,
-            logit_weight=logit_weight,
-            emphasis=emphasis,
-            skip_outside=skip_outside,
-            max_anchors=max_anchors,
-            prompt_weight=prompt_weight,
-            divergence=divergence,
-            text_weight=text_weight,
-            d_pace=d_pace,
-            confidence_weight=confidence_weight,
+        weighed = (feature_weight, logit_weight, emphasis, skip_outside, max_anchors, prompt_weight)
+        own = Objective(num_steps, distillation, horizon_decay, chunk_rows, *weighed)
+        self.objective = replace(
+            own, divergence=divergence, text_weight=text_weight, d_pace=d_pace, confidence_weight=confidence_weight
         )
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)

@@ -127,21 +127,18 @@ def judge_rounds(
     checking = None if checker is None else load_checker(checker)
     where = where.resolved(target)
     questions = _parts(licensed_questions(prompts, selection, licence, checking), course)
-    settings: dict[str, Any] = {
-        "target": target,
-        "judge": str(judge),
-        "drafters": [asdict(each) for each in served],
-        "checker": checker,
-    }
-    settings |= asdict(course) | asdict(draw)
-    settings |= {
-        "rows": [sha256_file(file) for file in rows],
-        "prompts": sha256_file(prompts / PROMPT_FILE if prompts.is_dir() else prompts),
-    }
+    settings = {"target": target, "judge": str(judge), "checker": checker} | asdict(course) | asdict(draw)
+    settings |= {"drafters": [asdict(each) for each in served], **_files(rows, prompts)}
     run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
     with exclusive(out / SETTINGS):
         _check_settings(out / SETTINGS, settings)
         run.all(judge, questions)
+
+
+def _files(rows: Sequence[Path], prompts: Path) -> dict[str, Any]:
+    """The fingerprints of what the rounds read."""
+    problems = prompts / PROMPT_FILE if prompts.is_dir() else prompts
+    return {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(problems)}
 
 
 def served_drafters(drafters: Sequence[str], shapes: Sequence[str]) -> list[Served]:
