@@ -299,7 +299,7 @@ def test_the_kept_folder_drafts_as_validation_saw_it(
     record = json.loads((tmp_path / "draft_lm" / "provenance.json").read_text())
     emitted, cycles = sum(len(one.token_ids) - 1 for one in found), sum(len(one.accepted) for one in found)
     assert emitted / cycles == pytest.approx(record["config"]["metrics"]["val/tokens_per_step"], abs=1e-5)
-    assert record["config"]["divergence"] == {"name": "forward_kl", "beta": 0.5}
+    assert record["config"]["divergence"] == {"name": "forward_kl", "beta": 0.5, "eta": 3.0}
     assert record["inputs"][str(speaker)] == target.fingerprint
     if record["config"]["step"] == trainer.global_step:
         assert_same_logits(module, kept)
