@@ -73,7 +73,7 @@ def test_it_needs_the_target_and_an_eagle_3(tmp_path: Path, deep_ends: TargetEnd
         write(eagle3(deep_ends), tmp_path, "speculators")
     with pytest.raises(
         ValueError,
-        match=r"'speculators' is for EAGLE-3, this drafter is EAGLE-1; use draftsmith or eagle or custom_generate$",
+        match=r"'speculators' is for Block drafter and EAGLE-3, this drafter is EAGLE-1; use draftsmith or eagle or custom_generate$",
     ):
         write(eagle(deep_ends), tmp_path, "speculators", deep_ends)
 
@@ -81,7 +81,7 @@ def test_it_needs_the_target_and_an_eagle_3(tmp_path: Path, deep_ends: TargetEnd
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speculators_model_type": "dflash"}, "is a 'dflash' of the speculators package"),
+        ({"speculators_model_type": "dflash"}, "is not a Qwen3 layer's"),
         ({"speculators_model_type": "peagle"}, r"is a 'peagle' of the speculators package \(P-EAGLE\)"),
         (
             {"speculators_model_type": "newer"},

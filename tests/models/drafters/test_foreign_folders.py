@@ -119,7 +119,11 @@ def test_parts_of_the_config_that_are_of_the_wrong_kind_do_not_matter(
 
 def test_a_kind_that_nothing_here_decodes_is_named(tmp_path: Path, ends: TargetEnds) -> None:
     dflash(tmp_path, ends)
-    with pytest.raises(ValueError, match="a drafter of the kind DFlash, which draftsmith does not decode yet; give a"):
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["DFlash2DraftModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        ValueError, match="a drafter of the kind DFlash 2, which draftsmith does not decode yet; give a"
+    ):
         load(tmp_path, ends)
 
 

@@ -13,9 +13,9 @@ from training import VOCAB, KeepLosses, MakeCache, make_module, make_trainer
 
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.drafter import losses
 from draftsmith.train.drafter.metrics import proxy_tokens_per_step
 from draftsmith.train.drafter.module import DraftModule
+from draftsmith.train.losses import distillation
 from draftsmith.train.run.schedule import lr_share
 
 
@@ -30,8 +30,9 @@ def test_training_on_text_lowers_its_loss_at_every_step_of_the_draft(
     for step in range(3):
         name = f"val/step{step}/loss"
         assert trainer.callback_metrics[name] < before[name] - 1.0
-    for name in ("val/proxy_tokens_per_step", "val/expected_tokens_per_step"):
-        assert trainer.callback_metrics[name] > before[name]
+    assert trainer.callback_metrics["val/proxy_tokens_per_step"] > before["val/proxy_tokens_per_step"]
+    # The text is no reply of this target, so nothing is known of the acceptance but its range.
+    assert 1.0 <= trainer.callback_metrics["val/expected_tokens_per_step"] <= 4.0
 
 
 def test_path_distillation_lowers_the_divergence_from_the_target(
@@ -62,13 +63,13 @@ def test_the_entropy_of_the_target_is_computed_only_in_steps_that_show_their_los
 ) -> None:
     cache = make_cache([12] * 10)
     computed: list[int] = []
-    certainty = losses._certainty
+    certainty = distillation._certainty
 
     def fit(metrics_every: int) -> tuple[NoteShownLosses, DraftModule]:
         notes = NoteShownLosses()
         trainer = make_trainer(tmp_path, max_steps=6, max_epochs=-1, callbacks=[notes])
         monkeypatch.setattr(
-            losses, "_certainty", lambda *args: (computed.append(trainer.global_step + 1), certainty(*args))[1]
+            distillation, "_certainty", lambda *args: (computed.append(trainer.global_step + 1), certainty(*args))[1]
         )
         module = make_module(target_dir, distillation="path", metrics_every=metrics_every)
         trainer.fit(module, CacheDataModule(cache, val_fraction=0, tokens_per_batch=12))
