@@ -317,7 +317,7 @@ class Eagle3Family(DrafterFamily):
         layers: names of the target's layers to fuse, low to high; null takes those that serving engines expect.
         draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps
             all.
-        detach_steps: no gradient flows from a draft step into those before it.
+        detach_steps: no gradient flows from a draft step into those before it. Not for a P-EAGLE, whose steps read none of them.
         sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all. No engine's layout
             carries it.
         mask_token_id: an unused token of the target; it makes a P-EAGLE (arXiv 2602.01469), which drafts all tokens in one pass.
@@ -342,7 +342,8 @@ class Eagle3Family(DrafterFamily):
         """See DrafterFamily.build.
 
         Raises:
-            ValueError: the target has fewer than three layers, or the sliding window is shorter than the steps.
+            ValueError: the target has fewer than three layers, the sliding window is shorter than the steps, or settings that do not go
+                together.
         """
         check_window(self.sliding_window, num_steps)
         drafter = Eagle3.for_target(
@@ -358,8 +359,16 @@ class Eagle3Family(DrafterFamily):
         return drafter
 
     def configure(self, drafter: Drafter) -> None:
-        """See DrafterFamily.configure."""
+        """See DrafterFamily.configure.
+
+        Raises:
+            ValueError: ``detach_steps`` for a P-EAGLE.
+        """
         assert isinstance(drafter, Eagle3)
+        if self.detach_steps and drafter.config.parallel:
+            raise ValueError(
+                "detach_steps is true, and no step of a P-EAGLE (mask_token_id) reads the output of the one before; set it to false"
+            )
         drafter.detach_steps = self.detach_steps
 
 

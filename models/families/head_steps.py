@@ -23,6 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Network = Literal["medusa", "blockwise", "hydra", "mlp"]
+READ_BY: dict[str, tuple[Network, ...]] = {
+    "num_blocks": ("medusa", "hydra"),
+    "inner_size": ("blockwise", "mlp"),
+    "tied": ("mlp",),
+    "scale_input": ("mlp",),
+}
+"""Settings that only some networks have."""
 
 
 class ResidualBlock(nn.Module):

@@ -27,6 +27,7 @@ from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
 from draftsmith.models.families.head_steps import (
+    READ_BY,
     BlockwiseSteps,
     DraftSteps,
     HydraSteps,
@@ -110,6 +111,13 @@ class HeadsConfig(DrafterConfig):
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
+        unset = {"num_blocks": 1, "inner_size": self.hidden_size, "tied": True, "scale_input": False}
+        for name, value in unset.items():
+            if self.network not in READ_BY[name] and getattr(self, name) != value:
+                return (
+                    f"{name} {getattr(self, name)} and network {self.network!r}, but the field is for {' and '.join(READ_BY[name])} alone: "
+                    f"use {value}"
+                )
         if self.head == "target" and self.output_size != self.hidden_size:
             return (
                 f"inner_size {self.inner_size} and head 'target', whose rows have {self.hidden_size} numbers: use that inner_size, or "
@@ -167,8 +175,10 @@ class HeadsDrafter(TargetHead):
             The drafter.
 
         Raises:
-            ValueError: fields that do not go together.
+            ValueError: a field that the config does not have, or fields that do not go together.
         """
+        if unknown := sorted(chosen.keys() - HeadsConfig.rules.keys()):
+            raise ValueError(f"HeadsConfig has no {', '.join(unknown)}; its fields are {', '.join(HeadsConfig.rules)}")
         config = HeadsConfig.for_target(ends, draft_token_ids, num_draft_steps, tokenizer_fingerprint, **chosen)
         drafter = cls(config)
         drafter.adopt_target(ends, draft_token_ids)

@@ -248,7 +248,7 @@ def _flat(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_fields(top, _RULES, place, "correct it by hand")
     nested = {name: value for name, value in top.get(_NESTED, {}).items() if value is not None}
     check_fields(nested, _RULES, f"{place}: {_NESTED}", "correct it by hand")
-    for name in _RULES.keys() & top.keys() & nested.keys():
+    for name in sorted({*_RULES, *_FIXED, "projector_type"} & top.keys() & nested.keys()):
         if top[name] != nested[name]:
             raise ValueError(
                 f"{place} has {name} {top[name]!r}, and {nested[name]!r} in {_NESTED}, between which engines differ; correct one of the two"

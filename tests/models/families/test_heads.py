@@ -221,6 +221,18 @@ def test_settings_that_do_not_fit_name_the_field(target: Target) -> None:
         HeadsFamily(head="per_step", rank=4).build(target.ends, None, 3, "")
     with pytest.raises(ValueError, match=r"inner_size 24 and head 'target', whose rows have 32 numbers"):
         HeadsFamily(network="mlp", head="target", inner_size=24).build(target.ends, None, 3, "")
+    unread: tuple[dict[str, Any], ...] = (
+        {"network": "medusa", "inner_size": 24},
+        {"network": "mlp", "num_blocks": 2},
+        {"network": "hydra", "tied": False},
+        {"network": "blockwise", "scale_input": True},
+    )
+    for settings in unread:
+        [(_, network), (name, value)] = settings.items()
+        with pytest.raises(ValueError, match=rf"{name} {value} and network '{network}', but the field is for .* alone"):
+            HeadsFamily(**settings).build(target.ends, None, 3, "")
+    with pytest.raises(ValueError, match="HeadsConfig has no depth; its fields are"):
+        HeadsDrafter.for_target(target.ends, depth=2)
     config = HeadsFamily(prefix_layer=True).build(target.ends, None, 3, "").config
     assert config.prefix_layer is not None
     for change, message in (({"head_dim": 3}, "head_dim is 3"), ({"depth": 2}, "prefix_layer with depth")):

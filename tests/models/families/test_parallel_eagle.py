@@ -96,6 +96,8 @@ def test_a_p_eagle_that_does_not_fit_is_an_error(target: Target, tmp_path: Path)
     for layout in ("eagle3", "tensorrt-llm", "speculators"):
         with pytest.raises(ValueError, match="is a P-EAGLE"):
             write(drafter, tmp_path, layout, target.ends)
+    with pytest.raises(ValueError, match="detach_steps is true, and no step of a P-EAGLE"):
+        Eagle3Family(mask_token_id=MASK, detach_steps=True).build(target.ends, None, STEPS, "")
     with pytest.raises(ValueError, match="mask_token_id 64, which is not below the target's vocabulary of 64"):
         Eagle3Family(mask_token_id=64).build(target.ends, None, STEPS, "")
     with pytest.raises(
