@@ -23,6 +23,7 @@ from draftsmith.models.judge import CurvePoint
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 _INTERVAL = (2.5, 97.5)
+_LEAST = 2.0**-50
 _REPLICATE_NUMBERS = 2**23  # bootstrap weights in memory at a time
 
 
@@ -144,8 +145,10 @@ def choose_threshold(
 ) -> CurvePoint:
     """The threshold that accepts most correct tokens with at most the share `max_wrong` of wrong ones accepted.
 
-    Accepted means strictly above the threshold. The threshold lies between two probabilities that occur, so it does not depend on a
-    rounding error. Where even the likeliest wrong token must be rejected and nothing lies above it, the threshold is 1.
+    Accepted means strictly above the threshold. Of thresholds that accept the same correct tokens, the one with the fewest wrong tokens is
+    taken, also where the limit allows more. It lies in the middle between two probabilities that occur, in log-odds: where nothing lies
+    between the classes, both are equally far away. Where even the likeliest wrong token must be rejected and nothing lies above it, the
+    threshold is 1.
 
     Args:
         probabilities: of being correct, of held-out tokens.
@@ -170,7 +173,10 @@ def choose_threshold(
     first = int(np.argmax(shares <= max_wrong + 1e-12))
     if hold_upper:
         first = _first_below(bootstrap, candidates, first, max_wrong)
-    [point] = bootstrap.points(candidates[first : first + 1])
+    correct = np.sort(bootstrap.probabilities[bootstrap.labels == 1])
+    rejected = np.searchsorted(correct, candidates, side="right")
+    strictest = int(np.searchsorted(rejected, rejected[first], side="right")) - 1
+    [point] = bootstrap.points(candidates[strictest : strictest + 1])
     return point
 
 
@@ -293,10 +299,16 @@ def _candidates(probabilities: Floats, labels: Ints) -> Floats:
     wrong = np.unique(probabilities[labels == 0])
     after = np.searchsorted(values, wrong, side="right")
     higher = np.append(values, 1.0)[after]
-    middle = (wrong + higher) / 2
+    middle = 1.0 / (1.0 + np.exp(-(_log_odds(wrong) + _log_odds(higher)) / 2))
     middle = np.where((middle > wrong) & (middle < higher), middle, wrong)
     middle[after == len(values)] = 1.0
     return np.unique(np.concatenate([[0.0], middle]))
+
+
+def _log_odds(probabilities: Floats) -> Floats:
+    """Finite also for 0 and 1."""
+    inside = np.clip(probabilities, _LEAST, 1.0 - _LEAST)
+    return np.log(inside) - np.log1p(-inside)
 
 
 def _first_below(bootstrap: Bootstrap, candidates: Floats, first: int, max_wrong: float) -> int:

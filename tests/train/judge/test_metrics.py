@@ -121,6 +121,22 @@ def test_the_threshold_lies_between_probabilities() -> None:
     assert choose_threshold([0.9, 0.4], [0, 1], [0, 1], max_wrong=1.0)["threshold"] == 0.0
 
 
+@pytest.mark.parametrize("hold_upper", [False, True])
+def test_a_gap_between_the_classes_holds_the_threshold_in_its_middle_whatever_the_limit_allows(hold_upper: bool) -> None:
+    wrong, correct = [0.001] * 19 + [0.01], [0.9] * 5 + [0.999] * 15
+    questions = list(range(20)) * 2
+    point = choose_threshold([*wrong, *correct], [0] * 20 + [1] * 20, questions, max_wrong=0.3, hold_upper=hold_upper)
+    # 0.01 and 0.9 are 1 : 99 and 9 : 1, so that their middle has odds of (9 / 99) ** 0.5.
+    odds = (9 / 99) ** 0.5
+    assert point["threshold"] == pytest.approx(odds / (1 + odds))
+    assert (point["correct"], point["wrong"]) == (1.0, 0.0)
+
+
+def test_where_no_correct_token_can_be_accepted_no_wrong_one_is() -> None:
+    point = choose_threshold([0.2, 0.8, 0.9, 0.1], [0, 0, 0, 1], [0, 1, 2, 3], max_wrong=0.4)
+    assert (point["threshold"], point["wrong"]) == (1.0, 0.0)
+
+
 def test_the_upper_end_can_be_held_to_the_limit() -> None:
     data = some()
     plain = choose_threshold(*data, max_wrong=0.1)
