@@ -130,7 +130,8 @@ class DecodeCycle:
             output: the target's states at the nodes.
             settings: of the rows.
         """
-        logits_BNV = batch.rows.process(self.target.logits(output.normed), tree, ancestors_BNN, settings)
+        raw_logits_BNV = self.target.logits(output.normed)
+        logits_BNV = batch.rows.process(raw_logits_BNV, tree, ancestors_BNN, settings)
         keys_BP = batch.rows.choice_keys(tree.max_depth + 1)
         return Reading(
             tree,
@@ -140,6 +141,7 @@ class DecodeCycle:
             output,
             settings.eos_token_ids,
             is_constrained=settings.constraints is not None,
+            raw_logits_BNV=raw_logits_BNV,
         )
 
     def report(self, steps: Walk, reading: Reading) -> CycleReport:

@@ -25,12 +25,14 @@ class LossyRule(ABC):
         threshold: its one number; larger or smaller accepts more, depending on the rule.
         features: names of the target's layers that it reads.
         reads_draft: whether it needs the draft's distributions, which only chains keep.
+        reads_raw_logits: whether it reads the target's logits as the model gives them, not as the request shapes them.
         gate: what several tokens in a row must pass together; None where each stands alone. Only chains have gates.
     """
 
     name: ClassVar[str]
     threshold: float
     reads_draft: ClassVar[bool] = False
+    reads_raw_logits: ClassVar[bool] = False
     gate: Gate | None = None
 
     @property
@@ -59,7 +61,8 @@ class LossyRule(ABC):
 
         Args:
             tree: the draft.
-            logits_BNV: float32, the target's logits after each node and after the request's processors.
+            logits_BNV: float32, the target's logits after each node, after the request's processors; before them for a rule that
+                `reads_raw_logits`.
             output: the target's states at the nodes.
 
         Returns:

@@ -40,6 +40,7 @@ class JudgeRule(LossyRule):
     """
 
     name = "judge"
+    reads_raw_logits = True  # training knows no request
 
     def __init__(self, judge: Judge) -> None:
         if judge.reads_draft:

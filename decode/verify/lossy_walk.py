@@ -81,7 +81,10 @@ class LossyVerifier:
     def _allowed(self, reading: Reading, choices_BN: Tensor, matches_BN: Tensor) -> Tensor:
         """bool [B, N]: nodes that may stay although the target chooses others."""
         tree, logits_BNV = reading.tree, reading.logits_BNV
-        approved_BN = self._rule.allows_beside(tree, logits_BNV, reading.output, choices_BN)
+        read_BNV = logits_BNV
+        if self._rule.reads_raw_logits and reading.raw_logits_BNV is not None:
+            read_BNV = reading.raw_logits_BNV.float()
+        approved_BN = self._rule.allows_beside(tree, read_BNV, reading.output, choices_BN)
         allowed_BN = approved_BN
         # What the model's maker forbids never stays, and only the target ends a reply.
         if reading.is_constrained:

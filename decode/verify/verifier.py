@@ -47,6 +47,7 @@ class Reading:
         output: the target's states at the nodes, with the layers that the verifier asked for.
         eos_token_ids: the request's end-of-sequence tokens.
         is_constrained: whether constraints of the model's maker are among the processors.
+        raw_logits_BNV: float, the target's logits before any processor; None where no processor changes them.
     """
 
     tree: DraftTree
@@ -56,6 +57,7 @@ class Reading:
     output: TargetOutput
     eos_token_ids: tuple[int, ...] = ()
     is_constrained: bool = False
+    raw_logits_BNV: Tensor | None = None
 
 
 class Verifier(Protocol):

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from draftsmith.data.progress import progress
 from draftsmith.decode import Engine
 from draftsmith.decode.verify.lossy_rules import JudgeRule
+from draftsmith.decode.verify.lossy_walk import LossyVerifier
 from draftsmith.evaluate.lossy.contest import Contest
 from draftsmith.evaluate.lossy.lossy import Answered, IsRight, answer_all
 from draftsmith.evaluate.lossy.paired import change_bounds
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import NO_GATE, Judge
 from draftsmith.models.tree.shapes import parse_shape
 
@@ -70,6 +72,11 @@ class Trial:
     def accepted_per_cycle(self) -> float:
         """The gain."""
         return self.accepted / max(1, self.cycles)
+
+    @property
+    def right_before(self) -> int:
+        """How many of the problems lossless decoding answers rightly."""
+        return self.right - self.gained + self.lost
 
     @property
     def change(self) -> float:
@@ -135,7 +142,11 @@ class Sweep:
 
         Returns:
             A trial for each, in their order.
+
+        Raises:
+            ValueError: before anything is decoded: the judge belongs to another target or tokenizer, or cannot verify a shape.
         """
+        self._check(settings)
         samples = self.contest.samples
         shapes = list(dict.fromkeys(setting.shape for setting in settings))
         with progress("answers", (len(shapes) + len(settings)) * len(samples), "answers", 0) as advance:
@@ -151,6 +162,11 @@ class Sweep:
                 for trial in trials:
                     trial.stopped |= trial.problems < len(samples) and trial.bounds[1] < -self.most_lost
         return trials
+
+    def _check(self, settings: Sequence[Setting]) -> None:
+        self.judge.check_tokenizer(tokenizer_fingerprint(self.contest.tokenizer))
+        for setting in settings:
+            LossyVerifier(JudgeRule(self.judge_with(setting)).bound(self.contest.target), parse_shape(setting.shape))
 
     def _answer_losslessly(self, shapes: Sequence[str], advance: Callable[[int], None]) -> IsRight:
         contest, judged = self.contest, self.contest.is_right
@@ -217,11 +233,17 @@ def parts(count: int, number: int) -> list[range]:
 def best_trial(trials: Sequence[Trial], most_lost: float) -> Trial | None:
     """The trial with the largest gain among those that hold; None where none does, or none gains over lossless decoding.
 
+    Where lossless decoding answers nothing rightly, every setting holds, and none is shown to keep answers: then there is none, too.
+
     Args:
         trials: of all settings.
         most_lost: the share of right answers that may be lost.
     """
-    good = [trial for trial in trials if trial.holds(most_lost) and trial.accepted_per_cycle > trial.lossless_per_cycle]
+    good = [
+        trial
+        for trial in trials
+        if trial.holds(most_lost) and trial.right_before and trial.accepted_per_cycle > trial.lossless_per_cycle
+    ]
     return max(good, key=lambda trial: trial.accepted_per_cycle, default=None)
 
 
@@ -233,7 +255,13 @@ def why_none(trials: Sequence[Trial], most_lost: float, needed: int) -> str:
         most_lost: the share of right answers that may be lost.
         needed: problems that would show that less is lost if none is.
     """
-    problems = max(trial.problems for trial in trials)
+    # A setting that was stopped has answered a part of the problems only: their number says nothing.
+    problems = max((trial.problems for trial in trials if not trial.stopped), default=needed)
+    if not any(trial.right_before for trial in trials):
+        return (
+            "lossless decoding answers none of the problems rightly, so no answer can be lost and nothing is shown; look at the checker, and "
+            "at --max_new_tokens"
+        )
     if problems < needed:
         return f"{problems} problems cannot show a loss below {100 * most_lost:g} points; even if no answer changes, {needed} are needed"
     if any(trial.holds(most_lost) for trial in trials):

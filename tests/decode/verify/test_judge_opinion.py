@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from doubles import random_target
@@ -15,7 +17,7 @@ from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.judge import WITH_OPINION
 from draftsmith.models.opinion import opinion_of_text
 from draftsmith.models.tree.shapes import parse_shape
-from draftsmith.models.tree.tree import tree_from_paths
+from draftsmith.models.tree.tree import DraftTree, tree_from_paths
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,29 @@ def test_the_rule_accepts_what_the_judge_accepts_of_the_same_text(target: Target
             assert int(logits[place].argmax()) != reply.token_ids[place]
         by_rule += len(reply.by_rule)
     assert by_rule > 0, "the judge never had a say, so nothing was tested"
+
+
+@pytest.mark.parametrize("shaping", [{"temperature": 0.3, "top_k": 3}, {"repetition_penalty": 3.0}])
+def test_the_numbers_are_those_of_the_model_however_the_request_shapes_its_logits(
+    target: Target, shaping: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def kept(tree: DraftTree, logits_BNV: Tensor) -> Tensor:
+        seen.append(opinion_of_draft(tree, logits_BNV))
+        return seen[-1]
+
+    monkeypatch.setattr("draftsmith.decode.verify.lossy_rules.opinion_of_draft", kept)
+    drafter = LMDrafter(random_target("llama", seed=5))
+    rule = JudgeRule(random_judge(target, 0.3, WITH_OPINION))
+    prompt = PROMPTS[0]
+    [reply] = Engine(target, drafter, parse_shape("1x4"), rule=rule).generate(
+        [prompt], GenerationSettings(8, eos_token_ids=(2,), seed=1, **shaping)
+    )
+    # The first number that stays of the first cycle: the greatest log-probability at the place of its first drafted token.
+    _, numbers = trained_opinion(target, prompt, reply.token_ids)
+    place = 1  # the prompt's forward gives the first token, and the first draft follows it
+    assert torch.allclose(seen[0][0, 1, [1, 3]], numbers[place, [1, 3]], atol=1e-4)
 
 
 def test_an_opinion_judge_decodes_under_a_request_that_rules_tokens_out(target: Target) -> None:

@@ -75,6 +75,33 @@ def test_why_no_setting_is_kept_is_a_sentence() -> None:
     assert "accepts more than lossless" in why_none([trial(0, 0, accepted=4)], 0.01, 268)
 
 
+def test_settings_that_were_all_stopped_early_are_not_called_too_few_problems() -> None:
+    stopped = [trial(0, 40, problems=100, stopped=True)]
+    assert best_trial(stopped, 0.01) is None
+    assert why_none(stopped, 0.01, 268).startswith("none of 1 settings surely loses less than 1 points")
+
+
+def test_where_lossless_decoding_is_never_right_no_setting_is_kept() -> None:
+    wrong = Trial(Setting("1x16", 0.3), 500, 0, 0, 0, 2000, 100, lossless_per_cycle=5.0)
+    assert wrong.holds(0.01)
+    assert best_trial([wrong], 0.01) is None
+    assert "answers none of the problems rightly" in why_none([wrong], 0.01, 268)
+
+
+def test_what_a_judge_cannot_verify_is_an_error_before_anything_is_decoded(
+    judge: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftsmith.evaluate.lossy.sweep.answer_all", lambda *args: pytest.fail("it has decoded"))
+    words = ["--gates", '["line"]', "--shapes", '["1x8", "3x4"]']
+    assert tune(judge, prompts, tmp_path / "tuned", *words) == 1
+    assert "draft a chain such as 1x64" in capsys.readouterr().err
+    head = load_judge(judge)
+    head.config.tokenizer_fingerprint = "0" * 64
+    head.save_pretrained(tmp_path / "other")
+    assert tune(tmp_path / "other", prompts, tmp_path / "tuned") == 1
+    assert "trained with another tokenizer" in capsys.readouterr().err
+
+
 def test_parts_cover_all_problems_once() -> None:
     assert [list(part) for part in parts(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [list(part) for part in parts(2, 5)] == [[0], [1]]
