@@ -259,8 +259,8 @@ def why_none(trials: Sequence[Trial], most_lost: float, needed: int) -> str:
     problems = max((trial.problems for trial in trials if not trial.stopped), default=needed)
     if not any(trial.right_before for trial in trials):
         return (
-            "lossless decoding answers none of the problems rightly, so no answer can be lost and nothing is shown; look at the checker, and "
-            "at --max_new_tokens"
+            "lossless decoding answers none of the problems rightly, so no answer can be lost and nothing is shown; look at the checker "
+            "and at --max_new_tokens"
         )
     if problems < needed:
         return f"{problems} problems cannot show a loss below {100 * most_lost:g} points; even if no answer changes, {needed} are needed"

@@ -7,6 +7,7 @@ command line, and not how a judge is fitted.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class RoundFigures:
 
     Attributes:
         number: of the round, from 1.
-        answers: how many were decoded.
+        answers: how many were decoded, those that were cut off included.
         right: how many the checker found right; None where people labelled.
         accepted_per_cycle: draft tokens that stood.
         by_rule: tokens that stood by the judge alone.
@@ -89,6 +90,7 @@ class Decoded:
         accepted_per_cycle: see `RoundFigures`, as the next two.
         by_rule: see there.
         tokens: see there.
+        replies: how many were decoded.
     """
 
     answers: list[Answer]
@@ -96,11 +98,17 @@ class Decoded:
     accepted_per_cycle: float
     by_rule: int
     tokens: int
+    replies: int
 
     def counts(self) -> str:
         """The figures as JSON."""
         return json.dumps(
-            {"accepted_per_cycle": self.accepted_per_cycle, "by_rule": self.by_rule, "tokens": self.tokens}
+            {
+                "accepted_per_cycle": self.accepted_per_cycle,
+                "by_rule": self.by_rule,
+                "tokens": self.tokens,
+                "replies": self.replies,
+            }
         )
 
 
@@ -149,6 +157,9 @@ class Decoder:
             drafters: that it serves.
             questions: of this round.
             number: of the round, for the names of the answers' models.
+
+        Raises:
+            ValueError: every reply was cut off or is empty.
         """
         answers: list[Answer] = []
         rows: list[LicensedPrompt] = []
@@ -169,7 +180,8 @@ class Decoder:
         accepted = [count for reply in replies for count in reply.accepted]
         by_rule = sum(len(reply.by_rule) for reply in replies)
         tokens = sum(len(reply.token_ids) for reply in replies)
-        return Decoded(answers, rows, sum(accepted) / max(1, len(accepted)), by_rule, tokens)
+        _say_cut_off(len(replies) - len(answers), len(replies), self.settings.max_new_tokens)
+        return Decoded(answers, rows, sum(accepted) / max(1, len(accepted)), by_rule, tokens, len(replies))
 
     def _answer(self, question: LicensedPrompt, reply: Generation, model: str) -> Answer | None:
         """The reply as an answer without a label; None for one that was cut off or is empty."""
@@ -179,6 +191,19 @@ class Decoder:
         messages, source = question.prompt.messages, question.prompt.source
         name = answer_id(source, messages, text, model)
         return Answer(name, messages, text, model, question.licence, source)
+
+
+def _say_cut_off(cut: int, replies: int, most: int) -> None:
+    """Tells of replies that nobody labels, on standard error.
+
+    Raises:
+        ValueError: none is left.
+    """
+    said = f"{cut} of {replies} replies are empty or longer than max_new_tokens, {most}; raise --max_new_tokens"
+    if cut == replies:
+        raise ValueError(said)
+    if cut:
+        print(f"{said}: nobody labels them, and none of them counts as right", file=sys.stderr)
 
 
 def checked(decoded: Decoded, checker: Checker) -> list[Answer]:
@@ -273,7 +298,7 @@ def figures(
     right = [answer.label is not None and answer.label.verdict == "correct" for answer in answers]
     return RoundFigures(
         number,
-        len({answer.id for answer in answers}),
+        int(counts["replies"]),
         sum(right) if by_checker else None,
         float(counts["accepted_per_cycle"]),
         int(counts["by_rule"]),

@@ -23,6 +23,8 @@ from draftsmith.label.commands.checked_answers import LicensedPrompt
 from draftsmith.label.commands.generate_command import licensed_questions
 from draftsmith.label.commands.rows_command import rows as label_rows
 from draftsmith.label.schema import read_answers, write_answers
+from draftsmith.models.files.checkpoint_files import WEIGHTS
+from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import load_judge
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
@@ -128,17 +130,19 @@ def judge_rounds(
     where = where.resolved(target)
     questions = _parts(licensed_questions(prompts, selection, licence, checking), course)
     settings = {"target": target, "judge": str(judge), "checker": checker} | asdict(course) | asdict(draw)
-    settings |= {"drafters": [asdict(each) for each in served], **_files(rows, prompts)}
+    settings |= {"drafters": [asdict(each) for each in served], **_files(judge, rows, prompts)}
     run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
     with exclusive(out / SETTINGS):
         _check_settings(out / SETTINGS, settings)
         run.all(judge, questions)
 
 
-def _files(rows: Sequence[Path], prompts: Path) -> dict[str, Any]:
+def _files(judge: Path, rows: Sequence[Path], prompts: Path) -> dict[str, Any]:
     """The fingerprints of what the rounds read."""
     problems = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    return {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(problems)}
+    load_judge(judge)  # before anything else is read
+    weights = sha256_file(judge / WEIGHTS)
+    return {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(problems), "weights": weights}
 
 
 def served_drafters(drafters: Sequence[str], shapes: Sequence[str]) -> list[Served]:
@@ -180,6 +184,11 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{file.parent} holds rounds with other settings: {'; '.join(changed)}; give the same, or another --out"
         )
+
+
+def _feature_of(judge: Path) -> Any:
+    """What a judge reads: the judges of all rounds read the same."""
+    return load_judge(judge).config.feature
 
 
 @dataclass(frozen=True)
@@ -224,10 +233,24 @@ class _Rounds:
                 return None
         if not (folder / ROWS).is_file():
             # One class alone is fine here: the rows are learnt from together with the first ones.
-            label_rows(self.target, folder / ROWS, answers=folder / ANSWERS, rendering=self.rendering, one_class=True)
-        extract(self.target, folder / ROWS, folder / "cache", rendering=self.rendering)
+            label_rows(
+                self.target,
+                folder / ROWS,
+                answers=folder / ANSWERS,
+                one_class=True,
+                where=self.where,
+                rendering=self.rendering,
+            )
+        extract(
+            self.target,
+            folder / ROWS,
+            folder / "cache",
+            target_dtype=self.where.dtype,
+            where=self.where,
+            rendering=self.rendering,
+        )
         if not (folder / "judge").is_dir():
-            self._train(folder, number)
+            self._train(folder, judge, number)
         counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
         return figures(number, folder, list(read_answers(folder / ANSWERS)), counts, self.checker is not None)
 
@@ -235,27 +258,33 @@ class _Rounds:
         tokenizer = self.where.tokenizer(self.target)
         model = self.where.load_to_decode(self.target)
         rendering, where = self.rendering, self.where
+        head = load_judge(judge)
+        head.check_tokenizer(tokenizer_fingerprint(tokenizer))
         chat = chat_of(
             self.target, tokenizer, rendering.template, where.revision, where.trust_remote_code, rendering.options
         )
         settings = for_target(settings_of(self.draw, eos_token_ids=model.eos_token_ids), model)
         decoder = Decoder(model, tokenizer, chat, settings, self.course.batch_rows)
         drafters = [(each, decoder.drafter(each.name, where.trust_remote_code)) for each in self.served]
-        decoded = decoder.decode(load_judge(judge), drafters, questions, number)
+        decoded = decoder.decode(head, drafters, questions, number)
         atomic_write(folder / COUNTS, decoded.counts() + "\n")
         if self.checker is None:
             write_answers(folder / TO_LABEL, decoded.answers)
         else:
             write_answers(folder / ANSWERS, checked(decoded, self.checker))
 
-    def _train(self, folder: Path, number: int) -> None:
+    def _train(self, folder: Path, judge: Path, number: int) -> None:
         rounds = [self.out / f"round-{each}" for each in range(1, number + 1)]
         data = JudgeDataModule(
             [*self.cache, *(each / "cache" for each in rounds)], [*self.rows, *(each / ROWS for each in rounds)]
         )
-        where = self.where
+        where, feature = self.where, _feature_of(judge)
         module = JudgeModule(
-            self.target, revision=where.revision, adapter=where.adapter, trust_remote_code=where.trust_remote_code
+            self.target,
+            feature,
+            revision=where.revision,
+            adapter=where.adapter,
+            trust_remote_code=where.trust_remote_code,
         )
         train(module, data, folder / "train")
         keep(folder / "train", self.served, folder / "judge")

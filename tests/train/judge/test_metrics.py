@@ -122,7 +122,9 @@ def test_the_threshold_lies_between_probabilities() -> None:
 
 
 @pytest.mark.parametrize("hold_upper", [False, True])
-def test_a_gap_between_the_classes_holds_the_threshold_in_its_middle_whatever_the_limit_allows(hold_upper: bool) -> None:
+def test_a_gap_between_the_classes_holds_the_threshold_in_its_middle_whatever_the_limit_allows(
+    hold_upper: bool,
+) -> None:
     wrong, correct = [0.001] * 19 + [0.01], [0.9] * 5 + [0.999] * 15
     questions = list(range(20)) * 2
     point = choose_threshold([*wrong, *correct], [0] * 20 + [1] * 20, questions, max_wrong=0.3, hold_upper=hold_upper)

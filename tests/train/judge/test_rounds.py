@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from draftsmith.cli import main
 from draftsmith.data.cache.extract import extract
@@ -14,11 +15,11 @@ from draftsmith.label.commands.rows_command import rows as label_rows
 from draftsmith.label.corrupt.corrupt_command import CorruptionOptions, corrupt
 from draftsmith.label.schema import read_answers
 from draftsmith.label.token_rows import read_rows
-from draftsmith.models.judge import load_judge
+from draftsmith.models.judge import Judge, JudgeConfig, load_judge
 from draftsmith.train.judge.data import JudgeDataModule
 from draftsmith.train.judge.module import JudgeModule
-from draftsmith.train.judge.rounds import RoundFigures, Served, rounds_table, train
-from draftsmith.train.judge.rounds_command import RoundOptions, served_drafters
+from draftsmith.train.judge.rounds import RoundFigures, Served, _say_cut_off, rounds_table, train
+from draftsmith.train.judge.rounds_command import RoundOptions, _feature_of, _files, served_drafters
 
 TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
 
@@ -111,6 +112,28 @@ def test_too_few_problems_are_an_error_before_anything_is_decoded(
     assert "6 problems are too few for 3 rounds of 3; give 9" in capsys.readouterr().err
     with pytest.raises(ValueError, match="rounds is 0"):
         RoundOptions(rounds=0)
+
+
+def test_replies_that_were_cut_off_are_told_and_all_of_them_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    _say_cut_off(0, 4, 120)
+    assert capsys.readouterr().err == ""
+    _say_cut_off(1, 4, 120)
+    assert "1 of 4 replies are empty or longer than max_new_tokens, 120" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"4 of 4 replies are empty or longer .*; raise --max_new_tokens"):
+        _say_cut_off(4, 4, 120)
+
+
+def test_a_judge_of_other_weights_in_the_same_folder_is_another_setting(tmp_path: Path) -> None:
+    prompts = tmp_path / "problems.jsonl"
+    prompts.write_text("")
+    judge = Judge(JudgeConfig(4, "last.post_norm"))
+    judge.save_pretrained(tmp_path / "judge")
+    assert _feature_of(tmp_path / "judge") == "last.post_norm"
+    before = _files(tmp_path / "judge", [], prompts)
+    with torch.no_grad():
+        judge.bias.fill_(1.0)
+    judge.save_pretrained(tmp_path / "judge")
+    assert _files(tmp_path / "judge", [], prompts) != before
 
 
 def test_the_table_tells_rounds_of_people_from_those_of_a_checker() -> None:
