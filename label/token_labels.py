@@ -6,18 +6,17 @@ taken there. Knows nothing of files and stores. Dimension: N, the tokens of one 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith.label.numbers import stated_numbers
 from draftsmith.label.schema import Answer, Span, Tokens
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 
 After = Literal["ignored", "wrong"]
 StepRule = Literal["whole", "first-number", "last-token"]
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 CORRECT = 1
 WRONG = 0
@@ -39,7 +38,8 @@ def token_labels(
             on one tokenizer's tokens holds for another's.
         after: what the tokens behind the error are. They continue from a mistake, so by default they are ignored.
         step: what of an error that is a step (see :func:`is_step`) is wrong: all of it, its first number, or its last token. The rest of
-            the step is then ignored: nobody has looked at it. So is a step without a number.
+            the step is then ignored: nobody has looked at it. So is a step without a number. The number of "Step 2:" or "2." counts steps,
+            and is not meant.
 
     Raises:
         ValueError: `after` or `step` is another word, or no token touches the error (this tokenizer leaves those characters out).
@@ -94,8 +94,9 @@ def _narrowed(labels: list[int], response: str, error: Span, offsets: Sequence[S
     inside = [at for at, span in enumerate(offsets) if _touch(span, error)]
     wrong = inside[-1:]
     if step == "first-number":
-        number = _NUMBER.search(response, *error)
-        wrong = [] if number is None else [at for at in inside if _touch(offsets[at], number.span())]
+        numbers = (match.span() for match in stated_numbers(response) if error[0] <= match.start() < error[1])
+        first = next(numbers, None)
+        wrong = [] if first is None else [at for at in inside if _touch(offsets[at], first)]
     return [IGNORED if at in inside and at not in wrong else label for at, label in enumerate(labels)]
 
 

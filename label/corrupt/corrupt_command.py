@@ -95,12 +95,13 @@ def corrupt(
 
 
 def _of_answers(file: Path, ways: CorruptionOptions, dropped: list[Dropped]) -> Iterator[Answer]:
-    seen: set[str] = set()
+    labels: dict[str, list[Answer]] = {}
     for answer in read_answers(file):
-        if answer.id in seen:
-            continue
-        seen.add(answer.id)
-        if answer.label is None or answer.label.verdict != "correct":
+        labels.setdefault(answer.id, []).append(answer)
+    for group in labels.values():
+        labelled = [answer for answer in group if answer.label is not None]
+        answer = (labelled or group)[0]
+        if not labelled or any(each.label is None or each.label.verdict != "correct" for each in labelled):
             dropped.append(Dropped(f"{file}: {answer.id}", "nobody has found it free of errors", id=answer.id))
             continue
         rng = random.Random(f"{ways.seed}\0{answer.id}")
@@ -164,6 +165,8 @@ def _of_problems(
 def _wrong(
     row: Row, response: str, error: tuple[int, int], wording: Wording, spec: str, licence: str | None, place: str
 ) -> Answer:
+    if not isinstance(row.get("messages"), list):
+        raise ValueError("the row has no messages; write its question as messages of a user")
     if licence is None:
         raise ValueError("the licence is not in the row; it goes with every answer; give it with --licence")
     messages = tuple(Message(role=turn["role"], content=turn["content"]) for turn in row["messages"])

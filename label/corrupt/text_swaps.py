@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from draftsmith.label.numbers import stated_numbers
 from draftsmith.label.schema import Span
 
 SwapKind = Literal["numbers", "operators", "names"]
 
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-# "2. Then ..." and "Step 2" count lines, and state nothing.
-_COUNTS_LINES = re.compile(r"(?m)^[^\S\n]*\(?\d+[.):](?=\s)|\b[Ss]tep\s+\d+")
 _OPERATOR = re.compile(
     r"(?<=[\d)\]}\w%] )[-+*/\u00d7\u00f7\u2212](?= [\d(\[{\w$\u20ac\u00a3])|(?<=\d)[+*/\u00d7\u00f7](?=\d)"
 )
@@ -81,10 +79,7 @@ def swaps(text: str, prompt: str, kinds: Sequence[SwapKind], rng: random.Random)
 
 def _of_numbers(text: str, rng: random.Random) -> Iterator[Swap]:
     """One digit of each number becomes another; its first does not become 0."""
-    counting = [match.span() for match in _COUNTS_LINES.finditer(text)]
-    for match in _NUMBER.finditer(text):
-        if any(start <= match.start() < end for start, end in counting):
-            continue
+    for match in stated_numbers(text):
         number = match[0]
         place = rng.choice([at for at, letter in enumerate(number) if letter.isdigit()])
         others = [digit for digit in "0123456789" if digit != number[place] and (digit != "0" or place > 0)]

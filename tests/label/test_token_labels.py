@@ -142,6 +142,16 @@ def test_a_step_without_a_number_teaches_nothing_by_its_first_number() -> None:
     assert not [word for word, label in found if label == 0]
 
 
+@pytest.mark.parametrize("step", ["Step 2: 5 and 4 are 8.", "2. So 5 and 4 are 8.", "STEP 2 gives 5."])
+def test_the_first_number_of_a_step_is_not_the_one_that_counts_it(make: Callable[..., Answer], step: str) -> None:
+    text = f"Take 3 pens.\n{step}"
+    start = text.index(step)
+    answer = make("a", text, Label("wrong", "me", "person", (start, len(text))))
+    offsets = [match.span() for match in re.finditer(r"\S+", text)]
+    labels = token_labels(answer, offsets, step="first-number")
+    assert [text[slice(*span)].strip(".") for span, label in zip(offsets, labels, strict=True) if label == 0] == ["5"]
+
+
 def test_another_word_for_the_rule_of_steps_is_an_error() -> None:
     with pytest.raises(ValueError, match="step is 'all'"):
         by_words((0, 4), "all")

@@ -158,6 +158,40 @@ def test_right_answers_are_spoiled_and_others_left_out(tmp_path: Path, capsys: p
     assert "nothing to swap" in said.err
 
 
+def test_an_answer_that_somebody_found_wrong_is_not_spoiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {
+        "messages": [{"role": "user", "content": PROMPT}],
+        "response": "It is 12.",
+        "model": "m",
+        "licence": "MIT",
+    }
+    fields |= {"source": "s", "how": "person"}
+    labels: list[dict[str, object]] = [
+        {"labelled_by": "me", "verdict": "correct"},
+        {"labelled_by": "you", "verdict": "wrong", "error": [6, 8]},
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(fields | label) + "\n" for label in labels))
+    assert run("--source", tmp_path / "answers.jsonl", "--out", tmp_path / "wrong.jsonl") == 1
+    assert "nobody has found it free of errors" in capsys.readouterr().err
+
+
+def test_a_problem_without_messages_is_left_out_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from draftsmith.label.corrupt.corpora import Corrupted\n\ndef spoil(row, wording, rng):\n    return Corrupted('no', (0, 2))\n"
+    )
+    source = tmp_path / "problems.jsonl"
+    source.write_text(json.dumps({"problem": "How many?"}) + "\n")
+    words = ["--corruptor", f"{tmp_path / 'own.py'}:spoil", "--licence", "MIT", "--out", tmp_path / "out"]
+    assert run("--source", source, *words) == 1
+    assert "the row has no messages" in capsys.readouterr().err
+
+
+def test_digits_of_other_scripts_stay() -> None:
+    assert swapped("numbers", "It is \uff15 or \u0663.") == []
+
+
 def test_what_cannot_be_spoiled_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_prompts(tmp_path / "train.jsonl", "train", 2)
     words = ["--source", tmp_path / "train.jsonl", "--corruptor", "embedded", "--out", tmp_path / "out"]
