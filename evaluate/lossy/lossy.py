@@ -103,10 +103,12 @@ def answer_all(
     text_of: Callable[[Sequence[int]], str],
     batch_rows: int,
     advance: Callable[[int], None] = lambda count: None,
+    first: int = 0,
 ) -> Answered:
-    """Every problem answered, `batch_rows` at once, the longest prompts first, and checked."""
+    """Every problem answered, `batch_rows` at once, the longest prompts first, and checked. The first sample draws the noise of the
+    request `first`: a part of several samples then draws what all of them would."""
     order = sorted(range(len(samples)), key=lambda number: -len(samples[number].prompt_ids))
-    prompts = [(number, list(samples[number].prompt_ids)) for number in order]
+    prompts = [(first + number, list(samples[number].prompt_ids)) for number in order]
     room = len(prompts[0][1]) + settings.max_new_tokens if prompts else 0
     replies: dict[int, Generation] = {}
     for index, reply in engine.stream(prompts, settings, batch_rows, room):

@@ -195,6 +195,7 @@ class Sweep:
             contest.text_of,
             self.batch_rows,
             advance,
+            first=part.start,  # above temperature 0, the noise of lossless decoding
         )
 
     def judge_with(self, setting: Setting) -> Judge:

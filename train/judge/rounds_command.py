@@ -129,7 +129,7 @@ def judge_rounds(
     checking = None if checker is None else load_checker(checker)
     where = where.resolved(target)
     questions = _parts(licensed_questions(prompts, selection, licence, checking), course)
-    settings = {"target": target, "judge": str(judge), "checker": checker} | asdict(course) | asdict(draw)
+    settings = {"target": target, "judge": str(judge), "checker": checker, "questions": course.questions} | asdict(draw)
     settings |= {"drafters": [asdict(each) for each in served], **_files(judge, rows, prompts)}
     run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
     with exclusive(out / SETTINGS):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 from draftsmith.cli import main
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy.paired import change_bounds, problems_needed
-from draftsmith.evaluate.lossy.sweep import Setting, Trial, best_trial, parts, settings_of_sweep, why_none
+from draftsmith.evaluate.lossy.sweep import Setting, Sweep, Trial, best_trial, parts, settings_of_sweep, why_none
 from draftsmith.evaluate.lossy.tune_command import SweepOptions, agreement, line_end_ids
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, load_judge
@@ -100,6 +103,26 @@ def test_what_a_judge_cannot_verify_is_an_error_before_anything_is_decoded(
     head.save_pretrained(tmp_path / "other")
     assert tune(tmp_path / "other", prompts, tmp_path / "tuned") == 1
     assert "trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_part_of_the_problems_draws_the_noise_that_all_of_them_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids: list[int] = []
+
+    class Recording:
+        def stream(self, prompts: list[tuple[int, list[int]]], *rest: object) -> Iterator[tuple[int, object]]:
+            ids.extend(number for number, _ in prompts)
+            return iter([(index, SimpleNamespace(token_ids=[1])) for index in range(len(prompts))])
+
+    monkeypatch.setattr("draftsmith.evaluate.lossy.sweep.Engine", lambda *args, **fields: Recording())
+    samples = [SimpleNamespace(prompt_ids=[1] * length) for length in (1, 2, 3, 4, 5)]
+    contest: Any = SimpleNamespace(
+        target=None, drafter=None, samples=samples, settings=SimpleNamespace(max_new_tokens=3), text_of=str
+    )
+    sweep = Sweep(contest, Judge(JudgeConfig(4)), (), 0.01, 5, 32, agreement)
+    asked: list[int] = []
+    is_right = lambda number, text: not asked.append(number)  # noqa: E731
+    sweep._answer(Setting("1x4", 0.5), range(3, 5), is_right, lambda count: None)
+    assert sorted(ids) == sorted(asked) == [3, 4]
 
 
 def test_parts_cover_all_problems_once() -> None:

@@ -76,6 +76,8 @@ def test_rounds_make_judges_and_a_table_and_a_second_call_finds_them_done(
     assert run(first, tmp_path / "rounds", "--checker", "embedded", "--rounds", 2) == 0
     assert [judge.stat().st_ino for judge in judges] == made
     assert "| 2 | 3 |" in capsys.readouterr().out
+    # More rounds, or fewer answers in flight, continue what is there.
+    assert run(first, tmp_path / "rounds", "--checker", "embedded", "--rounds", 1, "--batch_rows", 1) == 0
     assert run(first, tmp_path / "rounds", "--checker", "final-number", "--rounds", 2) == 1
     assert "holds rounds with other settings: checker: there 'embedded', now 'final-number';" in capsys.readouterr().err
 
