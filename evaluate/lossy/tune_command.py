@@ -30,7 +30,7 @@ from draftsmith.models.files.checkpoint_files import WEIGHTS
 from draftsmith.models.judge import NO_GATE, Judge, load_judge
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
-from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.shapes import parse_shape, shape_text
 from draftsmith.ownership import check_replaceable
 
 GateName = Literal["none", "line", "reply"]
@@ -220,7 +220,9 @@ def _tuned(
 
 
 def _kept_shapes(facts: dict[str, Any], shapes: Sequence[str]) -> list[str]:
-    return [facts["shape"]] if facts["holds"] else list(shapes)
+    """As `decode` writes them: a static tree by its paths, whatever it was called."""
+    kept = [facts["shape"]] if facts["holds"] else shapes
+    return [shape_text(parse_shape(shape)) for shape in kept]
 
 
 def _history(judge: Path) -> dict[str, Any]:

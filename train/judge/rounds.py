@@ -31,7 +31,7 @@ from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_finger
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import Judge, JudgedDrafter, load_judge
 from draftsmith.models.target.target import Target
-from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.shapes import parse_shape, shape_text
 from draftsmith.train.judge.callbacks import KeepJudge
 from draftsmith.train.judge.data import JudgeDataModule
 from draftsmith.train.judge.module import AUC, JudgeModule
@@ -236,7 +236,8 @@ def seen(drafters: Sequence[Served]) -> list[JudgedDrafter]:
             served.name,
             JudgedDrafter(name=served.name, fingerprint=drafter_fingerprint(drafter_folder(served.name)), shapes=[]),
         )
-        record["shapes"].append(served.shape)
+        # As `decode` writes it: a static tree by its paths, whatever it was called.
+        record["shapes"].append(shape_text(parse_shape(served.shape)))
     return list(records.values())
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from draftsmith.cli import main
+from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy.paired import change_bounds, problems_needed
 from draftsmith.evaluate.lossy.sweep import Setting, Sweep, Trial, best_trial, parts, settings_of_sweep, why_none
-from draftsmith.evaluate.lossy.tune_command import SweepOptions, agreement, line_end_ids
+from draftsmith.evaluate.lossy.tune_command import SweepOptions, _kept_shapes, agreement, line_end_ids
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, load_judge
+from draftsmith.models.tree.shapes import parse_shape
 
 TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
 
@@ -123,6 +125,14 @@ def test_a_part_of_the_problems_draws_the_noise_that_all_of_them_would(monkeypat
     is_right = lambda number, text: not asked.append(number)  # noqa: E731
     sweep._answer(Setting("1x4", 0.5), range(3, 5), is_right, lambda count: None)
     assert sorted(ids) == sorted(asked) == [3, 4]
+
+
+@pytest.mark.parametrize("facts", [{"holds": True, "shape": "t2.1"}, {"holds": False}])
+def test_a_judge_knows_a_static_tree_that_it_was_tuned_for(facts: dict[str, object]) -> None:
+    head = Judge(JudgeConfig(4, threshold=0.5))
+    head.config.drafters = [{"name": "runs/eagle", "fingerprint": "0", "shapes": _kept_shapes(facts, ["t2.1"])}]
+    assert JudgeRule(head).unknown_draft("runs/eagle", "0", parse_shape("t2.1")) == ""
+    assert "not of 1x4" in JudgeRule(head).unknown_draft("runs/eagle", "0", parse_shape("1x4"))
 
 
 def test_parts_cover_all_problems_once() -> None:

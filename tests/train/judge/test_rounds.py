@@ -16,9 +16,10 @@ from draftsmith.label.corrupt.corrupt_command import CorruptionOptions, corrupt
 from draftsmith.label.schema import read_answers
 from draftsmith.label.token_rows import read_rows
 from draftsmith.models.judge import Judge, JudgeConfig, load_judge
+from draftsmith.models.tree.shapes import parse_shape, shape_text
 from draftsmith.train.judge.data import JudgeDataModule
 from draftsmith.train.judge.module import JudgeModule
-from draftsmith.train.judge.rounds import RoundFigures, Served, _say_cut_off, rounds_table, train
+from draftsmith.train.judge.rounds import RoundFigures, Served, _say_cut_off, rounds_table, seen, train
 from draftsmith.train.judge.rounds_command import RoundOptions, _feature_of, _files, served_drafters
 
 TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
@@ -99,6 +100,12 @@ def test_without_a_checker_people_label_what_stood(
     assert "labelled by people" in (out / "rounds.md").read_text()
 
 
+def test_a_static_tree_is_recorded_by_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draftsmith.train.judge.rounds.drafter_folder", Path)
+    monkeypatch.setattr("draftsmith.train.judge.rounds.drafter_fingerprint", lambda folder: "0")
+    assert seen([Served("a", "t2.1"), Served("a", "1x4")])[0]["shapes"] == [shape_text(parse_shape("t2.1")), "1x4"]
+
+
 def test_each_drafter_has_a_shape() -> None:
     assert served_drafters(["a", "b"], ["1x4"]) == [Served("a", "1x4"), Served("b", "1x4")]
     assert served_drafters(["a", "b"], ["1x4", "1x8"]) == [Served("a", "1x4"), Served("b", "1x8")]
@@ -116,7 +123,7 @@ def test_too_few_problems_are_an_error_before_anything_is_decoded(
         RoundOptions(rounds=0)
 
 
-def test_replies_that_were_cut_off_are_told_and_all_of_them_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_count_tells_of_replies_that_were_cut_off_and_nothing_but_these_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     _say_cut_off(0, 4, 120)
     assert capsys.readouterr().err == ""
     _say_cut_off(1, 4, 120)
