@@ -123,7 +123,9 @@ def test_too_few_problems_are_an_error_before_anything_is_decoded(
         RoundOptions(rounds=0)
 
 
-def test_a_count_tells_of_replies_that_were_cut_off_and_nothing_but_these_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_count_tells_of_replies_that_were_cut_off_and_nothing_but_these_is_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     _say_cut_off(0, 4, 120)
     assert capsys.readouterr().err == ""
     _say_cut_off(1, 4, 120)
