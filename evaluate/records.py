@@ -10,7 +10,7 @@ from draftsmith.evaluate.roofline.roofline import Roofline
 from draftsmith.evaluate.strata.categories import Category
 from draftsmith.evaluate.strata.contexts import ContextBin
 from draftsmith.evaluate.strata.decoded import Decoded, DepthAcceptance
-from draftsmith.models.tree.shapes import short_shape
+from draftsmith.models.tree.shapes import is_sampled, short_shape
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Row:
     @property
     def is_sampled(self) -> bool:
         """Whether its trees were sampled, so that its text equals plain decoding's in distribution only."""
-        return self.shape[:1] in ("s", "k")
+        return is_sampled(self.shape)
 
     @property
     def label(self) -> str:

@@ -19,6 +19,7 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import registry
 from draftsmith.models.target.target import PRE_NORM
+from draftsmith.models.tree.shapes import is_sampled
 
 QUESTION = "Tom has 3 boxes with 4 pens each. How many pens does Tom have?"
 UNKNOWN_TARGET = "path/or/hub-id/of/the/target"
@@ -213,7 +214,7 @@ def _measured_line(row: Mapping[str, Any]) -> str:
     # 99.96 % must not be printed as all
     share = "all" if row["exact_share"] >= 1 else f"{min(100 * row['exact_share'], 99.9):.1f} %"
     shape = row.get("shape") or f"{row['beam_width']}x{row['draft_length']}"  # older reports name no shape
-    if shape[:1] in ("s", "k"):  # sampled trees have the target's distribution, not plain decoding's tokens
+    if is_sampled(shape):  # sampled trees have the target's distribution, not plain decoding's tokens
         share = "in distribution"
     return (
         f"| {plain(shape)} | {row['temperature']:g} | {steps} "

@@ -113,6 +113,18 @@ def shape_text(limits: DraftLimits) -> str:
     return text
 
 
+def is_sampled(text: str) -> bool:
+    """Whether a shape's tokens are drawn, so that texts equal those of plain decoding in distribution only.
+
+    Args:
+        text: a shape, as :func:`shape_text` writes it; empty for none.
+
+    Returns:
+        True for sampled trees and chains, those verified as one block among them.
+    """
+    return text[:1] in _RULES
+
+
 def short_shape(text: str, longest: int = 28) -> str:
     """Shorten a shape's text for a table or a chart. A static tree of many paths becomes its size and a mark of four hexadecimal digits.
 

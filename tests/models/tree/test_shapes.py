@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.models import DraftLimits, EarlyStop, SampledChildren
-from draftsmith.models.tree.shapes import full_tree, parse_shape, paths_json, read_paths, shape_text, short_shape
+from draftsmith.models.tree.shapes import (
+    full_tree,
+    is_sampled,
+    parse_shape,
+    paths_json,
+    read_paths,
+    shape_text,
+    short_shape,
+)
 
 EAGLE_LIKE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (0, 0, 0, 0))
 
@@ -151,3 +159,9 @@ def test_only_long_static_trees_are_shortened_and_still_told_apart() -> None:
     other = shape_text(DraftLimits(paths=(*EAGLE_LIKE[:-1], (0, 0, 0, 1))))
     assert short_shape(one, longest=12).startswith("static 9x4 (")
     assert short_shape(one, longest=12) != short_shape(other, longest=12)
+
+
+@pytest.mark.parametrize("text", ["1x4", "4x4n8", "t2.1", "1x8e0.5", "s1.1", "s3.2.1", "k2.1", "b1.1.1"])
+def test_a_shape_is_called_sampled_where_its_tokens_are_drawn(text: str) -> None:
+    assert is_sampled(shape_text(parse_shape(text))) == (parse_shape(text).sampled is not None)
+    assert not is_sampled("")
