@@ -80,11 +80,12 @@ DRAFT_STYLE = Style(
 @dataclass(frozen=True)
 class Solution:
     """A worded solution. ``step_spans[i]`` are the characters of the i-th step line; ``order[i]`` the step it
-    tells."""
+    tells; ``foreign_spans`` the lines that are not in the solution's own style."""
 
     text: str
     step_spans: tuple[tuple[int, int], ...]
     order: tuple[int, ...]
+    foreign_spans: tuple[tuple[int, int], ...] = ()
 
 
 def render(problem: Problem, style: Style, rng: random.Random) -> str:
@@ -92,22 +93,40 @@ def render(problem: Problem, style: Style, rng: random.Random) -> str:
     return word_steps(problem.steps, style, rng).text
 
 
-def word_steps(steps: Sequence[Step], style: Style, rng: random.Random) -> Solution:
-    """Says the given steps (right or wrong ones); the last step's result is the answer."""
+def word_steps(
+    steps: Sequence[Step], style: Style, rng: random.Random, foreign: Sequence[Style] = (), foreign_share: float = 0.0
+) -> Solution:
+    """Says the given steps (right or wrong ones); the last step's result is the answer.
+
+    Args:
+        steps: what is said.
+        style: the solution's own.
+        rng: chooses phrases.
+        foreign: styles of the lines that are not in the solution's own.
+        foreign_share: how many lines, the closing among them, take one of these.
+    """
     order = _free_order(steps, rng) if rng.random() >= style.strength else tuple(range(len(steps)))
     lines: list[str] = []
     spans: list[tuple[int, int]] = []
-    start = 0
-    for position, index in enumerate(order):
-        line = _word_step(steps[index], _place(position, len(order)), style, rng)
-        lines.append(line)
-        spans.append((start, start + len(line)))
-        start += len(line) + 1
+    foreign_spans: list[tuple[int, int]] = []
     answer = steps[-1].result
-    closing = _choose(CLOSINGS, style.closing, style, rng).format(c=answer)
-    lines += [closing] if closing else []
+    start = 0
+    for position in range(len(order) + 1):
+        is_foreign = foreign_share > 0 and rng.random() < foreign_share
+        worded_in = rng.choice(foreign) if is_foreign else style
+        if position < len(order):
+            line = _word_step(steps[order[position]], _place(position, len(order)), worded_in, rng)
+            spans.append((start, start + len(line)))
+        else:
+            line = _choose(CLOSINGS, worded_in.closing, worded_in, rng).format(c=answer)
+        if not line:
+            continue
+        if is_foreign:
+            foreign_spans.append((start, start + len(line)))
+        lines.append(line)
+        start += len(line) + 1
     lines.append(f"#### {answer}")
-    return Solution("\n".join(lines), tuple(spans), order)
+    return Solution("\n".join(lines), tuple(spans), order, tuple(foreign_spans))
 
 
 def _place(position: int, count: int) -> Place:

@@ -1,4 +1,4 @@
-"""Builds the embedded models: tokenizer, then target and draft LM, each in two phases, exported as bf16 Hugging Face
+"""Builds the embedded models: tokenizer, then target and draft LM phase by phase, exported as bf16 Hugging Face
 directories.
 
     python -m draftsmith.train.embedded_lm.build            # all of it, over an hour on two cores
@@ -28,7 +28,10 @@ from draftsmith.train.embedded_lm.data import Mixture, conversations
 from draftsmith.train.embedded_lm.module import LmModule
 
 ModelName = Literal["target", "draft_lm"]
-_CONFIG_STEMS: dict[ModelName, str] = {"target": "target", "draft_lm": "draft"}
+_PHASES: dict[ModelName, tuple[str, ...]] = {
+    "target": ("target_wordings", "target_house", "target_sturdy"),
+    "draft_lm": ("draft_wordings", "draft_house"),
+}
 _TOKENIZER_TEXTS = 20_000
 _MAX_NEW_TOKENS = 160
 STAGE = "draftsmith embedded build"
@@ -54,9 +57,11 @@ def build(
         check_replaceable(destination / name, STAGE)
     tokenizer = _build_tokenizer(work / "tokenizer", seed)
     for name in names:
-        first = _run_phase(_CONFIG_STEMS[name] + "_wordings", work, tokenizer, None, seed)
-        second = _run_phase(_CONFIG_STEMS[name] + "_house", work, tokenizer, first, seed)
-        export_lm(second, tokenizer, destination / name)
+        trained: Path | None = None
+        for phase in _PHASES[name]:
+            trained = _run_phase(phase, work, tokenizer, trained, seed)
+        assert trained is not None
+        export_lm(trained, tokenizer, destination / name)
 
 
 def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
@@ -88,8 +93,8 @@ def export_lm(trained: Path, tokenizer: Path, destination: Path) -> None:
 
 def _build_tokenizer(directory: Path, seed: int) -> Path:
     if not directory.is_dir():
-        texts = itertools.islice(conversations(Mixture(graded_share=0.5), "train", seed), _TOKENIZER_TEXTS)
-        words = train_tokenizer(texts)
+        drawn = itertools.islice(conversations(Mixture(graded_share=0.5), "train", seed), _TOKENIZER_TEXTS)
+        words = train_tokenizer(conversation.text for conversation in drawn)
         with files.atomic_directory(directory, STAGE) as partial:
             words.save_pretrained(partial)
     return directory

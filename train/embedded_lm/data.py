@@ -8,7 +8,7 @@ Shapes: B batch, T positions.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.embedded.grading import grade
 from draftsmith.embedded.problems import Problem, Split, sample_problems
 from draftsmith.embedded.tokenizer import ASSISTANT, END, PAD, chat_text
-from draftsmith.embedded.wordings import ALL_WORDINGS, DRAFT_STYLE, TARGET_STYLE, Style, render
+from draftsmith.embedded.wordings import ALL_WORDINGS, DRAFT_STYLE, TARGET_STYLE, Style, render, word_steps
 from draftsmith.models.files.pretrained import read_tokenizer
 
 StyleName = Literal["all", "target", "draft"]
@@ -41,6 +41,8 @@ class Mixture:
         all_wordings_share: how many conversations use all wordings all the same.
         graded_share: how many end with a request to check the solution, and a verdict. Half of those solutions are wrong.
         follow_up_share: how many have a second problem.
+        mixed_share: how many have lines in other wordings among those of the style; of these lines only the digits are learnt, so
+            that the model calculates behind any wording and still speaks in its own.
 
     Raises:
         ValueError: an unknown style, or a share outside 0 to 1.
@@ -50,17 +52,31 @@ class Mixture:
     all_wordings_share: float = 0.0
     graded_share: float = 0.0
     follow_up_share: float = 0.0
+    mixed_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"style {self.style!r} is not known; use one of {', '.join(STYLES)}")
-        for name in ("all_wordings_share", "graded_share", "follow_up_share"):
+        for name in ("all_wordings_share", "graded_share", "follow_up_share", "mixed_share"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}, a share lies between 0 and 1; correct the mixture")
 
 
-def conversations(mixture: Mixture, split: Split, seed: int) -> Iterator[str]:
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation.
+
+    Attributes:
+        text: with the marks of its turns.
+        foreign_spans: characters in other wordings than the model's own, of which only the digits are learnt.
+    """
+
+    text: str
+    foreign_spans: tuple[tuple[int, int], ...] = ()
+
+
+def conversations(mixture: Mixture, split: Split, seed: int) -> Iterator[Conversation]:
     """An endless seeded stream of rendered conversations.
 
     Args:
@@ -71,11 +87,23 @@ def conversations(mixture: Mixture, split: Split, seed: int) -> Iterator[str]:
     rng = random.Random(f"lm/{split}/{seed}")
     problems = sample_problems(split, seed)
     while True:
+        if mixture.mixed_share and rng.random() < mixture.mixed_share:
+            yield _mixed(next(problems), STYLES[mixture.style], rng)
+            continue
         style = ALL_WORDINGS if rng.random() < mixture.all_wordings_share else STYLES[mixture.style]
         turns = _turns(next(problems), style, mixture.graded_share, rng)
         if rng.random() < mixture.follow_up_share:
             turns += _turns(next(problems), style, 0.0, rng)
-        yield chat_text(turns)
+        yield Conversation(chat_text(turns))
+
+
+def _mixed(problem: Problem, style: Style, rng: random.Random) -> Conversation:
+    """One problem; each line of the solution is in the style with a chance that differs from solution to solution."""
+    foreign = [other for other in STYLES.values() if other is not style]
+    solution = word_steps(problem.steps, style, rng, foreign, foreign_share=rng.random())
+    text = chat_text([("user", problem.question), ("assistant", solution.text)])
+    start = text.rindex(solution.text)
+    return Conversation(text, tuple((start + first, start + end) for first, end in solution.foreign_spans))
 
 
 def _turns(problem: Problem, style: Style, graded_share: float, rng: random.Random) -> list[tuple[str, str]]:
@@ -96,7 +124,7 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
     ``labels[b, t]`` is the token *at* t, not the next one; the module shifts.
 
     Args:
-        texts: conversations.
+        drawn: the conversations.
         tokenizer: of the model.
         batch_size: B.
         assistant_only: learn the assistant's words only.
@@ -104,10 +132,19 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(
-        self, texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, assistant_only: bool, seed: int
+        self,
+        drawn: Sequence[Conversation],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        assistant_only: bool,
+        seed: int,
     ) -> None:
-        encoded = tokenizer(texts)["input_ids"]
-        self._rows = [np.asarray(row, dtype=np.int16) for row in encoded]
+        encoded = tokenizer([conversation.text for conversation in drawn], return_offsets_mapping=True)
+        self._rows = [np.asarray(row, dtype=np.int16) for row in encoded["input_ids"]]
+        self._foreign_words = [
+            _foreign_words(conversation, offsets)
+            for conversation, offsets in zip(drawn, encoded["offset_mapping"], strict=True)
+        ]
         self._batches = _length_batches([len(row) for row in self._rows], batch_size, seed)
         vocabulary = tokenizer.get_vocab()
         self._pad, self._assistant, self._end = vocabulary[PAD], vocabulary[ASSISTANT], vocabulary[END]
@@ -117,7 +154,8 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rows = [self._rows[i] for i in self._batches[index]]
+        numbers = self._batches[index]
+        rows = [self._rows[i] for i in numbers]
         length = max(len(row) for row in rows)
         input_ids_BT = torch.full((len(rows), length), self._pad, dtype=torch.int64)
         for place, row in enumerate(rows):
@@ -125,7 +163,19 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
         keep_mask_BT = input_ids_BT != self._pad
         if self._assistant_only:
             keep_mask_BT &= assistant_mask(input_ids_BT, self._assistant, self._end)
+        for place, number in enumerate(numbers):
+            keep_mask_BT[place, self._foreign_words[number]] = False
         return {"input_ids": input_ids_BT, "labels": input_ids_BT.masked_fill(~keep_mask_BT, _IGNORED)}
+
+
+def _foreign_words(conversation: Conversation, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions of the tokens within foreign spans that are not digits."""
+    return [
+        position
+        for position, (start, end) in enumerate(offsets)
+        if any(first <= start < last for first, last in conversation.foreign_spans)
+        and not conversation.text[start:end].strip().isdigit()
+    ]
 
 
 def assistant_mask(input_ids_BT: torch.Tensor, assistant: int, end: int) -> torch.Tensor:
@@ -217,5 +267,5 @@ class LmDataModule(pl.LightningDataModule):
 
     def _draw(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> LmBatches:
         stream = conversations(self._mixture, split, self._seed)
-        texts = [next(stream) for _ in range(self._counts[split])]
-        return LmBatches(texts, tokenizer, self._batch_size, self._assistant_only, self._seed)
+        drawn = [next(stream) for _ in range(self._counts[split])]
+        return LmBatches(drawn, tokenizer, self._batch_size, self._assistant_only, self._seed)

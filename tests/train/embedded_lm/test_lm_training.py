@@ -12,19 +12,32 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from draftsmith.embedded.tokenizer import train_tokenizer
-from draftsmith.train.embedded_lm.build import export_lm
-from draftsmith.train.embedded_lm.data import LmBatches, LmDataModule, Mixture, assistant_mask, conversations
+from draftsmith.train.embedded_lm.build import _PHASES, export_lm
+from draftsmith.train.embedded_lm.data import (
+    Conversation,
+    LmBatches,
+    LmDataModule,
+    Mixture,
+    assistant_mask,
+    conversations,
+)
 from draftsmith.train.embedded_lm.module import LmModule
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "embedded").glob("*.yaml"))
 
 
+def drawn(mixture: Mixture, count: int) -> list[Conversation]:
+    return list(itertools.islice(conversations(mixture, "train", 0), count))
+
+
+def texts_of(mixture: Mixture, count: int) -> list[str]:
+    return [conversation.text for conversation in drawn(mixture, count)]
+
+
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(itertools.islice(conversations(Mixture(graded_share=0.5), "train", 0), 500), 600).save_pretrained(
-        directory
-    )
+    train_tokenizer(texts_of(Mixture(graded_share=0.5), 500), 600).save_pretrained(directory)
     return directory
 
 
@@ -72,8 +85,7 @@ def test_the_assistant_mask_is_the_chat_templates(words: PreTrainedTokenizerBase
 def test_labels_are_the_tokens_themselves_where_there_is_something_to_learn(
     words: PreTrainedTokenizerBase, assistant_only: bool
 ) -> None:
-    texts = list(itertools.islice(conversations(Mixture("target"), "train", 0), 20))
-    batches = LmBatches(texts, words, 4, assistant_only, seed=0)
+    batches = LmBatches(drawn(Mixture("target"), 20), words, 4, assistant_only, seed=0)
     assert len(batches) == 5
     for batch in (batches[i] for i in range(5)):
         kept = batch["labels"] != -100
@@ -83,21 +95,45 @@ def test_labels_are_the_tokens_themselves_where_there_is_something_to_learn(
 
 
 def test_every_conversation_is_in_exactly_one_batch_and_little_is_padding(words: PreTrainedTokenizerBase) -> None:
-    texts = list(itertools.islice(conversations(Mixture(graded_share=0.3), "train", 0), 600))
-    batches = LmBatches(texts, words, 16, False, seed=0)
+    several = drawn(Mixture(graded_share=0.3), 600)
+    batches = LmBatches(several, words, 16, False, seed=0)
     rows = [ids[ids != words.pad_token_id] for i in range(len(batches)) for ids in batches[i]["input_ids"]]
-    assert sorted(words.batch_decode(rows)) == sorted(texts)
+    assert sorted(words.batch_decode(rows)) == sorted(conversation.text for conversation in several)
     padded = sum(batches[i]["input_ids"].numel() for i in range(len(batches)))
     assert sum(len(row) for row in rows) / padded > 0.9
 
 
 def test_conversations_are_drawn_by_their_shares() -> None:
-    texts = list(itertools.islice(conversations(Mixture("target", 0.1, 0.3, 0.2), "train", 0), 1000))
+    texts = texts_of(Mixture("target", 0.1, 0.3, 0.2), 1000)
     graded = sum("<|assistant|>Check: " in text for text in texts)
     followed = sum(text.count("#### ") == 2 for text in texts)
     assert 240 < graded < 360
     assert 150 < followed < 250
-    assert texts == list(itertools.islice(conversations(Mixture("target", 0.1, 0.3, 0.2), "train", 0), 1000))
+    assert texts == texts_of(Mixture("target", 0.1, 0.3, 0.2), 1000)
+
+
+def test_of_lines_in_other_wordings_only_the_digits_are_learnt(words: PreTrainedTokenizerBase) -> None:
+    for conversation in drawn(Mixture("target", mixed_share=1.0), 40):
+        batch = LmBatches([conversation], words, 1, True, seed=0)[0]
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        ends = list(itertools.accumulate(len(words.decode([token])) for token in ids))
+        for token, label, end in zip(ids, labels, ends, strict=True):
+            start = end - len(words.decode([token]))
+            if any(first <= start < last for first, last in conversation.foreign_spans):
+                assert (label != -100) == words.decode([token]).isdigit()
+            elif start >= conversation.text.index("<|assistant|>") + len("<|assistant|>"):
+                assert label == token
+
+
+def test_mixed_solutions_have_lines_of_the_style_and_lines_of_others() -> None:
+    shares = []
+    for conversation in drawn(Mixture("target", mixed_share=1.0), 200):
+        solution = conversation.text.split("<|assistant|>")[1]
+        shares.append(len(conversation.foreign_spans) / solution.count("\n"))
+        assert all("\n" not in conversation.text[first:last] for first, last in conversation.foreign_spans)
+    assert 0.4 < sum(shares) / len(shares) < 0.6
+    assert min(shares) == 0
+    assert max(shares) == 1
 
 
 def test_a_share_outside_zero_and_one_is_refused() -> None:
@@ -113,13 +149,13 @@ def test_a_missing_tokenizer_directory_is_refused(tmp_path: Path) -> None:
 def test_padding_does_not_change_the_loss(tokenizer_dir: Path, words: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(0)
     module = small_module(tokenizer_dir).eval()
-    texts = list(itertools.islice(conversations(Mixture(), "train", 0), 4))
-    together = LmBatches(texts, words, 4, False, seed=0)[0]
+    several = drawn(Mixture(), 4)
+    together = LmBatches(several, words, 4, False, seed=0)[0]
     logits_NV, labels_N = module._predict(together)
     joint = nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
     alone = torch.zeros(())
-    for text in texts:
-        ids = words(text, return_tensors="pt")["input_ids"]
+    for conversation in several:
+        ids = words(conversation.text, return_tensors="pt")["input_ids"]
         logits_TV = module.lm(input_ids=ids).logits[0, :-1]
         alone += nn.functional.cross_entropy(logits_TV, ids[0, 1:], reduction="sum")
     torch.testing.assert_close(joint, alone)
@@ -161,8 +197,8 @@ def test_the_export_loads_back_as_the_trained_weights_in_bf16(tokenizer_dir: Pat
     assert len(AutoTokenizer.from_pretrained(tmp_path / "lm")) == loaded.config.vocab_size
 
 
-def test_the_shipped_configs_are_two_phases_of_two_models_and_fit_their_classes() -> None:
-    assert len(CONFIGS) == 4
+def test_the_shipped_configs_are_the_phases_of_two_models_and_fit_their_classes() -> None:
+    assert {config.stem for config in CONFIGS} == {phase for phases in _PHASES.values() for phase in phases}
     for config in CONFIGS:
         run = yaml.safe_load(config.read_text())
         sizes = {key: value for key, value in run["model"]["init_args"].items() if key.startswith(("hidden", "num_"))}
