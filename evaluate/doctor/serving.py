@@ -111,6 +111,7 @@ def compare_forms(case: Case) -> Compared:
             raise NotChecked(
                 f"the two have draft vocabularies of {before.shape[-1]} and {after.shape[-1]} tokens: see `drafter-file`"
             )
+        before, after = _scored(before, after)
         most = max(most, float((before - after).abs().max()))
         largest = max(largest, float(before.abs().max()))
         equal += int((before.argmax(-1) == after.argmax(-1)).sum())
@@ -126,9 +127,17 @@ def compare_tree(case: Case) -> Compared:
     sample = next(sample for sample in case.samples if roots_of(sample.loss_mask, num_steps))
     batch = pack([sample], served.features).to(case.ends.device)
     tree_NV, chain_NV = tree_and_chain_logits(served, batch, roots_of(sample.loss_mask, num_steps)[0])
+    tree_NV, chain_NV = _scored(tree_NV, chain_NV)
     most = float((tree_NV - chain_NV).abs().max())
     equal = float((tree_NV.argmax(-1) == chain_NV.argmax(-1)).float().mean())
     return Compared(most, most / max(1e-12, float(chain_NV.abs().max())), equal, len(tree_NV))
+
+
+def _scored(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the columns of tokens that neither ever drafts: float [..., Vd] -> [..., Vd']."""
+    never = (before == -torch.inf) & (after == -torch.inf)
+    drafted = ~never.flatten(0, -2).all(0)
+    return before[..., drafted], after[..., drafted]
 
 
 def check_serving(case: Case) -> Finding:

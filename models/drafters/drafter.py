@@ -294,6 +294,26 @@ class Drafter(PreTrainedModel):
         return None
 
     @property
+    def mask_token(self) -> int | None:
+        """The token of the target that stands for an empty slot, which is never drafted; None in most families."""
+        return None
+
+    def without_mask(self, logits: Tensor) -> Tensor:
+        """Take the :attr:`mask_token` out of what can be drafted.
+
+        The loss of training scores it like any other token, since no text has it.
+
+        Args:
+            logits: [..., Vd].
+
+        Returns:
+            The same, with minus infinity for that token.
+        """
+        if self.mask_token is None:
+            return logits
+        return logits.masked_fill(self.draft_ids() == self.mask_token, -torch.inf)
+
+    @property
     def has_confidence(self) -> bool:
         """Whether :meth:`confidence` says how likely a token will be accepted."""
         return False
@@ -330,10 +350,10 @@ class Drafter(PreTrainedModel):
         """
         weight, correction = self.step_weight(step), self.correction_weight
         if correction is None:
-            return F.linear(head_inputs.to(weight.dtype), weight)
+            return self.without_mask(F.linear(head_inputs.to(weight.dtype), weight))
         width = weight.shape[1]
         corrected = F.linear(head_inputs[..., width:].to(correction.dtype), correction)
-        return F.linear(head_inputs[..., :width].to(weight.dtype), weight) + corrected
+        return self.without_mask(F.linear(head_inputs[..., :width].to(weight.dtype), weight) + corrected)
 
     def rollout_logits(self, head_inputs_KAE: Tensor) -> Tensor:
         """Score all steps of a rollout.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.tree.search import ConfidentExpander, Expander
+from draftsmith.models.tree.shortlist import Shortlist, ShortlistExpander
 
 if TYPE_CHECKING:
     from draftsmith.models.drafters.draft_records import Cycle, DraftState
@@ -113,6 +114,7 @@ class CheckedDraft:
     def __init__(self, draft: Expander, num_rows: int, num_draft_tokens: int) -> None:
         self._draft, self._name = draft, type(draft).__name__
         self._num_rows, self._num_draft_tokens, self._num_nodes = num_rows, num_draft_tokens, 1
+        self._num_candidates = 0
         self.root_B = draft.root_B
         what = "[B], the rows of the batch; select_rows(kept) keeps those of kept.index"
         _check(f"{self._name}.root_B", self.root_B, what, (num_rows,), torch.int64)
@@ -124,6 +126,26 @@ class CheckedDraft:
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`."""
         return self._logits("extend", "[B, M, Vd]", self._draft.extend(tokens_BM, above_BM), tokens_BM.shape[1])
+
+    def shortlist(self, count: int, scale: float) -> Shortlist | None:
+        """See :class:`ShortlistExpander`."""
+        shortlist = self._draft.shortlist(count, scale) if isinstance(self._draft, ShortlistExpander) else None
+        if shortlist is not None:
+            name, what = f"{self._name}.shortlist", "[B, S, C], with a C of at least what was asked for, or Vd"
+            self._num_candidates = shortlist.draft_BSC.shape[-1]
+            _check(f"{name}: draft_BSC", shortlist.draft_BSC, what, (self._num_rows, None, None), torch.int64)
+            _check(f"{name}: log_probs_BSC", shortlist.log_probs_BSC, what, tuple(shortlist.draft_BSC.shape))
+        return shortlist
+
+    def rescore(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor | None:
+        """See :class:`ShortlistExpander`."""
+        assert isinstance(self._draft, ShortlistExpander)
+        self._num_nodes = tokens_BM.shape[1]
+        added_BMC = self._draft.rescore(tokens_BM, above_BM)
+        if added_BMC is not None:
+            shape = (self._num_rows, self._num_nodes, self._num_candidates)
+            _check(f"{self._name}.rescore", added_BMC, "[B, M, C], with the C of shortlist", shape)
+        return added_BMC
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """See :class:`Expander`."""

@@ -24,6 +24,7 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
+from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.block_confidence import ConfidenceHead
 from draftsmith.models.families.block_correction import Correction, CorrectionKind, correction_of
@@ -216,6 +217,11 @@ class BlockDrafter(TargetHead):
         return self.config.block_size - self.config.first_slot
 
     @property
+    def mask_token(self) -> int | None:
+        """See :attr:`Drafter.mask_token`."""
+        return self.config.mask_token_id
+
+    @property
     def correction_weight(self) -> Tensor | None:
         """See :attr:`Drafter.correction_weight`."""
         return None if self.correction is None else self.correction.output.weight
@@ -370,57 +376,60 @@ def _run_layer(layer: BlockLayer, states_QD: Tensor, attention: BlockAttention, 
     return layer.finish(states_QD, attention(layer.queries(inputs_QD, rotation), [own]))
 
 
-class BlockDraft:
+class BlockDraft(ParallelDraft):
     """One draft: the block is computed once. Nodes of one depth have the same continuations, but for what a correction adds."""
 
     def __init__(self, drafter: BlockDrafter, state: PairState, cycle: Cycle, draft_length: int) -> None:
-        self.target_ids = drafter.to_target_ids
-        self._drafter, self._pending, self._draft_length = drafter, state.pending, draft_length
-        self._slots = DraftSlots(state.cache, cycle, state.pending.tokens_BE.shape[1])
-        self.root_B = state.pending.tokens_BE.gather(1, state.pending.counts_B[:, None] - 1).squeeze(1)
-        self._depth, self._tokens_BM = 0, self.root_B[:, None]
-        self._hidden_BKD = self._logits_BKV = self._state_BMS = torch.empty(0)  # until the block has run
+        pending = state.pending
+        root_B = pending.tokens_BE.gather(1, pending.counts_B[:, None] - 1).squeeze(1)
+        corrected = drafter.correction is not None
+        super().__init__(drafter, root_B, corrected=corrected)
+        self._block, self._pending, self._draft_length = drafter, pending, draft_length
+        self._slots = DraftSlots(state.cache, cycle, pending.tokens_BE.shape[1])
+        self._tokens_BM = root_B[:, None]
+        self._hidden_BKD = self._state_BMS = torch.empty(0)  # until the block has run
 
-    def begin(self) -> Tensor:
-        """See :class:`Expander`: the whole block."""
-        drafter, first = self._drafter, self._drafter.config.first_slot
+    def slot_logits(self) -> Tensor:
+        """See :meth:`ParallelDraft.slot_logits`."""
+        drafter, first = self._block, self._block.config.first_slot
         self._hidden_BKD = rms_norm(drafter.norm, self._run()[:, first : first + self._draft_length])
-        head = drafter.head_weight
-        self._logits_BKV = F.linear(self._hidden_BKD.to(head.dtype), head)
         if drafter.correction is not None:
             self._state_BMS = drafter.correction.begin(self._hidden_BKD[:, :1])
-        return self._corrected(self.root_B[:, None])
+        head = drafter.head_weight
+        return F.linear(self._hidden_BKD.to(head.dtype), head)
 
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """See :class:`Expander`: the next slot, corrected by what the nodes hold."""
-        self._depth += 1
-        if self._state_BMS.shape[-1] and self._state_BMS.shape[1] > 1:
-            self._state_BMS = self._state_BMS.gather(1, above_BM[..., None].expand(-1, -1, self._state_BMS.shape[-1]))
-        return self._corrected(tokens_BM)
+    def correction(self, tokens_BM: Tensor, above_BM: Tensor | None) -> Tensor | None:
+        """See :meth:`ParallelDraft.correction`."""
+        self._tokens_BM = tokens_BM
+        drafter, num_nodes = self._block, tokens_BM.shape[1]
+        if drafter.correction is None:
+            return None
+        state_BMS = self._state_BMS
+        if above_BM is not None and state_BMS.shape[-1] and state_BMS.shape[1] > 1:
+            state_BMS = state_BMS.gather(1, above_BM[..., None].expand(-1, -1, state_BMS.shape[-1]))
+        part_BMr, self._state_BMS = drafter.correction.step(
+            tokens_BM,
+            drafter.embed(tokens_BM),
+            self._hidden_at_depth(num_nodes),
+            state_BMS.expand(-1, num_nodes, -1),
+            self.depth,
+        )
+        return part_BMr
 
     def acceptance(self) -> Tensor | None:
         """See :class:`ConfidentExpander`."""
-        if not self._drafter.has_confidence:
+        if not self._block.has_confidence:
             return None
-        hidden_BMD = self._hidden_BKD[:, self._depth : self._depth + 1].expand(-1, self._tokens_BM.shape[1], -1)
-        return self._drafter.confidence(hidden_BMD, self._tokens_BM).float().sigmoid()
+        hidden_BMD = self._hidden_at_depth(self._tokens_BM.shape[1])
+        return self._block.confidence(hidden_BMD, self._tokens_BM).float().sigmoid()
 
-    def _corrected(self, tokens_BM: Tensor) -> Tensor:
-        """[B, M, Vd]: logits of the slot behind some tokens."""
-        self._tokens_BM = tokens_BM
-        drafter, depth, num_nodes = self._drafter, self._depth, tokens_BM.shape[1]
-        logits_BMV = self._logits_BKV[:, depth : depth + 1].expand(-1, num_nodes, -1)
-        if drafter.correction is None:
-            return logits_BMV
-        hidden_BMD = self._hidden_BKD[:, depth : depth + 1].expand(-1, num_nodes, -1)
-        state_BMS = self._state_BMS.expand(-1, num_nodes, -1)
-        embedded_BMD = drafter.embed(tokens_BM)
-        part_BMr, self._state_BMS = drafter.correction.step(tokens_BM, embedded_BMD, hidden_BMD, state_BMS, depth)
-        return logits_BMV + drafter.correction.output(part_BMr)
+    def _hidden_at_depth(self, num_nodes: int) -> Tensor:
+        """[B, M, D]: the state of the slot behind the nodes of the last call."""
+        return self._hidden_BKD[:, self.depth : self.depth + 1].expand(-1, num_nodes, -1)
 
     def _run(self) -> Tensor:
         """States of the slots behind the last layer, [B, S, D]; without later slots that nobody sees."""
-        drafter, slots, config = self._drafter, self._slots, self._drafter.config
+        drafter, slots, config = self._block, self._slots, self._block.config
         num_slots = config.first_slot + self._draft_length if config.causal else config.block_size
         fresh = self._pending.slots(0, slots.num_fresh)
         fresh_BE, slots_BS = slots.aim_block(self._pending.counts_B, num_slots)

@@ -22,6 +22,7 @@ from draftsmith.models.drafters.draft_records import Cycle
 from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
+from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.families.eagle_base import EagleBase, EagleState, FeatureDraft
 from draftsmith.models.families.eagle_config import NO_LAYERS, EagleConfig, block_outputs, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
@@ -165,6 +166,11 @@ class Eagle3(EagleBase):
         return tuple(self.config.layers)
 
     @property
+    def mask_token(self) -> int | None:
+        """See :attr:`Drafter.mask_token`."""
+        return self.config.mask_token_id
+
+    @property
     def layer(self) -> DraftLayer:
         """The one decoder layer, which reads [norm(embedding); norm(state)]."""
         return self.midlayer
@@ -234,7 +240,7 @@ class Eagle3(EagleBase):
         return rms_norm(self.norm, output)
 
 
-class MaskedDraft:
+class MaskedDraft(ParallelDraft):
     """One draft of a P-EAGLE: the last pair of the text and K - 1 masks behind it, in one pass.
 
     Nodes of one depth have the same continuations.
@@ -247,18 +253,17 @@ class MaskedDraft:
     """
 
     def __init__(self, drafter: Eagle3, state: EagleState, cycle: Cycle, depth: int) -> None:
-        self.target_ids = drafter.to_target_ids
-        self._drafter, self._pending, self._length, self._depth = drafter, state.pending, depth, 0
+        last_B1 = state.pending.counts_B[:, None] - 1
+        root_B = state.pending.tokens_BE.gather(1, last_B1).squeeze(1)
+        super().__init__(drafter, root_B)
+        self._eagle, self._pending, self._length, self._last_B1 = drafter, state.pending, depth, last_B1
         self._slots = DraftSlots(
             state.cache, cycle, state.pending.tokens_BE.shape[1], sliding_window=drafter.config.sliding_window
         )
-        self._last_B1 = state.pending.counts_B[:, None] - 1
-        self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
-        self._logits_BKV = torch.empty(0)  # until the layer has run
 
-    def begin(self) -> Tensor:
-        """See :class:`Expander`: all steps."""
-        drafter, layer, slots = self._drafter, self._drafter.layer, self._slots
+    def slot_logits(self) -> Tensor:
+        """See :meth:`ParallelDraft.slot_logits`: those of all steps."""
+        drafter, layer, slots = self._eagle, self._eagle.layer, self._slots
         state_BED, inputs_BEI = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
         fresh_BE, masks_BS = slots.aim_block(self._pending.counts_B, self._length - 1)
         embedded_D, known_D = drafter.mask()
@@ -275,13 +280,7 @@ class MaskedDraft:
         attended = attend(queries.transpose(1, 2), *seen, slots.text_mask(positions_BK))
         residual_BKD = torch.cat([self._at_last(state_BED), masked_D.expand(shape)], dim=1)
         outputs_BKD = layer.finish(residual_BKD, attended.transpose(1, 2))
-        self._logits_BKV = drafter.logits(drafter.head_inputs(outputs_BKD), 0)
-        return self._logits_BKV[:, :1]
-
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """See :class:`Expander`: the next step, whatever was drafted."""
-        self._depth += 1
-        return self._logits_BKV[:, self._depth : self._depth + 1].expand(-1, tokens_BM.shape[1], -1)
+        return drafter.logits(drafter.head_inputs(outputs_BKD), 0)
 
     def _at_last(self, part_BEI: Tensor) -> Tensor:
         """[B, E, I] -> [B, 1, I] at each row's last fresh pair."""

@@ -24,6 +24,7 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening, Ro
 from draftsmith.models.drafters.draft_slots import PairState
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
+from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
 from draftsmith.models.families.head_steps import (
@@ -316,14 +317,16 @@ class HeadsDrafter(TargetHead):
         """The last emitted token and the state that predicted it; what a prefix layer has not read is pending."""
         return PairState(state.cache, emitted) if isinstance(state, PairState) else self._at(emitted)
 
-    def expander(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsDraft:  # type: ignore[override]
-        """See :class:`HeadsDraft`."""
+    def expander(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsDraft | ParallelHeadsDraft:  # type: ignore[override]
+        """See :class:`HeadsDraft` and :class:`ParallelHeadsDraft`."""
         if isinstance(state, PairState):
             assert self.prefix is not None
             pending = state.pending
             root_B = pending.tokens_BE.gather(1, pending.counts_B[:, None] - 1).squeeze(1)
             state = RootState(self.prefix.at_last(state, cycle, self._states), root_B)
-        return HeadsDraft(self, state, limits.draft_length)
+        if self.steps.reads_tokens:
+            return HeadsDraft(self, state)
+        return ParallelHeadsDraft(self, state, limits.draft_length)
 
     def follow(self, state: HeadsState, cycle: Cycle, limits: DraftLimits) -> HeadsState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: keys and values of a prefix layer only."""
@@ -359,36 +362,25 @@ def steps_of(config: HeadsConfig) -> DraftSteps:
 
 
 class HeadsDraft:
-    """One draft. Where no step reads a token, all nodes of one depth have the same continuations, which are made in one pass.
+    """One draft of steps that read the tokens before them.
 
     Args:
         drafter: whose steps.
         state: the last emitted tokens, and the target's normed states before them.
-        draft_length: layers that may be asked for.
     """
 
-    def __init__(self, drafter: HeadsDrafter, state: RootState, draft_length: int) -> None:
+    def __init__(self, drafter: HeadsDrafter, state: RootState) -> None:
         self.root_B, self.target_ids = state.root_B, drafter.to_target_ids
-        self._drafter, self._draft_length, self._step = drafter, draft_length, 0
+        self._drafter, self._step = drafter, 0
         self._state_BMS = drafter.steps.begin(state.context_BD)[:, None]
-        self._logits_KBV = torch.empty(0)  # of all steps, where they are made at once
 
     def begin(self) -> Tensor:
         """See :class:`Expander`."""
-        drafter = self._drafter
-        if drafter.steps.reads_tokens:
-            return self._next(self.root_B[:, None])
-        state_BS = self._state_BMS[:, 0]
-        self._logits_KBV = drafter.rollout_logits(
-            torch.stack([drafter.head_inputs(state_BS, step) for step in range(self._draft_length)])
-        )
-        return self._logits_KBV[0][:, None]
+        return self._next(self.root_B[:, None])
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """See :class:`Expander`."""
         self._step += 1
-        if not self._drafter.steps.reads_tokens:
-            return self._logits_KBV[self._step][:, None].expand(-1, tokens_BM.shape[1], -1)
         if self._state_BMS.shape[1] > 1:
             self._state_BMS = self._state_BMS.gather(1, above_BM[..., None].expand(-1, -1, self._state_BMS.shape[-1]))
         return self._next(tokens_BM)
@@ -398,6 +390,26 @@ class HeadsDraft:
         drafter, state_BMS = self._drafter, self._state_BMS.expand(-1, tokens_BM.shape[1], -1)
         self._state_BMS = drafter.read(tokens_BM, state_BMS, self._step)
         return drafter.logits(drafter.head_inputs(self._state_BMS, self._step), self._step)
+
+
+class ParallelHeadsDraft(ParallelDraft):
+    """One draft of steps that read no token: all are made in one pass, and nodes of one depth have the same continuations.
+
+    Args:
+        drafter: whose steps.
+        state: as of :class:`HeadsDraft`.
+        draft_length: layers that may be asked for.
+    """
+
+    def __init__(self, drafter: HeadsDrafter, state: RootState, draft_length: int) -> None:
+        super().__init__(drafter, state.root_B)
+        self._heads, self._context_BD, self._draft_length = drafter, state.context_BD, draft_length
+
+    def slot_logits(self) -> Tensor:
+        """See :meth:`ParallelDraft.slot_logits`."""
+        state_BS = self._heads.steps.begin(self._context_BD)
+        inputs = [self._heads.head_inputs(state_BS, step) for step in range(self._draft_length)]
+        return self._heads.rollout_logits(torch.stack(inputs)).transpose(0, 1)
 
 
 class HeadsFamily(DrafterFamily):

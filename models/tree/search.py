@@ -22,6 +22,7 @@ from torch import Tensor
 from draftsmith.models.slots.constants import counting, made_once, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.noise import Draw, draw
+from draftsmith.models.tree.shortlist import Continuations, continuations
 from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune_marked, tree_from_layers, tree_from_paths
 
 Path = tuple[int, ...]
@@ -153,12 +154,16 @@ class _Scorer:
     cut: bool
     expander: Expander
 
-    def best(self, score_BM: Tensor | None, logits_BMV: Tensor, count: int, depth: int) -> tuple[Tensor, Tensor]:
+    def begin(self, count: int) -> Continuations:
+        """Begin the draft, of which up to ``count`` continuations of a node will be asked for."""
+        return continuations(self.expander, count, self.scale)
+
+    def best(self, score_BM: Tensor | None, behind: Continuations, count: int, depth: int) -> tuple[Tensor, Tensor]:
         """Find the ``count`` likeliest continuations of nodes at a depth. The root (depth 0) is always continued.
 
         Args:
             score_BM: float32, cumulative log-probabilities of the nodes; None for the root, whose own is 0.
-            logits_BMV: float [B, M, Vd].
+            behind: what follows the nodes.
             count: R.
             depth: of the nodes.
 
@@ -168,17 +173,13 @@ class _Scorer:
         Raises:
             ValueError: the draft vocabulary has fewer tokens than ``count``.
         """
-        if count > logits_BMV.shape[-1]:
-            raise ValueError(
-                f"{count} continuations of a node are asked for, the draft vocabulary has {logits_BMV.shape[-1]} tokens; narrow the draft"
-            )
-        scaled_BMV = logits_BMV.float() if self.scale == 1.0 else logits_BMV.float() * self.scale
-        top_BMR, draft_BMR = scaled_BMV.log_softmax(-1).topk(count, dim=-1)
+        top_BMR, draft_BMR = behind.best(count)
         if score_BM is not None:
             top_BMR = score_BM[..., None] + top_BMR
         if self.stop is not None and self.below_B is not None and depth > 0:
-            stopped_BM = expected_acceptance(self.expander, logits_BMV, self.stop.scale) < self.below_B[:, None]
-            top_BMR = top_BMR.masked_fill(stopped_BM[..., None], -torch.inf)
+            known_BM = known_acceptance(self.expander)
+            expected_BM = entropy_bound(behind.entropy(), self.stop.scale) if known_BM is None else known_BM
+            top_BMR = top_BMR.masked_fill((expected_BM < self.below_B[:, None])[..., None], -torch.inf)
         return top_BMR, draft_BMR
 
     def standing(self, scores_BMR: Tensor, standing_BM: Tensor) -> Tensor:
@@ -207,8 +208,13 @@ def expected_acceptance(expander: Expander, logits_BMV: Tensor, scale: float) ->
     Returns:
         float [B, M].
     """
-    known_BM = expander.acceptance() if isinstance(expander, ConfidentExpander) else None
+    known_BM = known_acceptance(expander)
     return acceptance_bound(logits_BMV.float().log_softmax(-1), scale) if known_BM is None else known_BM
+
+
+def known_acceptance(expander: Expander) -> Tensor | None:
+    """What an expander says of the acceptance behind each node of the last call, float [B, M]; None where it says nothing."""
+    return expander.acceptance() if isinstance(expander, ConfidentExpander) else None
 
 
 def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
@@ -221,7 +227,11 @@ def acceptance_bound(log_probs: Tensor, scale: float) -> Tensor:
     Returns:
         float [...], at most 1.
     """
-    entropy = torch.special.entr(log_probs.exp()).sum(-1)
+    return entropy_bound(torch.special.entr(log_probs.exp()).sum(-1), scale)
+
+
+def entropy_bound(entropy: Tensor, scale: float) -> Tensor:
+    """As :func:`acceptance_bound`, of entropies float [...]."""
     return 1.0 - (scale * entropy).clamp(min=0.0).sqrt()
 
 
@@ -318,10 +328,10 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, b
         scorer: ranks continuations.
         beams: whether the beams of the last layer are asked for. A beam that is stopped early then keeps its place among them.
     """
-    logits_BMV = expander.begin()
+    behind = scorer.begin(width)
     best: _Best | None = None
     for depth in range(length):
-        scores_BMR, draft_BMR = scorer.best(None if best is None else best.score_BM, logits_BMV, width, depth)
+        scores_BMR, draft_BMR = scorer.best(None if best is None else best.score_BM, behind, width, depth)
         tokens_BMR = expander.target_ids(draft_BMR)
         is_last = depth + 1 == length
         if is_last and not beams:
@@ -337,7 +347,7 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, b
             return
         yield _Layer(tokens_BMR, scores_BMR, best)
         if best is not None and not is_last:
-            logits_BMV = expander.extend(best.token_BM, best.above_BM)
+            behind.extend(best.token_BM, best.above_BM)
 
 
 def _best_of_one(tokens_B1R: Tensor, scores_B1R: Tensor) -> _Best:
@@ -370,10 +380,11 @@ def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) ->
         ValueError: a rank is beyond the draft vocabulary.
     """
     tokens, parents, scores = [], [], []
-    logits_BMV = expander.begin()
+    plans = _plan(paths, expander.root_B.device)
+    behind = scorer.begin(max(plan.num_ranks for plan in plans))
     score_BM = None
-    for depth, plan in enumerate(_plan(paths, logits_BMV.device)):
-        scores_BMR, draft_BMR = scorer.best(score_BM, logits_BMV, plan.num_ranks, depth)
+    for depth, plan in enumerate(plans):
+        scores_BMR, draft_BMR = scorer.best(score_BM, behind, plan.num_ranks, depth)
         token_BC = expander.target_ids(draft_BMR.flatten(1)[:, plan.places_C])
         score_BC = scores_BMR.flatten(1)[:, plan.places_C]
         if depth > 0 and scorer.all_stopped(score_BC):
@@ -384,7 +395,7 @@ def static_tree(expander: Expander, paths: tuple[Path, ...], scorer: _Scorer) ->
         if len(plan.continued_M):
             above_BM = (plan.places_C[plan.continued_M] // plan.num_ranks).expand(token_BC.shape[0], -1)
             score_BM = score_BC[:, plan.continued_M]
-            logits_BMV = expander.extend(token_BC[:, plan.continued_M], above_BM)
+            behind.extend(token_BC[:, plan.continued_M], above_BM)
     return pack(tree_from_layers(expander.root_B, tokens, parents, scores), cut=scorer.cut)
 
 

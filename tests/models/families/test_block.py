@@ -1,8 +1,7 @@
-"""Block drafters: the forward by hand from the papers' equations, both layouts and masks, decoding, and trees over independent slots."""
+"""Block drafters: the forward by hand from the papers' equations, both layouts and masks, decoding."""
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import replace
 
 import pytest
@@ -28,7 +27,6 @@ from draftsmith.models.families.block_correction import (
     correction_of,
 )
 from draftsmith.models.families.block_layer import BlockAttention
-from draftsmith.models.tree.search import search
 
 STEPS = 4
 VARIANTS = [(causal, anchor) for causal in (False, True) for anchor in (False, True)]
@@ -279,51 +277,6 @@ def test_corrections_are_those_of_the_papers(target: Target) -> None:
     assert not gru.step(token, embedded, hidden, gru.begin(hidden), 0)[0].any(), "the first slot stays as it is"
 
 
-class FixedSlots:
-    """A draft whose slots have fixed logits [K, V]."""
-
-    def __init__(self, logits_KV: Tensor) -> None:
-        self.root_B, self._logits_KV, self._depth = torch.tensor([0]), logits_KV, 0
-
-    def begin(self) -> Tensor:
-        return self._logits_KV[None, :1]
-
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        self._depth += 1
-        return self._logits_KV[None, self._depth : self._depth + 1].expand(-1, tokens_BM.shape[1], -1)
-
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        return draft_ids
-
-
-def heap_tree(logits_KV: Tensor, budget: int) -> set[tuple[int, ...]]:
-    """The ``budget`` likeliest paths by the heap of DDTree (arXiv:2604.12989): a path brings its next sibling and its first child."""
-    scores, ids = logits_KV.log_softmax(-1).sort(-1, descending=True)
-    heap: list[tuple[float, tuple[int, ...]]] = [(-float(scores[0, 0]), (0,))]
-    paths: set[tuple[int, ...]] = set()
-    while len(paths) < budget:
-        negative, ranks = heapq.heappop(heap)
-        paths.add(tuple(int(ids[depth, rank]) for depth, rank in enumerate(ranks)))
-        depth, last = len(ranks) - 1, ranks[-1]
-        if last + 1 < scores.shape[1]:
-            heapq.heappush(
-                heap, (negative + float(scores[depth, last] - scores[depth, last + 1]), (*ranks[:-1], last + 1))
-            )
-        if depth + 1 < len(scores):
-            heapq.heappush(heap, (negative - float(scores[depth + 1, 0]), (*ranks, 0)))
-    return paths
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_dynamic_tree_as_wide_as_its_budget_is_that_of_the_heap(seed: int) -> None:
-    budget, logits_KV = 9, torch.randn(4, 30, generator=torch.Generator().manual_seed(seed)) * 2
-    tree = search(FixedSlots(logits_KV), None, DraftLimits(budget, 4, node_budget=budget))
-    paths: list[tuple[int, ...]] = [()]
-    for token, parent in zip(tree.tokens_BN[0, 1:].tolist(), tree.parents_BN[0, 1:].tolist(), strict=True):
-        paths.append((*paths[parent], token))
-    assert set(paths[1:]) == heap_tree(logits_KV, budget)
-
-
 def test_recomputed_activations_give_the_same_gradients(target: Target) -> None:
     drafter = made(target)
     batch = batch_of(target, drafter)
@@ -352,6 +305,17 @@ def test_an_unused_token_fills_the_slots_where_its_id_is_given(target: Target) -
     assert "mask_embedding" not in drafter.state_dict()
     slots = drafter.slots(torch.tensor([5, 6]), 3)
     torch.testing.assert_close(slots[1], drafter.embed(torch.tensor([6, 63, 63])))
+
+
+@pytest.mark.parametrize("kept", [None, [3, 9, 30, 44, 63]])
+@torch.no_grad()
+def test_the_token_of_empty_slots_is_never_drafted(target: Target, kept: list[int] | None) -> None:
+    ids = None if kept is None else torch.tensor(kept)
+    drafter, place = made(target, mask_token_id=63, draft_token_ids=ids), -1
+    batch, roots = batch_of(target, drafter), [2, 7]
+    for logits in (trained_logits(drafter, batch, roots, STEPS), served_in_a_row(drafter, batch, roots, STEPS)):
+        assert bool((logits[..., place] == -torch.inf).all())
+        assert bool(logits[..., :place].isfinite().all())
 
 
 def test_an_engine_drafts_no_deeper_than_the_block_by_itself(target: Target) -> None:
