@@ -34,6 +34,7 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.sampled_search import sampled_tree
 from draftsmith.models.tree.search import Expander, search
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
+from draftsmith.models.tree.shortlist import likeliest_alone
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -314,6 +315,11 @@ class Drafter(PreTrainedModel):
         return logits.masked_fill(self.draft_ids() == self.mask_token, -torch.inf)
 
     @property
+    def num_candidates(self) -> int | None:
+        """How many tokens of each step can be drafted: the likeliest without the :attr:`correction_weight`. None in most families: all."""
+        return None
+
+    @property
     def has_confidence(self) -> bool:
         """Whether :meth:`confidence` says how likely a token will be accepted."""
         return False
@@ -353,7 +359,8 @@ class Drafter(PreTrainedModel):
             return self.without_mask(F.linear(head_inputs.to(weight.dtype), weight))
         width = weight.shape[1]
         corrected = F.linear(head_inputs[..., width:].to(correction.dtype), correction)
-        return self.without_mask(F.linear(head_inputs[..., :width].to(weight.dtype), weight) + corrected)
+        logits = self.without_mask(F.linear(head_inputs[..., :width].to(weight.dtype), weight))
+        return corrected + (logits if self.num_candidates is None else likeliest_alone(logits, self.num_candidates))
 
     def rollout_logits(self, head_inputs_KAE: Tensor) -> Tensor:
         """Score all steps of a rollout.

@@ -2,7 +2,8 @@
 
 DFlash (arXiv:2602.06036) fills a block behind the root: slot 0 holds the root and predicts nothing, slot k >= 1 holds a mask and predicts
 the k-th token behind the root. Every slot sees the others. JetSpec (arXiv:2606.18394) hides later slots (``causal``). DSpark's backbone
-(arXiv:2607.05147) lets slot 0 predict too (``sample_from_anchor``). A correction lets a slot read the tokens drafted before it.
+(arXiv:2607.05147) lets slot 0 predict too (``sample_from_anchor``). A correction lets a slot read the tokens drafted before it. DFlash 2's
+layers have a convolution over the slots, and it corrects the few likeliest tokens of a slot.
 
 Owns the drafter, which layers it reads by default, its settings and its record. Knows nothing of losses, trees or verification.
 
@@ -28,7 +29,7 @@ from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.block_confidence import ConfidenceHead
 from draftsmith.models.families.block_correction import Correction, CorrectionKind, correction_of
-from draftsmith.models.families.block_layer import BlockAttention, BlockLayer
+from draftsmith.models.families.block_layer import GROUP, BlockAttention, BlockConvolution, BlockLayer
 from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs, layer_fields
 from draftsmith.models.families.eagle_layer import Rotation, rms_norm
 from draftsmith.models.families.target_head import TargetHead
@@ -41,6 +42,9 @@ from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 
+CANDIDATES = 16
+"""Tokens of a slot that DFlash 2's selector chooses among, as public drafters have it."""
+
 
 class BlockConfig(LayerConfig):
     """The fields of a block drafter.
@@ -52,10 +56,13 @@ class BlockConfig(LayerConfig):
         causal: a slot sees no later slot of its block.
         sample_from_anchor: slot 0, which holds the root, predicts the first drafted token; otherwise slot 1 does.
         mask_token_id: an unused token of the target whose embedding fills the slots behind the root; None learns a vector for them.
-        correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent`` or ``gru``.
+        correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent``, ``gru`` or
+            ``selector``.
         correction_rank: r.
         correction_state: size of the GRU's state.
         confidence: a head says how likely each token will be accepted, before it is drawn.
+        convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
+        candidates: with the correction ``selector``, how many tokens of a slot can be drafted.
     """
 
     model_type = "draftsmith_block_drafter"
@@ -74,6 +81,8 @@ class BlockConfig(LayerConfig):
         "correction_rank": COUNT,
         "correction_state": COUNT,
         "confidence": FLAG,
+        "convolution": FLAG,
+        "candidates": COUNT,
     }
 
     def __init__(
@@ -88,6 +97,8 @@ class BlockConfig(LayerConfig):
         correction_rank: int = 256,
         correction_state: int = 1024,
         confidence: bool = False,
+        convolution: bool = False,
+        candidates: int = CANDIDATES,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -96,7 +107,7 @@ class BlockConfig(LayerConfig):
         self.causal, self.sample_from_anchor = causal, sample_from_anchor
         self.mask_token_id = mask_token_id
         self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
-        self.confidence = confidence
+        self.confidence, self.convolution, self.candidates = confidence, convolution, candidates
 
     @property
     def first_slot(self) -> int:
@@ -109,6 +120,12 @@ class BlockConfig(LayerConfig):
             return NO_LAYERS
         if self.block_size <= self.first_slot:
             return f"block_size {self.block_size}, of which no slot predicts a token without sample_from_anchor"
+        if self.convolution and self.hidden_size % GROUP:
+            return f"convolution and hidden size {self.hidden_size}, which is no multiple of the {GROUP} channels of a group"
+        if self.correction == "selector" and self.confidence:
+            return "correction 'selector' and confidence, which judges drafts over the whole vocabulary: use one of the two"
+        if self.correction != "selector" and self.candidates != CANDIDATES:
+            return f"candidates {self.candidates} and correction {self.correction!r}, but only 'selector' has candidates: use {CANDIDATES}"
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
             return (
                 f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
@@ -132,7 +149,9 @@ class BlockDrafter(TargetHead):
         self.recompute = False
         self.fc = nn.Linear(len(config.layers) * D, D, bias=False)
         self.hidden_norm = LlamaRMSNorm(D, eps=epsilon)
-        self.layers = nn.ModuleList(BlockLayer(config.llama()) for _ in range(config.num_draft_layers))
+        self.layers = nn.ModuleList(
+            BlockLayer(config.llama(), config.convolution) for _ in range(config.num_draft_layers)
+        )
         self.norm = LlamaRMSNorm(D, eps=epsilon)
         self.mask_embedding = nn.Parameter(torch.zeros(D)) if config.mask_token_id is None else None
         self.rotation = Rotation(config.llama())
@@ -155,6 +174,8 @@ class BlockDrafter(TargetHead):
         correction_rank: int = 256,
         correction_state: int = 1024,
         confidence: bool = False,
+        convolution: bool = False,
+        candidates: int = CANDIDATES,
         draft_token_ids: Tensor | None = None,
         num_draft_steps: int = 7,
         tokenizer_fingerprint: str = "",
@@ -168,7 +189,7 @@ class BlockDrafter(TargetHead):
             causal: see the config.
             sample_from_anchor: see the config.
             mask_token_id: see the config.
-            correction, correction_rank, correction_state, confidence: see the config.
+            correction, correction_rank, correction_state, confidence, convolution, candidates: see the config.
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
             num_draft_steps: K, the tokens of a draft; the block has as many slots as that takes.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
@@ -188,6 +209,8 @@ class BlockDrafter(TargetHead):
             correction_rank=correction_rank,
             correction_state=correction_state,
             confidence=confidence,
+            convolution=convolution,
+            candidates=candidates,
             draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
             num_draft_steps=num_draft_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -199,7 +222,10 @@ class BlockDrafter(TargetHead):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """The vector of the masks, as large as an embedding; and a correction that changes nothing yet."""
+        """The vector of the masks, as large as an embedding; a correction and convolutions that change nothing yet."""
+        for module in self.modules():
+            if isinstance(module, BlockConvolution):
+                module.reset()
         if self.mask_embedding is not None:
             some = self.embed(torch.arange(min(self.config.vocab_size, 1024), device=self.ends.device))
             self.mask_embedding.normal_(std=float(some.std()))
@@ -236,6 +262,11 @@ class BlockDrafter(TargetHead):
         assert self.confidence_head is not None
         hidden = head_inputs[..., : self.config.hidden_size]
         return self.confidence_head(hidden, tokens, self.correction)
+
+    @property
+    def num_candidates(self) -> int | None:
+        """See :attr:`Drafter.num_candidates`."""
+        return self.config.candidates if self.config.correction == "selector" else None
 
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""
@@ -297,21 +328,21 @@ class BlockDrafter(TargetHead):
         S, anchors_A = self.config.block_size, rollout.anchors
         context_TD = self.context(batch.hidden)
         positions_AS = batch.positions[anchors_A, None] + 1 + torch.arange(S, device=anchors_A.device)
-        states_QD = self.slots(rollout.tokens[:, 0], S).flatten(0, 1)
-        of_text, of_slots = (self.rotation(each, states_QD) for each in (batch.positions, positions_AS.flatten()))
+        states_ASD = self.slots(rollout.tokens[:, 0], S)
+        of_text, of_slots = (self.rotation(each, states_ASD) for each in (batch.positions, positions_AS.flatten()))
         attention = None
         for layer in self.layers:
             assert isinstance(layer, BlockLayer)
             text = layer.keys_values(context_TD, of_text)
             if attention is None:
                 attention = BlockAttention(batch, anchors_A, S, self.config.causal, text)
-            given = (layer, states_QD, attention.over(text), of_slots)
+            given = (layer, states_ASD, attention.over(text), of_slots)
             if self.recompute and torch.is_grad_enabled():
-                states_QD = checkpoint(_run_layer, *given, use_reentrant=False, preserve_rng_state=False)
+                states_ASD = checkpoint(_run_layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                states_QD = _run_layer(*given)
+                states_ASD = _run_layer(*given)
         first, num_steps = self.config.first_slot, rollout.tokens.shape[1]
-        outputs_ASD = rms_norm(self.norm, states_QD).unflatten(0, (len(anchors_A), S))
+        outputs_ASD = rms_norm(self.norm, states_ASD)
         outputs_KAD = outputs_ASD[:, first : first + num_steps].transpose(0, 1)
         return outputs_KAD if self.correction is None else self._corrected(self.correction, outputs_KAD, rollout)
 
@@ -369,11 +400,12 @@ class BlockDrafter(TargetHead):
         return state
 
 
-def _run_layer(layer: BlockLayer, states_QD: Tensor, attention: BlockAttention, rotation: Pair) -> Tensor:
-    """One layer over the slots of all blocks: [A S, D] -> [A S, D]."""
-    inputs_QD = layer.inputs(states_QD)
+def _run_layer(layer: BlockLayer, states_ASD: Tensor, attention: BlockAttention, rotation: Pair) -> Tensor:
+    """One layer over the slots of all blocks: [A, S, D] -> [A, S, D]."""
+    inputs_QD = layer.inputs(states_ASD).flatten(0, 1)
     own = layer.keys_values(inputs_QD, rotation)
-    return layer.finish(states_QD, attention(layer.queries(inputs_QD, rotation), [own]))
+    attended_QHD = attention(layer.queries(inputs_QD, rotation), [own])
+    return layer.finish(states_ASD, attended_QHD.unflatten(0, states_ASD.shape[:2]))
 
 
 class BlockDraft(ParallelDraft):
@@ -383,7 +415,7 @@ class BlockDraft(ParallelDraft):
         pending = state.pending
         root_B = pending.tokens_BE.gather(1, pending.counts_B[:, None] - 1).squeeze(1)
         corrected = drafter.correction is not None
-        super().__init__(drafter, root_B, corrected=corrected)
+        super().__init__(drafter, root_B, drafter.num_candidates, corrected)
         self._block, self._pending, self._draft_length = drafter, pending, draft_length
         self._slots = DraftSlots(state.cache, cycle, pending.tokens_BE.shape[1])
         self._tokens_BM = root_B[:, None]
@@ -482,8 +514,8 @@ class BlockFamily(DrafterFamily):
         mask_token_id: an unused token whose embedding fills the slots behind the root, which serving engines ask for; null
             learns a vector.
         correction: how a drafted token changes the logits of the next slot: not at all; by a bigram (`vanilla`), one that the
-            slot weighs (`gated`) or a recurrent state (`recurrent`), as in DSpark; or by a GRU over all drafted tokens
-            (`gru`), as in Domino.
+            slot weighs (`gated`) or a recurrent state (`recurrent`), as in DSpark; by a GRU over all drafted tokens
+            (`gru`), as in Domino; or among a slot's likeliest tokens (`selector`), as in DFlash 2.
         correction_rank: of the correction's matrices; small targets need less.
         correction_state: size of the GRU's state.
         confidence: a head learns how likely each token will be accepted, as in DSpark. Shapes such as `1x7e0.5s0` end drafts where
@@ -491,6 +523,8 @@ class BlockFamily(DrafterFamily):
         draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
             their rows of the target's head; null scores all.
         recompute: compute each layer's activations again in the backward pass: less memory, more time.
+        convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
+        candidates: with `selector`, how many tokens of a slot can be drafted.
     """
 
     kind = BlockDrafter
@@ -508,7 +542,10 @@ class BlockFamily(DrafterFamily):
         draft_vocab_size: int | None = None,
         recompute: bool = False,
         confidence: bool = False,
+        convolution: bool = False,
+        candidates: int = CANDIDATES,
     ) -> None:
+        self.convolution, self.candidates = convolution, candidates
         self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
         self.sample_from_anchor, self.mask_token_id = sample_from_anchor, mask_token_id
         self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
@@ -533,6 +570,8 @@ class BlockFamily(DrafterFamily):
             correction_rank=self.correction_rank,
             correction_state=self.correction_state,
             confidence=self.confidence,
+            convolution=self.convolution,
+            candidates=self.candidates,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,

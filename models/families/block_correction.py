@@ -5,6 +5,7 @@ the token before the slot, U [Vd, r] is one matrix for all slots. U starts at ze
 
 - ``vanilla``, ``gated``, ``recurrent``: the Markov heads of DSpark (arXiv:2607.05147).
 - ``gru``: the recurrent head of Domino (arXiv:2605.29707), which leaves the first slot as it is.
+- ``selector``: the candidate selector of DFlash 2, whose drafter drafts the few likeliest tokens of a slot alone.
 
 Owns their weights and one step of each, in training as in decoding. Knows nothing of blocks, trees or losses.
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CorrectionKind = Literal["none", "vanilla", "gated", "recurrent", "gru"]
+CorrectionKind = Literal["none", "vanilla", "gated", "recurrent", "gru", "selector"]
 
 
 class Correction(nn.Module, ABC):
@@ -90,6 +91,20 @@ class GatedCorrection(MarkovCorrection):
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, of_token], dim=-1))) * of_token, state
 
 
+class SelectorCorrection(MarkovCorrection):
+    """Z = W1[x] * (H h): how well each candidate fits the token before it, as the slot sees it."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, num_draft_tokens: int, rank: int) -> None:
+        super().__init__(hidden_size, vocab_size, num_draft_tokens, rank)
+        self.hidden_projection = nn.Linear(hidden_size, rank, bias=False)
+
+    def step(
+        self, tokens: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Correction.step`."""
+        return self.tokens(tokens) * self.hidden_projection(hidden), state
+
+
 class RecurrentCorrection(MarkovCorrection):
     """[g; c; o] = J [s; W1[x]; h] + j, s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), Z = tanh(o)."""
 
@@ -145,5 +160,10 @@ def correction_of(
         return None
     if kind == "gru":
         return GruCorrection(hidden_size, num_draft_tokens, rank, state_size)
-    made = {"vanilla": MarkovCorrection, "gated": GatedCorrection, "recurrent": RecurrentCorrection}[kind]
+    made = {
+        "vanilla": MarkovCorrection,
+        "gated": GatedCorrection,
+        "recurrent": RecurrentCorrection,
+        "selector": SelectorCorrection,
+    }[kind]
     return made(hidden_size, vocab_size, num_draft_tokens, rank)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -41,15 +42,60 @@ class NormedAttention(DraftAttention):
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
 
+GROUP = 16
+"""Channels that share what a slot adds to the taps of a convolution; as public drafters have it."""
+
+
+class BlockConvolution(nn.Module):
+    """DFlash 2's two-tap convolution over the slots of a block, before and after a sublayer.
+
+        y_s = k_s,0 * x_s + k_s,1 * x_(s-1)        k_s = base + what a projection of slot s's normed state gives each group of channels
+
+    Slot 0 has none before it.
+
+    Args:
+        size: D, a multiple of :data:`GROUP`.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.base_kernel = nn.Parameter(torch.zeros(2, 2, size))  # side (before, after), tap, channel
+        self.kernel_projection = nn.Linear(size, 4 * (size // GROUP), bias=False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Make both sides the identity, as training begins with."""
+        self.base_kernel.zero_()
+        self.base_kernel[:, 0].fill_(1.0)
+        self.kernel_projection.weight.zero_()
+
+    def before(self, normed: Tensor) -> Tensor:
+        """What the sublayer reads: [..., S, D], from the normed states of the same shape."""
+        return self._convolved(normed, normed, 0)
+
+    def after(self, normed: Tensor, outputs: Tensor) -> Tensor:
+        """What the sublayer adds: [..., S, D], from the normed states before it and its outputs."""
+        return self._convolved(normed, outputs, 1)
+
+    def _convolved(self, normed: Tensor, x: Tensor, side: int) -> Tensor:
+        rows = self.kernel_projection.weight.chunk(2)[side]
+        own = F.linear(normed, rows).unflatten(-1, (2, -1)).repeat_interleave(GROUP, dim=-1)
+        kernels = self.base_kernel[side] + own
+        return kernels[..., 0, :] * x + kernels[..., 1, :] * F.pad(x[..., :-1, :], (0, 0, 1, 0))
+
+
 class BlockLayer(nn.Module):
     """One decoder layer in three parts: keys and values of the context, queries and keys of the block, and what follows attention.
 
     Args:
         config: sizes, norm epsilon; those of the target, as far as it has them.
+        convolution: DFlash 2's, around attention and MLP.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, convolution: bool = False) -> None:
         super().__init__()
+        self.attention_conv = BlockConvolution(config.hidden_size) if convolution else None
+        self.mlp_conv = BlockConvolution(config.hidden_size) if convolution else None
         D, epsilon = config.hidden_size, config.rms_norm_eps
         self.self_attn = NormedAttention(config)
         self.mlp = LlamaMLP(config)
@@ -84,21 +130,28 @@ class BlockLayer(nn.Module):
         return rotated(rms_norm(attention.q_norm, self._heads(attention.q_proj(inputs))), rotation)
 
     def inputs(self, states: Tensor) -> Tensor:
-        """What attention reads of slots: [..., D] -> [..., D]."""
-        return rms_norm(self.input_layernorm, states)
+        """What attention reads of the slots of whole blocks: [..., S, D] -> [..., S, D]."""
+        normed = rms_norm(self.input_layernorm, states)
+        return normed if self.attention_conv is None else self.attention_conv.before(normed)
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
         """Finish the layer behind attention: its output projection, and the MLP.
 
         Args:
-            states: [..., D], of slots, before the layer.
-            attended: [..., H, Dh], attention's output.
+            states: [..., S, D], of the slots of whole blocks, before the layer.
+            attended: [..., S, H, Dh], attention's output.
 
         Returns:
-            [..., D].
+            [..., S, D].
         """
-        states = states + self.self_attn.o_proj(attended.flatten(-2))
-        return states + self.mlp(rms_norm(self.post_attention_layernorm, states))
+        outputs = self.self_attn.o_proj(attended.flatten(-2))
+        if self.attention_conv is not None:
+            outputs = self.attention_conv.after(rms_norm(self.input_layernorm, states), outputs)
+        states = states + outputs
+        normed = rms_norm(self.post_attention_layernorm, states)
+        if self.mlp_conv is None:
+            return states + self.mlp(normed)
+        return states + self.mlp_conv.after(normed, self.mlp(self.mlp_conv.before(normed)))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.self_attn.head_dim))

@@ -52,8 +52,9 @@ class NamedKind:
         )
 
 
-# The first that fits counts: a DSpark and a DFlash 2 have the fields of a DFlash, too.
+# The first that fits counts: an XPress, a DSpark and a DFlash 2 have the fields of a DFlash, too.
 KINDS = (
+    NamedKind("XPress", speculators=("xpress",)),
     NamedKind("DFlash 2", ("DFlash2DraftModel",), ("dflash2",)),
     NamedKind("DSpark", ("Qwen3DSparkModel", "DSparkDraftModel"), ("dspark",)),
     NamedKind("DFlash", ("DFlashDraftModel",), ("dflash",), fields=("dflash_config",)),
@@ -64,7 +65,6 @@ KINDS = (
         tensors=("mask_hidden",),
     ),
     NamedKind("multi-token prediction head (MTP)", speculators=("mtp",)),
-    NamedKind("XPress", speculators=("xpress",)),
     NamedKind("Medusa", ("MedusaModel",), model_types=("medusa",), fields=("medusa_num_heads",)),
     NamedKind("MLP speculator", ("MLPSpeculatorPreTrainedModel",), ("mlp",), model_types=("mlp_speculator",)),
 )

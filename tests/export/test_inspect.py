@@ -60,16 +60,19 @@ def test_a_trained_bias_is_shown(tmp_path: Path, ends: TargetEnds, capsys: pytes
     assert shown["draft vocabulary"] == "the whole vocabulary"
 
 
-def test_a_dflash_2_is_named_and_not_decoded(
+def test_an_xpress_is_named_and_not_decoded(
     tmp_path: Path, target: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dflash(tmp_path, ends)
-    fields = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["DFlash2DraftModel"]}
+    fields = json.loads((tmp_path / "config.json").read_text()) | {
+        "architectures": ["X"],
+        "speculators_model_type": "xpress",
+    }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     shown = told(capsys, "--drafter", str(tmp_path), "--target", str(target))
-    assert (shown["kind"], shown["block size"], shown["layers of its own"]) == ("DFlash 2", "16", "5")
+    assert (shown["kind"], shown["block size"], shown["layers of its own"]) == ("XPress", "16", "5")
     assert shown["reads outputs of blocks (from 0)"] == "[1, 9, 17, 25, 33]"
-    assert shown["last"] == "draftsmith names the kind DFlash 2 and does not decode it yet"
+    assert shown["last"] == "draftsmith names the kind XPress and does not decode it yet"
 
 
 def test_our_own_folders_and_whole_models_are_told_too(

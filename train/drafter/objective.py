@@ -33,6 +33,7 @@ from draftsmith.train.losses.cross_entropy import head_cross_entropy
 from draftsmith.train.losses.distillation import head_distillation
 from draftsmith.train.losses.divergences import OF_ACCEPTANCE, DivergenceLoss, HeadDivergence
 from draftsmith.train.losses.features import feature_smooth_l1
+from draftsmith.train.losses.selector import selector_loss
 from draftsmith.train.losses.sums import OUTSIDE, StepSums, TeacherLogits, TopEmphasis
 
 Distillation = Literal["none", "path", "local"]
@@ -262,6 +263,8 @@ def run(
     is_known = prepared.rollout.on_text and PRE_NORM in prepared.batch.hidden
     acceptance = is_known and (acceptance or drafter.has_confidence)
     sums = _token_loss(objective, prepared, drafter, ends, head_inputs, weights, metrics, entropy, acceptance)
+    if drafter.num_candidates is not None:
+        sums = _with_selector(objective, prepared, drafter, head_inputs, weights, sums)
     if acceptance and drafter.has_confidence:
         sums = _with_confidence(objective, prepared, drafter, head_inputs, step_weights, sums)
     if objective.feature_weight == 0.0:
@@ -291,7 +294,10 @@ def _token_loss(
     """The loss on tokens of all steps, with one head or with that of each step."""
     heads = checked_heads(drafter, objective.num_steps, head_inputs.shape[-1])
     given = (prepared.draft_targets, prepared.rollout.valid, step_weights, objective.chunk_rows)
-    further = (prepared.rollout.weights, drafter.correction_weight)
+    correction = drafter.correction_weight
+    if correction is not None and drafter.num_candidates is not None:  # it has a loss of its own
+        head_inputs, correction = head_inputs[..., : -correction.shape[1]], None
+    further = (prepared.rollout.weights, correction)
     if objective.distillation != "path":
         sums = head_cross_entropy(head_inputs, heads, *given, metrics, *further, objective.d_pace)
         if not acceptance:
@@ -303,7 +309,7 @@ def _token_loss(
     distil = partial(head_distillation, head_inputs, heads, teacher, teacher_rows, *given)
     if objective.distillation != "path":
         with torch.no_grad():
-            measured = distil(metrics=False, entropy=False, correction=drafter.correction_weight, keep_accepted=True)
+            measured = distil(metrics=False, entropy=False, correction=correction, keep_accepted=True)
         return replace(sums, accepted=measured.accepted)
     return distil(
         metrics,
@@ -315,6 +321,24 @@ def _token_loss(
         d_pace=objective.d_pace,
         keep_accepted=acceptance,
     )
+
+
+def _with_selector(
+    objective: Objective,
+    prepared: PreparedBatch,
+    drafter: Drafter,
+    head_inputs: Tensor,
+    step_weights: Tensor,
+    sums: StepSums,
+) -> StepSums:
+    """The sums with the loss of a drafter that chooses among a few candidates of each step."""
+    assert drafter.num_candidates is not None
+    assert drafter.correction_weight is not None
+    rollout = prepared.rollout
+    given = (prepared.draft_targets, rollout.valid, step_weights, drafter.num_candidates, objective.chunk_rows)
+    matrices = (head_inputs, drafter.head_weight, drafter.correction_weight)
+    selector = selector_loss(*matrices, *given, rollout.weights)
+    return replace(sums, total=sums.total + selector.total, recalled=selector.recalled)
 
 
 def _with_confidence(

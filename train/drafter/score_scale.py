@@ -32,7 +32,7 @@ def surprise_by_scale(
 ) -> Tensor:
     """Summed cross-entropy of the target's likeliest next tokens under the first draft step, for each factor.
 
-    Tokens outside the draft vocabulary are left out: no factor helps them.
+    Tokens outside the draft vocabulary, and those that a drafter of few candidates never drafts there, are left out: no factor helps them.
 
     Args:
         batch: with the target's states before the final norm.
@@ -53,9 +53,11 @@ def surprise_by_scale(
     for inputs, seen in zip(head_inputs[valid].split(rows), states[valid].split(rows), strict=True):
         choices = to_draft[ends.logits(ends.final_norm(seen)).argmax(-1)]
         inside = choices != OUTSIDE
-        logits = drafter.logits(inputs[inside], 0).float()
+        logits, choices = drafter.logits(inputs[inside], 0).float(), choices[inside]
+        drafted = logits.gather(1, choices[:, None]).squeeze(1) > -torch.inf
         for number, scale in enumerate(SCALES):
-            sums[number] += torch.nn.functional.cross_entropy(scale * logits, choices[inside], reduction="sum")
+            surprise = torch.nn.functional.cross_entropy(scale * logits[drafted], choices[drafted], reduction="sum")
+            sums[number] += surprise
     return sums
 
 

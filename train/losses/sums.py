@@ -61,6 +61,7 @@ class StepSums:
         accepted: [K, A] detached, the chance that the target accepts a draw of each row at temperature 1, and 0 in rows that are not valid;
             None when not asked for.
         chances: [K], summed chances of acceptance that a confidence head gives; None where none is learned.
+        recalled: [K], rows whose token is among the few that can be drafted; None where all can.
     """
 
     total: Tensor
@@ -72,3 +73,4 @@ class StepSums:
     feature_sum: Tensor | None = None
     accepted: Tensor | None = None
     chances: Tensor | None = None
+    recalled: Tensor | None = None

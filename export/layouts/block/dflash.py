@@ -1,4 +1,4 @@
-"""Block drafters on disk: z-lab's DFlash layout, and its relatives for JetSpec, DSpark and Domino, which vLLM and SGLang read.
+"""Block drafters on disk: z-lab's DFlash layout, and its relatives for JetSpec, DFlash 2, DSpark and Domino, which vLLM and SGLang read.
 
 Owns their config fields, and which drafter each can hold. Engines read some of them differently:
 
@@ -36,14 +36,20 @@ from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import sglang_block, vllm
 from draftsmith.models.families.block import BlockConfig, BlockDrafter
 from draftsmith.models.families.block_correction import CorrectionKind
+from draftsmith.models.families.block_layer import GROUP
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, Rule, check_fields, is_whole
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
-DFLASH, DSPARK, DOMINO = "dflash", "dspark", "domino"
-_ARCHITECTURES = {DFLASH: "DFlashDraftModel", DSPARK: "Qwen3DSparkModel", DOMINO: "DFlashDraftModel"}
+DFLASH, DFLASH2, DSPARK, DOMINO = "dflash", "dflash2", "dspark", "domino"
+_ARCHITECTURES = {
+    DFLASH: "DFlashDraftModel",
+    DFLASH2: "DFlash2DraftModel",
+    DSPARK: "Qwen3DSparkModel",
+    DOMINO: "DFlashDraftModel",
+}
 _NESTED = "dflash_config"
 _IDS: Rule = (
     lambda value: isinstance(value, list) and bool(value) and all(is_whole(number, 0) for number in value),
@@ -66,6 +72,8 @@ _RULES: dict[str, Rule] = {
     "markov_head_type": (lambda value: value in MARKOV_TYPES.values(), "vanilla, gated or rnn"),
     "gru_hidden_dim": COUNT,
     "emb_dim": COUNT,
+    "selector_rank": COUNT,
+    "selector_top_k": COUNT,
     "enable_confidence_head": FLAG,
     "confidence_head_with_markov": FLAG,
 }
@@ -76,6 +84,8 @@ _FIXED: dict[str, Any] = {
     "use_swa": False,
     "attention_sink_bias": False,
     "use_sliding_window": False,
+    "conv_kernel_size": 2,
+    "conv_group_size": GROUP,
 }
 
 
@@ -90,6 +100,15 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
             one of another layout; or a draft vocabulary without the target at hand.
     """
     return _write(DFLASH, drafter, folder, ends)
+
+
+def write_dflash2(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """As :func:`write`, a DFlash 2.
+
+    Raises:
+        ValueError: as there.
+    """
+    return _write(DFLASH2, drafter, folder, ends)
 
 
 def write_dspark(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -124,18 +143,20 @@ def _write(layout: str, drafter: BlockDrafter, folder: Path, ends: TargetEnds | 
 
 
 def kind_of(config: BlockConfig) -> str:
-    """Which of the three kinds a drafter is.
+    """Which of the four kinds a drafter is.
 
     Args:
         config: of the drafter.
 
     Returns:
-        ``dflash``, ``dspark`` or ``domino``.
+        ``dflash``, ``dflash2``, ``dspark`` or ``domino``.
 
     Raises:
         ValueError: it is none of them.
     """
     remedy = "serve it from --layout draftsmith or custom_generate"
+    if config.convolution or config.correction == "selector":
+        return _dflash2(config, remedy)
     if config.correction == "none":
         if config.sample_from_anchor:
             raise ValueError(
@@ -156,6 +177,25 @@ def kind_of(config: BlockConfig) -> str:
             f"only the whole one; train it with draft_vocab_size null, or {remedy}"
         )
     return DOMINO
+
+
+def _dflash2(config: BlockConfig, remedy: str) -> str:
+    """The kind of a drafter with a convolution or a selector.
+
+    Raises:
+        ValueError: it lacks one of the two, its root's slot predicts, or it has a draft vocabulary.
+    """
+    if not config.convolution or config.correction != "selector" or config.sample_from_anchor:
+        raise ValueError(
+            f"a DFlash 2 has convolution true, correction 'selector' and sample_from_anchor false; this drafter has {config.convolution}, "
+            f"{config.correction!r} and {config.sample_from_anchor}; train it with those, or {remedy}"
+        )
+    if config.num_draft_tokens != config.vocab_size:
+        raise ValueError(
+            f"this drafter is a DFlash 2 with a draft vocabulary of {config.num_draft_tokens} tokens, and its layouts hold only the whole "
+            f"one; train it with draft_vocab_size null, or {remedy}"
+        )
+    return DFLASH2
 
 
 def engine_notes(config: BlockConfig) -> list[str]:
@@ -195,6 +235,8 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
     if kind == DOMINO:
         nested |= {"projector_type": DOMINO, "shift_label": True, "pure_draft_prefix_len": 1}
         nested |= {"gru_hidden_dim": config.correction_state, "emb_dim": config.correction_rank}
+    elif kind == DFLASH2:
+        nested |= selector_fields(config)
     elif kind == DSPARK:
         # vLLM reads these at the top.
         fields |= {name: nested[name] for name in ("mask_token_id", "target_layer_ids")}
@@ -203,6 +245,12 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
         fields["sample_from_anchor"] = True
         nested["projector_type"] = DSPARK
     return fields
+
+
+def selector_fields(config: BlockConfig) -> dict[str, int]:
+    """What a DFlash 2's config says of its convolution and its selector."""
+    sizes = {"selector_rank": config.correction_rank, "selector_top_k": config.candidates}
+    return {"conv_kernel_size": _FIXED["conv_kernel_size"], "conv_group_size": GROUP, **sizes}
 
 
 def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:
@@ -263,7 +311,7 @@ def refuse_other_computation(flat: Mapping[str, Any], where: str) -> None:
         ValueError: naming each.
     """
     faults = [f"{name} {flat[name]!r}" for name, value in _FIXED.items() if name in flat and flat[name] != value]
-    if flat.get("projector_type", DFLASH) not in (DFLASH, DSPARK, DOMINO):
+    if flat.get("projector_type", DFLASH) not in (DFLASH, DFLASH2, DSPARK, DOMINO):
         faults.append(f"projector_type {flat['projector_type']!r}")
     reads_tokens = bool(flat.get("markov_rank"))
     if flat.get("enable_confidence_head") and flat.get("confidence_head_with_markov", reads_tokens) != reads_tokens:
@@ -329,6 +377,14 @@ def _correction(flat: Mapping[str, Any]) -> dict[str, Any]:
             "correction_state": flat.get("gru_hidden_dim", 1024),
             "sample_from_anchor": flat.get("shift_label", True),
         }
+    if named_kind(flat) == "DFlash 2" or flat.get("projector_type") == DFLASH2:
+        return {
+            "convolution": True,
+            "correction": "selector",
+            "correction_rank": flat.get("selector_rank", 256),
+            "candidates": flat.get("selector_top_k", 16),
+            "sample_from_anchor": flat.get("sample_from_anchor", False),
+        }
     rank = flat.get("markov_rank", 0)
     is_dspark = bool(rank) or flat.get("projector_type") == DSPARK or named_kind(flat) == "DSpark"
     kinds: dict[str, CorrectionKind] = {theirs: ours for ours, theirs in MARKOV_TYPES.items()}  # type: ignore[misc]
@@ -347,7 +403,7 @@ def _required(flat: Mapping[str, Any], name: str, where: str) -> int:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in this layout."""
-    return SPECULATORS_KEY not in fields and named_kind(fields, tensors) in ("DFlash", "DSpark")
+    return SPECULATORS_KEY not in fields and named_kind(fields, tensors) in ("DFlash", "DFlash 2", "DSpark")
 
 
 def _commands(target: str, num_steps: int) -> str:
@@ -369,6 +425,12 @@ LAYOUTS = (
         "z-lab's DFlash layout, which vLLM and SGLang load. The target is named in `provenance.json`",
         Foreign("z-lab's", holds, read),
         _commands,
+    ),
+    Layout(
+        "dflash2",
+        write_dflash2,
+        "the DFlash 2 layout of vLLM and SGLang. The target is named in `provenance.json`",
+        commands=_commands,
     ),
     Layout(
         "dspark",

@@ -26,7 +26,7 @@ from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 
 HEAD = "lm_head.weight"
-# Our names of a correction's tensors and the public ones: DSpark's Markov heads, and Domino's recurrent head.
+# Our names of a correction's tensors and the public ones: DSpark's Markov heads, Domino's recurrent head and DFlash 2's selector.
 _MARKOV = {
     "correction.tokens.weight": "markov_head.markov_w1.weight",
     "correction.output.weight": "markov_head.markov_w2.weight",
@@ -41,13 +41,18 @@ _DOMINO = {
     "correction.input.weight": "embed_proj.0.weight",
     "correction.output.weight": "embed_proj.2.weight",
 }
+_SELECTOR = {
+    "correction.tokens.weight": "candidate_selector.predecessor_codebook",
+    "correction.output.weight": "candidate_selector.successor_codebook",
+    "correction.hidden_projection.weight": "candidate_selector.hidden_projection.weight",
+}
 MARKOV_TYPES = {"vanilla": "vanilla", "gated": "gated", "recurrent": "rnn"}
 """What DSpark's ``markov_head_type`` calls our corrections."""
 
 
 def public_names(config: BlockConfig) -> dict[str, str]:
     """Our name of each tensor whose public name differs -> that name."""
-    return _DOMINO if config.correction == "gru" else _MARKOV
+    return {"gru": _DOMINO, "selector": _SELECTOR}.get(config.correction, _MARKOV)
 
 
 def public_table(config: BlockConfig, where: str = "the config") -> Table:

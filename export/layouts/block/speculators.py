@@ -1,4 +1,4 @@
-"""Block drafters in the layout of the speculators package (vllm-project/speculators 0.9): its ``dflash`` and ``dspark``.
+"""Block drafters in the layout of the speculators package (vllm-project/speculators 0.9): its ``dflash``, ``dflash2`` and ``dspark``.
 
 Owns the package's config. The layers are in a config of their own, the target is named, and layers are counted from 1. Layers with full
 attention see the whole block there. vLLM makes them causal where ``sliding_window_non_causal`` is false, so it is written as true, and
@@ -36,7 +36,7 @@ from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
 _LAYERS = "transformer_layer_config"
-_KINDS = {dflash.DFLASH: "DFlashSpeculator", dflash.DSPARK: "DSparkSpeculator"}
+_KINDS = {dflash.DFLASH: "DFlashSpeculator", dflash.DFLASH2: "DFlash2DraftModel", dflash.DSPARK: "DSparkSpeculator"}
 
 
 def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -92,6 +92,8 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any
     if kind == dflash.DSPARK:
         fields |= {"markov_rank": config.correction_rank, "markov_head_type": MARKOV_TYPES[config.correction]}
         fields |= dict.fromkeys(("enable_confidence_head", "confidence_head_with_markov"), config.confidence)
+    if kind == dflash.DFLASH2:
+        fields |= dflash.selector_fields(config)
     return fields
 
 

@@ -32,7 +32,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DSpark, gated": ("dspark", {"correction": "gated"}),
     "DSpark, recurrent": ("dspark", {"correction": "recurrent", "confidence": True}),
     "Domino": ("domino", {"correction": "gru"}),
+    "DFlash 2": ("dflash2", {"correction": "selector"}),
     "DFlash of speculators": ("speculators", {}),
+    "DFlash 2 of speculators": ("speculators", {"correction": "selector"}),
     "DSpark of speculators": ("speculators", {"correction": "recurrent"}),
     "6 tokens of speculators": ("speculators", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
 }
@@ -46,6 +48,8 @@ def target() -> Target:
 def made(target: Target, **chosen: Any) -> BlockDrafter:
     """Two layers over three of the target's, random everywhere, with a token for its masks."""
     settings = {"mask_token_id": MASK, "correction_rank": 5, "correction_state": 6} | chosen
+    if chosen.get("correction") == "selector":
+        settings = {"sample_from_anchor": False, "convolution": True, "candidates": 5} | settings
     settings.setdefault("sample_from_anchor", "correction" in chosen)
     drafter = BlockDrafter.for_target(
         target.ends,
@@ -89,7 +93,16 @@ def test_a_forward_from_the_files_alone_has_our_logits(target: Target, tmp_path:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.config.num_draft_steps == STEPS
-    for name in ("layers", "block_size", "causal", "sample_from_anchor", "mask_token_id", "correction", "confidence"):
+    for name in (
+        "layers",
+        "block_size",
+        "causal",
+        "sample_from_anchor",
+        "mask_token_id",
+        "correction",
+        "confidence",
+        "candidates",
+    ):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
 
 
@@ -151,6 +164,13 @@ def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_
         ("domino", {"correction": "gru", "draft_token_ids": torch.arange(9)}, "a draft vocabulary of 9 tokens"),
         ("speculators", {"causal": True}, r"see the whole block .* --layout dflash"),
         ("speculators", {"correction": "gru"}, "export it with --layout domino"),
+        ("dflash2", {"correction": "selector", "convolution": False}, "this drafter has False, 'selector' and False"),
+        ("dflash", {"correction": "selector"}, "--layout dflash does not hold; use --layout dflash2"),
+        (
+            "dflash2",
+            {"correction": "selector", "draft_token_ids": torch.arange(9)},
+            "a DFlash 2 with a draft vocabulary",
+        ),
         ("dflash", {"confidence": True}, "a confidence head and the correction 'none', and engines read such a head"),
     ],
 )

@@ -24,6 +24,7 @@ class BlockFiles:
 
     DFlash (arXiv:2602.06036): context vectors are norm(fc(states)); slots hold the root and masks; slot k of a block is at the root's
     position + k, and sees the context and its block. DSpark (arXiv:2607.05147) adds a matrix of the token before a slot to its logits.
+    DFlash 2 mixes each slot with the one before it, on both sides of attention and MLP, and scores the likeliest tokens of a slot again.
     """
 
     def __init__(self, folder: Path, target: Target) -> None:
@@ -59,7 +60,8 @@ class BlockFiles:
 
     def layer(self, name: str, x: Tensor, context: Tensor) -> Tensor:
         """One decoder layer over the slots [S, D]."""
-        inputs, groups = self.normed(f"{name}input_layernorm", x), self.config.num_key_value_heads
+        normed, groups = self.normed(f"{name}input_layernorm", x), self.config.num_key_value_heads
+        inputs = self.mixed(f"{name}attention_conv", 0, normed, normed)
         sources = torch.cat([context, inputs])
 
         def heads(part: str, of: Tensor, count: int) -> Tensor:
@@ -79,16 +81,46 @@ class BlockFiles:
             seen[:, own] = seen[:, own].tril()
         values = heads("v", sources, groups).transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(turned, keys, values, seen, enable_gqa=True)
-        x = x + attended[0].transpose(0, 1).flatten(1) @ self.tensors[f"{name}self_attn.o_proj.weight"].T
-        mlp = self.loaded(Qwen3MLP(self.config), f"{name}mlp.")
-        return x + mlp(self.normed(f"{name}post_attention_layernorm", x))
+        outputs = attended[0].transpose(0, 1).flatten(1) @ self.tensors[f"{name}self_attn.o_proj.weight"].T
+        x = x + self.mixed(f"{name}attention_conv", 1, normed, outputs)
+        mlp, normed = (
+            self.loaded(Qwen3MLP(self.config), f"{name}mlp."),
+            self.normed(f"{name}post_attention_layernorm", x),
+        )
+        conv = f"{name}mlp_conv"
+        return x + self.mixed(conv, 1, normed, mlp(self.mixed(conv, 0, normed, normed)))
+
+    def mixed(self, name: str, side: int, normed: Tensor, x: Tensor) -> Tensor:
+        """[S, D]: a DFlash 2's convolution, slot by slot and channel by channel; without one, x."""
+        if f"{name}.base_kernel" not in self.tensors:
+            return x
+        base, projection = self.tensors[f"{name}.base_kernel"][side], self.tensors[f"{name}.kernel_projection.weight"]
+        group, mixed = self.fields["conv_group_size"], torch.zeros_like(x)
+        num_groups = x.shape[1] // group
+        for slot in range(len(x)):
+            kernel = (projection @ normed[slot]).view(2, 2, num_groups)[side]
+            for channel in range(x.shape[1]):
+                taps = base[:, channel] + kernel[:, channel // group]
+                before = x[slot - 1, channel] if slot else 0.0
+                mixed[slot, channel] = taps[0] * x[slot, channel] + taps[1] * before
+        return mixed
 
     @torch.no_grad()
     def logits(self, text: list[int], drafted: list[int]) -> Tensor:
         """[K, Vd]: behind a text and the tokens drafted so far, K - 1 of them."""
         slots = self.slots(text)[0 if self.from_root else 1 :]
         head = self.tensors.get("lm_head.weight", self.target.model.get_output_embeddings().weight)
-        return slots @ head.T + self.added(slots, [text[-1], *drafted])
+        logits, mask = slots @ head.T, self.fields["mask_token_id"]
+        kept = torch.arange(len(head)) + self.tensors.get("d2t", 0)
+        logits[:, kept == mask] = -torch.inf  # ours never drafts it
+        return self.selected(logits) + self.added(slots, [text[-1], *drafted])
+
+    def selected(self, logits: Tensor) -> Tensor:
+        """[K, Vd]: a DFlash 2's candidates alone."""
+        count = self.fields.get("selector_top_k", logits.shape[1])
+        for row in logits:
+            row[row.argsort(descending=True)[count:]] = -torch.inf
+        return logits
 
     def added(self, slots: Tensor, before: list[int]) -> Tensor:
         """[K, Vd]: what a Markov or a recurrent head adds, by the tokens before the slots."""
@@ -98,6 +130,10 @@ class BlockFiles:
             states, _ = self.loaded(gru, "prefix_gru.")(self.target.model.get_input_embeddings()(torch.tensor(before)))
             inner = F.silu(torch.cat([slots, states], dim=-1) @ w["embed_proj.0.weight"].T)
             return (inner @ w["embed_proj.2.weight"].T) * (torch.arange(len(slots)) > 0)[:, None]
+        if "candidate_selector.predecessor_codebook" in w:
+            context = slots @ w["candidate_selector.hidden_projection.weight"].T
+            context = context * w["candidate_selector.predecessor_codebook"][before]
+            return context @ w["candidate_selector.successor_codebook"].T
         if "markov_head.markov_w1.weight" not in w:
             return torch.zeros(())
         of_tokens, kind = w["markov_head.markov_w1.weight"][before], self.fields["markov_head_type"]

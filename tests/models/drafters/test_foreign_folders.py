@@ -119,10 +119,13 @@ def test_parts_of_the_config_that_are_of_the_wrong_kind_do_not_matter(
 
 def test_a_kind_that_nothing_here_decodes_is_named(tmp_path: Path, ends: TargetEnds) -> None:
     dflash(tmp_path, ends)
-    fields = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["DFlash2DraftModel"]}
+    fields = json.loads((tmp_path / "config.json").read_text()) | {
+        "architectures": ["X"],
+        "speculators_model_type": "xpress",
+    }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(
-        ValueError, match="a drafter of the kind DFlash 2, which draftsmith does not decode yet; give a"
+        ValueError, match=r"a 'xpress' of the speculators package \(XPress\), which draftsmith does not"
     ):
         load(tmp_path, ends)
 

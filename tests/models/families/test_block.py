@@ -277,6 +277,43 @@ def test_corrections_are_those_of_the_papers(target: Target) -> None:
     assert not gru.step(token, embedded, hidden, gru.begin(hidden), 0)[0].any(), "the first slot stays as it is"
 
 
+@torch.no_grad()
+def test_a_fresh_dflash_2_drafts_what_its_block_drafts(target: Target) -> None:
+    plain = made(target)
+    fresh = BlockDrafter.for_target(
+        target.ends, layers=list(plain.config.layers), num_draft_layers=2, num_draft_steps=STEPS,
+        convolution=True, correction="selector", correction_rank=5, candidates=6,
+    ).eval()  # fmt: skip
+    absent = fresh.load_state_dict(plain.state_dict(), strict=False)
+    assert not absent.unexpected_keys
+    batch = batch_of(target, plain)
+    before, after = (trained_logits(each, batch, [2, 7], STEPS) for each in (plain, fresh))
+    best, ids = before.topk(6)
+    torch.testing.assert_close(after.gather(-1, ids), best, rtol=1e-4, atol=1e-4)
+    assert bool(((after > -torch.inf).sum(-1) == 6).all()), "and nothing else"
+
+
+@pytest.mark.parametrize("from_anchor", [False, True])
+@torch.no_grad()
+def test_a_dflash_2_decodes_as_it_was_trained_and_the_target_stays_itself(target: Target, from_anchor: bool) -> None:
+    drafter = made(
+        target, from_anchor=from_anchor, convolution=True, correction="selector", correction_rank=5, candidates=6
+    )
+    batch, roots = batch_of(target, drafter), [2, 7, 15]
+    trained = trained_logits(drafter, batch, roots, STEPS)
+    torch.testing.assert_close(served_in_a_row(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
+    in_tree, in_chain = tree_and_chain_logits(drafter, batch, 7)
+    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
+    settings, prompts = GenerationSettings(max_new_tokens=8), [[1, 5, 9], [1, 7, 7, 30]]
+    plain = [reply.token_ids for reply in Engine(target).generate(prompts, settings)]
+    for limits in (DraftLimits(1, STEPS), DraftLimits(3, STEPS, node_budget=7), DraftLimits(10, 2, node_budget=14)):
+        drafted = Engine(target, drafter, limits).generate(prompts, settings)
+        assert [reply.token_ids for reply in drafted] == plain
+    sampled = Engine(target, drafter, DraftLimits(sampled=SampledChildren((2, 1))))
+    settings = GenerationSettings(max_new_tokens=6, temperature=1.0)
+    assert [len(reply.token_ids) for reply in sampled.generate(prompts, settings)] == [6, 6]
+
+
 def test_recomputed_activations_give_the_same_gradients(target: Target) -> None:
     drafter = made(target)
     batch = batch_of(target, drafter)

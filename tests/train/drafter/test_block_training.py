@@ -26,6 +26,10 @@ RECIPES: dict[str, tuple[BlockFamily, dict[str, Any]]] = {
         BlockFamily(layers=LAYERS, sample_from_anchor=True, correction="vanilla", correction_rank=4, confidence=True),
         {"divergence": "l1", "text_weight": 0.1},
     ),
+    "dflash 2": (
+        BlockFamily(layers=LAYERS, convolution=True, correction="selector", correction_rank=4, candidates=5),
+        {},
+    ),
     "gated": (BlockFamily(layers=LAYERS, sample_from_anchor=True, correction="gated", correction_rank=4), {}),
 }
 
@@ -44,6 +48,7 @@ def test_every_recipe_learns(target_dir: Path, cache: Path, tmp_path: Path, reci
     trainer.fit(module, CacheDataModule(cache, tokens_per_batch=60))
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert "val/step2/top1" in trainer.callback_metrics
+    assert ("val/step2/candidate_recall" in trainer.callback_metrics) == (recipe == "dflash 2")
 
 
 @pytest.mark.parametrize("distillation", ["none", "path"])
