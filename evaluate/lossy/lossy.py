@@ -15,6 +15,7 @@ from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.evaluate.contenders import Contender, EngineContender
+from draftsmith.evaluate.lossy.paired import change_bounds
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted
 from draftsmith.evaluate.records import Sample, Timed
 from draftsmith.evaluate.speed import race, speedup, speedup_interval, track
@@ -61,6 +62,7 @@ class RuleRow:
         lossy: whether the text may differ from the target's own.
         problems: how many were answered.
         accuracy: share of right answers; accuracy_change: minus plain decoding's, paired by problem.
+        accuracy_change_bounds: lower and upper bound of the change, each with 95 % confidence, also where no answer changed.
         accepted_per_cycle: accepted draft tokens, without the target's own one that ends a cycle.
         target_forwards_per_answer: the prompt's forward included.
         speedup: tokens/s over plain decoding; its tokens are the rule's own, which need not be plain decoding's.
@@ -78,6 +80,7 @@ class RuleRow:
     accuracy_interval: Interval
     accuracy_change: float
     accuracy_change_interval: Interval
+    accuracy_change_bounds: Interval
     accepted_per_cycle: float
     accepted_per_cycle_interval: Interval
     target_forwards_per_answer: float
@@ -179,6 +182,7 @@ def _row(
         accuracy_interval=ratio_interval(right, ones),
         accuracy_change=float(np.mean(change)),
         accuracy_change_interval=ratio_interval(change, ones),
+        accuracy_change_bounds=change_bounds(change.count(1.0), change.count(-1.0), len(change)),
         accepted_per_cycle=sum(taken) / max(1, sum(cycles)),
         accepted_per_cycle_interval=_interval(taken, cycles),
         target_forwards_per_answer=float(np.mean(forwards)),

@@ -20,6 +20,7 @@ from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy.chart import draw_trade
 from draftsmith.evaluate.lossy.contest import prepare
 from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
+from draftsmith.evaluate.lossy.price import PRICE_CHART, draw_prices, price_table, prices
 from draftsmith.evaluate.lossy.report import to_markdown, trade_table
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.evaluate.report import REPORTS
@@ -71,6 +72,7 @@ def evaluate_rules(
     out: Path,
     shape: str = "1x16",
     labelled_rows: Path | None = None,
+    most_lost: float = 1.0,
     draw: Annotated[DrawOptions, FLAT] = LONG_ANSWERS,
     selection: Annotated[PromptSelection, FLAT] = ALL_PROMPTS,
     workload: Annotated[WorkloadOptions, FLAT] = WORKLOAD,
@@ -79,7 +81,8 @@ def evaluate_rules(
 ) -> None:
     """Compare LOSSY rules of acceptance: right answers, accepted tokens, target forwards and speed, each with its interval.
 
-    Plain decoding is the first row, which accuracy is compared with. Writes report.md, report.json and report.png.
+    Plain decoding is the first row, which accuracy is compared with. Writes report.md, report.json, report.png and price.png. Name several
+    settings of a rule (kl@1 kl@3) to see what it gains at equal quality.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
@@ -91,13 +94,19 @@ def evaluate_rules(
         out: Folder for the report.
         shape: How much to draft: long chains such as 1x16 pay here; e0.5 behind it stops early.
         labelled_rows: Rows of `draftsmith label rows` that no judge was trained on: counts the wrong tokens that each rule accepts.
+        most_lost: Points of right answers that a rule may lose where the report compares rules at equal quality.
         draw: Length, seed and temperature of the answers; see `DrawOptions`.
         selection: Which problems; see `PromptSelection`.
         workload: How many problems are answered together and timed; see `WorkloadOptions`.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
+
+    Raises:
+        ValueError: settings out of range, rules that cannot decode, or problems that the checker cannot judge.
     """
-    check_unclaimed(out, REPORTS)
+    if not 0.0 <= most_lost < 100.0:
+        raise ValueError(f"most_lost is {most_lost}; give points of right answers, from 0 on and below 100")
+    check_unclaimed(out, (*REPORTS, PRICE_CHART))
     chosen, limits = _ruled(rules), parse_shape(shape)
     where = where.resolved(target)
     contest = prepare(target, drafter, prompts, load_checker(checker), draw, selection, where, rendering)
@@ -120,8 +129,9 @@ def evaluate_rules(
             wrong_tokens=_wrong_tokens(contest.target, contest.drafter, chosen, labelled_rows),
         )
         made_by = provenance.record(provenance.command_line(), config, dict(contest.inputs))
-        _write(out, rows, made_by, target, drafter)
-    print(f"{trade_table(rows)}\nreport: {out / 'report.md'}")
+        _write(out, rows, made_by, target, drafter, most_lost / 100)
+    priced = price_table(prices(rows, most_lost / 100), most_lost / 100)
+    print(f"{trade_table(rows)}\n\n{priced}\nreport: {out / 'report.md'}")
 
 
 def _check_tokenizers(rules: Sequence[Ruled], tokenizer: str) -> None:
@@ -172,10 +182,17 @@ def _check_names(rules: Sequence[Ruled]) -> None:
             raise ValueError(f"rule {label!r} is there twice; name the rules apart with NAME=RULE")
 
 
-def _write(out: Path, rows: Sequence[RuleRow], made_by: dict[str, Any], target: str, drafter: str) -> None:
+def _write(
+    out: Path, rows: Sequence[RuleRow], made_by: dict[str, Any], target: str, drafter: str, most_lost: float
+) -> None:
     provenance.write(out, made_by)
     facts = {key: made_by[key] for key in ("command", "machine", "versions")}
     report = facts | {"target": target, "drafter": drafter, "rows": [row.to_json() for row in rows]}
     atomic_write(out / "report.png", draw_trade(rows))
-    atomic_write(out / "report.md", to_markdown(facts, target, drafter, rows))
+    priced = prices(rows, most_lost)
+    if priced:
+        atomic_write(out / PRICE_CHART, draw_prices(priced, rows, most_lost))
+    else:
+        (out / PRICE_CHART).unlink(missing_ok=True)
+    atomic_write(out / "report.md", to_markdown(facts, target, drafter, rows, most_lost))
     atomic_write(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,214 @@
+"""The page of the judge's benchmark, its rows and its charts.
+
+Owns what the page says. Measures nothing.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.judge.stages import DRAFT, TARGET, Judged, Stages
+from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE
+from draftsmith import provenance
+from draftsmith.files import atomic_write
+
+LEAST_TIMES, MOST_LOST, LEAST_SPEEDUP = 2.5, 1.0, 2.0
+"""The goals: times lossless decoding's accepted tokens, points of right answers, speed-up over plain decoding."""
+
+
+def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespace) -> None:
+    """Writes the page, the rows and the charts."""
+    work, name = stages.work, f"{date.today().isoformat()}-judge"
+    record = provenance.record(provenance.command_line(), {}, {})
+    facts = {key: record[key] for key in ("command", "machine", "versions")}
+    rows = rows_of(work / "report")
+    atomic_write(work / "report.json", json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    shutil.copyfile(work / "report" / "report.png", options.out / f"{name}.png")
+    shutil.copyfile(work / "report" / "price.png", options.out / f"{name}-price.png")
+    shutil.copyfile(work / "report.json", options.out / f"{name}.json")
+    page = [
+        f"# The judge on the embedded pair, {date.today().isoformat()}",
+        f"`{record['command']}`; {spent_text(stages)}.",
+        f"Target `{TARGET}`, draft LM `{DRAFT}`, chains of {SHAPE.removeprefix('1x')} drafted tokens unless a table says otherwise, "
+        f"temperature 0, {rows[0]['problems']} problems of the test split that nothing was trained or tuned on. Every rule but plain and "
+        "lossless is LOSSY.",
+        "## The goals",
+        goals(work),
+        "## At equal quality",
+        price_section(work / "report"),
+        "Settings of rules without training were chosen on these problems, which favours them. The setting of *judge, tuned* was chosen "
+        "before, on problems of the training split.",
+        f"![Gain at equal quality]({name}-price.png)",
+        "## All settings",
+        section(work / "report"),
+        f"![Right answers against accepted tokens and speed]({name}.png)",
+        "## The judge under each drafter, tuned for each",
+        drafters_table(work),
+        *tuning_sections(work),
+        "## What a judge reads and learns from",
+        judges_table(judges),
+        "Each at the threshold that its training chose, over the test problems:",
+        section(work / "report-judges"),
+        "The rounds:",
+        section(work / "rounds", "rounds.md"),
+        "## Whose errors they are",
+        errors_table(work),
+        "## Out of domain: problems with division",
+        section(work / "report-division"),
+        "The same judges on the problems without division:",
+        section(work / "report-other"),
+        "## Mining",
+        mining(work),
+        "## Time",
+        time_table(stages),
+        "## The machine",
+        "\n".join(
+            f"- {key}: {value}" for part in (record["machine"], record["versions"]) for key, value in part.items()
+        ),
+    ]
+    atomic_write(options.out / f"{name}.md", "\n\n".join(page) + "\n")
+    print(options.out / f"{name}.md")
+
+
+def rows_of(report: Path) -> list[dict[str, Any]]:
+    """The rows of a report: plain decoding first."""
+    return list(json.loads((report / "report.json").read_text())["rows"])
+
+
+def goals(work: Path) -> str:
+    """Each goal, what was measured, and whether it is reached."""
+    rows = rows_of(work / "report")
+    lossless = next(row for row in rows if row["rule"] == "lossless")
+    own = next(row for row in rows if row["rule"] == "judge, tuned")
+    times = own["accepted_per_cycle"] / lossless["accepted_per_cycle"]
+    rivals = [row for row in rows if row["lossy"] and not row["rule"].startswith("judge") and _keeps(row)]
+    best = max(rivals, key=lambda row: row["accepted_per_cycle"], default=None)
+    rival = "none keeps its answers" if best is None else f"{best['rule']} accepts {best['accepted_per_cycle']:.2f}"
+    heads = {name: rows_of(work / f"report-{name}")[-1] for name in ("draft_lm", *HEAD_SHAPES)}
+    fastest = max(row["speedup"] for row in heads.values() if _keeps(row)) if any(map(_keeps, heads.values())) else 0.0
+    changes = ", ".join(f"{name} {100 * row['accuracy_change']:+.1f}" for name, row in heads.items())
+    ahead = best is None or own["accepted_per_cycle"] > best["accepted_per_cycle"]
+    lines = [
+        "| goal | measured | reached |",
+        "|---|---|---|",
+        f"| at least {LEAST_TIMES:g} times the tokens that lossless decoding accepts | {times:.2f} times | {_yes(times >= LEAST_TIMES)} |",
+        f"| at most {MOST_LOST:g} point of right answers lost | {_change(own)} | {_yes(_keeps(own))} |",
+        f"| more than every rule without training at that quality | judge {own['accepted_per_cycle']:.2f}; {rival} "
+        f"| {_yes(ahead and _keeps(own))} |",
+        f"| at least {LEAST_SPEEDUP:g} times as fast as plain decoding | {fastest:.2f} times | {_yes(fastest >= LEAST_SPEEDUP)} |",
+        f"| under no drafter more than {MOST_LOST:g} point lost | {changes} | {_yes(all(map(_keeps, heads.values())))} |",
+    ]
+    return "\n".join(lines)
+
+
+def _keeps(row: dict[str, Any]) -> bool:
+    return 100 * row["accuracy_change"] >= -MOST_LOST - 1e-7
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "**no**"
+
+
+def _change(row: dict[str, Any]) -> str:
+    low, high = row["accuracy_change_bounds"]
+    return f"{100 * row['accuracy_change']:+.1f} points (95 % bounds {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def drafters_table(work: Path) -> str:
+    """Two rows a drafter: lossless, and with the judge that was tuned for it."""
+    lines = [
+        "| drafter | shape | rule | right answers | change, points (95 % bounds) | accepted a cycle | speed-up over plain (95 %) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("draft_lm", *HEAD_SHAPES):
+        for row in rows_of(work / f"report-{name}")[1:]:
+            rule = row["rule"]
+            if row["lossy"]:
+                setting = f"threshold {row['threshold']:g}" if row["threshold"] < 1.0 else "shut: no setting held"
+                rule = f"{rule}, {setting} (lossy)"
+            change = _change(row).replace(" points (95 % bounds ", " (") if row["lossy"] else "-"
+            low, high = row["speedup_interval"]
+            cells = [name, row["shape"], rule, f"{100 * row['accuracy']:.1f} %", change]
+            cells += [f"{row['accepted_per_cycle']:.2f}", f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuning_sections(work: Path) -> list[str]:
+    """What `judge tune` tried for each drafter, and what it kept."""
+    parts = []
+    for name in ("draft_lm", *HEAD_SHAPES):
+        folder = work / f"tuned-{name}"
+        kept = json.loads((folder / "tuning.json").read_text())["kept"]
+        parts += [f"Tuning for {name}, on {kept['problems']} problems of the training split:"]
+        parts += [section(folder, "tuning.md"), f"{kept['said']}."]
+    return parts
+
+
+def judges_table(judges: dict[str, Judged]) -> str:
+    """How well each tells held-out tokens apart."""
+    lines = [
+        "| judge | questions | AUC on held-out questions | AUC where the target differs | threshold |",
+        "|---|---|---|---|---|",
+    ]
+    for name, judge in judges.items():
+        differing = "-" if judge.differing is None else f"{judge.differing:.3f}"
+        lines.append(
+            f"| {name} | {judge.questions} | {judge.auc:.3f} | {differing} | {judge.threshold:.3f} |",
+        )
+    return "\n".join(lines)
+
+
+def errors_table(work: Path) -> str:
+    """Answers by who said their first wrong token."""
+    lines = [
+        "| decoded | no wrong line | first wrong token by the rule | first wrong token by the target itself |",
+        "|---|---|---|---|",
+    ]
+    for name, counts in json.loads((work / "first-errors.json").read_text()).items():
+        lines.append(f"| {name} | {counts.get('nobody', 0)} | {counts.get('rule', 0)} | {counts.get('target', 0)} |")
+    return "\n".join(lines)
+
+
+def mining(work: Path) -> str:
+    """The counts of a mining run."""
+    mined = json.loads((work / "mined" / "report.json").read_text())
+    return "\n".join(f"- {key}: {value}" for key, value in mined.items() if isinstance(value, int | float))
+
+
+def section(report: Path, file: str = "report.md") -> str:
+    """The first table of a report."""
+    lines: list[str] = []
+    for line in (report / file).read_text().splitlines():
+        if line.startswith("|"):
+            lines.append(line)
+        elif lines:
+            break
+    return "\n".join(lines)
+
+
+def price_section(report: Path) -> str:
+    """The table of a report that compares rules at equal quality."""
+    text = (report / "report.md").read_text().split("## At equal quality", 1)[1]
+    lines: Iterable[str] = text.splitlines()
+    return "\n".join(line for line in lines if line.startswith(("|", "The largest gain")) or not line).strip()
+
+
+def spent_text(stages: Stages) -> str:
+    """How long all stages took."""
+    spent = stages.spent().values()
+    minutes, busy = (sum(each[key] for each in spent) / 60 for key in ("seconds", "processor_seconds"))
+    return f"{minutes:.1f} minutes by the clock, {busy:.1f} minutes of a processor in all"
+
+
+def time_table(stages: Stages) -> str:
+    """Each stage of a second or more."""
+    lines = ["| stage | seconds | seconds of a processor |", "|---|---|---|"]
+    for stage, each in stages.spent().items():
+        if each["seconds"] >= 1:
+            lines.append(f"| {stage} | {each['seconds']:.0f} | {each['processor_seconds']:.0f} |")
+    return "\n".join(lines)

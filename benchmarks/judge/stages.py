@@ -1,0 +1,180 @@
+"""Stages of the judge's benchmark: each runs once, and its result and its time are kept.
+
+Owns where a resumed run continues, how judges are trained, and the files of problems. Does not know which judges are compared.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draftsmith import provenance
+from draftsmith.data.cache.extract import extract
+from draftsmith.embedded import write_prompts
+from draftsmith.files import atomic_write, read_jsonl
+from draftsmith.label.checkers.sums_answers import problem_of
+from draftsmith.label.commands.rows_command import rows as label_rows
+from draftsmith.models.judge import load_judge
+from draftsmith.train.cli import main as train_command
+
+TARGET, DRAFT = "embedded:target", "embedded:draft_lm"
+STATE, STATE_AND_OPINION = "last.pre_norm", "last.pre_norm + opinion"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One trained judge: where it is, and how well it tells held-out tokens apart; `differing` where the target would differ."""
+
+    folder: Path
+    questions: int
+    auc: float
+    differing: float | None
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Runs each stage once, and notes how long it took."""
+
+    work: Path
+
+    def once(self, name: str, make: Callable[[], object]) -> None:
+        """Makes it unless an earlier run did."""
+        stamp = self.work / ".done" / name
+        if stamp.is_file():
+            return
+        started, busy = time.perf_counter(), _processor_seconds()
+        make()
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        spent = {"seconds": time.perf_counter() - started, "processor_seconds": _processor_seconds() - busy}
+        atomic_write(stamp, json.dumps(spent) + "\n")
+        print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of a processor", flush=True)
+
+    def spent(self) -> dict[str, dict[str, float]]:
+        """Seconds of all stages done so far, by the clock and of the processors."""
+        return {stamp.name: json.loads(stamp.read_text()) for stamp in sorted((self.work / ".done").iterdir())}
+
+
+def _processor_seconds() -> float:
+    own = os.times()
+    return own.user + own.system + own.children_user + own.children_system
+
+
+def cached(
+    stages: Stages, name: str, answers: Path | None = None, store: Path | None = None, target: str = TARGET
+) -> Path:
+    """Labelled answers, or a store of them -> rows and the target's states over them, in the folder that is returned."""
+    folder = stages.work / name
+
+    def make() -> None:
+        # Spoiled answers may all be wrong from their first token on: others are learnt from beside them.
+        label_rows(
+            target,
+            folder / "rows.jsonl",
+            answers=answers,
+            store=None if store is None else str(store),
+            one_class=True,
+        )
+        extract(target, folder / "rows.jsonl", folder / "cache")
+
+    stages.once(f"cache-{name}", make)
+    return folder
+
+
+def trained(
+    stages: Stages,
+    name: str,
+    folders: Sequence[Path],
+    max_questions: int | None = None,
+    target: str = TARGET,
+    feature: str = STATE_AND_OPINION,
+) -> Judged:
+    """A judge from rows and caches, by the same command as anybody's."""
+    root = stages.work / "judges" / name
+    settings = {
+        "model.init_args.target": target,
+        "model.init_args.feature": feature,
+        "data.init_args.cache": json.dumps([str(folder / "cache") for folder in folders]),
+        "data.init_args.rows": json.dumps([str(folder / "rows.jsonl") for folder in folders]),
+        "data.init_args.max_questions": "null" if max_questions is None else str(max_questions),
+        "trainer.default_root_dir": str(root),
+        "trainer.enable_progress_bar": "false",
+        "replace_best": "true",  # a stage that was interrupted begins anew
+    }
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    callbacks = [f"--trainer.callbacks+={json.dumps(callback)}" for callback in judge_callbacks()]
+    config = Path(__file__).parents[2] / "configs" / "judge.yaml"
+    stages.once(
+        f"train-{name}",
+        lambda: train_command(["fit", "--config", str(config), "--trainer.callbacks=[]", *callbacks, *words]),
+    )
+    return judged(root / "judge")
+
+
+def judged(folder: Path) -> Judged:
+    """What is known of a trained judge."""
+    metrics = provenance.read(folder)["config"]["metrics"]
+    config = load_judge(folder).config
+    return Judged(
+        folder,
+        int(config.labels["questions"]["train"]),
+        metrics["val/auc"],
+        metrics.get("val/auc_differing"),
+        config.threshold,
+    )
+
+
+def judge_callbacks() -> list[dict[str, Any]]:
+    """As in configs/judge.yaml, but for the checkpoints: nobody resumes a run of seconds."""
+    return [
+        {"class_path": "draftsmith.train.KeepJudge"},
+        {"class_path": "draftsmith.train.JudgeFigures", "init_args": {"every": 50}},
+        {
+            "class_path": "pytorch_lightning.callbacks.EarlyStopping",
+            "init_args": {"monitor": "val/auc", "mode": "max", "patience": 5, "min_delta": 1e-4},
+        },
+    ]
+
+
+def write_problems(work: Path, counts: dict[str, int]) -> None:
+    """Files of problems: test and held from their own splits; train, mine, rounds and tuning from the training split, apart."""
+    write_prompts(work / "test.jsonl", "test", counts["test"])
+    write_prompts(work / "held.jsonl", "validation", counts["held"])
+    write_prompts(work / "train.jsonl", "train", counts["train"])
+    known = {row["id"] for _, row in read_jsonl(work / "train.jsonl")}
+    others = ("mine", "rounds", "tuning")
+    write_prompts(work / "others.jsonl", "train", 2 * sum(counts[name] for name in others), seed=1)
+    left = [row for _, row in read_jsonl(work / "others.jsonl") if row["id"] not in known]
+    for name in others:
+        part, left = left[: counts[name]], left[counts[name] :]
+        _write_rows(work / f"{name}.jsonl", part)
+
+
+def with_operation(path: Path, out: Path, operation: str, wanted: bool) -> Path:
+    """The rows whose problem has, or has not, a step of one operation."""
+
+    def has(row: dict[str, Any]) -> bool:
+        problem = problem_of(question_of(row))
+        assert problem is not None
+        return any(step.op == operation for step in problem.steps)
+
+    return _write_rows(out, [row for _, row in read_jsonl(path) if has(row) == wanted])
+
+
+def asked_in(path: Path, answers: Path, out: Path) -> Path:
+    """The problems that some answer of a file is about."""
+    asked = {question_of(row) for _, row in read_jsonl(answers)}
+    return _write_rows(out, [row for _, row in read_jsonl(path) if question_of(row) in asked])
+
+
+def question_of(row: dict[str, Any]) -> str:
+    """The user's words."""
+    return str(next(message["content"] for message in row["messages"] if message["role"] == "user"))
+
+
+def _write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    atomic_write(out, "".join(json.dumps(row) + "\n" for row in rows))
+    return out

@@ -1,0 +1,65 @@
+"""The judge's settings, chosen by answers to questions of the training split: for each drafter, and for the shape of the price table.
+
+Owns which settings are tried. Does not know how a setting is tried, or what is measured with the chosen ones.
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.judge.stages import DRAFT, TARGET, Stages
+from draftsmith.data.prompts import PromptSelection
+from draftsmith.decode.sampling import DrawOptions
+from draftsmith.evaluate.lossy.tune_command import SweepOptions, line_end_ids, tune_judge
+from draftsmith.models import load_tokenizer
+from draftsmith.models.judge import NO_GATE, load_judge
+
+SHAPE = "1x32"
+"""Of the price table: a chain long enough for a rule to gain."""
+HEAD_SHAPES = {"redrafter": "1x5", "eagle": "1x8"}
+TUNED = "tuned-for-price"
+"""The folder with the judge at the best setting for `SHAPE`."""
+SWEEP = SweepOptions(thresholds=(0.1, 0.5, 0.9, 0.99), batch_rows=64)
+
+
+def tune_all(stages: Stages, judge: Path, scale: float) -> None:
+    """Tunes a judge for the draft LM and each head."""
+    work = stages.work
+    for name, shapes in (("draft_lm", ("1x16", SHAPE)), *((name, (shape,)) for name, shape in HEAD_SHAPES.items())):
+        problems = None if name == "draft_lm" else max(12, int(scale * 600))
+        stages.once(
+            f"tune-{name}",
+            lambda name=name, shapes=shapes, problems=problems: tune_judge(  # type: ignore[misc]
+                TARGET,
+                DRAFT if name == "draft_lm" else str(work / name / "drafter"),
+                judge,
+                work / "tuning.jsonl",
+                work / f"tuned-{name}",
+                checker="final-number",
+                shapes=shapes,
+                sweep=SWEEP,
+                draw=DrawOptions(max_new_tokens=200),
+                selection=PromptSelection(limit=problems),
+            ),
+        )
+    stages.once("tune-price", lambda: keep_best(work, judge))
+
+
+def keep_best(work: Path, judge: Path) -> None:
+    """Writes the judge at the setting with the largest gain among those of `SHAPE` that hold; shut where none does."""
+    trials = json.loads((work / "tuned-draft_lm" / "tuning.json").read_text())["trials"]
+    good = [
+        trial
+        for trial in trials
+        if trial["setting"]["shape"] == SHAPE
+        and not trial["stopped"]
+        and trial["change_bounds"][0] > -SWEEP.most_lost / 100
+        and trial["per_cycle"] > trial["lossless_per_cycle"]
+    ]
+    head = load_judge(judge)
+    if good:
+        setting = max(good, key=lambda trial: trial["per_cycle"])["setting"]
+        ends = line_end_ids(load_tokenizer(TARGET)) if setting["gate"] == "line" else ()
+        head = head.with_threshold(setting["threshold"]).with_gate(setting["gate"], setting["veto"], ends)
+    else:
+        head = head.with_threshold(1.0).with_gate(NO_GATE)
+    head.save_pretrained(work / TUNED / "judge")
