@@ -71,7 +71,8 @@ class JudgeRule(LossyRule):
         self.judge.check_tokenizer(fingerprint)
 
     def unknown_draft(self, drafter: str, fingerprint: str, limits: DraftLimits) -> str:
-        """What a user should know who drafts otherwise than the judge has seen: a sentence, empty where the judge knows such drafts.
+        """What a user should know who drafts otherwise than the judge has seen: a sentence, empty where the judge knows such drafts, or
+        accepts nothing.
 
         A judge finds the errors that it has learnt from. Another drafter makes others.
 
@@ -80,6 +81,8 @@ class JudgeRule(LossyRule):
             fingerprint: of its folder.
             limits: how much is drafted.
         """
+        if self.threshold >= 1.0:
+            return ""
         remedy = (
             "measure them with draftsmith judge evaluate, or tune the judge for this drafter with draftsmith judge tune"
         )

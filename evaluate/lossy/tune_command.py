@@ -21,7 +21,8 @@ from draftsmith.evaluate.lossy.contest import Contest, prepare
 from draftsmith.evaluate.lossy.lossy import IsRight
 from draftsmith.evaluate.lossy.lossy_command import LONG_ANSWERS
 from draftsmith.evaluate.lossy.paired import problems_needed
-from draftsmith.evaluate.lossy.sweep import Sweep, Trial, best_trial, settings_of_sweep, why_none
+from draftsmith.evaluate.lossy.sweep import Sweep
+from draftsmith.evaluate.lossy.trial import Trial, best_trial, settings_of_sweep, why_none
 from draftsmith.evaluate.lossy.tuning_report import sweep_table, to_markdown
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.label.checkers.checkers import final_number, load_checker
@@ -46,8 +47,10 @@ class SweepOptions:
         gates: none judges each token alone; line keeps a drafted line whole or leaves it; reply does so with the rest of the reply.
         veto: Try each gate also with a veto: the target's own tokens must pass the judge, too.
         most_lost: Points of right answers that a setting may lose, with 95 % confidence.
-        looks: A setting that surely loses more is stopped; so many times the answers are looked at.
+        looks: A setting stops that surely loses more, gains nothing, or gains less than another that holds; so many times the answers
+            are looked at.
         batch_rows: Problems answered together.
+        timed_problems: Problems answered once more, one at a time, by the best setting of each shape: the fastest is kept.
 
     Raises:
         ValueError: a setting is out of range, or is there twice.
@@ -59,6 +62,7 @@ class SweepOptions:
     most_lost: float = 1.0
     looks: int = 5
     batch_rows: int = 32
+    timed_problems: int = 20
 
     def __post_init__(self) -> None:
         for threshold in self.thresholds:
@@ -68,7 +72,7 @@ class SweepOptions:
                 )
         if not 0.0 < self.most_lost < 100.0:
             raise ValueError(f"most_lost is {self.most_lost}; give points above 0 and below 100")
-        for name in ("looks", "batch_rows"):
+        for name in ("looks", "batch_rows", "timed_problems"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("thresholds", "gates"):
@@ -101,7 +105,7 @@ def tune_judge(
     where: Annotated[TargetOptions, FLAT] = DEFAULTS,
     rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
-    """Choose a judge's threshold and gate by answers: the largest gain among the settings that surely lose less than one point.
+    """Choose a judge's threshold, gate and shape by answers: the fastest of the settings that surely lose less than one point.
 
     Every setting answers the problems with the judge, and the answers are compared with lossless decoding's. Writes the tuned judge into
     `judge`, beside tuning.md and tuning.json. Where no setting keeps the answers, the judge gets threshold 1 and accepts nothing.
@@ -141,14 +145,15 @@ def tune_judge(
             asdict(sweep) | asdict(contest.settings) | {"shapes": list(shapes), "checker": checker, "drafter": drafter}
         )
         inputs = dict(contest.inputs) | {str(judge / WEIGHTS): sha256_file(judge / WEIGHTS)}
-        record = provenance.record(provenance.command_line(), config, inputs) | {"training": _history(judge)}
+        record = provenance.record(provenance.command_line(), config, inputs) | {"training": provenance.training(judge)}
         _write(out, tuned, trials, facts, record)
     print(f"{sweep_table(trials, sweep.most_lost / 100)}\n{facts['said']}\ntuned judge: {out / 'judge'}")
 
 
 def _sweep(contest: Contest, judge: Judge, options: SweepOptions) -> Sweep:
     ends = line_end_ids(contest.tokenizer) if "line" in options.gates else []
-    return Sweep(contest, judge, ends, options.most_lost / 100, options.looks, options.batch_rows, agreement)
+    most_lost, timed = options.most_lost / 100, options.timed_problems
+    return Sweep(contest, judge, ends, most_lost, options.looks, options.batch_rows, agreement, timed)
 
 
 def line_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -211,7 +216,10 @@ def _tuned(
         judge, low = sweep.judge_with(best.setting), best.bounds[0]
         facts |= asdict(best.setting) | {"right": best.right / best.problems, "change": best.change, "change_low": low}
         facts |= {"accepted_per_cycle": best.accepted_per_cycle, "lossless_per_cycle": best.lossless_per_cycle}
+        facts |= {"seconds_per_token": best.seconds_per_token, "times_plain": best.times_plain}
         said = f"kept: {best.setting}, {best.accepted_per_cycle:.2f} tokens a cycle"
+        if best.times_plain is not None:
+            said += f", {best.times_plain:.2f} times as fast as plain decoding"
     facts["threshold"] = judge.config.threshold
     if checker is None:
         said += ". Quality is unmeasured: no checker judged the answers, they were compared with the target's own"
@@ -223,14 +231,6 @@ def _kept_shapes(facts: dict[str, Any], shapes: Sequence[str]) -> list[str]:
     """As `decode` writes them: a static tree by its paths, whatever it was called."""
     kept = [facts["shape"]] if facts["holds"] else shapes
     return [shape_text(parse_shape(shape)) for shape in kept]
-
-
-def _history(judge: Path) -> dict[str, Any]:
-    """The training's record, where there is one."""
-    if not (judge / provenance.FILE_NAME).is_file():
-        return {}
-    record = provenance.read(judge)
-    return dict(record.get("training", record))
 
 
 def _write(out: Path, judge: Judge, trials: Sequence[Trial], facts: dict[str, Any], record: dict[str, Any]) -> None:

@@ -11,12 +11,18 @@ from typing import Any
 from draftsmith.evaluate.lossy.sweep import Trial
 from draftsmith.foreign import code, plain
 
-HEADER = "| setting | problems | right answers | change, points (95 % bounds) | accepted a cycle | times lossless | verdict |"
+HEADER = (
+    "| setting | problems | right answers | change, points (95 % bounds) | accepted a cycle | times lossless | ms a token | times plain "
+    "| verdict |"
+)
 MEANING = """\
 - *Change*: right answers minus lossless decoding's, paired by problem. Each bound holds by itself with 95 % confidence (Tango's score
   interval).
 - *Accepted a cycle*: draft tokens that stand; *times lossless*: over those of lossless verification with the same shape.
-- *Holds*: the lower bound is above the loss that is allowed. *Stopped*: the upper bound fell below it before all problems were answered.
+- *Ms a token*, *times plain*: one answer at a time, interleaved problem by problem; timed were the best setting of each shape and plain
+  decoding. The fastest is kept. Cycles of one shape cost the same, so the most accepted tokens are fastest there.
+- *Holds*: the lower bound is above the loss that is allowed. *Stopped*, before all problems were answered: the upper bound fell below that
+  loss (*loses more*), lossless decoding accepted as much (*gains nothing*), or another setting of the same shape holds and gains more.
 - The best of several settings looks a little better than it is. Measure the kept one on unseen problems with `draftsmith judge evaluate`.
 """
 
@@ -28,10 +34,12 @@ def sweep_table(trials: Sequence[Trial], most_lost: float) -> str:
         trials: in order.
         most_lost: the share of right answers that may be lost.
     """
-    lines = [HEADER, "|---|---|---|---|---|---|---|"]
+    lines = [HEADER, "|---|---|---|---|---|---|---|---|---|"]
     for trial in trials:
         low, high = trial.bounds
-        verdict = "stopped" if trial.stopped else "holds" if trial.holds(most_lost) else "does not hold"
+        verdict = (
+            f"stopped: {trial.why_stopped}" if trial.stopped else "holds" if trial.holds(most_lost) else "does not hold"
+        )
         times = trial.accepted_per_cycle / trial.lossless_per_cycle if trial.lossless_per_cycle else 0.0
         cells = [
             str(trial.setting),
@@ -40,6 +48,8 @@ def sweep_table(trials: Sequence[Trial], most_lost: float) -> str:
             f"{100 * trial.change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
             f"{trial.accepted_per_cycle:.2f}",
             f"{times:.2f}",
+            "-" if trial.seconds_per_token is None else f"{1000 * trial.seconds_per_token:.2f}",
+            "-" if trial.times_plain is None else f"{trial.times_plain:.2f}",
             verdict,
         ]
         lines.append("| " + " | ".join(cells) + " |")

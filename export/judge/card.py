@@ -184,7 +184,8 @@ def _rule(labels: Mapping[str, Any]) -> str:
     if not isinstance(labels.get("max_wrong"), float):
         return ""
     upper = " at the upper end of the interval" if labels.get("hold_upper") else ""
-    return f", chosen to accept at most {100 * labels['max_wrong']:g}% of the wrong tokens{upper}"
+    which = " that the target would not have chosen" if labels.get("threshold_over") == "differing" else ""
+    return f", chosen to accept at most {100 * labels['max_wrong']:g}% of the wrong tokens{which}{upper}"
 
 
 def _chosen(curve: list[CurvePoint]) -> list[CurvePoint]:

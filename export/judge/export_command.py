@@ -6,7 +6,7 @@ Owns the order of the work and which inputs are an error. Does not know the card
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 
@@ -56,7 +56,7 @@ def export_judge(
         loaded.check_tokenizer(tokenizer_fingerprint(where.tokenizer(target)))
     if threshold is not None:
         loaded = loaded.with_threshold(threshold)
-    history = _training(judge)
+    history = provenance.training(judge)
     settings = {"layout": layout, "threshold": loaded.config.threshold, "target_name": loaded.config.target_name}
     settings["target_fingerprint"] = loaded.config.target_fingerprint
     inputs = {str(judge / WEIGHTS): sha256_file(judge / WEIGHTS)}
@@ -79,12 +79,3 @@ def _refuse_difference(written: Judge, reread: Judge, folder: Path) -> None:
         raise ValueError(
             f"{folder}: read back, {', '.join(changed) or 'the threshold'} differ from what was written; check the disk"
         )
-
-
-def _training(judge: Path) -> dict[str, Any]:
-    """The training's record; that of an earlier export hands on the record it holds."""
-    if not (judge / provenance.FILE_NAME).is_file():
-        return {}
-    record = provenance.read(judge)
-    history = record.get("training", record)
-    return history if isinstance(history, dict) else {}

@@ -76,6 +76,22 @@ def read(directory: Path) -> dict[str, Any]:
     return parse_json_object(path.read_bytes(), str(path), f"make {directory} anew")
 
 
+def training(directory: Path) -> dict[str, Any]:
+    """The record of how something was trained, which later stages hand on; empty where nothing was recorded.
+
+    Args:
+        directory: what training wrote, or a later stage.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    if not (directory / FILE_NAME).is_file():
+        return {}
+    own = read(directory)
+    history = own.get("training", own)
+    return history if isinstance(history, dict) else {}
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on; those not installed are left out."""
     installed = {"python": platform.python_version()}

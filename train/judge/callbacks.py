@@ -47,8 +47,8 @@ class KeepJudge(KeepBestDrafter):
         if not trainer.is_global_zero:
             return
         judge = module.judge()
-        config = {**module.settings(), **self._moment(trainer), "labels": judge.config.labels}
         data = module.data()
+        config = {**module.settings(), **self._moment(trainer), "labels": judge.config.labels, "data": data.settings()}
         caches = [*data.caches, *data.draft_caches]
         inputs = {str(cache.path): cache.manifest.identity.source for cache in caches}
         inputs[module.target] = judge.config.target_fingerprint

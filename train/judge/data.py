@@ -175,6 +175,11 @@ class JudgeDataModule(pl.LightningDataModule):
         self._splits: dict[str, _Split] = {}
         self._read: dict[str, JudgeTokens] = {}
 
+    def settings(self) -> dict[str, Any]:
+        """What decides which rows are learnt from, for provenance."""
+        names = ("val_fraction", "seed", "max_questions", "join_kinds")
+        return {name: getattr(self, name) for name in names}
+
     def setup(self, stage: str = "fit") -> None:
         """Opens the caches, joins the rows to their samples and divides the questions.
 

@@ -16,6 +16,8 @@ import numpy as np
 from draftsmith.models.judge import CurvePoint
 from draftsmith.train.judge.metrics import Bootstrap, reliability, roc_auc
 
+DIFFERING, ALL = "differing", "all"
+
 
 class HeldOutTokens:
     """The held-out tokens as the best of the sweep sees them.
@@ -45,6 +47,15 @@ class HeldOutTokens:
             return None
         probabilities, labels, questions = self.arrays
         return HeldOutTokens(probabilities[chosen], labels[chosen], questions[chosen], chosen[chosen])
+
+    def asked(self, over: str) -> tuple[HeldOutTokens, str]:
+        """The tokens that a threshold is chosen over, and which they are: all of them where those that differ are of one class.
+
+        Args:
+            over: `differing` or `all`.
+        """
+        differing = self.differing() if over == DIFFERING else None
+        return (self, ALL) if differing is None else (differing, DIFFERING)
 
     def points(self, thresholds: Sequence[float], num_replicates: int) -> list[CurvePoint]:
         """What thresholds accept.

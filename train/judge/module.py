@@ -8,6 +8,7 @@ Shape legend: N tokens, F features, S penalties, P = F + 1.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.train.batches.labelled_text import LabelledText
 from draftsmith.train.judge.data import JudgeDataModule, JudgeTokens
 from draftsmith.train.judge.fit import Scaling, SweepLBFGS, SweepProblem, measure_scaling, project
-from draftsmith.train.judge.held_out import HeldOutTokens
+from draftsmith.train.judge.held_out import ALL, DIFFERING, HeldOutTokens
 from draftsmith.train.judge.metrics import average_precision, choose_threshold, curve, reliability, roc_auc
 from draftsmith.train.run.checkpoints import check_fits
 from draftsmith.train.run.collectives import sum_over_ranks
@@ -60,6 +61,8 @@ class JudgeModule(pl.LightningModule):
         history: pairs that L-BFGS remembers.
         tolerance: see above.
         max_wrong: the threshold accepts at most this share of the wrong tokens of held-out questions.
+        threshold_over: `differing`: of the tokens that the target would not have chosen, which are those that decoding asks a judge
+            about. `all`: of all labelled tokens. Where differing tokens are all correct or all wrong, it is all of them, with a warning.
         hold_upper: the upper end of the share's 95 % interval (bootstrap over questions) must be within it too.
         num_replicates: of the bootstrap.
         ends_dtype: dtype of the target's final norm and head; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
@@ -84,6 +87,7 @@ class JudgeModule(pl.LightningModule):
         history: int = 20,
         tolerance: float = 1e-6,
         max_wrong: float = 0.05,
+        threshold_over: Literal["differing", "all"] = "differing",
         hold_upper: bool = False,
         num_replicates: int = 1000,
         ends_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -94,11 +98,14 @@ class JudgeModule(pl.LightningModule):
         super().__init__()
         counts = {"iterations": iterations, "history": history, "num_replicates": num_replicates}
         _check_settings(feature, l2, class_weight, max_wrong, counts)
+        if threshold_over not in (DIFFERING, ALL):
+            raise ValueError(f"threshold_over is {threshold_over!r}; give {DIFFERING} or {ALL}")
         self.target, self.revision, self.adapter = target, revision, adapter
         self.trust_remote_code = trust_remote_code
         self.feature, self.l2, self.class_weight = feature, tuple(float(penalty) for penalty in l2), class_weight
         self.iterations, self.history, self.tolerance = iterations, history, tolerance
         self.max_wrong, self.hold_upper, self.num_replicates = max_wrong, hold_upper, num_replicates
+        self.threshold_over: str = threshold_over
         self.ends_dtype: str = ends_dtype
         self._vocab_size = 0
         # The optimiser is given a problem, not a loss with a graph.
@@ -126,6 +133,7 @@ class JudgeModule(pl.LightningModule):
             "history",
             "tolerance",
             "max_wrong",
+            "threshold_over",
             "hold_upper",
             "num_replicates",
             "ends_dtype",
@@ -240,7 +248,9 @@ class JudgeModule(pl.LightningModule):
         self.held_out = HeldOutTokens(probabilities, labels, data.questions("validation"), self._differs.cpu().numpy())
         self.log(AUC, areas[self.best], prog_bar=True, batch_size=1)
         self.log_dict({f"{AUC}/l2={l2:g}": area for l2, area in zip(self.l2, areas, strict=True)}, batch_size=1)
-        point = choose_threshold(*self.held_out.arrays, self.max_wrong, num_replicates=1)
+        asked, _ = self.held_out.asked(self.threshold_over)
+        point = choose_threshold(*asked.arrays, self.max_wrong, num_replicates=1)
+        point = self.held_out.points([point["threshold"]], num_replicates=1)[0]
         self.log_dict(
             {
                 "val/l2": self.l2[self.best],
@@ -270,6 +280,16 @@ class JudgeModule(pl.LightningModule):
             batch_size=1,
         )
 
+    def on_fit_end(self) -> None:
+        """Warns where the threshold was chosen over other tokens than were asked for."""
+        if self.held_out is None or self.held_out.asked(self.threshold_over)[1] == self.threshold_over:
+            return
+        warnings.warn(
+            "held-out tokens that the target would not have chosen are all correct or all wrong, so the threshold was chosen over all "
+            "labelled tokens; label more answers, or choose it by answers with draftsmith judge tune",
+            stacklevel=2,
+        )
+
     def judge(self) -> Judge:
         """The best of the sweep with its threshold and curve, on the CPU.
 
@@ -283,13 +303,15 @@ class JudgeModule(pl.LightningModule):
             raise ValueError(
                 f"the weights of l2 = {self.l2[self.best]:g} are not finite; look at the states, or raise l2"
             )
-        arrays = self.held_out.arrays
-        point = choose_threshold(*arrays, self.max_wrong, self.hold_upper, self.num_replicates)
+        asked, over = self.held_out.asked(self.threshold_over)
+        chosen = choose_threshold(*asked.arrays, self.max_wrong, self.hold_upper, self.num_replicates)
+        [point] = self.held_out.points([chosen["threshold"]], self.num_replicates)
         config = JudgeConfig.from_dict(self._config.to_dict())
-        config.curve = curve(*arrays, num_replicates=self.num_replicates)
+        config.curve = curve(*self.held_out.arrays, num_replicates=self.num_replicates)
         config.threshold = point["threshold"]
         config.labels = {**config.labels, "l2": self.l2[self.best], "class_weight": self.class_weight}
         config.labels |= {"max_wrong": self.max_wrong, "hold_upper": self.hold_upper, "at_threshold": dict(point)}
+        config.labels["threshold_over"] = over
         differing = self.held_out.differing()
         if differing is not None:
             config.differing_curve = curve(*differing.arrays, num_replicates=self.num_replicates)

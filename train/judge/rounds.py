@@ -266,15 +266,17 @@ def train(module: JudgeModule, data: JudgeDataModule, root: Path) -> None:
     trainer.fit(module, data)
 
 
-def keep(trained: Path, drafters: Sequence[Served], folder: Path) -> None:
-    """Write the trained judge with the drafters that it has seen.
+def keep(trained: Path, drafters: Sequence[Served], folder: Path, before: Judge) -> None:
+    """Write the trained judge with the drafters that it has seen, and with the gate of the judge before.
 
     Args:
         trained: folder of the run.
         drafters: that it has seen.
         folder: where to.
+        before: the judge that the round decoded with.
     """
-    judge = load_judge(trained / "judge")
+    gate = before.config
+    judge = load_judge(trained / "judge").with_gate(gate.gate, gate.veto, gate.line_end_ids)
     judge.config.drafters = seen(drafters)
     record = provenance.read(trained / "judge")
     with atomic_directory(folder, STAGE) as partial:

@@ -6,6 +6,7 @@ Owns the options, the files of a round, and where a stopped command continues. D
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.data.tokens import chat_of
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import DrawOptions, settings_of
+from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.files import atomic_write, exclusive, sha256_file
 from draftsmith.label.checkers.checkers import Checker, load_checker
 from draftsmith.label.commands.checked_answers import LicensedPrompt
@@ -30,7 +32,7 @@ from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.ownership import check_unclaimed
-from draftsmith.provenance import differences
+from draftsmith.provenance import differences, training
 from draftsmith.train.judge.data import JudgeDataModule
 from draftsmith.train.judge.module import JudgeModule
 from draftsmith.train.judge.rounds import (
@@ -53,6 +55,11 @@ ANSWERS, TO_LABEL, COUNTS, ROWS, SETTINGS = (
     "settings.json",
 )
 LONG_ANSWERS = DrawOptions(max_new_tokens=256)
+_KEPT = (
+    *("l2", "class_weight", "iterations", "history", "tolerance"),
+    *("max_wrong", "threshold_over", "hold_upper", "num_replicates", "ends_dtype"),
+)
+"""Settings of a judge's training that its rounds keep, beside the feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +107,8 @@ def judge_rounds(
 ) -> None:
     """Decode training questions with a judge, let a checker label what stood, and train the judge again, round by round.
 
-    A judge that learns from one drafter's errors lets those of another stand. Give all drafters that it is to serve. To resume a stopped
+    A judge that learns from one drafter's errors lets those of another stand. Give all drafters that it is to serve. Every round
+    trains with the settings that the judge's folder records, and keeps its gate. To resume a stopped
     command, start it again. Writes OUT/round-1, OUT/round-2, ... with a judge in each, and a table: rounds.md and rounds.json.
 
     Args:
@@ -131,7 +139,10 @@ def judge_rounds(
     questions = _parts(licensed_questions(prompts, selection, licence, checking), course)
     settings = {"target": target, "judge": str(judge), "checker": checker, "questions": course.questions} | asdict(draw)
     settings |= {"drafters": [asdict(each) for each in served], **_files(judge, rows, prompts)}
-    run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering)
+    recipe = recipe_of(judge)
+    for remark in recipe.remarks:
+        print(remark, file=sys.stderr)
+    run = _Rounds(target, rows, cache, served, out, checking, draw, course, where, rendering, recipe)
     with exclusive(out / SETTINGS):
         _check_settings(out / SETTINGS, settings)
         run.all(judge, questions)
@@ -140,7 +151,6 @@ def judge_rounds(
 def _files(judge: Path, rows: Sequence[Path], prompts: Path) -> dict[str, Any]:
     """The fingerprints of what the rounds read."""
     problems = prompts / PROMPT_FILE if prompts.is_dir() else prompts
-    load_judge(judge)  # before anything else is read
     weights = sha256_file(judge / WEIGHTS)
     return {"rows": [sha256_file(file) for file in rows], "prompts": sha256_file(problems), "weights": weights}
 
@@ -186,9 +196,50 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _feature_of(judge: Path) -> Any:
-    """What a judge reads: the judges of all rounds read the same."""
-    return load_judge(judge).config.feature
+@dataclass(frozen=True)
+class Recipe:
+    """How a judge was trained: the judges of all rounds are trained in the same way.
+
+    Attributes:
+        module: settings of `JudgeModule`.
+        data: settings of `JudgeDataModule`.
+        remarks: what a user should know of settings that rounds cannot keep.
+    """
+
+    module: dict[str, Any]
+    data: dict[str, Any]
+    remarks: tuple[str, ...] = ()
+
+
+def recipe_of(judge: Path) -> Recipe:
+    """The settings of a judge's training, from the record in its folder.
+
+    Args:
+        judge: its folder.
+
+    Raises:
+        ValueError: rounds cannot train such a judge: it reads the draft model's states, or it learnt from mined labels alone.
+    """
+    head, record = load_judge(judge), training(judge).get("config", {})
+    JudgeRule(head)
+    data = dict(record.get("data", {}))
+    most, remarks = data.pop("max_questions", None), []
+    if "mined" in head.config.labels.get("how", {}) and not data.get("join_kinds"):
+        raise ValueError(
+            f"{judge} learnt from mined labels, and rounds add labels of a checker or of people; wrong means two things there: start from "
+            "a judge that was trained with join_kinds: true, or without mined labels"
+        )
+    if most is not None:
+        remarks.append(
+            f"{judge} was trained on at most {most} questions of its rows; rounds learn from all rows that you give; leave rows out for "
+            "fewer"
+        )
+    if not record:
+        remarks.append(
+            f"{judge} does not record how it was trained; rounds train with the settings of configs/judge.yaml"
+        )
+    module = {name: record[name] for name in _KEPT if name in record} | {"feature": head.config.feature}
+    return Recipe(module, data, tuple(remarks))
 
 
 @dataclass(frozen=True)
@@ -205,6 +256,7 @@ class _Rounds:
     course: RoundOptions
     where: TargetOptions
     rendering: TemplateChoice
+    recipe: Recipe
 
     def all(self, judge: Path, questions: Sequence[Sequence[LicensedPrompt]]) -> None:
         """Every round with its questions, as far as there are labels."""
@@ -276,15 +328,17 @@ class _Rounds:
     def _train(self, folder: Path, judge: Path, number: int) -> None:
         rounds = [self.out / f"round-{each}" for each in range(1, number + 1)]
         data = JudgeDataModule(
-            [*self.cache, *(each / "cache" for each in rounds)], [*self.rows, *(each / ROWS for each in rounds)]
+            [*self.cache, *(each / "cache" for each in rounds)],
+            [*self.rows, *(each / ROWS for each in rounds)],
+            **self.recipe.data,
         )
-        where, feature = self.where, _feature_of(judge)
+        where = self.where
         module = JudgeModule(
             self.target,
-            feature,
+            **self.recipe.module,
             revision=where.revision,
             adapter=where.adapter,
             trust_remote_code=where.trust_remote_code,
         )
         train(module, data, folder / "train")
-        keep(folder / "train", self.served, folder / "judge")
+        keep(folder / "train", self.served, folder / "judge", load_judge(judge))

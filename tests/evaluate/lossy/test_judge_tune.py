@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ import torch
 from draftsmith.cli import main
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.embedded import write_prompts
+from draftsmith.evaluate.lossy.lossy import Answered
 from draftsmith.evaluate.lossy.paired import change_bounds, problems_needed
-from draftsmith.evaluate.lossy.sweep import Setting, Sweep, Trial, best_trial, parts, settings_of_sweep, why_none
+from draftsmith.evaluate.lossy.sweep import Sweep, parts
+from draftsmith.evaluate.lossy.trial import Setting, Trial, best_trial, settings_of_sweep, why_none
 from draftsmith.evaluate.lossy.tune_command import SweepOptions, _kept_shapes, agreement, line_end_ids
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, load_judge
@@ -70,6 +72,58 @@ def test_the_largest_gain_among_the_settings_that_hold_is_kept() -> None:
     assert best_trial([safe, good, bold], 0.01) is good
     assert best_trial([bold, trial(0, 0, accepted=4)], 0.01) is None
     assert best_trial([trial(0, 0, stopped=True)], 0.01) is None
+
+
+def test_of_shapes_that_were_timed_the_fastest_is_kept_not_the_one_that_accepts_most() -> None:
+    long, short, untimed = trial(0, 0, accepted=20), trial(0, 0, accepted=12), trial(0, 0, accepted=30)
+    long.seconds_per_token, short.seconds_per_token = 0.004, 0.003
+    assert best_trial([long, short, untimed], 0.01) is short
+    short.lost = 40  # it does not hold
+    assert best_trial([long, short, untimed], 0.01) is long
+
+
+class Made(Sweep):
+    """A sweep of 500 problems over made-up answers: by threshold, how many draft tokens a cycle accepts, and every how manieth is lost."""
+
+    made: ClassVar[dict[float, tuple[int, int]]] = {
+        0.1: (20, 10),
+        0.5: (15, 400),
+        0.9: (12, 0),
+        0.97: (9, 0),
+        0.99: (5, 0),
+    }
+
+    def _check(self, settings: object) -> None:
+        pass
+
+    def _answer_losslessly(self, shapes: Sequence[str], advance: object) -> Any:
+        for shape in shapes:
+            self._lossless[shape] = answered(500, 5, 0)
+
+    def _answer(self, setting: Setting, part: range, is_right: object, advance: object) -> Answered:
+        accepted, lost = self.made[setting.threshold]
+        return answered(len(part), accepted, lost)
+
+
+def answered(problems: int, accepted: int, lost: int) -> Answered:
+    replies: list[Any] = [SimpleNamespace(accepted=[accepted] * 2)] * problems
+    return Answered(replies, [not lost or number % lost > 0 for number in range(problems)])
+
+
+def test_a_setting_stops_where_it_loses_more_gains_nothing_or_gains_less_than_another_that_holds() -> None:
+    contest: Any = SimpleNamespace(samples=[None] * 500)
+    sweep = Made(contest, Judge(JudgeConfig(4)), (), 0.03, 5, 32, agreement)
+    trials = sweep.run([Setting("1x16", threshold) for threshold in (0.99, 0.97, 0.5, 0.9, 0.1)])
+    by_threshold = {trial.setting.threshold: trial for trial in trials}
+    assert [trial.setting.threshold for trial in trials] == [0.99, 0.97, 0.5, 0.9, 0.1]
+    assert (by_threshold[0.1].why_stopped, by_threshold[0.1].problems) == ("loses more", 100)
+    assert (by_threshold[0.99].why_stopped, by_threshold[0.99].problems) == ("gains nothing", 100)
+    kept = best_trial(trials, 0.03)
+    assert kept is by_threshold[0.5]
+    assert (kept.problems, kept.stopped) == (500, False)
+    for threshold in (0.9, 0.97):
+        beaten = by_threshold[threshold]
+        assert (beaten.why_stopped, beaten.problems) == ("1x16 at 0.5 holds and gains more", 100)
 
 
 def test_why_no_setting_is_kept_is_a_sentence() -> None:
@@ -230,7 +284,11 @@ def test_a_setting_that_holds_is_kept_with_its_gate_and_decodes(
     assert (free["setting"]["gate"], gated["setting"]["gate"]) == ("none", "line")
     assert free["per_cycle"] > free["lossless_per_cycle"] > 0
     assert free["per_cycle"] > gated["per_cycle"]
-    assert free["problems"] == gated["problems"] == 6
+    assert (free["problems"], free["stopped"]) == (6, False)
+    assert (gated["problems"], gated["why_stopped"]) == (3, "1x12 at 0.5 holds and gains more")
+    assert free["times_plain"] > 0
+    assert free["seconds_per_token"] > 0
+    assert gated["seconds_per_token"] is None
     tuned = load_judge(out / "judge")
     kept = tuned.config.labels["tuned"]
     assert (kept["holds"], kept["gate"], kept["accepted_per_cycle"]) == (True, "none", free["per_cycle"])
@@ -240,11 +298,21 @@ def test_a_setting_that_holds_is_kept_with_its_gate_and_decodes(
     assert "**Quality is unmeasured:**" in (tmp_path / "card" / "README.md").read_text()
 
 
+def test_the_shape_that_is_kept_took_the_fewest_seconds_a_token(judge: Path, prompts: Path, tmp_path: Path) -> None:
+    words = ["--most_lost", 99, "--shapes", '["1x2", "1x12"]', "--timed_problems", 2]
+    assert tune(judge, prompts, tmp_path / "tuned", *words) == 0
+    report = json.loads((tmp_path / "tuned" / "tuning.json").read_text())
+    seconds = {trial["setting"]["shape"]: trial["seconds_per_token"] for trial in report["trials"]}
+    assert seconds.keys() == {"1x2", "1x12"}
+    assert report["kept"]["shape"] == min(seconds, key=seconds.__getitem__)
+    assert report["kept"]["seconds_per_token"] == min(seconds.values())
+
+
 def test_decode_warns_of_drafts_that_the_judge_has_not_seen(
     judge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def warned(**fields: object) -> str:
-        head = load_judge(judge)
+        head = load_judge(judge).with_threshold(0.5)
         for name, value in fields.items():
             setattr(head.config, name, value)
         head.save_pretrained(tmp_path / "judge")
@@ -256,6 +324,7 @@ def test_decode_warns_of_drafts_that_the_judge_has_not_seen(
 
     own = drafter_fingerprint(drafter_folder(DRAFTER))
     assert "nobody recorded whose drafts this judge has seen" in warned()
+    assert "this judge" not in warned(threshold=1.0)  # it accepts nothing
     other = [{"name": "runs/eagle", "fingerprint": "0" * 64, "shapes": ["1x4"]}]
     assert warned(drafters=other).count("has seen drafts of runs/eagle, not of embedded:draft_lm") == 1
     assert "not of 1x4" in warned(drafters=[{"name": DRAFTER, "fingerprint": own, "shapes": ["1x16"]}])

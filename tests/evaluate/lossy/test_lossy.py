@@ -20,6 +20,8 @@ from draftsmith.decode.verify.uncertain_rules import Fly
 from draftsmith.embedded import write_prompts
 from draftsmith.evaluate.lossy.chart import draw_trade
 from draftsmith.evaluate.lossy.lossy import Ruled, RuleRow, compare
+from draftsmith.evaluate.lossy.paired import change_bounds
+from draftsmith.evaluate.lossy.price import draw_prices, price_table, prices
 from draftsmith.evaluate.lossy.report import trade_table
 from draftsmith.evaluate.lossy.wrong_tokens import accepted_tokens
 from draftsmith.evaluate.samples import read_samples
@@ -172,6 +174,37 @@ def test_the_chart_is_a_png_of_some_size(compared: dict[str, RuleRow]) -> None:
     assert len(picture) > 20_000
 
 
+def test_at_equal_quality_a_rule_has_the_largest_gain_of_its_settings_that_lose_no_more(
+    compared: dict[str, RuleRow],
+) -> None:
+    base = replace(compared["lossless"], accepted_per_cycle=5.0)
+    rule = replace(compared["everything"], rule="kl", threshold=1.0, accepted_per_cycle=6.0, accuracy_change=-0.01)
+    rows = [compared["plain"], base, rule]
+    rows += [replace(rule, threshold=2.0, accepted_per_cycle=7.5, accuracy_change=-0.004)]
+    rows += [replace(rule, threshold=3.0, accepted_per_cycle=9.0, accuracy_change=-0.012)]
+    rows += [replace(rule, rule="bold", threshold=2.0, accepted_per_cycle=30.0, accuracy_change=-0.3)]
+    kl, bold = prices(rows, 0.01)
+    assert (kl.rule, kl.tried, kl.times_lossless) == ("kl", 3, 1.5)
+    assert kl.row is not None
+    assert kl.row.threshold == 2.0
+    assert (bold.rule, bold.row, bold.times_lossless) == ("bold", None, None)
+    assert [price.row and price.row.threshold for price in prices(rows, 0.02)] == [3.0, None]
+    table = price_table([kl, bold], 0.01).splitlines()
+    assert table[-2].startswith("| kl | 3 | 2 | -0.4 (")
+    assert "| 7.50 | 1.50 |" in table[-2]
+    assert table[-1] == "| bold | 1 | - | every setting loses more | none | none | none |"
+    assert draw_prices([kl, bold], rows, 0.01)[:8] == b"\x89PNG\r\n\x1a\n"
+    assert prices(rows[:2], 0.01) == []
+    assert price_table([], 0.01) == ""
+
+
+def test_the_bounds_of_a_change_are_wide_where_no_answer_changed(compared: dict[str, RuleRow]) -> None:
+    low, high = compared["judge"].accuracy_change_bounds
+    assert compared["judge"].accuracy_change_interval == (0.0, 0.0)
+    assert (low, high) == change_bounds(0, 0, PROBLEMS)
+    assert low < -0.1 < 0.1 < high
+
+
 def test_the_command_writes_a_report_that_calls_lossy_rules_lossy(
     prompts: Path, tmp_path: Path, target: Target, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +237,8 @@ def test_the_command_writes_a_report_that_calls_lossy_rules_lossy(
     assert all(0 <= row["wrong_accepted_share"] <= 1 for row in report["rows"][1:])
     assert "top-k (lossy)" in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "price.png").stat().st_size > 5_000
+    assert "## At equal quality" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

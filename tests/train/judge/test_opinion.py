@@ -82,6 +82,41 @@ def test_a_kept_judge_has_figures_over_the_tokens_that_the_target_would_not_have
     assert config.differing_curve[0]["threshold"] == 0.0
 
 
+def test_the_threshold_limits_the_wrong_tokens_that_a_judge_is_asked_about(
+    trained: tuple[JudgeModule, JudgeDataModule, Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    module, _, _ = trained
+    # Wrong tokens that the target itself chose are many and easily told apart; those that it would not have chosen are not.
+    probabilities = np.array([0.10] * 8 + [0.6, 0.4] + [0.5, 0.7, 0.8])
+    labels = np.array([False] * 10 + [True] * 3)
+    differs = np.array([False] * 8 + [True] * 5)
+    tokens = HeldOutTokens(probabilities, labels, np.arange(13), differs)
+    assert module.threshold_over == "differing"
+    thresholds = {}
+    before, limit = module.held_out, module.max_wrong
+    try:
+        module.held_out, module.max_wrong = tokens, 0.1
+        for over in ("differing", "all"):
+            module.threshold_over = over
+            config = module.judge().config
+            thresholds[over] = config.threshold
+            assert config.labels["threshold_over"] == over
+            # Whatever was looked at, the card's row is over all tokens.
+            assert config.labels["at_threshold"]["wrong"] == np.mean(probabilities[:10] > config.threshold)
+        # One of ten wrong tokens may pass; of the two differing ones, none.
+        assert 0.4 <= thresholds["all"] < 0.5
+        assert 0.6 <= thresholds["differing"] < 0.7
+        module.threshold_over = "differing"
+        module.on_fit_end()
+        assert not recwarn
+        module.held_out = HeldOutTokens(probabilities, labels, np.arange(13), labels)
+        assert module.judge().config.labels["threshold_over"] == "all"
+        with pytest.warns(UserWarning, match="chosen over all labelled tokens"):
+            module.on_fit_end()
+    finally:
+        module.held_out, module.max_wrong, module.threshold_over = before, limit, "differing"
+
+
 def test_tokens_of_one_class_have_no_figures_of_their_own() -> None:
     tokens = HeldOutTokens(
         np.array([0.2, 0.8, 0.4]), np.array([True, True, False]), np.arange(3), np.array([True, True, False])

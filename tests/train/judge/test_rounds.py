@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from draftsmith import provenance
 from draftsmith.cli import main
 from draftsmith.data.cache.extract import extract
 from draftsmith.embedded import write_prompts
@@ -20,7 +22,7 @@ from draftsmith.models.tree.shapes import parse_shape, shape_text
 from draftsmith.train.judge.data import JudgeDataModule
 from draftsmith.train.judge.module import JudgeModule
 from draftsmith.train.judge.rounds import RoundFigures, Served, _say_cut_off, rounds_table, seen, train
-from draftsmith.train.judge.rounds_command import RoundOptions, _feature_of, _files, served_drafters
+from draftsmith.train.judge.rounds_command import RoundOptions, _files, recipe_of, served_drafters
 
 TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
 
@@ -139,12 +141,46 @@ def test_a_judge_of_other_weights_in_the_same_folder_is_another_setting(tmp_path
     prompts.write_text("")
     judge = Judge(JudgeConfig(4, "last.post_norm"))
     judge.save_pretrained(tmp_path / "judge")
-    assert _feature_of(tmp_path / "judge") == "last.post_norm"
     before = _files(tmp_path / "judge", [], prompts)
     with torch.no_grad():
         judge.bias.fill_(1.0)
     judge.save_pretrained(tmp_path / "judge")
     assert _files(tmp_path / "judge", [], prompts) != before
+
+
+def test_every_round_trains_as_the_given_judge_was_trained_and_keeps_its_gate(first: Path, tmp_path: Path) -> None:
+    settings = {"l2": [0.5], "class_weight": 2.0, "max_wrong": 0.11, "threshold_over": "all", "hold_upper": True}
+    module = JudgeModule(TARGET, "last.post_norm", **settings, num_replicates=7)
+    train(module, JudgeDataModule(first / "cache", first / "rows.jsonl", val_fraction=0.3, seed=5), tmp_path / "run")
+    given = tmp_path / "run" / "judge"
+    recipe = recipe_of(given)
+    assert recipe.data == {"val_fraction": 0.3, "seed": 5, "join_kinds": False}
+    assert recipe.remarks == ()
+    gated = load_judge(given).with_gate("reply", veto=True)
+    gated.save_pretrained(given)
+    assert run(first, tmp_path / "rounds", "--checker", "embedded", "--rounds", 1, "--judge", given) == 0
+    round_1 = tmp_path / "rounds" / "round-1"
+    kept, made = load_judge(round_1 / "judge").config, provenance.read(round_1 / "judge")["config"]
+    assert (kept.feature, kept.gate, kept.veto) == ("last.post_norm", "reply", True)
+    assert {name: made[name] for name in settings} == settings
+    assert (made["num_replicates"], made["data"]["val_fraction"], made["data"]["seed"]) == (7, 0.3, 5)
+    assert kept.labels["threshold_over"] == "all"
+
+
+def test_what_rounds_cannot_keep_is_said_or_is_an_error(tmp_path: Path) -> None:
+    def saved(**fields: Any) -> Path:
+        Judge(JudgeConfig(4, **fields)).save_pretrained(tmp_path / "judge")
+        return tmp_path / "judge"
+
+    assert "does not record how it was trained" in recipe_of(saved()).remarks[0]
+    provenance.write(tmp_path / "judge", {"config": {"l2": [1.0], "data": {"max_questions": 50, "seed": 1}}})
+    recipe = recipe_of(tmp_path / "judge")
+    assert (recipe.module["l2"], recipe.data) == ([1.0], {"seed": 1})
+    assert "at most 50 questions of its rows" in recipe.remarks[0]
+    with pytest.raises(ValueError, match="learnt from mined labels"):
+        recipe_of(saved(labels={"how": {"mined": 3}}))
+    with pytest.raises(ValueError, match="reads the draft model's states"):
+        recipe_of(saved(draft_hidden_size=3))
 
 
 def test_the_table_tells_rounds_of_people_from_those_of_a_checker() -> None:
