@@ -142,7 +142,13 @@ class DecodeCycle:
             settings.eos_token_ids,
             is_constrained=settings.constraints is not None,
             raw_logits_BNV=raw_logits_BNV,
+            inside_BN=self._inside(batch, tree, ancestors_BNN),
         )
+
+    def _inside(self, batch: Batch, tree: DraftTree, ancestors_BNN: Tensor) -> Tensor | None:
+        """Where the draft is inside a thought, if the verifier asks."""
+        marks, inside_B = self.verifier.thoughts, batch.rows.inside_B
+        return None if marks is None or inside_B is None else marks.behind_nodes(tree, ancestors_BNN, inside_B)
 
     def report(self, steps: Walk, reading: Reading) -> CycleReport:
         """What the host reads of a walk, in one tensor.
@@ -213,7 +219,7 @@ class DecodeCycle:
             batch.cache.keep(steps.path_BE)
         batch.root_B.copy_(steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1))
         batch.lengths_B.add_(counts_B)
-        batch.rows.emit(steps.emitted_BE, counts_B)
+        batch.rows.emit(steps.emitted_BE, counts_B, self.verifier.thoughts)
         batch.rows.steer_stop(tree, steps.counts_B)
         if self.drafter is not None and batch.draft is not None:
             # An idle row's length stands still: some token is read into its last slot again and again.

@@ -97,7 +97,7 @@ class Prefill:
         reading = self._reading(batch, states[PRE_NORM], settings)
         steps = cycle.verifier.walk(reading, None)
         batch.root_B.copy_(steps.emitted_BE[:, 0])
-        batch.rows.emit(steps.emitted_BE, steps.counts_B)
+        batch.rows.emit(steps.emitted_BE, steps.counts_B, cycle.verifier.thoughts)
         if cycle.drafter is not None:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
             emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
@@ -127,6 +127,8 @@ class Prefill:
             rows.choice_keys_B = request_keys(settings.seed, numbers, "choices", device)
         if cycle.verifier.num_draft_keys > 0:
             rows.cycle_keys_B = request_keys(settings.seed, numbers, "cycles", device)
+        if cycle.verifier.thoughts is not None:
+            rows.inside_B = cycle.verifier.thoughts.behind_prompts(tokens_BT, lengths_B)
         if settings.constraints is not None:
             rows.texts = [_text(request, settings, vocab_size, cycle.target.device) for request in requests]
         elif settings.repetition_penalty != 1.0:

@@ -1,4 +1,4 @@
-"""What belongs to each row of a batch besides its caches: noise, processors and the early stop.
+"""What belongs to each row of a batch besides its caches: noise, processors, the early stop, and whether its text is inside a thought.
 
 Owns these tensors, most of which a request may do without, their growth and the selection of rows. Knows no model, no cache, no drafter
 and no rule of verification.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from draftsmith.decode.processors import RequestText, process_texts
 from draftsmith.decode.sampling import GenerationSettings, process
+from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.slots.slot_cache import KeptRows
@@ -34,6 +35,7 @@ class Rows:
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
         texts: what constraints read of each row, or None without constraints.
         stop: the early stop's controller, or None without one.
+        inside_B: bool, whether the text is inside a thought, or None where the verifier does not ask.
     """
 
     num_emitted_B: Tensor
@@ -42,6 +44,7 @@ class Rows:
     seen_BV: Tensor | None = None
     texts: list[RequestText] | None = None
     stop: StopState | None = None
+    inside_B: Tensor | None = None
 
     def select(self, kept: KeptRows) -> Rows:
         """The state of some rows only, in the order of ``kept``."""
@@ -52,6 +55,7 @@ class Rows:
             seen_BV=None if self.seen_BV is None else self.seen_BV[kept.index],
             texts=None if self.texts is None else [self.texts[row] for row in kept.order],
             stop=None if self.stop is None else self.stop.select_rows(kept.index),
+            inside_B=None if self.inside_B is None else self.inside_B[kept.index],
         )
 
     def choice_keys(self, count: int) -> Tensor | None:
@@ -88,13 +92,16 @@ class Rows:
             seen_BNV.scatter_(2, torch.where(ancestors_BNN, tokens_BNN, tree.tokens_BN[:, :1, None]), True)
         return process(logits_BNV, settings, seen_BNV)
 
-    def emit(self, emitted_BE: Tensor, counts_B: Tensor) -> None:
-        """Count emitted tokens and remember that the text holds them.
+    def emit(self, emitted_BE: Tensor, counts_B: Tensor, thoughts: ThoughtMarks | None = None) -> None:
+        """Count emitted tokens and remember what the text holds with them.
 
         Args:
             emitted_BE: int64, tokens; of each row only the first ``counts_B`` are real.
-            counts_B: int64, at least 1.
+            counts_B: int64; 0 for idle rows.
+            thoughts: the tokens around thoughts, where the rows follow these.
         """
+        if self.inside_B is not None and thoughts is not None:
+            self.inside_B.copy_(thoughts.behind(emitted_BE, counts_B, self.inside_B))
         if self.choice_keys_B is not None or self.cycle_keys_B is not None:
             self.num_emitted_B.add_(counts_B)
         if self.seen_BV is not None:

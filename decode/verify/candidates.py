@@ -43,6 +43,7 @@ class CandidateVerifier:
 
     layers: tuple[str, ...] = ()
     reads_draft_probs = False
+    thoughts = None
 
     def __init__(self, limits: DraftLimits, sampled: SampledChildren) -> None:
         self._sampled = sampled

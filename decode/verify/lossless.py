@@ -25,6 +25,7 @@ class LosslessVerifier:
     reads_draft_probs = False
     num_draft_keys = 0
     num_walk_keys = 0
+    thoughts = None
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Accept every tokenizer; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""

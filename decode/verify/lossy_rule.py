@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from draftsmith.decode.verify.gates import Gate
+from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.tree import DraftTree
 
@@ -26,6 +27,8 @@ class LossyRule(ABC):
         features: names of the target's layers that it reads.
         reads_draft: whether it needs the draft's distributions, which only chains keep.
         reads_raw_logits: whether it reads the target's logits as the model gives them, not as the request shapes them.
+        thoughts: the tokens around thoughts, for a rule that accepts only inside of them; None for one that accepts everywhere. The marks
+            themselves are always the target's.
         gate: what several tokens in a row must pass together; None where each stands alone. Only chains have gates.
     """
 
@@ -33,6 +36,7 @@ class LossyRule(ABC):
     threshold: float
     reads_draft: ClassVar[bool] = False
     reads_raw_logits: ClassVar[bool] = False
+    thoughts: ThoughtMarks | None = None
     gate: Gate | None = None
 
     @property

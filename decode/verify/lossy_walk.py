@@ -15,6 +15,7 @@ from torch import Tensor
 
 from draftsmith.decode.verify.lossless import LosslessVerifier
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.decode.verify.verifier import Reading, Walk
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.tree import DraftTree
@@ -62,6 +63,11 @@ class LossyVerifier:
         """The rule's."""
         return self._rule.reads_draft
 
+    @property
+    def thoughts(self) -> ThoughtMarks | None:
+        """The rule's."""
+        return self._rule.thoughts
+
     def check_tokenizer(self, fingerprint: str) -> None:
         """Ask the rule; see :class:`~draftsmith.decode.verify.verifier.Verifier`."""
         self._rule.check_tokenizer(fingerprint)
@@ -85,6 +91,9 @@ class LossyVerifier:
         if self._rule.reads_raw_logits and reading.raw_logits_BNV is not None:
             read_BNV = reading.raw_logits_BNV.float()
         approved_BN = self._rule.allows_beside(tree, read_BNV, reading.output, choices_BN)
+        if self._rule.thoughts is not None:
+            assert reading.inside_BN is not None, "the rows follow the phase that the verifier asks for"
+            approved_BN = approved_BN & self._rule.thoughts.may_stand(tree, reading.inside_BN)
         allowed_BN = approved_BN
         # What the model's maker forbids never stays, and only the target ends a reply.
         if reading.is_constrained:

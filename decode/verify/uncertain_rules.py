@@ -1,6 +1,6 @@
 """LOSSY rules that accept a draft token only where the target itself hesitates. They need no training.
 
-Owns FLy and the margin. The other rules are in :mod:`draftsmith.decode.verify.lossy_rules`.
+Owns FLy, the margin, and relaxed acceptance inside thoughts. The other rules are in :mod:`draftsmith.decode.verify.lossy_rules`.
 
 Shape legend: B batch rows, N tree nodes, V vocabulary.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
+from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.models.target.target import TargetOutput
 from draftsmith.models.tree.tree import DraftTree
 
@@ -118,3 +119,52 @@ class Margin(LossyRule):
         own_BN = of_tokens(tree, logits_BNV)
         close_BN = best_BN2[..., 0] - best_BN2[..., 1] < self.threshold
         return close_BN & (own_BN >= best_BN2[..., 1]) & (own_BN > -torch.inf)
+
+
+@dataclass(frozen=True, repr=False)
+class Relaxed(LossyRule):
+    """Inside a thought, allowed if among the target's likeliest tokens and hardly less likely than its choice.
+
+    This is the relaxed acceptance of TensorRT-LLM.
+    Outside of thoughts nothing is allowed, so that the answer is what the target writes behind such a thought. The tokens that begin and
+    end a thought are always the target's.
+
+    Attributes:
+        threshold: how much less probability than the likeliest token a token may have, from 0 to 1. TensorRT-LLM calls it the delta.
+        thoughts: the tokens around thoughts.
+        top_k: how many of the likeliest tokens are allowed, at least 1.
+
+    Raises:
+        ValueError: another threshold or count.
+    """
+
+    threshold: float
+    thoughts: ThoughtMarks
+    top_k: int = 10
+    name = "relaxed"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(
+                f"relaxed's delta is {self.threshold}; it is a difference of probabilities: give 0 to 1, such as 0.5"
+            )
+        if not isinstance(self.thoughts, ThoughtMarks):
+            raise ValueError(
+                f"the thoughts are {self.thoughts!r}; relaxed needs the tokens around them: give ThoughtMarks"
+            )
+        if self.top_k < 1:
+            raise ValueError(f"relaxed allows {self.top_k} tokens; give at least 1")
+
+    def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
+        """See :meth:`LossyRule.allows`; where thoughts are, the verifier knows."""
+        parents_BN = tree.parents_BN.clamp(min=0)
+        best_BNK = logits_BNV.topk(min(self.top_k, logits_BNV.shape[-1]), dim=-1).values
+        own_BN = of_tokens(tree, logits_BNV)
+        normal_BN = logits_BNV.logsumexp(-1).gather(1, parents_BN)
+        first_BN, last_BN = (best_BNK[..., place].gather(1, parents_BN) for place in (0, -1))
+        near_BN = (own_BN - normal_BN).exp() >= (first_BN - normal_BN).exp() - self.threshold
+        return near_BN & (own_BN >= last_BN) & (own_BN > -torch.inf)
+
+    def __str__(self) -> str:
+        marks = self.thoughts
+        return f"{super().__str__()} of the likeliest {self.top_k}, between tokens {marks.begin} and {marks.end}"

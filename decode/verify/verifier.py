@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.models.target.target import TargetOutput
 from draftsmith.models.tree.tree import DraftTree
 
@@ -48,6 +49,7 @@ class Reading:
         eos_token_ids: the request's end-of-sequence tokens.
         is_constrained: whether constraints of the model's maker are among the processors.
         raw_logits_BNV: float, the target's logits before any processor; None where no processor changes them.
+        inside_BN: bool, whether the text that ends with each node is inside a thought; None where the verifier does not ask.
     """
 
     tree: DraftTree
@@ -58,6 +60,7 @@ class Reading:
     eos_token_ids: tuple[int, ...] = ()
     is_constrained: bool = False
     raw_logits_BNV: Tensor | None = None
+    inside_BN: Tensor | None = None
 
 
 class Verifier(Protocol):
@@ -78,6 +81,10 @@ class Verifier(Protocol):
     @property
     def num_walk_keys(self) -> int:
         """Further noise keys of a cycle that :meth:`walk` takes and the drafter does not see."""
+
+    @property
+    def thoughts(self) -> ThoughtMarks | None:
+        """The tokens around thoughts, for a verifier that asks what is inside one."""
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Compare the fingerprint of a tokenizer with the one that the verifier was made for.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decode.verify.lossy_rule import LossyRule
+from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.evaluate.strata.acceptance import ratio_interval
 from draftsmith.label.token_labels import CORRECT, WRONG
 from draftsmith.label.token_rows import LabelledRow
@@ -59,11 +60,21 @@ def accepted_tokens(
                 continue
             stands_T = own_T
             if rule is not None:
-                stands_T = own_T | rule.allows_beside(chain, logits_NV[None], output, choices_N[None])[0, 1:]
+                approved_BN = rule.allows_beside(chain, logits_NV[None], output, choices_N[None])
+                if rule.thoughts is not None:
+                    approved_BN = approved_BN & _within(rule.thoughts, chain, row)
+                stands_T = own_T | approved_BN[0, 1:]
             for place, label in ((0, WRONG), (2, CORRECT)):
                 counted[row.question][place] += int((stands_T & (labels_T == label)).sum())
                 counted[row.question][place + 1] += int((labels_T == label).sum())
     return [_shares(list(counted.values())) if counted else None for counted in counts]
+
+
+def _within(marks: ThoughtMarks, chain: DraftTree, row: LabelledRow) -> Tensor:
+    """bool [1, N]: the answer's tokens inside thoughts."""
+    prompt_1T = torch.tensor([row.prompt_ids], device=chain.tokens_BN.device)
+    inside_1 = marks.behind_prompts(prompt_1T, torch.tensor([len(row.prompt_ids)], device=prompt_1T.device))
+    return marks.may_stand(chain, marks.behind_nodes(chain, chain.ancestors(), inside_1))
 
 
 def _check(row: LabelledRow, target: Target) -> None:

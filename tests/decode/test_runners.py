@@ -19,6 +19,8 @@ from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.runners import CapturedRunner, CompiledRunner, Runner, needs_host
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import Divergence, Typical
+from draftsmith.decode.verify.thoughts import ThoughtMarks
+from draftsmith.decode.verify.uncertain_rules import Relaxed
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, ReDrafter, Target
 from draftsmith.models.drafters.lora import LoraSettings, add_adapter
 from draftsmith.models.tree.shapes import parse_shape
@@ -144,6 +146,7 @@ LONG_PENALISED = replace(LONG_DRAWN, repetition_penalty=1.2, min_p=0.01)
 CASES = [
     Case("redrafter", "1x3", LONG_GREEDY, Divergence(0.5)),
     Case("eagle", "3x3n5", LONG_PENALISED, Typical(0.3)),
+    Case("redrafter", "2x3", LONG_GREEDY, Relaxed(0.3, ThoughtMarks(7, 9))),
     Case("eagle", "s2.1", LONG_PENALISED),
     Case("draft LM", "k2.1", LONG_DRAWN),
     Case("adapted", "2x3n4e0.5", LONG_PENALISED),
