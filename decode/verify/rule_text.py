@@ -67,8 +67,8 @@ def _relaxed(text: str, numbers: str, threshold: float | None) -> Relaxed:
     words = numbers.split(",")
     if threshold is None or len(words) not in (2, 3) or not all(word.strip().isdecimal() for word in words):
         raise ValueError(
-            f"rule {text!r} is not relaxed with the ids of two tokens and a delta; write relaxed:BEGIN,END@0.5, or relaxed:BEGIN,END,K@0.5 for the "
-            "likeliest K; tokenizer.convert_tokens_to_ids('<think>') tells an id"
+            f"rule {text!r} is not relaxed with the ids of two tokens and a delta; write relaxed:BEGIN,END@0.5, or "
+            "relaxed:BEGIN,END,K@0.5 for the likeliest K; tokenizer.convert_tokens_to_ids('<think>') tells an id"
         )
     begin, end, *most = map(int, words)
     return Relaxed(threshold, ThoughtMarks(begin, end), *most)
