@@ -18,7 +18,7 @@ from draftsmith.decode.sampling import DrawOptions
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy.chart import draw_trade
-from draftsmith.evaluate.lossy.contest import prepare
+from draftsmith.evaluate.lossy.contest import Contest, prepare
 from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy.price import PRICE_CHART, draw_prices, price_table, prices
 from draftsmith.evaluate.lossy.report import to_markdown, trade_table
@@ -32,6 +32,7 @@ from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.target.target import Target
+from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.ownership import check_unclaimed
 
@@ -110,28 +111,39 @@ def evaluate_rules(
     chosen, limits = _ruled(rules), parse_shape(shape)
     where = where.resolved(target)
     contest = prepare(target, drafter, prompts, load_checker(checker), draw, selection, where, rendering)
-    assert contest.is_right is not None, "there is a checker"
     _check_tokenizers(chosen, tokenizer_fingerprint(contest.tokenizer))
     config = asdict(contest.settings) | {"shape": shape, "rules": rules, "checker": checker}
     config |= asdict(where) | asdict(rendering)
     with exclusive(out):
-        rows = compare(
-            contest.target,
-            contest.drafter,
-            limits,
-            chosen,
-            contest.samples,
-            contest.is_right,
-            contest.text_of,
-            contest.settings,
-            timed_problems=min(workload.timed_problems, len(contest.samples)),
-            batch_rows=workload.batch_rows,
-            wrong_tokens=_wrong_tokens(contest.target, contest.drafter, chosen, labelled_rows),
-        )
+        rows = _compared(contest, limits, chosen, workload, labelled_rows)
         made_by = provenance.record(provenance.command_line(), config, dict(contest.inputs))
         _write(out, rows, made_by, target, drafter, most_lost / 100)
     priced = price_table(prices(rows, most_lost / 100), most_lost / 100)
     print(f"{trade_table(rows)}\n\n{priced}\nreport: {out / 'report.md'}")
+
+
+def _compared(
+    contest: Contest,
+    limits: DraftLimits,
+    rules: Sequence[Ruled],
+    workload: WorkloadOptions,
+    labelled_rows: Path | None,
+) -> list[RuleRow]:
+    """The rows of plain decoding and of every rule."""
+    assert contest.is_right is not None, "there is a checker"
+    return compare(
+        contest.target,
+        contest.drafter,
+        limits,
+        rules,
+        contest.samples,
+        contest.is_right,
+        contest.text_of,
+        contest.settings,
+        timed_problems=min(workload.timed_problems, len(contest.samples)),
+        batch_rows=workload.batch_rows,
+        wrong_tokens=_wrong_tokens(contest.target, contest.drafter, rules, labelled_rows),
+    )
 
 
 def _check_tokenizers(rules: Sequence[Ruled], tokenizer: str) -> None:
