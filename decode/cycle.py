@@ -115,7 +115,7 @@ class DecodeCycle:
             reading = self.reading(batch, tree, ancestors_BNN, self._read(batch, tree, ancestors_BNN), settings)
         with phase(ledger, "accept"):
             steps = self._walk(reading, keys_BU)
-            self._advance(batch, tree, steps, reading.output)
+            self._advance(batch, steps, reading)
             return self.report(steps, reading)
 
     def reading(
@@ -133,11 +133,12 @@ class DecodeCycle:
         raw_logits_BNV = self.target.logits(output.normed)
         logits_BNV = batch.rows.process(raw_logits_BNV, tree, ancestors_BNN, settings)
         keys_BP = batch.rows.choice_keys(tree.max_depth + 1)
+        choices_BN = choose(logits_BNV, settings, keys_BP, tree.depths_BN) if self._reads_choices else None
         return Reading(
             tree,
             ancestors_BNN,
             logits_BNV,
-            lambda: choose(logits_BNV, settings, keys_BP, tree.depths_BN),
+            lambda: choose(logits_BNV, settings, keys_BP, tree.depths_BN) if choices_BN is None else choices_BN,
             output,
             settings.eos_token_ids,
             is_constrained=settings.constraints is not None,
@@ -210,8 +211,13 @@ class DecodeCycle:
         """Verify with keys of the cycle that the drafter has not seen."""
         return self.verifier.walk(reading, None if keys_BU is None else keys_BU[:, self.verifier.num_draft_keys :])
 
-    def _advance(self, batch: Batch, tree: DraftTree, steps: Walk, output: TargetOutput) -> None:
+    @property
+    def _reads_choices(self) -> bool:
+        return self.drafter is not None and self.drafter.reads_choices
+
+    def _advance(self, batch: Batch, steps: Walk, reading: Reading) -> None:
         """Keep the accepted path in the cache and move every row on; idle rows keep their lengths."""
+        tree, output = reading.tree, reading.output
         counts_B = steps.counts_B * batch.active_B
         if isinstance(batch.cache, RowCaches):
             batch.cache.keep(tree.tokens_BN, counts_B)
@@ -228,7 +234,10 @@ class DecodeCycle:
                 name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
                 for name in self.drafter.features
             }
-            self._keep_draft(batch, self.drafter.advance(batch.draft, Emitted(steps.emitted_BE, features, fresh_B)))
+            state = batch.draft
+            if self._reads_choices:
+                state = self.drafter.take_choices(state, tree, reading.choose())
+            self._keep_draft(batch, self.drafter.advance(state, Emitted(steps.emitted_BE, features, fresh_B)))
 
     def _keep_draft(self, batch: Batch, state: DraftState) -> None:
         if not self.fixed_shapes:

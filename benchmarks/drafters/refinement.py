@@ -31,7 +31,8 @@ from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.tune.recording import Drafted, traced
 from draftsmith.evaluate.tune.simulate import replay
 from draftsmith.models import Drafter, DraftLimits
-from draftsmith.models.composed.refined_drafter import NgramReviser, RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.revisers import NgramReviser
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.rollout import data_rollout
 from draftsmith.models.ngrams.table import load_ngrams

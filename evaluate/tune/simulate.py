@@ -41,9 +41,9 @@ def accepted(reply: Recorded, limits: DraftLimits) -> Ints:
     """int32 [P], how many tokens of the reply's own continuation a draft behind each position holds.
 
     Raises:
-        ValueError: beams without a node budget, sampled trees, pruning by probability, early stops, which a record does not tell.
+        ValueError: beams without a node budget, sampled or merged trees, pruning by probability, early stops, which a record does not tell.
     """
-    if limits.sampled is not None or limits.early_stop is not None or limits.min_probability > 0.0:
+    if limits.sampled is not None or limits.early_stop is not None or limits.min_probability > 0.0 or limits.merge:
         raise ValueError(f"{limits} cannot be replayed; chains, dynamic and static trees can")
     if limits.paths is not None:
         return _accepted_static(reply.ranks[max(reply.ranks)], limits.paths)

@@ -1,9 +1,10 @@
 """Drafts of a head, scored again by a language model of the same vocabulary (arXiv:2404.09221, section 5).
 
 Owns the config, the join of head and second opinion, and what is kept of both. The head's likeliest tokens at each node stay. An n-gram
-table or a small LM then shifts their scores. Any search runs over the result, and verification is as exact as without it. Knows no family.
+table or a small LM then shifts their scores, node by node, or a table those of whole paths. Any search runs over the result, and
+verification is as exact as without it. Knows no family.
 
-Shape legend: B batch rows, E fresh tokens, M nodes continued at once, C candidates of a node, K tokens of a context.
+Shape legend: B batch rows, M nodes continued at once, C candidates of a node or slot, L slots, P paths.
 V target vocabulary, Vd draft vocabulary.
 """
 
@@ -12,27 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from draftsmith.models.composed.revisers import LMReviser, NgramReviser, Opinion, Reviser, TailState
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.files.field_rules import COUNT, NOT_NEGATIVE, TEXT, Rule
-from draftsmith.models.ngrams.table import NgramTable, load_ngrams
-from draftsmith.models.slots.constants import counting
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, TEXT, Rule
+from draftsmith.models.ngrams.lattice import best_paths
+from draftsmith.models.ngrams.table import load_ngrams
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
-from draftsmith.models.tree.search import Expander
+from draftsmith.models.tree.search import ConfidentExpander, Expander
+from draftsmith.models.tree.tree import DraftTree, prune, tree_from_paths
 
-_TENSORS = ("keys_G", "log_probs_G", "backoffs_C", "links_C", "orders_C")
+_MOST_STATES = 4096
 
 
 class RefinedConfig(DrafterConfig):
@@ -44,6 +46,8 @@ class RefinedConfig(DrafterConfig):
         lm: folder or name of a causal LM with the target's tokenizer; empty where a table refines.
         alpha: weight of the second opinion; 0 only limits the candidates.
         num_candidates: how many of the head's tokens at a node are scored again; the others are not proposed.
+        num_paths: P, the best paths through all slots are drafted, which only a head whose steps read no drafted token allows; 0
+            rescores node by node.
     """
 
     model_type = "draftsmith_refined"
@@ -53,6 +57,7 @@ class RefinedConfig(DrafterConfig):
         "lm": TEXT,
         "alpha": NOT_NEGATIVE,
         "num_candidates": COUNT,
+        "num_paths": COUNT_OR_ZERO,
     }
 
     def __init__(
@@ -62,6 +67,7 @@ class RefinedConfig(DrafterConfig):
         lm: str = "",
         alpha: float = 0.2,
         num_candidates: int = 16,
+        num_paths: int = 0,
         **kwargs: Any,
     ) -> None:
         self.head = head
@@ -69,6 +75,7 @@ class RefinedConfig(DrafterConfig):
         self.lm = lm
         self.alpha = alpha
         self.num_candidates = num_candidates
+        self.num_paths = num_paths
         super().__init__(**kwargs)
 
     def fault(self) -> str:
@@ -77,181 +84,9 @@ class RefinedConfig(DrafterConfig):
             return "no head; name the folder of a trained drafter"
         if bool(self.ngrams) == bool(self.lm):
             return f"ngrams {self.ngrams!r} and lm {self.lm!r}; name exactly one of the two"
+        if self.num_paths and self.lm:
+            return f"num_paths {self.num_paths} with an LM; only an n-gram table rescores whole paths, so name one or leave num_paths out"
         return ""
-
-
-class Opinion(Protocol):
-    """A second opinion in the middle of one draft, which follows the head from node to node."""
-
-    def begin(self) -> None:
-        """Begin at the root."""
-
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> None:
-        """Continue nodes; see :meth:`Expander.extend`."""
-
-    def log_probs(self, ids_BMC: Tensor) -> Tensor:
-        """Score tokens behind the current nodes: target ids int64 [B, M, C] -> float32 [B, M, C]."""
-
-
-class Reviser(Protocol):
-    """What gives second opinions, and keeps a state of its own between cycles."""
-
-    def start(self, opening: Opening) -> DraftState:
-        """See :meth:`Drafter.start`."""
-
-    def advance(self, state: Any, emitted: Emitted) -> DraftState:
-        """See :meth:`Drafter.advance`."""
-
-    def follow(self, state: Any, cycle: Cycle, limits: DraftLimits) -> DraftState:
-        """See :meth:`Drafter.follow`."""
-
-    def opinion(self, state: Any, cycle: Cycle, limits: DraftLimits) -> Opinion:
-        """The opinion on one draft."""
-
-
-@dataclass(frozen=True)
-class TailState:
-    """The last tokens of each row, int64 [B, K]; -1 before the first."""
-
-    tokens_BK: Tensor
-
-    def select_rows(self, kept: KeptRows) -> TailState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        return TailState(self.tokens_BK[kept.index])
-
-
-class NgramReviser(nn.Module):
-    """Opinions of an n-gram table.
-
-    Args:
-        table: of the target's tokens.
-    """
-
-    def __init__(self, table: NgramTable) -> None:
-        super().__init__()
-        self._table = table
-        for name in _TENSORS:
-            self.register_buffer(name, getattr(table, name), persistent=False)
-
-    @property
-    def table(self) -> NgramTable:
-        """The table, where this module lies."""
-        return replace(self._table, **{name: getattr(self, name) for name in _TENSORS})
-
-    @property
-    def num_kept(self) -> int:
-        """K: tokens that a context can have, at least 1."""
-        return max(1, self._table.order - 1)
-
-    def start(self, opening: Opening) -> TailState:
-        """Keep the ends of the prompts."""
-        whole_BT = torch.cat([opening.first_B[:, None], opening.prompt.tokens_BE], dim=1)
-        return TailState(
-            _tail(F.pad(whole_BT, (self.num_kept, 0), value=-1), opening.prompt.counts_B + 1, self.num_kept)
-        )
-
-    def advance(self, state: TailState, emitted: Emitted) -> TailState:
-        """Keep the ends of what was emitted."""
-        text_BT = torch.cat([state.tokens_BK, emitted.tokens_BE], dim=1)
-        return TailState(_tail(text_BT, emitted.counts_B, self.num_kept))
-
-    def follow(self, state: TailState, cycle: Cycle, limits: DraftLimits) -> TailState:
-        """Nothing is pending."""
-        return state
-
-    def opinion(self, state: TailState, cycle: Cycle, limits: DraftLimits) -> Opinion:
-        """See :class:`NgramOpinion`."""
-        return NgramOpinion(self.table, state.tokens_BK)
-
-
-def _tail(text_BT: Tensor, counts_B: Tensor, num_kept: int) -> Tensor:
-    """int64 [B, K]: the last tokens of texts that begin with K others and have ``counts_B`` more."""
-    return text_BT.gather(1, counts_B[:, None] + counting(num_kept, text_BT.device))
-
-
-class NgramOpinion:
-    """An n-gram table along one draft.
-
-    Args:
-        table: of the target's tokens.
-        tail_BK: int64, the last tokens of each row, the root among them.
-    """
-
-    def __init__(self, table: NgramTable, tail_BK: Tensor) -> None:
-        self._table = table
-        self._context_BM = tail_BK[:, -1:]
-        self._tail_BK = tail_BK
-
-    def begin(self) -> None:
-        """See :class:`Opinion`."""
-        self._context_BM = self._table.context_of(self._tail_BK)[:, None]
-
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> None:
-        """See :class:`Opinion`."""
-        self._context_BM = self._table.follow(self._context_BM.gather(1, above_BM), tokens_BM)
-
-    def log_probs(self, ids_BMC: Tensor) -> Tensor:
-        """See :class:`Opinion`."""
-        return self._table.log_prob(self._context_BM[..., None], ids_BMC)
-
-
-class LMReviser(nn.Module):
-    """Opinions of a causal LM with the target's tokenizer.
-
-    Args:
-        lm: as a drafter, which follows the text by itself.
-    """
-
-    def __init__(self, lm: LMDrafter) -> None:
-        super().__init__()
-        self.lm = lm
-
-    def start(self, opening: Opening) -> DraftState:
-        """Read the prompts."""
-        return self.lm.start(opening)
-
-    def advance(self, state: Any, emitted: Emitted) -> DraftState:
-        """What was emitted is pending."""
-        return self.lm.advance(state, Emitted(emitted.tokens_BE, {}, emitted.counts_B))
-
-    def follow(self, state: Any, cycle: Cycle, limits: DraftLimits) -> DraftState:
-        """Read what is pending."""
-        return self.lm.follow(state, cycle, limits)
-
-    def opinion(self, state: Any, cycle: Cycle, limits: DraftLimits) -> Opinion:
-        """See :class:`LMOpinion`."""
-        return LMOpinion(self.lm.expander(state, cycle, limits))
-
-
-class LMOpinion:
-    """A causal LM along one draft.
-
-    Args:
-        expander: its own.
-    """
-
-    def __init__(self, expander: Expander) -> None:
-        self._expander = expander
-        self._log_probs_BMV = torch.zeros(0)
-
-    def begin(self) -> None:
-        """See :class:`Opinion`."""
-        self._log_probs_BMV = self._expander.begin().float().log_softmax(-1)
-
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> None:
-        """See :class:`Opinion`."""
-        self._log_probs_BMV = self._expander.extend(tokens_BM, above_BM).float().log_softmax(-1)
-
-    def log_probs(self, ids_BMC: Tensor) -> Tensor:
-        """See :class:`Opinion`. A token that the LM has not counts as its last one."""
-        return self._log_probs_BMV.gather(-1, ids_BMC.clamp(max=self._log_probs_BMV.shape[-1] - 1))
 
 
 @dataclass(frozen=True)
@@ -292,6 +127,22 @@ class RefinedDrafter(Drafter):
         super().__init__(config)
         self.head = head
         self.reviser = reviser
+        if config.num_paths:
+            self._check_lattice()
+
+    def _check_lattice(self) -> None:
+        if self.head.reads_drafted:
+            raise ValueError(
+                f"num_paths is {self.config.num_paths}, and the steps of head {self.config.head!r} read the tokens drafted before them; "
+                "name Medusa heads or a block drafter without a correction, or leave num_paths out"
+            )
+        assert isinstance(self.reviser, NgramReviser)
+        order, count = self.reviser.table.order, self.config.num_candidates
+        if count ** (order - 1) > _MOST_STATES:
+            raise ValueError(
+                f"{count} candidates and {order}-grams make {count ** (order - 1)} states of a path, more than {_MOST_STATES}; set "
+                "num_candidates lower, or make a table of a lower order"
+            )
 
     @property
     def _second(self) -> Reviser:
@@ -312,6 +163,15 @@ class RefinedDrafter(Drafter):
     def max_draft_steps(self) -> int | None:
         """The head's."""
         return self.head.max_draft_steps
+
+    @property
+    def reads_choices(self) -> bool:
+        """The head's affair."""
+        return self.head.reads_choices
+
+    def take_choices(self, state: RefinedState, tree: DraftTree, choices_BN: Tensor) -> RefinedState:  # type: ignore[override]
+        """See :meth:`Drafter.take_choices`: for the head."""
+        return replace(state, head=self.head.take_choices(state.head, tree, choices_BN))
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`.
@@ -409,6 +269,43 @@ class RefinedDrafter(Drafter):
             self.head.follow(state.head, cycle, limits), self._second.follow(state.reviser, cycle, limits)
         )
 
+    def check_depth(self, limits: DraftLimits) -> None:
+        """See :meth:`Drafter.check_depth`.
+
+        Raises:
+            ValueError: also for a manner of drafting that takes no whole paths, where the best ones are drafted.
+        """
+        self.head.check_depth(limits)
+        manners = (limits.paths, limits.sampled, limits.early_stop, limits.merge)
+        if self.config.num_paths and (any(manner is not None for manner in manners) or limits.min_probability):
+            raise ValueError(
+                "the best whole paths are a chain such as 1x4 or a tree such as 4x4n16; for other shapes leave num_paths out"
+            )
+
+    def propose(self, state: RefinedState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
+        """See :meth:`Drafter.propose`: with ``num_paths``, the tree of the best paths through all slots.
+
+        Raises:
+            ValueError: as there, and where ``num_paths`` meets a rule of verification that compares distributions.
+        """
+        if not self.config.num_paths:
+            return super().propose(state, cycle, limits)
+        self.check_depth(limits)
+        if cycle.keep_probs:
+            raise ValueError(
+                "the rule compares the distributions of draft and target, and best paths have none; give another rule"
+            )
+        assert isinstance(self.reviser, NgramReviser)
+        head, table = self.head.expander(state.head, cycle, limits), self.reviser.table
+        ids_BLC, scores_BLC = _slots(head, limits.draft_length, self.config.num_candidates)
+        assert isinstance(state.reviser, TailState)
+        contexts_B = table.context_of(state.reviser.tokens_BK)
+        num_paths = 1 if limits.is_chain else self.config.num_paths
+        paths_BPL, scores_BPL = best_paths(table, contexts_B, ids_BLC, scores_BLC, float(self.config.alpha), num_paths)
+        cut = False if cycle.fixed_shapes else None
+        tree = tree_from_paths(head.root_B, paths_BPL, scores_BPL, cut)
+        return tree if limits.is_chain else prune(tree, limits.max_nodes - 1, cut)
+
     def expander(self, state: RefinedState, cycle: Cycle, limits: DraftLimits) -> RefinedDraft:  # type: ignore[override]
         """See :class:`RefinedDraft`."""
         return RefinedDraft(
@@ -417,6 +314,16 @@ class RefinedDrafter(Drafter):
             float(self.config.alpha),
             self.config.num_candidates,
         )
+
+
+def _slots(head: Expander, length: int, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """The likeliest target tokens of each slot of a head that reads no drafted token: int64 [B, L, C], float32 [B, L, C]."""
+    logits = [head.begin()]
+    while len(logits) < length:
+        logits.append(head.extend(head.target_ids(logits[-1].argmax(-1)), torch.zeros_like(head.root_B)[:, None]))
+    log_probs_BLV = torch.cat(logits, dim=1).float().log_softmax(-1)
+    scores_BLC, draft_BLC = log_probs_BLV.topk(min(num_candidates, log_probs_BLV.shape[-1]), dim=-1)
+    return head.target_ids(draft_BLC), scores_BLC
 
 
 def _tokens_only(opening: Opening) -> Opening:
@@ -456,6 +363,10 @@ class RefinedDraft:
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """See :class:`Expander`."""
         return self._head.target_ids(draft_ids)
+
+    def acceptance(self) -> Tensor | None:
+        """See :class:`ConfidentExpander`: the head's own chances. They depend on nothing behind a node, so drafts may end by them."""
+        return self._head.acceptance() if isinstance(self._head, ConfidentExpander) else None
 
     def _rescored(self, logits_BMV: Tensor) -> Tensor:
         count = min(self._count, logits_BMV.shape[-1])

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draftsmith.models.composed.suffixes import SuffixRule, continuations
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
@@ -27,14 +28,13 @@ from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
-from draftsmith.models.tree.suffixes import SuffixRule, continuations
 from draftsmith.models.tree.tree import DraftTree, joined, prune, tree_from_paths
 
 _SHARE: Rule = (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 
 
 class SuffixConfig(DrafterConfig):
-    """What of a text's past is proposed; see :class:`~draftsmith.models.tree.suffixes.SuffixRule`.
+    """What of a text's past is proposed; see :class:`~draftsmith.models.composed.suffixes.SuffixRule`.
 
     Attributes:
         longest_match: tokens that are compared.
@@ -130,7 +130,7 @@ class SuffixDrafter(Drafter):
     """
 
     config: SuffixConfig
-    config_class = SuffixConfig
+    config_class: type[SuffixConfig] = SuffixConfig
 
     def __init__(self, config: SuffixConfig, head: Drafter | None = None) -> None:
         super().__init__(config)
@@ -164,17 +164,31 @@ class SuffixDrafter(Drafter):
         Raises:
             ValueError: also for a manner of drafting that needs a distribution at each node, and for a chain where there is a head.
         """
-        if limits.paths is not None or limits.sampled is not None or limits.early_stop is not None:
-            raise ValueError(
-                "a drafter without a model has no distribution at its nodes, which static and sampled trees and the early stop need; give "
-                "a chain such as 1x16 or a tree such as 4x16n24"
-            )
+        self._check_manner(limits)
         if self.head is not None:
             if limits.is_chain:
                 raise ValueError(
                     f"the drafts of text and head {self.config.head!r} together are a tree; give a shape such as 10x5n24, no chain"
                 )
             self.head.check_depth(limits)
+
+    def _check_manner(self, limits: DraftLimits) -> None:
+        if limits.paths is not None or limits.sampled is not None or limits.early_stop is not None:
+            raise ValueError(
+                "a drafter without a model has no distribution at its nodes, which static and sampled trees and the early stop need; give "
+                "a chain such as 1x16 or a tree such as 4x16n24"
+            )
+
+    @property
+    def reads_choices(self) -> bool:
+        """Its head's affair."""
+        return self.head is not None and self.head.reads_choices
+
+    def take_choices(self, state: SuffixState, tree: DraftTree, choices_BN: Tensor) -> SuffixState:  # type: ignore[override]
+        """See :meth:`Drafter.take_choices`: for the head."""
+        if self.head is None or state.head is None:
+            return state
+        return replace(state, head=self.head.take_choices(state.head, tree, choices_BN))
 
     def score_scale(self, temperature: float) -> float:
         """See :meth:`Drafter.score_scale`: shares of places are compared as they are."""
@@ -240,6 +254,25 @@ class SuffixDrafter(Drafter):
         Raises:
             ValueError: a shape that needs distributions (see :meth:`check_depth`), or a rule of verification that does.
         """
+        root_B, text_BT = self._begun(state, cycle, limits)
+        paths_BPL, scores_BPL = continuations(text_BT, cycle.lengths_B + 1, limits.draft_length, self.config.rule)
+        cut = False if cycle.fixed_shapes else None
+        if limits.is_chain:
+            paths_BPL, scores_BPL = _best_path(paths_BPL, scores_BPL)
+        if limits.min_probability > 0.0:
+            scores_BPL = torch.where(scores_BPL.exp() >= limits.min_probability, scores_BPL, -torch.inf)
+        if self.head is None or state.head is None:
+            tree = tree_from_paths(root_B, paths_BPL, scores_BPL, cut)
+        else:
+            tree = joined(self.head.propose(state.head, cycle, limits), paths_BPL, scores_BPL)
+        return tree if limits.is_chain else prune(tree, limits.max_nodes - 1, cut)
+
+    def _begun(self, state: SuffixState, cycle: Cycle, limits: DraftLimits) -> tuple[Tensor, Tensor]:
+        """Check a draft and write the pending tokens: int64 [B], the roots; int64 [B, T], the part of the text that rows can have.
+
+        Raises:
+            ValueError: see :meth:`propose`.
+        """
         self.check_depth(limits)
         if cycle.keep_probs:
             raise ValueError(
@@ -248,19 +281,21 @@ class SuffixDrafter(Drafter):
         _write_pending(state, cycle)
         root_B1 = state.pending.tokens_BE.gather(1, state.pending.counts_B[:, None] - 1)
         visible = state.text_BT.shape[1] - 1 if cycle.fixed_shapes else max(cycle.host_lengths) + 1
-        paths_BPL, scores_BPL = continuations(
-            state.text_BT[:, :visible], cycle.lengths_B + 1, limits.draft_length, self.config.rule
-        )
-        cut = False if cycle.fixed_shapes else None
-        if limits.is_chain:
-            paths_BPL, scores_BPL = _best_path(paths_BPL, scores_BPL)
-        if limits.min_probability > 0.0:
-            scores_BPL = torch.where(scores_BPL.exp() >= limits.min_probability, scores_BPL, -torch.inf)
-        if self.head is None or state.head is None:
-            tree = tree_from_paths(root_B1.squeeze(1), paths_BPL, scores_BPL, cut)
-        else:
-            tree = joined(self.head.propose(state.head, cycle, limits), paths_BPL, scores_BPL)
-        return tree if limits.is_chain else prune(tree, limits.max_nodes - 1, cut)
+        return root_B1.squeeze(1), state.text_BT[:, :visible]
+
+    @classmethod
+    def read(cls, folder: Path, fields: Mapping[str, Any], load: Callable[[str], Drafter]) -> Self:
+        """See :func:`from_folder`."""
+        config = cls.config_class(**{name: fields[name] for name in cls.config_class.rules if name in fields})
+        config.check(str(folder / "config.json"), "change the file")
+        head = load(config.head) if config.head else None
+        if isinstance(head, SuffixDrafter):
+            raise ValueError(
+                f"{folder / 'config.json'} has head {config.head!r}, which reads the text as well; name another drafter"
+            )
+        drafter = cls(config, head)
+        drafter.loaded_from = folder
+        return drafter.eval()
 
 
 def _tokens_of(emitted: Emitted) -> Emitted:
@@ -298,13 +333,4 @@ def from_folder(folder: Path, fields: Mapping[str, Any], load: Callable[[str], D
     Raises:
         ValueError: a field breaks its rule, or the head cannot be had.
     """
-    config = SuffixConfig(**{name: fields[name] for name in SuffixConfig.rules if name in fields})
-    config.check(str(folder / "config.json"), "change the file")
-    head = load(config.head) if config.head else None
-    if isinstance(head, SuffixDrafter):
-        raise ValueError(
-            f"{folder / 'config.json'} has head {config.head!r}, which reads the text as well; name another drafter"
-        )
-    drafter = SuffixDrafter(config, head)
-    drafter.loaded_from = folder
-    return drafter.eval()
+    return SuffixDrafter.read(folder, fields, load)

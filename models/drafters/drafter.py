@@ -340,6 +340,16 @@ class Drafter(PreTrainedModel):
         raise ValueError(f"{type(self).__name__} has no confidence head; ask has_confidence first")
 
     @property
+    def reads_drafted(self) -> bool:
+        """Whether the logits of a step depend on the tokens drafted before it; where they do not, all steps can be rescored at once."""
+        return True
+
+    @property
+    def reads_choices(self) -> bool:
+        """Whether :meth:`take_choices` keeps anything."""
+        return False
+
+    @property
     def max_draft_steps(self) -> int | None:
         """The deepest draft that it can make; None for any depth. A family with a head for each step overrides this."""
         return None
@@ -434,6 +444,21 @@ class Drafter(PreTrainedModel):
         Returns:
             The state after them.
         """
+
+    def take_choices(self, state: DraftState, tree: DraftTree, choices_BN: Tensor) -> DraftState:
+        """Take in what the target chose behind every node of a draft, rejected ones too. Called before :meth:`advance`.
+
+        Only a drafter with :attr:`reads_choices` is called.
+
+        Args:
+            state: before the cycle.
+            tree: the draft.
+            choices_BN: int64, the target's choice behind each node.
+
+        Returns:
+            The state with what is kept of them; by default nothing is.
+        """
+        return state
 
     def follow(self, state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftState:
         """Stay ready for later drafts in a cycle that drafts nothing. By default a draft is begun and what it says is dropped.

@@ -33,6 +33,7 @@ from draftsmith.models.target.ends import TargetEnds
 COMPOSED = {
     "draftsmith_suffix": "draftsmith.models.composed.suffix_drafter",
     "draftsmith_refined": "draftsmith.models.composed.refined_drafter",
+    "draftsmith_phrases": "draftsmith.models.composed.phrase_drafter",
 }
 """Drafters whose folder is a config without weights, by model_type: the module whose ``from_folder`` makes them."""
 

@@ -268,6 +268,11 @@ class BlockDrafter(TargetHead):
         """See :attr:`Drafter.num_candidates`."""
         return self.config.candidates if self.config.correction == "selector" else None
 
+    @property
+    def reads_drafted(self) -> bool:
+        """See :attr:`Drafter.reads_drafted`."""
+        return self.correction is not None
+
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""
         return 1

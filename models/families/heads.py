@@ -235,6 +235,11 @@ class HeadsDrafter(TargetHead):
         """See :attr:`Drafter.correction_weight`: U of the differences."""
         return None if self.difference is None else self.difference.weight
 
+    @property
+    def reads_drafted(self) -> bool:
+        """See :attr:`Drafter.reads_drafted`."""
+        return self.steps.reads_tokens
+
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one where no step reads a token, since all are computed at once."""
         return draft_length if self.steps.reads_tokens else 1

@@ -102,6 +102,8 @@ class DraftLimits:
             every prefix of every path; kept in order, by depth and rank. Sets ``draft_length``.
         sampled: a tree of sampled nodes; needs a temperature above 0. Sets ``draft_length``.
         early_stop: do not continue nodes of high entropy.
+        merge: of a dynamic tree: nodes with as many last tokens in common share their continuations
+            (:mod:`draftsmith.models.tree.merging`).
 
     Raises:
         ValueError: a number is out of range, or two manners exclude each other. Also for a sampled tree that would be pruned by score:
@@ -115,6 +117,7 @@ class DraftLimits:
     paths: tuple[tuple[int, ...], ...] | None = None
     sampled: SampledChildren | None = None
     early_stop: EarlyStop | None = None
+    merge: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "draft_length"):
@@ -141,10 +144,15 @@ class DraftLimits:
             check_paths(self.paths)
             object.__setattr__(self, "paths", tuple(sorted(self.paths, key=lambda path: (len(path), path))))
             object.__setattr__(self, "draft_length", max(map(len, self.paths)))
+        if self.merge is not None and (self.merge < 1 or self.node_budget is None or self.beam_width < 2):
+            raise ValueError(
+                f"merge is {self.merge} with beam_width {self.beam_width} and node_budget {self.node_budget}; it must be at least 1, and "
+                "only trees of width 2 or more with a budget have branches to merge, such as 4x6n24m2"
+            )
         if self.sampled is not None:
             object.__setattr__(self, "draft_length", len(self.sampled.children))
 
-    @cached_property
+    @property
     def max_nodes(self) -> int:
         """The largest tree these limits allow, the root included."""
         if self.paths is not None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from draftsmith.models.slots.constants import counting, made_once, repeated
 from draftsmith.models.tree.limits import DraftLimits, EarlyStop
+from draftsmith.models.tree.merging import Links, merged
 from draftsmith.models.tree.noise import Draw, draw
 from draftsmith.models.tree.shortlist import Continuations, continuations
 from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune_marked, tree_from_layers, tree_from_paths
@@ -126,14 +127,17 @@ def search(
     if limits.paths is not None:
         tree = static_tree(expander, limits.paths, scorer)
     elif limits.node_budget is not None:
-        tree = dynamic_tree(expander, limits.beam_width, limits.draft_length, scorer)
+        tree = dynamic_tree(expander, limits.beam_width, limits.draft_length, scorer, limits.merge)
+        if limits.merge is not None:
+            # What scores below the budget's nodes has no place among them, and neither has what is copied below it.
+            tree = merged(prune_marked(tree, limits.max_nodes - 1, scorer.cut), limits.merge, limits.draft_length)
     else:
         tree = beam_tree(expander, limits.beam_width, limits.draft_length, scorer)
     if limits.min_probability > 0.0 and tree.scores_BN is not None:
         scores_BN = tree.scores_BN.masked_fill(tree.scores_BN < math.log(limits.min_probability), -torch.inf)
         tree = replace(tree, valid_BN=tree.valid_BN & (scores_BN > -torch.inf), scores_BN=scores_BN)
         tree = pack(tree, cut=scorer.cut) if limits.node_budget is None else tree
-    return tree if limits.node_budget is None else prune_marked(tree, limits.node_budget, scorer.cut)
+    return tree if limits.node_budget is None else prune_marked(tree, limits.max_nodes - 1, scorer.cut)
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
     return _surviving(expander.root_B, best, scorer.cut)
 
 
-def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> DraftTree:
+def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer, merge: int | None = None) -> DraftTree:
     """Every continuation that was scored while the best were continued (arXiv:2406.16858, section 4.1), to be pruned.
 
     Args:
@@ -265,11 +269,13 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -
         width: nodes continued in each layer, and continuations of each.
         length: layers.
         scorer: ranks continuations.
+        merge: nodes with as many last tokens in common are continued once; None continues each.
 
     Returns:
         The whole tree with its scores.
     """
-    layers = list(_beam_layers(expander, width, length, scorer, beams=False))
+    links = None if merge is None else Links(expander.root_B, merge)
+    layers = list(_beam_layers(expander, width, length, scorer, beams=False, links=links))
     tokens, scores = (
         [layer.tokens_BMR.flatten(1) for layer in layers],
         [layer.scores_BMR.flatten(1) for layer in layers],
@@ -318,7 +324,9 @@ class _Layer:
     best: _Best | None
 
 
-def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, beams: bool) -> Iterator[_Layer]:
+def _beam_layers(
+    expander: Expander, width: int, length: int, scorer: _Scorer, beams: bool, links: Links | None = None
+) -> Iterator[_Layer]:
     """Beam search, layer by layer.
 
     Args:
@@ -327,6 +335,7 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, b
         length: layers.
         scorer: ranks continuations.
         beams: whether the beams of the last layer are asked for. A beam that is stopped early then keeps its place among them.
+        links: which nodes need no continuation of their own.
     """
     behind = scorer.begin(width)
     best: _Best | None = None
@@ -342,11 +351,15 @@ def _beam_layers(expander: Expander, width: int, length: int, scorer: _Scorer, b
             competing_BMR = scores_BMR
             if beams and scorer.stop is not None and best is not None:
                 competing_BMR = scorer.standing(scores_BMR, best.standing_BM)
+            if links is not None:
+                competing_BMR = links.unlinked(tokens_BMR, scores_BMR)
             best = _best_of(tokens_BMR, scores_BMR, competing_BMR)
         if depth > 0 and scorer.all_stopped(scores_BMR if best is None else best.score_BM):
             return
         yield _Layer(tokens_BMR, scores_BMR, best)
         if best is not None and not is_last:
+            if links is not None:
+                links.take(best.token_BM, best.above_BM)
             behind.extend(best.token_BM, best.above_BM)
 
 

@@ -23,7 +23,7 @@ RankPath = tuple[int, ...]
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 _SHAPE = re.compile(
-    rf"""(?: (?P<width>\d+) x (?P<length>\d+) (?: n (?P<nodes>\d+) )?
+    rf"""(?: (?P<width>\d+) x (?P<length>\d+) (?: n (?P<nodes>\d+) (?: m (?P<merge>\d+) )? )?
            | tree: (?P<file>.+\.json)
            | paths: (?P<leaves>\d[\d.+]*)
            | (?P<kind>[tskb]) (?P<children>\d+(?:\.\d+)*) )
@@ -36,8 +36,8 @@ _CONTROLS = {"g": "scale", "a": "goal", "s": "step", "r": "rate_memory", "m": "t
 _RULES: dict[str, Rule] = {"s": "mcsd", "k": "kseq", "b": "block"}
 _EXPLAINED = (
     "it is not WIDTHxLENGTH, such as 1x4 or 10x4 (LENGTH counts drafted tokens, the root excluded), WIDTHxLENGTHnNODES for a dynamic "
-    "tree, tree:FILE.json, t3.2.1 for a static tree, or s1.1.1, b1.1.1 and k4.2.1 for sampled ones; then p0.1 for a "
-    "least probability, e0.5 to stop early"
+    "tree (then m2 to merge branches), tree:FILE.json, t3.2.1 for a static tree, or s1.1.1, b1.1.1 and k4.2.1 for sampled ones; then "
+    "p0.1 for a least probability, e0.5 to stop early"
 )
 
 
@@ -47,6 +47,7 @@ def parse_shape(text: str) -> DraftLimits:
     ======================  ===============================================================================================
     ``10x4``                beams: width 10, 4 drafted tokens below the root
     ``10x6n60``             a dynamic tree (arXiv:2406.16858): width 10, depth 6, the best 60 nodes are verified
+    ``10x6n60m2``           the same; branches that come to the same 2 tokens share what follows (arXiv:2407.16207)
     ``tree:FILE.json``      a static tree (arXiv:2401.10774): a JSON list of paths of ranks, ``[[0], [1], [0, 0]]``
     ``t3.2.1``              a full static tree: 3 children of the root, 2 of each of them, 1 of each of those
     ``paths:0.0+0.1+1``     a static tree by the paths to its leaves; every report writes static trees so
@@ -74,6 +75,7 @@ def parse_shape(text: str) -> DraftLimits:
     if parts["width"]:
         chosen = {"beam_width": int(parts["width"]), "draft_length": int(parts["length"])}
         chosen["node_budget"] = int(parts["nodes"]) if parts["nodes"] else None
+        chosen["merge"] = int(parts["merge"]) if parts["merge"] else None
     elif parts["file"]:
         chosen = {"paths": read_paths(Path(parts["file"]))}
     elif parts["leaves"]:
@@ -105,6 +107,7 @@ def shape_text(limits: DraftLimits) -> str:
         text = _static_text(limits.paths)
     else:
         budget = "" if limits.node_budget is None else f"n{limits.node_budget}"
+        budget += "" if limits.merge is None else f"m{limits.merge}"
         text = f"{limits.beam_width}x{limits.draft_length}{budget}"
     if limits.min_probability:
         text += f"p{_decimal(limits.min_probability)}"

@@ -177,26 +177,30 @@ def tree_from_layers(
     )
 
 
-def joined(tree: DraftTree, paths_BPL: Tensor, scores_BPL: Tensor) -> DraftTree:
+def joined(tree: DraftTree, paths_BPL: Tensor, scores_BPL: Tensor, at_BP: Tensor | None = None) -> DraftTree:
     """Hang paths on a tree. What both hold is one node, with the better of the two scores.
 
     Args:
         tree: with scores.
-        paths_BPL: int64 [B, P, L], tokens of paths below the root.
-        scores_BPL: float [B, P, L], cumulative log-probability of each path's prefix; minus infinity marks padding. Paths that share a
-            prefix agree in its score.
+        paths_BPL: int64 [B, P, L], tokens of paths below a node.
+        scores_BPL: float [B, P, L], cumulative log-probability of each path's prefix, that of the node included; minus infinity marks
+            padding. Paths of one node that share a prefix agree in its score.
+        at_BP: int64 [B, P], which node each path hangs on; None for the root.
 
     Returns:
-        The tree, not packed: N is that of the tree and P * L.
+        The tree, not packed: N is that of the tree and P * L. No path is deeper than the tree and L together.
     """
     assert tree.scores_BN is not None
-    B, P, L = paths_BPL.shape
+    is_root = at_BP is None
+    at_BP = torch.zeros_like(paths_BPL[..., 0]) if at_BP is None else at_BP
+    start_BP1 = tree.depths_BN.gather(1, at_BP)[..., None]
+    _, P, L = paths_BPL.shape
     there_BPL = scores_BPL > -torch.inf
-    both_BPPL = there_BPL[:, :, None] & there_BPL[:, None]
+    both_BPPL = there_BPL[:, :, None] & there_BPL[:, None] & (at_BP[:, :, None] == at_BP[:, None])[..., None]
     same_BPPL = ((paths_BPL[:, :, None] == paths_BPL[:, None]) & both_BPPL).int().cumprod(-1)
     first_BPL = same_BPPL.argmax(2)  # the earliest path with the same prefix owns the node
     own_BPL = there_BPL & (first_BPL == counting(P, paths_BPL.device)[:, None])
-    scores_BN, node_BP = tree.scores_BN, torch.zeros_like(paths_BPL[..., 0])
+    scores_BN, node_BP = tree.scores_BN, at_BP
     parents, valid = [], []
     for depth, token_BP in enumerate(paths_BPL.unbind(-1)):
         child_BPN = (tree.parents_BN[:, None] == node_BP[..., None]) & (tree.tokens_BN[:, None] == token_BP[..., None])
@@ -207,13 +211,13 @@ def joined(tree: DraftTree, paths_BPL: Tensor, scores_BPL: Tensor) -> DraftTree:
         better_BP = scores_BPL[..., depth].to(scores_BN.dtype).masked_fill(~known_BP, -torch.inf)
         scores_BN = scores_BN.scatter_reduce(1, child_BP, better_BP, "amax")
         node_BP = torch.where(known_BP, child_BP, tree.num_nodes + first_BPL[..., depth] * L + depth)
-    depth_BPL = counting(L, paths_BPL.device).add(1).expand(B, P, L)
+    depth_BPL = start_BP1 + counting(L, paths_BPL.device) + 1
     return DraftTree(
         tokens_BN=_under(tree.tokens_BN, [paths_BPL.flatten(1)]),
         parents_BN=_under(tree.parents_BN, [torch.stack(parents, -1).flatten(1)]),
         depths_BN=_under(tree.depths_BN, [depth_BPL.flatten(1)]),
         valid_BN=_under(tree.valid_BN, [torch.stack(valid, -1).flatten(1)]),
-        max_depth=max(tree.max_depth, L),
+        max_depth=max(tree.max_depth, L) if is_root else tree.max_depth + L,
         scores_BN=_under(scores_BN, [scores_BPL.flatten(1)]),
     )
 

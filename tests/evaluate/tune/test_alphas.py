@@ -18,7 +18,8 @@ from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.tune.alphas import AlphaOutcome, alpha_table, best_alpha, weigh_alphas
 from draftsmith.evaluate.tune.tune_command import RefinementOptions, RowsOptions, TimingOptions, VocabularyOptions, tune
 from draftsmith.models import Target
-from draftsmith.models.composed.refined_drafter import NgramReviser, RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.revisers import NgramReviser
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.tree.shapes import parse_shape

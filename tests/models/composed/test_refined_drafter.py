@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import pytest
 import torch
 from doubles import BOS, VOCAB, first_cycle, opening, random_target
 from every_family import EVERY_FAMILY, fresh
+from joint_law import chi_square_pvalue
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.runners import CompiledRunner
-from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
-from draftsmith.models.composed.refined_drafter import LMReviser, NgramReviser, RefinedConfig, RefinedDrafter
+from draftsmith.models import BlockDrafter, Drafter, DraftLimits, EarlyStop, LMDrafter, SampledChildren, Target
+from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.revisers import LMReviser, NgramReviser
 from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, load_drafter
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.tree.shapes import parse_shape
@@ -93,6 +97,131 @@ def test_it_drafts_the_same_in_a_batch_and_alone_also_sampled_trees(lm: Target, 
         assert (alone.token_ids, alone.accepted) == (together[number].token_ids, together[number].accepted)
 
 
+def sure(lm: Target, alpha: float = ALPHA) -> RefinedDrafter:
+    """A block drafter with a confidence head, refined by the table."""
+    head = BlockDrafter.for_target(lm.ends, num_draft_steps=4, confidence=True)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    config = RefinedConfig(head="head", ngrams="table", alpha=alpha, num_candidates=8)
+    return RefinedDrafter(config, head.eval(), NgramReviser(kneser_ney(TEXTS, VOCAB, 3))).eval()
+
+
+@torch.inference_mode()
+def test_a_heads_confidence_passes_through_the_refinement(lm: Target) -> None:
+    refined, limits = sure(lm).bound(lm.ends), DraftLimits(1, 4)
+    start = opening(lm, [[BOS, 5, 9, 11], [BOS, 8, 30, 31]], limits, refined.features)
+    own = refined.expander(refined.start(start), first_cycle(start), limits)
+    plain = refined.head.expander(refined.head.start(start), first_cycle(start), limits)
+    own.begin(), plain.begin()
+    for tokens in ([[4], [8]], [[7], [9]], [[9], [1]]):
+        chances, expected = own.acceptance(), plain.acceptance()  # type: ignore[attr-defined]
+        assert chances is not None
+        torch.testing.assert_close(chances, expected)
+        for draft in (own, plain):
+            draft.extend(torch.tensor(tokens), torch.zeros(2, 1, dtype=torch.int64))
+
+
+@torch.inference_mode()
+def test_confidence_ends_refined_drafts(lm: Target) -> None:
+    refined, sizes = sure(lm).bound(lm.ends), []
+    for threshold in (0.0, 0.999):
+        limits = DraftLimits(2, 4, 7, early_stop=EarlyStop(threshold, step=0.0))
+        start = opening(lm, [[BOS, 5, 9, 11], [BOS, 8, 30, 31]], limits, refined.features)
+        cycle = replace(first_cycle(start), stop_below_B=torch.full((2,), threshold))
+        sizes.append(int(refined.propose(refined.start(start), cycle, limits).valid_BN.sum()))
+    assert sizes == [16, 6], "the root alone is always continued"
+
+
+@pytest.mark.parametrize("shape", ["1x4e0.5s0", "3x4n7e0.5"])
+def test_drafts_that_confidence_ends_change_no_token(lm: Target, shape: str) -> None:
+    request = GenerationSettings(max_new_tokens=12, temperature=1.0, seed=1)
+    plain = [each.token_ids for each in Engine(lm).generate(PROMPTS, request)]
+    replies = Engine(lm, sure(lm), parse_shape(shape)).generate(PROMPTS, request)
+    assert [reply.token_ids for reply in replies] == plain
+
+
+def test_sampled_refined_chains_that_confidence_ends_keep_the_targets_law(lm: Target) -> None:
+    limits = DraftLimits(sampled=SampledChildren((1, 1, 1)), early_stop=EarlyStop(0.5, step=0.0))
+    request = GenerationSettings(max_new_tokens=3, temperature=1.2, top_k=2, seed=11)
+    assert chi_square_pvalue(Engine(lm, sure(lm), limits), [BOS, 5, 9], request, num_draws=400) > 1e-3
+
+
+def by_paths(lm: Target, alpha: float = ALPHA, num_paths: int = 5, family: str = "blockdrafter") -> RefinedDrafter:
+    head = fresh(next(each for each in EVERY_FAMILY if each.name == family), lm.ends)
+    config = RefinedConfig(head="head", ngrams="table", alpha=alpha, num_candidates=6, num_paths=num_paths)
+    return RefinedDrafter(config, head, NgramReviser(kneser_ney(TEXTS, VOCAB, 3))).eval()
+
+
+@pytest.mark.parametrize("family", ["blockdrafter", "headsdrafter"])
+@pytest.mark.parametrize("shape", ["1x3", "3x3n6", "3x3"])
+def test_replies_of_best_paths_stay_the_targets_own(lm: Target, family: str, shape: str) -> None:
+    for request in (
+        GenerationSettings(max_new_tokens=16),
+        GenerationSettings(max_new_tokens=16, temperature=0.9, seed=2),
+    ):
+        expected = [each.token_ids for each in Engine(lm).generate(PROMPTS, request)]
+        drafter = by_paths(lm, family=family)
+        results = Engine(lm, drafter, parse_shape(shape)).generate(PROMPTS, request, num_rows=2)
+        assert [each.token_ids for each in results] == expected
+
+
+@torch.inference_mode()
+def test_the_best_path_beats_every_path_of_candidates_and_without_weight_it_is_the_heads_own(lm: Target) -> None:
+    limits, text = DraftLimits(1, 3), [[BOS, 5, 9, 11]]
+    start = opening(lm, text, limits, by_paths(lm).features)
+    table = kneser_ney(TEXTS, VOCAB, 3)
+    for alpha in (0.0, ALPHA):
+        refined = by_paths(lm, alpha).bound(lm.ends)
+        chain = refined.propose(refined.start(start), first_cycle(start), limits)
+        head = refined.head.expander(refined.head.start(start), first_cycle(start), limits)
+        slots = [head.begin()[0, 0].log_softmax(-1)]
+        for _ in range(2):
+            slots.append(head.extend(torch.tensor([[1]]), torch.tensor([[0]]))[0, 0].log_softmax(-1))
+
+        def score(path: tuple[int, ...], slots: list[Tensor] = slots, alpha: float = alpha) -> float:
+            history, total = [9, 11], 0.0
+            for slot, token in zip(slots, path, strict=True):
+                context = table.context_of(torch.tensor([history]))
+                total += float(slot[token]) + alpha * float(table.log_prob(context, torch.tensor([token])))
+                history.append(token)
+            return total
+
+        candidates = [slot.topk(6).indices.tolist() for slot in slots]
+        path = tuple(chain.tokens_BN[0, 1:].tolist())
+        assert score(path) == pytest.approx(max(map(score, product(*candidates))), abs=1e-4)
+        if alpha == 0.0:
+            assert list(path) == [int(slot.argmax()) for slot in slots]
+
+
+def test_what_best_paths_cannot_do_is_an_error(lm: Target) -> None:
+    with pytest.raises(ValueError, match="read the tokens drafted before them"):
+        by_paths(lm, family="redrafter")
+    config = RefinedConfig(head="head", ngrams="table", num_candidates=65, num_paths=2)
+    with pytest.raises(ValueError, match="make 4225 states of a path, more than 4096"):
+        RefinedDrafter(config, by_paths(lm).head, NgramReviser(kneser_ney(TEXTS, VOCAB, 3)))
+    for shape in ("t2.1", "2x3p0.1", "2x3n4m1"):
+        with pytest.raises(ValueError, match="leave num_paths out"):
+            Engine(lm, by_paths(lm), parse_shape(shape)).generate(PROMPTS, GenerationSettings())
+
+
+def test_a_whole_cycle_of_best_paths_is_one_graph(lm: Target) -> None:
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    engine = Engine(lm, by_paths(lm), parse_shape("2x3n5"), runner=lambda cycle: CompiledRunner(cycle, counting))
+    request = GenerationSettings(max_new_tokens=9)
+    expected = [each.token_ids for each in Engine(lm).generate(PROMPTS, request)]
+    assert [each.token_ids for each in engine.generate(PROMPTS, request, num_rows=2)] == expected
+    assert graphs == 1
+
+
 def test_a_whole_cycle_with_a_table_is_one_graph(lm: Target) -> None:
     graphs = 0
 
@@ -155,6 +284,7 @@ def test_a_folder_names_head_and_table(drafter: Path, tmp_path: Path) -> None:
         ({"head": "HEAD", "ngrams": "x"}, "holds no n-gram table"),
         ({"head": "HEAD", "lm": "HEAD"}, "which is no causal LM"),
         ({"head": "HEAD", "ngrams": "x", "alpha": -1}, "alpha"),
+        ({"head": "HEAD", "lm": "y", "num_paths": 2}, "only an n-gram table rescores whole paths"),
         ({"head": "."}, "names it in turn"),
     ],
 )

@@ -27,6 +27,8 @@ EAGLE_LIKE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (0
         ("1x4", DraftLimits(1, 4)),
         ("45x5", DraftLimits(45, 5)),
         ("10x6n60", DraftLimits(10, 6, 60)),
+        ("10x6n60m2", DraftLimits(10, 6, 60, merge=2)),
+        ("4x5n12m1p0.01e0.3", DraftLimits(4, 5, 12, 0.01, early_stop=EarlyStop(0.3), merge=1)),
         ("1x8p0.1", DraftLimits(1, 8, None, 0.1)),
         ("3x6n9p0.05", DraftLimits(3, 6, 9, 0.05)),
         ("1x8e0.5", DraftLimits(1, 8, early_stop=EarlyStop(0.5))),
@@ -67,7 +69,10 @@ def some_limits() -> st.SearchStrategy[DraftLimits]:
     drawn = st.builds(SampledChildren, children, st.sampled_from(["mcsd", "kseq"])) | st.builds(
         SampledChildren, st.lists(st.just(1), min_size=1, max_size=5).map(tuple), st.just("block")
     )
-    return beams | static | st.builds(DraftLimits, sampled=drawn, early_stop=stops)
+    merging = st.builds(
+        DraftLimits, st.integers(2, 50), st.integers(1, 20), st.integers(1, 99), share, merge=st.integers(1, 4)
+    )
+    return beams | merging | static | st.builds(DraftLimits, sampled=drawn, early_stop=stops)
 
 
 @settings(max_examples=150, deadline=None)

@@ -16,6 +16,10 @@ from torch.nn import functional as F
 
 from draftsmith.models.slots.constants import counting
 
+GAP = -1
+"""In a stream of tokens: here one piece ends."""
+_BEFORE = -2  # in a tail: before the first token
+
 
 @dataclass(frozen=True)
 class SuffixRule:
@@ -55,12 +59,35 @@ def continuations(text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRu
     Example:
         the text 5 6 7 5 6 8 5 6 with depth 1 and matches of at least one: 7 and 8 followed "5 6" once each, so both score log(1/2).
     """
-    match_BP, place_BP = _places(text_BT, lengths_B, rule)
-    step_L = counting(depth, text_BT.device)
+    W = rule.longest_match
+    back_W = counting(W, text_BT.device)
+    tail_BW = F.pad(text_BT, (W, 0), value=_BEFORE).gather(1, lengths_B[:, None] - 1 - back_W + W)
+    known_BT = counting(text_BT.shape[1], text_BT.device) < lengths_B[:, None]
+    return continuations_behind(torch.where(known_BT, text_BT, GAP), tail_BW, depth, rule)
+
+
+def continuations_behind(stream_BT: Tensor, tail_BW: Tensor, depth: int, rule: SuffixRule) -> tuple[Tensor, Tensor]:
+    """What followed the places of each stream that end as a tail does; see :func:`continuations`, whose tail is the end of its text.
+
+    Args:
+        stream_BT: int64, tokens with a negative number where one piece ends; no continuation crosses it.
+        tail_BW: int64, the tokens to compare, the last one first; negative where there are fewer.
+        depth: L.
+        rule: what is compared and what is kept.
+
+    Returns:
+        As :func:`continuations`.
+    """
+    match_BP, place_BP = _places(stream_BT, tail_BW, rule)
+    step_L = counting(depth, stream_BT.device)
     position_BPL = place_BP[..., None] + 1 + step_L
-    there_BPL = (position_BPL < lengths_B[:, None, None]) & (match_BP >= rule.shortest_match)[..., None]
-    position_BPL = position_BPL.clamp(max=text_BT.shape[1] - 1)
-    paths_BPL = text_BT.gather(1, position_BPL.flatten(1)).view_as(position_BPL)
+    paths_BPL = (
+        F.pad(stream_BT, (0, 1), value=GAP)
+        .gather(1, position_BPL.clamp(max=stream_BT.shape[1]).flatten(1))
+        .view_as(position_BPL)
+    )
+    there_BPL = (paths_BPL >= 0).int().cumprod(-1).bool() & (match_BP >= rule.shortest_match)[..., None]
+    paths_BPL = paths_BPL.clamp(min=0)
     both_BPPL = there_BPL[:, :, None] & there_BPL[:, None]
     same_BPPL = ((paths_BPL[:, :, None] == paths_BPL[:, None]) & both_BPPL).int().cumprod(-1).float()
     # Level q are the places that match at least as long as place q does; the places are sorted by that.
@@ -70,20 +97,18 @@ def continuations(text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRu
     reach_BQ11 = (match_BP * rule.tokens_per_match).ceil().clamp(min=1.0)[..., None, None]
     kept_BQPL = there_BPL[:, None] & member_BQP[..., None] & (share_BQPL >= rule.least_probability)
     share_BQPL = share_BQPL.masked_fill(~kept_BQPL | (step_L >= reach_BQ11), 0.0)
-    owner_BPL = same_BPPL.argmax(1) == counting(place_BP.shape[1], text_BT.device)[:, None]
+    owner_BPL = same_BPPL.argmax(1) == counting(place_BP.shape[1], stream_BT.device)[:, None]
     level_B = (share_BQPL * owner_BPL[:, None]).sum((2, 3)).argmax(1)
-    share_BPL = share_BQPL[counting(len(level_B), text_BT.device), level_B]
+    share_BPL = share_BQPL[counting(len(level_B), stream_BT.device), level_B]
     return paths_BPL, share_BPL.log()
 
 
-def _places(text_BT: Tensor, lengths_B: Tensor, rule: SuffixRule) -> tuple[Tensor, Tensor]:
-    """int64 [B, P] each: how many tokens up to a place agree with the end of the text, longest first, and the place."""
-    T, W = text_BT.shape[1], rule.longest_match
-    back_W = counting(W, text_BT.device)
-    tail_BW = F.pad(text_BT, (W, 0), value=-1).gather(1, lengths_B[:, None] - 1 - back_W + W)
-    before_BTW = F.pad(text_BT, (W - 1, 0), value=-2).unfold(1, W, 1).flip(-1)
-    match_BT = (before_BTW == tail_BW[:, None]).int().cumprod(-1).sum(-1)
-    place_T = counting(T, text_BT.device)
-    match_BT = match_BT.masked_fill(place_T >= lengths_B[:, None] - 1, 0)
-    best_BP = (match_BT * T + place_T).topk(min(rule.num_places, T), dim=1).values
+def _places(stream_BT: Tensor, tail_BW: Tensor, rule: SuffixRule) -> tuple[Tensor, Tensor]:
+    """int64 [B, P] each: how many tokens up to a place agree with the tail, longest first, and the place."""
+    T, W = stream_BT.shape[1], tail_BW.shape[1]
+    before_BTW = F.pad(stream_BT, (W - 1, 0), value=GAP).unfold(1, W, 1).flip(-1)
+    match_BT = ((before_BTW == tail_BW[:, None]) & (before_BTW >= 0)).int().cumprod(-1).sum(-1)
+    followed_BT = F.pad(stream_BT[:, 1:], (0, 1), value=GAP) >= 0
+    match_BT = match_BT * followed_BT
+    best_BP = (match_BT * T + counting(T, stream_BT.device)).topk(min(rule.num_places, T), dim=1).values
     return best_BP // T, best_BP % T

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.models.tree.suffixes import SuffixRule, continuations
+from draftsmith.models.composed.suffixes import SuffixRule, continuations
 from draftsmith.models.tree.tree import joined, prune, tree_from_paths
 
 Tree = dict[tuple[int, ...], float]
