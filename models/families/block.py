@@ -28,7 +28,7 @@ from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.block_confidence import ConfidenceHead
-from draftsmith.models.families.block_correction import Correction, CorrectionKind, correction_of
+from draftsmith.models.families.block_correction import Correction, CorrectionKind, LookAround, correction_of
 from draftsmith.models.families.block_layer import GROUP, BlockAttention, BlockConvolution, BlockLayer
 from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs, layer_fields
 from draftsmith.models.families.eagle_layer import Rotation, rms_norm
@@ -42,6 +42,7 @@ from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.steps import result_of
 
+_MOST_LOGITS = 2**25  # at once, of the slots whose soft embeddings are made
 CANDIDATES = 16
 """Tokens of a slot that DFlash 2's selector chooses among, as public drafters have it."""
 
@@ -56,8 +57,8 @@ class BlockConfig(LayerConfig):
         causal: a slot sees no later slot of its block.
         sample_from_anchor: slot 0, which holds the root, predicts the first drafted token; otherwise slot 1 does.
         mask_token_id: an unused token of the target whose embedding fills the slots behind the root; None learns a vector for them.
-        correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent``, ``gru`` or
-            ``selector``.
+        correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent``, ``gru``,
+            ``selector`` or ``lookaround``.
         correction_rank: r.
         correction_state: size of the GRU's state.
         confidence: a head says how likely each token will be accepted, before it is drawn.
@@ -271,7 +272,7 @@ class BlockDrafter(TargetHead):
     @property
     def reads_drafted(self) -> bool:
         """See :attr:`Drafter.reads_drafted`."""
-        return self.correction is not None
+        return isinstance(self.correction, Correction)
 
     def passes(self, draft_length: int) -> int:
         """See :meth:`Drafter.passes`: one for the whole block."""
@@ -349,7 +350,37 @@ class BlockDrafter(TargetHead):
         first, num_steps = self.config.first_slot, rollout.tokens.shape[1]
         outputs_ASD = rms_norm(self.norm, states_ASD)
         outputs_KAD = outputs_ASD[:, first : first + num_steps].transpose(0, 1)
-        return outputs_KAD if self.correction is None else self._corrected(self.correction, outputs_KAD, rollout)
+        if self.correction is None:
+            return outputs_KAD
+        if isinstance(self.correction, LookAround):
+            parts_AKr = self.looked_around(self.correction, outputs_ASD[:, first:], rollout.tokens[:, 0])
+            return torch.cat([outputs_KAD, parts_AKr[:, :num_steps].transpose(0, 1).to(outputs_KAD.dtype)], dim=-1)
+        return self._corrected(self.correction, outputs_KAD, rollout)
+
+    def looked_around(self, correction: LookAround, hidden_NKD: Tensor, roots_N: Tensor) -> Tensor:
+        """What the slots' neighbours add to them.
+
+        Args:
+            correction: this drafter's.
+            hidden_NKD: states of all slots that predict; where slots see no later one, those that are drafted will do.
+            roots_N: int64, the roots.
+
+        Returns:
+            [N, K, r].
+        """
+        return correction(hidden_NKD, self._soft(hidden_NKD), self.embed(roots_N), self.config.causal)
+
+    @torch.no_grad()
+    def _soft(self, hidden_NKD: Tensor) -> Tensor:
+        """[N, K, D]: the mean embedding of each slot's likeliest tokens, a constant to training; the whole head is applied in parts."""
+        head, parts = self.head_weight, []
+        num_likeliest = min(LookAround.NUM_LIKELIEST, head.shape[0])
+        for rows_MKD in hidden_NKD.split(max(1, _MOST_LOGITS // (hidden_NKD.shape[1] * head.shape[0]))):
+            logits_MKV = self.without_mask(F.linear(rows_MKD.to(head.dtype), head))
+            top_MKC, draft_MKC = logits_MKV.float().topk(num_likeliest, dim=-1)
+            embedded_MKCD = self.embed(self.to_target_ids(draft_MKC))
+            parts.append((top_MKC.softmax(-1).to(embedded_MKCD.dtype)[..., None, :] @ embedded_MKCD).squeeze(-2))
+        return torch.cat(parts)
 
     def _corrected(self, correction: Correction, outputs_KAD: Tensor, rollout: Rollout) -> Tensor:
         """The slots' states, and behind them what the correction adds for the tokens of the rollout: [K, A, D + r]."""
@@ -419,7 +450,7 @@ class BlockDraft(ParallelDraft):
     def __init__(self, drafter: BlockDrafter, state: PairState, cycle: Cycle, draft_length: int) -> None:
         pending = state.pending
         root_B = pending.tokens_BE.gather(1, pending.counts_B[:, None] - 1).squeeze(1)
-        corrected = drafter.correction is not None
+        corrected = isinstance(drafter.correction, Correction)
         super().__init__(drafter, root_B, drafter.num_candidates, corrected)
         self._block, self._pending, self._draft_length = drafter, pending, draft_length
         self._slots = DraftSlots(state.cache, cycle, pending.tokens_BE.shape[1])
@@ -429,17 +460,22 @@ class BlockDraft(ParallelDraft):
     def slot_logits(self) -> Tensor:
         """See :meth:`ParallelDraft.slot_logits`."""
         drafter, first = self._block, self._block.config.first_slot
-        self._hidden_BKD = rms_norm(drafter.norm, self._run()[:, first : first + self._draft_length])
+        hidden_BKD = rms_norm(drafter.norm, self._run()[:, first:])
+        self._hidden_BKD = hidden_BKD[:, : self._draft_length]
+        head = drafter.head_weight
+        logits_BKV = F.linear(self._hidden_BKD.to(head.dtype), head)
+        if isinstance(drafter.correction, LookAround):
+            part_BKr = drafter.looked_around(drafter.correction, hidden_BKD, self.root_B)[:, : self._draft_length]
+            return logits_BKV + drafter.correction.output(part_BKr)
         if drafter.correction is not None:
             self._state_BMS = drafter.correction.begin(self._hidden_BKD[:, :1])
-        head = drafter.head_weight
-        return F.linear(self._hidden_BKD.to(head.dtype), head)
+        return logits_BKV
 
     def correction(self, tokens_BM: Tensor, above_BM: Tensor | None) -> Tensor | None:
         """See :meth:`ParallelDraft.correction`."""
         self._tokens_BM = tokens_BM
         drafter, num_nodes = self._block, tokens_BM.shape[1]
-        if drafter.correction is None:
+        if not isinstance(drafter.correction, Correction):
             return None
         state_BMS = self._state_BMS
         if above_BM is not None and state_BMS.shape[-1] and state_BMS.shape[1] > 1:
@@ -520,7 +556,8 @@ class BlockFamily(DrafterFamily):
             learns a vector.
         correction: how a drafted token changes the logits of the next slot: not at all; by a bigram (`vanilla`), one that the
             slot weighs (`gated`) or a recurrent state (`recurrent`), as in DSpark; by a GRU over all drafted tokens
-            (`gru`), as in Domino; or among a slot's likeliest tokens (`selector`), as in DFlash 2.
+            (`gru`), as in Domino; or among a slot's likeliest tokens (`selector`), as in DFlash 2. `lookaround` reads no drafted
+            token: a slot looks at what its neighbours would say.
         correction_rank: of the correction's matrices; small targets need less.
         correction_state: size of the GRU's state.
         confidence: a head learns how likely each token will be accepted, as in DSpark. Shapes such as `1x7e0.5s0` end drafts where

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from draftsmith.models.families.block_correction import Correction, MarkovCorrection
+from draftsmith.models.families.block_correction import Correction, LookAround, MarkovCorrection
 
 
 class ConfidenceHead(nn.Module):
@@ -26,12 +26,12 @@ class ConfidenceHead(nn.Module):
         correction: of the drafter, whose rows of tokens are read where it has any.
     """
 
-    def __init__(self, hidden_size: int, correction: Correction | None) -> None:
+    def __init__(self, hidden_size: int, correction: Correction | LookAround | None) -> None:
         super().__init__()
         rank = correction.tokens.embedding_dim if isinstance(correction, MarkovCorrection) else 0
         self.proj = nn.Linear(hidden_size + rank, 1)
 
-    def forward(self, hidden: Tensor, tokens: Tensor, correction: Correction | None) -> Tensor:
+    def forward(self, hidden: Tensor, tokens: Tensor, correction: Correction | LookAround | None) -> Tensor:
         """Score slots.
 
         Args:

@@ -155,6 +155,8 @@ def kind_of(config: BlockConfig) -> str:
         ValueError: it is none of them.
     """
     remedy = "serve it from --layout draftsmith or custom_generate"
+    if config.correction == "lookaround":
+        raise ValueError(f"this drafter has the correction 'lookaround', which no other software holds; {remedy}")
     if config.convolution or config.correction == "selector":
         return _dflash2(config, remedy)
     if config.correction == "none":

@@ -23,6 +23,7 @@ from draftsmith.models.families.block import BlockDrafter, BlockFamily, default_
 from draftsmith.models.families.block_correction import (
     GatedCorrection,
     GruCorrection,
+    LookAround,
     RecurrentCorrection,
     correction_of,
 )
@@ -240,7 +241,7 @@ def test_a_correction_decodes_as_it_trains(target: Target, kind: str, from_ancho
     assert changed.any(-1).tolist() == [False, True, kind in ("recurrent", "gru"), kind in ("recurrent", "gru")]
 
 
-@pytest.mark.parametrize("kind", CORRECTIONS)
+@pytest.mark.parametrize("kind", [*CORRECTIONS, "lookaround"])
 @torch.no_grad()
 def test_a_fresh_correction_changes_nothing(target: Target, kind: str) -> None:
     chosen = {"layers": ["layer.3.output"], "num_draft_steps": 3, "correction_rank": 4, "correction_state": 4}
@@ -249,6 +250,47 @@ def test_a_fresh_correction_changes_nothing(target: Target, kind: str) -> None:
     plain.load_state_dict(drafter.state_dict(), strict=False)
     batch = batch_of(target, drafter)
     torch.testing.assert_close(trained_logits(drafter, batch, [7], 3), trained_logits(plain, batch, [7], 3))
+
+
+@every_variant
+@torch.no_grad()
+def test_slots_look_around_in_decoding_as_in_training_and_as_the_equation_says(
+    target: Target, causal: bool, from_anchor: bool
+) -> None:
+    drafter = made(target, causal, from_anchor, correction="lookaround", correction_rank=5)
+    batch, roots = batch_of(target, drafter), [2, 7, 15]
+    trained = trained_logits(drafter, batch, roots, STEPS)
+    torch.testing.assert_close(served_in_a_row(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
+    in_tree, in_chain = tree_and_chain_logits(drafter, batch, 7)
+    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
+    text = [BOS, 5, 6, 20, 21, 22, 23, 24, 5]
+    long, short = served_logits(target, drafter, text, STEPS), served_logits(target, drafter, text[:-2], STEPS - 2)
+    torch.testing.assert_close(short, long[: STEPS - 2], rtol=1e-4, atol=1e-4)
+    rollout = data_rollout(batch, STEPS)
+    inputs_KAD = drafter.teacher_forced(batch, rollout)[:, 6]
+    hidden, own, layer = inputs_KAD[:, :32], inputs_KAD[:, 32:], drafter.correction
+    assert isinstance(layer, LookAround)
+    chances, ids = (hidden @ drafter.head_weight.T).topk(16)
+    soft = torch.stack([row.softmax(0) @ drafter.embed(each) for row, each in zip(chances, ids, strict=True)])
+    near = [drafter.embed(rollout.tokens[6, 0]), *soft]  # the root comes before slot 0
+    for slot in range(STEPS):
+        seen = [at for at in range(-1, STEPS) if abs(at - slot) <= 2 and (at < slot or not causal)]
+        query = layer.query.weight @ hidden[slot]
+        scores = [query @ (layer.key.weight @ near[at + 1]) / 5**0.5 + layer.offsets[at - slot + 2] for at in seen]
+        values = torch.stack([layer.value.weight @ near[at + 1] for at in seen])
+        attended = torch.stack(scores).softmax(0) @ values
+        expected = torch.nn.functional.silu(layer.mix(torch.cat([hidden[slot], attended])))
+        torch.testing.assert_close(own[slot], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [DraftLimits(1, STEPS), DraftLimits(3, STEPS, node_budget=9)])
+def test_replies_of_slots_that_look_around_are_the_targets_own(target: Target, shape: DraftLimits) -> None:
+    drafter, prompts = made(target, correction="lookaround", correction_rank=5), [[1, 5, 9], [1, 7, 7, 30, 2], [3]]
+    for temperature in (0.0, 1.0):
+        settings = GenerationSettings(max_new_tokens=8, temperature=temperature)
+        plain = Engine(target).generate(prompts, settings)
+        drafted = Engine(target, drafter, shape).generate(prompts, settings, num_rows=2)
+        assert [reply.token_ids for reply in drafted] == [reply.token_ids for reply in plain]
 
 
 @torch.no_grad()
