@@ -1,7 +1,7 @@
 """The best paths through the candidates of all slots, rescored by an n-gram table: exact, not a beam (arXiv:2404.09221, section 5.2).
 
 A path scores the sum of its candidates' own scores and ``weight`` times the table's log-probability of each token behind the tokens before
-it. The table sees N - 1 tokens, so paths that agree in their last N - 1 tokens go on alike: of these the P best are kept and no others.
+it. The table sees N - 1 tokens, so paths that agree in their last N - 1 tokens have the same continuations. Of these the P best are kept and no others.
 
 Owns the dynamic program. Knows no drafter and no tree.
 
@@ -65,7 +65,7 @@ def best_paths(
             contexts_BS[..., None].expand(B, S, C).contiguous(), ids_BC[:, None].expand(B, S, C).contiguous()
         )
         all_BSCP = scores_BSP[:, :, None] + own_BSC[..., None]
-        # States that differ in the oldest candidate alone go on alike; before N - 1 candidates there is none to drop.
+        # States that differ in the oldest candidate alone become one; before N - 1 candidates there is none to drop.
         num_dropped = S * C // min(S * C, most_states)
         num_kept = S // num_dropped
         ways_BSX = all_BSCP.unflatten(1, (num_dropped, num_kept)).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
