@@ -1,7 +1,8 @@
 """The best paths through the candidates of all slots, rescored by an n-gram table: exact, not a beam (arXiv:2404.09221, section 5.2).
 
 A path scores the sum of its candidates' own scores and ``weight`` times the table's log-probability of each token behind the tokens before
-it. The table sees N - 1 tokens, so paths that agree in their last N - 1 tokens have the same continuations. Of these the P best are kept and no others.
+it. The table sees N - 1 tokens, so paths that agree in their last N - 1 tokens have the same continuations. Of these, the P best are
+kept and no others.
 
 Owns the dynamic program. Knows no drafter and no tree.
 
