@@ -1,11 +1,13 @@
-"""Drafts refined by a second opinion (arXiv:2404.09221): tokens per step of heads alone and with n-gram tables, on cached replies.
+"""Drafts refined by a second opinion (arXiv:2404.09221): tokens per step of heads alone, with n-gram tables and LMs, on cached replies.
 
     python -m benchmarks.drafters.refinement --target TARGET --cache CACHE --heads medusa=FOLDER eagle=FOLDER \\
-      --tables 2-gram=FOLDER 4-gram=FOLDER [--shape 4x4n16] [--alphas 0 0.1 0.2 0.5 1]
+      --tables 2-gram=FOLDER 4-gram=FOLDER [--lms LM=FOLDER] [--paths 16] [--shape 4x4n16] [--alphas 0.1 0.2 0.5 1]
 
 CACHE holds greedy replies of the target to held-out prompts, of one turn each, with the layers that the heads read. Replies do not depend
 on drafts, so the target does not run. Alpha 0 is the control: the same candidates without the second opinion. *Oracle*: chains that hold
 the reply's next token wherever it is among the head's candidates. *Repeats*: adjacent equal tokens in the likeliest path of a draft.
+*Paths*: the best whole paths by the table, of heads whose steps read no drafted token. *CPU ms*: the process's time in a draft, of eight
+rows at once, divided by their number.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,12 +35,15 @@ from draftsmith.evaluate.tune.recording import Drafted, traced
 from draftsmith.evaluate.tune.simulate import replay
 from draftsmith.models import Drafter, DraftLimits
 from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
-from draftsmith.models.composed.revisers import NgramReviser
+from draftsmith.models.composed.revisers import LMReviser, NgramReviser
+from draftsmith.models.drafters.draft_lm import LMDrafter
+from draftsmith.models.drafters.draft_records import Cycle, DraftState
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.rollout import data_rollout
 from draftsmith.models.ngrams.table import load_ngrams
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.tree import DraftTree
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,19 @@ class Gain:
         steps: tokens per step, the bonus token counted.
         interval: 95 % bootstrap over prompts.
         repeats: share of adjacent equal tokens in the likeliest path of a draft.
+        milliseconds: the process's time in a row's draft.
     """
 
     steps: float
     interval: tuple[float, float]
     repeats: float
+    milliseconds: float
 
     def cells(self, control: float) -> str:
         """Of a table's row."""
         low, high = self.interval
         over = f"{100 * (self.steps / control - 1):+.1f} %"
-        return f"{self.steps:.2f} ({low:.2f} to {high:.2f}) | {over} | {100 * self.repeats:.1f} %"
+        return f"{self.steps:.2f} ({low:.2f} to {high:.2f}) | {over} | {100 * self.repeats:.1f} % | {self.milliseconds:.2f}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--heads", nargs="+", required=True, help="NAME=FOLDER")
     parser.add_argument("--tables", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--lms", nargs="*", default=[], help="NAME=FOLDER")
+    parser.add_argument("--paths", type=int, default=0, help="best whole paths; 0 for none")
     parser.add_argument("--shape", default="4x4n16", help="a chain or a dynamic tree")
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.2, 0.5, 1.0])
     parser.add_argument("--candidates", type=int, default=16)
@@ -98,8 +108,21 @@ def gain_of(drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimi
         limits: the shape.
     """
     decoded: list[Decoded] = []
-    repeats = pairs = 0
-    for prompt, reply, trees in drafts_of(drafter, samples, limits):
+    repeats = pairs = rows = 0
+    seconds = 0.0
+    propose = drafter.propose
+
+    def timed(state: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftTree:
+        nonlocal rows, seconds
+        started = time.process_time()
+        tree = propose(state, cycle, limits)
+        seconds += time.process_time() - started
+        rows += len(cycle.host_lengths)
+        return tree
+
+    view = drafter.bound(drafter.ends)
+    view.propose = timed  # type: ignore[method-assign]
+    for prompt, reply, trees in drafts_of(view, samples, limits):
         decoded.append(replay(traced(prompt, reply, trees, limits.draft_length), limits))
         for tree in trees[limits.beam_width]:
             path = likeliest_path(tree)
@@ -108,7 +131,7 @@ def gain_of(drafter: Drafter, samples: Sequence[CachedSample], limits: DraftLimi
     steps, interval = tokens_per_step(decoded), tokens_per_step_interval(decoded)
     assert steps is not None
     assert interval is not None
-    return Gain(steps, interval, repeats / max(1, pairs))
+    return Gain(steps, interval, repeats / max(1, pairs), 1000.0 * seconds / max(1, rows))
 
 
 def likeliest_path(tree: Drafted) -> list[int]:
@@ -162,34 +185,66 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     yield f"`{shlex.join(['python', '-m', 'benchmarks.drafters.refinement', *options.words])}`"
     yield ""
     samples, limits = list(HiddenStateCache(options.cache)), parse_shape(options.shape)
-    tables = {name: load_ngrams(Path(folder)) for name, _, folder in (each.partition("=") for each in options.tables)}
+    tables = {name: NgramReviser(load_ngrams(Path(folder))) for name, folder in _named(options.tables)}
+    lms = {name: LMReviser(_lm(folder)) for name, folder in _named(options.lms)}
     ends = TargetEnds.load(options.target)
     yield (
-        f"{os.cpu_count()} cores, torch {torch.__version__}, float32. {len(samples)} greedy replies, shape {options.shape}, "
-        f"{options.candidates} candidates."
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}, float32. {len(samples)} greedy replies, "
+        f"shape {options.shape}, {options.candidates} candidates."
     )
-    for name, _, folder in (each.partition("=") for each in options.heads):
+    for name, folder in _named(options.heads):
         head = load_drafter(Path(folder)).bound(ends)
         room = headroom(head, samples, options.candidates, limits.draft_length)
         entropies = ", ".join(f"{entropy:.2f}" for entropy in room.entropies)
         yield ""
         yield f"**{name}**: oracle {room.oracle:.2f} tokens per step of a chain; entropies of its steps {entropies}."
         yield ""
-        yield "| second opinion | alpha | tokens per step (95 %) | over alpha 0 | repeats |"
-        yield "|---|---|---|---|---|"
+        yield "| second opinion | alpha | tokens per step (95 %) | over alpha 0 | repeats | CPU ms |"
+        yield "|---|---|---|---|---|---|"
         control = gain_of(refined(head, ends, next(iter(tables.values())), 0.0, options), samples, limits)
         yield f"| none | | {gain_of(head, samples, limits).cells(control.steps)} |"
         yield f"| none, the candidates alone | 0 | {control.cells(control.steps)} |"
-        for table_name, table in tables.items():
+        for opinion, reviser, num_paths in _opinions(head, tables, lms, options.paths):
             for alpha in options.alphas:
-                drafter = refined(head, ends, table, alpha, options)
-                yield f"| {table_name} | {alpha:g} | {gain_of(drafter, samples, limits).cells(control.steps)} |"
+                drafter = refined(head, ends, reviser, alpha, options, num_paths)
+                yield f"| {opinion} | {alpha:g} | {gain_of(drafter, samples, limits).cells(control.steps)} |"
 
 
-def refined(head: Drafter, ends: TargetEnds, table: object, alpha: float, options: argparse.Namespace) -> Drafter:
-    """A head with a table's second opinion."""
-    config = RefinedConfig(head="head", ngrams="table", alpha=alpha, num_candidates=options.candidates)
-    return RefinedDrafter(config, head, NgramReviser(table)).eval().bound(ends)  # type: ignore[arg-type]
+def _named(pairs: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        yield name, folder
+
+
+def _lm(folder: str) -> LMDrafter:
+    lm = load_drafter(Path(folder))
+    if not isinstance(lm, LMDrafter):
+        raise ValueError(f"--lms has {folder}, which is no causal LM; name one with the target's tokenizer")
+    return lm
+
+
+def _opinions(
+    head: Drafter, tables: dict[str, NgramReviser], lms: dict[str, LMReviser], num_paths: int
+) -> Iterator[tuple[str, NgramReviser | LMReviser, int]]:
+    """Each second opinion: its words, what gives it, and how many whole paths it chooses."""
+    yield from ((name, table, 0) for name, table in tables.items())
+    yield from ((name, lm, 0) for name, lm in lms.items())
+    if num_paths and not head.reads_drafted:
+        yield from ((f"{name}, {num_paths} best paths", table, num_paths) for name, table in tables.items())
+
+
+def refined(
+    head: Drafter,
+    ends: TargetEnds,
+    reviser: NgramReviser | LMReviser,
+    alpha: float,
+    options: argparse.Namespace,
+    num_paths: int = 0,
+) -> Drafter:
+    """A head with a second opinion."""
+    names = {"lm": "lm"} if isinstance(reviser, LMReviser) else {"ngrams": "table"}
+    config = RefinedConfig(head="head", alpha=alpha, num_candidates=options.candidates, num_paths=num_paths, **names)
+    return RefinedDrafter(config, head, reviser).eval().bound(ends)
 
 
 if __name__ == "__main__":
