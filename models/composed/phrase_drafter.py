@@ -191,8 +191,8 @@ class PhraseDrafter(SuffixDrafter):
         )
 
     def _of_head(self, limits: DraftLimits) -> DraftLimits:
-        """What the head drafts."""
-        return limits.no_deeper_than(limits.draft_length - self.config.phrase_length)
+        """What the head drafts: no deeper than it can, and so that a phrase still follows."""
+        return super()._of_head(limits.no_deeper_than(limits.draft_length - self.config.phrase_length))
 
 
 def _longer_chain(

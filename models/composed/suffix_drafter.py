@@ -170,7 +170,12 @@ class SuffixDrafter(Drafter):
                 raise ValueError(
                     f"the drafts of text and head {self.config.head!r} together are a tree; give a shape such as 10x5n24, no chain"
                 )
-            self.head.check_depth(limits)
+            self.head.check_depth(self._of_head(limits))
+
+    def _of_head(self, limits: DraftLimits) -> DraftLimits:
+        """What the head drafts: no deeper than it can. Continuations of the text may be deeper."""
+        most = None if self.head is None else self.head.max_draft_steps
+        return limits if most is None else limits.no_deeper_than(most)
 
     def _check_manner(self, limits: DraftLimits) -> None:
         if limits.paths is not None or limits.sampled is not None or limits.early_stop is not None:
@@ -264,7 +269,7 @@ class SuffixDrafter(Drafter):
         if self.head is None or state.head is None:
             tree = tree_from_paths(root_B, paths_BPL, scores_BPL, cut)
         else:
-            tree = joined(self.head.propose(state.head, cycle, limits), paths_BPL, scores_BPL)
+            tree = joined(self.head.propose(state.head, cycle, self._of_head(limits)), paths_BPL, scores_BPL)
         return tree if limits.is_chain else prune(tree, limits.max_nodes - 1, cut)
 
     def _begun(self, state: SuffixState, cycle: Cycle, limits: DraftLimits) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from draftsmith.models import DraftLimits, Target
 from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
 from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, drafter_folder, load_drafter
 from draftsmith.models.tree.shapes import parse_shape
+from draftsmith.models.tree.tree import DraftTree
 
 PROMPTS = [[BOS, 5, 9, 11, 4, 5, 9, 11, 4, 5, 9], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 30, 31, 32, 30]]
 SHAPES = ["1x6", "3x4", "4x6n9", "2x4p0.5"]
@@ -56,6 +57,29 @@ def test_with_a_head_replies_stay_the_targets_own_at_every_temperature(lm: Targe
         expected = [each.token_ids for each in Engine(lm).generate(PROMPTS, request)]
         results = Engine(lm, with_head(lm), parse_shape(shape)).generate(PROMPTS, request, num_rows=2)
         assert [each.token_ids for each in results] == expected
+
+
+def test_text_may_lead_deeper_than_the_head_can_draft(lm: Target) -> None:
+    family = next(family for family in EVERY_FAMILY if family.name == "headsdrafter")
+    head = fresh(family, lm.ends)
+    both = SuffixDrafter(SuffixConfig(), head).eval()
+    assert head.max_draft_steps == 3
+    tree = draft(lm, both, [[BOS, 5, 6, 7, 8, 9, 10, 11, 5, 6, 7, 8]], DraftLimits(2, 6, 12))
+    assert [9, 10, 11, 5, 6, 7] in paths_of(tree)
+    results = Engine(lm, both, DraftLimits(2, 6, 12)).generate(PROMPTS, LONG)
+    assert [each.token_ids for each in results] == [greedy_by_hand(lm, prompt, 40) for prompt in PROMPTS]
+
+
+def paths_of(tree: DraftTree) -> list[list[int]]:
+    """The tokens below the root that lead to each node of the first row."""
+    paths = []
+    for node in range(1, tree.num_nodes):
+        path, at = [], node
+        while at > 0:
+            path.append(int(tree.tokens_BN[0, at]))
+            at = int(tree.parents_BN[0, at])
+        paths.append(path[::-1])
+    return paths
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "with a head"])
