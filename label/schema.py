@@ -26,11 +26,11 @@ Span = tuple[int, int]
 
 ROLES = ("system", "user", "assistant")
 _REQUIRED = ("messages", "response", "model", "licence", "source", "verdict")
-_OF_LABEL = ("error", "labelled_by", "how", "checked", "note")
+_OF_LABEL = ("error", "labelled_by", "how", "checked", "note", "replaces")
 _NOT_KEPT = re.compile("[\0\ud800-\udfff]")
 # What the columns of a store hold.
 _LONGEST_NAME, _LONGEST_TOKENIZER = 255, 64
-_FIELDS = ("id", *_REQUIRED, *_OF_LABEL, "tokens")
+_FIELDS = ("id", *_REQUIRED, *_OF_LABEL, "tokens", "reference")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Label:
         error: with "wrong", the span of the first error.
         checked: the part of the response that the label speaks of; None for all of it.
         note: a word on why.
+        replaces: whose labels of this answer no longer count beside this one: the set's whose step it refines, or those of the people
+            between whom it decides. See `deciding`.
     """
 
     verdict: Verdict
@@ -52,6 +54,7 @@ class Label:
     error: Span | None = None
     checked: Span | None = None
     note: str = ""
+    replaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Answer:
         source: where the question is from.
         label: one label, or None.
         tokens: how a tokenizer cuts the response, or None.
+        reference: the right answer, as its source has it, or None. It is not part of what the model read or wrote.
     """
 
     id: str
@@ -92,6 +96,7 @@ class Answer:
     source: str
     label: Label | None = None
     tokens: Tokens | None = None
+    reference: str | None = None
 
     def question(self) -> str:
         """What answers to the same prompt share: the key for splits, which must never part them."""
@@ -108,6 +113,19 @@ def answer_id(source: str, messages: Sequence[Message], response: str, model: st
         model: that wrote it.
     """
     return f"{source}-{_digest([[dict(message) for message in messages], response, model])}"
+
+
+def deciding(answers: Sequence[Answer]) -> list[Answer]:
+    """The labels of one answer that count: those that no other label replaces.
+
+    Worked example: a set's step, and alice's mark that replaces it, give alice's mark. In a circle all count.
+
+    Args:
+        answers: of one id, each with a label.
+    """
+    replaced = {name for answer in answers if answer.label is not None for name in answer.label.replaces}
+    kept = [answer for answer in answers if answer.label is not None and answer.label.labelled_by not in replaced]
+    return kept or list(answers)
 
 
 def _digest(value: object) -> str:
@@ -149,6 +167,7 @@ def check_label(label: Label, response: str, place: str) -> None:
     if not isinstance(label.note, str):
         raise refusal(place, "note", label.note, "a note is text", 'leave it out or write ""')
     _keepable(label.note, place, "note")
+    _check_replaces(label, place)
     if label.verdict == "wrong" and label.error is None:
         remedy = 'give the span of the first error, or the verdict "unplaced"'
         raise refusal(place, "error", None, 'the verdict "wrong" needs the place of the first error', remedy)
@@ -184,6 +203,8 @@ def check_answer(answer: Answer, place: str) -> None:
         _words(getattr(answer, field), place, field)
     if answer.label is not None:
         check_label(answer.label, answer.response, place)
+    if answer.reference is not None:
+        _words(answer.reference, place, "reference")
     if answer.tokens is not None:
         _words(answer.tokens.tokenizer, place, "tokens.tokenizer", _LONGEST_TOKENIZER)
         _check_offsets(answer.tokens.offsets, len(answer.response), place)
@@ -222,6 +243,7 @@ def from_row(row: Mapping[str, Any], place: str) -> Answer:
         source=row["source"],
         label=_label(row, place),
         tokens=_tokens(row.get("tokens"), place),
+        reference=row.get("reference"),
     )
     check_answer(answer, place)
     return answer
@@ -250,9 +272,13 @@ def to_row(answer: Answer) -> dict[str, Any]:
             row["checked"] = list(label.checked)
         if label.note:
             row["note"] = label.note
+        if label.replaces:
+            row["replaces"] = list(label.replaces)
     if answer.tokens is not None:
         offsets = [list(span) for span in answer.tokens.offsets]
         row["tokens"] = {"tokenizer": answer.tokens.tokenizer, "offsets": offsets}
+    if answer.reference is not None:
+        row["reference"] = answer.reference
     return row
 
 
@@ -294,7 +320,7 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
 def _label(row: Mapping[str, Any], place: str) -> Label | None:
     if row["verdict"] is None:
         for field in _OF_LABEL:
-            if row.get(field) not in (None, ""):
+            if row.get(field) not in (None, "", []):
                 remedy = "give a verdict, or leave the field out"
                 raise refusal(place, field, row[field], "an answer without a verdict has no label", remedy)
         return None
@@ -309,7 +335,23 @@ def _label(row: Mapping[str, Any], place: str) -> Label | None:
         error=_span(row.get("error"), place, "error"),
         checked=_span(row.get("checked"), place, "checked"),
         note="" if note is None else note,
+        replaces=replaced_names(row.get("replaces"), place),
     )
+
+
+def replaced_names(value: Any, place: str) -> tuple[str, ...]:
+    """Reads whose labels a label replaces; `check_label` checks the names.
+
+    Args:
+        value: the JSON value, or None.
+        place: for messages.
+
+    Raises:
+        ValueError: it is no list.
+    """
+    if value is not None and not isinstance(value, list):
+        raise refusal(place, "replaces", value, "it is a list of names", 'write ["alice", "bob"], or leave it out')
+    return tuple(value or ())
 
 
 def _tokens(value: Any, place: str) -> Tokens | None:
@@ -332,6 +374,14 @@ def _span(value: Any, place: str, field: str) -> Span | None:
     if not isinstance(value, list) or len(value) != 2 or any(type(number) is not int for number in value):
         raise refusal(place, field, value, "a span is two whole numbers, start and end", "write [start, end]")
     return (value[0], value[1])
+
+
+def _check_replaces(label: Label, place: str) -> None:
+    for index, name in enumerate(label.replaces):
+        _words(name, place, f"replaces[{index}]", _LONGEST_NAME)
+    if label.labelled_by in label.replaces or len(set(label.replaces)) < len(label.replaces):
+        rule = "it names other labellers, each once; an author's new label replaces their old one anyway"
+        raise refusal(place, "replaces", list(label.replaces), rule, "take the name out")
 
 
 def _check_span(span: Span, length: int, place: str, field: str) -> None:

@@ -11,8 +11,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.label.numbers import stated_numbers
 from draftsmith.label.schema import Answer, Span, Tokens
+from draftsmith.label.steps import first_number, is_step
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 
 After = Literal["ignored", "wrong"]
@@ -37,9 +37,9 @@ def token_labels(
         offsets: each token's span in the response. Any tokenizer will do: spans are of characters, so a label made
             on one tokenizer's tokens holds for another's.
         after: what the tokens behind the error are. They continue from a mistake, so by default they are ignored.
-        step: what of an error that is a step (see :func:`is_step`) is wrong: all of it, its first number, or its last token. The rest of
-            the step is then ignored: nobody has looked at it. So is a step without a number. The number of "Step 2:" or "2." counts steps,
-            and is not meant.
+        step: what of an error that is a step (see `draftsmith.label.steps.is_step`) is wrong: all of it, its first number, or its last
+            token. The rest of the step is then ignored: nobody has looked at it. So is a step without a number. The number of "Step 2:" or
+            "2." counts steps, and is not meant.
 
     Raises:
         ValueError: `after` or `step` is another word, or no token touches the error (this tokenizer leaves those characters out).
@@ -74,19 +74,6 @@ def token_labels(
     return _narrowed(labels, answer.response, label.error, offsets, step)
 
 
-def is_step(response: str, error: Span) -> bool:
-    """Whether an error is a step: whole lines of an answer that has more than these.
-
-    Args:
-        response: the answer's text.
-        error: its span.
-    """
-    start, end = error
-    begins = start == 0 or response[start - 1] == "\n"
-    ends = end == len(response) or response[end] == "\n"
-    return begins and ends and (start, end) != (0, len(response))
-
-
 def _narrowed(labels: list[int], response: str, error: Span, offsets: Sequence[Span], step: StepRule) -> list[int]:
     """The labels with less of a wrong step called wrong."""
     if step == "whole" or not is_step(response, error):
@@ -94,8 +81,7 @@ def _narrowed(labels: list[int], response: str, error: Span, offsets: Sequence[S
     inside = [at for at, span in enumerate(offsets) if _touch(span, error)]
     wrong = inside[-1:]
     if step == "first-number":
-        numbers = (match.span() for match in stated_numbers(response) if error[0] <= match.start() < error[1])
-        first = next(numbers, None)
+        first = first_number(response, error)
         wrong = [] if first is None else [at for at in inside if _touch(offsets[at], first)]
     return [IGNORED if at in inside and at not in wrong else label for at, label in enumerate(labels)]
 

@@ -19,7 +19,8 @@ from draftsmith.data.prompts import say_dropped
 from draftsmith.data.tokens import ChatTemplate, chat_of
 from draftsmith.foreign import visible
 from draftsmith.json_rows import Dropped, summary
-from draftsmith.label.schema import Answer, read_answers
+from draftsmith.label.row_checks import SILENT, UNPLACED, UNTOUCHED, LeftOut, RowChecks
+from draftsmith.label.schema import Answer, deciding, read_answers
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import CORRECT, IGNORED, WRONG, token_labels, tokenize
@@ -34,12 +35,6 @@ from draftsmith.ownership import check_output_file
 # As in token_labels, which jsonargparse cannot look behind.
 After = Literal["ignored", "wrong"]
 StepRule = Literal["whole", "first-number", "last-token"]
-
-UNPLACED = "wrong, but nobody has said where"
-SILENT = "no token is left that a label speaks of"
-TOO_LONG = "longer than the target's context"
-UNTOUCHED = "no token of this tokenizer touches the error"
-REFUSED = "the template fails on the prompt"
 
 
 @dataclass
@@ -121,6 +116,8 @@ def make_rows(
 ) -> MadeRows:
     """One row an answer, in the order of the answers. Several labels of one answer are one row (see merged_labels).
 
+    A label that another one replaces does not count (see `schema.deciding`).
+
     Args:
         answers: with labels.
         tokenizer: the target's.
@@ -140,9 +137,13 @@ def make_rows(
             raise ValueError(f"{answer.id}: two answers have this id; give each an id of its own, or none")
         if answer.label is not None:
             group.append(answer)
+    checks = RowChecks(tokenizer, chat, max_length)
     for group in by_id.values():
         if group:
-            _add(made, group, tokenizer, chat, after, max_length, step)
+            try:
+                _add(made, deciding(group), checks, after, step)
+            except LeftOut as reason:
+                made.left_out.append((reason.detail, reason.reason))
     return made
 
 
@@ -169,39 +170,21 @@ def merged_labels(several: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
     return merged, False
 
 
-def _add(
-    made: MadeRows,
-    group: Sequence[Answer],
-    tokenizer: PreTrainedTokenizerBase,
-    chat: ChatTemplate,
-    after: After,
-    max_length: int | None,
-    step: StepRule,
-) -> None:
+def _add(made: MadeRows, group: Sequence[Answer], checks: RowChecks, after: After, step: StepRule) -> None:
+    """Adds the row of an answer, or raises `LeftOut`."""
     first = group[0]
     placed = [answer for answer in group if answer.label is not None and answer.label.verdict != "unplaced"]
     # One who finds no error does not place the error of another.
     if len(placed) < len(group) and not any(answer.label is not None and answer.label.error for answer in placed):
-        made.left_out.append((first.id, UNPLACED))
-        return
-    tokens = tokenize(first.response, tokenizer)
+        raise LeftOut(first.id, UNPLACED)
+    tokens = tokenize(first.response, checks.tokenizer)
     try:
         labels, disputed = merged_labels([token_labels(answer, tokens.offsets, after, step) for answer in placed])
     except ValueError as error:
-        made.left_out.append((str(error), UNTOUCHED))
-        return
-    reply_ids = [int(token) for token in tokenizer(first.response, add_special_tokens=False)["input_ids"]]
-    try:
-        prompt_ids = chat.first_prompt_ids(first.messages)
-    except ValueError as error:
-        made.left_out.append((f"{first.id}: {error}", REFUSED))
-        return
-    if max_length is not None and len(prompt_ids) + len(reply_ids) > max_length:
-        made.left_out.append((f"{first.id}, {len(prompt_ids) + len(reply_ids)} of {max_length} tokens", TOO_LONG))
-        return
+        raise LeftOut(first.id, UNTOUCHED, str(error)) from error
+    prompt_ids, reply_ids = checks.token_ids(first)
     if set(labels) <= {IGNORED}:
-        made.left_out.append((first.id, SILENT))
-        return
+        raise LeftOut(first.id, SILENT)
     made.num_disputed += disputed
     made.num_realigned += any(
         answer.tokens is not None and answer.tokens.tokenizer != tokens.tokenizer for answer in placed

@@ -19,7 +19,7 @@ from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.corrupt.corpora import Row, Wording, load_corruptor, wrong_answers
 from draftsmith.label.corrupt.text_swaps import Swap, SwapKind, swaps
-from draftsmith.label.schema import Answer, Label, answer_id, check_answer, read_answers, write_answers
+from draftsmith.label.schema import Answer, Label, answer_id, check_answer, deciding, read_answers, write_answers
 from draftsmith.ownership import check_output_file
 
 TEXT = "text"
@@ -99,7 +99,7 @@ def _of_answers(file: Path, ways: CorruptionOptions, dropped: list[Dropped]) -> 
     for answer in read_answers(file):
         labels.setdefault(answer.id, []).append(answer)
     for group in labels.values():
-        labelled = [answer for answer in group if answer.label is not None]
+        labelled = deciding([answer for answer in group if answer.label is not None])
         answer = (labelled or group)[0]
         if not labelled or any(each.label is None or each.label.verdict != "correct" for each in labelled):
             dropped.append(Dropped(f"{file}: {answer.id}", "nobody has found it free of errors", id=answer.id))

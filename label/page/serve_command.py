@@ -10,20 +10,34 @@ import ipaddress
 import os
 import secrets
 import socket
-from typing import TYPE_CHECKING, Annotated
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from draftsmith.arguments import FLAT
 from draftsmith.extras import install_command
+from draftsmith.files import atomic_write
+from draftsmith.foreign import json_text, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.page.markable_spans import Cutter
+from draftsmith.label.store.database import database_file
 from draftsmith.label.store.store import Store
+from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
+from draftsmith.ownership import check_output_file
 
 if TYPE_CHECKING:
     from draftsmith.label.page.access import Gate
+    from draftsmith.label.page.target_check import TargetCheck
+    from draftsmith.label.row_checks import LeftOut
+
+# As in `store.work_list`, which jsonargparse cannot look behind.
+Refine = Literal["steps", "all", "none"]
 
 # A page waits for its reply, so it must learn sooner than a program that somebody else holds the store.
 PATIENCE_SECONDS = 5.0
 _SECONDS_TO_END = 5
+_SHOWN = 20
 
 
 def serve(
@@ -32,7 +46,11 @@ def serve(
     port: int = 8010,
     shared: float = 0.0,
     target: str | None = None,
+    refine: Refine = "steps",
+    max_length: int | None = None,
+    unserved: Path | None = None,
     where: Annotated[HubOptions, FLAT] = OWN_FILES,
+    rendering: Annotated[TemplateChoice, FLAT] = OWN_TEMPLATE,
 ) -> None:
     """Serves the page on which people mark the first error of each answer, until Ctrl-C.
 
@@ -43,31 +61,47 @@ def serve(
         host: the address to listen on. Any but a loopback address lets other machines in, over plain HTTP.
         port: the port; 0 takes a free one.
         shared: the share of the answers, from 0 to 1, that two annotators get, so that their agreement can be measured.
-        target: path or hub id of a target: answers are cut into its tokenizer's tokens. Else into the tokens stored with
-            them, or into words.
+        target: path or hub id of a target: answers are cut into its tokenizer's tokens, and those that `label rows` would leave out are
+            listed and not served. Without it they are cut into the tokens stored with them, or into words.
+        refine: which imported labels wait for a person: those of whole steps, all of them, or none. Those without a place always do.
+        max_length: serve no answer of more tokens, as in `label rows`; default: the target's context.
+        unserved: file for the answers that are not served, each with its reason, as JSON lines; replaced when it exists.
         where: how the target's files are read; see `HubOptions`.
+        rendering: the chat template; see `TemplateChoice`.
 
     Raises:
-        ValueError: a share or a port out of range, or the store cannot be opened.
+        ValueError: a share, a length or a port out of range, settings that need a target, or the store cannot be opened.
     """
     if not 0 <= shared <= 1:
         raise ValueError(f"shared is {shared}; it is the share of answers that two annotators get; give 0 to 1")
     if not 0 <= port <= 65535:
         raise ValueError(f"port is {port}; a port is a number up to 65535; give another, or 0 for a free one")
+    if target is None and (max_length is not None or unserved is not None):
+        raise ValueError("max_length and unserved speak of what the target can read; name it with --target")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}; it counts tokens: give at least 1, or nothing for the context")
+    if unserved is not None:
+        check_output_file(unserved, filter(None, [database_file(store)]))
     _need_the_extra()
-    with Store(store, patience_seconds=PATIENCE_SECONDS) as opened:
+    with Store(store, patience_seconds=PATIENCE_SECONDS, refine=refine) as opened:
         cutter = cutter_for(target, where.revision, where.trust_remote_code)
+        check = None if target is None else target_check(opened, target, shared, max_length, where, rendering)
+        left_out = [] if check is None else check.look()
+        if unserved is not None:
+            rows = ({"id": reason.item_id, "reason": reason.reason, "detail": reason.detail} for reason in left_out)
+            atomic_write(unserved, "".join(json_text(row) + "\n" for row in rows))
         num_before = opened.num_entries()
         with listen(host, port) as listener:
             token = secrets.token_urlsafe(24)
             print(f"store: {opened.name}, {opened.num_waiting(shared)} answers wait for a label", flush=True)
             print(f"open:  {address(host, listener)}/?token={token}", flush=True)
+            _tell_unserved(left_out)
             if not _is_loopback(listener):
                 print(
                     "Other machines can reach this, over plain HTTP. A tunnel (ssh -L) to a loopback address is safer."
                 )
             print("Ctrl-C ends it.", flush=True)
-            _run(_application(opened, cutter, token, host, listener, shared), listener)
+            _run(_application(opened, cutter, token, host, listener, shared, check), listener)
         print(f"\nended; {opened.num_entries() - num_before} entries were added to {opened.name}")
 
 
@@ -87,11 +121,59 @@ def address(host: str, listener: socket.socket) -> str:
 def _need_the_extra() -> None:
     try:
         import fastapi  # noqa: F401
+        import latex2mathml  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"the labelling page needs the package {error.name}; run: {install_command('fastapi', 'uvicorn')}"
+            f"the labelling page needs the package {error.name}; run: "
+            f"{install_command('fastapi', 'starlette', 'uvicorn', 'latex2mathml')} (or, in a checkout of draftsmith: "
+            "pip install -c constraints.txt '.[label]')"
         ) from error
+
+
+def target_check(
+    store: Store, target: str, shared: float, max_length: int | None, where: HubOptions, rendering: TemplateChoice
+) -> TargetCheck:
+    """What tells the answers that fit a target from those that do not, as `label rows` does.
+
+    Args:
+        store: whose answers are served.
+        target: path or hub id.
+        shared: the share of the answers that two annotators get.
+        max_length: the most tokens; None for the target's context.
+        where: how the target's files are read.
+        rendering: the chat template.
+
+    Raises:
+        ValueError: the target's files cannot be read.
+    """
+    # Only here: these imports bring torch, which the page does not need otherwise.
+    from draftsmith.data.tokens import chat_of
+    from draftsmith.label.page.target_check import TargetCheck
+    from draftsmith.label.row_checks import RowChecks
+    from draftsmith.models.files.loading import load_tokenizer
+    from draftsmith.models.files.model_folder import resolve
+    from draftsmith.models.files.pretrained import read_config
+    from draftsmith.models.target.context import context_of
+
+    revision, trust = where.revision, where.trust_remote_code
+    # A tokenizer of its own: two threads in one fast tokenizer can fail.
+    tokenizer = load_tokenizer(target, revision, trust)
+    length = max_length or context_of(read_config(resolve(target, revision), trust))
+    chat = chat_of(target, tokenizer, rendering.template, revision, trust, rendering.options)
+    return TargetCheck(store, RowChecks(tokenizer, chat, length), shared)
+
+
+def _tell_unserved(left_out: Sequence[LeftOut]) -> None:
+    if not left_out:
+        return
+    counts = Counter(reason.reason for reason in left_out)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    print(f"not served, as label rows would leave them out: {len(left_out)} answers: {reasons}")
+    for reason in left_out[:_SHOWN]:
+        print(visible(f"  {reason}"))
+    if len(left_out) > _SHOWN:
+        print(f"  and {len(left_out) - _SHOWN} more; --unserved FILE lists them all")
 
 
 def cutter_for(target: str | None, revision: str | None = None, trust_remote_code: bool = False) -> Cutter:
@@ -142,12 +224,20 @@ def _is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
-def _application(store: Store, cutter: Cutter, token: str, host: str, listener: socket.socket, shared: float) -> Gate:
+def _application(
+    store: Store,
+    cutter: Cutter,
+    token: str,
+    host: str,
+    listener: socket.socket,
+    shared: float,
+    check: TargetCheck | None,
+) -> Gate:
     from draftsmith.label.page.access import LOOPBACK_NAMES
     from draftsmith.label.page.server import build_app
 
     names = (*LOOPBACK_NAMES, host.lower()) if _is_loopback(listener) else None
-    return build_app(store, cutter, token, names, shared)
+    return build_app(store, cutter, token, names, shared, check)
 
 
 def _run(application: Gate, listener: socket.socket) -> None:

@@ -60,7 +60,7 @@ class Agreement:
 def agreements(answers: Iterable[Answer], cut: Callable[[Answer], Sequence[Span]]) -> list[Agreement]:
     """Each pair of annotators who share at least one answer, by name.
 
-    Labels that speak of a part of an answer only are left out (see `speaks_of_all`).
+    Labels of which one replaces the other are left out, and those that speak of a part of an answer (see `are_comparable`).
 
     Args:
         answers: one for each author's label of each answer, as `Store.answers` gives them.
@@ -68,13 +68,27 @@ def agreements(answers: Iterable[Answer], cut: Callable[[Answer], Sequence[Span]
     """
     by_item: dict[str, list[Answer]] = {}
     for answer in answers:
-        if speaks_of_all(answer):
+        if answer.label is not None:
             by_item.setdefault(answer.id, []).append(answer)
     by_pair: dict[tuple[str, str], list[LabelComparison]] = {}
     for labelled in by_item.values():
         for first, second in itertools.combinations(sorted(labelled, key=_author), 2):
-            by_pair.setdefault((_author(first), _author(second)), []).append(_compare(first, second, cut))
+            if are_comparable(first, second):
+                by_pair.setdefault((_author(first), _author(second)), []).append(compared(first, second, cut))
     return [Agreement(first, second, tuple(comparisons)) for (first, second), comparisons in sorted(by_pair.items())]
+
+
+def are_comparable(first: Answer, second: Answer) -> bool:
+    """Whether two labels were given without sight of each other, and both speak of the whole answer.
+
+    Args:
+        first: an answer with one label.
+        second: the same answer with another.
+    """
+    if first.label is None or second.label is None:
+        return False
+    saw = first.label.labelled_by in second.label.replaces or second.label.labelled_by in first.label.replaces
+    return not saw and speaks_of_all(first) and speaks_of_all(second)
 
 
 def speaks_of_all(answer: Answer) -> bool:
@@ -139,7 +153,14 @@ def _author(answer: Answer) -> str:
     return answer.label.labelled_by
 
 
-def _compare(first: Answer, second: Answer, cut: Callable[[Answer], Sequence[Span]]) -> LabelComparison:
+def compared(first: Answer, second: Answer, cut: Callable[[Answer], Sequence[Span]]) -> LabelComparison:
+    """What two labels of one answer say.
+
+    Args:
+        first: the answer with one label.
+        second: the same answer with another.
+        cut: the N tokens of an answer; asked only where both marked an error.
+    """
     assert first.label is not None
     assert second.label is not None
     distance = None

@@ -1,6 +1,6 @@
 """Where a label store lies: a file or a database URL, opened for transactions that several processes may hold.
 
-Owns connections, locks, the making of tables, and the errors for a database's failures. Knows nothing of labels.
+Owns connections, locks, the making of tables, their change from an older version, and the errors for a database's failures.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy
-from sqlalchemy import Connection, Engine, event, exc, insert, select
+from sqlalchemy import Connection, Engine, event, exc, func, insert, select
 from sqlalchemy.engine import URL, make_url
 
 from draftsmith.extras import install_command
-from draftsmith.label.store.tables import ABOUT, METADATA, VERSION
+from draftsmith.label.steps import is_step
+from draftsmith.label.store.tables import ABOUT, ENTRIES, ITEMS, METADATA, STEPS, VERSION
 
 PATIENCE_SECONDS = 30.0
 # Drivers whose module and package go by different names.
@@ -61,12 +62,15 @@ class Database:
             file.parent.mkdir(parents=True, exist_ok=True)
         self.engine = self._engine(patience_seconds)
         with self.read() as connection:
-            ready = self._is_ready(connection, create)
-        if not ready:
+            version = self._version(connection, create)
+        if version != VERSION:
             with self.write() as connection:
                 # Another process may have been quicker since we looked.
-                if not self._is_ready(connection, create):
-                    METADATA.create_all(connection)
+                version = self._version(connection, create)
+                if version != VERSION:
+                    METADATA.create_all(connection)  # those that are missing
+                    if version is not None:
+                        _add_steps(connection)
                     connection.execute(insert(ABOUT).values(version=VERSION, at=now()))
 
     def _engine(self, patience_seconds: float) -> Engine:
@@ -84,21 +88,22 @@ class Database:
             event.listen(engine, "begin", _on_begin)
         return engine
 
-    def _is_ready(self, connection: Connection, create: bool) -> bool:
+    def _version(self, connection: Connection, create: bool) -> int | None:
+        """The version of the tables that are there; None where there are none yet."""
         tables = set(sqlalchemy.inspect(connection).get_table_names())
         if ABOUT.name in tables:
-            version = connection.scalar(select(ABOUT.c.version))
-            if version != VERSION:
+            version = connection.scalar(select(func.max(ABOUT.c.version)))
+            if version is None or not 1 <= version <= VERSION:
                 raise ValueError(
-                    f"{self.name} is a label store of version {version}, this draftsmith reads version {VERSION}; use "
+                    f"{self.name} is a label store of version {version}, this draftsmith reads versions 1 to {VERSION}; use "
                     "the draftsmith that wrote it, export its answers as JSON lines, and import those here"
                 )
-            return True
+            return int(version)
         if tables:
             raise ValueError(f"{self.name} holds other tables ({', '.join(sorted(tables)[:5])}); name another database")
         if not create:
             raise ValueError(f"{self.name} holds no label store; check the name, or import answers into it first")
-        return False
+        return None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -131,6 +136,19 @@ class Database:
     def close(self) -> None:
         """Closes all connections."""
         self.engine.dispose()
+
+
+def _add_steps(connection: Connection) -> None:
+    """Notes which labels of a store of version 1 call a whole step wrong."""
+    errors = select(ENTRIES.c.number, ENTRIES.c.error_start, ENTRIES.c.error_end, ENTRIES.c.author, ITEMS.c.response)
+    wrong = errors.join(ITEMS, ITEMS.c.number == ENTRIES.c.item).where(ENTRIES.c.error_start.is_not(None))
+    steps = [
+        {"entry": row.number, "author": row.author, "at": now()}
+        for row in connection.execute(wrong)
+        if is_step(row.response, (row.error_start, row.error_end))
+    ]
+    if steps:
+        connection.execute(insert(STEPS), steps)
 
 
 def _url(place: str) -> URL:

@@ -8,23 +8,33 @@ write. Knows nothing of file formats, of tokenizers, or of how a person is shown
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from sqlalchemy import Connection, Row, Table, func, insert, select
+from sqlalchemy import Connection, Row, insert, select
 
-from draftsmith.label.schema import Answer, Label, Span, Tokens, check_answer, check_label
-from draftsmith.label.store.assignments import Seat, free_seats, open_seat, seats_of, take
-from draftsmith.label.store.database import PATIENCE_SECONDS, Conflict, Database, now
-from draftsmith.label.store.tables import ASSIGNMENTS, ENTRIES, ITEMS, RELEASES, TOKENS
+from draftsmith.label.schema import Answer, Label, check_answer, check_label
+from draftsmith.label.store.assignments import take
+from draftsmith.label.store.database import Conflict, now
+from draftsmith.label.store.reader import Progress, StoreReader, current_labels
+from draftsmith.label.store.records import (
+    LogEntry,
+    append,
+    append_label,
+    bare_answer,
+    batches,
+    item_references,
+    item_row,
+    item_values,
+    numbered_answers,
+    numbered_labels,
+)
+from draftsmith.label.store.tables import ASSIGNMENTS, ENTRIES, ITEMS, REFERENCES, RELEASES, TOKENS
 
-_BATCH = 400  # ids in one IN (...): SQLite's old limit is 999 parameters
+__all__ = ["Added", "LogEntry", "NotOpen", "Progress", "Store"]
+
 _TRIES = 20  # of taking a seat that another process takes first
 
 
@@ -43,67 +53,12 @@ class Added:
     known_labels: int
 
 
-@dataclass(frozen=True)
-class LogEntry:
-    """One line of the log.
-
-    Attributes:
-        number: of the entry.
-        item_id: of the answer.
-        label: the label, or None where the entry takes another one back. `label.labelled_by` is whose judgement it is.
-        undoes: the number of the entry that it takes back, or None.
-        author: who wrote the entry; for a person at work the same as `label.labelled_by`.
-        at: when, UTC.
-        seconds: that the label took, or None.
-    """
-
-    number: int
-    item_id: str
-    label: Label | None
-    undoes: int | None
-    author: str
-    at: str
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an annotator is with the items that were assigned to them.
-
-    Attributes:
-        num_labelled: items with their label.
-        num_released: items that they gave back.
-        num_waiting: items that they could still get, the open one included.
-        mean_seconds: that their labels took; None where none says it.
-        last_entry: the number of the label that `Store.undo` would take back, or None.
-    """
-
-    num_labelled: int
-    num_released: int
-    num_waiting: int
-    mean_seconds: float | None
-    last_entry: int | None
-
-
 class NotOpen(ValueError):
     """The item, or the entry, is not this annotator's to change, or not any more. Nothing was written."""
 
 
-class Store:
-    """The answers of a store, their labels and who works on which.
-
-    Args:
-        place: a path (SQLite) or an SQLAlchemy URL.
-        create: make the store where there is none.
-        patience_seconds: how long a writer waits for another one.
-
-    Raises:
-        ValueError: see `Database`.
-    """
-
-    def __init__(self, place: str, create: bool = False, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        self._database = Database(place, create, patience_seconds)
-        self.name = self._database.name
+class Store(StoreReader):
+    """The answers of a store, their labels and who works on which. See `StoreReader` for arguments and errors."""
 
     def add(self, answers: Iterable[Answer], author: str) -> Added:
         """Adds answers with their labels and tokens, all of them or none. What is there already stays as it is.
@@ -119,19 +74,21 @@ class Store:
         for answer in added:
             check_answer(answer, answer.id)
         with self._database.write() as connection:
-            numbers, num_new = self._add_items(connection, added, author)
-            self._add_tokens(connection, added, numbers, author)
-            current = _current_labels(connection)
+            items, num_new = self._add_items(connection, added, author)
+            self._add_tokens(connection, added, items, author)
+            self._add_references(connection, added, items, author)
+            current = current_labels(connection)
             num_labels = num_known = 0
             for answer in added:
                 if answer.label is None:
                     continue
-                key = (numbers[answer.id], answer.label.labelled_by)
-                if current.get(key) == answer.label:
+                label = replace(answer.label, replaces=tuple(sorted(answer.label.replaces)))
+                key = (items[answer.id].number, label.labelled_by)
+                if current.get(key) == label:
                     num_known += 1
                     continue
-                current[key] = answer.label
-                connection.execute(insert(ENTRIES).values(_entry_values(key[0], answer.label, author, None)))
+                current[key] = label
+                append_label(connection, items[answer.id], label, author)
                 num_labels += 1
         return Added(num_new, num_labels, num_known)
 
@@ -157,16 +114,14 @@ class Store:
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise ValueError(f"{item_id}: seconds is {seconds}; a time is 0 or more; give the time it took, or None")
         with self._database.write() as connection:
-            item = _item(connection, item_id)
+            item = item_row(connection, item_id)
             check_label(label, item.response, item_id)
             if assigned:
-                _check_held(connection, item, label.labelled_by)
-                standing = _standing(connection).get((item.number, label.labelled_by))
-                if standing is not None and _label(standing) == label:
-                    return int(standing.number)
-                _check_unlabelled(standing, item_id, label.labelled_by)
-            values = _entry_values(item.number, label, label.labelled_by, seconds)
-            return _append(connection, ENTRIES, values)
+                standing = self._own_label(connection, item, label.labelled_by)
+                if standing is not None and standing[1] == label:
+                    return standing[0]
+                _check_unlabelled(standing is not None, item_id, label.labelled_by)
+            return append_label(connection, item, label, label.labelled_by, seconds)
 
     def undo(self, author: str, entry: int | None = None) -> str:
         """Takes back an author's last label, by another entry. Their label before it on that item, if any, counts again.
@@ -188,16 +143,14 @@ class Store:
         with self._database.write() as connection:
             if entry is not None and (done := _undone_item(connection, author, entry)) is not None:
                 return done
-            last = _last_label(connection, author, assigned=entry is not None)
-            if entry is not None and (last is None or last.number != entry):
+            last = _last_entry(connection, author) if entry is None else self._last_assigned(connection, author)
+            if entry is not None and last != entry:
                 raise NotOpen(
                     f"entry {entry} is not the last label of {author!r}; look at the last one again, and undo it"
                 )
             if last is None:
                 raise ValueError(f"{author!r} has no label to take back; label something first")
-            values = {"item": last.item, "undoes": last.number, "labelled_by": author, "note": ""}
-            connection.execute(insert(ENTRIES).values(values | {"author": author, "at": now()}))
-            return str(connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number == last.item)))
+            return _take_back(connection, author, last)
 
     def assign(self, annotator: str, shared: float = 0.0) -> Answer | None:
         """The item that an annotator is to label now, or None when there is none left for them.
@@ -238,9 +191,9 @@ class Store:
             ValueError: no such item.
         """
         with self._database.write() as connection:
-            item = _item(connection, item_id)
-            _check_held(connection, item, annotator)
-            _check_unlabelled(_standing(connection).get((item.number, annotator)), item_id, annotator)
+            item = item_row(connection, item_id)
+            standing = self._own_label(connection, item, annotator)
+            _check_unlabelled(standing is not None, item_id, annotator)
             number = connection.scalar(
                 select(ASSIGNMENTS.c.number).where(
                     ASSIGNMENTS.c.item == item.number, ASSIGNMENTS.c.annotator == annotator
@@ -249,141 +202,128 @@ class Store:
             values = {"assignment": number, "reason": reason, "author": annotator, "at": now()}
             connection.execute(insert(RELEASES).values(values))
 
-    def progress(self, annotator: str, shared: float = 0.0) -> Progress:
-        """How far an annotator is.
+    def withhold(self, item_ids: Sequence[str]) -> None:
+        """Offers some items to nobody, as long as this object is used. They are not counted as waiting. Nothing is written.
 
         Args:
-            annotator: their name.
-            shared: the share of the items that two get (see `assign`).
-        """
-        with self._database.read() as connection:
-            standing = _standing(connection)
-            held, released = seats_of(connection, annotator)
-            mine = [standing[seat.item, annotator] for seat in held if (seat.item, annotator) in standing]
-            free = _free_seats(connection, annotator, shared, standing)
-            times = [row.seconds for row in mine if row.seconds is not None]
-            return Progress(
-                num_labelled=len(mine),
-                num_released=len(released),
-                num_waiting=len(held) - len(mine) + sum(1 for _ in free),
-                mean_seconds=statistics.fmean(times) if times else None,
-                last_entry=max((int(row.number) for row in mine), default=None),
-            )
-
-    def num_waiting(self, shared: float = 0.0) -> int:
-        """How many items still need a look, by anybody.
-
-        Args:
-            shared: the share of them that needs two.
-        """
-        with self._database.read() as connection:
-            num_labels = Counter(item for item, _ in _placed(_standing(connection)))
-            return sum(num_labels[item] < wanted for item, wanted in _wanted(connection, shared).items())
-
-    def answer(self, item_id: str) -> Answer:
-        """One answer, without labels.
-
-        Args:
-            item_id: of the answer.
+            item_ids: of the answers.
 
         Raises:
             ValueError: no such item.
         """
-        with self._database.read() as connection:
-            return _answer(connection, _item(connection, item_id).number)
+        with self._database.read() as connection, self._work.lock:
+            self._work.catch_up(connection)
+            self._work.withhold([item_row(connection, item_id).number for item_id in item_ids])
 
-    def answers(self, unlabelled: bool = False) -> list[Answer]:
-        """Every answer with each author's current label, in the order of their adding; with tokens if there is one set.
-
-        Args:
-            unlabelled: add the answers that nobody has labelled.
-        """
-        with self._database.read() as connection:
-            labels: dict[int, list[Label]] = {}
-            for (item, _), label in _current_labels(connection).items():
-                labels.setdefault(item, []).append(label)
-            tokens = _tokens(connection)
-            answers = []
-            for row in connection.execute(select(ITEMS).order_by(ITEMS.c.number)):
-                answer = _from_item(row, tokens.get(row.number))
-                answers += [replace(answer, label=label) for label in labels.get(row.number, [])]
-                if unlabelled and row.number not in labels:
-                    answers.append(answer)
-        return answers
-
-    def history(self, item_id: str) -> list[LogEntry]:
-        """The whole log of one item, oldest entry first.
+    def decide(self, item_id: str, label: Label) -> int:
+        """Appends a label that counts from now on in place of all others on its item. Sent twice, it is written once.
 
         Args:
             item_id: of the answer.
+            label: by somebody who has no label of their own there; whom it replaces is filled in.
+
+        Returns:
+            the entry's number.
 
         Raises:
-            ValueError: no such item.
+            NotOpen: fewer than two others have labelled the item, its author is one of them, or somebody else has decided.
+            ValueError: no such item, or the label breaks a rule.
         """
-        with self._database.read() as connection:
-            item = _item(connection, item_id)
-            rows = connection.execute(select(ENTRIES).where(ENTRIES.c.item == item.number).order_by(ENTRIES.c.number))
-            return [_entry(row, item_id) for row in rows]
+        with self._database.write() as connection:
+            item = item_row(connection, item_id)
+            check_label(label, item.response, item_id)
+            with self._work.lock:
+                self._work.catch_up(connection)
+                standing = self._labels(connection, item.number)
+            number, own = standing.pop(label.labelled_by, (0, None))
+            label = replace(label, replaces=tuple(sorted(standing)))
+            if own == label:
+                return number
+            _check_may_decide(item_id, label.labelled_by, own, {name: other for name, (_, other) in standing.items()})
+            return append_label(connection, item, label, label.labelled_by)
 
-    def num_entries(self) -> int:
-        """How many entries the log has, those that were taken back included."""
-        with self._database.read() as connection:
-            return int(connection.scalar(select(func.count()).select_from(ENTRIES)) or 0)
+    def reopen(self, author: str, entry: int) -> str:
+        """Takes back a label that decided, by another entry.
 
-    def close(self) -> None:
-        """Closes the store; what was written is on the disk already."""
-        self._database.close()
+        Args:
+            author: whose label.
+            entry: its number.
 
-    def __enter__(self) -> Self:
-        return self
+        Returns:
+            the item's id.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        Raises:
+            NotOpen: it is not the author's, does not decide, or does not stand.
+        """
+        with self._database.write() as connection:
+            if (done := _undone_item(connection, author, entry)) is not None:
+                return done
+            item = connection.scalar(select(ENTRIES.c.item).where(ENTRIES.c.number == entry))
+            with self._work.lock:
+                self._work.catch_up(connection)
+                standing = self._work.labels(item).get(author) if item is not None else None
+                is_held = item is not None and self._work.holds(author, item)
+            if standing is None or standing.number != entry or not standing.decides or is_held:
+                raise NotOpen(f"entry {entry} is no decision of {author!r} that stands; reload the page")
+            return _take_back(connection, author, entry)
 
     def _assign(self, annotator: str, shared: float) -> Answer | None:
         with self._database.write() as connection:
-            seat = open_seat(connection, annotator, set(_standing(connection)))
-            if seat is None:
-                seat = self._next_seat(connection, annotator, shared)
-            return None if seat is None else _answer(connection, seat.item)
+            with self._work.lock:
+                self._work.catch_up(connection)
+                item = self._work.open_item(annotator)
+                seat = self._work.free_seat(annotator, shared) if item is None else None
+            if seat is not None:
+                item = seat.item
+                take(connection, seat)
+            return None if item is None else numbered_answers(connection, [item])[item]
 
-    def _next_seat(self, connection: Connection, annotator: str, shared: float) -> Seat | None:
-        seat = next(_free_seats(connection, annotator, shared, _standing(connection)), None)
-        if seat is not None:
-            take(connection, seat)
-        return seat
+    def _own_label(self, connection: Connection, item: Row[Any], annotator: str) -> tuple[int, Label] | None:
+        """The annotator's label of an item that is assigned to them, with its number."""
+        with self._work.lock:
+            self._work.catch_up(connection)
+            is_held = self._work.holds(annotator, item.number)
+            standing = self._work.labels(item.number).get(annotator)
+        if not is_held:
+            raise NotOpen(f"{item.id} is not assigned to {annotator!r}; work on the item that was assigned to you")
+        return (
+            None
+            if standing is None
+            else (standing.number, numbered_labels(connection, [standing.number])[standing.number])
+        )
 
-    def _add_items(self, connection: Connection, answers: list[Answer], author: str) -> tuple[dict[str, int], int]:
-        """Gives the number of each answer's item, and how many items are new."""
-        known = {}
-        ids = list({answer.id for answer in answers})
-        for start in range(0, len(ids), _BATCH):
-            for row in connection.execute(select(ITEMS).where(ITEMS.c.id.in_(ids[start : start + _BATCH]))):
-                known[row.id] = (row.number, _from_item(row, None))
-        num_new = 0
+    def _last_assigned(self, connection: Connection, author: str) -> int | None:
+        with self._work.lock:
+            self._work.catch_up(connection)
+            return self._work.last_entry(author)
+
+    def _add_items(self, connection: Connection, answers: list[Answer], author: str) -> tuple[dict[str, Row[Any]], int]:
+        """Gives the row of each answer's item, and how many items are new."""
+        rows = _rows_by_id(connection, answers)
+        known = {item_id: bare_answer(row) for item_id, row in rows.items()}
         for answer in answers:
-            bare = replace(answer, label=None, tokens=None)
+            bare = replace(answer, label=None, tokens=None, reference=None)
             if answer.id not in known:
-                values = _item_values(answer) | {"author": author, "at": now()}
-                known[answer.id] = (_append(connection, ITEMS, values), bare)
-                num_new += 1
-            elif known[answer.id][1] != bare:
+                append(connection, ITEMS, item_values(answer) | {"author": author, "at": now()})
+                known[answer.id] = bare
+            elif known[answer.id] != bare:
                 raise ValueError(
                     f"{answer.id}: this id belongs to another answer in {self.name}; an answer is never overwritten; "
                     "give the new one an id of its own, or none"
                 )
-        return {key: number for key, (number, _) in known.items()}, num_new
+        num_new = len(known) - len(rows)
+        return (_rows_by_id(connection, answers) if num_new else rows), num_new
 
-    def _add_tokens(self, connection: Connection, answers: list[Answer], numbers: dict[str, int], author: str) -> None:
+    def _add_tokens(
+        self, connection: Connection, answers: list[Answer], items: dict[str, Row[Any]], author: str
+    ) -> None:
         known = {}
         for row in connection.execute(select(TOKENS.c.item, TOKENS.c.tokenizer, TOKENS.c.offsets)):
             known[row.item, row.tokenizer] = row.offsets
         for answer in answers:
             if answer.tokens is None:
                 continue
-            key = (numbers[answer.id], answer.tokens.tokenizer)
+            key = (items[answer.id].number, answer.tokens.tokenizer)
             offsets = json.dumps(answer.tokens.offsets)
             if key not in known:
                 known[key] = offsets
@@ -395,70 +335,66 @@ class Store:
                     "are never overwritten; make the offsets anew with that very tokenizer"
                 )
 
-
-def _append(connection: Connection, table: Table, values: dict[str, Any]) -> int:
-    """Adds a row and gives its number."""
-    key = connection.execute(insert(table).values(values)).inserted_primary_key
-    assert key is not None
-    return int(key[0])
-
-
-def _lot(item_id: str) -> float:
-    """A number from 0 to 1 that belongs to the id, the same in every process."""
-    return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:6]) / 2**48
-
-
-def _standing(connection: Connection) -> dict[tuple[int, str], Row[Any]]:
-    """The entry of the label that stands, by item number and author."""
-    undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None))
-    rows = connection.execute(
-        select(ENTRIES).where(ENTRIES.c.undoes.is_(None), ENTRIES.c.number.not_in(undone)).order_by(ENTRIES.c.number)
-    )
-    return {(row.item, row.labelled_by): row for row in rows}
+    def _add_references(
+        self, connection: Connection, answers: list[Answer], items: dict[str, Row[Any]], author: str
+    ) -> None:
+        known = item_references(connection)
+        for answer in answers:
+            if answer.reference is None:
+                continue
+            item = items[answer.id].number
+            if item not in known:
+                known[item] = answer.reference
+                values = {"item": item, "reference": answer.reference, "author": author, "at": now()}
+                connection.execute(insert(REFERENCES).values(values))
+            elif known[item] != answer.reference:
+                raise ValueError(
+                    f"{answer.id}: {self.name} has another reference for this answer, {known[item]!r:.60}; it is never "
+                    "overwritten; leave the new one out, or give the answer an id of its own"
+                )
 
 
-def _current_labels(connection: Connection) -> dict[tuple[int, str], Label]:
-    """The label that stands, by item number and author."""
-    return {key: _label(row) for key, row in _standing(connection).items()}
+def _rows_by_id(connection: Connection, answers: list[Answer]) -> dict[str, Row[Any]]:
+    rows = {}
+    for some in batches(list({answer.id for answer in answers})):
+        rows |= {row.id: row for row in connection.execute(select(ITEMS).where(ITEMS.c.id.in_(some)))}
+    return rows
 
 
-def _placed(standing: dict[tuple[int, str], Row[Any]]) -> set[tuple[int, str]]:
-    """(item, author) of the labels that leave nothing to find out."""
-    return {key for key, row in standing.items() if row.verdict != "unplaced"}
+def _check_may_decide(item_id: str, author: str, own: Label | None, others: dict[str, Label]) -> None:
+    if own is not None:
+        raise NotOpen(
+            f"{author!r} has labelled {item_id} already; somebody else decides, or take that label back first"
+        )
+    if len(others) < 2:
+        raise NotOpen(
+            f"{item_id} has {len(others)} labels; there is nothing to decide before two people have labelled it"
+        )
+    for name, label in others.items():
+        if others.keys() - {name} <= set(label.replaces):
+            raise NotOpen(f"{name!r} has decided on {item_id} already; they can take it back")
 
 
-def _wanted(connection: Connection, shared: float) -> dict[int, int]:
-    """How many annotators each item is meant for, in the order of their adding."""
-    rows = connection.execute(select(ITEMS.c.number, ITEMS.c.id).order_by(ITEMS.c.number))
-    return {row.number: 2 if _lot(row.id) < shared else 1 for row in rows}
-
-
-def _free_seats(
-    connection: Connection, annotator: str, shared: float, standing: dict[tuple[int, str], Row[Any]]
-) -> Iterator[Seat]:
-    wanted = _wanted(connection, shared)
-    unseen = {item: number for item, number in wanted.items() if (item, annotator) not in standing}
-    return free_seats(connection, annotator, unseen, _placed(standing))
-
-
-def _check_held(connection: Connection, item: Row[Any], annotator: str) -> None:
-    held, _ = seats_of(connection, annotator)
-    if item.number not in {seat.item for seat in held}:
-        raise NotOpen(f"{item.id} is not assigned to {annotator!r}; work on the item that was assigned to you")
-
-
-def _check_unlabelled(standing: Row[Any] | None, item_id: str, annotator: str) -> None:
-    if standing is not None:
+def _check_unlabelled(is_labelled: bool, item_id: str, annotator: str) -> None:
+    if is_labelled:
         raise NotOpen(f"{item_id} has a label of {annotator!r} already; take it back first, then change it")
 
 
-def _last_label(connection: Connection, author: str, assigned: bool) -> Row[Any] | None:
-    """The entry of the author's last label that stands, on an item that is assigned to them if so asked."""
-    mine = {seat.item for seat in seats_of(connection, author)[0]}
-    entries = [
-        row for (item, by), row in _standing(connection).items() if by == author and (item in mine or not assigned)
-    ]
-    return max(entries, key=lambda row: int(row.number), default=None)
+def _last_entry(connection: Connection, author: str) -> int | None:
+    """The number of the author's last label that was not taken back."""
+    undoing = ENTRIES.alias()
+    is_undone = select(undoing.c.number).where(undoing.c.undoes == ENTRIES.c.number).exists()
+    own = (ENTRIES.c.labelled_by == author) & ENTRIES.c.undoes.is_(None) & ~is_undone
+    number = connection.scalar(select(ENTRIES.c.number).where(own).order_by(ENTRIES.c.number.desc()).limit(1))
+    return None if number is None else int(number)
+
+
+def _take_back(connection: Connection, author: str, entry: int) -> str:
+    """Writes that a label is taken back, and gives the id of its item."""
+    item = connection.scalar(select(ENTRIES.c.item).where(ENTRIES.c.number == entry))
+    values = {"item": item, "undoes": entry, "labelled_by": author, "note": "", "author": author, "at": now()}
+    connection.execute(insert(ENTRIES).values(values))
+    return str(connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number == item)))
 
 
 def _undone_item(connection: Connection, author: str, entry: int) -> str | None:
@@ -466,71 +402,3 @@ def _undone_item(connection: Connection, author: str, entry: int) -> str | None:
     undone = select(ENTRIES.c.item).where(ENTRIES.c.undoes == entry, ENTRIES.c.author == author)
     item_id = connection.scalar(select(ITEMS.c.id).where(ITEMS.c.number.in_(undone)))
     return None if item_id is None else str(item_id)
-
-
-def _tokens(connection: Connection, item: int | None = None) -> dict[int, Tokens]:
-    """The tokens of each item, or of that one, that were added last."""
-    chosen = select(TOKENS).order_by(TOKENS.c.number)
-    return {
-        row.item: Tokens(row.tokenizer, tuple((start, end) for start, end in json.loads(row.offsets)))
-        for row in connection.execute(chosen if item is None else chosen.where(TOKENS.c.item == item))
-    }
-
-
-def _item(connection: Connection, item_id: str) -> Row[Any]:
-    row = connection.execute(select(ITEMS).where(ITEMS.c.id == item_id)).first()
-    if row is None:
-        raise ValueError(f"there is no answer {item_id!r} in the store; add it first, or check the id")
-    return row
-
-
-def _answer(connection: Connection, number: int) -> Answer:
-    row = connection.execute(select(ITEMS).where(ITEMS.c.number == number)).one()
-    return _from_item(row, _tokens(connection, number).get(number))
-
-
-def _from_item(row: Row[Any], tokens: Tokens | None) -> Answer:
-    messages = tuple(json.loads(row.messages))
-    return Answer(row.id, messages, row.response, row.model, row.licence, row.source, None, tokens)
-
-
-def _item_values(answer: Answer) -> dict[str, Any]:
-    messages = json.dumps([dict(message) for message in answer.messages], ensure_ascii=False)
-    return {
-        "id": answer.id,
-        "messages": messages,
-        "response": answer.response,
-        "model": answer.model,
-        "licence": answer.licence,
-        "source": answer.source,
-    }
-
-
-def _entry_values(item: int, label: Label, author: str, seconds: float | None) -> dict[str, Any]:
-    error_start, error_end = label.error or (None, None)
-    checked_start, checked_end = label.checked or (None, None)
-    return {
-        "item": item,
-        "verdict": label.verdict,
-        "labelled_by": label.labelled_by,
-        "how": label.how,
-        "error_start": error_start,
-        "error_end": error_end,
-        "checked_start": checked_start,
-        "checked_end": checked_end,
-        "note": label.note,
-        "seconds": seconds,
-        "author": author,
-        "at": now(),
-    }
-
-
-def _label(row: Row[Any]) -> Label:
-    error: Span | None = None if row.error_start is None else (row.error_start, row.error_end)
-    checked: Span | None = None if row.checked_start is None else (row.checked_start, row.checked_end)
-    return Label(row.verdict, row.labelled_by, row.how, error, checked, row.note)
-
-
-def _entry(row: Row[Any], item_id: str) -> LogEntry:
-    label = None if row.undoes is not None else _label(row)
-    return LogEntry(row.number, item_id, label, row.undoes, row.author, row.at, row.seconds)

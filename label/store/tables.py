@@ -1,14 +1,15 @@
 """The tables of a label store.
 
-Owns their columns, and the rule that rows are only ever added: what changes an earlier row's meaning is another row.
-SQLite itself refuses to alter or delete one. Knows nothing of what is asked of the tables.
+Owns their columns, their version, and the rule that rows are only ever added: what changes an earlier row's meaning is another row.
+SQLite itself refuses to alter or delete one. A new version only adds tables, so that a store of an older one loses nothing. Knows nothing
+of what is asked of the tables.
 """
 
 from __future__ import annotations
 
 from sqlalchemy import DDL, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint, event
 
-VERSION = 1
+VERSION = 2
 METADATA = MetaData()
 
 # Times are UTC in ISO form with microseconds: text that sorts, the same in every database.
@@ -58,6 +59,32 @@ ENTRIES = Table(
     Column("checked_end", Integer),
     Column("note", Text, nullable=False),
     Column("seconds", Float),
+    Column("author", String(255), nullable=False),
+    Column("at", String(32), nullable=False),
+)
+# Version 2. The entries whose label says that a whole step is wrong (`steps.is_step`).
+STEPS = Table(
+    "steps",
+    METADATA,
+    Column("entry", ForeignKey("entries.number"), primary_key=True, autoincrement=False),
+    Column("author", String(255), nullable=False),
+    Column("at", String(32), nullable=False),
+)
+# Version 2. Whose labels of the item do not count beside the label of an entry.
+REPLACED = Table(
+    "replaced",
+    METADATA,
+    Column("entry", ForeignKey("entries.number"), primary_key=True, autoincrement=False),
+    Column("labelled_by", String(255), primary_key=True),
+    Column("author", String(255), nullable=False),
+    Column("at", String(32), nullable=False),
+)
+# Version 2. The right answer to what an item asks, as its source has it.
+REFERENCES = Table(
+    "reference_answers",
+    METADATA,
+    Column("item", ForeignKey("items.number"), primary_key=True, autoincrement=False),
+    Column("reference", Text, nullable=False),
     Column("author", String(255), nullable=False),
     Column("at", String(32), nullable=False),
 )

@@ -3,10 +3,17 @@
 
 import { annotatorInAddress, ask, hideToken, Refused } from "./api.js";
 import { AnswerView } from "./answer.js";
+import { showText, turn } from "./math.js";
 import { clockTime, Stopwatch } from "./stopwatch.js";
 
 const $ = (id) => document.getElementById(id);
-const KEYS = { Enter: "wrong", c: "correct", s: "skip", u: "undo", n: "note", "?": "help", Escape: "clear" };
+const KEYS = {
+  Enter: "wrong", c: "correct", x: "unplaced", s: "skip", u: "undo", n: "note", "?": "help", Escape: "clear",
+  1: "first_number", 2: "last_token", 3: "whole",
+};
+const SAID = { wrong: "an error", correct: "no error", unplaced: "an error, and not where" };
+const SAVED = { wrong: "Saved: the first error is marked.", correct: "Saved: all correct.", unplaced: "Saved: wrong, without a place." };
+const HINT = { token: "Mark the first wrong token first, or press c if all is correct.", word: "Mark the first wrong word first, or press c if all is correct." };
 
 const answer = new AnswerView($("answer"), () => {
   showMark();
@@ -18,6 +25,7 @@ let item = null;
 let progress = null;
 let again = null; // what "Try again" does
 let busy = false;
+let drawn = []; // the lines of the answer with their formulas, if it has any
 
 // ---- what was marked but not saved yet outlives a reload --------------------------------------------------------------
 
@@ -48,29 +56,46 @@ function showItem() {
   show("work");
   $("prompt").replaceChildren(...item.messages.map(turn));
   $("cut").textContent = `in ${item.cut}`;
-  $("unit").textContent = unit();
+  for (const place of document.querySelectorAll("[data-unit]")) place.textContent = unit();
   $("where").textContent = `${item.source} · ${item.id}`;
+  $("reference-box").hidden = item.reference === null;
+  if (item.reference) showText($("reference"), item.reference.text, item.reference.blocks);
+  $("drawn-box").hidden = item.blocks.length === 0;
+  drawn = item.blocks.length ? showText($("drawn"), "", item.blocks) : [];
   answer.show(item.segments);
+  showImported();
   $("note").value = draft.note ?? "";
   stopwatch.reset(draft.seconds ?? 0);
   if (draft.error) answer.markSpan(draft.error);
   showMark();
   scrollTo(0, 0);
+  if (!draft.error && item.imported[0]?.error) answer.beginAt(item.imported[0].error);
   answer.box.focus({ preventScroll: true });
 }
 
-function turn({ role, content }) {
-  const element = document.createElement("div");
-  const name = document.createElement("p");
-  const text = document.createElement("p");
-  element.className = `turn ${role}`;
-  name.className = "role";
-  name.textContent = role;
-  text.className = "text";
-  text.textContent = content;
-  element.append(name, text);
-  return element;
+// What was imported and leaves something to find out. Where it is a step, one key says what of it is wrong.
+function showImported() {
+  $("imported").hidden = item.imported.length === 0;
+  const lines = item.imported.map(({ by, verdict, error, steps, note }) => {
+    const line = document.createElement("p");
+    const what = steps ? "the shaded step is wrong. What of it?" : error ? "what is shaded is wrong." : `${SAID[verdict]}.`;
+    line.textContent = `${by} says: ${what}${note ? ` (${note})` : ""}`;
+    return line;
+  });
+  $("imported-text").replaceChildren(...lines);
+  for (const { error } of item.imported) if (error) answer.shade(error, "step");
+  const steps = refinable();
+  $("refine").hidden = steps === null;
+  for (const name of ["first_number", "last_token"]) {
+    const quote = document.querySelector(`[data-action=${name}] q`);
+    quote.textContent = steps?.[name] ? textOf(steps[name]) : "none";
+    enable(name, Boolean(steps?.[name]));
+  }
 }
+
+const refinable = () => item?.imported.find(({ steps }) => steps)?.steps ?? null;
+const textOf = ([start, end]) =>
+  item.segments.filter(([, from, to]) => from >= start && to <= end).map(([text]) => text).join("").trim();
 
 const unit = () => (item?.cut === "words" ? "word" : "token");
 
@@ -88,16 +113,28 @@ function showMark() {
     $("mark").replaceChildren(`First error: ${place} of ${total}, `, quoted);
   }
   for (const action of ["wrong", "shorter", "longer", "clear"]) enable(action, marked !== null);
+  // It is no longer true.
+  if (marked !== null && Object.values(HINT).includes($("status").textContent)) say("");
+  showLineOfMark();
+}
+
+function showLineOfMark() {
+  const span = answer.span();
+  for (const { element, start, end } of drawn) {
+    element.classList.toggle("here", span !== null && start < span[1] && span[0] < Math.max(end, start + 1));
+  }
 }
 
 function showProgress() {
-  const { num_labelled: done, num_released: skipped, num_waiting: waiting, mean_seconds: mean } = progress;
+  const { num_labelled: done, num_released: skipped, num_waiting: waiting, mean_seconds: mean, num_withheld: withheld } = progress;
   $("bar").max = Math.max(1, done + waiting);
   $("bar").value = done;
   $("bar").textContent = `${done} of ${done + waiting}`;
   $("counts").textContent = `${done} labelled by you, ${waiting} still to go${skipped ? `, ${skipped} skipped` : ""}`;
   $("pace").textContent = mean === null ? "" : `, ${clockTime(mean)} on average`;
-  $("done-text").textContent = `You have labelled ${done}${skipped ? ` and skipped ${skipped}` : ""}. Nothing else is free now.`;
+  $("done-text").textContent = `You have labelled ${done}${skipped ? ` and skipped ${skipped}` : ""}. Nothing else is free now.${
+    withheld ? ` ${withheld} answers do not fit the target and are not served; the server's terminal lists them.` : ""
+  }`;
   enable("undo", progress.last_entry !== null);
 }
 
@@ -166,9 +203,10 @@ const start = () => attempt(goOn);
 // Saving and fetching the next are tried again apart: what is saved must not be sent for another item.
 async function save(path, fields, sentence) {
   const key = draftKey();
-  await ask(path, fields);
+  ({ progress } = await ask(path, fields));
   sessionStorage.removeItem(key);
   item = null;
+  showProgress();
   say(sentence);
   await goOn().catch((error) => {
     if (!(error instanceof Refused)) throw error;
@@ -180,17 +218,30 @@ function label(verdict) {
   if (!item) return;
   const error = verdict === "wrong" ? answer.span() : null;
   if (verdict === "wrong" && error === null) {
-    say("Mark the first wrong token first, or press c if all is correct.");
+    say(HINT[unit()]);
     return;
   }
   const fields = { annotator, item: item.id, verdict, error, note: $("note").value.trim(), seconds: stopwatch.seconds() };
-  const sentence = verdict === "wrong" ? "Saved: the first error is marked." : "Saved: all correct.";
   // Tried again, it is what is marked then: the mark may have been moved meanwhile.
-  attempt(() => save("/api/label", fields, `${sentence} u takes it back.`), () => label(verdict));
+  attempt(() => save("/api/label", fields, `${SAVED[verdict]} u takes it back.`), () => label(verdict));
+}
+
+// One key marks what of the imported step is wrong, and saves it.
+function refine(name) {
+  const steps = refinable();
+  if (!steps) return;
+  if (!steps[name]) {
+    say("This step states no number. Mark what is wrong, or choose another part.");
+    return;
+  }
+  answer.markSpan(steps[name]);
+  label("wrong");
 }
 
 async function undo() {
   const found = await ask("/api/undo", { annotator, entry: progress.last_entry });
+  ({ progress } = found);
+  showProgress();
   if (found.label) {
     const draft = { error: found.label.error, note: found.label.note };
     sessionStorage.setItem(`draft ${annotator} ${found.item}`, JSON.stringify(draft));
@@ -211,6 +262,10 @@ function askSkip() {
 const ACTIONS = {
   wrong: () => label("wrong"),
   correct: () => label("correct"),
+  unplaced: () => label("unplaced"),
+  first_number: () => refine("first_number"),
+  last_token: () => refine("last_token"),
+  whole: () => refine("whole"),
   skip: askSkip,
   undo: () => (progress?.last_entry === null ? say("There is nothing to take back.") : attempt(undo)),
   note: () => $("note").focus(),
@@ -226,7 +281,7 @@ document.addEventListener("click", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (!annotator || busy || event.ctrlKey || event.altKey || event.metaKey || document.querySelector("dialog[open]")) return;
+  if (!annotator || busy || event.altKey || event.metaKey || document.querySelector("dialog[open]")) return;
   if (event.target.matches("input, textarea")) {
     if (event.key === "Escape") answer.box.focus();
     return;
@@ -234,7 +289,8 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target.matches("a, button")) return;
   const open = item !== null && !$("work").hidden;
   let used = false;
-  if (open) used = answer.moved(event.key, event.shiftKey);
+  if (open) used = answer.moved(event);
+  if (event.ctrlKey && !used) return;
   const action = KEYS[event.key] ?? KEYS[event.key.toLowerCase()];
   // A key that is held down moves the mark on, but must not label one answer after the other.
   if (!used && action && !event.repeat && (open || action === "undo" || action === "help")) {
@@ -248,6 +304,10 @@ $("skip").addEventListener("close", () => {
   if ($("skip").returnValue !== "skip" || !item) return;
   const fields = { annotator, item: item.id, reason: $("reason").value.trim() };
   attempt(() => save("/api/skip", fields, "Skipped: somebody else gets it."));
+});
+$("drawn").addEventListener("click", (event) => {
+  const line = drawn.find(({ element }) => element.contains(event.target));
+  if (line && !busy && answer.touched([line.start, line.end]).length) answer.mark(answer.touched([line.start, line.end])[0]);
 });
 $("stay").addEventListener("click", () => $("skip").close());
 $("retry").addEventListener("click", () => again?.());

@@ -2,93 +2,14 @@
 
 import re
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+from page_browser import Page, Served, Visit, label_of, marked, press, shows
 
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.schema import Answer, Label, Tokens
 from draftsmith.label.store.store import Store
-
-pytest.importorskip("fastapi", reason="the labelling page needs the extra draftsmith[label]")
-pytest.importorskip("uvicorn", reason="the labelling page needs the extra draftsmith[label]")
-pytest.importorskip("playwright.sync_api", reason="the page is driven through playwright, which is not installed")
-
-import uvicorn
-from playwright.sync_api import sync_playwright
-
-from draftsmith.label.page.access import LOOPBACK_NAMES
-from draftsmith.label.page.serve_command import listen
-from draftsmith.label.page.server import build_app
-
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-TOKEN = "the-token"
-
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no browser at {CHROMIUM}; .ci/run installs it")
-
-Page = Any
-Visit = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield opened
-        opened.close()
-
-
-class Served:
-    """A server in a thread, as long as the `with` lasts."""
-
-    def __init__(self, store: Store, shared: float = 0.0, cutter: Cutter | None = None) -> None:
-        app = build_app(store, cutter or Cutter(), TOKEN, LOOPBACK_NAMES, shared)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
-        self._listener = listen("127.0.0.1", 0)
-        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]})
-
-    def __enter__(self) -> str:
-        self._thread.start()
-        return self.address
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-        self._listener.close()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Visit]:
-    """Opens the printed address in a browser of its own, and holds the page to raising no error of its own."""
-    contexts: list[Any] = []
-    faults: list[str] = []
-
-    def opened(address: str, name: str | None = "alice", wide: int = 1280, path: str = "/", **options: Any) -> Page:
-        context = browser.new_context(viewport={"width": wide, "height": 800}, **options)
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(f"{address}{path}?token={TOKEN}" + ("" if name is None else f"&name={name}"))
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert faults == []
 
 
 @pytest.fixture
@@ -101,26 +22,6 @@ def filled(store: Store, make: Callable[..., Answer]) -> Store:
 def address(filled: Store) -> Iterator[str]:
     with Served(filled) as address:
         yield address
-
-
-def shows(page: Page, item: str) -> None:
-    """Waits until the page shows that item and takes keys for it."""
-    page.wait_for_function("(id) => document.getElementById('where')?.textContent.endsWith(`· ${id}`)", arg=item)
-    page.wait_for_selector("body:not(.busy) #work:visible")
-
-
-def press(page: Page, *keys: str) -> None:
-    for key in keys:
-        page.keyboard.press(key)
-
-
-def label_of(store: Store, item: str) -> Label | None:
-    return store.history(item)[-1].label
-
-
-def marked(page: Page) -> list[str]:
-    found: list[str] = page.locator("#answer [aria-selected=true]").all_text_contents()
-    return found
 
 
 def test_several_items_are_labelled_with_the_keyboard_alone(visit: Visit, address: str, filled: Store) -> None:
@@ -170,7 +71,7 @@ def test_a_mark_is_set_extended_and_cleared_by_clicks(visit: Visit, address: str
     page.click("#piece-2")
     assert marked(page) == []
     page.get_by_role("button", name="First error is here").click(force=True)
-    assert "Mark the first wrong token first" in page.inner_text("#status")
+    assert "Mark the first wrong word first" in page.inner_text("#status")
     page.click("#piece-7")
     page.click("text=First error is here")
     shows(page, "b")
@@ -332,7 +233,7 @@ def test_a_script_in_prompt_or_answer_stays_text(visit: Visit, store: Store, mak
 
 
 def test_the_policy_stops_a_script_that_gets_in(visit: Visit, address: str) -> None:
-    page = visit(address)
+    page = visit(address, attack=True)
     shows(page, "a")
     page.evaluate(
         """() => {

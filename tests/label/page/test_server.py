@@ -28,6 +28,7 @@ from draftsmith.label.schema import Answer, Label, Tokens
 from draftsmith.label.store.store import Store
 
 pytest.importorskip("fastapi", reason="the labelling server needs the extra draftsmith[label]")
+pytest.importorskip("latex2mathml", reason="the labelling server needs the extra draftsmith[label]")
 
 from fastapi.testclient import TestClient
 
@@ -47,7 +48,7 @@ ROUTES = [
     ("GET", "/web/label.js"),
     ("GET", "/api/agreement"),
     ("GET", "/none"),
-] + [("POST", f"/api/{name}") for name in ("next", "label", "skip", "undo")]
+] + [("POST", f"/api/{name}") for name in ("next", "label", "skip", "undo", "compare", "decide", "reopen")]
 Ask = Callable[..., Any]
 
 
@@ -230,8 +231,11 @@ def test_an_item_is_shown_labelled_and_followed_by_the_next(client: TestClient, 
     assert first["item"] == {
         "id": "a",
         "source": "tests",
-        "messages": [{"role": "user", "content": "How many? (a)"}],
+        "messages": [{"role": "user", "content": "How many? (a)", "blocks": []}],
         "cut": "words",
+        "blocks": [],
+        "reference": None,
+        "imported": [],
         "segments": [["1", 0, 1], ["+", 1, 2], ["1", 2, 3], ["=", 3, 4], ["3", 4, 5], [",", 5, 6], *rest],
     }
     assert first["progress"] == {
@@ -240,6 +244,7 @@ def test_an_item_is_shown_labelled_and_followed_by_the_next(client: TestClient, 
         "num_waiting": 3,
         "mean_seconds": None,
         "last_entry": None,
+        "num_withheld": 0,
     }
     assert asked(client, "next", annotator="alice") == first, "a reload or a second tab goes on with it"
     told = asked(client, "label", annotator="alice", item="a", verdict="wrong", error=[4, 5], note="sum", seconds=12.5)
@@ -254,7 +259,9 @@ def test_an_item_is_shown_labelled_and_followed_by_the_next(client: TestClient, 
         "num_waiting": 2,
         "mean_seconds": 12.5,
         "last_entry": told["entry"],
+        "num_withheld": 0,
     }
+    assert told["progress"] == second["progress"], "the reply to a label counts it already"
 
 
 def test_the_last_item_is_followed_by_none(client: TestClient) -> None:
@@ -286,8 +293,9 @@ def test_a_request_that_is_sent_twice_writes_once(client: TestClient, filled: St
     label = {"annotator": "alice", "item": "a", "verdict": "wrong", "error": [4, 5], "note": ""}
     assert asked(client, "label", **label, seconds=1) == asked(client, "label", **label, seconds=2)
     entry = asked(client, "next", annotator="alice")["progress"]["last_entry"]
-    undone = {"item": "a", "label": {"verdict": "wrong", "error": [4, 5], "note": ""}}
-    assert asked(client, "undo", annotator="alice", entry=entry) == undone
+    undone = asked(client, "undo", annotator="alice", entry=entry)
+    assert undone["label"] == {"by": "alice", "verdict": "wrong", "error": [4, 5], "note": ""}
+    assert (undone["item"], undone["progress"]["num_waiting"]) == ("a", 3)
     assert asked(client, "undo", annotator="alice", entry=entry) == undone
     assert filled.num_entries() == 2, "a label and its undoing"
 
@@ -392,7 +400,9 @@ def test_a_shared_item_goes_to_two_and_their_agreement_is_told(store: Store, mak
         "num_same_token": 0,
         "median_distance": 3,
         "mean_distance": 3.0,
-        "differences": [{"item_id": "a", "first": "wrong", "second": "wrong", "distance": 3}],
+        "num_differences": 1,
+        "num_undecided": 1,
+        "differences": [{"item_id": "a", "first": "wrong", "second": "wrong", "distance": 3, "decided_by": None}],
     }
 
 
@@ -408,7 +418,9 @@ BAD = [
     ({"annotator": ["alice"]}, "it is text"),
     ({"item": 7}, "item is 7; it is text"),
     ({"item": "nowhere"}, "there is no answer 'nowhere'"),
-    ({"verdict": "unplaced"}, "it is 'correct' or 'wrong'"),
+    ({"verdict": "unplaced"}, "the verdict 'unplaced' has no error span"),
+    ({"verdict": "maybe"}, "it is correct, wrong, unplaced"),
+    ({"verdict": ["wrong"]}, "it is correct, wrong, unplaced"),
     ({"verdict": None}, "verdict is null"),
     ({"verdict": "correct"}, "the verdict 'correct' has no error span"),
     ({"error": None}, 'the verdict "wrong" needs the place'),
@@ -460,7 +472,7 @@ BODIES = [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"annotator": NaN
 
 
 @pytest.mark.parametrize("body", BODIES, ids=[str(body[:12]) for body in BODIES])
-@pytest.mark.parametrize("path", ["next", "label", "skip", "undo"])
+@pytest.mark.parametrize("path", ["next", "label", "skip", "undo", "compare", "decide", "reopen"])
 def test_a_body_that_is_no_object_is_refused(client: TestClient, path: str, body: bytes) -> None:
     reply = client.post(f"/api/{path}", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 400
@@ -494,7 +506,10 @@ FIELDS = st.sampled_from(["annotator", "item", "verdict", "error", "note", "seco
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(path=st.sampled_from(["label", "skip", "undo"]), fields=st.dictionaries(FIELDS, VALUES))
+@given(
+    path=st.sampled_from(["label", "skip", "undo", "compare", "decide", "reopen"]),
+    fields=st.dictionaries(FIELDS, VALUES),
+)
 def test_no_request_of_a_stranger_breaks_the_server_or_writes_a_label(
     client: TestClient, filled: Store, path: str, fields: dict[str, Any]
 ) -> None:
@@ -637,10 +652,13 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.Ca
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "latex2mathml"])
 def test_without_the_extra_the_command_says_which_to_install(
     place: str, filled: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert serve("--store", place) == 1
-    assert f"the package {package}; run: {install_command('fastapi', 'uvicorn')}\n" in capsys.readouterr().err
+    assert (
+        f"the package {package}; run: {install_command('fastapi', 'starlette', 'uvicorn', 'latex2mathml')} (or"
+        in capsys.readouterr().err
+    )

@@ -94,8 +94,8 @@ def test_undo_is_one_more_entry_and_the_label_before_stands_again(
 def test_the_database_itself_refuses_to_change_or_delete_a_row(
     store: Store, place: str, make: Callable[..., Answer], wrong: Label
 ) -> None:
-    store.add([replace(make("a", label=wrong), tokens=Tokens("t", ((0, 4),)))], "importer")
-    store.assign("bob")
+    store.add([replace(make("a", label=wrong), tokens=Tokens("t", ((0, 4),)), reference="2")], "importer")
+    store.add([make("step", "1\n2", Label("wrong", "set", "person", (0, 1), replaces=("rule",)))], "importer")
     store.add([make("b")], "importer")
     store.assign("bob")
     store.release("b", "bob", "unclear")
@@ -284,7 +284,7 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
     connection.execute("INSERT INTO about VALUES (7, '')")
     connection.commit()
     connection.close()
-    with pytest.raises(ValueError, match="label store of version 7, this draftsmith reads version 1"):
+    with pytest.raises(ValueError, match="label store of version 7, this draftsmith reads versions 1 to 2"):
         Store(str(place))
 
 
