@@ -72,16 +72,7 @@ def serve(
     Raises:
         ValueError: a share, a length or a port out of range, settings that need a target, or the store cannot be opened.
     """
-    if not 0 <= shared <= 1:
-        raise ValueError(f"shared is {shared}; it is the share of answers that two annotators get; give 0 to 1")
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port is {port}; a port is a number up to 65535; give another, or 0 for a free one")
-    if target is None and (max_length is not None or unserved is not None):
-        raise ValueError("max_length and unserved speak of what the target can read; name it with --target")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is {max_length}; it counts tokens: give at least 1, or nothing for the context")
-    if unserved is not None:
-        check_output_file(unserved, filter(None, [database_file(store)]))
+    _check_options(store, port, shared, target, max_length, unserved)
     _need_the_extra()
     with Store(store, patience_seconds=PATIENCE_SECONDS, refine=refine) as opened:
         cutter = cutter_for(target, where.revision, where.trust_remote_code)
@@ -103,6 +94,21 @@ def serve(
             print("Ctrl-C ends it.", flush=True)
             _run(_application(opened, cutter, token, host, listener, shared, check), listener)
         print(f"\nended; {opened.num_entries() - num_before} entries were added to {opened.name}")
+
+
+def _check_options(
+    store: str, port: int, shared: float, target: str | None, max_length: int | None, unserved: Path | None
+) -> None:
+    if not 0 <= shared <= 1:
+        raise ValueError(f"shared is {shared}; it is the share of answers that two annotators get; give 0 to 1")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port is {port}; a port is a number up to 65535; give another, or 0 for a free one")
+    if target is None and (max_length is not None or unserved is not None):
+        raise ValueError("max_length and unserved speak of what the target can read; name it with --target")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}; it counts tokens: give at least 1, or nothing for the context")
+    if unserved is not None:
+        check_output_file(unserved, filter(None, [database_file(store)]))
 
 
 def address(host: str, listener: socket.socket) -> str:
