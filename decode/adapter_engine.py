@@ -35,6 +35,7 @@ from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.steps import result_of
 from draftsmith.models.tree.tree import DraftTree, in_batch_order
 from draftsmith.models.trunk.forwards import CHUNK
+from draftsmith.models.trunk.riders import Riders
 
 
 class AdapterEngine:
@@ -241,6 +242,11 @@ class AdapterSwitch(Drafter):
     def features(self) -> tuple[str, ...]:
         """Those of the drafter below."""
         return self.below.features
+
+    @property
+    def riders(self) -> Riders | None:
+        """Those of the drafter that drafts."""
+        return self.below.riders
 
     @property
     def max_draft_steps(self) -> int | None:

@@ -29,6 +29,7 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Draws
 from draftsmith.models.tree.tree import DraftTree, root_tree
 from draftsmith.models.trunk.forwards import read_tree, within_factors
+from draftsmith.models.trunk.riders import RIDERS, Riders
 
 BROKEN = -1
 """In a report, in the place of a token that was chosen by logits that hold NaN or infinity."""
@@ -95,6 +96,18 @@ class DecodeCycle:
     fixed_shapes: bool = False
     slot_step: int = 1
     runs_ahead: ClassVar[bool] = False  # see draftsmith.decode.runners.Runner
+
+    @property
+    def riders(self) -> Riders | None:
+        """What rides behind every node for the drafter: as much as the deepest draft reads."""
+        own = None if self.drafter is None else self.drafter.riders
+        return None if own is None else own.first(self.limits.draft_length)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the cache that a forward takes at most, for nodes and riders together."""
+        riders = self.riders
+        return self.limits.max_nodes * (1 if riders is None else 1 + len(riders.entries))
 
     def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
         """Run one cycle.
@@ -205,6 +218,7 @@ class DecodeCycle:
             self.layers,
             self.slot_step,
             self.fixed_shapes,
+            self.riders,
         )
 
     def _walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
@@ -230,9 +244,11 @@ class DecodeCycle:
         if self.drafter is not None and batch.draft is not None:
             # An idle row's length stands still: some token is read into its last slot again and again.
             fresh_B = counts_B.clamp(min=1)
+            names = (*self.drafter.features, *([] if self.riders is None else [RIDERS]))
+            states = {name: output.feature(name) for name in names}
             features = {
-                name: output.feature(name).gather(1, steps.path_BE[..., None].expand(-1, -1, output.normed.shape[-1]))
-                for name in self.drafter.features
+                name: states_BND.gather(1, steps.path_BE[..., None].expand(-1, -1, states_BND.shape[-1]))
+                for name, states_BND in states.items()
             }
             state = batch.draft
             if self._reads_choices:

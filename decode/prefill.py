@@ -27,6 +27,7 @@ from draftsmith.models.tree.noise import request_keys
 from draftsmith.models.tree.steps import result_of
 from draftsmith.models.tree.tree import root_tree
 from draftsmith.models.trunk.forwards import CHUNK, joined, read_chunks
+from draftsmith.models.trunk.riders import RIDERS
 
 Started = tuple[Batch, CycleReport]
 
@@ -78,7 +79,7 @@ class Prefill:
         room = (longest if room is None else room) + past
         batch = Batch(
             requests=list(requests),
-            cache=target.new_cache(room + cycle.limits.max_nodes + cycle.slot_step, len(requests)),
+            cache=target.new_cache(room + cycle.num_slots + cycle.slot_step, len(requests)),
             lengths_B=lengths_B,
             host_lengths=list(lengths),
             host_fresh=list(lengths),
@@ -89,7 +90,9 @@ class Prefill:
         )
         layers = tuple({PRE_NORM, *cycle.layers})
         chunks = []
-        for states in read_chunks(target, batch.cache, tokens_BT, lengths_B, layers, self.chunk, cycle.slot_step):
+        for states in read_chunks(
+            target, batch.cache, tokens_BT, lengths_B, layers, self.chunk, cycle.slot_step, cycle.riders
+        ):
             chunks.append(states)
             if len(chunks) * self.chunk < longest:
                 yield
@@ -101,11 +104,25 @@ class Prefill:
         if cycle.drafter is not None:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
             emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
-            pairs = Emitted(emitted_BE, {name: states[name] for name in cycle.drafter.features}, lengths_B.clone())
+            features = {name: states[name] for name in cycle.drafter.features}
+            if cycle.riders is not None:
+                features[RIDERS] = self._at_ends(states[RIDERS], lengths_B, longest)
+            pairs = Emitted(emitted_BE, features, lengths_B.clone())
             indices = tuple(request.index for request in requests)
             opening = Opening(pairs, tokens_BT[:, 0], cycle.limits, room, cycle.fixed_shapes, self.chunk, indices)
             batch.draft = yield from cycle.drafter.start_in_steps(opening)
         return batch, cycle.report(steps, reading)
+
+    def _at_ends(self, riders_BCD: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
+        """The riders of each prompt's last token, at every token of it; those of the others were not computed.
+
+        Args:
+            riders_BCD: of the C chunks.
+            lengths_B: int64, tokens of each prompt.
+            longest: of them.
+        """
+        chunk_B11 = ((lengths_B - 1) // self.chunk)[:, None, None]
+        return riders_BCD.gather(1, chunk_B11.expand(-1, -1, riders_BCD.shape[-1])).expand(-1, longest, -1)
 
     def _reading(self, batch: Batch, pre_norm_BTD: Tensor, settings: GenerationSettings) -> Reading:
         """What the target says behind each prompt, as a draft of one node."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from draftsmith.data.shards.packing import pack
 from draftsmith.evaluate.doctor.case import Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding, Verdict
+from draftsmith.evaluate.doctor.riding import riding
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
@@ -22,6 +23,7 @@ from draftsmith.models.drafters.returned_shapes import checked_expander, checked
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
 from draftsmith.models.files.finite import is_finite
 from draftsmith.models.tree.limits import DraftLimits
+from draftsmith.models.trunk.riders import RIDERS
 
 _NUM_ROOTS = 3
 _MAX_SAMPLES = 16
@@ -62,6 +64,8 @@ def served_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_st
     def emitted(before: int, root: int) -> Emitted:
         """Tokens before + 1 to root, each with the state before it."""
         states = {name: batch.hidden[name][None, before:root] for name in drafter.features}
+        if drafter.riders is not None:
+            states[RIDERS] = riding(drafter, batch, torch.arange(before, root, device=device), num_steps)
         return Emitted(ids[None, before + 1 : root + 1], states, torch.tensor([root - before], device=device))
 
     state = drafter.start(Opening(emitted(0, roots[0]), ids[:1], limits, room=len(ids) + num_steps))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from draftsmith.evaluate.doctor.riding import riding
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.registry import default_limits
@@ -20,6 +21,7 @@ from draftsmith.models.drafters.returned_shapes import checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander, search
+from draftsmith.models.trunk.riders import RIDERS
 
 
 @dataclass
@@ -97,6 +99,8 @@ def _draft(drafter: Drafter, batch: PackedBatch, root: int, limits: DraftLimits)
     """A new draft behind the text up to a root; each has a state of its own."""
     ids, device = batch.input_ids, batch.input_ids.device
     states = {name: batch.hidden[name][None, :root] for name in drafter.features}
+    if drafter.riders is not None:
+        states[RIDERS] = riding(drafter, batch, torch.arange(root, device=device), limits.draft_length)
     prompt = Emitted(ids[None, 1 : root + 1], states, torch.tensor([root], device=device))
     state = drafter.start(Opening(prompt, ids[:1], limits, room=len(ids) + limits.draft_length))
     return checked_expander(drafter, state, Cycle(torch.tensor([root], device=device), [root], [root]), limits)

@@ -33,6 +33,7 @@ from draftsmith.models import (
 )
 from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.tree.search import Expander
+from draftsmith.models.trunk.riders import Riders
 
 Ints = NDArray[np.int32]
 NOWHERE = np.iinfo(np.int32).max
@@ -112,6 +113,11 @@ class Recording(Drafter):
     def features(self) -> tuple[str, ...]:
         """The recorded drafter's."""
         return self.inner.features
+
+    @property
+    def riders(self) -> Riders | None:
+        """Those of the drafter that it records."""
+        return self.inner.riders
 
     @property
     def max_draft_steps(self) -> int | None:

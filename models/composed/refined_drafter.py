@@ -33,6 +33,7 @@ from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import ConfidentExpander, Expander
 from draftsmith.models.tree.tree import DraftTree, prune, tree_from_paths
+from draftsmith.models.trunk.riders import Riders
 
 _MOST_STATES = 4096
 
@@ -153,6 +154,11 @@ class RefinedDrafter(Drafter):
     def features(self) -> tuple[str, ...]:
         """The head's."""
         return self.head.features
+
+    @property
+    def riders(self) -> Riders | None:
+        """Those of the drafter that drafts."""
+        return self.head.riders
 
     @property
     def num_draft_tokens(self) -> int:

@@ -29,6 +29,7 @@ from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.tree import DraftTree, joined, prune, tree_from_paths
+from draftsmith.models.trunk.riders import Riders
 
 _SHARE: Rule = (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 
@@ -140,6 +141,11 @@ class SuffixDrafter(Drafter):
     def features(self) -> tuple[str, ...]:
         """Those of its head."""
         return () if self.head is None else self.head.features
+
+    @property
+    def riders(self) -> Riders | None:
+        """Those of its head."""
+        return None if self.head is None else self.head.riders
 
     @property
     def num_draft_tokens(self) -> int:

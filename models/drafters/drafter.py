@@ -36,6 +36,7 @@ from draftsmith.models.tree.search import Expander, search
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 from draftsmith.models.tree.shortlist import likeliest_alone
 from draftsmith.models.tree.tree import DraftTree
+from draftsmith.models.trunk.riders import Riders
 
 
 class Drafter(PreTrainedModel):
@@ -59,6 +60,8 @@ class Drafter(PreTrainedModel):
     base_model_prefix = ""
     predicts_features: ClassVar[bool] = False
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
+    learns_through_target: ClassVar[bool] = False
+    """Whether training runs through the target's own blocks, so that it needs the whole target and not its ends alone."""
     borrows_head: bool = False
     """Whether its output head is the target's own, which is no weight of the drafter."""
 
@@ -101,6 +104,14 @@ class Drafter(PreTrainedModel):
     def features(self) -> tuple[str, ...]:
         """Names of the target's layers that it reads."""
         return (PRE_NORM,)
+
+    @property
+    def riders(self) -> Riders | None:
+        """What rides through the target's forward behind every token; None in most families.
+
+        Their states come with each emitted token as the feature ``RIDERS``. What they give at draft step k may not depend on later riders.
+        """
+        return None
 
     @property
     def ends(self) -> TargetEnds:

@@ -1,6 +1,6 @@
 """Every drafter family that this machine has: those of the package, and those of other installed packages.
 
-Owns how families are found: the package's own by looking into `models/families/`, others by the entry point group
+Owns how families are found: the package's own by looking into `models/families/` and its rooms, others by the entry point group
 ``draftsmith.families``. Knows no family by name. Packages are imported when a family is looked for that is not the package's own.
 """
 
@@ -119,7 +119,7 @@ def registry() -> Registry:
     """
     known = Registry()
     home = importlib.import_module(_HOME)
-    for module in pkgutil.iter_modules(home.__path__, f"{_HOME}."):
+    for module in pkgutil.walk_packages(home.__path__, f"{_HOME}."):
         family = getattr(importlib.import_module(module.name), "FAMILY", None)
         if isinstance(family, Family):
             known.add(family)

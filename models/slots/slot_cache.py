@@ -87,7 +87,7 @@ class SlotCache(Cache):
         """Say where the next forward writes, and how many slots it sees.
 
         Args:
-            slots_BN: int64 [B, N].
+            slots_BN: int64 [B, N]. A layer that writes fewer tokens takes the first of them.
             window: slots 0..window-1 are visible to attention (the mask decides among them).
             first: where all rows write the same consecutive slots, the first of them; a plain copy is then enough.
 
@@ -132,7 +132,7 @@ class SlotCache(Cache):
         """
         pool, (B, H, *_), device = self._pools[place[0]], states.shape, states.device
         row = counting(pool.shape[0], device)[place[1]]
-        slots_BN = self._slots_BN.to(device)
+        slots_BN = self._slots_BN[:, : states.shape[2]].to(device)
         pool.index_put_(
             (row, counting(B, device)[:, None, None], counting(H, device)[:, None], slots_BN[:, None]), states
         )

@@ -25,6 +25,7 @@ from draftsmith.models.files.model_folder import resolve_model
 from draftsmith.models.files.pretrained import check_tensors, language_model_class, read_config, read_part
 from draftsmith.models.target.context import context_of, refuse_past_table
 from draftsmith.models.trunk.known_models import final_norm, refuse_unsupported, text_base
+from draftsmith.models.trunk.trunk import Trunk
 
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -69,6 +70,7 @@ class TargetEnds(nn.Module):
         self.name = name
         self.fingerprint = fingerprint
         self.config: PreTrainedConfig = model.config.get_text_config() if config is None else config
+        self.trunk: Trunk | None = None
         self.max_positions = context_of(self.config, context)
         refuse_past_table(text_base(model), self.max_positions, name)
         self.embedding = model.get_input_embeddings()

@@ -23,6 +23,7 @@ from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.trunk.known_models import refuse_unsupported
 from draftsmith.models.trunk.merged import merge, split
 from draftsmith.models.trunk.proof import few_logits, prove, same_logits
+from draftsmith.models.trunk.riders import Carried
 from draftsmith.models.trunk.trunk import PRE_NORM, TargetOutput
 
 __all__ = ["PRE_NORM", "Target", "TargetEnds", "TargetOutput"]
@@ -59,7 +60,7 @@ class Target(nn.Module):
         self.fingerprint = fingerprint
         self.config = model.config.get_text_config()
         self.ends = TargetEnds(model, name, fingerprint, end_token_ids=end_token_ids, context=context)
-        self._trunk = prove(model, name, self.ends.logits)
+        self._trunk = self.ends.trunk = prove(model, name, self.ends.logits)
         self._is_merged = False
 
     @classmethod
@@ -206,6 +207,7 @@ class Target(nn.Module):
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
         ends: Tensor | None = None,
+        riders: Carried | None = None,
     ) -> TargetOutput:
         """Run one forward over new tokens with a cache and an explicit mask.
 
@@ -221,6 +223,8 @@ class Target(nn.Module):
                 factors that change with length are chosen by it. None: up to the token itself.
             ends: int64 [B], slots from here on are seen by no new token of a row; given where far more slots are in view than hold text,
                 so that attention can skip them.
+            riders: what rides behind some of the tokens. ``positions`` and ``mask`` then have a row for each of them behind the tokens' own,
+                and so have the slots that the cache is aimed at.
 
         Returns:
             The states of the new tokens.
@@ -237,6 +241,7 @@ class Target(nn.Module):
             layers=layers,
             text_lengths=text_lengths,
             ends=ends,
+            riders=riders,
         )
 
     def prefix(self, input_ids: Tensor, layers: tuple[str, ...] = (), read: Tensor | None = None) -> TargetOutput:

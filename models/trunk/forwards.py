@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.mask import slot_mask, slot_positions
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.reader import Reader, within_context
+from draftsmith.models.trunk.riders import RIDERS, Carried, Riders
 from draftsmith.models.trunk.recurrent import read_chain, read_row_chunks
 from draftsmith.models.trunk.trunk import TargetOutput
 
@@ -59,6 +61,7 @@ def read_chunks(
     layers: tuple[str, ...] = (),
     chunk: int = CHUNK,
     slot_step: int = 1,
+    riders: Riders | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Run prompts through a model, a chunk each time that the next states are asked for.
 
@@ -70,9 +73,11 @@ def read_chunks(
         layers: names of layers.
         chunk: tokens a forward.
         slot_step: visible slots are a multiple of it, up to the cache's capacity.
+        riders: ride behind the last token of each prompt; the cache has slots for them behind the longest.
 
     Yields:
-        The states of the layers at a chunk's tokens by name, [B, N, D] each.
+        The states of the layers at a chunk's tokens by name, [B, N, D] each; with riders also theirs, [B, 1, K D] by the name ``RIDERS``,
+        which are those of the prompt's end where the chunk holds it.
     """
     if isinstance(cache, RowCaches):
         yield from read_row_chunks(target, cache, tokens_BT, lengths_B, layers, chunk)
@@ -80,20 +85,23 @@ def read_chunks(
     B, T = tokens_BT.shape
     for begin in range(0, T, chunk):
         end = min(begin + chunk, T)
-        window = _slots(end, slot_step, cache.capacity)
+        carriers_B1 = (lengths_B[:, None] - 1 - begin).clamp(0, end - begin - 1)
+        carried = None if riders is None else Carried(riders, carriers_B1, end - begin)
+        window = _slots(end + _num_rows(carried), slot_step, cache.capacity)
         positions_BN = torch.arange(begin, end, device=tokens_BT.device).expand(B, -1)
         key_positions_BS = torch.arange(window, device=tokens_BT.device).expand(B, -1)
-        cache.aim(positions_BN, window, first=begin)
+        slots_BN = torch.arange(begin, end + _num_rows(carried), device=tokens_BT.device).expand(B, -1)
+        cache.aim(slots_BN, window, first=begin)
+        mask_B1NS = key_positions_BS[:, None, None, :] <= positions_BN[:, None, :, None]
+        seen = _seen(target, carried, positions_BN, mask_B1NS, key_positions_BS, torch.full_like(lengths_B, end))
         output = target(
             tokens_BT[:, begin:end],
             cache=cache,
-            positions=within_context(target, positions_BN),
-            mask=key_positions_BS[:, None, None, :] <= positions_BN[:, None, :, None],
-            key_positions=key_positions_BS,
+            **seen,
             layers=layers,
             text_lengths=torch.maximum(lengths_B[:, None], positions_BN + 1),
         )
-        yield {name: output.feature(name) for name in layers}
+        yield {name: output.feature(name) for name in (*layers, *([] if riders is None else [RIDERS]))}
 
 
 def read_tree(
@@ -106,6 +114,7 @@ def read_tree(
     layers: tuple[str, ...] = (),
     slot_step: int = 1,
     fixed_shapes: bool = False,
+    riders: Riders | None = None,
 ) -> TargetOutput:
     """Run one forward over a packed tree, written behind each row's cached tokens.
 
@@ -118,32 +127,58 @@ def read_tree(
         host_lengths: the same numbers on the host.
         layers, slot_step: as in :func:`read_prompts`.
         fixed_shapes: whether every forward has the shapes of the others: all slots are then visible to it, whatever the lengths.
+        riders: ride behind every node; the cache has slots for them behind those of the nodes.
 
     Returns:
-        The states of all N nodes.
+        The states of all N nodes, and of the riders where there are any.
     """
     if isinstance(cache, RowCaches):
         return read_chain(target, cache, tree, layers)
     nodes = tree.num_nodes
-    window = cache.capacity if fixed_shapes else _slots(max(host_lengths) + nodes, slot_step, cache.capacity)
+    all_nodes_BN = counting(nodes, lengths_B.device).expand(len(host_lengths), -1)
+    carried = None if riders is None else Carried(riders, all_nodes_BN, nodes)
+    rows = nodes + _num_rows(carried)
+    window = cache.capacity if fixed_shapes else _slots(max(host_lengths) + rows, slot_step, cache.capacity)
     single = len(host_lengths) == 1 and not fixed_shapes
-    slots_BN = lengths_B[:, None] + counting(nodes, lengths_B.device)
+    slots_BN = lengths_B[:, None] + counting(rows, lengths_B.device)
     cache.aim(slots_BN, window, host_lengths[0] if single else None)
     mask_B1NS = key_positions_BS = None
     # One node of one row, no slot of another's and no sliding window need no mask.
-    if nodes > 1 or not single or window != host_lengths[0] + 1 or target.window is not None:
+    if rows > 1 or not single or window != host_lengths[0] + 1 or target.window is not None:
         mask_B1NS = slot_mask(ancestors_BNN, lengths_B, window)
         if target.window is not None:
             key_positions_BS = slot_positions(tree.depths_BN, lengths_B, window)
+    positions_BN = lengths_B[:, None] + tree.depths_BN
     return target(
         tree.tokens_BN,
         cache=cache,
-        positions=within_context(target, lengths_B[:, None] + tree.depths_BN),
-        mask=mask_B1NS,
-        key_positions=key_positions_BS,
+        **_seen(target, carried, positions_BN, mask_B1NS, key_positions_BS, lengths_B + nodes),
         layers=layers,
-        ends=lengths_B + nodes if fixed_shapes else None,
+        ends=lengths_B + nodes if fixed_shapes and carried is None else None,
     )
+
+
+def _num_rows(carried: Carried | None) -> int:
+    return 0 if carried is None else carried.num_rows
+
+
+def _seen(
+    target: Reader,
+    carried: Carried | None,
+    positions_BN: Tensor,
+    mask_B1NS: Tensor | None,
+    key_positions_BS: Tensor | None,
+    first_B: Tensor,
+) -> dict[str, Any]:
+    """Positions and masks of a forward, with a row for each rider; ``first_B``: the slot of each row's first rider."""
+    if carried is not None:
+        assert mask_B1NS is not None
+        positions_BN, tokens_B1NS = carried.positions(positions_BN), mask_B1NS
+        mask_B1NS = carried.mask(tokens_B1NS, first_B)
+        if key_positions_BS is not None:
+            key_positions_BS = carried.key_positions(key_positions_BS, positions_BN, first_B)
+    seen = {"positions": within_context(target, positions_BN), "mask": mask_B1NS, "key_positions": key_positions_BS}
+    return seen if carried is None else {**seen, "riders": carried}
 
 
 def within_factors(target: Reader, tree: DraftTree, lengths_B: Tensor) -> DraftTree:

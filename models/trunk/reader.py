@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from draftsmith.models.trunk.riders import Carried
 from draftsmith.models.trunk.trunk import TargetOutput
 
 
@@ -41,6 +42,7 @@ class Reader(Protocol):
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
         ends: Tensor | None = None,
+        riders: Carried | None = None,
     ) -> TargetOutput:
         """As :meth:`draftsmith.models.target.target.Target.forward`."""
 

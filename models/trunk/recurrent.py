@@ -22,6 +22,7 @@ from draftsmith.models.slots.row_caches import RowCache, RowCaches
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.reader import Reader, within_context
+from draftsmith.models.trunk.riders import Carried
 from draftsmith.models.trunk.trunk import TargetOutput, Trunk
 
 MOST_PENDING = 16
@@ -52,6 +53,7 @@ class RecurrentTrunk(Trunk):
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
         ends: Tensor | None = None,
+        riders: Carried | None = None,
     ) -> TargetOutput:
         """Run one forward over the next tokens of one row.
 
@@ -63,14 +65,15 @@ class RecurrentTrunk(Trunk):
             key_positions: ignored.
             layers, text_lengths: see :meth:`Trunk.forward`.
             ends: ignored.
+            riders: None; riders need masks.
 
         Returns:
             The states of the new tokens.
 
         Raises:
-            ValueError: a cache of slots, or a mask.
+            ValueError: a cache of slots, a mask or riders.
         """
-        if isinstance(cache, SlotCache) or mask is not None:
+        if isinstance(cache, SlotCache) or mask is not None or riders is not None:
             raise ValueError(
                 f"{self.name} keeps a recurrent state, which follows one text from its beginning: it cannot read with masks, such as "
                 "several branches or continuations at once; give a target whose layers all attend"

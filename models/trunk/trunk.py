@@ -12,6 +12,7 @@ Shape legend: B batch rows, N new tokens, S cache slots, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
@@ -26,6 +27,7 @@ from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.trunk.attention import NAME
 from draftsmith.models.trunk.known_models import decoder_blocks, final_norm
+from draftsmith.models.trunk.riders import RIDERS, Carried, Entrances
 from draftsmith.models.trunk.rope import LengthRopes
 from draftsmith.models.trunk.taps import Taps
 
@@ -59,7 +61,7 @@ class TargetOutput:
     Attributes:
         pre_norm: [B, N, D], the last block's output before the final norm.
         normed: [B, N, D], the same after it.
-        layers: the other layers asked for, by name, [B, N, D] each.
+        layers: the other layers asked for, by name, [B, N, D] each; with riders, their normed states [B, M, K D] by the name ``RIDERS``.
     """
 
     pre_norm: Tensor
@@ -150,6 +152,8 @@ class Trunk:
         self._norm = final_norm(base)
         self._blocks = decoder_blocks(base)
         self._taps = Taps()
+        self._entrances: Entrances | None = None
+        self.rider_entries: set[tuple[int, ...]] = set()  # of riders for which it has passed the proof
         attention = getattr(config, "_attn_implementation", "sdpa")
         self._additive_mask = attention == "eager"
         self._skips_blocks = attention == NAME
@@ -212,6 +216,25 @@ class Trunk:
             else:
                 self._taps.tap_output(name, self._block(name))
 
+    def tap_before(self, block: int) -> str:
+        """Make the states before a block available to forwards.
+
+        Args:
+            block: its number.
+
+        Returns:
+            Their name.
+        """
+        name = f"layer.{block}.input"
+        if name not in self._taps:
+            self._taps.tap_input(name, self._blocks[block])
+        return name
+
+    def let_riders_in(self) -> None:
+        """Make riders possible for as long as this trunk lives. Call it before the first forward where forwards are compiled or captured."""
+        if self._entrances is None:
+            self._entrances = Entrances(self._blocks)
+
     @_without_gradients
     def forward(
         self,
@@ -224,12 +247,42 @@ class Trunk:
         layers: tuple[str, ...] = (),
         text_lengths: Tensor | None = None,
         ends: Tensor | None = None,
+        riders: Carried | None = None,
     ) -> TargetOutput:
         """See :meth:`draftsmith.models.target.target.Target.forward`."""
+        return self.run(
+            input_ids,
+            cache=cache,
+            positions=positions,
+            mask=mask,
+            key_positions=key_positions,
+            layers=layers,
+            text_lengths=text_lengths,
+            ends=ends,
+            riders=riders,
+        )
+
+    def run(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache,
+        positions: Tensor,
+        mask: Tensor | None,
+        key_positions: Tensor | None = None,
+        layers: tuple[str, ...] = (),
+        text_lengths: Tensor | None = None,
+        ends: Tensor | None = None,
+        riders: Carried | None = None,
+    ) -> TargetOutput:
+        """As :meth:`forward`, with gradients where its caller has them on."""
         if text_lengths is None and self.ropes:
             text_lengths = positions + 1
         self.tap(layers)
-        with self._taps.catching((PRE_NORM, *layers)) as states, self.ropes.choosing(text_lengths):
+        if riders is not None:
+            self.let_riders_in()
+        entering = nullcontext() if self._entrances is None else self._entrances.carrying(riders)
+        with self._taps.catching((PRE_NORM, *layers)) as states, self.ropes.choosing(text_lengths), entering:
             output = self._base(
                 input_ids=input_ids,
                 position_ids=positions,
@@ -237,7 +290,7 @@ class Trunk:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return _output(output.last_hidden_state, states, layers, input_ids.device)
+        return _output(output.last_hidden_state, states, layers, input_ids.device, riders)
 
     __call__ = forward
 
@@ -255,6 +308,11 @@ class Trunk:
             return first
         again = self._whole(input_ids, layers, torch.full_like(input_ids, T))
         return again.where((place >= boundary).expand(B, T), first)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+        return int(self._config.vocab_size)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -320,7 +378,20 @@ class Trunk:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _output(normed: Tensor, states: dict[str, Tensor], layers: tuple[str, ...], device: torch.device) -> TargetOutput:
+def _output(
+    normed: Tensor,
+    states: dict[str, Tensor],
+    layers: tuple[str, ...],
+    device: torch.device,
+    riders: Carried | None = None,
+) -> TargetOutput:
     """The output of a forward; of a target over several devices (device_map), each layer leaves its states on its own."""
     others = {name: states[name].to(device) for name in layers if name != PRE_NORM}
-    return TargetOutput(states[PRE_NORM].to(device), normed.to(device), others)
+    output = TargetOutput(states[PRE_NORM].to(device), normed.to(device), others)
+    if riders is None:
+        return output
+    tokens = {name: part[:, : riders.num_tokens] for name, part in others.items()}
+    own = riders.split(output.normed)
+    return TargetOutput(
+        output.pre_norm[:, : riders.num_tokens], output.normed[:, : riders.num_tokens], {**tokens, RIDERS: own}
+    )

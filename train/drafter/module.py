@@ -3,7 +3,8 @@
 Owns: building the drafter, the optimiser and its schedule, the normalisation over ranks, teacher-forced validation. Does not
 know: how samples are stored or batched, how weights are spread or averaged, real decoding (a callback's business), files of a run.
 
-Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache.
+Only the target's ends (embedding, final norm, head) are loaded: its states come from the cache. A family that learns through the target's
+blocks needs all of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from draftsmith.models.drafters.registry import recorded_settings
 from draftsmith.models.files.device_and_dtype import as_dtype, resolved_dtype
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.target.target import PRE_NORM, TargetEnds
+from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.batches.labelled_text import (
@@ -260,8 +261,8 @@ class DraftModule(pl.LightningModule):
         self.ends_dtype = resolved_dtype(self.ends_dtype, self.target, device, self.revision, self.trust_remote_code)
         dtype = as_dtype(self.ends_dtype)
         ends = None if online is None else online.ends(dtype)
-        if ends is None:
-            ends = TargetEnds.load(self.target, dtype, "cpu", self.revision, self.adapter, self.trust_remote_code)
+        if ends is None or (self.family.kind.learns_through_target and ends.trunk is None):
+            ends = self._load_ends(dtype, device)
         self._ends = [ends]
         own_tokenizer = tokenizer_fingerprint(load_tokenizer(self.target, self.revision, self.trust_remote_code))
         cache = data.open_cache()
@@ -284,6 +285,20 @@ class DraftModule(pl.LightningModule):
         self._to_draft = inverse_draft_ids(self.drafter.draft_ids(), ends.vocab_size)
         self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self._eos_token_ids = ends.eos_token_ids
+
+    def _load_ends(self, dtype: torch.dtype, device: str) -> TargetEnds:
+        """The target's ends: alone, or of a drafter that learns through the target, with all of it."""
+        if not self.family.kind.learns_through_target:
+            return TargetEnds.load(self.target, dtype, "cpu", self.revision, self.adapter, self.trust_remote_code)
+        return Target.load(
+            self.target,
+            str(dtype).removeprefix("torch."),
+            device,
+            revision=self.revision,
+            adapter=self.adapter,
+            trust_remote_code=self.trust_remote_code,
+            context=self.context,
+        ).ends
 
     def labelled_text(self) -> LabelledText:
         """What this run learns from, counted in a part of a large cache."""
