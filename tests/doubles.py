@@ -28,6 +28,8 @@ from draftsmith.models import (
 )
 from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.tree.search import Expander
+from draftsmith.models.trunk.riders import RIDERS, Riders
+from draftsmith.models.trunk.text_riders import ride_behind
 
 VOCAB = 61
 BOS = 1
@@ -166,13 +168,32 @@ def greedy_by_hand(target: Target, text: list[int], num_tokens: int) -> list[int
     return text[-num_tokens:]
 
 
-def opening(target: Target, texts: list[list[int]], limits: DraftLimits, layers: tuple[str, ...]) -> Opening:
+def opening(
+    target: Target,
+    texts: list[list[int]],
+    limits: DraftLimits,
+    layers: tuple[str, ...],
+    riders: Riders | None = None,
+) -> Opening:
     """What a drafter receives after the target has read texts of one length; the last token of each is its root."""
     ids_BT = torch.tensor(texts)
     states = target.prefix(ids_BT[:, :-1], layers=layers)
     counts_B = torch.full((len(texts),), ids_BT.shape[1] - 1)
-    pairs = Emitted(ids_BT[:, 1:], {name: states.feature(name).clone() for name in layers}, counts_B)
+    features = {name: states.feature(name).clone() for name in layers}
+    if riders is not None:
+        features[RIDERS] = torch.stack(
+            [ridden(target, riders.first(limits.draft_length), ids_T[:-1]) for ids_T in ids_BT]
+        )
+    pairs = Emitted(ids_BT[:, 1:], features, counts_B)
     return Opening(pairs, ids_BT[:, 0], limits, room=90)
+
+
+def ridden(target: Target, riders: Riders, ids_T: Tensor) -> Tensor:
+    """[T, K D]: what rides behind every token of a text."""
+    place_T = torch.arange(len(ids_T))
+    assert target.ends.trunk is not None
+    states_KTD = ride_behind(target.ends.trunk, riders, ids_T, place_T, torch.zeros_like(ids_T), place_T)
+    return states_KTD.transpose(0, 1).flatten(1)
 
 
 def first_cycle(start: Opening) -> Cycle:
@@ -185,7 +206,7 @@ def first_cycle(start: Opening) -> Cycle:
 def draft(target: Target, drafter: Drafter, texts: list[list[int]], limits: DraftLimits) -> DraftTree:
     """One draft behind texts of one length."""
     drafter = drafter.bound(target.ends)
-    start = opening(target, texts, limits, drafter.features)
+    start = opening(target, texts, limits, drafter.features, drafter.riders)
     return drafter.propose(drafter.start(start), first_cycle(start), limits)
 
 
@@ -194,7 +215,7 @@ def served_logits(target: Target, drafter: Drafter, text: list[int], num_steps: 
     """Draft logits [K, Vd] that serving gives along a text: its last ``num_steps`` tokens are the root and what is drafted below it."""
     root = len(text) - num_steps
     limits = DraftLimits(1, num_steps)
-    start = opening(target, [text[: root + 1]], limits, drafter.features)
+    start = opening(target, [text[: root + 1]], limits, drafter.features, drafter.riders)
     expander = drafter.expander(drafter.start(start), first_cycle(start), limits)
     logits = [expander.begin()[0, 0]]
     for token in text[root + 1 :]:

@@ -66,12 +66,15 @@ class _ProbeEnds:
 def probe_logits(drafter: Drafter, num_tokens: int = 12) -> Tensor:
     """Logits [K, A, Vd] over a fixed random text, without the target: equal bit for bit for equal drafters.
 
-    Of a drafter that is scored by the target's own head they are what goes into that head, [K, A, D].
+    Of a drafter that is scored by the target's own head they are what goes into that head, [K, A, D], and of riders what enters the target.
     """
     config = drafter.config
     probe = assemble(type(drafter), config, tensors_of(drafter))
-    probe.attach(cast(TargetEnds, _ProbeEnds(config)))
     generator = torch.Generator().manual_seed(0)
+    if probe.riders is not None:
+        states = torch.randn(1, num_tokens, config.hidden_size, generator=generator)
+        return torch.cat([probe.riders.vectors(rider, states) for rider in range(len(probe.riders.entries))])
+    probe.attach(cast(TargetEnds, _ProbeEnds(config)))
     batch = PackedBatch(
         input_ids=torch.randint(config.vocab_size, (num_tokens,), generator=generator),
         loss_mask=torch.ones(num_tokens, dtype=torch.bool),

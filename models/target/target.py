@@ -223,8 +223,8 @@ class Target(nn.Module):
                 factors that change with length are chosen by it. None: up to the token itself.
             ends: int64 [B], slots from here on are seen by no new token of a row; given where far more slots are in view than hold text,
                 so that attention can skip them.
-            riders: what rides behind some of the tokens. ``positions`` and ``mask`` then have a row for each of them behind the tokens' own,
-                and so have the slots that the cache is aimed at.
+            riders: what rides behind some of the tokens. ``positions``, ``mask`` and the slots that the cache is aimed at then have a row
+                for each rider behind those of the tokens.
 
         Returns:
             The states of the new tokens.

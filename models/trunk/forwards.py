@@ -20,8 +20,8 @@ from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.mask import slot_mask, slot_positions
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.reader import Reader, within_context
-from draftsmith.models.trunk.riders import RIDERS, Carried, Riders
 from draftsmith.models.trunk.recurrent import read_chain, read_row_chunks
+from draftsmith.models.trunk.riders import RIDERS, Carried, Riders
 from draftsmith.models.trunk.trunk import TargetOutput
 
 CHUNK = 1024

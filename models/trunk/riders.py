@@ -116,7 +116,9 @@ class Carried:
         """
         num_slots, num_riders, M = mask_B1NS.shape[-1], len(self.riders.entries), self.carriers_BM.shape[1]
         index_B1MS = self.carriers_BM[:, None, :, None].expand(-1, 1, -1, num_slots)
-        inherited_B1RS = mask_B1NS.expand(len(self.carriers_BM), -1, -1, -1).gather(2, index_B1MS).repeat(1, 1, num_riders, 1)
+        inherited_B1RS = (
+            mask_B1NS.expand(len(self.carriers_BM), -1, -1, -1).gather(2, index_B1MS).repeat(1, 1, num_riders, 1)
+        )
         place_BS = counting(num_slots, first_B.device) - first_B[:, None]  # of a slot among those of the riders
         row_R = counting(num_riders * M, first_B.device)
         own_BRS = (place_BS[:, None] >= 0) & (place_BS[:, None] <= row_R[:, None])
@@ -183,7 +185,9 @@ def _entrance(block: int, now: _Now) -> Callable[..., tuple[tuple[Any, ...], dic
         if now.carried is None:
             return None
         count = now.carried.rows_at(block)
-        own = {name: _rows(value, _ROWS_AT[name], count) if name in _ROWS_AT else value for name, value in named.items()}
+        own = {
+            name: _rows(value, _ROWS_AT[name], count) if name in _ROWS_AT else value for name, value in named.items()
+        }
         return (now.carried.join(block, inputs[0]), *inputs[1:]), own
 
     return enter

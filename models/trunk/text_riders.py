@@ -44,7 +44,7 @@ def rider_fault(trunk: Trunk, riders: Riders) -> str:
     try:
         is_exact = _tokens_ride_as_themselves(trunk, riders.entries, device)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        return f"its blocks take no further rows ({type(error).__name__}: {str(error):.120})"
+        return f"its blocks take no further rows ({type(error).__name__}: {error!s:.120})"
     if not is_exact:
         return "its blocks compute other numbers for rows that enter behind its embedding"
     trunk.rider_entries.add(riders.entries)
@@ -95,12 +95,14 @@ def ride_behind(
         [K, A, D], the riders' states after the final norm, with gradients where they are on.
     """
     T, A, K = len(input_ids_T), len(anchors_A), len(riders.entries)
-    same_TT = document_ids_T[:, None] == document_ids_T
-    sees_TT = same_TT.tril()
+    sees_TT = (document_ids_T[:, None] == document_ids_T).tril()
     text = _TextKeys()
     entering = _states_at_entries(trunk, riders, text, input_ids_T, positions_T, sees_TT)
+    at_anchors = {entry: states_1TD[:, anchors_A] for entry, states_1TD in entering.items()}
+    if A == 0:  # nothing rides, but what would is still part of the graph
+        return torch.cat([riders.vectors(rider, at_anchors[entry]) for rider, entry in enumerate(riders.entries)])
     text.freeze(1 + K * A)
-    given = replace(riders, vectors=lambda rider, _: riders.vectors(rider, entering[riders.entries[rider]][:, anchors_A]))
+    given = replace(riders, vectors=lambda rider, _: riders.vectors(rider, at_anchors[riders.entries[rider]]))
     carried = Carried(given, torch.zeros_like(anchors_A)[None], 1)
     row_R = torch.arange(K * A, device=anchors_A.device)
     own_RR = (row_R[:, None] % A == row_R % A) & (row_R <= row_R[:, None])
@@ -163,7 +165,9 @@ class _TextKeys(Cache):
             return key_states, value_states
         keys, values = self._kept[layer_idx]
         absent = (0, 0, 0, self._num_later - key_states.shape[2])
-        return torch.cat([keys, F.pad(key_states, absent)], dim=2), torch.cat([values, F.pad(value_states, absent)], dim=2)
+        return torch.cat([keys, F.pad(key_states, absent)], dim=2), torch.cat(
+            [values, F.pad(value_states, absent)], dim=2
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the texts."""

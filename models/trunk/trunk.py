@@ -231,7 +231,7 @@ class Trunk:
         return name
 
     def let_riders_in(self) -> None:
-        """Make riders possible for as long as this trunk lives. Call it before the first forward where forwards are compiled or captured."""
+        """Make riders possible for as long as this trunk lives: before the first forward, where forwards are compiled or captured."""
         if self._entrances is None:
             self._entrances = Entrances(self._blocks)
 

@@ -8,7 +8,7 @@ target's own norm and head read from its state what follows. What a rider enters
   higher up.
 - ``firp`` (arXiv:2410.20488): the same, and all riders enter at one block.
 
-Both papers have no public code. Entries, the identity as the start of W, and distillation from the target as the loss are choices made here.
+Neither of the last two has public code. Entries, the identity as the start of W, and distillation from the target are choices made here.
 
 Owns the drafter, its draft, its settings and its record. Knows nothing of losses, trees or verification.
 
@@ -55,14 +55,14 @@ class RiderConfig(DrafterConfig):
         entries: of each rider, the block of the target that it enters at; 0 is where embeddings do.
     """
 
-    model_type = "draftsmith_riders"
+    model_type = "draftsmith_rider_drafter"
     rules: ClassVar[Mapping[str, Rule]] = {
         **DrafterConfig.rules,
         "riders": (lambda value: value in get_args(RiderKind), f"one of {', '.join(get_args(RiderKind))}"),
         "entries": (_is_entries, "a list of block numbers from 0 on that do not fall, one for each draft step"),
     }
 
-    def __init__(self, riders: RiderKind = "prompt", entries: list[int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, riders: RiderKind = "hidden_transfer", entries: list[int] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.riders = riders
         self.entries = [0] * self.num_draft_steps if entries is None else list(entries)
@@ -70,9 +70,13 @@ class RiderConfig(DrafterConfig):
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
         if len(self.entries) != self.num_draft_steps:
-            return f"{len(self.entries)} entries and num_draft_steps {self.num_draft_steps}: give an entry for each step"
+            return (
+                f"{len(self.entries)} entries and num_draft_steps {self.num_draft_steps}: give an entry for each step"
+            )
         if self.riders == "firp" and len(set(self.entries)) > 1:
-            return f"riders 'firp' and entries {self.entries}: all of its riders enter at one block; use hidden_transfer"
+            return (
+                f"riders 'firp' and entries {self.entries}: all of its riders enter at one block; use hidden_transfer"
+            )
         return super().fault()
 
 
@@ -191,9 +195,7 @@ class RiderDrafter(TargetHead):
                 "the whole target and attach its ends"
             )
         riders = self.riders.first(rollout.tokens.shape[1])
-        states_KAD = ride_behind(
-            trunk, riders, batch.input_ids, batch.positions, batch.document_ids, rollout.anchors
-        )
+        states_KAD = ride_behind(trunk, riders, batch.input_ids, batch.positions, batch.document_ids, rollout.anchors)
         return states_KAD.to(self.dtype)
 
     def start(self, opening: Opening) -> RootState:
@@ -219,7 +221,7 @@ class RiderDrafter(TargetHead):
     def _at(self, emitted: Emitted) -> RootState:
         if RIDERS not in emitted.features:
             raise ValueError(
-                f"a {type(self).__name__} drafts with what rode through the target's forward, and nothing did; read with riders=drafter.riders"
+                f"a {type(self).__name__} drafts with what rode through the target, and nothing did; read with riders=drafter.riders"
             )
         root_B, states_BE = emitted.last(RIDERS)
         return RootState(states_BE, root_B)
@@ -264,7 +266,10 @@ class RiderFamily(DrafterFamily):
     kind = RiderDrafter
 
     def __init__(
-        self, riders: RiderKind = "prompt", entries: list[int] | None = None, draft_vocab_size: int | None = None
+        self,
+        riders: RiderKind = "hidden_transfer",
+        entries: list[int] | None = None,
+        draft_vocab_size: int | None = None,
     ) -> None:
         self.riders, self.entries, self.draft_vocab_size = riders, entries, draft_vocab_size
 
@@ -306,12 +311,12 @@ def usual_entries(riders: RiderKind, num_blocks: int, num_steps: int) -> list[in
 
 
 FAMILY = Family(
-    name="riders",
+    name="riderdrafter",
     drafter=RiderDrafter,
     config=RiderConfig,
     settings=RiderFamily,
     about=About(
-        title="Riders",
+        title="Rider drafter",
         what="Guesses that ride through the target's own forward ([prompt tokens](https://arxiv.org/abs/2405.18628), "
         "[Hidden Transfer](https://arxiv.org/abs/2404.12022), [FIRP](https://arxiv.org/abs/2410.20488))",
         reads="further rows of its forward",

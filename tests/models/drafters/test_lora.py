@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import BOS, random_target
+from doubles import BOS, first_cycle, opening, random_target
 from every_family import EVERY_FAMILY, batch_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftsmith.models import Cycle, Drafter, DraftLimits, Emitted, Opening, ReDrafter, Target, TargetEnds, data_rollout
+from draftsmith.models import Drafter, DraftLimits, ReDrafter, Target, TargetEnds, data_rollout
 from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
 from draftsmith.models.drafters.lora import (
     AdapterBond,
@@ -83,14 +83,10 @@ def in_training(drafter: Drafter, target: Target) -> Tensor:
 
 def in_decoding(drafter: Drafter, target: Target) -> Tensor:
     """Draft logits [K, Vd] of a chain below a prompt, through the doors that the engine uses."""
-    ids = torch.tensor([[BOS, 5, 9, 11, 4]])
-    output = target.prefix(ids, layers=drafter.features)
-    T, tokens_BE = ids.shape[1], torch.cat([ids[:, 1:], torch.tensor([[7]])], dim=1)
-    pairs = Emitted(tokens_BE, {name: output.feature(name) for name in drafter.features}, torch.tensor([T]))
     limits = DraftLimits(1, NUM_STEPS)
+    start = opening(target, [[BOS, 5, 9, 11, 4, 7]], limits, drafter.features, drafter.riders)
     with torch.inference_mode():
-        state = drafter.start(Opening(pairs, ids[:, 0], limits, room=20))
-        expander = drafter.expander(state, Cycle(torch.tensor([T]), [T], [T]), limits)
+        expander = drafter.expander(drafter.start(start), first_cycle(start), limits)
         logits = [expander.begin()]
         for token in (20, 31):
             logits.append(expander.extend(torch.tensor([[token]]), torch.zeros(1, 1, dtype=torch.int64)))
