@@ -6,6 +6,7 @@ from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
+from draftsmith.models.families.riders.rider_drafter import RiderConfig, RiderDrafter
 
 __all__ = [
     "BlockConfig",
@@ -18,4 +19,6 @@ __all__ = [
     "HeadsDrafter",
     "ReDrafter",
     "ReDrafterConfig",
+    "RiderConfig",
+    "RiderDrafter",
 ]
