@@ -15,8 +15,7 @@ from torch import Tensor
 from draftsmith.data.shards.packing import pack
 from draftsmith.evaluate.doctor.case import Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding, Verdict
-from draftsmith.evaluate.doctor.riding import riding
-from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
+from draftsmith.evaluate.doctor.tree_serving import riding, tree_and_chain_logits
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.returned_shapes import checked_expander, checked_head_inputs

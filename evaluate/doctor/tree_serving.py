@@ -3,7 +3,7 @@
 Owns the comparison that `train-serve` adds for trees: it finds a family that takes a node's share from the wrong node above it. Does not
 know engines or verification.
 
-Shape legend: M nodes of one call, Vd draft vocabulary.
+Shape legend: M nodes of one call, Vd draft vocabulary; E tokens of a text, K riders of each, D hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draftsmith.evaluate.doctor.riding import riding
+from draftsmith.evaluate.doctor.case import NotChecked
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.registry import default_limits
@@ -22,6 +22,7 @@ from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander, search
 from draftsmith.models.trunk.riders import RIDERS
+from draftsmith.models.trunk.text_riders import ride_behind
 
 
 @dataclass
@@ -113,3 +114,22 @@ def _behind(draft: Expander, tokens: list[Tensor]) -> Tensor:
         token_BM = token[None, None]
         logits_BMV = draft.extend(token_BM, torch.zeros_like(token_BM))
     return logits_BMV[0, 0]
+
+
+def riding(drafter: Drafter, batch: PackedBatch, anchors: Tensor, num_steps: int) -> Tensor:
+    """[1, E, K D]: what rides through the target's forward behind tokens of a text.
+
+    Args:
+        drafter: attached to a whole target's ends.
+        batch: the text.
+        anchors: int64 [E], the tokens.
+        num_steps: K, of the draft.
+
+    Raises:
+        NotChecked: only the target's ends are loaded.
+    """
+    trunk, riders = drafter.ends.trunk, drafter.riders
+    if trunk is None or riders is None:
+        raise NotChecked("this drafter drafts through the target's own blocks: leave --ends-only out")
+    states = ride_behind(trunk, riders.first(num_steps), batch.input_ids, batch.positions, batch.document_ids, anchors)
+    return states.transpose(0, 1).flatten(1)[None]
