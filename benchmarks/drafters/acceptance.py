@@ -22,11 +22,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drafters.counting import count
 from benchmarks.drafters.recipes import RECIPES, train
 from draftsmith import provenance
 from draftsmith.decode.engine import Engine
-from draftsmith.decode.sampling import GenerationSettings
-from draftsmith.evaluate.strata.acceptance import ratio_interval
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.target.target import Target
@@ -55,20 +54,6 @@ RULES = {
 """A shape for each rule and number of drafted nodes."""
 
 
-def tokens_per_step(
-    engine: Engine, prompts: list[list[int]], temperature: float, num_tokens: int, seeds: int
-) -> tuple[float, float, float]:
-    """Emitted tokens a cycle over all prompts, without each reply's first, and its interval over prompts."""
-    emitted, cycles = [0.0] * len(prompts), [0.0] * len(prompts)
-    for seed in range(seeds if temperature > 0.0 else 1):
-        settings = GenerationSettings(max_new_tokens=num_tokens, temperature=temperature, seed=seed)
-        for place, reply in enumerate(engine.generate(prompts, settings, num_rows=32)):
-            emitted[place] += len(reply.token_ids) - 1
-            cycles[place] += len(reply.accepted)
-    low, high = ratio_interval(emitted, cycles)
-    return sum(emitted) / sum(cycles), low, high
-
-
 class Counts:
     """Counted figures, kept in a file between runs."""
 
@@ -82,9 +67,8 @@ class Counts:
         key = f"{drafter.parent.name} {shape} {temperature}"
         if key not in self.kept:
             engine = Engine(self.target, load_drafter(drafter), parse_shape(shape))
-            self.kept[key] = list(
-                tokens_per_step(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
-            )
+            counted = count(engine, self.prompts, temperature, self.options.tokens, self.options.seeds)
+            self.kept[key] = [counted.tokens_per_step, *counted.interval]
             atomic_write(self.file, json.dumps(self.kept, indent=1))
             print(f"{time.strftime('%H:%M')} {key}: {self.kept[key]}", flush=True)
         mean, low, high = self.kept[key]

@@ -18,8 +18,10 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from draftsmith.files import atomic_write
 from draftsmith.models.drafters.family import DrafterFamily
+from draftsmith.models.families.block import BlockFamily
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.families.heads import HeadsFamily
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
@@ -56,6 +58,27 @@ RECIPES = {
         {"distillation": "path", "num_steps": 5, "horizon_decay": 0.8, "skip_outside": True, "lr": 3e-3},
     ),
 }
+_HEADS: dict[str, Any] = {"num_steps": 4, "distillation": "path", "lr": 2e-3}
+_BLOCK: dict[str, Any] = {"num_steps": 7, "horizon_decay": 0.78, "max_anchors": 128, "lr": 2e-3}
+_TWO_LAYERS: dict[str, Any] = {"num_draft_layers": 2}
+BLOCKWISE_RECIPES = {
+    "blockwise": Recipe(HeadsFamily, _HEADS, {"network": "blockwise"}),
+    "medusa": Recipe(HeadsFamily, _HEADS),
+    "hydra": Recipe(HeadsFamily, _HEADS, {"network": "hydra"}),
+    "hydra++": Recipe(HeadsFamily, _HEADS, {"network": "hydra", "prefix_layer": True}),
+    "mlp": Recipe(HeadsFamily, _HEADS, {"network": "mlp"}),
+    "dflash": Recipe(BlockFamily, _BLOCK, _TWO_LAYERS),
+    "jetspec": Recipe(BlockFamily, {**_BLOCK, "distillation": "path"}, {**_TWO_LAYERS, "mask": "causal"}),
+    "dspark": Recipe(
+        BlockFamily,
+        {**_BLOCK, "distillation": "path"},
+        {**_TWO_LAYERS, "correction": "vanilla", "correction_rank": 32, "sample_from_anchor": True},
+    ),
+    "domino": Recipe(
+        BlockFamily, _BLOCK, {**_TWO_LAYERS, "correction": "gru", "correction_rank": 32, "correction_state": 128}
+    ),
+}
+"""Heads that draft all tokens at once or step by step, and block drafters, in the sizes of small targets."""
 
 
 @dataclass(frozen=True)
