@@ -253,6 +253,11 @@ class AdapterSwitch(Drafter):
         """Of the adapter that acts."""
         return self.below.max_draft_steps
 
+    @property
+    def parts(self) -> tuple[Drafter, ...] | None:
+        """Of the adapter that acts."""
+        return self.below.parts
+
     def step_weight(self, step: int) -> Tensor:
         """Of the adapter that acts."""
         return self.below.step_weight(step)

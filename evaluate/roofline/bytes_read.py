@@ -6,6 +6,7 @@ once a forward, and the keys and values of the text. What a step writes, and wha
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,8 @@ def cached_bytes(layers: Iterable[KeyValues], context: float, num_rows: float = 
 def draft_bytes(drafter: Drafter, limits: DraftLimits, context: float = 0.0, num_rows: float = 1.0) -> DraftBytes:
     """Count what the drafting of one cycle reads. The output head counts at every step, whoever it belongs to.
 
-    Where each step has a head of its own, the other weights count as divided among the steps alike.
+    Where each step has a head of its own, the other weights count as divided among the steps alike. A drafter made of others reads what
+    these read. Its tables of text do not count: a draft reads a few rows of them.
 
     Args:
         drafter: attached to its target.
@@ -164,6 +166,8 @@ def draft_bytes(drafter: Drafter, limits: DraftLimits, context: float = 0.0, num
         context: tokens of a row's text.
         num_rows: decoded together.
     """
+    if drafter.parts is not None:
+        return _together([draft_bytes(part, limits, context, num_rows) for part in drafter.parts])
     heads = [drafter.step_weight(step) for step in range(drafter.max_draft_steps or 1)]
     weights = count_weights((drafter,), heads)
     own = {id(tensor) for tensor in _tensors((drafter,)).values()}
@@ -176,6 +180,14 @@ def draft_bytes(drafter: Drafter, limits: DraftLimits, context: float = 0.0, num
         steps = [body // len(heads) + tensor_bytes(head) for head in heads[: limits.draft_length]]
     cached = cached_bytes(drafter.key_values(), context, num_rows)
     return DraftBytes(once, tuple(steps), cached, weights.is_upper_bound(num_tokens))
+
+
+def _together(parts: Sequence[DraftBytes]) -> DraftBytes:
+    """What several drafters read that draft one beside the other, as many steps as the longest of them."""
+    steps = zip_longest(*(tuple(step + part.cached for step in part.steps) for part in parts), fillvalue=0)
+    return DraftBytes(
+        sum(part.once for part in parts), tuple(map(sum, steps)), 0, any(part.upper_bound for part in parts)
+    )
 
 
 def _nodes_of_a_step(limits: DraftLimits) -> int:

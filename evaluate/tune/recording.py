@@ -124,6 +124,11 @@ class Recording(Drafter):
         """The recorded drafter's."""
         return self.inner.max_draft_steps
 
+    @property
+    def parts(self) -> tuple[Drafter, ...] | None:
+        """The recorded drafter's."""
+        return self.inner.parts
+
     def step_weight(self, step: int) -> Tensor:
         """The recorded drafter's."""
         return self.inner.step_weight(step)

@@ -151,8 +151,14 @@ def draft_share(drafter: Drafter, limits: DraftLimits, head_share: float) -> flo
         head_share: of the head's rows.
     """
     whole = draft_bytes(drafter, limits).total
-    heads = sum(tensor_bytes(drafter.step_weight(step)) for step in range(limits.draft_length))
-    return 1.0 - (1.0 - head_share) * heads / whole
+    return 1.0 - (1.0 - head_share) * _head_bytes(drafter, limits) / whole if whole else 1.0
+
+
+def _head_bytes(drafter: Drafter, limits: DraftLimits) -> int:
+    """Of the output heads that a draft reads; of a drafter made of others, of the first, whose draft vocabulary it has."""
+    if drafter.parts is not None:
+        return sum(_head_bytes(part, limits) for part in drafter.parts[:1])
+    return sum(tensor_bytes(drafter.step_weight(step)) for step in range(limits.draft_length))
 
 
 def labelled_counts(cache: HiddenStateCache, vocab_size: int) -> Counts:

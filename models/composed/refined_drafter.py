@@ -179,6 +179,11 @@ class RefinedDrafter(Drafter):
         """See :meth:`Drafter.take_choices`: for the head."""
         return replace(state, head=self.head.take_choices(state.head, tree, choices_BN))
 
+    @property
+    def parts(self) -> tuple[Drafter, ...]:
+        """The head, and the LM where that rescores."""
+        return (self.head, self.reviser.lm) if isinstance(self.reviser, LMReviser) else (self.head,)
+
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`.
 

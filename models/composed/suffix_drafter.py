@@ -152,6 +152,11 @@ class SuffixDrafter(Drafter):
         """All of the target's."""
         return self.ends.vocab_size
 
+    @property
+    def parts(self) -> tuple[Drafter, ...]:
+        """Its head, where there is one."""
+        return () if self.head is None else (self.head,)
+
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`. Any target will do, unless there is a head."""
         if self.head is not None:

@@ -528,6 +528,14 @@ class Drafter(PreTrainedModel):
         """
         return ()
 
+    @property
+    def parts(self) -> tuple[Drafter, ...] | None:
+        """The drafters that this one is made of, which draft one beside the other; None for a drafter with weights of its own.
+
+        It serves the count of the bytes that a draft reads, nothing else.
+        """
+        return None
+
     def key_values(self) -> tuple[KeyValues, ...]:
         """What the drafter's own layers keep of each token in a cache, which every draft step reads. Most families keep nothing.
 

@@ -14,7 +14,9 @@ from draftsmith.evaluate.contenders import EngineContender, TransformersContende
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
+from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
+from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.target.target import Target
 
 
@@ -62,6 +64,37 @@ def test_a_report_of_everything_is_written(tmp_path: Path, target: Path, drafter
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert record["config"]["drafters"][0]["name"] == "mine"
     assert record["inputs"][str(drafter)]
+
+
+def test_drafters_made_of_others_are_raced_like_any_other(
+    tmp_path: Path, target: Path, drafter: Path, prompts: Path
+) -> None:
+    table, refined, joined = (tmp_path / name for name in ("table", "refined", "joined"))
+    for folder in (table, refined, joined):
+        folder.mkdir()
+    kneser_ney([[1, 2, 3]], load_drafter(drafter).config.vocab_size, 2).save(table)
+    fields = {"model_type": "draftsmith_refined", "head": str(drafter), "ngrams": "../table", "alpha": 0.3}
+    (refined / "config.json").write_text(json.dumps(fields))
+    (joined / "config.json").write_text(json.dumps({"model_type": "draftsmith_suffix", "head": str(drafter)}))
+    evaluate(
+        str(target),
+        prompts,
+        tmp_path / "out",
+        drafters=[
+            "suffix=embedded:suffix@1x2",
+            f"refined={refined}@1x2",
+            f"joined={joined}@2x2",
+            f"head={drafter}@1x2",
+        ],
+        reply=ReplyOptions(max_new_tokens=8),
+        plan=Plan(transformers_prompts=0, prompt_lookup=0, ledger_prompts=1),
+    )
+    rows = {row["drafter"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())["rows"]}
+    assert all(row["exact_share"] == 1.0 for row in rows.values())
+    read = {name: row["roofline"]["draft_bytes"] for name, row in rows.items()}
+    assert read["suffix"] == 0
+    assert read["refined"] == read["head"] > 0
+    assert read["joined"] > 0
 
 
 def test_ragged_batches_give_the_same_replies(tmp_path: Path, target: Path, drafter: Path, prompts: Path) -> None:

@@ -25,10 +25,14 @@ from draftsmith.evaluate.roofline.bytes_read import (
     target_weights,
     tensor_bytes,
 )
+from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
+from draftsmith.models.composed.revisers import LMReviser, NgramReviser
+from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.families.redrafter import ReDrafter
+from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.target.key_values import KeyValues, key_values_of
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
@@ -220,3 +224,19 @@ def test_a_draft_lm_reads_its_own_weights_and_cache_at_every_step(target: Target
     draft = draft_bytes(drafter, parse_shape("2x3"), context=10, num_rows=2)
     assert draft.steps == (target_weights(drafter.lm).read_by(4),) * 3
     assert draft.cached == 2 * 4 * 4 * 10 * 2
+
+
+def test_a_drafter_made_of_others_reads_what_these_read(target: Target) -> None:
+    head, shape = Eagle.for_target(target.ends), parse_shape("1x3")
+    vocab_size = target.ends.vocab_size
+    alone = draft_bytes(head, shape, context=10)
+    table = kneser_ney([[1, 2, 3]], vocab_size, 2)
+    refined = RefinedDrafter(
+        RefinedConfig(head="head", ngrams="table", alpha=0.5, vocab_size=vocab_size), head, NgramReviser(table)
+    )
+    assert draft_bytes(refined, shape, context=10).total == alone.total
+    lm = LMDrafter(llama(num_hidden_layers=1)).attach(target.ends)
+    by_lm = RefinedDrafter(RefinedConfig(head="head", lm="lm", alpha=0.5, vocab_size=vocab_size), head, LMReviser(lm))
+    assert draft_bytes(by_lm, shape, context=10).total == alone.total + draft_bytes(lm, shape, context=10).total
+    assert draft_bytes(SuffixDrafter(SuffixConfig()), shape).total == 0
+    assert draft_bytes(SuffixDrafter(SuffixConfig(), head), shape, context=10).total == alone.total
