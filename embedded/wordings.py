@@ -96,10 +96,10 @@ def render(problem: Problem, style: Style, rng: random.Random) -> str:
 def word_steps(
     steps: Sequence[Step], style: Style, rng: random.Random, foreign: Sequence[Style] = (), foreign_share: float = 0.0
 ) -> Solution:
-    """Says the given steps (right or wrong ones); the last step's result is the answer.
+    """Says the given steps; the last step's result is the answer.
 
     Args:
-        steps: what is said.
+        steps: right or wrong ones.
         style: the solution's own.
         rng: chooses phrases.
         foreign: styles of the lines that are not in the solution's own.
