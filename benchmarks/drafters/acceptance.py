@@ -145,7 +145,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     def names(text: str) -> list[str]:
-        return text.split(";")
+        return [part for part in text.split(";") if part]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -153,7 +153,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/acceptance"))
     parser.add_argument("--families", type=names, default=["eagle", "redrafter"], help="joined by semicolons")
     parser.add_argument("--losses", type=names, default=list(LOSSES), help="joined by semicolons")
-    parser.add_argument("--rule-families", type=names, default=["eagle"])
+    parser.add_argument("--rule-families", type=names, default=["eagle"], help="empty for no table of rules")
     parser.add_argument("--rule-losses", type=names, default=["forward_kl", "negative_log_acceptance"])
     parser.add_argument(
         "--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0.7, 1.0]

@@ -53,6 +53,11 @@ RECIPES = {
     "redrafter": Recipe(ReDrafterFamily, {"num_steps": 5, "distillation": "path", "lr": 2e-3}),
     "eagle": Recipe(EagleFamily, {**_EAGLE, "num_steps": 1, "lr": 3e-3}),
     "hass": Recipe(EagleFamily, {**_EAGLE, "num_steps": 3, "top_k_weight": 1.0, "lr": 3e-3}, {"detach_steps": True}),
+    "block": Recipe(
+        BlockFamily,
+        {"distillation": "path", "num_steps": 5, "horizon_decay": 0.8, "max_anchors": 128, "lr": 2e-3},
+        {"num_draft_layers": 2},
+    ),
     "eagle3": Recipe(
         Eagle3Family,
         {"distillation": "path", "num_steps": 5, "horizon_decay": 0.8, "skip_outside": True, "lr": 3e-3},

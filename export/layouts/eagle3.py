@@ -1,7 +1,7 @@
 """EAGLE-3 on disk: the common layout of vLLM, SGLang and the official code, and the one of TensorRT-LLM.
 
-Owns their tables and config fields. TensorRT-LLM's differs by what it leaves out: ``t2d``, and the embedding. Knows nothing of cards and
-commands.
+Owns their tables and config fields. TensorRT-LLM's differs by what it leaves out: ``t2d``, and the embedding. A P-EAGLE has vLLM's layout
+of one: EAGLE-3's with the learned state and the token of its masks. Knows nothing of cards and commands.
 
 Shape legend: D hidden, V vocabulary, Vd draft vocabulary, n fused layers.
 """
@@ -23,15 +23,16 @@ from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.eagle3 import SWITCHES, Eagle3, Eagle3Config
-from draftsmith.models.files.checkpoint_files import as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
+from draftsmith.models.files.field_rules import TOKEN_OR_NULL, check_fields
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 
-WHAT = "EAGLE-3"
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+WHAT, MASK = "EAGLE-3", "mask_hidden"
+ARCHITECTURE, PARALLEL_ARCHITECTURE = "LlamaForCausalLMEagle3", "PeagleLlamaForCausalLM"
 LAYER, OTHER_LAYER = "midlayer", "layers.0"
 
 
@@ -54,6 +55,22 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
     Raises:
         ValueError: the drafter does not fit its table, or reads layers that no engine's setting can name.
     """
+    refuse_parallel(drafter.config)
+    return _write_common(drafter, folder, ends)
+
+
+def write_parallel(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """As :func:`write`, a P-EAGLE.
+
+    Raises:
+        ValueError: as there; or the drafter is an ordinary EAGLE-3.
+    """
+    if not drafter.config.parallel:
+        raise ValueError("this drafter is no P-EAGLE (mask_token_id), which --layout peagle holds; use --layout eagle3")
+    return _write_common(drafter, folder, ends)
+
+
+def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
     tensors, notes = with_membership(tensors_of(drafter), drafter.config.vocab_size), []
     if ends is not None and not is_plain(ends):
         tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
@@ -77,6 +94,7 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     Raises:
         ValueError: as there; or a switch of EAGLE-3.1 is on, which TensorRT-LLM does not read.
     """
+    refuse_parallel(drafter.config)
     if on := [name for name, value in drafter.config.switches.items() if value]:
         raise ValueError(
             f"this drafter has {', '.join(on)}, which TensorRT-LLM does not read; export it with --layout eagle3 for vLLM"
@@ -95,17 +113,20 @@ def refuse_parallel(config: Eagle3Config) -> None:
     """
     if config.parallel:
         raise ValueError(
-            "this drafter is a P-EAGLE (mask_token_id), which the layouts of EAGLE-3 do not hold; serve it from --layout draftsmith or "
-            "custom_generate"
+            "this drafter is a P-EAGLE (mask_token_id), which the layouts of EAGLE-3 do not hold; use --layout peagle or speculators"
         )
 
 
 def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict[str, Tensor]) -> None:
     config = drafter.config
-    refuse_parallel(config)
-    fields = {"architectures": [ARCHITECTURE], **llama_fields(config, drafter.dtype, ends)}
+    architecture = PARALLEL_ARCHITECTURE if config.parallel else ARCHITECTURE
+    fields = {"architectures": [architecture], **llama_fields(config, drafter.dtype, ends)}
     fields["draft_vocab_size"] = len(tensors["lm_head.weight"])
     fields |= {name: True for name, value in config.switches.items() if value}
+    if config.parallel:
+        fields["mask_token_id"] = config.mask_token_id
+        # vLLM takes this as true where it is absent.
+        fields[SWITCHES[0]] = config.norm_before_residual
     fields |= id_fields(block_counts(config.layers, num_layers(ends)), num_layers(ends))
     engine_table(config).check(tensors, "the drafter in memory")
     write_files(folder, as_text(fields), tensors)
@@ -130,6 +151,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     config = Eagle3Config(
         **settings,
         **_switches(fields),
+        **_masks(fields, tensors, where),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
         draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),
         num_draft_steps=7,
@@ -151,6 +173,23 @@ def _switches(fields: Mapping[str, Any]) -> dict[str, bool]:
     return {name: bool(fields.get(name) or nested.get(name)) for name in SWITCHES}
 
 
+def _masks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """What makes a P-EAGLE of an EAGLE-3: the tensor of its masks, and their token.
+
+    Raises:
+        ValueError: the folder has the tensor and names no token, or two.
+    """
+    if MASK not in tensors:
+        return {}
+    tokens = {name: fields[name] for name in ("mask_token_id", "pard_token") if fields.get(name) is not None}
+    check_fields(tokens, dict.fromkeys(tokens, TOKEN_OR_NULL), f"{where}: {CONFIG}", "correct it by hand")
+    if len(set(tokens.values())) != 1:
+        raise ValueError(
+            f"{where} has {MASK}, so it is a P-EAGLE, and names {tokens or 'no mask_token_id'}; give the one token of its masks by hand"
+        )
+    return {"parallel": True, "mask_token_id": next(iter(tokens.values()))}
+
+
 def with_membership(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
     """The tensors with ``t2d`` beside ``d2t``, which the official code and speculators want."""
     if "d2t" in tensors:
@@ -165,7 +204,7 @@ def num_layers(ends: TargetEnds | None) -> int | None:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in the engines' or the official layout. Kinds that only look alike have a name of their own."""
-    if SPECULATORS_KEY in fields or named_kind(fields, tensors):
+    if SPECULATORS_KEY in fields or named_kind(fields, tensors) not in ("", "P-EAGLE"):
         return False
     return "fc.weight" in tensors and has_own_head(tensors)
 
@@ -178,7 +217,17 @@ def _tensorrt_commands(target: str, num_steps: int) -> str:
     return f"TensorRT-LLM: `Eagle3DecodingConfig(max_draft_len={num_steps}, speculative_model=...)`."
 
 
+def _parallel_commands(target: str, num_steps: int) -> str:
+    return vllm("eagle3", target, num_steps, parallel=True)
+
+
 LAYOUTS = (
+    Layout(
+        "peagle",
+        write_parallel,
+        "vLLM's layout of a P-EAGLE. The target is named in `provenance.json`",
+        commands=_parallel_commands,
+    ),
     Layout(
         "eagle3",
         write,

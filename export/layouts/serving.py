@@ -12,15 +12,17 @@ from draftsmith.foreign import shell_word
 _STEPS, _TOP_K, _NODES = 5, 8, 32
 
 
-def vllm(method: str, target: str, num_steps: int) -> str:
+def vllm(method: str, target: str, num_steps: int, parallel: bool = False) -> str:
     """What starts vLLM, in Markdown.
 
     Args:
         method: what vLLM calls the manner of drafting.
         target: what the engine is to load as its model.
         num_steps: tokens to draft in a chain.
+        parallel: all tokens of a draft are made in one pass.
     """
-    settings = {"method": method, "model": "/path/to/this/folder", "num_speculative_tokens": num_steps}
+    settings: dict[str, object] = {"method": method, "model": "/path/to/this/folder"}
+    settings |= {"num_speculative_tokens": num_steps, **({"parallel_drafting": True} if parallel else {})}
     return f"vLLM:\n\n```sh\nvllm serve {shell_word(target)} --speculative-config '{json.dumps(settings)}'\n```"
 
 

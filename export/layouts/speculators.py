@@ -1,4 +1,5 @@
-"""The layout of the ``speculators`` package, which vLLM reads too: EAGLE-3 both ways, and EAGLE-1 of its early versions to read.
+"""The layout of the ``speculators`` package, which vLLM reads too: EAGLE-3 and P-EAGLE both ways, and EAGLE-1 of its early versions
+to read.
 
 Owns its config and tensor names: the layer lies in a config of its own, the target is named, the embedding comes along. Folders of several
 versions are read: with and without the layers to read, with and without the target's own tensors. Knows nothing of cards and commands.
@@ -31,6 +32,7 @@ from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, propos
 from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
+_KINDS = {"eagle3": "Eagle3DraftModel", "peagle": "PEagleSpeculator"}
 _RESIDUAL = "norm_before_residual"
 _VERIFIER_HEAD, _VERIFIER_NORM = "verifier_lm_head.weight", "verifier_norm.weight"
 
@@ -46,7 +48,6 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
     """
     if ends is None:
         raise ValueError("the speculators layout holds the target's embedding and names its architecture; add --target")
-    eagle3.refuse_parallel(drafter.config)
     tensors = eagle3.with_membership(tensors_of(drafter), drafter.config.vocab_size)
     tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
     eagle3.engine_table(drafter.config).check(tensors, "the drafter in memory")
@@ -58,10 +59,11 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
 def _fields(drafter: Eagle3, ends: TargetEnds) -> dict[str, Any]:
     config = drafter.config
     layer = llama_fields(config, drafter.dtype, ends)
-    dtype = layer.pop("torch_dtype")
+    dtype, kind = layer.pop("torch_dtype"), "peagle" if config.parallel else "eagle3"
     return {
-        "architectures": ["Eagle3DraftModel"],
-        **package_fields("eagle3", config.num_draft_steps, ends),
+        "architectures": [_KINDS[kind]],
+        **package_fields(kind, config.num_draft_steps, ends),
+        **({"mask_token_id": config.mask_token_id} if config.parallel else {}),
         "transformer_layer_config": layer,
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         # All are written, although false is the default: vLLM's default of the first is the other one.
@@ -214,7 +216,7 @@ def _outside(name: str) -> str:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in this layout."""
-    return fields.get(SPECULATORS_KEY) == "eagle3"
+    return fields.get(SPECULATORS_KEY) in _KINDS
 
 
 def _commands(target: str, num_steps: int) -> str:

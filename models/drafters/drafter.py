@@ -326,6 +326,11 @@ class Drafter(PreTrainedModel):
         return logits.masked_fill(self.draft_ids() == self.mask_token, -torch.inf)
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether :meth:`teacher_forced` computes valid steps alone, so that drawing fewer of the deep ones saves work."""
+        return False
+
+    @property
     def num_candidates(self) -> int | None:
         """How many tokens of each step can be drafted: the likeliest without the :attr:`correction_weight`. None in most families: all."""
         return None

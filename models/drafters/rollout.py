@@ -141,6 +141,31 @@ def fewer_anchors(rollout: Rollout, most: int, at_random: bool) -> Rollout:
     )
 
 
+LEAST_SHARE = 0.2
+"""Of the anchors that reach a step, at least this share keeps it (arXiv:2602.01469)."""
+
+
+def fewer_depths(rollout: Rollout, share: float) -> Rollout:
+    """Draw which anchors keep which of their deeper steps; an anchor that loses one loses all behind it (COD, arXiv:2602.01469).
+
+    Step k keeps ``max(share ** k, 0.2)`` of the anchors that reach it, as far as they have kept the step before.
+
+    Args:
+        rollout: of any kind.
+        share: above 0 and at most 1.
+
+    Returns:
+        The same, with fewer valid steps.
+    """
+    valid = [rollout.valid[:, 0]]
+    for step in range(1, rollout.valid.shape[1]):
+        reach = rollout.valid[:, step]
+        wanted = (max(share**step, LEAST_SHARE) * reach.sum()).ceil()
+        draws = torch.rand(len(reach), device=reach.device).masked_fill(~(reach & valid[-1]), torch.inf)
+        valid.append((draws.argsort().argsort() < wanted) & (draws < torch.inf))
+    return replace(rollout, valid=torch.stack(valid, dim=1))
+
+
 def prompt_weighted(roll_out: Callable[[PackedBatch], Rollout], batch: PackedBatch, prompt_weight: float) -> Rollout:
     """Roll out over prompts and replies, where a prediction that the replies alone would not teach counts with its own weight.
 

@@ -23,11 +23,13 @@ from draftsmith.models.drafters.draft_slots import DraftSlots
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
+from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_base import EagleBase, EagleState, FeatureDraft
 from draftsmith.models.families.eagle_config import NO_LAYERS, EagleConfig, block_outputs, check_window, layer_fields
 from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
 from draftsmith.models.files.field_rules import FLAG, NAMES, TOKEN_OR_NULL, Rule
 from draftsmith.models.slots.attention import attend
+from draftsmith.models.slots.rollout_attention import Pair
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 
@@ -214,12 +216,36 @@ class Eagle3(EagleBase):
         """The output, [..., D], after this drafter's own norm with ``norm_output``."""
         return rms_norm(self.norm, output) if self.config.norm_output else output
 
-    def drafted_inputs(self, tokens: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`EagleBase.drafted_inputs`; with ``parallel`` the mask, whatever was drafted."""
-        if not self.config.parallel:
-            return super().drafted_inputs(tokens, output)
+    @property
+    def skips_steps(self) -> bool:
+        """See :attr:`Drafter.skips_steps`: with ``parallel``."""
+        return self.config.parallel
+
+    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
+        """See :meth:`EagleBase.teacher_forced`. With ``parallel``, only steps that are valid are computed; the others are zeros.
+
+        Raises:
+            ValueError: as there.
+        """
+        if not self.config.parallel or not rollout.on_text:
+            return super().teacher_forced(batch, rollout)
+        layer, num_steps = self.layer, rollout.tokens.shape[1]
+        output_AD, attention = self.over_text(batch, rollout.anchors)
         embedded_D, known_D = self.mask()
-        return embedded_D.expand_as(output), known_D.expand_as(output)
+        state_D = self.join(embedded_D, known_D)
+        inputs_I = layer.inputs(embedded_D, state_D)
+        outputs = [output_AD + 0.0 * state_D.sum()]  # which keeps the mask in the graph where no further step is valid
+        rows, further = torch.arange(len(rollout.anchors), device=output_AD.device), list[Pair]()
+        for step in range(1, num_steps):
+            kept = torch.nonzero(rollout.valid[rows, step]).squeeze(1)
+            rows, further = rows[kept], [(keys[kept], values[kept]) for keys, values in further]
+            inputs_NI = inputs_I.expand(len(rows), -1)
+            rotation = self.rotation(batch.positions[rollout.anchors[rows]] + step, inputs_NI)
+            further = [*further, layer.keys_values(inputs_NI, rotation)]
+            attended = attention.at(rows)(layer.queries(inputs_NI, rotation), further)
+            output_ND = layer.finish(state_D.expand(len(rows), -1), attended)
+            outputs.append(torch.zeros_like(output_AD).index_copy(0, rows, output_ND))
+        return self.head_inputs(torch.stack(outputs))
 
     def mask(self) -> tuple[Tensor, Tensor]:
         """What a P-EAGLE's steps behind the first are fed: the embedding of the mask token [D], and fc of the learned state [D]."""

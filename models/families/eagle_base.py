@@ -122,18 +122,6 @@ class EagleBase(Drafter):
         """
         return output
 
-    def drafted_inputs(self, tokens: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """What a draft step behind the first is fed in training.
-
-        Args:
-            tokens: int64 [...], target ids.
-            output: [..., D], of the layer in the step before.
-
-        Returns:
-            The embedding [..., D], and what is known of the position before, [..., D].
-        """
-        return self.embed(tokens), self.fed_back(output)
-
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up the target's embeddings.
 
@@ -166,6 +154,30 @@ class EagleBase(Drafter):
                 "use 'path' or 'none'"
             )
         anchors_A, layer = rollout.anchors, self.layer
+        output_AD, attention = self.over_text(batch, anchors_A)
+        further: list[Pair] = []
+        outputs = [output_AD]
+        for step in range(1, rollout.tokens.shape[1]):
+            before_AD = outputs[-1].detach() if self.detach_steps else outputs[-1]
+            embedded_AD, known_AD = self.embed(rollout.tokens[:, step]), self.fed_back(before_AD)
+            state_AD = self.join(embedded_AD, known_AD)
+            inputs_AI = layer.inputs(embedded_AD, state_AD)
+            rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)
+            further = [*further, layer.keys_values(inputs_AI, rotation)]
+            outputs.append(layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further)))
+        return self.head_inputs(torch.stack(outputs))
+
+    def over_text(self, batch: PackedBatch, anchors_A: Tensor) -> tuple[Tensor, RolloutAttention]:
+        """Run the layer over the text, as the first step of every anchor does.
+
+        Args:
+            batch: packed samples with the target's states.
+            anchors_A: int64, rising.
+
+        Returns:
+            The layer's output at the anchors, [A, D], and what their further steps see.
+        """
+        layer = self.layer
         embedded_TD = self.embed(batch.input_ids.roll(-1))
         state_TD = self.join(embedded_TD, self._noisy(self.read(batch.hidden).to(embedded_TD.dtype), batch))
         inputs_TI = layer.inputs(embedded_TD, state_TD)
@@ -174,19 +186,9 @@ class EagleBase(Drafter):
         attention = RolloutAttention(
             batch.document_ids, batch.positions, anchors_A, *text, sliding_window=self.config.sliding_window
         )
-        state_AD, inputs_AI = state_TD[anchors_A], inputs_TI[anchors_A]
         rotation = (rotation[0][anchors_A], rotation[1][anchors_A])
-        further: list[Pair] = []
-        outputs = [layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further))]
-        for step in range(1, rollout.tokens.shape[1]):
-            before_AD = outputs[-1].detach() if self.detach_steps else outputs[-1]
-            embedded_AD, known_AD = self.drafted_inputs(rollout.tokens[:, step], before_AD)
-            state_AD = self.join(embedded_AD, known_AD)
-            inputs_AI = layer.inputs(embedded_AD, state_AD)
-            rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)
-            further = [*further, layer.keys_values(inputs_AI, rotation)]
-            outputs.append(layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further)))
-        return self.head_inputs(torch.stack(outputs))
+        attended = attention(layer.queries(inputs_TI[anchors_A], rotation), [])
+        return layer.finish(state_TD[anchors_A], attended), attention
 
     def _noisy(self, known_TD: Tensor, batch: PackedBatch) -> Tensor:
         if not self.training or self.feature_noise == 0.0:

@@ -16,6 +16,7 @@ C queries of a block, S keys of the text that they can see. Q and B blocks of qu
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache
@@ -78,6 +79,17 @@ class RolloutAttention:
         if self.flexible:
             return self._flexible(queries, further)
         return self._by_runs(queries, further)
+
+    def at(self, rows: Tensor) -> RolloutAttention:
+        """The same attention from some of the anchors alone.
+
+        Args:
+            rows: int64, which anchors, rising.
+        """
+        other = copy.copy(self)
+        other.__dict__.pop("_runs", None)
+        other.anchors = self.anchors[rows]
+        return other
 
     @cached_property
     def _runs(self) -> tuple[list[int], list[int]]:

@@ -110,6 +110,8 @@ class DraftModule(pl.LightningModule):
         d_pace: weigh each draft step by how many accepted tokens depend on it (D-PACE, arXiv 2605.18810), with this smoothing, 0.5 in the
             paper; null weighs by horizon_decay alone.
         confidence_weight: of the loss of a confidence head, beside that on tokens; null is 1 where the drafter has one.
+        depth_share: of a P-EAGLE: step k learns at this share, to the power of k, of the anchors that reach it, drawn at random, and at no
+            less than a fifth of them. The paper (arXiv 2602.01469) takes 0.7; 1 learns every step of every anchor.
 
     Raises:
         ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or without the layers that the drafter reads;
@@ -156,6 +158,7 @@ class DraftModule(pl.LightningModule):
         text_weight: float = 0.0,
         d_pace: float | None = None,
         confidence_weight: float | None = None,
+        depth_share: float = 1.0,
     ) -> None:
         super().__init__()
         _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
@@ -163,9 +166,8 @@ class DraftModule(pl.LightningModule):
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
         weighed = (feature_weight, logit_weight, emphasis, skip_outside, max_anchors, prompt_weight)
         own = Objective(num_steps, distillation, horizon_decay, chunk_rows, *weighed)
-        self.objective = replace(
-            own, divergence=divergence, text_weight=text_weight, d_pace=d_pace, confidence_weight=confidence_weight
-        )
+        further = {"divergence": divergence, "text_weight": text_weight, "d_pace": d_pace}
+        self.objective = replace(own, **further, confidence_weight=confidence_weight, depth_share=depth_share)
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
         _check_numbers(ema_decay, metrics_every)

@@ -24,6 +24,7 @@ from draftsmith.models.drafters.rollout import (
     Rollout,
     data_rollout,
     fewer_anchors,
+    fewer_depths,
     local_rollout,
     prompt_weighted,
 )
@@ -62,6 +63,8 @@ class Objective:
             arXiv:2607.05147: 0.1 beside `l1`).
         d_pace: smoothing of D-PACE's row weights (arXiv:2605.18810: 0.5), which multiply the horizon's; None weighs by the horizon alone.
         confidence_weight: of the loss of a confidence head (arXiv:2607.05147: 1.0); None is 1 where the drafter has such a head.
+        depth_share: of a P-EAGLE: in training, step k learns at this share, to the power of k, of the anchors that reach it, and at no less
+            than a fifth of them (arXiv:2602.01469: 0.7). 1 learns every step of every anchor.
 
     Raises:
         ValueError: a setting out of range, or one that this distillation does not use.
@@ -81,6 +84,7 @@ class Objective:
     text_weight: float = 0.0
     d_pace: float | None = None
     confidence_weight: float | None = None
+    depth_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -89,6 +93,10 @@ class Objective:
             raise ValueError(f"horizon_decay is {self.horizon_decay}; it must be above 0 and at most 1")
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}; it must be at least 1, or null to choose")
+        if not 0.0 < self.depth_share <= 1.0:
+            raise ValueError(
+                f"depth_share is {self.depth_share}; it must be above 0, and at most 1, which keeps all steps"
+            )
         if self.max_anchors is not None and self.max_anchors < 1:
             raise ValueError(f"max_anchors is {self.max_anchors}; it must be at least 1, or null for all")
         if self.feature_weight < 0.0 or self.logit_weight < 0.0 or self.feature_weight + self.logit_weight == 0.0:
@@ -152,13 +160,16 @@ class Objective:
         Args:
             batch: packed samples.
             eos_token_ids: with `local`, tokens that end the target's continuation.
-            draw_anchors: with `max_anchors`, draw the anchors at random; otherwise they are spread evenly.
+            draw_anchors: with `max_anchors`, draw the anchors at random; otherwise they are spread evenly. With a `depth_share` below 1,
+                draw which of them keep their deeper steps; otherwise all do.
         """
         roll_out: Callable[[PackedBatch], Rollout] = partial(data_rollout, num_steps=self.num_steps)
         if self.distillation == "local":
             roll_out = partial(local_rollout, num_steps=self.num_steps, eos_token_ids=eos_token_ids)
         rollout = prompt_weighted(roll_out, batch, self.prompt_weight) if self.prompt_weight > 0.0 else roll_out(batch)
-        return rollout if self.max_anchors is None else fewer_anchors(rollout, self.max_anchors, draw_anchors)
+        if self.max_anchors is not None:
+            rollout = fewer_anchors(rollout, self.max_anchors, draw_anchors)
+        return fewer_depths(rollout, self.depth_share) if draw_anchors and self.depth_share < 1.0 else rollout
 
     @property
     def reads_features(self) -> bool:
@@ -183,6 +194,11 @@ class Objective:
         if self.feature_weight > 0.0 and not drafter.predicts_features:
             raise ValueError(
                 f"feature_weight is {self.feature_weight}, but {type(drafter).__name__} predicts tokens only, no features; set it to 0"
+            )
+        if self.depth_share < 1.0 and not drafter.skips_steps:
+            raise ValueError(
+                f"depth_share is {self.depth_share}, and {type(drafter).__name__} computes every step; set it to 1, or train a P-EAGLE "
+                "(mask_token_id of Eagle3Family)"
             )
         if self.confidence_weight is not None and not drafter.has_confidence:
             raise ValueError(

@@ -1,21 +1,26 @@
 """P-EAGLE: an EAGLE-3 whose later steps read a mask, by hand and in decoding; no drafted token changes a draft."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from every_family import batch_of
 from heads import DRAFT_IDS, TEXT, FilesForward, deep_target, our_logits, shaken
+from safetensors.torch import load_file
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.evaluate.roofline.bytes_read import draft_bytes
-from draftsmith.export.layouts.layouts import write
-from draftsmith.models import DraftLimits, Eagle3, Eagle3Config, SampledChildren, Target
+from draftsmith.export.layouts.layouts import load_any, write
+from draftsmith.models import DraftLimits, Eagle3, Eagle3Config, SampledChildren, Target, data_rollout
 from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.drafters.rollout import fewer_depths
 from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.train.drafter.objective import Objective
 
 STEPS, MASK = 3, 63
 
@@ -91,11 +96,68 @@ def test_a_draft_is_one_pass_and_a_folder_keeps_the_mask(target: Target, tmp_pat
     assert torch.equal(again.state_dict()["mask_hidden"], drafter.state_dict()["mask_hidden"])
 
 
+@torch.no_grad()
+def test_steps_that_do_not_count_are_not_computed(target: Target) -> None:
+    drafter = made(target)
+    batch = batch_of(target, drafter)
+    whole = data_rollout(batch, STEPS)
+    torch.manual_seed(0)
+    fewer = fewer_depths(whole, 0.6)
+    outputs, drawn = drafter.teacher_forced(batch, whole), drafter.teacher_forced(batch, fewer)
+    kept_KA = fewer.valid.T
+    torch.testing.assert_close(drawn[kept_KA], outputs[kept_KA])
+    zeros = drafter.head_inputs(torch.zeros(drafter.config.hidden_size))
+    assert torch.equal(drawn[1:][~kept_KA[1:]], zeros.expand(int((~kept_KA[1:]).sum()), -1))
+    assert 0 < int(kept_KA[2].sum()) < int(whole.valid[:, 2].sum())
+
+
+def test_a_deeper_step_is_kept_where_the_one_before_is_and_at_a_falling_share(target: Target) -> None:
+    valid = torch.ones(1000, 5, dtype=torch.bool)
+    valid[900:, 2:] = False
+    whole = replace(data_rollout(batch_of(target, made(target)), 5), valid=valid)
+    torch.manual_seed(3)
+    kept = fewer_depths(whole, 0.5).valid
+    assert kept.sum(0).tolist() == [1000, 500, 225, 180, 180], "a fifth at the least"
+    assert bool((kept[:, 1:] <= kept[:, :-1]).all())
+    assert not bool((kept & ~valid).any())
+    assert torch.equal(fewer_depths(whole, 1.0).valid, valid)
+
+
+@pytest.mark.parametrize("layout", ["peagle", "speculators"])
+@torch.no_grad()
+def test_a_folder_for_engines_comes_back_and_names_its_mask(target: Target, tmp_path: Path, layout: str) -> None:
+    drafter = made(target)
+    write(drafter, tmp_path, layout, target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["mask_token_id"], fields["norm_before_residual"]) == (MASK, False)
+    kind = fields.get("speculators_model_type", fields["architectures"][0])
+    assert kind == {"peagle": "PeagleLlamaForCausalLM", "speculators": "peagle"}[layout]
+    assert load_file(tmp_path / "model.safetensors")["mask_hidden"].shape == (1, 1, 3 * 32)
+    again = load_any(tmp_path, target.ends)
+    assert isinstance(again, Eagle3)
+    before, after = drafter.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    batch = batch_of(target, drafter)
+    torch.testing.assert_close(
+        trained_logits(again.bound(target.ends), batch, [5], STEPS), trained_logits(drafter, batch, [5], STEPS)
+    )
+    del fields["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="so it is a P-EAGLE, and names no mask_token_id"):
+        load_any(tmp_path, target.ends)
+
+
 def test_a_p_eagle_that_does_not_fit_is_an_error(target: Target, tmp_path: Path) -> None:
     drafter = made(target)
-    for layout in ("eagle3", "tensorrt-llm", "speculators"):
+    for layout in ("eagle3", "tensorrt-llm"):
         with pytest.raises(ValueError, match="is a P-EAGLE"):
             write(drafter, tmp_path, layout, target.ends)
+    ordinary = shaken(Eagle3Family().build(target.ends, None, STEPS, ""))
+    with pytest.raises(ValueError, match=r"no P-EAGLE .* use --layout eagle3"):
+        write(ordinary, tmp_path, "peagle", target.ends)
+    with pytest.raises(ValueError, match=r"depth_share is 0\.7, and Eagle3 computes every step; set it to 1"):
+        Objective(STEPS, depth_share=0.7).check(ordinary)
     with pytest.raises(ValueError, match="detach_steps is true, and no step of a P-EAGLE"):
         Eagle3Family(mask_token_id=MASK, detach_steps=True).build(target.ends, None, STEPS, "")
     with pytest.raises(ValueError, match="mask_token_id 64, which is not below the target's vocabulary of 64"):
