@@ -5,6 +5,7 @@ Owns the order of the work and which inputs are an error. Does not know the layo
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
 from draftsmith.models.drafters.registry import family_of
-from draftsmith.models.files.adapter_files import BOND
+from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
 from draftsmith.models.target.ends import TargetEnds
@@ -93,6 +94,8 @@ def export(
             *_adapter_notes(drafter, where.adapter, drafter_adapter),
         )
         subject = replace(subject, notes=notes)
+        if (drafter / TARGET_ADAPTER).is_dir():
+            shutil.copytree(drafter / TARGET_ADAPTER, folder / TARGET_ADAPTER)
         if subject.layout.holds_shapes:
             _copy_shapes(drafter if drafter_adapter is None else drafter_adapter, folder)
         (folder / CARD).write_text(write_card(subject, measured, made_by, history), encoding="utf-8")
@@ -156,6 +159,11 @@ def _copy_shapes(source: Path, folder: Path) -> None:
 def _adapter_notes(drafter: Path, adapter: str | None, drafter_adapter: Path | None) -> tuple[str, ...]:
     """What a user must know of adapters that went into this export."""
     notes = []
+    if (drafter / TARGET_ADAPTER).is_dir():
+        notes.append(
+            f"It was trained together with the adapter of its target in `{TARGET_ADAPTER}`. Decode with the target and that adapter. "
+            "Replies are then those of the adapted model, which is not the target without it; lossless means equal to the adapted model's."
+        )
     if adapter is not None:
         notes.append(
             f"The target is the model named above with the PEFT adapter `{adapter}` merged into it; load it so."

@@ -20,6 +20,8 @@ _look_up, _listing = lazy_names(
         "Throughput": "drafter_callbacks.throughput",
         "TreeDecodeValidation": "drafter_callbacks.tree_decode_validation",
         "DraftModule": "drafter.module",
+        "JointDraftModule": "drafter.joint_module",
+        "TargetLora": "drafter.adapted_target",
         "LmDataModule": "embedded_lm.data",
         "LmModule": "embedded_lm.module",
         "JudgeFigures": "judge.callbacks",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, missing_families, registry
-from draftsmith.models.files.adapter_files import BOND
+from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint
 from draftsmith.models.files.model_folder import resolve
@@ -30,6 +31,7 @@ from draftsmith.models.foreign.reader import Foreign
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 
+_LOG = logging.getLogger(__name__)
 COMPOSED = {
     "draftsmith_suffix": "draftsmith.models.composed.suffix_drafter",
     "draftsmith_refined": "draftsmith.models.composed.refined_drafter",
@@ -104,12 +106,24 @@ def load_drafter(
         return _composed(path, module, dtype, trust_remote_code, finite, target)
     kind = _family_in(path)
     if kind is not None:
+        _say_of_adapted_target(path)
         return read_drafter(path, kind, finite)
     if is_foreign(path):
         return read_foreign(path, target)
     draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
     draft_lm.loaded_from = path
     return draft_lm
+
+
+def _say_of_adapted_target(folder: Path) -> None:
+    """Say that a drafter goes with another model than the target that it names."""
+    if (folder / TARGET_ADAPTER).is_dir():
+        _LOG.warning(
+            "%s was trained together with an adapter of its target. Decode with --adapter %s: replies are then those of the adapted model, "
+            "which is NOT the target without it, and lossless means equal to the adapted model's own",
+            folder,
+            folder / TARGET_ADAPTER,
+        )
 
 
 def drafter_fingerprint(folder: Path) -> str:

@@ -24,6 +24,7 @@ from draftsmith.outside import parse_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every tensor's name
+TARGET_ADAPTER = "target_adapter"  # in the folder of a drafter that was trained together with an adapter of its target
 BOND = "bond.json"  # in the folder of a drafter's adapter, and in no other
 
 

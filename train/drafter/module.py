@@ -347,6 +347,14 @@ class DraftModule(pl.LightningModule):
         """
         self.starting_drafter.save(self.evaluated, self._base_fingerprint, folder)
 
+    def ends_of(self, folder: Path) -> TargetEnds:
+        """The ends of the model that a saved drafter is for.
+
+        Args:
+            folder: what :meth:`save_drafter` wrote.
+        """
+        return self.ends
+
     def _make(self, data: CacheDataModule, ends: TargetEnds, tokenizer: str) -> Drafter:
         """The drafter as training starts: fresh, or as init_from left it."""
         if self.starting_drafter.folder is not None:

@@ -142,7 +142,7 @@ class KeepBestDrafter(pl.Callback):
         with atomic_directory(self._folder(trainer), self.stage) as partial:
             module.save_drafter(partial)
             # What is kept can be used: a training that diverged leaves NaN.
-            load_drafter(partial, target=TargetBond(module.ends, identity.tokenizer_fingerprint))
+            load_drafter(partial, target=TargetBond(module.ends_of(partial), identity.tokenizer_fingerprint))
             provenance.write(partial, provenance.record(provenance.command_line(), config, inputs))
 
     def _moment(self, trainer: pl.Trainer) -> dict[str, Any]:
