@@ -1,4 +1,4 @@
-"""Drafters that do not pay: one line about each that is slower than plain decoding or than prompt lookup, and what to try.
+"""Drafters that do not pay: one line about each that is slower than plain decoding or than one without weights, and what to try.
 
 Owns the comparison and its words, for the terminal and for reports. Does not know how speeds were measured.
 """
@@ -17,9 +17,10 @@ TRAIN = "train longer or on more replies"
 
 
 def slow_drafters(rows: Sequence[Row], written: Callable[[object], str] = one_line) -> list[str]:
-    """One line for each drafter and temperature whose fastest shape is slower than plain decoding or than prompt lookup.
+    """One line for each drafter and temperature whose fastest shape is slower than plain decoding, prompt lookup or one without weights.
 
-    Prompt lookup counts where it was measured: `evaluate` leaves it out for batches (see `Plan.prompt_lookup`).
+    Prompt lookup counts where it was measured: `evaluate` leaves it out for batches (see `Plan.prompt_lookup`). Drafters without weights
+    count where they were raced; they themselves are compared with plain decoding and prompt lookup.
 
     Args:
         rows: of one evaluation, at all temperatures.
@@ -35,7 +36,18 @@ def slow_drafters(rows: Sequence[Row], written: Callable[[object], str] = one_li
             for other in rows
             if other.drafter.startswith(LOOKUP) and other.temperature == row.temperature and other.speedup > 0
         ]
+        free = [
+            other
+            for other in fastest.values()
+            if not other.parameters and row.parameters and other.temperature == row.temperature
+        ]
         slower_than = _slower_than(row.speedup, max(lookups, default=None))
+        best = max(free, key=lambda other: other.speedup, default=None)
+        if best is not None and row.speedup < best.speedup:
+            share = (
+                f"{row.speedup / best.speedup:.2f} times the speed of {written(best.label)}, which needs no training"
+            )
+            slower_than = f"{slower_than} and {share}" if slower_than else share
         if slower_than:
             place = f"{written(row.label)} at T = {row.temperature:g}"
             lines.append(f"Slow: {place} decodes at {slower_than}. To try: {TRAIN}, or {TUNE}. {SHORT_TRAINING}")

@@ -43,6 +43,15 @@ def test_a_drafter_slower_than_prompt_lookup_is_named_too(make_row: RowMaker) ->
     assert "0.50 times the speed of plain decoding and 0.50 times the speed of prompt lookup" in line
 
 
+def test_a_trained_head_slower_than_a_drafter_without_weights_is_named(make_row: RowMaker) -> None:
+    suffix = make_row(drafter="suffix", shape="1x16", speedup=1.5, parameters=0)
+    [line] = slow_drafters([plain_row(make_row), suffix, make_row(speedup=1.2, parameters=9)])
+    assert "redrafter 1x4 at T = 0 decodes at 0.80 times the speed of suffix 1x16, which needs no training" in line
+    assert slow_drafters([suffix, make_row(speedup=1.6, parameters=9)]) == []
+    assert slow_drafters([suffix, make_row(drafter="phrases", speedup=1.2, parameters=0)]) == [], "neither was trained"
+    assert slow_drafters([suffix, make_row(speedup=1.2, parameters=9, temperature=1.0)]) == []
+
+
 def test_a_fast_drafter_gets_no_line(make_row: RowMaker) -> None:
     assert slow_drafters([plain_row(make_row), lookup_row(make_row, 1.1), make_row(speedup=1.2)]) == []
 
