@@ -27,6 +27,7 @@ from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening, Ro
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
+from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.files.field_rules import Rule
@@ -227,7 +228,7 @@ class RiderDrafter(TargetHead):
         return RootState(states_BE, root_B)
 
 
-class RiderDraft:
+class RiderDraft(ParallelDraft):
     """One draft: riders read no drafted token, so all nodes of one depth have the same continuations.
 
     Args:
@@ -236,20 +237,12 @@ class RiderDraft:
     """
 
     def __init__(self, drafter: RiderDrafter, state: RootState) -> None:
-        self.root_B, self.target_ids = state.root_B, drafter.to_target_ids
-        self._drafter, self._step = drafter, 0
-        self._states_KBD = state.context_BD.unflatten(1, (-1, drafter.config.hidden_size)).transpose(0, 1)
-        self._logits_KBV = torch.empty(0)
+        super().__init__(drafter, state.root_B)
+        self._states_BKD = state.context_BD.unflatten(1, (-1, drafter.config.hidden_size)).to(drafter.dtype)
 
-    def begin(self) -> Tensor:
-        """See :class:`Expander`."""
-        self._logits_KBV = self._drafter.rollout_logits(self._states_KBD.to(self._drafter.dtype))
-        return self._logits_KBV[0][:, None]
-
-    def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """See :class:`Expander`."""
-        self._step += 1
-        return self._logits_KBV[self._step][:, None].expand(-1, tokens_BM.shape[1], -1)
+    def slot_logits(self) -> Tensor:
+        """See :meth:`ParallelDraft.slot_logits`."""
+        return self._drafter.rollout_logits(self._states_BKD.transpose(0, 1)).transpose(0, 1)
 
 
 class RiderFamily(DrafterFamily):
