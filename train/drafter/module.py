@@ -295,7 +295,7 @@ class DraftModule(pl.LightningModule):
         return Target.load(
             self.target,
             str(dtype).removeprefix("torch."),
-            device,
+            "cpu" if device.startswith("cpu") else device,  # DeepSpeed numbers CPUs, too
             revision=self.revision,
             adapter=self.adapter,
             trust_remote_code=self.trust_remote_code,
