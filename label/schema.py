@@ -443,6 +443,15 @@ def _words(value: Any, place: str, field: str, longest: int | None = None) -> No
         raise refusal(place, field, value, f"it has {len(value)} characters, and a store keeps {longest}", "shorten it")
 
 
+def is_keepable(value: str) -> bool:
+    """Whether a text is one that a store, a page and a file keep alike: not empty, no NUL, no half of a surrogate pair.
+
+    Args:
+        value: text.
+    """
+    return bool(value.strip()) and not _NOT_KEPT.search(value)
+
+
 def _keepable(value: str, place: str, field: str) -> None:
     """A store, a page and a file hold the same text only where every one of them can encode it."""
     if _NOT_KEPT.search(value):

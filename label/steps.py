@@ -18,7 +18,7 @@ class Refinements:
 
     Attributes:
         first_number: the pieces of its first number; None where it states none.
-        last_token: its last piece that is no white space.
+        last_token: its last piece with a letter or digit, not the full stop or bracket behind it.
         whole: all of it.
     """
 
@@ -67,7 +67,7 @@ def refinements(response: str, error: Span, pieces: Sequence[Span]) -> Refinemen
     inside = [piece for piece in pieces if max(piece[0], error[0]) < min(piece[1], error[1])]
     if not inside:
         return None
-    seen = [piece for piece in inside if response[slice(*piece)].strip()] or inside
+    seen = [piece for piece in inside if any(map(str.isalnum, response[slice(*piece)]))] or inside
     number = first_number(response, error)
     touched = (
         [] if number is None else [piece for piece in inside if max(piece[0], number[0]) < min(piece[1], number[1])]

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from draftsmith.data.formats import Message
 from draftsmith.data.prompts import Prompt
 from draftsmith.files import JsonlAppender, read_jsonl
 from draftsmith.label.checkers.checkers import Checked, Checker, Row
-from draftsmith.label.schema import Answer, Label, answer_id, check_answer
+from draftsmith.label.schema import Answer, Label, answer_id, check_answer, is_keepable
 
 CHECKS = "checks.jsonl"
 _LEFT_OUT = ("unfinished", "empty", "repeated")
@@ -116,7 +116,11 @@ def _answer(question: LicensedPrompt, model: str, reply: Row | None) -> Answer |
     messages = tuple(Message(role=message["role"], content=message["content"]) for message in asked)
     source = question.prompt.source
     own_id = answer_id(source, messages, said["content"], model)
-    return Answer(own_id, messages, said["content"], model, question.licence, source)
+    reference = question.prompt.reference[-1] if question.prompt.reference else question.row.get("answer")
+    reference = str(reference) if isinstance(reference, str | int | float) else None
+    if reference is not None and not is_keepable(reference):
+        reference = None
+    return Answer(own_id, messages, said["content"], model, question.licence, source, reference=reference)
 
 
 def _with_label(
@@ -136,7 +140,7 @@ def _with_label(
 
 def _apply(answer: Answer, checker: Checker, checked: Checked, place: str) -> Answer:
     label = Label(checked.verdict, checker.name, "rule", checked.error, None, checked.note)
-    labelled = Answer(answer.id, answer.messages, answer.response, answer.model, answer.licence, answer.source, label)
+    labelled = replace(answer, label=label)
     check_answer(labelled, place)
     return labelled
 

@@ -17,7 +17,7 @@ from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.importers import Format, read_labelled
-from draftsmith.label.schema import Answer, write_answers
+from draftsmith.label.schema import Answer, deciding, write_answers
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store
@@ -70,6 +70,7 @@ def export_answers(
     out: Path,
     format: ExportFormat = "answers",
     unlabelled: bool = False,
+    decided: bool = False,
     target: str | None = None,
     where: Annotated[HubOptions, FLAT] = OWN_FILES,
 ) -> None:
@@ -80,6 +81,7 @@ def export_answers(
         out: the file to write; replaced as a whole when it exists.
         format: this project's JSON lines, or Label Studio's JSON.
         unlabelled: write answers without a label too.
+        decided: leave out labels that another one replaces: a step that somebody refined, marks between which a third label decides.
         target: path or hub id of a target: each line then holds the character offsets of its tokenizer's tokens.
         where: how the target's files are read; see `HubOptions`.
 
@@ -91,6 +93,8 @@ def export_answers(
     check_output_file(out, filter(None, [database_file(store)]))
     with Store(store) as opened:
         answers = opened.answers(unlabelled)
+    if decided:
+        answers = _decided(answers)
     if not answers:
         raise ValueError(f"{store} has no labelled answer; import or label some first, or add --unlabelled true")
     if target is not None:
@@ -100,6 +104,13 @@ def export_answers(
     else:
         label_studio.write_tasks(out, answers)
     print(f"{len(answers)} lines of {len({answer.id for answer in answers})} answers in {out}: {_verdicts(answers)}")
+
+
+def _decided(answers: Sequence[Answer]) -> list[Answer]:
+    by_id: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_id.setdefault(answer.id, []).append(answer)
+    return [answer for group in by_id.values() for answer in deciding(group)]
 
 
 def stats(

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
-from draftsmith.label.schema import Answer, Label, Span, check_answer, from_row, refusal
+from draftsmith.label.schema import Answer, Label, Span, check_answer, from_row, is_keepable, refusal
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
 Format = Literal[
@@ -27,6 +27,25 @@ STEPWISE_STEPS = "model_output_steps"
 # The second is MR-GSM8K's own name of the field.
 _STEPWISE_ERRORS = ("first_error_step", "model_output_solution_first_error_step")
 _NO_STEP = (None, 0, -1, "", "N/A")
+
+
+# Where the rows of each format have the right answer, the fullest first. BIG-Bench-Mistake's `answer` is the model's own.
+_REFERENCES: dict[str, tuple[str, ...]] = {
+    "prm800k": (
+        "ground_truth_solution",
+        "question.ground_truth_solution",
+        "ground_truth_answer",
+        "question.ground_truth_answer",
+        "solution",
+        "answer",
+        "reference",
+    ),
+    "mistake": ("target", "reference"),
+    "processbench": ("solution", "answer", "reference"),
+    "stepwise": ("ground_truth_solution", "ground_truth_answer", "answer", "reference"),
+    "solutions": ("ground_truth", "answer", "reference"),
+    "autojudge": ("answer", "reference"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource) -> Import
             unusable.append(reason if reason.startswith(place) else f"{place}: {reason}")
         else:
             row_format = own_format
-            answers += of_row
+            answers += [_with_reference(answer, row, own_format) for answer in of_row]
     unusable += [f"{row.place}: {row.reason}" for row in unread]
     if unusable and not answers:
         raise ValueError(f"no row of {path} can be used, {len(unusable)} have mistakes; the first: {unusable[0]}")
@@ -109,6 +128,19 @@ def detect(row: Row, place: str) -> Format:
         return "solutions"
     known = ", ".join(name for name in get_args(Format) if name != "auto")
     raise ValueError(f"{place}: no known format has the fields {sorted(row)}; name one with --format ({known})")
+
+
+def _with_reference(answer: Answer, row: Row, row_format: Format) -> Answer:
+    """The answer with the right one as the row has it, where it has one and the reader has not set it."""
+    for path in _REFERENCES.get(row_format, ()):
+        value: Any = row
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if answer.reference is None and isinstance(value, str) and is_keepable(value):
+            return replace(answer, reference=calculations.without_marks(value) if row_format == "solutions" else value)
+    return answer
 
 
 def _own(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:

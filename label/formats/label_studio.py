@@ -7,13 +7,14 @@ configuration that fits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_write
 from draftsmith.foreign import json_text
-from draftsmith.label.schema import Answer, How, Label, Span, Verdict, refusal
+from draftsmith.label.schema import Answer, How, Label, Span, Verdict, refusal, replaced_names
 from draftsmith.label.store.label_source import LabelSource
 
 SPAN_LABEL = "error"
@@ -44,8 +45,9 @@ def read_task(task: Mapping[str, Any], place: str, origin: LabelSource) -> Itera
             labels.append(_label(annotation, response, f"{place}: annotations[{index}]", origin))
     for label in labels or [None]:
         answer = origin.answer(_prompt(data, place), response, label, place, data.get("model"), data.get("licence"))
+        answer = replace(answer, reference=data.get("reference"))
         if isinstance(data.get("source"), str) and isinstance(data.get("id"), str):
-            answer = Answer(data["id"], answer.messages, response, answer.model, answer.licence, data["source"], label)
+            answer = replace(answer, id=data["id"], source=data["source"])
         yield answer
 
 
@@ -75,12 +77,15 @@ def _data(answer: Answer) -> dict[str, Any]:
         "model": answer.model,
         "licence": answer.licence,
         "source": answer.source,
+        **({} if answer.reference is None else {"reference": answer.reference}),
     }
 
 
 def _result(label: Label, response: str) -> list[dict[str, Any]]:
     checked = None if label.checked is None else list(label.checked)
-    meta = {"labelled_by": label.labelled_by, "how": label.how, "checked": checked, "note": label.note}
+    meta: dict[str, Any] = {"labelled_by": label.labelled_by, "how": label.how, "checked": checked, "note": label.note}
+    if label.replaces:
+        meta["replaces"] = list(label.replaces)
     choice = {"from_name": "verdict", "to_name": "response", "type": "choices", "value": {"choices": [label.verdict]}}
     result: list[dict[str, Any]] = [{"id": "verdict", **choice, "meta": meta}]
     if label.error is not None:
@@ -131,6 +136,7 @@ def _label(annotation: Mapping[str, Any], response: str, place: str, origin: Lab
         error=min(spans, default=None),
         checked=None if checked is None else _pair(checked, place),
         note=meta.get("note") or "",
+        replaces=replaced_names(meta.get("replaces"), place),
     )
 
 

@@ -78,6 +78,10 @@ export class AnswerView {
     return this.pieces.flatMap((piece, index) => (piece.end > start && piece.start < end ? [index] : []));
   }
 
+  textOf(span) {
+    return this.touched(span).map((index) => this.pieces[index].element.textContent).join("").trim();
+  }
+
   // Shades a span that somebody else has marked. `by` stands before it, where it is given.
   shade(span, className, by = "") {
     const touched = this.touched(span);
@@ -92,7 +96,7 @@ export class AnswerView {
   beginAt(span) {
     const [first = null] = this.touched(span);
     this.home = first;
-    if (first !== null) this.pieces[first].element.scrollIntoView({ block: "center" });
+    if (first !== null) this.pieces[first].element.scrollIntoView({ block: "nearest" });
   }
 
   // First and last marked piece, or null.

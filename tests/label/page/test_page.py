@@ -352,7 +352,7 @@ def test_agreement_is_told_on_a_page_of_its_own(visit: Visit, store: Store, make
         page.wait_for_selector("#pairs tr")
         assert page.inner_text("#pairs tr").split("\t") == ["alice and bob", "2", "100 %", "1.00", "1", "0", "7", "7"]
         differences = page.inner_text("#differences tr").split("\t")
-        assert differences == ["a", "alice: an error", "bob: an error", "7"]
+        assert differences == ["a", "alice: an error", "bob: an error", "7", "\u2013"]
         page.click("nav >> text=Label")
         page.wait_for_selector("#done:visible")
         assert page.inner_text("#person-name") == "bob", "the name comes along"
