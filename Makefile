@@ -4,7 +4,7 @@
 # make bench        compare families, FULL=1 all of them    make embedded  train the embedded models from scratch (over an hour)
 # make bench-train  training speed against bare matrix products, memory, two processes, the cost model
 # make bench-gpu    decoding and training on a GPU against its memory, under 8 minutes, nothing downloaded
-# make judge        a judge from nothing to its price, on the embedded pair (under twenty minutes)
+# make judge        a judge from nothing to its price, on the embedded pair
 # make wheel        dist/*.whl              make clean     remove what make built, but not runs/
 
 PYTHON ?= python3

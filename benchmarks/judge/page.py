@@ -16,6 +16,8 @@ from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE
 from draftsmith import provenance
 from draftsmith.files import atomic_write
 
+FIRST_ERRORS, OUT_OF_DOMAIN = "first-errors", "out-of-domain"
+"""Parts of the benchmark that a run can leave out."""
 LEAST_TIMES, MOST_LOST, LEAST_SPEEDUP = 2.5, 1.0, 2.0
 """The goals: times lossless decoding's accepted tokens, points of right answers, speed-up over plain decoding."""
 
@@ -55,12 +57,8 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         section(work / "report-judges"),
         "The rounds:",
         section(work / "rounds", "rounds.md"),
-        "## Whose errors they are",
-        errors_table(work),
-        "## Out of domain: problems with division",
-        section(work / "report-division"),
-        "The same judges on the problems without division:",
-        section(work / "report-other"),
+        *(["## Whose errors they are", errors_table(work)] if FIRST_ERRORS not in options.without else []),
+        *(out_of_domain(work) if OUT_OF_DOMAIN not in options.without else []),
         "## Mining",
         mining(work),
         "## Time",
@@ -72,6 +70,16 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
     ]
     atomic_write(options.out / f"{name}.md", "\n\n".join(page) + "\n")
     print(options.out / f"{name}.md")
+
+
+def out_of_domain(work: Path) -> list[str]:
+    """Judges with and without division, on problems with and without it."""
+    return [
+        "## Out of domain: problems with division",
+        section(work / "report-division"),
+        "The same judges on the problems without division:",
+        section(work / "report-other"),
+    ]
 
 
 def rows_of(report: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def tune_all(stages: Stages, judge: Path, scale: float) -> None:
     """Tunes a judge for the draft LM and each head."""
     work = stages.work
     for name, shapes in (("draft_lm", ("1x16", SHAPE)), *((name, (shape,)) for name, shape in HEAD_SHAPES.items())):
-        problems = None if name == "draft_lm" else max(12, int(scale * 600))
+        problems = None if name == "draft_lm" else max(12, int(scale * 400))
         stages.once(
             f"tune-{name}",
             lambda name=name, shapes=shapes, problems=problems: tune_judge(  # type: ignore[misc]
