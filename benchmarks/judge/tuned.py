@@ -18,7 +18,13 @@ SHAPE = "1x32"
 HEAD_SHAPES = {"redrafter": "1x5", "eagle": "1x8"}
 TUNED = "tuned-for-price"
 """The folder with the judge at the best setting for `SHAPE`."""
-SWEEP = SweepOptions(thresholds=(0.1, 0.5, 0.9, 0.99), batch_rows=64)
+THRESHOLDS = (0.1, 0.3, 0.6, 0.9)
+SWEEPS = {
+    "draft_lm": SweepOptions(thresholds=THRESHOLDS, gates=("none", "line"), batch_rows=64),
+    "redrafter": SweepOptions(thresholds=THRESHOLDS, batch_rows=64),
+    "eagle": SweepOptions(thresholds=THRESHOLDS, batch_rows=64),
+}
+"""Heads draft less than a line, so a gate of lines would accept nothing under them."""
 
 
 def tune_all(stages: Stages, judge: Path, scale: float) -> None:
@@ -36,7 +42,7 @@ def tune_all(stages: Stages, judge: Path, scale: float) -> None:
                 work / f"tuned-{name}",
                 checker="final-number",
                 shapes=shapes,
-                sweep=SWEEP,
+                sweep=SWEEPS[name],
                 draw=DrawOptions(max_new_tokens=200),
                 selection=PromptSelection(limit=problems),
             ),
@@ -52,7 +58,7 @@ def keep_best(work: Path, judge: Path) -> None:
         for trial in trials
         if trial["setting"]["shape"] == SHAPE
         and not trial["stopped"]
-        and trial["change_bounds"][0] > -SWEEP.most_lost / 100
+        and trial["change_bounds"][0] > -SWEEPS["draft_lm"].most_lost / 100
         and trial["per_cycle"] > trial["lossless_per_cycle"]
     ]
     head = load_judge(judge)
