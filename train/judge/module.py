@@ -81,7 +81,7 @@ class JudgeModule(pl.LightningModule):
         self,
         target: str,
         feature: Literal["last.pre_norm + opinion", "last.pre_norm", "last.post_norm"] = "last.pre_norm + opinion",
-        l2: Sequence[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
         class_weight: Literal["balanced"] | float = "balanced",
         iterations: int = 10,
         history: int = 20,
