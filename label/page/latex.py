@@ -39,7 +39,7 @@ _ATTRIBUTES = """display displaystyle scriptlevel mathvariant stretchy fence for
 _VALUE = re.compile(r"[\w.%+ -]{1,40}", re.ASCII)
 # How many children MathML asks for; with others a browser draws something else than what was meant.
 _NUM_CHILDREN = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup": 3, "munderover": 3}
-_REFUSALS = (
+_REFUSALS: tuple[type[Exception], ...] = (
     *(kind for kind in vars(exceptions).values() if isinstance(kind, type) and issubclass(kind, Exception)),
     # What latex2mathml meets where LaTeX ends too early or nests too deeply.
     ArithmeticError,

@@ -355,7 +355,7 @@ class Store(StoreReader):
 
 
 def _rows_by_id(connection: Connection, answers: list[Answer]) -> dict[str, Row[Any]]:
-    rows = {}
+    rows: dict[str, Row[Any]] = {}
     for some in batches(list({answer.id for answer in answers})):
         rows |= {row.id: row for row in connection.execute(select(ITEMS).where(ITEMS.c.id.in_(some)))}
     return rows
