@@ -31,6 +31,8 @@ DRAFT_IDS = torch.arange(0, 280, 3)
 MASK: dict[str, Any] = {"mask_token_id": 299}
 FOR_LAYOUT: dict[tuple[str, str], tuple[dict[str, Any], bool]] = {
     ("blockdrafter", "dflash"): (MASK, True),
+    ("blockdrafter", "dflash2"): (MASK | {"convolution": True, "correction": "selector"}, False),
+    ("eagle3", "peagle"): (MASK, True),
     ("blockdrafter", "dspark"): (MASK | {"sample_from_anchor": True, "correction": "vanilla"}, True),
     ("blockdrafter", "domino"): (MASK | {"sample_from_anchor": True, "correction": "gru"}, False),
     ("blockdrafter", "speculators"): (MASK, True),
