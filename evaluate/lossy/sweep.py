@@ -72,7 +72,8 @@ class Sweep:
             for shape in shapes:
                 own = [trial for trial in trials if trial.setting.shape == shape]
                 self._finish(own, rest, is_right, advance)
-        self._race([trial for shape in shapes if (trial := self._best_of(trials, shape)) is not None])
+        best = (self._best_of(trials, shape) for shape in shapes)
+        self._race([trial for trial in best if trial is not None])
         return trials
 
     def _go_on(self, trial: Trial, part: range, is_right: IsRight, advance: Callable[[int], None]) -> None:

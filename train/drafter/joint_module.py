@@ -108,7 +108,7 @@ class JointDraftModule(DraftModule):
             raise ValueError(
                 f"JointDraftModule trains in one process, and this run has {self.trainer.world_size}; set trainer.devices to 1"
             )
-        if isinstance(self.trainer.datamodule, OnlineDataModule):
+        if isinstance(getattr(self.trainer, "datamodule", None), OnlineDataModule):
             raise ValueError("JointDraftModule reads the target's own states from a cache; give it CacheDataModule")
         super().setup(stage)
         assert self.drafter is not None

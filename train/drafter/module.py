@@ -166,7 +166,7 @@ class DraftModule(pl.LightningModule):
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
         weighed = (feature_weight, logit_weight, emphasis, skip_outside, max_anchors, prompt_weight)
         own = Objective(num_steps, distillation, horizon_decay, chunk_rows, *weighed)
-        further = {"divergence": divergence, "text_weight": text_weight, "d_pace": d_pace}
+        further: dict[str, Any] = {"divergence": divergence, "text_weight": text_weight, "d_pace": d_pace}
         self.objective = replace(own, **further, confidence_weight=confidence_weight, depth_share=depth_share)
         self.val_objective = Objective(val_steps or num_steps, "none", 1.0, chunk_rows, max_anchors=max_anchors)
         check_ratios(warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)

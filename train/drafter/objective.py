@@ -351,9 +351,17 @@ def _with_selector(
     assert drafter.num_candidates is not None
     assert drafter.correction_weight is not None
     rollout = prepared.rollout
-    given = (prepared.draft_targets, rollout.valid, step_weights, drafter.num_candidates, objective.chunk_rows)
-    matrices = (head_inputs, drafter.head_weight, drafter.correction_weight)
-    selector = selector_loss(*matrices, *given, rollout.weights)
+    selector = selector_loss(
+        head_inputs,
+        drafter.head_weight,
+        drafter.correction_weight,
+        prepared.draft_targets,
+        rollout.valid,
+        step_weights,
+        drafter.num_candidates,
+        objective.chunk_rows,
+        rollout.weights,
+    )
     return replace(sums, total=sums.total + selector.total, recalled=selector.recalled)
 
 
