@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drafters.counting import count
-from benchmarks.drafters.recipes import RECIPES, train
+from benchmarks.drafters.recipes import ALL_RECIPES, train
 from draftsmith import provenance
 from draftsmith.decode.engine import Engine
 from draftsmith.files import atomic_write, read_jsonl
@@ -85,7 +85,7 @@ def train_all(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
     drafters: dict[str, dict[str, Path]] = {}
     for family in options.families:
         for loss in options.losses:
-            recipe = RECIPES[family]
+            recipe = ALL_RECIPES[family]
             recipe = replace(recipe, module={**recipe.module, **LOSSES[loss]}, options={**recipe.options})
             out = options.work / folder_of(family, loss)
             done = train(recipe, str(options.target), options.cache, out, steps=options.steps)

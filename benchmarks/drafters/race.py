@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drafters.counting import Counted, count, paired_ratio
-from benchmarks.drafters.recipes import BLOCKWISE_RECIPES, RECIPES, Recipe, Trained, train
+from benchmarks.drafters.recipes import ALL_RECIPES, Trained, train
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.prompts import PromptSelection
@@ -38,7 +38,6 @@ from draftsmith.models.families import block, eagle3
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.models.tree.shapes import parse_shape
 
-ALL: dict[str, Recipe] = {**RECIPES, **BLOCKWISE_RECIPES}
 UNTRAINED = {"suffix": "embedded:suffix"}
 """Drafters without training that run beside the others."""
 
@@ -86,7 +85,7 @@ class Race:
 
     def trained(self, name: str, cache: Path) -> Trained:
         """One family's training, for the seconds asked for."""
-        recipe = ALL[name]
+        recipe = ALL_RECIPES[name]
         recipe = replace(recipe, options={**recipe.options, "draft_vocab_size": self.options.draft_vocab})
         done = train(recipe, self.options.target, cache, self.options.work / name, seconds=self.options.seconds)
         print(f"{time.strftime('%H:%M')} {name}: {done}", flush=True)
@@ -112,8 +111,12 @@ class Race:
         return load_drafter(drafter_folder(self.folder(name))).attach(self.target.ends)
 
     def depth(self, name: str) -> int:
-        """How many steps a drafter was trained for; five where it needs no training."""
-        return int(ALL[name].module["num_steps"]) if name in ALL and ALL[name].module["num_steps"] > 3 else 5
+        """How many steps a drafter was trained for; five where it needs no training, or was trained for three or fewer and drafts any depth."""
+        return (
+            int(ALL_RECIPES[name].module["num_steps"])
+            if name in ALL_RECIPES and ALL_RECIPES[name].module["num_steps"] > 3
+            else 5
+        )
 
 
 def count_table(race: Race, names: list[str], temperature: float) -> list[str]:
@@ -194,7 +197,7 @@ def main() -> int:
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
     load, race = os.getloadavg()[0], Race(options)
-    names = [name for name in ALL if name in options.drafters]
+    names = [name for name in ALL_RECIPES if name in options.drafters]
     cache = race.cache()
     trained = {name: race.trained(name, cache) for name in names}
     names += [name for name in UNTRAINED if name in options.drafters]
@@ -225,7 +228,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--tests", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/race"))
-    parser.add_argument("--drafters", type=names, default=[*ALL, *UNTRAINED], help="joined by commas")
+    parser.add_argument("--drafters", type=names, default=[*ALL_RECIPES, *UNTRAINED], help="joined by commas")
     parser.add_argument("--draft-vocab", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=120.0, help="of each training")
     parser.add_argument("--prompts", type=int, default=60)

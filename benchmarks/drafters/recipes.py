@@ -53,11 +53,6 @@ RECIPES = {
     "redrafter": Recipe(ReDrafterFamily, {"num_steps": 5, "distillation": "path", "lr": 2e-3}),
     "eagle": Recipe(EagleFamily, {**_EAGLE, "num_steps": 1, "lr": 3e-3}),
     "hass": Recipe(EagleFamily, {**_EAGLE, "num_steps": 3, "top_k_weight": 1.0, "lr": 3e-3}, {"detach_steps": True}),
-    "block": Recipe(
-        BlockFamily,
-        {"distillation": "path", "num_steps": 5, "horizon_decay": 0.8, "max_anchors": 128, "lr": 2e-3},
-        {"num_draft_layers": 2},
-    ),
     "eagle3": Recipe(
         Eagle3Family,
         {"distillation": "path", "num_steps": 5, "horizon_decay": 0.8, "skip_outside": True, "lr": 3e-3},
@@ -72,6 +67,7 @@ BLOCKWISE_RECIPES = {
     "hydra": Recipe(HeadsFamily, _HEADS, {"network": "hydra"}),
     "hydra++": Recipe(HeadsFamily, _HEADS, {"network": "hydra", "prefix_layer": True}),
     "mlp": Recipe(HeadsFamily, _HEADS, {"network": "mlp"}),
+    "block": Recipe(BlockFamily, {**_BLOCK, "num_steps": 5, "horizon_decay": 0.8, "distillation": "path"}, _TWO_LAYERS),
     "dflash": Recipe(BlockFamily, _BLOCK, _TWO_LAYERS),
     "jetspec": Recipe(BlockFamily, {**_BLOCK, "distillation": "path"}, {**_TWO_LAYERS, "mask": "causal"}),
     "dspark": Recipe(
@@ -83,7 +79,10 @@ BLOCKWISE_RECIPES = {
         BlockFamily, _BLOCK, {**_TWO_LAYERS, "correction": "gru", "correction_rank": 32, "correction_state": 128}
     ),
 }
-"""Heads that draft all tokens at once or step by step, and block drafters, in the sizes of small targets."""
+"""Heads that draft all tokens at once or step by step, and block drafters, in the sizes of small targets.
+
+`block` is a DFlash that learns the target's distribution and drafts five tokens."""
+ALL_RECIPES = {**RECIPES, **BLOCKWISE_RECIPES}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_a_claim_holds_where_the_interval_lies_above_it(gain: float, verdict: st
 def test_every_claim_names_drafters_and_shapes_of_the_race() -> None:
     for _, *sides in race.CLAIMS:
         for name, number in sides:
-            assert name in race.ALL
+            assert name in race.ALL_RECIPES
             parse_shape(race.shapes_of(4)[0.0][number])
     for shape in race.shapes_of(7)[1.0]:
         parse_shape(shape)
