@@ -111,7 +111,7 @@ class Race:
         return load_drafter(drafter_folder(self.folder(name))).attach(self.target.ends)
 
     def depth(self, name: str) -> int:
-        """How many steps a drafter was trained for; five where it needs no training, or was trained for three or fewer and drafts any depth."""
+        """How many steps a drafter was trained for; five where it drafts any depth: without training, or trained for three or fewer."""
         return (
             int(ALL_RECIPES[name].module["num_steps"])
             if name in ALL_RECIPES and ALL_RECIPES[name].module["num_steps"] > 3

@@ -214,7 +214,11 @@ def parallel_rows(model: Any, drafter: Eagle3, batch: PackedBatch) -> list[tuple
 
 
 def compare(kind: str, drafter: Drafter, target: Target, batch: PackedBatch, folder: Path) -> Compared:
-    """Export one drafter, load it with the package, and compare."""
+    """Export one drafter, load it with the package, and compare.
+
+    Raises:
+        SystemExit: the package has weights that the folder lacks.
+    """
     speculators = importlib.import_module("speculators")
     folder.mkdir()
     write(drafter, folder, "speculators", target.ends)

@@ -93,15 +93,7 @@ class PhraseState:
 
 
 class PhraseDrafter(SuffixDrafter):
-    """A head whose leaves phrases follow; without a head, phrases alone.
-
-    Args:
-        config: what is compared and kept.
-        head: drafts first; None for phrases alone.
-
-    Raises:
-        ValueError: a field of the config breaks its rule.
-    """
+    """A head whose leaves phrases follow; without a head, phrases alone. It is made as a :class:`SuffixDrafter` is."""
 
     config: PhraseConfig
     config_class = PhraseConfig

@@ -301,7 +301,11 @@ class SuffixDrafter(Drafter):
 
     @classmethod
     def read(cls, folder: Path, fields: Mapping[str, Any], load: Callable[[str], Drafter]) -> Self:
-        """See :func:`from_folder`."""
+        """See :func:`from_folder`.
+
+        Raises:
+            ValueError: a field is bad, or the head reads the text as well.
+        """
         config = cls.config_class(**{name: fields[name] for name in cls.config_class.rules if name in fields})
         config.check(str(folder / "config.json"), "change the file")
         head = load(config.head) if config.head else None

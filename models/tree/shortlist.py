@@ -117,7 +117,7 @@ class WholeVocabulary:
         self._logits_BMV = expander.begin()
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> None:
-        """Go on to new nodes; see ``Expander.extend``."""
+        """Move to new nodes; see ``Expander.extend``."""
         self._logits_BMV = self._expander.extend(tokens_BM, above_BM)
 
     def entropy(self) -> Tensor:

@@ -39,7 +39,7 @@ def visit(browser: Any) -> Iterator[Visit]:
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
-        # What the policy stops is told on the console only.
+        # What the policy stops shows on the console only.
         if not attack:
             page.on("console", lambda said: faults.append(said.text) if "Content Security" in said.text else None)
         page.goto(f"{address}{path}?token={TOKEN}" + ("" if name is None else f"&name={name}"))

@@ -1,4 +1,4 @@
-"""Drafters that ride through the target: what enters, drafts in every shape, compiled cycles, folders, and what is refused."""
+"""Drafters that ride through the target: what enters, drafts in every shape, compiled cycles, folders, and what is an error."""
 
 from collections.abc import Callable
 from pathlib import Path
