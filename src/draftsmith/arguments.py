@@ -351,8 +351,11 @@ def how_to_list(name: str, whole: bool) -> str:
 
 
 def list_options(function: Callable[..., Any]) -> dict[str, bool]:
-    """Names of the options that are lists or tuples; True where the elements are text or paths."""
-    return {name: element in (str, Path) for name, (element, _) in _lists(function, "").items()}
+    """Names of the options that are lists or tuples; True where the elements are text, paths or a choice of words."""
+    return {
+        name: element in (str, Path) or typing.get_origin(element) is typing.Literal
+        for name, (element, _) in _lists(function, "").items()
+    }
 
 
 def whole_options(function: Callable[..., Any]) -> set[str]:
@@ -370,7 +373,7 @@ def _lists(owner: Callable[..., Any], prefix: str) -> dict[str, tuple[Any, bool]
         for option in options if name != "return" else ():
             if typing.get_origin(option) in (list, tuple):
                 element = typing.get_args(option)[0]
-                if typing.get_origin(element) is None:  # lists of lists are JSON
+                if typing.get_origin(element) in (None, typing.Literal):  # lists of lists are JSON
                     lists[f"{prefix}{name}"] = (element, WHOLE in marks)
             elif dataclasses.is_dataclass(option):
                 lists |= _lists(

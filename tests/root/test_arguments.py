@@ -278,3 +278,20 @@ def test_an_explanation_is_given_once() -> None:
     once = explain("Option 'beam_widht' is not accepted", ["beam_width"])
     assert once == "Option 'beam_widht' is not accepted (unknown key). Did you mean beam_width?"
     assert explain(once, ["beam_width"]) == once
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ways", "a", "b"],
+        ["--ways", "a,b"],
+        ["--ways", "a", "--ways", "b"],
+        ["--ways", '["a", "b"]'],
+        ["--ways=[a, b]"],
+    ],
+)
+def test_a_list_of_given_words_takes_every_form_of_a_list(words: list[str]) -> None:
+    def chosen(ways: tuple[Literal["a", "b"], ...] = ("a",)) -> tuple[str, ...]:
+        return ways
+
+    assert list(call(chosen, "x", words)) == ["a", "b"]
