@@ -48,7 +48,7 @@ class AdapterEngine:
         limits, tokenizer, ledger, prefill_chunk: see :class:`Engine`.
 
     Raises:
-        ValueError: an adapter of another drafter or another target.
+        ValueError: an adapter of another drafter or another target, or a drafter that rides through the target.
     """
 
     def __init__(
@@ -192,10 +192,15 @@ class AdapterSwitch(Drafter):
         adapters: their folders by name.
 
     Raises:
-        ValueError: an adapter of another drafter.
+        ValueError: an adapter of another drafter, or adapters of one whose riders share the target's forward.
     """
 
     def __init__(self, drafter: Drafter, adapters: Mapping[str, Path]) -> None:
+        if adapters and drafter.riders is not None:
+            raise ValueError(
+                f"a {type(drafter).__name__} rides through one forward of the target, in which rows cannot have adapters of their own; "
+                "merge one adapter into the drafter with `draftsmith export`, and decode with that"
+            )
         config = drafter.config
         super().__init__(DrafterConfig(hidden_size=config.hidden_size, vocab_size=config.vocab_size))
         fingerprint = module_fingerprint(drafter)
@@ -257,6 +262,11 @@ class AdapterSwitch(Drafter):
     def parts(self) -> tuple[Drafter, ...] | None:
         """Of the adapter that acts."""
         return self.below.parts
+
+    @property
+    def reads_choices(self) -> bool:
+        """Whether the drafter below does."""
+        return self.below.reads_choices
 
     def step_weight(self, step: int) -> Tensor:
         """Of the adapter that acts."""
@@ -357,6 +367,15 @@ class AdapterSwitch(Drafter):
             self._take(group.adapter)
             groups.append(replace(group, state=self.below.advance(group.state, emitted.select_rows(group.rows_G))))
         return SwitchState(tuple(reversed(groups)))
+
+    def take_choices(self, state: SwitchState, tree: DraftTree, choices_BN: Tensor) -> SwitchState:  # type: ignore[override]
+        """See :meth:`Drafter.take_choices`: each group's own."""
+        groups = []
+        for group in state.groups:
+            self._take(group.adapter)
+            own, choices_GN = tree.select_rows(group.rows_G), choices_BN[group.rows_G]
+            groups.append(replace(group, state=self.below.take_choices(group.state, own, choices_GN)))
+        return SwitchState(tuple(groups))
 
     def propose(self, state: SwitchState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
         """Draft for each group in turn; one batch of trees, in the order of the rows."""

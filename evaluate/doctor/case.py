@@ -178,7 +178,8 @@ class Case:
         """The trained drafter, of a family that learns from the target's states.
 
         Raises:
-            NotChecked: it is an ordinary draft LM, no cache is known, or the cache lacks layers that the drafter reads.
+            NotChecked: it is an ordinary draft LM, no cache is known, the cache lacks layers that the drafter reads, or it drafts through
+                the target's blocks and only the ends are loaded.
         """
         if isinstance(self.trained, LMDrafter):
             raise NotChecked("an ordinary draft LM reads tokens, not the target's states")
@@ -188,6 +189,8 @@ class Case:
             raise NotChecked(
                 f"the cache lacks {', '.join(missing)}, which this drafter reads: name another with --cache, or leave --ends-only out"
             )
+        if self.trained.learns_through_target and self.ends.trunk is None:
+            raise NotChecked("this drafter drafts through the target's own blocks: leave --ends-only out")
         return self.trained
 
     @property

@@ -114,10 +114,10 @@ def compare_forms(case: Case) -> Compared:
             raise NotChecked(
                 f"the two have draft vocabularies of {before.shape[-1]} and {after.shape[-1]} tokens: see `drafter-file`"
             )
+        equal += int((before.argmax(-1) == after.argmax(-1)).sum())
         before, after = _scored(before, after)
         most = max(most, float((before - after).abs().max()))
-        largest = max(largest, float(before.abs().max()))
-        equal += int((before.argmax(-1) == after.argmax(-1)).sum())
+        largest = max(largest, _largest(before))
         count += before.shape[0] * before.shape[1]
     if not count:
         raise NotChecked(f"no sample has a labelled token with {num_steps} tokens behind it: raise --samples")
@@ -130,17 +130,24 @@ def compare_tree(case: Case) -> Compared:
     sample = next(sample for sample in case.samples if roots_of(sample.loss_mask, num_steps))
     batch = pack([sample], served.features).to(case.ends.device)
     tree_NV, chain_NV = tree_and_chain_logits(served, batch, roots_of(sample.loss_mask, num_steps)[0])
+    equal = float((tree_NV.argmax(-1) == chain_NV.argmax(-1)).float().mean())
     tree_NV, chain_NV = _scored(tree_NV, chain_NV)
     most = float((tree_NV - chain_NV).abs().max())
-    equal = float((tree_NV.argmax(-1) == chain_NV.argmax(-1)).float().mean())
-    return Compared(most, most / max(1e-12, float(chain_NV.abs().max())), equal, len(tree_NV))
+    return Compared(most, most / max(1e-12, _largest(chain_NV)), equal, len(tree_NV))
 
 
 def _scored(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the columns of tokens that neither ever drafts: float [..., Vd] -> [..., Vd']."""
+    """Both with 0 where neither drafts a token, float [..., Vd]: some drafters score a few tokens of each place alone.
+
+    Where only one of the two drafts it, minus infinity stays, and so their difference is infinite.
+    """
     never = (before == -torch.inf) & (after == -torch.inf)
-    drafted = ~never.flatten(0, -2).all(0)
-    return before[..., drafted], after[..., drafted]
+    return before.masked_fill(never, 0.0), after.masked_fill(never, 0.0)
+
+
+def _largest(logits: Tensor) -> float:
+    """The largest of the finite logits, whatever their signs; 0 where there are none."""
+    return float(logits.where(logits.isfinite(), 0.0).abs().max())
 
 
 def check_serving(case: Case) -> Finding:

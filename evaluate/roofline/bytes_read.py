@@ -167,7 +167,8 @@ def draft_bytes(drafter: Drafter, limits: DraftLimits, context: float = 0.0, num
         num_rows: decoded together.
     """
     if drafter.parts is not None:
-        return _together([draft_bytes(part, limits, context, num_rows) for part in drafter.parts])
+        of_parts = drafter.limits_of_parts(limits)
+        return _together([draft_bytes(part, of_parts, context, num_rows) for part in drafter.parts])
     heads = [drafter.step_weight(step) for step in range(drafter.max_draft_steps or 1)]
     weights = count_weights((drafter,), heads)
     own = {id(tensor) for tensor in _tensors((drafter,)).values()}

@@ -84,6 +84,8 @@ class Costs:
         draft: (width, depth) of dynamic trees -> seconds of drafting.
         check: number of drafted nodes -> seconds of everything else, for dynamic trees.
         follow: seconds of a step that drafts nothing while the drafter keeps up with the text: a plain step, and what the drafter takes.
+        rider_depth: depth of the trees that ``check`` was timed on, where riders ride behind each of their nodes: as many as the tree is
+            deep, so that shallower trees check fewer rows; 0 without riders.
     """
 
     plain: float
@@ -92,9 +94,13 @@ class Costs:
     draft: Mapping[tuple[int, int], float]
     check: Mapping[int, float]
     follow: float = math.inf
+    rider_depth: int = 0
 
     def of(self, limits: DraftLimits) -> Cost:
         """A shape's cost; between two numbers of nodes that were timed, checking is interpolated.
+
+        With riders, a tree counts as the one of ``rider_depth`` that has as many rows, tokens and riders together. Example: timed at depth
+        5, a tree of 11 nodes and depth 2 has (1 + 11) (1 + 2) = 36 rows, as one of 5 nodes and depth 5.
 
         Raises:
             ValueError: a shape whose parts were not timed.
@@ -104,8 +110,10 @@ class Costs:
         size = (limits.beam_width, limits.draft_length)
         if size not in self.draft or limits.node_budget is None:
             raise ValueError(f"{limits} was not timed; time its width and depth too")
-        nodes = sorted(self.check)
-        check = np.interp(limits.node_budget, nodes, [self.check[count] for count in nodes])
+        nodes, count = sorted(self.check), float(limits.node_budget)
+        if self.rider_depth:
+            count = (1 + count) * (1 + limits.draft_length) / (1 + self.rider_depth) - 1
+        check = np.interp(count, nodes, [self.check[number] for number in nodes])
         return Cost(self.draft[size], float(check))
 
 
@@ -176,6 +184,9 @@ def time_cycles(
         draft=draft,
         check=dict(zip(nodes, rising([timed[plan.check[count]].check for count in nodes]), strict=True)),
         follow=timed[None].cycle + timed[follow].draft,
+        rider_depth=0
+        if drafter.riders is None
+        else max((limits.draft_length for limits in plan.check.values()), default=0),
     )
 
 

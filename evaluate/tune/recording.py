@@ -206,7 +206,8 @@ def record(
         ValueError: a width above the size of the draft vocabulary.
     """
     recording = Recording(drafter, widths, depth)
-    engine = Engine(target, recording)
+    # Nothing is proposed. The length says how many riders the trees read.
+    engine = Engine(target, recording, DraftLimits(draft_length=depth))
     recorded: list[Recorded] = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]

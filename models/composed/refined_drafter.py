@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.composed.revisers import LMReviser, NgramReviser, Opinion, Reviser, TailState
+from draftsmith.models.composed.suffix_drafter import SuffixDrafter
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
@@ -398,11 +399,16 @@ def from_folder(folder: Path, fields: Mapping[str, Any], load: Callable[[str], D
         The drafter in evaluation mode.
 
     Raises:
-        ValueError: a field breaks its rule, or what it names cannot be had.
+        ValueError: a field breaks its rule, or what it names cannot be had or is no head that can be refined.
     """
     config = RefinedConfig(**{name: fields[name] for name in RefinedConfig.rules if name in fields})
     config.check(str(folder / "config.json"), "change the file")
     head = load(config.head)
+    if isinstance(head, SuffixDrafter):
+        raise ValueError(
+            f"{folder / 'config.json'} has head {config.head!r}, which proposes whole continuations and scores no single node; refine its "
+            "head, and name the refined drafter as the head of suffixes or phrases"
+        )
     if config.ngrams:
         table = folder / config.ngrams
         reviser: NgramReviser | LMReviser = NgramReviser(load_ngrams(table if table.is_dir() else Path(config.ngrams)))

@@ -173,7 +173,8 @@ class SuffixDrafter(Drafter):
         """See :meth:`Drafter.check_depth`.
 
         Raises:
-            ValueError: also for a manner of drafting that needs a distribution at each node, and for a chain where there is a head.
+            ValueError: also for a manner of drafting that needs a distribution at each node, for merged nodes without a head, and for a
+                chain where there is a head.
         """
         self._check_manner(limits)
         if self.head is not None:
@@ -182,6 +183,10 @@ class SuffixDrafter(Drafter):
                     f"the drafts of text and head {self.config.head!r} together are a tree; give a shape such as 10x5n24, no chain"
                 )
             self.head.check_depth(self._of_head(limits))
+
+    def limits_of_parts(self, limits: DraftLimits) -> DraftLimits:
+        """See :meth:`Drafter.limits_of_parts`: what the head drafts."""
+        return self._of_head(limits)
 
     def _of_head(self, limits: DraftLimits) -> DraftLimits:
         """What the head drafts: no deeper than it can. Continuations of the text may be deeper."""
@@ -193,6 +198,11 @@ class SuffixDrafter(Drafter):
             raise ValueError(
                 "a drafter without a model has no distribution at its nodes, which static and sampled trees and the early stop need; give "
                 "a chain such as 1x16 or a tree such as 4x16n24"
+            )
+        if limits.merge is not None and self.head is None:
+            raise ValueError(
+                f"merge is {limits.merge}, and a drafter without a head has no nodes whose continuations could be shared; leave "
+                f"m{limits.merge} out of the shape"
             )
 
     @property

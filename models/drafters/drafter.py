@@ -541,6 +541,16 @@ class Drafter(PreTrainedModel):
         """
         return None
 
+    def limits_of_parts(self, limits: DraftLimits) -> DraftLimits:
+        """How :attr:`parts` draft where this drafter drafts as the limits say: mostly alike.
+
+        It serves the count of the bytes that a draft reads, nothing else.
+
+        Args:
+            limits: of this drafter.
+        """
+        return limits
+
     def key_values(self) -> tuple[KeyValues, ...]:
         """What the drafter's own layers keep of each token in a cache, which every draft step reads. Most families keep nothing.
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from doubles import BOS, greedy_by_hand, random_target
+from heads import deep_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.adapter_engine import AdapterEngine, AdapterSwitch
 from draftsmith.models import Drafter, DraftLimits, Eagle, Eagle3, EarlyStop, ReDrafter, SampledChildren, Target
+from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
 from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
+from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.models.files.fingerprint import module_fingerprint
-from draftsmith.models.tree.tree import in_batch_order, tree_from_paths
+from draftsmith.models.tree.tree import DraftTree, in_batch_order, tree_from_paths
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 33], [BOS, 40, 41], [BOS, 50, 9, 3], [BOS, 22]]
 NAMES = ["sums", None, "tales", "sums", "tales", None]
@@ -264,6 +269,41 @@ def test_rows_must_be_assigned_before_they_start(target: Target, tmp_path: Path)
     switch = AdapterSwitch(load_drafter(save_base("redrafter", target, tmp_path / "base")), {})
     with pytest.raises(ValueError, match="2 rows start, 0 were assigned"):
         Engine(target, switch).generate(PROMPTS[:2], GenerationSettings(max_new_tokens=4))
+
+
+def test_riders_in_one_forward_take_no_adapters_of_single_rows(tmp_path: Path) -> None:
+    target = deep_target()
+    base, made = tmp_path / "base", RiderFamily().build(target.ends, None, 3, "")
+    made.save_pretrained(base)
+    folder = save_shaken(base, tmp_path / "sums", 1, LoraSettings(rank=2), target_fingerprint="")
+    with pytest.raises(ValueError, match="merge one adapter into the drafter with `draftsmith export`"):
+        AdapterEngine(target, load_drafter(base), {"sums": folder})
+    request = GenerationSettings(max_new_tokens=6)
+    [reply] = AdapterEngine(target, load_drafter(base), {}).generate(PROMPTS[:1], request, [None])
+    assert reply.token_ids == greedy_by_hand(target, PROMPTS[0], 6)
+
+
+def test_each_group_takes_in_what_the_target_chose_in_its_rows(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base("eagle", target, tmp_path / "base")
+    folder = save_shaken(base, tmp_path / "sums", 1, LoraSettings(rank=2))
+    taken: dict[int, set[tuple[int, int]]] = {1: set(), 2: set()}
+
+    def keep(self: Eagle, state: DraftState, tree: DraftTree, choices_BN: Tensor) -> DraftState:
+        roots, choices = tree.tokens_BN[:, 0].tolist(), choices_BN[:, 0].tolist()
+        taken[len(roots)] |= set(zip(roots, choices, strict=True))
+        return state
+
+    monkeypatch.setattr(Eagle, "reads_choices", True)
+    monkeypatch.setattr(Eagle, "take_choices", keep)
+    engine = AdapterEngine(target, load_drafter(base), {"sums": folder}, MANNERS["dynamic"])
+    replies = engine.generate(PROMPTS[:3], GenerationSettings(max_new_tokens=8), ["sums", None, "sums"])
+    pairs = [set(pairwise(reply.token_ids)) for reply in replies]
+    first = [tuple(reply.token_ids[:2]) for reply in replies]
+    assert {first[0], first[2]} <= taken[2]
+    assert first[1] in taken[1]
+    assert first[1] not in pairs[0] | pairs[2]
 
 
 @settings(max_examples=40, deadline=None)

@@ -50,8 +50,8 @@ class JointDraftModule(DraftModule):
         trust_remote_code: whether Python files that come with the target may run.
 
     Raises:
-        ValueError: settings out of range; in setup(), what :class:`DraftModule` refuses, more than one process, the target in the loop, or
-            heads that read other states.
+        ValueError: settings out of range; in setup(), what :class:`DraftModule` refuses, more than one process, the target in the loop,
+            heads that read other states, or a family that learns through the target.
     """
 
     def __init__(
@@ -102,8 +102,14 @@ class JointDraftModule(DraftModule):
         """As :meth:`DraftModule.setup`, and loads the whole target with a fresh adapter.
 
         Raises:
-            ValueError: as there; or more than one process, the target in the loop, or heads that read other states.
+            ValueError: as there; or more than one process, the target in the loop, heads that read other states, or a family that learns
+                through the target.
         """
+        if self.family.kind.learns_through_target:
+            raise ValueError(
+                f"JointDraftModule trains heads over the states of a target that learns beside them, and a "
+                f"{self.family.kind.__name__} learns through the target's own blocks; use HeadsFamily here, or DraftModule for this family"
+            )
         if self.trainer.world_size > 1:
             raise ValueError(
                 f"JointDraftModule trains in one process, and this run has {self.trainer.world_size}; set trainer.devices to 1"

@@ -21,6 +21,7 @@ from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.batches.online import OnlineDataModule
+from draftsmith.train.drafter.joint_module import JointDraftModule
 from draftsmith.train.drafter.module import DraftModule
 from draftsmith.train.drafter_callbacks.acceptance_metrics import log_acceptance
 from draftsmith.train.drafter_callbacks.decode_validation import DecodeValidation
@@ -89,11 +90,16 @@ class TreeDecodeValidation(DecodeValidation):
             stage: `fit` or another of Lightning's.
 
         Raises:
-            ValueError: no held-out sample has a prompt, or the run trains something else than a drafter.
+            ValueError: no held-out sample has a prompt, or the run trains something else than a drafter, or an adapter of the target too.
         """
         if self.target is not None:
             return
         module, data = module_and_data(trainer, pl_module)
+        if isinstance(module, JointDraftModule):
+            raise ValueError(
+                "TreeDecodeValidation decodes with the target itself, and JointDraftModule trains heads of the adapted one; leave the "
+                "callback out, and let KeepBestDrafter monitor val/proxy_tokens_per_step"
+            )
         self._prompts = data.val_prompts(self.num_prompts)
         if not self._prompts:
             raise ValueError("no held-out sample has a prompt to decode; give val_cache or a val_fraction above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from draftsmith.data.shards.shards import CachedSample
 from draftsmith.evaluate.doctor import serving
 from draftsmith.evaluate.doctor.acceptance import replay
 from draftsmith.evaluate.doctor.alignment import shift_labels, shift_states
-from draftsmith.evaluate.doctor.case import draw
+from draftsmith.evaluate.doctor.case import Case, NotChecked, draw
 from draftsmith.evaluate.doctor.overlap import ngrams_of, read_text, rolling_hashes
 from draftsmith.evaluate.doctor.report import Finding, findings_table, summary
 from draftsmith.evaluate.doctor.serving import roots_of, served_logits, trained_logits
@@ -25,7 +26,9 @@ from draftsmith.evaluate.doctor.states import _overlap, relative
 from draftsmith.evaluate.records import Sample
 from draftsmith.models import Family, Target
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
+from draftsmith.models.families.block import BlockFamily
 from draftsmith.models.families.eagle_base import FeatureDraft
+from draftsmith.models.families.riders.rider_drafter import RiderFamily
 
 token_lists = st.lists(st.integers(0, 3), max_size=12)
 
@@ -161,6 +164,34 @@ def test_a_family_whose_tree_differs_from_its_chains_is_found_out(
     assert finding.figures["agreement"] == 1.0, "chains agree either way"
     assert finding.verdict == ("ok" if reads_above else "fault")
     assert ("above_BM" in finding.remedy) == (not reads_above)
+
+
+def test_a_drafter_that_scores_a_few_tokens_of_each_place_is_compared(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = BlockFamily(correction="selector").build(target.ends, None, 3, "").eval()
+    other = BlockFamily(correction="selector").build(target.ends, None, 3, "").eval()
+    batch = packed(40, target.ends.hidden_size, drafter.features, target.ends.vocab_size)
+    monkeypatch.setattr(serving, "pack", lambda *_: batch)
+    roots = roots_of(batch.loss_mask, 3)
+    assert (served_logits(drafter, batch, roots, 3) == -torch.inf).any(), "it drafts some tokens alone"
+    for served, verdict in ((drafter, "ok"), (other, "fault")):
+        case = SimpleNamespace(trainable=drafter, trained=drafter, drafter=served, samples=[batch], ends=target.ends)
+        finding = serving.check_serving(case)  # type: ignore[arg-type]
+        assert finding.verdict == verdict
+        assert not any(np.isnan(list(finding.figures.values())))
+        assert np.isinf(finding.figures["relative difference"]) == (served is other)
+    assert finding.figures["agreement"] < 1.0
+
+
+def test_riders_are_not_checked_on_the_ends_alone(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter: Any = RiderFamily().build(target.ends, None, 3, "")
+    anything: Any = SimpleNamespace()
+    case = Case(anything, drafter, drafter, target.ends, None, anything, cache=anything)
+    assert case.trainable is drafter
+    monkeypatch.setattr(target.ends, "trunk", None)
+    with pytest.raises(NotChecked, match="leave --ends-only out"):
+        _ = case.trainable
 
 
 def test_roots_are_labelled_and_have_room_on_both_sides() -> None:

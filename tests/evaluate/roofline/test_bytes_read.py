@@ -25,6 +25,7 @@ from draftsmith.evaluate.roofline.bytes_read import (
     target_weights,
     tensor_bytes,
 )
+from draftsmith.models.composed.phrase_drafter import PhraseConfig, PhraseDrafter
 from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
 from draftsmith.models.composed.revisers import LMReviser, NgramReviser
 from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
@@ -240,3 +241,5 @@ def test_a_drafter_made_of_others_reads_what_these_read(target: Target) -> None:
     assert draft_bytes(by_lm, shape, context=10).total == alone.total + draft_bytes(lm, shape, context=10).total
     assert draft_bytes(SuffixDrafter(SuffixConfig()), shape).total == 0
     assert draft_bytes(SuffixDrafter(SuffixConfig(), head), shape, context=10).total == alone.total
+    phrases = PhraseDrafter(PhraseConfig(phrase_length=4), head)
+    assert draft_bytes(phrases, parse_shape("1x7"), context=10).total == alone.total, "phrases of 4 tokens read nothing"

@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from doubles import BOS, VOCAB, draft, random_target
+from heads import deep_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
@@ -29,6 +31,7 @@ from draftsmith.evaluate.tune.simulate import best_static_tree, path_counts, rep
 from draftsmith.evaluate.tune.tune import Grid, weigh
 from draftsmith.evaluate.tune.tune_command import RowsOptions, TimingOptions, tune, typical_text
 from draftsmith.models import Drafter, DraftLimits, Eagle, ReDrafter, Target
+from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.models.tree.kept_shapes import SHAPES_FILE
 from draftsmith.models.tree.shapes import full_tree, parse_shape, shape_text
 
@@ -84,6 +87,13 @@ def test_replies_that_end_by_themselves_are_cut_as_the_engine_cuts_them(model: T
     for shape in ("3x4n9", "3x2n4"):
         real = engine_cycles(model, NoisyOracle(model), parse_shape(shape), request)
         assert [list(replay(reply, parse_shape(shape)).accepted) for reply in replies] == real
+
+
+def test_riders_are_recorded_as_deep_as_the_trees() -> None:
+    target = deep_target()
+    drafter = RiderFamily(riders="prompt").build(target.ends, None, 6, "").eval()
+    [reply] = record(target, drafter, SAMPLES[:1], GenerationSettings(max_new_tokens=5), widths=(2,), depth=6)
+    assert reply.ahead[2].shape == (4, 6, 6)
 
 
 @pytest.mark.parametrize("family", [ReDrafter, Eagle])
@@ -261,6 +271,22 @@ def test_checking_is_interpolated_and_what_was_not_timed_is_refused() -> None:
     assert costs.of(parse_shape("4x3n7")).check == pytest.approx(0.175)
     with pytest.raises(ValueError, match="was not timed"):
         costs.of(parse_shape("4x4n8"))
+
+
+def test_with_riders_a_shallower_tree_checks_fewer_rows() -> None:
+    sizes = {(4, 2): 0.02, (4, 5): 0.05}
+    alike = Costs(0.1, 0.0, {}, sizes, {5: 0.1, 11: 0.2})
+    riding = replace(alike, rider_depth=5)
+    assert [costs.of(parse_shape("4x5n11")).check for costs in (alike, riding)] == pytest.approx([0.2, 0.2])
+    assert [costs.of(parse_shape("4x2n11")).check for costs in (alike, riding)] == pytest.approx([0.2, 0.1])
+
+
+def test_the_depth_of_the_timed_riders_is_kept() -> None:
+    target, plan = deep_target(), TimingPlan.of(Grid((1, 2), (1, 3), (2, 4)).shapes())
+    probe = Probe((BOS, 5, 9), new_tokens=4, rounds=1)
+    drafter = RiderFamily().build(target.ends, None, 3, "").eval()
+    assert time_cycles(target, drafter, plan, probe).rider_depth == 3
+    assert time_cycles(target, ReDrafter.for_target(target.ends), plan, probe).rider_depth == 0
 
 
 # ---- weighing and reporting ----------------------------------------------------------------------------------------

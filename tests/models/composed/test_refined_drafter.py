@@ -286,6 +286,7 @@ def test_a_folder_names_head_and_table(drafter: Path, tmp_path: Path) -> None:
         ({"head": "HEAD", "ngrams": "x", "alpha": -1}, "alpha"),
         ({"head": "HEAD", "lm": "y", "num_paths": 2}, "only an n-gram table rescores whole paths"),
         ({"head": "."}, "names it in turn"),
+        ({"head": "embedded:suffix", "ngrams": "x"}, "refine its head, and name the refined drafter as the head of"),
     ],
 )
 def test_a_folder_that_cannot_be_read_says_why(

@@ -110,6 +110,8 @@ def test_shapes_and_rules_that_need_distributions_are_errors(lm: Target) -> None
     for shape in ("t2.1", "s1.1", "1x4e0.5"):
         with pytest.raises(ValueError, match=r"has no distribution at its nodes.*give a chain such as 1x16"):
             Engine(lm, alone(), parse_shape(shape)).generate(PROMPTS, GenerationSettings(temperature=1.0))
+    with pytest.raises(ValueError, match=r"merge is 2, and a drafter without a head .* leave m2 out of the shape"):
+        Engine(lm, alone(), parse_shape("4x6n24m2")).generate(PROMPTS, LONG)
     with pytest.raises(ValueError, match="together are a tree; give a shape such as 10x5n24"):
         Engine(lm, with_head(lm), DraftLimits(1, 4)).generate(PROMPTS, LONG)
     engine = Engine(lm, alone(), DraftLimits(1, 4), rule=Divergence(0.5))

@@ -15,12 +15,14 @@ from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.rollout import data_rollout
 from draftsmith.models.families.block import BlockFamily
 from draftsmith.models.families.heads import HeadsFamily
+from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.models.files.loading import load_causal_lm
 from draftsmith.models.target.target import PRE_NORM
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.adapted_target import AdaptedTarget, TargetLora, kept
 from draftsmith.train.drafter.joint_module import JointDraftModule
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter
+from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecodeValidation
 
 LORA = TargetLora(rank=2, lr=1e-2, keep_weight=0.5, heads_weight=1.0, heads_first=0.2)
 
@@ -100,3 +102,16 @@ def test_settings_that_cannot_train_together_are_errors(
     other = JointDraftModule(str(target_dir), BlockFamily(layers=["layer.0.output"]), LORA, num_steps=3)
     with pytest.raises(ValueError, match=r"BlockDrafter reads layer\.0\.output"):
         make_trainer(tmp_path).fit(other, data)
+    riders = JointDraftModule(str(target_dir), RiderFamily(), LORA, num_steps=3)
+    with pytest.raises(ValueError, match=r"a RiderDrafter learns through the target's own blocks; use HeadsFamily"):
+        make_trainer(tmp_path).fit(riders, data)
+
+
+def test_validation_does_not_decode_with_the_target_that_is_not_adapted(
+    target_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    data = CacheDataModule(cache, tokens_per_batch=60, val_fraction=0.1)
+    with pytest.raises(
+        ValueError, match=r"TreeDecodeValidation decodes with the target itself.*leave the callback out"
+    ):
+        make_trainer(tmp_path, callbacks=[TreeDecodeValidation()]).fit(made(target_dir), data)
