@@ -15,7 +15,7 @@ from torch import Tensor
 
 from draftsmith.decode.verify.lossy_rule import LossyRule, of_tokens
 from draftsmith.decode.verify.thoughts import ThoughtMarks
-from draftsmith.models.target.target import TargetOutput
+from draftsmith.models.target.target import Target, TargetOutput
 from draftsmith.models.tree.tree import DraftTree
 
 _LIKELIEST = 3
@@ -154,6 +154,20 @@ class Relaxed(LossyRule):
             )
         if self.top_k < 1:
             raise ValueError(f"relaxed allows {self.top_k} tokens; give at least 1")
+
+    def bound(self, target: Target) -> Relaxed:
+        """Itself, where the target has the tokens around thoughts.
+
+        Raises:
+            ValueError: they are beyond its vocabulary.
+        """
+        marks, size = self.thoughts, target.ends.vocab_size
+        if max(marks.begin, marks.end) >= size:
+            raise ValueError(
+                f"thoughts begin with token {marks.begin} and end with {marks.end}, and the vocabulary of {target.name} ends at {size - 1}"
+                "; give ids of its own tokens: tokenizer.convert_tokens_to_ids('<think>') tells one"
+            )
+        return self
 
     def allows(self, tree: DraftTree, logits_BNV: Tensor, output: TargetOutput) -> Tensor:
         """See :meth:`LossyRule.allows`; where thoughts are, the verifier knows."""

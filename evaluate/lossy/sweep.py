@@ -16,7 +16,7 @@ from draftsmith.decode.verify.lossy_walk import LossyVerifier
 from draftsmith.evaluate.contenders import Contender, EngineContender
 from draftsmith.evaluate.lossy.contest import Contest
 from draftsmith.evaluate.lossy.lossy import PLAIN, Answered, IsRight, answer_all
-from draftsmith.evaluate.lossy.trial import Setting, Trial, best_trial
+from draftsmith.evaluate.lossy.trial import GAINS_NOTHING, Setting, Trial, best_trial
 from draftsmith.evaluate.speed import race, speedup, track
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.judge import Judge
@@ -86,7 +86,7 @@ class Sweep:
         if trial.bounds[1] < -self.most_lost:
             trial.stop("loses more")
         elif trial.accepted_per_cycle <= self._lossless_gain(trial.setting.shape, trial.problems):
-            trial.stop("gains nothing")
+            trial.stop(GAINS_NOTHING)
 
     def _finish(
         self, trials: Sequence[Trial], rest: Sequence[range], is_right: IsRight, advance: Callable[[int], None]

@@ -12,6 +12,8 @@ from draftsmith.evaluate.lossy.lossy import Answered
 from draftsmith.evaluate.lossy.paired import change_bounds
 from draftsmith.models.judge import NO_GATE
 
+GAINS_NOTHING = "gains nothing"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -162,12 +164,14 @@ def why_none(trials: Sequence[Trial], most_lost: float, needed: int) -> str:
         )
     if problems < needed:
         return f"{problems} problems cannot show a loss below {100 * most_lost:g} points; even if no answer changes, {needed} are needed"
-    if any(trial.holds(most_lost) for trial in trials):
+    losing = [trial for trial in trials if trial.why_stopped != GAINS_NOTHING]
+    if not losing or any(trial.holds(most_lost) for trial in trials):
         return "no setting that keeps the answers accepts more than lossless verification"
-    near = max(trials, key=lambda trial: trial.bounds[0])
+    near = max(losing, key=lambda trial: trial.bounds[0])
+    others = "" if len(losing) == len(trials) else "; the others accept no more than lossless verification"
     return (
-        f"none of {len(trials)} settings surely loses less than {100 * most_lost:g} points of right answers; the nearest, {near.setting}, "
-        f"changes them by {100 * near.change:+.1f} points (lower 95 % bound {100 * near.bounds[0]:+.1f})"
+        f"{len(losing)} of {len(trials)} settings may lose {100 * most_lost:g} points of right answers or more; the nearest, "
+        f"{near.setting}, changes them by {100 * near.change:+.1f} points (lower 95 % bound {100 * near.bounds[0]:+.1f}){others}"
     )
 
 

@@ -138,8 +138,10 @@ def _with_reference(answer: Answer, row: Row, row_format: Format) -> Answer:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
+        if row_format == "solutions" and isinstance(value, str):
+            value = calculations.without_marks(value)
         if answer.reference is None and isinstance(value, str) and is_keepable(value):
-            return replace(answer, reference=calculations.without_marks(value) if row_format == "solutions" else value)
+            return replace(answer, reference=value)
     return answer
 
 

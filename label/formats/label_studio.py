@@ -14,7 +14,7 @@ from typing import Any, get_args
 from draftsmith.data.formats import Message
 from draftsmith.files import atomic_write
 from draftsmith.foreign import json_text
-from draftsmith.label.schema import Answer, How, Label, Span, Verdict, refusal, replaced_names
+from draftsmith.label.schema import Answer, How, Label, Span, Verdict, is_keepable, refusal, replaced_names
 from draftsmith.label.store.label_source import LabelSource
 
 SPAN_LABEL = "error"
@@ -45,7 +45,9 @@ def read_task(task: Mapping[str, Any], place: str, origin: LabelSource) -> Itera
             labels.append(_label(annotation, response, f"{place}: annotations[{index}]", origin))
     for label in labels or [None]:
         answer = origin.answer(_prompt(data, place), response, label, place, data.get("model"), data.get("licence"))
-        answer = replace(answer, reference=data.get("reference"))
+        reference = data.get("reference")
+        if isinstance(reference, str) and is_keepable(reference):
+            answer = replace(answer, reference=reference)
         if isinstance(data.get("source"), str) and isinstance(data.get("id"), str):
             answer = replace(answer, id=data["id"], source=data["source"])
         yield answer

@@ -17,16 +17,20 @@ from latex2mathml import exceptions
 from latex2mathml.converter import convert_to_element
 
 _LONGEST = 4000
+# Levels of elements. Each is two levels of JSON, of which a reply may have 255.
+_DEEPEST = 100
 # A macro may stand for more and more of itself.
 _DEFINES = re.compile(r"\\(?:(?:re|provide)?newcommand|def|let|DeclareMathOperator)")
 # $$..$$, \\[..\\], \\(..\\), an environment of its own, and $..$ as Pandoc reads it: no space inside its dollars and no digit behind,
-# so that "$5 and $6" stays money.
+# so that "$5 and $6" stays money. None reaches past a second beginning of its own kind: so a text of beginnings alone is read once, not
+# once for each of them.
 _FORMULA = re.compile(
     r"""
     \$\$(?P<dollars>.+?)\$\$
-    | \\\[(?P<brackets>.+?)\\\]
-    | \\\((?P<parentheses>.+?)\\\)
-    | (?P<environment>\\begin\{(?P<name>(?:align|equation|gather|multline|eqnarray)\*?)\}.+?\\end\{(?P=name)\})
+    | (?<!\\)\\\[(?P<brackets>(?:(?!(?<!\\)\\\[).)+?)\\\]
+    | (?<!\\)\\\((?P<parentheses>(?:(?!(?<!\\)\\\().)+?)\\\)
+    | (?P<environment>\\begin\{(?P<name>(?:align|equation|gather|multline|eqnarray)\*?)\}
+        (?:(?!\\begin\{(?P=name)\}).)+?\\end\{(?P=name)\})
     | (?<![\\$\w])\$(?P<dollar>(?=\S)(?:[^$\n\\]|\\.)+?(?<=\S))\$(?![\d$])
     | (?P<boxed>\\boxed\{(?:[^{}]|\{[^{}]*\})*\})
     """,
@@ -120,9 +124,11 @@ def _parts(text: str) -> Iterator[tuple[str, Any]]:
         yield text[done:], text[done:]
 
 
-def _node(element: Element) -> Tree:
+def _node(element: Element, depth: int = 0) -> Tree:
+    if depth > _DEEPEST:
+        raise ValueError(f"more than {_DEEPEST} levels")
     name = element.tag.rpartition("}")[2]
-    children: Tree = [_node(child) for child in element]
+    children: Tree = [_node(child, depth + 1) for child in element]
     if name in _NUM_CHILDREN and len(children) != _NUM_CHILDREN[name]:
         raise ValueError(f"{name} has {len(children)} children")
     attributes = {

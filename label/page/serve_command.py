@@ -12,6 +12,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -72,15 +73,19 @@ def serve(
     Raises:
         ValueError: a share, a length or a port out of range, settings that need a target, or the store cannot be opened.
     """
-    _check_options(store, port, shared, target, max_length, unserved)
+    _check_numbers(port, shared, max_length)
+    _check_target_options(target, max_length, unserved, where, rendering)
+    if unserved is not None and target is not None:
+        check_output_file(unserved, filter(None, [database_file(store), Path(target)]))
     _need_the_extra()
     with Store(store, patience_seconds=PATIENCE_SECONDS, refine=refine) as opened:
         cutter = cutter_for(target, where.revision, where.trust_remote_code)
         check = None if target is None else target_check(opened, target, shared, max_length, where, rendering)
         left_out = [] if check is None else check.look()
         if unserved is not None:
-            rows = ({"id": reason.item_id, "reason": reason.reason, "detail": reason.detail} for reason in left_out)
-            atomic_write(unserved, "".join(json_text(row) + "\n" for row in rows))
+            _write_unserved(unserved, left_out)
+        if check is not None:
+            check.tell = functools.partial(_tell_of_later, check, unserved)
         num_before = opened.num_entries()
         with listen(host, port) as listener:
             token = secrets.token_urlsafe(24)
@@ -96,19 +101,28 @@ def serve(
         print(f"\nended; {opened.num_entries() - num_before} entries were added to {opened.name}")
 
 
-def _check_options(
-    store: str, port: int, shared: float, target: str | None, max_length: int | None, unserved: Path | None
-) -> None:
+def _check_numbers(port: int, shared: float, max_length: int | None) -> None:
     if not 0 <= shared <= 1:
         raise ValueError(f"shared is {shared}; it is the share of answers that two annotators get; give 0 to 1")
     if not 0 <= port <= 65535:
         raise ValueError(f"port is {port}; a port is a number up to 65535; give another, or 0 for a free one")
-    if target is None and (max_length is not None or unserved is not None):
-        raise ValueError("max_length and unserved speak of what the target can read; name it with --target")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it counts tokens: give at least 1, or nothing for the context")
-    if unserved is not None:
-        check_output_file(unserved, filter(None, [database_file(store)]))
+
+
+def _check_target_options(
+    target: str | None, max_length: int | None, unserved: Path | None, where: HubOptions, rendering: TemplateChoice
+) -> None:
+    given = [name for name, value in (("max_length", max_length), ("unserved", unserved)) if value is not None]
+    options: tuple[tuple[HubOptions | TemplateChoice, HubOptions | TemplateChoice], ...]
+    options = (where, OWN_FILES), (rendering, OWN_TEMPLATE)
+    for chosen, default in options:
+        names = (field.name for field in fields(chosen))
+        given += [name for name in names if getattr(chosen, name) != getattr(default, name)]
+    if target is None and given:
+        raise ValueError(
+            f"{', '.join(given)} {'speak' if len(given) > 1 else 'speaks'} of a target, and none is named; name it with --target"
+        )
 
 
 def address(host: str, listener: socket.socket) -> str:
@@ -170,16 +184,28 @@ def target_check(
     return TargetCheck(store, RowChecks(tokenizer, chat, length), shared)
 
 
+def _write_unserved(unserved: Path, left_out: Sequence[LeftOut]) -> None:
+    rows = ({"id": reason.item_id, "reason": reason.reason, "detail": reason.detail} for reason in left_out)
+    atomic_write(unserved, "".join(json_text(row) + "\n" for row in rows))
+
+
+def _tell_of_later(check: TargetCheck, unserved: Path | None, new: Sequence[LeftOut]) -> None:
+    """Lists answers that came while the page was served."""
+    _tell_unserved(new)
+    if unserved is not None:
+        _write_unserved(unserved, check.left_out)
+
+
 def _tell_unserved(left_out: Sequence[LeftOut]) -> None:
     if not left_out:
         return
     counts = Counter(reason.reason for reason in left_out)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    print(f"not served, as label rows would leave them out: {len(left_out)} answers: {reasons}")
-    for reason in left_out[:_SHOWN]:
-        print(visible(f"  {reason}"))
+    lines = [f"not served, as label rows would leave them out: {len(left_out)} answers: {reasons}"]
+    lines += [visible(f"  {reason}") for reason in left_out[:_SHOWN]]
     if len(left_out) > _SHOWN:
-        print(f"  and {len(left_out) - _SHOWN} more; --unserved FILE lists them all")
+        lines.append(f"  and {len(left_out) - _SHOWN} more; --unserved FILE lists them all")
+    print("\n".join(lines), flush=True)
 
 
 def cutter_for(target: str | None, revision: str | None = None, trust_remote_code: bool = False) -> Cutter:

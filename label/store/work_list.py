@@ -86,19 +86,30 @@ class WorkList:
     def __init__(self, refine: Refine = "steps") -> None:
         self.lock = threading.RLock()
         self._refine = refine
-        self._items: dict[int, _Item] = {}
-        self._annotators: dict[str, _Annotator] = {}
-        self._seats: dict[int, Seat] = {}
         self._withheld: set[int] = set()
-        self._by_share: dict[float, _Open] = {}
-        self._tails = {name: _Tail() for name in ("items", "entries", "assignments")}
+        self._forget()
 
     def catch_up(self, connection: Connection) -> None:
-        """Reads what was written since the last time.
+        """Reads what was written since the last time. Where that fails on the way, the next time reads everything again.
 
         Args:
             connection: of a transaction that has not written yet.
         """
+        try:
+            self._read_on(connection)
+        except BaseException:
+            # Some tables were read further than the others, and rows that are read once are not given again.
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        self._items: dict[int, _Item] = {}
+        self._annotators: dict[str, _Annotator] = {}
+        self._seats: dict[int, Seat] = {}
+        self._by_share: dict[float, _Open] = {}
+        self._tails = {name: _Tail() for name in ("items", "entries", "assignments")}
+
+    def _read_on(self, connection: Connection) -> None:
         # Items last: those that the other rows name are there by then. What a person had open before or after may have been given back.
         entries, assignments = self._new_entries(connection), self._new_assignments(connection)
         touched = self._add_items(connection)

@@ -225,9 +225,10 @@ def recipe_of(judge: Path) -> Recipe:
     data = dict(record.get("data", {}))
     most, remarks = data.pop("max_questions", None), []
     if "mined" in head.config.labels.get("how", {}) and not data.get("join_kinds"):
+        unknown = "" if "data" in record else f" ({judge} does not record whether it was: train it again for that)"
         raise ValueError(
             f"{judge} learnt from mined labels, and rounds add labels of a checker or of people; wrong means two things there: start from "
-            "a judge that was trained with join_kinds: true, or without mined labels"
+            f"a judge that was trained with join_kinds: true{unknown}, or without mined labels"
         )
     if most is not None:
         remarks.append(
@@ -238,7 +239,15 @@ def recipe_of(judge: Path) -> Recipe:
         remarks.append(
             f"{judge} does not record how it was trained; rounds train with the settings of configs/judge.yaml"
         )
+    elif "data" not in record:
+        remarks.append(
+            f"an older draftsmith trained {judge}: its held-out share, seed and join_kinds are not recorded; rounds train with those of "
+            "configs/judge.yaml"
+        )
     module = {name: record[name] for name in _KEPT if name in record} | {"feature": head.config.feature}
+    if record:
+        # Older records have no such setting, for the threshold was always over all tokens.
+        module.setdefault("threshold_over", "all")
     return Recipe(module, data, tuple(remarks))
 
 

@@ -158,8 +158,11 @@ function reopen() {
     const { id, decided } = current;
     await ask("/api/reopen", { annotator, entry: decided.entry });
     await refresh();
-    await open(differences.findIndex(({ item_id: item }) => item === id));
-    say("Taken back: the answer is open again.");
+    const place = differences.findIndex(({ item_id: item }) => item === id);
+    // One of the two may have changed a label meanwhile, or the list may be full.
+    if (place < 0) back();
+    else await open(place);
+    say(place < 0 ? "Taken back: the answer is open again, but not among the differences listed here." : "Taken back: the answer is open again.");
   });
 }
 

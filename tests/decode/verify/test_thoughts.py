@@ -24,8 +24,7 @@ from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.tree.shapes import parse_shape
 
 GREEDY = GenerationSettings(max_new_tokens=40, eos_token_ids=(2,))
-BEGIN, END, NEVER = 8, 9, 49
-BEYOND = 1000  # no token of the vocabulary
+BEGIN, END, NEVER, NEVER_EITHER = 8, 9, 49, 48  # the last two are in no text here
 MARKS = ThoughtMarks(BEGIN, END)
 tokens_lists = st.lists(st.integers(5, 11), max_size=8)
 
@@ -131,16 +130,16 @@ def test_without_a_thought_the_text_is_lossless_and_in_an_endless_one_the_rule_h
     target: Target, draft_lm: LMDrafter
 ) -> None:
     lossless = decode(target, draft_lm, "1x12", None, PROMPTS)
-    without = decode(target, draft_lm, "1x12", Relaxed(1.0, ThoughtMarks(NEVER, BEYOND), 5), PROMPTS)
+    without = decode(target, draft_lm, "1x12", Relaxed(1.0, ThoughtMarks(NEVER, NEVER_EITHER), 5), PROMPTS)
     assert [reply.token_ids for reply in without] == [reply.token_ids for reply in lossless]
     assert [reply.accepted for reply in without] == [reply.accepted for reply in lossless]
     assert not any(reply.by_rule for reply in without)
     begun = [[*prompt, NEVER] for prompt in PROMPTS]
-    endless = decode(target, draft_lm, "1x12", Relaxed(1.0, ThoughtMarks(NEVER, BEYOND), 5), begun)
+    endless = decode(target, draft_lm, "1x12", Relaxed(1.0, ThoughtMarks(NEVER, NEVER_EITHER), 5), begun)
     everywhere = decode(target, draft_lm, "1x12", TopK(5), begun)
     assert any(reply.by_rule for reply in endless)
     assert [reply.token_ids for reply in endless] == [reply.token_ids for reply in everywhere]
-    strict = decode(target, draft_lm, "1x12", Relaxed(0.0, ThoughtMarks(NEVER, BEYOND)), begun)
+    strict = decode(target, draft_lm, "1x12", Relaxed(0.0, ThoughtMarks(NEVER, NEVER_EITHER)), begun)
     assert [reply.token_ids for reply in strict] == [
         reply.token_ids for reply in decode(target, draft_lm, "1x12", None, begun)
     ]
@@ -200,3 +199,11 @@ def test_a_relaxed_rule_is_read_from_its_words_and_bad_ones_are_errors() -> None
             parse_rule(text)
     with pytest.raises(ValueError, match="relaxed needs"):
         Relaxed(0.5, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("marks", [(BEGIN, 50), (50, END), (1000, 2000)])
+def test_marks_beyond_the_vocabulary_are_an_error(target: Target, draft_lm: LMDrafter, marks: tuple[int, int]) -> None:
+    rule = Relaxed(0.5, ThoughtMarks(*marks))
+    told = f"with token {marks[0]} and end with {marks[1]}, and the vocabulary of .* ends at 49; give ids"
+    with pytest.raises(ValueError, match=told):
+        Engine(target, draft_lm, parse_shape("1x4"), rule=rule)

@@ -137,7 +137,18 @@ def test_why_no_setting_is_kept_is_a_sentence() -> None:
 def test_settings_that_were_all_stopped_early_are_not_called_too_few_problems() -> None:
     stopped = [trial(0, 40, problems=100, stopped=True)]
     assert best_trial(stopped, 0.01) is None
-    assert why_none(stopped, 0.01, 268).startswith("none of 1 settings surely loses less than 1 points")
+    assert why_none(stopped, 0.01, 268).startswith("1 of 1 settings may lose 1 points of right answers or more")
+
+
+def test_settings_that_gain_nothing_are_not_said_to_lose() -> None:
+    idle = trial(0, 0, accepted=4, problems=100)
+    idle.stop("gains nothing")
+    assert "accepts more than lossless" in why_none([idle], 0.01, 268)
+    losing = trial(0, 40, problems=100, stopped=True)
+    sentence = why_none([idle, losing, idle], 0.01, 268)
+    assert sentence.startswith("1 of 3 settings may lose 1 points of right answers or more")
+    assert f"changes them by {100 * losing.change:+.1f} points" in sentence
+    assert sentence.endswith("the others accept no more than lossless verification")
 
 
 def test_where_lossless_decoding_is_never_right_no_setting_is_kept() -> None:

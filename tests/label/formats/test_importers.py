@@ -151,6 +151,13 @@ def test_each_models_solution_is_an_answer_and_the_wrong_sum_its_error(tmp_path:
     assert small.question() == large.question()
 
 
+def test_a_reference_of_calculations_alone_is_none(tmp_path: Path) -> None:
+    assert {answer.reference for answer in read(tmp_path, SOLUTIONS).answers} == {"7"}
+    bare = SOLUTIONS | {"ground_truth": "<<3+4=7>>"}
+    assert {answer.reference for answer in read(tmp_path, bare).answers} == {None}
+    assert {answer.reference for answer in read(tmp_path, bare | {"answer": "7"}).answers} == {"7"}
+
+
 def test_autojudges_important_tokens_are_wrong_here(tmp_path: Path) -> None:
     important, unimportant = read(tmp_path, MINED, MINED | {"important": False}).answers
     assert important.response == "It is 8"

@@ -49,6 +49,14 @@ def test_what_is_written_is_read_back(tmp_path: Path, make: Callable[..., Answer
     assert read_labelled(tmp_path / "out.json", "auto", LabelSource("x", "y")).answers == answers
 
 
+@pytest.mark.parametrize(
+    ("reference", "kept"), [("It is 2.", "It is 2."), (2, None), (["2"], None), (" ", None), (None, None)]
+)
+def test_only_a_reference_that_is_text_is_taken(tmp_path: Path, reference: Any, kept: str | None) -> None:
+    [answer] = read(tmp_path, task(reference=reference))
+    assert answer.reference == kept
+
+
 def test_a_span_is_the_error_and_the_user_its_author(tmp_path: Path) -> None:
     assert labels(tmp_path, region(SPAN)) == Label("wrong", "label-studio:7", "person", (6, 7))
     by_mail = labels(tmp_path, region(SPAN), completed_by={"id": 3, "email": "a@b.c"})

@@ -71,6 +71,23 @@ def test_a_decision_is_shown_and_can_be_taken_back_by_its_author_only(visit: Vis
         assert {label.labelled_by for _, label in disputed.labels("a").values()} == {"alice", "bob"}
 
 
+def test_an_answer_on_which_they_agree_when_it_is_opened_again_leads_back_to_the_list(
+    visit: Visit, disputed: Store
+) -> None:
+    disputed.decide("a", Label("correct", "carol", "person"))
+    with Served(disputed) as address:
+        page = visit(address, name="carol", path="/agreement")
+        page.wait_for_selector("#differences tr")
+        page.get_by_role("button", name="a", exact=True).press("Enter")
+        page.wait_for_selector("#reopen:visible")
+        disputed.annotate("a", Label("wrong", "alice", "person", (10, 11)))
+        page.click("#reopen")
+        page.wait_for_selector("#found:visible")
+        page.wait_for_selector("body:not(.busy)")
+        assert page.is_hidden("#case")
+        assert "not among the differences" in page.inner_text("#status")
+
+
 def test_a_party_and_a_stranger_without_a_name_cannot_decide(visit: Visit, disputed: Store) -> None:
     with Served(disputed) as address:
         for name, told in (("alice", "somebody else decides"), (None, "Give your name")):

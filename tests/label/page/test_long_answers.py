@@ -1,13 +1,17 @@
 """Long answers and formulas in a real browser: jumps, formulas drawn from LaTeX, a phone, and a day's work by the keyboard alone."""
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from page_browser import Page, Served, Visit, label_of, marked, press, shows
 
+pytest.importorskip("latex2mathml", reason="the labelling page needs the extra draftsmith[label]")
+
 from draftsmith.data.formats import Message
+from draftsmith.label.page.latex import blocks
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.store import Store
 
@@ -169,3 +173,41 @@ def test_a_phone_refines_marks_by_touch_and_nothing_is_out_of_reach(
         label = label_of(store, "b")
         assert label is not None
         assert label.error is not None
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        r"\( ",
+        r"\[ ",
+        r"\begin{align} ",
+        r"\begin{align} \begin{gather} ",
+        r"\boxed{",
+        r"\boxed{{a}",
+        "$ ",
+        " $a",
+        "$$ ",
+        "$$$ ",
+        r"$\$ ",
+    ],
+)
+def test_a_text_of_beginnings_without_ends_is_read_at_once(beginning: str) -> None:
+    start = time.process_time()
+    blocks(beginning * (120_000 // len(beginning)))
+    assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "formulas"),
+    [
+        (r"so \[ a \\[4pt] b \] and \(c\)", [r"\[ a \\[4pt] b \]", r"\(c\)"]),
+        (r"\( a \) \( b \)", [r"\( a \)", r"\( b \)"]),
+        (r"lost \( and \(a\)", [r"\(a\)"]),
+        (r"\begin{align} a &= b \\ c &= d \end{align}", [r"\begin{align} a &= b \\ c &= d \end{align}"]),
+        (r"lost \begin{align} and \begin{align} a \end{align}", [r"\begin{align} a \end{align}"]),
+        ("$$a$$, $b$ and $5 or $6", ["$$a$$", "$b$"]),
+    ],
+)
+def test_a_formula_reaches_from_the_last_beginning_to_its_end(text: str, formulas: list[str]) -> None:
+    parts = [part for block in blocks(text) for part in block["parts"]]
+    assert [part["tex"] for part in parts if not isinstance(part, str)] == formulas

@@ -555,6 +555,15 @@ def test_a_prompt_with_a_script_in_it_is_sent_as_data_only(store: Store, make: C
     assert "alert(1)" not in client.get("/").text
 
 
+def test_a_formula_that_nests_too_deeply_for_a_reply_stays_text(store: Store, make: Callable[..., Answer]) -> None:
+    deep, flat = ("$" + r"\sqrt{" * levels + "x" + "}" * levels + "$" for levels in (130, 40))
+    store.add([make("a", f"{deep} and {flat}")], "importer")
+    with open_client(store) as client:
+        [block] = asked(client, "next", annotator="alice")["item"]["blocks"]
+    assert block["parts"][0] == f"{deep} and "
+    assert block["parts"][1]["tex"] == flat
+
+
 def test_a_request_that_breaks_off_reaches_nobody() -> None:
     sent: list[Any] = []
 

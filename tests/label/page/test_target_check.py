@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +27,7 @@ from draftsmith.label.commands.rows_command import make_rows
 from draftsmith.label.page.actions import LabellingActions
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.page.target_check import TargetCheck
-from draftsmith.label.row_checks import REFUSED, SILENT, TOO_LONG, UNPLACED, RowChecks
+from draftsmith.label.row_checks import REFUSED, SILENT, TOO_LONG, UNPLACED, LeftOut, RowChecks
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.store import Store
 from draftsmith.label.token_labels import tokenize
@@ -125,6 +128,9 @@ def test_the_command_lists_what_it_does_not_serve(
     [
         (["--max_length", "5"], "name it with --target"),
         (["--unserved", "x.jsonl"], "name it with --target"),
+        (["--template", "none"], "template speaks of a target, and none is named"),
+        (["--template_args.enable_thinking=false", "--revision", "main"], "revision, template_args speak of a target"),
+        (["--trust_remote_code", "true"], "trust_remote_code speaks of a target"),
         (["--target", "x", "--max_length", "0"], "max_length is 0; it counts tokens"),
     ],
 )
@@ -148,3 +154,48 @@ def test_rows_take_a_refined_mark_in_place_of_the_step(make: Make) -> None:
         make_rows([step, unplaced], looked.tokenizer, looked.chat).rows
         == make_rows([step], looked.tokenizer, looked.chat).rows
     )
+
+
+def test_whoever_listens_learns_of_each_answer_that_does_not_fit_once(store: Store, make: Make) -> None:
+    store.add([make("long", "one two " * 40)], "importer")
+    check = TargetCheck(store, checks(), 0.0)
+    check.look()
+    told: list[tuple[list[str], list[str]]] = []
+    check.tell = lambda new: told.append(
+        ([reason.item_id for reason in new], [reason.item_id for reason in check.left_out])
+    )
+    actions = LabellingActions(store, Cutter(), 0.0, check)
+    actions.next({"annotator": "alice"})
+    assert told == []
+    store.add(mixed(make)[1:], "importer")
+    for _ in range(2):
+        actions.next({"annotator": "alice"})
+    assert told == [(["refused"], ["long", "refused"])]
+
+
+def test_the_list_of_what_does_not_fit_can_be_read_while_it_grows(make: Make) -> None:
+    waiting = [(make(str(number)), []) for number in range(20_000)]
+    store: Any = SimpleNamespace(last_item=lambda: 1, waiting=lambda *_, **__: waiting, withhold=lambda ids: None)
+    all_fail: Any = SimpleNamespace(why_not=lambda answer, imported: LeftOut(answer.id, TOO_LONG))
+    check = TargetCheck(store, all_fail, 0.0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(check.look)
+            while not looking.done():
+                assert len(check.left_out) <= len(waiting)
+    finally:
+        sys.setswitchinterval(interval)
+    assert check.left_out == looking.result()
+
+
+def test_a_file_of_the_target_is_not_overwritten_with_the_list(
+    place: str, store: Store, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = target / "config.json"
+    before = config.read_bytes()
+    words = ["label", "serve", "--store", place, "--target", str(target), "--unserved", str(config)]
+    assert cli.main(words) == 1
+    assert "would overwrite it" in capsys.readouterr().err
+    assert config.read_bytes() == before

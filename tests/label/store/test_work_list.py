@@ -1,5 +1,6 @@
 """The work list: the same as a full read of the log gives, at a cost that does not grow with the store."""
 
+import itertools
 import json
 import sqlite3
 import time
@@ -104,6 +105,40 @@ def act(store: Store, make: Callable[..., Answer], action: str, name: str, share
         else:
             verdict: Any = "unplaced" if action == "unplaced" else DONE
             store.annotate(answer.id, Label(verdict, name, "person"), seconds=1, assigned=True)
+
+
+@pytest.mark.parametrize("query", [0, 1, 2, 3])
+def test_rows_that_were_read_before_a_query_failed_are_read_again(
+    make: Callable[..., Answer], tmp_path: Path, query: int
+) -> None:
+    place = str(tmp_path / "labels.db")
+    with Store(place, create=True) as store, Store(place) as watching:
+        store.add(an_import(make), "importer")
+        assert watching.num_waiting() == 4
+        act(store, make, "label", "alice", 0.0, 0)
+        act(store, make, "skip", "alice", 0.0, 1)
+        act(store, make, "import", "alice", 0.0, 2)
+        with failing_query(query), pytest.raises(ValueError):
+            watching.num_waiting()
+        assert watching.num_waiting() == store.num_waiting()
+        for name in NAMES:
+            assert watching.progress(name) == store.progress(name)
+
+
+@contextmanager
+def failing_query(index: int) -> Iterator[None]:
+    """The query of that number fails, as on a server that is gone."""
+    count = itertools.count()
+
+    def fail(*_: Any) -> None:
+        if next(count) == index:
+            raise sqlite3.OperationalError("the server is gone")
+
+    event.listen(Engine, "before_cursor_execute", fail)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", fail)
 
 
 # ---- 20,000 items -----------------------------------------------------------------------------------------------------------

@@ -183,6 +183,20 @@ def test_what_rounds_cannot_keep_is_said_or_is_an_error(tmp_path: Path) -> None:
         recipe_of(saved(draft_hidden_size=3))
 
 
+def test_what_an_older_record_lacks_is_said_and_its_threshold_stays_over_all_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "judge"
+    Judge(JudgeConfig(4)).save_pretrained(folder)
+    provenance.write(folder, {"config": {"l2": [1.0]}})
+    recipe = recipe_of(folder)
+    assert (recipe.module["threshold_over"], recipe.data) == ("all", {})
+    [remark] = recipe.remarks
+    assert "held-out share, seed and join_kinds are not recorded" in remark
+    Judge(JudgeConfig(4, labels={"how": {"mined": 3}})).save_pretrained(folder)
+    provenance.write(folder, {"config": {"l2": [1.0]}})
+    with pytest.raises(ValueError, match="does not record whether it was"):
+        recipe_of(folder)
+
+
 def test_the_table_tells_rounds_of_people_from_those_of_a_checker() -> None:
     rows = [RoundFigures(1, 4, 3, 7.5, 10, 100, 0.9, None, 0.5), RoundFigures(2, 4, None, 7.5, 10, 100, 0.9, 0.8, 0.5)]
     lines = rounds_table(rows).splitlines()
