@@ -24,7 +24,7 @@ from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.tree.shapes import parse_shape
 
 GREEDY = GenerationSettings(max_new_tokens=40, eos_token_ids=(2,))
-BEGIN, END, NEVER, NEVER_EITHER = 8, 9, 49, 48  # the last two are in no text here
+BEGIN, END, NEVER, NEVER_EITHER = 8, 9, 49, 60  # the last two are in no text here
 MARKS = ThoughtMarks(BEGIN, END)
 tokens_lists = st.lists(st.integers(5, 11), max_size=8)
 
@@ -201,9 +201,9 @@ def test_a_relaxed_rule_is_read_from_its_words_and_bad_ones_are_errors() -> None
         Relaxed(0.5, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("marks", [(BEGIN, 50), (50, END), (1000, 2000)])
+@pytest.mark.parametrize("marks", [(BEGIN, 61), (61, END), (1000, 2000)])
 def test_marks_beyond_the_vocabulary_are_an_error(target: Target, draft_lm: LMDrafter, marks: tuple[int, int]) -> None:
     rule = Relaxed(0.5, ThoughtMarks(*marks))
-    told = f"with token {marks[0]} and end with {marks[1]}, and the vocabulary of .* ends at 49; give ids"
+    told = f"with token {marks[0]} and end with {marks[1]}, and the vocabulary of .* ends at 60; give ids"
     with pytest.raises(ValueError, match=told):
         Engine(target, draft_lm, parse_shape("1x4"), rule=rule)
