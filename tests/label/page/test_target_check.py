@@ -174,7 +174,7 @@ def test_whoever_listens_learns_of_each_answer_that_does_not_fit_once(store: Sto
 
 
 def test_the_list_of_what_does_not_fit_can_be_read_while_it_grows(make: Make) -> None:
-    waiting = [(make(str(number)), []) for number in range(20_000)]
+    waiting: list[tuple[Answer, list[Label]]] = [(make(str(number)), []) for number in range(20_000)]
     store: Any = SimpleNamespace(last_item=lambda: 1, waiting=lambda *_, **__: waiting, withhold=lambda ids: None)
     all_fail: Any = SimpleNamespace(why_not=lambda answer, imported: LeftOut(answer.id, TOO_LONG))
     check = TargetCheck(store, all_fail, 0.0)
