@@ -177,9 +177,13 @@ def _masks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str)
     """What makes a P-EAGLE of an EAGLE-3: the tensor of its masks, and their token.
 
     Raises:
-        ValueError: the folder has the tensor and names no token, or two.
+        ValueError: the folder has the tensor and names no token, or two; or it says that it is a P-EAGLE and lacks the tensor.
     """
     if MASK not in tensors:
+        if fields.get(SPECULATORS_KEY) == "peagle":
+            raise ValueError(
+                f"{where} says that it is a P-EAGLE ({SPECULATORS_KEY} 'peagle') and has no tensor {MASK}; fetch the folder again"
+            )
         return {}
     tokens = {name: fields[name] for name in ("mask_token_id", "pard_token") if fields.get(name) is not None}
     check_fields(tokens, dict.fromkeys(tokens, TOKEN_OR_NULL), f"{where}: {CONFIG}", "correct it by hand")
