@@ -146,8 +146,7 @@ def _need_the_extra() -> None:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the labelling page needs the package {error.name}; run: "
-            f"{install_command('fastapi', 'starlette', 'uvicorn', 'latex2mathml')} (or, in a checkout of draftsmith: "
-            "pip install -c constraints.txt '.[label]')"
+            f"{install_command('fastapi', 'starlette', 'uvicorn', 'latex2mathml')}"
         ) from error
 
 
