@@ -668,6 +668,6 @@ def test_without_the_extra_the_command_says_which_to_install(
     monkeypatch.setitem(sys.modules, package, None)
     assert serve("--store", place) == 1
     assert (
-        f"the package {package}; run: {install_command('fastapi', 'starlette', 'uvicorn', 'latex2mathml')} (or"
+        f"the package {package}; run: {install_command('fastapi', 'starlette', 'uvicorn', 'latex2mathml')}\n"
         in capsys.readouterr().err
     )
