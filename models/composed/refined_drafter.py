@@ -136,7 +136,7 @@ class RefinedDrafter(Drafter):
         if self.head.reads_drafted:
             raise ValueError(
                 f"num_paths is {self.config.num_paths}, and the steps of head {self.config.head!r} read the tokens drafted before them; "
-                "name Medusa heads or a block drafter without a correction, or leave num_paths out"
+                "name a head whose steps read the text alone, or leave num_paths out"
             )
         assert isinstance(self.reviser, NgramReviser)
         order, count = self.reviser.table.order, self.config.num_candidates

@@ -108,7 +108,8 @@ class JointDraftModule(DraftModule):
         if self.family.kind.learns_through_target:
             raise ValueError(
                 f"JointDraftModule trains heads over the states of a target that learns beside them, and a "
-                f"{self.family.kind.__name__} learns through the target's own blocks; use HeadsFamily here, or DraftModule for this family"
+                f"{self.family.kind.__name__} learns through the target's own blocks; use a family of heads here, or "
+                "DraftModule for this family"
             )
         if self.trainer.world_size > 1:
             raise ValueError(
@@ -121,7 +122,7 @@ class JointDraftModule(DraftModule):
         if self.drafter.features != (PRE_NORM,):
             raise ValueError(
                 f"JointDraftModule trains heads over the last state, and {type(self.drafter).__name__} reads "
-                f"{', '.join(self.drafter.features)}; use HeadsFamily or another family that reads {PRE_NORM} alone"
+                f"{', '.join(self.drafter.features)}; use a family that reads {PRE_NORM} alone"
             )
         if self.adapted is None:
             whole = Target.load(

@@ -110,8 +110,8 @@ class DraftModule(pl.LightningModule):
         d_pace: weigh each draft step by how many accepted tokens depend on it (D-PACE, arXiv 2605.18810), with this smoothing, 0.5 in the
             paper; null weighs by horizon_decay alone.
         confidence_weight: of the loss of a confidence head, beside that on tokens; null is 1 where the drafter has one.
-        depth_share: of a P-EAGLE: step k learns at this share, to the power of k, of the anchors that reach it, drawn at random, and at no
-            less than a fifth of them. The paper (arXiv 2602.01469) takes 0.7; 1 learns every step of every anchor.
+        depth_share: where steps can be left out: step k learns at this share, to the power of k, of the anchors that reach it, drawn at
+            random, and at no less than a fifth of them. The paper (arXiv 2602.01469) takes 0.7; 1 learns every step of every anchor.
 
     Raises:
         ValueError: settings out of range; in setup(), a cache of another target or tokenizer, or without the layers that the drafter reads;

@@ -63,8 +63,8 @@ class Objective:
             arXiv:2607.05147: 0.1 beside `l1`).
         d_pace: smoothing of D-PACE's row weights (arXiv:2605.18810: 0.5), which multiply the horizon's; None weighs by the horizon alone.
         confidence_weight: of the loss of a confidence head (arXiv:2607.05147: 1.0); None is 1 where the drafter has such a head.
-        depth_share: of a P-EAGLE: in training, step k learns at this share, to the power of k, of the anchors that reach it, and at no less
-            than a fifth of them (arXiv:2602.01469: 0.7). 1 learns every step of every anchor.
+        depth_share: where steps can be left out: in training, step k learns at this share, to the power of k, of the anchors that reach
+            it, and at no less than a fifth of them (arXiv:2602.01469: 0.7). 1 learns every step of every anchor.
 
     Raises:
         ValueError: a setting out of range, or one that this distillation does not use.
@@ -197,8 +197,8 @@ class Objective:
             )
         if self.depth_share < 1.0 and not drafter.skips_steps:
             raise ValueError(
-                f"depth_share is {self.depth_share}, and {type(drafter).__name__} computes every step; set it to 1, or train a P-EAGLE "
-                "(mask_token_id of Eagle3Family)"
+                f"depth_share is {self.depth_share}, and {type(drafter).__name__} computes every step; set it to 1, or train a "
+                "drafter that can leave steps out (its page says so)"
             )
         if self.confidence_weight is not None and not drafter.has_confidence:
             raise ValueError(

@@ -103,7 +103,9 @@ def test_settings_that_cannot_train_together_are_errors(
     with pytest.raises(ValueError, match=r"BlockDrafter reads layer\.0\.output"):
         make_trainer(tmp_path).fit(other, data)
     riders = JointDraftModule(str(target_dir), RiderFamily(), LORA, num_steps=3)
-    with pytest.raises(ValueError, match=r"a RiderDrafter learns through the target's own blocks; use HeadsFamily"):
+    with pytest.raises(
+        ValueError, match=r"a RiderDrafter learns through the target's own blocks; use a family of heads"
+    ):
         make_trainer(tmp_path).fit(riders, data)
 
 
