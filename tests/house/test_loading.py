@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOOR = ROOT / "models" / "files" / "pretrained.py"
 FOLDERS = ("src", "models", "decode", "data", "label", "train", "evaluate", "export", "embedded", "benchmarks")
 READERS = {"from_pretrained", "get_class_from_dynamic_module", "load_custom_generate"}
+# The loaders of another package are what this script tries, on folders that it wrote itself.
+TRIES_OTHERS = ROOT / "benchmarks" / "export" / "speculators_conformity.py"
 AUTO_USES = {"register"}  # our own classes are made known to Auto classes; that reads nothing
 
 
@@ -29,7 +31,7 @@ def test_nothing_is_opened_beside_the_one_door() -> None:
         str(path.relative_to(ROOT)): found
         for folder in FOLDERS
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if path != DOOR and (found := openings(ast.parse(path.read_text(encoding="utf-8"))))
+        if path not in (DOOR, TRIES_OTHERS) and (found := openings(ast.parse(path.read_text(encoding="utf-8"))))
     }
     assert others == {}, "open folders with draftsmith.models.files.pretrained, which says whether their code may run"
 
