@@ -12,20 +12,19 @@ Shape legend: B batch rows, M leaves, P places, L tokens of a phrase, N tree nod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draftsmith.models.composed.composed_drafter import ComposedState
 from draftsmith.models.composed.phrases import PhraseRing, best_leaves, rejected_phrases, tails_of
-from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter, SuffixState
+from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter, TextState
 from draftsmith.models.composed.suffixes import GAP, continuations_behind
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
-from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.field_rules import COUNT, Rule, is_number
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
@@ -75,9 +74,9 @@ class PhraseConfig(SuffixConfig):
 
 @dataclass(frozen=True)
 class PhraseState:
-    """What is kept between cycles: the text with the head's state, and phrases of rejected tokens."""
+    """What is kept between cycles: the text, and phrases of rejected tokens."""
 
-    text: SuffixState
+    text: TextState
     ring: PhraseRing
 
     def select_rows(self, kept: KeptRows) -> PhraseState:
@@ -117,44 +116,47 @@ class PhraseDrafter(SuffixDrafter):
                 f"a draft of {limits.draft_length} tokens is asked for, of which phrases are {self.config.phrase_length}, so that head "
                 f"{self.config.head!r} drafts none; draft deeper, or make phrase_length smaller"
             )
-        self.head.check_depth(self._of_head(limits))
+        self.head.check_depth(self.limits_of_parts(limits))
 
-    def _opened(self, opening: Opening, head: DraftState | None) -> PhraseState:  # type: ignore[override]
-        text = super()._opened(opening, head)
+    def start_own(self, opening: Opening) -> DraftState:
+        """Keep the prompts; no phrase was rejected yet."""
+        text = super().start_own(opening)
+        assert isinstance(text, TextState)
         return PhraseState(text, PhraseRing.empty(len(text.text_BT), self.config.pool_size, text.text_BT.device))
 
-    def advance(self, state: PhraseState, emitted: Emitted) -> PhraseState:  # type: ignore[override]
-        """See :meth:`SuffixDrafter.advance`."""
-        return replace(state, text=super().advance(state.text, emitted))
+    def advance_own(self, own: PhraseState, emitted: Emitted) -> DraftState:  # type: ignore[override]
+        """What was emitted is pending until the next draft."""
+        return replace(own, text=super().advance_own(own.text, emitted))
 
-    def follow(self, state: PhraseState, cycle: Cycle, limits: DraftLimits) -> PhraseState:  # type: ignore[override]
-        """See :meth:`SuffixDrafter.follow`."""
-        return replace(state, text=super().follow(state.text, cycle, limits))
+    def follow_own(self, own: PhraseState, cycle: Cycle, limits: DraftLimits) -> DraftState:  # type: ignore[override]
+        """The pending tokens become text."""
+        return replace(own, text=super().follow_own(own.text, cycle, limits))
 
-    def take_choices(self, state: PhraseState, tree: DraftTree, choices_BN: Tensor) -> PhraseState:  # type: ignore[override]
+    def take_choices(self, state: ComposedState, tree: DraftTree, choices_BN: Tensor) -> ComposedState:  # type: ignore[override]
         """See :meth:`Drafter.take_choices`: what the target said behind rejected tokens is kept."""
+        state = super().take_choices(state, tree, choices_BN)
         if tree.num_nodes < 3:  # no token was rejected and continued
             return state
         phrases_BNS = rejected_phrases(tree, choices_BN, self.config.phrase_length + 1)
-        return replace(state, ring=state.ring.with_phrases(phrases_BNS))
+        return replace(state, own=replace(state.own, ring=state.own.ring.with_phrases(phrases_BNS)))
 
-    def propose(self, state: PhraseState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
+    def propose(self, state: ComposedState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
         """See :meth:`Drafter.propose`.
 
         Raises:
             ValueError: as :meth:`SuffixDrafter.propose`.
         """
-        root_B, text_BT = self._begun(state.text, cycle, limits)
+        root_B, text_BT = self._begun(state.own.text, cycle, limits)
         cut = False if cycle.fixed_shapes else None
-        if self.head is None or state.text.head is None:
+        if self.head is None or state.head is None:
             tree = replace(root_tree(root_B), scores_BN=torch.zeros(len(root_B), 1, device=root_B.device), chain=False)
             length = limits.draft_length
         else:
-            tree = self.head.propose(state.text.head, cycle, self._of_head(limits))
+            tree = self.head.propose(state.head, cycle, self.limits_of_parts(limits))
             length = self.config.phrase_length
         most = 1 if limits.is_chain else self.config.num_leaves
         leaf_BM, score_BM = best_leaves(tree, min(most, tree.num_nodes))
-        at_BP, paths_BPL, scores_BPL = self._phrases(state.ring, text_BT, cycle, tree, leaf_BM, length)
+        at_BP, paths_BPL, scores_BPL = self._phrases(state.own.ring, text_BT, cycle, tree, leaf_BM, length)
         scores_BPL = scores_BPL + score_BM.repeat_interleave(at_BP.shape[1] // leaf_BM.shape[1], dim=1)[..., None]
         if limits.min_probability > 0.0:
             scores_BPL = scores_BPL.masked_fill(scores_BPL < math.log(limits.min_probability), -torch.inf)
@@ -182,9 +184,9 @@ class PhraseDrafter(SuffixDrafter):
             (shares_XPL + discount_L).reshape(shapes),
         )
 
-    def _of_head(self, limits: DraftLimits) -> DraftLimits:
-        """What the head drafts: no deeper than it can, and so that a phrase still follows."""
-        return super()._of_head(limits.no_deeper_than(limits.draft_length - self.config.phrase_length))
+    def limits_of_parts(self, limits: DraftLimits) -> DraftLimits:
+        """See :meth:`Drafter.limits_of_parts`: the head drafts no deeper than it can, and so that a phrase still follows."""
+        return super().limits_of_parts(limits.no_deeper_than(limits.draft_length - self.config.phrase_length))
 
 
 def _longer_chain(
@@ -203,20 +205,3 @@ def _longer_chain(
     tokens_BN = tokens_BN.scatter(1, slot_BL, path_BL)
     scores_BN = scores_BN.scatter(1, slot_BL, score_BL)
     return tree_from_paths(tokens_BN[:, 0], tokens_BN[:, None, 1:], scores_BN[:, None, 1:], cut)
-
-
-def from_folder(folder: Path, fields: Mapping[str, Any], load: Callable[[str], Drafter]) -> PhraseDrafter:
-    """Make the drafter that a folder's config describes.
-
-    Args:
-        folder: where it lies.
-        fields: of its config.
-        load: gives a drafter by its name, relative to the folder.
-
-    Returns:
-        The drafter in evaluation mode.
-
-    Raises:
-        ValueError: a field breaks its rule, or the head cannot be had.
-    """
-    return PhraseDrafter.read(folder, fields, load)

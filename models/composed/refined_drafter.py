@@ -10,36 +10,31 @@ V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from draftsmith.models.composed.composed_drafter import ComposedConfig, ComposedDrafter, ComposedState
 from draftsmith.models.composed.revisers import LMReviser, NgramReviser, Opinion, Reviser, TailState
 from draftsmith.models.composed.suffix_drafter import SuffixDrafter
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_config import DrafterConfig
-from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, TEXT, Rule
 from draftsmith.models.ngrams.lattice import best_paths
 from draftsmith.models.ngrams.table import load_ngrams
-from draftsmith.models.slots.slot_cache import KeptRows
-from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import ConfidentExpander, Expander
 from draftsmith.models.tree.tree import DraftTree, prune, tree_from_paths
-from draftsmith.models.trunk.riders import Riders
 
 _MOST_STATES = 4096
 
 
-class RefinedConfig(DrafterConfig):
+class RefinedConfig(ComposedConfig):
     """Which head is refined, and by what.
 
     Attributes:
@@ -54,7 +49,7 @@ class RefinedConfig(DrafterConfig):
 
     model_type = "draftsmith_refined"
     rules: ClassVar[Mapping[str, Rule]] = {
-        "head": TEXT,
+        **ComposedConfig.rules,
         "ngrams": TEXT,
         "lm": TEXT,
         "alpha": NOT_NEGATIVE,
@@ -64,7 +59,6 @@ class RefinedConfig(DrafterConfig):
 
     def __init__(
         self,
-        head: str = "",
         ngrams: str = "",
         lm: str = "",
         alpha: float = 0.2,
@@ -72,7 +66,6 @@ class RefinedConfig(DrafterConfig):
         num_paths: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.head = head
         self.ngrams = ngrams
         self.lm = lm
         self.alpha = alpha
@@ -91,26 +84,7 @@ class RefinedConfig(DrafterConfig):
         return ""
 
 
-@dataclass(frozen=True)
-class RefinedState:
-    """What is kept between cycles: the head's state and the reviser's."""
-
-    head: DraftState
-    reviser: DraftState
-
-    def select_rows(self, kept: KeptRows) -> RefinedState:
-        """Keep some batch rows only.
-
-        Args:
-            kept: which rows, and where they go.
-
-        Returns:
-            The state of these rows.
-        """
-        return RefinedState(self.head.select_rows(kept), self.reviser.select_rows(kept))
-
-
-class RefinedDrafter(Drafter):
+class RefinedDrafter(ComposedDrafter):
     """A head whose candidates are scored again.
 
     Args:
@@ -124,10 +98,11 @@ class RefinedDrafter(Drafter):
 
     config: RefinedConfig
     config_class = RefinedConfig
+    head: Drafter
+    untrained = "a refined drafter is not trained; train its head, and make its table with `draftsmith data ngrams`"
 
     def __init__(self, config: RefinedConfig, head: Drafter, reviser: NgramReviser | LMReviser) -> None:
-        super().__init__(config)
-        self.head = head
+        super().__init__(config, head)
         self.reviser = reviser
         if config.num_paths:
             self._check_lattice()
@@ -146,20 +121,33 @@ class RefinedDrafter(Drafter):
                 "num_candidates lower, or make a table of a lower order"
             )
 
+    @classmethod
+    def composed(
+        cls, config: RefinedConfig, head: Drafter | None, folder: Path, load: Callable[[str], Drafter]
+    ) -> Self:
+        """See :meth:`ComposedDrafter.composed`.
+
+        Raises:
+            ValueError: a head that scores no single node, or an LM that is none.
+        """
+        assert head is not None  # the config has none without
+        if isinstance(head, SuffixDrafter):
+            raise ValueError(
+                f"{folder / 'config.json'} has head {config.head!r}, which proposes whole continuations and scores no single node; refine "
+                "its head, and name the refined drafter as the head of suffixes or phrases"
+            )
+        if config.ngrams:
+            table = folder / config.ngrams
+            return cls(config, head, NgramReviser(load_ngrams(table if table.is_dir() else Path(config.ngrams))))
+        lm = load(config.lm)
+        if not isinstance(lm, LMDrafter):
+            raise ValueError(f"{folder / 'config.json'} has lm {config.lm!r}, which is no causal LM; name one")
+        return cls(config, head, LMReviser(lm))
+
     @property
     def _second(self) -> Reviser:
         """The reviser, whichever it is: what it keeps is its own affair."""
         return self.reviser
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """The head's."""
-        return self.head.features
-
-    @property
-    def riders(self) -> Riders | None:
-        """Those of the drafter that drafts."""
-        return self.head.riders
 
     @property
     def num_draft_tokens(self) -> int:
@@ -172,15 +160,6 @@ class RefinedDrafter(Drafter):
         return self.head.max_draft_steps
 
     @property
-    def reads_choices(self) -> bool:
-        """The head's affair."""
-        return self.head.reads_choices
-
-    def take_choices(self, state: RefinedState, tree: DraftTree, choices_BN: Tensor) -> RefinedState:  # type: ignore[override]
-        """See :meth:`Drafter.take_choices`: for the head."""
-        return replace(state, head=self.head.take_choices(state.head, tree, choices_BN))
-
-    @property
     def parts(self) -> tuple[Drafter, ...]:
         """The head, and the LM where that rescores."""
         return (self.head, self.reviser.lm) if isinstance(self.reviser, LMReviser) else (self.head,)
@@ -191,7 +170,7 @@ class RefinedDrafter(Drafter):
         Raises:
             ValueError: the head is of another target, or the table has another vocabulary.
         """
-        self.head = self.head.bound(ends)
+        super().attach(ends)
         if isinstance(self.reviser, LMReviser):
             self.reviser = LMReviser(self.reviser.lm.bound(ends))
         elif self.reviser.table.vocab_size != ends.vocab_size:
@@ -199,7 +178,6 @@ class RefinedDrafter(Drafter):
                 f"the n-gram table {self.config.ngrams!r} has a vocabulary of {self.reviser.table.vocab_size} tokens, the target "
                 f"{ends.vocab_size}; make the table with this target"
             )
-        self._borrowed[:] = [ends]
         return self
 
     def check_tokenizer(self, fingerprint: str) -> None:
@@ -211,9 +189,8 @@ class RefinedDrafter(Drafter):
         Raises:
             ValueError: one of the two is of another tokenizer.
         """
-        self.head.check_tokenizer(fingerprint)
+        super().check_tokenizer(fingerprint)
         if isinstance(self.reviser, LMReviser):
-            self.reviser.lm.check_tokenizer(fingerprint)
             return
         own = self.reviser.table.tokenizer_fingerprint
         if own and fingerprint and own != fingerprint:
@@ -225,15 +202,6 @@ class RefinedDrafter(Drafter):
     def score_scale(self, temperature: float) -> float:
         """The head's."""
         return self.head.score_scale(temperature)
-
-    def needs_host(self) -> str:
-        """The reason of the head, or else of the LM."""
-        return self.head.needs_host() or (self.reviser.lm.needs_host() if isinstance(self.reviser, LMReviser) else "")
-
-    def key_values(self) -> tuple[KeyValues, ...]:
-        """Those of the head and of the LM."""
-        more = self.reviser.lm.key_values() if isinstance(self.reviser, LMReviser) else ()
-        return (*self.head.key_values(), *more)
 
     def with_alpha(self, alpha: float) -> RefinedDrafter:
         """The same head and second opinion with another weight.
@@ -252,34 +220,17 @@ class RefinedDrafter(Drafter):
         other._borrowed[:] = self._borrowed
         return other.eval()
 
-    def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
-        """Not for this drafter.
+    def start_own(self, opening: Opening) -> DraftState:
+        """Begin with the reviser."""
+        return self._second.start(opening)
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "a refined drafter is not trained; train its head, and make its table with `draftsmith data ngrams`"
-        )
+    def advance_own(self, own: DraftState, emitted: Emitted) -> DraftState:
+        """The reviser takes in what was emitted."""
+        return self._second.advance(own, emitted)
 
-    def start(self, opening: Opening) -> RefinedState:
-        """Begin with both."""
-        return RefinedState(self.head.start(opening), self._second.start(_tokens_only(opening)))
-
-    def start_in_steps(self, opening: Opening) -> Generator[None, None, RefinedState]:
-        """See :meth:`Drafter.start_in_steps`."""
-        head = yield from self.head.start_in_steps(opening)
-        return RefinedState(head, self._second.start(_tokens_only(opening)))
-
-    def advance(self, state: RefinedState, emitted: Emitted) -> RefinedState:  # type: ignore[override]
-        """Both take in what was emitted."""
-        return RefinedState(self.head.advance(state.head, emitted), self._second.advance(state.reviser, emitted))
-
-    def follow(self, state: RefinedState, cycle: Cycle, limits: DraftLimits) -> RefinedState:  # type: ignore[override]
-        """Both follow."""
-        return RefinedState(
-            self.head.follow(state.head, cycle, limits), self._second.follow(state.reviser, cycle, limits)
-        )
+    def follow_own(self, own: DraftState, cycle: Cycle, limits: DraftLimits) -> DraftState:
+        """The reviser follows."""
+        return self._second.follow(own, cycle, limits)
 
     def check_depth(self, limits: DraftLimits) -> None:
         """See :meth:`Drafter.check_depth`.
@@ -294,7 +245,7 @@ class RefinedDrafter(Drafter):
                 "the best whole paths are a chain such as 1x4 or a tree such as 4x4n16; for other shapes leave num_paths out"
             )
 
-    def propose(self, state: RefinedState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
+    def propose(self, state: ComposedState, cycle: Cycle, limits: DraftLimits) -> DraftTree:  # type: ignore[override]
         """See :meth:`Drafter.propose`: with ``num_paths``, the tree of the best paths through all slots.
 
         Raises:
@@ -308,21 +259,23 @@ class RefinedDrafter(Drafter):
                 "the rule compares the distributions of draft and target, and best paths have none; give another rule"
             )
         assert isinstance(self.reviser, NgramReviser)
+        assert isinstance(state.own, TailState)
+        assert state.head is not None
         head, table = self.head.expander(state.head, cycle, limits), self.reviser.table
         ids_BLC, scores_BLC = _slots(head, limits.draft_length, self.config.num_candidates)
-        assert isinstance(state.reviser, TailState)
-        contexts_B = table.context_of(state.reviser.tokens_BK)
+        contexts_B = table.context_of(state.own.tokens_BK)
         num_paths = 1 if limits.is_chain else self.config.num_paths
         paths_BPL, scores_BPL = best_paths(table, contexts_B, ids_BLC, scores_BLC, float(self.config.alpha), num_paths)
         cut = False if cycle.fixed_shapes else None
         tree = tree_from_paths(head.root_B, paths_BPL, scores_BPL, cut)
         return tree if limits.is_chain else prune(tree, limits.max_nodes - 1, cut)
 
-    def expander(self, state: RefinedState, cycle: Cycle, limits: DraftLimits) -> RefinedDraft:  # type: ignore[override]
+    def expander(self, state: ComposedState, cycle: Cycle, limits: DraftLimits) -> RefinedDraft:  # type: ignore[override]
         """See :class:`RefinedDraft`."""
+        assert state.head is not None
         return RefinedDraft(
             self.head.expander(state.head, cycle, limits),
-            self._second.opinion(state.reviser, cycle, limits),
+            self._second.opinion(state.own, cycle, limits),
             float(self.config.alpha),
             self.config.num_candidates,
         )
@@ -336,12 +289,6 @@ def _slots(head: Expander, length: int, num_candidates: int) -> tuple[Tensor, Te
     log_probs_BLV = torch.cat(logits, dim=1).float().log_softmax(-1)
     scores_BLC, draft_BLC = log_probs_BLV.topk(min(num_candidates, log_probs_BLV.shape[-1]), dim=-1)
     return head.target_ids(draft_BLC), scores_BLC
-
-
-def _tokens_only(opening: Opening) -> Opening:
-    """The same without the target's states, which only the head reads."""
-    prompt = opening.prompt
-    return replace(opening, prompt=Emitted(prompt.tokens_BE, {}, prompt.counts_B))
 
 
 class RefinedDraft:
@@ -385,38 +332,3 @@ class RefinedDraft:
         score_BMC, draft_BMC = logits_BMV.float().log_softmax(-1).topk(count, dim=-1)
         score_BMC = score_BMC + self._alpha * self._opinion.log_probs(self._head.target_ids(draft_BMC))
         return torch.full_like(logits_BMV, -torch.inf, dtype=torch.float32).scatter(-1, draft_BMC, score_BMC)
-
-
-def from_folder(folder: Path, fields: Mapping[str, Any], load: Callable[[str], Drafter]) -> RefinedDrafter:
-    """Make the drafter that a folder's config describes.
-
-    Args:
-        folder: where it lies.
-        fields: of its config.
-        load: gives a drafter by its name, relative to the folder.
-
-    Returns:
-        The drafter in evaluation mode.
-
-    Raises:
-        ValueError: a field breaks its rule, or what it names cannot be had or is no head that can be refined.
-    """
-    config = RefinedConfig(**{name: fields[name] for name in RefinedConfig.rules if name in fields})
-    config.check(str(folder / "config.json"), "change the file")
-    head = load(config.head)
-    if isinstance(head, SuffixDrafter):
-        raise ValueError(
-            f"{folder / 'config.json'} has head {config.head!r}, which proposes whole continuations and scores no single node; refine its "
-            "head, and name the refined drafter as the head of suffixes or phrases"
-        )
-    if config.ngrams:
-        table = folder / config.ngrams
-        reviser: NgramReviser | LMReviser = NgramReviser(load_ngrams(table if table.is_dir() else Path(config.ngrams)))
-    else:
-        lm = load(config.lm)
-        if not isinstance(lm, LMDrafter):
-            raise ValueError(f"{folder / 'config.json'} has lm {config.lm!r}, which is no causal LM; name one")
-        reviser = LMReviser(lm)
-    drafter = RefinedDrafter(config, head, reviser)
-    drafter.loaded_from = folder
-    return drafter.eval()

@@ -165,7 +165,7 @@ class LMReviser(nn.Module):
 
     def advance(self, state: Any, emitted: Emitted) -> DraftState:
         """What was emitted is pending."""
-        return self.lm.advance(state, Emitted(emitted.tokens_BE, {}, emitted.counts_B))
+        return self.lm.advance(state, emitted)
 
     def follow(self, state: Any, cycle: Cycle, limits: DraftLimits) -> DraftState:
         """Read what is pending."""

@@ -47,6 +47,10 @@ class Emitted:
         state_B1D = states_BED.gather(1, last_B1[..., None].expand(-1, -1, states_BED.shape[-1]))
         return self.tokens_BE.gather(1, last_B1).squeeze(1), state_B1D.squeeze(1)
 
+    def tokens_only(self) -> Emitted:
+        """The same tokens without the target's features."""
+        return Emitted(self.tokens_BE, {}, self.counts_B)
+
     def slots(self, begin: int, end: int) -> Emitted:
         """The pairs in slots ``begin`` to ``end - 1``; the counts stay those of all."""
         features = {name: states_BED[:, begin:end] for name, states_BED in self.features.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,11 @@ from draftsmith.models.target.ends import TargetEnds
 
 _LOG = logging.getLogger(__name__)
 COMPOSED = {
-    "draftsmith_suffix": "draftsmith.models.composed.suffix_drafter",
-    "draftsmith_refined": "draftsmith.models.composed.refined_drafter",
-    "draftsmith_phrases": "draftsmith.models.composed.phrase_drafter",
+    "draftsmith_suffix": "draftsmith.models.composed.suffix_drafter:SuffixDrafter",
+    "draftsmith_refined": "draftsmith.models.composed.refined_drafter:RefinedDrafter",
+    "draftsmith_phrases": "draftsmith.models.composed.phrase_drafter:PhraseDrafter",
 }
-"""Drafters whose folder is a config without weights, by model_type: the module whose ``from_folder`` makes them."""
+"""Drafters whose folder is a config without weights, by model_type: the class that reads it."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def load_drafter(
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
         return _with_adapter(path, dtype, trust_remote_code, target)
-    if module := _composed_in(path):
-        return _composed(path, module, dtype, trust_remote_code, finite, target)
+    if composed := _composed_in(path):
+        return _composed(path, composed, dtype, trust_remote_code, finite, target)
     kind = _family_in(path)
     if kind is not None:
         _say_of_adapted_target(path)
@@ -146,14 +147,14 @@ def drafter_fingerprint(folder: Path) -> str:
 
 
 def _composed_in(folder: Path) -> str:
-    """The module that reads a folder without weights; empty for any other folder."""
+    """The class that reads a folder without weights, by its name; empty for any other folder."""
     if not (folder / CONFIG).is_file():
         return ""
     return COMPOSED.get(str(read_fields(folder).get("model_type")), "")
 
 
 def _composed(
-    path: Path, module: str, dtype: str, trust_remote_code: bool, finite: bool, target: TargetBond | None
+    path: Path, kind: str, dtype: str, trust_remote_code: bool, finite: bool, target: TargetBond | None
 ) -> Drafter:
     """The drafter that a config describes, with the drafters that it names."""
     _check_no_circle(path)
@@ -161,7 +162,7 @@ def _composed(
     def load(name: str) -> Drafter:
         return load_drafter(Path(_beside(path, name)), dtype, trust_remote_code, finite, target)
 
-    drafter: Drafter = importlib.import_module(module).from_folder(path, read_fields(path), load)
+    drafter: Drafter = pkgutil.resolve_name(kind).from_folder(path, read_fields(path), load)
     return drafter
 
 
