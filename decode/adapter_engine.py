@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
-from draftsmith.models.drafters.lora import activate, load_adapter
+from draftsmith.models.drafters.lora import AdaptableParts, AdapterBond, activate, load_adapter, trained_parts
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.files.field_rules import Rule
 from draftsmith.models.slots.row_state import ReplacedRows, append_rows
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import Target, TargetEnds
@@ -184,11 +185,19 @@ class SwitchState:
         return SwitchState(tuple(groups.values()))
 
 
+class SwitchConfig(DrafterConfig):
+    """No fields of its own: what a drafter's config says is asked of the drafter below."""
+
+    model_type = "draftsmith_adapter_switch"
+    rules: ClassVar[Mapping[str, Rule]] = {}
+
+
 class AdapterSwitch(Drafter):
     """A drafter with several adapters, behind the interface of one.
 
     Args:
-        drafter: below the adapters; a copy of it that shares its weights gets them.
+        drafter: below the adapters; a copy of it that shares its weights gets them. One that is made of others has the adapters of its
+            parts.
         adapters: their folders by name.
 
     Raises:
@@ -201,16 +210,21 @@ class AdapterSwitch(Drafter):
                 f"a {type(drafter).__name__} rides through one forward of the target, in which rows cannot have adapters of their own; "
                 "merge one adapter into the drafter with `draftsmith export`, and decode with that"
             )
-        config = drafter.config
-        super().__init__(DrafterConfig(hidden_size=config.hidden_size, vocab_size=config.vocab_size))
-        fingerprint = module_fingerprint(drafter)
-        self._plain = (config.target_fingerprint, float(config.score_scale))
+        super().__init__(SwitchConfig())
         self.below = _sharing_weights(drafter)
+        parts = trained_parts(self.below)
+        self._targets = {part.config.target_fingerprint for part in parts} - {""}
+        self._plain_scales = [(part.config, float(part.config.score_scale)) for part in parts]
         # Numbered inside, since adapters are stored as modules, which cannot go by every name (not by "pop", "type" or "v1.2").
         self._inside = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
-        self._bonds = {
-            name: load_adapter(self.below, folder, self._inside[name], fingerprint) for name, folder in adapters.items()
-        }
+        self._bonds: dict[str, AdapterBond] = {}
+        self._adapted: dict[str, DrafterConfig] = {}
+        adaptable = AdaptableParts(self.below) if adapters else None
+        for name, folder in adapters.items():
+            assert adaptable is not None
+            part, fingerprint = adaptable.of_adapter(folder)
+            self._bonds[name] = load_adapter(part, folder, self._inside[name], fingerprint)
+            self._adapted[name] = part.config
         if any(bond.target_fingerprint for bond in self._bonds.values()):
             self.below = self.below.for_any_target()  # adapters of a fine-tuned target: their own bonds count
         self._assigned: dict[int, str | None] = {}
@@ -235,8 +249,7 @@ class AdapterSwitch(Drafter):
         """
         if name is not None and name not in self._bonds:
             raise ValueError(f"adapter {name!r} is unknown; there are {', '.join(sorted(self._bonds)) or 'none'}")
-        drafter_fingerprint = self._plain[0]
-        if name is None and self._borrowed and drafter_fingerprint and drafter_fingerprint != self.ends.fingerprint:
+        if name is None and self._borrowed and self._targets - {self.ends.fingerprint}:
             raise ValueError(
                 f"a request without an adapter needs a drafter of {self.ends.name!r}, this one is of another target; name an adapter"
             )
@@ -263,6 +276,14 @@ class AdapterSwitch(Drafter):
         """Of the adapter that acts."""
         return self.below.parts
 
+    def limits_of_parts(self, limits: DraftLimits) -> DraftLimits:
+        """Of the adapter that acts."""
+        return self.below.limits_of_parts(limits)
+
+    def check_depth(self, limits: DraftLimits) -> None:
+        """See :meth:`Drafter.check_depth`: that of the drafter below."""
+        self.below.check_depth(limits)
+
     @property
     def reads_choices(self) -> bool:
         """Whether the drafter below does."""
@@ -285,7 +306,7 @@ class AdapterSwitch(Drafter):
                     f"{ends.name!r} ({ends.fingerprint[:12]}); use that target, or leave the adapter out"
                 )
         self.below = self.below.bound(ends)
-        self._borrowed[:] = [ends]
+        self.borrow(ends)
         return self
 
     def needs_host(self) -> str:
@@ -400,11 +421,16 @@ class AdapterSwitch(Drafter):
             return
         self._acting = name
         activate(self.below, None if name is None else self._inside[name])
-        self.below.config.score_scale = self._plain[1] if name is None else self._bonds[name].score_scale
+        for config, scale in self._plain_scales:
+            config.score_scale = scale
+        if name is not None:
+            self._adapted[name].score_scale = self._bonds[name].score_scale
 
 
 def _sharing_weights(drafter: Drafter) -> Drafter:
     """A copy with modules and config of its own whose weights lie in the same memory, frozen."""
     memo: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), False) for weight in drafter.parameters()}
-    memo |= {id(part): part for part in (*drafter.buffers(), *drafter._borrowed)}
+    drafters = [module for module in drafter.modules() if isinstance(module, Drafter)]
+    borrowed = [ends for each in drafters for ends in each._borrowed]
+    memo |= {id(part): part for part in (*drafter.buffers(), *borrowed)}
     return copy.deepcopy(drafter, memo)

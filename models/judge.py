@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
 from draftsmith.models.files.finite import is_finite
 from draftsmith.models.judge_config import (
@@ -36,6 +36,7 @@ from draftsmith.models.judge_config import (
     refuse,
 )
 from draftsmith.models.opinion import NUM_NUMBERS
+from draftsmith.models.target.bound_module import BoundModule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.outside import parse_json_object
 
@@ -57,7 +58,7 @@ __all__ = [
 _TENSORS = ("bias", "mean", "scale", "weight")
 
 
-class Judge(PreTrainedModel):
+class Judge(BoundModule):
     """Logistic regression on the state of the draft token itself (Judge Decoding, arXiv:2501.19309, section 4.2).
 
     With e the state at the position of token i, after the target has read that token and before the final norm::
@@ -76,7 +77,7 @@ class Judge(PreTrainedModel):
 
     config: JudgeConfig
     config_class = JudgeConfig
-    base_model_prefix = ""
+    called = "judge"
     mean: Tensor
     scale: Tensor
 
@@ -88,8 +89,6 @@ class Judge(PreTrainedModel):
         self.register_buffer("scale", torch.ones(F))
         self.weight = nn.Parameter(torch.zeros(F))
         self.bias = nn.Parameter(torch.zeros(()))
-        # In a list, so that the target's norm is neither a parameter of the judge nor saved with it.
-        self._borrowed: list[TargetEnds] = []
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -122,35 +121,9 @@ class Judge(PreTrainedModel):
         Raises:
             ValueError: the judge was made for another target (its weights or hidden size differ).
         """
-        trained_for = self.config.target_fingerprint
-        if trained_for and ends.fingerprint and trained_for != ends.fingerprint:
-            raise ValueError(
-                f"this judge was trained for target {self.config.target_name!r} (fingerprint {trained_for[:12]}), not for {ends.name!r} "
-                f"({ends.fingerprint[:12]}); use that target, or train a judge for this one"
-            )
-        if self.config.hidden_size != ends.hidden_size:
-            raise ValueError(
-                f"this judge expects hidden size {self.config.hidden_size}, the target {ends.name!r} has {ends.hidden_size}; use the "
-                "target it was trained for"
-            )
-        self._borrowed[:] = [ends]
+        self.check_target(ends)
+        self.borrow(ends)
         return self
-
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Check that a tokenizer is the one of training.
-
-        Args:
-            fingerprint: of the tokenizer; empty if unknown.
-
-        Raises:
-            ValueError: both fingerprints are known and differ.
-        """
-        trained_with = self.config.tokenizer_fingerprint
-        if trained_with and fingerprint and trained_with != fingerprint:
-            raise ValueError(
-                f"this judge was trained with another tokenizer ({trained_with[:12]}) than this one "
-                f"({fingerprint[:12]}); use the tokenizer of the judge's target"
-            )
 
     def check_draft(self, name: str, fingerprint: str) -> None:
         """Check that a draft model is the one whose states the judge was trained on; any will do for a judge that reads none.
@@ -188,7 +161,7 @@ class Judge(PreTrainedModel):
         _check_states("states", states, self.config.hidden_size)
         self._check_given(draft_states, opinion)
         if self.config.feature == POST_NORM:
-            states = self._ends().final_norm(states)
+            states = self.ends.final_norm(states)
         parts = [states.float()]
         if opinion is not None:
             _check_states("opinion", opinion, NUM_NUMBERS)
@@ -273,13 +246,6 @@ class Judge(PreTrainedModel):
             raise ValueError(
                 f"the target's opinion is {'missing' if self.reads_opinion else 'given'}; this judge reads {self.config.feature}; {remedy}"
             )
-
-    def _ends(self) -> TargetEnds:
-        if not self._borrowed:
-            raise ValueError(
-                f"this judge reads {POST_NORM} and is attached to no target; call judge.attach(target.ends) first"
-            )
-        return self._borrowed[0]
 
 
 def log_odds_of(probability: float) -> float:

@@ -59,7 +59,7 @@ class Oracle(Drafter):
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """Any target will do."""
-        self._borrowed[:] = [ends]
+        self.borrow(ends)
         return self
 
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:

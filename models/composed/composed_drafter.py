@@ -140,7 +140,7 @@ class ComposedDrafter(Drafter):
         """See :meth:`Drafter.attach`. Any target will do, unless there is a head."""
         if self.head is not None:
             self.head = self.head.bound(ends)
-        self._borrowed[:] = [ends]
+        self.borrow(ends)
         return self
 
     def for_any_target(self) -> Self:

@@ -103,7 +103,7 @@ class LMDrafter(Drafter):
 
     def attach(self, ends: TargetEnds) -> Drafter:
         """See :meth:`Drafter.attach`. Any target with the same tokenizer will do; :meth:`check_tokenizer` compares the two."""
-        self._borrowed[:] = [ends]
+        self.borrow(ends)
         return self
 
     def check_tokenizer(self, fingerprint: str) -> None:

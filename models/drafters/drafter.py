@@ -9,7 +9,6 @@ D hidden, V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-import copy
 import os
 from abc import abstractmethod
 from collections.abc import Generator
@@ -19,13 +18,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.target.bound_module import BoundModule
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
@@ -39,7 +38,7 @@ from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.riders import Riders
 
 
-class Drafter(PreTrainedModel):
+class Drafter(BoundModule):
     """A small trained module that proposes tokens from a frozen target's states.
 
     Saved and loaded as any ``PreTrainedModel``. The target's frozen ends (embedding, final norm, head) are borrowed through
@@ -57,7 +56,7 @@ class Drafter(PreTrainedModel):
 
     config: DrafterConfig
     config_class: type[DrafterConfig] = DrafterConfig
-    base_model_prefix = ""
+    called = "drafter"
     predicts_features: ClassVar[bool] = False
     """Whether the head's inputs are guesses of the target's normed states, which a loss can then be taken on."""
     learns_through_target: ClassVar[bool] = False
@@ -69,8 +68,6 @@ class Drafter(PreTrainedModel):
         config.check(type(self).__name__)
         super().__init__(config)
         self.loaded_from: Path | None = None
-        self._borrowed: list[TargetEnds] = []
-        self._any_target = False
         if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         else:
@@ -113,17 +110,6 @@ class Drafter(PreTrainedModel):
         """
         return None
 
-    @property
-    def ends(self) -> TargetEnds:
-        """The target's frozen ends.
-
-        Raises:
-            ValueError: :meth:`attach` was not called.
-        """
-        if not self._borrowed:
-            raise ValueError("this drafter is attached to no target; call drafter.attach(target.ends) first")
-        return self._borrowed[0]
-
     def bound(self, ends: TargetEnds) -> Self:
         """Make a view of this drafter that is attached to a target: the same weights, with ends of its own.
 
@@ -139,25 +125,8 @@ class Drafter(PreTrainedModel):
         Raises:
             ValueError: as :meth:`attach`.
         """
-        view = self._view()
+        view = self.view()
         view.attach(ends)
-        return view
-
-    def for_any_target(self) -> Self:
-        """Make a view, attached to nothing, that may be attached to every target of its sizes, whatever its weights: for a diagnosis.
-
-        Returns:
-            The view.
-        """
-        view = self._view()
-        view._any_target = True
-        return view
-
-    def _view(self) -> Self:
-        """A shallow copy that shares all weights and buffers; attributes set on one of the two are not seen by the other."""
-        view = copy.copy(self)
-        view._modules = dict(self._modules)
-        view._borrowed = []
         return view
 
     def attach(self, ends: TargetEnds) -> Drafter:
@@ -172,20 +141,14 @@ class Drafter(PreTrainedModel):
         Raises:
             ValueError: the drafter was made for another target (its weights or shapes differ).
         """
-        own = "" if self._any_target else self.config.target_fingerprint
-        if own and ends.fingerprint and own != ends.fingerprint:
-            raise ValueError(
-                f"this drafter was trained for target {self.config.target_name!r} (fingerprint {own[:12]}), not for {ends.name!r} "
-                f"({ends.fingerprint[:12]}); use that target, or train a drafter for this one"
-            )
-        if (self.config.hidden_size, self.config.vocab_size) != (ends.hidden_size, ends.vocab_size):
-            raise ValueError(
-                f"this drafter expects hidden size {self.config.hidden_size} and vocabulary {self.config.vocab_size}, the target "
-                f"{ends.name!r} has {ends.hidden_size} and {ends.vocab_size}; use the target it was trained for"
-            )
+        self.check_target(ends)
         check_features(self)
-        self._borrowed[:] = [ends]
+        self.borrow(ends)
         return self
+
+    def sizes_of(self, owner: Any) -> dict[str, int]:
+        """See :meth:`BoundModule.sizes_of`."""
+        return {"hidden size": owner.hidden_size, "vocabulary": owner.vocab_size}
 
     def adopt_target(self, ends: TargetEnds, draft_token_ids: Tensor | None) -> None:
         """Give a fresh drafter its draft vocabulary, and attach it to its target.
@@ -201,21 +164,16 @@ class Drafter(PreTrainedModel):
             self.set_draft_ids(draft_token_ids)
         self.attach(ends)
 
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Check that a tokenizer is the one of training.
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up the target's embeddings.
 
         Args:
-            fingerprint: of the tokenizer; empty if unknown.
+            tokens: int64 [...], target ids.
 
-        Raises:
-            ValueError: both fingerprints are known and differ.
+        Returns:
+            [..., D] in this drafter's dtype.
         """
-        own = self.config.tokenizer_fingerprint
-        if own and fingerprint and own != fingerprint:
-            raise ValueError(
-                f"this drafter was trained with another tokenizer ({own[:12]}) than this one ({fingerprint[:12]}); token ids would "
-                "not mean the same; use the tokenizer of the drafter's target"
-            )
+        return self.ends.embed(tokens).to(self.dtype)
 
     @property
     def num_draft_tokens(self) -> int:

@@ -25,7 +25,7 @@ from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, missing_families, registry
 from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
-from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint
+from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.reader import Foreign
@@ -315,7 +315,7 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
     """Merge a trained adapter into a drafter, in place, and bind it to the adapter's target.
 
     Args:
-        drafter: the one that the adapter was trained on.
+        drafter: the one that the adapter was trained on, or one that is made of it.
         adapter: its folder.
 
     Returns:
@@ -324,13 +324,13 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
     Raises:
         ValueError: the adapter is of another drafter, or not whole.
     """
-    from draftsmith.models.drafters.lora import load_adapter, merge_adapter
+    from draftsmith.models.drafters.lora import AdaptableParts, load_adapter, merge_adapter
 
-    bond = load_adapter(drafter, adapter, "merged", module_fingerprint(drafter))
-    bond.bind(drafter)
-    merged = merge_adapter(drafter, "merged")
-    merged.loaded_from = adapter  # the shapes that were kept for the drafter alone are not those of both together
-    return merged
+    part, fingerprint = AdaptableParts(drafter).of_adapter(adapter)
+    load_adapter(part, adapter, "merged", fingerprint).bind(part)
+    merge_adapter(part, "merged")
+    drafter.loaded_from = adapter  # the shapes that were kept for the drafter alone are not those of both together
+    return drafter
 
 
 def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool, target: TargetBond | None) -> Drafter:

@@ -287,17 +287,6 @@ class BlockDrafter(TargetHead):
         numbers = 2 * self.config.num_key_value_heads * self.config.head_dim
         return (KeyValues(numbers * self.dtype.itemsize),) * self.config.num_draft_layers
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up the target's embeddings.
-
-        Args:
-            tokens: int64 [...], target ids.
-
-        Returns:
-            [..., D] in this drafter's dtype.
-        """
-        return self.ends.embed(tokens).to(self.dtype)
-
     def context(self, features: Mapping[str, Tensor]) -> Tensor:
         """Make the context vectors, which are the same for all draft layers.
 

@@ -122,17 +122,6 @@ class EagleBase(Drafter):
         """
         return output
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up the target's embeddings.
-
-        Args:
-            tokens: int64 [...], target ids.
-
-        Returns:
-            [..., D] in this drafter's dtype.
-        """
-        return self.ends.embed(tokens).to(self.dtype)
-
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """See :meth:`Drafter.teacher_forced`; step k >= 1 is fed its own output of step k - 1.
 

@@ -263,17 +263,6 @@ class HeadsDrafter(TargetHead):
         follows = self.prefix is not None and self.prefix.rotation.follows_length
         return "the rotary factors of the prefix layer follow the length" if follows else ""
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up the target's embeddings.
-
-        Args:
-            tokens: int64 [...], target ids.
-
-        Returns:
-            [..., D] in this drafter's dtype.
-        """
-        return self.ends.embed(tokens).to(self.dtype)
-
     def context(self, states: Tensor) -> Tensor:
         """The target's states [..., D] after its final norm, in this drafter's dtype."""
         return self.ends.final_norm(states).to(self.dtype)

@@ -153,7 +153,7 @@ class ReDrafter(Drafter):
         state_AD = torch.zeros_like(context_AD)
         states = []
         for step in range(rollout.tokens.shape[1]):
-            state_AD = self._recur(state_AD, self._embed(rollout.tokens[:, step]))
+            state_AD = self._recur(state_AD, self.embed(rollout.tokens[:, step]))
             states.append(state_AD)
         return self._exit(self._exit_context(context_AD), torch.stack(states), self._exit_parts())
 
@@ -182,9 +182,6 @@ class ReDrafter(Drafter):
     def follow(self, state: ReDrafterState, cycle: Cycle, limits: DraftLimits) -> ReDrafterState:  # type: ignore[override]
         """See :meth:`Drafter.follow`: nothing is ever pending."""
         return state
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.ends.embed(tokens).to(self.dtype)
 
     def _recur(self, state: Tensor, embedded: Tensor) -> Tensor:
         return F.silu(self.rnn_w(embedded) + self.rnn_u(state)) if self.config.rnn else embedded + state
@@ -253,7 +250,7 @@ class Recurrence:
         return self._step(tokens_BM)
 
     def _step(self, tokens_BM: Tensor) -> Tensor:
-        self._state_BMD = self._next_state(self._drafter._embed(tokens_BM))
+        self._state_BMD = self._next_state(self._drafter.embed(tokens_BM))
         x_BME = self._joined(self._state_BMD)
         for block in self._parts.blocks:
             x_BME = block(x_BME)
