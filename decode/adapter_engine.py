@@ -25,9 +25,10 @@ from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
-from draftsmith.models.drafters.lora import AdaptableParts, AdapterBond, activate, load_adapter, trained_parts
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.files.field_rules import Rule
+from draftsmith.models.lora.adapted_drafter import AdaptableParts, trained_parts
+from draftsmith.models.lora.lora_adapter import AdapterBond, activate, load_adapter
 from draftsmith.models.slots.row_state import ReplacedRows, append_rows
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.target.target import Target, TargetEnds

@@ -31,13 +31,13 @@ from draftsmith.models.branches import default_for
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_folder import (
     TargetBond,
-    adapted,
     drafter_fingerprint,
     drafter_folder,
     load_drafter,
 )
 from draftsmith.models.drafters.registry import default_limits
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
+from draftsmith.models.lora.adapted_drafter import adapted
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import (
     NO_OPTIONS,

@@ -17,11 +17,12 @@ from draftsmith.export.card import Subject, write_card
 from draftsmith.export.layouts import layouts
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, adapted, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.drafters.registry import family_of
 from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint, module_fingerprint, tokenizer_fingerprint
+from draftsmith.models.lora.adapted_drafter import adapted
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.options import EndsOptions
 from draftsmith.models.tree.kept_shapes import read_kept_shapes

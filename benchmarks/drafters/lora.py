@@ -33,7 +33,7 @@ from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models import Target, load_tokenizer
 from draftsmith.models.drafters.drafter_folder import load_drafter
-from draftsmith.models.drafters.lora import LoraSettings
+from draftsmith.models.lora.lora_adapter import LoraSettings
 from draftsmith.models.tree.shapes import parse_shape
 
 KINDS = ("stories", "sums")

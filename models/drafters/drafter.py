@@ -1,7 +1,7 @@
 """The drafter seam: the one interface that the trainer, the decoder and the exporter share.
 
-Owns what every family has in common: which features of the target it reads, the draft vocabulary, and the bond to one target. Knows no
-family, no Lightning and no cache format.
+Owns what every family has in common: which features of the target it reads, its head, and how it drafts. Its vocabulary and its bond to one
+target are those of the classes it extends. Knows no family, no Lightning and no cache format.
 
 Shape legend: B batch rows, T packed tokens, A anchors, K draft steps, N tree nodes.
 D hidden, V target vocabulary, Vd draft vocabulary.
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
+from draftsmith.models.drafters.draft_vocabulary import DraftVocabulary
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.returned_shapes import check_features, checked_expander
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.target.bound_module import BoundModule
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 from draftsmith.models.tree.kept_logits import KeptLogits
@@ -38,7 +38,7 @@ from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.riders import Riders
 
 
-class Drafter(BoundModule):
+class Drafter(DraftVocabulary):
     """A small trained module that proposes tokens from a frozen target's states.
 
     Saved and loaded as any ``PreTrainedModel``. The target's frozen ends (embedding, final norm, head) are borrowed through
@@ -68,10 +68,6 @@ class Drafter(BoundModule):
         config.check(type(self).__name__)
         super().__init__(config)
         self.loaded_from: Path | None = None
-        if config.draft_vocab_size is not None and config.draft_vocab_size < config.vocab_size:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        else:
-            self.d2t: Tensor | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -176,53 +172,6 @@ class Drafter(BoundModule):
         return self.ends.embed(tokens).to(self.dtype)
 
     @property
-    def num_draft_tokens(self) -> int:
-        """Vd: how many tokens it can draft."""
-        return self.config.num_draft_tokens
-
-    def draft_ids(self) -> Tensor:
-        """Give the target token id of each draft token id.
-
-        Returns:
-            int64 [Vd].
-        """
-        size = self.config.vocab_size if self.d2t is None else self.d2t.shape[0]
-        ids = torch.arange(size, device=self.device)
-        return ids if self.d2t is None else ids + self.d2t
-
-    def to_target_ids(self, draft_token_ids: Tensor) -> Tensor:
-        """Map draft ids to target ids.
-
-        Args:
-            draft_token_ids: int64, any shape.
-
-        Returns:
-            int64, the same shape.
-        """
-        return draft_token_ids if self.d2t is None else draft_token_ids + self.d2t[draft_token_ids]
-
-    def set_draft_ids(self, target_ids: Tensor) -> None:
-        """Choose the draft vocabulary.
-
-        Args:
-            target_ids: int64 [Vd], strictly increasing.
-
-        Raises:
-            ValueError: the ids are not increasing, out of range, or of another number than ``config.draft_vocab_size``.
-        """
-        if self.d2t is None:
-            raise ValueError("this drafter has the full vocabulary; set draft_vocab_size in its config first")
-        if target_ids.shape != self.d2t.shape:
-            raise ValueError(f"{tuple(target_ids.shape)} draft ids given, draft_vocab_size is {self.d2t.shape[0]}")
-        if (
-            bool((target_ids.diff() <= 0).any())
-            or int(target_ids[0]) < 0
-            or int(target_ids[-1]) >= self.config.vocab_size
-        ):
-            raise ValueError(f"draft ids must be strictly increasing and within [0, {self.config.vocab_size})")
-        self.d2t.copy_(target_ids.to(self.d2t.device) - torch.arange(target_ids.shape[0], device=self.d2t.device))
-
-    @property
     def head_weight(self) -> Tensor:
         """[Vd, E]: the output head, where one serves every draft step. Such a family overrides this.
 
@@ -262,26 +211,6 @@ class Drafter(BoundModule):
         Where there is one, a head's inputs are [..., E + r], and its logits ``inputs[..., :E] @ head.T + inputs[..., E:] @ correction.T``.
         """
         return None
-
-    @property
-    def mask_token(self) -> int | None:
-        """The token of the target that stands for an empty slot, which is never drafted; None in most families."""
-        return None
-
-    def without_mask(self, logits: Tensor) -> Tensor:
-        """Take the :attr:`mask_token` out of what can be drafted.
-
-        The loss of training scores it like any other token, since no text has it.
-
-        Args:
-            logits: [..., Vd].
-
-        Returns:
-            The same, with minus infinity for that token.
-        """
-        if self.mask_token is None:
-            return logits
-        return logits.masked_fill(self.draft_ids() == self.mask_token, -torch.inf)
 
     @property
     def skips_steps(self) -> bool:

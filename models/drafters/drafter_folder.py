@@ -39,6 +39,8 @@ COMPOSED = {
     "draftsmith_phrases": "draftsmith.models.composed.phrase_drafter:PhraseDrafter",
 }
 """Drafters whose folder is a config without weights, by model_type: the class that reads it."""
+_ADAPTED = "draftsmith.models.lora.adapted_drafter:from_folder"
+"""What reads the folder of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,12 @@ def load_drafter(
     """
     path = drafter_folder(str(path))
     if (path / BOND).is_file():
-        return _with_adapter(path, dtype, trust_remote_code, target)
+
+        def load_below(name: str) -> Drafter:
+            return load_drafter(Path(name), dtype, trust_remote_code, target=target)
+
+        adapted: Drafter = pkgutil.resolve_name(_ADAPTED)(path, load_below)
+        return adapted
     if composed := _composed_in(path):
         return _composed(path, composed, dtype, trust_remote_code, finite, target)
     kind = _family_in(path)
@@ -309,39 +316,3 @@ def _family_in(folder: Path) -> type[Drafter] | None:
             f"{folder} holds a drafter of a family that is not known here (model_type {name!r:.80}){missing_families()}"
         )
     return None if family is None else family.drafter
-
-
-def adapted(drafter: Drafter, adapter: Path) -> Drafter:
-    """Merge a trained adapter into a drafter, in place, and bind it to the adapter's target.
-
-    Args:
-        drafter: the one that the adapter was trained on, or one that is made of it.
-        adapter: its folder.
-
-    Returns:
-        The same drafter.
-
-    Raises:
-        ValueError: the adapter is of another drafter, or not whole.
-    """
-    from draftsmith.models.drafters.lora import AdaptableParts, load_adapter, merge_adapter
-
-    part, fingerprint = AdaptableParts(drafter).of_adapter(adapter)
-    load_adapter(part, adapter, "merged", fingerprint).bind(part)
-    merge_adapter(part, "merged")
-    drafter.loaded_from = adapter  # the shapes that were kept for the drafter alone are not those of both together
-    return drafter
-
-
-def _with_adapter(adapter: Path, dtype: str, trust_remote_code: bool, target: TargetBond | None) -> Drafter:
-    from draftsmith.models.drafters.lora import read_bond
-
-    below = read_bond(adapter).drafter
-    try:
-        drafter = load_drafter(Path(below), dtype, trust_remote_code, target=target)
-    except ValueError as error:
-        raise ValueError(
-            f"{adapter} is an adapter of the drafter {below!r}, which cannot be had; give that drafter and the adapter apart with "
-            f"--drafter-adapter to `draftsmith decode`, or to `draftsmith export`, which makes one drafter of both ({error})"
-        ) from error
-    return adapted(drafter, adapter)

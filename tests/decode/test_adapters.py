@@ -19,10 +19,11 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.adapter_engine import AdapterEngine, AdapterSwitch
 from draftsmith.models import Drafter, DraftLimits, Eagle, Eagle3, EarlyStop, ReDrafter, SampledChildren, Target
 from draftsmith.models.drafters.draft_records import DraftState
-from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
-from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
+from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.lora.adapted_drafter import adapted
+from draftsmith.models.lora.lora_adapter import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.tree.tree import DraftTree, in_batch_order, tree_from_paths
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 33], [BOS, 40, 41], [BOS, 50, 9, 3], [BOS, 22]]

@@ -14,9 +14,9 @@ from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.adapter_engine import AdapterEngine
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.models import Drafter, DraftLimits, Eagle, Eagle3, ReDrafter, Target
-from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.judge import POST_NORM, Judge, JudgeConfig
+from draftsmith.models.lora.lora_adapter import AdapterBond, LoraSettings, add_adapter, save_adapter
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7]]
 REQUEST = GenerationSettings(max_new_tokens=8)

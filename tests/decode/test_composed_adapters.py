@@ -17,9 +17,10 @@ from draftsmith.models.composed.revisers import LMReviser
 from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
-from draftsmith.models.drafters.lora import AdapterBond, LoraSettings, add_adapter, save_adapter
+from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.lora.adapted_drafter import adapted
+from draftsmith.models.lora.lora_adapter import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.tree.shapes import parse_shape
 

@@ -22,7 +22,7 @@ from draftsmith.decode.verify.lossy_rules import Divergence, Typical
 from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.decode.verify.uncertain_rules import Relaxed
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, ReDrafter, Target
-from draftsmith.models.drafters.lora import LoraSettings, add_adapter
+from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
 from draftsmith.models.tree.shapes import parse_shape
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4]]

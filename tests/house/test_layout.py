@@ -45,6 +45,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "foreign": {"files"},
         "ngrams": {"files"},
         "drafters": {"files", "slots", "tree", "trunk", "target", "foreign"},
+        "lora": {"files", "drafters"},
         "composed": {"files", "slots", "tree", "trunk", "target", "drafters", "ngrams"},
         "families": {"files", "slots", "tree", "target", "drafters"},
         "riders": {"files", "slots", "tree", "trunk", "target", "drafters", "families"},

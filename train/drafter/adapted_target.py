@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from draftsmith.models.drafters.lora import LoraSettings
 from draftsmith.models.drafters.rollout import PackedBatch
 from draftsmith.models.files.adapter_files import PREFIX, WEIGHTS
+from draftsmith.models.lora.lora_adapter import LoraSettings
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 
 _NAME = "target"

@@ -16,8 +16,8 @@ from torch import Tensor
 from draftsmith.models import PRE_NORM, Drafter, DrafterConfig, DraftLimits, Family, PackedBatch, Target
 from draftsmith.models.drafters.drafter_reader import drafter_config, read_drafter
 from draftsmith.models.drafters.family import fresh_drafter
-from draftsmith.models.drafters.lora import LoraSettings, add_adapter
 from draftsmith.models.files.field_rules import COUNT
+from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 
 STEPS, LENGTH = 3, 12

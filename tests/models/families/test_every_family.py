@@ -15,8 +15,8 @@ from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.export.layouts.layouts import layouts_of, load_any, write
 from draftsmith.models import DraftLimits, Family, Target, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
-from draftsmith.models.drafters.lora import LoraSettings, add_adapter
 from draftsmith.models.drafters.registry import default_limits, recorded_settings
+from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, path_teacher_rows, prepare, run
 from draftsmith.train.losses.eager import head_cross_entropy_eager
 

@@ -24,12 +24,12 @@ from draftsmith.cli import main
 from draftsmith.decode.decode_command import prompt_ids
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.drafters.family import DrafterFamily
-from draftsmith.models.drafters.lora import LoraSettings, merge_adapter, read_bond
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.redrafter import ReDrafterFamily
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.loading import load_tokenizer
+from draftsmith.models.lora.lora_adapter import LoraSettings, merge_adapter, read_bond
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.module import DraftModule

@@ -11,9 +11,9 @@ from training import MakeCache, make_module, make_trainer
 from draftsmith.cli import main
 from draftsmith.models import Eagle, Eagle3
 from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
-from draftsmith.models.drafters.lora import LoraSettings, read_bond
 from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
+from draftsmith.models.lora.lora_adapter import LoraSettings, read_bond
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter_callbacks.keep_best_drafter import KeepBestDrafter

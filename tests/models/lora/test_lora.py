@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftsmith.models import Drafter, DraftLimits, ReDrafter, Target, TargetEnds, data_rollout
-from draftsmith.models.drafters.drafter_folder import adapted, load_drafter
-from draftsmith.models.drafters.lora import (
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.files.fingerprint import module_fingerprint
+from draftsmith.models.lora.adapted_drafter import adapted
+from draftsmith.models.lora.lora_adapter import (
     AdapterBond,
     LoraSettings,
     activate,
@@ -29,7 +31,6 @@ from draftsmith.models.drafters.lora import (
     merge_adapter,
     save_adapter,
 )
-from draftsmith.models.files.fingerprint import module_fingerprint
 
 NUM_STEPS = 3
 DRAFT_IDS = torch.arange(3, 43)

@@ -26,7 +26,6 @@ from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.files.adapter_files import BOND, CONFIG, PREFIX, WEIGHTS, read_json, read_weights
 from draftsmith.models.files.field_rules import COUNT, NAMES, POSITIVE, TEXT, Rule, check_fields, is_number
-from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.files.pretrained import name_faults
 
 _REMEDY = "train the adapter again"
@@ -196,50 +195,6 @@ def adapted_layers(drafter: Drafter) -> Iterator[tuple[str, AdaptedLinear]]:
     for name, module in drafter.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
-
-
-def trained_parts(drafter: Drafter) -> list[Drafter]:
-    """List the drafters with weights that a drafter is made of.
-
-    Args:
-        drafter: of any family, or one that is made of others.
-
-    Returns:
-        The drafter itself where it has weights; those below it, from the head on, where it is made of others.
-    """
-    if drafter.parts is None:
-        return [drafter]
-    return [part for below in drafter.parts for part in trained_parts(below)]
-
-
-class AdaptableParts:
-    """The parts of a drafter, and which of them an adapter was trained on. It is made before any adapter comes to them.
-
-    Args:
-        drafter: of any family, or one that is made of others.
-    """
-
-    def __init__(self, drafter: Drafter) -> None:
-        self._kind = type(drafter).__name__
-        self._parts = {module_fingerprint(part): part for part in reversed(trained_parts(drafter))}
-
-    def of_adapter(self, folder: Path) -> tuple[Drafter, str]:
-        """The part that an adapter was trained on, and its fingerprint; where no part fits, the head, for an error that names it.
-
-        Args:
-            folder: what training wrote.
-
-        Raises:
-            ValueError: no adapter of a drafter, or a drafter without weights.
-        """
-        wanted = read_bond(folder).drafter_fingerprint
-        if not self._parts:
-            raise ValueError(
-                f"{folder} is an adapter, and this {self._kind} has no weights that one could change; leave the adapter out, or give the "
-                "drafter that it was trained on"
-            )
-        fingerprint = wanted if wanted in self._parts else next(reversed(self._parts))
-        return self._parts[fingerprint], fingerprint
 
 
 def add_adapter(drafter: Drafter, settings: LoraSettings, name: str) -> None:

@@ -1,0 +1,1 @@
+"""Low-rank adapters of drafters: what they change, their folder, and drafters that have one."""
