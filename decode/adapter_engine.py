@@ -433,5 +433,8 @@ def _sharing_weights(drafter: Drafter) -> Drafter:
     memo: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), False) for weight in drafter.parameters()}
     drafters = [module for module in drafter.modules() if isinstance(module, Drafter)]
     borrowed = [ends for each in drafters for ends in each._borrowed]
-    memo |= {id(part): part for part in (*drafter.buffers(), *borrowed)}
+    models = [
+        module for module in drafter.modules() if isinstance(module, Target)
+    ]  # of draft LMs, which take no adapters
+    memo |= {id(part): part for part in (*drafter.buffers(), *borrowed, *models)}
     return copy.deepcopy(drafter, memo)

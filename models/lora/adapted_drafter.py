@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.lora.lora_adapter import load_adapter, merge_adapter, read_bond
@@ -30,13 +31,16 @@ def trained_parts(drafter: Drafter) -> list[Drafter]:
 class AdaptableParts:
     """The parts of a drafter, and which of them an adapter was trained on. It is made before any adapter comes to them.
 
+    Draft LMs are none: they are whole models, which training with ``lora`` does not take.
+
     Args:
         drafter: of any family, or one that is made of others.
     """
 
     def __init__(self, drafter: Drafter) -> None:
         self._kind = type(drafter).__name__
-        self._parts = {module_fingerprint(part): part for part in reversed(trained_parts(drafter))}
+        parts = [part for part in trained_parts(drafter) if not isinstance(part, LMDrafter)]
+        self._parts = {module_fingerprint(part): part for part in reversed(parts)}
 
     def of_adapter(self, folder: Path) -> tuple[Drafter, str]:
         """The part that an adapter was trained on, and its fingerprint; where no part fits, the head, for an error that names it.
@@ -45,12 +49,12 @@ class AdaptableParts:
             folder: what training wrote.
 
         Raises:
-            ValueError: no adapter of a drafter, or a drafter without weights.
+            ValueError: no adapter of a drafter, or a drafter that takes none.
         """
         wanted = read_bond(folder).drafter_fingerprint
         if not self._parts:
             raise ValueError(
-                f"{folder} is an adapter, and this {self._kind} has no weights that one could change; leave the adapter out, or give the "
+                f"{folder} is an adapter, and this {self._kind} has no trained head that takes one; leave the adapter out, or give the "
                 "drafter that it was trained on"
             )
         fingerprint = wanted if wanted in self._parts else next(reversed(self._parts))

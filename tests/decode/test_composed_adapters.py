@@ -125,8 +125,13 @@ def test_an_adapter_that_no_part_was_trained_with_is_an_error(target: Target, fo
     ):
         with pytest.raises(ValueError, match=r"adapts the drafter .*other.*, not this one .*; give that drafter"):
             make()
-    with pytest.raises(ValueError, match=r"this SuffixDrafter has no weights .*leave the adapter out"):
+    with pytest.raises(ValueError, match=r"this SuffixDrafter has no trained head .*leave the adapter out"):
         AdapterEngine(target, SuffixDrafter(SuffixConfig()).eval(), {"sums": folder / "sums"})
+
+
+def test_a_draft_lm_takes_no_adapters(folder: Path) -> None:
+    with pytest.raises(ValueError, match="this LMDrafter has no trained head that takes one"):
+        adapted(LMDrafter(random_target(seed=3)), folder / "sums")
 
 
 def test_a_drafter_without_weights_needs_no_adapters(target: Target) -> None:
