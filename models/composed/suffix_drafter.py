@@ -240,9 +240,8 @@ class SuffixDrafter(ComposedDrafter):
                 "the rule compares the distributions of draft and target, and a drafter without a model has none; give another rule"
             )
         _write_pending(own, cycle)
-        root_B1 = own.pending.tokens_BE.gather(1, own.pending.counts_B[:, None] - 1)
         visible = own.text_BT.shape[1] - 1 if cycle.fixed_shapes else max(cycle.host_lengths) + 1
-        return root_B1.squeeze(1), own.text_BT[:, :visible]
+        return own.pending.root_B, own.text_BT[:, :visible]
 
 
 def _write_pending(state: TextState, cycle: Cycle) -> None:

@@ -33,6 +33,11 @@ class Emitted:
     features: dict[str, Tensor]
     counts_B: Tensor
 
+    @property
+    def root_B(self) -> Tensor:
+        """int64 [B]: the new root of each row."""
+        return self.tokens_BE.gather(1, self.counts_B[:, None] - 1).squeeze(1)
+
     def last(self, layer: str) -> tuple[Tensor, Tensor]:
         """Give the new root, and the state of the token before it, which predicted it.
 
@@ -45,7 +50,7 @@ class Emitted:
         last_B1 = self.counts_B[:, None] - 1
         states_BED = self.features[layer]
         state_B1D = states_BED.gather(1, last_B1[..., None].expand(-1, -1, states_BED.shape[-1]))
-        return self.tokens_BE.gather(1, last_B1).squeeze(1), state_B1D.squeeze(1)
+        return self.root_B, state_B1D.squeeze(1)
 
     def tokens_only(self) -> Emitted:
         """The same tokens without the target's features."""

@@ -1,6 +1,7 @@
-"""Drafter families: a file for each, with its record ``FAMILY``. A module here with such a record is a family of the package."""
+"""Drafter families: a file or a room for each, with its record ``FAMILY``. A module here with such a record is a family of the package."""
 
-from draftsmith.models.families.block import BlockConfig, BlockDrafter
+from draftsmith.models.families.block.block_config import BlockConfig
+from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.families.eagle import Eagle
 from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.families.eagle_config import EagleConfig

@@ -176,6 +176,18 @@ def layer_fields(ends: TargetEnds) -> dict[str, Any]:
     }
 
 
+def layer_sizes(ends: TargetEnds) -> dict[str, Any]:
+    """Those of :func:`layer_fields` that are a layer's alone, without the fields of every config.
+
+    Args:
+        ends: the target's.
+
+    Returns:
+        The fields by name.
+    """
+    return {name: value for name, value in layer_fields(ends).items() if name not in DrafterConfig.rules}
+
+
 def _size(target: Any, *names: str) -> int:
     """The first of these fields that the config has, or 0. Where it differs by layer, the last layer's, which the drafter continues."""
     value = next((size for name in names if (size := getattr(target, name, None))), 0)

@@ -26,7 +26,8 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
-from draftsmith.models.families.eagle_config import LayerConfig, layer_fields
+from draftsmith.models.families.eagle_config import LayerConfig, layer_sizes
+from draftsmith.models.families.from_fields import FromFields
 from draftsmith.models.families.head_steps import (
     READ_BY,
     BlockwiseSteps,
@@ -135,7 +136,7 @@ class HeadsConfig(DrafterConfig):
         return super().fault()
 
 
-class HeadsDrafter(TargetHead):
+class HeadsDrafter(TargetHead, FromFields):
     """A network and an output head for each step (arXiv:1811.03115, 2401.10774, 2402.05109, 2404.19124)."""
 
     config_class = HeadsConfig
@@ -153,41 +154,8 @@ class HeadsDrafter(TargetHead):
         self.difference = nn.Linear(r, config.num_draft_tokens, bias=False) if r else None
         self.post_init()
 
-    @classmethod
-    def for_target(
-        cls,
-        ends: TargetEnds,
-        *,
-        draft_token_ids: Tensor | None = None,
-        num_draft_steps: int = 4,
-        tokenizer_fingerprint: str = "",
-        **chosen: Any,
-    ) -> HeadsDrafter:
-        """Make fresh heads for one target, attached to it. Those that begin as the identity begin as the target's own next-token guess.
-
-        Args:
-            ends: the target's frozen ends.
-            draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
-            num_draft_steps: K, the deepest draft.
-            tokenizer_fingerprint: stored, and checked by those who decode with text.
-            chosen: further fields of :class:`HeadsConfig`.
-
-        Returns:
-            The drafter.
-
-        Raises:
-            ValueError: a field that the config does not have, or fields that do not go together.
-        """
-        if unknown := sorted(chosen.keys() - HeadsConfig.rules.keys()):
-            raise ValueError(f"HeadsConfig has no {', '.join(unknown)}; its fields are {', '.join(HeadsConfig.rules)}")
-        config = HeadsConfig.for_target(ends, draft_token_ids, num_draft_steps, tokenizer_fingerprint, **chosen)
-        drafter = cls(config)
-        drafter.adopt_target(ends, draft_token_ids)
-        drafter._initialise()
-        return drafter
-
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def begin_fresh(self) -> None:
         """Steps as their kind begins them; heads from the target's, or at random as those of the MLP speculator; no difference yet."""
         self.steps.reset()
         if self.prefix is not None:
@@ -315,9 +283,7 @@ class HeadsDrafter(TargetHead):
         """See :class:`HeadsDraft` and :class:`ParallelHeadsDraft`."""
         if isinstance(state, PairState):
             assert self.prefix is not None
-            pending = state.pending
-            root_B = pending.tokens_BE.gather(1, pending.counts_B[:, None] - 1).squeeze(1)
-            state = RootState(self.prefix.at_last(state, cycle, self._states), root_B)
+            state = RootState(self.prefix.at_last(state, cycle, self._states), state.pending.root_B)
         if self.steps.reads_tokens:
             return HeadsDraft(self, state)
         return ParallelHeadsDraft(self, state, limits.draft_length)
@@ -453,7 +419,7 @@ class HeadsFamily(DrafterFamily):
         """
         own: HeadOwner = "shared" if self.tied else "per_step"
         head = self.head or ("target" if self.network != "mlp" else own)
-        sizes = {name: value for name, value in layer_fields(ends).items() if name in PREFIX_FIELDS}
+        sizes = layer_sizes(ends)
         inner_size = self.inner_size
         if inner_size is None and self.network == "blockwise":
             inner_size = sizes["intermediate_size"]

@@ -48,6 +48,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "lora": {"files", "drafters"},
         "composed": {"files", "slots", "tree", "trunk", "target", "drafters", "ngrams"},
         "families": {"files", "slots", "tree", "target", "drafters"},
+        "block": {"files", "slots", "tree", "target", "drafters", "families"},
         "riders": {"files", "slots", "tree", "trunk", "target", "drafters", "families"},
         "": {"files", "tree", "target", "drafters", "families"},
     },

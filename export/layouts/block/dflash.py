@@ -34,9 +34,10 @@ from draftsmith.export.layouts.layer_ids import KEY, block_counts, layer_names
 from draftsmith.export.layouts.layout import Foreign, Layout
 from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import sglang_block, vllm
-from draftsmith.models.families.block import BlockConfig, BlockDrafter
-from draftsmith.models.families.block_correction import CorrectionKind
-from draftsmith.models.families.block_layer import GROUP
+from draftsmith.models.families.block.block_config import BlockConfig
+from draftsmith.models.families.block.block_correction import CorrectionKind
+from draftsmith.models.families.block.block_drafter import BlockDrafter
+from draftsmith.models.families.block.block_layer import GROUP
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, Rule, check_fields, is_whole
 from draftsmith.models.foreign.named_kinds import named_kind

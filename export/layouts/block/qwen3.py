@@ -20,7 +20,8 @@ from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse
 from draftsmith.export.layouts.llama import SIZES, layer_settings, llama_fields
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
-from draftsmith.models.families.block import BlockConfig, BlockDrafter
+from draftsmith.models.families.block.block_config import BlockConfig
+from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM

@@ -29,7 +29,7 @@ from draftsmith.export.layouts.layer_ids import block_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
 from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import vllm
-from draftsmith.models.families.block import BlockDrafter
+from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import OBJECT, check_fields
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY

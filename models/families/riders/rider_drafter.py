@@ -29,6 +29,7 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
+from draftsmith.models.families.from_fields import FromFields
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.files.field_rules import Rule
 from draftsmith.models.target.target import TargetEnds
@@ -81,7 +82,7 @@ class RiderConfig(DrafterConfig):
         return super().fault()
 
 
-class RiderDrafter(TargetHead):
+class RiderDrafter(TargetHead, FromFields):
     """What rides through the target's blocks behind each of its tokens."""
 
     config_class = RiderConfig
@@ -96,39 +97,8 @@ class RiderDrafter(TargetHead):
         self.transfers = nn.ModuleList(nn.Linear(D, D) for _ in range(0 if is_prompt else K))
         self.post_init()
 
-    @classmethod
-    def for_target(
-        cls,
-        ends: TargetEnds,
-        *,
-        draft_token_ids: Tensor | None = None,
-        num_draft_steps: int = 3,
-        tokenizer_fingerprint: str = "",
-        **chosen: Any,
-    ) -> RiderDrafter:
-        """Make fresh riders for one target, attached to it.
-
-        Args:
-            ends: the target's frozen ends.
-            draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
-            num_draft_steps: K, how many riders each token has.
-            tokenizer_fingerprint: stored, and checked by those who decode with text.
-            chosen: further fields of :class:`RiderConfig`.
-
-        Returns:
-            The drafter.
-
-        Raises:
-            ValueError: fields that do not go together, or a target that takes no riders.
-        """
-        config = RiderConfig.for_target(ends, draft_token_ids, num_draft_steps, tokenizer_fingerprint, **chosen)
-        drafter = cls(config)
-        drafter.adopt_target(ends, draft_token_ids)
-        drafter._initialise()
-        return drafter
-
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def begin_fresh(self) -> None:
         """Prompts as wide as the target's embeddings; transfers that change nothing, so a rider begins as its token's own state."""
         if self.prompt is not None:
             few = torch.arange(min(self.config.vocab_size, 1024), device=self.ends.device)

@@ -20,14 +20,14 @@ from draftsmith.evaluate.roofline.bytes_read import draft_bytes
 from draftsmith.models import DraftLimits, PackedBatch, SampledChildren, Target, data_rollout
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.families.block import BlockDrafter, BlockFamily, default_layers
-from draftsmith.models.families.block_correction import (
+from draftsmith.models.families.block.block_correction import (
     GatedCorrection,
     GruCorrection,
     LookAround,
     RecurrentCorrection,
     correction_of,
 )
-from draftsmith.models.families.block_layer import BlockAttention
+from draftsmith.models.families.block.block_layer import BlockAttention
 
 STEPS = 4
 VARIANTS = [(causal, anchor) for causal in (False, True) for anchor in (False, True)]

@@ -20,7 +20,7 @@ from draftsmith.models import DraftLimits, EarlyStop, SampledChildren, Target, d
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.block import BlockDrafter
-from draftsmith.models.families.block_correction import MarkovCorrection
+from draftsmith.models.families.block.block_correction import MarkovCorrection
 from draftsmith.models.tree.search import ConfidentExpander
 from draftsmith.models.tree.shapes import parse_shape
 

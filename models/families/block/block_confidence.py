@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from draftsmith.models.families.block_correction import Correction, LookAround, MarkovCorrection
+from draftsmith.models.families.block.block_correction import Correction, LookAround, MarkovCorrection
 
 
 class ConfidenceHead(nn.Module):

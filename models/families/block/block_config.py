@@ -1,0 +1,123 @@
+"""The config of block drafters, and which of the target's layers they read by default.
+
+Owns the fields and what contradicts what. Knows no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, get_args
+
+from draftsmith.models.families.block.block_correction import CorrectionKind
+from draftsmith.models.families.block.block_layer import GROUP
+from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs
+from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, TOKEN_OR_NULL, Rule
+
+CANDIDATES = 16
+"""Tokens of a slot that DFlash 2's selector chooses among, as public drafters have it."""
+
+
+class BlockConfig(LayerConfig):
+    """The fields of a block drafter.
+
+    Attributes:
+        layers: names of the target's layers that are read, from low to high.
+        num_draft_layers: decoder layers of the drafter.
+        block_size: S, slots of a block, the root's included.
+        causal: a slot sees no later slot of its block.
+        sample_from_anchor: slot 0, which holds the root, predicts the first drafted token; otherwise slot 1 does.
+        mask_token_id: an unused token of the target whose embedding fills the slots behind the root; None learns a vector for them.
+        correction: how a drafted token changes the logits of the next slot: ``none``, ``vanilla``, ``gated``, ``recurrent``, ``gru``,
+            ``selector`` or ``lookaround``.
+        correction_rank: r.
+        correction_state: size of the GRU's state.
+        confidence: a head says how likely each token will be accepted, before it is drawn.
+        convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
+        candidates: with the correction ``selector``, how many tokens of a slot can be drafted.
+    """
+
+    model_type = "draftsmith_block_drafter"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **LayerConfig.rules,
+        "layers": NAMES,
+        "num_draft_layers": COUNT,
+        "block_size": COUNT,
+        "causal": FLAG,
+        "sample_from_anchor": FLAG,
+        "mask_token_id": TOKEN_OR_NULL,
+        "correction": (
+            lambda value: value in get_args(CorrectionKind),
+            f"one of {', '.join(get_args(CorrectionKind))}",
+        ),
+        "correction_rank": COUNT,
+        "correction_state": COUNT,
+        "confidence": FLAG,
+        "convolution": FLAG,
+        "candidates": COUNT,
+    }
+
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        num_draft_layers: int = 1,
+        block_size: int = 8,
+        causal: bool = False,
+        sample_from_anchor: bool = False,
+        mask_token_id: int | None = None,
+        correction: CorrectionKind = "none",
+        correction_rank: int = 256,
+        correction_state: int = 1024,
+        confidence: bool = False,
+        convolution: bool = False,
+        candidates: int = CANDIDATES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layers = list(layers)
+        self.num_draft_layers, self.block_size = num_draft_layers, block_size
+        self.causal, self.sample_from_anchor = causal, sample_from_anchor
+        self.mask_token_id = mask_token_id
+        self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
+        self.confidence, self.convolution, self.candidates = confidence, convolution, candidates
+
+    @property
+    def first_slot(self) -> int:
+        """The slot that predicts the first drafted token."""
+        return 0 if self.sample_from_anchor else 1
+
+    def fault(self) -> str:
+        """See :meth:`DrafterConfig.fault`."""
+        if not self.layers:
+            return NO_LAYERS
+        if self.block_size <= self.first_slot:
+            return f"block_size {self.block_size}, of which no slot predicts a token without sample_from_anchor"
+        if self.convolution and self.hidden_size % GROUP:
+            return f"convolution and hidden size {self.hidden_size}, which is no multiple of the {GROUP} channels of a group"
+        if self.correction == "selector" and self.confidence:
+            return "correction 'selector' and confidence, which judges drafts over the whole vocabulary: use one of the two"
+        if self.correction != "selector" and self.candidates != CANDIDATES:
+            return f"candidates {self.candidates} and correction {self.correction!r}, but only 'selector' has candidates: use {CANDIDATES}"
+        if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
+            return (
+                f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
+            )
+        return super().fault()
+
+
+def default_layers(num_layers: int, count: int) -> tuple[str, ...]:
+    """The layers that public block drafters read: ``count`` of them, evenly from the second block to the third from the end.
+
+    Targets too shallow for that take theirs evenly from the first block to the last, each once.
+
+    Example: 36 blocks and 5 layers -> the outputs of blocks 1, 9, 17, 25 and 33, counted from 0.
+
+    Args:
+        num_layers: blocks of the target.
+        count: how many layers to read; one reads the middle block.
+
+    Returns:
+        Their names, from low to high.
+    """
+    first, last = (1, num_layers - 3) if num_layers - 3 >= count else (0, num_layers - 1)
+    blocks = {round(first + place * (last - first) / max(count - 1, 1)) for place in range(count)}
+    return block_outputs(sorted(blocks) if count > 1 else [num_layers // 2], num_layers)
