@@ -29,24 +29,16 @@ from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target, TargetEnds
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
-from draftsmith.train.batches.labelled_text import (
-    COUNTED_SAMPLES,
-    COVERED_HELD_OUT,
-    LARGE,
-    LabelledText,
-    VocabularyRule,
-    coverage,
-    covering_size,
-)
+from draftsmith.train.batches.labelled_text import LARGE, LabelledText, VocabularyRule
 from draftsmith.train.batches.online import OnlineDataModule
 from draftsmith.train.drafter.batch_seed import batch_seed
-from draftsmith.train.drafter.family_settings import most_frequent
-from draftsmith.train.drafter.finite_loss import FiniteLoss
+from draftsmith.train.drafter.finite_loss import FiniteLoss, not_finite
 from draftsmith.train.drafter.metrics import means, pool
 from draftsmith.train.drafter.objective import Distillation, Objective, PreparedBatch, inverse_draft_ids, prepare, run
 from draftsmith.train.drafter.score_scale import SCALES, best_scale, surprise_by_scale
 from draftsmith.train.drafter.served_copy import ServedCopy, pop_average
 from draftsmith.train.drafter.starting_drafter import LoraSettings, StartingDrafter
+from draftsmith.train.drafter.vocabulary_choice import VocabularyChoice
 from draftsmith.train.losses.chunk_rows import chosen_chunk_rows
 from draftsmith.train.losses.divergences import HeadDivergence
 from draftsmith.train.losses.sums import TopEmphasis
@@ -161,8 +153,8 @@ class DraftModule(pl.LightningModule):
         depth_share: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_draft_vocabulary(draft_vocabulary, init_from, drafter.draft_vocab_size)
         self.draft_vocabulary = draft_vocabulary
+        VocabularyChoice(draft_vocabulary, drafter.draft_vocab_size).check(init_from)
         emphasis = TopEmphasis(top_k_weight, top_k) if top_k_weight else None
         weighed = (feature_weight, logit_weight, emphasis, skip_outside, max_anchors, prompt_weight)
         own = Objective(num_steps, distillation, horizon_decay, chunk_rows, *weighed)
@@ -304,40 +296,20 @@ class DraftModule(pl.LightningModule):
 
     def labelled_text(self) -> LabelledText:
         """What this run learns from, counted in a part of a large cache."""
-        data, vocab_size = self._data(), self.ends.vocab_size
-        counts, counted, samples = data.sampled_token_counts(vocab_size, COUNTED_SAMPLES)
-        held_out = data.held_out_token_counts(vocab_size, COUNTED_SAMPLES)
-        is_new = self.starting_drafter.folder is None
-        size = len(self.evaluated.draft_ids())
         remarks = []
-        if self.draft_vocabulary is not None and size < vocab_size:
+        data, objective = self._data(), self.objective
+        if objective.prompt_weight > 0.0:
             remarks.append(
-                f"its draft vocabulary is chosen: the {size} most frequent tokens {coverage(counts, held_out, size)}"
-            )
-        elif self.draft_vocabulary is not None:
-            remarks.append(f"its draft vocabulary is whole: {self._why_whole(vocab_size)}")
-        if self.objective.prompt_weight > 0.0:
-            remarks.append(
-                f"it learns from {data.num_prompt_tokens()} prompt tokens too, each {self.objective.prompt_weight:g} times as much as a "
+                f"it learns from {data.num_prompt_tokens()} prompt tokens too, each {objective.prompt_weight:g} times as much as a "
                 "labelled one (prompt_weight)"
             )
-        if self.objective.chunk_rows is not None:
-            remarks.append(f"its loss works through {self.objective.chunk_rows} rows of logits at a time (chunk_rows)")
-        is_open = is_new and self.draft_vocabulary is None
-        return LabelledText(
-            counts,
-            samples,
-            counted,
-            draft_vocabulary=size if is_open else None,
-            remarks=tuple(remarks),
-            held_out_V=held_out,
-            rule=self.vocabulary_rule,
-        )
+        if objective.chunk_rows is not None:
+            remarks.append(f"its loss works through {objective.chunk_rows} rows of logits at a time (chunk_rows)")
+        is_new, size = self.starting_drafter.folder is None, len(self.evaluated.draft_ids())
+        return self._vocabulary().labelled_text(data, self.ends.vocab_size, size, is_new, remarks)
 
-    def _why_whole(self, vocab_size: int) -> str:
-        if self.draft_vocabulary == "covering":
-            return f"no half of its {vocab_size} tokens holds {100 * COVERED_HELD_OUT:g} % of the held-out ones"
-        return f"{vocab_size} tokens are not above {self.vocabulary_rule.above}"
+    def _vocabulary(self) -> VocabularyChoice:
+        return VocabularyChoice(self.draft_vocabulary, self.family.draft_vocab_size, self.vocabulary_rule)
 
     def save_drafter(self, folder: Path) -> None:
         """Writes what is evaluated: the drafter, or with lora its adapter.
@@ -360,13 +332,7 @@ class DraftModule(pl.LightningModule):
         if self.starting_drafter.folder is not None:
             drafter, self._base_fingerprint = self.starting_drafter.adopt(self.family, ends, tokenizer)
             return drafter
-        wanted, draft_token_ids = self.family.draft_vocab_size, None
-        if self.draft_vocabulary == "auto":
-            wanted = self.vocabulary_rule.size_for(ends.vocab_size)
-        elif self.draft_vocabulary == "covering":
-            wanted = _covering(data, ends.vocab_size)
-        if wanted is not None:
-            draft_token_ids = most_frequent(data.token_counts(ends.vocab_size), wanted)
+        draft_token_ids = self._vocabulary().token_ids(data, ends.vocab_size)
         return fresh_drafter(self.family, ends, draft_token_ids, self.objective.num_steps, tokenizer)
 
     def configure_model(self) -> None:
@@ -418,7 +384,7 @@ class DraftModule(pl.LightningModule):
         weights, acceptance = self._step_weights(prepared), metrics and self.objective.distillation == "path"
         sums = run(self.objective, prepared, self.drafter, self.ends, weights, metrics, shown, acceptance)
         loss = sums.total.detach()
-        self._finite.watch(self, loss, partial(self._not_finite, loss, batch))
+        self._finite.watch(self, loss, partial(not_finite, loss, batch, self.global_step))
         if shown:
             self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
         if metrics:
@@ -522,19 +488,6 @@ class DraftModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(means, step=self.global_step)
 
-    def _not_finite(self, loss: Tensor, batch: CacheBatch) -> ValueError:
-        samples = _samples_not_finite(batch)
-        if bool(torch.isfinite(loss)):
-            cause = "the batch of another process, which says more"
-        elif samples:
-            cause = f"features of {samples} hold NaN or infinity"
-        else:
-            cause = f"samples: {', '.join(batch.sample_ids[:8])}"
-        return ValueError(
-            f"the loss is {loss.item()} at step {self.global_step}; {cause}; if the features are sound, lower lr "
-            "or set trainer.gradient_clip_val"
-        )
-
     def _num_greedy(self) -> int:
         """The target's greedy tokens that a batch needs after each position."""
         return self.objective.num_steps + 1 if self.objective.distillation == "local" else 0
@@ -549,13 +502,6 @@ class DraftModule(pl.LightningModule):
         return data
 
 
-def _samples_not_finite(batch: CacheBatch) -> str:
-    bad = torch.zeros_like(batch.packed.loss_mask)
-    for states in batch.packed.hidden.values():
-        bad |= ~torch.isfinite(states).all(-1)
-    return ", ".join(batch.sample_ids[number] for number in batch.packed.document_ids[bad].unique().tolist()[:8])
-
-
 def _check_layers(layers: list[str], reader: str, cache: HiddenStateCache) -> None:
     missing = [name for name in layers if name not in cache.manifest.identity.layers]
     if missing:
@@ -563,25 +509,6 @@ def _check_layers(layers: list[str], reader: str, cache: HiddenStateCache) -> No
             f"training {reader} reads the layers {missing}, {cache.path} holds {list(cache.manifest.identity.layers)}; "
             "extract a cache with them (--layers)"
         )
-
-
-def _check_draft_vocabulary(draft_vocabulary: str | None, init_from: Path | None, draft_vocab_size: int | None) -> None:
-    """Raise where two settings name a draft vocabulary."""
-    if draft_vocabulary is None or (init_from is None and draft_vocab_size is None):
-        return
-    other = f"draft_vocab_size {draft_vocab_size}" if init_from is None else f"init_from {init_from}"
-    raise ValueError(f"draft_vocabulary is {draft_vocabulary!r}, and {other} says it too; leave one of the two null")
-
-
-def _covering(data: CacheDataModule, vocab_size: int) -> int | None:
-    """How many tokens hold enough of the held-out text; None for all."""
-    held_out_V = data.held_out_token_counts(vocab_size, COUNTED_SAMPLES)
-    if held_out_V is None or not bool(held_out_V.any()):
-        raise ValueError(
-            "draft_vocabulary is 'covering', which counts the tokens of held-out samples, and none is held out; give val_cache or a "
-            "val_fraction above 0"
-        )
-    return covering_size(data.sampled_token_counts(vocab_size, COUNTED_SAMPLES)[0], held_out_V, COVERED_HELD_OUT)
 
 
 def _check_numbers(ema_decay: float | None, metrics_every: int) -> None:
