@@ -1,13 +1,20 @@
 """Drafts refined by a second opinion (arXiv:2404.09221): tokens per step of heads alone, with n-gram tables and LMs, on cached replies.
 
+    python -m benchmarks.drafters.refinement --target TARGET --rows ROWS.jsonl --tests TESTS.jsonl --work FOLDER [--seconds 120]
     python -m benchmarks.drafters.refinement --target TARGET --cache CACHE --heads medusa=FOLDER eagle=FOLDER \\
       --tables 2-gram=FOLDER 4-gram=FOLDER [--lms LM=FOLDER] [--paths 16] [--shape 4x4n16] [--alphas 0.1 0.2 0.5 1]
 
-CACHE holds greedy replies of the target to held-out prompts, of one turn each, with the layers that the heads read. Replies do not depend
-on drafts, so the target does not run. Alpha 0 is the control: the same candidates without the second opinion. *Oracle*: chains that hold
-the reply's next token wherever it is among the head's candidates. *Repeats*: adjacent equal tokens in the likeliest path of a draft.
-*Paths*: the best whole paths by the table, of heads whose steps read no drafted token. *CPU ms*: the process's time in a draft, of eight
-rows at once, divided by their number.
+The first form trains what it compares, each part for the same seconds, and makes one table: none, 0-gram, 2-gram, 4-gram, the best whole
+paths, a neural LM, a Markov correction, look-around, and look-around with 2-grams. Alpha is chosen for each row on the first quarter of the
+replies; the figures are those of the others. ROWS and TESTS are JSONL with `prompt_ids` and the target's greedy `reply_ids`.
+
+The second form takes heads and tables that exist, and gives a table for each head. CACHE holds greedy replies of the target to held-out
+prompts, of one turn each, with the layers that the heads read. Replies do not depend on drafts, so the target does not run.
+
+Alpha 0, the *0-gram*, is the control: the same candidates without the second opinion. *Oracle*: chains that hold the reply's next token
+wherever it is among the head's candidates. *Repeats*: adjacent equal tokens in the likeliest path of a draft. *Paths*: the best whole paths
+by the table, of heads whose steps read no drafted token. *CPU ms*: the process's time in a draft, of eight rows at once, divided by their
+number.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.drafters.refinement_training import Plan, made
 from benchmarks.learning.replay import drafts_of
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.shards.packing import pack
@@ -86,16 +94,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drafters.refinement", description=__doc__)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--heads", nargs="+", required=True, help="NAME=FOLDER")
-    parser.add_argument("--tables", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--rows", type=Path, help="replies to learn from; the parts are then trained here")
+    parser.add_argument("--tests", type=Path, help="greedy replies to held-out prompts")
+    parser.add_argument("--work", type=Path, default=Path("runs/refinement"), help="what is trained is kept here")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of each training")
+    parser.add_argument("--draft-layers", type=int, default=1)
+    parser.add_argument("--lm-layers", type=int, default=1, help="of the target, which the LM keeps")
+    parser.add_argument("--replies", type=int, help="of the test replies, the first ones; all by default")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--heads", nargs="+", default=[], help="NAME=FOLDER")
+    parser.add_argument("--tables", nargs="+", default=[], help="NAME=FOLDER")
     parser.add_argument("--lms", nargs="*", default=[], help="NAME=FOLDER")
-    parser.add_argument("--paths", type=int, default=0, help="best whole paths; 0 for none")
+    parser.add_argument(
+        "--paths", type=int, default=0, help="best whole paths; 0 for none, and for 16 where parts are trained"
+    )
     parser.add_argument("--shape", default="4x4n16", help="a chain or a dynamic tree")
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.2, 0.5, 1.0])
     parser.add_argument("--candidates", type=int, default=16)
     options = parser.parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
+    own, given = (options.rows, options.tests), (options.cache, options.heads, options.tables)
+    if all(own) == all(given) or (any(own) and any(given)):
+        parser.error("give --rows and --tests, or --cache, --heads and --tables")
     return options
 
 
@@ -180,18 +200,98 @@ def _chains(hits_AK: Tensor) -> Decoded:
     return Decoded((0,) * len(accepted), tuple(cycles))
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the one table.
+
+    Attributes:
+        name: of the refinement.
+        head: of those in :data:`CORRECTIONS`.
+        opinion: ``2``, ``4`` (n-grams), ``lm``, ``candidates`` (alpha 0), or empty for the head alone.
+        paths: the best whole paths are drafted.
+    """
+
+    name: str
+    head: str
+    opinion: str = ""
+    paths: bool = False
+
+
+ROWS = (
+    Row("none", "none"),
+    Row("0-gram: the candidates alone", "none", "candidates"),
+    Row("2-gram", "none", "2"),
+    Row("4-gram", "none", "4"),
+    Row("2-gram, {paths} best paths", "none", "2", paths=True),
+    Row("neural LM", "none", "lm"),
+    Row("Markov correction", "Markov"),
+    Row("look-around", "look-around"),
+    Row("look-around + 2-gram", "look-around", "2"),
+)
+CONTROL = 1
+
+
+def one_table(options: argparse.Namespace) -> Iterator[str]:
+    """The page of parts that are trained here, line by line."""
+    parts = made(
+        Plan(
+            options.target,
+            options.rows,
+            options.tests,
+            options.work,
+            options.seconds,
+            options.draft_layers,
+            options.lm_layers,
+        )
+    )
+    samples, limits = list(HiddenStateCache(parts.cache))[: options.replies], parse_shape(options.shape)
+    first = max(1, len(samples) // 4)
+    ends = TargetEnds.load(options.target)
+    heads = {name: load_drafter(folder).bound(ends) for name, folder in parts.heads.items()}
+    opinions: dict[str, NgramReviser | LMReviser] = {
+        str(order): NgramReviser(load_ngrams(folder)) for order, folder in parts.tables.items()
+    }
+    opinions |= {"lm": LMReviser(_lm(str(parts.lm))), "candidates": opinions["2"]}
+    yield (
+        f"Block drafters of {options.draft_layers} layers, each trained for {options.seconds:g} s, as was the LM of {options.lm_layers} "
+        f"layers. Alpha: the best of {', '.join(f'{alpha:g}' for alpha in options.alphas)} on {first} replies; figures: on the other "
+        f"{len(samples) - first}. Shape {options.shape}, {options.candidates} candidates."
+    )
+    yield ""
+    yield "| refinement | alpha | tokens per step (95 %) | over the 0-gram | repeats | CPU ms |"
+    yield "|---|---|---|---|---|---|"
+    gains: list[tuple[str, str, Gain]] = []
+    for row in ROWS:
+        head, num_paths = heads[row.head], (options.paths or 16) if row.paths else 0
+        drafter, chosen = head, ""
+        if row.opinion:
+            alphas = [0.0] if row.opinion == "candidates" else options.alphas
+            tried = {alpha: refined(head, ends, opinions[row.opinion], alpha, options, num_paths) for alpha in alphas}
+            best = alphas[0]
+            if len(alphas) > 1:
+                best = max(alphas, key=lambda alpha: gain_of(tried[alpha], samples[:first], limits).steps)
+            drafter, chosen = tried[best], f"{best:g}"
+        gains.append((row.name.format(paths=num_paths), chosen, gain_of(drafter, samples[first:], limits)))
+    for name, chosen, gain in gains:
+        yield f"| {name} | {chosen} | {gain.cells(gains[CONTROL][2].steps)} |"
+
+
 def report(options: argparse.Namespace) -> Iterator[str]:
     """The page, line by line."""
     yield f"`{shlex.join(['python', '-m', 'benchmarks.drafters.refinement', *options.words])}`"
     yield ""
-    samples, limits = list(HiddenStateCache(options.cache)), parse_shape(options.shape)
+    yield f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}, float32."
+    yield ""
+    yield from one_table(options) if options.rows else tables_of_heads(options)
+
+
+def tables_of_heads(options: argparse.Namespace) -> Iterator[str]:
+    """The page of heads and tables that exist, line by line."""
+    samples, limits = list(HiddenStateCache(options.cache))[: options.replies], parse_shape(options.shape)
     tables = {name: NgramReviser(load_ngrams(Path(folder))) for name, folder in _named(options.tables)}
     lms = {name: LMReviser(_lm(folder)) for name, folder in _named(options.lms)}
     ends = TargetEnds.load(options.target)
-    yield (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}, float32. {len(samples)} greedy replies, "
-        f"shape {options.shape}, {options.candidates} candidates."
-    )
+    yield f"{len(samples)} greedy replies, shape {options.shape}, {options.candidates} candidates."
     for name, folder in _named(options.heads):
         head = load_drafter(Path(folder)).bound(ends)
         room = headroom(head, samples, options.candidates, limits.draft_length)

@@ -1,6 +1,9 @@
-"""The benchmark of refined drafts: headroom and repeats agree with decoding."""
+"""The benchmark of refined drafts: headroom and repeats agree with decoding, and one run makes the whole table."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,10 @@ import torch
 from doubles import VOCAB, random_target
 from tuning import SAMPLES
 
-from benchmarks.drafters.refinement import gain_of, headroom, likeliest_path
+from benchmarks.drafters.refinement import gain_of, headroom, likeliest_path, parse, report
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.decode import Engine, GenerationSettings
+from draftsmith.embedded import path
 from draftsmith.evaluate.strata.acceptance import tokens_per_step
 from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.tune.recording import Drafted
@@ -66,3 +70,41 @@ def test_the_likeliest_path_follows_the_best_child_of_each_node() -> None:
         np.array([0.0, -0.1, -1.0, -0.5, -1.1], dtype=np.float32),
     )
     assert likeliest_path(tree) == [3, 7, 7]
+
+
+def test_one_run_trains_what_it_compares_and_makes_the_whole_table(tmp_path: Path) -> None:
+    for name, count in (("rows", 12), ("tests", 4)):
+        rows = [
+            {"id": str(n), "prompt_ids": [20 + n], "reply_ids": [n + token % 7 for token in range(24)]}
+            for n in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (
+        f"--target {path('target')} --rows {tmp_path}/rows.jsonl --tests {tmp_path}/tests.jsonl --work {tmp_path}/work"
+    )
+    lines = list(report(parse([*words.split(), "--seconds", "1", "--alphas", "0.2", "0.5", "--paths", "4"])))
+    rows = [line.split(" | ") for line in lines if line.startswith("| ") and "---" not in line][1:]
+    assert [cells[0].removeprefix("| ") for cells in rows] == [
+        "none",
+        "0-gram: the candidates alone",
+        "2-gram",
+        "4-gram",
+        "2-gram, 4 best paths",
+        "neural LM",
+        "Markov correction",
+        "look-around",
+        "look-around + 2-gram",
+    ]
+    assert [cells[1].strip() for cells in rows[:2]] == ["", "0"]
+    assert all(cells[1] in ("0.2", "0.5") for cells in (*rows[2:6], rows[8]))
+    assert rows[1][3] == "+0.0 %"
+    figures = [float(cells[2].split()[0]) for cells in rows]
+    assert min(figures) >= 1.0
+    assert figures[3] > figures[1], "the table knows the repeated replies by heart"
+
+
+@pytest.mark.parametrize("words", ["--rows a --cache b --heads c=d --tables e=f", "--rows a", "--cache b", ""])
+def test_a_run_takes_either_rows_or_parts_that_exist(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--target", "t", *words.split()])
+    assert "give --rows and --tests, or --cache, --heads and --tables" in capsys.readouterr().err
