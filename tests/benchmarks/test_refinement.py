@@ -82,7 +82,9 @@ def test_one_run_trains_what_it_compares_and_makes_the_whole_table(tmp_path: Pat
     words = (
         f"--target {path('target')} --rows {tmp_path}/rows.jsonl --tests {tmp_path}/tests.jsonl --work {tmp_path}/work"
     )
-    lines = list(report(parse([*words.split(), "--seconds", "1", "--alphas", "0.2", "0.5", "--paths", "4"])))
+    lines = list(
+        report(parse([*words.split(), "--seconds", "1", "--alphas", "0.5", "4", "--paths", "4", "--candidates", "256"]))
+    )
     rows = [line.split(" | ") for line in lines if line.startswith("| ") and "---" not in line][1:]
     assert [cells[0].removeprefix("| ") for cells in rows] == [
         "none",
@@ -96,7 +98,7 @@ def test_one_run_trains_what_it_compares_and_makes_the_whole_table(tmp_path: Pat
         "look-around + 2-gram",
     ]
     assert [cells[1].strip() for cells in rows[:2]] == ["", "0"]
-    assert all(cells[1] in ("0.2", "0.5") for cells in (*rows[2:6], rows[8]))
+    assert all(cells[1] in ("0.5", "4") for cells in (*rows[2:6], rows[8]))
     assert rows[1][3] == "+0.0 %"
     figures = [float(cells[2].split()[0]) for cells in rows]
     assert min(figures) >= 1.0
