@@ -24,7 +24,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.drafters.families import REPLY_TOKENS, Bench, embedded_prompts, own_replies, write_rows
+from benchmarks.drafters.families import embedded_prompts, own_replies, write_rows
+from benchmarks.drafters.families_plan import REPLY_TOKENS, Bench
 from benchmarks.drafters.recipes import QUIET, RECIPES, Recipe
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract

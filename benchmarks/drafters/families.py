@@ -1,10 +1,12 @@
-"""All families on one target: the same text, the same number of steps, then the same training time.
+"""Drafters of every family on one target: the same text, the same training time.
 
-    python -m benchmarks.drafters.families                     # everything; just under an hour on two idle cores
+    python -m benchmarks.drafters.families                     # within an hour on two idle cores; --minutes gives more or less
+    python -m benchmarks.drafters.families --plan              # what it would do, and how long each part would take; nothing runs
+    python -m benchmarks.drafters.families --full              # every recipe, a third target, equal steps and static trees; many hours
     python -m benchmarks.drafters.families --targets embedded  # one target
 
-For each target: cache the target's states over its own replies, train ReDrafter, EAGLE-1, HASS and EAGLE-3, find EAGLE's best static tree
-on training prompts, decode held-out prompts with all of them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1.
+For each target: cache the target's states over its own replies, train one drafter or two of each kind, decode held-out prompts with all of
+them (and, where one shares the tokenizer, a draft LM) at T = 0 and T = 1. `families_plan.py` has the lists and the seconds.
 Writes `<date>-families.md`, `.json` and one chart a target into benchmarks/results/families/, all rows into report.json there, and the
 summary between the marks of docs/results.md. Targets other than the embedded one need `--data`; without it the page says that they
 are missing.
@@ -19,14 +21,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.drafters.recipes import RECIPES, Trained, train
+from benchmarks.drafters.families_plan import DEFAULT, DRAWN, FULL, REPLY_TOKENS, Bench, Entry, fitted, jobs
+from benchmarks.drafters.recipes import Trained, train
 from draftsmith import provenance
 from draftsmith.data.cache.extract import StorageOptions, extract
 from draftsmith.data.cache.reader import HiddenStateCache
@@ -40,51 +43,17 @@ from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.tune.tune_command import TimingOptions, tune
 from draftsmith.files import atomic_write, read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
-from draftsmith.models.families.eagle3 import default_layers
+from draftsmith.models.families import block, eagle3
 from draftsmith.models.files.loading import load_tokenizer
 from draftsmith.models.target.target import PRE_NORM, Target
 from draftsmith.train.drafter.objective import Objective, inverse_draft_ids, prepare, run
 
-REPLY_TOKENS = 128
 MARKS = ("<!-- families -->", "<!-- /families -->")
 STATIC_NODES = 24
+PROMPTS = 24
+"""For testing, at most, without --full."""
 
 Tables = dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One target and how much is done on it.
-
-    Attributes:
-        name: what the tables call it.
-        target: its directory or hub id.
-        steps: of each training in the second table, that of equal steps.
-        seconds: of each training in the first table, that of equal time.
-        prompts: how many for testing.
-        replies: how many for training.
-        draft_vocab: tokens in the draft vocabulary of every drafter; None for all.
-        draft_lm: an ordinary LM with the target's tokenizer, or None.
-    """
-
-    name: str
-    target: str
-    steps: int
-    seconds: float
-    prompts: int
-    replies: int = 2400
-    draft_vocab: int | None = None
-    draft_lm: str | None = None
-
-
-CHAINS, SMALL = "1x4", "4x5n15"
-# What each family decodes with; the first also in the table of equal steps and at T = 1.
-SHAPES = {
-    "redrafter": f"{SMALL},{CHAINS},10x7n60",
-    "eagle": f"{SMALL},{CHAINS},tree:{{static}},10x5n16,10x5n24,10x6n24,10x7n60",
-    "hass": f"{SMALL},{CHAINS},10x6n24,10x7n60",
-    "eagle3": f"{SMALL},{CHAINS},10x7n60",
-}
 
 
 def make_rows(bench: Bench, work: Path, data: Path) -> tuple[Path, Path]:
@@ -172,23 +141,28 @@ def held_out_top1(drafter_folder: Path, bench: Bench, cache: HiddenStateCache) -
 
 
 def cached(bench: Bench, replies: Path, out: Path) -> Path:
-    """The target's states over replies: the last ones and those that EAGLE-3 fuses."""
+    """The target's states over replies: the last ones, those that EAGLE-3 fuses and those that block drafters read."""
     done = out.with_suffix(".done")
     if not done.is_file():
-        layers = (PRE_NORM, *default_layers(Target.load(bench.target).config.num_hidden_layers))
-        extract(bench.target, replies, out, storage=StorageOptions(layers=layers))
+        num_layers = Target.load(bench.target).config.num_hidden_layers
+        read = {*eagle3.default_layers(num_layers), *block.default_layers(num_layers, 2)} - {PRE_NORM}
+        extract(bench.target, replies, out, storage=StorageOptions(layers=(PRE_NORM, *sorted(read))))
         done.touch()
     return out
 
 
-def train_all(bench: Bench, cache: Path, work: Path, *, steps: int | None, seconds: float | None) -> dict[str, Trained]:
-    """Every family, one after the other."""
+def train_all(
+    bench: Bench, cache: Path, work: Path, entries: list[Entry], *, steps: int | None, seconds: float | None
+) -> dict[str, Trained]:
+    """Every drafter that is trained, one after the other."""
     kind = "steps" if steps is not None else "seconds"
     done = {}
-    for name, recipe in RECIPES.items():
-        chosen = replace(recipe, options={**recipe.options, "draft_vocab_size": bench.draft_vocab})
-        done[name] = train(chosen, bench.target, cache, work / kind / name, steps=steps, seconds=seconds)
-        print(f"{bench.name}: {name} trained, {kind}: {done[name]}", flush=True)
+    for entry in entries:
+        if entry.recipe is None:
+            continue
+        chosen = replace(entry.recipe, options={**entry.recipe.options, "draft_vocab_size": bench.draft_vocab})
+        done[entry.name] = train(chosen, bench.target, cache, work / kind / entry.name, steps=steps, seconds=seconds)
+        print(f"{bench.name}: {entry.name} trained, {kind}: {done[entry.name]}", flush=True)
     return done
 
 
@@ -216,35 +190,37 @@ def static_tree(bench: Bench, drafter: Path, replies: Path, work: Path) -> Path:
 
 def run_target(bench: Bench, options: argparse.Namespace) -> tuple[list[str], Tables]:
     """The page's part on one target, and its rows by table."""
-    work = options.work / bench.name
+    work, entries = options.work / bench.name, options.entries
     work.mkdir(parents=True, exist_ok=True)
     replies, tests = make_rows(bench, work, options.data)
     cache = cached(bench, replies, work / "cache")
-    timed = train_all(bench, cache, work, steps=None, seconds=bench.seconds)
-    counted = train_all(bench, cache, work, steps=bench.steps, seconds=None)
+    timed = train_all(bench, cache, work, entries, steps=None, seconds=bench.seconds)
+    counted = train_all(bench, cache, work, entries, steps=bench.steps, seconds=None) if options.full else {}
     held_out = HiddenStateCache(cached(bench, tests, work / "held-out"))
-    top1 = {name: held_out_top1(work / "seconds" / name / "drafter", bench, held_out) for name in RECIPES}
-    static = static_tree(bench, work / "seconds" / "eagle" / "drafter", replies, work)
+    top1 = {name: held_out_top1(work / "seconds" / name / "drafter", bench, held_out) for name in timed}
+    static = Path()
+    if options.full and "eagle" in timed:
+        static = static_tree(bench, work / "seconds" / "eagle" / "drafter", replies, work)
 
-    drafters = [
-        f"{name}={work / 'seconds' / name / 'drafter'}@{shapes.format(static=static)}"
-        for name, shapes in SHAPES.items()
-    ]
+    def named(entry: Entry, kind: str, shapes: str) -> str:
+        """A drafter as `evaluate` takes it."""
+        return f"{entry.name}={entry.folder or work / kind / entry.name / 'drafter'}@{shapes}"
+
     lm = [] if bench.draft_lm is None else [f"draft_lm={bench.draft_lm}@1x4"]
-    common: dict[str, Any] = {"selection": PromptSelection(limit=bench.prompts)}
+    cold = [named(entry, "seconds", entry.shapes.format(static=static)) for entry in entries]
+    chosen = PromptSelection(limit=bench.prompts)
     rows = {
-        "seconds": measured(bench, tests, work / "report", [*drafters, *lm], 20, **common),
-        "steps": measured(
-            bench, tests, work / "report-steps",
-            [f"{name}={work / 'steps' / name / 'drafter'}@{SMALL}" for name in SHAPES], 0, **common,
-        ),
-    }  # fmt: skip
-    warm = [f"{name}={work / 'seconds' / name / 'drafter'}@{SMALL}" for name in SHAPES if name != "hass"]
-    warm += [f"hass={work / 'seconds' / 'hass' / 'drafter'}@{SMALL},1x4,t3.2.1.1,s1.1.1.1,s3.2.1.1,k3.2.1.1"]
+        "seconds": measured(bench, tests, work / "report", [*cold, *lm], 20 if options.full else 4, selection=chosen)
+    }
+    if options.full:
+        again = [named(entry, "steps", entry.shapes.split(",")[0]) for entry in entries if entry.recipe is not None]
+        rows["steps"] = measured(bench, tests, work / "report-steps", again, 0, selection=chosen)
+    warm = [named(entry, "seconds", entry.warm) for entry in entries]
     if bench.draft_lm is not None:
-        warm += [f"draft_lm={bench.draft_lm}@1x4,t3.2.1.1,s1.1.1.1,s3.2.1.1,k3.2.1.1"]
-    common = {"selection": PromptSelection(limit=bench.prompts // 2), "temperatures": [1.0]}
-    rows["warm"] = measured(bench, tests, work / "report-warm", warm, 10, **common)
+        warm.append(f"draft_lm={bench.draft_lm}@1x4" + (f",{DRAWN}" if options.full else ""))
+    halved = PromptSelection(limit=max(1, bench.prompts // 2))
+    compared = 10 if options.full else 0
+    rows["warm"] = measured(bench, tests, work / "report-warm", warm, compared, selection=halved, temperatures=[1.0])
     shutil.copyfile(work / "report" / "report.png", options.out / f"{options.name}-{bench.name}.png")
     return page_of(bench, rows, timed, counted, top1, options), rows
 
@@ -272,6 +248,11 @@ def page_of(
 ) -> list[str]:
     """Markdown: two tables of trainings, the decoding tables, and the chart."""
     base = next(row for row in rows["seconds"] if row["drafter"] == "plain")
+    equal_steps = (
+        ["### The same number of optimiser steps", training_table(counted), decoding_table(rows["steps"])]
+        if counted
+        else []
+    )
     return [
         f"## {bench.name}",
         f"Plain decoding in the engine: {base['tokens_per_second']:.0f} tokens/s, {base['engine_vs_transformers']:.2f} of "
@@ -283,9 +264,7 @@ def page_of(
         + ".",
         decoding_table(rows["seconds"]),
         f"![Speed-up, tokens per step and acceptance by depth]({options.name}-{bench.name}.png)",
-        "### The same number of optimiser steps",
-        training_table(counted),
-        decoding_table(rows["steps"]),
+        *equal_steps,
         f"### Temperature 1 ({rows['warm'][0]['prompts']} prompts)",
         "Shapes that begin with s (MCSD, no replacement), k (K-SEQ) or b (block verification) draw their candidates from the drafter and "
         "verify them by rejection: "
@@ -314,7 +293,7 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
         low, high = row["tokens_per_step_interval"] or (1.0, 1.0)
         slow, fast = row["speedup_interval"]
         over, shape = row["speedup_over_transformers"], row["shape"] or "-"
-        sampled = shape[0] in "sk"
+        sampled = shape[0] in "skb"
         lines.append(
             f"| {row['drafter']} | {shape if len(shape) < 24 else f'static, {shape_nodes(shape)} nodes'} "
             f"| {row['tokens_per_step']:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f} ({slow:.2f} to {fast:.2f}) "
@@ -338,9 +317,7 @@ def summary(targets: dict[str, Tables]) -> str:
     """The table of docs/results.md: each family's best shape by speed at T = 0, trained for the same time."""
     lines = ["| target | drafter | shape | tokens per step | speed-up | identical |", "|---|---|---|---|---|---|"]
     for target, rows in targets.items():
-        for family in [
-            name for name in (*SHAPES, "draft_lm") if any(row["drafter"] == name for row in rows["seconds"])
-        ]:
+        for family in dict.fromkeys(row["drafter"] for row in rows["seconds"] if row["drafter"] != "plain"):
             best = max((row for row in rows["seconds"] if row["drafter"] == family), key=lambda row: row["speedup"])
             figures = f"{best['tokens_per_step']:.2f} | {best['speedup']:.2f} | {share(best['exact_share'])}"
             lines.append(f"| {target} | {family} | {best['shape']} | {figures} |")
@@ -351,36 +328,65 @@ def main() -> int:
     """Runs the targets that are there and writes the page."""
     options = _options()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    models = options.data / "models"
-    benches = [
-        Bench("embedded", "embedded:target", 200, 60.0, 40, draft_lm="embedded:draft_lm"),
-        Bench("chat-6m", str(models / "chat-6m"), 200, 300.0, 60, draft_vocab=1024),
-        Bench("stories260K", str(models / "stories260K"), 200, 30.0, 30, 1000),
-    ]
+    benches = planned(options)
+    print(plan_table(benches, options), flush=True)
+    if options.plan:
+        return 0
     options.name = f"{date.today().isoformat()}-families"
     page = [f"# All families, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
     page += [
         f"Load average at the start: {os.getloadavg()[0]:.1f} (above 0.5, something else was running: mistrust speeds)."
     ]
+    page += [
+        f"## {name}\n\nLeft out: {options.data / 'models' / name} is not there; name the data with --data."
+        for name in options.targets
+        if name not in [bench.name for bench in benches]
+    ]
     by_target: dict[str, Tables] = {}
     for bench in benches:
-        if bench.name not in options.targets:
-            continue
-        bench = replace(
+        lines, by_target[bench.name] = run_target(bench, options)
+        page += lines
+        publish(page, by_target, options)
+    print(options.out / f"{options.name}.md")
+    return 0
+
+
+def planned(options: argparse.Namespace) -> list[Bench]:
+    """The targets that are there, with what is done on each; seconds of a training fit into the minutes, but with --full."""
+    models = options.data / "models"
+    chosen = [
+        Bench("embedded", "embedded:target", 200, 60.0, 40, draft_lm="embedded:draft_lm", rate=188.0),
+        Bench("chat-6m", str(models / "chat-6m"), 200, 300.0, 60, draft_vocab=1024),
+        Bench("stories260K", str(models / "stories260K"), 200, 30.0, 30, 1000, rate=468.0),
+    ]
+    chosen = [
+        bench
+        for bench in chosen
+        if bench.name in options.targets and (bench.name == "embedded" or Path(bench.target).is_dir())
+    ]
+    if not options.full:
+        chosen = [
+            replace(bench, prompts=min(bench.prompts, PROMPTS), seconds=min(bench.seconds, 120.0)) for bench in chosen
+        ]
+    scaled = [
+        replace(
             bench,
             steps=max(20, int(options.scale * bench.steps)),
             seconds=max(8.0, options.scale * bench.seconds),
             prompts=max(4, int(options.scale * bench.prompts)),
             replies=max(100, int(options.scale * bench.replies)),
         )
-        if bench.name != "embedded" and not Path(bench.target).is_dir():
-            page.append(f"## {bench.name}\n\nLeft out: {bench.target} is not there; name the data with --data.")
-            continue
-        lines, by_target[bench.name] = run_target(bench, options)
-        page += lines
-        publish(page, by_target, options)
-    print(options.out / f"{options.name}.md")
-    return 0
+        for bench in chosen
+    ]
+    return scaled if options.full or options.scale < 1.0 else fitted(scaled, options.entries, options.minutes)
+
+
+def plan_table(benches: list[Bench], options: argparse.Namespace) -> str:
+    """What the run does and about how long each part takes."""
+    listed = jobs(benches, options.entries, options.full)
+    lines = ["| target | part | seconds, about |", "|---|---|---|"]
+    lines += [f"| {job.target} | {job.what} | {job.seconds:.0f} |" for job in listed]
+    return "\n".join([*lines, f"| all | | {sum(job.seconds for job in listed):.0f} |"])
 
 
 def publish(page: list[str], by_target: dict[str, Tables], options: argparse.Namespace) -> None:
@@ -402,17 +408,30 @@ def update_results(results: Path, table: str) -> None:
     atomic_write(results, between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", text))
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/families"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--targets", type=lambda text: text.split(","), default=["embedded", "chat-6m", "stories260K"])
+    parser.add_argument("--full", action="store_true", help="every recipe and target, equal steps, static trees")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the whole run without --full")
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument(
+        "--targets", type=lambda text: text.split(","), help="default: embedded,chat-6m; with --full also stories260K"
+    )
+    parser.add_argument("--drafters", type=lambda text: text.split(","), help="by name; default: all of the plan")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="of steps, seconds and prompts; 0.02 tries the script out"
     )
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.targets = options.targets or ["embedded", "chat-6m", *(["stories260K"] if options.full else [])]
+    listed = FULL if options.full else DEFAULT
+    known = [entry.name for entry in listed]
+    if unknown := sorted({*(options.drafters or ())} - {*known}):
+        parser.error(f"--drafters has {', '.join(unknown)}; there are {', '.join(known)}")
+    options.entries = [entry for entry in listed if options.drafters is None or entry.name in options.drafters]
+    return options
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.heads import HeadsFamily
 from draftsmith.models.families.redrafter import ReDrafterFamily
+from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
 from draftsmith.train.drafter.module import DraftModule
@@ -83,6 +84,13 @@ BLOCKWISE_RECIPES = {
 
 `block` is a DFlash that learns the target's distribution and drafts five tokens."""
 ALL_RECIPES = {**RECIPES, **BLOCKWISE_RECIPES}
+_RIDING: dict[str, Any] = {"num_steps": 3, "distillation": "path", "horizon_decay": 0.8, "max_anchors": 128}
+RIDER_RECIPES = {
+    "prompt_tokens": Recipe(RiderFamily, {**_RIDING, "lr": 1e-2}, {"riders": "prompt"}),
+    "hidden_transfer": Recipe(RiderFamily, {**_RIDING, "lr": 2e-3}, {"riders": "hidden_transfer"}),
+    "firp": Recipe(RiderFamily, {**_RIDING, "lr": 2e-3}, {"riders": "firp"}),
+}
+"""Drafters that ride through the target, whose training runs its blocks."""
 
 
 @dataclass(frozen=True)

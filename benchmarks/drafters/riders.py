@@ -13,25 +13,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.drafters.families import REPLY_TOKENS, Bench, cached, make_rows
-from benchmarks.drafters.recipes import RECIPES, Recipe, Trained, train
+from benchmarks.drafters.families import cached, make_rows
+from benchmarks.drafters.families_plan import REPLY_TOKENS, Bench
+from benchmarks.drafters.recipes import RECIPES, RIDER_RECIPES, Recipe, Trained, train
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.files import read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.heads import HeadsFamily
-from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.shapes import parse_shape
 
 PILOTS = (10, 40)
 STEPS = 3
-_RIDING = {"num_steps": STEPS, "distillation": "path", "horizon_decay": 0.8, "max_anchors": 128}
 CONTENDERS = {
     "EAGLE-1": RECIPES["eagle"],
     "Medusa": Recipe(HeadsFamily, {"num_steps": STEPS, "distillation": "path", "lr": 2e-3}),
-    "prompt tokens": Recipe(RiderFamily, {**_RIDING, "lr": 1e-2}, {"riders": "prompt"}),
-    "Hidden Transfer": Recipe(RiderFamily, {**_RIDING, "lr": 2e-3}, {"riders": "hidden_transfer"}),
-    "FIRP": Recipe(RiderFamily, {**_RIDING, "lr": 2e-3}, {"riders": "firp"}),
+    "prompt tokens": RIDER_RECIPES["prompt_tokens"],
+    "Hidden Transfer": RIDER_RECIPES["hidden_transfer"],
+    "FIRP": RIDER_RECIPES["firp"],
 }
 SHAPES = ("1x3", "4x3n8")
 

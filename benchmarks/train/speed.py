@@ -32,7 +32,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data.hidden_state_cache import bare_forward
-from benchmarks.drafters.families import Bench, make_rows
+from benchmarks.drafters.families import make_rows
+from benchmarks.drafters.families_plan import Bench
 from benchmarks.drafters.recipes import QUIET, RECIPES
 from benchmarks.train.cost import LLAMA_3_8B, LLAMA_3_70B, Cluster, DrafterPlan, TargetShape, bill
 from benchmarks.train.pairs import pair_rows
