@@ -333,7 +333,7 @@ def main() -> int:
     if options.plan:
         return 0
     options.name = f"{date.today().isoformat()}-families"
-    page = [f"# All families, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
+    page = [f"# Every family, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
     page += [
         f"Load average at the start: {os.getloadavg()[0]:.1f} (above 0.5, something else was running: mistrust speeds)."
     ]
