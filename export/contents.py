@@ -6,7 +6,7 @@ command; whether the drafter is whole is the readers' business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from draftsmith import provenance
-from draftsmith.models.drafters.drafter_folder import layout_of
+from draftsmith.models.drafters.drafter_folder import layout_of, part_in
 from draftsmith.models.drafters.registry import registry
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors, weight_files
@@ -103,14 +103,16 @@ def contents_of(folder: Path) -> Contents:
         raise ValueError(
             f"{folder} holds no drafter that is known here (model_type {model_type!r:.80}); give the folder of a drafter"
         )
-    return _whole_model(fields)
+    return _whole_model(fields, tensors.keys())
 
 
-def _whole_model(fields: Mapping[str, Any]) -> Contents:
-    """A causal LM, which decodes as a draft LM."""
+def _whole_model(fields: Mapping[str, Any], tensors: Collection[str] = ()) -> Contents:
+    """A causal LM, which decodes as a draft LM, and may hold a drafter of its own."""
     names = fields.get("architectures")
     architecture = ", ".join(map(str, names)) if isinstance(names, list) else ""
     facts = (("architecture", architecture), *_shown(_flat(fields)))
+    if (part := part_in(tensors)) is not None:
+        facts += (("drafter inside", f"{part[0].about.title}, for this model as the target"),)
     return Contents("whole model (a draft LM)", "Transformers'", facts, decodes=True)
 
 

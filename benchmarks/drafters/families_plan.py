@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.drafters.recipes import ALL_RECIPES, RIDER_RECIPES, Recipe
+from benchmarks.drafters.recipes import ALL_RECIPES, CLOSE_RECIPES, RIDER_RECIPES, Recipe
 
 REPLY_TOKENS = 128
-FAMILY_RECIPES = {**ALL_RECIPES, **RIDER_RECIPES}
+FAMILY_RECIPES = {**ALL_RECIPES, **CLOSE_RECIPES, **RIDER_RECIPES}
 PILOT_SECONDS = 20.0
 """The short run before a training, of the family with the slowest steps, and its validations."""
 FEWEST_SECONDS = 20.0
@@ -81,7 +81,7 @@ SUFFIX = Entry("suffix", "1x8,4x8n15", "1x8", "embedded:suffix")
 def _entry(name: str, wide: str = "") -> Entry:
     """A recipe with a chain and a small tree as deep as it was trained for; any depth serves those trained for one or three steps."""
     steps = int(FAMILY_RECIPES[name].module["num_steps"])
-    depth = 5 if name in ("eagle", "hass") else min(steps, 7)
+    depth = 5 if name in ("eagle", "hass", *CLOSE_RECIPES) else min(steps, 7)
     small = f"4x{depth}n{15 if depth > 3 else 8}"
     return Entry(name, ",".join([small, f"1x{min(depth, 7 if steps == 7 else 4)}", *wide.split()]), small)
 
@@ -89,7 +89,19 @@ def _entry(name: str, wide: str = "") -> Entry:
 DEFAULT = (
     *map(
         _entry,
-        ("redrafter", "eagle", "hass", "eagle3", "medusa", "hydra", "mlp", "dflash", "dspark", "hidden_transfer"),
+        (
+            "redrafter",
+            "eagle",
+            "hass",
+            "eagle3",
+            "medusa",
+            "hydra",
+            "mlp",
+            "dflash",
+            "dspark",
+            *CLOSE_RECIPES,
+            "hidden_transfer",
+        ),
     ),
     SUFFIX,
 )

@@ -23,6 +23,8 @@ from draftsmith.models.families.eagle import EagleFamily
 from draftsmith.models.families.eagle3 import Eagle3Family
 from draftsmith.models.families.heads import HeadsFamily
 from draftsmith.models.families.redrafter import ReDrafterFamily
+from draftsmith.models.families.riders.chimera import ChimeraFamily
+from draftsmith.models.families.riders.mtp import MtpFamily
 from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.train.batches.cache_subset import CacheBatch
 from draftsmith.train.batches.data_module import CacheDataModule
@@ -91,6 +93,11 @@ RIDER_RECIPES = {
     "firp": Recipe(RiderFamily, {**_RIDING, "lr": 2e-3}, {"riders": "firp"}),
 }
 """Drafters that ride through the target, whose training runs its blocks."""
+CLOSE_RECIPES = {
+    "chimera": Recipe(ChimeraFamily, RECIPES["eagle"].module),
+    "mtp": Recipe(MtpFamily, {"num_steps": 3, "distillation": "path", "horizon_decay": 0.6, "lr": 3e-3}),
+}
+"""Heads of one layer beside EAGLE's."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Riders beside an EAGLE-1 and Medusa heads on the embedded target: the same text, the same processor time.
+"""Riders and heads close to the target beside an EAGLE-1 and Medusa heads on the embedded target: the same text, the same processor time.
 
     python -m benchmarks.drafters.riders
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.drafters.families import cached, make_rows
 from benchmarks.drafters.families_plan import REPLY_TOKENS, Bench
-from benchmarks.drafters.recipes import RECIPES, RIDER_RECIPES, Recipe, Trained, train
+from benchmarks.drafters.recipes import CLOSE_RECIPES, RECIPES, RIDER_RECIPES, Recipe, Trained, train
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.files import read_jsonl
 from draftsmith.models.drafters.drafter_folder import load_drafter
@@ -28,6 +28,8 @@ STEPS = 3
 CONTENDERS = {
     "EAGLE-1": RECIPES["eagle"],
     "Medusa": Recipe(HeadsFamily, {"num_steps": STEPS, "distillation": "path", "lr": 2e-3}),
+    "Chimera": CLOSE_RECIPES["chimera"],
+    "MTP head": CLOSE_RECIPES["mtp"],
     "prompt tokens": RIDER_RECIPES["prompt_tokens"],
     "Hidden Transfer": RIDER_RECIPES["hidden_transfer"],
     "FIRP": RIDER_RECIPES["firp"],

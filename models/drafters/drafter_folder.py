@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import logging
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from draftsmith.models.drafters.drafter_reader import read_drafter
 from draftsmith.models.drafters.family import Family
 from draftsmith.models.drafters.registry import all_families, missing_families, registry
 from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
-from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors, weight_files
+from draftsmith.models.files.checkpoint_files import CONFIG, StoredTensors, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve
 from draftsmith.models.foreign.named_kinds import named_kind
@@ -116,7 +116,7 @@ def load_drafter(
     if kind is not None:
         _say_of_adapted_target(path)
         return read_drafter(path, kind, finite)
-    if is_foreign(path):
+    if (target is not None and _part_of_target(path, target.ends)) or is_foreign(path):
         return read_foreign(path, target)
     draft_lm = load_draft_lm(str(path), dtype, trust_remote_code=trust_remote_code)
     draft_lm.loaded_from = path
@@ -241,7 +241,7 @@ def _foreign_layouts() -> Iterator[tuple[Family, Foreign]]:
 
 
 def read_foreign(folder: Path, target: TargetBond | None) -> Drafter:
-    """Read a drafter in the layout of other software, and bind it to its target.
+    """Read a drafter in the layout of other software, or the one inside the target's own checkpoint, and bind it to its target.
 
     Args:
         folder: with ``config.json`` and weights as safetensors.
@@ -254,6 +254,8 @@ def read_foreign(folder: Path, target: TargetBond | None) -> Drafter:
         ValueError: no layout that is known here, no ``target``, a drafter that is not whole, one that the families cannot express, or one
             of another target.
     """
+    if target is not None and (part := _part_of_target(folder, target.ends)):
+        return _bound(part, StoredTensors(folder), folder, target)
     fields, tensors = read_fields(folder), read_tensors(folder)
     match = layout_of(fields, tensors)
     if match is None:
@@ -263,9 +265,36 @@ def read_foreign(folder: Path, target: TargetBond | None) -> Drafter:
         raise ValueError(
             f"{folder} is in {layout.software} layout, which names no target; say which one it is for with --target"
         )
+    _check_bond(folder, target.ends)
+    return _bound(layout, tensors, folder, target)
+
+
+def part_in(names: Collection[str]) -> tuple[Family, Foreign] | None:
+    """Find a drafter that lies inside a target's checkpoint.
+
+    Args:
+        names: of the checkpoint's tensors.
+
+    Returns:
+        Its family, and how it is read; None where there is none.
+    """
+    return next(
+        (pair for pair in _foreign_layouts() if pair[1].in_target is not None and pair[1].in_target(names)), None
+    )
+
+
+def _part_of_target(folder: Path, ends: TargetEnds) -> Foreign | None:
+    """How the drafter inside a folder is read, where the folder is the target's own; None where it is not."""
+    if not (folder / CONFIG).is_file():
+        return None
+    part = part_in(StoredTensors(folder).keys())
+    return part[1] if part is not None and checkpoint_fingerprint(folder) == ends.fingerprint else None
+
+
+def _bound(layout: Foreign, tensors: Mapping[str, Tensor], folder: Path, target: TargetBond) -> Drafter:
+    """Read a drafter, and bind it to its target."""
     ends = target.ends
-    _check_bond(folder, ends)
-    drafter = layout.read(fields, tensors, ends, str(folder))
+    drafter = layout.read(read_fields(folder), tensors, ends, str(folder))
     drafter.config.target_name, drafter.config.target_fingerprint = ends.name, ends.fingerprint
     drafter.config.tokenizer_fingerprint = target.tokenizer_fingerprint
     drafter.loaded_from = folder

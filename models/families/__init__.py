@@ -7,17 +7,23 @@ from draftsmith.models.families.eagle3 import Eagle3, Eagle3Config
 from draftsmith.models.families.eagle_config import EagleConfig
 from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
 from draftsmith.models.families.redrafter import ReDrafter, ReDrafterConfig
+from draftsmith.models.families.riders.chimera import Chimera, ChimeraConfig
+from draftsmith.models.families.riders.mtp import MtpConfig, MtpHead
 from draftsmith.models.families.riders.rider_drafter import RiderConfig, RiderDrafter
 
 __all__ = [
     "BlockConfig",
     "BlockDrafter",
+    "Chimera",
+    "ChimeraConfig",
     "Eagle",
     "Eagle3",
     "Eagle3Config",
     "EagleConfig",
     "HeadsConfig",
     "HeadsDrafter",
+    "MtpConfig",
+    "MtpHead",
     "ReDrafter",
     "ReDrafterConfig",
     "RiderConfig",

@@ -9,6 +9,7 @@ Shape legend: D hidden, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Eagle(TargetHead, EagleBase):
     f is the target's state after its final norm. ``fc`` has a bias only where the config asks for it.
     """
 
-    config_class = EagleConfig
+    config_class: ClassVar[type[EagleConfig]] = EagleConfig
     wide = False
     predicts_features = True
 
@@ -61,7 +62,7 @@ class Eagle(TargetHead, EagleBase):
             The drafter; its first guess of a feature is the feature before it.
         """
         drafter = cls(
-            EagleConfig(
+            cls.config_class(
                 **layer_fields(ends),
                 draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
                 num_draft_steps=num_draft_steps,
@@ -125,7 +126,7 @@ class EagleFamily(DrafterFamily):
         ValueError: ``feature_noise`` is below 0.
     """
 
-    kind = Eagle
+    kind: ClassVar[type[Eagle]] = Eagle
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class EagleFamily(DrafterFamily):
             ValueError: the sliding window is shorter than the steps.
         """
         check_window(self.sliding_window, num_steps)
-        drafter = Eagle.for_target(
+        drafter = self.kind.for_target(
             ends,
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,

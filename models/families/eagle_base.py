@@ -122,6 +122,18 @@ class EagleBase(Drafter):
         """
         return output
 
+    def embed_text(self, batch: PackedBatch) -> Tensor:
+        """What stands for the token x_{t+1} of every packed position: [T, D]."""
+        return self.embed(batch.input_ids.roll(-1))
+
+    def embed_fed(self, batch: PackedBatch, rollout: Rollout, step: int) -> Tensor:
+        """What stands for the tokens that all anchors are fed at a step behind the first: [A, D]."""
+        return self.embed(rollout.tokens[:, step])
+
+    def embed_pairs(self, pairs: Emitted) -> Tensor:
+        """What stands for the tokens of pairs in decoding: [B, E, D]."""
+        return self.embed(pairs.tokens_BE)
+
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """See :meth:`Drafter.teacher_forced`; step k >= 1 is fed its own output of step k - 1.
 
@@ -148,7 +160,7 @@ class EagleBase(Drafter):
         outputs = [output_AD]
         for step in range(1, rollout.tokens.shape[1]):
             before_AD = outputs[-1].detach() if self.detach_steps else outputs[-1]
-            embedded_AD, known_AD = self.embed(rollout.tokens[:, step]), self.fed_back(before_AD)
+            embedded_AD, known_AD = self.embed_fed(batch, rollout, step), self.fed_back(before_AD)
             state_AD = self.join(embedded_AD, known_AD)
             inputs_AI = layer.inputs(embedded_AD, state_AD)
             rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)
@@ -167,7 +179,7 @@ class EagleBase(Drafter):
             The layer's output at the anchors, [A, D], and what their further steps see.
         """
         layer = self.layer
-        embedded_TD = self.embed(batch.input_ids.roll(-1))
+        embedded_TD = self.embed_text(batch)
         state_TD = self.join(embedded_TD, self._noisy(self.read(batch.hidden).to(embedded_TD.dtype), batch))
         inputs_TI = layer.inputs(embedded_TD, state_TD)
         rotation = self.rotation(batch.positions, embedded_TD)
@@ -203,7 +215,7 @@ class EagleBase(Drafter):
 
     def pair_inputs(self, pairs: Emitted) -> tuple[Tensor, Tensor]:
         """The layer's residual input [B, E, D] at pairs of the text, and what its attention reads [B, E, I]."""
-        embedded_BED = self.embed(pairs.tokens_BE)
+        embedded_BED = self.embed_pairs(pairs)
         state_BED = self.join(embedded_BED, self.read(pairs.features).to(embedded_BED.dtype))
         return state_BED, self.layer.inputs(embedded_BED, state_BED)
 
@@ -284,7 +296,7 @@ class FeatureDraft:
         known_BMD = drafter.fed_back(self._output_BMD)
         if known_BMD.shape[1] > 1:
             known_BMD = known_BMD.gather(1, above_BM[..., None].expand(-1, -1, known_BMD.shape[-1]))
-        embedded_BMD = drafter.embed(tokens_BM)
+        embedded_BMD = self.embed_nodes(tokens_BM, above_BM)
         state_BMD = drafter.join(embedded_BMD, known_BMD.expand(*tokens_BM.shape, -1))
         inputs_BMI = self._layer.inputs(embedded_BMD, state_BMD)
         rotation = self._rotations.at(self._depth, embedded_BMD)
@@ -293,6 +305,10 @@ class FeatureDraft:
         queries_BMHD, keys_BMGD, values_BMGD = self._layer.queries_keys_values(inputs_BMI, rotation)
         keys_BGSD, values_BGSD = self._slots.cache.update(keys_BMGD.transpose(1, 2), values_BMGD.transpose(1, 2), 0)
         return self._attend(state_BMD, queries_BMHD, keys_BGSD, values_BGSD, mask_B1MS)
+
+    def embed_nodes(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
+        """What stands for the tokens of new nodes: [B, M, D]. It is called once for each layer of nodes, in order."""
+        return self._drafter.embed(tokens_BM)
 
     def _attend(
         self,

@@ -7,11 +7,11 @@ Knows no family and no layout.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -90,6 +90,37 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is cut off or no safetensors file: {error}; export it again") from error
     return tensors
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, each read when it is asked for: a few of a large model cost no more than they are.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: a file is cut off or no safetensors file, or the index of the files is broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, "pt") as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is cut off or no safetensors file: {error}; copy the folder again") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _no_weights(folder: Path) -> str:

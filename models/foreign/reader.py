@@ -5,7 +5,7 @@ Owns that record. A family's layouts offer it, and whatever loads drafters asks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,11 @@ class Foreign:
         software: whose it is, for messages, such as ``Apple's``.
         holds: whether a config and tensors are in this layout; no two layouts say so of one folder.
         read: config, tensors, the target's ends and what errors call the folder -> a drafter attached to nothing.
+        in_target: whether a target's own checkpoint holds the drafter beside its weights, by the names of its tensors. Then the target
+            itself can be named as the drafter.
     """
 
     software: str
     holds: Callable[[Mapping[str, Any], Mapping[str, Tensor]], bool]
     read: Reader
+    in_target: Callable[[Collection[str]], bool] | None = None

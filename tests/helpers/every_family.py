@@ -54,6 +54,12 @@ def loss_settings(family: Family) -> dict[str, Any]:
     return {"distillation": "path", **features}
 
 
+def assert_equal_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal but for rounding, which is relative to the largest of all numbers that are added up."""
+    tolerance = max(1e-4, 1e-5 * float(theirs.abs().max()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=tolerance)
+
+
 def batch_of(target: Target, drafter: Drafter) -> PackedBatch:
     """One text of LENGTH random tokens, with the layers that a drafter reads, and the last block's output for its teacher."""
     ids = torch.randint(0, target.ends.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(0))

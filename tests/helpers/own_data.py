@@ -28,9 +28,10 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
-def write_own_data(folder: Path) -> OwnData:
-    """Made with the commands that a user runs: `data respond` and `data extract`."""
-    target, prompts = save_target(folder / "target"), write_prompts(folder / "prompts.jsonl")
+def write_own_data(folder: Path, target: Path | None = None) -> OwnData:
+    """Made with the commands that a user runs, `data respond` and `data extract`, for a new target or the given one."""
+    target = save_target(folder / "target") if target is None else target
+    prompts = write_prompts(folder / "prompts.jsonl")
     replies, cache = folder / "replies", folder / "cache"
     asked = ["--target", str(target), "--max-new-tokens", "16", "--temperature", "0"]
     assert main(["data", "respond", *asked, "--prompts", str(prompts), "--out", str(replies)]) == 0

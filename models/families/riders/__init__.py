@@ -1,1 +1,1 @@
-"""Families whose drafts come out of the target's own layers: rows that ride through it, and heads that it was trained with."""
+"""Families that lie close to the target: rows that ride through it, a layer that it was trained with, and a head beside EAGLE-1."""

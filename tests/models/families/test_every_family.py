@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import EVERY_FAMILY, LENGTH, batch_of, fresh, name_of
+from every_family import EVERY_FAMILY, LENGTH, assert_equal_logits, batch_of, fresh, name_of
 from heads import deep_target
 from safetensors.torch import load_file, save_file
 
@@ -37,7 +37,7 @@ def test_decoding_has_the_logits_of_training_at_every_step(family: Family, targe
     trained = trained_logits(drafter, batch, roots, STEPS)
     served = served_logits(drafter, batch, roots, STEPS)
     assert trained.shape == (3, STEPS, len(DRAFT_IDS))
-    torch.testing.assert_close(served, trained, rtol=1e-4, atol=1e-4)
+    assert_equal_logits(served, trained)
 
 
 @every_family
@@ -45,7 +45,7 @@ def test_a_tree_has_the_logits_of_its_chains(family: Family, target: Target) -> 
     drafter = fresh(family, target.ends, DRAFT_IDS)
     in_tree, in_chain = tree_and_chain_logits(drafter, batch_of(target, drafter), 7)
     assert len(in_tree) > STEPS, "it has branches"
-    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
+    assert_equal_logits(in_tree, in_chain)
 
 
 @every_family
@@ -142,4 +142,4 @@ def test_a_fresh_adapter_changes_nothing(family: Family, target: Target) -> None
     before = trained_logits(drafter, batch, [2, 9], STEPS)
     add_adapter(drafter, LoraSettings(rank=2), "a")
     torch.testing.assert_close(trained_logits(drafter, batch, [2, 9], STEPS), before)
-    torch.testing.assert_close(served_logits(drafter, batch, [2, 9], STEPS), before, rtol=1e-4, atol=1e-4)
+    assert_equal_logits(served_logits(drafter, batch, [2, 9], STEPS), before)

@@ -1,0 +1,302 @@
+"""MTP heads on disk: the tensors of a target's own multi-token prediction layer, under the names of its checkpoint.
+
+Owns the names of three styles. A style also says how the layer computes, which its tensors do not show. Sizes and rotary settings are the
+target's. Transformers skips these tensors when it loads the target. Knows nothing of cards and commands.
+
+Shape legend: D hidden, V vocabulary, H heads, Dh head size, L blocks of the target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.readback import refuse_difference, tensors_of
+from draftsmith.models.drafters.drafter_reader import assemble, module_table
+from draftsmith.models.families.eagle_config import layer_fields
+from draftsmith.models.families.riders.mtp import MtpConfig, MtpHead
+from draftsmith.models.files.checkpoint_files import StoredTensors, as_text, read_fields, write_files
+from draftsmith.models.target.ends import TargetEnds
+
+WHAT = "MTP head"
+_GATE = "layers.0.self_attn.gate_proj.weight"
+_QUERIES = "layers.0.self_attn.q_proj.weight"
+# Parts of names that tell of a layer that is not dense, each with the fields of the target's config that go with it.
+_OTHER_LAYERS = {
+    "experts": "experts (n_routed_experts, num_experts)",
+    "mlp.gate.": "experts (n_routed_experts, num_experts)",
+    "kv_a_proj": "latent attention (kv_lora_rank)",
+    "q_a_proj": "latent attention (q_lora_rank)",
+    "linear_attn": "linear attention (layer_types)",
+    "scale_inv": "quantised weights (quantization_config)",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one line of models names an MTP layer, and how it computes.
+
+    Attributes:
+        prefix: pattern of the beginning of every name; the number of the layer is its group, where it has one.
+        written: the beginning of every name as it is written; ``{L}`` stands for the number of the target's blocks.
+        parts: our names -> theirs behind the prefix; the decoder layer's own names are Llama's.
+        layer: what stands before the names of the decoder layer.
+        switches: of the config.
+        copies: of the target's own embedding and head, which some checkpoints hold once more.
+    """
+
+    prefix: str
+    written: str
+    parts: Mapping[str, str]
+    layer: str = ""
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    copies: Collection[str] = ()
+
+
+STYLES = {
+    "DeepSeek's": Style(
+        r"model\.(?:language_model\.)?layers\.(\d+)\.",
+        "model.layers.{L}.",
+        {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"},
+        switches={"state_first": False, "feeds_normed": False},
+        copies=("embed_tokens.weight", "shared_head.head.weight"),
+    ),
+    "MiMo's": Style(
+        r"model\.mtp_layers\.(\d+)\.",
+        "model.mtp_layers.0.",
+        {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "eh_proj": "input_proj", "norm": "final_layernorm"},
+        switches={"state_first": True, "feeds_normed": True},
+    ),
+    "Qwen's": Style(
+        r"mtp\.",
+        "mtp.",
+        {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"},
+        layer="layers.0.",
+        switches={"state_first": False, "feeds_normed": True},
+        copies=("embed_tokens.weight",),
+    ),
+}
+
+
+def style_of(names: Collection[str]) -> tuple[str, str] | None:
+    """Find an MTP layer among names of tensors.
+
+    Args:
+        names: of all tensors of a checkpoint.
+
+    Returns:
+        The name of the style, and the beginning of the names of its first layer; None where there is no such layer.
+    """
+    for title, style in STYLES.items():
+        pattern = re.compile(f"({style.prefix}){re.escape(style.parts['eh_proj'])}\\.weight")
+        beginnings = sorted(match.group(1) for match in map(pattern.fullmatch, names) if match)
+        if beginnings:
+            return title, beginnings[0]
+    return None
+
+
+def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> MtpHead:
+    """A drafter from the tensors of a target's checkpoint, or from a folder that holds no others; it knows no target yet.
+
+    Args:
+        fields: of the config, not looked at: the layer's sizes are the target's.
+        tensors: by name; only those of the MTP layer are read.
+        ends: the target's.
+        where: for messages.
+
+    Raises:
+        ValueError: no ends; more than one layer; a layer that is not dense; tensors that are missing, unknown or misshapen; or copies of
+            embedding and head that are not the target's.
+    """
+    found = style_of(tensors.keys())
+    if ends is None or found is None:
+        raise ValueError(f"{where}: the sizes of an {WHAT} are its target's; name the target")
+    title, beginning = found
+    style = STYLES[title]
+    _check_one_layer(tensors, style, beginning, where)
+    own = {name[len(beginning) :]: tensors[name] for name in tensors if name.startswith(beginning)}
+    _refuse_copies(own, style, ends, where)
+    named = _our_names(own, style)
+    config = MtpConfig(**layer_fields(ends), num_draft_steps=1, **_switches(named, style, ends))
+    if config.gated_attention and named[_QUERIES].shape[0] % (2 * config.head_dim) == 0:
+        named[_QUERIES], named[_GATE] = _halves(named[_QUERIES], config.head_dim)
+    module_table(MtpHead, config, where).check(named, where)
+    return assemble(MtpHead, config, named)
+
+
+def _check_one_layer(tensors: Mapping[str, Tensor], style: Style, beginning: str, where: str) -> None:
+    """Refuse several layers, and layers of other kinds, by the names of their tensors.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    projections = [
+        name for name in tensors if re.fullmatch(f"{style.prefix}{re.escape(style.parts['eh_proj'])}\\.weight", name)
+    ]
+    own = [name for name in tensors if name.startswith(beginning)]
+    further = [name for name in own if re.match(r"layers\.[1-9]", name[len(beginning) :])]
+    if len(projections) > 1 or further:
+        raise ValueError(
+            f"{where} holds several MTP layers ({(projections + further)[1]}; num_nextn_predict_layers, mtp_num_hidden_layers), and a "
+            f"{WHAT} has one; train a new one"
+        )
+    for name in own:
+        for part, kind in _OTHER_LAYERS.items():
+            if part in name:
+                raise ValueError(
+                    f"{where}: the MTP layer has {kind}, as {name} shows, and a {WHAT} is a dense layer with ordinary attention; train "
+                    "a new one for this target"
+                )
+
+
+def _refuse_copies(own: dict[str, Tensor], style: Style, ends: TargetEnds, where: str) -> None:
+    """Take copies of the target's embedding and head away.
+
+    Raises:
+        ValueError: they are not the target's.
+    """
+    embedding = dict(ends.embedding.named_parameters())["weight"]
+    for name in style.copies:
+        copy = own.pop(name, None)
+        weight = embedding if name.startswith("embed") else ends.head_weight
+        if copy is not None and not (
+            copy.shape == weight.shape and torch.equal(weight.detach().cpu().to(copy.dtype), copy)
+        ):
+            raise ValueError(f"{where}: {name} of the MTP layer is not the target's, and a {WHAT} shares the target's")
+
+
+def _our_names(own: Mapping[str, Tensor], style: Style) -> dict[str, Tensor]:
+    """Their names behind the prefix to ours; what no style knows keeps its name, and the table refuses it."""
+    parts = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in style.parts.items()}
+    return {parts.get(name, f"layers.0.{name.removeprefix(style.layer)}"): tensor for name, tensor in own.items()}
+
+
+def _switches(named: Mapping[str, Tensor], style: Style, ends: TargetEnds) -> dict[str, Any]:
+    """What the style, the tensors and the target's config say of the layer."""
+    sizes = layer_fields(ends)
+    queries = named.get(_QUERIES)
+    width = sizes["num_attention_heads"] * sizes["head_dim"]
+    return {
+        **style.switches,
+        "attention_bias": "layers.0.self_attn.q_proj.bias" in named,
+        "head_norms": "layers.0.self_attn.q_norm.weight" in named,
+        "gated_attention": queries is not None and queries.shape[0] == 2 * width,
+        "zero_centred_norms": _has_zero_centred_norms(ends),
+        "rotary_dim": _rotary_dim(ends, sizes["head_dim"]),
+    }
+
+
+def _rotary_dim(ends: TargetEnds, head_dim: int) -> int | None:
+    """R, where the target rotates a part of each head."""
+    rope = getattr(ends.config, "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor") or getattr(ends.config, "partial_rotary_factor", None) or 1.0
+    return None if share == 1.0 else int(head_dim * share)
+
+
+@torch.no_grad()
+def _has_zero_centred_norms(ends: TargetEnds) -> bool:
+    """Whether the target's final norm multiplies by 1 + weight: of ones, a norm makes what it multiplies by."""
+    weight = getattr(ends.norm, "weight", None)
+    if weight is None:
+        return False
+    factors = ends.final_norm(torch.ones(ends.hidden_size, device=ends.device, dtype=ends.dtype)).float()
+    weight = weight.float().to(factors.device)
+    return bool((factors - 1.0 - weight).abs().mean() < (factors - weight).abs().mean())
+
+
+def _halves(queries: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rows of queries and of gates, which the checkpoint has side by side in every head: [2 H Dh, D] -> [H Dh, D] each."""
+    both = queries.unflatten(0, (-1, 2, head_dim))
+    return both[:, 0].flatten(0, 1).contiguous(), both[:, 1].flatten(0, 1).contiguous()
+
+
+def write(drafter: MtpHead, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
+    """Write the tensors under the names of a target's checkpoint, read them back and compare.
+
+    Returns:
+        what a user must know of the result.
+
+    Raises:
+        ValueError: no target is at hand; or no style computes as this drafter does, or can say what it has.
+    """
+    if ends is None:
+        raise ValueError("the mtp layout has the names and sizes of the target's checkpoint; add --target")
+    config = drafter.config
+    title = _style_for(drafter, ends)
+    style = STYLES[title]
+    tensors = tensors_of(drafter)
+    if config.gated_attention:
+        gates = tensors.pop(_GATE).unflatten(0, (-1, 1, config.head_dim))
+        queries = tensors[_QUERIES].unflatten(0, (-1, 1, config.head_dim))
+        tensors[_QUERIES] = torch.cat([queries, gates], dim=1).flatten(0, 2)
+    beginning = style.written.format(L=ends.config.num_hidden_layers)
+    parts = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in style.parts.items()}
+    outside = {
+        beginning + parts.get(name, style.layer + name.removeprefix("layers.0.")): tensor
+        for name, tensor in tensors.items()
+    }
+    fields = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "num_nextn_predict_layers": 1}
+    write_files(folder, as_text(fields | {"torch_dtype": str(drafter.dtype).removeprefix("torch.")}), outside)
+    refuse_difference(drafter, read(read_fields(folder), StoredTensors(folder), ends, str(folder)), folder)
+    return (
+        f"The names are {title}: `{beginning}`. An engine takes an MTP layer from the target's own folder, so these tensors have to take "
+        "the place of those there. No engine was tried with them.",
+    )
+
+
+def _style_for(drafter: MtpHead, ends: TargetEnds) -> str:
+    """The style whose layer computes as this drafter does.
+
+    Raises:
+        ValueError: there is none, or the drafter has what no checkpoint can say.
+    """
+    config = drafter.config
+    remedy = "export it with --layout draftsmith"
+    if drafter.d2t is not None or config.sliding_window is not None or config.bias:
+        name = "draft_vocab_size" if drafter.d2t is not None else "sliding_window" if config.sliding_window else "bias"
+        raise ValueError(f"this drafter has {name}, which the checkpoint of a target cannot say; {remedy}")
+    of_target = {"zero_centred_norms": _has_zero_centred_norms(ends)}
+    of_target["rotary_dim"] = _rotary_dim(ends, config.head_dim)
+    for name, value in of_target.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"this drafter has {name} {getattr(config, name)}, and the target's own layers have {value}; {remedy}"
+            )
+    for title, style in STYLES.items():
+        if all(getattr(config, name) == value for name, value in style.switches.items()):
+            return title
+    raise ValueError(
+        f"this drafter has state_first {config.state_first} and feeds_normed {config.feeds_normed}, which no known checkpoint has "
+        f"together; {remedy}"
+    )
+
+
+def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder holds an MTP layer alone, and no target around it."""
+    found = style_of(tensors.keys())
+    return found is not None and all(name.startswith(found[1]) for name in tensors)
+
+
+def in_target(names: Collection[str]) -> bool:
+    """Whether a checkpoint holds an MTP layer beside a whole model."""
+    found = style_of(names)
+    return found is not None and not all(name.startswith(found[1]) for name in names)
+
+
+LAYOUTS = (
+    Layout(
+        "mtp",
+        write,
+        "the MTP layer under the names of its target's checkpoint. Embedding and head are the target's. The target is named in "
+        "`provenance.json`",
+        Foreign("a target's", holds, read, in_target),
+        whole_vocabulary=True,
+    ),
+)
