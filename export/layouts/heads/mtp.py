@@ -115,10 +115,10 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: no ends; more than one layer; a layer that is not dense; tensors that are missing, unknown or misshapen; or copies of
             embedding and head that are not the target's.
     """
-    found = style_of(tensors.keys())
-    if ends is None or found is None:
+    place = style_of(tensors.keys())
+    if ends is None or place is None:
         raise ValueError(f"{where}: the sizes of an {WHAT} are its target's; name the target")
-    title, beginning = found
+    title, beginning = place
     style = STYLES[title]
     _check_one_layer(tensors, style, beginning, where)
     own = {name[len(beginning) :]: tensors[name] for name in tensors if name.startswith(beginning)}
@@ -280,14 +280,14 @@ def _style_for(drafter: MtpHead, ends: TargetEnds) -> str:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder holds an MTP layer alone, and no target around it."""
-    found = style_of(tensors.keys())
-    return found is not None and all(name.startswith(found[1]) for name in tensors)
+    place = style_of(tensors.keys())
+    return place is not None and all(name.startswith(place[1]) for name in tensors)
 
 
 def in_target(names: Collection[str]) -> bool:
     """Whether a checkpoint holds an MTP layer beside a whole model."""
-    found = style_of(names)
-    return found is not None and not all(name.startswith(found[1]) for name in names)
+    place = style_of(names)
+    return place is not None and not all(name.startswith(place[1]) for name in names)
 
 
 LAYOUTS = (

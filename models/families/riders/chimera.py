@@ -154,18 +154,7 @@ def _with_before(pairs: Emitted, last_B2: Tensor) -> Emitted:
 
 
 class ChimeraFamily(EagleFamily):
-    """An EAGLE-1 over encoded trigrams, with a residual decoding head (Chimera, arXiv 2402.15758).
-
-    Args:
-        draft_vocab_size: score only this many tokens, the most frequent labelled ones of the training samples, with
-            their rows of the target's head; null scores all.
-        feature_noise: uniform noise added to the target's states in training, times 512 / length.
-        detach_steps: no gradient flows from a draft step into those before it; matters with several steps.
-        sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all.
-
-    Raises:
-        ValueError: ``feature_noise`` is below 0.
-    """
+    """An EAGLE-1 over encoded trigrams, with a residual decoding head (Chimera, arXiv 2402.15758). It has the settings of an EAGLE-1."""
 
     kind: ClassVar[type[Eagle]] = Chimera
 
