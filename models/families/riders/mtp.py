@@ -15,7 +15,7 @@ Shape legend: D hidden, H heads, G key/value heads, Dh head size, R rotated part
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from transformers import LlamaConfig
 
 from draftsmith.models.drafters.family import About, DrafterFamily, Family
 from draftsmith.models.families.eagle_base import EagleBase
-from draftsmith.models.families.eagle_config import EagleConfig, check_window, layer_fields
+from draftsmith.models.families.eagle_config import EagleConfig, check_window, layer_sizes
 from draftsmith.models.families.eagle_layer import DraftAttention, DraftLayer, Rotation, rotated
+from draftsmith.models.families.from_fields import FromFields
 from draftsmith.models.families.target_head import TargetHead
 from draftsmith.models.files.field_rules import COUNT_OR_NULL, FLAG, Rule
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
@@ -182,7 +183,7 @@ class MtpLayer(DraftLayer):
         return torch.cat([rotated(heads[..., :R], rotation), heads[..., R:]], dim=-1)
 
 
-class MtpHead(TargetHead, EagleBase):
+class MtpHead(TargetHead, EagleBase, FromFields):
     """One MTP layer between the target's states and its own head.
 
     Args:
@@ -203,8 +204,13 @@ class MtpHead(TargetHead, EagleBase):
         self.norm = MtpNorm(D, epsilon, offset)
         self.post_init()
 
+    @classmethod
+    def fields_for(cls, ends: TargetEnds, num_draft_steps: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`FromFields.fields_for`: the sizes of the target's layers."""
+        return {**layer_sizes(ends), **chosen}
+
     @torch.no_grad()
-    def reset(self) -> None:
+    def begin_fresh(self) -> None:
         """Begin by handing the target's normed state on to its head: what is learned is a correction of it."""
         D = self.config.hidden_size
         place = 0 if self.config.state_first else D
@@ -284,19 +290,14 @@ class MtpFamily(DrafterFamily):
             ValueError: the sliding window is shorter than the steps.
         """
         check_window(self.sliding_window, num_steps)
-        drafter = MtpHead(
-            MtpConfig(
-                **layer_fields(ends),
-                draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
-                num_draft_steps=num_steps,
-                tokenizer_fingerprint=tokenizer_fingerprint,
-                state_first=self.state_first,
-                sliding_window=self.sliding_window,
-            )
+        return MtpHead.for_target(
+            ends,
+            draft_token_ids=draft_token_ids,
+            num_draft_steps=num_steps,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            state_first=self.state_first,
+            sliding_window=self.sliding_window,
         )
-        drafter.adopt_target(ends, draft_token_ids)
-        drafter.reset()
-        return drafter
 
 
 FAMILY = Family(
