@@ -75,6 +75,8 @@ class Entry:
 
 OTHER_TARGETS: dict[str, str] = {}
 """Families that none of these targets can have, by their record's name: why."""
+FULL_ALONE = ("chimera", "mtphead")
+"""Families, by their record's name, that are trained with --full alone: one layer as EAGLE's, which the hour has already."""
 SUFFIX = Entry("suffix", "1x8,4x8n15", "1x8", "embedded:suffix")
 
 
@@ -89,19 +91,7 @@ def _entry(name: str, wide: str = "") -> Entry:
 DEFAULT = (
     *map(
         _entry,
-        (
-            "redrafter",
-            "eagle",
-            "hass",
-            "eagle3",
-            "medusa",
-            "hydra",
-            "mlp",
-            "dflash",
-            "dspark",
-            *CLOSE_RECIPES,
-            "hidden_transfer",
-        ),
+        ("redrafter", "eagle", "hass", "eagle3", "medusa", "hydra", "mlp", "dflash", "dspark", "hidden_transfer"),
     ),
     SUFFIX,
 )
