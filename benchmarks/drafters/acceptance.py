@@ -149,7 +149,12 @@ def _options() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--cache", type=Path, required=True, help="of chat-6m, with last.pre_norm")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        required=True,
+        help="of chat-6m, with last.pre_norm and the layers that block drafters read",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/acceptance"))
     parser.add_argument("--families", type=names, default=["eagle", "redrafter"], help="joined by semicolons")
     parser.add_argument("--losses", type=names, default=list(LOSSES), help="joined by semicolons")
