@@ -228,7 +228,6 @@ ROWS = (
     Row("look-around", "look-around"),
     Row("look-around + 2-gram", "look-around", "2"),
 )
-CONTROL = 1
 
 
 def one_table(options: argparse.Namespace) -> Iterator[str]:
@@ -260,20 +259,24 @@ def one_table(options: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield "| refinement | alpha | tokens per step (95 %) | over the 0-gram | repeats | CPU ms |"
     yield "|---|---|---|---|---|---|"
-    gains: list[tuple[str, str, Gain]] = []
+    chosen_on, counted = samples[:first], samples[first:]
+    control = gain_of(refined(heads["none"], ends, opinions["candidates"], 0.0, options), counted, limits)
     for row in ROWS:
-        head, num_paths = heads[row.head], (options.paths or 16) if row.paths else 0
-        drafter, chosen = head, ""
-        if row.opinion:
-            alphas = [0.0] if row.opinion == "candidates" else options.alphas
-            tried = {alpha: refined(head, ends, opinions[row.opinion], alpha, options, num_paths) for alpha in alphas}
-            best = alphas[0]
-            if len(alphas) > 1:
-                best = max(alphas, key=lambda alpha: gain_of(tried[alpha], samples[:first], limits).steps)
-            drafter, chosen = tried[best], f"{best:g}"
-        gains.append((row.name.format(paths=num_paths), chosen, gain_of(drafter, samples[first:], limits)))
-    for name, chosen, gain in gains:
-        yield f"| {name} | {chosen} | {gain.cells(gains[CONTROL][2].steps)} |"
+        num_paths = (options.paths or 16) if row.paths else 0
+        if row.opinion == "candidates":
+            cells = f"0 | {control.cells(control.steps)}"
+        elif not row.opinion:
+            cells = f" | {gain_of(heads[row.head], counted, limits).cells(control.steps)}"
+        else:
+            tried = {
+                alpha: refined(heads[row.head], ends, opinions[row.opinion], alpha, options, num_paths)
+                for alpha in options.alphas
+            }
+            best = options.alphas[0]
+            if len(tried) > 1:
+                best = max(tried, key=lambda alpha: gain_of(tried[alpha], chosen_on, limits).steps)
+            cells = f"{best:g} | {gain_of(tried[best], counted, limits).cells(control.steps)}"
+        yield f"| {row.name.format(paths=num_paths)} | {cells} |"
 
 
 def report(options: argparse.Namespace) -> Iterator[str]:
