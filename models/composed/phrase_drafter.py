@@ -24,7 +24,7 @@ from draftsmith.models.composed.composed_drafter import ComposedState
 from draftsmith.models.composed.phrases import PhraseRing, best_leaves, rejected_phrases, tails_of
 from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter, TextState
 from draftsmith.models.composed.suffixes import GAP, continuations_behind
-from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
+from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.files.field_rules import COUNT, Rule, is_number
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
@@ -118,17 +118,16 @@ class PhraseDrafter(SuffixDrafter):
             )
         self.head.check_depth(self.limits_of_parts(limits))
 
-    def start_own(self, opening: Opening) -> DraftState:
+    def start_own(self, opening: Opening) -> PhraseState:  # type: ignore[override]
         """Keep the prompts; no phrase was rejected yet."""
         text = super().start_own(opening)
-        assert isinstance(text, TextState)
         return PhraseState(text, PhraseRing.empty(len(text.text_BT), self.config.pool_size, text.text_BT.device))
 
-    def advance_own(self, own: PhraseState, emitted: Emitted) -> DraftState:  # type: ignore[override]
+    def advance_own(self, own: PhraseState, emitted: Emitted) -> PhraseState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
         return replace(own, text=super().advance_own(own.text, emitted))
 
-    def follow_own(self, own: PhraseState, cycle: Cycle, limits: DraftLimits) -> DraftState:  # type: ignore[override]
+    def follow_own(self, own: PhraseState, cycle: Cycle, limits: DraftLimits) -> PhraseState:  # type: ignore[override]
         """The pending tokens become text."""
         return replace(own, text=super().follow_own(own.text, cycle, limits))
 

@@ -183,18 +183,18 @@ class SuffixDrafter(ComposedDrafter):
         """See :meth:`Drafter.score_scale`: shares of places are compared as they are."""
         return 1.0
 
-    def start_own(self, opening: Opening) -> DraftState:
+    def start_own(self, opening: Opening) -> TextState:
         """Keep the prompts."""
         prompt = opening.prompt
         text_BT = torch.cat([opening.first_B[:, None], prompt.tokens_BE], dim=1)
         slots = max(opening.room + 1, text_BT.shape[1]) + 1
         return TextState(F.pad(text_BT, (0, slots - text_BT.shape[1])), prompt.last_only(opening.num_pending))
 
-    def advance_own(self, own: TextState, emitted: Emitted) -> DraftState:
+    def advance_own(self, own: TextState, emitted: Emitted) -> TextState:
         """What was emitted is pending until the next draft."""
         return TextState(own.text_BT, emitted)
 
-    def follow_own(self, own: TextState, cycle: Cycle, limits: DraftLimits) -> DraftState:
+    def follow_own(self, own: TextState, cycle: Cycle, limits: DraftLimits) -> TextState:
         """The pending tokens become text."""
         _write_pending(own, cycle)
         return own
