@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.decode.rows import Rows
 from draftsmith.models.drafters.draft_records import DraftState
 from draftsmith.models.slots.row_caches import RowCaches
-from draftsmith.models.slots.row_state import ReplacedRows, all_by_rows, put_rows
+from draftsmith.models.slots.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, take_rows
 from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 
 Finish = Literal["eos", "stop", "length"]
@@ -95,6 +95,10 @@ class Request:
     generation: Generation = field(default_factory=Generation)
 
 
+_BY_ROWS = ("cache", "lengths_B", "root_B", "rows", "active_B", "draft", "requests", "host_lengths", "host_fresh")
+"""What a batch keeps of each row."""
+
+
 @dataclass
 class Batch:
     """The rows that decode, and what is cached of them.
@@ -142,19 +146,43 @@ class Batch:
         """Whether single rows of the drafter's state can be replaced."""
         return all_by_rows(self.draft, len(self.requests))
 
-    def refill(self, fresh: Batch) -> None:
-        """Put the rows of another batch in the places of the first idle ones.
+    def can_wait(self) -> bool:
+        """Whether some rows of this batch can be moved into another one while the rest waits."""
+        try:
+            self.take(slice(0, 1))
+        except UnknownState:
+            return False
+        return True
+
+    def take(self, rows: slice) -> Batch:
+        """Some consecutive rows, in the memory of this batch, which must not decode any more.
+
+        Raises:
+            UnknownState: the state cannot be told apart by rows.
+        """
+        return Batch(
+            room=self.room, **{name: take_rows(getattr(self, name), rows, len(self.requests)) for name in _BY_ROWS}
+        )
+
+    def refill(self, fresh: Batch) -> Batch | None:
+        """Put the first rows of another batch in the places of the first idle ones.
 
         Args:
-            fresh: at most as many rows as are idle, of this batch's settings. It must not be used afterwards.
+            fresh: of this batch's settings. It must not be used afterwards.
+
+        Returns:
+            The rows that are left over, or None.
 
         Raises:
             UnknownState: the drafter's state cannot be told apart by rows.
         """
-        places = ReplacedRows.of(self.idle[: len(fresh.requests)], len(self.requests), self.root_B.device)
-        parts = ("cache", "lengths_B", "root_B", "rows", "active_B", "draft", "requests", "host_lengths", "host_fresh")
-        for name in parts:
-            setattr(self, name, put_rows(getattr(self, name), getattr(fresh, name), places))
+        idle, num_fresh = self.idle, len(fresh.requests)
+        left = fresh.take(slice(len(idle), num_fresh)) if num_fresh > len(idle) else None
+        moved = fresh if left is None else fresh.take(slice(0, len(idle)))
+        places = ReplacedRows.of(idle[: len(moved.requests)], len(self.requests), self.root_B.device)
+        for name in _BY_ROWS:
+            setattr(self, name, put_rows(getattr(self, name), getattr(moved, name), places))
+        return left
 
     def rest(self) -> None:
         """Let idle rows emit nothing from now on; they keep their places."""

@@ -232,7 +232,8 @@ class Engine:
             refills = batch.can_refill()
             if cycle.fixed_shapes and refills and self._kept is None:
                 self._kept = (batch, shared(settings), room)
-            admission = Admission(prefill, waiting if refills else iter(()), settings)
+            num_ahead = num_rows // 2 if refills and batch.can_wait() else 0
+            admission = Admission(prefill, waiting if refills else iter(()), settings, num_ahead)
             yield from self._refill(batch, admission, recorder, cycle.fixed_shapes)
             flights: deque[Flight] = deque()
             while not batch.has_ended:
@@ -272,6 +273,12 @@ class Engine:
         """
         num_tokens = self._prefill_chunk
         while batch.idle:
+            if admission.ready is not None:
+                for request in admission.ready.requests[: len(batch.idle)]:
+                    assert request is not None
+                    request.generation.cycles_before = recorder.num_cycles
+                admission.ready = batch.refill(admission.ready)
+                continue
             num_tokens = self._prefill_chunk if batch.has_ended else num_tokens
             num_read = admission.begin(len(batch.idle), num_tokens)
             if not num_read:
@@ -283,8 +290,7 @@ class Engine:
                 fresh, report = started
                 yield from self._record(fresh, recorder, Flight(report, fresh.requests), in_cycle=False)
                 fresh.drop_idle()
-                if not fresh.has_ended:
-                    batch.refill(fresh)
+                admission.ready = None if fresh.has_ended else fresh
         if not fixed_shapes and not admission.has_more:
             batch.drop_idle(num_spare=admission.num_rows)
         if batch.idle:

@@ -8,6 +8,7 @@ Shape legend: B batch rows, H key/value heads, S slots, N new tokens, E path len
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,19 @@ class SlotCache(Cache):
             if kept.holes:
                 pool[:, kept.holes] = pool[:, kept.movers]
             self._pools[index] = pool[:, : len(kept.order)]
+
+    def rows(self, rows: slice) -> SlotCache:
+        """Some of the rows, in the same memory.
+
+        Args:
+            rows: which ones.
+
+        Returns:
+            A cache of these rows.
+        """
+        taken = copy.copy(self)
+        taken._pools = [pool[:, rows] for pool in self._pools]
+        return taken
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Give the buffers of a layer.

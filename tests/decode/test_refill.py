@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from every_family import EVERY_FAMILY, fresh, name_of
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings, Ledger
+from draftsmith.decode.batch import Request, busy_share
 from draftsmith.decode.constraints import Constraints
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
-from draftsmith.models.slots.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, write_over
+from draftsmith.models.slots.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, take_rows, write_over
 from draftsmith.models.slots.slot_cache import SlotCache
 from draftsmith.models.tree.shapes import parse_shape
 
@@ -124,6 +125,31 @@ def test_prompts_are_taken_as_rows_become_free_and_replies_given_as_they_end(tar
         assert reply.token_ids == expected[index]
         assert len(taken) <= len(order) + 2
     assert sorted(order) == list(range(len(PROMPTS)))
+
+
+def test_short_prompts_are_read_together_and_wait_for_a_row(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four rows one ends at a time; two prompts are then read, and the second waits. Its reply and its first cycle are its own."""
+    from draftsmith.decode.prefill import Prefill
+
+    read, in_steps = [], Prefill.in_steps
+
+    def watched(self: Prefill, requests: Sequence[Request], *args: Any) -> Any:
+        read.append(len(requests))
+        return in_steps(self, requests, *args)
+
+    monkeypatch.setattr(Prefill, "in_steps", watched)
+    prompts = [[BOS, 4 + number, 9][: 2 + number % 2] for number in range(16)]
+    for request in REQUESTS.values():
+        own = [
+            Engine(target).generate([prompt], request, request_ids=[number])[0] for number, prompt in enumerate(prompts)
+        ]
+        read.clear()
+        replies = Engine(target).generate(prompts, request, num_rows=4)
+        assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in own]
+        assert read[0] == 4
+        assert set(read[1:]) >= {2}
+        assert len(read[1:]) < len(prompts) - 4
+        assert busy_share([replies], 4) > 0.7
 
 
 def test_prompts_may_follow_from_replies(target: Target) -> None:
@@ -249,6 +275,18 @@ def test_rows_of_any_state_are_replaced_and_the_others_stay() -> None:
     longer = put_rows(put.pending_BE, torch.full((1, 6), 9), ReplacedRows.of([1], 3, torch.device("cpu")))
     assert longer.shape == (3, 6)
     assert longer[:, :3].tolist() == [[8] * 3, [9] * 3, [7] * 3]
+
+
+def test_rows_of_any_state_are_taken_and_written_elsewhere() -> None:
+    fresh = state_of([6, 7, 8], 4)
+    left = take_rows(fresh, slice(1, 3), 3)
+    assert left.texts == ["7", "8"]
+    put = put_rows(state_of([0, 1, 2], 4), left, ReplacedRows.of([2, 0], 3, torch.device("cpu")))
+    assert put.pending_BE[:, 0].tolist() == [8, 1, 7]
+    assert put.cache.layer(0)[0][:, 0, 0, 0].tolist() == [8.0, 1.0, 7.0]
+    assert fresh.pending_BE[:, 0].tolist() == [6, 7, 8]
+    with pytest.raises(UnknownState, match="no entry for each of 3 rows"):
+        take_rows([1, 2], slice(1, 3), 3)
 
 
 def test_a_state_that_has_no_entry_for_each_row_is_known() -> None:
