@@ -290,6 +290,11 @@ class AdapterSwitch(Drafter):
         """Whether the drafter below does."""
         return self.below.reads_choices
 
+    @property
+    def reads_last_only(self) -> bool:
+        """Whether the drafter below does."""
+        return self.below.reads_last_only
+
     def step_weight(self, step: int) -> Tensor:
         """Of the adapter that acts."""
         return self.below.step_weight(step)

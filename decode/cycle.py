@@ -17,11 +17,12 @@ from torch import Tensor
 
 from draftsmith.decode.batch import Batch
 from draftsmith.decode.ledger import Ledger, phase
-from draftsmith.decode.sampling import GenerationSettings, choose, process
+from draftsmith.decode.sampling import Choices, GenerationSettings, process
 from draftsmith.decode.verify.verifier import Reading, Verifier, Walk
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.files.finite import broken_nodes
+from draftsmith.models.slots.constants import repeated
 from draftsmith.models.slots.row_caches import RowCaches
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.target.target import Target, TargetOutput
@@ -146,12 +147,11 @@ class DecodeCycle:
         raw_logits_BNV = self.target.logits(output.normed)
         logits_BNV = batch.rows.process(raw_logits_BNV, tree, ancestors_BNN, settings)
         keys_BP = batch.rows.choice_keys(tree.max_depth + 1)
-        choices_BN = choose(logits_BNV, settings, keys_BP, tree.depths_BN) if self._reads_choices else None
         return Reading(
             tree,
             ancestors_BNN,
             logits_BNV,
-            lambda: choose(logits_BNV, settings, keys_BP, tree.depths_BN) if choices_BN is None else choices_BN,
+            Choices(logits_BNV, settings, keys_BP, tree.depths_BN),
             output,
             settings.eos_token_ids,
             is_constrained=settings.constraints is not None,
@@ -171,7 +171,7 @@ class DecodeCycle:
             steps: where verification went.
             reading: what it judged.
         """
-        broken_BE = broken_nodes(reading.logits_BNV, steps.path_BE)
+        broken_BE = broken_nodes(reading.choices.peaks(), steps.path_BE)
         columns = [steps.counts_B[:, None], steps.emitted_BE.masked_fill(broken_BE, BROKEN)]
         if steps.by_rule_BE is not None:
             columns.append(steps.by_rule_BE.long())
@@ -225,35 +225,45 @@ class DecodeCycle:
         """Verify with keys of the cycle that the drafter has not seen."""
         return self.verifier.walk(reading, None if keys_BU is None else keys_BU[:, self.verifier.num_draft_keys :])
 
-    @property
-    def _reads_choices(self) -> bool:
-        return self.drafter is not None and self.drafter.reads_choices
-
     def _advance(self, batch: Batch, steps: Walk, reading: Reading) -> None:
         """Keep the accepted path in the cache and move every row on; idle rows keep their lengths."""
-        tree, output = reading.tree, reading.output
-        counts_B = steps.counts_B * batch.active_B
+        tree = reading.tree
         if isinstance(batch.cache, RowCaches):
-            batch.cache.keep(tree.tokens_BN, counts_B)
+            batch.cache.keep(tree.tokens_BN, steps.counts_B * batch.active_B)
         elif not tree.chain:
             batch.cache.keep(steps.path_BE)
-        batch.root_B.copy_(steps.emitted_BE.gather(1, steps.counts_B[:, None] - 1).squeeze(1))
-        batch.lengths_B.add_(counts_B)
-        batch.rows.emit(steps.emitted_BE, counts_B, self.verifier.thoughts)
+        batch.lengths_B.addcmul_(steps.counts_B, batch.active_B)
+        batch.rows.emit(steps.emitted_BE, steps.counts_B, batch.active_B, self.verifier.thoughts)
         batch.rows.steer_stop(tree, steps.counts_B)
-        if self.drafter is not None and batch.draft is not None:
+        root_B = steps.final_B1.squeeze(1)
+        if self.drafter is None or batch.draft is None:
+            batch.root_B.copy_(root_B)
+            return
+        state = batch.draft
+        if self.drafter.reads_choices:
+            state = self.drafter.take_choices(state, tree, reading.choices.tokens())
+        state = self.drafter.advance(state, self._emitted(self.drafter, batch, steps, reading.output))
+        if self.fixed_shapes:
+            write_over({"root": batch.root_B, "draft": batch.draft}, {"root": root_B, "draft": state})
+        else:
+            batch.root_B.copy_(root_B)
+            batch.draft = state
+
+    def _emitted(self, drafter: Drafter, batch: Batch, steps: Walk, output: TargetOutput) -> Emitted:
+        """What the drafter learns of a cycle: all pairs, or the last one of each row."""
+        names = (*drafter.features, *([] if self.riders is None else [RIDERS]))
+        node_BE, tokens_BE = steps.path_BE, steps.emitted_BE
+        one_1 = repeated((1,), (1,), tokens_BE.device)
+        if drafter.reads_last_only:
+            node_BE, tokens_BE, counts_B = steps.end_B1, steps.final_B1, one_1.expand(len(tokens_BE))
+        else:
             # An idle row's length stands still: some token is read into its last slot again and again.
-            fresh_B = counts_B.clamp(min=1)
-            names = (*self.drafter.features, *([] if self.riders is None else [RIDERS]))
-            states = {name: output.feature(name) for name in names}
-            features = {
-                name: states_BND.gather(1, steps.path_BE[..., None].expand(-1, -1, states_BND.shape[-1]))
-                for name, states_BND in states.items()
-            }
-            state = batch.draft
-            if self._reads_choices:
-                state = self.drafter.take_choices(state, tree, reading.choose())
-            self._keep_draft(batch, self.drafter.advance(state, Emitted(steps.emitted_BE, features, fresh_B)))
+            counts_B = torch.where(batch.active_B, steps.counts_B, one_1)
+        features = {}
+        for name in names:
+            states_BND = output.feature(name)
+            features[name] = states_BND.gather(1, node_BE[..., None].expand(-1, -1, states_BND.shape[-1]))
+        return Emitted(tokens_BE, features, counts_B)
 
     def _keep_draft(self, batch: Batch, state: DraftState) -> None:
         if not self.fixed_shapes:

@@ -92,21 +92,24 @@ class Rows:
             seen_BNV.scatter_(2, torch.where(ancestors_BNN, tokens_BNN, tree.tokens_BN[:, :1, None]), True)
         return process(logits_BNV, settings, seen_BNV)
 
-    def emit(self, emitted_BE: Tensor, counts_B: Tensor, thoughts: ThoughtMarks | None = None) -> None:
+    def emit(
+        self, emitted_BE: Tensor, counts_B: Tensor, active_B: Tensor, thoughts: ThoughtMarks | None = None
+    ) -> None:
         """Count emitted tokens and remember what the text holds with them.
 
         Args:
             emitted_BE: int64, tokens; of each row only the first ``counts_B`` are real.
-            counts_B: int64; 0 for idle rows.
+            counts_B: int64, at least 1.
+            active_B: bool, False for idle rows, of which no token is real.
             thoughts: the tokens around thoughts, where the rows follow these.
         """
         if self.inside_B is not None and thoughts is not None:
-            self.inside_B.copy_(thoughts.behind(emitted_BE, counts_B, self.inside_B))
+            self.inside_B.copy_(thoughts.behind(emitted_BE, counts_B * active_B, self.inside_B))
         if self.choice_keys_B is not None or self.cycle_keys_B is not None:
-            self.num_emitted_B.add_(counts_B)
+            self.num_emitted_B.addcmul_(counts_B, active_B)
         if self.seen_BV is not None:
             place_E = counting(emitted_BE.shape[1], emitted_BE.device)
-            real_BE = torch.where(place_E < counts_B[:, None], emitted_BE, emitted_BE[:, :1])
+            real_BE = torch.where(place_E < (counts_B * active_B)[:, None], emitted_BE, emitted_BE[:, :1])
             self.seen_BV.scatter_(1, real_BE, True)
 
     def steer_stop(self, tree: DraftTree, counts_B: Tensor) -> None:

@@ -189,6 +189,39 @@ def nucleus(probs: Tensor, mass: float) -> Tensor:
     return bits >= prefix
 
 
+class Choices:
+    """The target's own next token after each node, and its largest logit there. Either is computed when it is first asked for.
+
+    Args:
+        processed_BNV: logits out of :func:`process`.
+        settings: see :func:`choose`, as the next two.
+        keys_BP: see there.
+        place_BN: see there.
+    """
+
+    def __init__(
+        self, processed_BNV: Tensor, settings: GenerationSettings, keys_BP: Tensor | None, place_BN: Tensor
+    ) -> None:
+        self._processed_BNV, self._settings, self._keys_BP, self._place_BN = processed_BNV, settings, keys_BP, place_BN
+        self._tokens_BN: Tensor | None = None
+        self._peaks_BN: Tensor | None = None
+
+    def tokens(self) -> Tensor:
+        """int64 [B, N], the chosen tokens."""
+        if self._tokens_BN is None and (self._settings.temperature == 0.0 or self._keys_BP is None):
+            # One pass over the logits gives both.
+            self._peaks_BN, self._tokens_BN = self._processed_BNV.max(-1)
+        elif self._tokens_BN is None:
+            self._tokens_BN = choose(self._processed_BNV, self._settings, self._keys_BP, self._place_BN)
+        return self._tokens_BN
+
+    def peaks(self) -> Tensor:
+        """float32 [B, N], the largest logits."""
+        if self._peaks_BN is None:
+            self._peaks_BN = self._processed_BNV.amax(-1)
+        return self._peaks_BN
+
+
 def choose(processed_BNV: Tensor, settings: GenerationSettings, keys_BP: Tensor | None, place_BN: Tensor) -> Tensor:
     """int64 [B, N]: each node's chosen next token; the most likely one, or a draw.
 

@@ -77,4 +77,4 @@ def block_walk(tree: DraftTree, target_probs_BNV: Tensor, keys_BU: Tensor, draw:
     final_B1 = draw(law_BV, keys_BU[:, -1:])
     path_BN = torch.where(node_N <= last_B1, node_N, 0)
     emitted_BN = tree.tokens_BN.gather(1, path_BN).roll(-1, dims=1).scatter_(1, last_B1, final_B1)
-    return Walk(path_BN, emitted_BN, last_B1.squeeze(1) + 1)
+    return Walk(path_BN, emitted_BN, last_B1.squeeze(1) + 1, last_B1, final_B1)

@@ -12,6 +12,8 @@ Shape legend: B batch rows, N tree nodes, K candidates of a node, E path slots (
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,18 +21,20 @@ from torch.nn import functional as F
 from draftsmith.decode.verify.block_walk import block_walk
 from draftsmith.decode.verify.lossless import LosslessVerifier
 from draftsmith.decode.verify.verifier import Reading, Walk
-from draftsmith.models.slots.constants import counting, made_once, number
+from draftsmith.models.slots.constants import counting, made_once, number, repeated
 from draftsmith.models.tree.limits import DraftLimits, Rule, SampledChildren
 from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.sampled_search import layer_start
 from draftsmith.models.tree.tree import DraftTree
 
-# Points of a round that narrows rho down, and rounds: a share of 2^-30 of the interval is left.
-_POINTS, _ROUNDS = 2**10, 3
+# Digits of rho by the points of each: a share of 2^-30 of its range is left.
+_DIGITS = {2**15: 2, 2**10: 3}
 # What rounding may add to sums.
 _ROUNDING = 1.0 + 1e-12
 # The least that is divided by, less than any chance: 0 / 0 is then 0.
 _TINY = 1e-300
+# Less than any probability but 0, also after it was multiplied by one.
+_TRACE = 1e-200
 
 
 class CandidateVerifier:
@@ -96,75 +100,117 @@ def accept_probs(rule: Rule, target_probs: Tensor, draft_probs: Tensor, candidat
         target probabilities (0.5, 0.5), draft (0.75, 0.25): candidate 0 is accepted with 2/3, the residual is all on token 1; candidate 1
         is accepted always.
     """
-    target, draft = _normalised(target_probs.double()), _normalised(draft_probs.double())
-    return _without_replacement(target, draft, candidates) if rule == "mcsd" else _k_seq(target, draft, candidates)
+    both = _normalised(torch.stack([target_probs.double(), draft_probs.double()], dim=-2))
+    judged = judge(rule, both, candidates)
+    residual = judged.missing.clamp(min=0.0)
+    total = residual.sum(-1, keepdim=True)
+    law = torch.where(total > 0.0, residual, target_probs)
+    return _share(judged.wanted, judged.drawn), _normalised(law)
 
 
-def _without_replacement(target: Tensor, draft: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """MCSD: accept with min(1, target / draft); else the target becomes norm(max(target - draft, 0)), and the draft loses the candidate."""
-    accept = []
+class Judgement(NamedTuple):
+    """What a rule says of the candidates of a node.
+
+    Attributes:
+        wanted: float64 [..., K]: a candidate is accepted with the chance wanted / drawn, where it has any.
+        drawn: float64 [..., K], with which chance each was drawn.
+        missing: float64 [..., V], what the target still wants once all were rejected, up to a factor; rounding may leave it
+            below 0.
+    """
+
+    wanted: Tensor
+    drawn: Tensor
+    missing: Tensor
+
+
+def judge(rule: Rule, both: Tensor, candidates: Tensor) -> Judgement:
+    """Ask a rule about the candidates of a node.
+
+    Args:
+        rule: see :func:`accept_probs`.
+        both: float64 [..., 2, V], the distributions of target and draft. The draft is zeros where all candidates are padding.
+        candidates: int64 [..., K].
+    """
+    return _without_replacement(both, candidates) if rule == "mcsd" else _k_seq(both, candidates)
+
+
+def _without_replacement(both: Tensor, candidates: Tensor) -> Judgement:
+    """MCSD: accept with min(1, target / draft); else the target becomes norm(max(target - draft, 0)), and the draft loses the candidate.
+
+    Args:
+        both: float64 [..., 2, V], the distributions of target and draft.
+        candidates: int64 [..., K].
+    """
+    target, draft = both.unbind(-2)
+    wanted, drawn = [], []
     for candidate in candidates.split(1, dim=-1):
         chance = draft.gather(-1, candidate)
-        accept.append(_share(torch.minimum(target.gather(-1, candidate), chance), chance))
+        wanted.append(torch.minimum(target.gather(-1, candidate), chance))
+        drawn.append(chance)
         residual = (target - draft).clamp(min=0.0)
         total = residual.sum(-1, keepdim=True)
         # Nothing is left where the two are equal, but there a candidate is never rejected.
         goes_on = (chance > 0.0) & (total > 0.0)
         target = torch.where(goes_on, _share(residual, total), target)
         draft = _normalised(draft.scatter(-1, candidate, 0.0))
-    return torch.cat(accept, -1), target
+    return Judgement(torch.cat(wanted, -1), torch.cat(drawn, -1), target)
 
 
-def _k_seq(target: Tensor, draft: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def _k_seq(both: Tensor, candidates: Tensor) -> Judgement:
     """K-SEQ: accept each with min(1, target / (rho draft)).
 
     beta = sum(min(draft, target / rho)) is the chance of one candidate, so the first accepted one has the distribution
     min(draft, target / rho) / beta, and one is accepted at all with 1 - (1 - beta)^K. That many times that distribution must not exceed
     the target anywhere, which holds where (1 - (1 - beta)^K) / beta <= rho; the smallest such rho in [1, K] accepts most. The residual
     is what is missing to the target. It is exact for every rho above, too.
+
+    Args:
+        both: float64 [..., 2, V], the distributions of target and draft.
+        candidates: int64 [..., K].
     """
+    target, draft = both.unbind(-2)
     num_candidates = candidates.shape[-1]
     if num_candidates == 1:
         shared = torch.minimum(draft, target)
         missing = target - shared
     else:
-        shared = torch.minimum(draft, target / _smallest_rho(target, draft, num_candidates))
+        shared = torch.minimum(draft, target / _smallest_rho(both, num_candidates))
         weight = _tries(1.0 - shared.sum(-1, keepdim=True), num_candidates)
         missing = torch.addcmul(target, weight, shared, value=-1.0)
-    residual = missing.clamp(min=0.0)
-    total = residual.sum(-1, keepdim=True)
-    accept = _share(shared.gather(-1, candidates), draft.gather(-1, candidates))
-    return accept, torch.where(total > 0.0, _share(residual, total), target)
+    return Judgement(shared.gather(-1, candidates), draft.gather(-1, candidates), missing)
 
 
-def _smallest_rho(target: Tensor, draft: Tensor, num_candidates: int) -> Tensor:
+def _smallest_rho(both: Tensor, num_candidates: int) -> Tensor:
     """The smallest rho in [1, K] for which K-SEQ is exact, up to a share of 2^-30 on the upper side, float64 [..., 1].
 
-    With tokens sorted by target / draft, 1 - beta(rho) is D - P / rho between two neighbouring ratios: P and D are the masses of target and
-    draft at ratios up to rho. So one sort finds the interval, and the rest are numbers, not vocabularies.
+    1 - beta(rho) is D - P / rho, where P and D are the masses of target and draft on tokens with target / draft below rho. So one sort of
+    these ratios tells both for every rho, and rho is found digit by digit, from above: all points of a digit are tried at once.
+
+    Args:
+        both: float64 [..., 2, V], the distributions of target and draft.
+        num_candidates: K, above 1.
     """
+    target, draft = both.unbind(-2)
     ratio, order = (target / draft.clamp(min=_TINY)).sort(-1)
-    both = torch.stack([target, draft], dim=-2)
     masses = F.pad(both.gather(-1, order[..., None, :].expand_as(both)).cumsum(-1), (1, 0))
-    upper = masses[..., 1:]
-    # Ratios of 0 give NaN, which holds nowhere either.
-    holds = _tries(upper[..., 1, :] - upper[..., 0, :] / ratio, num_candidates) <= ratio * _ROUNDING
-    passed = (ratio.shape[-1] - holds.sum(-1, keepdim=True)).clamp(max=ratio.shape[-1] - 1)
-    mass, drawn = masses.gather(-1, passed[..., None, :].expand(*masses.shape[:-1], 1)).unbind(-2)
-    ends = counting(2, target.device)
-    bounds = F.pad(ratio, (1, 0), value=1.0).gather(-1, passed + ends).clamp(1.0, float(num_candidates))
-    for _ in range(_ROUNDS):
-        points = torch.lerp(bounds[..., :1], bounds[..., 1:], _fractions(_POINTS, target.device))
-        holds = _tries(drawn - mass / points, num_candidates) <= points * _ROUNDING
-        before = (_POINTS - 1 - holds.sum(-1, keepdim=True)).clamp(0, _POINTS - 2)
-        bounds = points.gather(-1, before + ends)
-    return bounds[..., 1:]
+    exact = number(float(num_candidates), ratio.dtype, ratio.device).expand_as(ratio[..., :1])
+    # No more points than tokens, so that they take no more memory.
+    num_points = max((count for count in _DIGITS if count <= both.shape[-1]), default=min(_DIGITS))
+    for digit in range(1, _DIGITS[num_points] + 1):
+        step = (num_candidates - 1) / num_points**digit
+        points = exact - _multiples(num_points, step, both.device)
+        below = torch.searchsorted(ratio, points)
+        mass, drawn = masses.gather(-1, below[..., None, :].expand(*masses.shape[:-1], -1)).unbind(-2)
+        missed = torch.addcdiv(drawn, mass, points, value=-_ROUNDING)
+        holds = _tries(missed, num_candidates) <= points
+        exact = torch.sub(exact, holds.sum(-1, keepdim=True), alpha=step)
+    return exact
 
 
 @made_once
-def _fractions(count: int, device: torch.device) -> Tensor:
-    """float64 [count], from 0 to 1 in equal steps."""
-    return torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=device)
+def _multiples(count: int, step: float, device: torch.device) -> Tensor:
+    """float64 [count], the multiples of a step from 1 on."""
+    return torch.arange(1, count + 1, dtype=torch.float64, device=device) * step
 
 
 def _tries(missed: Tensor, num_candidates: int) -> Tensor:
@@ -206,37 +252,60 @@ def candidate_walk(
         draw: how a token is drawn by weights and a key.
     """
     assert tree.draft_probs_BMV is not None
-    B, device = len(tree.tokens_BN), tree.tokens_BN.device
-    row_B, node_B = counting(B, device), counting(1, device).expand(B)
-    going_B, residual_BV = torch.ones_like(row_B, dtype=torch.bool), target_probs_BNV[:, 0].double()
-    uniforms_BU = uniforms(keys_BU[:, :-1])
-    path = [node_B]
-    used = 0
-    for count in sampled.children[: tree.max_depth]:
-        # A row that has ended stays at its node, and what is found for it there is dropped.
-        child_BK = _first_children(sampled, device)[node_B][:, None] + counting(count, device)
-        target_BV, draft_BV = target_probs_BNV[row_B, node_B], tree.draft_probs_BMV[row_B, node_B]
-        accept_BK, rest_BV = accept_probs(sampled.rule, target_BV, draft_BV, tree.tokens_BN.gather(1, child_BK))
-        is_taken_B, place_B = (uniforms_BU[:, used : used + count] < accept_BK).max(1)
+    B, device, draft_BMV = len(tree.tokens_BN), tree.tokens_BN.device, tree.draft_probs_BMV
+    both_BM2V = torch.stack([target_probs_BNV[:, : draft_BMV.shape[1]], draft_BMV], dim=2)
+    total_BM21 = both_BM2V.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=_TINY)
+    uniforms_BU, used = uniforms(keys_BU[:, :-1]), 0
+    # Of each layer: its first node, where in it a row's walk is, and whether it still goes on.
+    starts, places, goings = [0], [counting(1, device).expand(B)], [number(True, torch.bool, device).expand(B)]
+    missing_BV = both_BM2V[:, 0, 0]
+    for depth, count in enumerate(sampled.children[: tree.max_depth]):
+        begin, end = layer_start(sampled, depth), layer_start(sampled, depth + 1)
+        candidates_BMK = tree.tokens_BN[:, end : end + (end - begin) * count].unflatten(1, (-1, count))
+        both_B2V = _at(both_BM2V[:, begin:end], places[-1]) / _at(total_BM21[:, begin:end], places[-1])
+        judged = judge(sampled.rule, both_B2V, _at(candidates_BMK, places[-1]))
+        is_taken_BK = uniforms_BU[:, used : used + count] * judged.drawn < judged.wanted
         used += count
-        residual_BV = torch.where(going_B[:, None], rest_BV, residual_BV)
-        going_B = going_B & is_taken_B
-        node_B = torch.where(going_B, child_BK.gather(1, place_B[:, None]).squeeze(1), node_B)
-        path.append(node_B * going_B)
-    law_BV = torch.where(going_B[:, None], target_probs_BNV[row_B, node_B].double(), residual_BV)
-    path_BE = torch.stack(path, dim=1)
-    counts_B = 1 + (path_BE > 0).sum(1)
-    last_B1 = draw(law_BV, keys_BU[:, -1:])
-    emitted_BE = tree.tokens_BN.gather(1, path_BE).roll(-1, dims=1).scatter_(1, counts_B[:, None] - 1, last_B1)
-    return Walk(path_BE, emitted_BE, counts_B)
+        # A row that has ended goes on to some child, and what is found for it there is dropped.
+        if count == 1:
+            is_taken_B, place_B = is_taken_BK[:, 0], places[-1]
+        else:
+            is_taken_B, place_B = is_taken_BK.max(1)
+            place_B = place_B if depth == 0 else torch.add(place_B, places[-1], alpha=count)
+        if depth == 0:
+            missing_BV = judged.missing
+        else:
+            missing_BV = torch.where(goings[-1][:, None], judged.missing, missing_BV)
+            is_taken_B = is_taken_B & goings[-1]
+        starts.append(end)
+        places.append(place_B)
+        goings.append(is_taken_B)
+    # Below a leaf nothing was drafted that the target could miss.
+    missing_BV = missing_BV.masked_fill(goings[-1][:, None], 0.0)
+    # With an empty layer behind the last one, every node of the path has one that follows it.
+    place_BX = torch.stack([*places, counting(1, device).expand(B)], dim=1)
+    going_BX = torch.stack([*goings, number(False, torch.bool, device).expand(B)], dim=1)
+    path_BX = (place_BX + repeated((*starts, 0), (1,) * (len(starts) + 1), device)) * going_BX
+    end_B1 = path_BX.amax(1, keepdim=True)
+    own_BV = target_probs_BNV.gather(1, end_B1[..., None].expand(-1, -1, target_probs_BNV.shape[-1])).squeeze(1)
+    final_B1 = draw(_law(missing_BV, own_BV), keys_BU[:, -1:])
+    emitted_BE = torch.where(going_BX[:, 1:], tree.tokens_BN.gather(1, path_BX[:, 1:]), final_B1)
+    return Walk(path_BX[:, :-1], emitted_BE, going_BX.sum(1), end_B1, final_B1)
 
 
-@made_once
-def _first_children(sampled: SampledChildren, device: torch.device) -> Tensor:
-    """int64 [M]: the first child of each node that has children."""
-    first = [
-        layer_start(sampled, depth + 1) + place * count
-        for depth, (count, width) in enumerate(zip(sampled.children, (1, *sampled.widths), strict=False))
-        for place in range(width)
-    ]
-    return torch.tensor(first, dtype=torch.int64, device=device)
+def _at(part_BM: Tensor, place_B: Tensor) -> Tensor:
+    """Of each row the entry of a layer where its walk is, [B, ...]."""
+    return part_BM[:, 0] if part_BM.shape[1] == 1 else part_BM[counting(len(part_BM), part_BM.device), place_B]
+
+
+def _law(missing_BV: Tensor, own_BV: Tensor) -> Tensor:
+    """Weights float64 [B, V] for the token that ends a walk: of what the target misses.
+
+    A trace of its own distribution is added, and decides where nothing is missing: at a leaf, and where it equals the draft's up to
+    rounding.
+
+    Args:
+        missing_BV: float64, up to a factor; rounding may leave it below 0.
+        own_BV: float, the target's probabilities.
+    """
+    return torch.maximum(missing_BV, own_BV * number(_TRACE, torch.float64, own_BV.device))

@@ -35,7 +35,7 @@ class LosslessVerifier:
 
     def walk(self, reading: Reading, keys_BU: Tensor | None) -> Walk:
         """See :meth:`~draftsmith.decode.verify.verifier.Verifier.walk` and :func:`walk`."""
-        return walk(reading.tree, reading.ancestors_BNN, reading.choose())
+        return walk(reading.tree, reading.ancestors_BNN, reading.choices.tokens())
 
 
 def walk(tree: DraftTree, ancestors_BNN: Tensor, choices_BN: Tensor) -> Walk:
@@ -51,7 +51,8 @@ def walk(tree: DraftTree, ancestors_BNN: Tensor, choices_BN: Tensor) -> Walk:
     """
     (B, N), device, beyond = choices_BN.shape, choices_BN.device, tree.max_depth + 1
     if N == 1:
-        return Walk(counting(1, device).expand(B, 1), choices_BN, repeated((1,), (1,), device).expand(B))
+        root_B1 = counting(1, device).expand(B, 1)
+        return Walk(root_B1, choices_BN, repeated((1,), (1,), device).expand(B), root_B1, choices_BN)
     # Of the drafted nodes only: the root is accepted anyway, and its parent is none.
     chosen_BN = choices_BN.gather(1, tree.parents_BN[:, 1:])
     agrees_BN = (tree.tokens_BN[:, 1:] == chosen_BN) & tree.valid_BN[:, 1:]
@@ -61,4 +62,5 @@ def walk(tree: DraftTree, ancestors_BNN: Tensor, choices_BN: Tensor) -> Walk:
     depth_BN = torch.where(accepted_BN, tree.depths_BN, repeated((beyond,), (1,), device))
     zeros_BE = repeated((0,), (beyond + 1,), device).expand(B, -1)
     path_BE = zeros_BE.scatter(1, depth_BN, counting(N, device).expand(B, -1))[:, :beyond]
-    return Walk(path_BE, choices_BN.gather(1, path_BE), accepted_BN.sum(1))
+    end_B1 = path_BE.amax(1, keepdim=True)  # a child has a larger index than its parent
+    return Walk(path_BE, choices_BN.gather(1, path_BE), accepted_BN.sum(1), end_B1, choices_BN.gather(1, end_B1))

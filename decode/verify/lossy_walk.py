@@ -80,7 +80,7 @@ class LossyVerifier:
         if reading.tree.num_nodes == 1:
             steps = self._lossless.walk(reading, keys_BU)
             return replace(steps, by_rule_BE=torch.zeros_like(steps.emitted_BE, dtype=torch.bool))
-        choices_BN = reading.choose()
+        choices_BN = reading.choices.tokens()
         matches_BN = _matches(reading.tree, choices_BN)
         return lossy_walk(reading.tree, choices_BN, self._allowed(reading, choices_BN, matches_BN))
 
@@ -122,11 +122,12 @@ def lossy_walk(tree: DraftTree, choices_BN: Tensor, allowed_BN: Tensor) -> Walk:
     path_BE = _chain(stands_BN) if tree.chain else _descend(tree, stands_BN, matches_BN)
     counts_B = 1 + (path_BE > 0).sum(1)
     last_B1 = counts_B[:, None] - 1
-    own_B1 = choices_BN.gather(1, path_BE.gather(1, last_B1))
+    end_B1 = path_BE.gather(1, last_B1)
+    own_B1 = choices_BN.gather(1, end_B1)
     emitted_BE = tree.tokens_BN.gather(1, path_BE).roll(-1, dims=1).scatter_(1, last_B1, own_B1)
     by_rule_BE = (~matches_BN).gather(1, path_BE).roll(-1, dims=1)
     place_E = torch.arange(path_BE.shape[1], device=path_BE.device)
-    return Walk(path_BE, emitted_BE, counts_B, by_rule_BE & (place_E < last_B1))
+    return Walk(path_BE, emitted_BE, counts_B, end_B1, own_B1, by_rule_BE & (place_E < last_B1))
 
 
 def _matches(tree: DraftTree, choices_BN: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ Shape legend: B batch rows, N tree nodes, E path slots (max_depth + 1), U draws 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from draftsmith.decode.sampling import Choices
 from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.models.target.target import TargetOutput
 from draftsmith.models.tree.tree import DraftTree
@@ -27,12 +27,16 @@ class Walk:
         path_BE: int64, node index at each depth, the root first; the root's index 0 behind the end.
         emitted_BE: int64, the token after each node of the path: accepted drafts, then one token of the target.
         counts_B: int64, how many of ``emitted_BE`` are real: accepted drafts + 1.
+        end_B1: int64, index of the last node of the path.
+        final_B1: int64, the last emitted token, which follows it.
         by_rule_BE: bool, which of ``emitted_BE`` the target would not have chosen; None where verification is lossless.
     """
 
     path_BE: Tensor
     emitted_BE: Tensor
     counts_B: Tensor
+    end_B1: Tensor
+    final_B1: Tensor
     by_rule_BE: Tensor | None = None
 
 
@@ -44,7 +48,7 @@ class Reading:
         tree: the draft.
         ancestors_BNN: bool, ``tree.ancestors()``.
         logits_BNV: float32, the target's logits after each node and after the request's processors.
-        choose: gives the target's own next token after each node, int64 [B, N]; draws it only when called.
+        choices: the target's own next token after each node; drawn only when asked for.
         output: the target's states at the nodes, with the layers that the verifier asked for.
         eos_token_ids: the request's end-of-sequence tokens.
         is_constrained: whether constraints of the model's maker are among the processors.
@@ -55,7 +59,7 @@ class Reading:
     tree: DraftTree
     ancestors_BNN: Tensor
     logits_BNV: Tensor
-    choose: Callable[[], Tensor]
+    choices: Choices
     output: TargetOutput
     eos_token_ids: tuple[int, ...] = ()
     is_constrained: bool = False

@@ -47,8 +47,10 @@ class Emitted:
         Returns:
             The root int64 [B], and the target's state [B, D].
         """
-        last_B1 = self.counts_B[:, None] - 1
         states_BED = self.features[layer]
+        if self.tokens_BE.shape[1] == 1:
+            return self.tokens_BE[:, 0], states_BED[:, 0]
+        last_B1 = self.counts_B[:, None] - 1
         state_B1D = states_BED.gather(1, last_B1[..., None].expand(-1, -1, states_BED.shape[-1]))
         return self.root_B, state_B1D.squeeze(1)
 

@@ -253,6 +253,11 @@ class Drafter(DraftVocabulary):
         return False
 
     @property
+    def reads_last_only(self) -> bool:
+        """Whether :meth:`advance` reads no pair but the last emitted one. It is then given that pair alone."""
+        return False
+
+    @property
     def max_draft_steps(self) -> int | None:
         """The deepest draft that it can make; None for any depth. A family with a head for each step overrides this."""
         return None

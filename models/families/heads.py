@@ -275,6 +275,11 @@ class HeadsDrafter(TargetHead, FromFields):
             return self._at(opening.prompt)
         return (yield from self.prefix.start_in_steps(opening, self._states))
 
+    @property
+    def reads_last_only(self) -> bool:
+        """See :attr:`Drafter.reads_last_only`."""
+        return self.prefix is None
+
     def advance(self, state: HeadsState, emitted: Emitted) -> HeadsState:  # type: ignore[override]
         """The last emitted token and the state that predicted it; what a prefix layer has not read is pending."""
         return PairState(state.cache, emitted) if isinstance(state, PairState) else self._at(emitted)

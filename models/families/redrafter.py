@@ -167,6 +167,11 @@ class ReDrafter(Drafter):
         """The context and root after the prompt."""
         return self._at(opening.prompt)
 
+    @property
+    def reads_last_only(self) -> bool:
+        """See :attr:`Drafter.reads_last_only`."""
+        return True
+
     def advance(self, state: ReDrafterState, emitted: Emitted) -> ReDrafterState:  # type: ignore[override]
         """Only the last emitted token and the state that predicted it matter."""
         return self._at(emitted)

@@ -2,7 +2,7 @@
 
 Owns how the test is done cheaply, and the message about logits. Knows nothing of how tensors were made.
 
-Shape legend: B batch rows, N tree nodes, E path slots, V vocabulary.
+Shape legend: B batch rows, N tree nodes, E path slots.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def refuse_non_finite(logits: Tensor, name: str) -> None:
         raise not_finite(name, logits.dtype, "of its first tokens")
 
 
-def broken_nodes(logits: Tensor, path: Tensor) -> Tensor:
+def broken_nodes(peaks: Tensor, path: Tensor) -> Tensor:
     """Find the nodes of a path whose largest logit is NaN or infinite; nothing is read back from the device.
 
     Args:
-        logits: float [B, N, V], at every node of a tree.
+        peaks: float [B, N], the largest logit at every node of a tree.
         path: int64 [B, E], the node that a row went through at each depth. Others may overflow.
 
     Returns:
         bool [B, E], True at broken nodes.
     """
-    peaks = logits.amax(-1).gather(1, path)
+    peaks = peaks.gather(1, path)
     # A number less itself is 0; NaN and infinity give NaN.
     return peaks - peaks != 0.0
 

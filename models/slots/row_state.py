@@ -85,6 +85,31 @@ def put_rows(state: Any, fresh: Any, replaced: ReplacedRows) -> Any:
     return _walk(state, fresh, put)
 
 
+def take_rows(state: Any, rows: slice, num_rows: int) -> Any:
+    """Some consecutive rows of a state. They lie in its own memory, so either of the two may be changed only where the other is done with.
+
+    Args:
+        state: of ``num_rows`` rows.
+        rows: which ones.
+        num_rows: B.
+
+    Returns:
+        The state of these rows.
+
+    Raises:
+        UnknownState: a part of the state has no entry for each row, or replaces its rows by itself.
+    """
+
+    def take(own: Any, _: Any) -> Any:
+        if isinstance(own, SlotCache):
+            return own.rows(rows)
+        if not isinstance(own, ReplacesRows) and len(own) == num_rows:
+            return own[rows]
+        raise UnknownState(f"a {type(own).__name__} has no entry for each of {num_rows} rows")
+
+    return _walk(state, state, take)
+
+
 def all_by_rows(state: Any, num_rows: int) -> bool:
     """Whether :func:`put_rows` can replace rows of a state of ``num_rows`` rows."""
 
@@ -138,21 +163,28 @@ def write_over(state: Any, new: Any) -> None:
 
     Args:
         state: receives.
-        new: of the same rows; its tensors may be shorter in dimension 1.
+        new: of the same rows; its tensors may be shorter in dimension 1. They share no memory with those of ``state``, but for a tensor
+            that stays as it is.
 
     Raises:
         UnknownState: a part of the state is no tensor and differs between the two.
     """
 
+    copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+
     def write(own: Any, other: Any) -> Any:
-        if isinstance(own, SlotCache) and own is other:
+        if isinstance(own, SlotCache | Tensor) and own is other:
             return own
         if isinstance(own, Tensor):
-            (own if own.shape == other.shape else own[:, : other.shape[1]]).copy_(other)
+            part = own if own.shape == other.shape else own[:, : other.shape[1]]
+            copies.setdefault(own.dtype, []).append((part, other))
             return own
         raise UnknownState(f"a {type(own).__name__} has no fixed address")
 
     _walk(state, new, write)
+    for pairs in copies.values():
+        # One kernel for all tensors of a dtype, as optimisers use it.
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _put_tensor(own: Tensor, new: Tensor, index_R: Tensor) -> Tensor:

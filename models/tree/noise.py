@@ -112,7 +112,7 @@ def uniforms(keys: Tensor) -> Tensor:
     Returns:
         float64 [...] in (0, 1).
     """
-    return _shifted(keys, _DROPPED_BITS).double().add_(0.5).mul_(_SPACING)
+    return _multiples(keys, _SPACING)
 
 
 def draw(weights: Tensor, keys: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
     Returns:
         float64 [..., V], finite and above 0.
     """
-    return uniforms(keys_below(keys, 0, vocab_size)).neg_().log1p_().neg_()
+    return _multiples(keys_below(keys, 0, vocab_size), -_SPACING).log1p_().neg_()
 
 
 def first_to_ring(weights: Tensor, times: Tensor) -> Tensor:
@@ -201,3 +201,8 @@ def _mixed(state: Tensor) -> Tensor:
 def _shifted(bits: Tensor, count: int) -> Tensor:
     """Shift right with zeros: torch's own shift repeats the sign."""
     return bits.bitwise_right_shift(count).bitwise_and_(2 ** (64 - count) - 1)
+
+
+def _multiples(keys: Tensor, spacing: float) -> Tensor:
+    """The uniform numbers of keys times a sign, float64."""
+    return _shifted(keys, _DROPPED_BITS).double().add_(0.5).mul_(spacing)

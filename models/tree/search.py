@@ -24,7 +24,16 @@ from draftsmith.models.tree.limits import DraftLimits, EarlyStop
 from draftsmith.models.tree.merging import Links, merged
 from draftsmith.models.tree.noise import Draw, draw
 from draftsmith.models.tree.shortlist import Continuations, continuations
-from draftsmith.models.tree.tree import DraftTree, cuts_padding, pack, prune_marked, tree_from_layers, tree_from_paths
+from draftsmith.models.tree.tree import (
+    DraftTree,
+    ScoredNodes,
+    cuts_padding,
+    pack,
+    prune_marked,
+    scored_layers,
+    tree_from_layers,
+    tree_from_paths,
+)
 
 Path = tuple[int, ...]
 
@@ -127,17 +136,19 @@ def search(
     if limits.paths is not None:
         tree = static_tree(expander, limits.paths, scorer)
     elif limits.node_budget is not None:
-        tree = dynamic_tree(expander, limits.beam_width, limits.draft_length, scorer, limits.merge)
+        nodes = dynamic_nodes(expander, limits.beam_width, limits.draft_length, scorer, limits.merge)
+        tree = nodes.best(limits.max_nodes - 1, scorer.cut)
         if limits.merge is not None:
             # What scores below the budget's nodes has no place among them, and neither has what is copied below it.
-            tree = merged(prune_marked(tree, limits.max_nodes - 1, scorer.cut), limits.merge, limits.draft_length)
+            tree = prune_marked(merged(tree, limits.merge, limits.draft_length), limits.max_nodes - 1, scorer.cut)
     else:
         tree = beam_tree(expander, limits.beam_width, limits.draft_length, scorer)
     if limits.min_probability > 0.0 and tree.scores_BN is not None:
         scores_BN = tree.scores_BN.masked_fill(tree.scores_BN < math.log(limits.min_probability), -torch.inf)
         tree = replace(tree, valid_BN=tree.valid_BN & (scores_BN > -torch.inf), scores_BN=scores_BN)
-        tree = pack(tree, cut=scorer.cut) if limits.node_budget is None else tree
-    return tree if limits.node_budget is None else prune_marked(tree, limits.max_nodes - 1, scorer.cut)
+        packed = limits.node_budget is None
+        tree = pack(tree, cut=scorer.cut) if packed else prune_marked(tree, limits.max_nodes - 1, scorer.cut)
+    return tree
 
 
 @dataclass(frozen=True)
@@ -261,7 +272,9 @@ def beam_tree(expander: Expander, width: int, length: int, scorer: _Scorer) -> D
     return _surviving(expander.root_B, best, scorer.cut)
 
 
-def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer, merge: int | None = None) -> DraftTree:
+def dynamic_nodes(
+    expander: Expander, width: int, length: int, scorer: _Scorer, merge: int | None = None
+) -> ScoredNodes:
     """Every continuation that was scored while the best were continued (arXiv:2406.16858, section 4.1), to be pruned.
 
     Args:
@@ -272,7 +285,7 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer, m
         merge: nodes with as many last tokens in common are continued once; None continues each.
 
     Returns:
-        The whole tree with its scores.
+        All of them with their scores.
     """
     links = None if merge is None else Links(expander.root_B, merge)
     layers = list(_beam_layers(expander, width, length, scorer, beams=False, links=links))
@@ -281,13 +294,15 @@ def dynamic_tree(expander: Expander, width: int, length: int, scorer: _Scorer, m
         [layer.scores_BMR.flatten(1) for layer in layers],
     )
     B, device = expander.root_B.shape[0], expander.root_B.device
-    parents = [repeated((0,), (width,), device).expand(B, -1)]
-    if len(layers) > 1:
-        continued = [layer.best.flat_BM for layer in layers[:-1] if layer.best is not None]
-        starts = tuple(1 + sum(layer.shape[1] for layer in tokens[:depth]) for depth in range(len(continued)))
-        above_BCR = torch.cat([flat_BM[..., None].expand(-1, -1, width) for flat_BM in continued], dim=1)
-        parents.append(above_BCR.flatten(1) + repeated(starts, (width**2,) * len(starts), device))
-    return tree_from_layers(expander.root_B, tokens, parents, scores)
+    continued = [layer.best.flat_BM for layer in layers[:-1] if layer.best is not None]
+    starts = tuple(1 + sum(layer.shape[1] for layer in tokens[:depth]) for depth in range(len(continued)))
+    # A parent's number is its place in its layer behind the layer's start. Every number stands once for each of its continuations; of
+    # those in front, the last is for the root, whose parent is -1.
+    rows = [repeated((-1, 0), (1, 1), device).expand(B, -1), *continued]
+    above_BC = torch.cat([numbers[..., None].expand(-1, -1, width) for numbers in rows], dim=1).flatten(1)
+    start_C = repeated((0, *starts), (2 * width, *[width**2] * len(starts)), device)
+    parents_BN = (above_BC + start_C)[:, width - 1 :]
+    return scored_layers(expander.root_B, tokens, parents_BN, scores)
 
 
 @dataclass(frozen=True)

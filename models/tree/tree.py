@@ -147,6 +147,87 @@ def tree_from_paths(
     return pack(tree, cut=cut)
 
 
+@dataclass(frozen=True)
+class ScoredNodes:
+    """Nodes of a tree whose scores alone say which of them are padding: it scores minus infinity.
+
+    Attributes:
+        tokens_BN: see :class:`DraftTree`, as the others.
+        parents_BN: see there.
+        depths_BN: see there.
+        scores_BN: see there.
+        max_depth: see there.
+        chain: see there.
+    """
+
+    tokens_BN: Tensor
+    parents_BN: Tensor
+    depths_BN: Tensor
+    scores_BN: Tensor
+    max_depth: int
+    chain: bool
+
+    def all(self) -> DraftTree:
+        """The tree of all nodes."""
+        valid_BN = self.scores_BN > -torch.inf
+        return DraftTree(
+            self.tokens_BN, self.parents_BN, self.depths_BN, valid_BN, self.max_depth, self.scores_BN, self.chain
+        )
+
+    def best(self, node_budget: int, cut: bool | None = None) -> DraftTree:
+        """The tree of the best nodes.
+
+        Args:
+            node_budget: see :func:`prune`.
+            cut: see :func:`pack`.
+
+        Returns:
+            The tree of at most ``node_budget`` + 1 nodes.
+        """
+        order_BN = self.scores_BN.sort(dim=1, descending=True, stable=True).indices[:, : node_budget + 1]
+        if cuts_padding(order_BN.device, cut):
+            order_BN = order_BN[:, : int((self.scores_BN > -torch.inf).sum(1).max())]
+        index_BK = order_BN.sort(1).values
+        whole_3BN = torch.stack([self.tokens_BN, self.parents_BN, self.depths_BN])
+        tokens_BK, parents_BK, depths_BK = whole_3BN.gather(2, index_BK.expand(3, -1, -1))
+        scores_BK = self.scores_BN.gather(1, index_BK)
+        return DraftTree(
+            tokens_BN=tokens_BK,
+            parents_BN=_renumbered(parents_BK, index_BK),
+            depths_BN=depths_BK,
+            valid_BN=scores_BK > -torch.inf,
+            max_depth=min(self.max_depth, node_budget),
+            scores_BN=scores_BK,
+            chain=self.chain,
+        )
+
+
+def scored_layers(
+    root_B: Tensor, tokens: Sequence[Tensor], parents_BN: Tensor, scores: Sequence[Tensor]
+) -> ScoredNodes:
+    """The candidates of each depth below a root; see :func:`tree_from_layers`.
+
+    Args:
+        root_B: int64 [B], the root tokens.
+        tokens: of each depth from 1 on, int64 [B, C], C may differ from depth to depth.
+        parents_BN: int64, of all nodes, the root's -1 first.
+        scores: of each depth, float [B, C], cumulative log-probabilities.
+
+    Returns:
+        The nodes; N is 1 and the sum of all C.
+    """
+    B, device = root_B.shape[0], root_B.device
+    sizes = tuple(layer.shape[1] for layer in tokens)
+    return ScoredNodes(
+        tokens_BN=_under(root_B[:, None], tokens),
+        parents_BN=parents_BN,
+        depths_BN=repeated(tuple(range(len(sizes) + 1)), (1, *sizes), device).expand(B, -1),
+        scores_BN=_under(number(0.0, scores[0].dtype, device).expand(B, 1), scores),
+        max_depth=len(sizes),
+        chain=all(size == 1 for size in sizes),
+    )
+
+
 def tree_from_layers(
     root_B: Tensor, tokens: Sequence[Tensor], parents: Sequence[Tensor], scores: Sequence[Tensor]
 ) -> DraftTree:
@@ -163,18 +244,8 @@ def tree_from_layers(
     Returns:
         The tree, not packed: N is 1 and the sum of all C.
     """
-    B, device = root_B.shape[0], root_B.device
-    sizes = tuple(layer.shape[1] for layer in tokens)
-    scores_BN = _under(number(0.0, scores[0].dtype, device).expand(B, 1), scores)
-    return DraftTree(
-        tokens_BN=_under(root_B[:, None], tokens),
-        parents_BN=_under(repeated((-1,), (1,), device).expand(B, 1), parents),
-        depths_BN=repeated(tuple(range(len(sizes) + 1)), (1, *sizes), device).expand(B, -1),
-        valid_BN=scores_BN > -torch.inf,
-        max_depth=len(sizes),
-        scores_BN=scores_BN,
-        chain=all(size == 1 for size in sizes),
-    )
+    above_root_B1 = repeated((-1,), (1,), root_B.device).expand(root_B.shape[0], 1)
+    return scored_layers(root_B, tokens, _under(above_root_B1, parents), scores).all()
 
 
 def joined(tree: DraftTree, paths_BPL: Tensor, scores_BPL: Tensor, at_BP: Tensor | None = None) -> DraftTree:
@@ -260,20 +331,8 @@ def prune_marked(tree: DraftTree, node_budget: int, cut: bool | None = None) -> 
         The tree of at most ``node_budget`` + 1 nodes.
     """
     assert tree.scores_BN is not None
-    order_BN = tree.scores_BN.sort(dim=1, descending=True, stable=True).indices[:, : node_budget + 1]
-    if cuts_padding(order_BN.device, cut):
-        order_BN = order_BN[:, : int(tree.valid_BN.sum(1).max())]
-    index_BK = order_BN.sort(1).values
-    scores_BK = tree.scores_BN.gather(1, index_BK)
-    return DraftTree(
-        tokens_BN=tree.tokens_BN.gather(1, index_BK),
-        parents_BN=_renumbered(tree.parents_BN, index_BK, index_BK),
-        depths_BN=tree.depths_BN.gather(1, index_BK),
-        valid_BN=scores_BK > -torch.inf,
-        max_depth=min(tree.max_depth, node_budget),
-        scores_BN=scores_BK,
-        chain=tree.chain,
-    )
+    scored = ScoredNodes(tree.tokens_BN, tree.parents_BN, tree.depths_BN, tree.scores_BN, tree.max_depth, tree.chain)
+    return scored.best(node_budget, cut)
 
 
 def pack(tree: DraftTree, width: int | None = None, cut: bool | None = None) -> DraftTree:
@@ -311,7 +370,7 @@ def _taken(tree: DraftTree, index_BK: Tensor) -> DraftTree:
     valid_BK, source_BK = index_BK <= last, index_BK.clamp(max=last)
     return DraftTree(
         tokens_BN=tree.tokens_BN.gather(1, source_BK),
-        parents_BN=_renumbered(tree.parents_BN, source_BK, index_BK) * valid_BK,
+        parents_BN=_renumbered(tree.parents_BN.gather(1, source_BK), index_BK) * valid_BK,
         depths_BN=tree.depths_BN.gather(1, source_BK).mul_(valid_BK),
         valid_BN=valid_BK,
         max_depth=tree.max_depth,
@@ -320,16 +379,15 @@ def _taken(tree: DraftTree, index_BK: Tensor) -> DraftTree:
     )
 
 
-def _renumbered(parents_BN: Tensor, source_BK: Tensor, index_BK: Tensor) -> Tensor:
+def _renumbered(parents_BK: Tensor, index_BK: Tensor) -> Tensor:
     """Parents of some nodes by their new numbers, int64 [B, K].
 
     Args:
-        parents_BN: the old numbers of all.
-        source_BK: int64, which nodes.
+        parents_BK: int64, the old numbers of the parents.
         index_BK: int64, the old numbers of the new nodes, ascending.
     """
     # A node's new number is its place among the ascending old ones. The parent of the root, -1, precedes all.
-    return torch.searchsorted(index_BK, parents_BN.gather(1, source_BK), right=True) - 1
+    return torch.searchsorted(index_BK, parents_BK, right=True) - 1
 
 
 def cuts_padding(device: torch.device, cut: bool | None) -> bool:

@@ -177,6 +177,11 @@ class RiderDrafter(TargetHead, FromFields):
         """
         return self._at(opening.prompt)
 
+    @property
+    def reads_last_only(self) -> bool:
+        """See :attr:`Drafter.reads_last_only`."""
+        return True
+
     def advance(self, state: RootState, emitted: Emitted) -> RootState:  # type: ignore[override]
         """What rode behind the last accepted token."""
         return self._at(emitted)

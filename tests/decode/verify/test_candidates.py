@@ -15,7 +15,7 @@ from joint_law import chi_square_pvalue
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.verify.candidates import accept_probs, candidate_walk, num_draws
+from draftsmith.decode.verify.candidates import Judgement, accept_probs, candidate_walk, judge, num_draws
 from draftsmith.models import DraftLimits, DraftTree, EarlyStop, ReDrafter, SampledChildren, Target
 from draftsmith.models.tree.limits import Rule
 from draftsmith.models.tree.noise import draw, keys_at, request_keys, uniforms
@@ -173,6 +173,15 @@ def test_k_seq_divides_by_the_smallest_rho_that_is_exact(count: int) -> None:
     beta = float(torch.minimum(draft_probs, target_probs / rho).sum())
     assert 1.0 < rho < count
     assert (1 - (1 - beta) ** count) / beta == pytest.approx(rho, rel=1e-8)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_large_vocabulary_finds_the_same_rho_in_fewer_and_longer_digits(count: int) -> None:
+    both = torch.stack([law(14, 5), law(15, 5)])
+    accept = judge("kseq", both, torch.arange(count) % 5)
+    wide = judge("kseq", torch.nn.functional.pad(both, (0, 2**15)), torch.arange(count) % 5)
+    torch.testing.assert_close(wide.wanted, accept.wanted, rtol=1e-8, atol=0.0)
+    torch.testing.assert_close(wide.missing[:5], accept.missing, rtol=0.0, atol=1e-8)
 
 
 def test_a_node_whose_children_are_all_padding_emits_the_targets_distribution() -> None:
@@ -459,13 +468,11 @@ def test_the_chi_square_test_sees_a_drafter_that_is_believed_blindly(
 ) -> None:
     """The test above can fail: it sees it when all that is drawn is accepted."""
 
-    def all_accepted(
-        rule: Rule, target_probs: Tensor, draft_probs: Tensor, candidates: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        accept, residual = accept_probs(rule, target_probs, draft_probs, candidates)
-        return torch.ones_like(accept), residual
+    def all_accepted(rule: Rule, both: Tensor, candidates: Tensor) -> Judgement:
+        judged = judge(rule, both, candidates)
+        return judged._replace(wanted=judged.drawn)
 
-    monkeypatch.setattr("draftsmith.decode.verify.candidates.accept_probs", all_accepted)
+    monkeypatch.setattr("draftsmith.decode.verify.candidates.judge", all_accepted)
     request_settings = GenerationSettings(max_new_tokens=3, temperature=1.0, top_k=3, seed=11)
     engine = Engine(target, drafter, DraftLimits(sampled=SampledChildren((1, 1, 1))))
     assert chi_square_pvalue(engine, [BOS, 5, 9], request_settings, num_draws=3000) < 1e-6
