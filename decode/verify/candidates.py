@@ -256,7 +256,7 @@ def candidate_walk(
     both_BM2V = torch.stack([target_probs_BNV[:, : draft_BMV.shape[1]], draft_BMV], dim=2)
     total_BM21 = both_BM2V.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=_TINY)
     uniforms_BU, used = uniforms(keys_BU[:, :-1]), 0
-    # Of each layer: its first node, where in it a row's walk is, and whether it still goes on.
+    # Of each layer: its first node, where in it a row's walk is, and whether it still continues.
     starts, places, goings = [0], [counting(1, device).expand(B)], [number(True, torch.bool, device).expand(B)]
     missing_BV = both_BM2V[:, 0, 0]
     for depth, count in enumerate(sampled.children[: tree.max_depth]):
@@ -266,7 +266,7 @@ def candidate_walk(
         judged = judge(sampled.rule, both_B2V, _at(candidates_BMK, places[-1]))
         is_taken_BK = uniforms_BU[:, used : used + count] * judged.drawn < judged.wanted
         used += count
-        # A row that has ended goes on to some child, and what is found for it there is dropped.
+        # A row that has ended moves to some child, and what is found for it there is dropped.
         if count == 1:
             is_taken_B, place_B = is_taken_BK[:, 0], places[-1]
         else:

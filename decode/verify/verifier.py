@@ -13,7 +13,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from draftsmith.decode.sampling import Choices
 from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.models.target.target import TargetOutput
 from draftsmith.models.tree.tree import DraftTree
@@ -40,6 +39,18 @@ class Walk:
     by_rule_BE: Tensor | None = None
 
 
+class TargetChoices(Protocol):
+    """The target's own next token after each node, and its largest logit there. Either is computed when it is first asked for."""
+
+    def tokens(self) -> Tensor:
+        """int64 [B, N]."""
+        ...
+
+    def peaks(self) -> Tensor:
+        """float32 [B, N], the largest logits."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """What the target says of one draft.
@@ -59,7 +70,7 @@ class Reading:
     tree: DraftTree
     ancestors_BNN: Tensor
     logits_BNV: Tensor
-    choices: Choices
+    choices: TargetChoices
     output: TargetOutput
     eos_token_ids: tuple[int, ...] = ()
     is_constrained: bool = False
