@@ -29,7 +29,7 @@ class Eagle(TargetHead, EagleBase):
     f is the target's state after its final norm. ``fc`` has a bias only where the config asks for it.
     """
 
-    config_class: ClassVar[type[EagleConfig]] = EagleConfig
+    config_class: type[EagleConfig] = EagleConfig
     wide = False
     predicts_features = True
 

@@ -262,8 +262,10 @@ def _style_for(drafter: MtpHead, ends: TargetEnds) -> str:
     if drafter.d2t is not None or config.sliding_window is not None or config.bias:
         name = "draft_vocab_size" if drafter.d2t is not None else "sliding_window" if config.sliding_window else "bias"
         raise ValueError(f"this drafter has {name}, which the checkpoint of a target cannot say; {remedy}")
-    of_target = {"zero_centred_norms": _has_zero_centred_norms(ends)}
-    of_target["rotary_dim"] = _rotary_dim(ends, config.head_dim)
+    of_target = {
+        "zero_centred_norms": _has_zero_centred_norms(ends),
+        "rotary_dim": _rotary_dim(ends, config.head_dim),
+    }
     for name, value in of_target.items():
         if getattr(config, name) != value:
             raise ValueError(

@@ -48,7 +48,7 @@ class Chimera(Eagle):
         config: sizes.
     """
 
-    config_class: ClassVar[type[EagleConfig]] = ChimeraConfig
+    config_class: type[EagleConfig] = ChimeraConfig
 
     def __init__(self, config: EagleConfig) -> None:
         super().__init__(config)

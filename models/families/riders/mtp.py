@@ -70,7 +70,7 @@ class MtpConfig(EagleConfig):
         head_norms: bool = False,
         gated_attention: bool = False,
         rotary_dim: int | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.state_first, self.feeds_normed = state_first, feeds_normed
@@ -143,8 +143,8 @@ class MtpLayer(DraftLayer):
         super().__init__(config.llama(), wide=False)
         offset = float(config.zero_centred_norms)
         self.self_attn = MtpAttention(config)
-        self.input_layernorm = MtpNorm(config.hidden_size, config.rms_norm_eps, offset)
-        self.post_attention_layernorm = MtpNorm(config.hidden_size, config.rms_norm_eps, offset)
+        self.input_layernorm = MtpNorm(config.hidden_size, config.rms_norm_eps, offset)  # type: ignore[assignment]
+        self.post_attention_layernorm = MtpNorm(config.hidden_size, config.rms_norm_eps, offset)  # type: ignore[assignment]
 
     def inputs(self, embedded: Tensor, state: Tensor) -> Tensor:
         """See :meth:`DraftLayer.inputs`: the normalised state, [..., D]."""
