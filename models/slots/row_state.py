@@ -184,7 +184,7 @@ def write_over(state: Any, new: Any) -> None:
     _walk(state, new, write)
     for pairs in copies.values():
         # One kernel for all tensors of a dtype, as optimisers use it.
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
 
 def _put_tensor(own: Tensor, new: Tensor, index_R: Tensor) -> Tensor:
