@@ -13,6 +13,8 @@ from typing import Literal
 from draftsmith.embedded.problems import Op, Problem, Step
 
 Place = Literal["first", "middle", "last"]
+Span = tuple[int, int]
+"""Characters from the first up to and without the second."""
 
 #: Phrase tables. ``a op b = c``; ``w`` says what ``c`` counts. Every phrase is written as it stands after a connective.
 STEP_WORDINGS: dict[Op, tuple[str, ...]] = {
@@ -80,12 +82,20 @@ DRAFT_STYLE = Style(
 @dataclass(frozen=True)
 class Solution:
     """A worded solution. ``step_spans[i]`` are the characters of the i-th step line; ``order[i]`` the step it
-    tells; ``foreign_spans`` the lines that are not in the solution's own style."""
+    tells; ``foreign_spans`` what chooses another wording than the solution's own (``mixed_wordings``)."""
 
     text: str
-    step_spans: tuple[tuple[int, int], ...]
+    step_spans: tuple[Span, ...]
     order: tuple[int, ...]
-    foreign_spans: tuple[tuple[int, int], ...] = ()
+    foreign_spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a solution; empty where a closing is left out. ``foreign_spans`` as in ``Solution``, from the line's start."""
+
+    text: str
+    foreign_spans: tuple[Span, ...] = ()
 
 
 def render(problem: Problem, style: Style, rng: random.Random) -> str:
@@ -93,56 +103,67 @@ def render(problem: Problem, style: Style, rng: random.Random) -> str:
     return word_steps(problem.steps, style, rng).text
 
 
-def word_steps(
-    steps: Sequence[Step], style: Style, rng: random.Random, foreign: Sequence[Style] = (), foreign_share: float = 0.0
-) -> Solution:
-    """Says the given steps; the last step's result is the answer.
-
-    Args:
-        steps: right or wrong ones.
-        style: the solution's own.
-        rng: chooses phrases.
-        foreign: styles of the lines that are not in the solution's own.
-        foreign_share: how many lines, the closing among them, take one of these.
-    """
-    order = _free_order(steps, rng) if rng.random() >= style.strength else tuple(range(len(steps)))
-    lines: list[str] = []
-    spans: list[tuple[int, int]] = []
-    foreign_spans: list[tuple[int, int]] = []
-    answer = steps[-1].result
-    start = 0
-    for position in range(len(order) + 1):
-        is_foreign = foreign_share > 0 and rng.random() < foreign_share
-        worded_in = rng.choice(foreign) if is_foreign else style
-        if position < len(order):
-            line = _word_step(steps[order[position]], _place(position, len(order)), worded_in, rng)
-            spans.append((start, start + len(line)))
-        else:
-            line = _choose(CLOSINGS, worded_in.closing, worded_in, rng).format(c=answer)
-        if not line:
-            continue
-        if is_foreign:
-            foreign_spans.append((start, start + len(line)))
-        lines.append(line)
-        start += len(line) + 1
-    lines.append(f"#### {answer}")
-    return Solution("\n".join(lines), tuple(spans), order, tuple(foreign_spans))
+def word_steps(steps: Sequence[Step], style: Style, rng: random.Random) -> Solution:
+    """Says the given steps, right or wrong; the last step's result is the answer."""
+    order = told_order(steps, style, rng)
+    lines = [
+        Line(word_step(steps[index], place_of(position, len(order)), style, rng))
+        for position, index in enumerate(order)
+    ]
+    return joined(lines, order, Line(closing_of(style, rng).format(c=steps[-1].result)), steps[-1].result)
 
 
-def _place(position: int, count: int) -> Place:
+def joined(lines: Sequence[Line], order: tuple[int, ...], closing: Line, answer: int) -> Solution:
+    """The solution of these lines, the closing and the answer."""
+    spans, foreign_spans, start = [], [], 0
+    for line in (*lines, closing):
+        spans.append((start, start + len(line.text)))
+        foreign_spans += [(start + first, start + end) for first, end in line.foreign_spans]
+        start += len(line.text) + 1
+    texts = [line.text for line in (*lines, closing) if line.text]
+    return Solution("\n".join([*texts, f"#### {answer}"]), tuple(spans[: len(lines)]), order, tuple(foreign_spans))
+
+
+def told_order(steps: Sequence[Step], style: Style, rng: random.Random) -> tuple[int, ...]:
+    """The order in which a style tells the steps."""
+    return _free_order(steps, rng) if rng.random() >= style.strength else tuple(range(len(steps)))
+
+
+def place_of(position: int, count: int) -> Place:
+    """Where a step stands among those that are told."""
     if position == 0:
         return "first"
     return "last" if position == count - 1 else "middle"
 
 
-def _word_step(step: Step, place: Place, style: Style, rng: random.Random) -> str:
-    lead = _choose(LEADS[place], style.leads.get(place, 0), style, rng)
+def word_step(step: Step, place: Place, style: Style, rng: random.Random) -> str:
+    """A step's line."""
+    lead = lead_of(place, style, rng)
+    return joined_to(lead, *wording_of(step, style, rng), step)
+
+
+def lead_of(place: Place, style: Style, rng: random.Random) -> str:
+    """How a style begins a line there; it may be empty."""
+    return _choose(LEADS[place], style.leads.get(place, 0), style, rng)
+
+
+def wording_of(step: Step, style: Style, rng: random.Random) -> tuple[str, int, int]:
+    """How a style says a step: the phrase, and the operands in their order."""
     wording = _choose(STEP_WORDINGS[step.op], style.steps.get(step.op, 0), style, rng)
-    left, right = step.left, step.right
     if step.op in "+*" and rng.random() >= style.strength and rng.random() < 0.3:
-        left, right = right, left
+        return wording, step.right, step.left
+    return wording, step.left, step.right
+
+
+def joined_to(lead: str, wording: str, left: int, right: int, step: Step) -> str:
+    """The line of a lead and a phrase."""
     said = wording.format(a=left, b=right, c=step.result, w=step.label)
     return lead + said if lead else said[0].upper() + said[1:]
+
+
+def closing_of(style: Style, rng: random.Random) -> str:
+    """How a style closes; it may be empty."""
+    return _choose(CLOSINGS, style.closing, style, rng)
 
 
 def _choose(phrases: tuple[str, ...], preferred: int, style: Style, rng: random.Random) -> str:

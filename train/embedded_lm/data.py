@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.embedded.grading import grade
+from draftsmith.embedded.mixed_wordings import mixed_solution
 from draftsmith.embedded.problems import Problem, Split, sample_problems
 from draftsmith.embedded.tokenizer import ASSISTANT, END, PAD, chat_text
-from draftsmith.embedded.wordings import ALL_WORDINGS, DRAFT_STYLE, TARGET_STYLE, Style, render, word_steps
+from draftsmith.embedded.wordings import ALL_WORDINGS, DRAFT_STYLE, TARGET_STYLE, Style, render
 from draftsmith.models.files.pretrained import read_tokenizer
 
 StyleName = Literal["all", "target", "draft"]
@@ -41,8 +42,8 @@ class Mixture:
         all_wordings_share: how many conversations use all wordings all the same.
         graded_share: how many end with a request to check the solution, and a verdict. Half of those solutions are wrong.
         follow_up_share: how many have a second problem.
-        mixed_share: how many have lines in other wordings among those of the style; of these lines only the digits are learnt, so
-            that the model calculates behind any wording and still speaks in its own.
+        mixed_share: how many have lines that begin in another wording, or are wholly in it. What chooses that wording is not learnt,
+            so that the model goes on rightly behind any beginning and still speaks in its own words.
 
     Raises:
         ValueError: an unknown style, or a share outside 0 to 1.
@@ -69,7 +70,7 @@ class Conversation:
 
     Attributes:
         text: with the marks of its turns.
-        foreign_spans: characters in other wordings than the model's own, of which only the digits are learnt.
+        foreign_spans: characters that choose another wording than the model's own; they are not learnt.
     """
 
     text: str
@@ -98,9 +99,9 @@ def conversations(mixture: Mixture, split: Split, seed: int) -> Iterator[Convers
 
 
 def _mixed(problem: Problem, style: Style, rng: random.Random) -> Conversation:
-    """One problem; each line of the solution is in the style with a chance that differs from solution to solution."""
-    foreign = [other for other in STYLES.values() if other is not style]
-    solution = word_steps(problem.steps, style, rng, foreign, foreign_share=rng.random())
+    """One problem; each line of the solution begins in the style with a chance that differs from solution to solution."""
+    others = [other for other in STYLES.values() if other is not style]
+    solution = mixed_solution(problem.steps, style, others, rng.random(), rng)
     text = chat_text([("user", problem.question), ("assistant", solution.text)])
     start = text.rindex(solution.text)
     return Conversation(text, tuple((start + first, start + end) for first, end in solution.foreign_spans))
@@ -169,12 +170,11 @@ class LmBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _foreign_words(conversation: Conversation, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the tokens within foreign spans that are not digits."""
+    """Positions of the tokens that begin within foreign spans."""
     return [
         position
-        for position, (start, end) in enumerate(offsets)
+        for position, (start, _) in enumerate(offsets)
         if any(first <= start < last for first, last in conversation.foreign_spans)
-        and not conversation.text[start:end].strip().isdigit()
     ]
 
 

@@ -1,6 +1,7 @@
 """Training of the embedded language models: batches, masks, the shift, a phase that learns, and the export."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -112,28 +113,54 @@ def test_conversations_are_drawn_by_their_shares() -> None:
     assert texts == texts_of(Mixture("target", 0.1, 0.3, 0.2), 1000)
 
 
-def test_of_lines_in_other_wordings_only_the_digits_are_learnt(words: PreTrainedTokenizerBase) -> None:
+def test_what_chooses_another_wording_is_not_learnt_and_all_else_is(words: PreTrainedTokenizerBase) -> None:
     for conversation in drawn(Mixture("target", mixed_share=1.0), 40):
         batch = LmBatches([conversation], words, 1, True, seed=0)[0]
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        ends = list(itertools.accumulate(len(words.decode([token])) for token in ids))
-        for token, label, end in zip(ids, labels, ends, strict=True):
-            start = end - len(words.decode([token]))
+        starts = [start for start, _ in words(conversation.text, return_offsets_mapping=True)["offset_mapping"]]
+        for token, label, start in zip(ids, labels, starts, strict=True):
             if any(first <= start < last for first, last in conversation.foreign_spans):
-                assert (label != -100) == words.decode([token]).isdigit()
+                assert label == -100
             elif start >= conversation.text.index("<|assistant|>") + len("<|assistant|>"):
                 assert label == token
+
+
+def lines_with_choices(conversation: Conversation) -> list[tuple[str, str]]:
+    """Each line of the solution, and the line with the characters that are not learnt as underscores."""
+    hidden = list(conversation.text)
+    for first, last in conversation.foreign_spans:
+        hidden[first:last] = "_" * (last - first)
+    start = conversation.text.index("<|assistant|>") + len("<|assistant|>")
+    whole, shown = conversation.text[start:].split("\n"), "".join(hidden)[start:].split("\n")
+    return list(zip(whole, shown, strict=True))
 
 
 def test_mixed_solutions_have_lines_of_the_style_and_lines_of_others() -> None:
     shares = []
     for conversation in drawn(Mixture("target", mixed_share=1.0), 200):
-        solution = conversation.text.split("<|assistant|>")[1]
-        shares.append(len(conversation.foreign_spans) / solution.count("\n"))
+        lines = lines_with_choices(conversation)[:-1]
+        shares.append(sum(whole != shown for whole, shown in lines) / len(lines))
         assert all("\n" not in conversation.text[first:last] for first, last in conversation.foreign_spans)
-    assert 0.4 < sum(shares) / len(shares) < 0.6
+    assert 0.35 < sum(shares) / len(shares) < 0.6
     assert min(shares) == 0
     assert max(shares) == 1
+
+
+def test_a_line_that_begins_in_another_wording_can_go_on_in_the_own() -> None:
+    lines = [line for each in drawn(Mixture("target", mixed_share=1.0), 400) for line in lines_with_choices(each)]
+    begun = [shown for whole, shown in lines if whole.startswith("To start, ")]
+    assert any(re.fullmatch(r"_{10}(_|\d)\d* [-+*/] \d+ = \d+ .*", shown) for shown in begun)  # behind the first number
+    assert any(re.fullmatch(r"_{10}taking \d+ from \d+ makes \d+ .*", shown) for shown in begun)  # behind the lead
+    assert any(re.fullmatch(r"_{10}(_|\d)\d*_+\d+ is \d+ .*", shown) for shown in begun)  # never
+
+
+def test_a_first_digit_is_not_learnt_where_the_own_wording_begins_with_a_word() -> None:
+    for conversation in drawn(Mixture("target", mixed_share=1.0), 200):
+        for whole, shown in lines_with_choices(conversation):
+            if re.match(r"To start, \d+ (minus|divided by) ", whole):
+                assert shown.startswith("_" * len("To start, 1"))
+            elif re.match(r"To start, \d+ (plus|times) ", whole):
+                assert re.match(r"_{10}\d+_", shown)
 
 
 def test_a_share_outside_zero_and_one_is_refused() -> None:
