@@ -63,12 +63,12 @@ def mixed_solution(
 def _foreign_line(step: Step, place: Place, style: Style, other: Style, rng: random.Random) -> Line:
     named = replace(step, label=_other_names(step.label, rng))
     lead = lead_of(place, other, rng)
-    turn = rng.choice(_TURNS)
+    turn = rng.choice(_TURNS) if lead else "never"
     wording, left, right = wording_of(named, other if turn == "never" else style, rng)
     if turn == "behind the first number":
         wording = STEP_WORDINGS[step.op][0]  # that of signs follows any first number
     text = joined_to(lead, wording, left, right, named)
-    spans = [(0, len(lead))]
+    spans = [(0, len(lead.rstrip()))]
     if turn != "behind the lead":
         own = STEP_WORDINGS[step.op][style.steps.get(step.op, 0)]
         spans += _choosing_spans(wording, own, text, len(lead))
@@ -78,13 +78,13 @@ def _foreign_line(step: Step, place: Place, style: Style, other: Style, rng: ran
 
 
 def _choosing_spans(wording: str, own: str, text: str, start: int) -> list[Span]:
-    """What tells a wording from the own one: its words before the first number, or else those before the second. The first digit, too,
-    where the own one begins with a word."""
+    """What tells a wording from the own one: its words before the first number, or else those before the second. Where the own one
+    begins with a word, what stands in that word's place, too: the space, or the first digit of a line without a lead."""
     first, second = [match.span() for match in re.finditer(r"\d+", text[start:])][:2]
     if not wording.startswith("{"):
         return [(start, start + first[0])]
-    digit = [] if own.startswith("{") else [(start, start + 1)]
-    return digit if _has_sign(wording) else [*digit, (start + first[1], start + second[0])]
+    place_of_word = [] if own.startswith("{") and start else [(max(0, start - 1), max(1, start))]
+    return place_of_word if _has_sign(wording) else [*place_of_word, (start + first[1], start + second[0])]
 
 
 def _has_sign(wording: str) -> bool:

@@ -149,18 +149,26 @@ def test_mixed_solutions_have_lines_of_the_style_and_lines_of_others() -> None:
 def test_a_line_that_begins_in_another_wording_can_go_on_in_the_own() -> None:
     lines = [line for each in drawn(Mixture("target", mixed_share=1.0), 400) for line in lines_with_choices(each)]
     begun = [shown for whole, shown in lines if whole.startswith("To start, ")]
-    assert any(re.fullmatch(r"_{10}(_|\d)\d* [-+*/] \d+ = \d+ .*", shown) for shown in begun)  # behind the first number
-    assert any(re.fullmatch(r"_{10}taking \d+ from \d+ makes \d+ .*", shown) for shown in begun)  # behind the lead
-    assert any(re.fullmatch(r"_{10}(_|\d)\d*_+\d+ is \d+ .*", shown) for shown in begun)  # never
+    assert any(re.fullmatch(r"_{9}[ _]\d+ [-+*/] \d+ = \d+ .*", shown) for shown in begun)  # behind the first number
+    assert any(re.fullmatch(r"_{9} taking \d+ from \d+ makes \d+ .*", shown) for shown in begun)  # behind the lead
+    assert any(re.fullmatch(r"_{9}[ _]\d+_+\d+ is \d+ .*", shown) for shown in begun)  # never
 
 
-def test_a_first_digit_is_not_learnt_where_the_own_wording_begins_with_a_word() -> None:
-    for conversation in drawn(Mixture("target", mixed_share=1.0), 200):
+def test_all_digits_are_learnt_but_one_in_the_place_of_a_word_of_the_own_wording() -> None:
+    begun = re.compile(r"(To start, )?(\d+) (plus|minus|divided by|times) \d+ is ")
+    seen = set()
+    for conversation in drawn(Mixture("target", mixed_share=1.0), 400):
         for whole, shown in lines_with_choices(conversation):
-            if re.match(r"To start, \d+ (minus|divided by) ", whole):
-                assert shown.startswith("_" * len("To start, 1"))
-            elif re.match(r"To start, \d+ (plus|times) ", whole):
-                assert re.match(r"_{10}\d+_", shown)
+            if (line := begun.match(whole)) is None:
+                continue
+            lead, number, word = line.groups()
+            own_is_word = word in {"minus", "divided by"}
+            seen.add((bool(lead), own_is_word))
+            if lead:
+                assert shown.startswith("_" * 9 + ("_" if own_is_word else " ") + number)
+            else:
+                assert shown.startswith("_")  # a line of the own wording has a lead
+    assert len(seen) == 4
 
 
 def test_a_share_outside_zero_and_one_is_refused() -> None:
