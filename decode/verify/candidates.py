@@ -27,8 +27,8 @@ from draftsmith.models.tree.noise import Draw, draw, uniforms
 from draftsmith.models.tree.sampled_search import layer_start
 from draftsmith.models.tree.tree import DraftTree
 
-# Digits of rho by the points of each: a share of 2^-30 of its range is left.
-_DIGITS = {2**15: 2, 2**10: 3}
+# Points of a digit of rho, and how many digits: a share of 2^-30 of its range is left.
+_MANY_POINTS, _FEW_POINTS = (2**15, 2), (2**10, 3)
 # What rounding may add to sums.
 _ROUNDING = 1.0 + 1e-12
 # The least that is divided by, less than any chance: 0 / 0 is then 0.
@@ -195,8 +195,8 @@ def _smallest_rho(both: Tensor, num_candidates: int) -> Tensor:
     masses = F.pad(both.gather(-1, order[..., None, :].expand_as(both)).cumsum(-1), (1, 0))
     exact = number(float(num_candidates), ratio.dtype, ratio.device).expand_as(ratio[..., :1])
     # No more points than tokens, so that they take no more memory.
-    num_points = max((count for count in _DIGITS if count <= both.shape[-1]), default=min(_DIGITS))
-    for digit in range(1, _DIGITS[num_points] + 1):
+    num_points, num_digits = _MANY_POINTS if both.shape[-1] >= _MANY_POINTS[0] else _FEW_POINTS
+    for digit in range(1, num_digits + 1):
         step = (num_candidates - 1) / num_points**digit
         points = exact - _multiples(num_points, step, both.device)
         below = torch.searchsorted(ratio, points)
