@@ -378,7 +378,7 @@ def planned(options: argparse.Namespace) -> list[Bench]:
         )
         for bench in chosen
     ]
-    return scaled if options.full or options.scale < 1.0 else fitted(scaled, options.entries, options.minutes)
+    return scaled if options.full or options.scale < 1.0 else fitted(scaled, options.entries, options.minutes or 60.0)
 
 
 def plan_table(benches: list[Bench], options: argparse.Namespace) -> str:
@@ -415,7 +415,11 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--full", action="store_true", help="every recipe and target, equal steps, static trees")
-    parser.add_argument("--minutes", type=float, default=60.0, help="of the whole run without --full")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="of the whole run, an hour where nothing is said; not together with --full or a --scale below 1",
+    )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     parser.add_argument(
         "--targets", type=lambda text: text.split(","), help="default: embedded,chat-6m; with --full also stories260K"
@@ -430,6 +434,8 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     known = [entry.name for entry in listed]
     if unknown := sorted({*(options.drafters or ())} - {*known}):
         parser.error(f"--drafters has {', '.join(unknown)}; there are {', '.join(known)}")
+    if options.minutes is not None and (options.full or options.scale < 1.0):
+        parser.error("--minutes plans a run of the usual size; leave out --full and --scale, or --minutes")
     options.entries = [entry for entry in listed if options.drafters is None or entry.name in options.drafters]
     return options
 

@@ -175,6 +175,6 @@ def fitted(benches: Sequence[Bench], entries: Sequence[Entry], minutes: float) -
     if shortest < FEWEST_SECONDS:
         raise ValueError(
             f"{minutes:g} minutes leave {shortest:.0f} s for each of {num_trained} trainings on a target, which must have "
-            f"{FEWEST_SECONDS:g}; give more --minutes, fewer --targets, fewer --drafters, or a smaller --scale"
+            f"{FEWEST_SECONDS:g}; give more --minutes, fewer --targets or fewer --drafters"
         )
     return [replace(bench, seconds=min(bench.seconds, share * bench.seconds)) for bench in benches]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -18,7 +18,13 @@ from draftsmith.models.target.target import TargetEnds
 
 
 class FromFields(Drafter):
-    """A drafter that needs no more than its fields and the target's ends to begin."""
+    """A drafter that needs no more than its fields and the target's ends to begin.
+
+    Attributes:
+        usual_draft_steps: K where nothing else is asked for.
+    """
+
+    usual_draft_steps: ClassVar[int] = 4
 
     @classmethod
     def for_target(
@@ -26,7 +32,7 @@ class FromFields(Drafter):
         ends: TargetEnds,
         *,
         draft_token_ids: Tensor | None = None,
-        num_draft_steps: int = 4,
+        num_draft_steps: int | None = None,
         tokenizer_fingerprint: str = "",
         **chosen: Any,
     ) -> Self:
@@ -35,7 +41,7 @@ class FromFields(Drafter):
         Args:
             ends: the target's frozen ends.
             draft_token_ids: int64 [Vd], increasing; None keeps the full vocabulary.
-            num_draft_steps: K, the deepest draft.
+            num_draft_steps: K, the deepest draft; None takes ``usual_draft_steps``.
             tokenizer_fingerprint: stored, and checked by those who decode with text.
             chosen: further fields of the config.
 
@@ -48,6 +54,7 @@ class FromFields(Drafter):
         kind = cls.config_class
         if unknown := sorted(chosen.keys() - kind.rules.keys()):
             raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}; its fields are {', '.join(kind.rules)}")
+        num_draft_steps = cls.usual_draft_steps if num_draft_steps is None else num_draft_steps
         fields = cls.fields_for(ends, num_draft_steps, chosen)
         drafter = cls(kind.for_target(ends, draft_token_ids, num_draft_steps, tokenizer_fingerprint, **fields))
         drafter.adopt_target(ends, draft_token_ids)

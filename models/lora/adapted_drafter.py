@@ -77,7 +77,8 @@ def adapted(drafter: Drafter, adapter: Path) -> Drafter:
     part, fingerprint = AdaptableParts(drafter).of_adapter(adapter)
     load_adapter(part, adapter, "merged", fingerprint).bind(part)
     merge_adapter(part, "merged")
-    drafter.loaded_from = adapter  # the shapes that were kept for the drafter alone are not those of both together
+    # The shapes that were kept for the drafter alone are not those of both together, nor those of a drafter that is made of both.
+    drafter.loaded_from = adapter if part is drafter else None
     return drafter
 
 

@@ -52,6 +52,7 @@ class BlockDrafter(TargetHead, FromFields):
 
     config_class = BlockConfig
     config: BlockConfig
+    usual_draft_steps = 7
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__(config)
@@ -73,6 +74,10 @@ class BlockDrafter(TargetHead, FromFields):
     @classmethod
     def fields_for(cls, ends: TargetEnds, num_draft_steps: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`FromFields.fields_for`: the layers' sizes, which layers are read, and a block of as many slots as drafts take."""
+        if "block_size" in chosen:
+            raise ValueError(
+                f"block_size is {chosen['block_size']}, but a block has as many slots as drafts take; give num_draft_steps instead"
+            )
         fields = {**layer_sizes(ends), **chosen}
         if fields.get("layers") is None:
             fields["layers"] = default_layers(ends.config.num_hidden_layers, fields.get("num_draft_layers", 1))

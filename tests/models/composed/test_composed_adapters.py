@@ -158,3 +158,8 @@ def test_a_shape_that_the_composed_drafter_cannot_draft_is_an_error(target: Targ
     engine = AdapterEngine(target, composed(folder, "suffixes"), {"sums": folder / "sums"}, parse_shape("1x4"))
     with pytest.raises(ValueError, match="together are a tree; give a shape such as 10x5n24"):
         engine.generate(PROMPTS[:1], REQUEST, ["sums"])
+
+
+def test_shapes_that_were_kept_for_a_head_with_its_adapter_are_not_those_of_the_composed_drafter(folder: Path) -> None:
+    drafter = adapted(composed(folder, "suffixes"), folder / "sums")
+    assert drafter.loaded_from is None

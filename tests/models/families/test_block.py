@@ -430,3 +430,9 @@ def test_targets_without_rotary_settings_get_a_drafter_too() -> None:
     drafter = BlockFamily().build(target.ends, None, 3, "").eval()
     tree = draft(target, drafter, [[BOS, 5, 6, 7]], DraftLimits(3, 3, node_budget=6))
     assert int(tree.valid_BN.sum()) == 7
+
+
+def test_a_fresh_block_drafter_drafts_seven_tokens_and_takes_no_other_block_size(target: Target) -> None:
+    assert BlockDrafter.for_target(target.ends, layers=["layer.1.output"]).max_draft_steps == 7
+    with pytest.raises(ValueError, match="block_size is 16, .* give num_draft_steps instead"):
+        BlockDrafter.for_target(target.ends, layers=["layer.1.output"], block_size=16)
