@@ -434,5 +434,5 @@ def test_targets_without_rotary_settings_get_a_drafter_too() -> None:
 
 def test_a_fresh_block_drafter_drafts_seven_tokens_and_takes_no_other_block_size(target: Target) -> None:
     assert BlockDrafter.for_target(target.ends, layers=["layer.1.output"]).max_draft_steps == 7
-    with pytest.raises(ValueError, match="block_size is 16, .* give num_draft_steps instead"):
+    with pytest.raises(ValueError, match=r"block_size is 16, .* give num_draft_steps instead"):
         BlockDrafter.for_target(target.ends, layers=["layer.1.output"], block_size=16)
