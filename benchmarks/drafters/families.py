@@ -418,7 +418,7 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="of the whole run, an hour where nothing is said; not together with --full or a --scale below 1",
+        help="of the whole run, by default 60; not together with --full or a --scale below 1",
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     parser.add_argument(
