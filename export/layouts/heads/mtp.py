@@ -65,21 +65,21 @@ STYLES = {
         r"model\.(?:language_model\.)?layers\.(\d+)\.",
         "model.layers.{L}.",
         {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"},
-        switches={"state_first": False, "feeds_normed": False},
+        switches={"state_first": False, "reads_normed": True, "feeds_normed": False},
         copies=("embed_tokens.weight", "shared_head.head.weight"),
     ),
     "MiMo's": Style(
         r"model\.mtp_layers\.(\d+)\.",
         "model.mtp_layers.0.",
         {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "eh_proj": "input_proj", "norm": "final_layernorm"},
-        switches={"state_first": True, "feeds_normed": True},
+        switches={"state_first": True, "reads_normed": False, "feeds_normed": True},
     ),
     "Qwen's": Style(
         r"mtp\.",
         "mtp.",
         {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"},
         layer="layers.0.",
-        switches={"state_first": False, "feeds_normed": True},
+        switches={"state_first": False, "reads_normed": True, "feeds_normed": True},
         copies=("embed_tokens.weight",),
     ),
 }
@@ -166,10 +166,15 @@ def _refuse_copies(own: dict[str, Tensor], style: Style, ends: TargetEnds, where
     for name in style.copies:
         copy = own.pop(name, None)
         weight = embedding if name.startswith("embed") else ends.head_weight
-        if copy is not None and not (
-            copy.shape == weight.shape and torch.equal(weight.detach().cpu().to(copy.dtype), copy)
-        ):
+        if copy is not None and not _is_same(copy, weight.detach().cpu()):
             raise ValueError(f"{where}: {name} of the MTP layer is not the target's, and a {WHAT} shares the target's")
+
+
+def _is_same(copy: Tensor, weight: Tensor) -> bool:
+    """Whether a copy holds the target's numbers; either may have been rounded to the other's dtype."""
+    if copy.shape != weight.shape:
+        return False
+    return any(torch.equal(copy.to(dtype), weight.to(dtype)) for dtype in (weight.dtype, copy.dtype))
 
 
 def _our_names(own: Mapping[str, Tensor], style: Style) -> dict[str, Tensor]:
@@ -275,8 +280,8 @@ def _style_for(drafter: MtpHead, ends: TargetEnds) -> str:
         if all(getattr(config, name) == value for name, value in style.switches.items()):
             return title
     raise ValueError(
-        f"this drafter has state_first {config.state_first} and feeds_normed {config.feeds_normed}, which no known checkpoint has "
-        f"together; {remedy}"
+        f"this drafter has state_first {config.state_first}, reads_normed {config.reads_normed} and feeds_normed {config.feeds_normed}, "
+        f"which no known checkpoint has together; {remedy}"
     )
 
 

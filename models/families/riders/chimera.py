@@ -4,8 +4,8 @@
     o_t     = layer(fc([g; f])_1 .. fc([g; f])_t)                            full-context encoder over the target's states f
     P       = head(o_t + silu(W_r o_t))                                      residual decoding head; the head is the target's own
 
-The rest is EAGLE-1: a draft step is fed the output of the step before it. The paper has a decoding head for each step instead, and says
-little of sizes; `docs/reference/families/chimera.md` lists what was chosen here.
+The rest is EAGLE-1: a draft step is fed what the step before it gave the head. The paper has a decoding head for each step instead, and
+says little of sizes; `docs/reference/families/chimera.md` lists what was chosen here.
 
 Owns the drafter, which tokens its encoder reads, its settings and its record. Knows nothing of losses, trees or verification.
 
@@ -70,6 +70,10 @@ class Chimera(Eagle):
     def head_inputs(self, output: Tensor) -> Tensor:
         """The residual decoding head without the target's own matrix, [..., D]."""
         return output + F.silu(self.residual(output))
+
+    def fed_back(self, output: Tensor) -> Tensor:
+        """See :meth:`EagleBase.fed_back`: what training compares with the target's feature is what stands for it."""
+        return self.head_inputs(output)
 
     def encoded(self, tokens: Tensor, before: Tensor) -> Tensor:
         """Encode trigrams.

@@ -33,6 +33,7 @@ from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
 SWITCHES = (
     "state_first",
+    "reads_normed",
     "feeds_normed",
     "zero_centred_norms",
     "attention_bias",
@@ -46,6 +47,7 @@ class MtpConfig(EagleConfig):
 
     Attributes:
         state_first: ``eh_proj`` reads [state; embedding] instead of [embedding; state].
+        reads_normed: h is the target's state after the target's final norm; False before it, as MiMo's layer reads it.
         feeds_normed: the next draft step reads this step's output after ``norm`` instead of before it.
         zero_centred_norms: norms multiply by 1 + weight, as Qwen3-Next's do.
         attention_bias: the projections of queries, keys and values have one.
@@ -70,10 +72,11 @@ class MtpConfig(EagleConfig):
         head_norms: bool = False,
         gated_attention: bool = False,
         rotary_dim: int | None = None,
+        reads_normed: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.state_first, self.feeds_normed = state_first, feeds_normed
+        self.state_first, self.reads_normed, self.feeds_normed = state_first, reads_normed, feeds_normed
         self.zero_centred_norms, self.attention_bias = zero_centred_norms, attention_bias
         self.head_norms, self.gated_attention = head_norms, gated_attention
         self.rotary_dim = rotary_dim
@@ -211,10 +214,17 @@ class MtpHead(TargetHead, EagleBase, FromFields):
 
     @torch.no_grad()
     def begin_fresh(self) -> None:
-        """Begin by handing the target's normed state on to its head: what is learned is a correction of it."""
+        """Begin by handing the target's state on to its head: what is learned is a correction of it.
+
+        The embedding's half of ``eh_proj`` and what attention and MLP add begin as zeros: at the sizes of real targets, random ones
+        would drown the state.
+        """
         D = self.config.hidden_size
         place = 0 if self.config.state_first else D
+        self.eh_proj.weight.zero_()
         self.eh_proj.weight[:, place : place + D].copy_(torch.eye(D))
+        for added in (self.layer.self_attn.o_proj, self.layer.mlp.down_proj):
+            added.weight.zero_()
         few = torch.arange(min(self.config.vocab_size, 1024), device=self.ends.device)
         sizes = self.ends.final_norm(self.ends.embed(few)).float().pow(2).mean().sqrt()
         self.norm.weight.fill_(float(sizes) - self.norm.offset)
@@ -227,7 +237,7 @@ class MtpHead(TargetHead, EagleBase, FromFields):
         return layer
 
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Read a position by its state after the final norm, as serving engines do.
+        """Read a position by its state after the final norm, or before it, as serving engines do for the layer's publisher.
 
         Args:
             features: layer name -> [..., D].
@@ -235,7 +245,8 @@ class MtpHead(TargetHead, EagleBase, FromFields):
         Returns:
             [..., D].
         """
-        return self.ends.final_norm(features[PRE_NORM])
+        state = features[PRE_NORM]
+        return self.ends.final_norm(state) if self.config.reads_normed else state
 
     def join(self, embedded: Tensor, known: Tensor) -> Tensor:
         """eh_proj([enorm(embedding); hnorm(state)]), or the two in the other order.

@@ -49,7 +49,7 @@ class Line:
         modules: of Transformers: decoder layer and rotary angles.
         names: theirs of `NAMES`, and what stands before those of the decoder layer.
         layer: see above.
-        state_first, feeds_normed: how engines compute the layer.
+        state_first, reads_normed, feeds_normed: how engines compute the layer.
         offset: of the norms' weights.
     """
 
@@ -58,6 +58,7 @@ class Line:
     names: tuple[str, ...]
     layer: str
     state_first: bool
+    reads_normed: bool
     feeds_normed: bool
     offset: float = 0.0
 
@@ -73,6 +74,7 @@ LINES = {
         tuple(f"model.layers.2.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm")),
         "model.layers.2.",
         state_first=False,
+        reads_normed=True,
         feeds_normed=False,
     ),
     "MiMo's": Line(
@@ -84,6 +86,7 @@ LINES = {
         ),
         "model.mtp_layers.0.",
         state_first=True,
+        reads_normed=False,
         feeds_normed=True,
     ),
     "Qwen's": Line(
@@ -97,6 +100,7 @@ LINES = {
         tuple(f"mtp.{name}.weight" for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")),
         "mtp.layers.0.",
         state_first=False,
+        reads_normed=True,
         feeds_normed=True,
         offset=1.0,
     ),
@@ -105,8 +109,12 @@ LINES = {
 
 @cache
 def target_of(line: str) -> Target:
-    """In memory, the same at every call."""
-    return Target.from_model(random_model(LINES[line].config()), name=line)
+    """In memory, the same at every call. Its final norm has weights of its own, so that states before and behind it differ in direction."""
+    model = random_model(LINES[line].config())
+    final = model.get_decoder().norm.weight
+    with torch.no_grad():
+        final.add_(0.3 * torch.randn(final.shape, generator=torch.Generator().manual_seed(7)))
+    return Target.from_model(model, name=line)
 
 
 def mtp_tensors(line: str) -> dict[str, Tensor]:
@@ -166,7 +174,8 @@ def report_logits(line: str, target: Target, text: list[int], anchor: int, num_s
         return scaled * (tensors[name] + own.offset)
 
     output = target.prefix(torch.tensor([text[: anchor + 1]]), layers=(PRE_NORM,))
-    known = target.ends.final_norm(output.feature(PRE_NORM))  # [1, T, D]
+    known = output.feature(PRE_NORM)  # [1, T, D]
+    known = target.ends.final_norm(known) if own.reads_normed else known
     logits = []
     for step in range(num_steps):
         embedded = target.ends.embed(torch.tensor([text[1 : anchor + step + 2]]))

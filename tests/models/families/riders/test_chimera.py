@@ -56,7 +56,7 @@ def test_every_step_is_an_eagle_1_over_trigrams_with_a_residual_block(target: Ta
             output = layer.finish(joined, torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))[-1]
             head_input = output + F.silu(drafter.residual.weight @ output + drafter.residual.bias)
             assert_equal_logits(trained[number, step], target.ends.head_weight @ head_input)
-            known = torch.cat([known, output[None]])
+            known = torch.cat([known, head_input[None]])
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from doubles import random_model
 from every_family import batch_of
 from mtp_targets import LINES, mtp_tensors, report_logits, save_glm_with_mtp, save_target_with_mtp, target_of
 from safetensors.torch import load_file
@@ -16,7 +18,16 @@ from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
 from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
 from draftsmith.export.layouts.heads import mtp
 from draftsmith.export.layouts.layouts import load_any, write
-from draftsmith.models import Drafter, DraftLimits, LMDrafter, MtpHead, SampledChildren, Target, TargetEnds
+from draftsmith.models import (
+    PRE_NORM,
+    Drafter,
+    DraftLimits,
+    LMDrafter,
+    MtpHead,
+    SampledChildren,
+    Target,
+    TargetEnds,
+)
 from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.families.riders.mtp import MtpFamily
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
@@ -159,6 +170,33 @@ def test_copies_of_the_targets_ends_are_passed_over() -> None:
     own = read("DeepSeek's", ends).state_dict()
     again = read("DeepSeek's", ends, tensors).state_dict()
     assert again.keys() == own.keys()
+
+
+def test_a_copy_in_more_digits_than_the_target_was_loaded_in_is_passed_over() -> None:
+    config = LINES["DeepSeek's"].config()
+    precise = random_model(config)
+    embedding = precise.get_input_embeddings().weight.detach().clone()
+    ends = Target.from_model(precise.to(torch.bfloat16), name="rounded").ends
+    assert not torch.equal(ends.embedding.weight.float(), embedding)
+    name = "model.layers.2.embed_tokens.weight"
+    read("DeepSeek's", ends, mtp_tensors("DeepSeek's") | {name: embedding})
+    with pytest.raises(ValueError, match="shares the target's"):
+        read("DeepSeek's", ends, mtp_tensors("DeepSeek's") | {name: embedding * 1.1})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state_first", [False, True])
+def test_a_new_layer_begins_with_the_tokens_of_the_target_at_a_width_of_real_targets(state_first: bool) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=8, pad_token_id=0
+    )  # fmt: skip
+    target = Target.from_model(random_model(config), name="wide")
+    drafter = MtpFamily(state_first=state_first).build(target.ends, None, 1, "").eval()
+    batch = batch_of(target, drafter)
+    places = torch.arange(1, len(batch.input_ids) - 1)
+    ours = trained_logits(drafter, batch, (places + 1).tolist(), 1)[:, 0]
+    states = target.ends.final_norm(batch.hidden[PRE_NORM][places])
+    assert torch.equal(ours.argmax(-1), target.ends.logits(states).argmax(-1))
 
 
 def test_what_no_checkpoint_can_say_is_refused(tmp_path: Path) -> None:
