@@ -179,7 +179,8 @@ class Engine:
         until: Callable[[int, list[int]], bool] | None = None,
         in_order: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
-        """Decode prompts from an iterator and give replies as they end. Prompts are taken from it as rows become free.
+        """Decode prompts from an iterator and give replies as they end. Prompts are taken from it as rows become free,
+        up to half as many as there are rows before that.
 
         A prompt that cannot be decoded ends the stream, but first the prompts before it get their replies.
 

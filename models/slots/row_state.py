@@ -103,7 +103,8 @@ def take_rows(state: Any, rows: slice, num_rows: int) -> Any:
     def take(own: Any, _: Any) -> Any:
         if isinstance(own, SlotCache):
             return own.rows(rows)
-        if not isinstance(own, ReplacesRows) and len(own) == num_rows:
+        has_rows = not isinstance(own, ReplacesRows) and not (isinstance(own, Tensor) and own.ndim == 0)
+        if has_rows and len(own) == num_rows:
             return own[rows]
         raise UnknownState(f"a {type(own).__name__} has no entry for each of {num_rows} rows")
 

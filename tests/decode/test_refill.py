@@ -85,6 +85,18 @@ def test_a_row_that_comes_later_is_drafted_for_as_it_would_be_alone(
     assert [reply.accepted for reply in together] == [reply.accepted for reply in alone]
 
 
+@pytest.mark.parametrize("name", [*map(name_of, EVERY_FAMILY), "draft LM"])
+def test_a_prompt_that_is_read_early_is_drafted_for_as_it_would_be_alone(
+    target: Target, drafters: dict[str, Drafter], name: str
+) -> None:
+    """Of four rows two are read at a time, so that a state waits for its row."""
+    request, engine = REQUESTS["penalty"], Engine(target, drafters[name], DraftLimits(3, 3))
+    prompts = [*PROMPTS, *(prompt[::-1] for prompt in PROMPTS)]
+    own = [engine.generate([prompt], request, request_ids=[number])[0] for number, prompt in enumerate(prompts)]
+    replies = engine.generate(prompts, request, num_rows=4)
+    assert [(reply.token_ids, reply.accepted) for reply in replies] == [(one.token_ids, one.accepted) for one in own]
+
+
 def test_an_oracle_is_accepted_whole_in_rows_that_come_later(target: Target) -> None:
     engine = Engine(target, PlannedDrafter(target, "late"), DraftLimits(3, 4))
     replies = engine.generate(PROMPTS, GenerationSettings(max_new_tokens=11), num_rows=2)

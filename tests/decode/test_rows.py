@@ -60,6 +60,8 @@ def test_noise_belongs_to_the_output_position() -> None:
 def test_padding_is_no_token_of_a_text() -> None:
     seen_BV = seen_tokens(torch.tensor([[3, 4, 0], [5, 6, 7]]), torch.tensor([2, 3]), vocab_size=8)
     rows = Rows(torch.tensor([0, 0]), choice_keys_B=torch.tensor([1, 2]), seen_BV=seen_BV)
-    rows.emit(torch.tensor([[1, 0], [2, 3]]), torch.tensor([1, 2]))
+    rows.emit(torch.tensor([[1, 0], [2, 3]]), torch.tensor([1, 2]), torch.tensor([True, True]))
     assert [row.nonzero().flatten().tolist() for row in seen_BV] == [[1, 3, 4], [2, 3, 5, 6, 7]]
     assert rows.num_emitted_B.tolist() == [1, 2]
+    rows.emit(torch.tensor([[4, 7], [1, 4]]), torch.tensor([2, 2]), torch.tensor([True, False]))
+    assert rows.num_emitted_B.tolist() == [3, 2], "an idle row emits nothing"

@@ -38,6 +38,7 @@ FOR_LAYOUT: dict[tuple[str, str], tuple[dict[str, Any], bool]] = {
     ("blockdrafter", "speculators"): (MASK, True),
     ("headsdrafter", "medusa"): ({"head": "per_step"}, True),
     ("headsdrafter", "mlp_speculator"): ({"network": "mlp"}, False),
+    ("mtphead", "mtp"): ({}, False),
 }
 
 
