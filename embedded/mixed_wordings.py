@@ -30,7 +30,7 @@ from draftsmith.embedded.wordings import (
 
 _NAME = re.compile(rf"\b(?:{'|'.join(NAMES)})\b")
 _OTHER_NAME_SHARE = 0.2
-_TURNS = ("never", "never", "behind the lead", "behind the first number")
+_TURNS = ("never", "never", "never", "never", "behind the lead", "behind the first number")
 
 
 def mixed_solution(

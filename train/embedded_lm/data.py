@@ -31,6 +31,7 @@ STYLES: dict[StyleName, Style] = {"all": ALL_WORDINGS, "target": TARGET_STYLE, "
 
 _WINDOW_BATCHES = 32
 _IGNORED = -100
+_OTHER_MODEL_WEIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def conversations(mixture: Mixture, split: Split, seed: int) -> Iterator[Convers
 
 def _mixed(problem: Problem, style: Style, rng: random.Random) -> Conversation:
     """One problem; each line of the solution begins in the style with a chance that differs from solution to solution."""
-    others = [other for other in STYLES.values() if other is not style]
+    # The words of the other model are what a decoder with a judge meets most.
+    of_other_models = [other for other in STYLES.values() if other not in (style, ALL_WORDINGS)]
+    others = [ALL_WORDINGS, *(_OTHER_MODEL_WEIGHT * of_other_models)]
     solution = mixed_solution(problem.steps, style, others, rng.random(), rng)
     text = chat_text([("user", problem.question), ("assistant", solution.text)])
     start = text.rindex(solution.text)
