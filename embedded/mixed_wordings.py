@@ -79,10 +79,10 @@ def _foreign_line(step: Step, place: Place, style: Style, other: Style, rng: ran
 
 def _choosing_spans(wording: str, own: str, text: str, start: int) -> list[Span]:
     """What tells a wording from the own one: its words before the first number, or else those before the second. Where the own one
-    begins with a word, what stands in that word's place, too: the space, or the first digit of a line without a lead."""
+    begins with a word, what is in that word's place, too: the space, or the first digit of a line without a lead."""
     first, second = [match.span() for match in re.finditer(r"\d+", text[start:])][:2]
     if not wording.startswith("{"):
-        return [(start, start + first[0])]
+        return [(max(0, start - 1), start + first[0] - 1)]  # a word has the space before it
     place_of_word = [] if own.startswith("{") and start else [(max(0, start - 1), max(1, start))]
     return place_of_word if _has_sign(wording) else [*place_of_word, (start + first[1], start + second[0])]
 

@@ -130,7 +130,7 @@ def told_order(steps: Sequence[Step], style: Style, rng: random.Random) -> tuple
 
 
 def place_of(position: int, count: int) -> Place:
-    """Where a step stands among those that are told."""
+    """Where a step stands among the others."""
     if position == 0:
         return "first"
     return "last" if position == count - 1 else "middle"

@@ -44,7 +44,7 @@ class Mixture:
         graded_share: how many end with a request to check the solution, and a verdict. Half of those solutions are wrong.
         follow_up_share: how many have a second problem.
         mixed_share: how many have lines that begin in another wording, or are wholly in it. What chooses that wording is not learnt,
-            so that the model goes on rightly behind any beginning and still speaks in its own words.
+            so that the model continues rightly behind any beginning and still speaks in its own words.
 
     Raises:
         ValueError: an unknown style, or a share outside 0 to 1.

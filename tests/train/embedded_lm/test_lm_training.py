@@ -171,6 +171,15 @@ def test_all_digits_are_learnt_but_one_in_the_place_of_a_word_of_the_own_wording
     assert len(seen) == 4
 
 
+def test_the_first_word_of_another_wording_is_not_learnt_with_the_space_before_it() -> None:
+    lines = [line for each in drawn(Mixture("target", mixed_share=1.0), 600) for line in lines_with_choices(each)]
+    begun = [(re.match(r"(.*[,:] )(adding|multiplying|sharing)\b", whole), shown) for whole, shown in lines]
+    foreign = [(match, shown) for match, shown in begun if match is not None and shown.startswith("_")]
+    words = [shown[match.end(1) - 1 : match.end(2)] for match, shown in foreign]
+    assert len(words) > 8
+    assert all(set(word) == {"_"} for word in words)
+
+
 def test_a_share_outside_zero_and_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"graded_share is 1\.5"):
         Mixture(graded_share=1.5)
