@@ -288,7 +288,15 @@ def _part_of_target(folder: Path, ends: TargetEnds) -> Foreign | None:
     if not (folder / CONFIG).is_file():
         return None
     part = part_in(StoredTensors(folder).keys())
-    return part[1] if part is not None and checkpoint_fingerprint(folder) == ends.fingerprint else None
+    if part is None or checkpoint_fingerprint(folder) == ends.fingerprint:
+        return None if part is None else part[1]
+    _LOG.warning(
+        "%s holds an %s for its own model, and the target is not that model: it has another checkpoint, another revision or an adapter. So "
+        "the whole folder drafts as a draft LM. To draft with the layer, give the folder of the target's own revision, and no adapter",
+        folder,
+        part[0].about.title,
+    )
+    return None
 
 
 def _bound(layout: Foreign, tensors: Mapping[str, Tensor], folder: Path, target: TargetBond) -> Drafter:

@@ -7,7 +7,8 @@ Knows no family and no layout.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from draftsmith.outside import parse_json_object, safe_file_name
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"
+MTP_PROJECTIONS = {
+    "DeepSeek's": re.compile(r"(model\.(?:language_model\.)?layers\.\d+\.)eh_proj\..+"),
+    "MiMo's": re.compile(r"(model\.mtp_layers\.\d+\.)input_proj\..+"),
+    "Qwen's": re.compile(r"(mtp\.)fc\..+"),
+}
+"""How an MTP layer inside a target's checkpoint is known: its projection, plain or quantised. The group begins all names of the layer."""
 _OTHER_WEIGHTS = ("medusa_lm_head.safetensors",)  # what other software calls the one file of a drafter
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
@@ -66,6 +73,23 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{index} names {', '.join(missing)}, which {folder} lacks; {remedy}")
     return files
+
+
+def mtp_beginnings(names: Iterable[str]) -> dict[str, list[str]]:
+    """Find the MTP layers of a checkpoint.
+
+    Args:
+        names: of its tensors.
+
+    Returns:
+        The beginnings of the layers' names, sorted, by the style of their names; only styles with a layer.
+    """
+    listed = list(names)
+    matched = {
+        title: sorted({match.group(1) for match in map(pattern.fullmatch, listed) if match})
+        for title, pattern in MTP_PROJECTIONS.items()
+    }
+    return {title: beginnings for title, beginnings in matched.items() if beginnings}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

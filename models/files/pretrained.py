@@ -6,6 +6,7 @@ paths, devices, targets and drafters. Everything else in the package loads throu
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from draftsmith.models.files.checkpoint_files import mtp_beginnings
 from draftsmith.outside import parse_json_object, safe_file_name
 
 RAISED_BY_CONFIGS = (
@@ -266,14 +268,17 @@ def refuse_faults(folder: Path, report: Mapping[str, Iterable[Any]]) -> None:
 
     Args:
         folder: for the message.
-        report: the loader's ``output_loading_info``; Transformers has taken out what a family may lack or have beside.
+        report: the loader's ``output_loading_info``; Transformers has taken out what a family may lack or have beside. Tensors of an
+            MTP layer pass, too.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape.
     """
+    drafters = tuple(itertools.chain.from_iterable(mtp_beginnings(report["unexpected_keys"]).values()))
+    unexpected = [name for name in report["unexpected_keys"] if not _COMPUTED.search(name)]
     faults = {
         "missing keys": sorted(report["missing_keys"]),
-        "unexpected keys": sorted(name for name in report["unexpected_keys"] if not _COMPUTED.search(name)),
+        "unexpected keys": sorted(name for name in unexpected if not name.startswith(drafters)),
         "mismatched shapes": sorted(str(mismatch[0]) for mismatch in report["mismatched_keys"]),
     }
     if any(faults.values()):

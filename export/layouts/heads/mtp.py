@@ -1,7 +1,7 @@
 """MTP heads on disk: the tensors of a target's own multi-token prediction layer, under the names of its checkpoint.
 
 Owns the names of three styles. A style also says how the layer computes, which its tensors do not show. Sizes and rotary settings are the
-target's. Transformers skips these tensors when it loads the target. Knows nothing of cards and commands.
+target's. Loading a target skips these tensors. Knows nothing of cards and commands.
 
 Shape legend: D hidden, V vocabulary, H heads, Dh head size, L blocks of the target.
 """
@@ -22,7 +22,7 @@ from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.eagle_config import layer_fields
 from draftsmith.models.families.riders.mtp import MtpConfig, MtpHead
-from draftsmith.models.files.checkpoint_files import StoredTensors, as_text, read_fields, write_files
+from draftsmith.models.files.checkpoint_files import StoredTensors, as_text, mtp_beginnings, read_fields, write_files
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "MTP head"
@@ -35,7 +35,10 @@ _OTHER_LAYERS = {
     "kv_a_proj": "latent attention (kv_lora_rank)",
     "q_a_proj": "latent attention (q_lora_rank)",
     "linear_attn": "linear attention (layer_types)",
-    "scale_inv": "quantised weights (quantization_config)",
+    **dict.fromkeys(
+        ("_scale", ".scales", "qweight", "qzeros", "weight_packed", "g_idx", "absmax", "quant_map"),
+        "quantised weights (quantization_config)",
+    ),
 }
 
 
@@ -44,7 +47,6 @@ class Style:
     """How one line of models names an MTP layer, and how it computes.
 
     Attributes:
-        prefix: pattern of the beginning of every name; the number of the layer is its group, where it has one.
         written: the beginning of every name as it is written; ``{L}`` stands for the number of the target's blocks.
         parts: our names -> theirs behind the prefix; the decoder layer's own names are Llama's.
         layer: what stands before the names of the decoder layer.
@@ -52,7 +54,6 @@ class Style:
         copies: of the target's own embedding and head, which some checkpoints hold once more.
     """
 
-    prefix: str
     written: str
     parts: Mapping[str, str]
     layer: str = ""
@@ -62,20 +63,17 @@ class Style:
 
 STYLES = {
     "DeepSeek's": Style(
-        r"model\.(?:language_model\.)?layers\.(\d+)\.",
         "model.layers.{L}.",
         {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"},
         switches={"state_first": False, "reads_normed": True, "feeds_normed": False},
         copies=("embed_tokens.weight", "shared_head.head.weight"),
     ),
     "MiMo's": Style(
-        r"model\.mtp_layers\.(\d+)\.",
         "model.mtp_layers.0.",
         {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "eh_proj": "input_proj", "norm": "final_layernorm"},
         switches={"state_first": True, "reads_normed": False, "feeds_normed": True},
     ),
     "Qwen's": Style(
-        r"mtp\.",
         "mtp.",
         {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"},
         layer="layers.0.",
@@ -94,12 +92,7 @@ def style_of(names: Collection[str]) -> tuple[str, str] | None:
     Returns:
         The name of the style, and the beginning of the names of its first layer; None where there is no such layer.
     """
-    for title, style in STYLES.items():
-        pattern = re.compile(f"({style.prefix}){re.escape(style.parts['eh_proj'])}\\.weight")
-        beginnings = sorted(match.group(1) for match in map(pattern.fullmatch, names) if match)
-        if beginnings:
-            return title, beginnings[0]
-    return None
+    return next(((title, beginnings[0]) for title, beginnings in mtp_beginnings(names).items()), None)
 
 
 def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> MtpHead:
@@ -120,7 +113,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         raise ValueError(f"{where}: the sizes of an {WHAT} are its target's; name the target")
     title, beginning = place
     style = STYLES[title]
-    _check_one_layer(tensors, style, beginning, where)
+    _check_one_layer(tensors, mtp_beginnings(tensors)[title], where)
     own = {name[len(beginning) :]: tensors[name] for name in tensors if name.startswith(beginning)}
     _refuse_copies(own, style, ends, where)
     named = _our_names(own, style)
@@ -131,20 +124,18 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     return assemble(MtpHead, config, named)
 
 
-def _check_one_layer(tensors: Mapping[str, Tensor], style: Style, beginning: str, where: str) -> None:
+def _check_one_layer(tensors: Mapping[str, Tensor], beginnings: list[str], where: str) -> None:
     """Refuse several layers, and layers of other kinds, by the names of their tensors.
 
     Raises:
         ValueError: naming a tensor.
     """
-    projections = [
-        name for name in tensors if re.fullmatch(f"{style.prefix}{re.escape(style.parts['eh_proj'])}\\.weight", name)
-    ]
+    beginning = beginnings[0]
     own = [name for name in tensors if name.startswith(beginning)]
     further = [name for name in own if re.match(r"layers\.[1-9]", name[len(beginning) :])]
-    if len(projections) > 1 or further:
+    if len(beginnings) > 1 or further:
         raise ValueError(
-            f"{where} holds several MTP layers ({(projections + further)[1]}; num_nextn_predict_layers, mtp_num_hidden_layers), and a "
+            f"{where} holds several MTP layers ({(beginnings + further)[1]}; num_nextn_predict_layers, mtp_num_hidden_layers), and a "
             f"{WHAT} has one; train a new one"
         )
     for name in own:

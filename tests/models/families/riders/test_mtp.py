@@ -9,7 +9,7 @@ import transformers
 from doubles import random_model
 from every_family import batch_of
 from mtp_targets import LINES, mtp_tensors, report_logits, save_glm_with_mtp, save_target_with_mtp, target_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftsmith.decode.engine import Engine
@@ -32,6 +32,9 @@ from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.families.riders.mtp import MtpFamily
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
+}  # fmt: skip
 STEPS, ROOTS = 3, [2, 7, 15]
 every_line = pytest.mark.parametrize("line", LINES)
 
@@ -96,11 +99,35 @@ def test_a_layer_under_the_number_behind_the_trunks_is_found(tmp_path: Path) -> 
     assert torch.equal(drafter.eh_proj.weight, mtp_tensors("DeepSeek's")["model.layers.2.eh_proj.weight"])
 
 
-def test_without_its_target_such_a_folder_is_a_draft_lm(folder: Path) -> None:
+def test_without_its_target_such_a_folder_is_a_draft_lm(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(load_drafter(folder), LMDrafter)
+    assert not caplog.records
     other = target_of("MiMo's").ends
     assert checkpoint_fingerprint(folder) != other.fingerprint
     assert isinstance(load_drafter(folder, target=TargetBond(other)), LMDrafter)
+    assert len([record for record in caplog.records if "drafts as a draft LM" in record.message]) == 1
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_packed", "weight.absmax"])
+@every_line
+def test_a_quantised_projection_is_refused_by_name(line: str, suffix: str) -> None:
+    tensors = mtp_tensors(line)
+    name = LINES[line].names[2]
+    tensors[f"{name.removesuffix('.weight')}.{suffix}"] = tensors.pop(name)
+    with pytest.raises(ValueError, match=rf"quantised weights .*{suffix}"):
+        read(line, target_of(line).ends, tensors)
+
+
+@every_line
+def test_a_target_loads_with_a_layer_that_its_class_does_not_know(line: str, tmp_path: Path) -> None:
+    random_model(transformers.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    save_file(whole | mtp_tensors(line), path, {"format": "pt"})
+    Target.load(str(tmp_path))
+    save_file(whole | mtp_tensors(line) | {"stray.weight": torch.ones(2)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected keys: stray\.weight\)"):
+        Target.load(str(tmp_path))
 
 
 @every_line
