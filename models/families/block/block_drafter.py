@@ -73,7 +73,11 @@ class BlockDrafter(TargetHead, FromFields):
 
     @classmethod
     def fields_for(cls, ends: TargetEnds, num_draft_steps: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`FromFields.fields_for`: the layers' sizes, which layers are read, and a block of as many slots as drafts take."""
+        """See :meth:`FromFields.fields_for`: the layers' sizes, which layers are read, and a block of as many slots as drafts take.
+
+        Raises:
+            ValueError: ``block_size`` is among the chosen.
+        """
         if "block_size" in chosen:
             raise ValueError(
                 f"block_size is {chosen['block_size']}, but a block has as many slots as drafts take; give num_draft_steps instead"
