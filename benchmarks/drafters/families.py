@@ -327,11 +327,11 @@ def summary(targets: dict[str, Tables]) -> str:
 def main() -> int:
     """Runs the targets that are there and writes the page."""
     options = _options()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     benches = planned(options)
     print(plan_table(benches, options), flush=True)
     if options.plan:
         return 0
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     options.name = f"{date.today().isoformat()}-families"
     page = [f"# Every family, {date.today().isoformat()}", f"`{provenance.command_line()}`"]
     page += [

@@ -170,7 +170,7 @@ def test_autojudge_decides_as_the_judge_does_with_the_polarity_turned_round(targ
         "bias": (1,),
     }
     states = torch.randn(300, D)
-    normed = judge._ends().final_norm(states).numpy()
+    normed = judge.ends.final_norm(states).numpy()
     values = ((normed - tensors["mean"]) / tensors["scale"]) @ tensors["weights"] + tensors["bias"]
     important = torch.from_numpy(values).sigmoid() >= numbers["threshold"]
     accepted = judge.accepts(states)
