@@ -18,7 +18,7 @@ SHAPE = "1x32"
 HEAD_SHAPES = {"redrafter": "1x5", "eagle": "1x8"}
 TUNED = "tuned-for-price"
 """The folder with the judge at the best setting for `SHAPE`."""
-THRESHOLDS = (0.1, 0.2, 0.4, 0.6)
+THRESHOLDS = (0.1, 0.4, 0.7, 0.8)
 SWEEPS = {
     "draft_lm": SweepOptions(thresholds=THRESHOLDS, gates=("none", "line"), batch_rows=64),
     "redrafter": SweepOptions(thresholds=THRESHOLDS, batch_rows=64),
