@@ -29,6 +29,7 @@ from draftsmith.models.files.loading import load_causal_lm
 from draftsmith.models.files.model_folder import resolve, resolve_model
 from draftsmith.models.files.pretrained import check_tensors, language_model_class, read_config
 from draftsmith.models.target.ends import TargetEnds
+from draftsmith.models.target.extension_locks import check_extension_locks
 from draftsmith.models.target.target import Target
 
 TargetSharding = Literal["none", "fsdp2", "tp", "zero3"]
@@ -140,7 +141,8 @@ def load_sharded(
 
     Raises:
         ValueError: a single process, a bad path or dtype, weights that do not fit the config, or code that may not run. Also for a family
-            without a plan of the kind in transformers, for the CPU where there is an accelerator, and without DeepSpeed.
+            without a plan of the kind in transformers, for the CPU where there is an accelerator, without DeepSpeed, and for an operation
+            of DeepSpeed that a killed process left locked.
     """
     if not over.is_sharded:
         raise ValueError(
@@ -233,6 +235,7 @@ def _load_zero3(
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    check_extension_locks()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},

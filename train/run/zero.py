@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from draftsmith.extras import install_command
+from draftsmith.models.target.extension_locks import check_extension_locks
 from draftsmith.train.run.checkpoints import AtomicCheckpointIO
 from draftsmith.train.run.whole_tensors import Sharded
 
@@ -76,7 +77,7 @@ class Zero(Sharded, DeepSpeedStrategy):
         """Checks the accelerator, the module and the precision; then what Lightning does.
 
         Raises:
-            ValueError: an accelerator that Lightning's DeepSpeed does not serve, or as `refuse`.
+            ValueError: an accelerator that Lightning's DeepSpeed does not serve, or as `refuse` and `check_extension_locks`.
         """
         if not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
@@ -84,6 +85,7 @@ class Zero(Sharded, DeepSpeedStrategy):
                 "to gpu, or take configs/engines/fsdp2.yaml"
             )
         self.refuse()
+        check_extension_locks()
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:

@@ -46,11 +46,11 @@ from draftsmith.train.drafter_callbacks.tree_decode_validation import TreeDecode
 SHARDINGS = ["fsdp2", "tp", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]
 # train.py where DeepSpeed, if it is there, works on CPUs and compiles nothing.
 ON_CPU = """
-import importlib.util, os, sys
+import importlib, importlib.util, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed.comm.torch
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # The attribute deepspeed.comm.torch is PyTorch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 from draftsmith.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
