@@ -82,32 +82,6 @@ class CandidateVerifier:
         return candidate_walk(reading.tree, self._sampled, target_probs_BNV, keys_BU)
 
 
-def accept_probs(rule: Rule, target_probs: Tensor, draft_probs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """How likely each candidate is accepted once those before it were rejected, and what to draw from when all were.
-
-    A candidate without draft probability (zeros throughout, or all of it drawn before) is padding and never accepted.
-
-    Args:
-        rule: ``mcsd`` for candidates drawn without replacement, ``kseq`` for independent ones.
-        target_probs: float [..., V].
-        draft_probs: float [..., V], what the first candidate was drawn from.
-        candidates: int64 [..., K], in the order of drawing.
-
-    Returns:
-        float64 [..., K], float64 [..., V].
-
-    Example:
-        target probabilities (0.5, 0.5), draft (0.75, 0.25): candidate 0 is accepted with 2/3, the residual is all on token 1; candidate 1
-        is accepted always.
-    """
-    both = _normalised(torch.stack([target_probs.double(), draft_probs.double()], dim=-2))
-    judged = judge(rule, both, candidates)
-    residual = judged.missing.clamp(min=0.0)
-    total = residual.sum(-1, keepdim=True)
-    law = torch.where(total > 0.0, residual, target_probs)
-    return _share(judged.wanted, judged.drawn), _normalised(law)
-
-
 class Judgement(NamedTuple):
     """What a rule says of the candidates of a node.
 
@@ -124,12 +98,17 @@ class Judgement(NamedTuple):
 
 
 def judge(rule: Rule, both: Tensor, candidates: Tensor) -> Judgement:
-    """Ask a rule about the candidates of a node.
+    """Ask a rule about the candidates of a node: each is judged once those before it were rejected.
+
+    A candidate without draft probability (zeros throughout, or all of it drawn before) is padding and never accepted.
 
     Args:
-        rule: see :func:`accept_probs`.
+        rule: ``mcsd`` for candidates drawn without replacement, ``kseq`` for independent ones.
         both: float64 [..., 2, V], the distributions of target and draft. The draft is zeros where all candidates are padding.
-        candidates: int64 [..., K].
+        candidates: int64 [..., K], in the order of drawing.
+
+    Example:
+        MCSD, target probabilities (0.5, 0.5), draft (0.75, 0.25): candidate 0 is accepted with 0.5 / 0.75, then only token 1 is missing.
     """
     return _without_replacement(both, candidates) if rule == "mcsd" else _k_seq(both, candidates)
 

@@ -15,7 +15,7 @@ from joint_law import chi_square_pvalue
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.verify.candidates import Judgement, accept_probs, candidate_walk, judge, num_draws
+from draftsmith.decode.verify.candidates import Judgement, candidate_walk, judge, num_draws
 from draftsmith.models import DraftLimits, DraftTree, EarlyStop, ReDrafter, SampledChildren, Target
 from draftsmith.models.tree.limits import Rule
 from draftsmith.models.tree.noise import draw, keys_at, request_keys, uniforms
@@ -36,6 +36,20 @@ def target() -> Target:
 def drafter(target: Target) -> ReDrafter:
     torch.manual_seed(5)
     return ReDrafter.for_target(target.ends).eval()
+
+
+def accept_probs(rule: Rule, target_probs: Tensor, draft_probs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [..., K], how likely each candidate is accepted once the earlier ones were rejected; [..., V], what follows them all."""
+    judged = judge(
+        rule, torch.stack([normalised(target_probs.double()), normalised(draft_probs.double())], dim=-2), candidates
+    )
+    missing = judged.missing.clamp(min=0.0)
+    law = torch.where(missing.sum(-1, keepdim=True) > 0.0, missing, target_probs)
+    return (judged.wanted / judged.drawn).nan_to_num(nan=0.0, posinf=0.0), normalised(law)
+
+
+def normalised(weights: Tensor) -> Tensor:
+    return (weights / weights.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
 
 
 def law(seed: int, vocab: int, zeros: int = 0) -> Tensor:
