@@ -73,7 +73,7 @@ RIVALS = (
     *("top-k@2", "typical@0.3", "typical@0.09", "kl@1", "kl-unsure@1", "ensemble@0.9", "ensemble@0.7", "fly@0.3"),
     *("margin@0.3", "margin@1", "everything"),
 )
-FULL = {"train": 2400, "held": 200, "test": 500, "mine": 200, "rounds": 200, "tuning": 800}
+FULL = {"train": 2400, "held": 200, "test": 500, "mine": 200, "rounds": 800, "tuning": 800}
 FEWEST = {"mine": 200, "rounds": 2 * ROUNDS, "tuning": 12}
 LICENCE = EntryOptions(licence="Apache-2.0")
 ANSWERS = DrawOptions(max_new_tokens=200)

@@ -9,8 +9,7 @@ from pathlib import Path
 from benchmarks.judge.stages import DRAFT, TARGET, Stages
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.decode.sampling import DrawOptions
-from draftsmith.evaluate.lossy.tune_command import SweepOptions, line_end_ids, tune_judge
-from draftsmith.models import load_tokenizer
+from draftsmith.evaluate.lossy.tune_command import SweepOptions, tune_judge
 from draftsmith.models.judge import NO_GATE, load_judge
 
 SHAPE = "1x32"
@@ -18,13 +17,9 @@ SHAPE = "1x32"
 HEAD_SHAPES = {"redrafter": "1x5", "eagle": "1x8"}
 TUNED = "tuned-for-price"
 """The folder with the judge at the best setting for `SHAPE`."""
-THRESHOLDS = (0.1, 0.4, 0.7, 0.8)
-SWEEPS = {
-    "draft_lm": SweepOptions(thresholds=THRESHOLDS, gates=("none", "line"), batch_rows=64),
-    "redrafter": SweepOptions(thresholds=THRESHOLDS, batch_rows=64),
-    "eagle": SweepOptions(thresholds=THRESHOLDS, batch_rows=64),
-}
-"""Heads draft less than a line, so a gate of lines would accept nothing under them."""
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+SWEEP = SweepOptions(thresholds=THRESHOLDS, batch_rows=64)
+"""Without gates: heads draft less than a line, and under the draft LM the judge of the rounds gains more without one."""
 
 
 def tune_all(stages: Stages, judge: Path, scale: float) -> None:
@@ -42,7 +37,7 @@ def tune_all(stages: Stages, judge: Path, scale: float) -> None:
                 work / f"tuned-{name}",
                 checker="final-number",
                 shapes=shapes,
-                sweep=SWEEPS[name],
+                sweep=SWEEP,
                 draw=DrawOptions(max_new_tokens=200),
                 selection=PromptSelection(limit=problems),
             ),
@@ -58,14 +53,9 @@ def keep_best(work: Path, judge: Path) -> None:
         for trial in trials
         if trial["setting"]["shape"] == SHAPE
         and not trial["stopped"]
-        and trial["change_bounds"][0] > -SWEEPS["draft_lm"].most_lost / 100
+        and trial["change_bounds"][0] > -SWEEP.most_lost / 100
         and trial["per_cycle"] > trial["lossless_per_cycle"]
     ]
-    head = load_judge(judge)
-    if good:
-        setting = max(good, key=lambda trial: trial["per_cycle"])["setting"]
-        ends = line_end_ids(load_tokenizer(TARGET)) if setting["gate"] == "line" else ()
-        head = head.with_threshold(setting["threshold"]).with_gate(setting["gate"], setting["veto"], ends)
-    else:
-        head = head.with_threshold(1.0).with_gate(NO_GATE)
+    threshold = max(good, key=lambda trial: trial["per_cycle"])["setting"]["threshold"] if good else 1.0
+    head = load_judge(judge).with_threshold(threshold).with_gate(NO_GATE)
     head.save_pretrained(work / TUNED / "judge")
