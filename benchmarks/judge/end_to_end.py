@@ -194,7 +194,7 @@ def compare(work: Path, options: argparse.Namespace) -> None:
     own = load_judge(folder).config.threshold
     rules = ["lossless", *RIVALS, f"judge, tuned=judge:{folder}"]
     rules += [f"judge, other thresholds=judge:{folder}@{each:g}" for each in THRESHOLDS if each != own]
-    evaluate(work, "report", DRAFT, SHAPE, rules, max(2, int(options.scale * 12)), labelled=True)
+    evaluate(work, "report", DRAFT, SHAPE, rules, max(2, int(options.scale * 8)), labelled=True)
 
 
 def compare_judges(work: Path, judges: dict[str, Judged], options: argparse.Namespace) -> None:
