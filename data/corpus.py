@@ -24,7 +24,7 @@ from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
 from draftsmith.files import sha256_file
 from draftsmith.foreign import one_line
-from draftsmith.json_rows import Dropped, check_encoding, check_values, is_blank, parse_object, shown, summary
+from draftsmith.json_rows import Dropped, check_lines, check_values, is_blank, parse_object, shown, summary
 from draftsmith.outside import parse_json_object
 
 RESPONSE_GLOB = "responses*.jsonl"
@@ -407,7 +407,7 @@ def _parts_of(number: int, path: Path) -> Iterator[Part]:
     with open(path, "rb") as file:
         for line, content in enumerate(file, start=1):
             if line == 1:
-                check_encoding(path, content)
+                check_lines(path, content)
             empty = empty and is_blank(content)
             place += len(content)
             if line - first_line + 1 == _PART_LINES or place - first_byte >= _PART_BYTES:

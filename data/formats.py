@@ -10,21 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from draftsmith.data.benchmark_fields import PLACEHOLDER, is_question
+from draftsmith.data.chats.logs import flat_log, is_log
 from draftsmith.data.chats.messages import (
     ROLE_FIELDS,
     Message,
     check_order,
     is_given,
     is_plain,
+    listed,
+    read_content,
     read_turns,
 )
-from draftsmith.data.chats.tool_calls import read_tools
+from draftsmith.data.chats.tool_calls import read_tools, without_fillers
 from draftsmith.json_rows import UnusableRow, parse_object
 
 __all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
 
-Format = Literal["auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text"]
+Format = Literal["auto", "openai", "sharegpt", "alpaca", "gsm8k", "specbench", "prompt", "text", "log"]
 
+_SYSTEM_FIELDS = ("system", "system_prompt")
 _MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
@@ -107,6 +112,8 @@ def detect_format(row: Mapping[str, Any]) -> Format:
         UnusableRow: none fits; the fields are named.
     """
     fields = {name for name, value in row.items() if value is not None}
+    if is_log(row):
+        return "log"
     if "messages" in fields and (row["messages"] or "text" not in fields):
         return "openai"
     if fields & {"conversations", "conversation"}:
@@ -118,6 +125,12 @@ def detect_format(row: Mapping[str, Any]) -> Format:
     for name in ("turns", "prompt", "text"):
         if name in fields:
             return _SINGLE_FIELD[name]
+    if {"question", "response"} <= fields or _is_list(row.get("chosen")):
+        return "prompt"
+    if "chosen" in fields:
+        raise UnusableRow(
+            "chosen is a text without a prompt; give turns, as in [{'role': 'user', 'content': ...}, ...]"
+        )
     known = ", ".join(name for name in get_args(Format) if name != "auto")
     raise UnusableRow(f"no known format has the fields {sorted(fields)!s:.200}; known are {known}")
 
@@ -135,10 +148,18 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     Raises:
         UnusableRow: the row holds no usable prompt, or a known field holds something that is not read.
     """
+    flaw = None
+    if row_format == "log":
+        row, flaw = flat_log(row)
     conversation = _READERS[row_format](row)
     if conversation.text is not None:
         return conversation
-    conversation = replace(conversation, tools=read_tools(row), variables=_variables(row))
+    tools = read_tools(row)
+    turns = without_fillers(_with_system(row, conversation.turns), tools)
+    conversation = replace(
+        conversation, turns=turns, tools=tools, variables=_variables(row), flaw=conversation.flaw or flaw
+    )
+    _check_words(conversation)
     _check_media(row, conversation)
     _check_json(conversation)
     for number, turn in enumerate(conversation.turns):
@@ -191,6 +212,36 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
         kind = "null" if value is None else type(value).__name__
         raise UnusableRow(f"field {name!r} is {kind}, not text")
     return value
+
+
+def _with_system(row: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns behind the system's text that lies beside them.
+
+    Raises:
+        UnusableRow: it is no text, or the turns begin with another.
+    """
+    for name in _SYSTEM_FIELDS:
+        if row.get(name) in (None, "", [], ()):
+            continue
+        text, parts = read_content(row[name], name)
+        if turns and turns[0]["role"] == "system":
+            if turns[0]["content"].strip() != text.strip():
+                raise UnusableRow(f"the row has {name} and another system turn; one of them is enough")
+        elif parts is None and text.strip():
+            return (Message(role="system", content=text), *turns)
+    return tuple(turns)
+
+
+def _check_words(conversation: Conversation) -> None:
+    """Check that a benchmark's row holds its question, and not the note that somebody has to fetch it.
+
+    Raises:
+        UnusableRow: it holds the note.
+    """
+    if any(PLACEHOLDER in turn["content"] for turn in conversation.turns):
+        raise UnusableRow(
+            "the placeholder of SPEED-Bench instead of a question; make the full file with its own prepare_data script"
+        )
 
 
 def _is_list(value: object) -> bool:
@@ -262,33 +313,54 @@ def _asked(turns: Sequence[Message], answer: Any, field: str) -> Conversation:
 
 
 def _openai(row: Mapping[str, Any]) -> Conversation:
-    """`messages`; beside a `reference`, and in one of this project's prompts, they are the user's alone.
+    """`messages`; beside a `reference`, in one of this project's prompts, and in a benchmark's row, they are the user's alone.
 
     Elsewhere two user turns in a row are a broken conversation.
     """
     turns = read_turns(row.get("messages"))
     is_asked = all(turn["role"] != "assistant" or is_given(turns, number) for number, turn in enumerate(turns))
-    is_prompt = {"id", "split", "source"} <= row.keys() and is_asked
+    is_prompt = is_asked and ({"id", "split", "source"} <= row.keys() or is_question(row))
     if is_prompt or row.get("reference") is not None:
         return _asked(turns, row.get("reference"), "reference")
     return _conversation(turns)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Conversation:
-    """Turns, with a system text that may lie beside them."""
     given = row.get("conversations")
-    turns = read_turns(row.get("conversation") if given is None else given)
-    if row.get("system") not in (None, "") and turns[0]["role"] != "system":
-        turns = [Message(role="system", content=text_field(row, "system")), *turns]
-    return _conversation(turns)
+    return _conversation(read_turns(row.get("conversation") if given is None else given))
 
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
+    """An instruction with its text (Alpaca's `input`, Dolly's `context`), behind the pairs of an earlier `history`."""
     content = text_field(row, "instruction")
-    given = row.get("input")
-    if given is not None and text_field(row, "input").strip():
-        content = f"{content}\n\n{given}"
-    return _asked([Message(role="user", content=content)], row.get("output"), "output")
+    extra = next((name for name in ("input", "context") if row.get(name) not in (None, "")), None)
+    if extra is not None and text_field(row, extra).strip():
+        content = f"{content}\n\n{row[extra]}"
+    asked = Message(role="user", content=content)
+    answer = _first_field(row, ("output", "response"))
+    if row.get("history") in (None, [], ()):
+        return _asked([asked], row.get(answer), answer)
+    earlier = [turn for pair in _pairs(row["history"]) for turn in pair]
+    last = row.get(answer)
+    return _conversation(
+        [*earlier, asked, *([] if last is None else read_turns([{"role": "assistant", "content": last}]))]
+    )
+
+
+def _pairs(history: Any) -> list[list[Message]]:
+    """The turns of a history: pairs of a question and its answer."""
+    if not _is_list(history) or not all(_is_list(pair) and len(pair) == 2 for pair in history):
+        raise UnusableRow("history is no list of pairs, each a question and its answer")
+    roles = ("user", "assistant")
+    return [
+        read_turns([{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)])
+        for pair in history
+    ]
+
+
+def _first_field(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of some fields that the row has; the first of all where it has none."""
+    return next((name for name in names if row.get(name) is not None), names[0])
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Conversation:
@@ -299,7 +371,7 @@ def _gsm8k(row: Mapping[str, Any]) -> Conversation:
 
 def _specbench(row: Mapping[str, Any]) -> Conversation:
     """`turns` are the user's; each is a text or `{"content": ...}` (Arena-Hard). Turns with roles are a conversation."""
-    turns = row.get("turns")
+    turns = listed(row.get("turns"), "turns")
     if not _is_list(turns) or not turns:
         raise UnusableRow("the list of turns is empty or not a list")
     if any(isinstance(turn, Mapping) and any(turn.get(name) is not None for name in ROLE_FIELDS) for turn in turns):
@@ -310,14 +382,26 @@ def _specbench(row: Mapping[str, Any]) -> Conversation:
 
 
 def _prompt(row: Mapping[str, Any]) -> Conversation:
-    """`prompt`, a text or turns, and as TRL has it perhaps a `completion` of the same kind."""
-    prompt, completion = row.get("prompt"), row.get("completion")
-    turns = read_turns(prompt) if _is_list(prompt) else [Message(role="user", content=text_field(row, "prompt"))]
-    if completion is None:
-        return _conversation(turns)
-    if not _is_list(completion):
-        return _asked(turns, completion, "completion")
-    return _conversation([*turns, *read_turns(completion)])
+    """`prompt`, a text or turns, and perhaps an answer of the same kind: TRL's `completion`, a `response`, or the `chosen` of two.
+
+    An answer in turns may repeat the prompt, or hold it alone.
+    """
+    asked = _first_field(row, ("prompt", "question"))
+    prompt, name = row.get(asked), _first_field(row, ("completion", "response", "chosen"))
+    answer = row.get(name)
+    turns: list[Message] = []
+    if _is_list(prompt):
+        turns = read_turns(prompt)
+    elif prompt is not None or not _is_list(answer):
+        turns = [Message(role="user", content=text_field(row, asked))]
+    if answer is None:
+        return _asked(turns, None, name) if is_question(row) else _conversation(turns)
+    if not _is_list(answer):
+        return _asked(turns, answer, name)
+    answers = read_turns(answer)
+    users = [turn["content"] for turn in answers if turn["role"] == "user"]
+    repeats = answers[: len(turns)] == turns or (not _is_list(prompt) and bool(turns) and turns[0]["content"] in users)
+    return _conversation(answers if repeats else [*turns, *answers])
 
 
 def _text(row: Mapping[str, Any]) -> Conversation:
@@ -337,4 +421,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
     "specbench": _specbench,
     "prompt": _prompt,
     "text": _text,
+    "log": _openai,
 }

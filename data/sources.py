@@ -32,6 +32,7 @@ Row = Mapping[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MARK = b"\xef\xbb\xbf"
+_MARK_BYTES = 8
 _BLANK_LINES = re.compile(rb"\n[ \t]*\n\s*")
 _DOCUMENT_END = b"<|endoftext|>"
 # A text (closed or not), or one of the marks by which the elements of a list are told apart.
@@ -102,6 +103,8 @@ def _decoded(source: str, path: Path, hub_config: str | None, hub_split: str) ->
         readers = {".json": _json_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
         reader = readers.get(path.suffix)
         if reader is None:
+            with open(path, "rb") as file:
+                check_encoding(path, file.readline(_MARK_BYTES))
             raise ValueError(f"{path} has the suffix {path.suffix!r}; rows are read from {', '.join(_SUFFIXES)}")
         return reader(path)
     if path.suffix in _SUFFIXES or path.is_absolute() or source.startswith(".") or not _HUB_ID.fullmatch(source):
@@ -180,11 +183,22 @@ def _rows_of_batch(batch: pa.RecordBatch) -> Iterator[Row | _Unread]:
     for index in range(batch.num_rows):
         try:
             [row] = batch.slice(index, 1).to_pylist()
+            row = _without_fillers(row)
             check_values(row)
         except (ValueError, OverflowError) as error:
             yield _Unread(str(error), "")
         else:
             yield row
+
+
+def _without_fillers(value: Any) -> Any:
+    """A table's value without the keys that are null: it gives each object the keys of all others, such as the arguments of other tools.
+
+    Example: `{"city": "Oslo", "stock": None}` becomes `{"city": "Oslo"}`; nulls of a list stay.
+    """
+    if isinstance(value, Mapping):
+        return {name: _without_fillers(entry) for name, entry in value.items() if entry is not None}
+    return [_without_fillers(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _text_rows(path: Path) -> Iterator[Row | _Unread]:
@@ -215,7 +229,7 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[Row | _Unre
         ) from error
     for index in range(len(rows)):
         try:
-            row = rows[index]
+            row = _without_fillers(rows[index])
             check_values(row)
         except (ValueError, OverflowError, OSError) as error:  # OSError: an image that cannot be decoded
             yield _Unread(str(error), "")

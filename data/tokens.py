@@ -171,27 +171,58 @@ class ChatTemplate(PromptTemplate):
         spans = [Span(start, stop)] if blocks is None else _shared_parts(Span(start, stop), blocks)
         end_mark = self._end_mark_pattern.match(text, stop)
         settled = text[: end_mark.end() if end_mark else stop]
-        words = self._words_start(messages, text, start)
-        return _ShownReply(text, spans, settled, is_learned, words, self._calls_start(messages, text, words, tail))
+        if is_learned:
+            self._check_shown(messages, text, Span(start, stop))
+        words = self._words_start(messages, text, Span(start, stop))
+        calls = self._calls_start(messages, text, Span(words, stop), tail)
+        return _ShownReply(text, spans, settled, is_learned, words, calls)
 
-    def _words_start(self, messages: Sequence[Message], text: str, start: int) -> int:
-        """Where the words of a reply begin: behind its thought and what the template writes around that."""
+    def _check_shown(self, messages: Sequence[Message], text: str, reply: Span) -> None:
+        """Check that the template has left nothing of a reply out.
+
+        Raises:
+            ValueError: it removes a thought from the words, hides a call, or hides the words beside one.
+        """
+        last, place = messages[-1], f"turn {len(messages) - 1}"
+        remedy = "make replies with `draftsmith data respond`, or give another with --template"
+        end, words = self.marks.thought_end, last["content"]
+        if end and end in words:
+            thought, _, words = words.partition(end)
+            asked = _num_shared(text, self._render(messages[:-1], add_generation_prompt=False))
+            # What the prompt opens is before the reply.
+            if thought.strip().removeprefix(self.marks.thought_start).strip() not in text[asked : reply.stop]:
+                raise ValueError(f"{place} has a thought in its words, which the chat template removes; {remedy}")
+        if "tool_calls" not in last:
+            return
+        shown = text[reply.start : reply.stop]
+        if " ".join(words.split()) not in " ".join(shown.split()):
+            raise ValueError(
+                f"{place} has words beside its tool calls, which the chat template does not show; {remedy}"
+            )
+        for call in last["tool_calls"]:
+            name = call["function"]["name"]
+            if name not in shown:
+                raise ValueError(f"{place} calls {name!r:.80}, which the chat template does not show; {remedy}")
+
+    def _words_start(self, messages: Sequence[Message], text: str, reply: Span) -> int:
+        """Where the words of a reply begin: behind its thought, in a field of its own or in the words, and what is written around it."""
         if "reasoning_content" not in messages[-1]:
-            return start
+            return reply.start + self.marks.thought_length(text[reply.start : reply.stop], text[: reply.start])
         head, _ = around_reply(self, messages[:-1], thought=messages[-1]["reasoning_content"])
-        return max(start, _num_shared(text, head))
+        return max(reply.start, _num_shared(text, head))
 
-    def _calls_start(self, messages: Sequence[Message], text: str, words: int, tail: str) -> int:
-        """Where the tool calls of a reply begin: behind what the template writes for the same reply without them."""
+    def _calls_start(self, messages: Sequence[Message], text: str, words: Span, tail: str) -> int:
+        """Where the tool calls of a reply begin: behind what the template writes for the same reply without them, or at their mark."""
         if "tool_calls" not in messages[-1]:
-            return len(text)
+            call = self.marks.call_place(text[: words.stop], words.start)
+            return len(text) if call < 0 else call
         without = Message(role="assistant", content=messages[-1]["content"])
         if "reasoning_content" in messages[-1]:
             without["reasoning_content"] = messages[-1]["reasoning_content"]
         with contextlib.suppress(TemplateRefusal):
             body = self._render([*messages[:-1], without], add_generation_prompt=False).removesuffix(tail)
-            return max(words, _num_shared(text, body))
-        return words
+            return max(words.start, _num_shared(text, body))
+        return words.start
 
     def _reply_start(self, messages: Sequence[Message], text: str, head: str) -> int:
         """Where a reply begins: behind what the template writes before any content, and behind what the target reads before it replies.
@@ -283,9 +314,9 @@ def _assistants(messages: Sequence[Message]) -> list[int]:
 
 
 def _learned(messages: Sequence[Message], trained_on: TrainedOn) -> list[int]:
-    """The numbers of the assistant's turns that are learned from."""
-    learned = [number for number in _assistants(messages) if messages[number].get("train", True)]
-    return learned[-1:] if trained_on.last_turn_only else learned
+    """The numbers of the assistant's turns that are learned from: none where only the last one counts, and that has weight 0."""
+    chosen = _assistants(messages)[-1:] if trained_on.last_turn_only else _assistants(messages)
+    return [number for number in chosen if messages[number].get("train", True)]
 
 
 def _num_shared(first: Iterable[str], second: Iterable[str]) -> int:

@@ -7,16 +7,22 @@ Does not know: the formats of rows, templates, tokens.
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
-from draftsmith.data.chats.tool_calls import call_of_text, read_calls
+from draftsmith.data.chats.blocks import spread
+from draftsmith.data.chats.tool_calls import call_of_text, parsed_list, read_calls
 from draftsmith.json_rows import UnusableRow
 
 ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -29,6 +35,7 @@ _CALL_ROLES = ("function_call", "tool_call")
 _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What changes the words of a turn in a way that nothing here renders.
 _UNREAD_FIELDS = ("audio", "images", "image", "videos")
+_TEXT_TYPES = ("text", "input_text", "output_text")
 _MEDIA_TYPES = ("image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url")
 # Who may speak next; messages name the first one.
 _NEXT = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
@@ -97,9 +104,26 @@ def read_turns(value: Any) -> list[Message]:
     Raises:
         UnusableRow: no list of turns, or a turn with a field that breaks its rule.
     """
+    value = listed(value, "the list of turns")
     if not isinstance(value, list | tuple) or not value:
         raise UnusableRow("the list of turns is empty or not a list")
-    return [_turn(turn, number) for number, turn in enumerate(value)]
+    return [_turn(part, number) for number, turn in enumerate(value) for part in spread(turn, f"turn {number}")]
+
+
+def listed(value: Any, place: str) -> Any:
+    """A list that a row may hold as its JSON text, as tables of texts do.
+
+    Args:
+        value: of a row.
+        place: what errors call it.
+
+    Returns:
+        The list; the value as it is where it is no text that begins one.
+
+    Raises:
+        UnusableRow: the text begins a list and is no JSON.
+    """
+    return parsed_list(value, place) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 
 def check_order(turns: Sequence[Message]) -> None:
@@ -162,8 +186,11 @@ def read_content(value: Any, place: str) -> tuple[str, list[dict[str, Any]] | No
         if not isinstance(part, Mapping):
             raise UnusableRow(f"{place}: a part is {_kind(part)}, not an object")
         kind = part.get("type")
-        if kind == "text":
+        if kind in _TEXT_TYPES:
             texts.append(_text(part, "text", place))
+            part = {**part, "type": "text"}
+        elif kind == "refusal":
+            raise UnusableRow(f"{place} is a refusal, which a server writes in place of the reply; remove the turn")
         elif kind not in _MEDIA_TYPES:
             known = ", ".join(("text", *_MEDIA_TYPES))
             raise UnusableRow(f"{place}: a part is of the type {kind!r:.80}; types are {known}")
@@ -193,6 +220,10 @@ def _turn(turn: Any, number: int) -> Message:
     for field in _UNREAD_FIELDS:
         if turn.get(field):
             raise UnusableRow(f"{place} has {field}, which are not read beside the content; make them parts of it")
+    if turn.get("channel") not in (None, "final"):
+        raise UnusableRow(
+            f"{place} is in the channel {turn['channel']!r:.80}; put thoughts into reasoning_content, calls into tool_calls"
+        )
     message = Message(role=role, content="")
     if turn[name] in _CALL_ROLES:
         message["tool_calls"] = call_of_text(_text(turn, _only(turn, _CONTENT_FIELDS, place), place), place)
@@ -243,21 +274,28 @@ def _only(turn: Mapping[str, Any], fields: Sequence[str], place: str) -> str:
         return there[0]
     if there:
         raise UnusableRow(f"{place} has {there[0]} and {there[1]}; one of them is enough")
+    if turn.get("refusal"):
+        raise UnusableRow(f"{place} is a refusal, which a server writes in place of the reply; remove the turn")
     raise UnusableRow(f"{place} has no {fields[0]}")
 
 
 def _is_trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
-    """OpenAI's `weight` (0 or 1), or `train` (false or true); without either, an assistant turn is learned from."""
-    weight, train = turn.get("weight"), turn.get("train")
+    """OpenAI's `weight` (0 or 1), or `train` or `loss` (false or true); without any, an assistant turn is learned from."""
+    weight = turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise UnusableRow(f"{place} has the weight {weight!r:.80}; weights are 0 and 1")
-    if train is not None and not isinstance(train, bool):
-        raise UnusableRow(f"{place} has train {train!r:.80}; it is true or false")
+    given = [] if weight is None else [bool(weight)]
+    for name in ("train", "loss"):
+        if turn.get(name) is None:
+            continue
+        if not isinstance(turn[name], bool):
+            raise UnusableRow(f"{place} has {name} {turn[name]!r:.80}; it is true or false")
+        given.append(turn[name])
     if role != "assistant":
-        if weight or train:
+        if any(given):
             raise UnusableRow(f"{place} is the {role}'s and has a weight; only assistant turns are learned from")
         return True
-    return bool(weight is None or weight) and train is not False
+    return all(given)
 
 
 def _thought(turn: Mapping[str, Any], place: str) -> str | None:

@@ -76,8 +76,8 @@ class ReplyMarks:
             A `Kind` for each token of the reply.
         """
         text = self._decoded(reply_ids)
-        thought = self._thought_length(text, prompt_ids)
-        call = text.find(self.call_start, thought) if self.call_start else -1
+        thought = self.thought_length(text, self._decoded(prompt_ids[-_PROMPT_END:]))
+        call = self.call_place(text, thought)
         first_words = self._num_tokens(reply_ids, thought)
         first_call = len(reply_ids) if call < 0 else self._num_tokens(reply_ids, call, whole=False)
         lengths = (first_words, max(0, first_call - first_words), len(reply_ids) - max(first_words, first_call))
@@ -96,16 +96,36 @@ class ReplyMarks:
         end = self._decoded(prompt_ids[-_PROMPT_END:]).rstrip()
         return bool(self.thought_end) and not end.endswith(self.thought_end)
 
-    def _thought_length(self, text: str, prompt_ids: Sequence[int]) -> int:
-        """Characters of a reply that are its thought, marks included; 0 without one."""
+    def thought_length(self, text: str, prompt: str) -> int:
+        """Find the thought that a reply begins with.
+
+        Args:
+            text: the reply.
+            prompt: the end of what the target read.
+
+        Returns:
+            Characters of the thought, marks included; 0 without one.
+        """
         if not self.thought_end:
             return 0
         start = self.thought_start
         thought, end, _ = text.partition(self.thought_end)
         opened = text.lstrip().startswith(start) if start else bool(end)
-        if not opened and not self._decoded(prompt_ids[-_PROMPT_END:]).rstrip().endswith(start or "\0"):
+        if not opened and not prompt.rstrip().endswith(start or "\0"):
             return 0
         return len(thought) + len(end) if thought.strip().removeprefix(start).strip() else 0
+
+    def call_place(self, text: str, first: int) -> int:
+        """Find the first tool call of a reply.
+
+        Args:
+            text: the reply.
+            first: number of the character to begin at.
+
+        Returns:
+            Number of the call's first character; -1 where there is none.
+        """
+        return text.find(self.call_start, first) if self.call_start else -1
 
     def _num_tokens(self, ids: Sequence[int], characters: int, whole: bool = True) -> int:
         """How many tokens cover so many characters; with `whole` False, without the token that only begins in them."""

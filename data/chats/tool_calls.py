@@ -3,12 +3,17 @@
 Owns: the spellings of a tool and of a call, and which ones are none. Does not know: turns, templates, tokens.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from draftsmith.json_rows import UnusableRow, parse_object
 
 TOOL_FIELDS = ("tools", "functions")
+T = TypeVar("T", bound=Mapping[str, Any])
+# JSON texts of no tools at all.
+_NONE = (None, "", "null", "None", "[]", [], ())
+# Where null is a value of a schema; elsewhere a table has filled it in.
+_NULLABLE = ("default", "const", "examples")
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -25,7 +30,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     Raises:
         UnusableRow: both `tools` and `functions`, anything but a list, or an entry without a function's name.
     """
-    there = [name for name in TOOL_FIELDS if row.get(name) not in (None, "", [], ())]
+    there = [name for name in TOOL_FIELDS if row.get(name) not in _NONE]
     if len(there) > 1:
         raise UnusableRow(f"the row has {there[0]} and {there[1]}; one of them is enough")
     if not there:
@@ -79,6 +84,22 @@ def call_of_text(text: str, place: str) -> list[dict[str, Any]]:
     return [_call(call, f"{place}: call {number}") for number, call in enumerate(calls)]
 
 
+def parsed_list(text: str, place: str) -> Any:
+    """Parse a list that is JSON text.
+
+    Args:
+        text: of a row.
+        place: what errors call it.
+
+    Returns:
+        The list.
+
+    Raises:
+        UnusableRow: it is no JSON.
+    """
+    return _parsed(text, place)
+
+
 def _parsed(text: str, place: str) -> Any:
     """JSON text by the rules of rows; a list is parsed as the value of an object.
 
@@ -121,7 +142,52 @@ def _function(entry: Any, place: str) -> Mapping[str, Any]:
 
 def _tool(entry: Any, place: str) -> dict[str, Any]:
     function = _function(entry, place)
-    return {"type": "function", "function": {name: value for name, value in function.items() if name != "type"}}
+    function = {name: value for name, value in _without_nulls(function).items() if name != "type"}
+    schema = function.pop("input_schema", None)  # Anthropic's name
+    return {"type": "function", "function": function if schema is None else {**function, "parameters": schema}}
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A definition without the keys that are null: tables give each tool the keys of all others."""
+    if isinstance(schema, Mapping):
+        kept = {name: entry for name, entry in schema.items() if entry is not None or name in _NULLABLE}
+        return {name: _without_nulls(entry) for name, entry in kept.items()}
+    return [_without_nulls(entry) for entry in schema] if isinstance(schema, list | tuple) else schema
+
+
+def without_fillers(turns: Sequence[T], tools: Sequence[Mapping[str, Any]]) -> tuple[T, ...]:
+    """Leave out arguments that are null and that the called tool does not have: a table gives each call the names of all others.
+
+    Args:
+        turns: of a conversation.
+        tools: their definitions, as `read_tools` makes them.
+
+    Returns:
+        The turns.
+    """
+    names = {tool["function"]["name"]: _argument_names(tool["function"]) for tool in tools}
+    return tuple(_without_fillers(turn, names) for turn in turns)
+
+
+def _without_fillers(turn: T, names: Mapping[str, Collection[str] | None]) -> T:
+    if not names or not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        own = names.get(function["name"])
+        if own is not None:
+            kept = {name: value for name, value in function["arguments"].items() if value is not None or name in own}
+            call = {**call, "function": {**function, "arguments": kept}}
+        calls.append(call)
+    return cast(T, {**turn, "tool_calls": calls})
+
+
+def _argument_names(function: Mapping[str, Any]) -> Collection[str] | None:
+    """The arguments that a tool takes; None where its definition does not list them."""
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return set(properties) if isinstance(properties, Mapping) else None
 
 
 def _call(entry: Any, place: str) -> dict[str, Any]:

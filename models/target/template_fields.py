@@ -6,7 +6,9 @@ template counts, replies.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,6 +80,8 @@ class TemplateFields:
             fields = {name: message[name] for name in _SHOWN_FIELDS if name in message}
             if "parts" in message:
                 fields["content"] = message["parts"]
+            if "tool_calls" in message:
+                fields["tool_calls"] = self._shown_calls(message["tool_calls"])
             if "reasoning_content" in message:
                 fields |= dict.fromkeys(self.thought_names, message["reasoning_content"])
             shown.append(fields)
@@ -94,6 +98,28 @@ class TemplateFields:
                     f"turn {number} has a part of the type {part['type']!r}, and {self.reader} does not show it: this target reads text "
                     "alone; name a multimodal target, or remove the part"
                 )
+
+    def _shown_calls(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Calls with their arguments in the form that the template shows."""
+        given = []
+        for call in calls:
+            function = dict(call["function"])
+            if self._arguments_are_text:
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            given.append({**call, "function": function})
+        return given
+
+    @functools.cached_property
+    def _arguments_are_text(self) -> bool:
+        """Whether the template fails on arguments that are an object, and shows those that are JSON text."""
+        for as_text in (False, True):
+            call = {"id": "draftsmit", "type": "function", "function": {"name": PROBE, "arguments": {}}}
+            call["function"]["arguments"] = json.dumps({PROBE: 1}) if as_text else {PROBE: 1}
+            turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            with contextlib.suppress(TemplateRefusal):
+                self._render(turns)
+                return as_text
+        return False
 
     def _shows_part(self, kind: str) -> bool:
         """Whether a part of a type changes what the template writes, and the text beside it is still read as text."""

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from draftsmith.foreign import json_text
-from draftsmith.json_rows import Dropped, UnusableRow, check_encoding, is_blank, parse_object, shown
+from draftsmith.json_rows import Dropped, UnusableRow, check_lines, is_blank, parse_object, shown
 from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed, claimed_too
 
 _OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")
@@ -242,7 +242,7 @@ def _rows(path: Path, dropped: list[Dropped] | None) -> Iterator[tuple[int, dict
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                check_encoding(path, line)
+                check_lines(path, line)
             if is_blank(line):
                 continue
             empty = False

@@ -20,6 +20,14 @@ MAX_DEPTH = 100
 
 _MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_PARQUET_MARK = b"PAR1"
+_PACKED_MARKS = {
+    b"\x1f\x8b": "gunzip -k",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"BZh": "bunzip2 -k",
+    b"\xfd7zXZ": "unxz -k",
+    b"PK\x03\x04": "unzip",
+}
 _BAD_CHARACTER = re.compile("[\0\ud800-\udfff]")
 _ESCAPED_BAD_CHARACTER = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 # What differs from row to row in one kind of reason.
@@ -46,10 +54,29 @@ def check_encoding(name: object, start: bytes) -> None:
     """Refuses a file by its first bytes.
 
     Raises:
-        ValueError: the file is UTF-16, in which lines cannot be told apart.
+        ValueError: the file is UTF-16, in which lines cannot be told apart, is packed, or is no text at all.
     """
     if start.startswith(_UTF16_MARKS):
         raise ValueError(f"{name} is UTF-16; text is read as UTF-8: convert it with `iconv -f UTF-16 -t UTF-8`")
+    for mark, unpacker in _PACKED_MARKS.items():
+        if start.startswith(mark):
+            raise ValueError(f"{name} is packed; unpack it first: `{unpacker} {name}`")
+
+
+def check_lines(name: object, start: bytes) -> None:
+    """Refuses a file that is not one JSON object a line, by its first line.
+
+    Raises:
+        ValueError: as :func:`check_encoding`; a Parquet file, or a `.json` file that is a list.
+    """
+    check_encoding(name, start)
+    kind = "a Parquet file" if start.startswith(_PARQUET_MARK) else None
+    if str(name).endswith(".json") and start.removeprefix(_MARK).lstrip().startswith(b"["):
+        kind = "a list"
+    if kind is not None:
+        raise ValueError(
+            f"{name} is {kind}, but one JSON object a line is expected (JSONL); only `draftsmith data prompts` reads it as it is"
+        )
 
 
 def is_blank(content: bytes) -> bool:

@@ -1,0 +1,86 @@
+"""Turns whose content is a list of blocks, as Anthropic's and Mistral's clients write them, spread into turns with fields.
+
+Owns: which blocks are thoughts, calls and results, and the order that they may come in. Does not know: fields of turns, templates.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from draftsmith.json_rows import UnusableRow
+
+_THOUGHT, _CALL, _RESULT = "thinking", "tool_use", "tool_result"
+_BLOCKS = (_THOUGHT, _CALL, _RESULT)
+# In which order a reply can be rendered: a template shows one thought, then words, then calls.
+_RANK = {_THOUGHT: 0, _CALL: 2}
+_WORDS_RANK = 1
+_ORDER = "a thought, words, calls"
+
+
+def spread(turn: Any, place: str) -> list[Any]:
+    """Make the blocks of a turn its fields: thoughts, calls, and a turn of its own for each result of a tool.
+
+    Args:
+        turn: of a row.
+        place: what errors call it.
+
+    Returns:
+        The turns; the turn itself where no block is more than a part of its words.
+
+    Raises:
+        UnusableRow: a block lacks its value, or blocks come in an order that no template shows.
+    """
+    name = next((name for name in ("content", "value") if isinstance(turn, Mapping) and _is_list(turn.get(name))), None)
+    if name is None or not any(_kind(block) in _BLOCKS for block in turn[name]):
+        return [turn]
+    blocks: Sequence[Any] = turn[name]
+    rest = [block for block in blocks if _kind(block) not in _BLOCKS]
+    if any(_kind(block) == _RESULT for block in blocks):
+        results = [_result(block, place) for block in blocks if _kind(block) == _RESULT]
+        if any(_kind(block) in (_THOUGHT, _CALL) for block in blocks):
+            raise UnusableRow(
+                f"{place} has results of a tool beside a thought or a call; give results a turn of their own"
+            )
+        return [*results, *([{**turn, name: rest}] if rest else [])]
+    ranks = [_RANK.get(_kind(block), _WORDS_RANK) for block in blocks]
+    if ranks != sorted(ranks):
+        raise UnusableRow(
+            f"{place} has blocks in another order than {_ORDER}, which no chat template shows; give each a turn"
+        )
+    fields: dict[str, Any] = {**turn, name: rest}
+    thoughts = [_thought(block, place) for block in blocks if _kind(block) == _THOUGHT]
+    if thoughts:
+        fields.setdefault("reasoning_content", "\n\n".join(thoughts))
+    calls = [_call(block) for block in blocks if _kind(block) == _CALL]
+    if calls:
+        fields["tool_calls"] = [*(turn.get("tool_calls") or ()), *calls]
+    return [fields]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _kind(block: Any) -> Any:
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _thought(block: Mapping[str, Any], place: str) -> str:
+    """A thought is a text, or Mistral's list of texts."""
+    value = block.get(_THOUGHT)
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in value] if _is_list(value) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnusableRow(f"{place}: a part of the type {_THOUGHT!r} has no text in its field {_THOUGHT!r}")
+    return "".join(texts)
+
+
+def _call(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": block.get("id"), "name": block.get("name"), "arguments": block.get("input")}
+
+
+def _result(block: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a tool gave back; Anthropic leaves the content out where there is none."""
+    if block.get("is_error") not in (None, False, True):
+        raise UnusableRow(f"{place}: is_error is {block['is_error']!r:.80}, neither true nor false")
+    content = block.get("content")
+    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": "" if content is None else content}

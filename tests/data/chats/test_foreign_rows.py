@@ -1,0 +1,266 @@
+"""Rows of other people's files: each is read as it was meant or dropped with a reason; no field changes the text in silence."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tool_chats import ASKED, CALL, TOOL_TEMPLATE, WEATHER, tool_tokenizer
+
+from draftsmith.data.cache.show import render
+from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
+from draftsmith.data.corpus import Corpus
+from draftsmith.data.formats import detect_format, to_conversation
+from draftsmith.data.tokens import ChatTemplate, TokenizedSample
+from draftsmith.json_rows import Dropped
+
+WriteRows = Callable[..., Path]
+NO = {"role": "assistant", "content": "No."}
+BRIEF = {"role": "system", "content": "Be brief."}
+ASKED_TEXT, NO_TEXT = "<|user|>Is it warm?", "<|assistant|>«No.<|end|>»"
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "9 C"}
+# As DeepSeek-R1 and Qwen3 write replies: the first removes thoughts everywhere, the second behind a later question.
+CUTS_THOUGHTS = TOOL_TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(
+    "reasoning_content", "nothing"
+)
+WANTS_TEXT = TOOL_TEMPLATE.replace("call.function.arguments | tojson", "'' + call.function.arguments")
+HIDES_WORDS = TOOL_TEMPLATE.replace("{{ m.content }}{% for call", "{{ '' if m.tool_calls else m.content }}{% for call")
+
+
+def outcomes(
+    row: dict[str, Any], write_jsonl: WriteRows, trained_on: TrainedOn = EVERYTHING, template: str = TOOL_TEMPLATE
+) -> list[TokenizedSample | Dropped]:
+    tokenizer = tool_tokenizer(template)
+    corpus = Corpus(write_jsonl([row]), lambda: ChatTemplate(tokenizer), None, 1000, trained_on=trained_on)
+    return list(corpus.read())
+
+
+def text(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
+    [sample] = outcomes(row, write_jsonl, *options)
+    assert isinstance(sample, TokenizedSample), sample
+    return render(sample, tool_tokenizer(), marks=True).plain.split("\n", 1)[1].rstrip("\n")
+
+
+def reason(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
+    [dropped] = outcomes(row, write_jsonl, *options)
+    assert isinstance(dropped, Dropped), dropped
+    return dropped.reason
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"request": {"model": "m", "messages": [ASKED]}, "response": {"choices": [{"message": NO}]}},
+        {"body": {"messages": [ASKED]}, "response": {"status_code": 200, "body": {"choices": [{"message": NO}]}}},
+        {"messages": [ASKED], "choices": [{"index": 0, "message": NO, "finish_reason": "stop"}]},
+        {"request": json.dumps({"messages": [ASKED]}), "response": json.dumps({"choices": [{"message": NO}]})},
+        {"prompt": "Is it warm?", "chosen": "No.", "rejected": "Yes."},
+        {"prompt": [ASKED], "chosen": [NO], "rejected": [NO | {"content": "Yes."}]},
+        {"prompt": "Is it warm?", "chosen": [ASKED, NO], "rejected": [ASKED, NO]},
+        {"chosen": [ASKED, NO], "rejected": [ASKED, NO]},
+        {"prompt": "Is it warm?", "response": "No."},
+        {"question": "Is it warm?", "response": "No."},
+        {"instruction": "Is it warm?", "context": "", "response": "No.", "category": "closed_qa"},
+        {"messages": json.dumps([ASKED, NO])},
+        {"conversations": [{"from": "human", "value": "Is it warm?"}, {"from": "bing", "value": "No."}]},
+        {"messages": [ASKED, NO | {"channel": "final", "weight": 1.0, "loss": True, "refusal": None, "audio": None}]},
+        {"messages": [ASKED, NO], "tools": "null"},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "input_text", "text": "Is it warm?"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "No.", "annotations": []}]},
+            ]
+        },
+    ],
+)
+def test_every_spelling_of_a_question_and_its_answer_gives_the_same_sample(
+    row: dict[str, Any], write_jsonl: WriteRows
+) -> None:
+    assert text(row, write_jsonl) == ASKED_TEXT + NO_TEXT
+    assert to_conversation(row, detect_format(row)).reference == ("No.",)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [ASKED, NO], "system": "Be brief."}, "<|system|>Be brief." + ASKED_TEXT),
+        (
+            {"system_prompt": "Be brief.", "question": "Is it warm?", "response": "No."},
+            "<|system|>Be brief." + ASKED_TEXT,
+        ),
+        ({"messages": [{**BRIEF, "role": "developer"}, ASKED, NO]}, "<|system|>Be brief." + ASKED_TEXT),
+        (
+            {"messages": [ASKED, NO], "system": [{"type": "text", "text": "Be brief."}]},
+            "<|system|>Be brief." + ASKED_TEXT,
+        ),
+        ({"messages": [BRIEF, ASKED, NO], "system": "Be brief."}, "<|system|>Be brief." + ASKED_TEXT),
+        ({"instruction": "Is it warm?", "context": "9 C", "response": "No."}, ASKED_TEXT + "\n\n9 C"),
+        (
+            {"instruction": "Is it warm?", "output": "No.", "history": [["Oslo?", "Yes."]]},
+            "<|user|>Oslo?<|assistant|>«Yes.<|end|>»" + ASKED_TEXT,
+        ),
+    ],
+)
+def test_what_lies_beside_a_question_is_asked_with_it(
+    row: dict[str, Any], expected: str, write_jsonl: WriteRows
+) -> None:
+    assert text(row, write_jsonl) == expected + NO_TEXT
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"custom_id": "a", "response": {"body": {"choices": [{"message": NO}]}}}, "a response without its request"),
+        ({"messages": [ASKED], "choices": [{"message": NO}, {"message": NO}]}, "the response has 2 choices"),
+        ({"messages": [ASKED], "choices": [{"message": NO, "finish_reason": "length"}]}, "cut .finish_reason 'length'"),
+        ({"chosen": "Human: Is it warm?", "rejected": ""}, "chosen is a text without a prompt"),
+        ({"messages": [BRIEF, ASKED, NO], "system": "Be long."}, "system and another system turn"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None, "refusal": "I may not."}]}, "turn 1 is a refusal"),
+        ({"messages": [ASKED, NO | {"content": [{"type": "refusal", "refusal": "No"}]}]}, "turn 1 is a refusal"),
+        ({"messages": [ASKED, NO | {"channel": "analysis"}]}, "turn 1 is in the channel 'analysis'"),
+        ({"messages": [ASKED, NO | {"loss": False}]}, "no assistant turn is to be learned from"),
+        ({"messages": [ASKED, NO | {"loss": 1}]}, "turn 1 has loss 1; it is true or false"),
+        ({"messages": '[{"role": "user"'}, "the list of turns is no JSON"),
+        ({"instruction": "Is it warm?", "output": "No.", "history": ["Oslo?"]}, "history is no list of pairs"),
+    ],
+)
+def test_rows_that_say_too_little_or_too_much_are_dropped_with_their_reason(
+    row: dict[str, Any], expected: str, write_jsonl: WriteRows
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        raise ValueError(reason(row, write_jsonl))
+
+
+def test_a_multiple_choice_question_is_no_log_of_a_server() -> None:
+    row = {"question": "Is it warm?", "choices": ["No.", "Yes."], "answer": "No."}
+    assert detect_format(row) == "gsm8k"
+
+
+def test_blocks_of_thoughts_calls_and_results_are_turns_with_fields(write_jsonl: WriteRows) -> None:
+    row = {
+        "tools": [{"name": "weather", "input_schema": {"type": "object"}}],
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Is it warm?", "cache_control": {"type": "ephemeral"}}],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "I ask.", "signature": "x"},
+                    {"type": "text", "text": "Wait."},
+                    {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Oslo"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "9 C"}]}],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "9 is cold."}]},
+                    {"type": "text", "text": "No."},
+                ],
+            },
+        ],
+    }
+    assert text(row, write_jsonl) == (
+        '<tools>{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}</tools>'
+        + ASKED_TEXT
+        + '<|assistant|>«<think>I ask.</think>Wait.<call>weather {"city": "Oslo"}</call><|end|>»'
+        "<|tool|>9 C<|assistant|>«<think>9 is cold.</think>No.<|end|>»"
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (
+            [{"type": "text", "text": "No."}, {"type": "thinking", "thinking": "9"}],
+            "another order than a thought, words, calls",
+        ),
+        ([{"type": "tool_use", "name": "w", "input": {}}, {"type": "text", "text": "No."}], "another order than"),
+        ([{"type": "thinking"}, {"type": "text", "text": "No."}], "'thinking' has no text"),
+        (
+            [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "No."}],
+            "of the type 'redacted_thinking'",
+        ),
+        (
+            [{"type": "tool_result", "content": "9"}, {"type": "thinking", "thinking": "9"}],
+            "beside a thought or a call",
+        ),
+    ],
+)
+def test_blocks_that_no_template_shows_are_dropped_with_their_reason(
+    blocks: list[dict[str, Any]], expected: str, write_jsonl: WriteRows
+) -> None:
+    assert expected in reason({"messages": [ASKED, {"role": "assistant", "content": blocks}]}, write_jsonl)
+
+
+def test_a_thought_or_a_call_inside_the_words_is_of_its_own_kind(write_jsonl: WriteRows) -> None:
+    thinks = {"messages": [ASKED, NO | {"content": "<think>9 is cold.</think>No."}]}
+    assert text(thinks, write_jsonl) == ASKED_TEXT + "<|assistant|>«<think>9 is cold.</think>No.<|end|>»"
+    quiet = text(thinks, write_jsonl, TrainedOn(train_thoughts=False))
+    assert quiet == ASKED_TEXT + "<|assistant|><think>9 is cold.</think>«No.<|end|>»"
+    calls = {"messages": [ASKED, NO | {"content": 'Wait.<call>weather {"city": "Oslo"}</call>'}]}
+    words = text(calls, write_jsonl, TrainedOn(train_tool_calls=False))
+    assert words == ASKED_TEXT + '<|assistant|>«Wait.»<call>weather {"city": "Oslo"}</call><|end|>'
+
+
+@pytest.mark.parametrize(
+    ("turns", "template", "expected"),
+    [
+        (
+            [NO | {"content": "<think>9.</think>No."}],
+            CUTS_THOUGHTS,
+            "turn 1 has a thought in its words, which the chat template removes",
+        ),
+        (
+            [CALLS | {"content": "Wait."}, RESULT, NO],
+            HIDES_WORDS,
+            "turn 1 has words beside its tool calls, which the chat template does",
+        ),
+        (
+            [CALLS, RESULT, NO],
+            TOOL_TEMPLATE.replace("call.function.name", "''"),
+            "turn 1 calls 'weather', which the chat template does not",
+        ),
+    ],
+)
+def test_a_reply_of_which_the_template_leaves_a_part_out_is_dropped(
+    turns: list[dict[str, Any]], template: str, expected: str, write_jsonl: WriteRows
+) -> None:
+    assert expected in reason({"messages": [ASKED, *turns]}, write_jsonl, EVERYTHING, template)
+
+
+def test_a_template_that_adds_arguments_to_a_text_gets_them_as_text(write_jsonl: WriteRows) -> None:
+    row = {"messages": [ASKED, CALLS, RESULT, NO]}
+    assert text(row, write_jsonl, EVERYTHING, WANTS_TEXT) == text(row, write_jsonl)
+
+
+def test_of_a_last_turn_with_weight_0_nothing_is_learned_where_only_the_last_counts(write_jsonl: WriteRows) -> None:
+    row = {"messages": [ASKED, NO, ASKED, NO | {"weight": 0}]}
+    [sample] = outcomes(row, write_jsonl, TrainedOn(last_turn_only=True))
+    assert isinstance(sample, TokenizedSample)
+    assert not sample.num_labelled
+
+
+def test_what_a_table_fills_in_for_other_tools_is_no_part_of_a_call_or_a_definition(write_jsonl: WriteRows) -> None:
+    own = {"city": {"type": "string", "enum": None, "default": None}, "symbol": None}
+    filled = {"name": "weather", "description": None, "parameters": {"type": "object", "properties": own}}
+    call = {"id": None, "function": {"name": "weather", "arguments": {"city": None, "symbol": None}}}
+    row = {
+        "tools": [{"type": "function", "function": filled}],
+        "messages": [
+            ASKED | {"tool_calls": None, "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+    }
+    shown = text(row, write_jsonl)
+    assert '"properties": {"city": {"type": "string", "default": null}}' in shown
+    assert shown.endswith('«<call>weather {"city": null}</call><|end|>»')  # it has no city, but it could have one
+    row["tools"] = [WEATHER]  # says nothing of its arguments, so every one may be its own
+    assert '{"city": null, "symbol": null}' in text(row, write_jsonl)
