@@ -158,9 +158,15 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     )
     config.check(where, "correct it by hand")
     layer = OTHER_LAYER if any(name.startswith(f"{OTHER_LAYER}.") for name in tensors) else LAYER
+    # Older software saves the frequencies, which the config says.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     engine_table(config, layer, where).check(tensors, where)
     kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
     kept.pop("t2d", None)
+    for name in [
+        name for name in kept if name.endswith("rotary_emb.inv_freq")
+    ]:  # older software saves what the config says
+        del kept[name]
     embedding = kept.pop(EMBEDDING, None)
     if embedding is not None and ends is not None:
         refuse_other_embedding(embedding, ends, where)

@@ -27,7 +27,7 @@ from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import CONFIG, StoredTensors, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve
-from draftsmith.models.foreign.named_kinds import named_kind
+from draftsmith.models.foreign.named_kinds import claims_eagle, named_kind
 from draftsmith.models.foreign.reader import Foreign
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
@@ -213,7 +213,7 @@ def is_foreign(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     fields = read_fields(folder)
-    if SPECULATORS_KEY in fields or named_kind(fields):
+    if SPECULATORS_KEY in fields or named_kind(fields) or claims_eagle(fields):
         return True
     if not weight_files(folder) and any(folder.glob("*.safetensors")):
         return False
@@ -259,7 +259,7 @@ def read_foreign(folder: Path, target: TargetBond | None) -> Drafter:
     fields, tensors = read_fields(folder), read_tensors(folder)
     match = layout_of(fields, tensors)
     if match is None:
-        raise ValueError(_unknown(folder, fields, tensors))
+        raise ValueError(unknown_layout(folder, fields, tensors))
     layout = match[1]
     if target is None:
         raise ValueError(
@@ -309,8 +309,17 @@ def _bound(layout: Foreign, tensors: Mapping[str, Tensor], folder: Path, target:
     return drafter.attach(ends)
 
 
-def _unknown(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """What an error says of a folder that no layout holds."""
+def unknown_layout(folder: Path, fields: Mapping[str, Any], tensors: Collection[str]) -> str:
+    """Say what is wrong with a folder that no layout holds.
+
+    Args:
+        folder: where it lies.
+        fields: of its config.
+        tensors: the names of its tensors.
+
+    Returns:
+        The message of an error.
+    """
     software = " or in ".join(dict.fromkeys(layout.software for _, layout in _foreign_layouts()))
     readable = f"give a folder in draftsmith's layout or in {software}{missing_families()}"
     kind, package = named_kind(fields, tensors), fields.get(SPECULATORS_KEY)
@@ -319,6 +328,15 @@ def _unknown(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tens
         return f"{folder} is a {package!r:.80} of the speculators package{known}, which draftsmith does not decode yet; {readable}"
     if kind:
         return f"{folder} holds a drafter of the kind {kind}, which draftsmith does not decode yet; {readable}"
+    if claims_eagle(fields):
+        names = sorted(tensors)
+        shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} others' if names[3:] else ''}"
+        lacks = "" if "fc.weight" in tensors else "lacks fc.weight and "
+        return (
+            f"{folder} is an EAGLE by its {CONFIG} (architectures {fields['architectures']!s:.80}), but {lacks}holds the tensors {shown}, "
+            f""
+            "which no EAGLE layout has; take names without a prefix such as model., and the whole file. Otherwise {readable}"
+        )
     return f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r:.80}); {readable}"
 
 

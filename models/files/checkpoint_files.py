@@ -27,6 +27,7 @@ MTP_PROJECTIONS = {
 }
 """How an MTP layer inside a target's checkpoint is known: its projection, plain or quantised. The group begins all names of the layer."""
 _OTHER_WEIGHTS = ("medusa_lm_head.safetensors",)  # what other software calls the one file of a drafter
+_LFS_MARK = b"version https://git-lfs"
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
 
@@ -112,7 +113,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             tensors |= load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is cut off or no safetensors file: {error}; export it again") from error
+            raise _broken(path, error) from error
     return tensors
 
 
@@ -133,7 +134,7 @@ class StoredTensors(Mapping[str, Tensor]):
                 with safe_open(path, "pt") as file:
                     self._files |= dict.fromkeys(file.keys(), path)
             except SafetensorError as error:
-                raise ValueError(f"{path} is cut off or no safetensors file: {error}; copy the folder again") from error
+                raise _broken(path, error) from error
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as file:
@@ -147,8 +148,22 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
+def _broken(path: Path, error: Exception) -> ValueError:
+    """The error for a file that safetensors does not read."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(_LFS_MARK)) == _LFS_MARK
+    if is_pointer:
+        return ValueError(f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder")
+    return ValueError(f"{path} is cut off or no safetensors file: {error}; copy the folder again, or export it again")
+
+
 def _no_weights(folder: Path) -> str:
     """What an error says of a folder without safetensors."""
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return f"{folder} holds {others[0]} but no {WEIGHTS}; rename the file to {WEIGHTS}"
+    if others:
+        return f"{folder} holds {', '.join(others)} without {INDEX}, which names them; copy that file too"
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not pickles:
         return (

@@ -48,10 +48,14 @@ def resolve(path: str, revision: str | None = None) -> Path:
         return folder_of(gguf_file)
     if local.is_dir():
         if not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
+            inner = sorted(file.parent.name for file in local.glob("*/config.json"))
+            nearby = f" ({', '.join(inner)} in it {'have' if inner[1:] else 'has'} one)" if inner else ""
             raise ValueError(
-                f"{path} is a directory without config.json; give a Hugging Face model directory or a hub id"
+                f"{path} is a directory without config.json{nearby}; give a Hugging Face model directory or a hub id"
             )
         return local
+    if local.is_file():
+        raise ValueError(f"{path} is a file; give the directory that it lies in, with its config.json")
     if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise ValueError(
             f"model path {path!r} does not exist; give a Hugging Face model directory or a hub id such as org/name"

@@ -107,7 +107,10 @@ class Table:
         if not faults:
             faults += vocabulary_faults(tensors, self.vocab_size)
         if faults:
-            raise ValueError(f"{where} is not a whole {self.what} of its config.json: {'; '.join(sorted(faults))}")
+            raise ValueError(
+                f"{where} is not a whole {self.what} of its config.json: {'; '.join(sorted(faults))}; take config.json and weights of one "
+                "export, and copy them again"
+            )
 
 
 def vocabulary_faults(tensors: Mapping[str, Tensor], vocab_size: int) -> list[str]:

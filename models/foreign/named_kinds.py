@@ -5,6 +5,7 @@ Owns how each is recognised. Which of them a family reads is the business of its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,22 @@ KINDS = (
     NamedKind("Medusa", ("MedusaModel",), model_types=("medusa",), fields=("medusa_num_heads",)),
     NamedKind("MLP speculator", ("MLPSpeculatorPreTrainedModel",), ("mlp",), model_types=("mlp_speculator",)),
 )
+
+
+_EAGLE = re.compile(r"ForCausalLMEagle|Eagle3?\w*(?:ForCausalLM|Speculator|DraftModel)|EagleModel")
+
+
+def claims_eagle(fields: Mapping[str, Any]) -> bool:
+    """Whether a config's classes are an EAGLE's. Its tensors then lie in a layout of one, or the folder is broken.
+
+    Args:
+        fields: of its config.
+
+    Returns:
+        True where one is.
+    """
+    named = fields.get("architectures")
+    return isinstance(named, list) and any(isinstance(name, str) and _EAGLE.search(name) for name in named)
 
 
 def named_kind(fields: Mapping[str, Any], tensors: Collection[str] = ()) -> str:

@@ -1,12 +1,14 @@
 """`draftsmith inspect`: its files tell what lies in a folder, whoever wrote them."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from public_heads import READ, dflash
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from draftsmith.cli import main
 from draftsmith.models import TargetEnds
@@ -109,3 +111,74 @@ def test_names_of_somebody_else_reach_the_terminal_as_text(
     fields["speculators_config"]["verifier"]["name_or_path"] = "org/\x1b[31mred\nname"
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert told(capsys, "--drafter", str(tmp_path))["target"] == r"org/\x1b[31mred name"
+
+
+def _rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _as_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def _one_deeper(folder: Path) -> None:
+    (folder / "step-7").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "step-7" / name)
+
+
+def _in_parts(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number, names in enumerate((list(tensors)[:5], list(tensors)[5:]), 1):
+        save_file({name: tensors[name] for name in names}, folder / f"part-{number}.safetensors")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pointer": (_as_pointer, r"model.safetensors is a pointer of Git LFS.*git lfs pull"),
+    "nested": (_one_deeper, r"without config.json \(step-7 in it has one\)"),
+    "other file": (
+        lambda at: Path(at / "model.safetensors").rename(at / "eagle.safetensors") and None,
+        "rename the file to",
+    ),
+    "parts": (_in_parts, r"part-1.safetensors, part-2.safetensors without model.safetensors.index.json"),
+    "prefix": (
+        lambda at: _rewritten(at, lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()}),
+        r"EAGLE by its config.json .*but lacks fc.weight and holds the tensors model\..*take names without a prefix",
+    ),
+    "no fc": (
+        lambda at: _rewritten(at, lambda tensors: {name: t for name, t in tensors.items() if name != "fc.weight"}),
+        "but lacks fc.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_folder_of_an_eagle_is_named_with_its_remedy(
+    tmp_path: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    READ["EAGLE-3"][0](tmp_path, ends)
+    spoil, message = FAULTS[name]
+    spoil(tmp_path)
+    assert main(["inspect", "--drafter", str(tmp_path)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_in_place_of_a_folder_is_named(
+    tmp_path: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    READ["EAGLE-3"][0](tmp_path, ends)
+    assert main(["inspect", "--drafter", str(tmp_path / "model.safetensors")]) == 1
+    assert "is a file; give the directory that it lies in" in capsys.readouterr().err
+
+
+def test_saved_rotary_frequencies_say_nothing_that_the_config_does_not(
+    tmp_path: Path, target: Path, ends: TargetEnds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    READ["EAGLE-3"][0](tmp_path, ends)
+    _rewritten(tmp_path, lambda tensors: tensors | {"midlayer.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert told(capsys, "--drafter", str(tmp_path), "--target", str(target))["last"].startswith("whole, and fits ")
+    _rewritten(tmp_path, lambda tensors: tensors | {"midlayer.gate.weight": torch.ones(4)})
+    assert main(["inspect", "--drafter", str(tmp_path), "--target", str(target)]) == 1
+    assert re.search("midlayer.gate.weight is unknown; take config.json and weights", capsys.readouterr().err)
