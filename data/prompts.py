@@ -144,11 +144,11 @@ def prompts(
 ) -> None:
     """Turns a prompt set into this project's prompt file.
 
-    Reads JSONL, JSON, Parquet and plain text files, or a hub id. Writes OUT/prompts.jsonl, OUT/dropped.jsonl (each
+    Reads JSONL, JSON, CSV, Parquet and plain text files, or a hub id. Writes OUT/prompts.jsonl, OUT/dropped.jsonl (each
     row left out, with the reason) and OUT/provenance.json. The same text always gets the same id and split.
 
     Args:
-        source: A file (.jsonl, .json, .parquet, .txt) or the id of a data set on the hub.
+        source: A file (.jsonl, .json, .csv, .parquet, .txt) or the id of a data set on the hub.
         out: The folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
         format: How a row is read; `auto` decides from the fields of the first usable row.
         validation: Share of the prompts for the validation split.

@@ -1,10 +1,12 @@
-"""Rows from JSONL, JSON, Parquet and text files, and from the hub through `datasets`.
+"""Rows from JSONL, JSON, CSV, Parquet and text files, and from the hub through `datasets`.
 
 Owns: finding and decoding rows, with the place of each one for messages. Does not know: what a row means.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_LONGEST_CELL = 2**26
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MARK = b"\xef\xbb\xbf"
 _MARK_BYTES = 8
@@ -100,7 +103,7 @@ def _decoded(source: str, path: Path, hub_config: str | None, hub_split: str) ->
     if path.is_dir():
         raise ValueError(f"{source} is a folder; give one file ({', '.join(_SUFFIXES)})")
     if path.is_file():
-        readers = {".json": _json_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
+        readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
         reader = readers.get(path.suffix)
         if reader is None:
             with open(path, "rb") as file:
@@ -163,6 +166,43 @@ def _elements(path: Path, content: bytes) -> Iterator[bytes]:
         raise ValueError(f"{path}:{line}: not valid JSON: {wrong}; mend the file")
 
 
+def _csv_rows(path: Path) -> Iterator[Row | _Unread]:
+    """The rows below the header of a CSV file: texts, and None for an empty cell.
+
+    Raises:
+        ValueError: bytes that are not UTF-8, a quote that is never closed, or two columns of one name.
+    """
+    try:
+        text = _content(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: byte {error.start + 1}; convert it with `iconv -t UTF-8`") from error
+    longest = csv.field_size_limit(_LONGEST_CELL)  # a setting of the whole process
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}; write it anew, or give JSON-lines") from error
+    finally:
+        csv.field_size_limit(longest)
+    header, *rows = [cells for cells in lines if cells] or [[]]
+    for name, count in Counter(header).most_common(1):
+        if count > 1:
+            raise ValueError(f"{path} has {count} columns of the name {name!r}; give each a name of its own")
+    for cells in rows:
+        yield _csv_row(header, cells)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row | _Unread:
+    if len(cells) != len(header):
+        shown_cells = one_line(",".join(cells))[:200]
+        return _Unread(f"the row has {len(cells)} cells, and the header names {len(header)} columns", shown_cells)
+    row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    try:
+        check_values(row)
+    except UnusableRow as error:
+        return _Unread(str(error), one_line(",".join(cells))[:200])
+    return row
+
+
 def _parquet_rows(path: Path) -> Iterator[Row | _Unread]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -183,7 +223,7 @@ def _rows_of_batch(batch: pa.RecordBatch) -> Iterator[Row | _Unread]:
     for index in range(batch.num_rows):
         try:
             [row] = batch.slice(index, 1).to_pylist()
-            row = _without_fillers(row)
+            row = {name: _without_fillers(value) for name, value in row.items()}  # null in a column may say something
             check_values(row)
         except (ValueError, OverflowError) as error:
             yield _Unread(str(error), "")
@@ -229,7 +269,7 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[Row | _Unre
         ) from error
     for index in range(len(rows)):
         try:
-            row = _without_fillers(rows[index])
+            row = {name: _without_fillers(value) for name, value in rows[index].items()}
             check_values(row)
         except (ValueError, OverflowError, OSError) as error:  # OSError: an image that cannot be decoded
             yield _Unread(str(error), "")

@@ -38,8 +38,8 @@ def token_labels(
             on one tokenizer's tokens holds for another's.
         after: what the tokens behind the error are. They continue from a mistake, so by default they are ignored.
         step: what of an error that is a step (see `draftsmith.label.steps.is_step`) is wrong: all of it, its first number, or its last
-            token. The rest of the step is then ignored: nobody has looked at it. So is a step without a number. The number of "Step 2:" or
-            "2." counts steps, and is not meant.
+            token with a letter or digit. The rest of the step is then ignored: nobody has looked at it. So is a step without a number. The
+            number of "Step 2:" or "2." counts steps, and is not meant.
 
     Raises:
         ValueError: `after` or `step` is another word, or no token touches the error (this tokenizer leaves those characters out).
@@ -79,7 +79,8 @@ def _narrowed(labels: list[int], response: str, error: Span, offsets: Sequence[S
     if step == "whole" or not is_step(response, error):
         return labels
     inside = [at for at, span in enumerate(offsets) if _touch(span, error)]
-    wrong = inside[-1:]
+    # As on the labelling page: not the full stop or line break behind the last word.
+    wrong = [at for at in inside if any(map(str.isalnum, response[slice(*offsets[at])]))][-1:] or inside[-1:]
     if step == "first-number":
         first = first_number(response, error)
         wrong = [] if first is None else [at for at in inside if _touch(offsets[at], first)]

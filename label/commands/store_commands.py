@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from draftsmith.arguments import FLAT
-from draftsmith.foreign import visible
+from draftsmith.data.sources import source_name
+from draftsmith.files import atomic_write
+from draftsmith.foreign import one_line, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.formats import label_studio
+from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.importers import Format, read_labelled
-from draftsmith.label.schema import Answer, deciding, write_answers
+from draftsmith.label.schema import Answer, How, deciding, write_answers
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.label_source import LabelSource
 from draftsmith.label.store.store import Store
@@ -35,6 +38,9 @@ def import_answers(
     format: Format = "auto",
     model: str | None = None,
     labelled_by: str | None = None,
+    how: How | None = None,
+    first_step: FirstStep = "auto",
+    left_out: Path | None = None,
     entry: Annotated[EntryOptions, FLAT] = UNNAMED,
 ) -> None:
     """Adds the labelled answers of a file to a store, all of them or none.
@@ -43,15 +49,25 @@ def import_answers(
     entry of the log.
 
     Args:
-        source: a JSON or JSON-lines file.
+        source: a JSON, JSON-lines, CSV or Parquet file.
         store: path of the store (SQLite, made when absent), or an SQLAlchemy URL.
         format: how a row is read; `auto` decides from the fields of the first row.
         model: the model that wrote the answers, where the file does not say it; default: unknown.
         labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
+        how: who or what found the labels: person, rule or mined; default: as the format says.
+        first_step: the number of the first step, in formats that name the wrong step by its number; `auto` decides by the rows.
+        left_out: a file for the list of all rows that are left out, with the reasons.
         entry: licence of the source, and who imports; see `EntryOptions`.
+
+    Raises:
+        ValueError: the file or the store cannot be read, or no row can be used.
     """
-    origin = LabelSource(source.stem, labelled_by or source.stem, entry.licence, model)
-    imported = read_labelled(source, format, origin)
+    if left_out is not None:
+        check_output_file(left_out, filter(None, [source, database_file(store)]))
+    name = source_name(str(source))
+    imported = read_labelled(
+        source, format, LabelSource(name, labelled_by or name, entry.licence, model, how), first_step
+    )
     with Store(store, create=True) as opened:
         added = opened.add(imported.answers, entry.adder())
         print(
@@ -59,10 +75,15 @@ def import_answers(
             f"new labels in {opened.name}, {added.known_labels} labels known already; {len(imported.left_out)} rows left out"
         )
     print(f"labels: {_verdicts(imported.answers)}")
+    for note in imported.notes:
+        print(visible(f"note: {note}"))
     for reason in imported.left_out[:_SHOWN]:
         print(visible(f"left out: {reason}"))
+    if left_out is not None:
+        atomic_write(left_out, "".join(f"{one_line(reason)}\n" for reason in imported.left_out))
     if len(imported.left_out) > _SHOWN:
-        print(f"left out: {len(imported.left_out) - _SHOWN} more")
+        where = "; --left_out FILE lists all" if left_out is None else f"; all are in {left_out}"
+        print(visible(f"left out: {len(imported.left_out) - _SHOWN} more{where}"))
 
 
 def export_answers(

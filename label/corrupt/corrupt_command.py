@@ -19,7 +19,16 @@ from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.label.corrupt.corpora import Row, Wording, load_corruptor, wrong_answers
 from draftsmith.label.corrupt.text_swaps import Swap, SwapKind, swaps
-from draftsmith.label.schema import Answer, Label, answer_id, check_answer, deciding, read_answers, write_answers
+from draftsmith.label.schema import (
+    Answer,
+    Label,
+    answer_id,
+    check_answer,
+    check_messages,
+    deciding,
+    read_answers,
+    write_answers,
+)
 from draftsmith.ownership import check_output_file
 
 TEXT = "text"
@@ -96,7 +105,7 @@ def corrupt(
 
 def _of_answers(file: Path, ways: CorruptionOptions, dropped: list[Dropped]) -> Iterator[Answer]:
     labels: dict[str, list[Answer]] = {}
-    for answer in read_answers(file):
+    for answer in read_answers(file, dropped):
         labels.setdefault(answer.id, []).append(answer)
     for group in labels.values():
         labelled = deciding([answer for answer in group if answer.label is not None])
@@ -147,33 +156,36 @@ def _of_problems(
     file: Path, spec: str, licence: str | None, ways: CorruptionOptions, dropped: list[Dropped]
 ) -> Iterator[Answer]:
     corruptor = load_corruptor(spec)
-    for line, row in read_jsonl(file, []):
+    for line, row in read_jsonl(file, dropped):
         place = f"{file}:{line}"
         try:
+            _check_problem(row, licence, place)
             name = row_id(row, f"line-{line}")
             spoiled = list(wrong_answers(row, ways.wordings, corruptor, f"{ways.seed}\0{name}"))
             answers = [
-                _wrong(row, wrong.response, wrong.error, wording, spec, row.get("licence") or licence, place)
+                _wrong(row, wrong.response, wrong.error, wording, spec, str(row.get("licence") or licence), place)
                 for wording, wrong in spoiled
             ]
         except ValueError as error:
-            dropped.append(Dropped(place, str(error)))
+            dropped.append(Dropped(place, str(error).removeprefix(f"{place}: ")))
             continue
         yield from answers
 
 
-def _wrong(
-    row: Row, response: str, error: tuple[int, int], wording: Wording, spec: str, licence: str | None, place: str
-) -> Answer:
+def _check_problem(row: Row, licence: str | None, place: str) -> None:
     if not isinstance(row.get("messages"), list):
         raise ValueError("the row has no messages; write its question as messages of a user")
-    if licence is None:
+    check_messages(row["messages"], place)
+    if not row.get("licence") and licence is None:
         raise ValueError("the licence is not in the row; it goes with every answer; give it with --licence")
+
+
+def _wrong(
+    row: Row, response: str, error: tuple[int, int], wording: Wording, spec: str, licence: str, place: str
+) -> Answer:
     messages = tuple(Message(role=turn["role"], content=turn["content"]) for turn in row["messages"])
     source, model = str(row.get("source") or "problems"), f"{spec} corruptor, {wording} wording"
     label = Label("wrong", "draftsmith label corrupt", "rule", error, None, f"{wording} wording")
-    answer = Answer(
-        answer_id(source, messages, response, model), messages, response, model, str(licence), source, label
-    )
+    answer = Answer(answer_id(source, messages, response, model), messages, response, model, licence, source, label)
     check_answer(answer, place)
     return answer

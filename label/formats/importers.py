@@ -1,12 +1,12 @@
 """Labelled sets of other people, each row turned into answers.
 
-Owns what the fields of each format mean, and the turn of polarity where a format counts the other way. Knows nothing of
-the store. Label Studio's tasks are in `label_studio.py`.
+Owns which format a file has, what holds for all its rows, and the reasons of rows that give nothing. The fields of a format are
+its own module's. Knows nothing of the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,20 +14,38 @@ from typing import Any, Literal, get_args
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
-from draftsmith.label.schema import Answer, Label, Span, check_answer, from_row, is_keepable, refusal
+from draftsmith.label.formats.counting import FirstStep, counting, unplaced_note, zero_is_neutral
+from draftsmith.label.formats.fields import Row, unpacked
+from draftsmith.label.formats.prm800k import is_published, read_prm800k
+from draftsmith.label.formats.solutions import read_autojudge, read_solutions, solutions_of
+from draftsmith.label.formats.step_labels import (
+    MARK,
+    STEP_FIELDS,
+    RatedSteps,
+    all_ratings,
+    rated_steps,
+    shepherd_steps,
+    turned_steps,
+)
+from draftsmith.label.formats.step_sets import LAYOUTS, layout_of, read_step_set
+from draftsmith.label.schema import Answer, Label, check_answer, from_row, is_keepable
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
 Format = Literal[
-    "auto", "answers", "label-studio", "prm800k", "mistake", "processbench", "stepwise", "solutions", "autojudge"
+    "auto",
+    "answers",
+    "label-studio",
+    "prm800k",
+    "mistake",
+    "processbench",
+    "stepwise",
+    "wrong-steps",
+    "step-labels",
+    "math-shepherd",
+    "solutions",
+    "autojudge",
 ]
-Row = Mapping[str, Any]
-
-STEP_BREAK = "\n"
-STEPWISE_STEPS = "model_output_steps"
-# The second is MR-GSM8K's own name of the field.
-_STEPWISE_ERRORS = ("first_error_step", "model_output_solution_first_error_step")
-_NO_STEP = (None, 0, -1, "", "N/A")
-
+Reader = Callable[[Row, str, LabelSource], Iterator[Answer]]
 
 # Where the rows of each format have the right answer, the fullest first. BIG-Bench-Mistake's `answer` is the model's own.
 _REFERENCES: dict[str, tuple[str, ...]] = {
@@ -42,7 +60,16 @@ _REFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "mistake": ("target", "reference"),
     "processbench": ("solution", "answer", "reference"),
-    "stepwise": ("ground_truth_solution", "ground_truth_answer", "answer", "reference"),
+    "stepwise": (
+        "ground_truth_solution",
+        "ground_truth_answer",
+        "Ground_Truth_Solution",
+        "Ground_Truth_Answer",
+        "answer",
+        "reference",
+    ),
+    "wrong-steps": ("ground_truth", "answer", "reference"),
+    "step-labels": ("ground_truth_solution", "ground_truth_answer", "ground_truth", "answer", "reference"),
     "solutions": ("ground_truth", "answer", "reference"),
     "autojudge": ("answer", "reference"),
 }
@@ -56,34 +83,40 @@ class Imported:
         answers: with their labels.
         left_out: the rows that gave none, each with its place and the reason.
         format: of the rows.
+        notes: what was decided for the whole file, and rows that contradict each other.
     """
 
     answers: list[Answer]
     left_out: list[str]
     format: Format
+    notes: tuple[str, ...] = ()
 
 
-def read_labelled(path: Path, row_format: Format, origin: LabelSource) -> Imported:
+def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_step: FirstStep = "auto") -> Imported:
     """Reads a whole file. A row that cannot be used is left out, with its place, field, value, rule and remedy.
 
     Args:
-        path: a JSON or JSON-lines file.
+        path: a JSON, JSON-lines, CSV or Parquet file.
         row_format: how a row is read; `auto` decides by the fields of the first row.
         origin: what the file does not say.
+        first_step: from which number steps are counted; `auto` decides by the rows.
 
     Raises:
         ValueError: there is no such file, it cannot be read as a whole, or no row of it can be used (with the first reason).
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file; name a JSON or JSON-lines file of labelled answers")
+        raise ValueError(f"{path} is not a file; name a JSON, JSON-lines, CSV or Parquet file of labelled answers")
+    unread: list[Dropped] = []
+    placed = list(read_rows(str(path), dropped=unread))
+    if row_format == "auto":
+        row_format = _format_of(placed, origin)
+    notes, reader = _reader(row_format, [row for _, row in placed], first_step)
     answers: list[Answer] = []
     left_out: list[str] = []
     unusable: list[str] = []
-    unread: list[Dropped] = []
-    for place, row in read_rows(str(path), dropped=unread):
+    for place, row in placed:
         try:
-            own_format = detect(row, place) if row_format == "auto" else row_format
-            of_row = list(READERS[own_format](row, place, origin))
+            of_row = list(reader(row, place, origin))
             for answer in of_row:
                 check_answer(answer, place)
         except SkippedRow as error:
@@ -92,12 +125,28 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource) -> Import
             reason = str(error)
             unusable.append(reason if reason.startswith(place) else f"{place}: {reason}")
         else:
-            row_format = own_format
-            answers += [_with_reference(answer, row, own_format) for answer in of_row]
-    unusable += [f"{row.place}: {row.reason}" for row in unread]
+            answers += [_with_reference(answer, row, row_format) for answer in of_row]
+    unusable += [f"{row.place}: {row.reason}; mend or delete the row" for row in unread]
     if unusable and not answers:
         raise ValueError(f"no row of {path} can be used, {len(unusable)} have mistakes; the first: {unusable[0]}")
-    return Imported(answers, unusable + left_out, row_format)
+    answers, repeated = _agreeing(answers)
+    return Imported(answers, unusable + left_out, row_format, (*notes, *repeated))
+
+
+def _format_of(placed: Sequence[tuple[str, Row]], origin: LabelSource) -> Format:
+    """The format of the first row that can be read; else of the first that looks like any."""
+    first: Format = "auto"
+    for place, row in placed:
+        try:
+            row_format = detect(row, place)
+            first = row_format if first == "auto" else first
+            _, reader = _reader(row_format, [row], "auto")
+            for answer in reader(row, place, origin):
+                check_answer(answer, place)
+        except ValueError:
+            continue
+        return row_format
+    return first
 
 
 def detect(row: Row, place: str) -> Format:
@@ -110,24 +159,119 @@ def detect(row: Row, place: str) -> Format:
     Raises:
         ValueError: none fits; names the fields seen.
     """
-    if "verdict" in row and "response" in row:
-        return "answers"
-    if "data" in row:
-        return "label-studio"
-    if {"steps", "mistake_index"} <= set(row):
-        return "mistake"
-    if {"problem", "steps", "label"} <= set(row):
-        return "processbench"
-    if "question" in row and STEPWISE_STEPS in row:
-        return "stepwise"
-    if {"steps", "ratings"} <= set(row) or {"question", "label"} <= set(row):
-        return "prm800k"
-    if {"prefix", "draft_token", "important"} <= set(row):
-        return "autojudge"
-    if "question" in row and _solutions(row):
-        return "solutions"
+    fields = {name for name, value in row.items() if value is not None}
+    for row_format, fits in _SIGNS:
+        if fits(row, fields if row_format not in ("mistake", "stepwise") else set(row)):
+            return row_format
     known = ", ".join(name for name in get_args(Format) if name != "auto")
     raise ValueError(f"{place}: no known format has the fields {sorted(row)}; name one with --format ({known})")
+
+
+def _has_labels_of_steps(row: Row, fields: set[str]) -> bool:
+    steps = next((inside for name in STEP_FIELDS if isinstance(inside := unpacked(row.get(name)), list)), None)
+    if steps is None:
+        return False
+    beside = any(isinstance(unpacked(row.get(name)), list) for name in ("labels", "step_labels", "label", "rating"))
+    return beside or any(isinstance(step, Mapping) for step in steps)
+
+
+def _is_shepherd(row: Row, fields: set[str]) -> bool:
+    return isinstance(row.get("input"), str) and isinstance(row.get("label"), str) and MARK in row["input"]
+
+
+def _names_a_step(row: Row, fields: set[str]) -> bool:
+    layout = LAYOUTS["stepwise"]
+    own = {"model_output_steps", "Model_Solution_Steps"} & fields
+    return bool(own and fields & {"question", "Question"}) or bool(
+        fields & {*layout.steps} and fields & {*layout.errors}
+    )
+
+
+# The first that fits counts, so that what is peculiar to a format comes before what several have.
+_SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
+    ("answers", lambda row, _: "verdict" in row and "response" in row),
+    ("label-studio", lambda _, fields: "data" in fields and not fields & {"steps", "completions"}),
+    ("mistake", lambda _, fields: {"steps", "mistake_index"} <= fields),
+    ("stepwise", _names_a_step),
+    ("wrong-steps", lambda _, fields: bool(fields & {*LAYOUTS["wrong-steps"].errors})),
+    ("prm800k", lambda row, fields: is_published(row) or {"steps", "ratings"} <= fields),
+    ("math-shepherd", _is_shepherd),
+    ("step-labels", _has_labels_of_steps),
+    ("step-labels", lambda _, fields: "conversations" in fields),
+    ("processbench", lambda _, fields: {"steps", "label"} <= fields),
+    ("prm800k", lambda _, fields: {"question", "label"} <= fields),
+    ("autojudge", lambda _, fields: {"prefix", "draft_token", "important"} <= fields),
+    ("solutions", lambda row, fields: "question" in fields and bool(solutions_of(row))),
+)
+
+
+def _reader(row_format: Format, rows: Sequence[Row], first_step: FirstStep) -> tuple[list[str], Reader]:
+    """What holds for all rows of a file, in words, and the reader that keeps to it."""
+    if row_format in LAYOUTS:
+        layout = layout_of(row_format, rows)
+        seen = [number for row in rows if (number := layout.seen(row)) is not None]
+        counted = counting(seen, layout.first, row_format, first_step, layout.need)
+        ends = [] if layout.verdict_is_of_steps else unplaced_note(seen)
+        return [counted.sentence, *ends], lambda row, place, origin: read_step_set(
+            layout, counted.first, row, place, origin
+        )
+    if first_step != "auto":
+        counted_formats = ", ".join(LAYOUTS)
+        raise ValueError(
+            f"first_step is {first_step}; only {counted_formats} number their steps, and this is {row_format}; leave it out"
+        )
+    if row_format == "step-labels":
+        return _step_label_reader(rows)
+    return [], READERS[row_format]
+
+
+def _step_label_reader(rows: Sequence[Row]) -> tuple[list[str], Reader]:
+    nobody = LabelSource("", "nobody", "none")
+    rated = []
+    for row in rows:
+        try:
+            rated.append(_rated(row, "row", nobody))
+        except ValueError:
+            continue
+    ratings = set(all_ratings(rated))
+    neutral = zero_is_neutral(ratings)
+
+    def read(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
+        yield _rated(row, place, origin).answer(row, origin, place, neutral)
+
+    if 0 not in ratings:
+        return [], read
+    meaning = (
+        "neither right nor wrong, because other steps are rated -1" if neutral else "wrong, because no step is rated -1"
+    )
+    return [f"a step rated 0 is {meaning}"], read
+
+
+def _rated(row: Row, place: str, origin: LabelSource) -> RatedSteps:
+    return (turned_steps if row.get("conversations") is not None else rated_steps)(row, place, origin)
+
+
+def _agreeing(answers: list[Answer]) -> tuple[list[Answer], list[str]]:
+    """The answers with one reference each, and a sentence on those that a file has twice and labels differently."""
+    labels: dict[tuple[str, str], Label] = {}
+    references: dict[str, str] = {}
+    num_labels = num_references = 0
+    kept = []
+    for answer in answers:
+        if answer.label is not None:
+            key = (answer.id, answer.label.labelled_by)
+            num_labels += labels.get(key, answer.label) != answer.label
+            labels[key] = answer.label
+        if answer.reference is not None and references.setdefault(answer.id, answer.reference) != answer.reference:
+            num_references += 1
+            answer = replace(answer, reference=references[answer.id])
+        kept.append(answer)
+    notes = []
+    if num_labels:
+        notes.append(f"{num_labels} rows repeat an earlier answer with another label; the last one counts")
+    if num_references:
+        notes.append(f"{num_references} rows repeat an earlier answer with another reference; the first one counts")
+    return kept, notes
 
 
 def _with_reference(answer: Answer, row: Row, row_format: Format) -> Answer:
@@ -149,229 +293,20 @@ def _own(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
     yield from_row(row, place)
 
 
-def _mistake(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-    """BIG-Bench-Mistake: `mistake_index` is that of the first wrong step, null where there is none."""
-    steps = _steps(_get(row, "steps", place), place, "steps")
-    index = _get(row, "mistake_index", place)
-    if index is not None and (type(index) is not int or not 0 <= index < len(steps)):
-        rule = f"it is null or the index of one of the {len(steps)} steps, from 0"
-        raise refusal(place, "mistake_index", index, rule, "correct it")
-    yield _of_steps(_get(row, "input", place), steps, index, origin, place)
+def _shepherd(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
+    yield shepherd_steps(row, place, origin).answer(row, origin, place)
 
 
-def _processbench(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-    """ProcessBench: `label` is the index of the first wrong step, -1 where there is none."""
-    steps = _steps(_get(row, "steps", place), place, "steps")
-    index = _get(row, "label", place)
-    if type(index) is not int or not -1 <= index < len(steps):
-        rule = f"it is -1 or the index of one of the {len(steps)} steps, from 0"
-        raise refusal(place, "label", index, rule, "correct it")
-    yield _of_steps(_get(row, "problem", place), steps, None if index < 0 else index, origin, place)
+def _unknown(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
+    yield from READERS[detect(row, place)](row, place, origin)
 
 
-def _stepwise(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-    """Steps with the number of the first wrong one, counted from 1: MR-GSM8K and its like."""
-    steps = _steps(_get(row, STEPWISE_STEPS, place), place, STEPWISE_STEPS)
-    field = next((name for name in _STEPWISE_ERRORS if name in row), _STEPWISE_ERRORS[0])
-    number = _get(row, field, place)
-    if isinstance(number, str) and number.isdecimal():
-        number = int(number)
-    is_none = number in _NO_STEP and not isinstance(number, bool)
-    if not is_none and (type(number) is not int or not 1 <= number <= len(steps)):
-        rule = f"it is the number of one of the {len(steps)} steps, from 1; or null, 0, -1 or N/A for none"
-        raise refusal(place, field, number, rule, "correct it")
-    answer = _of_steps(_get(row, "question", place), steps, None if is_none else number - 1, origin, place)
-    if is_none and row.get("model_output_solution_correctness") == "wrong":
-        answer = replace(answer, label=Label("unplaced", origin.labelled_by, "person"))
-    yield answer
-
-
-def _of_steps(question: Any, steps: list[str], wrong: int | None, origin: LabelSource, place: str) -> Answer:
-    """An answer of which one step is the first wrong one, by its index, or none is."""
-    error = None if wrong is None else _step_span(steps, wrong)
-    return origin.answer(question, STEP_BREAK.join(steps), origin.label("person", error), place)
-
-
-def _prm800k(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-    """PRM800K: steps rated 1, 0 (neither helps nor harms) or -1 (wrong). The first -1 is the error, 0 is none.
-
-    What was not rated is not checked: the end of an answer (`tail`) of which all rated steps are good.
-    """
-    if "label" in row:
-        rated = _rated(row, place)
-    else:
-        steps = _steps(_get(row, "steps", place), place, "steps")
-        ratings = _get(row, "ratings", place)
-        if not isinstance(ratings, list) or len(ratings) != len(steps):
-            rule = f"it is a list of one rating a step, and there are {len(steps)} steps"
-            raise refusal(place, "ratings", ratings, rule, "add what is missing (null: not rated)")
-        tail = _get(row, "tail", place) if row.get("tail") else ""
-        rated = _Rated(_get(row, "problem", place), steps, ratings, [tail] if tail else [], origin.labelled_by)
-    yield rated.answer(origin, place)
-
-
-@dataclass(frozen=True)
-class _Rated:
-    problem: Any
-    steps: list[str]
-    ratings: list[Any]
-    unrated: list[str]
-    labelled_by: str
-
-    def answer(self, origin: LabelSource, place: str) -> Answer:
-        response = STEP_BREAK.join([*self.steps, *self.unrated])
-        num_checked = len(self.steps)
-        for index, rating in enumerate(self.ratings):
-            if rating not in (1, 0, -1, None) or isinstance(rating, bool | float):
-                raise refusal(place, f"ratings[{index}]", rating, "a rating is 1, 0, -1 or null", "correct it")
-            if rating == -1:
-                label = origin.label("person", _step_span(self.steps, index), labelled_by=self.labelled_by)
-                return origin.answer(self.problem, response, label, place)
-            if rating is None:
-                num_checked = index
-                break
-        if num_checked == 0:
-            raise SkippedRow("no step is rated")
-        end = _step_span(self.steps, num_checked - 1)[1]
-        checked = (0, end) if end < len(response) else None
-        label = origin.label("person", None, checked, labelled_by=self.labelled_by)
-        return origin.answer(self.problem, response, label, place)
-
-
-def _rated(row: Row, place: str) -> _Rated:
-    """The published layout: at each step several candidates, of which one was chosen, or none and the work ended."""
-    question, label = _get(row, "question", place), _get(row, "label", place)
-    for field, value in (("question", question), ("label", label)):
-        if not isinstance(value, Mapping):
-            raise refusal(place, field, value, "it is an object", "give PRM800K's published rows, or steps and ratings")
-    if label.get("finish_reason") == "bad_problem":
-        raise SkippedRow("the labeller found the problem itself broken")
-    steps: list[str] = []
-    ratings: list[Any] = []
-    for index, step in enumerate(_list(_get(label, "steps", place), place, "label.steps")):
-        chosen = _chosen(step, f"label.steps[{index}]", place)
-        if chosen is None:
-            break
-        steps.append(chosen[0])
-        ratings.append(chosen[1])
-        if chosen[1] == -1:
-            break
-    planned = _list(question.get("pre_generated_steps") or [], place, "question.pre_generated_steps")
-    tail = planned[len(steps) :] if planned[: len(steps)] == steps else []
-    labeller = row.get("labeler")
-    labelled_by = labeller if isinstance(labeller, str) and labeller else "prm800k"
-    return _Rated(
-        _get(question, "problem", place), steps, ratings, _steps(tail, place, "pre_generated_steps"), labelled_by
-    )
-
-
-def _chosen(step: Any, field: str, place: str) -> tuple[str, Any] | None:
-    if not isinstance(step, Mapping) or not isinstance(step.get("completions"), list):
-        raise refusal(place, field, step, "a step is an object with completions", "correct it")
-    candidates, index, human = step["completions"], step.get("chosen_completion"), step.get("human_completion")
-    if index is not None:
-        if type(index) is not int or not 0 <= index < len(candidates):
-            rule = f"it is null or the index of one of {len(candidates)} completions"
-            raise refusal(place, f"{field}.chosen_completion", index, rule, "correct it")
-        candidate = candidates[index]
-    elif human is not None:
-        # Written by the labeller in place of candidates that were all wrong.
-        candidate = {"text": human.get("text") if isinstance(human, Mapping) else human, "rating": 1}
-    else:
-        wrong = (item for item in candidates if isinstance(item, Mapping) and item.get("rating") == -1)
-        candidate = next(wrong, None)
-        if candidate is None:
-            return None
-    if not isinstance(candidate, Mapping):
-        raise refusal(place, field, candidate, "a completion is an object of text and rating", "correct it")
-    [text] = _steps([candidate.get("text")], place, f"{field}.text")
-    return text, candidate.get("rating")
-
-
-def _solutions_of(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-    """GSM8K's model solutions: one field a model, with `solution` and the verdict `is_correct` on its final number.
-
-    Calculator marks are taken out. Where a solution is wrong, the first wrong calculation is its error if there is one;
-    else nobody has said where it is wrong.
-    """
-    solutions = _solutions(row)
-    if not solutions:
-        rule = "a row has one object a model, with solution and is_correct"
-        raise ValueError(f"{place}: the fields are {sorted(row)}; {rule}; name another --format")
-    for model, entry in solutions.items():
-        solution, is_correct = entry["solution"], entry["is_correct"]
-        if not isinstance(solution, str):
-            raise refusal(place, f"{model}.solution", solution, "it is text", "correct it")
-        if not isinstance(is_correct, bool):
-            raise refusal(place, f"{model}.is_correct", is_correct, "it is true or false", "correct it")
-        error = None if is_correct else calculations.first_wrong(solution)
-        label = origin.label("rule", error)
-        if not is_correct and error is None:
-            label = Label("unplaced", origin.labelled_by, "rule")
-        response = calculations.without_marks(solution)
-        yield origin.answer(_get(row, "question", place), response, label, place, model=model)
-
-
-def _autojudge(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-    """AutoJudge's mined tokens as text: after `prefix`, the draft said `draft_token` where the target had another one.
-
-    Its polarity is the reverse of this project's: important (true, 1) means that the answer changed with the token, so the
-    token is wrong. The label speaks of that token alone.
-    """
-    prefix, token = _get(row, "prefix", place), _get(row, "draft_token", place)
-    for field, value in (("prefix", prefix), ("draft_token", token)):
-        if not isinstance(value, str) or (field == "draft_token" and not value):
-            raise refusal(
-                place, field, value, "it is text (only the prefix may be empty)", "decode the token ids first"
-            )
-    important = _get(row, "important", place)
-    if important not in (True, False) or isinstance(important, float):
-        raise refusal(place, "important", important, "it is true or false (or 1 or 0)", "correct it")
-    span = (len(prefix), len(prefix) + len(token))
-    label = origin.label("mined", span if important else None, span)
-    yield origin.answer(_get(row, "question", place), prefix + token, label, place)
-
-
-def _solutions(row: Row) -> dict[str, Mapping[str, Any]]:
-    return {
-        name: value
-        for name, value in row.items()
-        if isinstance(value, Mapping) and {"solution", "is_correct"} <= set(value)
-    }
-
-
-def _step_span(steps: list[str], index: int) -> Span:
-    """Where step `index` stands among the joined steps: ["ab", "c"], 1 -> (3, 4)."""
-    start = sum(len(step) + len(STEP_BREAK) for step in steps[:index])
-    return (start, start + len(steps[index]))
-
-
-def _steps(value: Any, place: str, field: str) -> list[str]:
-    for index, step in enumerate(_list(value, place, field)):
-        if not isinstance(step, str) or not step:
-            raise refusal(place, f"{field}[{index}]", step, "a step is text, and not empty", "correct it")
-    return list(value)
-
-
-def _list(value: Any, place: str, field: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise refusal(place, field, value, "it is a list", "correct it")
-    return value
-
-
-def _get(row: Row, field: str, place: str) -> Any:
-    if field not in row:
-        raise ValueError(f"{place}: {field} is missing; the row has {sorted(row)}; add it, or name another --format")
-    return row[field]
-
-
-READERS: dict[str, Callable[[Row, str, LabelSource], Iterator[Answer]]] = {
+READERS: dict[str, Reader] = {
+    "auto": _unknown,
     "answers": _own,
     "label-studio": label_studio.read_task,
-    "prm800k": _prm800k,
-    "mistake": _mistake,
-    "processbench": _processbench,
-    "stepwise": _stepwise,
-    "solutions": _solutions_of,
-    "autojudge": _autojudge,
+    "prm800k": read_prm800k,
+    "math-shepherd": _shepherd,
+    "solutions": read_solutions,
+    "autojudge": read_autojudge,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.data.formats import Message
-from draftsmith.label.schema import Answer, How, Label, Span, answer_id, check_messages, refusal
+from draftsmith.label.schema import Answer, How, Label, Span, Verdict, answer_id, check_messages, refusal
 
 
 class SkippedRow(ValueError):
@@ -26,12 +26,14 @@ class LabelSource:
         labelled_by: who labelled.
         licence: of the source; None where the user has named none.
         model: that wrote the answers; None likewise.
+        how: who or what found the labels, against what the format says; None leaves it to the format.
     """
 
     source: str
     labelled_by: str
     licence: str | None = None
     model: str | None = None
+    how: How | None = None
 
     def label(self, how: How, error: Span | None, checked: Span | None = None, labelled_by: str | None = None) -> Label:
         """A label that is wrong where there is an error span, else correct.
@@ -42,7 +44,16 @@ class LabelSource:
             checked: the part that the label speaks of; None for all.
             labelled_by: who labelled, if the row says it.
         """
-        return Label("correct" if error is None else "wrong", labelled_by or self.labelled_by, how, error, checked)
+        verdict: Verdict = "correct" if error is None else "wrong"
+        return Label(verdict, labelled_by or self.labelled_by, self.how or how, error, checked)
+
+    def unplaced(self, how: How) -> Label:
+        """The label of an answer that is wrong, nobody has said where.
+
+        Args:
+            how: who or what found it.
+        """
+        return Label("unplaced", self.labelled_by, self.how or how)
 
     def answer(
         self,

@@ -111,3 +111,47 @@ def test_a_summary_counts_kinds_of_reasons_with_their_first_places() -> None:
     assert summary(rows) == "3 rows dropped: a:2: turn 2 is empty (2 such); a:9: no user turn"
     assert summary([]) == "0 rows dropped"
     assert summary(rows[:1]) == "1 row dropped: a:2: turn 2 is empty"
+
+
+def test_a_row_of_csv_with_too_few_or_many_cells_is_left_out_and_an_empty_cell_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(
+        MARK + b'prompt,answer\r\n"One,\nand?",\r\n\r\nTwo?\r\nThree?,3,4\r\nF\0ur?,4\r\nFive?,5\r\n'
+    )
+    dropped: list[Dropped] = []
+    rows = list(read_rows(str(tmp_path / "a.csv"), dropped=dropped))
+    assert [row for _, row in rows] == [{"prompt": "One,\nand?", "answer": None}, {"prompt": "Five?", "answer": "5"}]
+    assert [place[-3:] for place, _ in rows] == ["[0]", "[4]"]
+    assert [row.reason for row in dropped] == [
+        "the row has 1 cells, and the header names 2 columns",
+        "the row has 3 cells, and the header names 2 columns",
+        "a NUL character",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,a\n1,2\n", "2 columns of the name 'a'"),
+        (b"a\n\xff\n", "not UTF-8 text: byte 3"),
+        (b'a\n"b', "cannot be read as CSV"),
+        (b"", "empty"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(str(tmp_path / "a.csv")))
+
+
+def test_a_null_in_a_column_of_a_table_is_kept_and_one_that_fills_an_object_is_not(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"wrong": None, "tools": {"city": "Oslo"}}, {"wrong": 1, "tools": {"stock": "X"}}]
+    pq.write_table(
+        pa.Table.from_pylist(
+            rows, pa.schema({"wrong": pa.int64(), "tools": pa.struct({"city": pa.string(), "stock": pa.string()})})
+        ),
+        tmp_path / "a.parquet",
+    )
+    assert [row for _, row in read_rows(str(tmp_path / "a.parquet"))] == rows

@@ -155,3 +155,11 @@ def test_the_first_number_of_a_step_is_not_the_one_that_counts_it(make: Callable
 def test_another_word_for_the_rule_of_steps_is_an_error() -> None:
     with pytest.raises(ValueError, match="step is 'all'"):
         by_words((0, 4), "all")
+
+
+def test_the_last_token_of_a_step_is_its_last_word_and_no_full_stop_or_line_break(make: Callable[..., Answer]) -> None:
+    text = "Take 3.\nSo it is 8 .\n\nAnd."
+    label = Label("wrong", "me", "person", (8, 20))
+    offsets = [match.span() for match in re.finditer(r"\w+|[.\n]", text)]
+    labels = token_labels(make("a", text, label), offsets, step="last-token")
+    assert [text[slice(*span)] for span, label in zip(offsets, labels, strict=True) if label == 0] == ["8"]

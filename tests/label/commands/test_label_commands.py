@@ -146,3 +146,31 @@ def test_an_export_of_nothing_and_tokens_for_label_studio_are_refused(
     assert "no place for tokens" in capsys.readouterr().err
     assert run("import", "--source", tmp_path / "none.jsonl", "--store", tmp_path / "labels.db") == 1
     assert "none.jsonl is not a file" in capsys.readouterr().err
+
+
+def test_import_says_how_it_counted_and_lists_every_row_that_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, listed = tmp_path / "set.jsonl", tmp_path / "left_out.txt"
+    rows = [{"problem": f"q{label}", "steps": ["a", "b"], "label": label} for label in (1, 2, -1, *range(3, 12))]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--source", source, "--store", tmp_path / "a.db", "--licence", "MIT"]
+    assert run("import", *options, "--left_out", listed, "--how", "rule") == 0
+    told = capsys.readouterr().out
+    assert "note: steps are counted from 1: the number equals that of the steps in 1 row" in told
+    assert f"left out: 4 more; all are in {listed}" in told
+    lines = listed.read_text().splitlines()
+    assert len(lines) == 9
+    assert all(line.startswith(f"{source}:{at}: label is ") for at, line in enumerate(lines, start=4))
+    with Store(str(tmp_path / "a.db")) as store:
+        labels = [answer.label for answer in store.answers()]
+    assert [(label.how, label.error) for label in labels if label is not None] == [
+        ("rule", (0, 1)),
+        ("rule", (2, 3)),
+        ("rule", None),
+    ]
+    assert run("import", *options, "--left_out", source) != 0
+    assert json.loads(source.read_text().splitlines()[0]) == rows[0]
+    assert run("import", *options[:3], tmp_path / "b.db", *options[4:], "--first_step", "zero") == 0
+    with Store(str(tmp_path / "b.db")) as store:
+        assert [answer.label.error for answer in store.answers() if answer.label is not None] == [(2, 3), None]

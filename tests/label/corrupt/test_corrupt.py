@@ -199,3 +199,25 @@ def test_what_cannot_be_spoiled_is_an_error(tmp_path: Path, capsys: pytest.Captu
     assert "give it with --licence" in capsys.readouterr().err
     assert run(*words, "--licence", "MIT", "--wordings", "[]") != 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("corruptor", ["text", "embedded"])
+def test_a_line_that_cannot_be_spoiled_is_said_and_costs_no_other(
+    tmp_path: Path, corruptor: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if corruptor == "text":
+        row = {"messages": [{"role": "user", "content": PROMPT}], "response": TEXT, "model": "m", "licence": "MIT"}
+        good = row | {"source": "s", "verdict": "correct", "labelled_by": "a", "how": "rule"}
+        bad = [json.dumps(good | {"verdict": "fine"})]
+    else:
+        write_prompts(tmp_path / "sums.jsonl", "train", 2)
+        good = json.loads((tmp_path / "sums.jsonl").read_text().splitlines()[0])
+        bad = [json.dumps(good | {"messages": [turn]}) for turn in ({"role": "user"}, "q", None)]
+    lines = ["{not JSON", *bad, json.dumps(good)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = [f"--source={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}", f"--corruptor={corruptor}"]
+    assert main(["label", "corrupt", *options, "--licence=MIT"]) in (None, 0)
+    assert list(read_answers(tmp_path / "out.jsonl"))
+    said = capsys.readouterr().err
+    assert f"{len(lines) - 1} rows dropped" in said
+    assert f"{tmp_path / 'in.jsonl'}:1: not valid JSON" in said

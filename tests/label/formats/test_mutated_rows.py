@@ -61,6 +61,25 @@ ROWS: dict[str, dict[str, Any]] = {
         },
     },
     "mistake": {"input": "q", "steps": ["a", "b"], "mistake_index": 1},
+    "processbench": {"generator": "m", "problem": "q", "steps": ["a", "b"], "label": 1, "final_answer_correct": False},
+    "stepwise": {
+        "question": "q",
+        "model_output_steps": ["a", "b"],
+        "model_output_solution_correctness": "wrong",
+        "model_output_solution_first_error_step": 2,
+    },
+    "wrong-steps": {
+        "question": "q",
+        "original_process": ["a", "c"],
+        "modified_process": ["a", "b"],
+        "error_steps": [2],
+    },
+    "step-labels": {"question": "q", "steps": [{"text": "a", "label": 1}, {"text": "b", "label": -1}]},
+    "math-shepherd": {
+        "input": "q Step 1: a \u043a\u0438\nStep 2: b \u043a\u0438",
+        "label": "q Step 1: a +\nStep 2: b -",
+        "task": "t",
+    },
     "solutions": {"question": "q", "m": {"solution": "3 + 4 = <<3+4=8>>8", "is_correct": False}},
     "autojudge": {"question": "q", "prefix": "It is", "draft_token": " 8", "important": True},
 }
@@ -88,7 +107,7 @@ def changed(row: dict[str, Any], way: tuple[Any, ...], strange: Any, delete: boo
 
 
 @pytest.mark.parametrize("name", ROWS)
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_broken_row_is_left_out_and_the_store_and_the_page_take_the_others(
     tmp_path: Path, name: str, data: st.DataObject

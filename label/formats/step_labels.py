@@ -1,0 +1,226 @@
+"""Sets with a label a step: objects of text and label, lists of labels beside the steps, `+` and `-` behind the steps (Math-Shepherd).
+
+Owns which values are right, neutral and wrong. What was not rated is not checked. Knows no store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from draftsmith.label.formats.fields import (
+    QUESTIONS,
+    STEP_BREAK,
+    Row,
+    field_of,
+    is_absent,
+    licence_of,
+    list_of,
+    model_of,
+    span_of_step,
+    texts_of,
+    unpacked,
+    value_of,
+    whole,
+)
+from draftsmith.label.schema import Answer, How, refusal
+from draftsmith.label.store.label_source import LabelSource, SkippedRow
+
+MARK = "ки"
+"""Behind each step of Math-Shepherd's `input`; its `label` has + or - in that place."""
+
+STEP_FIELDS = ("steps", "completions", "model_output_steps", "solution_steps", "process", "solution", "response")
+_LABEL_FIELDS = ("labels", "step_labels", "ratings", "label", "rating")
+_OF_STEP = ("label", "rating", "is_correct", "correct", "correctness", "score")
+_WORDS = {
+    **dict.fromkeys(("+", "correct", "right", "good", "true", "yes", "positive"), 1),
+    **dict.fromkeys(("neutral", "ok", "okay"), 0),
+    **dict.fromkeys(("-", "incorrect", "wrong", "bad", "false", "no", "negative"), -1),
+}
+_RULE = "a step is rated 1, 0, -1, true, false, + or -, or null where nobody has rated it"
+# Where the first step begins behind the question, which may speak of steps itself.
+_FIRST_STEP = re.compile(r"(?:^|\s)(?=Step 1\s*:)")
+
+
+@dataclass(frozen=True)
+class RatedSteps:
+    """Steps and what each is rated.
+
+    Attributes:
+        question: that they answer.
+        steps: the rated ones, from the first.
+        ratings: 1, 0, -1 or None (not rated), one for each of `steps`.
+        unrated: further steps, in text.
+        labelled_by: who rated.
+        how: who or what found it.
+        field: that holds the ratings.
+    """
+
+    question: Any
+    steps: Sequence[str]
+    ratings: Sequence[int | None]
+    unrated: Sequence[str]
+    labelled_by: str
+    how: How = "person"
+    field: str = "steps"
+
+    def answer(self, row: Row, origin: LabelSource, place: str, zero_is_neutral: bool = True) -> Answer:
+        """The answer: the first step rated wrong is the error, and what nobody rated is not checked.
+
+        Args:
+            row: of the file.
+            origin: what the row does not say.
+            place: of the row, for messages.
+            zero_is_neutral: a step rated 0 is neither right nor wrong; else it is wrong.
+
+        Raises:
+            SkippedRow: nobody has rated the first step.
+            ValueError: with place, field, value, rule and remedy.
+        """
+        bad = (-1,) if zero_is_neutral else (-1, 0)
+        num_checked, error = len(self.steps), None
+        for index, rating in enumerate(self.ratings):
+            if rating in bad:
+                error = span_of_step(self.steps, index, place, self.field)
+            if rating in bad or rating is None:
+                num_checked = index
+                break
+        response = STEP_BREAK.join([*self.steps, *self.unrated])
+        if error is None and num_checked == 0:
+            raise SkippedRow("no step is rated")
+        end = len(STEP_BREAK.join(self.steps[:num_checked]))
+        checked = (0, end) if error is None and end < len(response) else None
+        label = origin.label(self.how, error, checked, labelled_by=self.labelled_by)
+        return origin.answer(self.question, response, label, place, model_of(row), licence_of(row))
+
+
+def rating_of(value: Any, place: str, field: str) -> int | None:
+    """1, 0 or -1, however it is written; None where nobody has rated the step.
+
+    Args:
+        value: of the field.
+        place: of the row, for messages.
+        field: its name.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if is_absent(value):
+        return None
+    if isinstance(value, bool):
+        return 1 if value else -1
+    word = value.strip().lower() if isinstance(value, str) else value
+    number = _WORDS.get(word) if isinstance(word, str) and word in _WORDS else whole(value)
+    if number not in (1, 0, -1):
+        is_share = isinstance(value, float) and 0 < value < 1
+        remedy = "decide from which share on a step is right, and write 1 or 0" if is_share else "correct it"
+        raise refusal(place, field, value, _RULE, remedy)
+    return number
+
+
+def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
+    """The steps of a row that is no Math-Shepherd's, with their ratings as they are written.
+
+    Args:
+        row: of the file.
+        place: of the row, for messages.
+        origin: what the row does not say.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
+    """
+    field = field_of(row, [name for name in STEP_FIELDS if isinstance(unpacked(row.get(name)), list)] or STEP_FIELDS)
+    value = value_of(row, field, place)
+    steps = texts_of(value, place, field)
+    objects = list_of(value, place, field)
+    label_field = next((name for name in _LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)), None)
+    if label_field is not None:
+        given, names = list_of(row[label_field], place, label_field), [f"{label_field}[{{}}]"]
+        if len(given) != len(steps):
+            rule = f"it is a list of one label a step, and there are {len(steps)} steps"
+            raise refusal(place, label_field, row[label_field], rule, "add what is missing (null: not rated)")
+    else:
+        own = next(
+            (name for name in _OF_STEP if any(isinstance(step, Mapping) and name in step for step in objects)), None
+        )
+        if own is None:
+            rule = f"each step is an object with {', '.join(_OF_STEP)}, or the row has a list of labels"
+            raise refusal(place, field, value, rule, "add them, or name another --format")
+        given = [step.get(own) if isinstance(step, Mapping) else None for step in objects]
+        names = [f"{field}[{{}}].{own}"]
+    ratings = [rating_of(entry, place, names[0].format(index)) for index, entry in enumerate(given)]
+    question = value_of(row, field_of(row, QUESTIONS), place)
+    return RatedSteps(question, steps, ratings, [], origin.labelled_by, field=field)
+
+
+def shepherd_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
+    """Math-Shepherd's steps: `input` with a mark behind each, `label` with + or - in its place, found by sampling.
+
+    Args:
+        row: of the file.
+        place: of the row, for messages.
+        origin: what the row does not say.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
+    """
+    marked, signs = value_of(row, "input", place), value_of(row, "label", place)
+    for field, text in (("input", marked), ("label", signs)):
+        if not isinstance(text, str):
+            raise refusal(place, field, text, "it is text", "correct it")
+    parts, at, ratings = marked.split(MARK), 0, []
+    for number, part in enumerate(parts[:-1], start=1):
+        at += len(part)
+        if signs[at - len(part) : at] != part or signs[at : at + 1] not in ("+", "-"):
+            rule = f"it has the text of input, with + or - in place of each {MARK}; step {number} differs"
+            raise refusal(place, "label", signs, rule, "correct it")
+        ratings.append(1 if signs[at] == "+" else -1)
+        at += 1
+    if not ratings:
+        raise refusal(place, "input", marked, f"each step ends with {MARK}", "correct it, or name another --format")
+    question, first = _question_and_first(parts[0], place, "input")
+    steps = [step.strip() for step in [first, *parts[1:-1]]]
+    rest = [parts[-1].strip()] if parts[-1].strip() else []
+    return RatedSteps(question, steps, ratings, rest, origin.labelled_by, "rule", "input")
+
+
+def turned_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
+    """Steps as turns of a conversation: the user shows a step, and the assistant says + or - (the question stands before the first).
+
+    Args:
+        row: of the file.
+        place: of the row, for messages.
+        origin: what the row does not say.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
+    """
+    turns = list_of(value_of(row, "conversations", place), place, "conversations")
+    said = [turn.get("content") if isinstance(turn, Mapping) else None for turn in turns]
+    if len(said) < 2 or len(said) % 2 or not all(isinstance(text, str) for text in said):
+        rule = "a step of the user and + or - of the assistant take turns"
+        raise refusal(place, "conversations", turns, rule, "correct it, or name another --format")
+    ratings = [rating_of(text, place, f"conversations[{2 * index + 1}]") for index, text in enumerate(said[1::2])]
+    question, first = _question_and_first(said[0], place, "conversations[0]")
+    return RatedSteps(question, [first, *said[2::2]], ratings, [], origin.labelled_by, "rule", "conversations")
+
+
+def all_ratings(rated: Iterable[RatedSteps]) -> Iterator[int]:
+    """The ratings of all steps.
+
+    Args:
+        rated: steps of a file.
+    """
+    for steps in rated:
+        yield from (rating for rating in steps.ratings if rating is not None)
+
+
+def _question_and_first(text: str, place: str, field: str) -> tuple[str, str]:
+    """The question and the first step, which stands behind it: "How many? Step 1: 3"."""
+    starts = [match.end() for match in _FIRST_STEP.finditer(text)]
+    if not starts or not text[: starts[-1]].strip():
+        rule = "the question stands before 'Step 1:'"
+        raise refusal(place, field, text, rule, "correct it, or name another --format")
+    return text[: starts[-1]].strip(), text[starts[-1] :].strip()

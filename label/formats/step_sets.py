@@ -1,0 +1,220 @@
+"""Sets that name the wrong step by its number: BIG-Bench-Mistake, ProcessBench, MR-GSM8K, MR-Ben, PRMBench, DeltaBench.
+
+Owns the names of their fields, and which step a number means. From which number a file counts is `counting`'s to find out. Knows no store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from draftsmith.label.formats.counting import StepNumber
+from draftsmith.label.formats.fields import (
+    QUESTIONS,
+    STEP_BREAK,
+    Row,
+    field_of,
+    is_absent,
+    licence_of,
+    list_of,
+    model_of,
+    span_of_step,
+    texts_of,
+    value_of,
+    whole,
+)
+from draftsmith.label.schema import Answer, refusal
+from draftsmith.label.store.label_source import LabelSource
+
+_RIGHT, _WRONG = ("correct", "right", "true", "yes", "1"), ("wrong", "incorrect", "false", "no", "0")
+_SECTION = re.compile(r"(?im)^\s*section\s*\d+\s*:")
+_NO_OPTIONS = ("", "n/a", "none", "[]")
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where a kind of set has what.
+
+    Attributes:
+        questions, steps, errors: the names of these fields in different sets, the usual one first.
+        first: the number of the first step, by the set's own description.
+        by_list: `errors` is a list of all wrong steps.
+        null_is_none: null, too, says that no step is wrong.
+        verdicts: fields that say whether the answer is right.
+        verdict_is_of_steps: these fields speak of the steps, and not of the final answer alone. Where they say that it is wrong and no
+            step is named, nobody has placed the error.
+        ends: two fields that differ where the final answer is wrong.
+        need: how many numbers have to speak against `first`.
+    """
+
+    questions: tuple[str, ...]
+    steps: tuple[str, ...]
+    errors: tuple[str, ...]
+    first: int
+    by_list: bool = False
+    null_is_none: bool = True
+    verdicts: tuple[str, ...] = ()
+    verdict_is_of_steps: bool = False
+    ends: tuple[str, str] | None = None
+    need: int = 1
+
+    def field(self, row: Row) -> str:
+        """The name of the field with the number."""
+        return next((name for name in self.errors if name in row), self.errors[0])
+
+    def seen(self, row: Row) -> StepNumber | None:
+        """What a row says, or None where it cannot be read."""
+        try:
+            numbers = _numbers(row, self, "row")
+            return StepNumber(tuple(numbers), len(_steps(row, self, "row")), _is_wrong(row, self), self.by_list)
+        except ValueError:
+            return None
+
+
+LAYOUTS = {
+    "mistake": StepLayout(
+        ("input", *QUESTIONS), ("steps",), ("mistake_index",), first=0, ends=("answer", "target"), need=2
+    ),
+    "processbench": StepLayout(
+        QUESTIONS, ("steps",), ("label",), first=0, null_is_none=False, verdicts=("final_answer_correct",)
+    ),
+    "stepwise": StepLayout(
+        ("question", *QUESTIONS),
+        ("model_output_steps", "Model_Solution_Steps", "model_output_step_format", "steps", "solution_steps"),
+        (
+            "first_error_step",
+            "model_output_solution_first_error_step",
+            "Model_Solution_First_Error_Step",
+            "first_wrong_step",
+            "first_error",
+        ),
+        first=1,
+        verdicts=("model_output_solution_correctness", "Model_Solution_Correctness", "solution_correctness"),
+        verdict_is_of_steps=True,
+    ),
+    "wrong-steps": StepLayout(
+        ("modified_question", "question", *QUESTIONS),
+        ("modified_process", "sections", "sections_content", "section_content", "steps", "process"),
+        ("error_steps", "reason_error_section_numbers", "wrong_steps"),
+        first=1,
+        by_list=True,
+    ),
+}
+
+
+def layout_of(name: str, rows: Sequence[Row]) -> StepLayout:
+    """The layout of a file.
+
+    ProcessBench itself is known by fields that its derivatives seldom keep. It counts from 0, and a single row does not speak against it.
+
+    Args:
+        name: of the format.
+        rows: of the file.
+    """
+    layout = LAYOUTS[name]
+    if name == "processbench" and any("final_answer_correct" in row or "generator" in row for row in rows):
+        return replace(layout, need=2)
+    return layout
+
+
+def read_step_set(layout: StepLayout, first: int, row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
+    """The answer of a row, and PRMBench's right one beside it.
+
+    Args:
+        layout: of the set.
+        first: the number of the first step in this file.
+        row: of the file.
+        place: of the row, for messages.
+        origin: what the row does not say.
+
+    Raises:
+        ValueError: with place, field, value, rule and remedy.
+    """
+    steps = _steps(row, layout, place)
+    numbers = _numbers(row, layout, place)
+    nones = (-1,) if first == 0 or layout.by_list else (-1, 0)
+    wrong = [number - first for number in numbers if number not in nones]
+    field = layout.field(row)
+    if any(not 0 <= index < len(steps) for index in wrong):
+        raise refusal(place, field, row[field], _rule(layout, first, len(steps)), _remedy(first))
+    label = origin.label("person", None)
+    if wrong:
+        label = origin.label("person", span_of_step(steps, min(wrong), place, field_of(row, layout.steps)))
+    elif layout.verdict_is_of_steps and _is_wrong(row, layout):
+        label = origin.unplaced("person")
+    if wrong and layout.verdict_is_of_steps and _is_wrong(row, layout) is False:
+        rule = "another field says that the steps are right"
+        said = next(name for name in layout.verdicts if row.get(name) is not None)
+        raise refusal(place, field, row[field], f"{rule}: {said} is {row[said]!r}", "correct either")
+    question, response = _question(row, layout, place), STEP_BREAK.join(steps)
+    yield origin.answer(question, response, label, place, model_of(row), licence_of(row))
+    if row.get("original_process"):
+        right = STEP_BREAK.join(texts_of(row["original_process"], place, "original_process"))
+        asked = row.get("original_question") or question
+        if (asked, right) != (question, response):
+            yield origin.answer(asked, right, origin.label("person", None), place, model_of(row), licence_of(row))
+
+
+def _rule(layout: StepLayout, first: int, num_steps: int) -> str:
+    if layout.by_list:
+        return f"it lists numbers of the {num_steps} steps, from {first}"
+    if first == 1:
+        return f"it is the number of one of the {num_steps} steps, from 1; or null, 0, -1 or N/A for none"
+    none = "null" if layout.null_is_none else "-1"
+    return f"it is {none} or the index of one of the {num_steps} steps, from 0"
+
+
+def _remedy(first: int) -> str:
+    return f"correct it, or say --first_step {'one' if first == 0 else 'zero'} if the file counts from {1 - first}"
+
+
+def _question(row: Row, layout: StepLayout, place: str) -> Any:
+    """The question, with MR-Ben's options, which the model saw."""
+    question = value_of(row, field_of(row, layout.questions), place)
+    options = row.get("Options")
+    if isinstance(question, str) and isinstance(options, str) and options.strip().lower() not in _NO_OPTIONS:
+        return f"{question}\n{options}"
+    return question
+
+
+def _steps(row: Row, layout: StepLayout, place: str) -> list[str]:
+    field = field_of(row, layout.steps)
+    value = value_of(row, field, place)
+    if isinstance(value, str) and field in ("sections_content", "section_content"):
+        parts = _SECTION.split(value)
+        value = [part.strip() for part in parts[1:]] if len(parts) > 1 else value
+    return texts_of(value, place, field)
+
+
+def _numbers(row: Row, layout: StepLayout, place: str) -> list[int]:
+    """The numbers of the wrong steps as they are written, -1 and 0 included."""
+    field = layout.field(row)
+    value = value_of(row, field, place)
+    if layout.by_list:
+        listed = [] if is_absent(value) else list_of(value, place, field)
+    elif is_absent(value) and layout.null_is_none:
+        return []
+    else:
+        listed = [value]
+    numbers = []
+    for entry in listed:
+        number = whole(entry)
+        if number is None or number < -1:
+            rule = _rule(layout, layout.first, len(_steps(row, layout, place)))
+            raise refusal(place, field, value, rule, "correct it")
+        numbers.append(number)
+    return numbers
+
+
+def _is_wrong(row: Row, layout: StepLayout) -> bool | None:
+    for field in layout.verdicts:
+        said = str(row.get(field)).strip().lower()
+        if said in _RIGHT or said in _WRONG:
+            return said in _WRONG
+    if layout.ends is not None:
+        given, right = (row.get(field) for field in layout.ends)
+        if isinstance(given, str) and isinstance(right, str):
+            return given.split() != right.split()
+    return None
