@@ -154,7 +154,7 @@ def _broken(path: Path, error: Exception) -> ValueError:
         is_pointer = file.read(len(_LFS_MARK)) == _LFS_MARK
     if is_pointer:
         return ValueError(f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder")
-    return ValueError(f"{path} is cut off or no safetensors file: {error}; copy the folder again, or export it again")
+    return ValueError(f"{path} is cut off or no safetensors file: {error}; export it again, or copy the folder again")
 
 
 def _no_weights(folder: Path) -> str:
