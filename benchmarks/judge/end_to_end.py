@@ -7,7 +7,7 @@
 1. Labels: target and draft LM answer questions of the training split. The corpus's exact checker says where a wrong answer goes wrong;
    pairs of a right and a wrong answer are rows. `draftsmith label corrupt` adds one wrong answer in each wording; others are mined.
 2. Judges: what they read, what they learn from, how many questions; then `draftsmith judge rounds` with three drafters.
-3. `draftsmith judge tune` on other questions of the training split chooses threshold, gate and shape, for each drafter.
+3. `draftsmith judge tune` on other questions of the training split chooses threshold and shape, for each drafter.
 4. Everything else is measured on problems of the test split, which nothing has seen: the tuned judge beside lossless decoding and every
    rule without training, each with several settings; each drafter; each judge; problems out of the judge's domain.
 
@@ -43,6 +43,7 @@ from benchmarks.judge.stages import (
     write_problems,
 )
 from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE, TUNED, tune_all
+from benchmarks.judge.tuned import THRESHOLDS as TRIED
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.replies.reply_plan import BatchOptions
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     # Few mined tokens are wrong, and a judge must find some of these: fewer questions would be too few.
     counts = {name: max(FEWEST.get(name, 8), int(options.scale * full)) for name, full in FULL.items()}
+    stages.check_plan({"counts": counts, "rounds": ROUNDS, "thresholds": list(TRIED)})
     stages.once("problems", lambda: write_problems(work, counts))
     labels(stages)
     heads(stages, options)

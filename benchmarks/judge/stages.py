@@ -5,6 +5,7 @@ Owns where a resumed run continues, how judges are trained, and the files of pro
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,12 +47,30 @@ class Stages:
         stamp = self.work / ".done" / name
         if stamp.is_file():
             return
+        # A stage that was stopped goes on where it was, so the seconds of its earlier starts are its own too.
+        begun = self.work / ".begun" / name
+        spent = json.loads(begun.read_text()) if begun.is_file() else {"seconds": 0.0, "processor_seconds": 0.0}
         started, busy = time.perf_counter(), _processor_seconds()
-        make()
+        try:
+            make()
+        finally:
+            spent["seconds"] += time.perf_counter() - started
+            spent["processor_seconds"] += _processor_seconds() - busy
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(begun, json.dumps(spent) + "\n")
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        spent = {"seconds": time.perf_counter() - started, "processor_seconds": _processor_seconds() - busy}
-        atomic_write(stamp, json.dumps(spent) + "\n")
+        begun.rename(stamp)
         print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of a processor", flush=True)
+
+    def check_plan(self, plan: dict[str, Any]) -> None:
+        """Refuses a folder that was begun with another plan; its stages would not fit together."""
+        file, text = self.work / "plan.json", json.dumps(plan, indent=1) + "\n"
+        if not file.is_file():
+            atomic_write(file, text)
+        elif file.read_text() != text:
+            sys.exit(
+                f"{self.work} was begun with another scale, other counts or other thresholds ({file}); remove it, or name another --work"
+            )
 
     def spent(self) -> dict[str, dict[str, float]]:
         """Seconds of all stages done so far, by the clock and of the processors."""

@@ -19,7 +19,7 @@ TUNED = "tuned-for-price"
 """The folder with the judge at the best setting for `SHAPE`."""
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
 SWEEP = SweepOptions(thresholds=THRESHOLDS, batch_rows=64)
-"""Without gates: heads draft less than a line, and under the draft LM the judge of the rounds gains more without one."""
+"""Without gates: heads draft less than a line, so a gate of lines would accept nothing under them."""
 
 
 def tune_all(stages: Stages, judge: Path, scale: float) -> None:

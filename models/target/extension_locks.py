@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def check_extension_locks() -> None:
     """
     for lock in _locks():
         try:
-            written = max(path.stat().st_mtime for path in lock.parent.iterdir())
+            written = max((path.stat().st_mtime for path in lock.parent.iterdir()), default=time.time())
         except FileNotFoundError:
             continue  # the compiler is at work there, or has just ended
         quiet_min = (time.time() - written) / 60
@@ -53,8 +54,9 @@ def _locks() -> Iterator[Path]:
     operations = {builder.name for builder in ALL_OPS.values()}
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     # PyTorch's own folder has a folder for each version of Python and CUDA; the one that a user names has none.
-    version = f"py{sys.version_info.major}{sys.version_info.minor}"
-    folders = [Path(chosen)] if chosen else sorted(Path(get_default_build_root()).glob(f"{version}*"))
-    for lock in (lock for folder in folders for lock in sorted(folder.glob("*/lock"))):
+    cuda = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
+    version = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}_{cuda}"
+    folder = Path(chosen) if chosen else Path(get_default_build_root(), version)
+    for lock in sorted(folder.glob("*/lock")):
         if lock.parent.name in operations:
             yield lock

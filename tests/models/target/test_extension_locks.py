@@ -21,6 +21,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         return tmp_path
     monkeypatch.setattr(f"{check_extension_locks.__module__}.get_default_build_root", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", None)
     return tmp_path / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
 
 
@@ -55,7 +56,8 @@ def test_locks_of_other_packages_and_other_versions_of_python_stop_nothing(
     built: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lock_of(built / "somebody_elses", 2 * LONGEST_COMPILE_S)
-    lock_of(built.parent / "py39_cpu" / "deepspeed_shm_comm", 2 * LONGEST_COMPILE_S)
+    for version in ("py39_cpu", f"{built.name}_other"):
+        lock_of(built.parent / version / "deepspeed_shm_comm", 2 * LONGEST_COMPILE_S)
     with caplog.at_level(logging.WARNING):
         check_extension_locks()
     assert not caplog.text
