@@ -90,8 +90,7 @@ class DraftSlots:
         self.cache = cache
         self.lengths_B = cycle.lengths_B + ahead
         self.longest = max(cycle.host_lengths) + ahead
-        # Of the prompt, which counts as fresh in the first cycle, only the end is pending.
-        self.num_fresh = min(max(cycle.host_fresh), num_pending)
+        self.num_fresh = min(max(_num_pending(cycle)), num_pending)
         self.fixed = cycle.fixed_shapes
         self.single = len(cycle.host_lengths) == 1 and not self.fixed
         self._sliding_window = sliding_window
@@ -201,3 +200,12 @@ class DraftSlots:
     def _aim(self, slots_BN: Tensor, window: int, first: int | None) -> None:
         """Aim the cache at slots; where shapes are fixed, all of its slots are in the window."""
         self.cache.aim(slots_BN, self.cache.capacity if self.fixed else window, first)
+
+
+def _num_pending(cycle: Cycle) -> list[int]:
+    """How many tokens of each row the drafter has not read. Of a prompt, which counts as fresh in its first cycle, that is the last alone,
+    even in a batch whose other rows have had more of them pending.
+
+    Example: three rows of 9 tokens each, of which 9, 4 and 1 are fresh, have 1, 4 and 1 pending.
+    """
+    return [1 if fresh == length else fresh for fresh, length in zip(cycle.host_fresh, cycle.host_lengths, strict=True)]

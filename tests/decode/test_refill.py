@@ -17,6 +17,7 @@ from torch import Tensor
 from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.batch import Request, busy_share
 from draftsmith.decode.constraints import Constraints
+from draftsmith.decode.verify.lossy_rules import Everything
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, Target
 from draftsmith.models.slots.row_state import ReplacedRows, UnknownState, all_by_rows, put_rows, take_rows, write_over
 from draftsmith.models.slots.slot_cache import SlotCache
@@ -83,6 +84,19 @@ def test_a_row_that_comes_later_is_drafted_for_as_it_would_be_alone(
     together = engine.generate(PROMPTS, request, num_rows=2)
     alone = [engine.generate([prompt], request)[0] for prompt in PROMPTS]
     assert [reply.accepted for reply in together] == [reply.accepted for reply in alone]
+
+
+@pytest.mark.parametrize("name", [*map(name_of, EVERY_FAMILY), "draft LM"])
+def test_a_row_that_comes_when_all_others_have_ended_gets_the_draft_that_it_would_get_alone(
+    target: Target, drafters: dict[str, Drafter], name: str
+) -> None:
+    """Where everything is accepted, the reply shows every token of the drafts."""
+    request = GenerationSettings(max_new_tokens=13)
+    engine = Engine(target, drafters[name], parse_shape("1x3"), rule=Everything())
+    later = PROMPTS[2]
+    *_, reply = engine.generate([PROMPTS[0], PROMPTS[0], later], request, num_rows=2)
+    own = engine.generate([later], request)[0]
+    assert (reply.token_ids, reply.accepted) == (own.token_ids, own.accepted)
 
 
 @pytest.mark.parametrize("name", [*map(name_of, EVERY_FAMILY), "draft LM"])
