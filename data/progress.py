@@ -76,6 +76,16 @@ class ProgressMeter:
             self._last_line = time.perf_counter()
             self._print(self._state(note))
 
+    def forgo(self, count: int) -> None:
+        """Take units off the total that nobody needs any more.
+
+        Args:
+            count: how many.
+        """
+        if self._total is not None and count:
+            self._total -= count
+            self._bar.update(self._task, total=self._total)
+
     def stop(self) -> None:
         """Leave the bar as it is; in a log file a last line says how long the work took."""
         self._bar.stop()
@@ -97,6 +107,27 @@ class ProgressMeter:
 
 
 @contextmanager
+def metered(title: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressMeter]:
+    """Show a `ProgressMeter` around a block that learns how much there is to do.
+
+    Args:
+        title: what is done.
+        total: how many units there are.
+        unit: what they are called, in the plural.
+        done: units that an earlier run did.
+
+    Yields:
+        The meter.
+    """
+    meter = ProgressMeter(title, total, unit, done)
+    meter.start()
+    try:
+        yield meter
+    finally:
+        meter.stop()
+
+
+@contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a `ProgressMeter` around a block.
 
@@ -109,9 +140,5 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
     Yields:
         A function that takes how many more units are done.
     """
-    meter = ProgressMeter(title, total, unit, done)
-    meter.start()
-    try:
+    with metered(title, total, unit, done) as meter:
         yield meter.advance
-    finally:
-        meter.stop()

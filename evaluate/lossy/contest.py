@@ -6,15 +6,17 @@ Owns how they are loaded and checked against each other. Knows no rule and no me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from draftsmith import __version__
 from draftsmith.data.formats import row_id
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
+from draftsmith.data.replies.reply_files import loaded_here
 from draftsmith.decode.model_settings import for_target
 from draftsmith.decode.sampling import DrawOptions, GenerationSettings, settings_of
 from draftsmith.evaluate.lossy.lossy import IsRight
@@ -23,8 +25,9 @@ from draftsmith.evaluate.samples import readable_by, selected_samples
 from draftsmith.files import read_jsonl, sha256_file
 from draftsmith.json_rows import UnusableRow
 from draftsmith.label.checkers.checkers import Checker
+from draftsmith.label.commands.checked_answers import digest
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_fingerprint, drafter_folder, load_drafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
 from draftsmith.models.target.options import TargetOptions
 from draftsmith.models.target.prompt_template import TemplateChoice
@@ -43,6 +46,7 @@ class Contest:
         settings: of the answers.
         is_right: whether a text answers a problem, by its number; None where nobody judges.
         inputs: what was read, for provenance.
+        facts: everything that answers and verdicts depend on besides the way of decoding.
     """
 
     target: Target
@@ -52,6 +56,7 @@ class Contest:
     settings: GenerationSettings
     is_right: IsRight | None
     inputs: Mapping[str, str]
+    facts: Mapping[str, Any]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Token ids as text without special tokens.
@@ -98,7 +103,18 @@ def prepare(
     settings = for_target(settings_of(draw, eos_token_ids=model.eos_token_ids), model)
     is_right = None if checker is None or questions is None else judged_by(questions, samples, checker)
     inputs = {str(file): sha256_file(file), target: model.fingerprint}
-    return Contest(model, draft, tokenizer, samples, settings, is_right, inputs)
+    facts = {
+        "draftsmith": __version__,
+        "target_fingerprint": model.fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "drafter_fingerprint": drafter_fingerprint(folder),
+        "dtype": where.dtype,
+        **loaded_here(where),
+        "settings": asdict(settings),
+        "problems_sha256": digest([[each.id, each.prompt_ids, (questions or {}).get(each.id)] for each in samples]),
+        "checker": None if checker is None else checker.code,
+    }
+    return Contest(model, draft, tokenizer, samples, settings, is_right, inputs, facts)
 
 
 def judged_by(questions: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], checker: Checker) -> IsRight:

@@ -15,6 +15,7 @@ from draftsmith.data.progress import progress
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.evaluate.contenders import Contender, EngineContender
+from draftsmith.evaluate.lossy.kept_answers import KeptAnswers, way_of
 from draftsmith.evaluate.lossy.paired import change_bounds
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted
 from draftsmith.evaluate.records import Sample, Timed
@@ -105,20 +106,40 @@ def answer_all(
     is_right: IsRight,
     text_of: Callable[[Sequence[int]], str],
     batch_rows: int,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None],
+    kept: KeptAnswers,
+    way: str,
     first: int = 0,
 ) -> Answered:
-    """Every problem answered, `batch_rows` at once, the longest prompts first, and checked. The first sample draws the noise of the
-    request `first`: a part of several samples then draws what all of them would."""
-    order = sorted(range(len(samples)), key=lambda number: -len(samples[number].prompt_ids))
+    """Every problem that has no kept answer is answered, `batch_rows` at once, the longest prompts first. Each answer is checked and kept
+    as it ends. The first sample is problem `first` and draws the noise of the request of this number: a part of several samples then
+    draws what all of them would.
+
+    Args:
+        advance: takes how many more answers there are; kept ones do not count.
+        kept: the answers of earlier starts.
+        way: under which the answers are kept.
+    """
+    given = {number: kept.take(way, first + number) for number in range(len(samples))}
+    replies = {number: answer.reply for number, answer in given.items() if answer is not None}
+    right = {
+        number: is_right(number, text_of(answer.reply.token_ids)) if answer.right is None else answer.right
+        for number, answer in given.items()
+        if answer is not None
+    }
+    order = sorted(
+        (number for number in range(len(samples)) if number not in replies),
+        key=lambda number: -len(samples[number].prompt_ids),
+    )
     prompts = [(first + number, list(samples[number].prompt_ids)) for number in order]
-    room = len(prompts[0][1]) + settings.max_new_tokens if prompts else 0
-    replies: dict[int, Generation] = {}
-    for index, reply in engine.stream(prompts, settings, batch_rows, room):
-        replies[order[index]] = reply
+    room = max((len(sample.prompt_ids) for sample in samples), default=0) + settings.max_new_tokens
+    for index, reply in engine.stream(prompts, settings, batch_rows, room) if prompts else ():
+        number = order[index]
+        replies[number], right[number] = reply, is_right(number, text_of(reply.token_ids))
+        kept.keep(way, first + number, reply, right[number])
         advance(1)
-    in_order = [replies[number] for number in range(len(samples))]
-    return Answered(in_order, [is_right(number, text_of(reply.token_ids)) for number, reply in enumerate(in_order)])
+    numbers = range(len(samples))
+    return Answered([replies[number] for number in numbers], [right[number] for number in numbers])
 
 
 def compare(
@@ -134,18 +155,23 @@ def compare(
     timed_problems: int,
     batch_rows: int = 32,
     wrong_tokens: Mapping[str, Accepted | None] | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[RuleRow]:
     """Rows of plain decoding and of every rule, in this order.
 
     Args:
         timed_problems: the first so many problems are decoded once more, one at a time, by all in turn, for the speed-up.
         wrong_tokens: what each rule, by its label, accepts of labelled tokens.
+        kept: the answers of earlier starts; None keeps nothing.
     """
+    kept = kept or KeptAnswers()
     engines = {PLAIN: Engine(target)}
     engines |= {ruled.label: Engine(target, drafter, limits, rule=ruled.rule) for ruled in rules}
-    with progress("answers", len(engines) * len(samples), "answers", 0) as advance:
+    ways = {PLAIN: way_of(None, None)} | {ruled.label: way_of(limits, ruled.rule) for ruled in rules}
+    done = kept.begin(list(ways.values()), len(samples))
+    with progress("answers", len(engines) * len(samples), "answers", done) as advance:
         answered = {
-            name: answer_all(engine, samples, settings, is_right, text_of, batch_rows, advance)
+            name: answer_all(engine, samples, settings, is_right, text_of, batch_rows, advance, kept, ways[name])
             for name, engine in engines.items()
         }
     contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]

@@ -19,11 +19,13 @@ from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
 from draftsmith.evaluate.lossy.chart import draw_trade
 from draftsmith.evaluate.lossy.contest import Contest, prepare
+from draftsmith.evaluate.lossy.kept_answers import HEAD, KeptAnswers, kept_answers
 from draftsmith.evaluate.lossy.lossy import LOSSLESS, PLAIN, Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy.price import PRICE_CHART, draw_prices, price_table, prices
 from draftsmith.evaluate.lossy.report import to_markdown, trade_table
 from draftsmith.evaluate.lossy.wrong_tokens import Accepted, accepted_tokens
 from draftsmith.evaluate.report import REPORTS
+from draftsmith.evaluate.resume import WORK_FILE
 from draftsmith.files import atomic_write, exclusive
 from draftsmith.label.checkers.checkers import load_checker
 from draftsmith.label.token_rows import read_rows
@@ -34,7 +36,7 @@ from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoic
 from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes import parse_shape
-from draftsmith.ownership import check_unclaimed
+from draftsmith.ownership import check_begun, check_unclaimed
 
 _JUDGE = "judge:"
 
@@ -83,7 +85,8 @@ def evaluate_rules(
     """Compare LOSSY rules of acceptance: right answers, accepted tokens, target forwards and speed, each with its interval.
 
     Plain decoding is the first row, which accuracy is compared with. Writes report.md, report.json, report.png and price.png. Name several
-    settings of a rule (kl@1 kl@3) to see what it gains at equal quality.
+    settings of a rule (kl@1 kl@3) to see what it gains at equal quality. To resume a killed run, repeat the command: what was answered is
+    neither decoded nor checked again.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
@@ -108,14 +111,15 @@ def evaluate_rules(
     if not 0.0 <= most_lost < 100.0:
         raise ValueError(f"most_lost is {most_lost}; give points of right answers, from 0 on and below 100")
     check_unclaimed(out, (*REPORTS, PRICE_CHART))
+    check_begun(out / WORK_FILE, HEAD)
     chosen, limits = _ruled(rules), parse_shape(shape)
     where = where.resolved(target)
     contest = prepare(target, drafter, prompts, load_checker(checker), draw, selection, where, rendering)
     _check_tokenizers(chosen, tokenizer_fingerprint(contest.tokenizer))
     config = asdict(contest.settings) | {"shape": shape, "rules": rules, "checker": checker}
     config |= asdict(where) | asdict(rendering)
-    with exclusive(out):
-        rows = _compared(contest, limits, chosen, workload, labelled_rows)
+    with exclusive(out), kept_answers(out / WORK_FILE, contest.facts, judged=True) as kept:
+        rows = _compared(contest, limits, chosen, workload, labelled_rows, kept)
         made_by = provenance.record(provenance.command_line(), config, dict(contest.inputs))
         _write(out, rows, made_by, target, drafter, most_lost / 100)
     priced = price_table(prices(rows, most_lost / 100), most_lost / 100)
@@ -128,6 +132,7 @@ def _compared(
     rules: Sequence[Ruled],
     workload: WorkloadOptions,
     labelled_rows: Path | None,
+    kept: KeptAnswers,
 ) -> list[RuleRow]:
     """The rows of plain decoding and of every rule."""
     assert contest.is_right is not None, "there is a checker"
@@ -143,6 +148,7 @@ def _compared(
         timed_problems=min(workload.timed_problems, len(contest.samples)),
         batch_rows=workload.batch_rows,
         wrong_tokens=_wrong_tokens(contest.target, contest.drafter, rules, labelled_rows),
+        kept=kept,
     )
 
 

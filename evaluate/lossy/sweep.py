@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from draftsmith.data.progress import progress
+from draftsmith.data.progress import ProgressMeter, metered, progress
 from draftsmith.decode import Engine
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.decode.verify.lossy_walk import LossyVerifier
 from draftsmith.evaluate.contenders import Contender, EngineContender
 from draftsmith.evaluate.lossy.contest import Contest
+from draftsmith.evaluate.lossy.kept_answers import KeptAnswers, way_of
 from draftsmith.evaluate.lossy.lossy import PLAIN, Answered, IsRight, answer_all
 from draftsmith.evaluate.lossy.trial import GAINS_NOTHING, Setting, Trial, best_trial
 from draftsmith.evaluate.speed import race, speedup, track
@@ -36,6 +37,7 @@ class Sweep:
         batch_rows: problems answered together.
         right_by: makes what judges answers from lossless decoding's texts, where the contest has nothing.
         timed_problems: answered once more, one at a time, for the seconds of the best setting of each shape; 0 times nothing.
+        kept: the answers of earlier starts; takes the new ones.
     """
 
     contest: Contest
@@ -46,6 +48,7 @@ class Sweep:
     batch_rows: int
     right_by: Callable[[Sequence[str]], IsRight]
     timed_problems: int = 0
+    kept: KeptAnswers = field(default_factory=KeptAnswers)
     _lossless: dict[str, Answered] = field(default_factory=dict)
 
     def run(self, settings: Sequence[Setting]) -> list[Trial]:
@@ -64,43 +67,47 @@ class Sweep:
         samples = self.contest.samples
         shapes = list(dict.fromkeys(setting.shape for setting in settings))
         first, *rest = parts(len(samples), self.looks)
-        with progress("answers", (len(shapes) + len(settings)) * len(samples), "answers", 0) as advance:
-            is_right = self._answer_losslessly(shapes, advance)
+        ways = [way_of(parse_shape(shape), None) for shape in shapes] + [self._way(setting) for setting in settings]
+        done = self.kept.begin(ways, len(samples))
+        with metered("answers", len(ways) * len(samples), "answers", done) as meter:
+            is_right = self._answer_losslessly(shapes, meter)
             trials = [Trial(setting, lossless_per_cycle=self._lossless_gain(setting.shape)) for setting in settings]
             for trial in trials:
-                self._go_on(trial, first, is_right, advance)
+                self._go_on(trial, first, is_right, meter)
             for shape in shapes:
                 own = [trial for trial in trials if trial.setting.shape == shape]
-                self._finish(own, rest, is_right, advance)
+                self._finish(own, rest, is_right, meter)
         best = (self._best_of(trials, shape) for shape in shapes)
         self._race([trial for trial in best if trial is not None])
         return trials
 
-    def _go_on(self, trial: Trial, part: range, is_right: IsRight, advance: Callable[[int], None]) -> None:
+    def _go_on(self, trial: Trial, part: range, is_right: IsRight, meter: ProgressMeter) -> None:
         """Answer a part of the problems, and look whether more would be in vain."""
         samples = self.contest.samples
         right = next(iter(self._lossless.values())).right
-        trial.add(self._answer(trial.setting, part, is_right, advance), [right[place] for place in part])
+        trial.add(self._answer(trial.setting, part, is_right, meter), [right[place] for place in part])
         if trial.problems == len(samples):
             return
         if trial.bounds[1] < -self.most_lost:
-            trial.stop("loses more")
+            self._stop(trial, "loses more", meter)
         elif trial.accepted_per_cycle <= self._lossless_gain(trial.setting.shape, trial.problems):
-            trial.stop(GAINS_NOTHING)
+            self._stop(trial, GAINS_NOTHING, meter)
 
-    def _finish(
-        self, trials: Sequence[Trial], rest: Sequence[range], is_right: IsRight, advance: Callable[[int], None]
-    ) -> None:
+    def _stop(self, trial: Trial, why: str, meter: ProgressMeter) -> None:
+        """Answers that are kept already count as done, so they stay in the total."""
+        trial.stop(why)
+        rest = range(trial.problems, len(self.contest.samples))
+        meter.forgo(len(rest) - self.kept.num_of(self._way(trial.setting), rest))
+
+    def _finish(self, trials: Sequence[Trial], rest: Sequence[range], is_right: IsRight, meter: ProgressMeter) -> None:
         """The other parts, for trials of one shape: the largest gain first. Smaller gains stop once a larger one holds."""
         best: Trial | None = None
         for trial in sorted(trials, key=lambda trial: -trial.accepted_per_cycle):
             for part in rest:
                 if best is not None and not trial.stopped and trial.accepted_per_cycle < best.accepted_per_cycle:
-                    trial.stop(f"{best.setting} holds and gains more")
-                if trial.stopped:
-                    advance(len(part))
-                else:
-                    self._go_on(trial, part, is_right, advance)
+                    self._stop(trial, f"{best.setting} holds and gains more", meter)
+                if not trial.stopped:
+                    self._go_on(trial, part, is_right, meter)
             if best is None and trial.is_worth_keeping(self.most_lost):
                 best = trial
 
@@ -130,23 +137,25 @@ class Sweep:
         for setting in settings:
             LossyVerifier(JudgeRule(self.judge_with(setting)).bound(self.contest.target), parse_shape(setting.shape))
 
-    def _answer_losslessly(self, shapes: Sequence[str], advance: Callable[[int], None]) -> IsRight:
+    def _answer_losslessly(self, shapes: Sequence[str], meter: ProgressMeter) -> IsRight:
         contest, judged = self.contest, self.contest.is_right
         for shape in shapes:
-            engine = Engine(contest.target, contest.drafter, parse_shape(shape))
+            limits = parse_shape(shape)
             answered = answer_all(
-                engine,
+                Engine(contest.target, contest.drafter, limits),
                 contest.samples,
                 contest.settings,
                 judged or (lambda number, text: True),
                 contest.text_of,
                 self.batch_rows,
-                advance,
+                meter.advance,
+                self.kept,
+                way_of(limits, None),
             )
             self._lossless[shape] = answered
         return judged or self.right_by([contest.text_of(reply.token_ids) for reply in answered.replies])
 
-    def _answer(self, setting: Setting, part: range, is_right: IsRight, advance: Callable[[int], None]) -> Answered:
+    def _answer(self, setting: Setting, part: range, is_right: IsRight, meter: ProgressMeter) -> Answered:
         contest = self.contest
         rule = JudgeRule(self.judge_with(setting))
         return answer_all(
@@ -156,9 +165,14 @@ class Sweep:
             lambda number, text: is_right(part.start + number, text),
             contest.text_of,
             self.batch_rows,
-            advance,
+            meter.advance,
+            self.kept,
+            self._way(setting),
             first=part.start,  # above temperature 0, the noise of lossless decoding
         )
+
+    def _way(self, setting: Setting) -> str:
+        return way_of(parse_shape(setting.shape), JudgeRule(self.judge_with(setting)))
 
     def judge_with(self, setting: Setting) -> Judge:
         """The judge with a setting's threshold and gate.

@@ -18,12 +18,14 @@ from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import ALL_PROMPTS, PromptSelection
 from draftsmith.decode.sampling import DrawOptions
 from draftsmith.evaluate.lossy.contest import Contest, prepare
+from draftsmith.evaluate.lossy.kept_answers import HEAD, KeptAnswers, kept_answers
 from draftsmith.evaluate.lossy.lossy import IsRight
 from draftsmith.evaluate.lossy.lossy_command import LONG_ANSWERS
 from draftsmith.evaluate.lossy.paired import problems_needed
 from draftsmith.evaluate.lossy.sweep import Sweep
 from draftsmith.evaluate.lossy.trial import Trial, best_trial, settings_of_sweep, why_none
 from draftsmith.evaluate.lossy.tuning_report import sweep_table, to_markdown
+from draftsmith.evaluate.resume import WORK_FILE
 from draftsmith.files import atomic_directory, exclusive, sha256_file
 from draftsmith.label.checkers.checkers import final_number, load_checker
 from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder
@@ -32,7 +34,7 @@ from draftsmith.models.judge import NO_GATE, Judge, load_judge
 from draftsmith.models.target.options import DEFAULTS, TargetOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.models.tree.shapes import parse_shape, shape_text
-from draftsmith.ownership import check_replaceable
+from draftsmith.ownership import check_begun, check_replaceable
 
 GateName = Literal["none", "line", "reply"]
 STAGE = "draftsmith judge tune"
@@ -108,14 +110,16 @@ def tune_judge(
     """Choose a judge's threshold, gate and shape by answers: the fastest of the settings that surely lose less than one point.
 
     Every setting answers the problems with the judge, and the answers are compared with lossless decoding's. Writes the tuned judge into
-    `judge`, beside tuning.md and tuning.json. Where no setting keeps the answers, the judge gets threshold 1 and accepts nothing.
+    `judge`, beside tuning.md and tuning.json. Where no setting keeps the answers, the judge gets threshold 1 and accepts nothing. To
+    resume a killed run, repeat the command: what was answered is neither decoded nor checked again.
 
     Args:
         target: Directory or hub id of the target, or embedded:target.
         drafter: Folder of a trained drafter, or a draft LM, that the judge is to serve.
         judge: Folder of a trained judge.
         prompts: JSONL file of training problems that the judge was not trained on, with their reference answers.
-        out: Folder for the tuned judge and the report; an earlier one is replaced as a whole.
+        out: Folder for the tuned judge and the report; an earlier one is replaced as a whole. OUT.unfinished.jsonl beside it keeps the
+            answers until then.
         checker: What judges whether an answer is right, as in `draftsmith label generate`. Without one quality stays unmeasured, and
             answers count that agree with the target's own.
         shapes: How much to draft: each shape is tried. Gates need chains such as 1x64.
@@ -126,15 +130,17 @@ def tune_judge(
         rendering: The chat template; see `TemplateChoice`.
     """
     check_replaceable(out, STAGE, [judge])
+    work = work_file(out)
+    check_begun(work, HEAD)
     for shape in shapes:
         parse_shape(shape)
     head, judged_by = load_judge(judge), None if checker is None else load_checker(checker)
     where = where.resolved(target)
     contest = prepare(target, drafter, prompts, judged_by, draw, selection, where, rendering)
-    trials_of = _sweep(contest, head, sweep)
     settings = settings_of_sweep(shapes, [float(value) for value in sweep.thresholds], sweep.vetoes)
     _say_if_too_few(len(contest.samples), sweep.most_lost)
-    with exclusive(out):
+    with exclusive(out), kept_answers(work, contest.facts, judged_by is not None) as kept:
+        trials_of = _sweep(contest, head, sweep, kept)
         trials = trials_of.run(settings)
         tuned, facts = _tuned(trials_of, trials, checker, sweep.most_lost / 100)
         folder = drafter_folder(drafter)
@@ -150,10 +156,20 @@ def tune_judge(
     print(f"{sweep_table(trials, sweep.most_lost / 100)}\n{facts['said']}\ntuned judge: {out / 'judge'}")
 
 
-def _sweep(contest: Contest, judge: Judge, options: SweepOptions) -> Sweep:
+def work_file(out: Path) -> Path:
+    """Where the answers lie until `out` is written: beside it, because it is replaced as a whole.
+
+    Args:
+        out: folder of the tuned judge.
+    """
+    place = out.resolve()
+    return place.with_name(f"{place.name}.{WORK_FILE}")
+
+
+def _sweep(contest: Contest, judge: Judge, options: SweepOptions, kept: KeptAnswers) -> Sweep:
     ends = line_end_ids(contest.tokenizer) if "line" in options.gates else []
     most_lost, timed = options.most_lost / 100, options.timed_problems
-    return Sweep(contest, judge, ends, most_lost, options.looks, options.batch_rows, agreement, timed)
+    return Sweep(contest, judge, ends, most_lost, options.looks, options.batch_rows, agreement, timed, kept)
 
 
 def line_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
