@@ -188,7 +188,8 @@ def test_a_part_of_the_problems_draws_the_noise_that_all_of_them_would(monkeypat
     sweep = Sweep(contest, Judge(JudgeConfig(4)), (), 0.01, 5, 32, agreement)
     asked: list[int] = []
     is_right = lambda number, text: not asked.append(number)  # noqa: E731
-    sweep._answer(Setting("1x4", 0.5), range(3, 5), is_right, lambda count: None)
+    meter: Any = SimpleNamespace(advance=lambda count: None)
+    sweep._answer(Setting("1x4", 0.5), range(3, 5), is_right, meter)
     assert sorted(ids) == sorted(asked) == [3, 4]
 
 
