@@ -130,8 +130,7 @@ def tune_judge(
         rendering: The chat template; see `TemplateChoice`.
     """
     check_replaceable(out, STAGE, [judge])
-    work = work_file(out)
-    check_begun(work, HEAD)
+    check_begun(work := work_file(out), HEAD)
     for shape in shapes:
         parse_shape(shape)
     head, judged_by = load_judge(judge), None if checker is None else load_checker(checker)
@@ -140,8 +139,7 @@ def tune_judge(
     settings = settings_of_sweep(shapes, [float(value) for value in sweep.thresholds], sweep.vetoes)
     _say_if_too_few(len(contest.samples), sweep.most_lost)
     with exclusive(out), kept_answers(work, contest.facts, judged_by is not None) as kept:
-        trials_of = _sweep(contest, head, sweep, kept)
-        trials = trials_of.run(settings)
+        trials = (trials_of := _sweep(contest, head, sweep, kept)).run(settings)
         tuned, facts = _tuned(trials_of, trials, checker, sweep.most_lost / 100)
         folder = drafter_folder(drafter)
         tuned.config.drafters = [
