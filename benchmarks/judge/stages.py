@@ -47,7 +47,7 @@ class Stages:
         stamp = self.work / ".done" / name
         if stamp.is_file():
             return
-        # A stage that was stopped goes on where it was, so the seconds of its earlier starts are its own too.
+        # A stage that was stopped resumes where it was, so the seconds of its earlier starts are its own too.
         begun = self.work / ".begun" / name
         spent = json.loads(begun.read_text()) if begun.is_file() else {"seconds": 0.0, "processor_seconds": 0.0}
         started, busy = time.perf_counter(), _processor_seconds()
