@@ -102,7 +102,7 @@ class KeptAnswers:
             self.log.write({"way": way, "problem": number, "right": verdict, "reply": asdict(reply)})
 
     def restore(self, row: Mapping[str, Any]) -> None:
-        """Take in what `keep` wrote. Where a problem is there twice, the first answer counts.
+        """Take in what `keep` wrote, the last row first. Where a problem is there twice, the first answer counts.
 
         Args:
             row: of the log.
@@ -111,8 +111,7 @@ class KeptAnswers:
             ValueError: a field is missing or unknown.
         """
         try:
-            given = Given(Generation(**row["reply"]), row["right"])
-            self._there.setdefault(row["way"], {}).setdefault(row["problem"], given)
+            self._there.setdefault(row["way"], {})[row["problem"]] = Given(Generation(**row["reply"]), row["right"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"an answer has other fields than this version's ({error})") from error
 
@@ -133,16 +132,17 @@ def kept_answers(path: Path, facts: Mapping[str, Any], judged: bool) -> Iterator
     own = json.loads(json.dumps(facts))
     with JsonlAppender(path) as log:
         head, *answers = log.rows or [{}]
-    if answers:
+    begun = bool(answers)
+    if begun:
         _check_same(path, head[HEAD], own)
     else:
         path.unlink()
     # What is written from here on is not held: whoever asked for an answer has it.
     with JsonlAppender(path, keep=lambda row: None) as log:
         kept = KeptAnswers(log, judged)
-        for line, row in enumerate(answers, start=2):
-            _restore(kept, row, f"{path}:{line}")
-        if not answers:
+        while answers:  # from the end, and each is let go: whoever takes an answer is then the only one to hold it
+            _restore(kept, answers.pop(), f"{path}:{len(answers) + 2}")
+        if not begun:
             log.write({HEAD: own})
         try:
             yield kept

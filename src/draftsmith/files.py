@@ -263,8 +263,9 @@ class JsonlAppender:
     """A JSON-lines file that grows row by row and survives being killed at any byte.
 
     Opening cuts off a torn last line (one without its newline), reads what is there into `rows`, and appends after it.
-    Rows reach the disk at the latest every `sync_rows` rows or `sync_seconds` seconds, and at `close`. Where rows are too many to
-    be held whole, `keep` says what of each stays in `rows`.
+    A row that was written outlives a killed process. A machine that fails may lose up to `sync_rows` rows, those since the last
+    sync: it comes at `close`, and with a row that is written `sync_seconds` after the one before. Where rows are too many to be held
+    whole, `keep` says what of each stays in `rows`.
 
     Raises:
         ValueError: a whole line of the existing file is not a JSON object (named `FILE:LINE`).
@@ -305,6 +306,7 @@ class JsonlAppender:
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, in one write call so that a kill tears at most this line."""
         self._file.write(json_text(row).encode("utf-8") + b"\n")
+        self._file.flush()
         self.rows.append(self._keep(row))
         self._unsynced += 1
         if self._unsynced >= self.sync_rows or time.monotonic() - self._last_sync >= self.sync_seconds:

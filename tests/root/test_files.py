@@ -215,15 +215,32 @@ def test_an_appender_refuses_a_file_spoilt_in_its_middle(tmp_path: Path) -> None
         JsonlAppender(path)
 
 
-def test_an_appender_brings_its_rows_to_the_disk_without_being_closed(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    log = JsonlAppender(path, sync_rows=2, sync_seconds=3600)
+def test_an_appender_brings_its_rows_to_the_disk_without_being_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    log = JsonlAppender(tmp_path / "log.jsonl", sync_rows=2, sync_seconds=3600)
     log.write({"id": 1})
-    assert path.read_bytes() == b""
+    assert not synced
     log.write({"id": 2})
-    assert len(path.read_bytes().splitlines()) == 2
+    assert len(synced) == 1
     log.close()
     log.close()
+
+
+def test_a_killed_process_loses_no_row_that_it_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    script = f"""
+import os, signal
+from draftsmith.files import JsonlAppender
+log = JsonlAppender({str(path)!r}, sync_rows=1000, sync_seconds=1000)
+for number in range(5):
+    log.write({{"number": number}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert [row["number"] for _, row in read_jsonl(path)] == [0, 1, 2, 3, 4]
 
 
 def test_a_killed_appender_resumes_to_the_rows_of_an_undisturbed_one(tmp_path: Path) -> None:
