@@ -6,7 +6,6 @@ Owns: finding and decoding rows, with the place of each one for messages. Does n
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -167,28 +166,53 @@ def _elements(path: Path, content: bytes) -> Iterator[bytes]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row | _Unread]:
-    """The rows below the header of a CSV file: texts, and None for an empty cell.
+    """The rows below the header of a CSV file: texts, and None for an empty cell. Holds one row at a time.
 
     Raises:
         ValueError: bytes that are not UTF-8, a quote that is never closed, or two columns of one name.
     """
-    try:
-        text = _content(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: byte {error.start + 1}; convert it with `iconv -t UTF-8`") from error
-    longest = csv.field_size_limit(_LONGEST_CELL)  # a setting of the whole process
-    try:
-        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as CSV: {error}; write it anew, or give JSON-lines") from error
-    finally:
-        csv.field_size_limit(longest)
-    header, *rows = [cells for cells in lines if cells] or [[]]
+    lines = _csv_lines(path)
+    header = next(lines, [])
     for name, count in Counter(header).most_common(1):
         if count > 1:
             raise ValueError(f"{path} has {count} columns of the name {name!r}; give each a name of its own")
-    for cells in rows:
+    for cells in lines:
         yield _csv_row(header, cells)
+
+
+def _csv_lines(path: Path) -> Iterator[list[str]]:
+    """The cells of each line that has any."""
+    with open(path, "rb") as file:
+        check_encoding(path, file.read(_MARK_BYTES))
+    with open(path, newline="", encoding="utf-8-sig") as text:
+        lines = csv.reader(text, strict=True)
+        cells: list[str] | None = []
+        while cells is not None:
+            longest = csv.field_size_limit(_LONGEST_CELL)  # a setting of the whole process
+            try:
+                cells = next(lines, None)
+            except UnicodeDecodeError as error:
+                number = _bad_byte(path)
+                raise ValueError(f"{path}: not UTF-8 text: byte {number}; convert it with `iconv -t UTF-8`") from error
+            except csv.Error as error:
+                raise ValueError(f"{path} cannot be read as CSV: {error}; write it anew, or give JSON-lines") from error
+            finally:
+                csv.field_size_limit(longest)
+            if cells:
+                yield cells
+
+
+def _bad_byte(path: Path) -> int:
+    """The number, from 1, of a file's first byte that is no UTF-8. Python names its place in a piece of the file only."""
+    start = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return start + error.start + 1
+            start += len(line)
+    return start
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row | _Unread:

@@ -6,7 +6,7 @@ this decision and the sentence for it. Knows neither rows nor files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,9 +46,11 @@ class Counting:
 def counting(rows: Iterable[StepNumber], published: int, name: str, choice: FirstStep, need: int = 1) -> Counting:
     """How a file counts its steps.
 
-    A number that equals the number of steps only fits from 1. A 0 only fits from 0, except where it means that no step is wrong.
+    A number that equals the number of steps only fits from 1. A 0 only fits from 0, except where it means that no step is wrong. Where
+    both occur, or a 0 may mean either, the user has to say it.
 
-    Worked example: labels 2, 3, 0 of three steps each, without -1 or null, count from 1, and 0 is none. With a -1 they fit neither way.
+    Worked example: labels 2, 3, 0 of three steps each count from 1 if the answers with 0, and no others, are right. If nothing
+    says what 0 means, they are refused. With a -1 they fit neither way, and the format's own way counts.
 
     Args:
         rows: of the file.
@@ -56,16 +58,23 @@ def counting(rows: Iterable[StepNumber], published: int, name: str, choice: Firs
         name: of the format.
         choice: of the user; `auto` decides by the rows.
         need: how many numbers have to speak against a format that counts from 0.
+
+    Raises:
+        ValueError: the rows leave it in doubt.
     """
     if choice != "auto":
         return Counting(int(choice == "one"), f"steps are counted from {int(choice == 'one')}, as --first_step says")
-    seen = _Seen(list(rows))
-    other = seen.against_zero(need) if published == 0 else seen.against_one()
-    first = published if other is None else 1 - published
-    why = f": {other}" if other else f", as the format {name} says"
-    if other is None and published == 0 and seen.num_last:
-        why += f", but the number equals that of the steps in {_rows(seen.num_last)}"
-    return Counting(first, f"steps are counted from {first}{why}; --first_step changes that")
+    seen = _Seen(rows)
+    first, why = seen.from_zero_unless(need) if published == 0 else seen.from_one_unless()
+    if first is None:
+        raise ValueError(
+            f"the file may count its steps from 0 or from 1: {why}; "
+            "say --first_step zero if its first step has the number 0, else --first_step one"
+        )
+    reason = f": {why}" if why else f", as the format {name} says"
+    if first == published == 0 and seen.num_last:
+        reason += f", but the number equals that of the steps in {_rows(seen.num_last)}"
+    return Counting(first, f"steps are counted from {first}{reason}; --first_step changes that")
 
 
 def _rows(count: int) -> str:
@@ -73,36 +82,61 @@ def _rows(count: int) -> str:
 
 
 class _Seen:
-    """What speaks for either way of counting."""
+    """What speaks for either way of counting.
 
-    def __init__(self, rows: Sequence[StepNumber]) -> None:
-        wrong = [row for row in rows if any(number >= 0 for number in row.numbers)]
-        zeros = [row for row in wrong if 0 in row.numbers]
-        self.num_last = sum(row.num_steps in row.numbers for row in wrong)
-        self.num_zero = len(zeros)
-        self.num_sure_zero = sum(row.by_list or row.is_wrong is True for row in zeros)
-        self.num_right_zero = sum(row.is_wrong is False for row in zeros)
-        self.num_none = len(rows) - len(wrong)
+    Attributes:
+        num_last: rows with the number of the steps.
+        num_zero: rows with a 0.
+        num_sure_zero: those whose answer is wrong, so that a step is, too.
+        num_right_zero: those whose answer is right.
+        num_right_step: rows of right answers with a number above 0.
+        num_none: rows that name no step by -1, null, `N/A` or an empty list.
+    """
 
-    def against_zero(self, need: int) -> str | None:
-        """Why the file counts from 1; None where it does not."""
-        zero_is_step = bool(self.num_none or self.num_sure_zero)
-        if self.num_last >= need and not (self.num_zero and zero_is_step):
-            none = ", and 0 means none" if self.num_zero else ", and it is never 0"
-            return f"the number equals that of the steps in {_rows(self.num_last)}{none}"
-        if self.num_right_zero >= 2 and self.num_right_zero == self.num_zero and not self.num_none:
-            return f"the {self.num_zero} answers with 0 are right"
-        return None
+    def __init__(self, rows: Iterable[StepNumber]) -> None:
+        self.num_last = self.num_zero = self.num_sure_zero = self.num_right_zero = 0
+        self.num_right_step = self.num_none = 0
+        for row in rows:
+            has_zero = 0 in row.numbers
+            self.num_last += row.num_steps in row.numbers
+            self.num_zero += has_zero
+            self.num_sure_zero += has_zero and (row.by_list or row.is_wrong is True)
+            self.num_right_zero += has_zero and row.is_wrong is False
+            self.num_right_step += row.is_wrong is False and any(number > 0 for number in row.numbers)
+            self.num_none += not any(number >= 0 for number in row.numbers)
 
-    def against_one(self) -> str | None:
-        """Why the file counts from 0; None where it does not."""
+    def from_zero_unless(self, need: int) -> tuple[int | None, str]:
+        """The number of the first step where the format counts from 0, and why it is another or (None) in doubt."""
+        last = f"the number equals that of the steps in {_rows(self.num_last)}"
+        only_right = self.num_right_zero == self.num_zero > 0 and not self.num_right_step and not self.num_none
+        if only_right and self.num_last >= (1 if self.num_zero > 1 else need):
+            return 1, f"{last}, and 0 means none: the answers with 0 are right, and only they ({self.num_zero})"
+        if only_right and self.num_zero > 1:
+            return (
+                None,
+                f"the answers with 0 are right, and only they ({self.num_zero}); no number equals that of the steps",
+            )
+        if self.num_last < need:
+            return 0, ""
+        if not self.num_zero:
+            return 1, f"{last}, and it is never 0"
+        if self.num_last > self.num_zero or not (self.num_none or self.num_sure_zero):
+            return None, f"{last}, and it is 0 in {_rows(self.num_zero)}"
+        return 0, ""
+
+    def from_one_unless(self) -> tuple[int | None, str]:
+        """The number of the first step where the format counts from 1, and why it is another or (None) in doubt."""
+        zeros = f"the number is 0 in {_rows(self.num_sure_zero)} with a wrong step"
         if self.num_last:
-            return None
+            more = f", and equals that of the steps in {_rows(self.num_last)}"
+            return (None, zeros + more) if self.num_sure_zero > self.num_last else (1, "")
+        never = ", and it never equals that of the steps"
         if self.num_sure_zero:
-            return f"{self.num_sure_zero} wrong answers have 0, and the number never equals that of the steps"
-        if self.num_zero > 1 and self.num_none:
-            return f"the number is 0 in {_rows(self.num_zero)}, {self.num_none} others name no step, and it never equals that of the steps"
-        return None
+            return (0 if self.num_sure_zero > 1 and not self.num_right_zero else None), zeros + never
+        num_unsaid = self.num_zero - self.num_right_zero
+        if num_unsaid and self.num_none:
+            return None, f"the number is 0 in {_rows(num_unsaid)}, {self.num_none} others name no step{never}"
+        return 1, ""
 
 
 def unplaced_note(rows: Iterable[StepNumber]) -> list[str]:
@@ -118,10 +152,12 @@ def unplaced_note(rows: Iterable[StepNumber]) -> list[str]:
     return [sentence] if count else []
 
 
-def zero_is_neutral(ratings: Iterable[int]) -> bool:
+def zero_is_neutral(ratings: Iterable[int | str]) -> bool:
     """Whether a step rated 0 is neither right nor wrong: where others are rated -1. Where none is, 0 is wrong and 1 is right.
 
+    Words such as `wrong` say nothing of numbers.
+
     Args:
-        ratings: of all steps of a file.
+        ratings: of all steps of a file, numbers and words.
     """
     return -1 in set(ratings)

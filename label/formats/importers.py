@@ -6,7 +6,9 @@ its own module's. Knows nothing of the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,15 +16,15 @@ from typing import Any, Literal, get_args
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
-from draftsmith.label.formats.counting import FirstStep, counting, unplaced_note, zero_is_neutral
-from draftsmith.label.formats.fields import Row, unpacked
+from draftsmith.label.formats.counting import FirstStep, StepNumber, counting, unplaced_note, zero_is_neutral
+from draftsmith.label.formats.fields import Row, unpacked, whole
 from draftsmith.label.formats.prm800k import is_published, read_prm800k
 from draftsmith.label.formats.solutions import read_autojudge, read_solutions, solutions_of
 from draftsmith.label.formats.step_labels import (
     MARK,
     STEP_FIELDS,
     RatedSteps,
-    all_ratings,
+    Rating,
     rated_steps,
     shepherd_steps,
     turned_steps,
@@ -95,6 +97,9 @@ class Imported:
 def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_step: FirstStep = "auto") -> Imported:
     """Reads a whole file. A row that cannot be used is left out, with its place, field, value, rule and remedy.
 
+    The file is read once for its format, where a set numbers or rates its steps once for what holds for all rows, and once for the answers.
+    So it holds answers, and no rows.
+
     Args:
         path: a JSON, JSON-lines, CSV or Parquet file.
         row_format: how a row is read; `auto` decides by the fields of the first row.
@@ -102,19 +107,19 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_ste
         first_step: from which number steps are counted; `auto` decides by the rows.
 
     Raises:
-        ValueError: there is no such file, it cannot be read as a whole, or no row of it can be used (with the first reason).
+        ValueError: there is no such file, it cannot be read as a whole, no row of it can be used (with the first reason), or the rows
+            leave in doubt from which number they count.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name a JSON, JSON-lines, CSV or Parquet file of labelled answers")
-    unread: list[Dropped] = []
-    placed = list(read_rows(str(path), dropped=unread))
     if row_format == "auto":
-        row_format = _format_of(placed, origin)
-    notes, reader = _reader(row_format, [row for _, row in placed], first_step)
+        row_format = _format_of(read_rows(str(path), dropped=[]), origin)
+    notes, reader = _reader(row_format, (row for _, row in read_rows(str(path), dropped=[])), first_step)
+    unread: list[Dropped] = []
     answers: list[Answer] = []
     left_out: list[str] = []
     unusable: list[str] = []
-    for place, row in placed:
+    for place, row in read_rows(str(path), dropped=unread):
         try:
             of_row = list(reader(row, place, origin))
             for answer in of_row:
@@ -133,7 +138,7 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_ste
     return Imported(answers, unusable + left_out, row_format, (*notes, *repeated))
 
 
-def _format_of(placed: Sequence[tuple[str, Row]], origin: LabelSource) -> Format:
+def _format_of(placed: Iterable[tuple[str, Row]], origin: LabelSource) -> Format:
     """The format of the first row that can be read; else of the first that looks like any."""
     first: Format = "auto"
     for place, row in placed:
@@ -175,6 +180,13 @@ def _has_labels_of_steps(row: Row, fields: set[str]) -> bool:
     return beside or any(isinstance(step, Mapping) for step in steps)
 
 
+def _has_number_beside_steps(row: Row, fields: set[str]) -> bool:
+    """One number for the whole row: lists of ratings beside it are more than the format needs."""
+    steps = unpacked(row.get("steps"))
+    are_texts = isinstance(steps, list) and not any(isinstance(step, Mapping) for step in steps)
+    return are_texts and whole(row.get("label")) is not None
+
+
 def _is_shepherd(row: Row, fields: set[str]) -> bool:
     return isinstance(row.get("input"), str) and isinstance(row.get("label"), str) and MARK in row["input"]
 
@@ -193,6 +205,7 @@ _SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
     ("label-studio", lambda _, fields: "data" in fields and not fields & {"steps", "completions"}),
     ("mistake", lambda _, fields: {"steps", "mistake_index"} <= fields),
     ("stepwise", _names_a_step),
+    ("processbench", _has_number_beside_steps),
     ("wrong-steps", lambda _, fields: bool(fields & {*LAYOUTS["wrong-steps"].errors})),
     ("prm800k", lambda row, fields: is_published(row) or {"steps", "ratings"} <= fields),
     ("math-shepherd", _is_shepherd),
@@ -205,13 +218,17 @@ _SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
 )
 
 
-def _reader(row_format: Format, rows: Sequence[Row], first_step: FirstStep) -> tuple[list[str], Reader]:
+def _reader(row_format: Format, rows: Iterable[Row], first_step: FirstStep) -> tuple[list[str], Reader]:
     """What holds for all rows of a file, in words, and the reader that keeps to it."""
     if row_format in LAYOUTS:
-        layout = layout_of(row_format, rows)
-        seen = [number for row in rows if (number := layout.seen(row)) is not None]
-        counted = counting(seen, layout.first, row_format, first_step, layout.need)
-        ends = [] if layout.verdict_is_of_steps else unplaced_note(seen)
+        fields: set[str] = set()
+        numbers: Counter[StepNumber] = Counter()  # few differ, so a set of millions of rows stays small
+        for row in rows:
+            fields.update(row)
+            numbers.update(filter(None, [LAYOUTS[row_format].seen(row)]))
+        layout = layout_of(row_format, fields)
+        counted = counting(numbers.elements(), layout.first, row_format, first_step, layout.need)
+        ends = [] if layout.verdict_is_of_steps else unplaced_note(numbers.elements())
         return [counted.sentence, *ends], lambda row, place, origin: read_step_set(
             layout, counted.first, row, place, origin
         )
@@ -225,15 +242,12 @@ def _reader(row_format: Format, rows: Sequence[Row], first_step: FirstStep) -> t
     return [], READERS[row_format]
 
 
-def _step_label_reader(rows: Sequence[Row]) -> tuple[list[str], Reader]:
+def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:
     nobody = LabelSource("", "nobody", "none")
-    rated = []
+    ratings: set[Rating] = set()
     for row in rows:
-        try:
-            rated.append(_rated(row, "row", nobody))
-        except ValueError:
-            continue
-    ratings = set(all_ratings(rated))
+        with suppress(ValueError):  # the reader says why
+            ratings.update(rating for rating in _rated(row, "row", nobody).ratings if rating is not None)
     neutral = zero_is_neutral(ratings)
 
     def read(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:

@@ -35,7 +35,8 @@ def read_prm800k(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
         SkippedRow: the problem is broken, or no step is rated.
         ValueError: with place, field, value, rule and remedy.
     """
-    yield (_published(row, place) if "label" in row else _flat(row, place, origin)).answer(row, origin, place)
+    is_flat = not is_published(row) and bool({"steps", "ratings"} & {*row} or "label" not in row)
+    yield (_flat(row, place, origin) if is_flat else _published(row, place)).answer(row, origin, place)
 
 
 def _flat(row: Row, place: str, origin: LabelSource) -> RatedSteps:

@@ -6,9 +6,9 @@ Owns which values are right, neutral and wrong. What was not rated is not checke
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from draftsmith.label.formats.fields import (
     QUESTIONS,
@@ -34,10 +34,14 @@ MARK = "ки"
 STEP_FIELDS = ("steps", "completions", "model_output_steps", "solution_steps", "process", "solution", "response")
 _LABEL_FIELDS = ("labels", "step_labels", "ratings", "label", "rating")
 _OF_STEP = ("label", "rating", "is_correct", "correct", "correctness", "score")
-_WORDS = {
-    **dict.fromkeys(("+", "correct", "right", "good", "true", "yes", "positive"), 1),
-    **dict.fromkeys(("neutral", "ok", "okay"), 0),
-    **dict.fromkeys(("-", "incorrect", "wrong", "bad", "false", "no", "negative"), -1),
+Rating = Literal[1, 0, -1, "right", "neutral", "wrong"]
+"""What a step is rated. The numbers stand apart from the words: what 0 means, only other numbers say."""
+_WORDS: dict[str, Rating] = {
+    "+": 1,
+    "-": -1,
+    **dict.fromkeys(("correct", "right", "good", "true", "yes", "positive"), "right"),
+    **dict.fromkeys(("neutral", "ok", "okay"), "neutral"),
+    **dict.fromkeys(("incorrect", "wrong", "bad", "false", "no", "negative"), "wrong"),
 }
 _RULE = "a step is rated 1, 0, -1, true, false, + or -, or null where nobody has rated it"
 # Where the first step begins behind the question, which may speak of steps itself.
@@ -51,7 +55,7 @@ class RatedSteps:
     Attributes:
         question: that they answer.
         steps: the rated ones, from the first.
-        ratings: 1, 0, -1 or None (not rated), one for each of `steps`.
+        ratings: one for each of `steps`; None where nobody has rated it.
         unrated: further steps, in text.
         labelled_by: who rated.
         how: who or what found it.
@@ -60,7 +64,7 @@ class RatedSteps:
 
     question: Any
     steps: Sequence[str]
-    ratings: Sequence[int | None]
+    ratings: Sequence[Rating | None]
     unrated: Sequence[str]
     labelled_by: str
     how: How = "person"
@@ -76,10 +80,10 @@ class RatedSteps:
             zero_is_neutral: a step rated 0 is neither right nor wrong; else it is wrong.
 
         Raises:
-            SkippedRow: nobody has rated the first step.
+            SkippedRow: nobody has rated the first step with text.
             ValueError: with place, field, value, rule and remedy.
         """
-        bad = (-1,) if zero_is_neutral else (-1, 0)
+        bad = (-1, "wrong") if zero_is_neutral else (-1, 0, "wrong")
         num_checked, error = len(self.steps), None
         for index, rating in enumerate(self.ratings):
             if rating in bad:
@@ -88,7 +92,7 @@ class RatedSteps:
                 num_checked = index
                 break
         response = STEP_BREAK.join([*self.steps, *self.unrated])
-        if error is None and num_checked == 0:
+        if error is None and not any(step.strip() for step in self.steps[:num_checked]):
             raise SkippedRow("no step is rated")
         end = len(STEP_BREAK.join(self.steps[:num_checked]))
         checked = (0, end) if error is None and end < len(response) else None
@@ -96,8 +100,8 @@ class RatedSteps:
         return origin.answer(self.question, response, label, place, model_of(row), licence_of(row))
 
 
-def rating_of(value: Any, place: str, field: str) -> int | None:
-    """1, 0 or -1, however it is written; None where nobody has rated the step.
+def rating_of(value: Any, place: str, field: str) -> Rating | None:
+    """What a step is rated, however it is written; None where nobody has rated it. Each word is one of three.
 
     Args:
         value: of the field.
@@ -110,14 +114,15 @@ def rating_of(value: Any, place: str, field: str) -> int | None:
     if is_absent(value):
         return None
     if isinstance(value, bool):
-        return 1 if value else -1
-    word = value.strip().lower() if isinstance(value, str) else value
-    number = _WORDS.get(word) if isinstance(word, str) and word in _WORDS else whole(value)
-    if number not in (1, 0, -1):
+        return "right" if value else "wrong"
+    rating = _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
+    if rating is None and (number := whole(value)) in (1, 0, -1):
+        rating = number
+    if rating is None:
         is_share = isinstance(value, float) and 0 < value < 1
         remedy = "decide from which share on a step is right, and write 1 or 0" if is_share else "correct it"
         raise refusal(place, field, value, _RULE, remedy)
-    return number
+    return rating
 
 
 def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
@@ -170,7 +175,7 @@ def shepherd_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     for field, text in (("input", marked), ("label", signs)):
         if not isinstance(text, str):
             raise refusal(place, field, text, "it is text", "correct it")
-    parts, at, ratings = marked.split(MARK), 0, []
+    parts, at, ratings = marked.split(MARK), 0, list[Rating]()
     for number, part in enumerate(parts[:-1], start=1):
         at += len(part)
         if signs[at - len(part) : at] != part or signs[at : at + 1] not in ("+", "-"):
@@ -205,16 +210,6 @@ def turned_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     ratings = [rating_of(text, place, f"conversations[{2 * index + 1}]") for index, text in enumerate(said[1::2])]
     question, first = _question_and_first(said[0], place, "conversations[0]")
     return RatedSteps(question, [first, *said[2::2]], ratings, [], origin.labelled_by, "rule", "conversations")
-
-
-def all_ratings(rated: Iterable[RatedSteps]) -> Iterator[int]:
-    """The ratings of all steps.
-
-    Args:
-        rated: steps of a file.
-    """
-    for steps in rated:
-        yield from (rating for rating in steps.ratings if rating is not None)
 
 
 def _question_and_first(text: str, place: str, field: str) -> tuple[str, str]:

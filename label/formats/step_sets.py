@@ -6,7 +6,7 @@ Owns the names of their fields, and which step a number means. From which number
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,12 +62,12 @@ class StepLayout:
 
     def field(self, row: Row) -> str:
         """The name of the field with the number."""
-        return next((name for name in self.errors if name in row), self.errors[0])
+        return field_of(row, self.errors)
 
     def seen(self, row: Row) -> StepNumber | None:
         """What a row says, or None where it cannot be read."""
         try:
-            numbers = _numbers(row, self, "row")
+            numbers = _numbers(row, self, self.first, "row")
             return StepNumber(tuple(numbers), len(_steps(row, self, "row")), _is_wrong(row, self), self.by_list)
         except ValueError:
             return None
@@ -104,17 +104,17 @@ LAYOUTS = {
 }
 
 
-def layout_of(name: str, rows: Sequence[Row]) -> StepLayout:
+def layout_of(name: str, fields: Collection[str]) -> StepLayout:
     """The layout of a file.
 
     ProcessBench itself is known by fields that its derivatives seldom keep. It counts from 0, and a single row does not speak against it.
 
     Args:
         name: of the format.
-        rows: of the file.
+        fields: that any row of the file has.
     """
     layout = LAYOUTS[name]
-    if name == "processbench" and any("final_answer_correct" in row or "generator" in row for row in rows):
+    if name == "processbench" and ("final_answer_correct" in fields or "generator" in fields):
         return replace(layout, need=2)
     return layout
 
@@ -133,7 +133,7 @@ def read_step_set(layout: StepLayout, first: int, row: Row, place: str, origin: 
         ValueError: with place, field, value, rule and remedy.
     """
     steps = _steps(row, layout, place)
-    numbers = _numbers(row, layout, place)
+    numbers = _numbers(row, layout, first, place)
     nones = (-1,) if first == 0 or layout.by_list else (-1, 0)
     wrong = [number - first for number in numbers if number not in nones]
     field = layout.field(row)
@@ -188,7 +188,7 @@ def _steps(row: Row, layout: StepLayout, place: str) -> list[str]:
     return texts_of(value, place, field)
 
 
-def _numbers(row: Row, layout: StepLayout, place: str) -> list[int]:
+def _numbers(row: Row, layout: StepLayout, first: int, place: str) -> list[int]:
     """The numbers of the wrong steps as they are written, -1 and 0 included."""
     field = layout.field(row)
     value = value_of(row, field, place)
@@ -202,7 +202,7 @@ def _numbers(row: Row, layout: StepLayout, place: str) -> list[int]:
     for entry in listed:
         number = whole(entry)
         if number is None or number < -1:
-            rule = _rule(layout, layout.first, len(_steps(row, layout, place)))
+            rule = _rule(layout, first, len(_steps(row, layout, place)))
             raise refusal(place, field, value, rule, "correct it")
         numbers.append(number)
     return numbers

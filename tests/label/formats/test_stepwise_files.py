@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.label.formats.counting import FirstStep, StepNumber, counting
+from draftsmith.data.sources import read_rows
+from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.fields import unpacked, whole
 from draftsmith.label.formats.importers import Imported, read_labelled
 from draftsmith.label.formats.label_studio import write_tasks
@@ -80,11 +82,6 @@ def test_numbers_that_only_fit_from_1_are_counted_from_1_and_that_is_said(tmp_pa
     )
 
 
-def test_without_a_minus_1_a_zero_is_none_where_the_numbers_only_fit_from_1(tmp_path: Path) -> None:
-    imported = read(tmp_path, *numbered(1, 3, 0, 3, final_answer_correct=None))
-    assert [wrong(answer) for answer in imported.answers] == [STEPS[0], STEPS[2], "correct", STEPS[2]]
-
-
 def test_numbers_that_fit_neither_way_are_left_out_with_the_option_that_changes_it(tmp_path: Path) -> None:
     imported = read(tmp_path, *numbered(0, 3, -1))
     assert [wrong(answer) for answer in imported.answers] == [STEPS[0], "correct"]
@@ -97,18 +94,6 @@ def test_the_user_may_say_from_which_number_steps_are_counted(tmp_path: Path) ->
     assert [[wrong(answer) for answer in imported.answers] for imported in by_choice] == [STEPS[1:], STEPS[:2]]
     with pytest.raises(ValueError, match="first_step is one; only mistake, processbench"):
         read(tmp_path, {"question": "q", "m": {"solution": "7", "is_correct": True}}, first_step="one")
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(6, 9)), min_size=1), st.integers(0, 1), st.integers(0, 3))
-def test_a_file_with_its_first_and_last_step_wrong_is_never_read_one_step_off(
-    rows: list[tuple[int, int]], first: int, num_right: int
-) -> None:
-    """Whatever the format says: such rows exist in every set of some size."""
-    indices = [*rows, (0, 6), (0, 7), (5, 6), (6, 7)]
-    seen = [StepNumber((index + first,), num_steps) for index, num_steps in indices]
-    seen += [StepNumber((-1,), 6)] * (num_right + 1)
-    for published in (0, 1):
-        assert counting(seen, published, "set", "auto", need=2).first == first
 
 
 def test_mr_gsm8k_counts_from_1_and_a_wrong_solution_without_a_step_is_unplaced(tmp_path: Path) -> None:
@@ -166,6 +151,9 @@ def test_math_shepherds_minus_is_an_error_that_a_rule_found(tmp_path: Path) -> N
     ("ratings", "expected", "said"),
     [
         ([1, 0, 1], "So 3 + 4 = 8.", "a step rated 0 is wrong"),
+        (["good", "neutral", "ok"], "correct", None),
+        (["good", "neutral", 0], "It is 8.", "a step rated 0 is wrong"),
+        (["+", "0", "-"], "It is 8.", "a step rated 0 is neither right nor wrong"),
         ([1, 0, -1], "It is 8.", "a step rated 0 is neither right nor wrong"),
         ([True, False, True], "So 3 + 4 = 8.", None),
         (["+", "+", "-"], "It is 8.", None),
@@ -192,6 +180,78 @@ def test_steps_that_nobody_rated_are_not_checked_and_a_share_is_no_label(tmp_pat
     assert (wrong(answer), answer.label.checked) == ("correct", (0, 1))
     assert "steps[0].label is 0.4" in imported.left_out[0]
     assert "write 1 or 0" in imported.left_out[0]
+
+
+@pytest.mark.parametrize("bad", [False, "wrong", "no"])
+def test_a_word_elsewhere_in_a_file_does_not_make_a_0_neutral(tmp_path: Path, bad: Any) -> None:
+    words = {"question": "q", "steps": [{"text": "a", "label": True}, {"text": "b", "label": bad}]}
+    zero = {"question": "q", "steps": [{"text": "c", "label": 1}, {"text": "d", "label": 0}]}
+    assert [wrong(answer) for answer in read(tmp_path, words, zero).answers] == ["b", "d"]
+
+
+def test_where_only_a_blank_step_is_rated_nothing_is_checked_and_the_row_is_left_out(tmp_path: Path) -> None:
+    blank = {"question": "q", "steps": ["", "b"], "labels": [1, None]}
+    imported = read(tmp_path, blank | {"labels": [1, 1]}, blank)
+    assert len(imported.answers) == 1
+    assert imported.left_out == [f"{tmp_path / 'in.jsonl'}:2: no step is rated"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"ratings": [1, -1, 1]}, {"ratings": [1]}, {"labels": [1, -1, 1]}, {"labels": ["algebra"]}, {"wrong_steps": [1]}],
+)
+def test_a_number_beside_the_steps_counts_and_lists_beside_it_do_not(tmp_path: Path, more: dict[str, Any]) -> None:
+    imported = read(tmp_path, *[row | more for row in numbered(1, 0, -1)])
+    assert imported.format == "processbench"
+    assert [wrong(answer) for answer in imported.answers] == [STEPS[1], STEPS[0], "correct"]
+
+
+def test_a_flat_row_of_prm800k_may_have_a_label_beside_its_ratings(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(BENCH | {"ratings": [1, -1, 1], "label": 2}) + "\n")
+    [answer] = read_labelled(tmp_path / "in.jsonl", "prm800k", LabelSource("in", "them", "MIT")).answers
+    assert wrong(answer) == STEPS[1]
+
+
+def test_a_null_under_one_name_does_not_hide_the_number_under_another(tmp_path: Path) -> None:
+    row = {"question": "q", "model_output_steps": STEPS, "first_error_step": None}
+    [answer] = read(tmp_path, row | {"model_output_solution_first_error_step": 2}).answers
+    assert wrong(answer) == STEPS[1]
+
+
+def test_the_rule_for_a_bad_number_counts_as_the_user_says(tmp_path: Path) -> None:
+    imported = read(tmp_path, *numbered(1, "two"), first_step="one")
+    assert "it is the number of one of the 3 steps, from 1" in imported.left_out[0]
+    lists = [{"question": str(at), "process": STEPS, "error_steps": given} for at, given in enumerate([[0], ["two"]])]
+    imported = read(tmp_path, *lists, first_step="zero")
+    assert [wrong(answer) for answer in imported.answers] == [STEPS[0]]
+    assert "it lists numbers of the 3 steps, from 0" in imported.left_out[0]
+
+
+def test_a_file_is_read_row_by_row_and_no_row_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held(dict[str, Any]):
+        alive = most = 0
+
+        def __init__(self, row: Any) -> None:
+            super().__init__(row)
+            Held.alive += 1
+            Held.most = max(Held.most, Held.alive)
+
+        def __del__(self) -> None:
+            Held.alive -= 1
+
+    def watched(*args: Any, **named: Any) -> Iterator[tuple[str, Any]]:
+        for place, row in read_rows(*args, **named):
+            held = Held(row)
+            del row
+            yield place, held
+            del held
+
+    monkeypatch.setattr("draftsmith.label.formats.importers.read_rows", watched)
+    steps = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    for rows in (numbered(*[0, 2, -1] * 20), [{"question": str(at), "steps": steps} for at in range(60)]):
+        Held.most = 0
+        assert len(read(tmp_path, *rows).answers) == 60
+        assert 1 <= Held.most <= 4
 
 
 def test_a_blank_step_keeps_the_numbers_of_the_others_and_cannot_be_wrong(tmp_path: Path) -> None:
