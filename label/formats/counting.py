@@ -50,7 +50,7 @@ def counting(rows: Iterable[StepNumber], published: int, name: str, choice: Firs
     both occur, or a 0 may mean either, the user has to say it.
 
     Worked example: labels 2, 3, 0 of three steps each count from 1 if the answers with 0, and no others, are right. If nothing
-    says what 0 means, they are refused. With a -1 they fit neither way, and the format's own way counts.
+    says what 0 means, import stops. With a -1 they fit neither way, and the format's own way counts.
 
     Args:
         rows: of the file.
