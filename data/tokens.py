@@ -214,8 +214,7 @@ class ChatTemplate(PromptTemplate):
     def _calls_start(self, messages: Sequence[Message], text: str, words: Span, tail: str) -> int:
         """Where the tool calls of a reply begin: behind what the template writes for the same reply without them, or at their mark."""
         if "tool_calls" not in messages[-1]:
-            call = self.marks.call_place(text[: words.stop], words.start)
-            return len(text) if call < 0 else call
+            return self._written_call(messages, text, words)
         without = Message(role="assistant", content=messages[-1]["content"])
         if "reasoning_content" in messages[-1]:
             without["reasoning_content"] = messages[-1]["reasoning_content"]
@@ -223,6 +222,21 @@ class ChatTemplate(PromptTemplate):
             body = self._render([*messages[:-1], without], add_generation_prompt=False).removesuffix(tail)
             return max(words.start, _num_shared(text, body))
         return words.start
+
+    def _written_call(self, messages: Sequence[Message], text: str, words: Span) -> int:
+        """Where a call begins that stands in the words of a reply; the text's end where there is none.
+
+        Only a conversation with tools has one: it defines or calls them, one of them has answered, or the system's words show the mark.
+        Elsewhere a mark is text like any other. One that words may begin with by chance needs the name of a defined tool behind it.
+        """
+        names = [tool.get("function", tool)["name"] for tool in self._args.get("tools") or ()]
+        marks = self.marks
+        in_use = names or any(turn["role"] == "tool" or "tool_calls" in turn for turn in messages)
+        shown = any(turn["role"] == "system" and marks.call_start in turn["content"] for turn in messages)
+        if not (names or (marks.is_sure and (in_use or shown))):
+            return len(text)
+        call = marks.call_place(text[: words.stop], words.start, names)
+        return len(text) if call < 0 else call
 
     def _reply_start(self, messages: Sequence[Message], text: str, head: str) -> int:
         """Where a reply begins: behind what the template writes before any content, and behind what the target reads before it replies.

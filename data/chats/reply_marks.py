@@ -4,8 +4,9 @@ Owns: finding the marks of a template, and the kind of each token of a reply tha
 """
 
 import contextlib
+import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +15,12 @@ from draftsmith.data.chats.trained import Kind
 from draftsmith.models.target.prompt_template import NO_OPTIONS, NO_TEMPLATE, PromptTemplate, TemplateOptions
 from draftsmith.models.target.template_fields import PROBE, TemplateRefusal
 
-_INNER = "draftsmithinner"
+_INNER, _ARGUMENT = "draftsmithinner", "draftsmithargument"
 # Mistral's templates want ids of nine letters.
-_CALL = {"id": "draftsmit", "type": "function", "function": {"name": _INNER, "arguments": {}}}
+_CALL = {"id": "draftsmit", "type": "function", "function": {"name": _INNER, "arguments": {_ARGUMENT: 1}}}
+# What no words begin with by chance, such as <tool_call> or [TOOL_CALLS]; [ and {"name": are no such mark.
+_SURE_MARK = re.compile(r"<[^<>]*[^\W\d_][^<>]*>|\[[^\[\]{}\"']*[^\W\d_][^\[\]{}\"']*\]")
+_NAME = r"[\w.-]+"
 _USUAL_START, _USUAL_END = "<think>", "</think>"
 # A prompt shows within its last tokens whether it opens a thought.
 _PROMPT_END = 16
@@ -32,19 +36,24 @@ class ReplyMarks:
         thought_start: what a reply writes before a thought; empty where the template shows none, or the prompt writes it.
         thought_end: what is written behind it.
         call_start: what a tool call begins with; empty where the template shows none.
+        is_sure: words do not begin so. A mark like `[` or `{"name":` tells a call only with a name and what the template writes behind it.
     """
 
     def __init__(self, template: PromptTemplate) -> None:
         self._template = template
-        self.thought_start = self.thought_end = self.call_start = ""
+        self.thought_start = self.thought_end = self.call_start = self._call_before = self._call_behind = ""
+        self.is_sure = False
         if template.text is None:
             return
         if template.fields.thought_names:
             self.thought_start, self.thought_end = self._around({"reasoning_content": _INNER})
         elif _USUAL_END in template.text:  # such a template takes thoughts out of the words
             self.thought_start, self.thought_end = _USUAL_START, _USUAL_END
-        before, _ = self._around({"tool_calls": [_CALL]}, behind_words=True)
+        before, behind = self._around({"tool_calls": [_CALL]}, behind_words=True)
         self.call_start = before.split()[0] if before.split() else ""
+        self.is_sure = not self.call_start.startswith("{") and _SURE_MARK.search(self.call_start) is not None
+        # Up to the first argument, and there may be none.
+        self._call_before, self._call_behind = before, behind.partition(_ARGUMENT)[0].rstrip("\\\"' \n")
 
     def _around(self, extra: Mapping[str, Any], behind_words: bool = False) -> tuple[str, str]:
         """What the template writes before and behind `_INNER` in a reply: between it and the words, or the prompt's end."""
@@ -115,17 +124,24 @@ class ReplyMarks:
             return 0
         return len(thought) + len(end) if thought.strip().removeprefix(start).strip() else 0
 
-    def call_place(self, text: str, first: int) -> int:
+    def call_place(self, text: str, first: int, names: Collection[str] = ()) -> int:
         """Find the first tool call of a reply.
+
+        Example: where a template writes `[weather(city="Oslo")]`, there is a call in that text, and none in `[weather](https://...)`.
 
         Args:
             text: the reply.
             first: number of the character to begin at.
+            names: of the tools; a mark that is not sure tells a call of theirs alone. Without them, any name will do.
 
         Returns:
             Number of the call's first character; -1 where there is none.
         """
-        return text.find(self.call_start, first) if self.call_start else -1
+        if self.is_sure or not self._call_before:
+            return text.find(self.call_start, first) if self.call_start else -1
+        name = "|".join(map(re.escape, names)) if names else _NAME
+        call = re.compile(f"{_spaced(self._call_before)}(?:{name}){_spaced(self._call_behind)}").search(text, first)
+        return call.start() if call and self._call_behind else -1
 
     def _num_tokens(self, ids: Sequence[int], characters: int, whole: bool = True) -> int:
         """How many tokens cover so many characters; with `whole` False, without the token that only begins in them."""
@@ -139,6 +155,11 @@ class ReplyMarks:
     def _decoded(self, ids: Sequence[int]) -> str:
         tokenizer = self._template.tokenizer
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _spaced(written: str) -> str:
+    """A pattern for what a template writes, with any space between its words and signs."""
+    return r"\s*".join(re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", written)) + r"\s*"
 
 
 def marks_of(

@@ -205,9 +205,9 @@ def test_a_thought_or_a_call_inside_the_words_is_of_its_own_kind(write_jsonl: Wr
     assert text(thinks, write_jsonl) == ASKED_TEXT + "<|assistant|>«<think>9 is cold.</think>No.<|end|>»"
     quiet = text(thinks, write_jsonl, TrainedOn(train_thoughts=False))
     assert quiet == ASKED_TEXT + "<|assistant|><think>9 is cold.</think>«No.<|end|>»"
-    calls = {"messages": [ASKED, NO | {"content": 'Wait.<call>weather {"city": "Oslo"}</call>'}]}
+    calls = {"tools": [WEATHER], "messages": [ASKED, NO | {"content": 'Wait.<call>weather {"city": "Oslo"}</call>'}]}
     words = text(calls, write_jsonl, TrainedOn(train_tool_calls=False))
-    assert words == ASKED_TEXT + '<|assistant|>«Wait.»<call>weather {"city": "Oslo"}</call><|end|>'
+    assert words.endswith(ASKED_TEXT + '<|assistant|>«Wait.»<call>weather {"city": "Oslo"}</call><|end|>')
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tool_chats import TOOL_ROW, tool_tokenizer
+from tool_chats import ASKED, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
 from draftsmith.data.chats.modes import modes_of_sample
 from draftsmith.data.chats.reply_marks import ReplyMarks
@@ -31,8 +31,23 @@ CHOICES = [
 ]
 
 
-def samples(row: dict[str, Any], write_jsonl: WriteRows, trained_on: TrainedOn) -> list[TokenizedSample]:
-    tokenizer = tool_tokenizer()
+WITHOUT_CALLS = TrainedOn(train_tool_calls=False)
+OWN_CALL = "<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>"
+# As Llama 4 and Llama 3.1 write calls.
+PYTHONIC = TOOL_TEMPLATE.replace(
+    OWN_CALL,
+    "[{{ call.function.name }}({% for name, value in call.function.arguments.items() %}{{ name }}={{ value | tojson }}{% endfor %})]",
+)
+JSON_CALLS = TOOL_TEMPLATE.replace(
+    OWN_CALL, '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}'
+)
+LINK, JSON_ANSWER = "See [this](u) now.", '{"name": "Bob"}'
+
+
+def samples(
+    row: dict[str, Any], write_jsonl: WriteRows, trained_on: TrainedOn, template: str = TOOL_TEMPLATE
+) -> list[TokenizedSample]:
+    tokenizer = tool_tokenizer(template)
     corpus = Corpus(write_jsonl([row]), lambda: ChatTemplate(tokenizer), None, 1000, trained_on=trained_on)
     return list(corpus.all_samples([]))
 
@@ -77,6 +92,54 @@ def test_what_is_not_trained_on_is_counted_as_read(write_jsonl: WriteRows) -> No
 def test_nothing_to_train_on_is_an_error() -> None:
     with pytest.raises(ValueError, match="all false, so nothing is trained on"):
         TrainedOn(train_replies=False, train_tool_calls=False, train_thoughts=False)
+
+
+@pytest.mark.parametrize("tools", [{}, {"tools": [WEATHER]}], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    ("template", "words"), [(PYTHONIC, LINK), (JSON_CALLS, JSON_ANSWER), (PYTHONIC, "[1, 2]"), (JSON_CALLS, LINK)]
+)
+def test_words_that_only_begin_like_a_call_are_words(
+    template: str, words: str, tools: dict[str, Any], write_jsonl: WriteRows
+) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": words}], **tools}
+    for choice in (TrainedOn(), WITHOUT_CALLS):
+        [sample] = samples(row, write_jsonl, choice, template)
+        assert learned(sample) == words + "<|end|>"
+        assert sample.counts.trained.keys() == {"replies"}
+
+
+@pytest.mark.parametrize(
+    ("template", "words", "call"),
+    [
+        (PYTHONIC, "Wait. ", '[weather(city="Oslo")]'),
+        (JSON_CALLS, "", '{"name": "weather", "parameters": {"city": "Oslo"}}'),
+        (TOOL_TEMPLATE, "Wait.", '<call>weather {"city": "Oslo"}</call>'),
+    ],
+)
+def test_a_call_in_the_words_is_a_call_where_there_are_tools(
+    template: str, words: str, call: str, write_jsonl: WriteRows
+) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": words + call}], "tools": [WEATHER]}
+    [sample] = samples(row, write_jsonl, WITHOUT_CALLS, template)
+    assert learned(sample) == words
+    tokenizer = tool_tokenizer(template)
+    kinds = ReplyMarks(ChatTemplate(tokenizer)).kinds([], tokenizer.encode(words + call))
+    assert kinds.count(Kind.REPLY) == len(tokenizer.encode(words))
+    [sample] = samples({"messages": row["messages"]}, write_jsonl, WITHOUT_CALLS, template)
+    assert learned(sample) == words + call + "<|end|>"
+
+
+def test_a_mark_that_the_system_turn_explains_tells_calls_in_the_words(write_jsonl: WriteRows) -> None:
+    system = {"role": "system", "content": "Call tools between <call> and </call>."}
+    row = {"messages": [system, ASKED, {"role": "assistant", "content": "Wait.<call>weather {}</call>"}]}
+    [sample] = samples(row, write_jsonl, WITHOUT_CALLS)
+    assert learned(sample) == "Wait."
+
+
+@pytest.mark.parametrize(("template", "reply"), [(PYTHONIC, LINK), (JSON_CALLS, JSON_ANSWER)], ids=["brackets", "json"])
+def test_generated_words_that_only_begin_like_a_call_are_words(template: str, reply: str) -> None:
+    tokenizer = tool_tokenizer(template)
+    assert set(ReplyMarks(ChatTemplate(tokenizer)).kinds([], tokenizer.encode(reply))) == {Kind.REPLY}
 
 
 def test_the_marks_of_a_template_are_found_in_it() -> None:
