@@ -218,18 +218,31 @@ def _with_system(row: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Mess
     """The turns behind the system's text that lies beside them.
 
     Raises:
-        UnusableRow: it is no text, or the turns begin with another.
+        UnusableRow: it is no text, the turns begin with another, or two fields differ.
     """
-    for name in _SYSTEM_FIELDS:
-        if row.get(name) in (None, "", [], ()):
-            continue
-        text, parts = read_content(row[name], name)
-        if turns and turns[0]["role"] == "system":
-            if turns[0]["content"].strip() != text.strip():
-                raise UnusableRow(f"the row has {name} and another system turn; one of them is enough")
-        elif parts is None and text.strip():
+    texts = {name: _system_text(row[name], name) for name in _SYSTEM_FIELDS if _says_something(row.get(name))}
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    if len({text.strip() for text in texts.values()}) > 1:
+        raise UnusableRow(f"the row has two different texts in {' and '.join(texts)}; one of them is enough")
+    for name, text in texts.items():
+        if not turns or turns[0]["role"] != "system":
             return (Message(role="system", content=text), *turns)
+        if turns[0]["content"].strip() != text.strip():
+            raise UnusableRow(f"the row has {name} and another system turn; one of them is enough")
     return tuple(turns)
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a field of a system's text is in use; a flag or an empty value is not."""
+    return bool(value) and not isinstance(value, bool)
+
+
+def _system_text(value: Any, name: str) -> str:
+    text, parts = read_content(value, name)
+    if parts is not None:
+        kind = next(part["type"] for part in parts if part["type"] != "text")
+        raise UnusableRow(f"{name} has a part of the type {kind!r}; beside the turns, a system's words are text")
+    return text
 
 
 def _check_words(conversation: Conversation) -> None:
@@ -333,14 +346,16 @@ def _sharegpt(row: Mapping[str, Any]) -> Conversation:
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
     """An instruction with its text (Alpaca's `input`, Dolly's `context`), behind the pairs of an earlier `history`."""
     content = text_field(row, "instruction")
-    extra = next((name for name in ("input", "context") if row.get(name) not in (None, "")), None)
-    if extra is not None and text_field(row, extra).strip():
-        content = f"{content}\n\n{row[extra]}"
+    extras = [] if row.get("input") is None else [text_field(row, "input")]
+    if isinstance(row.get("context"), str):  # in sets that are not Dolly's it may be anything
+        extras.append(row["context"])
+    if extra := next((text for text in extras if text.strip()), ""):
+        content = f"{content}\n\n{extra}"
     asked = Message(role="user", content=content)
-    answer = _first_field(row, ("output", "response"))
-    if row.get("history") in (None, [], ()):
+    answer, history = _first_field(row, ("output", "response")), listed(row.get("history"), "history")
+    if history in (None, [], ()) or (isinstance(history, str) and history.strip() in ("", "null", "None")):
         return _asked([asked], row.get(answer), answer)
-    earlier = [turn for pair in _pairs(row["history"]) for turn in pair]
+    earlier = [turn for pair in _pairs(history) for turn in pair]
     last = row.get(answer)
     return _conversation(
         [*earlier, asked, *([] if last is None else read_turns([{"role": "assistant", "content": last}]))]
@@ -384,7 +399,7 @@ def _specbench(row: Mapping[str, Any]) -> Conversation:
 def _prompt(row: Mapping[str, Any]) -> Conversation:
     """`prompt`, a text or turns, and perhaps an answer of the same kind: TRL's `completion`, a `response`, or the `chosen` of two.
 
-    An answer in turns may repeat the prompt, or hold it alone.
+    An answer in turns may repeat the prompt, or hold it alone. Behind a prompt with answers of its own, a text is the last answer.
     """
     asked = _first_field(row, ("prompt", "question"))
     prompt, name = row.get(asked), _first_field(row, ("completion", "response", "chosen"))
@@ -396,7 +411,9 @@ def _prompt(row: Mapping[str, Any]) -> Conversation:
         turns = [Message(role="user", content=text_field(row, asked))]
     if answer is None:
         return _asked(turns, None, name) if is_question(row) else _conversation(turns)
-    if not _is_list(answer):
+    if isinstance(answer, str) and any(turn["role"] == "assistant" for turn in turns):
+        return _conversation([*turns, Message(role="assistant", content=answer)])
+    if not _is_list(answer) or not any(isinstance(entry, Mapping) for entry in answer):
         return _asked(turns, answer, name)
     answers = read_turns(answer)
     users = [turn["content"] for turn in answers if turn["role"] == "user"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from draftsmith.files import read_jsonl
 from draftsmith.foreign import one_line
 from draftsmith.json_rows import (
+    SPREADSHEETS,
     Dropped,
     UnusableRow,
     check_encoding,
@@ -105,8 +106,9 @@ def _decoded(source: str, path: Path, hub_config: str | None, hub_split: str) ->
         readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
         reader = readers.get(path.suffix)
         if reader is None:
-            with open(path, "rb") as file:
-                check_encoding(path, file.readline(_MARK_BYTES))
+            if path.suffix.lower() not in SPREADSHEETS:
+                with open(path, "rb") as file:
+                    check_encoding(path, file.readline(_MARK_BYTES))
             raise ValueError(f"{path} has the suffix {path.suffix!r}; rows are read from {', '.join(_SUFFIXES)}")
         return reader(path)
     if path.suffix in _SUFFIXES or path.is_absolute() or source.startswith(".") or not _HUB_ID.fullmatch(source):

@@ -224,7 +224,7 @@ class ChatTemplate(PromptTemplate):
         return words.start
 
     def _written_call(self, messages: Sequence[Message], text: str, words: Span) -> int:
-        """Where a call begins that stands in the words of a reply; the text's end where there is none.
+        """Where a call begins that the words of a reply hold; the text's end where there is none.
 
         Only a conversation with tools has one: it defines or calls them, one of them has answered, or the system's words show the mark.
         Elsewhere a mark is text like any other. One that words may begin with by chance needs the name of a defined tool behind it.

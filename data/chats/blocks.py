@@ -27,7 +27,7 @@ def spread(turn: Any, place: str) -> list[Any]:
         The turns; the turn itself where no block is more than a part of its words.
 
     Raises:
-        UnusableRow: a block lacks its value, or blocks come in an order that no template shows.
+        UnusableRow: a block lacks its value, blocks come in an order that no template shows, or a thought lies in a field as well.
     """
     name = next((name for name in ("content", "value") if isinstance(turn, Mapping) and _is_list(turn.get(name))), None)
     if name is None or not any(_kind(block) in _BLOCKS for block in turn[name]):
@@ -40,7 +40,12 @@ def spread(turn: Any, place: str) -> list[Any]:
             raise UnusableRow(
                 f"{place} has results of a tool beside a thought or a call; give results a turn of their own"
             )
-        return [*results, *([{**turn, name: rest}] if rest else [])]
+        if any(not _is_blank_text(block) for block in rest):
+            raise UnusableRow(
+                f"{place} has words beside results of a tool, and the assistant speaks next; put them into a turn behind its reply, or "
+                "into the result"
+            )
+        return results
     ranks = [_RANK.get(_kind(block), _WORDS_RANK) for block in blocks]
     if ranks != sorted(ranks):
         raise UnusableRow(
@@ -49,7 +54,7 @@ def spread(turn: Any, place: str) -> list[Any]:
     fields: dict[str, Any] = {**turn, name: rest}
     thoughts = [_thought(block, place) for block in blocks if _kind(block) == _THOUGHT]
     if thoughts:
-        fields.setdefault("reasoning_content", "\n\n".join(thoughts))
+        fields["reasoning_content"] = _only_thought(turn.get("reasoning_content"), "\n\n".join(thoughts), place)
     calls = [_call(block) for block in blocks if _kind(block) == _CALL]
     if calls:
         fields["tool_calls"] = [*(turn.get("tool_calls") or ()), *calls]
@@ -72,6 +77,17 @@ def _thought(block: Mapping[str, Any], place: str) -> str:
     if not all(isinstance(text, str) for text in texts):
         raise UnusableRow(f"{place}: a part of the type {_THOUGHT!r} has no text in its field {_THOUGHT!r}")
     return "".join(texts)
+
+
+def _only_thought(given: Any, thought: str, place: str) -> str:
+    """The thought of the blocks, which a field beside them may repeat; a field that is null or blank counts as absent."""
+    if given is None or (isinstance(given, str) and given.strip() in ("", thought.strip())):
+        return thought
+    raise UnusableRow(f"{place} has two different thoughts, reasoning_content and a part of the type {_THOUGHT!r}")
+
+
+def _is_blank_text(block: Any) -> bool:
+    return _kind(block) == "text" and not str(block.get("text") or "").strip()
 
 
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ _CALL_ROLES = ("function_call", "tool_call")
 _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What changes the words of a turn in a way that nothing here renders.
 _UNREAD_FIELDS = ("audio", "images", "image", "videos")
+# Channels of Harmony (gpt-oss) that hold no final words; other software has channels of other meanings.
+_HIDDEN_CHANNELS = ("analysis", "commentary")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _MEDIA_TYPES = ("image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url")
 # Who may speak next; messages name the first one.
@@ -220,7 +222,7 @@ def _turn(turn: Any, number: int) -> Message:
     for field in _UNREAD_FIELDS:
         if turn.get(field):
             raise UnusableRow(f"{place} has {field}, which are not read beside the content; make them parts of it")
-    if turn.get("channel") not in (None, "final"):
+    if role == "assistant" and turn.get("channel") in _HIDDEN_CHANNELS:
         raise UnusableRow(
             f"{place} is in the channel {turn['channel']!r:.80}; put thoughts into reasoning_content, calls into tool_calls"
         )
@@ -280,13 +282,16 @@ def _only(turn: Mapping[str, Any], fields: Sequence[str], place: str) -> str:
 
 
 def _is_trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
-    """OpenAI's `weight` (0 or 1), or `train` or `loss` (false or true); without any, an assistant turn is learned from."""
+    """OpenAI's `weight` (0 or 1), or `train` or `loss` (false or true); without any, an assistant turn is learned from.
+
+    A `loss` that is another number than 0 and 1 was measured, and says nothing of training.
+    """
     weight = turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise UnusableRow(f"{place} has the weight {weight!r:.80}; weights are 0 and 1")
     given = [] if weight is None else [bool(weight)]
     for name in ("train", "loss"):
-        if turn.get(name) is None:
+        if turn.get(name) is None or (name == "loss" and _is_measured(turn[name])):
             continue
         if not isinstance(turn[name], bool):
             raise UnusableRow(f"{place} has {name} {turn[name]!r:.80}; it is true or false")
@@ -296,6 +301,10 @@ def _is_trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
             raise UnusableRow(f"{place} is the {role}'s and has a weight; only assistant turns are learned from")
         return True
     return all(given)
+
+
+def _is_measured(loss: Any) -> bool:
+    return isinstance(loss, int | float) and loss not in (0, 1)
 
 
 def _thought(turn: Mapping[str, Any], place: str) -> str | None:

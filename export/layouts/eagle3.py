@@ -163,10 +163,6 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     engine_table(config, layer, where).check(tensors, where)
     kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
     kept.pop("t2d", None)
-    for name in [
-        name for name in kept if name.endswith("rotary_emb.inv_freq")
-    ]:  # older software saves what the config says
-        del kept[name]
     embedding = kept.pop(EMBEDDING, None)
     if embedding is not None and ends is not None:
         refuse_other_embedding(embedding, ends, where)

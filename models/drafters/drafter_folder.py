@@ -334,8 +334,7 @@ def unknown_layout(folder: Path, fields: Mapping[str, Any], tensors: Collection[
         lacks = "" if "fc.weight" in tensors else "lacks fc.weight and "
         return (
             f"{folder} is an EAGLE by its {CONFIG} (architectures {fields['architectures']!s:.80}), but {lacks}holds the tensors {shown}, "
-            f""
-            "which no EAGLE layout has; take names without a prefix such as model., and the whole file. Otherwise {readable}"
+            f"which no EAGLE layout has; take names without a prefix such as model., and the whole file. Otherwise {readable}"
         )
     return f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r:.80}); {readable}"
 

@@ -27,6 +27,7 @@ MTP_PROJECTIONS = {
 }
 """How an MTP layer inside a target's checkpoint is known: its projection, plain or quantised. The group begins all names of the layer."""
 _OTHER_WEIGHTS = ("medusa_lm_head.safetensors",)  # what other software calls the one file of a drafter
+_PART = re.compile(r"-of-(\d+)\.safetensors$")
 _LFS_MARK = b"version https://git-lfs"
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
@@ -160,6 +161,13 @@ def _broken(path: Path, error: Exception) -> ValueError:
 def _no_weights(folder: Path) -> str:
     """What an error says of a folder without safetensors."""
     others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if adapters := [name for name in others if name.startswith("adapter_")]:
+        return (
+            f"{folder} holds {', '.join(adapters)}, which is an adapter (LoRA) and no drafter; give the folder of a trained drafter, or "
+            f"merge the adapter into its model"
+        )
+    if part := next(filter(None, map(_PART.search, others)), None):
+        return f"{folder} holds {part.string}, of {int(part[1])} parts, without {INDEX}, which names them; copy the whole folder again"
     if len(others) == 1:
         return f"{folder} holds {others[0]} but no {WEIGHTS}; rename the file to {WEIGHTS}"
     if others:

@@ -28,6 +28,8 @@ _PACKED_MARKS = {
     b"\xfd7zXZ": "unxz -k",
     b"PK\x03\x04": "unzip",
 }
+# Tables that are packed themselves.
+SPREADSHEETS = (".xlsx", ".xlsm", ".ods")
 _BAD_CHARACTER = re.compile("[\0\ud800-\udfff]")
 _ESCAPED_BAD_CHARACTER = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 # What differs from row to row in one kind of reason.
@@ -54,10 +56,14 @@ def check_encoding(name: object, start: bytes) -> None:
     """Refuses a file by its first bytes.
 
     Raises:
-        ValueError: the file is UTF-16, in which lines cannot be told apart, is packed, or is no text at all.
+        ValueError: the file is UTF-16, in which lines cannot be told apart, a spreadsheet, or packed.
     """
     if start.startswith(_UTF16_MARKS):
         raise ValueError(f"{name} is UTF-16; text is read as UTF-8: convert it with `iconv -f UTF-16 -t UTF-8`")
+    if str(name).lower().endswith(SPREADSHEETS):
+        raise ValueError(
+            f"{name} is a spreadsheet; write its rows as JSON-lines, or save it as CSV in UTF-8 for `draftsmith data prompts`"
+        )
     for mark, unpacker in _PACKED_MARKS.items():
         if start.startswith(mark):
             raise ValueError(f"{name} is packed; unpack it first: `{unpacker} {name}`")
@@ -75,7 +81,7 @@ def check_lines(name: object, start: bytes) -> None:
         kind = "a list"
     if kind is not None:
         raise ValueError(
-            f"{name} is {kind}, but one JSON object a line is expected (JSONL); only `draftsmith data prompts` reads it as it is"
+            f"{name} is {kind}, but one JSON object a line is expected (JSONL); `draftsmith data prompts` reads it as it is"
         )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from draftsmith.data.corpus import Corpus
 from draftsmith.data.prompts import prompts, read_prompts, read_question_set
 from draftsmith.data.sources import read_rows
 from draftsmith.data.tokens import ChatTemplate
+from draftsmith.files import read_jsonl
 from draftsmith.json_rows import Dropped
 
 ROWS: list[dict[str, Any]] = [
@@ -102,3 +104,23 @@ def test_a_file_that_is_no_lines_of_json_is_named_with_its_remedy(
     if "packed" in message:
         with pytest.raises(ValueError, match=message):
             list(read_rows(str(path)))
+
+
+def test_a_command_that_reads_lines_does_not_call_data_prompts_the_only_reader_of_tables(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"\(JSONL\); `draftsmith data prompts` reads it as it is$"):
+        list(read_jsonl(path))
+
+
+def test_a_spreadsheet_is_no_archive_to_unpack(tmp_path: Path) -> None:
+    path = tmp_path / "rows.xlsx"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("xl/worksheets/sheet1.xml", "<worksheet/>")
+    with pytest.raises(ValueError, match=r"has the suffix '.xlsx'; rows are read from .jsonl, .json, .csv"):
+        list(read_rows(str(path)))
+    with pytest.raises(ValueError, match="is a spreadsheet; write its rows as JSON-lines"):
+        list(read_jsonl(path))
+    path.rename(tmp_path / "rows.zip")
+    with pytest.raises(ValueError, match="is packed; unpack it first: `unzip "):
+        list(read_rows(str(tmp_path / "rows.zip")))

@@ -142,10 +142,18 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda at: Path(at / "model.safetensors").rename(at / "eagle.safetensors") and None,
         "rename the file to",
     ),
+    "part": (
+        lambda at: Path(at / "model.safetensors").rename(at / "model-00001-of-00004.safetensors") and None,
+        r"holds model-00001-of-00004.safetensors, of 4 parts, without model.safetensors.index.json.*copy the whole folder",
+    ),
+    "adapter": (
+        lambda at: Path(at / "model.safetensors").rename(at / "adapter_model.safetensors") and None,
+        r"holds adapter_model.safetensors, which is an adapter \(LoRA\) and no drafter",
+    ),
     "parts": (_in_parts, r"part-1.safetensors, part-2.safetensors without model.safetensors.index.json"),
     "prefix": (
         lambda at: _rewritten(at, lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()}),
-        r"EAGLE by its config.json .*but lacks fc.weight and holds the tensors model\..*take names without a prefix",
+        r"EAGLE by its config.json .*but lacks fc.weight and holds the tensors model\..*without a prefix.*Otherwise give a folder in",
     ),
     "no fc": (
         lambda at: _rewritten(at, lambda tensors: {name: t for name, t in tensors.items() if name != "fc.weight"}),

@@ -64,6 +64,23 @@ def reason(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
         {"question": "Is it warm?", "response": "No."},
         {"instruction": "Is it warm?", "context": "", "response": "No.", "category": "closed_qa"},
         {"messages": json.dumps([ASKED, NO])},
+        {"messages": json.dumps([ASKED]), "choices": [{"message": NO}]},
+        {"request": {"messages": [ASKED]}, "response": "No."},
+        {"request": {"messages": [ASKED]}, "response": NO | {"content": [{"type": "text", "text": "No."}]}},
+        *[
+            {"messages": [ASKED], "choices": [{"message": NO, "finish_reason": reason}]}
+            for reason in ("eos_token", "stop_sequence", "end_turn")
+        ],
+        {"request": {"messages": [ASKED]}, "response": {**NO, "id": "m", "type": "message", "stop_reason": "end_turn"}},
+        {"instruction": "Is it warm?", "output": "No.", "history": ""},
+        {"instruction": "Is it warm?", "output": "No.", "history": "[]"},
+        {"instruction": "Is it warm?", "output": "No.", "context": ["9 C"]},
+        {"messages": [ASKED, NO], "system": False},
+        {"messages": [ASKED, NO], "system": {}, "system_prompt": True},
+        {"messages": [ASKED | {"channel": "email"}, NO | {"channel": "email", "loss": 2.31}]},
+        {"prompt": "Is it warm?", "completion": "No.", "request": {"id": 7}},
+        {"instruction": "Is it warm?", "output": "No.", "body": '{"a": 1}'},
+        {"prompt": "Is it warm?", "response": ["No."]},
         {"conversations": [{"from": "human", "value": "Is it warm?"}, {"from": "bing", "value": "No."}]},
         {"messages": [ASKED, NO | {"channel": "final", "weight": 1.0, "loss": True, "refusal": None, "audio": None}]},
         {"messages": [ASKED, NO], "tools": "null"},
@@ -97,6 +114,15 @@ def test_every_spelling_of_a_question_and_its_answer_gives_the_same_sample(
         ),
         ({"messages": [BRIEF, ASKED, NO], "system": "Be brief."}, "<|system|>Be brief." + ASKED_TEXT),
         ({"instruction": "Is it warm?", "context": "9 C", "response": "No."}, ASKED_TEXT + "\n\n9 C"),
+        ({"instruction": "Is it warm?", "input": " ", "context": "9 C", "output": "No."}, ASKED_TEXT + "\n\n9 C"),
+        (
+            {"prompt": [ASKED, NO | {"content": "Yes."}, ASKED], "response": "No."},
+            ASKED_TEXT + "<|assistant|>«Yes.<|end|>»" + ASKED_TEXT,
+        ),
+        (
+            {"messages": [ASKED, NO], "system": "Be brief.", "system_prompt": "Be brief. "},
+            "<|system|>Be brief." + ASKED_TEXT,
+        ),
         (
             {"instruction": "Is it warm?", "output": "No.", "history": [["Oslo?", "Yes."]]},
             "<|user|>Oslo?<|assistant|>«Yes.<|end|>»" + ASKED_TEXT,
@@ -120,6 +146,21 @@ def test_what_lies_beside_a_question_is_asked_with_it(
         ({"messages": [ASKED, {"role": "assistant", "content": None, "refusal": "I may not."}]}, "turn 1 is a refusal"),
         ({"messages": [ASKED, NO | {"content": [{"type": "refusal", "refusal": "No"}]}]}, "turn 1 is a refusal"),
         ({"messages": [ASKED, NO | {"channel": "analysis"}]}, "turn 1 is in the channel 'analysis'"),
+        ({"messages": [ASKED, NO | {"channel": "commentary"}]}, "turn 1 is in the channel 'commentary'"),
+        (
+            {"messages": [ASKED, NO], "system": "Be brief.", "system_prompt": "Be long."},
+            "two different texts in system and system_prompt",
+        ),
+        (
+            {"messages": [ASKED, NO], "system": [{"type": "image", "image": "a.png"}]},
+            "system has a part of the type 'image'",
+        ),
+        ({"request": {"messages": [ASKED]}, "response": 7}, "the response is int, neither an object nor text"),
+        (
+            {"request": {"messages": [ASKED]}, "response": NO | {"stop_reason": "max_tokens"}},
+            "cut .finish_reason 'max_tokens'",
+        ),
+        ({"prompt": "Is it warm?", "response": ["No.", "Yes."]}, "'response' has 2 answers to 1 user turns"),
         ({"messages": [ASKED, NO | {"loss": False}]}, "no assistant turn is to be learned from"),
         ({"messages": [ASKED, NO | {"loss": 1}]}, "turn 1 has loss 1; it is true or false"),
         ({"messages": '[{"role": "user"'}, "the list of turns is no JSON"),
@@ -133,9 +174,47 @@ def test_rows_that_say_too_little_or_too_much_are_dropped_with_their_reason(
         raise ValueError(reason(row, write_jsonl))
 
 
-def test_a_multiple_choice_question_is_no_log_of_a_server() -> None:
-    row = {"question": "Is it warm?", "choices": ["No.", "Yes."], "answer": "No."}
-    assert detect_format(row) == "gsm8k"
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "Is it warm?", "choices": ["No.", "Yes."], "answer": "No."}, "gsm8k"),
+        ({"prompt": "Make a quiz", "completion": '{"question":"?","choices":["A","B"]}'}, "prompt"),
+        ({"prompt": "Make a reply", "completion": '{"choices":[{"message":{"role":"assistant"}}]}'}, "prompt"),
+        ({"prompt": "Is it warm?", "completion": "No.", "request": {"id": 7}}, "prompt"),
+        ({"text": "doc", "request": {"url": "x"}}, "text"),
+        ({"instruction": "Is it warm?", "output": "No.", "body": '{"a": 1}'}, "alpaca"),
+    ],
+)
+def test_a_row_with_a_field_of_a_logs_name_is_no_log_of_a_server(row: dict[str, Any], expected: str) -> None:
+    assert detect_format(row) == expected
+    assert to_conversation(row, detect_format(row)).flaw is None
+
+
+def test_of_a_prompt_with_two_answers_the_question_is_kept() -> None:
+    for name in ("response", "chosen"):
+        row = {"prompt": "Is it warm?", name: ["No.", "Yes."]}
+        conversation = to_conversation(row, detect_format(row))
+        assert [turn["content"] for turn in conversation.messages] == ["Is it warm?"]
+        assert conversation.reference == ()
+
+
+@pytest.mark.parametrize("field", [None, "", " ", "T"])
+def test_a_thought_in_a_block_is_learned_whatever_an_empty_field_says(
+    field: str | None, write_jsonl: WriteRows
+) -> None:
+    blocks = [{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "No."}]
+    row = {"messages": [ASKED, {"role": "assistant", "reasoning_content": field, "content": blocks}]}
+    assert text(row, write_jsonl) == ASKED_TEXT + "<|assistant|>«<think>T</think>No.<|end|>»"
+    row["messages"][1]["reasoning_content"] = "other"  # type: ignore[index]
+    assert "turn 1 has two different thoughts, reasoning_content and a part" in reason(row, write_jsonl)
+
+
+def test_words_beside_a_result_of_a_tool_are_dropped_with_the_reason(write_jsonl: WriteRows) -> None:
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": "9 C"}
+    row = {"messages": [ASKED, CALLS, {"role": "user", "content": [result, {"type": "text", "text": "And?"}]}, NO]}
+    assert "turn 2 has words beside results of a tool, and the assistant speaks next" in reason(row, write_jsonl)
+    row["messages"][2] = {"role": "user", "content": [result, {"type": "text", "text": " "}]}
+    assert text(row, write_jsonl).endswith("<|tool|>9 C" + NO_TEXT)
 
 
 def test_blocks_of_thoughts_calls_and_results_are_turns_with_fields(write_jsonl: WriteRows) -> None:
