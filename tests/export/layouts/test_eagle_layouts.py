@@ -181,7 +181,7 @@ def test_an_official_folder_is_bound_to_the_target_that_its_embedding_is_of(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("fc.weight"), "holds no drafter that is known here"),
+        (lambda t: t.pop("fc.weight"), r"lacks fc.weight and holds the tensors fc.bias.*in draftsmith.s layout or in"),
         (
             lambda t: t.pop("layers.0.mlp.up_proj.weight"),
             r"layers.0.mlp.up_proj.weight is missing \(float \[48, 32\]\)",
