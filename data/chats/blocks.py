@@ -73,10 +73,12 @@ def _kind(block: Any) -> Any:
 def _thought(block: Mapping[str, Any], place: str) -> str:
     """A thought is a text, or Mistral's list of texts."""
     value = block.get(_THOUGHT)
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in value] if _is_list(value) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    parts = value if isinstance(value, Sequence) and _is_list(value) else [value]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    words = [text for text in texts if isinstance(text, str)]
+    if len(words) < len(texts):
         raise UnusableRow(f"{place}: a part of the type {_THOUGHT!r} has no text in its field {_THOUGHT!r}")
-    return "".join(texts)
+    return "".join(words)
 
 
 def _only_thought(given: Any, thought: str, place: str) -> str:

@@ -11,7 +11,7 @@ from draftsmith.json_rows import UnusableRow, parse_object
 TOOL_FIELDS = ("tools", "functions")
 T = TypeVar("T", bound=Mapping[str, Any])
 # JSON texts of no tools at all.
-_NONE = (None, "", "null", "None", "[]", [], ())
+_NONE: tuple[object, ...] = (None, "", "null", "None", "[]", [], ())
 # Where null is a value of a schema; elsewhere a table has filled it in.
 _NULLABLE = ("default", "const", "examples")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from draftsmith.label.formats.fields import Row, is_absent, list_of, texts_of, unpacked, value_of, whole
-from draftsmith.label.formats.step_labels import RatedSteps
+from draftsmith.label.formats.step_labels import NUMBERS, RatedSteps, Rating
 from draftsmith.label.schema import Answer, refusal
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
@@ -53,11 +53,13 @@ def _flat(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     return RatedSteps(question, steps, rated, [tail] if tail else [], origin.labelled_by)
 
 
-def _rating(value: Any, place: str, field: str) -> int | None:
-    number = None if is_absent(value) else whole(value)
-    if number not in (1, 0, -1, None) or (number is None and not is_absent(value)):
+def _rating(value: Any, place: str, field: str) -> Rating | None:
+    if is_absent(value):
+        return None
+    number = whole(value)
+    if number not in NUMBERS:
         raise refusal(place, field, value, "a rating is 1, 0, -1 or null", "correct it")
-    return number
+    return NUMBERS[number]
 
 
 def _published(row: Row, place: str) -> RatedSteps:
@@ -69,7 +71,7 @@ def _published(row: Row, place: str) -> RatedSteps:
     if label.get("finish_reason") == "bad_problem":
         raise SkippedRow("the labeller found the problem itself broken")
     steps: list[str] = []
-    ratings: list[int | None] = []
+    ratings: list[Rating | None] = []
     for index, step in enumerate(list_of(value_of(label, "steps", place), place, "label.steps")):
         field = f"label.steps[{index}]"
         chosen = _chosen(step, field, place)

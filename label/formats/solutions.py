@@ -93,6 +93,7 @@ def _truth(value: Any) -> bool | None:
     """True or false, also as 1, 0, 1.0, "true" or "False" as tables write them; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
-    return (
-        value if isinstance(value, bool) else {1: True, 0: False}.get(whole(value) if whole(value) is not None else 2)
-    )
+    if isinstance(value, bool):
+        return value
+    number = whole(value)
+    return None if number is None else {1: True, 0: False}.get(number)

@@ -36,6 +36,7 @@ _LABEL_FIELDS = ("labels", "step_labels", "ratings", "label", "rating")
 _OF_STEP = ("label", "rating", "is_correct", "correct", "correctness", "score")
 Rating = Literal[1, 0, -1, "right", "neutral", "wrong"]
 """What a step is rated. The numbers stand apart from the words: what 0 means, only other numbers say."""
+NUMBERS: dict[int, Rating] = {1: 1, 0: 0, -1: -1}
 _WORDS: dict[str, Rating] = {
     "+": 1,
     "-": -1,
@@ -116,8 +117,9 @@ def rating_of(value: Any, place: str, field: str) -> Rating | None:
     if isinstance(value, bool):
         return "right" if value else "wrong"
     rating = _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
-    if rating is None and (number := whole(value)) in (1, 0, -1):
-        rating = number
+    number = whole(value)
+    if rating is None and number is not None:
+        rating = NUMBERS.get(number)
     if rating is None:
         is_share = isinstance(value, float) and 0 < value < 1
         remedy = "decide from which share on a step is right, and write 1 or 0" if is_share else "correct it"
@@ -203,8 +205,9 @@ def turned_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
         ValueError: with place, field, value, rule and remedy.
     """
     turns = list_of(value_of(row, "conversations", place), place, "conversations")
-    said = [turn.get("content") if isinstance(turn, Mapping) else None for turn in turns]
-    if len(said) < 2 or len(said) % 2 or not all(isinstance(text, str) for text in said):
+    texts = [turn.get("content") if isinstance(turn, Mapping) else None for turn in turns]
+    said = [text for text in texts if isinstance(text, str)]
+    if len(said) < 2 or len(said) % 2 or len(said) < len(texts):
         rule = "a step of the user and + or - of the assistant take turns"
         raise refusal(place, "conversations", turns, rule, "correct it, or name another --format")
     ratings = [rating_of(text, place, f"conversations[{2 * index + 1}]") for index, text in enumerate(said[1::2])]

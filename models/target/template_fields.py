@@ -113,9 +113,12 @@ class TemplateFields:
     def _arguments_are_text(self) -> bool:
         """Whether the template fails on arguments that are an object, and shows those that are JSON text."""
         for as_text in (False, True):
-            call = {"id": "draftsmit", "type": "function", "function": {"name": PROBE, "arguments": {}}}
-            call["function"]["arguments"] = json.dumps({PROBE: 1}) if as_text else {PROBE: 1}
-            turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            function = {"name": PROBE, "arguments": json.dumps({PROBE: 1}) if as_text else {PROBE: 1}}
+            call = {"id": "draftsmit", "type": "function", "function": function}
+            turns: list[dict[str, Any]] = [
+                {"role": "user", "content": "-"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
             with contextlib.suppress(TemplateRefusal):
                 self._render(turns)
                 return as_text
