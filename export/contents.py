@@ -19,7 +19,7 @@ from draftsmith.models.drafters.registry import registry
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.files.checkpoint_files import read_fields, read_tensors, weight_files
 from draftsmith.models.files.tables import target_ids, vocabulary_faults
-from draftsmith.models.foreign.named_kinds import claims_eagle, named_kind
+from draftsmith.models.foreign.named_kinds import claims_known_head, named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, proposed_tokens, verifier_name
 from draftsmith.models.lora.lora_adapter import read_bond
 
@@ -83,7 +83,7 @@ def contents_of(folder: Path) -> Contents:
     if (folder / BOND).is_file():
         return Contents("adapter of a drafter", "draftsmith's", _adapter_facts(folder), decodes=True)
     fields = read_fields(folder)
-    if not weight_files(folder) and any(folder.glob("*.safetensors")) and not claims_eagle(fields):
+    if not weight_files(folder) and any(folder.glob("*.safetensors")) and not claims_known_head(fields):
         return _whole_model(fields)
     tensors = read_tensors(folder)
     flat, facts = _flat(fields), _facts(folder, fields, tensors)
@@ -99,7 +99,7 @@ def contents_of(folder: Path) -> Contents:
     if kind or package:
         title = kind or f"{fields[SPECULATORS_KEY]!r:.80}"
         return Contents(title, package or "its publisher's", facts, decodes=False)
-    if claims_eagle(fields):
+    if claims_known_head(fields):
         raise ValueError(unknown_layout(folder, fields, tensors))
     if "hidden_size" not in flat:
         raise ValueError(

@@ -27,7 +27,7 @@ from draftsmith.models.files.adapter_files import BOND, TARGET_ADAPTER
 from draftsmith.models.files.checkpoint_files import CONFIG, StoredTensors, read_fields, read_tensors, weight_files
 from draftsmith.models.files.fingerprint import checkpoint_fingerprint
 from draftsmith.models.files.model_folder import resolve
-from draftsmith.models.foreign.named_kinds import claims_eagle, named_kind
+from draftsmith.models.foreign.named_kinds import broken_claim, claims_known_head, named_kind
 from draftsmith.models.foreign.reader import Foreign
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
@@ -213,7 +213,7 @@ def is_foreign(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     fields = read_fields(folder)
-    if SPECULATORS_KEY in fields or named_kind(fields) or claims_eagle(fields):
+    if SPECULATORS_KEY in fields or named_kind(fields) or claims_known_head(fields):
         return True
     if not weight_files(folder) and any(folder.glob("*.safetensors")):
         return False
@@ -328,14 +328,9 @@ def unknown_layout(folder: Path, fields: Mapping[str, Any], tensors: Collection[
         return f"{folder} is a {package!r:.80} of the speculators package{known}, which draftsmith does not decode yet; {readable}"
     if kind:
         return f"{folder} holds a drafter of the kind {kind}, which draftsmith does not decode yet; {readable}"
-    if claims_eagle(fields):
-        names = sorted(tensors)
-        shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} others' if names[3:] else ''}"
-        lacks = "" if "fc.weight" in tensors else "lacks fc.weight and "
-        return (
-            f"{folder} is an EAGLE by its {CONFIG} (architectures {fields['architectures']!s:.80}), but {lacks}holds the tensors {shown}, "
-            f"which no EAGLE layout has; take names without a prefix such as model., and the whole file. Otherwise {readable}"
-        )
+    if claims_known_head(fields):
+        remedy = f"take names without a prefix such as model., and the whole file. Otherwise {readable}"
+        return f"{folder} is {broken_claim(fields, tensors)}; {remedy}"
     return f"{folder} holds no drafter that is known here (model_type {fields.get('model_type')!r:.80}); {readable}"
 
 

@@ -74,7 +74,7 @@ KINDS = (
 _EAGLE = re.compile(r"ForCausalLMEagle|Eagle3?\w*(?:ForCausalLM|Speculator|DraftModel)|EagleModel")
 
 
-def claims_eagle(fields: Mapping[str, Any]) -> bool:
+def claims_known_head(fields: Mapping[str, Any]) -> bool:
     """Whether a config's classes are an EAGLE's. Its tensors then lie in a layout of one, or the folder is broken.
 
     Args:
@@ -85,6 +85,25 @@ def claims_eagle(fields: Mapping[str, Any]) -> bool:
     """
     named = fields.get("architectures")
     return isinstance(named, list) and any(isinstance(name, str) and _EAGLE.search(name) for name in named)
+
+
+def broken_claim(fields: Mapping[str, Any], tensors: Collection[str]) -> str:
+    """Say what a folder calls itself, and which of its tensors do not fit.
+
+    Args:
+        fields: of its config; `claims_known_head` holds for it.
+        tensors: the names of its tensors.
+
+    Returns:
+        A part of a sentence.
+    """
+    names = sorted(tensors)
+    shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} others' if names[3:] else ''}"
+    lacks = "" if "fc.weight" in tensors else "lacks fc.weight and "
+    return (
+        f"an EAGLE by its config.json (architectures {fields['architectures']!s:.80}), but {lacks}holds the tensors {shown}, "
+        "which no EAGLE layout has"
+    )
 
 
 def named_kind(fields: Mapping[str, Any], tensors: Collection[str] = ()) -> str:
