@@ -19,6 +19,11 @@ def pytest_runtest_protocol() -> Iterator[None]:
         os.environ.update(before)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes get the argument's name: what a packer writes holds the time, and two processes would name the test differently."""
+    return argname if isinstance(val, bytes) else None
+
+
 SHARED = ("target", "other_target", "drafter")
 
 

@@ -86,8 +86,8 @@ def test_a_table_gives_no_row_the_keys_of_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl.gz", gzip.compress(b"{}"), "is packed; unpack it first: `gunzip -k"),
-        ("rows.jsonl", gzip.compress(b"{}"), "is packed; unpack it first: `gunzip -k"),
+        ("rows.jsonl.gz", gzip.compress(b"{}", mtime=0), "is packed; unpack it first: `gunzip -k"),
+        ("rows.jsonl", gzip.compress(b"{}", mtime=0), "is packed; unpack it first: `gunzip -k"),
         ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd....", "unzstd"),
         ("rows.parquet", b"PAR1....PAR1", "is a Parquet file, but one JSON object a line is expected"),
         ("rows.json", b'[\n{"text": "a"}\n]', "is a list, but one JSON object a line is expected"),
