@@ -45,14 +45,14 @@ def ngrams(
     """Counts the n-grams of replies and writes a back-off table (modified Kneser-Ney).
 
     Counts what the assistant wrote, with up to ORDER - 1 tokens before it. A drafter's config can name the table, which then scores
-    the drafter's candidates a second time.
+    the drafter's candidates a second time. What the options below call trained on is what this command counts.
 
     Args:
         source: A folder of replies, or a JSONL file of conversations.
         target: Path or hub id of the target, for its tokenizer and vocabulary.
         out: The folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
-        order: Tokens of the longest n-gram.
-        least_count: Leave out n-grams of three and more tokens that occur less often.
+        order: Tokens of the longest n-gram, 1 or more.
+        least_count: Leave out n-grams of three and more tokens that occur less often than this; 2 makes tables much smaller.
         split: Count samples of this split only.
         where: How the target's files are read; see `TokenizerOptions`.
         rendering: The chat template; see `TemplateChoice`.

@@ -77,7 +77,7 @@ class ReplyOptions:
     """How long a reply may be, and which random numbers it draws.
 
     Args:
-        max_new_tokens: Longest reply, in tokens.
+        max_new_tokens: Longest reply, in tokens; a longer one is cut there.
         seed: Seed of the sampling noise. Plain and speculative decoding draw the same numbers.
     """
 

@@ -42,7 +42,7 @@ def accuracy(
     """Answers sums problems greedily in fp32 and prints the share of right answers.
 
     Args:
-        model: ``target``, ``draft_lm``, or a model directory.
+        model: target, draft_lm, or a model directory.
         problems: How many distinct problems.
         split: Which split they come from.
         seed: Which problems of the split.

@@ -32,14 +32,14 @@ __all__ = [
 
 
 def write_prompts(path: Path, split: Split, count: int, seed: int = 0) -> None:
-    """Writes ``count`` distinct problems of a split as prompt rows, one JSON object a line, at once or not at all.
+    """Writes COUNT distinct problems of a split as prompt rows, one JSON object a line, at once or not at all.
 
     A row is ``{"id", "messages": [{"role": "user", "content"}], "split", "source": "sums/<template>", "answer"}``.
 
     Args:
         path: The JSON-lines file to write.
         split: train, validation or test; no combination of numbers is in two of them.
-        count: How many.
+        count: How many problems, at least 1.
         seed: Another seed gives other problems of the split.
 
     Raises:

@@ -21,8 +21,8 @@ OWN_ENDS = EndsOptions()
 def inspect(drafter: str, target: str | None = None, where: Annotated[EndsOptions, FLAT] = OWN_ENDS) -> None:
     """Print what a drafter's folder holds: the kind, whose layout, sizes, draft vocabulary, target.
 
-    It knows draftsmith's folders and those of vLLM, SGLang, SafeAILab, the speculators package, Apple and z-lab. It never opens pickled
-    weights. With --target, it also reads the drafter as every other command does, and checks that it is whole and fits.
+    It knows draftsmith's folders and those of vLLM, SGLang, SafeAILab, the speculators package, Apple, z-lab, Medusa and fms-extras. It
+    never opens pickled weights. With --target, it also reads the drafter as every other command does, and checks that it is whole and fits.
 
     Args:
         drafter: Folder or hub id of a drafter, of an adapter of one, or of a causal LM.

@@ -147,14 +147,14 @@ def doctor(
     in what it ran in when the cache was made. Every finding names a remedy. Exits with 1 where it finds a fault.
 
     Args:
-        drafter: Folder of a training run, or of a drafter as training or `draftsmith export` wrote it.
+        drafter: Folder of a training run, of a drafter or an adapter as training or `draftsmith export` wrote it, or of a public head.
         target: Directory or hub id of the target; default: the one that the drafter names.
         cache: The hidden-state cache that it was trained from; default: the one that its provenance names.
         prompts: Prompts that acceptance is measured on, to be looked for in the training text: as for `draftsmith evaluate`.
         split: Only this split of the prompts.
         out: Also write the report here, as JSON.
-        skip: Checks to leave out, by name.
-        show: How many of the samples are printed, with what is trained on marked.
+        skip: Checks to leave out, by their names in the table.
+        show: How many samples are printed, with what is trained on marked.
         source: The text that was trained on, as `draftsmith data extract` takes it; read instead of the cache's tokens.
         ends_only: Load the target's embedding, norm and head alone: for a target too large for this machine. No fresh forward then.
         bounds: How much is looked at; see `Bounds`.

@@ -94,7 +94,7 @@ def evaluate_rules(
         prompts: JSONL file of problems with their reference answers.
         checker: What judges whether an answer is right, as in `draftsmith label generate`.
         rules: lossless, judge:FOLDER[@0.9], top-k@3, typical@0.09, kl@0.5, kl-unsure@0.5, ensemble@0.7, fly@0.3,
-            margin@0.3, everything; NAME=RULE names one.
+            margin@0.3, relaxed:BEGIN,END@0.5 (the ids of the tokens around a thought), everything; NAME=RULE names one.
         out: Folder for the report.
         shape: How much to draft: long chains such as 1x16 pay here; e0.5 behind it stops early.
         labelled_rows: Rows of `draftsmith label rows` that no judge was trained on: counts the wrong tokens that each rule accepts.

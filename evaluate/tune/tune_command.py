@@ -85,7 +85,7 @@ class RefinementOptions:
     """Which weights of a refined drafter's second opinion are tried with the fastest shape.
 
     Args:
-        alphas: Weights, the drafter's own besides; other drafters have none.
+        alphas: Weights of a refined drafter's second opinion, tried beside its own with the fastest shape; no effect on other drafters.
 
     Raises:
         ValueError: a weight below 0.

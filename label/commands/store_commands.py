@@ -51,7 +51,7 @@ def import_answers(
     Args:
         source: a JSON, JSON-lines, CSV or Parquet file.
         store: path of the store (SQLite, made when absent), or an SQLAlchemy URL.
-        format: how a row is read; `auto` decides from the fields of the first row.
+        format: how a row is read; `auto` decides from the fields of the first usable row.
         model: the model that wrote the answers, where the file does not say it; default: unknown.
         labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
         how: who or what found the labels: person, rule or mined; default: as the format says.

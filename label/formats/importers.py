@@ -102,7 +102,7 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_ste
 
     Args:
         path: a JSON, JSON-lines, CSV or Parquet file.
-        row_format: how a row is read; `auto` decides by the fields of the first row.
+        row_format: how a row is read; `auto` decides by the fields of the first usable row.
         origin: what the file does not say.
         first_step: from which number steps are counted; `auto` decides by the rows.
 

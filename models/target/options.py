@@ -88,8 +88,8 @@ class PlacementOptions(EndsOptions):
     Args:
         device: Where the target runs, such as cpu or cuda:1; auto: CUDA where there is one, else the CPU. Under torchrun, cuda is each
             process's own GPU.
-        device_map: Placement of a large target over several devices, such as auto.
-        quantization: 8bit or 4bit weights for the target.
+        device_map: Placement of a large target over several devices, such as auto: they work one after another. Default: one device.
+        quantization: 8bit or 4bit weights for the target, made by bitsandbytes while loading; default: the checkpoint's own.
     """
 
     device: str = AUTO

@@ -37,7 +37,7 @@ from draftsmith.train.draft_lm.texts import DistilText, TextBatch, TextStore
 
 
 class DistilDataModule(pl.LightningDataModule):
-    """Rows for :class:`~draftsmith.train.draft_lm.module.DraftLMModule`.
+    """Training and validation rows of a draft LM: prompts, and the target's replies.
 
     An epoch uses every row once. The draft LM itself answers a share `on_policy` of the rows, and uses only their prompts. On the others
     it learns along the target's own reply. Each epoch draws anew which rows are on-policy, always the same number. A prompt without a

@@ -132,7 +132,7 @@ class JudgeDataModule(pl.LightningDataModule):
         rows: file of labelled rows, or several.
         draft_cache: the draft model's cache of the same samples, or several; for a judge that reads its states too.
         val_fraction: share of the questions held out, at least one; they set the threshold.
-        seed: decides which questions.
+        seed: decides which questions are held out.
         max_questions: train on at most this many questions. The held-out ones stay the same, and a smaller number is a part of a larger.
         batch_tokens: tokens in memory at a time; changes the memory only.
         on_device: keep all features on the accelerator; false sends a part at a time, if they do not fit.

@@ -55,16 +55,16 @@ class JudgeModule(pl.LightningModule):
         target: the frozen target: a model directory, a hub id, or `embedded:target`.
         feature: `last.pre_norm + opinion`, the last block's output and six numbers of the forward pass that verifies the token;
             `last.pre_norm`, the output alone (Judge Decoding); or `last.post_norm`, the output after the final norm (AutoJudge).
-        l2: the sweep. The one whose area under the ROC curve over the held-out questions is largest is kept.
+        l2: the penalties to try, all at once. The one whose area under the ROC curve over the held-out questions is largest is kept.
         class_weight: `balanced` (each class counts half), or a number: wrong tokens count so many times what they do there.
-        iterations: of L-BFGS, an epoch.
-        history: pairs that L-BFGS remembers.
-        tolerance: see above.
+        iterations: steps of L-BFGS in an epoch.
+        history: pairs of steps and gradients that L-BFGS remembers.
+        tolerance: training stops when no entry of the gradient is above it.
         max_wrong: the threshold accepts at most this share of the wrong tokens of held-out questions.
         threshold_over: `differing`: of the tokens that the target would not have chosen, which are those that decoding asks a judge
             about. `all`: of all labelled tokens. Where differing tokens are all correct or all wrong, it is all of them, with a warning.
         hold_upper: the upper end of the share's 95 % interval (bootstrap over questions) must be within it too.
-        num_replicates: of the bootstrap.
+        num_replicates: samples of the bootstrap behind each interval.
         ends_dtype: dtype of the target's final norm and head; `auto` is its checkpoint's own on CUDA, float32 elsewhere.
         revision: of the target on the hub.
         adapter: a PEFT adapter on top of the target.
