@@ -98,8 +98,7 @@ def decode(
         draw: Length, seed and temperature; see `DrawOptions`. With and without a drafter one seed gives one text, except for sampled trees.
         filters: Which tokens can be drawn; see `FilterOptions`.
         ending: What ends the reply early; see `EndingOptions`.
-        chat: true wraps the prompt in the model's chat template, false continues it as raw text; default: true where the tokenizer has
-            a template.
+        chat: true wraps the prompt in the model's chat template, false continues it as raw text; default: true where there is one.
         drafter_adapter: A trained adapter of the drafter; without --drafter, of the one that it names.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.

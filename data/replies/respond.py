@@ -75,8 +75,7 @@ def respond(
         limits: How much the drafter drafts. Default: what `draftsmith tune` kept in its folder, else 1x4.
         where: Where the target runs; see `TargetOptions`.
         rendering: The chat template; see `TemplateChoice`.
-        engine: What generates: the bundled decoder, vLLM in this process (give it thousands of --batch_rows), or a server that gives
-            back token ids.
+        engine: What generates: the bundled decoder, vLLM here (give it thousands of --batch_rows), or a server that gives back token ids.
         server: The server's address and how patiently it is asked; see `ServerOptions`.
         vllm: What vLLM may take; see `VllmOptions`.
         compile: on compiles decoding cycles, a minute or more; auto and off run them op by op.
