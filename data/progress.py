@@ -1,5 +1,6 @@
 """Progress of long work: one bar in a terminal, a line every 30 seconds in a log file. Done, rate, time left."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class _RateColumn(ProgressColumn):
 class ProgressMeter:
     """Shows on stderr how much of some work is done, how fast it goes and how long it will take.
 
-    A terminal shows a bar. Anything else gets a line every 30 seconds, and one at the end.
+    A terminal shows a bar. Anything else gets a line every 30 seconds, whether a unit was done since or not, and one at the end.
 
     Args:
         title: what is done.
@@ -39,8 +40,11 @@ class ProgressMeter:
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._title, self._total, self._unit, self._before = visible(title), total, unit, done
-        self._now = 0
+        self._now, self._note = 0, ""
         self._started = self._last_line = time.perf_counter()
+        self._lines = threading.Lock()
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
         self._console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -59,6 +63,10 @@ class ProgressMeter:
         """Show the bar, and start the clock."""
         self._started = self._last_line = time.perf_counter()
         self._bar.start()
+        if not self._console.is_terminal:
+            self._ended.clear()
+            self._watch = threading.Thread(target=self._print_while_nothing_ends, name="progress", daemon=True)
+            self._watch.start()
 
     def advance(self, count: int, note: str | None = None) -> None:
         """Count units that are done.
@@ -68,13 +76,18 @@ class ProgressMeter:
             note: follows the figures until the next one replaces it.
         """
         self._now += count
-        if note is None:
-            self._bar.advance(self._task, count)
-        else:
-            self._bar.update(self._task, advance=count, note=visible(note))
-        if not self._console.is_terminal and time.perf_counter() - self._last_line >= LINE_EVERY_SECONDS:
-            self._last_line = time.perf_counter()
-            self._print(self._state(note))
+        if note is not None:
+            self._note = visible(note)
+        self._bar.update(self._task, advance=count, note=self._note)
+        self._print_if_due()
+
+    def say(self, note: str) -> None:
+        """Tell what is done now, without counting a unit.
+
+        Args:
+            note: follows the figures until the next one replaces it.
+        """
+        self.advance(0, note)
 
     def forgo(self, count: int) -> None:
         """Take units off the total that nobody needs any more.
@@ -89,18 +102,38 @@ class ProgressMeter:
     def stop(self) -> None:
         """Leave the bar as it is; in a log file a last line says how long the work took."""
         self._bar.stop()
+        self._ended.set()
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
         if not self._console.is_terminal and self._now:
             self._print(f"{self._now:,} {self._unit} in {time.perf_counter() - self._started:.1f} s")
 
-    def _state(self, note: str | None) -> str:
-        """Example: `96 of 2,400 replies, 16.3 replies/s, 141 s left`."""
-        rate = self._now / max(1e-9, time.perf_counter() - self._started)
-        parts = [f"{self._before + self._now:,} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
-        if self._total is not None:
-            left = self._total - self._before - self._now
-            parts[0] = f"{self._before + self._now:,} of {self._total:,} {self._unit}"
-            parts.append(f"{left / max(1e-9, rate):,.0f} s left")
-        return ", ".join([*parts, visible(note)] if note else parts)
+    def _print_while_nothing_ends(self) -> None:
+        """Lines of a log file while a unit takes long: the bar of a terminal moves by itself, a log file does not."""
+        while not self._ended.wait(max(0.0, self._last_line + LINE_EVERY_SECONDS - time.perf_counter())):
+            self._print_if_due()
+
+    def _print_if_due(self) -> None:
+        with self._lines:
+            now = time.perf_counter()
+            if not self._console.is_terminal and now - self._last_line >= LINE_EVERY_SECONDS:
+                self._last_line = now
+                self._print(self._state())
+
+    def _state(self) -> str:
+        """Examples: `96 of 2,400 replies, 16.3 replies/s, 141 s left`; before the first one `0 of 2,400 replies, 30 s so far`."""
+        seconds = time.perf_counter() - self._started
+        done = self._before + self._now
+        parts = [f"{done:,} {self._unit}" if self._total is None else f"{done:,} of {self._total:,} {self._unit}"]
+        if not self._now:
+            parts.append(f"{seconds:,.0f} s so far")
+        else:
+            rate = self._now / max(1e-9, seconds)
+            parts.append(f"{rate:,.1f} {self._unit}/s")
+            if self._total is not None:
+                parts.append(f"{(self._total - done) / max(1e-9, rate):,.0f} s left")
+        return ", ".join([*parts, self._note] if self._note else parts)
 
     def _print(self, text: str) -> None:
         self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)

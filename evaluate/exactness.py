@@ -3,8 +3,7 @@
 Owns the comparison. Does not know who decoded; asks the target only how near a tie a difference was.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -48,25 +47,49 @@ def compare(samples: Sequence[Sample], plain: Replies, other: Replies) -> tuple[
     return 1 - len(divergences) / len(other), tuple(divergences)
 
 
+def num_places(differences: Iterable[Divergence]) -> int:
+    """How many forwards `measured_gaps` makes: one for each prompt and position where both replies have a token."""
+    return len({(each.prompt_id, each.position) for each in differences if _has_both_tokens(each)})
+
+
+def _has_both_tokens(difference: Divergence) -> bool:
+    return difference.plain_token is not None and difference.contender_token is not None
+
+
 @torch.inference_mode()
-def with_gaps(
-    divergences: Sequence[Divergence], samples: Sequence[Sample], plain: Replies, target: Target, most: int = 20
-) -> tuple[Divergence, ...]:
-    """The first `most` differences, each with how far apart the target's logits of the two tokens are.
+def measured_gaps(
+    differences: Iterable[Divergence],
+    samples: Sequence[Sample],
+    plain: Replies,
+    target: Target,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[Divergence, float]:
+    """How far apart the target's logits of the two tokens are where replies differ.
 
     Meant for temperature 0, where a difference is a bug or a tie within rounding: the gap tells which.
+
+    Args:
+        differences: of one contender or of several, which are often at the same place: that is read once.
+        samples: the prompts.
+        plain: sample number -> plain decoding's replies, one a repeat.
+        target: reads the prompt and plain decoding's reply up to there.
+        advance: called with 1 after each place.
+
+    Returns:
+        The gap of each difference; those where a reply has ended have none.
     """
     numbers = {sample.id: number for number, sample in enumerate(samples)}
-    measured = []
-    for difference in divergences[:most]:
-        if difference.plain_token is not None and difference.contender_token is not None:
-            number = numbers[difference.prompt_id]
-            ids = [*samples[number].prompt_ids, *plain[number][0][: difference.position]]
-            prompt_lengths = torch.tensor([len(samples[number].prompt_ids)], device=target.device)
-            normed = target.prefix(torch.tensor([ids], device=target.device), read=prompt_lengths).normed[0, -1]
-            logits = target.logits(normed).float()
-            difference = replace(
-                difference, gap=float(logits[difference.plain_token] - logits[difference.contender_token])
-            )
-        measured.append(difference)
-    return tuple(measured)
+    places: dict[tuple[str, int], list[Divergence]] = {}
+    for difference in filter(_has_both_tokens, differences):
+        places.setdefault((difference.prompt_id, difference.position), []).append(difference)
+    gaps: dict[Divergence, float] = {}
+    for (prompt_id, position), here in places.items():
+        number = numbers[prompt_id]
+        ids = [*samples[number].prompt_ids, *plain[number][0][:position]]
+        prompt_lengths = torch.tensor([len(samples[number].prompt_ids)], device=target.device)
+        normed = target.prefix(torch.tensor([ids], device=target.device), read=prompt_lengths).normed[0, -1]
+        logits = target.logits(normed).float()
+        for difference in here:
+            gaps[difference] = float(logits[difference.plain_token] - logits[difference.contender_token])
+        advance(1)
+    return gaps

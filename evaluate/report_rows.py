@@ -9,8 +9,8 @@ from typing import TypedDict
 
 from draftsmith.data.chats.modes import NOT_THINKING
 from draftsmith.decode.batch import busy_share
-from draftsmith.evaluate.exactness import compare, with_gaps
-from draftsmith.evaluate.records import Divergence, Row, Sample, Slice, Timed
+from draftsmith.evaluate.exactness import compare
+from draftsmith.evaluate.records import Row, Sample, Slice, Timed
 from draftsmith.evaluate.speed import Track, is_suspicious, shared, speedup, speedup_interval, speedup_median, track
 from draftsmith.evaluate.strata.acceptance import (
     acceptance_by_depth,
@@ -22,11 +22,12 @@ from draftsmith.evaluate.strata.acceptance import (
 from draftsmith.evaluate.strata.categories import Category, prompts_by_category
 from draftsmith.evaluate.strata.contexts import by_context
 from draftsmith.evaluate.strata.decoded import Decoded
-from draftsmith.models.target.target import Target
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.shapes_by_rows import ShapesByRows, limits_text
 
 PLAIN, TRANSFORMERS, LOOKUP = "plain", "transformers", "transformers prompt lookup"
+MOST_DIVERGENCES = 20
+"""That a row lists."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,12 @@ def make_row(
     runs: Mapping[str, Sequence[Timed]],
     samples: Sequence[Sample],
     setting: Setting,
-    target: Target | None = None,
 ) -> Row:
     """One row from the runs of a contender, of plain decoding and, where it ran, of `transformers`.
 
     Args:
         contestant, samples, setting: whose row it is, the prompts, and what all rows share.
         runs: contender name -> its timed calls; `plain` must be among them.
-        target: with it, the row has the gap between the logits of the two tokens where replies first differ at temperature 0.
     """
     own, base = track(runs[contestant.name]), track(runs[PLAIN])
     other = track(runs[TRANSFORMERS]) if TRANSFORMERS in runs else None
@@ -131,7 +130,7 @@ def make_row(
         stage_seconds=dict(contestant.stage_seconds or {}),
         stage_cycles=contestant.stage_cycles,
         slices=_slices(replies, samples, own, base, setting),
-        divergences=_explained(divergences, samples, plain, setting, target),
+        divergences=divergences[:MOST_DIVERGENCES],
         busy_rows=_busy_rows(contestant, runs[contestant.name], setting),
         by_category=_by_category(contestant, replies, samples, own, base, setting),
         by_context=by_context(((len(samples[n].prompt_ids), reply) for n, reply in replies.items()), setting.seed),
@@ -169,18 +168,6 @@ def _busy_rows(contestant: Contestant, runs: Sequence[Timed], setting: Setting) 
 def looping_samples(replies: Mapping[int, Decoded], eos_token_ids: Sequence[int]) -> set[int]:
     """Numbers of the samples whose reply ends in a loop."""
     return {number for number, reply in replies.items() if is_looping(reply.token_ids, eos_token_ids)}
-
-
-def _explained(
-    divergences: tuple[Divergence, ...],
-    samples: Sequence[Sample],
-    plain: Mapping[int, Sequence[tuple[int, ...]]],
-    setting: Setting,
-    target: Target | None,
-) -> tuple[Divergence, ...]:
-    if target is None or setting.temperature > 0:
-        return divergences[:20]
-    return with_gaps(divergences, samples, plain, target)
 
 
 def _transformers_share(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.data.replies.reply_sources import Reply
-from draftsmith.decode import Ledger
 from draftsmith.evaluate.records import Place, Round, Timed
+from draftsmith.evaluate.roofline.stage_clock import StageTimes
 from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.files import JsonlAppender, atomic_write
 from draftsmith.foreign import json_text
@@ -32,14 +32,14 @@ class Part:
 
     Attributes:
         rounds: by place, what every contender decoded and how long it took.
-        ledgers: stage times by contender; empty until they are all there.
+        stages: stage times by contender, of those that have been clocked.
         played: by prompt number, the target's own reply that later turns of its conversation read.
     """
 
     key: str = ""
     log: JsonlAppender | None = None
     rounds: dict[Place, Round] = field(default_factory=dict)
-    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    stages: dict[str, StageTimes] = field(default_factory=dict)
     played: dict[int, Reply] = field(default_factory=dict)
 
     @property
@@ -52,10 +52,10 @@ class Part:
         self.rounds[place] = finished
         self._write({"round": place, "runs": {name: asdict(run) for name, run in finished.items()}})
 
-    def keep_ledgers(self, ledgers: Mapping[str, Ledger]) -> None:
-        """Notes the stage times of all contenders."""
-        self.ledgers.update(ledgers)
-        self._write({"ledgers": {name: vars(ledger) for name, ledger in ledgers.items()}})
+    def keep_stages(self, name: str, times: StageTimes) -> None:
+        """Notes the stage times of a contender."""
+        self.stages[name] = times
+        self._write({"stages": {name: asdict(times)}})
 
     def keep_played(self, replies: Mapping[int, Reply]) -> None:
         """Notes replies that later turns read."""
@@ -74,7 +74,7 @@ class Part:
         elif "played" in row:
             self.played |= {number: Reply(token_ids, finish) for number, token_ids, finish in row["played"]}
         else:
-            self.ledgers = {name: Ledger(**ledger) for name, ledger in row["ledgers"].items()}
+            self.stages |= {name: StageTimes(**times) for name, times in row["stages"].items()}
 
 
 def _timed(run: Mapping[str, Any]) -> Timed:

@@ -40,6 +40,7 @@ def race(
     first_only: Mapping[str, int] | None = None,
     clock: Callable[[], float] | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    say: Callable[[str], None] = lambda note: None,
     done: Mapping[Place, Round] | None = None,
     keep: Callable[[Place, Round], None] = lambda place, finished: None,
 ) -> dict[str, list[Timed]]:
@@ -53,6 +54,7 @@ def race(
         first_only: contenders (by name) that decode only the first so many batches.
         clock: seconds now; the device is waited for by the default one.
         advance: called with 1 after each call.
+        say: called before each call with what follows: the contender, and whether it only warms up.
         done: rounds of an earlier run, which are not decoded again.
         keep: given each round as it is finished.
 
@@ -69,12 +71,14 @@ def race(
     for contender in contenders:
         first = next((index for _, index in left if takes_part(contender, index)), None)
         if first is not None:
+            say(f"{contender.name} warms up, untimed")
             contender.decode(chosen[first][:warm_up], list(batches[first])[:warm_up])
     for repeat, index in left:
         turn = (index + repeat) % len(contenders)
         finished: dict[str, Timed] = {}
         for contender in [*contenders[turn:], *contenders[:turn]]:
             if takes_part(contender, index):
+                say(contender.name)
                 started = now()
                 decoded = contender.decode(chosen[index], list(batches[index]))
                 finished[contender.name] = Timed(tuple(batches[index]), index, repeat, now() - started, decoded)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from draftsmith.evaluate.exactness import compare, first_difference, with_gaps
+from draftsmith.evaluate.exactness import compare, first_difference, measured_gaps, num_places
 from draftsmith.evaluate.records import Divergence, Sample
 from draftsmith.models.target.target import Target
 
@@ -36,5 +36,27 @@ def test_prompts_that_were_not_decoded_do_not_count() -> None:
 def test_the_gap_is_that_of_the_targets_own_logits(target) -> None:
     model = Target.load(str(target))
     expected = model.model(torch.tensor([[5, 11]])).logits[0, -1]
-    (told,) = with_gaps([Divergence("a", 1, 20, 30)], SAMPLES, {0: [(11, 20)]}, model)
-    assert told.gap == pytest.approx(float(expected[20] - expected[30]), abs=1e-4)
+    difference = Divergence("a", 1, 20, 30)
+    gaps = measured_gaps([difference], SAMPLES, {0: [(11, 20)]}, model)
+    assert gaps == {difference: pytest.approx(float(expected[20] - expected[30]), abs=1e-4)}
+
+
+def test_a_place_where_several_contenders_differ_is_read_once_and_one_behind_the_end_of_a_reply_never(
+    target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read, advanced = Target.load(str(target)), [], []
+    prefix = model.prefix
+
+    def counted(ids_BT: torch.Tensor, *arguments: object, **named: object) -> object:
+        read.append(ids_BT[0].tolist())
+        return prefix(ids_BT, *arguments, **named)
+
+    monkeypatch.setattr(model, "prefix", counted)
+    same = [Divergence("a", 1, 20, 30), Divergence("a", 1, 20, 31), Divergence("a", 1, 20, 30)]
+    ended = Divergence("c", 1, None, 7)
+    differences = [*same, Divergence("b", 0, 4, 9), ended]
+    gaps = measured_gaps(differences, SAMPLES, {0: [(11, 20)], 1: [(4,)], 2: [(6,)]}, model, advanced.append)
+    assert read == [[5, 11], [6]]
+    assert advanced == [1] * num_places(differences) == [1, 1]
+    assert gaps.keys() == set(differences) - {ended}
+    assert gaps[same[0]] != gaps[same[1]]

@@ -9,11 +9,13 @@ import pytest
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.decode.sampling import ReplyOptions
 from draftsmith.evaluate import evaluate_command as command
+from draftsmith.evaluate import measure
 from draftsmith.evaluate.contenders import EngineContender, TransformersContender
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
 from draftsmith.evaluate.resume import WORK_FILE
+from draftsmith.evaluate.roofline.stage_clock import StageTimes, clock_stages
 from draftsmith.evaluate.strata.decoded import Decoded
 
 Run = Callable[..., list[dict]]
@@ -76,6 +78,12 @@ def run(tmp_path: Path, target: Path, drafter: Path) -> Run:
     return start
 
 
+def stage_lines(out: Path) -> dict[str, dict]:
+    """The stage times that a killed run has noted, by contender."""
+    rows = map(json.loads, (out / WORK_FILE).read_text().splitlines())
+    return {name: times for row in rows for name, times in row.get("stages", {}).items()}
+
+
 @pytest.mark.parametrize("killed_before", [1, 8, CALLS, CALLS + 9])
 def test_a_killed_run_goes_on_to_the_same_rows_and_decodes_no_finished_round_again(
     tmp_path: Path, run: Run, calls: Calls, killed_before: int
@@ -114,13 +122,37 @@ def test_stage_times_of_a_finished_temperature_are_kept(tmp_path: Path, run: Run
     calls.kill_before(CALLS)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut")
-    (line,) = [row for row in (tmp_path / "cut" / WORK_FILE).read_text().splitlines() if '"ledgers"' in row]
-    kept = json.loads(line)["ledgers"]
+    kept = stage_lines(tmp_path / "cut")
     calls.kill_before(None)
     run(tmp_path / "cut")
     report = json.loads((tmp_path / "cut" / "report.json").read_text())
     assert report["rows"][0]["stage_seconds"] == kept["plain"]["seconds"]
     assert report["rows"][1]["stage_cycles"] == kept["mine 2x3"]["cycles"] > 0
+
+
+def test_a_kill_while_stages_are_clocked_costs_no_reply_and_no_contender_that_was_clocked(
+    tmp_path: Path, run: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocked: list[bool] = []
+
+    def killed_at_the_second(*arguments: object) -> StageTimes:
+        clocked.append(True)
+        if len(clocked) == 2:
+            raise KeyboardInterrupt
+        return clock_stages(*arguments)
+
+    monkeypatch.setattr(measure, "clock_stages", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", temperatures=[0.0])
+    kept = stage_lines(tmp_path / "cut")
+    assert kept.keys() == {"plain"}
+    calls.kill_before(None)
+    rows = run(tmp_path / "cut", temperatures=[0.0])
+    assert calls.made == [], "all replies are there, so none is decoded, not even to warm up"
+    assert len(clocked) == 3
+    report = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert report["rows"][0]["stage_seconds"] == kept["plain"]["seconds"]
+    assert rows[1]["stage_cycles"] > 0
 
 
 def test_finished_rounds_count_at_whichever_other_temperatures_they_are_asked_for_again(
