@@ -19,6 +19,7 @@ from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.tool_calls import read_tools
 from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.formats import Conversation, Message, UnusableRow, detect_format, row_id, to_conversation
+from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, say_dropped
 from draftsmith.data.survey import COLUMNS, IDS_AS_GENERATED, Survey, begun_anew
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample, Turn, cut, no_labels, samples_from_turns
@@ -129,7 +130,13 @@ class Corpus:
         Raises:
             ValueError: no row can be read, the split is empty, or no token at all is trained on; the message shows the first sample.
         """
-        return self.joined([self.survey_part(part) for part in self.parts])
+        surveys = []
+        num_lines = sum(part.num_lines for part in self.parts)
+        with progress(f"tokenize {self.source}", num_lines, "lines", brief=True) as advance:
+            for part in self.parts:
+                surveys.append(self.survey_part(part))
+                advance(part.num_lines)
+        return self.joined(surveys)
 
     @functools.cached_property
     def parts(self) -> list[Part]:

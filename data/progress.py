@@ -36,16 +36,19 @@ class ProgressMeter:
         total: how many units there are; None where nobody knows.
         unit: what they are called, in the plural.
         done: units that an earlier run did. They count towards the total, not towards the rate.
+        brief: the work is mostly over in a moment. The bar goes when it ends, and a log file gets lines only where it takes longer.
     """
 
-    def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0, brief: bool = False) -> None:
         self._title, self._total, self._unit, self._before = visible(title), total, unit, done
+        self._has_to_end = not brief
         self._now, self._note = 0, ""
         self._started = self._last_line = time.perf_counter()
         self._lines = threading.Lock()
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
         self._console = Console(stderr=True)
+        self._is_terminal = self._console.is_terminal
         columns = (
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=20),
@@ -56,14 +59,16 @@ class ProgressMeter:
                 "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
             ),
         )
-        self._bar = Progress(*columns, console=self._console, expand=True, disable=not self._console.is_terminal)
+        self._bar = Progress(
+            *columns, console=self._console, expand=True, transient=brief, disable=not self._console.is_terminal
+        )
         self._task = self._bar.add_task(self._title, total=total, completed=done, note="")
 
     def start(self) -> None:
         """Show the bar, and start the clock."""
         self._started = self._last_line = time.perf_counter()
         self._bar.start()
-        if not self._console.is_terminal:
+        if not self._is_terminal:
             self._ended.clear()
             self._watch = threading.Thread(target=self._print_while_nothing_ends, name="progress", daemon=True)
             self._watch.start()
@@ -78,8 +83,10 @@ class ProgressMeter:
         self._now += count
         if note is not None:
             self._note = visible(note)
-        self._bar.update(self._task, advance=count, note=self._note)
-        self._print_if_due()
+        if self._is_terminal:
+            self._bar.update(self._task, advance=count, note=self._note)
+        elif time.perf_counter() - self._last_line >= LINE_EVERY_SECONDS:
+            self._print_if_due()
 
     def say(self, note: str) -> None:
         """Tell what is done now, without counting a unit.
@@ -106,7 +113,7 @@ class ProgressMeter:
         if self._watch is not None:
             self._watch.join()
             self._watch = None
-        if not self._console.is_terminal and self._now:
+        if not self._is_terminal and self._now and self._has_to_end:
             self._print(f"{self._now:,} {self._unit} in {time.perf_counter() - self._started:.1f} s")
 
     def _print_while_nothing_ends(self) -> None:
@@ -117,8 +124,8 @@ class ProgressMeter:
     def _print_if_due(self) -> None:
         with self._lines:
             now = time.perf_counter()
-            if not self._console.is_terminal and now - self._last_line >= LINE_EVERY_SECONDS:
-                self._last_line = now
+            if now - self._last_line >= LINE_EVERY_SECONDS:
+                self._last_line, self._has_to_end = now, True
                 self._print(self._state())
 
     def _state(self) -> str:
@@ -140,19 +147,20 @@ class ProgressMeter:
 
 
 @contextmanager
-def metered(title: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressMeter]:
-    """Show a `ProgressMeter` around a block that learns how much there is to do.
+def metered(title: str, total: int | None, unit: str, done: int = 0, brief: bool = False) -> Iterator[ProgressMeter]:
+    """Show a `ProgressMeter` around a block that tells it more than how much is done.
 
     Args:
         title: what is done.
-        total: how many units there are.
+        total: how many units there are; None where nobody knows.
         unit: what they are called, in the plural.
         done: units that an earlier run did.
+        brief: the work is mostly over in a moment; see `ProgressMeter`.
 
     Yields:
         The meter.
     """
-    meter = ProgressMeter(title, total, unit, done)
+    meter = ProgressMeter(title, total, unit, done, brief)
     meter.start()
     try:
         yield meter
@@ -161,17 +169,20 @@ def metered(title: str, total: int, unit: str, done: int = 0) -> Iterator[Progre
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+def progress(
+    title: str, total: int | None, unit: str, done: int = 0, brief: bool = False
+) -> Iterator[Callable[[int], None]]:
     """Show a `ProgressMeter` around a block.
 
     Args:
         title: what is done.
-        total: how many units there are.
+        total: how many units there are; None where nobody knows.
         unit: what they are called, in the plural.
         done: units that an earlier run did.
+        brief: the work is mostly over in a moment; see `ProgressMeter`.
 
     Yields:
         A function that takes how many more units are done.
     """
-    with metered(title, total, unit, done) as meter:
+    with metered(title, total, unit, done, brief) as meter:
         yield meter.advance

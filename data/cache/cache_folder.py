@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import provenance
+from draftsmith.data.progress import progress
 from draftsmith.data.shards.lengths import LENGTHS_FILE, write_lengths
 from draftsmith.data.shards.manifest import MANIFEST_FILE, CacheIdentity, Manifest, ShardRecord, read_record
 from draftsmith.data.shards.shards import ShardContent, check_digest, write_shard
@@ -87,7 +88,12 @@ class CacheFolder:
         with in_turn(self.path / MANIFEST_FILE):
             there = self._records()
         wanted = {number: there[name] for number in numbers if (name := _name(number)) in there}
-        bad = {number for number, record in wanted.items() if not self._is_good(record)}
+        bad = set()
+        with progress(f"check {self.path}", len(wanted), "shards", brief=True) as advance:
+            for number, record in wanted.items():
+                if not self._is_good(record):
+                    bad.add(number)
+                advance(1)
         if bad:
             with in_turn(self.path / MANIFEST_FILE):
                 manifest = Manifest.load(self.path)

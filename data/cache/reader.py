@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from draftsmith.data.cache.local_shards import LocalShards
+from draftsmith.data.progress import progress
 from draftsmith.data.remote.node_folder import ShardFolder
 from draftsmith.data.remote.remote_folder import RemoteFolder, Retry, location
 from draftsmith.data.remote.remote_shards import RemoteShards
@@ -196,9 +197,11 @@ class HiddenStateCache:
         unchecked = self.shards.unchecked()
         if unchecked and "lengths" not in self.__dict__ and (known := self.shards.lengths()) is not None:
             self.lengths = known  # which offsets are then compared with
-        for shard in unchecked:
-            self.shards.check(shard)
-            self._examined(shard, self.shards.hold(shard, give_way=self._give_way).path)
+        with progress(f"check {self.path}", len(unchecked), "shards", brief=True) as advance:
+            for shard in unchecked:
+                self.shards.check(shard)
+                self._examined(shard, self.shards.hold(shard, give_way=self._give_way).path)
+                advance(1)
 
     def verify_states(self) -> None:
         """Read every state of every shard.
@@ -206,8 +209,10 @@ class HiddenStateCache:
         Raises:
             ValueError: for the first that is NaN or infinite, with file, sample and layer.
         """
-        for shard in range(len(self.manifest.shards)):
-            self._open(shard).check_states()
+        with progress(f"read all states of {self.path}", len(self.manifest.shards), "shards", brief=True) as advance:
+            for shard in range(len(self.manifest.shards)):
+                self._open(shard).check_states()
+                advance(1)
 
     def check_target(self, fingerprint: str, quantization: str | None = None, vocab_size: int | None = None) -> None:
         """Check that the states are a target's. Warns where its weights had other bits.

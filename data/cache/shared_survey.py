@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from draftsmith.data.corpus import Corpus
+from draftsmith.data.progress import metered
 from draftsmith.data.shared_work import Share, if_free
 from draftsmith.data.survey import Survey
 from draftsmith.files import atomic_write
@@ -51,20 +52,23 @@ def shared_survey(corpus: Corpus, folder: Path, share: Share) -> Survey:
     files = [folder / f"part-{number:05d}.safetensors" for number in range(len(parts))]
     done: dict[int, Survey] = {}
     left = [*own, *(number for number in range(len(parts)) if number not in own)]
-    while left:
-        for number in list(left):
-            survey = _read(files[number])
-            if survey is None:
-                with if_free(files[number]) as free:
-                    # Looked for again: it may have appeared between the look and the lock.
-                    if free and (survey := _read(files[number])) is None:
-                        survey = corpus.survey_part(parts[number])
-                        _write(files[number], survey)
-            if survey is not None:
-                done[number] = survey
-                left.remove(number)
-        if left:
-            time.sleep(_POLL_SECONDS)
+    with metered(f"tokenize {corpus.source}", len(parts), "parts", brief=True) as meter:
+        while left:
+            for number in list(left):
+                survey = _read(files[number])
+                if survey is None:
+                    with if_free(files[number]) as free:
+                        # Looked for again: it may have appeared between the look and the lock.
+                        if free and (survey := _read(files[number])) is None:
+                            survey = corpus.survey_part(parts[number])
+                            _write(files[number], survey)
+                if survey is not None:
+                    done[number] = survey
+                    left.remove(number)
+                    meter.advance(1)
+            if left:
+                meter.say("others are at the rest")
+                time.sleep(_POLL_SECONDS)
     return corpus.joined([done[number] for number in range(len(parts))])
 
 

@@ -18,7 +18,7 @@ from draftsmith import provenance
 from draftsmith.arguments import FLAT, suggestion
 from draftsmith.data.cache.reader import HiddenStateCache
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.progress import progress
+from draftsmith.data.progress import metered, progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.doctor.acceptance import check_acceptance
@@ -309,7 +309,12 @@ def _with_samples(case: Case, cache: HiddenStateCache, num_samples: int) -> Case
     for sample in chosen:
         check_ids(f"sample {sample.id} of {case.inputs.cache}", int(sample.input_ids.max()), case.ends.vocab_size)
     if case.target is not None:
-        chosen = tuple(with_states(sample, case.trained.features, case.target) for sample in chosen)
+        with progress("doctor: states", len(chosen), "samples", brief=True) as advance:
+            fresh = []
+            for sample in chosen:
+                fresh.append(with_states(sample, case.trained.features, case.target))
+                advance(1)
+        chosen = tuple(fresh)
     replies = replies_of(cache)
     temperature = replies.get("settings", {}).get("temperature")
     with progress("doctor: project", len(chosen), "samples") as advance:
@@ -335,7 +340,12 @@ def examine(case: Case, bounds: Bounds, skip: Sequence[str] = (), corpus: Corpus
     if case.use.judge is not None:
         checks["judge"] = check_judge
     checks["overfit"] = partial(check_overfit, max_steps=bounds.overfit_steps)
-    findings = [_made(name, check, case, skip) for name, check in checks.items()]
+    findings = []
+    with metered("doctor", len(checks), "checks", brief=True) as meter:
+        for name, check in checks.items():
+            meter.say(name)
+            findings.append(_made(name, check, case, skip))
+            meter.advance(1)
     read = wanted = None
     reason = "" if corpus is not None else unread(case)
     if not reason and not set(READS_TEXT) <= set(skip):

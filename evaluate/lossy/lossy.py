@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from draftsmith.data.progress import progress
+from draftsmith.data.progress import metered, progress
 from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.evaluate.contenders import Contender, EngineContender
@@ -175,8 +175,8 @@ def compare(
             for name, engine in engines.items()
         }
     contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
-    with progress("race", len(engines) * timed_problems, "answers", 0) as advance:
-        runs = race(contenders, samples[:timed_problems], advance=advance)
+    with metered("race", len(engines) * timed_problems, "answers", 0) as meter:
+        runs = race(contenders, samples[:timed_problems], advance=meter.advance, say=meter.say)
     chosen = [Ruled(PLAIN, None), *rules]
     accepted = wrong_tokens or {}
     return [_row(ruled, shape_text(limits), answered, runs, accepted.get(ruled.label)) for ruled in chosen]

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from draftsmith.data.progress import ProgressMeter, metered, progress
+from draftsmith.data.progress import ProgressMeter, metered
 from draftsmith.decode import Engine
 from draftsmith.decode.verify.lossy_rules import JudgeRule
 from draftsmith.decode.verify.lossy_walk import LossyVerifier
@@ -125,8 +125,11 @@ class Sweep:
             rule = JudgeRule(self.judge_with(trial.setting))
             engines[str(trial.setting)] = Engine(target, drafter, parse_shape(trial.setting.shape), rule=rule)
         contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
-        with progress("race", len(engines) * len(samples), "answers", 0) as advance:
-            tracks = {name: track(runs) for name, runs in race(contenders, samples, advance=advance).items()}
+        with metered("race", len(engines) * len(samples), "answers", 0) as meter:
+            tracks = {
+                name: track(runs)
+                for name, runs in race(contenders, samples, advance=meter.advance, say=meter.say).items()
+            }
         for trial in trials:
             own = tracks[str(trial.setting)]
             trial.seconds_per_token = 1.0 / own.rate(list(own.tokens))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.data.progress import progress
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.evaluate.strata.acceptance import ratio_interval
@@ -48,25 +49,27 @@ def accepted_tokens(
     lm = drafter if isinstance(drafter, LMDrafter) else None
     rules = [None if rule is None else rule.bound(target) for rule in rules]
     layers = tuple({name for rule in rules if rule is not None for name in rule.features})
-    for row in rows:
-        _check(row, target)
-        output, logits_NV = _read(target, row, layers)
-        chain = _as_chain(row, lm, logits_NV)
-        choices_N = logits_NV.argmax(-1)
-        own_T = chain.tokens_BN[0, 1:] == choices_N[:-1]
-        labels_T = torch.tensor(row.labels, device=own_T.device)
-        for rule, counted in zip(rules, counts, strict=True):
-            if rule is not None and rule.reads_draft and lm is None:
-                continue
-            stands_T = own_T
-            if rule is not None:
-                approved_BN = rule.allows_beside(chain, logits_NV[None], output, choices_N[None])
-                if rule.thoughts is not None:
-                    approved_BN = approved_BN & _within(rule.thoughts, chain, row)
-                stands_T = own_T | approved_BN[0, 1:]
-            for place, label in ((0, WRONG), (2, CORRECT)):
-                counted[row.question][place] += int((stands_T & (labels_T == label)).sum())
-                counted[row.question][place + 1] += int((labels_T == label).sum())
+    with progress("labelled rows", len(rows), "rows") as advance:
+        for row in rows:
+            _check(row, target)
+            output, logits_NV = _read(target, row, layers)
+            chain = _as_chain(row, lm, logits_NV)
+            choices_N = logits_NV.argmax(-1)
+            own_T = chain.tokens_BN[0, 1:] == choices_N[:-1]
+            labels_T = torch.tensor(row.labels, device=own_T.device)
+            for rule, counted in zip(rules, counts, strict=True):
+                if rule is not None and rule.reads_draft and lm is None:
+                    continue
+                stands_T = own_T
+                if rule is not None:
+                    approved_BN = rule.allows_beside(chain, logits_NV[None], output, choices_N[None])
+                    if rule.thoughts is not None:
+                        approved_BN = approved_BN & _within(rule.thoughts, chain, row)
+                    stands_T = own_T | approved_BN[0, 1:]
+                for place, label in ((0, WRONG), (2, CORRECT)):
+                    counted[row.question][place] += int((stands_T & (labels_T == label)).sum())
+                    counted[row.question][place + 1] += int((labels_T == label).sum())
+            advance(1)
     return [_shares(list(counted.values())) if counted else None for counted in counts]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from draftsmith.data.progress import progress
 from draftsmith.evaluate.strata.acceptance import tokens_per_step, tokens_per_step_interval
 from draftsmith.evaluate.strata.decoded import Decoded
 from draftsmith.evaluate.tune.costs import Costs
@@ -124,8 +125,14 @@ def weigh(
         raise ValueError(
             "no reply has a second token, so nothing was drafted; give prompts that are answered at length"
         )
-    outcomes = [_outcome(limits, [replay(reply, limits) for reply in replies], costs) for limits in dynamic]
-    outcomes += [_outcome(limits, _replay_by_halves(replies, limits), costs) for limits in static]
+    outcomes = []
+    with progress("weigh", len(dynamic) + len(static), "shapes", brief=True) as advance:
+        for limits in dynamic:
+            outcomes.append(_outcome(limits, [replay(reply, limits) for reply in replies], costs))
+            advance(1)
+        for limits in static:
+            outcomes.append(_outcome(limits, _replay_by_halves(replies, limits), costs))
+            advance(1)
     return sorted(outcomes, key=lambda outcome: -outcome.speedup)
 
 

@@ -54,3 +54,15 @@ def test_a_meter_that_is_stopped_says_nothing_more(quick: None, capsys: pytest.C
     capsys.readouterr()
     time.sleep(0.15)
     assert capsys.readouterr().err == ""
+
+
+def test_brief_work_is_silent_unless_it_takes_long(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("check the shards", 3, "shards", brief=True) as advance:
+        advance(3)
+    assert capsys.readouterr().err == ""
+    with progress("check the shards", 3, "shards", brief=True) as advance:
+        time.sleep(0.2)
+        advance(3)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "check the shards: 0 of 3 shards, 0 s so far"
+    assert last.startswith("check the shards: 3 shards in 0.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.progress import progress
 from draftsmith.data.remote.remote_folder import location
 from draftsmith.train.batches.batch_plan import plan_epoch, steps_differ
 from draftsmith.train.batches.cache_subset import CacheSubset, check_same_origin
@@ -454,7 +455,9 @@ def _sampled_counts(subset: CacheSubset, vocab_size: int, most_samples: int) -> 
 
 def _counts(cache: HiddenStateCache, indices: np.ndarray, vocab_size: int) -> Tensor:
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for input_ids, loss_mask in cache.texts(indices):
-        labelled = input_ids[loss_mask]
-        counts.scatter_add_(0, labelled, torch.ones_like(labelled))
+    with progress(f"count the tokens of {cache.path}", len(indices), "samples", brief=True) as advance:
+        for input_ids, loss_mask in cache.texts(indices):
+            labelled = input_ids[loss_mask]
+            counts.scatter_add_(0, labelled, torch.ones_like(labelled))
+            advance(1)
     return counts

@@ -23,6 +23,7 @@ from draftsmith import provenance
 from draftsmith.data.cache.extract import sample_length
 from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus, why_unlabelled
+from draftsmith.data.progress import progress
 from draftsmith.data.shards.lengths import write_lengths
 from draftsmith.data.shards.manifest import MANIFEST_FILE, CacheIdentity, Manifest
 from draftsmith.data.shards.shards import ShardContent, ShardRecord, write_shard
@@ -194,16 +195,18 @@ def _check_same(folder: Path, identity: CacheIdentity) -> None:
 
 
 def _labelled(corpus: Corpus, counts: _Counts) -> Iterator[TokenizedSample]:
-    for sample in corpus.all_samples(counts.dropped):
-        short = cut(sample, corpus.max_length)
-        counts.num_cut += short is not sample
-        if not short.num_labelled:
-            counts.dropped.append(
-                Dropped(f"sample {sample.id}", why_unlabelled(sample, corpus.max_length), id=sample.id)
-            )
-            continue
-        counts.lengths.append(len(short.input_ids))
-        yield short
+    with progress(f"tokenize {corpus.source}", None, "samples", brief=True) as advance:
+        for sample in corpus.all_samples(counts.dropped):
+            advance(1)
+            short = cut(sample, corpus.max_length)
+            counts.num_cut += short is not sample
+            if not short.num_labelled:
+                counts.dropped.append(
+                    Dropped(f"sample {sample.id}", why_unlabelled(sample, corpus.max_length), id=sample.id)
+                )
+                continue
+            counts.lengths.append(len(short.input_ids))
+            yield short
 
 
 def _shards(samples: Iterator[TokenizedSample]) -> Iterator[list[TokenizedSample]]:

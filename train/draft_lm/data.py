@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from draftsmith.data.chats.reply_marks import ReplyMarks
 from draftsmith.data.chats.trained import EVERYTHING, KindCounts, TrainedOn
 from draftsmith.data.corpus import Corpus
+from draftsmith.data.progress import progress
 from draftsmith.data.prompt_ids import chat_for, first_prompt_ids
 from draftsmith.data.prompts import PROMPT_FILE, read_prompts
 from draftsmith.data.tokens import ChatTemplate, cut
@@ -189,15 +190,17 @@ class DistilDataModule(pl.LightningDataModule):
             trained_on=self.trained_on,
         )
         corpus.check_tokenizer(tokenizer_fingerprint(tokenizer))
-        for sample in corpus.all_samples(self._dropped):
-            short, num_prompt = cut(sample, self.max_length), sample.num_prompt
-            if short.num_labelled and num_prompt:
-                self.counts.add(short.counts)
-                self.store.add(short.input_ids, short.loss_mask, num_prompt)
-                if self.prompts is not None:
-                    self._answered.add(_digest(sample.input_ids[: sample.num_asked]))
-            else:
-                self.num_left_out += 1
+        with progress(f"tokenize {source}", None, "samples", brief=True) as advance:
+            for sample in corpus.all_samples(self._dropped):
+                advance(1)
+                short, num_prompt = cut(sample, self.max_length), sample.num_prompt
+                if short.num_labelled and num_prompt:
+                    self.counts.add(short.counts)
+                    self.store.add(short.input_ids, short.loss_mask, num_prompt)
+                    if self.prompts is not None:
+                        self._answered.add(_digest(sample.input_ids[: sample.num_asked]))
+                else:
+                    self.num_left_out += 1
         self.sources[str(source)] = corpus.fingerprint
 
     def _read_prompts(self, source: Path, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.data.progress import progress
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.label.token_labels import CORRECT, IGNORED
 from draftsmith.label.token_rows import LabelledRow, read_rows
@@ -123,13 +124,15 @@ def _places_in_caches(wanted: dict[str, LabelledRow], caches: Sequence[HiddenSta
             raise ValueError(
                 f"{cache.path} holds the layers {list(cache.manifest.identity.layers)}; a judge reads {PRE_NORM}; extract a cache with it"
             )
-        for index, sample in enumerate(cache):
-            if sample.id not in wanted:
-                continue
-            if sample.id in places:
-                raise ValueError(f"{cache.path}: sample {sample.id} comes twice; name each cache once")
-            _check_tokens(wanted[sample.id], sample, cache.path)
-            places[sample.id] = (number, index)
+        with progress(f"look for the rows in {cache.path}", len(cache), "samples", brief=True) as advance:
+            for index, sample in enumerate(cache):
+                advance(1)
+                if sample.id not in wanted:
+                    continue
+                if sample.id in places:
+                    raise ValueError(f"{cache.path}: sample {sample.id} comes twice; name each cache once")
+                _check_tokens(wanted[sample.id], sample, cache.path)
+                places[sample.id] = (number, index)
     missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise ValueError(
