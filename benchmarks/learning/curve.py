@@ -1,9 +1,10 @@
-"""The learning curve of draft heads on little text, and what each lever adds at the smallest size.
+"""The learning curve of draft heads on little text, and what each lever adds.
 
-    python -m benchmarks.learning.curve --target TARGET --cache CACHE --test TEST_CACHE --work FOLDER [--runs NAME ...]
+    python -m benchmarks.learning.curve --target TARGET --cache CACHE [CACHE ...] --test TEST_CACHE --work FOLDER [--runs NAME ...]
 
-CACHE holds the target's own replies (`draftsmith data extract`). TEST_CACHE holds its greedy replies to held-out prompts, one
-reply a sample. Every run keeps its result in FOLDER, so that you can add runs later. The table compares the runs that you name.
+Each CACHE holds the target's own replies (`draftsmith data extract`), the smallest first: every run is made on every one. TEST_CACHE holds
+its greedy replies to held-out prompts, one reply a sample. Runs whose name begins with `text-` first read cheap text, which nobody had to
+wait for: `--text CACHE`. Every run keeps its result in FOLDER, so that you can add runs later. The table compares the runs that you name.
 
 Owns: the runs, and the table. Does not know: how a cache is made, how a drafter drafts.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.drafters.recipes import Recipe, Trained, train
 from benchmarks.learning.replay import Acceptance, acceptance, record_cached
 from draftsmith.data.cache.reader import HiddenStateCache
+from draftsmith.evaluate.drafters import names_apart
 from draftsmith.files import atomic_write
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.families.eagle import EagleFamily
@@ -51,6 +53,7 @@ class Run:
         module: settings of the training module that differ from the family's.
         options: settings of the family that differ.
         redrafter: ReDrafter instead of EAGLE-1.
+        text_epochs: over cheap text, before the replies.
     """
 
     what: str
@@ -58,13 +61,18 @@ class Run:
     module: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     redrafter: bool = False
+    text_epochs: int = 0
 
-    def recipe(self) -> Recipe:
-        """The whole recipe."""
+    def recipe(self, init_from: Path | None = None) -> Recipe:
+        """The whole recipe.
+
+        Args:
+            init_from: the drafter that training goes on with; None starts with new weights.
+        """
         base, options = (_REDRAFTER, {}) if self.redrafter else (_EAGLE, _NOISE)
         return Recipe(
             ReDrafterFamily if self.redrafter else EagleFamily,
-            {**base, **self.module},
+            {**base, **self.module} | ({} if init_from is None else {"init_from": init_from}),
             {"draft_vocab_size": DRAFT_VOCABULARY, **options, **self.options},
             TOKENS_PER_BATCH,
         )
@@ -80,6 +88,9 @@ RUNS = {
     "e4-tokens": Run("four epochs, tokens weigh 1.0", 4, {"logit_weight": 1.0}),
     "e4-average": Run("four epochs, averaged", 4, {"ema_decay": 0.98}),
     "e4-quiet": Run("four epochs, no noise", 4, {}, {"feature_noise": 0.0}),
+    "text-e4": Run("cheap text once, four epochs", 4, text_epochs=1),
+    "text-e12": Run("cheap text once, twelve epochs", 12, text_epochs=1),
+    "text-r4": Run("ReDrafter, cheap text once, four epochs", 4, redrafter=True, text_epochs=1),
     "r2": Run("ReDrafter, two epochs", 2, redrafter=True),
     "r4": Run("ReDrafter, four epochs", 4, redrafter=True),
     "r4-prompts": Run("ReDrafter, four epochs, prompts too", 4, {"prompt_weight": 1.0}, redrafter=True),
@@ -95,35 +106,68 @@ class Result:
     Attributes:
         what: the run's words.
         labelled_tokens: of the cache.
-        trained: steps, seconds, parameters.
+        trained: steps, seconds, parameters; of cheap text and replies together.
         accepted: on the test replies.
+        text_tokens: labelled ones of the cheap text; 0 without it.
+        read: fingerprints of the training texts.
     """
 
     what: str
     labelled_tokens: int
     trained: Trained
     accepted: Acceptance
+    text_tokens: int = 0
+    read: tuple[str, ...] = ()
 
 
-def measured(run: Run, target: str, cache: Path, test: Path, out: Path) -> Result:
+def measured(run: Run, target: str, cache: Path, test: Path, out: Path, text: Path | None = None) -> Result:
     """Trains one run and measures it, or reads what an earlier call kept.
 
     Args:
         run: which.
-        target: of both caches.
-        cache: of the training text.
+        target: of all caches.
+        cache: of the replies.
         test: of held-out greedy replies.
         out: folder of this run.
+        text: of cheap text; read by runs with epochs over it.
+
+    Raises:
+        ValueError: the folder has a result of other text, or the run has epochs over cheap text and there is none.
     """
+    if run.text_epochs and text is None:
+        raise ValueError(
+            f"{run.what}: no cheap text is named; give its cache with --text, or leave the run out of --runs"
+        )
+    texts = [cache] if text is None or not run.text_epochs else [text, cache]
+    manifests = [HiddenStateCache(path, check="off").manifest for path in texts]
+    read = tuple(manifest.identity.source for manifest in manifests)
     kept = out / RESULT
     if kept.is_file():
-        return _result(json.loads(kept.read_text()))
-    manifest = HiddenStateCache(cache, check="off").manifest
-    steps = run.epochs * -(-manifest.num_tokens // TOKENS_PER_BATCH)
-    trained = train(run.recipe(), target, cache, out, steps=steps)
-    result = Result(run.what, manifest.num_labelled, trained, accepted(out / "drafter", target, test))
+        result = _result(json.loads(kept.read_text()))
+        if result.read and result.read != read:
+            raise ValueError(f"{kept} is of other text than {cache}; name another --work, or delete {out}")
+        return result
+    before = None if len(texts) == 1 else _train(run, run.text_epochs, target, texts[0], out / "text", None)
+    trained = _train(run, run.epochs, target, cache, out, None if before is None else out / "text" / "drafter")
+    if before is not None:
+        tokens, seconds = before.assistant_tokens + trained.assistant_tokens, before.seconds + trained.seconds
+        trained = Trained(before.steps + trained.steps, tokens, seconds, trained.parameters)
+    result = Result(
+        run.what,
+        manifests[-1].num_labelled,
+        trained,
+        accepted(out / "drafter", target, test),
+        0 if before is None else manifests[0].num_labelled,
+        read,
+    )
     atomic_write(kept, json.dumps(asdict(result), indent=2) + "\n")
     return result
+
+
+def _train(run: Run, epochs: int, target: str, cache: Path, out: Path, init_from: Path | None) -> Trained:
+    """So many epochs over a cache, from new weights or from a drafter's."""
+    steps = epochs * -(-HiddenStateCache(cache, check="off").manifest.num_tokens // TOKENS_PER_BATCH)
+    return train(run.recipe(init_from), target, cache, out, steps=steps)
 
 
 def accepted(drafter: Path, target: str, test: Path) -> Acceptance:
@@ -140,7 +184,7 @@ def accepted(drafter: Path, target: str, test: Path) -> Acceptance:
 
 def _result(content: dict[str, Any]) -> Result:
     trained, accepted = Trained(**content.pop("trained")), Acceptance(**content.pop("accepted"))
-    return Result(**content, trained=trained, accepted=accepted)
+    return Result(**content | {"read": tuple(content.get("read", ()))}, trained=trained, accepted=accepted)
 
 
 def table(results: Sequence[Result]) -> list[str]:
@@ -150,14 +194,14 @@ def table(results: Sequence[Result]) -> list[str]:
         results: the first one is what the others are compared with.
     """
     lines = [
-        "| what | labelled tokens | steps | minutes of training | held-out top-1 | tokens per step 10x5n24 | more |",
-        "|---" * 7 + "|",
+        "| what | labelled tokens | of cheap text | steps | minutes of training | held-out top-1 | tokens per step 10x5n24 | more |",
+        "|---" * 8 + "|",
     ]
     first = results[0].accepted.tokens_per_step if results else 1.0
     for each in results:
         accepted = each.accepted
         lines.append(
-            f"| {each.what} | {each.labelled_tokens:,} | {each.trained.steps} | {each.trained.seconds / 60:.1f} | "
+            f"| {each.what} | {each.labelled_tokens:,} | {each.text_tokens:,} | {each.trained.steps} | {each.trained.seconds / 60:.1f} | "
             f"{accepted.top1:.3f} | {accepted.tokens_per_step:.2f} | {accepted.tokens_per_step - first:+.2f} |"
         )
     return lines
@@ -166,10 +210,18 @@ def table(results: Sequence[Result]) -> list[str]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True, help="the frozen target: a folder, a hub id or a GGUF file")
-    parser.add_argument("--cache", type=Path, required=True, help="hidden states of the target's own replies")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="hidden states of the target's own replies, by size of the corpus",
+    )
+    parser.add_argument("--text", type=Path, help="hidden states of cheap text, for runs that begin with text-")
     parser.add_argument("--test", type=Path, required=True, help="hidden states of greedy replies to held-out prompts")
     parser.add_argument("--work", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), help="which runs, in this order")
+    without_text = [name for name, run in RUNS.items() if not run.text_epochs]
+    parser.add_argument("--runs", nargs="+", default=without_text, choices=list(RUNS), help="which runs, in this order")
     return parser.parse_args(arguments)
 
 
@@ -181,9 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _options(arguments)
     results = []
-    for name in options.runs:
-        results.append(measured(RUNS[name], options.target, options.cache, options.test, options.work / name))
-        print("\n".join(table(results)), flush=True)
+    # One cache keeps its runs where they always were.
+    names = names_apart([str(path) for path in options.cache]) if len(options.cache) > 1 else [""]
+    for cache, name in zip(options.cache, names, strict=True):
+        for run in options.runs:
+            out = options.work / name / run
+            results.append(measured(RUNS[run], options.target, cache, options.test, out, options.text))
+            print("\n".join(table(results)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from draftsmith.models.tree.shapes_by_rows import ShapesByRows
 
 Timed: TypeAlias = DraftLimits | ShapesByRows | None
 """What an engine that is timed drafts; None is plain decoding."""
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,15 @@ class Probe:
         prompt: token ids of a typical context.
         batch_size: so many rows of it are decoded together.
         new_tokens: emitted in each run.
-        rounds: runs of each shape.
+        rounds: most timed runs of each shape.
+        most_seconds: no further round begins that would end later than so many seconds after the first; one is timed all the same.
     """
 
     prompt: Sequence[int]
     batch_size: int = 1
     new_tokens: int = 24
     rounds: int = 7
+    most_seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Costs:
         follow: seconds of a step that drafts nothing while the drafter keeps up with the text: a plain step, and what the drafter takes.
         rider_depth: depth of the trees that ``check`` was timed on, where riders ride behind each of their nodes: as many as the tree is
             deep, so that shallower trees check fewer rows; 0 without riders.
+        rounds: how often each shape was timed.
     """
 
     plain: float
@@ -95,6 +100,7 @@ class Costs:
     check: Mapping[int, float]
     follow: float = math.inf
     rider_depth: int = 0
+    rounds: int = 1
 
     def of(self, limits: DraftLimits) -> Cost:
         """A shape's cost; between two numbers of nodes that were timed, checking is interpolated.
@@ -148,7 +154,7 @@ class TimingPlan:
         return [None, *dict.fromkeys([*self.whole, *self.draft.values(), *self.check.values()])]
 
     def num_runs(self, probe: Probe) -> int:
-        """How many runs there are, the untimed first ones included."""
+        """How many runs there are at most, the untimed first ones included."""
         return (1 + len(self.shapes)) * (probe.rounds + 1)
 
 
@@ -158,6 +164,7 @@ def time_cycles(
     plan: TimingPlan,
     probe: Probe,
     advance: Callable[[int], None] = lambda count: None,
+    forgo: Callable[[int], None] = lambda count: None,
 ) -> Costs:
     """Run every shape of the plan, interleaved; the first round is not timed.
 
@@ -167,9 +174,12 @@ def time_cycles(
         plan: what to run.
         probe: the text and the number of rounds.
         advance: called with the number of runs that were done since.
+        forgo: called with the number of runs for which no time is left.
     """
     follow = _no_draft(probe.batch_size)
-    cycles = _race(target, drafter, [*plan.shapes, follow], probe, advance)
+    shapes = [*plan.shapes, follow]
+    cycles, rounds = _race(target, drafter, shapes, probe, advance)
+    forgo((probe.rounds - rounds) * len(shapes))
     timed = {shape: _median(costs) for shape, costs in cycles.items()}
     widths = sorted({width for width, _ in plan.draft})
     draft: dict[tuple[int, int], float] = {}
@@ -187,6 +197,7 @@ def time_cycles(
         rider_depth=0
         if drafter.riders is None
         else max((limits.draft_length for limits in plan.check.values()), default=0),
+        rounds=rounds,
     )
 
 
@@ -233,17 +244,24 @@ def _race(
     shapes: Sequence[Timed],
     probe: Probe,
     advance: Callable[[int], None],
-) -> dict[Timed, list[Cost]]:
-    """The costs of single cycles. Each round runs every shape and begins with another one."""
+) -> tuple[dict[Timed, list[Cost]], int]:
+    """The costs of single cycles, and how many rounds were timed. Each round runs every shape and begins with another one."""
     costs: dict[Timed, list[Cost]] = defaultdict(list)
+    rounds, began = 0, time.perf_counter()
     for turn in range(-1, probe.rounds):
+        started = time.perf_counter()
         for place in range(len(shapes)):
             shape = shapes[(place + turn) % len(shapes)]
-            cycles = _run(target, None if shape is None else drafter, shape, probe)
+            # a few tokens warm up as well as many
+            run = probe if turn >= 0 else replace(probe, new_tokens=min(probe.new_tokens, WARM_UP_TOKENS))
+            cycles = _run(target, None if shape is None else drafter, shape, run)
             if turn >= 0:
                 costs[shape] += cycles
             advance(1)
-    return costs
+        rounds, ended = turn + 1, time.perf_counter()
+        if rounds and ended - began + ended - started > probe.most_seconds:
+            break
+    return costs, rounds
 
 
 def _run(target: Target, drafter: Drafter | None, limits: Timed, probe: Probe) -> list[Cost]:

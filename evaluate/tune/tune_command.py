@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.cache.reader import HiddenStateCache
-from draftsmith.data.progress import progress
+from draftsmith.data.progress import metered, progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
@@ -105,19 +105,21 @@ class TimingOptions:
     Args:
         batch_size: Prompts decoded together where cycles are timed: the batch size to tune for.
         record_batch: Prompts decoded together for the record; changes its speed and memory, not its content.
-        rounds: Timed runs of each shape.
+        rounds: Most timed runs of each shape.
+        timing_seconds: Seconds for each number of rows; no round of runs begins that would end later, but one is timed all the same.
         prompt_lookup: Drafted tokens of transformers' prompt lookup, which the fastest shape is compared with; 0 for none. Default: 5
             where batch_size is 1, else 0, as prompt lookup decodes one prompt at a time. Left out where transformers cannot run the
             target so.
         lookup_prompts: Prompts on which prompt lookup is timed.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: one of them is below 1, or not above 0 seconds.
     """
 
     batch_size: int = 1
     record_batch: int = 8
     rounds: int = 7
+    timing_seconds: float = 120.0
     prompt_lookup: int | None = None
     lookup_prompts: int = 8
 
@@ -125,6 +127,8 @@ class TimingOptions:
         for name in ("batch_size", "record_batch", "rounds", "lookup_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.timing_seconds > 0:
+            raise ValueError(f"timing_seconds is {self.timing_seconds:g}; it must be above 0")
         lookup = self.prompt_lookup or 0
         if lookup < 0 or (lookup and self.batch_size > 1):
             raise ValueError(
@@ -301,11 +305,11 @@ def _tuned(
 
     @cache
     def costs_of(num_rows: int, shapes: tuple[DraftLimits, ...]) -> Costs:
-        plan, probe = TimingPlan.of(shapes), Probe(text, num_rows, rounds=timing.rounds)
-        with progress(
-            f"time {num_rows} rows" if num_rows > 1 else "time 1 row", plan.num_runs(probe), "runs"
-        ) as advance:
-            return time_cycles(target, drafter, plan, probe, advance)
+        plan = TimingPlan.of(shapes)
+        probe = Probe(text, num_rows, rounds=timing.rounds, most_seconds=timing.timing_seconds)
+        title = f"time {num_rows} rows" if num_rows > 1 else "time 1 row"
+        with metered(title, plan.num_runs(probe), "runs") as meter:
+            return time_cycles(target, drafter, plan, probe, meter.advance, meter.forgo)
 
     costs = costs_of(timing.batch_size, (*dynamic, *static))
     by_rows = fastest_by_rows(rows, replies, dynamic, static, costs_of)
@@ -318,6 +322,7 @@ def _tuned(
         "temperature": settings.temperature,
         "batch size": timing.batch_size,
         "context of the timed cycles": len(text),
+        "timed runs of each shape": costs.rounds,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
     }

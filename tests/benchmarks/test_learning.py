@@ -1,6 +1,9 @@
-"""What little text is worth: the replay from a cache against real decoding."""
+"""What little text is worth: the replay from a cache against real decoding, and the runs of the curve."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ from doubles import random_target
 from heads import shaken
 from tuning import SAMPLES
 
+from benchmarks.learning import curve
 from benchmarks.learning.replay import acceptance, record_cached
+from draftsmith.data.cache.extract import extract
 from draftsmith.data.shards.shards import CachedSample
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.evaluate.tune.recording import record
@@ -89,3 +94,55 @@ def test_a_sample_of_two_replies_is_refused(model: Target) -> None:
             [CachedSample("x", sample.input_ids, mask, dict(sample.hidden), None)],
             LIMITS,
         )
+
+
+def write_cache(folder: Path, target: Path, num_replies: int, first: int = 0) -> Path:
+    """States of made-up replies of 12 tokens to prompts of two."""
+    rows = [
+        {"id": str(n), "prompt_ids": [10 + n, 9], "reply_ids": [20 + (first + n + place) % 40 for place in range(12)]}
+        for n in range(num_replies)
+    ]
+    folder.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    extract(str(target), folder.with_suffix(".jsonl"), folder)
+    return folder
+
+
+@pytest.fixture
+def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of one epoch for a tiny target."""
+    own = {"options": {"draft_vocab_size": 64}}
+    runs = {"e1": curve.Run("one epoch", 1, **own), "text-e1": curve.Run("text, one epoch", 1, **own, text_epochs=1)}
+    monkeypatch.setattr(curve, "RUNS", runs)
+    monkeypatch.setattr(curve, "TOKENS_PER_BATCH", 64)
+
+
+def test_every_run_is_made_on_every_corpus_and_cheap_text_comes_before_the_replies(
+    tmp_path: Path, target: Path, few_runs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, large = write_cache(tmp_path / "small", target, 8), write_cache(tmp_path / "large", target, 16)
+    text, test = write_cache(tmp_path / "text", target, 24, first=7), write_cache(tmp_path / "test", target, 4)
+    work = tmp_path / "work"
+    words = ["--target", target, "--cache", small, large, "--text", text, "--test", test, "--work", work]
+    arguments = [*map(str, words), "--runs", "e1", "text-e1"]
+    curve.main(arguments)
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    # 8, 16 and 24 samples of 14 tokens each, in batches of 64 tokens
+    assert [row[:4] for row in cells] == [
+        ["one epoch", "96", "0", "2"],
+        ["text, one epoch", "96", "288", "8"],
+        ["one epoch", "192", "0", "4"],
+        ["text, one epoch", "192", "288", "10"],
+    ]
+    begun = json.loads((work / "large" / "text-e1" / "drafter" / "provenance.json").read_text())
+    assert str(work / "large" / "text-e1" / "text" / "drafter") in json.dumps(begun)
+    monkeypatch.setattr(curve, "train", lambda *_, **__: pytest.fail("what is kept is not trained again"))
+    curve.main(arguments)
+    assert capsys.readouterr().out.splitlines()[-4:] == rows
+    with pytest.raises(ValueError, match="is of other text than .*large"):
+        curve.measured(curve.RUNS["e1"], str(target), large, test, work / "small" / "e1")
+
+
+def test_a_run_over_cheap_text_asks_for_it(tmp_path: Path, target: Path, few_runs: None) -> None:
+    with pytest.raises(ValueError, match="name.*--text"):
+        curve.measured(curve.RUNS["text-e1"], str(target), tmp_path, tmp_path, tmp_path)

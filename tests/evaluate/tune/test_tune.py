@@ -264,6 +264,18 @@ def test_every_shape_of_a_plan_is_timed(model: Target) -> None:
     assert 0.2 * costs.plain < costs.follow < 5 * costs.plain
 
 
+def test_no_round_begins_that_would_end_after_the_time_and_one_is_timed_all_the_same(model: Target) -> None:
+    plan = TimingPlan.of([parse_shape("1x1"), parse_shape("1x2")])
+    probe = Probe((BOS, 5), new_tokens=4, rounds=50, most_seconds=1e-6)
+    done: list[int] = []
+    left: list[int] = []
+    costs = time_cycles(model, ReDrafter.for_target(model.ends), plan, probe, done.append, left.append)
+    assert costs.rounds == 1
+    assert costs.plain > 0
+    assert sum(done) == 2 * 4, "an untimed run and a timed one of plain steps, two chains and no draft"
+    assert sum(done) + sum(left) == plan.num_runs(probe)
+
+
 def test_checking_is_interpolated_and_what_was_not_timed_is_refused() -> None:
     chain = parse_shape("1x2")
     costs = Costs(0.1, 0.0, {chain: Cost(0.01, 0.1)}, {(4, 3): 0.02}, {4: 0.1, 8: 0.2})
