@@ -15,6 +15,7 @@ from torch import nn
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT, WHOLE
+from draftsmith.data.progress import progress
 from draftsmith.data.prompts import ALL_PROMPTS, PROMPT_FILE, PromptSelection
 from draftsmith.decode import GenerationSettings
 from draftsmith.decode.model_settings import for_target
@@ -181,7 +182,8 @@ def load_candidates(
         drafter = load_drafter(entry.path, dtype, trust_remote_code, target=bond)
         drafter.attach(target.ends)
         drafter.check_tokenizer(tokenizer)
-        fingerprint = module_fingerprint(drafter)
+        with progress(f"hash the weights of {entry.name}", 1, "drafters", brief=True):
+            fingerprint = module_fingerprint(drafter)
         nn.Module.to(drafter, target.device)
         shapes: Sequence[DraftLimits | ShapesByRows] = entry.shapes
         if not shapes:

@@ -350,7 +350,7 @@ def examine(case: Case, bounds: Bounds, skip: Sequence[str] = (), corpus: Corpus
     reason = "" if corpus is not None else unread(case)
     if not reason and not set(READS_TEXT) <= set(skip):
         wanted = ngrams_of(case.prompts, bounds.ngram) if case.prompts and "overlap" not in skip else None
-        with progress("doctor: read the text", 0 if case.cache is None else len(case.cache), "samples") as advance:
+        with progress("doctor: read the text", None if case.cache is None else len(case.cache), "samples") as advance:
             try:
                 read = read_text(token_stream(case.cache, corpus, advance), wanted)
             except ValueError as error:  # a damaged shard or line; the report keeps what was found before

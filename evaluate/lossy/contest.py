@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftsmith import __version__
 from draftsmith.data.formats import row_id
+from draftsmith.data.progress import progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.data.replies.reply_files import loaded_here
 from draftsmith.decode.model_settings import for_target
@@ -150,11 +151,14 @@ def read_questions(file: Path, samples: Sequence[Sample], judged: Checker) -> di
                 f"{file}:{line}: id is {name!r}; another problem has it already; give each an id of its own"
             )
         rows[name] = row
-    for sample in samples if judged.probed else ():
-        try:
-            judged.check(rows[sample.id], "")
-        except ValueError as error:
-            raise ValueError(f"{file}: problem {sample.id}: {error}") from error
+    probed = samples if judged.probed else ()
+    with progress("try the checker", len(probed), "problems", brief=True) as advance:
+        for sample in probed:
+            try:
+                judged.check(rows[sample.id], "")
+            except ValueError as error:
+                raise ValueError(f"{file}: problem {sample.id}: {error}") from error
+            advance(1)
     return rows
 
 

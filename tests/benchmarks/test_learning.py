@@ -139,10 +139,10 @@ def test_every_run_is_made_on_every_corpus_and_cheap_text_comes_before_the_repli
     monkeypatch.setattr(curve, "train", lambda *_, **__: pytest.fail("what is kept is not trained again"))
     curve.main(arguments)
     assert capsys.readouterr().out.splitlines()[-4:] == rows
-    with pytest.raises(ValueError, match="is of other text than .*large"):
+    with pytest.raises(ValueError, match=r"is of other text than .*large"):
         curve.measured(curve.RUNS["e1"], str(target), large, test, work / "small" / "e1")
 
 
 def test_a_run_over_cheap_text_asks_for_it(tmp_path: Path, target: Path, few_runs: None) -> None:
-    with pytest.raises(ValueError, match="name.*--text"):
+    with pytest.raises(ValueError, match=r"name.*--text"):
         curve.measured(curve.RUNS["text-e1"], str(target), tmp_path, tmp_path, tmp_path)
