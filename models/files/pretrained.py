@@ -7,6 +7,7 @@ paths, devices, targets and drafters. Everything else in the package loads throu
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ from transformers.models.auto.modeling_auto import (
 
 from draftsmith.models.files.checkpoint_files import mtp_beginnings
 from draftsmith.outside import parse_json_object, safe_file_name
+
+_LOG = logging.getLogger(__name__)
+_TOLD_FROM = 4 * 2**30  # bytes of weights; fewer are read in a moment
 
 RAISED_BY_CONFIGS = (
     AssertionError,
@@ -152,6 +156,8 @@ def read_model(kind: type[Any], folder: Path, trust_remote_code: bool = False, *
         ValueError: a file cannot be read; a tensor is missing, unknown or of another shape; or the folder holds an adapter, too. Also for
             a model that needs code of the folder, where that is not allowed.
     """
+    if arguments.get("device_map") != "meta":
+        announce_reading(folder)
     model, report = _load(kind, folder, trust_remote_code, **arguments)
     refuse_faults(folder, report)
     return model
@@ -334,6 +340,17 @@ def _load(kind: type[Any], folder: Path, trust_remote_code: bool, **arguments: A
             ignore_mismatched_sizes=True,
             **arguments,
         )
+
+
+def announce_reading(folder: Path) -> None:
+    """Log a line if a folder holds so many bytes of weights that reading them may take minutes.
+
+    Args:
+        folder: with ``*.safetensors``.
+    """
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if num_bytes >= _TOLD_FROM:
+        _LOG.info("reading %.1f GB of weights from %s", num_bytes / 1e9, folder)
 
 
 def _check_file_names(folder: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from draftsmith.models import Target, TargetEnds
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.files.loading import load_tokenizer
-from draftsmith.models.files.pretrained import name_faults
+from draftsmith.models.files.pretrained import announce_reading, name_faults
 
 Change = Callable[[dict[str, Tensor]], None]
 HEAD, LAYER = "lm_head.weight", "model.layers.2.mlp.up_proj.weight"
@@ -212,3 +212,18 @@ def test_allowed_code_makes_a_target_like_any_other(with_code: Path) -> None:
     assert [type(target.model).__name__, type(tokenizer).__name__] == ["OwnModel", "OwnTokenizer"]
     drafter = load_drafter(with_code, trust_remote_code=True)
     assert drafter.config.vocab_size == target.ends.vocab_size
+
+
+def test_reading_many_bytes_of_weights_is_announced_and_few_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="draftsmith")
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**31 - (name == "model-2.safetensors"))  # takes no room on the disk
+    announce_reading(tmp_path)
+    assert caplog.messages == []
+    with (tmp_path / "model-3.safetensors").open("wb") as file:
+        file.truncate(3 * 10**9)
+    announce_reading(tmp_path)
+    assert caplog.messages == [f"reading 7.3 GB of weights from {tmp_path}"]
