@@ -89,7 +89,7 @@ def decode(
     Args:
         prompt: The user's message, or the raw text to continue.
         target: Model directory, hub id, embedded:target or embedded:draft_lm.
-        drafter: Directory of an exported drafter; none decodes plainly.
+        drafter: Folder or hub id of a drafter or a draft LM, or embedded:suffix; none decodes plainly.
         shape: How much to draft: WIDTHxLENGTH beams with LENGTH drafted tokens, 10x6n60 a dynamic tree, tree:FILE.json or t3.2.1 a
             static one, s1.1.1, k4.2.1 or b1.1.1 a sampled one; p0.1 prunes, e0.5 stops early. Default: what `draftsmith tune` kept in the
             drafter's folder, else the family's own, else 1x4.

@@ -65,7 +65,7 @@ def export(
     figures come from --report and the training record only; without them the card states that nothing was measured or recorded.
 
     Args:
-        drafter: Folder of the trained drafter.
+        drafter: Folder of the drafter, draftsmith's or another software's.
         out: Folder to write; an earlier export there is replaced as a whole.
         target: Directory or hub id of the drafter's target, or embedded:target; checked to be the one it was trained for.
         layout: draftsmith or custom_generate (Transformers alone) for any drafter, or an engine's layout for its family.

@@ -24,11 +24,11 @@ class ServerOptions:
     Args:
         url: Address of the server, such as http://host:8000.
         served_model: Name the server knows the target by; default the target's own.
-        concurrency: Dialogues that are always under way.
+        concurrency: Dialogues that run at the same time.
         retries: Further attempts for a request without an answer.
         timeout: Seconds for one attempt; an answer comes when its reply is whole.
         api_key_variable: Environment variable that holds the server's key, if it wants one.
-        skip_failed: Call the replies whole without the prompts that got no answer.
+        skip_failed: Count the replies as complete without the prompts that failed.
     """
 
     url: str | None = None

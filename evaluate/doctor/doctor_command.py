@@ -103,7 +103,7 @@ class Bounds:
 
     Args:
         samples: How many samples of the cache are looked at; `overlap` and `duplicates` read the tokens of all.
-        ngram: Tokens of the n-grams by which prompts are looked for.
+        ngram: Tokens of the n-grams by which prompts are looked for in the training text.
         overfit_steps: Most steps of the trial training on one sample; 0 leaves it out.
         seed: Another seed draws other samples.
 
@@ -150,7 +150,7 @@ def doctor(
         drafter: Folder of a training run, of a drafter or an adapter as training or `draftsmith export` wrote it, or of a public head.
         target: Directory or hub id of the target; default: the one that the drafter names.
         cache: The hidden-state cache that it was trained from; default: the one that its provenance names.
-        prompts: Prompts that acceptance is measured on, to be looked for in the training text: as for `draftsmith evaluate`.
+        prompts: Prompts, as for `draftsmith evaluate`: acceptance is measured on them, and the training text is searched for them.
         split: Only this split of the prompts.
         out: Also write the report here, as JSON.
         skip: Checks to leave out, by their names in the table.

@@ -39,10 +39,10 @@ class CorruptionOptions:
     """How answers are spoiled.
 
     Args:
-        wordings: Of the wrong solutions that a corpus's corruptor writes; mixed takes each line from one of the two others.
+        wordings: Wordings of the wrong solutions that a corpus's corruptor writes; mixed takes each line from one of the two others.
         kinds: What the corruptor `text` swaps.
         per_answer: How many wrong answers the corruptor `text` makes of each right one, each with another error.
-        seed: Of what is chosen.
+        seed: Another seed swaps other words; the same one gives the same answers.
 
     Raises:
         ValueError: a list is empty or names something twice, or per_answer is below 1.

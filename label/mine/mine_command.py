@@ -52,7 +52,7 @@ class MiningOptions:
 
     Args:
         against: Judge by the target's own answer, or leave out what it does not answer as the prompts' reference does.
-        batch_rows: Most questions in flight.
+        batch_rows: Most questions at the same time; changes no label.
         max_new_tokens: Longest reply, in tokens.
         max_length: An alternative is at most so many times as long as the first answer; default: no such bound.
         stop_on_rejoin: If so many last tokens of an alternative are also in a known answer, assume that it continues like that one. This
@@ -133,7 +133,7 @@ def mine(
             with `against` reference: embedded, unit-tests, or a function of yours as package.module:function or
             file.py:function.
         limit: Mine the first so many questions only.
-        licence: Of the questions, for rows that name none.
+        licence: Licence of the questions, where their rows name none.
         mining: How a question is mined; see `MiningOptions`.
         where: Where the target runs; see `TargetOptions`. The draft runs on the same device in the same dtype.
         rendering: The chat template; see `TemplateChoice`.

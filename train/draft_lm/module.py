@@ -58,12 +58,12 @@ class DraftLMModule(pl.LightningModule):
         divergence: the loss: `forward_kl`, `reverse_kl`, `jsd`, `total_variation` (which is 1 - acceptance), `l1` (twice that),
             `negative_log_acceptance`, `lk_hybrid` (which begins as forward KL and ends as total variation), or `cross_entropy`, plain
             fine-tuning on the target's replies (the data's on_policy must then be 0).
-        beta: of `jsd`.
-        max_new_tokens: of a sampled reply.
+        beta: with `jsd`, where between the two: near 0 it is like forward KL, near 1 like reverse KL.
+        max_new_tokens: most tokens of a sampled reply.
         temperature: of the sampling; 0 is greedy.
         lora: train a LoRA adapter of this shape, by default on every linear layer but the output head; null trains all weights.
         lr: peak learning rate.
-        betas: AdamW's.
+        betas: AdamW's decay rates of its two running averages.
         weight_decay: AdamW's, on matrices only.
         warmup_ratio: share of all steps over which the rate rises linearly.
         min_lr_ratio: the rate falls on a cosine to this share of its peak.

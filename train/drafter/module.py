@@ -61,17 +61,17 @@ class DraftModule(pl.LightningModule):
             position of the text, free from the cached states, by `divergence`. `local`: the target's greedy continuation from every
             position; needs a cache made with --local-horizon num_steps + 1.
         horizon_decay: step k (from 0) weighs horizon_decay ** k.
-        feature_weight: of smooth L1 on the predicted feature, for drafters that predict it; arXiv 2401.15077 uses 1.0.
-        logit_weight: of the loss on tokens; arXiv 2401.15077 uses 0.1.
-        top_k_weight: of HASS's extra loss on the target's `top_k` likeliest tokens; needs distillation path.
-        top_k: see top_k_weight.
+        feature_weight: weight of smooth L1 on the predicted feature, for drafters that predict it; arXiv 2401.15077 uses 1.0.
+        logit_weight: weight of the loss on tokens; arXiv 2401.15077 uses 0.1.
+        top_k_weight: weight of HASS's extra loss on the target's `top_k` likeliest tokens; needs distillation path.
+        top_k: how many of the target's likeliest tokens that loss compares.
         skip_outside: with distillation path, learn nothing where the target's likeliest token is outside the draft
             vocabulary (arXiv 2503.01840).
         max_anchors: learn at no more positions of a batch than this, drawn at random in each; null takes all. For
             drafters whose blocks start at every such position, memory grows with it.
         val_steps: draft steps of the validation's accuracies; null takes num_steps.
         lr: peak learning rate.
-        betas: AdamW's.
+        betas: AdamW's decay rates of its two running averages.
         weight_decay: AdamW's, on matrices only.
         warmup_ratio: share of all steps over which the rate rises linearly.
         min_lr_ratio: the rate falls on a cosine to this share of its peak.
@@ -101,7 +101,7 @@ class DraftModule(pl.LightningModule):
             takes 0.1 beside `l1`.
         d_pace: weigh each draft step by how many accepted tokens depend on it (D-PACE, arXiv 2605.18810), with this smoothing, 0.5 in the
             paper; null weighs by horizon_decay alone.
-        confidence_weight: of the loss of a confidence head, beside that on tokens; null is 1 where the drafter has one.
+        confidence_weight: weight of the loss of a confidence head, beside that on tokens; null is 1 where the drafter has one.
         depth_share: where steps can be left out: step k learns at this share, to the power of k, of the anchors that reach it, drawn at
             random, and at no less than a fifth of them. The paper (arXiv 2602.01469) takes 0.7; 1 learns every step of every anchor.
 

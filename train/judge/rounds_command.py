@@ -69,7 +69,7 @@ class RoundOptions:
     Args:
         rounds: How often the judge decodes, is checked and trained.
         questions: Questions of each round; each round takes others.
-        batch_rows: Answers in flight.
+        batch_rows: Problems answered at the same time.
 
     Raises:
         ValueError: one of them is below 1.
