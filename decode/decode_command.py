@@ -14,7 +14,6 @@ from typing import Annotated
 
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.arguments import FLAT, WHOLE
@@ -112,7 +111,7 @@ def decode(
     bond = TargetBond(model.ends, tokenizer_fingerprint(tokenizer))
     head = _drafter(drafter, drafter_adapter, where.dtype, where.trust_remote_code, bond)
     if head is not None:
-        nn.Module.to(head, model.device)
+        head.to_decode(model.device)
         if limits is None and lossy is None:
             limits = head.kept_shapes(model)
         limits = limits or default_for(model, default_limits(head, DraftLimits(draft_length=4)))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import nn
 
 from draftsmith import provenance
 from draftsmith.arguments import FLAT, WHOLE
@@ -184,7 +183,7 @@ def load_candidates(
         drafter.check_tokenizer(tokenizer)
         with progress(f"hash the weights of {entry.name}", 1, "drafters", brief=True):
             fingerprint = module_fingerprint(drafter)
-        nn.Module.to(drafter, target.device)
+        drafter.to_decode(target.device)
         shapes: Sequence[DraftLimits | ShapesByRows] = entry.shapes
         if not shapes:
             by_default = default_limits(drafter, DraftLimits(draft_length=4))

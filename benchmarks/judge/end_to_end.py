@@ -16,18 +16,14 @@ resumes a run that was stopped; `rm -r runs/judge` starts again.
 """
 
 import argparse
-import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from benchmarks.drafters.recipes import RECIPES
 from benchmarks.drafters.recipes import train as train_head
 from benchmarks.judge.page import FIRST_ERRORS, OUT_OF_DOMAIN, publish
+from benchmarks.judge.reports import NARROW, measure
 from benchmarks.judge.stages import (
     DRAFT,
     STATE,
@@ -37,43 +33,26 @@ from benchmarks.judge.stages import (
     asked_in,
     cached,
     judged,
-    question_of,
     trained,
     with_operation,
     write_problems,
 )
-from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE, TUNED, tune_all
+from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE, tune_all
 from benchmarks.judge.tuned import THRESHOLDS as TRIED
 from draftsmith.data.cache.extract import extract
 from draftsmith.data.prompts import PromptSelection
 from draftsmith.data.replies.reply_plan import BatchOptions
 from draftsmith.data.replies.respond import respond
-from draftsmith.decode import Engine, Generation, GenerationSettings
 from draftsmith.decode.sampling import DrawOptions, ReplyOptions
-from draftsmith.decode.verify.rule_text import parse_rule
-from draftsmith.evaluate.lossy.lossy_command import WorkloadOptions, evaluate_rules
-from draftsmith.evaluate.samples import read_samples
-from draftsmith.files import atomic_write, read_jsonl
-from draftsmith.label.checkers.sums_answers import judge as check_sums
-from draftsmith.label.checkers.sums_answers import problem_of
 from draftsmith.label.commands.entry_options import EntryOptions
 from draftsmith.label.commands.generate_command import generate
 from draftsmith.label.commands.store_commands import import_answers
 from draftsmith.label.corrupt.corrupt_command import corrupt
 from draftsmith.label.mine.mine_command import MiningOptions, mine
-from draftsmith.models import Target, load_tokenizer
-from draftsmith.models.drafters.draft_lm import load_draft_lm
-from draftsmith.models.judge import load_judge
-from draftsmith.models.tree.shapes import parse_shape
 from draftsmith.train.judge.rounds_command import RoundOptions, judge_rounds
 
 SIZES = (50, 150)
 ROUNDS = 2
-THRESHOLDS = (0.1, 0.5, 0.9)
-RIVALS = (
-    *("top-k@2", "typical@0.3", "typical@0.09", "kl@1", "kl-unsure@1", "ensemble@0.9", "ensemble@0.7", "fly@0.3"),
-    *("margin@0.3", "margin@1", "everything"),
-)
 FULL = {"train": 2400, "held": 200, "test": 500, "mine": 200, "rounds": 800, "tuning": 800}
 FEWEST = {"mine": 200, "rounds": 2 * ROUNDS, "tuning": 12}
 LICENCE = EntryOptions(licence="Apache-2.0")
@@ -91,14 +70,10 @@ def run(options: argparse.Namespace) -> None:
     labels(stages)
     heads(stages, options)
     judges = learnt(stages, counts, options)
-    tune_all(stages, judges[f"+ {ROUNDS} rounds"].folder, options.scale)
-    drafters(stages, options)
-    stages.once("compare", lambda: compare(work, options))
-    stages.once("compare-judges", lambda: compare_judges(work, judges, options))
-    if FIRST_ERRORS not in options.without:
-        stages.once("first-errors", lambda: first_errors(work))
     if OUT_OF_DOMAIN not in options.without:
-        out_of_domain(stages, judges, options)
+        judges[NARROW] = narrow(stages)
+    tune_all(stages, judges[f"+ {ROUNDS} rounds"].folder, options.scale)
+    measure(stages, judges, FIRST_ERRORS not in options.without, OUT_OF_DOMAIN not in options.without)
     human = people(stages, options) if options.people else None
     publish(stages, judges | ({"people's labels, chat-6m's states": human} if human else {}), options)
 
@@ -190,115 +165,17 @@ def learnt(stages: Stages, counts: dict[str, int], options: argparse.Namespace) 
     return judges
 
 
-def compare(work: Path, options: argparse.Namespace) -> None:
-    """The tuned judge, lossless decoding and every rule without training, each with several settings."""
-    folder = work / TUNED / "judge"
-    own = load_judge(folder).config.threshold
-    rules = ["lossless", *RIVALS, f"judge, tuned=judge:{folder}"]
-    rules += [f"judge, other thresholds=judge:{folder}@{each:g}" for each in THRESHOLDS if each != own]
-    evaluate(work, "report", DRAFT, SHAPE, rules, max(2, int(options.scale * 8)), labelled=True)
-
-
-def compare_judges(work: Path, judges: dict[str, Judged], options: argparse.Namespace) -> None:
-    """Each judge at the threshold that its training chose."""
-    rules = [f"{name}=judge:{judge.folder}" for name, judge in judges.items()]
-    evaluate(work, "report-judges", DRAFT, SHAPE, ["lossless", *rules], 2, labelled=True)
-
-
-def evaluate(
-    work: Path,
-    report: str,
-    drafter: str,
-    shape: str,
-    rules: list[str],
-    timed: int,
-    problems: str = "test",
-    labelled: bool = False,
-) -> None:
-    """One report over the problems of a file."""
-    evaluate_rules(
-        TARGET,
-        drafter,
-        work / f"{problems}.jsonl",
-        "final-number",
-        rules,
-        work / report,
-        shape=shape,
-        labelled_rows=work / "held" / "rows.jsonl" if labelled else None,
-        draw=ANSWERS,
-        workload=WorkloadOptions(timed_problems=timed, batch_rows=64),
-    )
-
-
-def drafters(stages: Stages, options: argparse.Namespace) -> None:
-    """Each drafter at the shape and the setting that were tuned for it; 500 problems, and a race."""
-    work, timed = stages.work, max(2, int(options.scale * 25))
-    for name in ("draft_lm", *HEAD_SHAPES):
-        folder = work / f"tuned-{name}"
-        kept = json.loads((folder / "tuning.json").read_text())["kept"]
-        shape = str(kept.get("shape", HEAD_SHAPES.get(name, SHAPE)))
-        drafter = DRAFT if name == "draft_lm" else str(work / name / "drafter")
-        rules = ["lossless", f"judge, tuned=judge:{folder / 'judge'}"]
-        stages.once(
-            f"compare-{name}",
-            lambda name=name, drafter=drafter, shape=shape, rules=rules: evaluate(  # type: ignore[misc]
-                work, f"report-{name}", drafter, shape, rules, timed
-            ),
-        )
-
-
-def out_of_domain(stages: Stages, judges: dict[str, Judged], options: argparse.Namespace) -> None:
-    """Trained without division, tested on it."""
-    work = stages.work
-    narrow = []
+def narrow(stages: Stages) -> Judged:
+    """A judge that learnt without division, to be tested on it."""
+    work, parts = stages.work, []
     for name, answers in (("checker", work / "answers" / "answers.jsonl"), ("corrupted", work / "corrupted.jsonl")):
         part = work / f"{name}-no-division.jsonl"
         stages.once(
             f"narrow-{name}",
             lambda answers=answers, part=part: with_operation(answers, part, "/", False),  # type: ignore[misc]
         )
-        narrow.append(cached(stages, f"{name}-no-division", part))
-    judges["no division"] = trained(stages, "no-division", narrow)
-    rules = ["lossless"]
-    rules += [f"{name}=judge:{judges[name].folder}" for name in ("+ corrupted", "no division")]
-    for name, wanted in (("division", True), ("other", False)):
-
-        def measure(name: str = name, wanted: bool = wanted) -> None:
-            with_operation(work / "test.jsonl", work / f"test-{name}.jsonl", "/", wanted)
-            evaluate(work, f"report-{name}", DRAFT, SHAPE, rules, 2, problems=f"test-{name}")
-
-        stages.once(f"compare-{name}", measure)
-
-
-def first_errors(work: Path) -> None:
-    """Who said the first wrong token of each wrong answer: the target itself, or the draft by the rule."""
-    target, tokenizer, drafter = Target.load(TARGET), load_tokenizer(TARGET), load_draft_lm(DRAFT)
-    rows = [row for _, row in read_jsonl(work / "test.jsonl")]
-    samples = read_samples(work / "test.jsonl", tokenizer)
-    settings = GenerationSettings(200, eos_token_ids=target.eos_token_ids)
-    by_rule = {}
-    for name, rule in (("lossless", "lossless"), ("judge, tuned", f"judge:{work / TUNED / 'judge'}")):
-        engine, counts = Engine(target, drafter, parse_shape(SHAPE), rule=parse_rule(rule)[1]), Counter[str]()
-        prompts = [list(sample.prompt_ids) for sample in samples]
-        room = max(map(len, prompts)) + 200
-        replies = dict(engine.stream(list(enumerate(prompts)), settings, 64, room))
-        for number, row in enumerate(rows):
-            counts[who_erred(row, replies[number], tokenizer)] += 1
-        by_rule[name] = counts
-    atomic_write(work / "first-errors.json", json.dumps(by_rule))
-
-
-def who_erred(row: dict[str, Any], reply: Generation, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`nobody`, `rule`, `target`, or `unplaced` where no token is the first wrong one."""
-    text = str(tokenizer.decode(reply.token_ids, skip_special_tokens=True))
-    problem = problem_of(question_of(row))
-    assert problem is not None
-    span = check_sums(problem, text).error_span
-    if span is None:
-        return "nobody"
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    place = next((place for place, (start, end) in enumerate(offsets) if start <= span[0] < end), None)
-    return "unplaced" if place is None else "rule" if place in reply.by_rule else "target"
+        parts.append(cached(stages, f"{name}-no-division", part))
+    return trained(stages, "no-division", parts)
 
 
 def people(stages: Stages, options: argparse.Namespace) -> Judged:

@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.judge.reports import RACED
 from benchmarks.judge.stages import DRAFT, TARGET, Judged, Stages
 from benchmarks.judge.tuned import HEAD_SHAPES, SHAPE
 from draftsmith import provenance
@@ -48,9 +49,10 @@ def publish(stages: Stages, judges: dict[str, Judged], options: argparse.Namespa
         f"![Gain at equal quality]({name}-price.png)",
         "## All settings",
         section(work / "report"),
-        f"![Right answers against accepted tokens and speed]({name}.png)",
+        f"![Right answers against accepted tokens]({name}.png)",
         "## The judge under each drafter, tuned for each",
         drafters_table(work),
+        f"Speeds are those of {RACED} of the problems, one at a time, each rule in turn. Where cycles are compiled, so is plain decoding.",
         *tuning_sections(work),
         "## What a judge reads and learns from",
         judges_table(judges),
@@ -99,8 +101,12 @@ def goals(work: Path) -> str:
     rival = "none keeps its answers" if best is None else f"{best['rule']} accepts {best['accepted_per_cycle']:.2f}"
     heads = {name: rows_of(work / f"report-{name}")[-1] for name in ("draft_lm", *HEAD_SHAPES)}
     # A judge that is shut is lossless decoding: its speed is not the judge's.
-    speeds = [row["speedup"] for row in heads.values() if _keeps(row) and row["threshold"] < 1.0]
-    fastest = f"{max(speeds):.2f} times" if speeds else "no judge is open"
+    open_ones = [name for name, row in heads.items() if _keeps(row) and row["threshold"] < 1.0]
+    speeds = {name: rows_of(work / f"race-{name}")[-1]["speedup"] for name in open_ones}
+    if "draft_lm" in open_ones:
+        speeds["draft_lm, compiled"] = rows_of(work / "race-compiled")[-1]["speedup"]
+    fastest = ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items()) or "no judge is open"
+    is_fast = max(speeds.values(), default=0.0) >= LEAST_SPEEDUP
     changes = ", ".join(f"{name} {100 * row['accuracy_change']:+.1f}" for name, row in heads.items())
     ahead = best is None or own["accepted_per_cycle"] > best["accepted_per_cycle"]
     lines = [
@@ -110,7 +116,7 @@ def goals(work: Path) -> str:
         f"| at most {MOST_LOST:g} point of right answers lost | {_change(own)} | {_yes(_keeps(own))} |",
         f"| more than every rule without training at that quality | judge {own['accepted_per_cycle']:.2f}; {rival} "
         f"| {_yes(ahead and _keeps(own))} |",
-        f"| at least {LEAST_SPEEDUP:g} times as fast as plain decoding | {fastest} | {_yes(max(speeds, default=0.0) >= LEAST_SPEEDUP)} |",
+        f"| at least {LEAST_SPEEDUP:g} times as fast as plain decoding | {fastest} | {_yes(is_fast)} |",
         f"| under no drafter more than {MOST_LOST:g} point lost | {changes} | {_yes(all(map(_keeps, heads.values())))} |",
     ]
     return "\n".join(lines)
@@ -130,23 +136,34 @@ def _change(row: dict[str, Any]) -> str:
 
 
 def drafters_table(work: Path) -> str:
-    """Two rows a drafter: lossless, and with the judge that was tuned for it."""
+    """Two rows a drafter: lossless, and with the judge that was tuned for it; and the race of compiled cycles for the draft LM."""
     lines = [
-        "| drafter | shape | rule | right answers | change, points (95 % bounds) | accepted a cycle | speed-up over plain (95 %) |",
-        "|---|---|---|---|---|---|---|",
+        "| drafter | shape | rule | right answers | change, points (95 % bounds) | accepted a cycle | speed-up over plain (95 %) "
+        "| the same, cycles compiled |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("draft_lm", *HEAD_SHAPES):
-        for row in rows_of(work / f"report-{name}")[1:]:
+        raced = rows_of(work / f"race-{name}")
+        compiled = rows_of(work / "race-compiled") if name == "draft_lm" else [None] * len(raced)
+        for row, timed, fused in zip(rows_of(work / f"report-{name}"), raced, compiled, strict=True):
+            if row["rule"] == "plain":
+                continue
             rule = row["rule"]
             if row["lossy"]:
                 setting = f"threshold {row['threshold']:g}" if row["threshold"] < 1.0 else "shut: no setting held"
                 rule = f"{rule}, {setting} (lossy)"
             change = _change(row).replace(" points (95 % bounds ", " (") if row["lossy"] else "-"
-            low, high = row["speedup_interval"]
             cells = [name, row["shape"], rule, f"{100 * row['accuracy']:.1f} %", change]
-            cells += [f"{row['accepted_per_cycle']:.2f}", f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{row['accepted_per_cycle']:.2f}", _speed(timed), _speed(fused)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _speed(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    low, high = row["speedup_interval"]
+    return f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def tuning_sections(work: Path) -> list[str]:
@@ -211,13 +228,13 @@ def price_section(report: Path) -> str:
 
 def spent_text(stages: Stages) -> str:
     """How long all stages took."""
-    spent = stages.spent().values()
+    spent = [each for name, each in stages.spent().items() if "." not in name]
     minutes, busy = (sum(each[key] for each in spent) / 60 for key in ("seconds", "processor_seconds"))
     return f"{minutes:.1f} minutes by the clock, {busy:.1f} minutes of a processor in all"
 
 
 def time_table(stages: Stages) -> str:
-    """Each stage of a second or more."""
+    """Each stage of a second or more, and the parts of those whose parts ran at once."""
     lines = ["| stage | seconds | seconds of a processor |", "|---|---|---|"]
     for stage, each in stages.spent().items():
         if each["seconds"] >= 1:

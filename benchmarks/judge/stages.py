@@ -5,9 +5,11 @@ Owns where a resumed run continues, how judges are trained, and the files of pro
 
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,31 +38,72 @@ class Judged:
     threshold: float
 
 
+@dataclass
+class Child:
+    """A command of its own process; what it prints goes into a file, which an error quotes.
+
+    Attributes:
+        words: of the command.
+        log: the file.
+        threads: that it computes on.
+        processor_seconds: what it has used; 0.0 before it ended.
+    """
+
+    words: Sequence[str]
+    log: Path
+    threads: int = 1
+    processor_seconds: float = 0.0
+
+    def run(self) -> None:
+        """Runs it to its end."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        with self.log.open("wb") as log:
+            process = subprocess.Popen(self.words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.processor_seconds = usage.ru_utime + usage.ru_stime
+        if process.returncode:
+            sys.exit(f"{' '.join(self.words)} ended with {process.returncode}:\n{self.log.read_text()[-2000:]}")
+
+
 @dataclass(frozen=True)
 class Stages:
     """Runs each stage once, and notes how long it took."""
 
     work: Path
 
-    def once(self, name: str, make: Callable[[], object]) -> None:
-        """Makes it unless an earlier run did."""
+    def once(self, name: str, make: Callable[[], object], child: Child | None = None) -> None:
+        """Makes it unless an earlier run did. Its processor seconds are the child's where there is one, else this process's."""
+        busy_now = _processor_seconds if child is None else lambda: child.processor_seconds
         stamp = self.work / ".done" / name
         if stamp.is_file():
             return
         # A stage that was stopped resumes where it was, so the seconds of its earlier starts are its own too.
         begun = self.work / ".begun" / name
         spent = json.loads(begun.read_text()) if begun.is_file() else {"seconds": 0.0, "processor_seconds": 0.0}
-        started, busy = time.perf_counter(), _processor_seconds()
+        started, busy = time.perf_counter(), busy_now()
         try:
             make()
         finally:
             spent["seconds"] += time.perf_counter() - started
-            spent["processor_seconds"] += _processor_seconds() - busy
+            spent["processor_seconds"] += busy_now() - busy
             begun.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(begun, json.dumps(spent) + "\n")
         stamp.parent.mkdir(parents=True, exist_ok=True)
         begun.rename(stamp)
         print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of a processor", flush=True)
+
+    def together(self, name: str, children: Mapping[str, Child]) -> None:
+        """Makes one stage of several commands: as many run at once as there are cores. Two on a thread each end before one on two has."""
+
+        def run(part: str) -> None:
+            self.once(f"{name}.{part}", children[part].run, children[part])
+
+        def run_all() -> None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(run, children))
+
+        self.once(name, run_all)
 
     def check_plan(self, plan: dict[str, Any]) -> None:
         """Refuses a folder that was begun with another plan; its stages would not fit together."""
@@ -73,7 +116,7 @@ class Stages:
             )
 
     def spent(self) -> dict[str, dict[str, float]]:
-        """Seconds of all stages done so far, by the clock and of the processors."""
+        """Seconds of all stages done so far, by the clock and of the processors. A name with a dot is part of the stage before the dot."""
         return {stamp.name: json.loads(stamp.read_text()) for stamp in sorted((self.work / ".done").iterdir())}
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith.decode.engine import Engine
@@ -173,8 +172,7 @@ class BundledEngine:
             bond = TargetBond(target.ends, "" if tokenizer is None else tokenizer_fingerprint(tokenizer))
             loaded = load_drafter(drafter, str(target.dtype).removeprefix("torch."), trust_remote_code, target=bond)
         if loaded is not None:
-            # The base class's `to`: the one of transformers is not typed for a device alone.
-            nn.Module.to(loaded, target.device)
+            loaded.to_decode(target.device)
         self._engine = Engine(target, loaded, limits, tokenizer, compile=compile)
 
     def reply(self, prompts: list[list[int]], settings: GenerationSettings, request_ids: list[int]) -> list[Reply]:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import __version__
@@ -167,5 +166,4 @@ def _drafter(folder: Path, target: Target, tokenizer: str, trust_remote_code: bo
     drafter = load_drafter(folder, dtype, trust_remote_code, target=bond)
     drafter.attach(target.ends)
     drafter.check_tokenizer(tokenizer)
-    nn.Module.to(drafter, target.device)
-    return drafter
+    return drafter.to_decode(target.device)

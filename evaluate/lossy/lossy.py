@@ -13,6 +13,7 @@ import numpy as np
 
 from draftsmith.data.progress import metered, progress
 from draftsmith.decode import Engine, Generation, GenerationSettings
+from draftsmith.decode.runners import Compile
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.evaluate.contenders import Contender, EngineContender
 from draftsmith.evaluate.lossy.kept_answers import KeptAnswers, way_of
@@ -66,7 +67,7 @@ class RuleRow:
         accuracy_change_bounds: lower and upper bound of the change, each with 95 % confidence, also where no answer changed.
         accepted_per_cycle: accepted draft tokens, without the target's own one that ends a cycle.
         target_forwards_per_answer: the prompt's forward included.
-        speedup: tokens/s over plain decoding; its tokens are the rule's own, which need not be plain decoding's.
+        speedup: tokens/s over plain decoding; its tokens are the rule's own, which need not be plain decoding's. None if none was timed.
         same_text_share: replies that are plain decoding's, token for token.
         by_rule_share: emitted tokens that the target would not have chosen.
         wrong_accepted_share, correct_accepted_share: of held-out tokens labelled so; None where none were given.
@@ -86,8 +87,8 @@ class RuleRow:
     accepted_per_cycle_interval: Interval
     target_forwards_per_answer: float
     target_forwards_per_answer_interval: Interval
-    speedup: float
-    speedup_interval: Interval
+    speedup: float | None
+    speedup_interval: Interval | None
     same_text_share: float
     by_rule_share: float
     wrong_accepted_share: float | None
@@ -154,19 +155,20 @@ def compare(
     *,
     timed_problems: int,
     batch_rows: int = 32,
+    compile: Compile = "auto",
     wrong_tokens: Mapping[str, Accepted | None] | None = None,
     kept: KeptAnswers | None = None,
 ) -> list[RuleRow]:
     """Rows of plain decoding and of every rule, in this order.
 
     Args:
-        timed_problems: the first so many problems are decoded once more, one at a time, by all in turn, for the speed-up.
+        timed_problems: the first so many problems are decoded once more, one at a time, by all in turn, for the speed-up; 0 for none.
+        compile: ``on`` compiles the cycles of what is timed, plain decoding's too.
         wrong_tokens: what each rule, by its label, accepts of labelled tokens.
         kept: the answers of earlier starts; None keeps nothing.
     """
     kept = kept or KeptAnswers()
-    engines = {PLAIN: Engine(target)}
-    engines |= {ruled.label: Engine(target, drafter, limits, rule=ruled.rule) for ruled in rules}
+    engines = _engines(target, drafter, limits, rules)
     ways = {PLAIN: way_of(None, None)} | {ruled.label: way_of(limits, ruled.rule) for ruled in rules}
     done = kept.begin(list(ways.values()), len(samples))
     with progress("answers", len(engines) * len(samples), "answers", done) as advance:
@@ -174,12 +176,23 @@ def compare(
             name: answer_all(engine, samples, settings, is_right, text_of, batch_rows, advance, kept, ways[name])
             for name, engine in engines.items()
         }
-    contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in engines.items()]
-    with metered("race", len(engines) * timed_problems, "answers", 0) as meter:
-        runs = race(contenders, samples[:timed_problems], advance=meter.advance, say=meter.say)
+    runs: dict[str, list[Timed]] = {}
+    if timed_problems:
+        raced = _engines(target, drafter, limits, rules, compile)
+        contenders: list[Contender] = [EngineContender(name, engine, settings) for name, engine in raced.items()]
+        with metered("race", len(raced) * timed_problems, "answers", 0) as meter:
+            runs = race(contenders, samples[:timed_problems], advance=meter.advance, say=meter.say)
     chosen = [Ruled(PLAIN, None), *rules]
     accepted = wrong_tokens or {}
     return [_row(ruled, shape_text(limits), answered, runs, accepted.get(ruled.label)) for ruled in chosen]
+
+
+def _engines(
+    target: Target, drafter: Drafter, limits: DraftLimits, rules: Sequence[Ruled], compile: Compile = "off"
+) -> dict[str, Engine]:
+    """Plain decoding's, and that of every rule."""
+    engines = {PLAIN: Engine(target, compile=compile)}
+    return engines | {ruled.label: Engine(target, drafter, limits, rule=ruled.rule, compile=compile) for ruled in rules}
 
 
 def _row(
@@ -190,7 +203,7 @@ def _row(
     accepted: Accepted | None,
 ) -> RuleRow:
     own, plain = answered[ruled.label], answered[PLAIN]
-    fast, base = track(runs[ruled.label]), track(runs[PLAIN])
+    timed = (track(runs[ruled.label]), track(runs[PLAIN])) if runs else None
     right = [float(good) for good in own.right]
     change = [good - before for good, before in zip(right, map(float, plain.right), strict=True)]
     taken = [sum(reply.accepted) for reply in own.replies]
@@ -213,8 +226,8 @@ def _row(
         accepted_per_cycle_interval=_interval(taken, cycles),
         target_forwards_per_answer=float(np.mean(forwards)),
         target_forwards_per_answer_interval=ratio_interval(forwards, ones),
-        speedup=speedup(fast, base),
-        speedup_interval=speedup_interval(fast, base),
+        speedup=None if timed is None else speedup(*timed),
+        speedup_interval=None if timed is None else speedup_interval(*timed),
         same_text_share=float(np.mean(same)),
         by_rule_share=sum(len(reply.by_rule) for reply in own.replies)
         / max(1, sum(len(reply.token_ids) for reply in own.replies)),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.prompts import ALL_PROMPTS, PromptSelection
+from draftsmith.decode.runners import Compile, check_compile
 from draftsmith.decode.sampling import DrawOptions
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.evaluate.drafters import names_apart
@@ -47,19 +48,23 @@ class WorkloadOptions:
 
     Args:
         batch_rows: Problems answered together, except for the race.
-        timed_problems: Problems decoded once more, one at a time, by all rules in turn, for the speed-up.
+        timed_problems: Problems decoded once more, one at a time, by all rules in turn, for the speed-up; 0 for no speed-up.
+        compile: on compiles what is timed, plain decoding too (on CUDA it captures cycles), off runs it op by op; auto is off so far.
+            Compiling a long chain takes minutes for each rule.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: a count is too low, or `compile` is unknown.
     """
 
     batch_rows: int = 32
     timed_problems: int = 40
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch_rows", "timed_problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_compile(self.compile)
+        for name, least in (("batch_rows", 1), ("timed_problems", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 WORKLOAD = WorkloadOptions()
@@ -117,11 +122,11 @@ def evaluate_rules(
     contest = prepare(target, drafter, prompts, load_checker(checker), draw, selection, where, rendering)
     _check_tokenizers(chosen, tokenizer_fingerprint(contest.tokenizer))
     config = asdict(contest.settings) | {"shape": shape, "rules": rules, "checker": checker}
-    config |= asdict(where) | asdict(rendering)
+    config |= asdict(where) | asdict(rendering) | asdict(workload)
     with exclusive(out), kept_answers(out / WORK_FILE, contest.facts, judged=True) as kept:
         rows = _compared(contest, limits, chosen, workload, labelled_rows, kept)
         made_by = provenance.record(provenance.command_line(), config, dict(contest.inputs))
-        _write(out, rows, made_by, target, drafter, most_lost / 100)
+        _write(out, rows, made_by, target, drafter, workload, most_lost / 100)
     priced = price_table(prices(rows, most_lost / 100), most_lost / 100)
     print(f"{trade_table(rows)}\n\n{priced}\nreport: {out / 'report.md'}")
 
@@ -147,6 +152,7 @@ def _compared(
         contest.settings,
         timed_problems=min(workload.timed_problems, len(contest.samples)),
         batch_rows=workload.batch_rows,
+        compile=workload.compile,
         wrong_tokens=_wrong_tokens(contest.target, contest.drafter, rules, labelled_rows),
         kept=kept,
     )
@@ -201,10 +207,17 @@ def _check_names(rules: Sequence[Ruled]) -> None:
 
 
 def _write(
-    out: Path, rows: Sequence[RuleRow], made_by: dict[str, Any], target: str, drafter: str, most_lost: float
+    out: Path,
+    rows: Sequence[RuleRow],
+    made_by: dict[str, Any],
+    target: str,
+    drafter: str,
+    workload: WorkloadOptions,
+    most_lost: float,
 ) -> None:
     provenance.write(out, made_by)
     facts = {key: made_by[key] for key in ("command", "machine", "versions")}
+    facts |= {"timed_problems": workload.timed_problems, "compile": workload.compile}
     report = facts | {"target": target, "drafter": drafter, "rows": [row.to_json() for row in rows]}
     atomic_write(out / "report.png", draw_trade(rows))
     priced = prices(rows, most_lost)

@@ -85,7 +85,7 @@ def _cells(price: Price) -> list[str]:
         f"{100 * row.accuracy_change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
         f"{row.accepted_per_cycle:.2f}",
         "-" if price.times_lossless is None else f"{price.times_lossless:.2f}",
-        f"{row.speedup:.2f}",
+        "-" if row.speedup is None else f"{row.speedup:.2f}",
     ]
 
 

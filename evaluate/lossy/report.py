@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftsmith.decode.runners import compiles
 from draftsmith.evaluate.lossy.lossy import PLAIN, RuleRow
 from draftsmith.evaluate.lossy.price import PRICE_CHART, price_table, prices
 from draftsmith.foreign import code, plain
@@ -42,7 +43,9 @@ def trade_table(rows: Sequence[RuleRow]) -> str:
             change,
             "-" if row.rule == PLAIN else _number(row.accepted_per_cycle, row.accepted_per_cycle_interval, 2),
             _number(row.target_forwards_per_answer, row.target_forwards_per_answer_interval, 1),
-            _number(row.speedup, row.speedup_interval, 2),
+            "-"
+            if row.speedup is None or row.speedup_interval is None
+            else _number(row.speedup, row.speedup_interval, 2),
             "-"
             if row.wrong_accepted_share is None or row.wrong_accepted_share_interval is None
             else _share(row.wrong_accepted_share, row.wrong_accepted_share_interval),
@@ -55,7 +58,7 @@ def to_markdown(facts: Mapping[str, Any], target: str, drafter: str, rows: Seque
     """The page; `most_lost` is the share of right answers that may be lost where rules are compared at equal quality."""
     setting = (
         f"Target {code(target)}, drafter {code(drafter)}, shape {plain(next((row.shape for row in rows if row.shape), '-'))}, "
-        f"{rows[0].problems} problems."
+        f"{rows[0].problems} problems{_timed_how(facts)}."
     )
     machine = "\n".join(
         f"- {plain(key)}: {plain(value)}"
@@ -66,12 +69,19 @@ def to_markdown(facts: Mapping[str, Any], target: str, drafter: str, rows: Seque
         "# Lossy rules",
         setting,
         trade_table(rows),
-        "![Right answers against accepted tokens and speed](report.png)",
+        "![Right answers against what a rule gains](report.png)",
     ]
     priced = prices(rows, most_lost)
     if priced:
         parts += ["## At equal quality", price_table(priced, most_lost), f"![Gain at equal quality]({PRICE_CHART})"]
     return "\n\n".join([*parts, MEANING.rstrip(), code(facts["command"]), machine]) + "\n"
+
+
+def _timed_how(facts: Mapping[str, Any]) -> str:
+    """Whether speed was measured, and whether its cycles ran compiled: the end of a sentence."""
+    if not facts["timed_problems"]:
+        return "; no speed was measured"
+    return "; what was timed ran compiled, plain decoding too" if compiles(facts["compile"]) else ""
 
 
 def _share(value: float, interval: tuple[float, float]) -> str:

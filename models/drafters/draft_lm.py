@@ -106,6 +106,12 @@ class LMDrafter(Drafter):
         self.borrow(ends)
         return self
 
+    def to_decode(self, device: torch.device) -> LMDrafter:
+        """See :meth:`Drafter.to_decode`."""
+        super().to_decode(device)
+        self.lm.merge()
+        return self
+
     def check_tokenizer(self, fingerprint: str) -> None:
         """Check that the target has the LM's tokenizer.
 

@@ -125,6 +125,22 @@ class Drafter(DraftVocabulary):
         view.attach(ends)
         return view
 
+    def to_decode(self, device: torch.device) -> Self:
+        """Move this drafter to the target's device, to decode there and not to be trained.
+
+        A drafter that holds a causal LM also merges matrices of it that read the same states.
+
+        Args:
+            device: the target's.
+
+        Returns:
+            This drafter.
+        """
+        torch.nn.Module.to(self, device)
+        for part in self.parts or ():
+            part.to_decode(device)
+        return self
+
     def attach(self, ends: TargetEnds) -> Drafter:
         """Borrow the target's frozen ends.
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from draftsmith import provenance
@@ -145,7 +144,7 @@ class Decoder:
         drafter = load_drafter(drafter_folder(name), dtype, trust_remote_code, target=bond)
         drafter.attach(self.target.ends)
         drafter.check_tokenizer(own)
-        return nn.Module.to(drafter, self.target.device)
+        return drafter.to_decode(self.target.device)
 
     def decode(
         self, judge: Judge, drafters: Sequence[tuple[Served, Drafter]], questions: Sequence[LicensedPrompt], number: int

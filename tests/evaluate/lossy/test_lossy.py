@@ -6,18 +6,20 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from draftsmith.cli import main
 from draftsmith.data.prompts import read_prompts
-from draftsmith.decode import GenerationSettings
+from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.decode.verify.lossy_rule import LossyRule
 from draftsmith.decode.verify.lossy_rules import Divergence, Everything, JudgeRule, TopK, Typical
 from draftsmith.decode.verify.rule_text import parse_rule
 from draftsmith.decode.verify.uncertain_rules import Fly
 from draftsmith.embedded import write_prompts
+from draftsmith.evaluate.lossy import lossy
 from draftsmith.evaluate.lossy.chart import draw_trade
 from draftsmith.evaluate.lossy.lossy import Ruled, RuleRow, compare
 from draftsmith.evaluate.lossy.paired import change_bounds
@@ -172,6 +174,38 @@ def test_the_chart_is_a_png_of_some_size(compared: dict[str, RuleRow]) -> None:
     picture = draw_trade(list(compared.values()))
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(picture) > 20_000
+
+
+def test_without_timed_problems_there_is_no_speed_and_the_report_says_so(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lossy, "race", lambda *_, **__: pytest.fail("something was timed"))
+    words = ["--target", "embedded:target", "--drafter", "embedded:draft_lm", "--prompts", prompts, "--limit", 2]
+    words += ["--checker", "final-number", "--shape", "1x4", "--out", tmp_path / "out", "--timed-problems", 0]
+    assert main(["judge", "evaluate", *map(str, words), "--rules", "lossless", "top-k@2"]) == 0
+    assert capsys.readouterr().out.count("| - |") >= 3
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["speedup"] for row in report["rows"]] == [None, None, None]
+    assert "2 problems; no speed was measured." in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+
+
+def test_a_compiled_race_compiles_every_way_of_decoding_but_not_the_counting(
+    target: Target, draft_lm: LMDrafter, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def noted(*given: Any, compile: str = "auto", **named: Any) -> Engine:
+        asked.append(compile)
+        return Engine(*given, **named)
+
+    monkeypatch.setattr(lossy, "Engine", noted)
+    samples = read_samples(prompts, load_tokenizer("embedded:target"))[:1]
+    settings = GenerationSettings(4, eos_token_ids=target.eos_token_ids)
+    rules = [Ruled("lossless", None), Ruled("everything", Everything())]
+    chain = DraftLimits(draft_length=2)
+    compare(target, draft_lm, chain, rules, samples, lambda *_: True, str, settings, timed_problems=1, compile="on")
+    assert asked == ["off"] * 3 + ["on"] * 3
 
 
 def test_at_equal_quality_a_rule_has_the_largest_gain_of_its_settings_that_lose_no_more(

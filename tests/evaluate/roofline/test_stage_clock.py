@@ -33,7 +33,7 @@ def seconds(step: float) -> Iterator[float]:
 
 
 def clocked(model: Target, most_seconds: float, step: float, batch_size: int = 1, **changes: object) -> StageTimes:
-    """With a clock that has gone on by `step` whenever it is looked at."""
+    """With a clock that shows `step` more whenever it is looked at."""
     time = seconds(step)
     engine, lengths = Engine(model), [24] * len(PROMPTS)
     named: dict = {"reply_lengths": lengths, "now": lambda: next(time)} | changes

@@ -39,6 +39,7 @@ from draftsmith.models import (
 )
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.tree.limits import Rule
+from draftsmith.models.trunk.merged import MergedFirst, MergedOther
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32, 33, 34, 35, 36]]
 SHAPES = {
@@ -151,6 +152,17 @@ def test_a_draft_is_the_lms_own_greedy_continuation(target: Target) -> None:
     text = [BOS, 5, 9, 11, 4, 30, 31, 32, 33, 34]
     tree = draft(target, drafter, [text], DraftLimits(1, 5))
     assert tree.tokens_BN[0, 1:].tolist() == greedy_by_hand(lm, text, 5)
+
+
+def test_an_lm_that_only_decodes_is_merged_and_drafts_the_same(target: Target) -> None:
+    apart, merged = LMDrafter(random_target(seed=4)), LMDrafter(random_target(seed=4))
+    assert merged.to_decode(target.device) is merged
+    kinds = {type(module) for module in merged.modules()}
+    assert {MergedFirst, MergedOther} <= kinds
+    assert MergedFirst not in {type(module) for module in apart.modules()}
+    texts = [[BOS, 5, 9, 11, 4, 30, 31], [BOS, 7, 8, 9, 10, 11, 12]]
+    trees = [draft(target, drafter.bound(target.ends), texts, DraftLimits(2, 4)) for drafter in (apart, merged)]
+    assert torch.equal(trees[0].tokens_BN, trees[1].tokens_BN)
 
 
 @pytest.mark.parametrize("size", [40, VOCAB + 3])
