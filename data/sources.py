@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftsmith.data.json_list import list_elements
 from draftsmith.files import read_jsonl
 from draftsmith.foreign import one_line
 from draftsmith.json_rows import (
     SPREADSHEETS,
     Dropped,
+    DroppedSink,
     UnusableRow,
     check_encoding,
     check_values,
-    is_blank,
     parse_object,
     shown,
 )
@@ -36,10 +37,9 @@ _LONGEST_CELL = 2**26
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MARK = b"\xef\xbb\xbf"
 _MARK_BYTES = 8
+_BATCH_ROWS = 1024  # of a table that are held at a time
 _BLANK_LINES = re.compile(rb"\n[ \t]*\n\s*")
 _DOCUMENT_END = b"<|endoftext|>"
-# A text (closed or not), or one of the marks by which the elements of a list are told apart.
-_JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Unread:
 
 
 def read_rows(
-    source: str, *, hub_config: str | None = None, hub_split: str = "train", dropped: list[Dropped] | None = None
+    source: str, *, hub_config: str | None = None, hub_split: str = "train", dropped: DroppedSink | None = None
 ) -> Iterator[tuple[str, Row]]:
     """Read the rows of a source, with the place of each: `FILE:LINE`, `FILE[INDEX]` or `HUB_ID[INDEX]`.
 
@@ -123,48 +123,11 @@ def _content(path: Path) -> bytes:
 
 
 def _json_rows(path: Path) -> Iterator[Row | _Unread]:
-    content = _content(path)
-    if content.lstrip().startswith(b"{"):
-        raise ValueError(
-            f"{path} begins with an object, but a JSON file is a list of objects; one object a line is JSONL: name the file .jsonl"
-        )
-    for element in _elements(path, content):
+    for element in list_elements(path):
         try:
             yield parse_object(element)
         except UnusableRow as error:
             yield _Unread(str(error), shown(element))
-
-
-def _elements(path: Path, content: bytes) -> Iterator[bytes]:
-    """The bytes of each element of a list, so that one that cannot be parsed costs no other.
-
-    Example: `[{"a": ","}, 7]` has the elements `{"a": ","}` and ` 7`.
-
-    Raises:
-        ValueError: the list does not begin, is not closed, or is not all of the file; the message has the line.
-    """
-    depth = begin = 0
-    for token in _JSON_TOKEN.finditer(content):
-        mark = token[0]
-        if not depth and (mark != b"[" or content[: token.start()].strip()):
-            break
-        if mark in b"[{":
-            depth += 1
-            begin = token.end() if depth == 1 else begin
-        elif mark in b"]}":
-            depth -= 1
-        if (depth, mark) == (1, b",") or not depth:
-            element = content[begin : token.start()]
-            if depth or not is_blank(element):
-                yield element
-            begin = token.end()
-        if not depth:
-            break
-    if depth or content[begin:].strip():
-        rest = content[begin:]
-        line = content.count(b"\n", 0, begin + len(rest) - len(rest.lstrip())) + 1
-        wrong = "the list is never closed" if depth else "this is no list of objects"
-        raise ValueError(f"{path}:{line}: not valid JSON: {wrong}; mend the file")
 
 
 def _csv_rows(path: Path) -> Iterator[Row | _Unread]:
@@ -238,7 +201,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | _Unread]:
         [(name, count)] = Counter(file.schema_arrow.names).most_common(1) or [("", 0)]
         if count > 1:
             raise ValueError(f"{path} has {count} columns of the name {name!r}; give each a name of its own")
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(_BATCH_ROWS):
             yield from _rows_of_batch(batch)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole Parquet file: {error}") from error

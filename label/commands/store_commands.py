@@ -5,21 +5,24 @@ Owns their options and what they print. Knows nothing of how rows are read or ke
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from draftsmith.arguments import FLAT
 from draftsmith.data.sources import source_name
-from draftsmith.files import atomic_write
+from draftsmith.files import atomic_file
 from draftsmith.foreign import one_line, visible
 from draftsmith.hub_options import OWN_FILES, HubOptions
 from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.counting import FirstStep
-from draftsmith.label.formats.importers import Format, read_labelled
+from draftsmith.label.formats.detection import Format
+from draftsmith.label.formats.importers import LabelledFile
 from draftsmith.label.schema import Answer, How, deciding, write_answers
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.label_source import LabelSource
@@ -65,25 +68,55 @@ def import_answers(
     if left_out is not None:
         check_output_file(left_out, filter(None, [source, database_file(store)]))
     name = source_name(str(source))
-    imported = read_labelled(
-        source, format, LabelSource(name, labelled_by or name, entry.licence, model, how), first_step
-    )
-    with Store(store, create=True) as opened:
-        added = opened.add(imported.answers, entry.adder())
-        print(
-            f"{len(imported.answers)} answers in {source} ({imported.format}): {added.items} new answers and {added.labels} "
-            f"new labels in {opened.name}, {added.known_labels} labels known already; {len(imported.left_out)} rows left out"
-        )
-    print(f"labels: {_verdicts(imported.answers)}")
-    for note in imported.notes:
+    file = LabelledFile(source, format, LabelSource(name, labelled_by or name, entry.licence, model, how), first_step)
+    verdicts: Counter[str] = Counter()
+    with _LeftOut(left_out) as unused:
+        answers = _counted(file.answers(unused.add), verdicts)
+        # Before a store is made: a file of which no row can be used makes none.
+        first = list(itertools.islice(answers, 1))
+        with Store(store, create=True) as opened:
+            added = opened.add(itertools.chain(first, answers), entry.adder())
+            print(
+                f"{verdicts.total()} answers in {source} ({file.format}): {added.items} new answers and {added.labels} "
+                f"new labels in {opened.name}, {added.known_labels} labels known already; {unused.count} rows left out"
+            )
+    print(f"labels: {_counts(verdicts)}")
+    for note in file.notes:
         print(visible(f"note: {note}"))
-    for reason in imported.left_out[:_SHOWN]:
+    for reason in unused.shown:
         print(visible(f"left out: {reason}"))
-    if left_out is not None:
-        atomic_write(left_out, "".join(f"{one_line(reason)}\n" for reason in imported.left_out))
-    if len(imported.left_out) > _SHOWN:
+    if unused.count > _SHOWN:
         where = "; --left_out FILE lists all" if left_out is None else f"; all are in {left_out}"
-        print(visible(f"left out: {len(imported.left_out) - _SHOWN} more{where}"))
+        print(visible(f"left out: {unused.count - _SHOWN} more{where}"))
+
+
+class _LeftOut(contextlib.ExitStack):
+    """Rows that are left out: how many, the first few, and all of them in a file that appears when the block ends well.
+
+    Attributes:
+        count: of them.
+        shown: the first few.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        super().__init__()
+        self.count = 0
+        self.shown: list[str] = []
+        self._lines = None if file is None else self.enter_context(atomic_file(file))
+
+    def add(self, reason: str) -> None:
+        """Takes the place of a row, with the reason."""
+        self.count += 1
+        if len(self.shown) < _SHOWN:
+            self.shown.append(reason)
+        if self._lines is not None:
+            self._lines.write(f"{one_line(reason)}\n".encode())
+
+
+def _counted(answers: Iterable[Answer], verdicts: Counter[str]) -> Iterator[Answer]:
+    for answer in answers:
+        verdicts[_verdict(answer)] += 1
+        yield answer
 
 
 def export_answers(
@@ -176,9 +209,16 @@ def _groups(answers: Sequence[Answer]) -> dict[str, list[str]]:
 
 
 def _verdicts(answers: Sequence[Answer]) -> str:
-    counts = Counter("unlabelled" if answer.label is None else answer.label.verdict for answer in answers)
+    return _counts(Counter(map(_verdict, answers)))
+
+
+def _verdict(answer: Answer) -> str:
+    return "unlabelled" if answer.label is None else answer.label.verdict
+
+
+def _counts(verdicts: Counter[str]) -> str:
     order = ("correct", "wrong", "unplaced", "unlabelled")
-    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name]) or "none"
+    return ", ".join(f"{verdicts[name]} {name}" for name in order if verdicts[name]) or "none"
 
 
 def _tokenized(answers: Sequence[Answer], target: str, where: HubOptions) -> list[Answer]:

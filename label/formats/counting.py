@@ -62,27 +62,15 @@ def counting(rows: Iterable[StepNumber], published: int, name: str, choice: Firs
     Raises:
         ValueError: the rows leave it in doubt.
     """
-    if choice != "auto":
-        return Counting(int(choice == "one"), f"steps are counted from {int(choice == 'one')}, as --first_step says")
-    seen = _Seen(rows)
-    first, why = seen.from_zero_unless(need) if published == 0 else seen.from_one_unless()
-    if first is None:
-        raise ValueError(
-            f"the file may count its steps from 0 or from 1: {why}; "
-            "say --first_step zero if its first step has the number 0, else --first_step one"
-        )
-    reason = f": {why}" if why else f", as the format {name} says"
-    if first == published == 0 and seen.num_last:
-        reason += f", but the number equals that of the steps in {_rows(seen.num_last)}"
-    return Counting(first, f"steps are counted from {first}{reason}; --first_step changes that")
+    return StepEvidence(rows).counting(published, name, choice, need)
 
 
 def _rows(count: int) -> str:
     return f"{count} row{'' if count == 1 else 's'}"
 
 
-class _Seen:
-    """What speaks for either way of counting.
+class StepEvidence:
+    """What the rows of a file say of its counting: counts alone, however many rows there are.
 
     Attributes:
         num_last: rows with the number of the steps.
@@ -91,21 +79,69 @@ class _Seen:
         num_right_zero: those whose answer is right.
         num_right_step: rows of right answers with a number above 0.
         num_none: rows that name no step by -1, null, `N/A` or an empty list.
+        num_unplaced: those of them whose answer is wrong.
+
+    Args:
+        rows: that are known already; others are added.
     """
 
-    def __init__(self, rows: Iterable[StepNumber]) -> None:
+    def __init__(self, rows: Iterable[StepNumber] = ()) -> None:
         self.num_last = self.num_zero = self.num_sure_zero = self.num_right_zero = 0
-        self.num_right_step = self.num_none = 0
+        self.num_right_step = self.num_none = self.num_unplaced = 0
         for row in rows:
-            has_zero = 0 in row.numbers
-            self.num_last += row.num_steps in row.numbers
-            self.num_zero += has_zero
-            self.num_sure_zero += has_zero and (row.by_list or row.is_wrong is True)
-            self.num_right_zero += has_zero and row.is_wrong is False
-            self.num_right_step += row.is_wrong is False and any(number > 0 for number in row.numbers)
-            self.num_none += not any(number >= 0 for number in row.numbers)
+            self.add(row)
 
-    def from_zero_unless(self, need: int) -> tuple[int | None, str]:
+    def add(self, row: StepNumber) -> None:
+        """Counts one more row.
+
+        Args:
+            row: of the file.
+        """
+        has_zero = 0 in row.numbers
+        self.num_last += row.num_steps in row.numbers
+        self.num_zero += has_zero
+        self.num_sure_zero += has_zero and (row.by_list or row.is_wrong is True)
+        self.num_right_zero += has_zero and row.is_wrong is False
+        self.num_right_step += row.is_wrong is False and any(number > 0 for number in row.numbers)
+        names_none = not any(number >= 0 for number in row.numbers)
+        self.num_none += names_none
+        self.num_unplaced += names_none and row.is_wrong is True
+
+    def counting(self, published: int, name: str, choice: FirstStep, need: int = 1) -> Counting:
+        """As :func:`counting`, of the rows that were added.
+
+        Args:
+            published: from which number the format counts by its own description.
+            name: of the format.
+            choice: of the user; `auto` decides by the rows.
+            need: how many numbers have to speak against a format that counts from 0.
+
+        Raises:
+            ValueError: the rows leave it in doubt.
+        """
+        if choice != "auto":
+            return Counting(
+                int(choice == "one"), f"steps are counted from {int(choice == 'one')}, as --first_step says"
+            )
+        first, why = self._from_zero_unless(need) if published == 0 else self._from_one_unless()
+        if first is None:
+            raise ValueError(
+                f"the file may count its steps from 0 or from 1: {why}; "
+                "say --first_step zero if its first step has the number 0, else --first_step one"
+            )
+        reason = f": {why}" if why else f", as the format {name} says"
+        if first == published == 0 and self.num_last:
+            reason += f", but the number equals that of the steps in {_rows(self.num_last)}"
+        return Counting(first, f"steps are counted from {first}{reason}; --first_step changes that")
+
+    def unplaced_note(self) -> list[str]:
+        """A sentence on answers with a wrong end and no wrong step, where there are any."""
+        if not self.num_unplaced:
+            return []
+        rule = "have a wrong end, and the file names no wrong step; look at them before you train on them"
+        return [f"{self.num_unplaced} answers {rule}"]
+
+    def _from_zero_unless(self, need: int) -> tuple[int | None, str]:
         """The number of the first step where the format counts from 0, and why it is another or (None) in doubt."""
         last = f"the number equals that of the steps in {_rows(self.num_last)}"
         only_right = self.num_right_zero == self.num_zero > 0 and not self.num_right_step and not self.num_none
@@ -124,7 +160,7 @@ class _Seen:
             return None, f"{last}, and it is 0 in {_rows(self.num_zero)}"
         return 0, ""
 
-    def from_one_unless(self) -> tuple[int | None, str]:
+    def _from_one_unless(self) -> tuple[int | None, str]:
         """The number of the first step where the format counts from 1, and why it is another or (None) in doubt."""
         zeros = f"the number is 0 in {_rows(self.num_sure_zero)} with a wrong step"
         if self.num_last:
@@ -137,19 +173,6 @@ class _Seen:
         if num_unsaid and self.num_none:
             return None, f"the number is 0 in {_rows(num_unsaid)}, {self.num_none} others name no step{never}"
         return 1, ""
-
-
-def unplaced_note(rows: Iterable[StepNumber]) -> list[str]:
-    """A sentence on answers with a wrong end and no wrong step, where there are any.
-
-    Args:
-        rows: of the file.
-    """
-    count = sum(row.is_wrong is True and not any(number >= 0 for number in row.numbers) for row in rows)
-    sentence = (
-        f"{count} answers have a wrong end, and the file names no wrong step; look at them before you train on them"
-    )
-    return [sentence] if count else []
 
 
 def zero_is_neutral(ratings: Iterable[int | str]) -> bool:

@@ -6,47 +6,32 @@ its own module's. Knows nothing of the store.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
-from draftsmith.label.formats.counting import FirstStep, StepNumber, counting, unplaced_note, zero_is_neutral
-from draftsmith.label.formats.fields import Row, unpacked, whole
-from draftsmith.label.formats.prm800k import is_published, read_prm800k
-from draftsmith.label.formats.solutions import read_autojudge, read_solutions, solutions_of
+from draftsmith.label.formats.counting import FirstStep, StepEvidence, zero_is_neutral
+from draftsmith.label.formats.detection import Format, detect
+from draftsmith.label.formats.fields import Row
+from draftsmith.label.formats.prm800k import read_prm800k
+from draftsmith.label.formats.repeats import Repeats
+from draftsmith.label.formats.solutions import read_autojudge, read_solutions
 from draftsmith.label.formats.step_labels import (
-    MARK,
-    STEP_FIELDS,
     RatedSteps,
     Rating,
     rated_steps,
     shepherd_steps,
     turned_steps,
 )
-from draftsmith.label.formats.step_sets import LAYOUTS, layout_of, read_step_set
-from draftsmith.label.schema import Answer, Label, check_answer, from_row, is_keepable
+from draftsmith.label.formats.step_sets import LAYOUTS, read_step_set
+from draftsmith.label.schema import Answer, check_answer, from_row, is_keepable
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
-Format = Literal[
-    "auto",
-    "answers",
-    "label-studio",
-    "prm800k",
-    "mistake",
-    "processbench",
-    "stepwise",
-    "wrong-steps",
-    "step-labels",
-    "math-shepherd",
-    "solutions",
-    "autojudge",
-]
 Reader = Callable[[Row, str, LabelSource], Iterator[Answer]]
 
 # Where the rows of each format have the right answer, the fullest first. BIG-Bench-Mistake's `answer` is the model's own.
@@ -95,10 +80,7 @@ class Imported:
 
 
 def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_step: FirstStep = "auto") -> Imported:
-    """Reads a whole file. A row that cannot be used is left out, with its place, field, value, rule and remedy.
-
-    The file is read once for its format, where a set numbers or rates its steps once for what holds for all rows, and once for the answers.
-    So it holds answers, and no rows.
+    """Reads all answers of a file into memory; see :class:`LabelledFile`, which gives them row by row.
 
     Args:
         path: a JSON, JSON-lines, CSV or Parquet file.
@@ -107,35 +89,115 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_ste
         first_step: from which number steps are counted; `auto` decides by the rows.
 
     Raises:
-        ValueError: there is no such file, it cannot be read as a whole, no row of it can be used (with the first reason), or the rows
-            leave in doubt from which number they count.
+        ValueError: see `LabelledFile`.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; name a JSON, JSON-lines, CSV or Parquet file of labelled answers")
-    if row_format == "auto":
-        row_format = _format_of(read_rows(str(path), dropped=[]), origin)
-    notes, reader = _reader(row_format, (row for _, row in read_rows(str(path), dropped=[])), first_step)
-    unread: list[Dropped] = []
-    answers: list[Answer] = []
     left_out: list[str] = []
-    unusable: list[str] = []
-    for place, row in read_rows(str(path), dropped=unread):
+    file = LabelledFile(path, row_format, origin, first_step)
+    answers = list(file.answers(left_out.append))
+    return Imported(answers, left_out, file.format, tuple(file.notes))
+
+
+class LabelledFile:
+    """A file of labelled answers, read row by row: neither rows nor answers are kept, however many there are.
+
+    The file is read once for its format, and where a set numbers or rates its steps once for what holds for all rows, of which counts are
+    kept.
+
+    Attributes:
+        format: of the rows.
+        notes: what was decided for the whole file; once its answers were read, also in how many rows it contradicts itself.
+
+    Args:
+        path: a JSON, JSON-lines, CSV or Parquet file.
+        row_format: how a row is read; `auto` decides by the fields of the first row.
+        origin: what the file does not say.
+        first_step: from which number steps are counted; `auto` decides by the rows.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read as a whole, or the rows leave in doubt from which number they count.
+    """
+
+    def __init__(self, path: Path, row_format: Format, origin: LabelSource, first_step: FirstStep = "auto") -> None:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; name a JSON, JSON-lines, CSV or Parquet file of labelled answers")
+        self._path, self._origin = path, origin
+        self.format: Format = _format_of(self._rows(), origin) if row_format == "auto" else row_format
+        self.notes, self._read = _reader(self.format, (row for _, row in self._rows()), first_step)
+
+    def answers(self, left_out: Callable[[str], None]) -> Iterator[Answer]:
+        """The answers of the file. A row that cannot be used is left out.
+
+        Args:
+            left_out: takes each row that gives no answer: its place with field, value, rule and remedy.
+
+        Yields:
+            each answer, with the reference that the file gave it first.
+
+        Raises:
+            ValueError: no row of the file can be used (with the first reason).
+        """
+        mistakes = _Mistakes(left_out)
+        num_answers = 0
+        with Repeats() as repeats:
+            for place, row in read_rows(str(self._path), dropped=mistakes):
+                for answer in self._answers_of(place, row, mistakes):
+                    num_answers += 1
+                    yield repeats.agreeing(answer)
+                del row
+            if mistakes.first is not None and not num_answers:
+                raise ValueError(
+                    f"no row of {self._path} can be used, {mistakes.count} have mistakes; the first: {mistakes.first}"
+                )
+            self.notes += repeats.notes()
+
+    def _answers_of(self, place: str, row: Row, mistakes: _Mistakes) -> list[Answer]:
+        """What a row gives: all its answers, or none of them."""
         try:
-            of_row = list(reader(row, place, origin))
-            for answer in of_row:
+            answers = list(self._read(row, place, self._origin))
+            for answer in answers:
                 check_answer(answer, place)
         except SkippedRow as error:
-            left_out.append(f"{place}: {error}")
+            mistakes.left_out(f"{place}: {error}")
         except ValueError as error:
             reason = str(error)
-            unusable.append(reason if reason.startswith(place) else f"{place}: {reason}")
+            mistakes.add(reason if reason.startswith(place) else f"{place}: {reason}")
         else:
-            answers += [_with_reference(answer, row, row_format) for answer in of_row]
-    unusable += [f"{row.place}: {row.reason}; mend or delete the row" for row in unread]
-    if unusable and not answers:
-        raise ValueError(f"no row of {path} can be used, {len(unusable)} have mistakes; the first: {unusable[0]}")
-    answers, repeated = _agreeing(answers)
-    return Imported(answers, unusable + left_out, row_format, (*notes, *repeated))
+            return [_with_reference(answer, row, self.format) for answer in answers]
+        return []
+
+    def _rows(self) -> Iterator[tuple[str, Row]]:
+        return read_rows(str(self._path), dropped=_Nowhere())
+
+
+class _Mistakes:
+    """Counts the rows with mistakes, and passes on why they are left out.
+
+    Attributes:
+        left_out: takes the reasons, those of rows without a mistake too.
+        count: of the mistakes.
+        first: of them.
+    """
+
+    def __init__(self, left_out: Callable[[str], None]) -> None:
+        self.left_out = left_out
+        self.count = 0
+        self.first: str | None = None
+
+    def add(self, reason: str) -> None:
+        self.count += 1
+        self.first = self.first or reason
+        self.left_out(reason)
+
+    def append(self, record: Dropped, /) -> None:
+        """Takes a row that cannot be decoded."""
+        self.add(f"{record.place}: {record.reason}; mend or delete the row")
+
+
+class _Nowhere:
+    """Takes rows that cannot be decoded where another pass names them."""
+
+    def append(self, record: Dropped, /) -> None:
+        pass
 
 
 def _format_of(placed: Iterable[tuple[str, Row]], origin: LabelSource) -> Format:
@@ -154,81 +216,18 @@ def _format_of(placed: Iterable[tuple[str, Row]], origin: LabelSource) -> Format
     return first
 
 
-def detect(row: Row, place: str) -> Format:
-    """Names the format of a row from its fields.
-
-    Args:
-        row: of a file.
-        place: of the row, `FILE:LINE`.
-
-    Raises:
-        ValueError: none fits; names the fields seen.
-    """
-    fields = {name for name, value in row.items() if value is not None}
-    for row_format, fits in _SIGNS:
-        if fits(row, fields if row_format not in ("mistake", "stepwise") else set(row)):
-            return row_format
-    known = ", ".join(name for name in get_args(Format) if name != "auto")
-    raise ValueError(f"{place}: no known format has the fields {sorted(row)}; name one with --format ({known})")
-
-
-def _has_labels_of_steps(row: Row, fields: set[str]) -> bool:
-    steps = next((inside for name in STEP_FIELDS if isinstance(inside := unpacked(row.get(name)), list)), None)
-    if steps is None:
-        return False
-    beside = any(isinstance(unpacked(row.get(name)), list) for name in ("labels", "step_labels", "label", "rating"))
-    return beside or any(isinstance(step, Mapping) for step in steps)
-
-
-def _has_number_beside_steps(row: Row, fields: set[str]) -> bool:
-    """One number for the whole row: lists of ratings beside it are more than the format needs."""
-    steps = unpacked(row.get("steps"))
-    are_texts = isinstance(steps, list) and not any(isinstance(step, Mapping) for step in steps)
-    return are_texts and whole(row.get("label")) is not None
-
-
-def _is_shepherd(row: Row, fields: set[str]) -> bool:
-    return isinstance(row.get("input"), str) and isinstance(row.get("label"), str) and MARK in row["input"]
-
-
-def _names_a_step(row: Row, fields: set[str]) -> bool:
-    layout = LAYOUTS["stepwise"]
-    own = {"model_output_steps", "Model_Solution_Steps"} & fields
-    return bool(own and fields & {"question", "Question"}) or bool(
-        fields & {*layout.steps} and fields & {*layout.errors}
-    )
-
-
-# The first that fits counts, so that what is peculiar to a format comes before what several have.
-_SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
-    ("answers", lambda row, _: "verdict" in row and "response" in row),
-    ("label-studio", lambda _, fields: "data" in fields and not fields & {"steps", "completions"}),
-    ("mistake", lambda _, fields: {"steps", "mistake_index"} <= fields),
-    ("stepwise", _names_a_step),
-    ("processbench", _has_number_beside_steps),
-    ("wrong-steps", lambda _, fields: bool(fields & {*LAYOUTS["wrong-steps"].errors})),
-    ("prm800k", lambda row, fields: is_published(row) or {"steps", "ratings"} <= fields),
-    ("math-shepherd", _is_shepherd),
-    ("step-labels", _has_labels_of_steps),
-    ("step-labels", lambda _, fields: "conversations" in fields),
-    ("processbench", lambda _, fields: {"steps", "label"} <= fields),
-    ("prm800k", lambda _, fields: {"question", "label"} <= fields),
-    ("autojudge", lambda _, fields: {"prefix", "draft_token", "important"} <= fields),
-    ("solutions", lambda row, fields: "question" in fields and bool(solutions_of(row))),
-)
-
-
 def _reader(row_format: Format, rows: Iterable[Row], first_step: FirstStep) -> tuple[list[str], Reader]:
     """What holds for all rows of a file, in words, and the reader that keeps to it."""
     if row_format in LAYOUTS:
-        fields: set[str] = set()
-        numbers: Counter[StepNumber] = Counter()  # few differ, so a set of millions of rows stays small
+        layout, evidence = LAYOUTS[row_format], StepEvidence()
+        has_signature = False
         for row in rows:
-            fields.update(row)
-            numbers.update(filter(None, [LAYOUTS[row_format].seen(row)]))
-        layout = layout_of(row_format, fields)
-        counted = counting(numbers.elements(), layout.first, row_format, first_step, layout.need)
-        ends = [] if layout.verdict_is_of_steps else unplaced_note(numbers.elements())
+            has_signature = has_signature or layout.is_signed(row)
+            number = layout.seen(row)
+            if number is not None:
+                evidence.add(number)
+        counted = evidence.counting(layout.first, row_format, first_step, 2 if has_signature else layout.need)
+        ends = [] if layout.verdict_is_of_steps else evidence.unplaced_note()
         return [counted.sentence, *ends], lambda row, place, origin: read_step_set(
             layout, counted.first, row, place, origin
         )
@@ -263,29 +262,6 @@ def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:
 
 def _rated(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     return (turned_steps if row.get("conversations") is not None else rated_steps)(row, place, origin)
-
-
-def _agreeing(answers: list[Answer]) -> tuple[list[Answer], list[str]]:
-    """The answers with one reference each, and a sentence on those that a file has twice and labels differently."""
-    labels: dict[tuple[str, str], Label] = {}
-    references: dict[str, str] = {}
-    num_labels = num_references = 0
-    kept = []
-    for answer in answers:
-        if answer.label is not None:
-            key = (answer.id, answer.label.labelled_by)
-            num_labels += labels.get(key, answer.label) != answer.label
-            labels[key] = answer.label
-        if answer.reference is not None and references.setdefault(answer.id, answer.reference) != answer.reference:
-            num_references += 1
-            answer = replace(answer, reference=references[answer.id])
-        kept.append(answer)
-    notes = []
-    if num_labels:
-        notes.append(f"{num_labels} rows repeat an earlier answer with another label; the last one counts")
-    if num_references:
-        notes.append(f"{num_references} rows repeat an earlier answer with another reference; the first one counts")
-    return kept, notes
 
 
 def _with_reference(answer: Answer, row: Row, row_format: Format) -> Answer:

@@ -6,8 +6,8 @@ Owns the names of their fields, and which step a number means. From which number
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.label.formats.counting import StepNumber
@@ -47,6 +47,7 @@ class StepLayout:
             step is named, nobody has placed the error.
         ends: two fields that differ where the final answer is wrong.
         need: how many numbers have to speak against `first`.
+        signature: fields that the published set has and its derivatives seldom keep; with one of them, two numbers have to.
     """
 
     questions: tuple[str, ...]
@@ -59,10 +60,15 @@ class StepLayout:
     verdict_is_of_steps: bool = False
     ends: tuple[str, str] | None = None
     need: int = 1
+    signature: tuple[str, ...] = ()
 
     def field(self, row: Row) -> str:
         """The name of the field with the number."""
         return field_of(row, self.errors)
+
+    def is_signed(self, row: Row) -> bool:
+        """Whether a row has a field that is the published set's own."""
+        return any(name in row for name in self.signature)
 
     def seen(self, row: Row) -> StepNumber | None:
         """What a row says, or None where it cannot be read."""
@@ -78,7 +84,13 @@ LAYOUTS = {
         ("input", *QUESTIONS), ("steps",), ("mistake_index",), first=0, ends=("answer", "target"), need=2
     ),
     "processbench": StepLayout(
-        QUESTIONS, ("steps",), ("label",), first=0, null_is_none=False, verdicts=("final_answer_correct",)
+        QUESTIONS,
+        ("steps",),
+        ("label",),
+        first=0,
+        null_is_none=False,
+        verdicts=("final_answer_correct",),
+        signature=("final_answer_correct", "generator"),
     ),
     "stepwise": StepLayout(
         ("question", *QUESTIONS),
@@ -102,21 +114,6 @@ LAYOUTS = {
         by_list=True,
     ),
 }
-
-
-def layout_of(name: str, fields: Collection[str]) -> StepLayout:
-    """The layout of a file.
-
-    ProcessBench itself is known by fields that its derivatives seldom keep. It counts from 0, and a single row does not speak against it.
-
-    Args:
-        name: of the format.
-        fields: that any row of the file has.
-    """
-    layout = LAYOUTS[name]
-    if name == "processbench" and ("final_answer_correct" in fields or "generator" in fields):
-        return replace(layout, need=2)
-    return layout
 
 
 def read_step_set(layout: StepLayout, first: int, row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:

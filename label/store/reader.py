@@ -19,6 +19,7 @@ from draftsmith.label.store.database import PATIENCE_SECONDS, Database
 from draftsmith.label.store.records import (
     LogEntry,
     bare_answer,
+    batches,
     item_references,
     item_row,
     last_tokens,
@@ -246,14 +247,23 @@ class StoreReader:
         return {author: (number, labels[number]) for author, number in entries.items()}
 
 
-def current_labels(connection: Connection) -> dict[tuple[int, str], Label]:
+def current_labels(connection: Connection, items: Sequence[int] | None = None) -> dict[tuple[int, str], Label]:
     """The label that stands, by item number and author.
 
     Args:
         connection: of a transaction.
+        items: of these, as many as one query takes; None: of all.
     """
     undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None))
-    chosen = ENTRIES.c.undoes.is_(None) & ENTRIES.c.number.not_in(undone)
-    replaces = replaced_names(connection)
-    rows = connection.execute(select(ENTRIES).where(chosen).order_by(ENTRIES.c.number))
+    chosen = ENTRIES.c.undoes.is_(None)
+    if items is not None:
+        undone, chosen = undone.where(ENTRIES.c.item.in_(items)), chosen & ENTRIES.c.item.in_(items)
+    standing = select(ENTRIES).where(chosen, ENTRIES.c.number.not_in(undone)).order_by(ENTRIES.c.number)
+    if items is None:
+        rows, replaces = connection.execute(standing), replaced_names(connection)
+    else:
+        rows = connection.execute(standing).all()
+        replaces = {}
+        for some in batches([row.number for row in rows]):
+            replaces |= replaced_names(connection, some)
     return {(row.item, row.labelled_by): row_label(row, replaces.get(row.number, ())) for row in rows}

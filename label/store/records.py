@@ -69,11 +69,45 @@ def append_label(
         seconds: that it took.
     """
     number = append(connection, ENTRIES, _entry_values(item.number, label, author, seconds))
-    if label.error is not None and is_step(item.response, label.error):
-        connection.execute(insert(STEPS).values(entry=number, author=author, at=now()))
-    for name in label.replaces:
-        connection.execute(insert(REPLACED).values(entry=number, labelled_by=name, author=author, at=now()))
+    _append_steps(connection, [(number, item.response, label)], author)
     return number
+
+
+def append_labels(connection: Connection, labels: Sequence[tuple[int, str, Label]], author: str) -> None:
+    """Adds labels to the log, in their order.
+
+    Args:
+        connection: of a transaction that writes.
+        labels: the number of the item, the response and the label by its rules.
+        author: who writes them.
+    """
+    if not labels:
+        return
+    values = [_entry_values(item, label, author, None) for item, _, label in labels]
+    if connection.dialect.insert_executemany_returning_sort_by_parameter_order:
+        returned = insert(ENTRIES).returning(ENTRIES.c.number, sort_by_parameter_order=True)
+        numbers = list(connection.scalars(returned, values))
+    else:  # MySQL
+        numbers = [append(connection, ENTRIES, entry) for entry in values]
+    entries = [(number, response, label) for number, (_, response, label) in zip(numbers, labels, strict=True)]
+    _append_steps(connection, entries, author)
+
+
+def _append_steps(connection: Connection, entries: Sequence[tuple[int, str, Label]], author: str) -> None:
+    """Notes which labels call a whole step wrong, and whose labels they replace."""
+    steps = [
+        {"entry": number, "author": author, "at": now()}
+        for number, response, label in entries
+        if label.error is not None and is_step(response, label.error)
+    ]
+    replaced = [
+        {"entry": number, "labelled_by": name, "author": author, "at": now()}
+        for number, _, label in entries
+        for name in label.replaces
+    ]
+    for table, rows in ((STEPS, steps), (REPLACED, replaced)):
+        if rows:
+            connection.execute(insert(table), rows)
 
 
 def item_row(connection: Connection, item_id: str) -> Row[Any]:
@@ -162,6 +196,17 @@ def last_tokens(connection: Connection, items: Sequence[int] | None = None) -> d
         row.item: Tokens(row.tokenizer, tuple((start, end) for start, end in json.loads(row.offsets)))
         for row in connection.execute(chosen if items is None else chosen.where(TOKENS.c.item.in_(items)))
     }
+
+
+def item_offsets(connection: Connection, items: Sequence[int]) -> dict[tuple[int, str], str]:
+    """The offsets of tokens as they are written, by item and tokenizer.
+
+    Args:
+        connection: of a transaction.
+        items: their numbers, as many as one query takes.
+    """
+    chosen = select(TOKENS.c.item, TOKENS.c.tokenizer, TOKENS.c.offsets).where(TOKENS.c.item.in_(items))
+    return {(row.item, row.tokenizer): row.offsets for row in connection.execute(chosen)}
 
 
 def item_references(connection: Connection, items: Sequence[int] | None = None) -> dict[int, str]:

@@ -8,6 +8,7 @@ write. Knows nothing of file formats, of tokenizers, or of how a person is shown
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from draftsmith.label.store.assignments import take
 from draftsmith.label.store.database import Conflict, now
 from draftsmith.label.store.reader import Progress, StoreReader, current_labels
 from draftsmith.label.store.records import (
+    BATCH,
     LogEntry,
-    append,
     append_label,
+    append_labels,
     bare_answer,
-    batches,
+    item_offsets,
     item_references,
     item_row,
     item_values,
@@ -63,6 +65,9 @@ class Store(StoreReader):
     def add(self, answers: Iterable[Answer], author: str) -> Added:
         """Adds answers with their labels and tokens, all of them or none. What is there already stays as it is.
 
+        The answers are taken a batch at a time, in one transaction: they may come from a generator, and memory does not grow with their
+        number. An error that it raises undoes all.
+
         Args:
             answers: with labels or without.
             author: who adds them, for the log.
@@ -70,27 +75,19 @@ class Store(StoreReader):
         Raises:
             ValueError: an answer breaks a rule, or its id belongs to another answer.
         """
-        added = list(answers)
-        for answer in added:
-            check_answer(answer, answer.id)
+        coming = iter(answers)
+        added = Added(0, 0, 0)
         with self._database.write() as connection:
-            items, num_new = self._add_items(connection, added, author)
-            self._add_tokens(connection, added, items, author)
-            self._add_references(connection, added, items, author)
-            current = current_labels(connection)
-            num_labels = num_known = 0
-            for answer in added:
-                if answer.label is None:
-                    continue
-                label = replace(answer.label, replaces=tuple(sorted(answer.label.replaces)))
-                key = (items[answer.id].number, label.labelled_by)
-                if current.get(key) == label:
-                    num_known += 1
-                    continue
-                current[key] = label
-                append_label(connection, items[answer.id], label, author)
-                num_labels += 1
-        return Added(num_new, num_labels, num_known)
+            while batch := list(itertools.islice(coming, BATCH)):
+                for answer in batch:
+                    check_answer(answer, answer.id)
+                items, num_new = self._add_items(connection, batch, author)
+                self._add_tokens(connection, batch, items, author)
+                self._add_references(connection, batch, items, author)
+                labels, num_known = _new_labels(connection, batch, items)
+                append_labels(connection, labels, author)
+                added = Added(added.items + num_new, added.labels + len(labels), added.known_labels + num_known)
+        return added
 
     def annotate(self, item_id: str, label: Label, seconds: float | None = None, assigned: bool = False) -> int:
         """Appends a label by `label.labelled_by`, which from now on is that author's label of the item.
@@ -297,68 +294,89 @@ class Store(StoreReader):
             self._work.catch_up(connection)
             return self._work.last_entry(author)
 
-    def _add_items(self, connection: Connection, answers: list[Answer], author: str) -> tuple[dict[str, Row[Any]], int]:
-        """Gives the row of each answer's item, and how many items are new."""
+    def _add_items(self, connection: Connection, answers: list[Answer], author: str) -> tuple[dict[str, int], int]:
+        """Gives the number of each answer's item, by its id, and how many items are new."""
         rows = _rows_by_id(connection, answers)
         known = {item_id: bare_answer(row) for item_id, row in rows.items()}
+        new = []
         for answer in answers:
             bare = replace(answer, label=None, tokens=None, reference=None)
             if answer.id not in known:
-                append(connection, ITEMS, item_values(answer) | {"author": author, "at": now()})
+                new.append(item_values(answer) | {"author": author, "at": now()})
                 known[answer.id] = bare
             elif known[answer.id] != bare:
                 raise ValueError(
                     f"{answer.id}: this id belongs to another answer in {self.name}; an answer is never overwritten; "
                     "give the new one an id of its own, or none"
                 )
-        num_new = len(known) - len(rows)
-        return (_rows_by_id(connection, answers) if num_new else rows), num_new
+        if new:
+            connection.execute(insert(ITEMS), new)
+            rows = _rows_by_id(connection, answers)
+        return {item_id: row.number for item_id, row in rows.items()}, len(new)
 
-    def _add_tokens(
-        self, connection: Connection, answers: list[Answer], items: dict[str, Row[Any]], author: str
-    ) -> None:
-        known = {}
-        for row in connection.execute(select(TOKENS.c.item, TOKENS.c.tokenizer, TOKENS.c.offsets)):
-            known[row.item, row.tokenizer] = row.offsets
+    def _add_tokens(self, connection: Connection, answers: list[Answer], items: dict[str, int], author: str) -> None:
+        numbers = [items[answer.id] for answer in answers if answer.tokens is not None]
+        known = item_offsets(connection, numbers)
+        new = []
         for answer in answers:
             if answer.tokens is None:
                 continue
-            key = (items[answer.id].number, answer.tokens.tokenizer)
+            key = (items[answer.id], answer.tokens.tokenizer)
             offsets = json.dumps(answer.tokens.offsets)
             if key not in known:
                 known[key] = offsets
-                values = {"item": key[0], "tokenizer": key[1], "offsets": offsets, "author": author, "at": now()}
-                connection.execute(insert(TOKENS).values(values))
+                new.append({"item": key[0], "tokenizer": key[1], "offsets": offsets, "author": author, "at": now()})
             elif known[key] != offsets:
                 raise ValueError(
                     f"{answer.id}: {self.name} has other offsets of the tokenizer {key[1][:16]} for this answer; they "
                     "are never overwritten; make the offsets anew with that very tokenizer"
                 )
+        if new:
+            connection.execute(insert(TOKENS), new)
 
     def _add_references(
-        self, connection: Connection, answers: list[Answer], items: dict[str, Row[Any]], author: str
+        self, connection: Connection, answers: list[Answer], items: dict[str, int], author: str
     ) -> None:
-        known = item_references(connection)
+        known = item_references(connection, [items[answer.id] for answer in answers if answer.reference is not None])
+        new = []
         for answer in answers:
             if answer.reference is None:
                 continue
-            item = items[answer.id].number
+            item = items[answer.id]
             if item not in known:
                 known[item] = answer.reference
-                values = {"item": item, "reference": answer.reference, "author": author, "at": now()}
-                connection.execute(insert(REFERENCES).values(values))
+                new.append({"item": item, "reference": answer.reference, "author": author, "at": now()})
             elif known[item] != answer.reference:
                 raise ValueError(
                     f"{answer.id}: {self.name} has another reference for this answer, {known[item]!r:.60}; it is never "
                     "overwritten; leave the new one out, or give the answer an id of its own"
                 )
+        if new:
+            connection.execute(insert(REFERENCES), new)
+
+
+def _new_labels(
+    connection: Connection, answers: list[Answer], items: dict[str, int]
+) -> tuple[list[tuple[int, str, Label]], int]:
+    """The labels of answers that say something new, each with the number of its item and the response; and how many do not."""
+    current = current_labels(connection, list(items.values()))
+    new, num_known = [], 0
+    for answer in answers:
+        if answer.label is None:
+            continue
+        label = replace(answer.label, replaces=tuple(sorted(answer.label.replaces)))
+        key = (items[answer.id], label.labelled_by)
+        if current.get(key) == label:
+            num_known += 1
+            continue
+        current[key] = label
+        new.append((key[0], answer.response, label))
+    return new, num_known
 
 
 def _rows_by_id(connection: Connection, answers: list[Answer]) -> dict[str, Row[Any]]:
-    rows: dict[str, Row[Any]] = {}
-    for some in batches(list({answer.id for answer in answers})):
-        rows |= {row.id: row for row in connection.execute(select(ITEMS).where(ITEMS.c.id.in_(some)))}
-    return rows
+    ids = list({answer.id for answer in answers})
+    return {row.id: row for row in connection.execute(select(ITEMS).where(ITEMS.c.id.in_(ids)))}
 
 
 def _check_may_decide(item_id: str, author: str, own: Label | None, others: dict[str, Label]) -> None:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from draftsmith.foreign import json_text
-from draftsmith.json_rows import Dropped, UnusableRow, check_lines, is_blank, parse_object, shown
+from draftsmith.json_rows import Dropped, DroppedSink, UnusableRow, check_lines, is_blank, parse_object, shown
 from draftsmith.ownership import CLAIM_FILE, check_contents, check_replaceable, claimed, claimed_too
 
 _OWNER = re.compile(r"\.(partial|replaced)-((?P<machine>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))$")
@@ -215,7 +215,7 @@ def _exchange(partial: Path, path: Path, stage: str, shown: Path) -> None:
     shutil.rmtree(replaced)
 
 
-def read_jsonl(path: Path, dropped: list[Dropped] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, dropped: DroppedSink | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Gives `(line number from 1, row)` for each line of a JSON-lines file; blank lines are passed over.
 
     The path is checked at the call, the lines as they are read.
@@ -237,7 +237,7 @@ def read_jsonl(path: Path, dropped: list[Dropped] | None = None) -> Iterator[tup
     return _rows(path, dropped)
 
 
-def _rows(path: Path, dropped: list[Dropped] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, dropped: DroppedSink | None) -> Iterator[tuple[int, dict[str, Any]]]:
     empty = True
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

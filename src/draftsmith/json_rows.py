@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from draftsmith.foreign import json_text, one_line
 
@@ -50,6 +50,13 @@ class Dropped:
     reason: str
     row: str = ""
     id: str = ""
+
+
+class DroppedSink(Protocol):
+    """Takes the record of each row that is left out, in their order: a list, or whatever else has its `append`."""
+
+    def append(self, record: Dropped, /) -> None:
+        """Takes one record."""
 
 
 def check_encoding(name: object, start: bytes) -> None:
