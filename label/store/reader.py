@@ -7,12 +7,12 @@ nothing.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Row, func, select
 
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.database import PATIENCE_SECONDS, Database
@@ -260,10 +260,10 @@ def current_labels(connection: Connection, items: Sequence[int] | None = None) -
         undone, chosen = undone.where(ENTRIES.c.item.in_(items)), chosen & ENTRIES.c.item.in_(items)
     standing = select(ENTRIES).where(chosen, ENTRIES.c.number.not_in(undone)).order_by(ENTRIES.c.number)
     if items is None:
-        rows, replaces = connection.execute(standing), replaced_names(connection)
+        replaces = replaced_names(connection)
+        rows: Iterable[Row[Any]] = connection.execute(standing)
     else:
-        rows = connection.execute(standing).all()
-        replaces = {}
+        rows, replaces = connection.execute(standing).all(), {}
         for some in batches([row.number for row in rows]):
             replaces |= replaced_names(connection, some)
     return {(row.item, row.labelled_by): row_label(row, replaces.get(row.number, ())) for row in rows}

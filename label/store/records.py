@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, insert, select
+from sqlalchemy import Connection, Row, Table, func, insert, select
 
 from draftsmith.label.schema import Answer, Label, Span, Tokens
 from draftsmith.label.steps import is_step
@@ -84,13 +84,41 @@ def append_labels(connection: Connection, labels: Sequence[tuple[int, str, Label
     if not labels:
         return
     values = [_entry_values(item, label, author, None) for item, _, label in labels]
-    if connection.dialect.insert_executemany_returning_sort_by_parameter_order:
-        returned = insert(ENTRIES).returning(ENTRIES.c.number, sort_by_parameter_order=True)
-        numbers = list(connection.scalars(returned, values))
-    else:  # MySQL
-        numbers = [append(connection, ENTRIES, entry) for entry in values]
+    numbers = append_numbered(connection, values) if has_only_writer(connection) else append_each(connection, values)
     entries = [(number, response, label) for number, (_, response, label) in zip(numbers, labels, strict=True)]
     _append_steps(connection, entries, author)
+
+
+def has_only_writer(connection: Connection) -> bool:
+    """Whether nobody else can add a row before this transaction ends: SQLite has one write lock.
+
+    Args:
+        connection: of a transaction that writes.
+    """
+    return connection.dialect.name == "sqlite"
+
+
+def append_numbered(connection: Connection, values: Sequence[dict[str, Any]]) -> Sequence[int]:
+    """Adds entries to the log at once, and gives their numbers.
+
+    Args:
+        connection: of a transaction that writes, and is the only one that does.
+        values: of the columns of each entry.
+    """
+    last = connection.scalar(select(func.max(ENTRIES.c.number))) or 0
+    numbers = range(last + 1, last + 1 + len(values))
+    connection.execute(insert(ENTRIES), [entry | {"number": at} for at, entry in zip(numbers, values, strict=True)])
+    return numbers
+
+
+def append_each(connection: Connection, values: Sequence[dict[str, Any]]) -> Sequence[int]:
+    """As :func:`append_numbered`, entry by entry, where the database numbers them.
+
+    Args:
+        connection: of a transaction that writes.
+        values: of the columns of each entry.
+    """
+    return [append(connection, ENTRIES, entry) for entry in values]
 
 
 def _append_steps(connection: Connection, entries: Sequence[tuple[int, str, Label]], author: str) -> None:
