@@ -65,7 +65,12 @@ def counting(rows: Iterable[StepNumber], published: int, name: str, choice: Firs
     return StepEvidence(rows).counting(published, name, choice, need)
 
 
-def _rows(count: int) -> str:
+def num_rows(count: int) -> str:
+    """A number of rows in words: `1 row`, `2 rows`.
+
+    Args:
+        count: of them.
+    """
     return f"{count} row{'' if count == 1 else 's'}"
 
 
@@ -131,7 +136,7 @@ class StepEvidence:
             )
         reason = f": {why}" if why else f", as the format {name} says"
         if first == published == 0 and self.num_last:
-            reason += f", but the number equals that of the steps in {_rows(self.num_last)}"
+            reason += f", but the number equals that of the steps in {num_rows(self.num_last)}"
         return Counting(first, f"steps are counted from {first}{reason}; --first_step changes that")
 
     def unplaced_note(self) -> list[str]:
@@ -143,7 +148,7 @@ class StepEvidence:
 
     def _from_zero_unless(self, need: int) -> tuple[int | None, str]:
         """The number of the first step where the format counts from 0, and why it is another or (None) in doubt."""
-        last = f"the number equals that of the steps in {_rows(self.num_last)}"
+        last = f"the number equals that of the steps in {num_rows(self.num_last)}"
         only_right = self.num_right_zero == self.num_zero > 0 and not self.num_right_step and not self.num_none
         if only_right and self.num_last >= (1 if self.num_zero > 1 else need):
             return 1, f"{last}, and 0 means none: the answers with 0 are right, and only they ({self.num_zero})"
@@ -157,21 +162,21 @@ class StepEvidence:
         if not self.num_zero:
             return 1, f"{last}, and it is never 0"
         if self.num_last > self.num_zero or not (self.num_none or self.num_sure_zero):
-            return None, f"{last}, and it is 0 in {_rows(self.num_zero)}"
+            return None, f"{last}, and it is 0 in {num_rows(self.num_zero)}"
         return 0, ""
 
     def _from_one_unless(self) -> tuple[int | None, str]:
         """The number of the first step where the format counts from 1, and why it is another or (None) in doubt."""
-        zeros = f"the number is 0 in {_rows(self.num_sure_zero)} with a wrong step"
+        zeros = f"the number is 0 in {num_rows(self.num_sure_zero)} with a wrong step"
         if self.num_last:
-            more = f", and equals that of the steps in {_rows(self.num_last)}"
+            more = f", and equals that of the steps in {num_rows(self.num_last)}"
             return (None, zeros + more) if self.num_sure_zero > self.num_last else (1, "")
         never = ", and it never equals that of the steps"
         if self.num_sure_zero:
             return (0 if self.num_sure_zero > 1 and not self.num_right_zero else None), zeros + never
         num_unsaid = self.num_zero - self.num_right_zero
         if num_unsaid and self.num_none:
-            return None, f"the number is 0 in {_rows(num_unsaid)}, {self.num_none} others name no step{never}"
+            return None, f"the number is 0 in {num_rows(num_unsaid)}, {self.num_none} others name no step{never}"
         return 1, ""
 
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from draftsmith.label.formats.fields import Row, unpacked, whole
 from draftsmith.label.formats.prm800k import is_published
 from draftsmith.label.formats.solutions import solutions_of
-from draftsmith.label.formats.step_labels import MARK, STEP_FIELDS
+from draftsmith.label.formats.step_labels import MARK, STEP_FIELDS, label_lists, step_list
 from draftsmith.label.formats.step_sets import LAYOUTS
 
 Format = Literal[
@@ -63,11 +63,10 @@ def fitting_formats(row: Row) -> list[Format]:
 
 
 def _has_labels_of_steps(row: Row, fields: set[str]) -> bool:
-    steps = next((inside for name in STEP_FIELDS if isinstance(inside := unpacked(row.get(name)), list)), None)
+    steps = next((inside for name in STEP_FIELDS if isinstance(inside := step_list(row, name), list)), None)
     if steps is None:
         return False
-    beside = any(isinstance(unpacked(row.get(name)), list) for name in ("labels", "step_labels", "label", "rating"))
-    return beside or any(isinstance(step, Mapping) for step in steps)
+    return bool(label_lists(row)) or any(isinstance(step, Mapping) for step in steps)
 
 
 def _has_number_beside_steps(row: Row, fields: set[str]) -> bool:
@@ -75,6 +74,10 @@ def _has_number_beside_steps(row: Row, fields: set[str]) -> bool:
     steps = unpacked(row.get("steps"))
     are_texts = isinstance(steps, list) and not any(isinstance(step, Mapping) for step in steps)
     return are_texts and whole(row.get("label")) is not None
+
+
+def _has_object(row: Row, *names: str) -> bool:
+    return any(isinstance(unpacked(row.get(name)), Mapping) for name in names)
 
 
 def _is_shepherd(row: Row, fields: set[str]) -> bool:
@@ -102,7 +105,7 @@ _SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
     ("step-labels", _has_labels_of_steps),
     ("step-labels", lambda _, fields: "conversations" in fields),
     ("processbench", lambda _, fields: {"steps", "label"} <= fields),
-    ("prm800k", lambda _, fields: {"question", "label"} <= fields),
+    ("prm800k", lambda row, fields: {"question", "label"} <= fields and _has_object(row, "question", "label")),
     ("autojudge", lambda _, fields: {"prefix", "draft_token", "important"} <= fields),
     ("solutions", lambda row, fields: "question" in fields and bool(solutions_of(row))),
 )

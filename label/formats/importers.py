@@ -6,6 +6,7 @@ its own module's. Knows nothing of the store.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ from typing import Any
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
-from draftsmith.label.formats.counting import FirstStep, StepEvidence, zero_is_neutral
-from draftsmith.label.formats.detection import Format, detect
+from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, num_rows, zero_is_neutral
+from draftsmith.label.formats.detection import Format, detect, fitting_formats
 from draftsmith.label.formats.fields import Row
+from draftsmith.label.formats.meaning import settled
 from draftsmith.label.formats.prm800k import read_prm800k
 from draftsmith.label.formats.repeats import Repeats
 from draftsmith.label.formats.solutions import read_autojudge, read_solutions
@@ -29,7 +31,7 @@ from draftsmith.label.formats.step_labels import (
     turned_steps,
 )
 from draftsmith.label.formats.step_sets import LAYOUTS, read_step_set
-from draftsmith.label.schema import Answer, check_answer, from_row, is_keepable
+from draftsmith.label.schema import Answer, Span, check_answer, from_row, is_keepable
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
 Reader = Callable[[Row, str, LabelSource], Iterator[Answer]]
@@ -121,8 +123,22 @@ class LabelledFile:
         if not path.is_file():
             raise ValueError(f"{path} is not a file; name a JSON, JSON-lines, CSV or Parquet file of labelled answers")
         self._path, self._origin = path, origin
-        self.format: Format = _format_of(self._rows(), origin) if row_format == "auto" else row_format
-        self.notes, self._read = _reader(self.format, (row for _, row in self._rows()), first_step)
+        self.format, self.notes = row_format, list[str]()
+        self._rivals: dict[Format, Reader] = {}
+        fitting: list[Format] = []
+        counted = None
+        if row_format == "auto":
+            fitting = _formats_of(self._rows(), origin)
+            meaning = settled(fitting[0], self._plain_rows())
+            self.format, self.notes = meaning.format, list(meaning.notes)
+            counted = meaning.counting if first_step == "auto" else None
+        notes, self._read = _reader(self.format, self._plain_rows(), first_step, counted)
+        self.notes += notes
+        for rival in fitting:
+            if rival != self.format:
+                with suppress(ValueError):  # in doubt by itself, so it is no rival
+                    self._rivals[rival] = _reader(rival, self._plain_rows(), "auto")[1]
+        self._num_other: Counter[Format] = Counter()
 
     def answers(self, left_out: Callable[[str], None]) -> Iterator[Answer]:
         """The answers of the file. A row that cannot be used is left out.
@@ -148,7 +164,7 @@ class LabelledFile:
                 raise ValueError(
                     f"no row of {self._path} can be used, {mistakes.count} have mistakes; the first: {mistakes.first}"
                 )
-            self.notes += repeats.notes()
+            self.notes += [*repeats.notes(), *self._rival_notes()]
 
     def _answers_of(self, place: str, row: Row, mistakes: _Mistakes) -> list[Answer]:
         """What a row gives: all its answers, or none of them."""
@@ -162,8 +178,27 @@ class LabelledFile:
             reason = str(error)
             mistakes.add(reason if reason.startswith(place) else f"{place}: {reason}")
         else:
+            self._compare(place, row, answers)
             return [_with_reference(answer, row, self.format) for answer in answers]
         return []
+
+    def _compare(self, place: str, row: Row, answers: list[Answer]) -> None:
+        """Counts the formats whose signs the file bears, too, and which would label this row differently."""
+        for rival, read in self._rivals.items():
+            with suppress(ValueError):  # it is no row of the rival's
+                others = list(read(row, place, self._origin))
+                self._num_other[rival] += bool(answers and others) and _error(answers[0]) != _error(others[0])
+
+    def _rival_notes(self) -> list[str]:
+        return [
+            f"read as {rival}, {num_rows(count)} would get another label; the file is read as {self.format}, and --format {rival} "
+            "changes that"
+            for rival, count in self._num_other.items()
+            if count
+        ]
+
+    def _plain_rows(self) -> Iterator[Row]:
+        return (row for _, row in self._rows())
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
         return read_rows(str(self._path), dropped=_Nowhere())
@@ -200,23 +235,29 @@ class _Nowhere:
         pass
 
 
-def _format_of(placed: Iterable[tuple[str, Row]], origin: LabelSource) -> Format:
-    """The format of the first row that can be read; else of the first that looks like any."""
-    first: Format = "auto"
+def _formats_of(placed: Iterable[tuple[str, Row]], origin: LabelSource) -> list[Format]:
+    """The formats that the first row that can be read has signs of; else those of the first that has any. The first of them counts."""
+    seen: list[Format] = []
     for place, row in placed:
+        fitting = fitting_formats(row)
+        seen = seen or fitting
         try:
-            row_format = detect(row, place)
-            first = row_format if first == "auto" else first
-            _, reader = _reader(row_format, [row], "auto")
+            _, reader = _reader(fitting[0] if fitting else "auto", [row], "auto")
             for answer in reader(row, place, origin):
                 check_answer(answer, place)
         except ValueError:
             continue
-        return row_format
-    return first
+        return fitting
+    return seen or ["auto"]
 
 
-def _reader(row_format: Format, rows: Iterable[Row], first_step: FirstStep) -> tuple[list[str], Reader]:
+def _error(answer: Answer) -> tuple[str, Span | None] | None:
+    return None if answer.label is None else (answer.label.verdict, answer.label.error)
+
+
+def _reader(
+    row_format: Format, rows: Iterable[Row], first_step: FirstStep, known: Counting | None = None
+) -> tuple[list[str], Reader]:
     """What holds for all rows of a file, in words, and the reader that keeps to it."""
     if row_format in LAYOUTS:
         layout, evidence = LAYOUTS[row_format], StepEvidence()
@@ -226,7 +267,8 @@ def _reader(row_format: Format, rows: Iterable[Row], first_step: FirstStep) -> t
             number = layout.seen(row)
             if number is not None:
                 evidence.add(number)
-        counted = evidence.counting(layout.first, row_format, first_step, 2 if has_signature else layout.need)
+        need = 2 if has_signature else layout.need
+        counted = known or evidence.counting(layout.first, row_format, first_step, need)
         ends = [] if layout.verdict_is_of_steps else evidence.unplaced_note()
         return [counted.sentence, *ends], lambda row, place, origin: read_step_set(
             layout, counted.first, row, place, origin

@@ -31,9 +31,21 @@ from draftsmith.label.store.label_source import LabelSource, SkippedRow
 MARK = "ки"
 """Behind each step of Math-Shepherd's `input`; its `label` has + or - in that place."""
 
-STEP_FIELDS = ("steps", "completions", "model_output_steps", "solution_steps", "process", "solution", "response")
-_LABEL_FIELDS = ("labels", "step_labels", "ratings", "label", "rating")
+STEP_FIELDS = (
+    "steps",
+    "completions",
+    "model_output_steps",
+    "model_response_by_step",
+    "solution_steps",
+    "reasoning_steps",
+    "process",
+    "solution",
+    "response",
+)
+_LABEL_FIELDS = ("labels", "step_labels", "human_labels", "ratings", "step_ratings", "label", "rating")
 _OF_STEP = ("label", "rating", "is_correct", "correct", "correctness", "score")
+# Behind each step of MATH-APS's `process`, which is one text, with a list of labels beside it.
+_STEP_MARKS = (MARK, "\n\n\n\n\n")
 Rating = Literal[1, 0, -1, "right", "neutral", "wrong"]
 """What a step is rated. The numbers stand apart from the words: what 0 means, only other numbers say."""
 NUMBERS: dict[int, Rating] = {1: 1, 0: 0, -1: -1}
@@ -127,8 +139,34 @@ def rating_of(value: Any, place: str, field: str) -> Rating | None:
     return rating
 
 
+def label_lists(row: Row) -> list[str]:
+    """The names of the fields with a list that may label the steps of a row.
+
+    Args:
+        row: of a file.
+    """
+    return [name for name in _LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)]
+
+
+def step_list(row: Row, field: str) -> Any:
+    """The steps of a field: its list, or the parts of a `process` that is one text with a mark behind each step. Else its value.
+
+    Args:
+        row: of a file.
+        field: the name.
+    """
+    value = unpacked(row.get(field))
+    mark = next((mark for mark in _STEP_MARKS if mark in value), None) if isinstance(value, str) else None
+    if field != "process" or mark is None:
+        return value
+    parts = [part.strip() for part in value.split(mark)]
+    return parts if parts[-1] else parts[:-1]
+
+
 def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     """The steps of a row that is no Math-Shepherd's, with their ratings as they are written.
+
+    Where several lists may rate the steps, those that cannot do not count, and the others have to agree.
 
     Args:
         row: of the file.
@@ -138,28 +176,51 @@ def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     Raises:
         ValueError: with place, field, value, rule and remedy.
     """
-    field = field_of(row, [name for name in STEP_FIELDS if isinstance(unpacked(row.get(name)), list)] or STEP_FIELDS)
-    value = value_of(row, field, place)
+    field = field_of(row, [name for name in STEP_FIELDS if isinstance(step_list(row, name), list)] or STEP_FIELDS)
+    value_of(row, field, place)
+    value = step_list(row, field)
     steps = texts_of(value, place, field)
-    objects = list_of(value, place, field)
-    label_field = next((name for name in _LABEL_FIELDS if isinstance(unpacked(row.get(name)), list)), None)
-    if label_field is not None:
-        given, names = list_of(row[label_field], place, label_field), [f"{label_field}[{{}}]"]
-        if len(given) != len(steps):
-            rule = f"it is a list of one label a step, and there are {len(steps)} steps"
-            raise refusal(place, label_field, row[label_field], rule, "add what is missing (null: not rated)")
-    else:
-        own = next(
-            (name for name in _OF_STEP if any(isinstance(step, Mapping) and name in step for step in objects)), None
-        )
-        if own is None:
-            rule = f"each step is an object with {', '.join(_OF_STEP)}, or the row has a list of labels"
-            raise refusal(place, field, value, rule, "add them, or name another --format")
-        given = [step.get(own) if isinstance(step, Mapping) else None for step in objects]
-        names = [f"{field}[{{}}].{own}"]
-    ratings = [rating_of(entry, place, names[0].format(index)) for index, entry in enumerate(given)]
+    given = {f"{name}[{{}}]": list_of(row[name], place, name) for name in label_lists(row)}
+    given |= _inner_labels(list_of(value, place, field), field)
+    if not given:
+        rule = f"each step is an object with {', '.join(_OF_STEP)}, or the row has a list of labels"
+        raise refusal(place, field, value, rule, "add them, or name another --format")
+    readable, reasons = {}, []
+    for name, labels in given.items():
+        try:
+            readable[name] = _ratings(labels, name, len(steps), place)
+        except ValueError as error:
+            reasons.append(error)
+    if not readable:
+        raise reasons[0]
+    (first, ratings), *others = readable.items()
+    for name, other in others:
+        if _first_bad(other) != _first_bad(ratings):
+            rule = f"{name.partition('[')[0]} says something else of the steps"
+            raise refusal(place, first.partition("[")[0], given[first], rule, "take out the one that does not count")
     question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, ratings, [], origin.labelled_by, field=field)
+
+
+def _inner_labels(objects: Sequence[Any], field: str) -> dict[str, list[Any]]:
+    """The labels that stand in the steps, by the way to one of them."""
+    for name in _OF_STEP:
+        if any(isinstance(step, Mapping) and name in step for step in objects):
+            return {
+                f"{field}[{{}}].{name}": [step.get(name) if isinstance(step, Mapping) else None for step in objects]
+            }
+    return {}
+
+
+def _ratings(labels: Sequence[Any], name: str, num_steps: int, place: str) -> list[Rating | None]:
+    if len(labels) != num_steps:
+        rule = f"it is a list of one label a step, and there are {num_steps} steps"
+        raise refusal(place, name.partition("[")[0], labels, rule, "add what is missing (null: not rated)")
+    return [rating_of(entry, place, name.format(index)) for index, entry in enumerate(labels)]
+
+
+def _first_bad(ratings: Sequence[Rating | None]) -> int | None:
+    return next((index for index, rating in enumerate(ratings) if rating in (-1, 0, "wrong")), None)
 
 
 def shepherd_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:

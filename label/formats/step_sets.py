@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,17 +178,39 @@ def _question(row: Row, layout: StepLayout, place: str) -> Any:
 
 
 def _steps(row: Row, layout: StepLayout, place: str) -> list[str]:
-    field = field_of(row, layout.steps)
-    value = value_of(row, field, place)
-    if isinstance(value, str) and field in ("sections_content", "section_content"):
-        parts = _SECTION.split(value)
-        value = [part.strip() for part in parts[1:]] if len(parts) > 1 else value
-    return texts_of(value, place, field)
+    """The steps under the first of their names that holds texts. DeltaBench has where its sections begin beside them."""
+    usual = field_of(row, layout.steps)
+    others = [name for name in layout.steps if name != usual and row.get(name) is not None]
+    reasons = []
+    for field in (usual, *others):
+        value = value_of(row, field, place)
+        if isinstance(value, str) and field in ("sections_content", "section_content"):
+            parts = _SECTION.split(value)
+            value = [part.strip() for part in parts[1:]] if len(parts) > 1 else value
+        try:
+            return texts_of(value, place, field)
+        except ValueError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _numbers(row: Row, layout: StepLayout, first: int, place: str) -> list[int]:
     """The numbers of the wrong steps as they are written, -1 and 0 included."""
     field = layout.field(row)
+    numbers = _numbers_in(row, field, layout, first, place)
+    for other in layout.errors:
+        if other == field or is_absent(row.get(other)):
+            continue
+        others = numbers
+        with suppress(ValueError):  # no number, so it says nothing
+            others = _numbers_in(row, other, layout, first, place)
+        if sorted(others) != sorted(numbers):
+            rule = f"{other} is {row[other]!r:.60}, and names other steps"
+            raise refusal(place, field, row[field], rule, "take out the one that does not count")
+    return numbers
+
+
+def _numbers_in(row: Row, field: str, layout: StepLayout, first: int, place: str) -> list[int]:
     value = value_of(row, field, place)
     if layout.by_list:
         listed = [] if is_absent(value) else list_of(value, place, field)

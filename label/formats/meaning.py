@@ -1,0 +1,137 @@
+"""Files whose fields two formats share: what the whole file says of their meaning.
+
+A number in `label` beside steps is the number of a step, or a verdict on the whole answer. A step rated 0 is neutral, or wrong. Read the
+other way, every label would be false, and no row would say so. Owns these two decisions and the sentences for them. Knows no files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from draftsmith.label.formats.counting import Counting, num_rows
+from draftsmith.label.formats.detection import Format
+from draftsmith.label.formats.fields import Row, is_absent, unpacked, whole
+from draftsmith.label.formats.step_labels import label_lists, rated_steps
+from draftsmith.label.store.label_source import LabelSource
+
+_NOBODY = LabelSource("", "nobody", "none")
+# Fields that PRM800K has and sets with ratings of 1 and 0 have not.
+_PRM800K_FIELDS = ("tail", "problem_in_MATH", "finish_reason", "pre_generated_steps")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the fields of a file mean.
+
+    Attributes:
+        format: of the rows.
+        notes: sentences for the user on what was decided.
+        counting: from which number steps count, where other fields of the rows say it.
+    """
+
+    format: Format
+    notes: tuple[str, ...] = ()
+    counting: Counting | None = None
+
+
+def settled(row_format: Format, rows: Iterable[Row]) -> Meaning:
+    """What the fields of a file mean, after a look at all its rows.
+
+    Worked example: labels 1, 0, 0 beside `labels` of [1, 1], [1, 0] and [0, 0] are verdicts: where the first is 1, all steps are right. As
+    numbers they would call the second step of the first row wrong. So the file is `step-labels`, and not `processbench`.
+
+    Args:
+        row_format: that the fields of the first row have.
+        rows: of the file.
+
+    Raises:
+        ValueError: the rows leave it in doubt.
+    """
+    if row_format == "processbench":
+        evidence = _LabelEvidence()
+        for row in rows:
+            evidence.add(row)
+        return evidence.meaning()
+    if row_format == "prm800k" and _rates_right_or_wrong(rows):
+        note = "ratings are 1 or 0, so they are read as step-labels; --format prm800k reads 0 as neutral"
+        return Meaning("step-labels", (note,))
+    return Meaning(row_format)
+
+
+def _rates_right_or_wrong(rows: Iterable[Row]) -> bool:
+    """Whether flat rows of ratings have 0 and never -1, and nothing else of PRM800K."""
+    seen: set[int | None] = set()
+    for row in rows:
+        if any(name in row for name in _PRM800K_FIELDS) or isinstance(unpacked(row.get("label")), dict):
+            return False
+        ratings = unpacked(row.get("ratings"))
+        if isinstance(ratings, list):
+            seen.update(whole(rating) for rating in ratings if not is_absent(rating))
+        if -1 in seen:
+            return False
+    return 0 in seen
+
+
+class _LabelEvidence:
+    """How often a whole number in `label` fits the labels of the steps beside it, as a number and as a verdict."""
+
+    def __init__(self) -> None:
+        self._num_rows = 0
+        self._field = ""
+        self._numbers: set[int] = set()
+        self._has_minus = False
+        # By whether a step rated 0 is neutral, which only the whole file says.
+        self._fitting: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+
+    def add(self, row: Row) -> None:
+        number, lists = whole(row.get("label")), label_lists(row)
+        if number is None or not lists:
+            return
+        with suppress(ValueError):  # no list of ratings, so it says nothing
+            ratings = rated_steps(row, "row", _NOBODY).ratings
+            self._num_rows += 1
+            self._field = self._field or lists[0]
+            self._numbers = {*self._numbers, number} if len(self._numbers) < 9 else self._numbers
+            self._has_minus = self._has_minus or -1 in ratings
+            for zero_is_neutral, fitting in self._fitting.items():
+                bad = (-1, "wrong") if zero_is_neutral else (-1, 0, "wrong")
+                first = next((index for index, rating in enumerate(ratings) if rating in bad), None)
+                fitting["from 0"] += number == (-1 if first is None else first)
+                fitting["from 1"] += number in (-1, 0) if first is None else number == first + 1
+                fitting["1 is right"] += (number == 1) == (first is None)
+                fitting["1 is wrong"] += (number == 1) != (first is None)
+
+    def meaning(self) -> Meaning:
+        """Number or verdict, and from which number steps count where it is one.
+
+        Raises:
+            ValueError: the rows leave it in doubt.
+        """
+        fitting = self._fitting[self._has_minus]
+        as_number = max(fitting["from 0"], fitting["from 1"])
+        as_verdict = max(fitting["1 is right"], fitting["1 is wrong"])
+        rows = f"{num_rows(self._num_rows)} with both"
+        if as_number == self._num_rows:
+            first = int(fitting["from 1"] > fitting["from 0"])
+            # One number alone does not speak against ProcessBench's own way.
+            if fitting["from 0"] == fitting["from 1"] or self._num_rows < 1 + first:
+                return Meaning("processbench")
+            sentence = f"steps are counted from {first}: label and {self._field} then agree in {rows}"
+            return Meaning("processbench", counting=Counting(first, f"{sentence}; --first_step changes that"))
+        # ProcessBench's own -1 is no verdict of most sets, so that a single row does not speak for it.
+        may_be_verdict = (self._numbers <= {0, 1} and as_verdict >= as_number) or (
+            self._numbers <= {-1, 1} and as_verdict >= as_number + 2
+        )
+        if not may_be_verdict:
+            return Meaning("processbench")
+        if as_verdict == self._num_rows:
+            note = f"label is a verdict on the whole answer, which agrees with {self._field} in {rows}; so {self._field} is read"
+            return Meaning("step-labels", (f"{note}, and --format processbench reads label as the number of a step",))
+        raise ValueError(
+            f"label may be the number of the first wrong step, or a verdict on the whole answer: {self._field} beside it fits the number "
+            f"in {as_number} and the verdict in {as_verdict} of {num_rows(self._num_rows)}; say --format processbench if label is the "
+            f"number, else --format step-labels, which reads {self._field}"
+        )

@@ -1,0 +1,160 @@
+"""Fields that two formats share: the whole file decides what they mean, or import stops, and what is not read is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.label.formats.detection import Format
+from draftsmith.label.formats.importers import Imported, read_labelled
+from draftsmith.label.store.label_source import LabelSource
+
+STEPS = ["a", "b", "c"]
+ALL, B, A, C = [1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]
+
+
+def read(tmp_path: Path, *rows: dict[str, Any], row_format: Format = "auto") -> Imported:
+    file = tmp_path / "in.jsonl"
+    asked = [{name: f"{value}{at}" if name in ("problem", "question") else value for name, value in row.items()}
+             for at, row in enumerate(rows)]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return read_labelled(file, row_format, LabelSource("in", "them", "MIT"))
+
+
+def wrong(imported: Imported) -> list[str | None]:
+    """What each answer's label calls wrong: a step, None, or `unplaced`."""
+    labels = [(answer.response, answer.label) for answer in imported.answers if answer.label is not None]
+    return [
+        response[slice(*label.error)] if label.error else "unplaced" if label.verdict == "unplaced" else None
+        for response, label in labels
+    ]
+
+
+def beside(*pairs: tuple[int, list[int]], name: str = "labels") -> list[dict[str, Any]]:
+    """Rows of ProcessBench's shape with a whole number in `label` and a list beside it."""
+    return [{"problem": "q", "steps": STEPS, "label": label, name: listed} for label, listed in pairs]
+
+
+@pytest.mark.parametrize("name", ["labels", "step_labels", "ratings", "human_labels"])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        pytest.param([(1, ALL), (0, B), (0, A)], id="1 is right"),
+        pytest.param([(0, ALL), (1, B), (1, A)], id="1 is wrong"),
+    ],
+)
+def test_a_verdict_beside_labels_of_steps_is_no_number_of_a_step(
+    tmp_path: Path, name: str, pairs: list[tuple[int, list[int]]]
+) -> None:
+    rows = beside(*pairs, name=name)
+    imported = read(tmp_path, *rows)
+    assert (imported.format, wrong(imported)) == ("step-labels", [None, "b", "a"])
+    assert f"label is a verdict on the whole answer, which agrees with {name} in 3 rows" in imported.notes[0]
+    assert "--format processbench" in imported.notes[0]
+    assert read(tmp_path, *rows, row_format="processbench").format == "processbench"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "first", "steps"),
+    [
+        pytest.param([(-1, ALL), (1, B), (0, A)], 0, [None, "b", "a"], id="from 0"),
+        pytest.param([(0, ALL), (2, B), (1, A), (3, C)], 1, [None, "b", "a", "c"], id="from 1, 0 is none"),
+        pytest.param([(2, B), (1, A)], 1, ["b", "a"], id="from 1, and no number says so"),
+        pytest.param([(-1, ALL), (2, B)], 1, [None, "b"], id="from 1, -1 is none"),
+    ],
+)
+def test_labels_of_steps_say_from_which_number_a_file_counts(
+    tmp_path: Path, pairs: list[tuple[int, list[int]]], first: int, steps: list[str | None]
+) -> None:
+    imported = read(tmp_path, *beside(*pairs))
+    assert (imported.format, wrong(imported)) == ("processbench", steps)
+    assert imported.notes[0].startswith(f"steps are counted from {first}: label and labels then agree in")
+
+
+def test_a_number_that_may_be_a_verdict_is_refused_and_either_format_reads_it(tmp_path: Path) -> None:
+    rows = beside((1, ALL), (1, B), (0, ALL), (0, A), (0, C))
+    with pytest.raises(ValueError, match=r"fits the number in 2 and the verdict in 3 of 5 rows; say --format processb"):
+        read(tmp_path, *rows)
+    assert wrong(read(tmp_path, *rows, row_format="processbench")) == ["b", "b", "a", "a", "a"]
+    assert wrong(read(tmp_path, *rows, row_format="step-labels")) == [None, "b", None, "a", "c"]
+
+
+def test_what_another_format_would_read_is_said_with_its_rows(tmp_path: Path) -> None:
+    imported = read(tmp_path, *beside((2, B), (-1, ALL), (2, C)))
+    assert (imported.format, wrong(imported)) == ("processbench", ["c", None, "c"])
+    assert "read as step-labels, 1 row would get another label" in imported.notes[-1]
+    assert "--format step-labels changes that" in imported.notes[-1]
+    numbers = {"question": "q", "steps": STEPS, "first_error_step": 2, "label": 0}
+    imported = read(tmp_path, numbers, numbers | {"label": 1})
+    assert (imported.format, wrong(imported)) == ("stepwise", ["b", "b"])
+    assert "read as processbench, 1 row would get another label" in imported.notes[-1]
+
+
+def test_where_formats_agree_nothing_is_said_of_them(tmp_path: Path) -> None:
+    rows = [row | {"ratings": [1, 1, -1]} for row in beside((2, C), (2, C))]
+    assert [note.split(":")[0] for note in read(tmp_path, *rows).notes] == ["steps are counted from 0"]
+
+
+def test_ratings_of_1_and_0_are_right_and_wrong_unless_prm800ks_own_fields_lie_beside_them(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"question": "q", "steps": STEPS, "ratings": listed} for listed in (C, ALL)]
+    imported = read(tmp_path, *rows)
+    assert (imported.format, wrong(imported)) == ("step-labels", ["c", None])
+    assert "--format prm800k reads 0 as neutral" in imported.notes[0]
+    with_minus = read(tmp_path, *rows, rows[0] | {"ratings": [1, 0, -1]})
+    assert (with_minus.format, wrong(with_minus)) == ("prm800k", [None, None, "c"])
+    own = read(tmp_path, *[row | {"tail": ""} for row in rows])
+    assert (own.format, wrong(own)) == ("prm800k", [None, None])
+    assert "read as step-labels, 1 row would get another label" in own.notes[0]
+
+
+def test_lists_that_say_something_else_of_the_steps_are_left_out_and_lists_of_other_things_do_not_count(
+    tmp_path: Path,
+) -> None:
+    row = {"question": "q", "steps": STEPS, "labels": B}
+    other = ["+", "+", "-"]
+    imported = read(tmp_path, row | {"step_labels": ["+", "-", "-"]}, row | {"step_labels": other})
+    assert wrong(imported) == ["b"]
+    assert imported.left_out[0].endswith(
+        ":2: labels is [1, 0, 0]; step_labels says something else of the steps; take out the one that does not count"
+    )
+    assert wrong(read(tmp_path, row | {"labels": ["algebra"], "step_labels": other})) == ["c"]
+    inner = [{"text": step, "label": label} for step, label in zip(STEPS, B, strict=True)]
+    assert "steps says something else" in read(tmp_path, row, row | {"steps": inner, "labels": C}).left_out[0]
+
+
+def test_two_numbers_of_the_first_wrong_step_have_to_agree(tmp_path: Path) -> None:
+    row = {"question": "q", "model_output_steps": STEPS, "first_error_step": 2, "first_wrong_step": 2}
+    imported = read(tmp_path, row, row | {"first_wrong_step": 3}, row | {"first_wrong_step": "see below"})
+    assert wrong(imported) == ["b", "b"]
+    assert ":2: first_error_step is 2; first_wrong_step is 3, and names other steps" in imported.left_out[0]
+
+
+def test_steps_in_one_text_with_a_mark_behind_each_are_cut_there(tmp_path: Path) -> None:
+    for mark in ("\n\n\n\n\n", " \u043a\u0438\n"):
+        row = {"question": "q", "process": f"a{mark}b{mark}c{mark}", "label": ["+", "-", "-"]}
+        imported = read(tmp_path, row)
+        assert (imported.format, wrong(imported)) == ("step-labels", ["b"])
+
+
+def test_where_sections_begin_is_no_text_of_a_step(tmp_path: Path) -> None:
+    row = {
+        "question": "q",
+        "sections": [{"begin": 0}, {"begin": 4}],
+        "sections_content": "section1: a\nsection2: b",
+        "reason_error_section_numbers": [2],
+    }
+    assert wrong(read(tmp_path, row)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"instruction": "q", "response": "a", "task": "Math"}, id="UltraInteract"),
+        pytest.param({"question": "q", "answer": "7", "response": "a", "label": False}, id="CriticBench"),
+        pytest.param({"question": "q", "step_idx": 1, "step": "a", "correctness_label": "Correct"}, id="REVEAL"),
+    ],
+)
+def test_sets_that_mark_no_step_of_an_answer_are_refused_by_name(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no known format has the fields \[.*\]; name one with --format"):
+        read(tmp_path, row)
