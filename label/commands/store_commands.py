@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from draftsmith.arguments import FLAT
+from draftsmith.data.progress import progress
 from draftsmith.data.sources import source_name
 from draftsmith.files import atomic_file
 from draftsmith.foreign import one_line, visible
@@ -33,6 +34,7 @@ ExportFormat = Literal["answers", "label-studio"]
 After = Literal["ignored", "wrong"]
 
 _SHOWN = 5
+_SHOWN_ANSWERS = 1000
 
 
 def import_answers(
@@ -68,14 +70,17 @@ def import_answers(
     if left_out is not None:
         check_output_file(left_out, filter(None, [source, database_file(store)]))
     name = source_name(str(source))
-    file = LabelledFile(source, format, LabelSource(name, labelled_by or name, entry.licence, model, how), first_step)
+    origin = LabelSource(name, labelled_by or name, entry.licence, model, how)
+    file = LabelledFile(source, format, origin, first_step, shown=True)
     verdicts: Counter[str] = Counter()
     with _LeftOut(left_out) as unused:
         answers = _counted(file.answers(unused.add), verdicts)
         # Before a store is made: a file of which no row can be used makes none.
         first = list(itertools.islice(answers, 1))
         with Store(store, create=True) as opened:
-            added = opened.add(itertools.chain(first, answers), entry.adder())
+            with progress("import", None, "answers", brief=True) as advance:
+                coming = _shown(itertools.chain(first, answers), advance)
+                added = opened.add(coming, entry.adder())
             print(
                 f"{verdicts.total()} answers in {source} ({file.format}): {added.items} new answers and {added.labels} "
                 f"new labels in {opened.name}, {added.known_labels} labels known already; {unused.count} rows left out"
@@ -117,6 +122,13 @@ def _counted(answers: Iterable[Answer], verdicts: Counter[str]) -> Iterator[Answ
     for answer in answers:
         verdicts[_verdict(answer)] += 1
         yield answer
+
+
+def _shown(answers: Iterable[Answer], advance: Callable[[int], None]) -> Iterator[Answer]:
+    for count, answer in enumerate(answers, start=1):
+        yield answer
+        if not count % _SHOWN_ANSWERS:
+            advance(_SHOWN_ANSWERS)
 
 
 def export_answers(

@@ -43,7 +43,9 @@ class Counting:
     sentence: str
 
 
-def counting(rows: Iterable[StepNumber], published: int, name: str, choice: FirstStep, need: int = 1) -> Counting:
+def counting(
+    rows: Iterable[StepNumber] | StepEvidence, published: int, name: str, choice: FirstStep, need: int = 1
+) -> Counting:
     """How a file counts its steps.
 
     A number that equals the number of steps only fits from 1. A 0 only fits from 0, except where it means that no step is wrong. Where
@@ -53,7 +55,7 @@ def counting(rows: Iterable[StepNumber], published: int, name: str, choice: Firs
     says what 0 means, import stops. With a -1 they fit neither way, and the format's own way counts.
 
     Args:
-        rows: of the file.
+        rows: of the file, or what was counted of them.
         published: from which number the format counts by its own description.
         name: of the format.
         choice: of the user; `auto` decides by the rows.
@@ -62,7 +64,19 @@ def counting(rows: Iterable[StepNumber], published: int, name: str, choice: Firs
     Raises:
         ValueError: the rows leave it in doubt.
     """
-    return StepEvidence(rows).counting(published, name, choice, need)
+    if choice != "auto":
+        return Counting(int(choice == "one"), f"steps are counted from {int(choice == 'one')}, as --first_step says")
+    seen = rows if isinstance(rows, StepEvidence) else StepEvidence(rows)
+    first, why = seen.from_zero_unless(need) if published == 0 else seen.from_one_unless()
+    if first is None:
+        raise ValueError(
+            f"the file may count its steps from 0 or from 1: {why}; "
+            "say --first_step zero if its first step has the number 0, else --first_step one"
+        )
+    reason = f": {why}" if why else f", as the format {name} says"
+    if first == published == 0 and seen.num_last:
+        reason += f", but the number equals that of the steps in {num_rows(seen.num_last)}"
+    return Counting(first, f"steps are counted from {first}{reason}; --first_step changes that")
 
 
 def num_rows(count: int) -> str:
@@ -112,33 +126,6 @@ class StepEvidence:
         self.num_none += names_none
         self.num_unplaced += names_none and row.is_wrong is True
 
-    def counting(self, published: int, name: str, choice: FirstStep, need: int = 1) -> Counting:
-        """As :func:`counting`, of the rows that were added.
-
-        Args:
-            published: from which number the format counts by its own description.
-            name: of the format.
-            choice: of the user; `auto` decides by the rows.
-            need: how many numbers have to speak against a format that counts from 0.
-
-        Raises:
-            ValueError: the rows leave it in doubt.
-        """
-        if choice != "auto":
-            return Counting(
-                int(choice == "one"), f"steps are counted from {int(choice == 'one')}, as --first_step says"
-            )
-        first, why = self._from_zero_unless(need) if published == 0 else self._from_one_unless()
-        if first is None:
-            raise ValueError(
-                f"the file may count its steps from 0 or from 1: {why}; "
-                "say --first_step zero if its first step has the number 0, else --first_step one"
-            )
-        reason = f": {why}" if why else f", as the format {name} says"
-        if first == published == 0 and self.num_last:
-            reason += f", but the number equals that of the steps in {num_rows(self.num_last)}"
-        return Counting(first, f"steps are counted from {first}{reason}; --first_step changes that")
-
     def unplaced_note(self) -> list[str]:
         """A sentence on answers with a wrong end and no wrong step, where there are any."""
         if not self.num_unplaced:
@@ -146,8 +133,12 @@ class StepEvidence:
         rule = "have a wrong end, and the file names no wrong step; look at them before you train on them"
         return [f"{self.num_unplaced} answers {rule}"]
 
-    def _from_zero_unless(self, need: int) -> tuple[int | None, str]:
-        """The number of the first step where the format counts from 0, and why it is another or (None) in doubt."""
+    def from_zero_unless(self, need: int) -> tuple[int | None, str]:
+        """The number of the first step where the format counts from 0, and why it is another or (None) in doubt.
+
+        Args:
+            need: how many numbers have to speak against 0.
+        """
         last = f"the number equals that of the steps in {num_rows(self.num_last)}"
         only_right = self.num_right_zero == self.num_zero > 0 and not self.num_right_step and not self.num_none
         if only_right and self.num_last >= (1 if self.num_zero > 1 else need):
@@ -165,7 +156,7 @@ class StepEvidence:
             return None, f"{last}, and it is 0 in {num_rows(self.num_zero)}"
         return 0, ""
 
-    def _from_one_unless(self) -> tuple[int | None, str]:
+    def from_one_unless(self) -> tuple[int | None, str]:
         """The number of the first step where the format counts from 1, and why it is another or (None) in doubt."""
         zeros = f"the number is 0 in {num_rows(self.num_sure_zero)} with a wrong step"
         if self.num_last:

@@ -130,6 +130,24 @@ def texts_of(value: Any, place: str, field: str) -> list[str]:
     return texts
 
 
+def check_one_a_step(values: Sequence[Any], num_steps: int, what: str, place: str, field: str) -> None:
+    """Checks that a list has one entry a step.
+
+    Args:
+        values: of the field.
+        num_steps: how many steps there are.
+        what: the word for an entry.
+        place: of the row, for messages.
+        field: its name.
+
+    Raises:
+        ValueError: it has more or fewer.
+    """
+    if len(values) != num_steps:
+        rule = f"it is a list of one {what} a step, and there are {num_steps} steps"
+        raise refusal(place, field, values, rule, "add what is missing (null: not rated)")
+
+
 def span_of_step(steps: Sequence[str], index: int, place: str, field: str) -> Span:
     """Where a step stands among the joined steps: ["ab", "c"], 1 -> (3, 4).
 

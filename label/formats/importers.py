@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from draftsmith.data.progress import progress
 from draftsmith.data.sources import read_rows
 from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
-from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, num_rows, zero_is_neutral
+from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, counting, num_rows, zero_is_neutral
 from draftsmith.label.formats.detection import Format, detect, fitting_formats
 from draftsmith.label.formats.fields import Row
 from draftsmith.label.formats.meaning import settled
@@ -34,6 +35,7 @@ from draftsmith.label.formats.step_sets import LAYOUTS, read_step_set
 from draftsmith.label.schema import Answer, Span, check_answer, from_row, is_keepable
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
 
+_SHOWN_ROWS = 1000
 Reader = Callable[[Row, str, LabelSource], Iterator[Answer]]
 
 # Where the rows of each format have the right answer, the fullest first. BIG-Bench-Mistake's `answer` is the model's own.
@@ -114,15 +116,23 @@ class LabelledFile:
         row_format: how a row is read; `auto` decides by the fields of the first row.
         origin: what the file does not say.
         first_step: from which number steps are counted; `auto` decides by the rows.
+        shown: say on stderr how many rows were looked at, where that takes long.
 
     Raises:
         ValueError: there is no such file, it cannot be read as a whole, or the rows leave in doubt from which number they count.
     """
 
-    def __init__(self, path: Path, row_format: Format, origin: LabelSource, first_step: FirstStep = "auto") -> None:
+    def __init__(
+        self,
+        path: Path,
+        row_format: Format,
+        origin: LabelSource,
+        first_step: FirstStep = "auto",
+        shown: bool = False,
+    ) -> None:
         if not path.is_file():
             raise ValueError(f"{path} is not a file; name a JSON, JSON-lines, CSV or Parquet file of labelled answers")
-        self._path, self._origin = path, origin
+        self._path, self._origin, self._shown = path, origin, shown
         self.format, self.notes = row_format, list[str]()
         self._rivals: dict[Format, Reader] = {}
         fitting: list[Format] = []
@@ -201,7 +211,15 @@ class LabelledFile:
         return (row for _, row in self._rows())
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
-        return read_rows(str(self._path), dropped=_Nowhere())
+        rows = read_rows(str(self._path), dropped=_Nowhere())
+        if not self._shown:
+            yield from rows
+            return
+        with progress("import: look at all rows", None, "rows", brief=True) as advance:
+            for count, placed in enumerate(rows, start=1):
+                yield placed
+                if not count % _SHOWN_ROWS:
+                    advance(_SHOWN_ROWS)
 
 
 class _Mistakes:
@@ -268,7 +286,7 @@ def _reader(
             if number is not None:
                 evidence.add(number)
         need = 2 if has_signature else layout.need
-        counted = known or evidence.counting(layout.first, row_format, first_step, need)
+        counted = known or counting(evidence, layout.first, row_format, first_step, need)
         ends = [] if layout.verdict_is_of_steps else evidence.unplaced_note()
         return [counted.sentence, *ends], lambda row, place, origin: read_step_set(
             layout, counted.first, row, place, origin

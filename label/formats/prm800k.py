@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from draftsmith.label.formats.fields import Row, is_absent, list_of, texts_of, unpacked, value_of, whole
+from draftsmith.label.formats.fields import (
+    Row,
+    check_one_a_step,
+    is_absent,
+    list_of,
+    texts_of,
+    unpacked,
+    value_of,
+    whole,
+)
 from draftsmith.label.formats.step_labels import NUMBERS, RatedSteps, Rating
 from draftsmith.label.schema import Answer, refusal
 from draftsmith.label.store.label_source import LabelSource, SkippedRow
@@ -42,9 +51,7 @@ def read_prm800k(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
 def _flat(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     steps = texts_of(value_of(row, "steps", place), place, "steps")
     ratings = list_of(value_of(row, "ratings", place), place, "ratings")
-    if len(ratings) != len(steps):
-        rule = f"it is a list of one rating a step, and there are {len(steps)} steps"
-        raise refusal(place, "ratings", row["ratings"], rule, "add what is missing (null: not rated)")
+    check_one_a_step(ratings, len(steps), "rating", place, "ratings")
     rated = [_rating(rating, place, f"ratings[{index}]") for index, rating in enumerate(ratings)]
     tail = row.get("tail") or ""
     if not isinstance(tail, str):

@@ -14,6 +14,7 @@ from draftsmith.label.formats.fields import (
     QUESTIONS,
     STEP_BREAK,
     Row,
+    check_one_a_step,
     field_of,
     is_absent,
     licence_of,
@@ -213,9 +214,7 @@ def _inner_labels(objects: Sequence[Any], field: str) -> dict[str, list[Any]]:
 
 
 def _ratings(labels: Sequence[Any], name: str, num_steps: int, place: str) -> list[Rating | None]:
-    if len(labels) != num_steps:
-        rule = f"it is a list of one label a step, and there are {num_steps} steps"
-        raise refusal(place, name.partition("[")[0], labels, rule, "add what is missing (null: not rated)")
+    check_one_a_step(labels, num_steps, "label", place, name.partition("[")[0])
     return [rating_of(entry, place, name.format(index)) for index, entry in enumerate(labels)]
 
 
