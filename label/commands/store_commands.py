@@ -50,13 +50,13 @@ def import_answers(
 ) -> None:
     """Adds the labelled answers of a file to a store, all of them or none.
 
-    Importing a file again adds nothing. What is in the store is never changed: another label by the same author is one more
-    entry of the log.
+    The file may have millions of rows: they are read and added a batch at a time. Importing a file again adds nothing. What is in the store
+    is never changed: another label by the same author is one more entry of the log.
 
     Args:
         source: a JSON, JSON-lines, CSV or Parquet file.
         store: path of the store (SQLite, made when absent), or an SQLAlchemy URL.
-        format: how a row is read; `auto` decides from the fields of the first usable row.
+        format: how a row is read; `auto` decides from the fields of the first usable row, and from all rows where formats share a field.
         model: the model that wrote the answers, where the file does not say it; default: unknown.
         labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
         how: who or what found the labels: person, rule or mined; default: as the format says.
