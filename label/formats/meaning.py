@@ -17,6 +17,7 @@ from draftsmith.label.formats.fields import Row, is_absent, unpacked, whole
 from draftsmith.label.formats.step_labels import label_lists, rated_steps
 from draftsmith.label.store.label_source import LabelSource
 
+_ENOUGH = 9  # different numbers are no verdicts
 _NOBODY = LabelSource("", "nobody", "none")
 # Fields that PRM800K has and sets with ratings of 1 and 0 have not.
 _PRM800K_FIELDS = ("tail", "problem_in_MATH", "finish_reason", "pre_generated_steps")
@@ -88,13 +89,15 @@ class _LabelEvidence:
 
     def add(self, row: Row) -> None:
         number, lists = whole(row.get("label")), label_lists(row)
-        if number is None or not lists:
+        if number is None:
+            return
+        self._numbers = {*self._numbers, number} if len(self._numbers) < _ENOUGH else self._numbers
+        if not lists:
             return
         with suppress(ValueError):  # no list of ratings, so it says nothing
             ratings = rated_steps(row, "row", _NOBODY).ratings
             self._num_rows += 1
             self._field = self._field or lists[0]
-            self._numbers = {*self._numbers, number} if len(self._numbers) < 9 else self._numbers
             self._has_minus = self._has_minus or -1 in ratings
             for zero_is_neutral, fitting in self._fitting.items():
                 bad = (-1, "wrong") if zero_is_neutral else (-1, 0, "wrong")
@@ -116,8 +119,7 @@ class _LabelEvidence:
         rows = f"{num_rows(self._num_rows)} with both"
         if as_number == self._num_rows:
             first = int(fitting["from 1"] > fitting["from 0"])
-            # One number alone does not speak against ProcessBench's own way.
-            if fitting["from 0"] == fitting["from 1"] or self._num_rows < 1 + first:
+            if fitting["from 0"] == fitting["from 1"] or self._num_rows < 2:  # a single row may be a slip
                 return Meaning("processbench")
             sentence = f"steps are counted from {first}: label and {self._field} then agree in {rows}"
             return Meaning("processbench", counting=Counting(first, f"{sentence}; --first_step changes that"))
