@@ -151,7 +151,7 @@ def _vocabulary(flat: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     if "d2t" not in tensors:
         return "the whole vocabulary"
     if not isinstance(size, int) or tensors["d2t"].is_floating_point() or vocabulary_faults(tensors, size):
-        return f"{len(tensors['d2t'])} tokens, but d2t does not map to increasing token ids"
+        return f"{tensors['d2t'].numel()} tokens, but d2t does not map to increasing token ids"
     ids = target_ids(tensors["d2t"])
     return f"{len(ids):,} of {size:,} tokens, ids {int(ids[0])} to {int(ids[-1])}"
 

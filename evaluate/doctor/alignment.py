@@ -7,19 +7,23 @@ Shape legend: T packed tokens, A anchors, K draft steps, E head inputs, Vd draft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftsmith.data.shards.packing import pack
-from draftsmith.evaluate.doctor.case import Case, NotChecked
+from draftsmith.evaluate.doctor.case import Case, NotChecked, names_target, with_states
 from draftsmith.evaluate.doctor.report import Finding
 from draftsmith.evaluate.doctor.states import as_named
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.drafters.returned_shapes import checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout
+from draftsmith.models.families.eagle_config import block_outputs
+from draftsmith.models.target.target import PRE_NORM
 
 _SHIFTS = (-1, 0, 1)
 _ROWS = 1024  # logits of so many rows are in memory at a time
@@ -27,6 +31,9 @@ _LOSES, _CLEAR = (
     0.02,
     0.10,
 )  # another shift is better by more than the first: a fault; shift 0 leads by less than the second: a warning
+_TRIED = 16  # samples on which other settings are tried
+_FED = 2  # steps that they are judged by: a wrong place of the last norm shows from the second on
+_MISCONFIGURED = 0.05  # by which another setting must be better to be named
 _ENOUGH = 30  # predictions below which nothing is concluded
 
 
@@ -142,5 +149,93 @@ def check_steps(case: Case) -> Finding:
     measured = " ".join(f"{share:.0%}" for share in shares) + f" (proxy: {proxy:.2f} tokens per step)"
     if shares[0] < 0.3:
         remedy = "the first draft step is mostly wrong on the training's own text: train longer; see `overfit`, `states` and `labels` first"
+        if not names_target(case.inputs.folder):
+            remedy += "; the drafter's folder names no target, and one that was made for another target of these sizes loads as well"
         return Finding("steps", "warning", measured, "step 0 above 30%", remedy, figures)
     return Finding("steps", "ok", measured, "step 0 above 30%", "", figures)
+
+
+def check_settings(case: Case) -> Finding:
+    """Accuracy under settings that the tensors fit as well, such as the place of a norm or the layers that are read: its own must win.
+
+    Raises:
+        NotChecked: the tensors show all settings, or the samples hold too few predictions.
+    """
+    drafter = case.trainable
+    num_steps = min(_FED, max(1, drafter.config.num_draft_steps))
+    own, total = _accuracy(case, drafter, num_steps)
+    if total < _ENOUGH:
+        raise NotChecked(f"the samples hold {total} predictions only: raise --samples")
+    shares = {setting: _accuracy(case, other, num_steps)[0] for setting, other in variants(case)}
+    if not shares:
+        raise NotChecked("its tensors show all of its settings, or only the ends are loaded")
+    setting = max(shares, key=lambda name: shares[name])
+    measured = f"right at {own:.1%} as its config says; with {setting} at {shares[setting]:.1%}"
+    figures = {"as configured": own, **shares, "predictions": total}
+    expected = "its own settings win"
+    if shares[setting] <= own + _MISCONFIGURED:
+        return Finding("settings", "ok", measured, expected, "", figures)
+    remedy = (
+        f"the weights were trained with {setting}: correct that in the config.json of {case.inputs.folder}, or fetch both files of one "
+        "export; its acceptance is measured with the wrong setting until then"
+    )
+    return Finding("settings", "fault", measured, expected, remedy, figures)
+
+
+def variants(case: Case) -> Iterator[tuple[str, Drafter]]:
+    """The same weights under each other setting that they fit: a flag turned, the layers moved by one, the blocks that riders enter.
+
+    Only those whose states are at hand come.
+    """
+    drafter, kind = case.trainable, type(case.trainable)
+    config, tensors = drafter.config, drafter.state_dict()
+    fields = {name: getattr(config, name) for name in config.rules}
+    specs = module_table(kind, config).specs
+    for setting, changed in _other_settings(fields, case.ends.config.num_hidden_layers):
+        for steps in (config.num_draft_steps, config.num_draft_steps - 1):  # a block may have one slot less then
+            other = kind.config_class(**{**fields, **changed, "num_draft_steps": steps})
+            if steps < 1 or other.fault() or module_table(kind, other).specs != specs:
+                continue
+            module = assemble(kind, other, tensors)
+            nn.Module.to(module, case.ends.device)
+            try:
+                view = module.for_any_target().bound(case.ends)
+            except ValueError:  # the target has no such block
+                break
+            if case.target is not None or all(
+                name in sample.hidden for sample in case.samples for name in view.features
+            ):
+                yield setting, view
+            break
+
+
+def _other_settings(fields: Mapping[str, Any], depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What may be set otherwise, in words and as fields. ``depth``: blocks of the target."""
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            yield f"{name} {str(not value).lower()}", {name: not value}
+    if layers := fields.get("layers"):
+        blocks = [depth - 1 if name == PRE_NORM else int(name.split(".")[1]) for name in layers]
+        for shift in (-1, 1):
+            moved = [block + shift for block in blocks]
+            if 0 <= min(moved) <= max(moved) < depth:
+                named = list(block_outputs(moved, depth))
+                yield f"layers {', '.join(named)}", {"layers": named}
+    if entries := fields.get("entries"):
+        for shift in (-1, 1):
+            moved = [entry + shift for entry in entries]
+            if 0 <= min(moved) <= max(moved) < depth:
+                yield f"entries {moved}", {"entries": moved}
+
+
+def _accuracy(case: Case, drafter: Drafter, num_steps: int) -> tuple[float, int]:
+    """The share of right predictions of the first steps over some samples, and how many predictions there were."""
+    hits = total = 0
+    for sample in case.samples[:_TRIED]:
+        if case.target is not None:
+            sample = with_states(sample, drafter.features, case.target)
+        batch = pack([sample], drafter.features).to(case.ends.device)
+        rollout = data_rollout(batch, min(num_steps, drafter.max_draft_steps or num_steps))
+        right_AK = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
+        hits, total = hits + int(right_AK.sum()), total + int(rollout.valid.sum())
+    return hits / max(1, total), total

@@ -6,7 +6,7 @@ Owns the checks `fingerprints`, `draft-length`, `temperature`, `score-scale` and
 from __future__ import annotations
 
 from draftsmith.data.survey import IDS_AS_GENERATED
-from draftsmith.evaluate.doctor.case import Case, NotChecked
+from draftsmith.evaluate.doctor.case import Case, NotChecked, names_target
 from draftsmith.evaluate.doctor.report import Finding, Verdict
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
@@ -80,7 +80,8 @@ def check_fingerprints(case: Case) -> Finding:
 def _named(case: Case, template: str) -> list[tuple[str, str, str]]:
     """Owner, what it names, and its fingerprint of that, empty where it is not known. `template`: the one in use."""
     named: list[tuple[str, str, str]] = [("drafter", "tokenizer", case.drafter.config.tokenizer_fingerprint)]
-    if not isinstance(case.drafter, LMDrafter):  # any target will do for a draft LM
+    # Any target will do for a draft LM; and one whose folder names none was bound to this one when it was read.
+    if not isinstance(case.drafter, LMDrafter) and names_target(case.inputs.folder):
         named.append(("drafter", "target", case.drafter.config.target_fingerprint))
     weights = [("replies", case.replies.get("quantization"))] if case.replies else []
     if case.cache is not None:

@@ -24,7 +24,7 @@ from draftsmith.data.shards.shards import CachedSample
 from draftsmith.evaluate.records import Sample
 from draftsmith.models.drafters.draft_lm import LMDrafter
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.drafters.drafter_folder import TargetBond, drafter_folder, load_drafter
+from draftsmith.models.drafters.drafter_folder import COMPOSED, TargetBond, drafter_folder, load_drafter
 from draftsmith.models.files.adapter_files import BOND
 from draftsmith.models.foreign.speculators_config import verifier_name
 from draftsmith.models.target.ends import TargetEnds
@@ -190,7 +190,9 @@ class Case:
                 f"the cache lacks {', '.join(missing)}, which this drafter reads: name another with --cache, or leave --ends-only out"
             )
         if self.trained.learns_through_target and self.ends.trunk is None:
-            raise NotChecked("this drafter drafts through the target's own blocks: leave --ends-only out")
+            raise NotChecked(
+                "this drafter drafts through the target's own blocks: leave --ends-only and --device-map out"
+            )
         return self.trained
 
     @property
@@ -260,6 +262,22 @@ def _named_target(folder: Path) -> str:
     """The target that a drafter's config names, or that of a folder of the speculators package; empty where it names none."""
     fields = _config(folder)
     return str(fields.get("target_name") or verifier_name(fields))
+
+
+def names_target(folder: Path) -> bool:
+    """Whether a drafter's folder tells, by a fingerprint, which target it was made for. Folders of other software do not.
+
+    Args:
+        folder: of a drafter.
+
+    Returns:
+        True where its config does, or the record of the export that wrote it; and for a folder whose drafter lies in another one.
+    """
+    fields = _config(folder)
+    if not fields or "target_fingerprint" in fields or str(fields.get("model_type")) in COMPOSED:
+        return True
+    record = provenance.read(folder) if (folder / provenance.FILE_NAME).is_file() else {}
+    return bool(_mapping(_mapping(record).get("config")).get("target_fingerprint"))
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from draftsmith.data.progress import metered, progress
 from draftsmith.data.prompts import PROMPT_FILE, PromptSelection
 from draftsmith.data.tokens import ChatTemplate
 from draftsmith.evaluate.doctor.acceptance import check_acceptance
-from draftsmith.evaluate.doctor.alignment import check_shifts, check_steps
+from draftsmith.evaluate.doctor.alignment import check_settings, check_shifts, check_steps
 from draftsmith.evaluate.doctor.bonds import (
     check_draft_length,
     check_fingerprints,
@@ -84,6 +84,7 @@ CHECKS: dict[str, Check] = {
     "draft-vocabulary": check_vocabulary,
     "shifts": check_shifts,
     "steps": check_steps,
+    "settings": check_settings,
     "drafter-file": check_file,
     "train-serve": check_serving,
     "acceptance": check_acceptance,

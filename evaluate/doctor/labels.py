@@ -20,6 +20,7 @@ from draftsmith.data.tokens import TokenizedSample
 from draftsmith.evaluate.doctor.case import MAX_TOKENS, Case, NotChecked
 from draftsmith.evaluate.doctor.report import Finding
 from draftsmith.evaluate.strata.acceptance import is_looping
+from draftsmith.models.drafters.drafter import Drafter
 
 _FEW, _SPARSE, _ALMOST_ALL = (
     0.01,
@@ -27,6 +28,7 @@ _FEW, _SPARSE, _ALMOST_ALL = (
     0.95,
 )  # labelled share: below the first a fault, below the second or above the third a warning
 _COVERED, _THIN = 0.98, 0.90  # labelled tokens in the draft vocabulary
+_CLEARER = 0.1  # by which another reading of the map must cover more to be named
 _FOREIGN, _MIXED = 0.15, 0.05  # by which agreement with the target may fall short of what its own text would have
 _TURNED = 0.10  # share of samples whose labels may lie on the wrong side before it counts
 _OWN = 0.6  # share of the target's likeliest from which a text seems to be its own
@@ -212,6 +214,13 @@ def check_vocabulary(case: Case) -> Finding:
             f"the end token {missed_ends[0]} is not in the draft vocabulary: no draft ever ends a reply",
             *details,
         )
+    if (as_ids := _covered_as_ids(drafter, labelled, known)) > covered + _CLEARER:
+        figures["covered as ids"] = as_ids
+        remedy = (
+            f"d2t seems to hold token ids, which cover {as_ids:.1%}, and not offsets from each token's own number: store d2t[i] - i there, "
+            "or export the drafter again"
+        )
+        return Finding("draft-vocabulary", "fault", measured, expected, remedy, figures, details)
     remedy = (
         f"no draft step can be right more often than {covered:.1%}: train with a larger draft_vocab_size (null for all), chosen on text "
         "like that of use"
@@ -221,6 +230,16 @@ def check_vocabulary(case: Case) -> Finding:
     if covered < _COVERED or missed_ends:
         return Finding("draft-vocabulary", "warning", measured, expected, remedy, figures, details)
     return Finding("draft-vocabulary", "ok", measured, expected, "", figures)
+
+
+def _covered_as_ids(drafter: Drafter, labelled: Tensor, known: Tensor) -> float:
+    """The share of labelled tokens that would be in the draft vocabulary if its map held ids instead of offsets; 0 where it cannot."""
+    if drafter.d2t is None:
+        return 0.0
+    ids = drafter.d2t.cpu()
+    if bool((ids < 0).any()) or bool((ids >= len(known)).any()) or bool((ids.diff() <= 0).any()):
+        return 0.0
+    return float(torch.isin(labelled, ids).float().mean())
 
 
 def _sampled(case: Case) -> Sequence[CachedSample]:

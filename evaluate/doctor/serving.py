@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.data.shards.packing import pack
 from draftsmith.evaluate.doctor.case import Case, NotChecked
@@ -28,6 +29,7 @@ _NUM_ROOTS = 3
 _MAX_SAMPLES = 16
 _AGREE, _MOSTLY = 0.99, 0.95  # shares of equal argmax: sound; below the second, a fault
 _SAME_FILE = 0.01  # relative difference of logits that no two ways of computing the same float32 weights have
+_NARROW_FILE = 0.05  # the same of narrower weights
 _SAME_TREE = 0.2  # the same of one drafter in a narrower dtype, in a tree and in a chain: rounding stays below it
 
 
@@ -44,11 +46,24 @@ class Compared:
 @torch.no_grad()
 def trained_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_steps: int) -> Tensor:
     """float32 [R, K, Vd]: training's own forward at the anchors before the roots."""
+    inputs_KRE = _trained_inputs(drafter, batch, roots, num_steps)
+    return drafter.rollout_logits(inputs_KRE).float().transpose(0, 1)
+
+
+@torch.no_grad()
+def choosing_logits(drafter: Drafter, batch: PackedBatch, roots: list[int], num_steps: int) -> Tensor:
+    """float32 [R, K, Vd]: what training's own forward chooses the few tokens by that can be drafted at each place."""
+    inputs_KRE, weight = _trained_inputs(drafter, batch, roots, num_steps), drafter.head_weight
+    logits_KRV = F.linear(inputs_KRE[..., : weight.shape[1]].to(weight.dtype), weight)
+    return drafter.without_mask(logits_KRV).float().transpose(0, 1)
+
+
+def _trained_inputs(drafter: Drafter, batch: PackedBatch, roots: list[int], num_steps: int) -> Tensor:
+    """[K, R, E]: what training gives the heads at the anchors before the roots."""
     rollout = data_rollout(batch, num_steps)
     place = {anchor: row for row, anchor in enumerate(rollout.anchors.tolist())}
     rows = torch.tensor([place[root - 1] for root in roots], device=rollout.anchors.device)
-    inputs = checked_head_inputs(drafter, batch, rollout)[:, rows]
-    return drafter.rollout_logits(inputs).float().transpose(0, 1)
+    return checked_head_inputs(drafter, batch, rollout)[:, rows]
 
 
 @torch.no_grad()
@@ -114,6 +129,8 @@ def compare_forms(case: Case) -> Compared:
             raise NotChecked(
                 f"the two have draft vocabularies of {before.shape[-1]} and {after.shape[-1]} tokens: see `drafter-file`"
             )
+        if trained.num_candidates is not None:
+            before, after = without_ties(before, after, choosing_logits(trained, batch, roots, num_steps), served.dtype)
         equal += int((before.argmax(-1) == after.argmax(-1)).sum())
         before, after = _scored(before, after)
         most = max(most, float((before - after).abs().max()))
@@ -134,6 +151,29 @@ def compare_tree(case: Case) -> Compared:
     tree_NV, chain_NV = _scored(tree_NV, chain_NV)
     most = float((tree_NV - chain_NV).abs().max())
     return Compared(most, most / max(1e-12, _largest(chain_NV)), equal, len(tree_NV))
+
+
+def without_ties(before: Tensor, after: Tensor, chosen_by: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Leave out tokens that only one form drafts because rounding turned a tie for the last of the few places.
+
+    A GPU rounds the two forms differently, since it multiplies matrices of other shapes.
+
+    Args:
+        before: float32 [..., Vd], minus infinity at tokens that are not drafted.
+        after: the same of the other form.
+        chosen_by: float32 [..., Vd], the logits by which ``before`` chose its tokens.
+        dtype: of the form with more rounding.
+
+    Returns:
+        Both, with minus infinity at tokens that one of them drafts and whose logit is the last chosen one's but for rounding. Where they
+        draft different numbers of tokens, nothing is left out.
+    """
+    never_before, never_after = before == -torch.inf, after == -torch.inf
+    last = chosen_by.masked_fill(never_before, torch.inf).amin(-1, keepdim=True)
+    rounding = (_SAME_FILE if dtype == torch.float32 else _NARROW_FILE) * _largest(chosen_by)
+    same_number = never_before.sum(-1, keepdim=True) == never_after.sum(-1, keepdim=True)
+    tied = (never_before != never_after) & ((chosen_by - last).abs() <= rounding) & same_number
+    return before.masked_fill(tied, -torch.inf), after.masked_fill(tied, -torch.inf)
 
 
 def _scored(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,10 +253,16 @@ def check_file(case: Case) -> Finding:
             name for name, tensor in own.items() if tensor.ndim > 1 and tensor.is_floating_point() and not tensor.any()
         ]
         figures = {"numbers": parameters, "all zero": len(empty)}
+        rows = _rows_of_zeros(case.drafter, len(case.tokenizer))
         if empty:
             remedy = "these weights say nothing: they never learnt (fresh, or left out of training), or the file was damaged; train again"
             zero = f"{len(empty)} of {len(own)} tensors are all zero: {', '.join(empty[:3])}"
             return Finding("drafter-file", "warning", zero, expected, remedy, figures)
+        if rows:
+            remedy = "these rows say nothing: the file was damaged, or a step of its conversion left them out; copy or export it again"
+            zero = ", ".join(f"{count} of {len(own[name])} rows of {name}" for name, count in list(rows.items())[:3])
+            figures |= {f"zero rows of {name}": count for name, count in rows.items()}
+            return Finding("drafter-file", "warning", f"all zero: {zero}", expected, remedy, figures)
         if case.inputs.exported:
             measured += "; not compared with what was trained, which is not there or had an adapter merged into it"
         return Finding("drafter-file", "ok", measured, expected, "", figures)
@@ -232,6 +278,19 @@ def check_file(case: Case) -> Finding:
     remedy = f"it is not what {case.inputs.origin} holds (trained on since, or altered): export it again"
     measured = f"{len(names)} tensors differ from {case.inputs.origin}: {', '.join(names[:3])}"
     return Finding("drafter-file", "fault", measured, expected, remedy, figures)
+
+
+def _rows_of_zeros(drafter: Drafter, num_tokens: int) -> dict[str, int]:
+    """How many rows of a matrix are zero where others are not, by its name. Rows behind the tokenizer's last token are padding."""
+    counts = {}
+    for name, tensor in drafter.state_dict().items():
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            continue
+        is_vocabulary = len(tensor) == drafter.config.vocab_size
+        count = int((tensor[:num_tokens] if is_vocabulary else tensor).eq(0).all(-1).sum())
+        if 0 < count < len(tensor):
+            counts[name] = count
+    return counts
 
 
 def _finite(tensor: Tensor) -> bool:

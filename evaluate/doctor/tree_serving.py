@@ -130,6 +130,6 @@ def riding(drafter: Drafter, batch: PackedBatch, anchors: Tensor, num_steps: int
     """
     trunk, riders = drafter.ends.trunk, drafter.riders
     if trunk is None or riders is None:
-        raise NotChecked("this drafter drafts through the target's own blocks: leave --ends-only out")
+        raise NotChecked("this drafter drafts through the target's own blocks: leave --ends-only and --device-map out")
     states = ride_behind(trunk, riders.first(num_steps), batch.input_ids, batch.positions, batch.document_ids, anchors)
     return states.transpose(0, 1).flatten(1)[None]

@@ -37,8 +37,14 @@ def refuse_other_embedding(stored: Tensor, ends: TargetEnds, where: str) -> None
     """A drafter's stored embedding must be its target's: ours have none of their own.
 
     Raises:
-        ValueError: they differ, at the dtype that is stored.
+        ValueError: they differ, at the dtype that is stored; or in size.
     """
+    sizes = (ends.vocab_size, ends.hidden_size)
+    if tuple(stored.shape) != sizes:
+        raise ValueError(
+            f"{where}: {NAME} has {list(stored.shape)} numbers, the embedding of {ends.name!r} {list(sizes)}; name the target that the "
+            "drafter was made for"
+        )
     different = sum(int((rows.to(stored.dtype) != stored[ids]).any(-1).sum()) for ids, rows in _chunks(ends))
     if different:
         raise ValueError(

@@ -141,8 +141,8 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Colle
     width = fields.get("target_hidden_size")
     if width is not None and width != fields["hidden_size"]:
         faults.append(f"target_hidden_size {width!r}")
-    if "sliding_attention" in (fields.get("layer_types") or ()):
-        faults.append("layer_types with sliding attention")
+    others = dict.fromkeys(str(kind) for kind in fields.get("layer_types") or () if kind != "full_attention")
+    faults += [f"layer_types with {kind.replace('_', ' '):.40}" for kind in others]
     if faults:
         raise ValueError(
             f"{where} asks for {', '.join(faults)}, which our draft layer does not do; such a drafter cannot be read"
@@ -152,8 +152,10 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Colle
 def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Either form, Transformers 5's ``rope_parameters`` or the legacy one, as one flat dictionary."""
     rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    kind = rope.pop("type", None)
-    kind = rope.pop("rope_type", None) or kind or "default"
+    given = [kind for kind in (rope.pop("type", None), rope.pop("rope_type", None)) if kind is not None]
+    if not given and "factor" in rope:
+        raise ValueError(f"{where} has rotary settings with a factor and no rope_type ({rope}); add the type by hand")
+    kind = given[-1] if given else "default"
     if kind not in ("default", *ROPE_INIT_FUNCTIONS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where} has rotary settings that are not known here ({rope | {'rope_type': kind}})")
     theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0

@@ -28,7 +28,7 @@ from draftsmith.models.families.eagle3 import Eagle3
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.model_folder import openable_name
 from draftsmith.models.files.tables import target_ids, vocabulary_faults
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, proposed_tokens
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, algorithm_of, proposed_tokens
 from draftsmith.models.target.ends import TargetEnds
 
 VERSION = "0.9.0"
@@ -216,7 +216,7 @@ def _outside(name: str) -> str:
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in this layout."""
-    return fields.get(SPECULATORS_KEY) in _KINDS
+    return algorithm_of(fields) in _KINDS
 
 
 def _commands(target: str, num_steps: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, POSITIVE, TEXT, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, PARTS, POSITIVE, TEXT, Rule, check_fields
 from draftsmith.models.target.target import TargetEnds
 
 
@@ -32,7 +32,7 @@ class DrafterConfig(PreTrainedConfig):
         "hidden_size": COUNT,
         "vocab_size": COUNT,
         "draft_vocab_size": COUNT_OR_NULL,
-        "num_draft_steps": COUNT,
+        "num_draft_steps": PARTS,
         "score_scale": POSITIVE,
         "target_name": TEXT,
         "target_fingerprint": TEXT,

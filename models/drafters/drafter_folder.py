@@ -357,9 +357,7 @@ def _family_in(folder: Path) -> type[Drafter] | None:
         return None
     fields = read_fields(folder)
     name = fields.get("model_type")
-    if not isinstance(name, str):
-        return None
-    family = registry().get(name)
+    family = registry().get(name) if isinstance(name, str) else None
     if family is None and "target_fingerprint" in fields:
         raise ValueError(
             f"{folder} holds a drafter of a family that is not known here (model_type {name!r:.80}){missing_families()}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_tensors
 from draftsmith.models.files.field_rules import check_fields
+from draftsmith.models.files.pretrained import RAISED_BY_CONFIGS
 from draftsmith.models.files.tables import Table, TensorSpec
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def module_table(kind: type[Drafter], config: DrafterConfig, place: str = "the c
     try:
         with torch.device("meta"):
             module = kind(config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except RAISED_BY_CONFIGS as error:
         raise ValueError(f"{place}: no {kind.__name__} can be made of its {CONFIG} ({error}); {_REMEDY}") from error
     specs = {name: TensorSpec.of(tensor) for name, tensor in module.state_dict().items()}
     return Table(kind.__name__, config.vocab_size, specs)

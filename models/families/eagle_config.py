@@ -14,21 +14,37 @@ from draftsmith.models.drafters.drafter_config import DrafterConfig
 from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, NOT_NEGATIVE, Rule, is_number, is_whole
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "short_factor",
+    "long_factor",
+)
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def _is_rope(value: Any) -> bool:
-    """Whether these are rotary settings: a known type, a base above 0, and further numbers, lists of numbers and flags."""
+    """Whether these are rotary settings: a known type, numbers above 0, and further numbers, lists of numbers and flags."""
     if not isinstance(value, dict) or value.get("rope_type", "default") not in _ROPE_TYPES:
         return False
-    theta = value.get("rope_theta", 1.0)
-    rest = [setting for name, setting in value.items() if name not in ("rope_type", "rope_theta")]
-    numbers = [part for setting in rest for part in (setting if isinstance(setting, list) else [setting])]
-    return (
-        is_number(theta)
-        and theta > 0
-        and all(part is None or isinstance(part, bool) or is_number(part) for part in numbers)
-    )
+    if "factor" in value and "rope_type" not in value:
+        return False
+    settings = {name: setting for name, setting in value.items() if name != "rope_type"}
+    return all(_is_rotary(name, setting) for name, setting in settings.items())
+
+
+def _is_rotary(name: str, setting: Any) -> bool:
+    """Whether a rotary setting other than the type may have a value: what angles are computed from is above 0, or null."""
+    parts = setting if isinstance(setting, list) else [setting]
+    if name in _ROPE_NUMBERS:
+        return all(is_number(part) and part > 0 for part in parts) or (setting is None and name != "rope_theta")
+    return all(part is None or isinstance(part, bool) or is_number(part) for part in parts)
 
 
 class LayerConfig(DrafterConfig):
@@ -47,7 +63,7 @@ class LayerConfig(DrafterConfig):
         "head_dim": (lambda value: is_whole(value, 2) and value % 2 == 0, "an even number of at least 2"),
         "rms_norm_eps": NOT_NEGATIVE,
         "max_position_embeddings": COUNT,
-        "rope": (_is_rope, f"an object of rotary settings: rope_type {', '.join(_ROPE_TYPES)}, and numbers"),
+        "rope": (_is_rope, f"an object of rotary settings: rope_type {', '.join(_ROPE_TYPES)}, and numbers above 0"),
     }
 
     def __init__(
@@ -90,7 +106,7 @@ class LayerConfig(DrafterConfig):
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
-            rms_norm_eps=self.rms_norm_eps,
+            rms_norm_eps=float(self.rms_norm_eps),  # JSON's 1 is an int, which Transformers refuses
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=dict(self.rope),
         )

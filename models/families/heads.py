@@ -39,7 +39,7 @@ from draftsmith.models.families.head_steps import (
 )
 from draftsmith.models.families.prefix_layer import PrefixLayer
 from draftsmith.models.families.target_head import TargetHead
-from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, Rule
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, PARTS, Rule
 from draftsmith.models.target.key_values import KeyValues
 from draftsmith.models.target.target import PRE_NORM, TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
@@ -71,7 +71,7 @@ class HeadsConfig(DrafterConfig):
         "network": (lambda value: value in get_args(Network), f"one of {', '.join(get_args(Network))}"),
         "head": (lambda value: value in get_args(HeadOwner), f"one of {', '.join(get_args(HeadOwner))}"),
         "rank": COUNT_OR_ZERO,
-        "num_blocks": COUNT,
+        "num_blocks": PARTS,
         "inner_size": COUNT,
         "tied": FLAG,
         "scale_input": FLAG,

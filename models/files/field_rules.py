@@ -13,6 +13,7 @@ Rule = tuple[Callable[[Any], bool], str]
 """Whether a value will do, and what it must be, in words."""
 
 _LARGEST = 2**31
+_MOST_PARTS = 1024
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -34,6 +35,8 @@ def is_number(value: object) -> bool:
 
 
 COUNT: Rule = (lambda value: is_whole(value, 1), "a whole number of at least 1")
+PARTS: Rule = (lambda value: is_whole(value, 1) and value <= _MOST_PARTS, f"a whole number from 1 to {_MOST_PARTS}")
+"""Of modules, which are made one by one before any tensor can contradict their number."""
 COUNT_OR_ZERO: Rule = (lambda value: is_whole(value, 0), "a whole number of at least 0")
 TOKEN_OR_NULL: Rule = (lambda value: value is None or is_whole(value, 0), "a token id, or null")
 COUNT_OR_NULL: Rule = (lambda value: value is None or is_whole(value, 1), "a whole number of at least 1, or null")

@@ -8,8 +8,8 @@ Shape legend: V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -80,6 +80,23 @@ class Table:
     vocab_size: int
     specs: Mapping[str, TensorSpec]
 
+    def renamed(self, names: Mapping[str, str], present: Collection[str] = ()) -> Table:
+        """Make the table of a layout with other names.
+
+        Args:
+            names: the layout's name of a tensor -> the name here; several may be copies of one, of which one is enough.
+            present: the layout's names of what a folder holds.
+
+        Returns:
+            The table, under the layout's names.
+        """
+        held = {names[name] for name in present if name in names}
+        specs = {
+            theirs: replace(self.specs[ours], optional=self.specs[ours].optional or ours in held)
+            for theirs, ours in names.items()
+        }
+        return replace(self, specs=specs)
+
     def check(self, tensors: Mapping[str, Tensor], where: str, finite: bool = True) -> None:
         """Check tensors against the table: names, shapes and dtypes, finite values, and a draft vocabulary of increasing ids of the target.
 
@@ -125,13 +142,48 @@ def vocabulary_faults(tensors: Mapping[str, Tensor], vocab_size: int) -> list[st
     """
     if "d2t" not in tensors:
         return []
+    if fault := _map_fault(tensors["d2t"], torch.int64):
+        return [f"d2t {fault}"]
     ids = target_ids(tensors["d2t"])
     # Not only the first and the last: steps between numbers of 64 bits overflow, and would then look like forward ones.
     if bool((ids < 0).any()) or bool((ids >= vocab_size).any()) or bool((ids.diff() <= 0).any()):
         return [f"d2t does not map to increasing token ids below {vocab_size}"]
-    if "t2d" in tensors and not torch.equal(tensors["t2d"], membership(ids, vocab_size)):
+    if "t2d" not in tensors:
+        return []
+    if fault := _map_fault(tensors["t2d"], torch.bool):
+        return [f"t2d {fault}"]
+    if len(tensors["t2d"]) != vocab_size or not torch.equal(tensors["t2d"], membership(ids, vocab_size)):
         return ["t2d does not mark the token ids that d2t maps to"]
     return []
+
+
+def num_drafted(tensors: Mapping[str, Tensor], where: str, name: str = "d2t") -> int | None:
+    """Count the tokens of a draft vocabulary by its map.
+
+    Args:
+        tensors: by name.
+        where: what errors call them.
+        name: of the map.
+
+    Returns:
+        Vd; None where there is no map.
+
+    Raises:
+        ValueError: the map is no list of whole numbers, or an empty one.
+    """
+    if name not in tensors:
+        return None
+    if fault := _map_fault(tensors[name], torch.int64, torch.int32):
+        raise ValueError(f"{where}: {name} {fault}; copy the weights again, or export the drafter again")
+    return len(tensors[name])
+
+
+def _map_fault(given: Tensor, *dtypes: torch.dtype) -> str:
+    """What is wrong with dtype or shape of a map between two vocabularies; empty where nothing is."""
+    if given.dtype in dtypes and given.ndim == 1 and len(given):
+        return ""
+    kind, wanted = (str(dtype).removeprefix("torch.") for dtype in (given.dtype, dtypes[0]))
+    return f"is {kind} {list(given.shape)}, it must be {wanted} with one number for each token"
 
 
 def target_ids(d2t: Tensor) -> Tensor:

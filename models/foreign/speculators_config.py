@@ -13,6 +13,19 @@ from draftsmith.models.files.field_rules import is_whole
 SPECULATORS_KEY = "speculators_model_type"  # only configs of the speculators package have it
 
 
+def algorithm_of(fields: Mapping[str, Any]) -> str:
+    """What the package calls the kind of drafter.
+
+    Args:
+        fields: of the config.
+
+    Returns:
+        Such as ``eagle3``; empty where the config is not the package's, or holds something else there.
+    """
+    name = fields.get(SPECULATORS_KEY)
+    return name if isinstance(name, str) else ""
+
+
 def proposed_tokens(fields: Mapping[str, Any]) -> int | None:
     """The tokens that the package would draft in a chain.
 

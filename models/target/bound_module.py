@@ -88,13 +88,19 @@ class BoundModule(PreTrainedModel):
         if trained_for and ends.fingerprint and trained_for != ends.fingerprint:
             raise ValueError(
                 f"this {name} was trained for target {self.config.target_name!r} (fingerprint {trained_for[:12]}), not for {ends.name!r} "
-                f"({ends.fingerprint[:12]}); use that target, or train a {name} for this one"
+                f"({ends.fingerprint[:12]}); use that target, or train a {name} for this one{self._origin()}"
             )
         own, given = self.sizes_of(self.config), self.sizes_of(ends)
         if own != given:
             raise ValueError(
                 f"this {name} expects {_in_words(own)}, the target {ends.name!r} has {_in_words(given)}; use the target it was trained for"
+                f"{self._origin()}"
             )
+
+    def _origin(self) -> str:
+        """The end of a message that says where this module lies; empty for one that was made in memory."""
+        folder = getattr(self, "loaded_from", None)
+        return "" if folder is None else f" (it lies in {folder})"
 
     def sizes_of(self, owner: Any) -> dict[str, int]:
         """The sizes in which module and target must agree, by their names.

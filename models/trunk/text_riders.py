@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
@@ -36,7 +37,7 @@ def rider_fault(trunk: Trunk, riders: Riders) -> str:
         return "it keeps a recurrent state, which takes no rows beside the text"
     if trunk.ropes:
         return "its rotary factors follow the length of the text"
-    if fault := riders.fault(len(trunk.blocks)):
+    if fault := riders.fault(len(trunk.blocks)) or _placement_fault(trunk):
         return fault
     device = next(trunk.blocks[0].parameters()).device
     if device.type == "meta" or riders.entries in trunk.rider_entries:
@@ -48,6 +49,21 @@ def rider_fault(trunk: Trunk, riders: Riders) -> str:
     if not is_exact:
         return "its blocks compute other numbers for rows that enter behind its embedding"
     trunk.rider_entries.add(riders.entries)
+    return ""
+
+
+def _placement_fault(trunk: Trunk) -> str:
+    """Why riders cannot enter at blocks that do not lie whole on one device; empty where they do."""
+    weights = [weight for block in trunk.blocks for weight in block.parameters()]
+    if any(isinstance(weight, DTensor) or hasattr(weight, "ds_tensor") for weight in weights):
+        return "its weights are divided among processes, and riders enter a whole target: leave target_sharding out"
+    devices = sorted({str(weight.device) for weight in weights})
+    if devices[1:]:
+        return (
+            f"its blocks lie on {' and '.join(devices)}, and riders enter a target on one device: leave device_map out"
+        )
+    if devices == ["meta"] and any(hasattr(block, "_hf_hook") for block in trunk.blocks):
+        return "its blocks are fetched one by one (offloaded), and riders enter a target on one device: leave device_map out"
     return ""
 
 

@@ -193,6 +193,23 @@ class OnlineDataModule(CacheDataModule):
             return None
         return self.target.ends
 
+    def check_whole(self, kind: str) -> None:
+        """Check that the target is whole on one device, for drafters that learn through its own blocks.
+
+        Args:
+            kind: what errors call the drafter.
+
+        Raises:
+            ValueError: it is divided, spread or quantised.
+        """
+        for name in ("target_sharding", "target_device_map", "target_quantization"):
+            value = getattr(self, name)
+            if value not in (None, "none"):
+                raise ValueError(
+                    f"{name} is {value!r}, and a {kind} learns through the target's own blocks, which every process needs whole on one "
+                    "device; leave that option out, or choose a family that drafts beside the target"
+                )
+
     def compute(self, layers: tuple[str, ...], num_greedy: int) -> None:
         """Batches that are made after this call come with these states.
 

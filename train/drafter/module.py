@@ -251,6 +251,8 @@ class DraftModule(pl.LightningModule):
         refuse_other_engines(self.trainer.strategy)
         data = self._data()
         online = data if isinstance(data, OnlineDataModule) else None
+        if online is not None and self.family.kind.learns_through_target:
+            online.check_whole(self.family.kind.__name__)
         device = str(self.trainer.strategy.root_device)
         self.ends_dtype = resolved_dtype(self.ends_dtype, self.target, device, self.revision, self.trust_remote_code)
         dtype = as_dtype(self.ends_dtype)

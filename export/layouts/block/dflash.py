@@ -39,7 +39,8 @@ from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.families.block.block_layer import GROUP
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, Rule, check_fields, is_whole
+from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, PARTS, Rule, check_fields, is_whole
+from draftsmith.models.files.tables import num_drafted
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
@@ -64,6 +65,7 @@ _RULES: dict[str, Rule] = {
     KEY: _IDS,
     "aux_hidden_state_layer_ids": _IDS,
     "num_target_layers": COUNT,
+    "num_hidden_layers": PARTS,
     "draft_vocab_size": COUNT,
     "is_causal": FLAG,
     "causal": FLAG,
@@ -273,7 +275,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     refuse_other_computation(flat, where)
     if ends is not None and EMBEDDING not in tensors:
         refuse_other_scale(flat, ends, where)
-    size = len(tensors["d2t"]) if "d2t" in tensors else flat.get("draft_vocab_size")
+    size = _draft_vocabulary(flat, tensors, where)
+    _refuse_other_depth(flat, ends, where)
     config = BlockConfig(
         **qwen3_settings(fields, where),
         **_correction(flat),
@@ -286,6 +289,35 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     config.num_draft_steps = config.block_size - config.first_slot
     config.check(where, "correct it by hand")
     return assembled(config, tensors, ends, where)
+
+
+def _draft_vocabulary(flat: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> int | None:
+    """Vd, by the config or by the map.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    counted = num_drafted(tensors, where)
+    named = flat.get("draft_vocab_size", counted)
+    if counted is not None and named != counted:
+        raise ValueError(
+            f"{where}: {CONFIG} has draft_vocab_size {named}, and d2t maps {counted} tokens; take both files of one export"
+        )
+    return None if named is None else int(named)
+
+
+def _refuse_other_depth(flat: Mapping[str, Any], ends: TargetEnds | None, where: str) -> None:
+    """Refuse a drafter for a target of another depth.
+
+    Raises:
+        ValueError: naming both depths.
+    """
+    depth, named = num_layers(ends), flat.get("num_target_layers")
+    if ends is not None and named is not None and named != depth:
+        raise ValueError(
+            f"{where}: {CONFIG} has num_target_layers {named}, and {ends.name!r} has {depth} layers; name the target that the drafter was "
+            "made for"
+        )
 
 
 def _flat(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

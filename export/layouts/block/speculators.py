@@ -32,7 +32,7 @@ from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import OBJECT, check_fields
-from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
+from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY, algorithm_of
 from draftsmith.models.target.ends import TargetEnds
 
 _LAYERS = "transformer_layer_config"
@@ -122,7 +122,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder is in this layout."""
-    return fields.get(SPECULATORS_KEY) in _KINDS
+    return algorithm_of(fields) in _KINDS
 
 
 def _commands(target: str, num_steps: int) -> str:

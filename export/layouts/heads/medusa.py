@@ -11,7 +11,7 @@ Shape legend: D hidden, V vocabulary, Vd draft vocabulary, K heads, L blocks of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,24 @@ from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, PARTS, Rule, check_fields
 from draftsmith.models.files.model_folder import openable_name
-from draftsmith.models.files.tables import target_ids
+from draftsmith.models.files.tables import num_drafted, target_ids
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "Medusa"
 _TOKENS = "token_map"  # vLLM's draft vocabulary: the target id of each row
 _RULES: dict[str, Rule] = {
-    "medusa_num_heads": COUNT,
-    "medusa_num_layers": COUNT,
-    "num_heads": COUNT,
-    "num_hidden_layers": COUNT,
+    "medusa_num_heads": PARTS,
+    "medusa_num_layers": PARTS,
+    "num_heads": PARTS,
+    "num_hidden_layers": PARTS,
     "hidden_size": COUNT,
     "vocab_size": COUNT,
     "truncated_vocab_size": COUNT_OR_NULL,
+    "medusa_fc_bias": FLAG,
+    "original_lm_head": FLAG,
 }
 # Our names, the official ones, and vLLM's own.
 _BLOCK, _HEAD = "steps.blocks.{h}.{l}.linear.", "heads.{h}.weight"
@@ -99,7 +101,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         where: for messages.
 
     Raises:
-        ValueError: a field breaks its rule, the tensors are not a Medusa's, or its heads are not linear layers of its own.
+        ValueError: a field breaks its rule, the tensors are not a Medusa's, its heads are not linear layers of its own, or it has
+            biases and says that it has none.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     check_fields(given, _RULES, f"{where}: {CONFIG}", "correct it by hand")
@@ -114,30 +117,45 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             f"{where} is no whole Medusa: it needs medusa_num_heads, and a tensor 0.{num_blocks}.weight behind {num_blocks} blocks of "
             "medusa_num_layers; get a whole checkpoint"
         )
-    ids = tensors.get(_TOKENS)
+    ids, size = tensors.get(_TOKENS), num_drafted(tensors, where, _TOKENS)
     vocab_size = given.get("vocab_size") or (len(first_head) if ends is None else ends.vocab_size)
+    named_size = given.get("truncated_vocab_size", size)
+    if named_size not in (size, vocab_size if ids is None else size):
+        raise ValueError(
+            f"{where}: {CONFIG} has truncated_vocab_size {named_size}, and the map {_TOKENS} has {size or 0} tokens; take both files of "
+            "one export"
+        )
     config = HeadsConfig(
         network="medusa",
         head="per_step",
         num_blocks=num_blocks,
         hidden_size=given.get("hidden_size") or first_head.shape[1],
         vocab_size=vocab_size,
-        draft_vocab_size=None if ids is None else len(ids),
+        draft_vocab_size=size,
         num_draft_steps=num_heads,
     )
     names = {theirs: ours for ours, theirs in _names(config).items()}
-    kept = {names.get(name, name): tensor for name, tensor in named.items()}
-    if given.get("medusa_fc_bias") is False or not any(name.endswith(".bias") for name in kept):
-        # vLLM computes without biases then, whatever is stored.
-        kept |= {
-            name: torch.zeros(config.hidden_size, dtype=first_head.dtype)
-            for name in names.values()
-            if name.endswith(".bias")
-        }
+    named |= _absent_biases(named, names, first_head)
     if ids is not None:
-        kept["d2t"] = ids.to(torch.int64) - torch.arange(len(ids))
-    module_table(HeadsDrafter, config, where).check(kept, where)
-    return assemble(HeadsDrafter, config, kept)
+        named["d2t"], names["d2t"] = ids.to(torch.int64) - torch.arange(len(ids)), "d2t"
+    module_table(HeadsDrafter, config, where).renamed(names).check(named, where)
+    if given.get("medusa_fc_bias") is False and (kept := [name for name in _biases(named) if bool(named[name].any())]):
+        raise ValueError(
+            f"{where}: {CONFIG} has medusa_fc_bias false, and {kept[0]} is not zero: vLLM drops it, and Medusa's own code adds it; set "
+            "medusa_fc_bias true, or take the biases out"
+        )
+    return assemble(HeadsDrafter, config, {names[name]: tensor for name, tensor in named.items()})
+
+
+def _absent_biases(named: Mapping[str, Tensor], names: Collection[str], head: Tensor) -> dict[str, Tensor]:
+    """Zeros in place of all biases, under official names, where a folder has none."""
+    if _biases(named):
+        return {}
+    return {name: torch.zeros(head.shape[1], dtype=head.dtype) for name in _biases(names)}
+
+
+def _biases(names: Collection[str]) -> list[str]:
+    return [name for name in names if name.endswith(".bias")]
 
 
 def _names(config: HeadsConfig) -> dict[str, str]:

@@ -21,7 +21,7 @@ from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.heads import HeadsConfig, HeadsDrafter
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, PARTS, Rule, check_fields
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.target.ends import TargetEnds
 
@@ -29,7 +29,7 @@ WHAT = "MLP speculator"
 _RULES: dict[str, Rule] = {
     "emb_dim": COUNT,
     "inner_dim": COUNT_OR_ZERO,
-    "n_predict": COUNT,
+    "n_predict": PARTS,
     "vocab_size": COUNT,
     "tie_weights": FLAG,
     "scale_input": FLAG,
@@ -124,16 +124,14 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         num_draft_steps=fields["n_predict"],
     )
     names = _names(config)
-    named = {
-        names.get(f"speculator.{name.removeprefix('speculator.')}", name): tensor for name, tensor in tensors.items()
-    }
-    for name, tensor in tensors.items():
-        ours = names.get(f"speculator.{name.removeprefix('speculator.')}")
-        if ours is not None and not torch.equal(tensor, named[ours]):
+    public = {f"speculator.{name.removeprefix('speculator.')}": tensor for name, tensor in tensors.items()}
+    module_table(HeadsDrafter, config, where).renamed(names, public).check(public, where)
+    named = {names[name]: tensor for name, tensor in public.items()}
+    for name, tensor in public.items():
+        if not torch.equal(tensor, named[names[name]]):
             raise ValueError(
                 f"{where} has tie_weights true, but {name} differs from other steps'; set tie_weights false"
             )
-    module_table(HeadsDrafter, config, where).check(named, where)
     return assemble(HeadsDrafter, config, named)
 
 

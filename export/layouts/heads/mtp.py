@@ -22,10 +22,23 @@ from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.eagle_config import layer_fields
 from draftsmith.models.families.riders.mtp import MtpConfig, MtpHead
-from draftsmith.models.files.checkpoint_files import StoredTensors, as_text, mtp_beginnings, read_fields, write_files
+from draftsmith.models.files.checkpoint_files import (
+    CONFIG,
+    StoredTensors,
+    as_text,
+    mtp_beginnings,
+    read_fields,
+    write_files,
+)
+from draftsmith.models.files.field_rules import COUNT, Rule, check_fields
 from draftsmith.models.target.ends import TargetEnds
 
 WHAT = "MTP head"
+_RULES: dict[str, Rule] = {
+    "hidden_size": COUNT,
+    "vocab_size": COUNT,
+    "num_nextn_predict_layers": (lambda value: value == 1, f"1, since an {WHAT} has one layer"),
+}
 _GATE = "layers.0.self_attn.gate_proj.weight"
 _QUERIES = "layers.0.self_attn.q_proj.weight"
 # Parts of names that tell of a layer that is not dense, each with the fields of the target's config that go with it.
@@ -99,20 +112,22 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     """A drafter from the tensors of a target's checkpoint, or from a folder that holds no others; it knows no target yet.
 
     Args:
-        fields: of the config, not looked at: the layer's sizes are the target's.
+        fields: of the config. The layer's sizes are the target's, and a folder without a target must not name others.
         tensors: by name; only those of the MTP layer are read.
         ends: the target's.
         where: for messages.
 
     Raises:
-        ValueError: no ends; more than one layer; a layer that is not dense; tensors that are missing, unknown or misshapen; or copies of
-            embedding and head that are not the target's.
+        ValueError: no ends; a folder for a target of other sizes; more than one layer; a layer that is not dense; tensors that are
+            missing, unknown or misshapen; or copies of embedding and head that are not the target's.
     """
     place = style_of(tensors.keys())
     if ends is None or place is None:
         raise ValueError(f"{where}: the sizes of an {WHAT} are its target's; name the target")
     title, beginning = place
     style = STYLES[title]
+    if not in_target(tensors.keys()):
+        _check_sizes(fields, beginning, ends, where)
     _check_one_layer(tensors, mtp_beginnings(tensors)[title], where)
     own = {name[len(beginning) :]: tensors[name] for name in tensors if name.startswith(beginning)}
     _refuse_copies(own, style, ends, where)
@@ -122,6 +137,28 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         named[_QUERIES], named[_GATE] = _halves(named[_QUERIES], config.head_dim)
     module_table(MtpHead, config, where).check(named, where)
     return assemble(MtpHead, config, named)
+
+
+def _check_sizes(fields: Mapping[str, Any], beginning: str, ends: TargetEnds, where: str) -> None:
+    """Check what a folder without its target says of the target.
+
+    Raises:
+        ValueError: a field breaks its rule, or is of another target, as is the number in the names of the tensors.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    check_fields(given, _RULES, f"{where}: {CONFIG}", "correct it by hand")
+    wanted = {"hidden_size": ends.hidden_size, "vocab_size": ends.vocab_size}
+    for name, size in wanted.items():
+        if given.get(name, size) != size:
+            raise ValueError(
+                f"{where}: {CONFIG} has {name} {given[name]}, and {ends.name!r} has {size}; name the target that the layer was made for"
+            )
+    number, depth = re.search(r"layers\.(\d+)\.$", beginning), ends.config.num_hidden_layers
+    if number is not None and "mtp" not in beginning and int(number[1]) != depth:
+        raise ValueError(
+            f"{where}: {beginning} is the MTP layer of a target of {number[1]} layers, and {ends.name!r} has {depth}; name the target that "
+            "the layer was made for"
+        )
 
 
 def _check_one_layer(tensors: Mapping[str, Tensor], beginnings: list[str], where: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, get_args
 from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_layer import GROUP
 from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs
-from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, TOKEN_OR_NULL, Rule
+from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, PARTS, TOKEN_OR_NULL, Rule
 
 CANDIDATES = 16
 """Tokens of a slot that DFlash 2's selector chooses among, as public drafters have it."""
@@ -40,7 +40,7 @@ class BlockConfig(LayerConfig):
     rules: ClassVar[Mapping[str, Rule]] = {
         **LayerConfig.rules,
         "layers": NAMES,
-        "num_draft_layers": COUNT,
+        "num_draft_layers": PARTS,
         "block_size": COUNT,
         "causal": FLAG,
         "sample_from_anchor": FLAG,
@@ -91,6 +91,12 @@ class BlockConfig(LayerConfig):
             return NO_LAYERS
         if self.block_size <= self.first_slot:
             return f"block_size {self.block_size}, of which no slot predicts a token without sample_from_anchor"
+        most_steps = self.block_size - self.first_slot
+        if self.num_draft_steps > most_steps:
+            return (
+                f"num_draft_steps {self.num_draft_steps} and block_size {self.block_size}, of which {most_steps} slots predict with "
+                f"sample_from_anchor {str(self.sample_from_anchor).lower()}"
+            )
         if self.convolution and self.hidden_size % GROUP:
             return f"convolution and hidden size {self.hidden_size}, which is no multiple of the {GROUP} channels of a group"
         if self.correction == "selector" and self.confidence:

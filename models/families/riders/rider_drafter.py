@@ -128,8 +128,8 @@ class RiderDrafter(TargetHead, FromFields):
         if ends.trunk is not None:
             if fault := rider_fault(ends.trunk, self.riders):
                 raise ValueError(
-                    f"the target {ends.name!r} takes no riders of this {type(self).__name__}: {fault}; choose other entries, or a family "
-                    "that drafts beside the target"
+                    f"the target {ends.name!r} takes no riders of this {type(self).__name__}: {fault}; change that, or take a "
+                    "family that drafts beside the target"
                 )
             ends.trunk.let_riders_in()
         return self

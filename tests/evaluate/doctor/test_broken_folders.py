@@ -53,6 +53,19 @@ def test_nothing_named_is_not_called_equal(run: Run, look: Callable[..., Found],
     assert found["verdict"] == "not checked"
 
 
+def test_a_folder_of_other_software_without_a_record_is_not_called_equal(
+    run: Run, look: Callable[..., Found], tmp_path: Path
+) -> None:
+    Eagle.for_target(TargetEnds.load(str(run.target))).save_pretrained(tmp_path / "drafter")
+    export(tmp_path / "drafter", tmp_path / "served", str(run.target), layout="eagle")
+    there = {"target": str(run.target), "skip": skip_all_but("fingerprints", "steps")}
+    assert look(tmp_path / "served", **there)["fingerprints"]["verdict"] == "ok", (
+        "the record of the export names the target"
+    )
+    (tmp_path / "served" / provenance.FILE_NAME).unlink()
+    assert look(tmp_path / "served", **there)["fingerprints"]["verdict"] == "not checked"
+
+
 def test_weights_that_were_cut_off_are_answered_in_words(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.train / "drafter", tmp_path / "cut")
     whole = (tmp_path / "cut" / "model.safetensors").read_bytes()

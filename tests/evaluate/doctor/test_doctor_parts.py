@@ -26,7 +26,8 @@ from draftsmith.evaluate.doctor.states import _overlap, relative
 from draftsmith.evaluate.records import Sample
 from draftsmith.models import Family, Target
 from draftsmith.models.drafters.rollout import PackedBatch, data_rollout
-from draftsmith.models.families.block import BlockFamily
+from draftsmith.models.families.block import BlockDrafter, BlockFamily
+from draftsmith.models.families.block.block_draft import BlockDraft
 from draftsmith.models.families.eagle_base import FeatureDraft
 from draftsmith.models.families.riders.rider_drafter import RiderFamily
 
@@ -182,6 +183,42 @@ def test_a_drafter_that_scores_a_few_tokens_of_each_place_is_compared(
         assert not any(np.isnan(list(finding.figures.values())))
         assert np.isinf(finding.figures["relative difference"]) == (served is other)
     assert finding.figures["agreement"] < 1.0
+
+
+def test_ties_for_the_last_candidate_that_rounding_turns_are_no_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU rounds the two forms differently. Each two tokens have the same row of the head here, so an odd number of candidates ties."""
+    target = deep_target()
+    with torch.no_grad():
+        weight = target.ends.head_weight
+        weight[1::2] = weight[::2]
+    settings = {"correction": "selector", "convolution": True, "candidates": 5, "mask_token_id": 63}
+    drafter = BlockDrafter.for_target(target.ends, layers=["layer.1.output"], num_draft_steps=3, **settings).eval()
+    batch = packed(40, target.ends.hidden_size, drafter.features, target.ends.vocab_size)
+    monkeypatch.setattr(serving, "pack", lambda *_: batch)
+    exact, generator = BlockDraft.slot_logits, torch.Generator().manual_seed(0)
+    case: Any = SimpleNamespace(trainable=drafter, trained=drafter, drafter=drafter, samples=[batch], ends=target.ends)
+
+    def rounded(draft: BlockDraft, size: float) -> torch.Tensor:
+        logits = exact(draft)
+        return logits + size * torch.randn(logits.shape, generator=generator)
+
+    monkeypatch.setattr(BlockDraft, "slot_logits", lambda draft: rounded(draft, 1e-6))
+    roots = roots_of(batch.loss_mask, 3)
+    before, after = (form(drafter, batch, roots, 3) for form in (trained_logits, served_logits))
+    assert ((before == -torch.inf) != (after == -torch.inf)).any(), "the forms draft different tokens"
+    compared = serving.compare_forms(case)
+    assert compared.relative < 1e-3
+    monkeypatch.setattr(BlockDraft, "slot_logits", lambda draft: rounded(draft, 1.0))
+    assert serving.compare_forms(case).relative > 0.01
+
+
+def test_rows_of_zeros_are_counted_apart_from_padding(target: Target) -> None:
+    drafter = eagle(target.ends)
+    with torch.no_grad():
+        drafter.fc.weight[[2, 5]] = 0.0
+    assert serving._rows_of_zeros(drafter, 64) == {"fc.weight": 2}
 
 
 def test_riders_are_not_checked_on_the_ends_alone(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

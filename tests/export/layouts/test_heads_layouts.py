@@ -199,11 +199,11 @@ def test_heads_of_the_target_are_written_out_with_the_target_only(target: Target
     [
         ("medusa", "medusa_num_heads", "3", "medusa_num_heads is '3', it must be a whole number"),
         ("medusa", "medusa_num_heads", None, "it needs medusa_num_heads"),
-        ("medusa", "medusa_num_heads", 4, r"heads\.3\.weight is missing"),
+        ("medusa", "medusa_num_heads", 4, r"3\.1\.weight is missing"),
         ("medusa", "original_lm_head", True, "has original_lm_head, one head for all steps"),
         ("mlp_speculator", "n_predict", None, "lacks n_predict"),
         ("mlp_speculator", "tie_weights", True, "has tie_weights true, but speculator.emb.0.weight differs"),
-        ("mlp_speculator", "inner_dim", 23, r"steps\.emb\.0\.weight is float32 \[64, 24\], not float \[64, 23\]"),
+        ("mlp_speculator", "inner_dim", 23, r"speculator\.emb\.0\.weight is float32 \[64, 24\], not float \[64, 23\]"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_an_error(

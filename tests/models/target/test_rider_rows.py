@@ -1,5 +1,6 @@
 """Rows that ride through a target beside its tokens: what they see, what they give, and that they leave nothing behind."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,6 +170,35 @@ def test_gradients_reach_what_rides_as_through_one_forward_of_everything() -> No
     assert prompt.grad is not None
     torch.testing.assert_close(apart, prompt.grad, rtol=1e-3, atol=1e-3)
     assert all(weight.grad is None for weight in target.model.parameters()), "the target stays frozen"
+
+
+def test_a_target_that_is_not_whole_on_one_device_takes_no_riders() -> None:
+    def fault(change: Callable[[Target], object]) -> str:
+        target = random_target("llama")
+        assert target.ends.trunk is not None
+        change(target)
+        return rider_fault(target.ends.trunk, Riders((0, 1), lambda rider, states: states))
+
+    def blocks(target: Target) -> list[torch.nn.Module]:
+        assert target.ends.trunk is not None
+        return target.ends.trunk.blocks
+
+    assert fault(lambda target: None) == ""
+    spread = fault(lambda target: blocks(target)[1].to("meta"))
+    assert spread == "its blocks lie on cpu and meta, and riders enter a target on one device: leave device_map out"
+
+    def offload(target: Target) -> None:
+        for block in blocks(target):
+            block.to("meta")._hf_hook = object()  # as accelerate leaves it
+
+    assert "its blocks are fetched one by one (offloaded)" in fault(offload)
+
+    def divide(target: Target) -> None:
+        next(blocks(target)[0].parameters()).ds_tensor = torch.zeros(1)  # type: ignore[attr-defined]
+
+    divided = fault(divide)
+    assert divided.startswith("its weights are divided among processes")
+    assert divided.endswith("leave target_sharding out")
 
 
 def test_targets_that_take_no_riders_say_why() -> None:

@@ -102,6 +102,19 @@ def weights_of(module: DraftModule) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("target_sharding", "fsdp2"), ("target_device_map", "auto"), ("target_quantization", "8bit")]
+)
+def test_riders_do_not_learn_through_a_target_that_is_not_whole(
+    source: Path, tmp_path: Path, option: str, value: str
+) -> None:
+    online(source, tmp_path).check_whole("RiderDrafter")
+    with pytest.raises(
+        ValueError, match=f"{option} is '{value}', and a RiderDrafter learns through the target's own blocks"
+    ):
+        online(source, tmp_path, **{option: value}).check_whole("RiderDrafter")
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_online_training_takes_the_steps_of_training_from_a_cache(
     target_dir: Path, source: Path, tmp_path: Path, recipe: str
