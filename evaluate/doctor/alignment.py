@@ -1,12 +1,13 @@
 """Do tokens, states and labels stand beside each other? The drafter's first step is judged with each of them moved by one.
 
-Owns the check `shifts` and the accuracy of every draft step. Does not know decoding.
+Owns the check `shifts`, the accuracy of every draft step, and that under other settings. Does not know decoding.
 
 Shape legend: T packed tokens, A anchors, K draft steps, E head inputs, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,9 +21,9 @@ from draftsmith.evaluate.doctor.report import Finding
 from draftsmith.evaluate.doctor.states import as_named
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
+from draftsmith.models.drafters.registry import registry
 from draftsmith.models.drafters.returned_shapes import checked_head_inputs
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout, data_rollout
-from draftsmith.models.families.eagle_config import block_outputs
 from draftsmith.models.target.target import PRE_NORM
 
 _SHIFTS = (-1, 0, 1)
@@ -162,6 +163,9 @@ def check_settings(case: Case) -> Finding:
         NotChecked: the tensors show all settings, or the samples hold too few predictions.
     """
     drafter = case.trainable
+    family = registry().get(drafter.config.model_type)
+    if family is None or type(drafter) is not family.drafter:
+        raise NotChecked("it is made of others, whose folders are checked one by one")
     num_steps = min(_FED, max(1, drafter.config.num_draft_steps))
     own, total = _accuracy(case, drafter, num_steps)
     if total < _ENOUGH:
@@ -187,26 +191,31 @@ def variants(case: Case) -> Iterator[tuple[str, Drafter]]:
 
     Only those whose states are at hand come.
     """
-    drafter, kind = case.trainable, type(case.trainable)
-    config, tensors = drafter.config, drafter.state_dict()
-    fields = {name: getattr(config, name) for name in config.rules}
-    specs = module_table(kind, config).specs
+    drafter = case.trainable
+    fields = {name: getattr(drafter.config, name) for name in drafter.config.rules}
     for setting, changed in _other_settings(fields, case.ends.config.num_hidden_layers):
-        for steps in (config.num_draft_steps, config.num_draft_steps - 1):  # a block may have one slot less then
-            other = kind.config_class(**{**fields, **changed, "num_draft_steps": steps})
-            if steps < 1 or other.fault() or module_table(kind, other).specs != specs:
-                continue
-            module = assemble(kind, other, tensors)
-            nn.Module.to(module, case.ends.device)
-            try:
-                view = module.for_any_target().bound(case.ends)
-            except ValueError:  # the target has no such block
-                break
-            if case.target is not None or all(
-                name in sample.hidden for sample in case.samples for name in view.features
-            ):
-                yield setting, view
-            break
+        view = _under(case, fields | changed)
+        if view is not None and (
+            case.target is not None or all(name in sample.hidden for sample in case.samples for name in view.features)
+        ):
+            yield setting, view
+
+
+def _under(case: Case, fields: Mapping[str, Any]) -> Drafter | None:
+    """The drafter's weights under other settings, attached; None where they do not fit, or the target takes no such drafter."""
+    drafter, kind = case.trainable, type(case.trainable)
+    specs, tensors = module_table(kind, drafter.config).specs, drafter.state_dict()
+    for steps in (fields["num_draft_steps"], fields["num_draft_steps"] - 1):  # a block may have one slot less then
+        config = kind.config_class(**{**fields, "num_draft_steps": steps})
+        if steps < 1 or config.fault() or module_table(kind, config).specs != specs:
+            continue
+        module = assemble(kind, config, tensors)
+        nn.Module.to(module, case.ends.device)
+        try:
+            return module.for_any_target().bound(case.ends)
+        except ValueError:  # the target has no such block
+            return None
+    return None
 
 
 def _other_settings(fields: Mapping[str, Any], depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -214,12 +223,13 @@ def _other_settings(fields: Mapping[str, Any], depth: int) -> Iterator[tuple[str
     for name, value in fields.items():
         if isinstance(value, bool):
             yield f"{name} {str(not value).lower()}", {name: not value}
-    if layers := fields.get("layers"):
-        blocks = [depth - 1 if name == PRE_NORM else int(name.split(".")[1]) for name in layers]
+    names = [re.fullmatch(r"layer\.(\d+)\.output|" + re.escape(PRE_NORM), name) for name in fields.get("layers") or ()]
+    if names and all(names):
+        blocks = [int(name[1] or depth - 1) for name in names if name]
         for shift in (-1, 1):
             moved = [block + shift for block in blocks]
             if 0 <= min(moved) <= max(moved) < depth:
-                named = list(block_outputs(moved, depth))
+                named = [PRE_NORM if block + 1 == depth else f"layer.{block}.output" for block in moved]
                 yield f"layers {', '.join(named)}", {"layers": named}
     if entries := fields.get("entries"):
         for shift in (-1, 1):
