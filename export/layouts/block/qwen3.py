@@ -9,6 +9,7 @@ Shape legend: D hidden, V vocabulary, Vd draft vocabulary, r rank of a correctio
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,6 +184,7 @@ def assembled(config: BlockConfig, tensors: Mapping[str, Tensor], ends: TargetEn
     ours = {theirs: name for name, theirs in public_names(config).items()}
     kept = {ours.get(name, name): tensor for name, tensor in tensors.items() if name not in ("t2d", HEAD, EMBEDDING)}
     drafter = assemble(BlockDrafter, config, kept)
+    drafter.loaded_from = Path(where)  # errors name it
     if ends is None:
         return drafter
     if EMBEDDING in tensors:

@@ -135,7 +135,10 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     config = MtpConfig(**layer_fields(ends), num_draft_steps=1, **_switches(named, style, ends))
     if config.gated_attention and named[_QUERIES].shape[0] % (2 * config.head_dim) == 0:
         named[_QUERIES], named[_GATE] = _halves(named[_QUERIES], config.head_dim)
-    module_table(MtpHead, config, where).check(named, where)
+    table = module_table(MtpHead, config, where)
+    table.renamed({_outside(name, style, beginning): name for name in table.specs}).check(
+        {_outside(name, style, beginning): tensor for name, tensor in named.items()}, where
+    )
     return assemble(MtpHead, config, named)
 
 
@@ -211,6 +214,12 @@ def _our_names(own: Mapping[str, Tensor], style: Style) -> dict[str, Tensor]:
     return {parts.get(name, f"layers.0.{name.removeprefix(style.layer)}"): tensor for name, tensor in own.items()}
 
 
+def _outside(name: str, style: Style, beginning: str) -> str:
+    """Our name of a tensor to theirs in a file."""
+    parts = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in style.parts.items()}
+    return beginning + parts.get(name, style.layer + name.removeprefix("layers.0."))
+
+
 def _switches(named: Mapping[str, Tensor], style: Style, ends: TargetEnds) -> dict[str, Any]:
     """What the style, the tensors and the target's config say of the layer."""
     sizes = layer_fields(ends)
@@ -220,7 +229,7 @@ def _switches(named: Mapping[str, Tensor], style: Style, ends: TargetEnds) -> di
         **style.switches,
         "attention_bias": "layers.0.self_attn.q_proj.bias" in named,
         "head_norms": "layers.0.self_attn.q_norm.weight" in named,
-        "gated_attention": queries is not None and queries.shape[0] == 2 * width,
+        "gated_attention": queries is not None and queries.shape[:1] == (2 * width,),
         "zero_centred_norms": _has_zero_centred_norms(ends),
         "rotary_dim": _rotary_dim(ends, sizes["head_dim"]),
     }
@@ -270,11 +279,7 @@ def write(drafter: MtpHead, folder: Path, ends: TargetEnds | None) -> tuple[str,
         queries = tensors[_QUERIES].unflatten(0, (-1, 1, config.head_dim))
         tensors[_QUERIES] = torch.cat([queries, gates], dim=1).flatten(0, 2)
     beginning = style.written.format(L=ends.config.num_hidden_layers)
-    parts = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in style.parts.items()}
-    outside = {
-        beginning + parts.get(name, style.layer + name.removeprefix("layers.0.")): tensor
-        for name, tensor in tensors.items()
-    }
+    outside = {_outside(name, style, beginning): tensor for name, tensor in tensors.items()}
     fields = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "num_nextn_predict_layers": 1}
     write_files(folder, as_text(fields | {"torch_dtype": str(drafter.dtype).removeprefix("torch.")}), outside)
     refuse_difference(drafter, read(read_fields(folder), StoredTensors(folder), ends, str(folder)), folder)

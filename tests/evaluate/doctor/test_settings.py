@@ -25,7 +25,12 @@ READ = ["layer.1.output", "layer.3.output", "layer.5.output"]
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    return deep_target()
+    """Its final norm has weights of its own, so that states before and behind it differ in direction."""
+    made_target = deep_target()
+    with torch.no_grad():
+        weight = made_target.ends.norm.weight
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)))
+    return made_target
 
 
 def made(target: Target, name: str) -> Drafter:
