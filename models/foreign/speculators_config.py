@@ -20,7 +20,7 @@ def algorithm_of(fields: Mapping[str, Any]) -> str:
         fields: of the config.
 
     Returns:
-        Such as ``eagle3``; empty where the config is not the package's, or holds something else there.
+        Its name there; empty where the config is not the package's, or holds something else there.
     """
     name = fields.get(SPECULATORS_KEY)
     return name if isinstance(name, str) else ""

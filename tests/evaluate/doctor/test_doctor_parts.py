@@ -227,7 +227,7 @@ def test_riders_are_not_checked_on_the_ends_alone(target: Target, monkeypatch: p
     case = Case(anything, drafter, drafter, target.ends, None, anything, cache=anything)
     assert case.trainable is drafter
     monkeypatch.setattr(target.ends, "trunk", None)
-    with pytest.raises(NotChecked, match="leave --ends-only out"):
+    with pytest.raises(NotChecked, match="leave --ends-only and --device-map out"):
         _ = case.trainable
 
 
