@@ -57,12 +57,14 @@ class CycleReport:
 
     def to_host(self) -> CycleReport:
         """Start the copy of the columns to the host, and do not wait for it; :meth:`read` does."""
-        if self.columns_BC.device.type != "cuda":
+        device = self.columns_BC.device
+        if device.type != "cuda":
             return self
         copied_BC = torch.empty_like(self.columns_BC, device="cpu", pin_memory=True)
         copied_BC.copy_(self.columns_BC, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        # Without a stream it would be that of the current device, which may be another one.
+        done.record(torch.cuda.current_stream(device))
         return replace(self, columns_BC=copied_BC, done=done)
 
     def read(self) -> list[list[int]]:
@@ -122,7 +124,7 @@ class DecodeCycle:
             what was emitted.
         """
         with phase(ledger, "draft"):
-            keys_BU = batch.rows.cycle_keys(0, self.verifier.num_draft_keys + self.verifier.num_walk_keys)
+            keys_BU = batch.rows.cycle_keys(batch.lengths_B, self.verifier.num_draft_keys + self.verifier.num_walk_keys)
             tree = within_factors(self.target, self._draft(batch, settings, keys_BU), batch.lengths_B)
         with phase(ledger, "verify"):
             ancestors_BNN = tree.ancestors()
@@ -146,7 +148,7 @@ class DecodeCycle:
         """
         raw_logits_BNV = self.target.logits(output.normed)
         logits_BNV = batch.rows.process(raw_logits_BNV, tree, ancestors_BNN, settings)
-        keys_BP = batch.rows.choice_keys(tree.max_depth + 1)
+        keys_BP = batch.rows.choice_keys(batch.lengths_B, tree.max_depth + 1)
         return Reading(
             tree,
             ancestors_BNN,
@@ -171,7 +173,7 @@ class DecodeCycle:
             steps: where verification went.
             reading: what it judged.
         """
-        broken_BE = broken_nodes(reading.choices.peaks(), steps.path_BE)
+        broken_BE = broken_nodes(reading.choices.soundness(), steps.path_BE)
         columns = [steps.counts_B[:, None], steps.emitted_BE.masked_fill(broken_BE, BROKEN)]
         if steps.by_rule_BE is not None:
             columns.append(steps.by_rule_BE.long())

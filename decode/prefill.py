@@ -101,6 +101,7 @@ class Prefill:
         steps = cycle.verifier.walk(reading, None)
         batch.root_B.copy_(steps.emitted_BE[:, 0])
         batch.rows.emit(steps.emitted_BE, steps.counts_B, batch.active_B, cycle.verifier.thoughts)
+        batch.rows.number_keys(-steps.counts_B)  # the first token is emitted and not cached, as every root is
         if cycle.drafter is not None:
             emitted_BE = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
             emitted_BE = emitted_BE.scatter_(1, lengths_B[:, None] - 1, steps.emitted_BE)
@@ -137,13 +138,14 @@ class Prefill:
     ) -> Rows:
         """What each request and the verifier need, before the first token."""
         cycle = self.cycle
-        rows = Rows(torch.zeros_like(lengths_B))
+        rows = Rows()
         device, vocab_size = lengths_B.device, cycle.target.ends.vocab_size
         numbers = [request.number for request in requests]
         if settings.temperature > 0.0:
             rows.choice_keys_B = request_keys(settings.seed, numbers, "choices", device)
         if cycle.verifier.num_draft_keys > 0:
             rows.cycle_keys_B = request_keys(settings.seed, numbers, "cycles", device)
+        rows.number_keys(lengths_B)
         if cycle.verifier.thoughts is not None:
             rows.inside_B = cycle.verifier.thoughts.behind_prompts(tokens_BT, lengths_B)
         if settings.constraints is not None:

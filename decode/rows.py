@@ -20,7 +20,7 @@ from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.row_state import write_over
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.early_stop import StopState
-from draftsmith.models.tree.noise import keys_at, keys_below
+from draftsmith.models.tree.noise import keys_at, keys_below, keys_from
 from draftsmith.models.tree.tree import DraftTree
 
 
@@ -29,16 +29,15 @@ class Rows:
     """State of the rows still decoding; None where the request or the verifier does not need it.
 
     Attributes:
-        num_emitted_B: int64, emitted tokens so far; counted where there are noise keys.
-        choice_keys_B: int64, the noise keys by which the target's choices are drawn, or None at temperature 0.
-        cycle_keys_B: int64, the noise keys of cycles, or None where drafts are not drawn.
+        choice_keys_B: int64, the noise keys by which the target's choices are drawn, or None at temperature 0. The place below a key is
+            how many tokens are cached, which grows with the reply.
+        cycle_keys_B: int64, the noise keys of cycles, likewise, or None where drafts are not drawn.
         seen_BV: bool, tokens in the prompt and the reply, or None without a repetition penalty.
         texts: what constraints read of each row, or None without constraints.
         stop: the early stop's controller, or None without one.
         inside_B: bool, whether the text is inside a thought, or None where the verifier does not ask.
     """
 
-    num_emitted_B: Tensor
     choice_keys_B: Tensor | None = None
     cycle_keys_B: Tensor | None = None
     seen_BV: Tensor | None = None
@@ -49,7 +48,6 @@ class Rows:
     def select(self, kept: KeptRows) -> Rows:
         """The state of some rows only, in the order of ``kept``."""
         return Rows(
-            num_emitted_B=self.num_emitted_B[kept.index],
             choice_keys_B=None if self.choice_keys_B is None else self.choice_keys_B[kept.index],
             cycle_keys_B=None if self.cycle_keys_B is None else self.cycle_keys_B[kept.index],
             seen_BV=None if self.seen_BV is None else self.seen_BV[kept.index],
@@ -58,18 +56,39 @@ class Rows:
             inside_B=None if self.inside_B is None else self.inside_B[kept.index],
         )
 
-    def choice_keys(self, count: int) -> Tensor | None:
-        """int64 [B, P]: the noise keys of the next ``count`` output positions, or None at temperature 0."""
+    def number_keys(self, first_B: Tensor) -> None:
+        """Number the places below the keys anew: the first output position becomes ``first_B``, int64."""
+        self.choice_keys_B = None if self.choice_keys_B is None else keys_from(self.choice_keys_B, first_B)
+        self.cycle_keys_B = None if self.cycle_keys_B is None else keys_from(self.cycle_keys_B, first_B)
+
+    def choice_keys(self, lengths_B: Tensor, count: int) -> Tensor | None:
+        """The noise keys of the next output positions.
+
+        Args:
+            lengths_B: int64, cached tokens of each row.
+            count: P, how many positions.
+
+        Returns:
+            int64 [B, P], or None at temperature 0.
+        """
         if self.choice_keys_B is None:
             return None
-        place_P = counting(count, self.choice_keys_B.device)
-        return keys_at(self.choice_keys_B[:, None], self.num_emitted_B[:, None] + place_P)
+        place_P = counting(count, lengths_B.device)
+        return keys_at(self.choice_keys_B[:, None], lengths_B[:, None] + place_P)
 
-    def cycle_keys(self, start: int, count: int) -> Tensor | None:
-        """int64 [B, U]: the noise keys ``start`` to ``start + count - 1`` of the cycle at this output position; None without any."""
+    def cycle_keys(self, lengths_B: Tensor, count: int) -> Tensor | None:
+        """The noise keys of the cycle at this output position.
+
+        Args:
+            lengths_B: int64, cached tokens of each row.
+            count: U, how many keys.
+
+        Returns:
+            int64 [B, U], or None where there are none.
+        """
         if self.cycle_keys_B is None or count == 0:
             return None
-        return keys_below(keys_at(self.cycle_keys_B, self.num_emitted_B), start, count)
+        return keys_below(keys_at(self.cycle_keys_B, lengths_B), 0, count)
 
     def process(
         self, logits_BNV: Tensor, tree: DraftTree, ancestors_BNN: Tensor, settings: GenerationSettings
@@ -95,7 +114,7 @@ class Rows:
     def emit(
         self, emitted_BE: Tensor, counts_B: Tensor, active_B: Tensor, thoughts: ThoughtMarks | None = None
     ) -> None:
-        """Count emitted tokens and remember what the text holds with them.
+        """Remember what the text holds with emitted tokens.
 
         Args:
             emitted_BE: int64, tokens; of each row only the first ``counts_B`` are real.
@@ -105,8 +124,6 @@ class Rows:
         """
         if self.inside_B is not None and thoughts is not None:
             self.inside_B.copy_(thoughts.behind(emitted_BE, counts_B * active_B, self.inside_B))
-        if self.choice_keys_B is not None or self.cycle_keys_B is not None:
-            self.num_emitted_B.addcmul_(counts_B, active_B)
         if self.seen_BV is not None:
             place_E = counting(emitted_BE.shape[1], emitted_BE.device)
             real_BE = torch.where(place_E < (counts_B * active_B)[:, None], emitted_BE, emitted_BE[:, :1])

@@ -190,7 +190,9 @@ def nucleus(probs: Tensor, mass: float) -> Tensor:
 
 
 class Choices:
-    """The target's own next token after each node, and its largest logit there. Either is computed when it is first asked for.
+    """The target's own next token after each node, its distribution, and whether its logits are numbers.
+
+    All is computed when it is first asked for.
 
     Args:
         processed_BNV: logits out of :func:`process`.
@@ -205,6 +207,7 @@ class Choices:
         self._processed_BNV, self._settings, self._keys_BP, self._place_BN = processed_BNV, settings, keys_BP, place_BN
         self._tokens_BN: Tensor | None = None
         self._peaks_BN: Tensor | None = None
+        self._probs_BNV: Tensor | None = None
 
     def tokens(self) -> Tensor:
         """int64 [B, N], the chosen tokens."""
@@ -215,11 +218,21 @@ class Choices:
             self._tokens_BN = choose(self._processed_BNV, self._settings, self._keys_BP, self._place_BN)
         return self._tokens_BN
 
-    def peaks(self) -> Tensor:
-        """float32 [B, N], the largest logits."""
+    def probs(self) -> Tensor:
+        """float32 [B, N, V], the softmax of the processed logits."""
+        if self._probs_BNV is None:
+            self._probs_BNV = self._processed_BNV.softmax(-1)
+        return self._probs_BNV
+
+    def soundness(self) -> Tensor:
+        """float32 [B, N]: NaN where logits hold NaN or infinity beside which no other counts, any number elsewhere."""
+        if self._probs_BNV is not None:
+            # There the sum of the exponentials is NaN or 0, so all probabilities are NaN.
+            return self._probs_BNV[..., 0]
         if self._peaks_BN is None:
             self._peaks_BN = self._processed_BNV.amax(-1)
-        return self._peaks_BN
+        # A number less itself is 0; NaN and infinity give NaN.
+        return self._peaks_BN - self._peaks_BN
 
 
 def choose(processed_BNV: Tensor, settings: GenerationSettings, keys_BP: Tensor | None, place_BN: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class CandidateVerifier:
         if reading.tree.draft_probs_BMV is None:
             return self._lossless.walk(reading, None)
         assert keys_BU is not None
-        target_probs_BNV = reading.logits_BNV.softmax(-1)
+        target_probs_BNV = reading.choices.probs()
         if self._sampled.rule == "block":
             return block_walk(reading.tree, target_probs_BNV, keys_BU)
         return candidate_walk(reading.tree, self._sampled, target_probs_BNV, keys_BU)
@@ -88,8 +88,7 @@ class Judgement(NamedTuple):
     Attributes:
         wanted: float64 [..., K]: a candidate is accepted with the chance wanted / drawn, where it has any.
         drawn: float64 [..., K], with which chance each was drawn.
-        missing: float64 [..., V], what the target still wants once all were rejected, up to a factor; rounding may leave it
-            below 0.
+        missing: float64 [..., V], what the target still wants once all were rejected, up to a factor; below 0 where that is nothing.
     """
 
     wanted: Tensor
@@ -150,12 +149,11 @@ def _k_seq(both: Tensor, candidates: Tensor) -> Judgement:
     target, draft = both.unbind(-2)
     num_candidates = candidates.shape[-1]
     if num_candidates == 1:
-        shared = torch.minimum(draft, target)
-        missing = target - shared
-    else:
-        shared = torch.minimum(draft, target / _smallest_rho(both, num_candidates))
-        weight = _tries(1.0 - shared.sum(-1, keepdim=True), num_candidates)
-        missing = torch.addcmul(target, weight, shared, value=-1.0)
+        wanted, drawn = both.gather(-1, candidates[..., None, :].expand(*both.shape[:-1], -1)).unbind(-2)
+        return Judgement(torch.minimum(wanted, drawn), drawn, target - draft)
+    shared = torch.minimum(draft, target / _smallest_rho(both, num_candidates))
+    weight = _tries(1.0 - shared.sum(-1, keepdim=True), num_candidates)
+    missing = torch.addcmul(target, weight, shared, value=-1.0)
     return Judgement(shared.gather(-1, candidates), draft.gather(-1, candidates), missing)
 
 
@@ -172,18 +170,42 @@ def _smallest_rho(both: Tensor, num_candidates: int) -> Tensor:
     target, draft = both.unbind(-2)
     ratio, order = (target / draft.clamp(min=_TINY)).sort(-1)
     masses = F.pad(both.gather(-1, order[..., None, :].expand_as(both)).cumsum(-1), (1, 0))
-    exact = number(float(num_candidates), ratio.dtype, ratio.device).expand_as(ratio[..., :1])
     # No more points than tokens, so that they take no more memory.
     num_points, num_digits = _MANY_POINTS if both.shape[-1] >= _MANY_POINTS[0] else _FEW_POINTS
-    for digit in range(1, num_digits + 1):
-        step = (num_candidates - 1) / num_points**digit
-        points = exact - _multiples(num_points, step, both.device)
-        below = torch.searchsorted(ratio, points)
-        mass, drawn = masses.gather(-1, below[..., None, :].expand(*masses.shape[:-1], -1)).unbind(-2)
-        missed = torch.addcdiv(drawn, mass, points, value=-_ROUNDING)
-        holds = _tries(missed, num_candidates) <= points
-        exact = torch.sub(exact, holds.sum(-1, keepdim=True), alpha=step)
-    return exact
+    steps = [(num_candidates - 1) / num_points**digit for digit in range(1, num_digits + 1)]
+    # All points are multiples of the last step, so float64 holds them exactly, however they are added up. Those of the first digit are
+    # the same in every row, and the lowest of them is 1.
+    points = _points(tuple(ratio.shape[:-1]), num_points, steps[0], float(num_candidates), both.device)
+    num_failing = _num_failing(ratio, masses, points, num_candidates)
+    for digit, step in enumerate(steps[1:]):
+        if digit == 0:
+            from_lowest = _points((), num_points, step, 1.0, both.device)
+        else:
+            from_lowest = points[..., -1:] - _multiples(num_points, step, both.device)
+        points = torch.add(from_lowest, num_failing, alpha=steps[digit])
+        num_failing = _num_failing(ratio, masses, points, num_candidates)
+    return torch.add(points[..., -1:], num_failing, alpha=steps[-1])
+
+
+def _num_failing(ratio: Tensor, masses: Tensor, points: Tensor, num_candidates: int) -> Tensor:
+    """int64 [..., 1]: at how many points, which fall, K-SEQ is not exact; these are the last ones.
+
+    Args:
+        ratio: float64 [..., V], target / draft of all tokens, sorted.
+        masses: float64 [..., 2, V + 1], of target and draft, on the first tokens in this order.
+        points: float64 [..., P], each a rho.
+        num_candidates: K, above 1.
+    """
+    below = torch.searchsorted(ratio, points)
+    mass, drawn = masses.gather(-1, below[..., None, :].expand(*masses.shape[:-1], -1)).unbind(-2)
+    missed = torch.addcdiv(drawn, mass, points, value=-_ROUNDING)
+    return (_tries(missed, num_candidates) > points).sum(-1, keepdim=True)
+
+
+@made_once
+def _points(shape: tuple[int, ...], count: int, step: float, above: float, device: torch.device) -> Tensor:
+    """float64 [*shape, count], falling by a step from below ``above``."""
+    return (above - _multiples(count, step, device)).expand(*shape, -1).contiguous()
 
 
 @made_once
@@ -235,9 +257,11 @@ def candidate_walk(
     both_BM2V = torch.stack([target_probs_BNV[:, : draft_BMV.shape[1]], draft_BMV], dim=2)
     total_BM21 = both_BM2V.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=_TINY)
     uniforms_BU, used = uniforms(keys_BU[:, :-1]), 0
-    # Of each layer: its first node, where in it a row's walk is, and whether it still continues.
-    starts, places, goings = [0], [counting(1, device).expand(B)], [number(True, torch.bool, device).expand(B)]
-    missing_BV = both_BM2V[:, 0, 0]
+    # Of each layer: its first node, and where in it a row's walk is. A row that has ended moves on to some child.
+    starts, places = [0], [counting(1, device).expand(B)]
+    takes = [number(True, torch.bool, device).expand(B)]
+    nothing_BV = number(0.0, torch.float64, device).expand_as(both_BM2V[:, 0, 0])
+    missing = [nothing_BV]
     for depth, count in enumerate(sampled.children[: tree.max_depth]):
         begin, end = layer_start(sampled, depth), layer_start(sampled, depth + 1)
         candidates_BMK = tree.tokens_BN[:, end : end + (end - begin) * count].unflatten(1, (-1, count))
@@ -245,31 +269,29 @@ def candidate_walk(
         judged = judge(sampled.rule, both_B2V, _at(candidates_BMK, places[-1]))
         is_taken_BK = uniforms_BU[:, used : used + count] * judged.drawn < judged.wanted
         used += count
-        # A row that has ended moves to some child, and what is found for it there is dropped.
         if count == 1:
             is_taken_B, place_B = is_taken_BK[:, 0], places[-1]
         else:
             is_taken_B, place_B = is_taken_BK.max(1)
             place_B = place_B if depth == 0 else torch.add(place_B, places[-1], alpha=count)
-        if depth == 0:
-            missing_BV = judged.missing
-        else:
-            missing_BV = torch.where(goings[-1][:, None], judged.missing, missing_BV)
-            is_taken_B = is_taken_B & goings[-1]
         starts.append(end)
         places.append(place_B)
-        goings.append(is_taken_B)
+        takes.append(is_taken_B)
+        missing.append(judged.missing)
     # Below a leaf nothing was drafted that the target could miss.
-    missing_BV = missing_BV.masked_fill(goings[-1][:, None], 0.0)
-    # With an empty layer behind the last one, every node of the path has one that follows it.
-    place_BX = torch.stack([*places, counting(1, device).expand(B)], dim=1)
-    going_BX = torch.stack([*goings, number(False, torch.bool, device).expand(B)], dim=1)
-    path_BX = (place_BX + repeated((*starts, 0), (1,) * (len(starts) + 1), device)) * going_BX
-    end_B1 = path_BX.amax(1, keepdim=True)
+    missing.append(nothing_BV)
+    takes.append(number(False, torch.bool, device).expand(B))
+    # The first layer that takes nothing. With a place before the root and one behind the leaves, the count of emitted tokens is that of
+    # the last node of the path.
+    counts_B1 = torch.stack(takes, dim=1).min(1, keepdim=True).indices
+    place_BX = torch.stack([places[0], *places, places[0]], dim=1)
+    node_BX = place_BX + repeated((0, *starts, 0), (1,) * (len(starts) + 2), device)
+    end_B1 = node_BX.gather(1, counts_B1)
     own_BV = target_probs_BNV.gather(1, end_B1[..., None].expand(-1, -1, target_probs_BNV.shape[-1])).squeeze(1)
+    missing_BV = _at(torch.stack(missing, dim=1), counts_B1.squeeze(1))
     final_B1 = draw(_law(missing_BV, own_BV), keys_BU[:, -1:])
-    emitted_BE = torch.where(going_BX[:, 1:], tree.tokens_BN.gather(1, path_BX[:, 1:]), final_B1)
-    return Walk(path_BX[:, :-1], emitted_BE, going_BX.sum(1), end_B1, final_B1)
+    emitted_BX = tree.tokens_BN.gather(1, node_BX[:, 1:]).scatter_(1, counts_B1, final_B1)
+    return Walk(node_BX[:, 1:-1], emitted_BX[:, 1:], counts_B1.squeeze(1), end_B1, final_B1)
 
 
 def _at(part_BM: Tensor, place_B: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class Walk:
     """Where verification went in each row.
 
     Attributes:
-        path_BE: int64, node index at each depth, the root first; the root's index 0 behind the end.
-        emitted_BE: int64, the token after each node of the path: accepted drafts, then one token of the target.
+        path_BE: int64, node index at each depth, the root first; behind the end any.
+        emitted_BE: int64, the token after each node of the path: accepted drafts, then one token of the target; behind it any.
         counts_B: int64, how many of ``emitted_BE`` are real: accepted drafts + 1.
         end_B1: int64, index of the last node of the path.
         final_B1: int64, the last emitted token, which follows it.
@@ -40,14 +40,18 @@ class Walk:
 
 
 class TargetChoices(Protocol):
-    """The target's own next token after each node, and its largest logit there. Either is computed when it is first asked for."""
+    """The target's own next token after each node, and what it is drawn from. All is computed when it is first asked for."""
 
     def tokens(self) -> Tensor:
         """int64 [B, N]."""
         ...
 
-    def peaks(self) -> Tensor:
-        """float32 [B, N], the largest logits."""
+    def probs(self) -> Tensor:
+        """float32 [B, N, V], the target's distribution after the request's processors."""
+        ...
+
+    def soundness(self) -> Tensor:
+        """float32 [B, N]: NaN where the logits hold NaN or infinity, any number elsewhere."""
         ...
 
 

@@ -40,19 +40,17 @@ def refuse_non_finite(logits: Tensor, name: str) -> None:
         raise not_finite(name, logits.dtype, "of its first tokens")
 
 
-def broken_nodes(peaks: Tensor, path: Tensor) -> Tensor:
-    """Find the nodes of a path whose largest logit is NaN or infinite; nothing is read back from the device.
+def broken_nodes(soundness: Tensor, path: Tensor) -> Tensor:
+    """Find the nodes of a path whose logits hold NaN or infinity; nothing is read back from the device.
 
     Args:
-        peaks: float [B, N], the largest logit at every node of a tree.
+        soundness: float [B, N], NaN at such nodes of a tree, and any number at the others.
         path: int64 [B, E], the node that a row went through at each depth. Others may overflow.
 
     Returns:
         bool [B, E], True at broken nodes.
     """
-    peaks = peaks.gather(1, path)
-    # A number less itself is 0; NaN and infinity give NaN.
-    return peaks - peaks != 0.0
+    return soundness.gather(1, path).isnan()
 
 
 def not_finite(name: str, dtype: torch.dtype, place: str) -> ValueError:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith.models.slots.constants import made_once
+from draftsmith.models.slots.constants import made_once, number
 
 Stream = Literal["choices", "cycles"]
 # (weights [..., V], keys [..., K]) -> token ids [..., K]
@@ -59,9 +59,9 @@ def request_keys(seed: int, requests: Sequence[int], stream: Stream, device: tor
     Raises:
         ValueError: a negative seed or request.
     """
-    for name, number in (("seed", seed), ("request id", min(requests, default=0))):
-        if number < 0:
-            raise ValueError(f"a {name} is {number}; it must be 0 or a positive whole number")
+    for name, least in (("seed", seed), ("request id", min(requests, default=0))):
+        if least < 0:
+            raise ValueError(f"a {name} is {least}; it must be 0 or a positive whole number")
     sequences = [np.random.SeedSequence(seed, spawn_key=(_STREAMS[stream], request)) for request in requests]
     states = [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]
     return torch.tensor([_signed(state) for state in states], dtype=torch.int64, device=device)
@@ -80,7 +80,20 @@ def keys_at(keys: Tensor, places: Tensor) -> Tensor:
     Returns:
         int64, the broadcast shape.
     """
-    return _mixed(keys + (places + 1) * _INCREMENT)
+    return _mixed(torch.add(keys, places + 1, alpha=_INCREMENT))
+
+
+def keys_from(keys: Tensor, first: Tensor) -> Tensor:
+    """Number the places below keys anew: what was place 0 becomes the place ``first``, and so on.
+
+    Args:
+        keys: int64.
+        first: int64, of a shape that broadcasts with the keys'.
+
+    Returns:
+        int64, keys for :func:`keys_at`.
+    """
+    return torch.sub(keys, first, alpha=_INCREMENT)
 
 
 def keys_below(keys: Tensor, start: int, count: int) -> Tensor:
@@ -130,8 +143,8 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
         Token ids, int64 [..., K].
     """
     at_once = max(1, _PART // max(1, weights.numel()))
-    parts = [exponentials(part, weights.shape[-1]) for part in keys.split(at_once, dim=-1)]
-    drawn = [first_to_ring(weights[..., None, :], times) for times in parts]
+    parts = [_negative_times(part, weights.shape[-1]) for part in keys.split(at_once, dim=-1)]
+    drawn = [_first_to_ring(weights[..., None, :], times) for times in parts]
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=-1)
 
 
@@ -156,11 +169,11 @@ def draw_at(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
 def _draw_rows(logits_BNV: Tensor, keys_BP: Tensor, place_BN: Tensor) -> Tensor:
     """:func:`draw_at` for so few rows that the waiting times of all their places fit in memory."""
     B, _, V = logits_BNV.shape
-    times_BPV = exponentials(keys_BP, V)
+    times_BPV = _negative_times(keys_BP, V)
     row_B1 = torch.arange(B, device=logits_BNV.device)[:, None]
     nodes = max(1, _PART // (B * V))
     parts = zip(logits_BNV.split(nodes, dim=1), place_BN.split(nodes, dim=1), strict=True)
-    return torch.cat([first_to_ring(logits.softmax(-1), times_BPV[row_B1, place]) for logits, place in parts], dim=1)
+    return torch.cat([_first_to_ring(logits.softmax(-1), times_BPV[row_B1, place]) for logits, place in parts], dim=1)
 
 
 def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
@@ -175,20 +188,22 @@ def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
     Returns:
         float64 [..., V], finite and above 0.
     """
-    return _multiples(keys_below(keys, 0, vocab_size), -_SPACING).log1p_().neg_()
+    return _negative_times(keys, vocab_size).neg_()
 
 
-def first_to_ring(weights: Tensor, times: Tensor) -> Tensor:
-    """Find the token with the largest weight / time.
+def _negative_times(keys: Tensor, vocab_size: int) -> Tensor:
+    """:func:`exponentials` below 0, which saves draws an operation."""
+    return _multiples(keys_below(keys, 0, vocab_size), -_SPACING).log1p_()
+
+
+def _first_to_ring(weights: Tensor, negative_times: Tensor) -> Tensor:
+    """Token ids, int64 [...]: the token with the largest weight / time, of equals the lowest.
 
     Args:
         weights: float [..., V], at least 0.
-        times: float [..., V], above 0.
-
-    Returns:
-        Token ids, int64 [...]; of equals the lowest.
+        negative_times: float [..., V], below 0.
     """
-    return (weights / times).argmax(-1)
+    return (weights / negative_times).argmin(-1)
 
 
 def _mixed(state: Tensor) -> Tensor:
@@ -204,5 +219,6 @@ def _shifted(bits: Tensor, count: int) -> Tensor:
 
 
 def _multiples(keys: Tensor, spacing: float) -> Tensor:
-    """The uniform numbers of keys times a sign, float64."""
-    return _shifted(keys, _DROPPED_BITS).double().add_(0.5).mul_(spacing)
+    """The uniform numbers of keys times a sign, float64. All numbers on the way are exact."""
+    half = number(0.5 * spacing, torch.float64, keys.device)
+    return torch.add(half, _shifted(keys, _DROPPED_BITS), alpha=spacing)

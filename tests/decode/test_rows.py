@@ -13,6 +13,7 @@ from draftsmith.decode.rows import Rows, seen_tokens
 from draftsmith.models import EarlyStop
 from draftsmith.models.slots.slot_cache import KeptRows
 from draftsmith.models.tree.early_stop import StopState
+from draftsmith.models.tree.noise import keys_at
 
 
 def rows_of(numbers: list[int]) -> Rows:
@@ -20,7 +21,7 @@ def rows_of(numbers: list[int]) -> Rows:
     number_B = torch.tensor(numbers)
     stop = StopState(EarlyStop(0.3), 4, number_B.float(), number_B.float())
     texts = [RequestText([number], LogitsProcessorList()) for number in numbers]
-    return Rows(number_B, number_B, number_B, torch.eye(8, dtype=torch.bool)[number_B], texts, stop)
+    return Rows(number_B, number_B, torch.eye(8, dtype=torch.bool)[number_B], texts, stop)
 
 
 def test_every_part_of_a_row_is_selected_with_it() -> None:
@@ -34,34 +35,38 @@ def test_every_part_of_a_row_is_selected_with_it() -> None:
         torch.testing.assert_close(getattr(kept, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Rows) if field.name != "num_emitted_B"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Rows)])
 def test_a_part_that_is_not_needed_stays_away(name: str) -> None:
     rows = replace(rows_of([0, 1, 2]), **{name: None})
     assert getattr(rows.select(KeptRows.of([1], torch.device("cpu"))), name) is None
 
 
 def test_noise_belongs_to_the_output_position() -> None:
-    """The second key of a position is the first of the next; draft and walk share a cycle's keys between them."""
-    rows = Rows(torch.tensor([3, 5]), torch.tensor([11, 12]), torch.tensor([21, 22]))
-    later = replace(rows, num_emitted_B=rows.num_emitted_B + 1)
-    here, next_one = rows.choice_keys(2), later.choice_keys(1)
-    assert here is not None
-    assert next_one is not None
-    assert here[:, 1:].tolist() == next_one.tolist()
-    whole, draft, walk = rows.cycle_keys(0, 5), rows.cycle_keys(0, 3), rows.cycle_keys(3, 2)
-    assert whole is not None
-    assert draft is not None
-    assert walk is not None
-    assert whole.tolist() == torch.cat([draft, walk], dim=1).tolist()
-    assert later.cycle_keys(0, 5) is not None
-    assert rows.cycle_keys(3, 0) is None
+    """Output position 0 has place 0 below a request's keys, however long its prompt is; the second key of a position is the first of the
+    next. The token behind a prompt is position 0; in the first cycle, the prompt alone is cached, and position 1 follows."""
+    lengths_B = torch.tensor([3, 5])
+    rows = Rows(torch.tensor([11, 12]), torch.tensor([21, 22]))
+    rows.number_keys(lengths_B)
+    for first in (0, 1):
+        places_BP = torch.arange(2).expand(2, -1) + first
+        here, later = rows.choice_keys(lengths_B, 2), rows.choice_keys(lengths_B + 1, 1)
+        assert here is not None
+        assert later is not None
+        assert here.tolist() == keys_at(torch.tensor([[11], [12]]), places_BP).tolist()
+        assert here[:, 1:].tolist() == later.tolist()
+        cycle = rows.cycle_keys(lengths_B, 5)
+        assert cycle is not None
+        at_cycle_B = keys_at(torch.tensor([21, 22]), torch.tensor(first))
+        assert cycle.tolist() == keys_at(at_cycle_B[:, None], torch.arange(5)).tolist()
+        rows.number_keys(torch.tensor(-1))
+    assert rows.cycle_keys(lengths_B, 0) is None
 
 
 def test_padding_is_no_token_of_a_text() -> None:
     seen_BV = seen_tokens(torch.tensor([[3, 4, 0], [5, 6, 7]]), torch.tensor([2, 3]), vocab_size=8)
-    rows = Rows(torch.tensor([0, 0]), choice_keys_B=torch.tensor([1, 2]), seen_BV=seen_BV)
+    rows = Rows(choice_keys_B=torch.tensor([1, 2]), seen_BV=seen_BV)
     rows.emit(torch.tensor([[1, 0], [2, 3]]), torch.tensor([1, 2]), torch.tensor([True, True]))
     assert [row.nonzero().flatten().tolist() for row in seen_BV] == [[1, 3, 4], [2, 3, 5, 6, 7]]
-    assert rows.num_emitted_B.tolist() == [1, 2]
-    rows.emit(torch.tensor([[4, 7], [1, 4]]), torch.tensor([2, 2]), torch.tensor([True, False]))
-    assert rows.num_emitted_B.tolist() == [3, 2], "an idle row emits nothing"
+    rows.emit(torch.tensor([[4, 0], [2, 4]]), torch.tensor([1, 2]), torch.tensor([True, False]))
+    emitted = [[1, 3, 4], [2, 3, 5, 6, 7]]
+    assert [row.nonzero().flatten().tolist() for row in seen_BV] == emitted, "an idle row emits nothing"

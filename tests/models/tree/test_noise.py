@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -101,6 +101,7 @@ def test_numbers_of_extreme_bits_are_inside_the_open_interval() -> None:
     assert bool(times.isfinite().all())
 
 
+@settings(deadline=None)
 @given(kept=st.sets(st.integers(0, 39), min_size=1), key=st.integers(-(2**63), 2**63 - 1))
 def test_a_token_of_weight_zero_is_never_drawn(kept: set[int], key: int) -> None:
     logits = torch.full((1, 1, 40), -torch.inf)
