@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -18,6 +20,7 @@ from draftsmith.decode.cycle import CycleReport, DecodeCycle
 from draftsmith.decode.ledger import Ledger, phase
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.slots.constants import holding
 from draftsmith.models.target.target import Target
 
 Compile = Literal["auto", "on", "off"]
@@ -89,6 +92,7 @@ class CapturedRunner:
         self._settings: GenerationSettings | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._report: CycleReport | None = None
+        self._constants: list[Any] = []
         self._has_failed = False
 
     def __call__(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None = None) -> CycleReport:
@@ -96,7 +100,7 @@ class CapturedRunner:
         if batch is not self._batch() or settings != self._settings:
             # The first cycle runs eagerly, so that libraries make what they need outside of a capture.
             self._batch, self._settings, self._graph = weakref.ref(batch), settings, None
-            return self._cycle(batch, settings, ledger)
+            return self._first(batch, settings, ledger)
         if self._graph is None and not self._has_failed:
             self._capture(batch, settings)
         if self._graph is None:
@@ -106,22 +110,62 @@ class CapturedRunner:
         assert self._report is not None
         return self._report
 
+    def _first(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None) -> CycleReport:
+        """Run a cycle op by op. Attention that skips slots needs a compiler; where that fails, all slots are attended to from now on."""
+        try:
+            return self._cycle(batch, settings, ledger)
+        except RuntimeError as error:  # no row has moved on
+            from torch._dynamo.exc import TorchDynamoException  # the compiler takes seconds to import
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            warnings.warn(f"attention reads empty slots too: it cannot be compiled ({_reason(error)})", stacklevel=4)
+            self._cycle.target.attend_to_all_slots()
+        return self._cycle(batch, settings, ledger)
+
     def _capture(self, batch: Batch, settings: GenerationSettings) -> None:
         """Record the cycle's kernels; none of them runs, so the batch stays as it is."""
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._report = self._cycle(batch, settings)
+            with holding() as constants, _capturing(graph, self._cycle.target.device):
+                report = self._cycle(batch, settings)
         except RuntimeError as error:  # CUDA's errors have no class of their own in every version
             _warn_of_failure("captured", error)
             self._has_failed = True
         else:
-            self._graph = graph
+            self._graph, self._report, self._constants = graph, report, constants
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Capture what is done inside.
+
+    The outer stream is the current one, and is so again where the end of a capture fails. What other threads do with the device meanwhile,
+    such as pinning memory, spoils nothing.
+    """
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
+    ):
+        yield
+
+
+@lru_cache(maxsize=16)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's captures.
+
+    Torch has its own on the device of the first capture. With one for each capture, workspaces of matrix products would stay in memory.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _warn_of_failure(how: str, error: Exception) -> None:
-    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-    warnings.warn(f"cycles run op by op: they cannot be {how} ({reason})", stacklevel=4)
+    warnings.warn(f"cycles run op by op: they cannot be {how} ({_reason(error)})", stacklevel=4)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
 
 
 def check_compile(compile: str) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _BLOCK = 128
+_MOST_SHAPES = 128
+"""Of attention that skips blocks: one for each number of rows, nodes and slots. Torch's own limit is 8 in a process, behind which the
+kernel is no longer fused, and compiled anew in each call."""
 
 
 def attend(
@@ -98,4 +101,14 @@ def _flex(device_type: str) -> Any:
     """flex_attention, compiled where a compiler for the device is worth its time."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+    if device_type != "cuda":
+        return flex_attention
+    from torch._dynamo import config  # the compiler takes seconds to import
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attended(*arguments: Any, **named: Any) -> Any:
+        with config.patch(recompile_limit=_MOST_SHAPES):
+            return compiled(*arguments, **named)
+
+    return attended

@@ -5,15 +5,37 @@ Owns them. They are shared, so nobody writes to them. A compiler makes them part
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar, cast
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_MOST = 512
+_HELD: ContextVar[list[Any] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def holding() -> Iterator[list[Any]]:
+    """Collect what is asked for inside, for a graph that is captured inside: it reads these tensors for as long as it lives.
+
+    This memory may forget them sooner. What is made inside is not remembered, since a capture computes nothing.
+
+    Yields:
+        The list of all that was asked for.
+    """
+    held: list[Any] = []
+    before = _HELD.set(held)
+    try:
+        yield held
+    finally:
+        _HELD.reset(before)
 
 
 def made_once(make: Callable[P, R]) -> Callable[P, R]:
@@ -23,13 +45,29 @@ def made_once(make: Callable[P, R]) -> Callable[P, R]:
         make: of arguments that can be hashed.
 
     Returns:
-        The same, from memory where it can be.
+        The same, from memory where it can be; the memory forgets what was not asked for longest.
     """
-    kept = cast(Callable[P, R], lru_cache(maxsize=512)(make))
+    kept: OrderedDict[Any, R] = OrderedDict()
 
     @wraps(make)
     def remembered(*arguments: P.args, **named: P.kwargs) -> R:
-        return make(*arguments, **named) if torch.compiler.is_compiling() else kept(*arguments, **named)
+        if torch.compiler.is_compiling():
+            return make(*arguments, **named)
+        key, held = (arguments, tuple(sorted(named.items()))), _HELD.get()
+        value = kept.get(key)
+        if value is None:
+            # Models run in inference mode, and whoever trains uses the same tensors.
+            with torch.inference_mode(False):
+                value = make(*arguments, **named)
+            if held is None:
+                kept[key] = value
+                if len(kept) > _MOST:
+                    kept.popitem(last=False)
+        else:
+            kept.move_to_end(key)
+        if held is not None:
+            held.append(value)
+        return value
 
     return remembered
 

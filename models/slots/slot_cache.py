@@ -164,11 +164,12 @@ class SlotCache(Cache):
 
         Args:
             rows: numbers of the rows to overwrite.
-            fresh: a cache with as many rows, and no more slots.
+            fresh: filled by the same model, with as many rows, and no more slots.
         """
-        for index in range(len(self)):
-            for buffer, new in zip(self.layer(index), fresh.layer(index), strict=True):
-                buffer[rows, :, : fresh.capacity] = new
+        for pool, new in zip(self._pools, fresh._pools, strict=True):
+            index_R = torch.tensor(rows, dtype=torch.int64, device=pool.device)
+            # A cache that is made for the layers that write has no room for others.
+            pool[: len(new), :, :, : fresh.capacity].index_copy_(1, index_R, new)
 
     def append(self, fresh: SlotCache) -> None:
         """Put another cache's rows behind these.

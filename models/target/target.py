@@ -289,6 +289,10 @@ class Target(nn.Module):
         """
         self._trunk.tap(layers)
 
+    def attend_to_all_slots(self) -> None:
+        """Skip no slots of the cache from now on; see :func:`draftsmith.models.slots.attention.skipping`."""
+        self._trunk.skips_slots = False
+
     def check_layer(self, name: str) -> None:
         """Check that the target has a layer.
 

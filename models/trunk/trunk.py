@@ -138,6 +138,7 @@ class Trunk:
 
     Attributes:
         keeps_state: whether layers keep a recurrent state, which follows one text and takes no masks.
+        skips_slots: whether attention skips the slots behind the text, where shapes are fixed and the device gains by it.
     """
 
     keeps_state: ClassVar[bool] = False
@@ -156,7 +157,7 @@ class Trunk:
         self.rider_entries: set[tuple[int, ...]] = set()  # of riders for which it has passed the proof
         attention = getattr(config, "_attn_implementation", "sdpa")
         self._additive_mask = attention == "eager"
-        self._skips_blocks = attention == NAME
+        self.skips_slots = attention == NAME
 
     @property
     def dtype(self) -> torch.dtype:
@@ -370,7 +371,7 @@ class Trunk:
         return {kind: self._as_mask(windowed if kind == SLIDING else mask, ends) for kind in self.style.kinds}
 
     def _as_mask(self, mask: Tensor, ends: Tensor | None) -> Tensor | BlockMask:
-        if ends is not None and self._skips_blocks and skips_blocks(mask.device):
+        if ends is not None and self.skips_slots and skips_blocks(mask.device):
             return skipping(mask, ends)
         if not self._additive_mask:
             return mask

@@ -183,3 +183,27 @@ def test_a_drafter_that_switches_modules_is_not_compiled(target: Target) -> None
 def test_an_unknown_way_of_compiling_is_refused(target: Target) -> None:
     with pytest.raises(ValueError, match="compile is 'yes'; give one of auto, on, off"):
         Engine(target, compile="yes")  # type: ignore[arg-type]
+
+
+def test_the_host_waits_for_the_stream_of_the_device_that_the_report_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device may be another one; its streams say nothing of this report."""
+    recorded: list[Any] = []
+
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            recorded.append("waited")
+
+    class OnSecondDevice(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    columns_BC = torch.tensor([[1, 5]])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    monkeypatch.setattr(torch, "empty_like", lambda *_, **__: torch.zeros(1, 2, dtype=torch.int64))
+    report = CycleReport(columns_BC.as_subclass(OnSecondDevice), 1, 0, 1).to_host()
+    assert recorded == ["stream of cuda:1"]
+    assert report.read() == [[1, 5]]
+    assert recorded == ["stream of cuda:1", "waited"]

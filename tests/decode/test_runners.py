@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +24,7 @@ from draftsmith.decode.verify.thoughts import ThoughtMarks
 from draftsmith.decode.verify.uncertain_rules import Relaxed
 from draftsmith.models import Drafter, DraftLimits, LMDrafter, ReDrafter, Target
 from draftsmith.models.lora.lora_adapter import LoraSettings, add_adapter
+from draftsmith.models.slots.constants import counting as counting_numbers
 from draftsmith.models.tree.shapes import parse_shape
 
 PROMPTS = [[BOS, 5, 9, 11, 4], [BOS, 7], [BOS, 8, 8, 8, 30, 31, 32], [BOS, 3, 4]]
@@ -210,6 +212,72 @@ def test_a_cycle_that_cannot_be_captured_runs_op_by_op_and_the_reason_is_given_o
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned twice"))
         assert tokens(engine, DRAWN) == first == tokens(Engine(target), DRAWN)
+
+
+def test_attention_that_cannot_be_compiled_attends_to_all_slots_and_the_reason_is_given_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA without a compiler for it; the capture fails as well here, and the tokens stay the same."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler is there")
+
+    target = random_target()
+    expected = tokens(Engine(target), DRAWN)
+    monkeypatch.setattr("draftsmith.models.trunk.trunk.skips_blocks", lambda device: True)
+    monkeypatch.setattr("draftsmith.models.slots.attention._flex", lambda kind: broken)
+    engine = Engine(target, runner=CapturedRunner)
+    with pytest.warns(UserWarning, match="attention reads empty slots too: .*no compiler is there"):
+        assert tokens(engine, DRAWN) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned twice"))
+        assert tokens(engine, DRAWN) == expected
+
+
+class Emulated:
+    """A CUDA graph on a CPU: it repeats the cycle, and writes the report where the first one was."""
+
+    def __init__(self, runners: list[CapturedRunner]) -> None:
+        self._runners, self._is_captured = runners, False
+
+    def replay(self) -> None:
+        runner = next(runner for runner in self._runners if runner._graph is cast(Any, self))
+        batch, settings = runner._batch(), runner._settings
+        assert batch is not None
+        assert settings is not None
+        assert runner._report is not None
+        if self._is_captured:  # what emulates the capture has run the cycle already
+            runner._report.columns_BC.copy_(runner._cycle(batch, settings).columns_BC)
+        self._is_captured = True
+
+
+@contextmanager
+def emulated_capture(graph: Emulated, device: torch.device) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor is made from host data"))
+        yield
+
+
+@pytest.mark.parametrize(("name", "shape"), [("plain", "1x3"), ("redrafter", "k2.1"), ("eagle", "3x3n5")])
+def test_a_captured_graph_repeats_a_cycle_and_holds_the_constants_that_it_reads(
+    target: Target, drafters: dict[str, Drafter | None], name: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runners: list[CapturedRunner] = []
+
+    def captured(cycle: DecodeCycle) -> Runner:
+        runners.append(CapturedRunner(cycle))
+        return runners[-1]
+
+    # A copy to the host is a copy, on a GPU.
+    monkeypatch.setattr(CycleReport, "to_host", lambda self: replace(self, columns_BC=self.columns_BC.clone()))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Emulated(runners))
+    monkeypatch.setattr("draftsmith.decode.runners._capturing", emulated_capture)
+    limits = parse_shape(shape)
+    expected = tokens(Engine(target, drafters[name], limits), DRAWN)
+    assert tokens(Engine(target, drafters[name], limits, runner=captured), DRAWN, num_rows=2) == expected
+    (runner,) = runners
+    assert runner._graph is not None
+    assert any(constant is counting_numbers(1, target.device) for constant in runner._constants)
 
 
 @pytest.mark.gpu

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from draftsmith.models.slots import attention
 from draftsmith.models.slots.attention import attend, skipping
 
 CASES = [(2, 6, 2, 5, 300, 32), (1, 8, 8, 16, 256, 16), (3, 9, 3, 1, 130, 16), (2, 4, 1, 7, 40, 8)]
@@ -35,3 +38,20 @@ def test_the_shapes_of_a_mask_that_skips_slots_do_not_depend_on_how_many_these_a
     assert short.kv_num_blocks.flatten().tolist() == [1, 1]
     assert long.kv_num_blocks.flatten().tolist() == [3, 3]
     assert short.kv_indices.shape == long.kv_indices.shape
+
+
+def test_more_shapes_are_compiled_for_cuda_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config
+
+    def compiled(function: Callable[..., object], dynamic: bool) -> Callable[..., int]:
+        assert not dynamic
+        return lambda: config.recompile_limit
+
+    before = config.recompile_limit
+    monkeypatch.setattr(torch, "compile", compiled)
+    attention._flex.cache_clear()
+    try:
+        assert attention._flex("cuda")() == attention._MOST_SHAPES > before
+        assert config.recompile_limit == before
+    finally:
+        attention._flex.cache_clear()

@@ -1,0 +1,69 @@
+"""Small tensors of counts: remembered by everybody, held by captured graphs, and of use to whoever trains."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from draftsmith.models.slots import constants
+from draftsmith.models.slots.constants import counting, holding, made_once
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_arguments_give_the_same_tensor() -> None:
+    assert counting(5, CPU) is counting(5, CPU)
+    assert counting(5, CPU) is not counting(6, CPU)
+    assert counting(5, CPU).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_graph_holds_what_the_memory_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph reads a constant at its address, also after many other constants were asked for."""
+    monkeypatch.setattr(constants, "_MOST", 2)
+    made = made_once(lambda count: torch.arange(count))
+    held, lost = weakref.ref(made(1)), weakref.ref(made(2))
+    with holding() as asked:
+        assert made(1).tolist() == [0]
+    for count in range(3, 6):
+        made(count)
+    gc.collect()
+    assert lost() is None
+    assert held() is asked[0]
+
+
+def test_the_memory_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "_MOST", 2)
+    calls: list[int] = []
+
+    @made_once
+    def made(count: int) -> Tensor:
+        calls.append(count)
+        return torch.arange(count)
+
+    for count in (1, 2, 1, 3, 1, 2):
+        made(count)
+    assert calls == [1, 2, 3, 2]
+
+
+def test_what_is_made_within_a_capture_is_not_remembered() -> None:
+    """A capture records how a tensor is made and computes nothing, so nobody else may read it."""
+    made = made_once(lambda count: torch.arange(count))
+    with holding() as asked:
+        inside = made(4)
+    assert asked[0] is inside
+    assert made(4) is not inside
+    assert made(4) is made(4)
+
+
+def test_what_a_model_asks_for_in_inference_mode_can_be_trained_with() -> None:
+    made = made_once(lambda count: torch.arange(count))
+    with torch.inference_mode():
+        index = made(3)
+    weights = torch.ones(3, requires_grad=True)
+    (weights.gather(0, index) * 2).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [2.0] * 3
