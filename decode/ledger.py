@@ -36,14 +36,20 @@ class Ledger:
         """Charge the time of the block to a phase."""
         started = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_devices()
         self.seconds[name] += time.perf_counter() - started
 
     def count(self, nodes: int) -> None:
         """Note one cycle over so many tree nodes."""
         self.cycles += 1
         self.nodes += nodes
+
+
+def wait_for_devices() -> None:
+    """Wait until every CUDA device that holds tensors has done what was queued; the current device may be none of them."""
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.memory_allocated(index) > 0:
+            torch.cuda.synchronize(index)
 
 
 def phase(ledger: Ledger | None, name: str) -> AbstractContextManager[None]:

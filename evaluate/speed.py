@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from draftsmith.decode.ledger import wait_for_devices
 from draftsmith.evaluate.contenders import Contender
 from draftsmith.evaluate.records import Place, Round, Sample, Timed
 from draftsmith.evaluate.strata.acceptance import bootstrap_interval
@@ -97,9 +97,8 @@ def num_calls(contenders: Sequence[str], num_batches: int, repeats: int, first_o
 
 
 def seconds_now() -> float:
-    """A clock that waits for the device first: what was only queued is not yet done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """A clock that waits for the devices first: what was only queued is not yet done."""
+    wait_for_devices()
     return time.perf_counter()
 
 

@@ -161,6 +161,17 @@ def test_layers_of_other_shapes_get_buffers_of_their_own() -> None:
         assert torch.equal(moved_values[0, :, 2:4], values[1][:, [0, 3]])
 
 
+def test_a_ledger_waits_for_every_device_that_holds_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the current one alone, and not for those that were never touched, where waiting would take memory."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: (0, 64, 8)[index])
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with Ledger().phase("draft"):
+        assert waited == []
+    assert waited == [1, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cycle_waits_for_the_device_once() -> None:
