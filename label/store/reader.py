@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import ColumnElement, Connection, Row, func, select
 
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.database import PATIENCE_SECONDS, Database
@@ -255,7 +255,7 @@ def current_labels(connection: Connection, items: Sequence[int] | None = None) -
         items: of these, as many as one query takes; None: of all.
     """
     undone = select(ENTRIES.c.undoes).where(ENTRIES.c.undoes.is_not(None))
-    chosen = ENTRIES.c.undoes.is_(None)
+    chosen: ColumnElement[bool] = ENTRIES.c.undoes.is_(None)
     if items is not None:
         undone, chosen = undone.where(ENTRIES.c.item.in_(items)), chosen & ENTRIES.c.item.in_(items)
     standing = select(ENTRIES).where(chosen, ENTRIES.c.number.not_in(undone)).order_by(ENTRIES.c.number)
