@@ -104,7 +104,7 @@ class _Window:
         """The next text or mark from `at` on, with `at` behind it; none at the end of the file."""
         while True:
             token = _TOKEN.search(self.content, self.at)
-            # A text without its closing quote may go on in the next piece.
+            # A text without its closing quote may continue in the next piece.
             if token is not None and (token[1] != b"" or self._is_all):
                 self.at = token.end()
                 return token[0]

@@ -67,7 +67,7 @@ class Run:
         """The whole recipe.
 
         Args:
-            init_from: the drafter that training goes on with; None starts with new weights.
+            init_from: the drafter that training begins with; None starts with new weights.
         """
         base, options = (_REDRAFTER, {}) if self.redrafter else (_EAGLE, _NOISE)
         return Recipe(

@@ -1,6 +1,6 @@
 """Answers that a file has twice: what it said of them before.
 
-Owns the index of what was said: digests in a temporary file that SQLite removes, so that memory does not grow with the rows. Knows no
+Owns the index of texts: digests in a temporary file that SQLite removes, so that memory does not grow with the rows. Knows no
 format and no store.
 """
 

@@ -204,7 +204,7 @@ def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
 
 
 def _inner_labels(objects: Sequence[Any], field: str) -> dict[str, list[Any]]:
-    """The labels that stand in the steps, by the way to one of them."""
+    """The labels in the steps, by the way to one of them."""
     for name in _OF_STEP:
         if any(isinstance(step, Mapping) and name in step for step in objects):
             return {
