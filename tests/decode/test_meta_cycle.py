@@ -84,7 +84,7 @@ class CaptureRules(TorchDispatchMode):
         elif "scaled_dot_product" not in name:  # which draws where it drops out
             assert not TOO_MUCH & set(func.tags), f"{func} cannot be captured"
         for tensor in tensors:
-            # A number stands for itself; it is handed to the kernel.
+            # A mere number is handed to the kernel with its arguments.
             assert tensor.device.type == "meta" or tensor.ndim == 0, f"{func} reads a tensor of the host"
             assert name not in WITHOUT_KERNEL.get(tensor.dtype, ()), f"CUDA has no {func} of {tensor.dtype}"
         if name == "_foreach_copy_":
