@@ -113,7 +113,7 @@ class LabelledFile:
 
     Args:
         path: a JSON, JSON-lines, CSV or Parquet file.
-        row_format: how a row is read; `auto` decides by the fields of the first row.
+        row_format: how a row is read; `auto` decides by the fields of the first usable row, and where formats share a field by all rows.
         origin: what the file does not say.
         first_step: from which number steps are counted; `auto` decides by the rows.
         shown: say on stderr how many rows were looked at, where that takes long.

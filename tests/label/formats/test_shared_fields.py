@@ -1,4 +1,4 @@
-"""Fields that two formats share: the whole file decides what they mean, or import stops, and what is not read is said."""
+"""Fields that two formats share: the whole file decides what they mean, or import stops; notes name what it does not read."""
 
 import json
 from pathlib import Path
