@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from draftsmith.label.formats.fields import Row, unpacked, whole
 from draftsmith.label.formats.prm800k import is_published
+from draftsmith.label.formats.replies import ends_with_a_reply
 from draftsmith.label.formats.solutions import solutions_of
 from draftsmith.label.formats.step_labels import MARK, STEP_FIELDS, label_lists, step_list
 from draftsmith.label.formats.step_sets import LAYOUTS
@@ -27,6 +28,7 @@ Format = Literal[
     "math-shepherd",
     "solutions",
     "autojudge",
+    "replies",
 ]
 
 
@@ -108,4 +110,5 @@ _SIGNS: tuple[tuple[Format, Callable[[Row, set[str]], bool]], ...] = (
     ("prm800k", lambda row, fields: {"question", "label"} <= fields and _has_object(row, "question", "label")),
     ("autojudge", lambda _, fields: {"prefix", "draft_token", "important"} <= fields),
     ("solutions", lambda row, fields: "question" in fields and bool(solutions_of(row))),
+    ("replies", lambda row, fields: not fields & {"verdict", "response"} and ends_with_a_reply(row)),
 )

@@ -23,6 +23,7 @@ from draftsmith.label.formats.fields import Row
 from draftsmith.label.formats.meaning import settled
 from draftsmith.label.formats.prm800k import read_prm800k
 from draftsmith.label.formats.repeats import Repeats
+from draftsmith.label.formats.replies import read_reply
 from draftsmith.label.formats.solutions import read_autojudge, read_solutions
 from draftsmith.label.formats.step_labels import (
     RatedSteps,
@@ -63,6 +64,7 @@ _REFERENCES: dict[str, tuple[str, ...]] = {
     "step-labels": ("ground_truth_solution", "ground_truth_answer", "ground_truth", "answer", "reference"),
     "solutions": ("ground_truth", "answer", "reference"),
     "autojudge": ("answer", "reference"),
+    "replies": ("answer", "reference"),
 }
 
 
@@ -359,4 +361,5 @@ READERS: dict[str, Reader] = {
     "math-shepherd": _shepherd,
     "solutions": read_solutions,
     "autojudge": read_autojudge,
+    "replies": read_reply,
 }
