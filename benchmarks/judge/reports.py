@@ -2,7 +2,8 @@
 
 Owns which reports there are and how they are run. Does not know the page.
 
-Answers are counted, so reports without a clock run side by side, each on one thread. Races come last, alone, on all cores.
+Reports count answers, so they run side by side, each on one thread. Beside them the compiler fills its cache for a race. Races come last
+and alone, on all cores.
 """
 
 import json

@@ -94,7 +94,10 @@ class Stages:
         print(f"{name}: {spent['seconds']:.0f} s, {spent['processor_seconds']:.0f} s of a processor", flush=True)
 
     def together(self, name: str, children: Mapping[str, Child]) -> None:
-        """Makes one stage of several commands: as many run at once as there are cores. Two on a thread each end before one on two has."""
+        """Runs several commands, as many at once as there are cores. Each is a part of the stage, and runs once."""
+        done = self.work / ".done"
+        if (done / name).is_file() and not all((done / f"{name}.{part}").is_file() for part in children):
+            (done / name).rename(self.work / ".begun" / name)  # an earlier run left a part out
 
         def run(part: str) -> None:
             self.once(f"{name}.{part}", children[part].run, children[part])

@@ -79,6 +79,7 @@ class ScriptedEngine:
         limits: DraftLimits | None = None,
         *,
         rule: LossyRule | None = None,
+        compile: str = "auto",
     ) -> None:
         self.way = way_of(limits, rule)
         self.accepts = 0 if limits is None else 1 if rule is None else 1 + round(10 * rule.threshold)
