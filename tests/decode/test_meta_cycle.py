@@ -11,6 +11,7 @@ import pytest
 import torch
 from doubles import BOS, family_configs, random_model, random_target
 from every_family import EVERY_FAMILY, fresh, name_of
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -101,6 +102,16 @@ class CaptureRules(TorchDispatchMode):
         return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+class WithoutLists(TorchFunctionMode):
+    """Refuses lists as indices. A patched `Tensor.__getitem__` would leave its slot in the class, and `torch.tensor([tensor])` broken."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in parts), "a list is an index"
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def as_captured() -> Iterator[None]:
     """Run what is inside as a capture would: by the rules above, and without numbers of the host."""
@@ -108,19 +119,9 @@ def as_captured() -> Iterator[None]:
     def from_host(*_: Any, **__: Any) -> Any:
         raise AssertionError("a tensor is made from host data")
 
-    def without_lists(access: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(tensor: torch.Tensor, index: Any, *value: Any) -> Any:
-            parts = index if isinstance(index, tuple) else (index,)
-            assert not any(isinstance(part, list) for part in parts), "a list is an index"
-            return access(tensor, index, *value)
-
-        return checked
-
-    with pytest.MonkeyPatch.context() as patch, CaptureRules():
+    with pytest.MonkeyPatch.context() as patch, CaptureRules(), WithoutLists():
         for name in ("tensor", "as_tensor", "from_numpy"):
             patch.setattr(torch, name, from_host)
-        for name in ("__getitem__", "__setitem__"):
-            patch.setattr(torch.Tensor, name, without_lists(getattr(torch.Tensor, name)))
         yield
 
 

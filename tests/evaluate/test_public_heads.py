@@ -60,9 +60,11 @@ def test_the_doctor_reads_them_and_takes_the_target_that_a_folder_names(
     assert main(["doctor", "--drafter", str(heads / "EAGLE-1"), "--target", str(target)]) == 0
 
 
-def test_a_dflash_of_a_deeper_target_is_an_error_that_names_its_layers(
+def test_a_dflash_of_a_deeper_target_is_an_error_that_names_both_depths(
     tmp_path: Path, target: Path, heads: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--target", str(target), "--prompts", str(questions), "--out", str(tmp_path / "out")]
     assert main(["evaluate", *words, "--drafters", str(heads / "dflash")]) == 1
-    assert "reads outputs [2, 10, 18, 26, 34] of blocks counted from 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "num_target_layers 36" in said
+    assert f"{str(target)!r} has 2 layers; name the target that the drafter was made for" in said
