@@ -1,4 +1,4 @@
-"""The stages of the judge's benchmark: each part runs once, side by side, and a part that was left out is made up for."""
+"""The stages of the judge's benchmark: each part runs once, side by side; a later run makes a part that an earlier one skipped."""
 
 import sys
 from pathlib import Path
