@@ -160,7 +160,7 @@ def check_settings(case: Case) -> Finding:
     """Accuracy under settings that the tensors fit as well, such as the place of a norm or the layers that are read: its own must win.
 
     Raises:
-        NotChecked: the tensors show all settings, or the samples hold too few predictions.
+        NotChecked: the samples hold too few predictions, or lack the states that every other setting reads.
     """
     drafter = case.trainable
     family = registry().get(drafter.config.model_type)
@@ -170,9 +170,14 @@ def check_settings(case: Case) -> Finding:
     own, total = _accuracy(case, drafter, num_steps)
     if total < _ENOUGH:
         raise NotChecked(f"the samples hold {total} predictions only: raise --samples")
-    shares = {setting: _accuracy(case, other, num_steps)[0] for setting, other in variants(case)}
-    if not shares:
-        raise NotChecked("its tensors show all of its settings, or only the ends are loaded")
+    others = dict(variants(case))
+    if not others:
+        shown = "its tensors fit no other settings"
+        return Finding("settings", "ok", shown, "its own settings win", "", {"as configured": own})
+    readable = {setting: other for setting, other in others.items() if _has_states(case, other)}
+    if not readable:
+        raise NotChecked("the samples lack the states that other settings read: leave --ends-only out")
+    shares = {setting: _accuracy(case, other, num_steps)[0] for setting, other in readable.items()}
     setting = max(shares, key=lambda name: shares[name])
     measured = f"right at {own:.1%} as its config says; with {setting} at {shares[setting]:.1%}"
     figures = {"as configured": own, **shares, "predictions": total}
@@ -187,18 +192,18 @@ def check_settings(case: Case) -> Finding:
 
 
 def variants(case: Case) -> Iterator[tuple[str, Drafter]]:
-    """The same weights under each other setting that they fit: a flag turned, the layers moved by one, the blocks that riders enter.
-
-    Only those whose states are at hand come.
-    """
+    """The same weights under each other setting that they fit: a flag turned, the layers moved by one, the blocks that riders enter."""
     drafter = case.trainable
     fields = {name: getattr(drafter.config, name) for name in drafter.config.rules}
     for setting, changed in _other_settings(fields, case.ends.config.num_hidden_layers):
         view = _under(case, fields | changed)
-        if view is not None and (
-            case.target is not None or all(name in sample.hidden for sample in case.samples for name in view.features)
-        ):
+        if view is not None:
             yield setting, view
+
+
+def _has_states(case: Case, drafter: Drafter) -> bool:
+    """Whether the samples have the states that a drafter reads, or the whole target is there to compute them."""
+    return case.target is not None or all(name in sample.hidden for sample in case.samples for name in drafter.features)
 
 
 def _under(case: Case, fields: Mapping[str, Any]) -> Drafter | None:
