@@ -77,6 +77,9 @@ def import_answers(
         answers = _counted(file.answers(unused.add), verdicts)
         # Before a store is made: a file of which no row can be used makes none.
         first = list(itertools.islice(answers, 1))
+        if not first:
+            reason = f"; the first: {unused.shown[0]}" if unused.shown else ""
+            raise ValueError(f"no row of {source} gives an answer, {unused.count} are left out{reason}")
         with Store(store, create=True) as opened:
             with progress("import", None, "answers", brief=True) as advance:
                 coming = _shown(itertools.chain(first, answers), advance)

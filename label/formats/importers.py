@@ -20,7 +20,7 @@ from draftsmith.label.formats import calculations, label_studio
 from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, counting, num_rows, zero_is_neutral
 from draftsmith.label.formats.detection import Format, detect, fitting_formats
 from draftsmith.label.formats.fields import Row
-from draftsmith.label.formats.meaning import settled
+from draftsmith.label.formats.meaning import Meaning, settled
 from draftsmith.label.formats.prm800k import read_prm800k
 from draftsmith.label.formats.repeats import Repeats
 from draftsmith.label.formats.replies import read_reply
@@ -106,8 +106,8 @@ def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_ste
 class LabelledFile:
     """A file of labelled answers, read row by row: neither rows nor answers are kept, however many there are.
 
-    The file is read once for its format, and where a set numbers or rates its steps once for what holds for all rows, of which counts are
-    kept.
+    Several passes come before the answers, and keep counts only: one for the format, which ends at the first usable row; one where fields
+    have two meanings; one for what holds for all rows of a set that numbers or rates its steps; and one for each other format that fits.
 
     Attributes:
         format: of the rows.
@@ -141,9 +141,10 @@ class LabelledFile:
         counted = None
         if row_format == "auto":
             fitting = _formats_of(self._rows(), origin)
-            meaning = settled(fitting[0], self._plain_rows())
-            self.format, self.notes = meaning.format, list(meaning.notes)
-            counted = meaning.counting if first_step == "auto" else None
+            # Who says how steps are numbered says that they are.
+            is_said = first_step != "auto" and fitting[0] in LAYOUTS
+            meaning = Meaning(fitting[0]) if is_said else settled(fitting[0], self._plain_rows())
+            self.format, self.notes, counted = meaning.format, list(meaning.notes), meaning.counting
         notes, self._read = _reader(self.format, self._plain_rows(), first_step, counted)
         self.notes += notes
         for rival in fitting:

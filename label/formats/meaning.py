@@ -128,6 +128,7 @@ class _LabelEvidence:
             self._numbers <= {-1, 1} and as_verdict >= as_number + 2
         )
         if not may_be_verdict:
+            self._check_numbers(fitting)
             return Meaning("processbench")
         if as_verdict == self._num_rows:
             note = f"label is a verdict on the whole answer, which agrees with {self._field} in {rows}; so {self._field} is read"
@@ -136,4 +137,19 @@ class _LabelEvidence:
             f"label may be the number of the first wrong step, or a verdict on the whole answer: {self._field} beside it fits the number "
             f"in {as_number} and the verdict in {as_verdict} of {num_rows(self._num_rows)}; say --format processbench if label is the "
             f"number, else --format step-labels, which reads {self._field}"
+        )
+
+    def _check_numbers(self, fitting: Counter[str]) -> None:
+        """Refuses numbers that agree with the lists in some rows, and in more from 1 than from 0, which is ProcessBench's own way.
+
+        Raises:
+            ValueError: they do, so that each label may lie a step off.
+        """
+        from_0, from_1 = fitting["from 0"], fitting["from 1"]
+        if self._num_rows < 2 or from_1 <= from_0:
+            return
+        raise ValueError(
+            f"label and {self._field} name the same first wrong step in {from_0} of {num_rows(self._num_rows)} if steps are counted from "
+            f"0, and in {from_1} if from 1; correct the other rows, or say --first_step zero or one if label is the number, else "
+            f"--format step-labels, which reads {self._field}"
         )

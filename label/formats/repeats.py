@@ -7,8 +7,12 @@ format and no store.
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -26,12 +30,17 @@ _SETTINGS = (
 
 
 class Repeats:
-    """Gives each answer of a file one reference, and counts the answers that the file has twice and labels differently."""
+    """Gives each answer of a file one reference, and counts the answers that the file has twice and labels differently.
+
+    Raises:
+        ValueError: the temporary folder is full or cannot be written.
+    """
 
     def __init__(self) -> None:
-        self._index = sqlite3.connect("", isolation_level=None)  # no name: a temporary file
-        for statement in _SETTINGS:
-            self._index.execute(statement)
+        with _errors_explained():
+            self._index = sqlite3.connect("", isolation_level=None)  # no name: a temporary file
+            for statement in _SETTINGS:
+                self._index.execute(statement)
         self._num_labels = self._num_references = 0
 
     def agreeing(self, answer: Answer) -> Answer:
@@ -39,7 +48,14 @@ class Repeats:
 
         Args:
             answer: the next one of the file.
+
+        Raises:
+            ValueError: the temporary folder is full or cannot be written.
         """
+        with _errors_explained():
+            return self._noted(answer)
+
+    def _noted(self, answer: Answer) -> Answer:
         if answer.label is not None:
             key, label = _digest(answer.id, answer.label.labelled_by), _digest(answer.label)
             before = self._index.execute("SELECT label FROM labels WHERE answer = ?", (key,)).fetchone()
@@ -70,6 +86,24 @@ class Repeats:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._index.close()
+
+
+@contextmanager
+def _errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ValueError(
+            f"the index of the file's answers cannot be kept in {_temporary_folder()}: {error}; make room there, or set SQLITE_TMPDIR or "
+            "TMPDIR to a folder with more"
+        ) from error
+
+
+def _temporary_folder() -> str:
+    """Where SQLite keeps its temporary files, in its own order."""
+    named = [os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp"]
+    usable = (folder for folder in named if folder and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK))
+    return next(usable, "the current folder")
 
 
 def _digest(*values: object) -> bytes:

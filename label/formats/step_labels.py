@@ -219,7 +219,9 @@ def _ratings(labels: Sequence[Any], name: str, num_steps: int, place: str) -> li
 
 
 def _first_bad(ratings: Sequence[Rating | None]) -> int | None:
-    return next((index for index, rating in enumerate(ratings) if rating in (-1, 0, "wrong")), None)
+    """The first wrong step of a list, in which 0 is neutral if it has a -1, too."""
+    bad = (-1, "wrong") if -1 in ratings else (-1, 0, "wrong")
+    return next((index for index, rating in enumerate(ratings) if rating in bad), None)
 
 
 def shepherd_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:

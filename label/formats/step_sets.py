@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +131,7 @@ def read_step_set(layout: StepLayout, first: int, row: Row, place: str, origin: 
     """
     steps = _steps(row, layout, place)
     numbers = _numbers(row, layout, first, place)
-    nones = (-1,) if first == 0 or layout.by_list else (-1, 0)
+    nones = _nones(layout, first)
     wrong = [number - first for number in numbers if number not in nones]
     field = layout.field(row)
     if any(not 0 <= index < len(steps) for index in wrong):
@@ -195,19 +194,28 @@ def _steps(row: Row, layout: StepLayout, place: str) -> list[str]:
 
 
 def _numbers(row: Row, layout: StepLayout, first: int, place: str) -> list[int]:
-    """The numbers of the wrong steps as they are written, -1 and 0 included."""
-    field = layout.field(row)
-    numbers = _numbers_in(row, field, layout, first, place)
-    for other in layout.errors:
-        if other == field or is_absent(row.get(other)):
-            continue
-        others = numbers
-        with suppress(ValueError):  # no number, so it says nothing
-            others = _numbers_in(row, other, layout, first, place)
-        if sorted(others) != sorted(numbers):
+    """The numbers of the wrong steps as they are written, -1 and 0 included. Fields that hold none say nothing; the others agree."""
+    given: dict[str, list[int]] = {}
+    reasons = []
+    for name in [name for name in layout.errors if row.get(name) is not None] or [layout.field(row)]:
+        try:
+            given[name] = _numbers_in(row, name, layout, first, place)
+        except ValueError as error:
+            reasons.append(error)
+    if not given:
+        raise reasons[0]
+    (field, numbers), *others = given.items()
+    nones = _nones(layout, first)
+    for other, named in others:
+        if set(named) - nones != set(numbers) - nones:
             rule = f"{other} is {row[other]!r:.60}, and names other steps"
             raise refusal(place, field, row[field], rule, "take out the one that does not count")
     return numbers
+
+
+def _nones(layout: StepLayout, first: int) -> set[int]:
+    """The numbers that say that no step is wrong."""
+    return {-1} if first == 0 or layout.by_list else {-1, 0}
 
 
 def _numbers_in(row: Row, field: str, layout: StepLayout, first: int, place: str) -> list[int]:

@@ -109,7 +109,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         where: for messages.
 
     Raises:
-        ValueError: a field is missing or breaks its rule, the tensors are not an MLP speculator's, or tied ones differ.
+        ValueError: a field is missing or breaks its rule, a tensor is there twice, the tensors are not an MLP
+            speculator's, or tied ones differ.
     """
     check_fields(fields, _RULES, f"{where}: {CONFIG}", "correct it by hand", required=_REQUIRED)
     tied = fields.get("tie_weights", False)
@@ -124,7 +125,14 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         num_draft_steps=fields["n_predict"],
     )
     names = _names(config)
-    public = {f"speculator.{name.removeprefix('speculator.')}": tensor for name, tensor in tensors.items()}
+    public: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = f"speculator.{name.removeprefix('speculator.')}"
+        if whole in public:
+            raise ValueError(
+                f"{where} holds {whole} twice, with and without the prefix 'speculator.'; delete the tensor that does not count"
+            )
+        public[whole] = tensor
     module_table(HeadsDrafter, config, where).renamed(names, public).check(public, where)
     named = {names[name]: tensor for name, tensor in public.items()}
     for name, tensor in public.items():

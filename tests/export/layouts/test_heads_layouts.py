@@ -214,3 +214,12 @@ def test_a_folder_that_is_not_whole_is_an_error(
     rewritten(tmp_path, lambda fields: fields.update({field: value}) if value is not None else fields.pop(field))
     with pytest.raises(ValueError, match=message):
         load_any(tmp_path, target.ends)
+
+
+def test_a_tensor_that_is_there_with_and_without_the_prefix_is_refused(target: Target, tmp_path: Path) -> None:
+    write(made(target, network="mlp", inner_size=24, tied=False), tmp_path, "mlp_speculator", target.ends)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"emb.0.weight": torch.zeros_like(tensors["speculator.emb.0.weight"])}, file)
+    with pytest.raises(ValueError, match=r"holds speculator\.emb\.0\.weight twice"):
+        load_any(tmp_path, target.ends)

@@ -174,3 +174,12 @@ def test_import_says_how_it_counted_and_lists_every_row_that_it_leaves_out(
     assert run("import", *options[:3], tmp_path / "b.db", *options[4:], "--first_step", "zero") == 0
     with Store(str(tmp_path / "b.db")) as store:
         assert [answer.label.error for answer in store.answers() if answer.label is not None] == [(2, 3), None]
+
+
+def test_a_file_of_skipped_rows_only_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, place = tmp_path / "in.jsonl", tmp_path / "labels.db"
+    path.write_text(json.dumps({"problem": "q", "steps": ["a"], "ratings": [None], "tail": ""}) + "\n")
+    assert run("import", "--source", path, "--store", place, "--licence", "MIT") != 0
+    assert "no row of" in (said := capsys.readouterr().err)
+    assert "no step is rated" in said
+    assert not place.exists()

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def test_of_twenty_thousand_rows_a_handful_is_held_at_a_time(
     class Held(Answer):
         __hash__ = object.__hash__
 
+    made = LabelSource.answer
+
+    def held_answer(*args: Any, **named: Any) -> Answer:
+        answer = Held(**vars(made(*args, **named)))
+        answers.add(answer)
+        return answer
+
+    monkeypatch.setattr(LabelSource, "answer", held_answer)
+
     def generated(*args: Any, **named: Any) -> Iterator[tuple[str, Any]]:
         for number in range(NUM_ROWS):
             held = Row(row(number))
@@ -53,12 +63,11 @@ def test_of_twenty_thousand_rows_a_handful_is_held_at_a_time(
     most_rows = most_answers = count = 0
     left_out: list[str] = []
     for answer in LabelledFile(tmp_path / "in.jsonl", "auto", ORIGIN).answers(left_out.append):
-        held = Held(**vars(answer))
-        answers.add(held)
+        assert isinstance(answer, Held)
         most_rows, most_answers, count = max(most_rows, len(rows)), max(most_answers, len(answers)), count + 1
     assert (count, left_out) == (NUM_ROWS, [])
     assert most_rows <= 4
-    assert most_answers <= 2
+    assert 1 <= most_answers <= 4
 
 
 def test_answers_come_before_the_file_has_been_read_to_its_end(tmp_path: Path) -> None:
@@ -80,6 +89,18 @@ def test_rows_are_left_out_in_the_order_of_the_file_whatever_the_reason(tmp_path
     reasons = read_labelled(file, "auto", ORIGIN).left_out
     assert [reason.split(": ")[0] for reason in reasons] == [f"{file}:{line}" for line in (1, 2, 3)]
     assert [reason.split(": ")[1] for reason in reasons[:2]] == ["no step is rated", "not valid JSON"]
+
+
+def test_a_full_temporary_folder_is_named_with_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path))
+    answer = ORIGIN.answer("q", "a", ORIGIN.label("person", None), "row")
+    with Repeats() as repeats:
+        repeats._index.execute("PRAGMA max_page_count = 3")
+        numbered_answers = (replace(answer, id=f"a{number}") for number in range(10_000))
+        with pytest.raises(ValueError, match="SQLITE_TMPDIR or TMPDIR") as caught:
+            list(map(repeats.agreeing, numbered_answers))
+    assert str(tmp_path) in str(caught.value)
+    assert "is full" in str(caught.value)
 
 
 Said = tuple[int, int, int, int | None]  # which answer, who labelled, what they said, and the reference

@@ -6,20 +6,24 @@ from typing import Any
 
 import pytest
 
+from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.detection import Format
 from draftsmith.label.formats.importers import Imported, read_labelled
 from draftsmith.label.store.label_source import LabelSource
 
 STEPS = ["a", "b", "c"]
+FIRSTS: list[tuple[FirstStep, int]] = [("zero", 0), ("one", 1)]
 ALL, B, A, C = [1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]
 
 
-def read(tmp_path: Path, *rows: dict[str, Any], row_format: Format = "auto") -> Imported:
+def read(
+    tmp_path: Path, *rows: dict[str, Any], row_format: Format = "auto", first_step: FirstStep = "auto"
+) -> Imported:
     file = tmp_path / "in.jsonl"
     asked = [{name: f"{value}{at}" if name in ("problem", "question") else value for name, value in row.items()}
              for at, row in enumerate(rows)]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    return read_labelled(file, row_format, LabelSource("in", "them", "MIT"))
+    return read_labelled(file, row_format, LabelSource("in", "them", "MIT"), first_step)
 
 
 def wrong(imported: Imported) -> list[str | None]:
@@ -78,6 +82,56 @@ def test_a_number_that_may_be_a_verdict_is_refused_and_either_format_reads_it(tm
         read(tmp_path, *rows)
     assert wrong(read(tmp_path, *rows, row_format="processbench")) == ["b", "b", "a", "a", "a"]
     assert wrong(read(tmp_path, *rows, row_format="step-labels")) == [None, "b", None, "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "counts"),
+    [
+        pytest.param([(2, B), (1, A), (3, C)] * 4 + [(1, C)], "in 0 of 13 rows .* and in 12 if", id="a slip from 1"),
+        pytest.param([(2, B), (1, A), (-1, ALL), (1, B)], "in 2 of 4 rows .* and in 3 if", id="a slip, and -1 is none"),
+    ],
+)
+def test_numbers_that_agree_with_the_lists_neither_way_stop_the_import_until_their_first_step_is_given(
+    tmp_path: Path, pairs: list[tuple[int, list[int]]], counts: str
+) -> None:
+    rows = beside(*pairs)
+    with pytest.raises(ValueError, match=f"first wrong step {counts} from 1; .*--first_step zero or one"):
+        read(tmp_path, *rows)
+    for first_step, first in FIRSTS:
+        chosen = read(tmp_path, *rows, first_step=first_step)
+        assert chosen.format == "processbench"
+        meant = [(label, label - first) for label, _ in pairs]
+        assert wrong(chosen) == [None if label < 0 else STEPS[index] for label, index in meant if index < len(STEPS)]
+
+
+def test_a_slip_in_a_file_that_counts_from_0_does_not_stop_the_import(tmp_path: Path) -> None:
+    imported = read(tmp_path, *beside((1, B), (0, A), (2, C), (-1, ALL), (2, A)))
+    assert (imported.format, wrong(imported)) == ("processbench", ["b", "a", "c", None, "c"])
+
+
+def test_who_gives_the_first_step_says_that_labels_are_numbers(tmp_path: Path) -> None:
+    rows = beside((1, ALL), (1, ALL), (1, B))
+    assert read(tmp_path, *beside((1, ALL), (0, B))).format == "step-labels"
+    imported = read(tmp_path, *rows, first_step="one")
+    assert (imported.format, wrong(imported)) == ("processbench", ["a", "a", "a"])
+
+
+def test_in_a_list_with_a_minus_0_is_neutral_when_lists_are_compared(tmp_path: Path) -> None:
+    row = {"question": "q", "steps": STEPS, "labels": [1, 0, -1]}
+    imported = read(tmp_path, row | {"step_labels": [1, 1, 0]}, row | {"step_labels": [1, 0, 0]})
+    assert wrong(imported) == ["c"]
+    assert len(imported.left_out) == 1
+    assert ":2: labels is [1, 0, -1]; step_labels says something else" in imported.left_out[0]
+
+
+@pytest.mark.parametrize("names", [("first_error_step", "first_wrong_step"), ("first_wrong_step", "first_error_step")])
+def test_two_fields_that_both_say_none_agree_whatever_their_order(tmp_path: Path, names: tuple[str, str]) -> None:
+    row = {"question": "q", "model_output_steps": STEPS}
+    pairs = [(-1, 0), (0, "N/A"), (-1, "N/A"), (None, 2), (2, 2), (2, "N/A"), (0, 2)]
+    imported = read(tmp_path, *[row | dict(zip(names, pair, strict=True)) for pair in pairs], first_step="one")
+    assert wrong(imported) == [None, None, None, "b", "b"]
+    assert len(imported.left_out) == 2
+    assert all("names other steps" in reason for reason in imported.left_out)
 
 
 def test_what_another_format_would_read_is_said_with_its_rows(tmp_path: Path) -> None:
