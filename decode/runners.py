@@ -99,7 +99,8 @@ class CapturedRunner:
         """Run one cycle; once it is captured, a ledger is charged for it as a whole."""
         if batch is not self._batch() or settings != self._settings:
             # The first cycle runs eagerly, so that libraries make what they need outside of a capture.
-            self._batch, self._settings, self._graph = weakref.ref(batch), settings, None
+            self._batch, self._settings = weakref.ref(batch), settings
+            self._graph, self._report, self._constants = None, None, []
             return self._first(batch, settings, ledger)
         if self._graph is None and not self._has_failed:
             self._capture(batch, settings)
@@ -111,13 +112,17 @@ class CapturedRunner:
         return self._report
 
     def _first(self, batch: Batch, settings: GenerationSettings, ledger: Ledger | None) -> CycleReport:
-        """Run a cycle op by op. Attention that skips slots needs a compiler; where that fails, all slots are attended to from now on."""
+        """Run a cycle op by op. Attention that skips slots needs a compiler; where that fails, all slots are attended to from now on.
+
+        Raises:
+            RuntimeError: the cycle's, where the target's attention skips no slots and so is not to blame.
+        """
         try:
             return self._cycle(batch, settings, ledger)
         except RuntimeError as error:  # no row has moved on
             from torch._dynamo.exc import TorchDynamoException  # the compiler takes seconds to import
 
-            if not isinstance(error, TorchDynamoException):
+            if not isinstance(error, TorchDynamoException) or not self._cycle.target.skips_slots:
                 raise
             warnings.warn(f"attention reads empty slots too: it cannot be compiled ({_reason(error)})", stacklevel=4)
             self._cycle.target.attend_to_all_slots()

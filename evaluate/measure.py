@@ -78,7 +78,7 @@ class Plan:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.ledger_seconds < math.inf:
             raise ValueError(
-                f"ledger_seconds is {self.ledger_seconds:g}; give seconds above 0, or --ledger-prompts 0 for no clock"
+                f"ledger_seconds is {self.ledger_seconds:g}; give a finite number of seconds above 0, or --ledger-prompts 0 for no clock"
             )
         if self.max_turns is not None and self.max_turns < 1:
             raise ValueError(f"max_turns is {self.max_turns}; it must be at least 1; leave it out to play all turns")
@@ -161,7 +161,7 @@ def all_turns(
     if not num_earlier:
         return list(questions.samples)
     title = f"evaluate T={settings.temperature:g}, earlier turns"
-    with progress(title, num_earlier, "replies", len(part.played)) as advance:
+    with metered(title, num_earlier, "replies", len(part.played)) as meter:
 
         def answer(turns: Sequence[Turn]) -> list[Reply]:
             left = [(number, ids) for number, ids in turns if number not in part.played]
@@ -171,10 +171,13 @@ def all_turns(
                 replies = engine.generate(asked, settings, request_ids=list(numbers), num_rows=plan.batch_size)
                 own = [Reply(reply.token_ids, reply.finish) for reply in replies]
                 part.keep_played(dict(zip(numbers, own, strict=True)))
-                advance(len(numbers))
+                meter.advance(len(numbers))
             return [part.played[number] for number, _ in turns]
 
-        return questions.played(answer, target.max_positions)
+        samples = questions.played(answer, target.max_positions)
+        # A conversation that fills the context ends early.
+        meter.forgo(num_earlier - len(part.played))
+        return samples
 
 
 def measure(

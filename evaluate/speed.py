@@ -6,13 +6,12 @@ one leaves behind help each of the others equally often. Does not know what is d
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from draftsmith.decode.ledger import wait_for_devices
+from draftsmith.decode.ledger import device_clock
 from draftsmith.evaluate.contenders import Contender
 from draftsmith.evaluate.records import Place, Round, Sample, Timed
 from draftsmith.evaluate.strata.acceptance import bootstrap_interval
@@ -52,7 +51,7 @@ def race(
         warm_up: most prompts of the untimed call; a whole batch by default.
         repeats: how often the whole round is run.
         first_only: contenders (by name) that decode only the first so many batches.
-        clock: seconds now; the device is waited for by the default one.
+        clock: seconds now; the default one waits for the devices that hold tensors after the warm-up.
         advance: called with 1 after each call.
         say: called before each call with what follows: the contender, and whether it only warms up.
         done: rounds of an earlier run, which are not decoded again.
@@ -62,7 +61,7 @@ def race(
     """
     batches = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
     chosen = [[samples[number] for number in batch] for batch in batches]
-    limits, now, rounds = dict(first_only or {}), clock or seconds_now, dict(done or {})
+    limits, rounds = dict(first_only or {}), dict(done or {})
     left = [place for place in itertools.product(range(repeats), range(len(batches))) if place not in rounds]
 
     def takes_part(contender: Contender, index: int) -> bool:
@@ -73,6 +72,7 @@ def race(
         if first is not None:
             say(f"{contender.name} warms up, untimed")
             contender.decode(chosen[first][:warm_up], list(batches[first])[:warm_up])
+    now = clock or device_clock()
     for repeat, index in left:
         turn = (index + repeat) % len(contenders)
         finished: dict[str, Timed] = {}
@@ -94,12 +94,6 @@ def race(
 def num_calls(contenders: Sequence[str], num_batches: int, repeats: int, first_only: Mapping[str, int]) -> int:
     """How many timed calls `race` makes."""
     return repeats * sum(min(first_only.get(name, num_batches), num_batches) for name in contenders)
-
-
-def seconds_now() -> float:
-    """A clock that waits for the devices first: what was only queued is not yet done."""
-    wait_for_devices()
-    return time.perf_counter()
 
 
 def track(runs: Sequence[Timed]) -> Track:

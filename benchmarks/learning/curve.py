@@ -31,6 +31,7 @@ from draftsmith.models.target.target import TargetEnds
 TOKENS_PER_BATCH = 1024
 DRAFT_VOCABULARY = 8192
 RESULT = "result.json"
+READ = "read.json"
 _EAGLE: dict[str, Any] = {
     "num_steps": 1,
     "distillation": "path",
@@ -132,7 +133,7 @@ def measured(run: Run, target: str, cache: Path, test: Path, out: Path, text: Pa
         text: of cheap text; read by runs with epochs over it.
 
     Raises:
-        ValueError: the folder has a result of other text, or the run has epochs over cheap text and there is none.
+        ValueError: the folder has a result or a drafter of other text, or the run has epochs over cheap text and there is none.
     """
     if run.text_epochs and text is None:
         raise ValueError(
@@ -147,6 +148,9 @@ def measured(run: Run, target: str, cache: Path, test: Path, out: Path, text: Pa
         if result.read and result.read != read:
             raise ValueError(f"{kept} is of other text than {cache}; name another --work, or delete {out}")
         return result
+    _note_read(out, read, texts)
+    if len(texts) > 1:
+        _note_read(out / "text", read[:1], texts[:1])
     before = None if len(texts) == 1 else _train(run, run.text_epochs, target, texts[0], out / "text", None)
     trained = _train(run, run.epochs, target, cache, out, None if before is None else out / "text" / "drafter")
     if before is not None:
@@ -162,6 +166,31 @@ def measured(run: Run, target: str, cache: Path, test: Path, out: Path, text: Pa
     )
     atomic_write(kept, json.dumps(asdict(result), indent=2) + "\n")
     return result
+
+
+def _note_read(out: Path, read: tuple[str, ...], texts: Sequence[Path]) -> None:
+    """Writes into a run's folder what it is about to read, so that no later call takes its drafter for one of other text.
+
+    Args:
+        out: the folder.
+        read: fingerprints of the texts.
+        texts: their caches.
+
+    Raises:
+        ValueError: the folder has a drafter of other text, or one and does not say of which.
+    """
+    note = out / READ
+    if note.is_file():
+        if tuple(json.loads(note.read_text())) == read:
+            return
+        names = " and ".join(map(str, texts))
+        raise ValueError(f"{note} is of other text than {names}; name another --work, or delete {out}")
+    if (out / "trained.json").is_file():
+        raise ValueError(
+            f"{out} has a drafter and no {READ}, which says of what text; name another --work, or delete {out}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(note, json.dumps(read) + "\n")
 
 
 def _train(run: Run, epochs: int, target: str, cache: Path, out: Path, init_from: Path | None) -> Trained:

@@ -39,7 +39,8 @@ def block_law(tokens_BN: Tensor, target_probs_BNV: Tensor, draft_probs_BNV: Tens
     target_BNV, draft_BNV = target_probs_BNV.double(), draft_probs_BNV.double()
     target_BNV = target_BNV / target_BNV.sum(-1, keepdim=True)
     total_BN1 = draft_BNV.sum(-1, keepdim=True)
-    draft_BNV = draft_BNV / torch.where(total_BN1 > 0.0, total_BN1, 1.0)
+    # A distribution of NaN, as of a drafter whose numbers overflow, counts as none.
+    draft_BNV = torch.where(total_BN1 > 0.0, draft_BNV / total_BN1, 0.0)
     next_BD1 = tokens_BN[:, 1:, None]
     chance_BD1 = draft_BNV[:, :-1].gather(-1, next_BD1)
     wanted_BD1 = target_BNV[:, :-1].gather(-1, next_BD1)

@@ -12,6 +12,7 @@ Shape legend: B batch rows, N tree nodes, K candidates of a node, E path slots (
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -173,8 +174,8 @@ def _smallest_rho(both: Tensor, num_candidates: int) -> Tensor:
     # No more points than tokens, so that they take no more memory.
     num_points, num_digits = _MANY_POINTS if both.shape[-1] >= _MANY_POINTS[0] else _FEW_POINTS
     steps = [(num_candidates - 1) / num_points**digit for digit in range(1, num_digits + 1)]
-    # All points are multiples of the last step, so float64 holds them exactly, however they are added up. Those of the first digit are
-    # the same in every row, and the lowest of them is 1.
+    # All points are multiples of 2^-30, so float64 holds them exactly, however they are added up. Those of the first digit are the same
+    # in every row, and the lowest of them is 1.
     points = _points(tuple(ratio.shape[:-1]), num_points, steps[0], float(num_candidates), both.device)
     num_failing = _num_failing(ratio, masses, points, num_candidates)
     for digit, step in enumerate(steps[1:]):
@@ -202,10 +203,16 @@ def _num_failing(ratio: Tensor, masses: Tensor, points: Tensor, num_candidates: 
     return (_tries(missed, num_candidates) > points).sum(-1, keepdim=True)
 
 
-@made_once
 def _points(shape: tuple[int, ...], count: int, step: float, above: float, device: torch.device) -> Tensor:
-    """float64 [*shape, count], falling by a step from below ``above``."""
-    return (above - _multiples(count, step, device)).expand(*shape, -1).contiguous()
+    """float64 [*shape, count], falling by a step from below ``above``. All numbers of rows up to a power of two share their memory."""
+    rows = math.prod(shape)
+    return _point_rows(1 << max(rows - 1, 0).bit_length(), count, step, above, device)[:rows].view(*shape, count)
+
+
+@made_once
+def _point_rows(rows: int, count: int, step: float, above: float, device: torch.device) -> Tensor:
+    """float64 [rows, count], each row as in :func:`_points`."""
+    return (above - _multiples(count, step, device)).expand(rows, -1).contiguous()
 
 
 @made_once
@@ -302,11 +309,11 @@ def _at(part_BM: Tensor, place_B: Tensor) -> Tensor:
 def _law(missing_BV: Tensor, own_BV: Tensor) -> Tensor:
     """Weights float64 [B, V] for the token that ends a walk: of what the target misses.
 
-    A trace of its own distribution is added, and decides where nothing is missing: at a leaf, and where it equals the draft's up to
-    rounding.
+    A trace of its own distribution is added, and decides where nothing is missing: at a leaf, where it equals the draft's up to rounding,
+    and where the draft's holds NaN, as of a drafter whose numbers overflow.
 
     Args:
-        missing_BV: float64, up to a factor; rounding may leave it below 0.
+        missing_BV: float64, up to a factor; rounding may leave it below 0, and a draft of NaN leaves NaN.
         own_BV: float, the target's probabilities.
     """
-    return torch.maximum(missing_BV, own_BV * number(_TRACE, torch.float64, own_BV.device))
+    return torch.fmax(missing_BV, own_BV * number(_TRACE, torch.float64, own_BV.device))

@@ -78,9 +78,9 @@ def clock_stages(
     def decode(batch: Sequence[int], asked: GenerationSettings) -> list[Generation]:
         return clocked.generate([list(prompts[n]) for n in batch], asked, request_ids=list(batch), until=is_over)
 
-    def is_over(_index: int, _reply: list[int]) -> bool:
-        # the cycle at hand is counted after its tokens
-        return now() >= deadline and ledger.cycles + 1 >= LEAST_CYCLES
+    def is_over(_index: int, reply: list[int]) -> bool:
+        # the first token is the prefill's; the cycle at hand is counted after its tokens
+        return now() >= deadline and len(reply) > 1 and ledger.cycles + 1 >= LEAST_CYCLES
 
     deadline = float("inf")
     if warm_up:

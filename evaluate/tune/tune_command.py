@@ -3,7 +3,7 @@
 Owns the order of the work: load, record, time, weigh, write. Does not know how any of it is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -302,6 +302,7 @@ def _tuned(
         replies = record(target, drafter, samples, settings, grid.widths, grid.depth, timing.record_batch, advance)
     dynamic, static = grid.shapes(), grid.static_shapes(replies)
     text = typical_text(replies, target.max_positions)
+    rounds: dict[int, int] = {}
 
     @cache
     def costs_of(num_rows: int, shapes: tuple[DraftLimits, ...]) -> Costs:
@@ -309,7 +310,9 @@ def _tuned(
         probe = Probe(text, num_rows, rounds=timing.rounds, most_seconds=timing.timing_seconds)
         title = f"time {num_rows} rows" if num_rows > 1 else "time 1 row"
         with metered(title, plan.num_runs(probe), "runs") as meter:
-            return time_cycles(target, drafter, plan, probe, meter.advance, meter.forgo)
+            clocked = time_cycles(target, drafter, plan, probe, meter.advance, meter.forgo)
+        rounds[num_rows] = min(clocked.rounds, rounds.get(num_rows, clocked.rounds))
+        return clocked
 
     costs = costs_of(timing.batch_size, (*dynamic, *static))
     by_rows = fastest_by_rows(rows, replies, dynamic, static, costs_of)
@@ -322,7 +325,7 @@ def _tuned(
         "temperature": settings.temperature,
         "batch size": timing.batch_size,
         "context of the timed cycles": len(text),
-        "timed runs of each shape": costs.rounds,
+        "timed runs of each shape": rounds_text(rounds),
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
     }
@@ -343,6 +346,20 @@ def _tuned(
         alphas=_alphas(best, target, drafter, samples, settings, grid, timing, refinement),
         left_out=refusal,
     )
+
+
+def rounds_text(rounds: Mapping[int, int]) -> int | str:
+    """How many runs of each shape were timed: a number, or words where it differs by the number of rows.
+
+    Args:
+        rounds: number of rows -> timed runs.
+
+    Example:
+        5 runs with 1 row and 2 with 16 give `5 with 1 row; 2 with 16 rows`.
+    """
+    if len(set(rounds.values())) == 1:
+        return next(iter(rounds.values()))
+    return "; ".join(f"{rounds[count]} with {count} row{'s' if count > 1 else ''}" for count in sorted(rounds))
 
 
 def _alphas(

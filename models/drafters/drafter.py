@@ -445,14 +445,14 @@ class Drafter(DraftVocabulary):
     def parts(self) -> tuple[Drafter, ...] | None:
         """The drafters that this one is made of, which draft one beside the other; None for a drafter with weights of its own.
 
-        It serves the count of the bytes that a draft reads, nothing else.
+        It serves the count of the bytes that a draft reads, and whatever is done to each of them, such as :meth:`to_decode`.
         """
         return None
 
     def limits_of_parts(self, limits: DraftLimits) -> DraftLimits:
         """How :attr:`parts` draft where this drafter drafts as the limits say: mostly alike.
 
-        It serves the count of the bytes that a draft reads, nothing else.
+        It serves the count of the bytes that a draft reads, and some families draft by it.
 
         Args:
             limits: of this drafter.

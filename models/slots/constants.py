@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -41,6 +42,8 @@ def holding() -> Iterator[list[Any]]:
 def made_once(make: Callable[P, R]) -> Callable[P, R]:
     """Keep what a function has made for arguments. While a cycle is compiled, nothing is kept: its tensors have no numbers then.
 
+    Threads may ask at the same time.
+
     Args:
         make: of arguments that can be hashed.
 
@@ -48,23 +51,26 @@ def made_once(make: Callable[P, R]) -> Callable[P, R]:
         The same, from memory where it can be; the memory forgets what was not asked for longest.
     """
     kept: OrderedDict[Any, R] = OrderedDict()
+    lock = Lock()
 
     @wraps(make)
     def remembered(*arguments: P.args, **named: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return make(*arguments, **named)
         key, held = (arguments, tuple(sorted(named.items()))), _HELD.get()
-        value = kept.get(key)
+        with lock:
+            value = kept.get(key)
+            if value is not None:
+                kept.move_to_end(key)
         if value is None:
             # Models run in inference mode, and whoever trains uses the same tensors.
             with torch.inference_mode(False):
                 value = make(*arguments, **named)
             if held is None:
-                kept[key] = value
-                if len(kept) > _MOST:
-                    kept.popitem(last=False)
-        else:
-            kept.move_to_end(key)
+                with lock:
+                    value = kept.setdefault(key, value)  # another thread may have been faster
+                    if len(kept) > _MOST:
+                        kept.popitem(last=False)
         if held is not None:
             held.append(value)
         return value

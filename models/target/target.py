@@ -289,6 +289,11 @@ class Target(nn.Module):
         """
         self._trunk.tap(layers)
 
+    @property
+    def skips_slots(self) -> bool:
+        """Whether attention over a cache of fixed shapes skips slots on the target's device."""
+        return self._trunk.skips_slots_on(self.device)
+
     def attend_to_all_slots(self) -> None:
         """Skip no slots of the cache from now on; see :func:`draftsmith.models.slots.attention.skipping`."""
         self._trunk.skips_slots = False

@@ -370,8 +370,16 @@ class Trunk:
             return self._as_mask(windowed, ends)
         return {kind: self._as_mask(windowed if kind == SLIDING else mask, ends) for kind in self.style.kinds}
 
+    def skips_slots_on(self, device: torch.device) -> bool:
+        """Whether attention skips the slots behind the text on a device, where shapes are fixed.
+
+        Args:
+            device: of the cache.
+        """
+        return self.skips_slots and skips_blocks(device)
+
     def _as_mask(self, mask: Tensor, ends: Tensor | None) -> Tensor | BlockMask:
-        if ends is not None and self.skips_slots and skips_blocks(mask.device):
+        if ends is not None and self.skips_slots_on(mask.device):
             return skipping(mask, ends)
         if not self._additive_mask:
             return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from doubles import random_target
 from heads import shaken
 from tuning import SAMPLES
 
+from benchmarks.drafters.recipes import Trained
 from benchmarks.learning import curve
 from benchmarks.learning.replay import acceptance, record_cached
 from draftsmith.data.cache.extract import extract
@@ -141,6 +143,33 @@ def test_every_run_is_made_on_every_corpus_and_cheap_text_comes_before_the_repli
     assert capsys.readouterr().out.splitlines()[-4:] == rows
     with pytest.raises(ValueError, match=r"is of other text than .*large"):
         curve.measured(curve.RUNS["e1"], str(target), large, test, work / "small" / "e1")
+
+
+def test_a_drafter_of_a_run_that_was_killed_is_not_taken_for_other_text(
+    tmp_path: Path, target: Path, few_runs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies, test = write_cache(tmp_path / "replies", target, 4), write_cache(tmp_path / "test", target, 2)
+    text, other = write_cache(tmp_path / "text", target, 5, first=7), write_cache(tmp_path / "other", target, 6)
+    out, run = tmp_path / "work", curve.RUNS["text-e1"]
+    trained: list[Path] = []
+
+    def killed(recipe: object, target: str, cache: Path, out: Path, steps: int) -> Trained:
+        trained.append(cache)
+        if cache == replies:
+            raise KeyboardInterrupt
+        (out / "trained.json").write_text(json.dumps(asdict(Trained(1, 1, 1.0))))
+        return Trained(1, 1, 1.0)
+
+    monkeypatch.setattr(curve, "train", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            curve.measured(run, str(target), replies, test, out, text)
+    assert trained == [text, replies] * 2
+    with pytest.raises(ValueError, match=r"read\.json is of other text than .*other"):
+        curve.measured(run, str(target), replies, test, out, other)
+    (out / "text" / curve.READ).unlink()
+    with pytest.raises(ValueError, match=r"text has a drafter and no read\.json.*delete"):
+        curve.measured(run, str(target), replies, test, out, text)
 
 
 def test_a_run_over_cheap_text_asks_for_it(tmp_path: Path, target: Path, few_runs: None) -> None:

@@ -14,6 +14,7 @@ from draftsmith.decode import Engine, GenerationSettings, Ledger
 from draftsmith.decode.batch import Batch, Request
 from draftsmith.decode.cycle import DecodeCycle
 from draftsmith.decode.greedy_continuations import greedy_continuations
+from draftsmith.decode.ledger import device_clock
 from draftsmith.models import DraftLimits, ReDrafter, Target
 from draftsmith.models.slots.slot_cache import KeptRows, SlotCache
 
@@ -161,15 +162,41 @@ def test_layers_of_other_shapes_get_buffers_of_their_own() -> None:
         assert torch.equal(moved_values[0, :, 2:4], values[1][:, [0, 3]])
 
 
-def test_a_ledger_waits_for_every_device_that_holds_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for the current one alone, and not for those that were never touched, where waiting would take memory."""
-    waited: list[int] = []
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Three CUDA devices, the first without tensors: which were waited for, and which were asked about."""
+    calls: dict[str, list[int]] = {"waited": [], "asked": []}
+
+    def allocated(index: int) -> int:
+        calls["asked"].append(index)
+        return (0, 64, 8)[index]
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: (0, 64, 8)[index])
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
+    monkeypatch.setattr(torch.cuda, "synchronize", calls["waited"].append)
+    return calls
+
+
+def test_a_ledger_waits_for_every_device_that_holds_tensors(devices: dict[str, list[int]]) -> None:
+    """Not for the current one alone, and not for those that were never touched, where waiting would take memory."""
     with Ledger().phase("draft"):
-        assert waited == []
-    assert waited == [1, 2]
+        assert devices["waited"] == []
+    assert devices["waited"] == [1, 2]
+
+
+def test_a_ledger_and_a_clock_ask_for_the_devices_once_and_no_phase_pays_for_it(devices: dict[str, list[int]]) -> None:
+    ledger = Ledger()
+    for name in ("prefill", "draft", "verify"):
+        asked = list(devices["asked"])
+        with ledger.phase(name):
+            asked = asked or list(devices["asked"])
+            assert asked == [0, 1, 2]
+        assert devices["asked"] == asked
+    assert devices["waited"] == [1, 2] * 3
+    assert ledger == Ledger(dict(ledger.seconds))
+    now = device_clock()
+    assert now() <= now()
+    assert devices == {"asked": [0, 1, 2] * 2, "waited": [1, 2] * 5}
 
 
 @pytest.mark.gpu

@@ -233,6 +233,25 @@ def test_attention_that_cannot_be_compiled_attends_to_all_slots_and_the_reason_i
         assert tokens(engine, DRAWN) == expected
 
 
+def test_another_failure_of_a_compiler_is_raised_and_changes_nothing_of_the_target(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this device no attention skips slots, so it is not to blame."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch._dynamo.exc.TorchDynamoException("a layer cannot be compiled")
+
+    skips = target._trunk.skips_slots
+    monkeypatch.setattr(DecodeCycle, "__call__", broken)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="a layer cannot be compiled"):
+        tokens(Engine(target, runner=CapturedRunner), DRAWN)
+    assert target._trunk.skips_slots == skips
+
+
+class Other:
+    """Some other batch."""
+
+
 class Emulated:
     """A CUDA graph on a CPU: it repeats the cycle, and writes the report where the first one was."""
 
@@ -277,6 +296,10 @@ def test_a_captured_graph_repeats_a_cycle_and_holds_the_constants_that_it_reads(
     (runner,) = runners
     assert runner._graph is not None
     assert runner._constants
+    eager = SimpleNamespace(target=target)
+    runner._cycle = cast(DecodeCycle, lambda *_: eager)
+    runner(cast(Batch, Other()), DRAWN)
+    assert (runner._graph, runner._report, runner._constants) == (None, None, [])
 
 
 @pytest.mark.gpu

@@ -1,11 +1,13 @@
 """All turns of a conversation are decoded, each on the target's own replies to the turns before."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from draftsmith.data.progress import ProgressMeter, metered
 from draftsmith.data.prompts import ALL_PROMPTS
 from draftsmith.data.replies.reply_sources import Reply
 from draftsmith.decode import Engine, GenerationSettings
@@ -60,6 +62,30 @@ def test_a_conversation_that_fills_the_context_ends(bench: Path, target: Path) -
     full = len(questions.samples[0].prompt_ids) + 1
     samples = questions.played(lambda turns: [Reply([40], "length") for _ in turns], full)
     assert [sample.turn for sample in samples] == [1, 1, 1]
+
+
+def test_the_meter_of_earlier_turns_reaches_its_total_where_a_conversation_ends_early(
+    bench: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, part, meters = questions_of(bench, target), Part(), []
+    full, played = len(questions.samples[0].prompt_ids) + 1, Questions.played
+
+    @contextmanager
+    def watched(title: str, total: int, unit: str, done: int) -> Iterator[ProgressMeter]:
+        with metered(title, total, unit, done) as meter:
+            meters.append(meter)
+            yield meter
+
+    monkeypatch.setattr(measuring, "metered", watched)
+    monkeypatch.setattr(Questions, "played", lambda own, answer, context: played(own, answer, full))
+    all_turns(Target.load(str(target)), questions, GenerationSettings(max_new_tokens=5), RUN, part)
+    (meter,) = meters
+    assert meter._total == meter._now == len(part.played) == 2
+
+
+def test_an_endless_clock_of_the_stages_is_refused_with_the_rule() -> None:
+    with pytest.raises(ValueError, match="ledger_seconds is inf; give a finite number of seconds above 0"):
+        Plan(ledger_seconds=float("inf"))
 
 
 def test_max_turns_leaves_later_turns_out(bench: Path, target: Path) -> None:

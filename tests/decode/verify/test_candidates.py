@@ -15,7 +15,8 @@ from joint_law import chi_square_pvalue
 from torch import Tensor
 
 from draftsmith.decode import Engine, GenerationSettings
-from draftsmith.decode.verify.candidates import Judgement, candidate_walk, judge, num_draws
+from draftsmith.decode.verify.block_walk import block_walk
+from draftsmith.decode.verify.candidates import Judgement, _points, candidate_walk, judge, num_draws
 from draftsmith.models import DraftLimits, DraftTree, EarlyStop, ReDrafter, SampledChildren, Target
 from draftsmith.models.tree.limits import Rule
 from draftsmith.models.tree.noise import draw, keys_at, request_keys, uniforms
@@ -506,6 +507,44 @@ def test_a_row_of_a_batch_samples_what_it_would_alone(
         assert (alone.token_ids, alone.accepted) == (together[number].token_ids, together[number].accepted)
     other = replace(request_settings, seed=9)
     assert [one.token_ids for one in engine.generate(PROMPTS, other)] != [one.token_ids for one in together]
+
+
+@pytest.mark.parametrize("rule", [*RULES, "block"])
+@pytest.mark.parametrize("children", [(1, 1, 1), (3, 2)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_draft_distribution_of_nan_leaves_the_targets_own(rule: Rule, children: tuple[int, ...], first: int) -> None:
+    """As of a drafter that overflows, at all nodes or below the root only."""
+    if rule == "block" and max(children) > 1:
+        pytest.skip("blocks are chains")
+    sampled, rows, vocab = SampledChildren(children, rule), 400, 6
+    tables = [law(30 + depth, vocab).expand(vocab, vocab).clone() for depth in range(len(children))]
+    for table in tables[first:]:
+        table[:] = torch.nan
+    keys_BU = keys_at(torch.arange(rows)[:, None], torch.arange(40))
+    num_nodes = layer_start(sampled, len(children) + 1) - 1
+    draws = Draws(keys_BU[:, :num_nodes], lambda weights: weights)
+    tree = sampled_tree(TableExpander(tables, rows), None, DraftLimits(sampled=sampled), draws, vocab)
+    target_probs = law(40, vocab)
+    target_BNV = target_probs.expand(rows, tree.num_nodes, vocab)
+    walk_BU = keys_BU[:, 40 - num_draws(sampled) :]
+    if rule == "block":
+        walk = block_walk(tree, target_BNV, walk_BU)
+    else:
+        walk = candidate_walk(tree, sampled, target_BNV, walk_BU)
+    assert int(walk.counts_B.max()) <= first + 1
+    if first == 0:
+        assert torch.equal(walk.final_B1, draw(target_probs.expand(rows, vocab), walk_BU[:, -1:]))
+    share = torch.bincount(walk.emitted_BE[:, 0], minlength=vocab) / rows
+    assert distance(share, target_probs) < 0.1
+
+
+def test_all_numbers_of_rows_up_to_a_power_of_two_share_the_points_of_k_seq() -> None:
+    points = [_points((rows,), 8, 0.25, 3.0, torch.device("cpu")) for rows in (5, 8, 6)]
+    assert [part.shape for part in points] == [(5, 8), (8, 8), (6, 8)]
+    assert len({part.data_ptr() for part in points}) == 1
+    assert all(part.is_contiguous() for part in points)
+    for part in points:
+        assert torch.equal(part, torch.arange(2.75, 0.9, -0.25, dtype=torch.float64).expand(len(part), 8))
 
 
 def test_an_early_stop_leaves_padding_below_the_nodes_it_stops_at() -> None:

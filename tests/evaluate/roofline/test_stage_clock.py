@@ -62,6 +62,15 @@ def test_the_slowest_target_is_clocked_for_a_few_cycles_only(model: Target) -> N
     assert (times.replies, times.cycles) == (1, LEAST_CYCLES)
 
 
+def test_a_reply_behind_too_few_cycles_is_not_cut_at_its_first_token(model: Target) -> None:
+    """The first reply ends by itself after one cycle too few; the prefill of the second one is no cycle."""
+    time = seconds(1e6)
+    settings = GenerationSettings(max_new_tokens=LEAST_CYCLES)
+    lengths = [LEAST_CYCLES] * len(PROMPTS)
+    times = clock_stages(Engine(model), PROMPTS, settings, 1, 5.0, lengths, now=lambda: next(time))
+    assert (times.replies, times.cycles) == (2, LEAST_CYCLES)
+
+
 def test_rows_that_decode_together_are_cut_together(model: Target) -> None:
     times = clocked(model, 5.0, 1e6, batch_size=4)
     assert (times.replies, times.cycles, times.num_rows) == (4, LEAST_CYCLES, 4.0)

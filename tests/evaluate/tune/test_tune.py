@@ -29,7 +29,7 @@ from draftsmith.evaluate.tune.recording import NOWHERE, Drafted, Recorded, Recor
 from draftsmith.evaluate.tune.report import TuneReport, best_of_each, heat_map, tune_json, tune_markdown
 from draftsmith.evaluate.tune.simulate import best_static_tree, path_counts, replay
 from draftsmith.evaluate.tune.tune import Grid, weigh
-from draftsmith.evaluate.tune.tune_command import RowsOptions, TimingOptions, tune, typical_text
+from draftsmith.evaluate.tune.tune_command import RowsOptions, TimingOptions, rounds_text, tune, typical_text
 from draftsmith.models import Drafter, DraftLimits, Eagle, ReDrafter, Target
 from draftsmith.models.families.riders.rider_drafter import RiderFamily
 from draftsmith.models.tree.kept_shapes import SHAPES_FILE
@@ -399,6 +399,11 @@ def prompts(tmp_path: Path) -> Path:
     return file
 
 
+def test_timed_runs_are_told_by_rows_where_they_differ() -> None:
+    assert rounds_text({1: 5, 16: 5}) == 5
+    assert rounds_text({16: 2, 1: 5}) == "5 with 1 row; 2 with 16 rows"
+
+
 def test_the_command_writes_all_that_it_promises(
     tmp_path: Path, target: Path, drafter: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,6 +428,7 @@ def test_the_command_writes_all_that_it_promises(
         assert one["tokens_per_step"] >= 1.0
     assert found["drafter"] == "mine"
     assert found["setting"]["prompts"] == 4
+    assert found["setting"]["timed runs of each shape"] == 1
     assert f"fastest: --shapes {found['best']}" in capsys.readouterr().out
     assert imread(out / "tune.png").shape[0] > 300
     assert "![Predicted speed-up" in (out / "tune.md").read_text()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from time import sleep
 
 import pytest
 import torch
@@ -67,3 +70,38 @@ def test_what_a_model_asks_for_in_inference_mode_can_be_trained_with() -> None:
     (weights.gather(0, index) * 2).sum().backward()
     assert weights.grad is not None
     assert weights.grad.tolist() == [2.0] * 3
+
+
+def test_threads_that_ask_at_the_same_time_get_what_they_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small memory forgets all the time, also what another thread has just looked up."""
+    monkeypatch.setattr(constants, "_MOST", 1)
+    turn = Event()
+
+    class Interrupted(int):
+        """An argument whose comparison lets another thread run in the middle of a look-up."""
+
+        def __eq__(self, other: object) -> bool:
+            turn.set()
+            sleep(0.001)
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    made = made_once(lambda count: torch.arange(int(count)))
+
+    def others() -> None:
+        while not over.is_set():
+            turn.wait(0.01)
+            made(3)
+            made(4)
+
+    over = Event()
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(others) for _ in range(2)]
+        try:
+            for _ in range(40):
+                assert made(Interrupted(3)).tolist() == [0, 1, 2]
+        finally:
+            over.set()
+        for each in waiting:
+            each.result()
