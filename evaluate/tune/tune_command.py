@@ -317,8 +317,7 @@ def _tuned(
     costs = costs_of(timing.batch_size, (*dynamic, *static))
     by_rows = fastest_by_rows(rows, replies, dynamic, static, costs_of)
     refusal = lookup_refusal(target) if timing.lookup_tokens else ""
-    num_lookup = 0 if refusal else timing.lookup_tokens
-    lookup = _timed_lookup(target, samples[: timing.lookup_prompts], settings, num_lookup)
+    lookup = _timed_lookup(target, samples[: timing.lookup_prompts], settings, 0 if refusal else timing.lookup_tokens)
     setting = {
         "prompts": len(replies),
         "tokens": sum(len(reply.token_ids) for reply in replies),
@@ -332,7 +331,6 @@ def _tuned(
     files = _write_trees(out, static)
     outcomes = weigh(replies, dynamic, static, costs)
     best = next(limits for limits in (*dynamic, *static) if shape_text(limits) == outcomes[0].shape)
-    weighed = _vocabularies(target, drafter, replies, best, costs, vocabulary)
     return TuneReport(
         target.name,
         candidate.name,
@@ -342,7 +340,7 @@ def _tuned(
         files,
         lookup,
         by_rows,
-        vocabularies=weighed,
+        vocabularies=_vocabularies(target, drafter, replies, best, costs, vocabulary),
         alphas=_alphas(best, target, drafter, samples, settings, grid, timing, refinement),
         left_out=refusal,
     )
