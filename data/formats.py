@@ -385,8 +385,9 @@ def _gsm8k(row: Mapping[str, Any]) -> Conversation:
 
 
 def _specbench(row: Mapping[str, Any]) -> Conversation:
-    """`turns` are the user's; each is a text or `{"content": ...}` (Arena-Hard). Turns with roles are a conversation."""
+    """`turns` are the user's; each is a text or `{"content": ...}` (Arena-Hard). One text is one turn, turns with roles a conversation."""
     turns = listed(row.get("turns"), "turns")
+    turns = [turns] if isinstance(turns, str) else turns
     if not _is_list(turns) or not turns:
         raise UnusableRow("the list of turns is empty or not a list")
     if any(isinstance(turn, Mapping) and any(turn.get(name) is not None for name in ROLE_FIELDS) for turn in turns):

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.data.benchmark_fields import benchmark_fields
+from draftsmith.data.benchmark_fields import benchmark_fields, is_question
 from draftsmith.data.chats.modes import modes
 from draftsmith.data.chats.reply_marks import ReplyMarks, marks_of
 from draftsmith.data.chats.tool_calls import read_tools
@@ -234,15 +234,22 @@ def _or_dropped(
 
 
 def _has_ids(row: Mapping[str, Any]) -> bool | None:
-    """Whether a row says in token ids what the target reads, or in words; None where it says neither."""
+    """Whether a row says in token ids what the target reads, or in words as this project writes them; None where it says neither."""
     if _asked(row).get("prompt_ids") is not None:
         return True
-    return False if row.get("messages") or row.get("text") else None
+    return False if not _is_public_question(row) and (row.get("messages") or row.get("text")) else None
+
+
+def _is_public_question(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a benchmark's question as it is published; this project's own prompts have an id, a split and a source."""
+    return is_question(row) and not {"id", "split", "source"} <= row.keys()
 
 
 def _is_benchmark(file: Path) -> bool:
-    """Whether a file has rows of the user's `turns`, and none that this project writes; Parquet files are a public set's."""
-    return file.suffix == ".parquet" or any(row.get("turns") for _, row in read_jsonl(file, []))
+    """Whether a file has a benchmark's questions, and none that this project writes; Parquet files are a public set's."""
+    if file.suffix == ".parquet":
+        return True
+    return any(row.get("turns") or _is_public_question(row) for _, row in read_jsonl(file, []))
 
 
 def _asked(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -213,7 +213,7 @@ class PromptTemplate:
         """
         if self.text is None or not any(message["role"] == "tool" and message["content"] for message in messages):
             return
-        others = [{**message, "content": PROBE} if message["role"] == "tool" else message for message in messages]
+        others = [_with_probe(message) if message["role"] == "tool" else message for message in messages]
         if self._render(messages, False) == self._render(others, False):
             raise TemplateRefusal("the chat template does not show the turns of a tool; give another with --template")
 
@@ -270,6 +270,14 @@ class PromptTemplate:
         )
         whole = first == len(ids) or offsets[first][0] >= place
         return ids[first:] if whole else self._encode(rendered[place:])
+
+
+def _with_probe(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with another text, and its other parts as they are."""
+    if "parts" not in message:
+        return {**message, "content": PROBE}
+    kept = [part for part in message["parts"] if part["type"] != "text"]
+    return {**message, "content": PROBE, "parts": [{"type": "text", "text": PROBE}, *kept]}
 
 
 def first_words(text: str, count: int | None) -> str:

@@ -19,6 +19,8 @@ import jinja2
 _SHOWN_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 # What templates call a thought; each gets it by the name that it reads.
 _THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")
+# What clients and templates call a part of one kind: servers of OpenAI's interface take the second name, templates mostly read the first.
+_PART_NAMES = (("image", "image_url"), ("audio", "audio_url", "input_audio"), ("video", "video_url"))
 PROBE = "draftsmithprobe"
 """A word that no template changes, to see what it does with text."""
 # What a template may raise on messages that it was not written for.
@@ -69,7 +71,7 @@ class TemplateFields:
             messages: with further fields of ours.
 
         Returns:
-            The messages as the template gets them: parts as content, a thought by the name that the template reads.
+            The messages as the template gets them: parts as content, parts and a thought by the names that the template reads.
 
         Raises:
             TemplateRefusal: a message holds what the template does not show.
@@ -79,7 +81,7 @@ class TemplateFields:
             self._check(message, number)
             fields = {name: message[name] for name in _SHOWN_FIELDS if name in message}
             if "parts" in message:
-                fields["content"] = message["parts"]
+                fields["content"] = [self._shown_part(part) for part in message["parts"]]
             if "tool_calls" in message:
                 fields["tool_calls"] = self._shown_calls(message["tool_calls"])
             if "reasoning_content" in message:
@@ -93,7 +95,7 @@ class TemplateFields:
         if "tool_calls" in message and not self._reads_field("tool_calls"):
             raise TemplateRefusal(f"turn {number} has tool_calls, and {self.reader} does not read them")
         for part in message.get("parts", ()):
-            if part["type"] != "text" and not self._shows_part(part["type"]):
+            if part["type"] != "text" and self._part_name(part["type"]) is None:
                 raise TemplateRefusal(
                     f"turn {number} has a part of the type {part['type']!r}, and {self.reader} does not show it: this target reads text "
                     "alone; name a multimodal target, or remove the part"
@@ -123,6 +125,20 @@ class TemplateFields:
                 self._render(turns)
                 return as_text
         return False
+
+    def _shown_part(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A part by the name that the template reads."""
+        kind = part["type"]
+        name = kind if kind == "text" else self._part_name(kind)
+        if name is None or name == kind:
+            return part
+        rest = {field: value for field, value in part.items() if field != "type"}
+        return {"type": name} | {name if field == kind else field: value for field, value in rest.items()}
+
+    def _part_name(self, kind: str) -> str | None:
+        """The name under which the template shows a part of a type, its own first; None where it shows none."""
+        others = next((names for names in _PART_NAMES if kind in names), ())
+        return next((name for name in (kind, *others) if self._shows_part(name)), None)
 
     def _shows_part(self, kind: str) -> bool:
         """Whether a part of a type changes what the template writes, and the text beside it is still read as text."""

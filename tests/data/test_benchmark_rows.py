@@ -67,6 +67,11 @@ def test_a_question_that_somebody_has_yet_to_fetch_is_dropped(tmp_path: Path, wr
     assert "the placeholder of SPEED-Bench instead of a question" in dropped[0].reason
 
 
+def test_turns_that_are_a_single_text_are_a_single_question(write_jsonl: Callable[..., Path]) -> None:
+    [prompt] = read_question_set(write_jsonl([ROWS[0] | {"turns": "Sort."}]))
+    assert [message["content"] for message in prompt.messages] == ["Sort."]
+
+
 def test_two_questions_in_a_row_are_still_a_broken_chat_elsewhere(write_jsonl: Callable[..., Path]) -> None:
     row = {"messages": [{"role": "user", "content": "Sort."}, {"role": "user", "content": "Faster."}]}
     with pytest.raises(ValueError, match="turn 1 is the user's where the assistant's belongs"):

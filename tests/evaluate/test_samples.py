@@ -73,6 +73,20 @@ def test_a_broken_first_row_does_not_decide_what_the_others_are(tmp_path: Path, 
         assert [sample.id for sample in read_samples(file, tokenizer)] == ["ab"]
 
 
+@pytest.mark.parametrize("field", ["turns", "messages", "prompt"])
+def test_a_published_question_is_read_as_it_is_in_whatever_field_its_turns_are(
+    field: str, tmp_path: Path, target: Path
+) -> None:
+    tokenizer = load_tokenizer(str(target))
+    turns = ["ab", "cd"] if field == "turns" else [{"role": "user", "content": text} for text in ("ab", "cd")]
+    row = {"question_id": "7a", "category": "coding", "multiturn": True, "source": "ours", field: turns}
+    (sample,) = read_samples(write_rows(tmp_path / "q.jsonl", row), tokenizer)
+    assert tokenizer.decode(list(sample.prompt_ids)) == "<|user|>\nab\n<|assistant|>\n"
+    assert sample.category == "coding"
+    own = write_rows(tmp_path / "p.jsonl", prompt_row("ab") | {"question_id": "7a"})
+    assert [sample.id for sample in read_samples(own, tokenizer)] == ["ab"]
+
+
 def test_prompts_that_the_target_cannot_read_are_left_out_and_counted(
     target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

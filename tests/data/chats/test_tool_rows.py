@@ -110,6 +110,24 @@ def test_pictures_reach_a_template_that_shows_them_and_are_refused_by_one_that_d
     )
 
 
+@pytest.mark.parametrize(("given", "read"), [("image_url", "image"), ("image", "image_url")])
+def test_a_picture_is_given_to_a_template_by_the_name_that_it_reads(
+    given: str, read: str, write_jsonl: WriteRows
+) -> None:
+    parts = [{"type": "text", "text": "Is it warm?"}, {"type": given, given: {"url": "a.png"}}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "No."}]}
+    tokenizer = tool_tokenizer(TOOL_TEMPLATE.replace("part.type == 'image'", f"part.type == '{read}' and part.{read}"))
+    [sample] = Corpus(write_jsonl([row]), lambda: ChatTemplate(tokenizer), None, 1000).read()
+    assert view(sample)[1] == "<|user|>Is it warm?<|image|><|assistant|>«No.<|end|>»"
+
+
+def test_a_picture_beside_the_words_of_a_tool_is_shown(write_jsonl: WriteRows) -> None:
+    parts = [{"type": "text", "text": "9 C"}, {"type": "image", "image": "a.png"}]
+    turns = [ASKED, {"role": "assistant", "tool_calls": [CALL]}, RESULT | {"content": parts}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "No."}]}
+    assert view(*outcomes(row, write_jsonl))[1].endswith("<|tool|>9 C<|image|><|assistant|>«No.<|end|>»")
+
+
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
