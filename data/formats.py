@@ -22,7 +22,7 @@ from draftsmith.data.chats.messages import (
     read_content,
     read_turns,
 )
-from draftsmith.data.chats.tool_calls import read_tools, without_fillers
+from draftsmith.data.chats.tool_calls import read_tools, says_nothing, without_fillers
 from draftsmith.json_rows import UnusableRow, parse_object
 
 __all__ = ["Conversation", "Format", "Message", "UnusableRow", "detect_format", "row_id", "to_conversation"]
@@ -154,16 +154,17 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
     conversation = _READERS[row_format](row)
     if conversation.text is not None:
         return conversation
-    tools = read_tools(row)
+    tools, variables = _tools_and_variables(row)
     turns = without_fillers(_with_system(row, conversation.turns), tools)
     conversation = replace(
-        conversation, turns=turns, tools=tools, variables=_variables(row), flaw=conversation.flaw or flaw
+        conversation, turns=turns, tools=tools, variables=variables, flaw=conversation.flaw or flaw
     )
     _check_words(conversation)
     _check_media(row, conversation)
     _check_json(conversation)
     for number, turn in enumerate(conversation.turns):
-        if is_plain(turn) and not turn["content"].strip():
+        # What an empty system turn shows is the template's choice: often it takes the place of the template's own words.
+        if is_plain(turn) and turn["role"] != "system" and not turn["content"].strip():
             reason = f"an empty turn (turn {number}, the {turn['role']}'s)"
             if turn["role"] != "assistant":
                 raise UnusableRow(reason)
@@ -261,6 +262,19 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple)
 
 
+def _tools_and_variables(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """The tools of a row, which may lie among its template's variables, and the other variables.
+
+    Raises:
+        UnusableRow: it has tools in both places, or what is none of either.
+    """
+    tools, variables = read_tools(row), _variables(row)
+    inner = read_tools({"tools": variables.pop("tools", None)})
+    if tools and inner and tools != inner:
+        raise UnusableRow("the row has tools, and others in chat_template_kwargs; one of them is enough")
+    return tools or inner, variables
+
+
 def _variables(row: Mapping[str, Any]) -> dict[str, Any]:
     """The template's variables of one row, as TRL and Transformers name them; null ones count as absent."""
     value = row.get("chat_template_kwargs")
@@ -280,7 +294,7 @@ def _check_media(row: Mapping[str, Any], conversation: Conversation) -> None:
         UnusableRow: no turn has a part for them.
     """
     for name in _MEDIA_FIELDS:
-        if row.get(name) not in (None, "", [], ()) and not any("parts" in turn for turn in conversation.turns):
+        if not says_nothing(row.get(name)) and not any("parts" in turn for turn in conversation.turns):
             raise UnusableRow(f"the row has {name}, and no turn has a part for them")
 
 

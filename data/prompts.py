@@ -150,7 +150,7 @@ def prompts(
     Args:
         source: A file (.jsonl, .json, .csv, .parquet, .txt) or the id of a data set on the hub.
         out: The folder to write; an earlier result of this command there is replaced as a whole, nothing else is.
-        format: How a row is read; `auto` decides from the fields of the first usable row.
+        format: How a row is read; `auto` decides for each row from its fields.
         validation: Share of the prompts for the validation split.
         test: Share of the prompts for the test split.
         seed: Another seed gives another split.
@@ -174,7 +174,7 @@ def prompts(
         read.add(place, row, source, split, prefix_words)
     if not read.prompts:
         raise ValueError(f"no usable prompt in {source}: {summary(read.dropped)}; name the format with --format")
-    config = {"source": source, "out": out, "format": read.format, "validation": validation, "test": test, "seed": seed}
+    config = {"source": source, "out": out, "format": read.formats, "validation": validation, "test": test, "seed": seed}
     config |= {"limit": limit, "prefix_words": prefix_words, "hub_config": hub_config, "hub_split": hub_split}
     _write(out, read.prompts, read.dropped, config, source)
     if read.unanswered:
@@ -184,13 +184,19 @@ def prompts(
 
 @dataclass
 class _ReadPrompts:
-    """Prompts and the rows that were dropped. The first usable row settles the format where it is `auto`."""
+    """Prompts and the rows that were dropped. Where the format is `auto`, the fields of each row settle its own."""
 
     format: Format
     prompts: list[Prompt] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     unanswered: list[Dropped] = field(default_factory=list)
+    _formats: set[str] = field(default_factory=set)
     _seen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> str:
+        """The formats of the prompts, for a record."""
+        return ", ".join(sorted(self._formats))
 
     def add(
         self, place: str, row: Row, source: str, split: str | Callable[[Conversation], str], prefix_words: int
@@ -211,7 +217,7 @@ class _ReadPrompts:
         except UnusableRow as error:
             self.dropped.append(Dropped(place, str(error), shown_row(row)))
             return
-        self.format = own_format
+        self._formats.add(own_format)
         if conversation.no_reference:
             self.unanswered.append(Dropped(place, conversation.no_reference))
         chosen = split if isinstance(split, str) else split(conversation)

@@ -181,7 +181,7 @@ class ChatTemplate(PromptTemplate):
         """Check that the template has left nothing of a reply out.
 
         Raises:
-            ValueError: it removes a thought from the words, hides a call, or hides the words beside one.
+            ValueError: it hides a thought or removes it from the words, hides a call, or hides the words beside one.
         """
         last, place = messages[-1], f"turn {len(messages) - 1}"
         remedy = "make replies with `draftsmith data respond`, or give another with --template"
@@ -192,10 +192,12 @@ class ChatTemplate(PromptTemplate):
             # What the prompt opens is before the reply.
             if thought.strip().removeprefix(self.marks.thought_start).strip() not in text[asked : reply.stop]:
                 raise ValueError(f"{place} has a thought in its words, which the chat template removes; {remedy}")
+        shown = text[reply.start : reply.stop]
+        if not _holds(shown, last.get("reasoning_content", "")):
+            raise ValueError(f"{place} has a thought, which the chat template does not show; {remedy}")
         if "tool_calls" not in last:
             return
-        shown = text[reply.start : reply.stop]
-        if " ".join(words.split()) not in " ".join(shown.split()):
+        if not _holds(shown, words):
             raise ValueError(
                 f"{place} has words beside its tool calls, which the chat template does not show; {remedy}"
             )
@@ -331,6 +333,11 @@ def _learned(messages: Sequence[Message], trained_on: TrainedOn) -> list[int]:
     """The numbers of the assistant's turns that are learned from: none where only the last one counts, and that has weight 0."""
     chosen = _assistants(messages)[-1:] if trained_on.last_turn_only else _assistants(messages)
     return [number for number in chosen if messages[number].get("train", True)]
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether a text holds some words, whatever their spacing."""
+    return " ".join(words.split()) in " ".join(text.split())
 
 
 def _num_shared(first: Iterable[str], second: Iterable[str]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from draftsmith.data.chats.blocks import spread
-from draftsmith.data.chats.tool_calls import call_of_text, parsed_list, read_calls
+from draftsmith.data.chats.tool_calls import call_of_text, parsed_list, read_calls, says_nothing
 from draftsmith.json_rows import UnusableRow
 
 ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
@@ -27,6 +27,7 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
     "tool_response": "tool",
+    "ipython": "tool",
     "function_call": "assistant",
     "tool_call": "assistant",
 }
@@ -109,7 +110,22 @@ def read_turns(value: Any) -> list[Message]:
     value = listed(value, "the list of turns")
     if not isinstance(value, list | tuple) or not value:
         raise UnusableRow("the list of turns is empty or not a list")
-    return [_turn(part, number) for number, turn in enumerate(value) for part in spread(turn, f"turn {number}")]
+    turns: list[Message] = []
+    for number, turn in enumerate(value):
+        for part in spread(turn, f"turn {number}"):
+            message = _turn(part, number)
+            if turns and _continues(part, message, turns[-1]):
+                turns[-1]["tool_calls"] = [*turns[-1].get("tool_calls", ()), *message["tool_calls"]]
+            else:
+                turns.append(message)
+    return turns
+
+
+def _continues(turn: Mapping[str, Any], message: Message, before: Message) -> bool:
+    """Whether a turn that is a call belongs to the reply before it: such rows write parallel calls, and a call behind words, as turns."""
+    is_call = any(turn.get(name) in _CALL_ROLES for name in ROLE_FIELDS)
+    same = before["role"] == "assistant" and message.get("train", True) == before.get("train", True)
+    return is_call and same and "reasoning_content" not in message
 
 
 def listed(value: Any, place: str) -> Any:
@@ -220,7 +236,7 @@ def _turn(turn: Any, number: int) -> Message:
     if role is None:
         raise UnusableRow(f"{place} has the role {turn[name]!r:.80}; roles are {', '.join(_ROLES)}")
     for field in _UNREAD_FIELDS:
-        if turn.get(field):
+        if turn.get(field) and not says_nothing(turn[field]):
             raise UnusableRow(f"{place} has {field}, which are not read beside the content; make them parts of it")
     if role == "assistant" and turn.get("channel") in _HIDDEN_CHANNELS:
         raise UnusableRow(

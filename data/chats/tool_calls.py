@@ -12,6 +12,9 @@ TOOL_FIELDS = ("tools", "functions")
 T = TypeVar("T", bound=Mapping[str, Any])
 # JSON texts of no tools at all.
 _NONE: tuple[object, ...] = (None, "", "null", "None", "[]", [], ())
+# OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it is absent.
+_ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
+_CALL_TYPES = (None, "function", "tool_call")
 # Where null is a value of a schema; elsewhere a table has filled it in.
 _NULLABLE = ("default", "const", "examples")
 
@@ -54,7 +57,7 @@ def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     Raises:
         UnusableRow: both spellings, or a call that has no name or whose arguments are no object.
     """
-    there = [name for name in ("tool_calls", "function_call") if turn.get(name) not in (None, "", [], (), {})]
+    there = [name for name in ("tool_calls", "function_call") if not says_nothing(turn.get(name))]
     if len(there) > 1:
         raise UnusableRow(f"{place} has {there[0]} and {there[1]}; one of them is enough")
     if not there:
@@ -62,6 +65,22 @@ def read_calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     given = turn[there[0]]
     calls = _list(given, f"{place}: tool_calls") if there == ["tool_calls"] else [given]
     return [_call(call, f"{place}: {there[0]}[{number}]") for number, call in enumerate(calls)]
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a field holds nothing: null, something empty, or an object of such fields, as a table fills one in.
+
+    Example: `{"name": None, "arguments": None}` is no call.
+
+    Args:
+        value: of a turn or a row.
+
+    Returns:
+        True where it counts as absent.
+    """
+    if isinstance(value, Mapping):
+        return all(says_nothing(entry) for entry in value.values())
+    return value in _NONE
 
 
 def call_of_text(text: str, place: str) -> list[dict[str, Any]]:
@@ -122,6 +141,20 @@ def _list(value: Any, place: str) -> list[Any] | tuple[Any, ...]:
     return value
 
 
+def _object(value: Any, place: str) -> dict[str, Any]:
+    """An object, which may be JSON text; empty where it is null or the text says nothing.
+
+    Raises:
+        UnusableRow: it is none.
+    """
+    if value is None or (isinstance(value, str) and value.strip() in _NONE):
+        return {}
+    value = _parsed(value, place) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise UnusableRow(f"{place} are {type(value).__name__}, not an object")
+    return dict(value)
+
+
 def _function(entry: Any, place: str) -> Mapping[str, Any]:
     """The function of a tool or of a call, which may be JSON text, or bare.
 
@@ -131,7 +164,7 @@ def _function(entry: Any, place: str) -> Mapping[str, Any]:
     entry = _parsed(entry, place) if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping):
         raise UnusableRow(f"{place} is {type(entry).__name__}, not an object")
-    if entry.get("type") not in (None, "function"):
+    if entry.get("type") not in _CALL_TYPES:
         raise UnusableRow(f"{place} is of the type {entry['type']!r:.80}; only functions are read")
     function = entry if entry.get("function") is None else entry["function"]
     name = function.get("name") if isinstance(function, Mapping) else None
@@ -144,7 +177,10 @@ def _tool(entry: Any, place: str) -> dict[str, Any]:
     function = _function(entry, place)
     function = {name: value for name, value in _without_nulls(function).items() if name != "type"}
     schema = function.pop("input_schema", None)  # Anthropic's name
-    return {"type": "function", "function": function if schema is None else {**function, "parameters": schema}}
+    function |= {} if schema is None else {"parameters": schema}
+    if isinstance(function.get("parameters"), str):
+        function["parameters"] = _without_nulls(_object(function["parameters"], f"{place}: the parameters"))
+    return {"type": "function", "function": function}
 
 
 def _without_nulls(schema: Any) -> Any:
@@ -192,15 +228,10 @@ def _argument_names(function: Mapping[str, Any]) -> Collection[str] | None:
 
 def _call(entry: Any, place: str) -> dict[str, Any]:
     function = _function(entry, place)
-    arguments = function.get("arguments")
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}
-    elif isinstance(arguments, str):
-        arguments = _parsed(arguments, f"{place}: the arguments")
-    if not isinstance(arguments, Mapping):
-        raise UnusableRow(f"{place}: the arguments are {type(arguments).__name__}, not an object")
+    given = next((function[name] for name in _ARGUMENT_FIELDS if function.get(name) is not None), None)
+    arguments = _object(given, f"{place}: the arguments")
     own_id = entry.get("id") if isinstance(entry, Mapping) else None
     if own_id is not None and not isinstance(own_id, str):
         raise UnusableRow(f"{place}: the id is {own_id!r:.80}, not text")
-    call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return call if own_id is None else {"id": own_id, **call}

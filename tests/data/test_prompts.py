@@ -95,6 +95,14 @@ def test_a_row_keeps_the_split_it_names(tmp_path: Path, write_jsonl: Callable[..
     assert [(p.split, p.source) for p in read_prompts(tmp_path / "out")] == [("test", "sums/add")]
 
 
+def test_each_row_of_a_file_is_read_by_its_own_fields(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    prompts(str(write_jsonl([row for row, _, _ in ROWS.values()])), tmp_path / "out")
+    asked = [[message["content"] for message in prompt.messages] for prompt in read_prompts(tmp_path / "out")]
+    assert asked == [users for _, users, _ in ROWS.values()]
+    config = json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]
+    assert config["format"] == "alpaca, gsm8k, openai, prompt, sharegpt, specbench"
+
+
 def test_the_projects_own_prompt_file_reads_back_the_same(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
     prompts(str(write_jsonl([ROWS["openai"][0], ROWS["openai"][0] | {"x": 1}])), tmp_path / "one")
     prompts(str(tmp_path / "one" / "prompts.jsonl"), tmp_path / "two")

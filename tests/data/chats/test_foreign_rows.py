@@ -21,6 +21,8 @@ BRIEF = {"role": "system", "content": "Be brief."}
 ASKED_TEXT, NO_TEXT = "<|user|>Is it warm?", "<|assistant|>«No.<|end|>»"
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "9 C"}
+# What a table of turns fills in where a turn has no call and no sound.
+FILLED = {"function_call": {"name": None, "arguments": None}, "audio": {"id": None}}
 # As DeepSeek-R1 and Qwen3 write replies: the first removes thoughts everywhere, the second behind a later question.
 CUTS_THOUGHTS = TOOL_TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(
     "reasoning_content", "nothing"
@@ -84,6 +86,7 @@ def reason(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
         {"conversations": [{"from": "human", "value": "Is it warm?"}, {"from": "bing", "value": "No."}]},
         {"messages": [ASKED, NO | {"channel": "final", "weight": 1.0, "loss": True, "refusal": None, "audio": None}]},
         {"messages": [ASKED, NO], "tools": "null"},
+        {"messages": [ASKED | FILLED, NO | FILLED | {"tool_calls": "[]"}], "image": {"bytes": None, "path": None}},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "input_text", "text": "Is it warm?"}]},
@@ -108,6 +111,7 @@ def test_every_spelling_of_a_question_and_its_answer_gives_the_same_sample(
             "<|system|>Be brief." + ASKED_TEXT,
         ),
         ({"messages": [{**BRIEF, "role": "developer"}, ASKED, NO]}, "<|system|>Be brief." + ASKED_TEXT),
+        ({"messages": [{**BRIEF, "content": ""}, ASKED, NO]}, "<|system|>" + ASKED_TEXT),
         (
             {"messages": [ASKED, NO], "system": [{"type": "text", "text": "Be brief."}]},
             "<|system|>Be brief." + ASKED_TEXT,
@@ -298,6 +302,11 @@ def test_a_thought_or_a_call_inside_the_words_is_of_its_own_kind(write_jsonl: Wr
             "turn 1 has a thought in its words, which the chat template removes",
         ),
         (
+            [NO | {"reasoning_content": "9 is cold."}],
+            TOOL_TEMPLATE.replace("{% if m.reasoning_content and", "{% if m.reasoning_content == 1 and"),
+            "turn 1 has a thought, which the chat template does not show",
+        ),
+        (
             [CALLS | {"content": "Wait."}, RESULT, NO],
             HIDES_WORDS,
             "turn 1 has words beside its tool calls, which the chat template does",
@@ -313,6 +322,20 @@ def test_a_reply_of_which_the_template_leaves_a_part_out_is_dropped(
     turns: list[dict[str, Any]], template: str, expected: str, write_jsonl: WriteRows
 ) -> None:
     assert expected in reason({"messages": [ASKED, *turns]}, write_jsonl, EVERYTHING, template)
+
+
+def test_calls_that_are_turns_of_their_own_belong_to_the_reply_before_them(write_jsonl: WriteRows) -> None:
+    call = {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'}
+    results = [{"from": "observation", "value": value} for value in ("9 C", "8 C")]
+    words, last = {"from": "gpt", "value": "Wait."}, {"from": "gpt", "value": "No."}
+    asked, shown = {"from": "human", "value": "Is it warm?"}, '<call>weather {"city": "Oslo"}</call>'
+    behind = "<|end|>»<|tool|>9 C<|tool|>8 C" + NO_TEXT
+    rows = {f"{shown}{shown}": [call, call], f"Wait.{shown}{shown}": [words, call, call], f"Wait.{shown}": [words, call]}
+    for reply, turns in rows.items():
+        row = {"conversations": [asked, *turns, *results, last]}
+        assert text(row, write_jsonl) == ASKED_TEXT + "<|assistant|>«" + reply + behind
+    row = {"conversations": [asked, words | {"loss": False}, call, *results, last]}
+    assert "turn 2 is the assistant's where the user's belongs" in reason(row, write_jsonl)
 
 
 def test_a_template_that_adds_arguments_to_a_text_gets_them_as_text(write_jsonl: WriteRows) -> None:

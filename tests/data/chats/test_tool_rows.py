@@ -9,6 +9,7 @@ import pytest
 from tool_chats import ASKED, CALL, TOOL_ROW, TOOL_TEMPLATE, WEATHER, tool_tokenizer
 
 from draftsmith.data.cache.show import render
+from draftsmith.data.chats.tool_calls import read_calls
 from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus
 from draftsmith.data.tokens import ChatTemplate, TokenizedSample
@@ -53,6 +54,12 @@ def test_tools_calls_their_results_and_thoughts_are_rendered_and_learned(write_j
 
 BARE = {"name": "weather", "parameters": {"type": "object"}}
 CALL_TEXT = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+IPYTHON = {"role": "ipython", "content": "9 C"}
+LAST = TOOL_ROW["messages"][-1]
+
+
+def calling(call: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "reasoning_content": "I ask.", "tool_calls": [call]}
 
 
 @pytest.mark.parametrize(
@@ -83,13 +90,42 @@ CALL_TEXT = '{"name": "weather", "arguments": {"city": "Oslo"}}'
             "prompt": [ASKED],
             "completion": [{**turn} for turn in TOOL_ROW["messages"][1:]],
         },
+        {
+            "tools": [{"name": "weather", "parameters": '{"type": "object"}'}],
+            "messages": [ASKED, calling({"name": "weather", "parameters": {"city": "Oslo"}}), IPYTHON, LAST],
+        },
+        {
+            "tools": [WEATHER],
+            "messages": [
+                ASKED,
+                calling({"name": "weather", "args": {"city": "Oslo"}, "type": "tool_call"}),
+                RESULT,
+                LAST,
+            ],
+        },
+        {"chat_template_kwargs": {"tools": json.dumps([BARE])}, "messages": TOOL_ROW["messages"]},
     ],
-    ids=["tools as text", "bare functions", "earlier OpenAI", "ShareGPT", "prompt and completion"],
+    ids=[
+        "tools as text",
+        "bare functions",
+        "earlier OpenAI",
+        "ShareGPT",
+        "prompt and completion",
+        "Llama",
+        "LangChain",
+        "tools among the variables",
+    ],
 )
 def test_every_spelling_of_a_tool_conversation_gives_the_same_sample(
     row: dict[str, Any], write_jsonl: WriteRows
 ) -> None:
     assert view(*outcomes(row, write_jsonl))[1] == RENDERED
+
+
+@pytest.mark.parametrize("arguments", [None, "", " null ", "{}", {}])
+def test_a_call_without_arguments_has_none(arguments: object) -> None:
+    [call] = read_calls({"tool_calls": [{"name": "now", "arguments": arguments}]}, "turn 1")
+    assert call["function"] == {"name": "now", "arguments": {}}
 
 
 def test_a_rows_own_variables_reach_its_template_alone(write_jsonl: WriteRows) -> None:
@@ -161,6 +197,11 @@ def test_a_broken_tool_conversation_is_dropped_with_its_reason(
         ({"images": ["a.png"]}, "the row has images, and no turn has a part for them"),
         ({"chat_template_kwargs": {"colour": 1}}, "'colour' in chat_template_kwargs, and the chat template"),
         ({"chat_template_kwargs": 7}, "chat_template_kwargs is int"),
+        ({"chat_template_kwargs": {"tools": "weather"}}, "tools is no JSON"),
+        (
+            {"tools": [WEATHER], "chat_template_kwargs": {"tools": [{"name": "stock"}]}},
+            "the row has tools, and others in chat_template_kwargs",
+        ),
     ],
 )
 def test_what_a_row_says_beside_its_turns_is_read_or_the_row_is_dropped(
