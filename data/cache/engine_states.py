@@ -5,7 +5,7 @@ vLLM's speculative method `extract_hidden_states` writes a safetensors file a re
 
 - `token_ids` [T], what the engine read,
 - `hidden_states` [T, L, D], the states behind the layers that it was asked for, before the final norm,
-- `hidden_states_scales` [T, 1, 1] where the states have eight bits.
+- `hidden_states_scales` [T, 1, 1], in early versions [T, 1], where the states have eight bits.
 
 Layers are counted as vLLM counts them: n is the state behind n decoder blocks. Of a model of 32 blocks, 3 is `layer.2.output` and 32 is
 `last.pre_norm`.
@@ -178,7 +178,13 @@ class StatesLayout:
                 )
             states_TLD = file.get_slice(_STATES)[:length]
             if _SCALES in set(file.keys()):
-                states_TLD = states_TLD.float() * file.get_slice(_SCALES)[:length].float()
+                scales = file.get_slice(_SCALES)[:length].float()
+                if scales.numel() != length:
+                    raise ValueError(
+                        f"{path}: {_SCALES} has the shape {list(scales.shape)}; it is one number for each of {length} tokens; let the "
+                        "engine write it again"
+                    )
+                states_TLD = states_TLD.float() * scales.reshape(length, 1, 1)
         if not states_TLD.is_floating_point():
             raise ValueError(
                 f"{path}: {_STATES} is {states_TLD.dtype}, no floating point; let the engine write it again"

@@ -94,13 +94,21 @@ def test_samples_that_are_cut_take_the_beginning_of_their_states(
     same(tmp_path / "own", tmp_path / "read")
 
 
-def test_states_of_eight_bits_are_read_with_their_scales(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(5, 1, 1), (5, 1), (5,)])
+def test_states_of_eight_bits_are_read_with_their_scales(shape: tuple[int, ...], tmp_path: Path) -> None:
     states = torch.randn(5, 2, 32)
     scales = states.abs().amax((1, 2), keepdim=True) / 448
-    packed = {"hidden_states": (states / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales}
+    packed = {"hidden_states": (states / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales.reshape(shape)}
     save_file(packed | {"token_ids": torch.arange(5)}, tmp_path / "hs_0.safetensors")
     got = LAYOUT.read(tmp_path / "hs_0.safetensors", range(5))
     torch.testing.assert_close(got[PRE_NORM], states[:, 1], atol=0.1, rtol=0.07)
+
+
+def test_scales_that_are_not_one_for_each_token_are_an_error(tmp_path: Path) -> None:
+    packed = {"hidden_states": torch.zeros(5, 2, 32), "hidden_states_scales": torch.ones(5, 2)}
+    save_file(packed | {"token_ids": torch.arange(5)}, tmp_path / "hs_0.safetensors")
+    with pytest.raises(ValueError, match=r"hidden_states_scales has the shape \[5, 2\]; it is one number for each"):
+        LAYOUT.read(tmp_path / "hs_0.safetensors", range(5))
 
 
 def test_layers_are_counted_as_the_engine_counts_them() -> None:
