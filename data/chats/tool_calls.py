@@ -10,7 +10,7 @@ from draftsmith.json_rows import UnusableRow, parse_object
 
 TOOL_FIELDS = ("tools", "functions")
 T = TypeVar("T", bound=Mapping[str, Any])
-# JSON texts of no tools at all.
+# What says nothing, as a value or as JSON text.
 _NONE: tuple[object, ...] = (None, "", "null", "None", "[]", [], ())
 # OpenAI's name of a call's arguments, and those of Llama, LangChain and Bedrock, which count where it is absent.
 _ARGUMENT_FIELDS = ("arguments", "parameters", "args", "input")
@@ -33,7 +33,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     Raises:
         UnusableRow: both `tools` and `functions`, anything but a list, or an entry without a function's name.
     """
-    there = [name for name in TOOL_FIELDS if row.get(name) not in _NONE]
+    there = [name for name in TOOL_FIELDS if not says_nothing(row.get(name))]
     if len(there) > 1:
         raise UnusableRow(f"the row has {there[0]} and {there[1]}; one of them is enough")
     if not there:

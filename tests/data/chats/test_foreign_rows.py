@@ -85,7 +85,7 @@ def reason(row: dict[str, Any], write_jsonl: WriteRows, *options: Any) -> str:
         {"prompt": "Is it warm?", "response": ["No."]},
         {"conversations": [{"from": "human", "value": "Is it warm?"}, {"from": "bing", "value": "No."}]},
         {"messages": [ASKED, NO | {"channel": "final", "weight": 1.0, "loss": True, "refusal": None, "audio": None}]},
-        {"messages": [ASKED, NO], "tools": "null"},
+        *[{"messages": [ASKED, NO], "tools": nothing} for nothing in ("null", {})],
         {"messages": [ASKED | FILLED, NO | FILLED | {"tool_calls": "[]"}], "image": {"bytes": None, "path": None}},
         {
             "messages": [
