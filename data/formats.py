@@ -156,9 +156,7 @@ def to_conversation(row: Mapping[str, Any], row_format: Format) -> Conversation:
         return conversation
     tools, variables = _tools_and_variables(row)
     turns = without_fillers(_with_system(row, conversation.turns), tools)
-    conversation = replace(
-        conversation, turns=turns, tools=tools, variables=variables, flaw=conversation.flaw or flaw
-    )
+    conversation = replace(conversation, turns=turns, tools=tools, variables=variables, flaw=conversation.flaw or flaw)
     _check_words(conversation)
     _check_media(row, conversation)
     _check_json(conversation)

@@ -174,7 +174,14 @@ def prompts(
         read.add(place, row, source, split, prefix_words)
     if not read.prompts:
         raise ValueError(f"no usable prompt in {source}: {summary(read.dropped)}; name the format with --format")
-    config = {"source": source, "out": out, "format": read.formats, "validation": validation, "test": test, "seed": seed}
+    config = {
+        "source": source,
+        "out": out,
+        "format": read.formats,
+        "validation": validation,
+        "test": test,
+        "seed": seed,
+    }
     config |= {"limit": limit, "prefix_words": prefix_words, "hub_config": hub_config, "hub_split": hub_split}
     _write(out, read.prompts, read.dropped, config, source)
     if read.unanswered:

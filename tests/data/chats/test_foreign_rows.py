@@ -330,7 +330,11 @@ def test_calls_that_are_turns_of_their_own_belong_to_the_reply_before_them(write
     words, last = {"from": "gpt", "value": "Wait."}, {"from": "gpt", "value": "No."}
     asked, shown = {"from": "human", "value": "Is it warm?"}, '<call>weather {"city": "Oslo"}</call>'
     behind = "<|end|>»<|tool|>9 C<|tool|>8 C" + NO_TEXT
-    rows = {f"{shown}{shown}": [call, call], f"Wait.{shown}{shown}": [words, call, call], f"Wait.{shown}": [words, call]}
+    rows = {
+        f"{shown}{shown}": [call, call],
+        f"Wait.{shown}{shown}": [words, call, call],
+        f"Wait.{shown}": [words, call],
+    }
     for reply, turns in rows.items():
         row = {"conversations": [asked, *turns, *results, last]}
         assert text(row, write_jsonl) == ASKED_TEXT + "<|assistant|>«" + reply + behind
