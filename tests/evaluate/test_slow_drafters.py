@@ -74,6 +74,7 @@ def test_each_temperature_and_drafter_is_judged_by_itself(make_row: RowMaker) ->
     assert len(lines) == 2
     assert any("T = 1 decodes at 0.75 times the speed of prompt lookup" in line for line in lines)
     assert any("eagle" in line and "plain decoding" in line for line in lines)
+    assert ["To try" in line for line in lines] == [False, True], "the advice is the same for all"
 
 
 def test_the_report_carries_the_line_as_text(make_row: RowMaker) -> None:
