@@ -115,7 +115,7 @@ def decode(
         if limits is None and lossy is None:
             limits = head.kept_shapes(model)
         limits = limits or default_for(model, default_limits(head, DraftLimits(draft_length=4)))
-    _warn_of_unknown_draft(lossy, drafter, limits)
+    _warn_of_unknown_draft(lossy, drafter_adapter or drafter, limits)
     settings = for_target(settings_of(draw, filters, model.eos_token_ids, ending.stop), model, tells_text=True)
     engine = Engine(model, head, limits, tokenizer, rule=lossy, compile=compile)
     ids = prompt_ids(tokenizer, prompt, chat, rendering.template, model.eos_token_ids, rendering.options)
@@ -145,7 +145,7 @@ def _print_counts(console: Console, generation: Generation, rule: str | None) ->
 def _warn_of_unknown_draft(
     rule: LossyRule | None, drafter: Path | None, limits: DraftLimits | ShapesByRows | None
 ) -> None:
-    """Of drafts that a judge has not seen; other rules know no drafters."""
+    """Of drafts that a judge has not seen; other rules know no drafters. A drafter with an adapter drafts as the adapter's folder does."""
     if not isinstance(rule, JudgeRule) or drafter is None or not isinstance(limits, DraftLimits):
         return
     said = rule.unknown_draft(str(drafter), drafter_fingerprint(drafter_folder(str(drafter))), limits)

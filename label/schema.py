@@ -144,7 +144,8 @@ def refusal(place: str, field: str, value: object, rule: str, remedy: str) -> Va
         rule: that it breaks.
         remedy: what to do.
     """
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    # A cell of a table may hold a dictionary with keys that JSON has not.
+    shown = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
     if len(shown) > 80:
         shown = f"{shown[:77]}..."
     return ValueError(f"{place}: {field} is {shown}; {rule}; {remedy}")

@@ -2,7 +2,7 @@
 
 Owns the check `shifts`, the accuracy of every draft step, and that under other settings. Does not know decoding.
 
-Shape legend: T packed tokens, A anchors, K draft steps, E head inputs, Vd draft vocabulary.
+Shape legend: T packed tokens, A anchors, P anchors of all samples, K draft steps, E head inputs, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _LOSES, _CLEAR = (
 _TRIED = 16  # samples on which other settings are tried
 _FED = 2  # steps that they are judged by: a wrong place of the last norm shows from the second on
 _MISCONFIGURED = 0.05  # by which another setting must be better to be named
+_DEVIATIONS = 3  # of chance, by which it must lead, too
 _ENOUGH = 30  # predictions below which nothing is concluded
 
 
@@ -159,6 +160,8 @@ def check_steps(case: Case) -> Finding:
 def check_settings(case: Case) -> Finding:
     """Accuracy under settings that the tensors fit as well, such as the place of a norm or the layers that are read: its own must win.
 
+    Another setting is named where it leads by more than chance, too: see :func:`_leads`.
+
     Raises:
         NotChecked: the samples hold too few predictions, or lack the states that every other setting reads.
     """
@@ -167,15 +170,17 @@ def check_settings(case: Case) -> Finding:
     if family is None or type(drafter) is not family.drafter:
         raise NotChecked("it is made of others, whose folders are checked one by one")
     num_steps = min(_FED, max(1, drafter.config.num_draft_steps))
-    own, total = _accuracy(case, drafter, num_steps)
+    own_PK = _outcomes(case, drafter, num_steps)
+    own, total = _share(own_PK), int((own_PK >= 0).sum())
     if total < _ENOUGH:
         raise NotChecked(f"the samples hold {total} predictions only: raise --samples")
-    shares, fitting = dict[str, float](), 0
+    shares, leads, fitting = dict[str, float](), dict[str, bool](), 0
     for setting, other in variants(case):  # one copy of the weights at a time
         fitting += 1
         if _has_states(case, other):
-            shares[setting] = _accuracy(case, other, num_steps)[0]
-    expected = "its own settings win"
+            other_PK = _outcomes(case, other, num_steps)
+            shares[setting], leads[setting] = _share(other_PK), _leads(other_PK, own_PK)
+    expected = "no other leads by more than chance"
     if not fitting:
         measured = "its tensors fit no other settings"
         return Finding("settings", "ok", measured, expected, "", {"as configured": own})
@@ -184,7 +189,7 @@ def check_settings(case: Case) -> Finding:
     setting = max(shares, key=lambda name: shares[name])
     measured = f"right at {own:.1%} as its config says; with {setting} at {shares[setting]:.1%}"
     figures = {"as configured": own, **shares, "predictions": total}
-    if shares[setting] <= own + _MISCONFIGURED:
+    if shares[setting] <= own + _MISCONFIGURED or not leads[setting]:
         return Finding("settings", "ok", measured, expected, "", figures)
     remedy = (
         f"the weights were trained with {setting}: correct that in the config.json of {case.inputs.folder}, or fetch both files of one "
@@ -245,14 +250,30 @@ def _other_settings(fields: Mapping[str, Any], depth: int) -> Iterator[tuple[str
                 yield f"entries {moved}", {"entries": moved}
 
 
-def _accuracy(case: Case, drafter: Drafter, num_steps: int) -> tuple[float, int]:
-    """The share of right predictions of the first steps over some samples, and how many predictions there were."""
-    hits = total = 0
+def _outcomes(case: Case, drafter: Drafter, num_steps: int) -> Tensor:
+    """int8 [P, K]: 1 where a prediction of the first steps over some samples is right, 0 where it is wrong, -1 where there is none."""
+    parts = [torch.empty(0, num_steps, dtype=torch.int8)]
     for sample in case.samples[:_TRIED]:
         if case.target is not None:
             sample = with_states(sample, drafter.features, case.target)
         batch = pack([sample], drafter.features).to(case.ends.device)
         rollout = data_rollout(batch, min(num_steps, drafter.max_draft_steps or num_steps))
-        right_AK = (guesses(drafter, batch, rollout) == rollout.targets) & rollout.valid
-        hits, total = hits + int(right_AK.sum()), total + int(rollout.valid.sum())
-    return hits / max(1, total), total
+        right_AK = (guesses(drafter, batch, rollout) == rollout.targets).to(torch.int8)
+        right_AK = right_AK.masked_fill(~rollout.valid, -1).cpu()
+        parts.append(nn.functional.pad(right_AK, (0, num_steps - right_AK.shape[1]), value=-1))
+    return torch.cat(parts)
+
+
+def _share(outcomes_PK: Tensor) -> float:
+    return int((outcomes_PK == 1).sum()) / max(1, int((outcomes_PK >= 0).sum()))
+
+
+def _leads(other_PK: Tensor, own_PK: Tensor) -> bool:
+    """Whether another setting is right more often than chance explains, on the predictions that both make.
+
+    Only those count that one of the two gets right and the other does not. By chance each is as likely the other's as the own: of n, the
+    lead deviates by sqrt(n).
+    """
+    both_PK = (other_PK >= 0) & (own_PK >= 0)
+    difference_PK = (other_PK - own_PK) * both_PK
+    return int(difference_PK.sum()) > _DEVIATIONS * float(difference_PK.abs().sum()) ** 0.5

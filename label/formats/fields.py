@@ -27,6 +27,10 @@ _ABSENT = ("", "n/a", "na", "none", "null", "nan")
 _WHOLE = re.compile(r"[+-]?\d{1,9}(?:\.0*)?", re.ASCII)
 
 
+class Contradiction(ValueError):
+    """A row of which two fields say different things of its steps."""
+
+
 def is_absent(value: Any) -> bool:
     """Whether a value is none: null, NaN (as tables write null), an empty text, `N/A` or `None`.
 
@@ -164,6 +168,19 @@ def span_of_step(steps: Sequence[str], index: int, place: str, field: str) -> Sp
         raise refusal(place, f"{field}[{index}]", steps[index], "a step is text, and not empty", "correct it")
     start = sum(len(step) + len(STEP_BREAK) for step in steps[:index])
     return (start, start + len(steps[index]))
+
+
+def contradiction(place: str, field: str, value: object, rule: str, remedy: str) -> Contradiction:
+    """The error for a field that another one contradicts.
+
+    Args:
+        place: of the row.
+        field: its name.
+        value: what it holds.
+        rule: what the other one says.
+        remedy: what to do.
+    """
+    return Contradiction(str(refusal(place, field, value, rule, remedy)))
 
 
 def field_of(row: Row, names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from draftsmith.json_rows import Dropped
 from draftsmith.label.formats import calculations, label_studio
 from draftsmith.label.formats.counting import Counting, FirstStep, StepEvidence, counting, num_rows, zero_is_neutral
 from draftsmith.label.formats.detection import Format, detect, fitting_formats
-from draftsmith.label.formats.fields import Row
+from draftsmith.label.formats.fields import Contradiction, Row
 from draftsmith.label.formats.meaning import Meaning, settled
 from draftsmith.label.formats.prm800k import read_prm800k
 from draftsmith.label.formats.repeats import Repeats
@@ -66,41 +66,6 @@ _REFERENCES: dict[str, tuple[str, ...]] = {
     "autojudge": ("answer", "reference"),
     "replies": ("answer", "reference"),
 }
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What a file gave.
-
-    Attributes:
-        answers: with their labels.
-        left_out: the rows that gave none, each with its place and the reason.
-        format: of the rows.
-        notes: what was decided for the whole file, and rows that contradict each other.
-    """
-
-    answers: list[Answer]
-    left_out: list[str]
-    format: Format
-    notes: tuple[str, ...] = ()
-
-
-def read_labelled(path: Path, row_format: Format, origin: LabelSource, first_step: FirstStep = "auto") -> Imported:
-    """Reads all answers of a file into memory; see :class:`LabelledFile`, which gives them row by row.
-
-    Args:
-        path: a JSON, JSON-lines, CSV or Parquet file.
-        row_format: how a row is read; `auto` decides by the fields of the first usable row.
-        origin: what the file does not say.
-        first_step: from which number steps are counted; `auto` decides by the rows.
-
-    Raises:
-        ValueError: see `LabelledFile`.
-    """
-    left_out: list[str] = []
-    file = LabelledFile(path, row_format, origin, first_step)
-    answers = list(file.answers(left_out.append))
-    return Imported(answers, left_out, file.format, tuple(file.notes))
 
 
 class LabelledFile:
@@ -163,19 +128,26 @@ class LabelledFile:
             each answer, with the reference that the file gave it first.
 
         Raises:
-            ValueError: no row of the file can be used (with the first reason).
+            ValueError: no row of the file can be used, or most of those that name a wrong step contradict themselves (with the first
+                reason).
         """
         mistakes = _Mistakes(left_out)
-        num_answers = 0
+        num_answers = num_wrong = 0
         with Repeats() as repeats:
             for place, row in read_rows(str(self._path), dropped=mistakes):
                 for answer in self._answers_of(place, row, mistakes):
                     num_answers += 1
+                    num_wrong += answer.label is not None and answer.label.error is not None
                     yield repeats.agreeing(answer)
                 del row
             if mistakes.first is not None and not num_answers:
                 raise ValueError(
                     f"no row of {self._path} can be used, {mistakes.count} have mistakes; the first: {mistakes.first}"
+                )
+            if mistakes.num_contradictions > max(1, num_wrong):
+                raise ValueError(
+                    f"{mistakes.num_contradictions} rows of {self._path} contradict themselves, more than the {num_wrong} that name a wrong "
+                    f"step and do not; the first: {mistakes.first_contradiction}"
                 )
             self.notes += [*repeats.notes(), *self._rival_notes()]
 
@@ -188,8 +160,8 @@ class LabelledFile:
         except SkippedRow as error:
             mistakes.left_out(f"{place}: {error}")
         except ValueError as error:
-            reason = str(error)
-            mistakes.add(reason if reason.startswith(place) else f"{place}: {reason}")
+            reason = str(error) if str(error).startswith(place) else f"{place}: {error}"
+            mistakes.add(reason, isinstance(error, Contradiction))
         else:
             self._compare(place, row, answers)
             return [_with_reference(answer, row, self.format) for answer in answers]
@@ -232,16 +204,22 @@ class _Mistakes:
         left_out: takes the reasons, those of rows without a mistake too.
         count: of the mistakes.
         first: of them.
+        num_contradictions: rows among them of which two fields contradict each other.
+        first_contradiction: the first of these.
     """
 
     def __init__(self, left_out: Callable[[str], None]) -> None:
         self.left_out = left_out
-        self.count = 0
+        self.count = self.num_contradictions = 0
         self.first: str | None = None
+        self.first_contradiction: str | None = None
 
-    def add(self, reason: str) -> None:
+    def add(self, reason: str, contradicts: bool = False) -> None:
         self.count += 1
         self.first = self.first or reason
+        if contradicts:
+            self.num_contradictions += 1
+            self.first_contradiction = self.first_contradiction or reason
         self.left_out(reason)
 
     def append(self, record: Dropped, /) -> None:

@@ -15,6 +15,7 @@ from draftsmith.label.formats.fields import (
     STEP_BREAK,
     Row,
     check_one_a_step,
+    contradiction,
     field_of,
     is_absent,
     licence_of,
@@ -198,7 +199,8 @@ def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     for name, other in others:
         if _first_bad(other) != _first_bad(ratings):
             rule = f"{name.partition('[')[0]} says something else of the steps"
-            raise refusal(place, first.partition("[")[0], given[first], rule, "take out the one that does not count")
+            remedy = "take out the one that does not count"
+            raise contradiction(place, first.partition("[")[0], given[first], rule, remedy)
     question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, ratings, [], origin.labelled_by, field=field)
 

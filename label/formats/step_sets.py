@@ -15,6 +15,7 @@ from draftsmith.label.formats.fields import (
     QUESTIONS,
     STEP_BREAK,
     Row,
+    contradiction,
     field_of,
     is_absent,
     licence_of,
@@ -144,7 +145,7 @@ def read_step_set(layout: StepLayout, first: int, row: Row, place: str, origin: 
     if wrong and layout.verdict_is_of_steps and _is_wrong(row, layout) is False:
         rule = "another field says that the steps are right"
         said = next(name for name in layout.verdicts if row.get(name) is not None)
-        raise refusal(place, field, row[field], f"{rule}: {said} is {row[said]!r}", "correct either")
+        raise contradiction(place, field, row[field], f"{rule}: {said} is {row[said]!r}", "correct either")
     question, response = _question(row, layout, place), STEP_BREAK.join(steps)
     yield origin.answer(question, response, label, place, model_of(row), licence_of(row))
     if row.get("original_process"):
@@ -209,7 +210,7 @@ def _numbers(row: Row, layout: StepLayout, first: int, place: str) -> list[int]:
     for other, named in others:
         if set(named) - nones != set(numbers) - nones:
             rule = f"{other} is {row[other]!r:.60}, and names other steps"
-            raise refusal(place, field, row[field], rule, "take out the one that does not count")
+            raise contradiction(place, field, row[field], rule, "take out the one that does not count")
     return numbers
 
 

@@ -116,3 +116,34 @@ def test_a_setting_that_the_weights_were_not_trained_with_is_named(
     assert finding.verdict == "fault"
     assert f"trained with {named}: correct that in the config.json of head" in finding.remedy
     assert finding.figures[named] == 1.0
+
+
+RIGHT_40 = torch.ones(40, 1, dtype=torch.int8)
+NEVER = torch.zeros(40, 2, dtype=torch.int8)
+
+
+def gained(count: int) -> Tensor:
+    """Right at so many places of the first step, and nowhere else."""
+    outcomes = NEVER.clone()
+    outcomes[:count, 0] = 1
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "share", "verdict"),
+    [
+        pytest.param(NEVER, gained(9), 9 / 80, "ok", id="three deviations"),
+        pytest.param(NEVER, gained(10), 10 / 80, "fault", id="more than three"),
+        pytest.param(gained(40), torch.cat([RIGHT_40, -RIGHT_40], dim=1), 1.0, "ok", id="right as often, with a step less"),
+    ],
+)
+def test_a_lead_that_chance_explains_is_no_fault(
+    target: Target, own: Tensor, other: Tensor, share: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another setting is right more often by five points and more, over the predictions that it makes."""
+    drafter, rival = made(target, "eagle3"), made(target, "mtp")
+    monkeypatch.setattr(alignment, "variants", lambda case: iter([("other", rival)]))
+    monkeypatch.setattr(alignment, "_outcomes", lambda case, looked, steps: own if looked is drafter else other)
+    case = SimpleNamespace(trainable=drafter, samples=(), target=None, inputs=SimpleNamespace(folder="head"))
+    finding = check_settings(case)  # type: ignore[arg-type]
+    assert (finding.verdict, finding.figures["other"]) == (verdict, share)

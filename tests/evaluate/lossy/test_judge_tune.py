@@ -19,8 +19,11 @@ from draftsmith.evaluate.lossy.paired import change_bounds, problems_needed
 from draftsmith.evaluate.lossy.sweep import Sweep, parts
 from draftsmith.evaluate.lossy.trial import Setting, Trial, best_trial, settings_of_sweep, why_none
 from draftsmith.evaluate.lossy.tune_command import SweepOptions, _kept_shapes, agreement, line_end_ids
-from draftsmith.models import Target, load_tokenizer
+from draftsmith.models import Target, TargetEnds, load_tokenizer
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder, load_drafter
+from draftsmith.models.files.fingerprint import module_fingerprint
 from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, load_judge
+from draftsmith.models.lora.lora_adapter import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.tree.shapes import parse_shape
 
 TARGET, DRAFTER = "embedded:target", "embedded:draft_lm"
@@ -332,8 +335,6 @@ def test_decode_warns_of_drafts_that_the_judge_has_not_seen(
         assert main(["decode", *words, "--shape", "1x4", "--rule", f"judge:{tmp_path / 'judge'}"]) == 0
         return " ".join(capfd.readouterr().err.split())
 
-    from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder
-
     own = drafter_fingerprint(drafter_folder(DRAFTER))
     assert "nobody recorded whose drafts this judge has seen" in warned()
     assert "this judge" not in warned(threshold=1.0)  # it accepts nothing
@@ -341,3 +342,27 @@ def test_decode_warns_of_drafts_that_the_judge_has_not_seen(
     assert warned(drafters=other).count("has seen drafts of runs/eagle, not of embedded:draft_lm") == 1
     assert "not of 1x4" in warned(drafters=[{"name": DRAFTER, "fingerprint": own, "shapes": ["1x16"]}])
     assert "this judge" not in warned(drafters=[{"name": DRAFTER, "fingerprint": own, "shapes": ["1x4"]}])
+
+
+def test_decode_warns_of_an_adapter_whose_drafts_the_judge_has_not_seen(
+    target: Path, drafter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The drafter below it is known, but drafts otherwise with the adapter."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    adapted, own = load_drafter(drafter), module_fingerprint(load_drafter(drafter))
+    add_adapter(adapted, LoraSettings(rank=2), "a")
+    save_adapter(adapted, adapter, "a", AdapterBond.of(adapted, str(drafter), own))
+    size = TargetEnds.load(str(target)).hidden_size
+
+    def warned(seen: Path, *names: object) -> str:
+        known = {"name": "known", "fingerprint": drafter_fingerprint(drafter_folder(str(seen))), "shapes": ["1x2"]}
+        Judge(JudgeConfig(hidden_size=size, threshold=0.5, drafters=[known])).save_pretrained(tmp_path / "judge")  # type: ignore[list-item]
+        words = ["--prompt", "Tom has 3 pens.", "--target", target, "--max_new_tokens", 4, "--shape", "1x2"]
+        words += ["--rule", f"judge:{tmp_path / 'judge'}", "--drafter_adapter", adapter, *names]
+        assert main(["decode", *map(str, words)]) == 0
+        return " ".join(capfd.readouterr().err.split())
+
+    for names in ((), ("--drafter", drafter)):
+        assert "drafts of known, not of" in warned(drafter, *names)
+        assert "this judge" not in warned(adapter, *names)

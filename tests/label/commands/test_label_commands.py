@@ -176,6 +176,22 @@ def test_import_says_how_it_counted_and_lists_every_row_that_it_leaves_out(
         assert [answer.label.error for answer in store.answers() if answer.label is not None] == [(2, 3), None]
 
 
+def test_a_file_that_contradicts_itself_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, steps = tmp_path / "labels.db", {"model_output_steps": ["a", "b"]}
+    options = ["--store", place, "--licence", "MIT"]
+    for name, others in (("good", (None, None, None)), ("bad", (None, 2, 2))):
+        numbers = zip((None, 1, 1), others, strict=True)
+        rows = [steps | {"question": f"{name}{at}", "first_error_step": number, "first_wrong_step": other}
+                for at, (number, other) in enumerate(numbers)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("import", "--source", tmp_path / "good.jsonl", *options) == 0
+    assert run("import", "--source", tmp_path / "bad.jsonl", *options) != 0
+    assert "2 rows of" in (said := capsys.readouterr().err)
+    assert "contradict themselves, more than the 0 that name a wrong step and do not" in said
+    with Store(str(place)) as store:
+        assert len(store.answers()) == 3
+
+
 def test_a_file_of_skipped_rows_only_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, place = tmp_path / "in.jsonl", tmp_path / "labels.db"
     path.write_text(json.dumps({"problem": "q", "steps": ["a"], "ratings": [None], "tail": ""}) + "\n")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from labelled_files import read_labelled
 
 from draftsmith.label.formats.counting import StepNumber, counting
-from draftsmith.label.formats.importers import read_labelled
 from draftsmith.label.store.label_source import LabelSource
 
 STEPS = ["s0", "s1", "s2", "s3"]

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labelled_files import Imported, read_labelled
 
-from draftsmith.label.formats.importers import Imported, detect, read_labelled
+from draftsmith.label.formats.importers import detect
 from draftsmith.label.store.label_source import LabelSource
 
 STEPS = ["a", "b", "c", "d"]

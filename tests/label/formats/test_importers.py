@@ -3,8 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labelled_files import Imported, read_labelled
 
-from draftsmith.label.formats.importers import Imported, read_labelled
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.label_source import LabelSource
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labelled_files import read_labelled
 
-from draftsmith.label.formats.importers import read_labelled
 from draftsmith.label.formats.label_studio import write_tasks
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.label_source import LabelSource

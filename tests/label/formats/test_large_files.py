@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from labelled_files import read_labelled
 
 from draftsmith.label.formats import importers
-from draftsmith.label.formats.importers import LabelledFile, read_labelled
+from draftsmith.label.formats.importers import LabelledFile
 from draftsmith.label.formats.repeats import Repeats
 from draftsmith.label.schema import Answer, Label
 from draftsmith.label.store.label_source import LabelSource

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from labelled_files import read_labelled
 
-from draftsmith.label.formats.importers import read_labelled
 from draftsmith.label.page.markable_spans import Cutter
 from draftsmith.label.page.server import LabellingActions
 from draftsmith.label.store.label_source import LabelSource

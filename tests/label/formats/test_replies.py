@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labelled_files import Imported, read_labelled
 
-from draftsmith.label.formats.importers import Imported, read_labelled
 from draftsmith.label.store.label_source import LabelSource
 
 ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 3 + 4?"}]

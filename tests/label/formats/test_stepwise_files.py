@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from labelled_files import Imported, read_labelled
 
 from draftsmith.data.sources import read_rows
 from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.fields import unpacked, whole
-from draftsmith.label.formats.importers import Imported, read_labelled
 from draftsmith.label.formats.label_studio import write_tasks
 from draftsmith.label.schema import Answer, write_answers
 from draftsmith.label.store.label_source import LabelSource
@@ -296,6 +296,13 @@ def test_a_cell_in_which_numpy_wrote_a_list_is_no_single_step(tmp_path: Path) ->
     (tmp_path / "in.csv").write_text(f'problem,steps,label\nq,"{NUMPY_CELL}",1\n')
     with pytest.raises(ValueError, match=r"steps is .*; it is a list; correct it; in a table write it as JSON"):
         read_file(tmp_path / "in.csv")
+
+
+def test_a_cell_with_keys_that_json_has_not_is_left_out_in_words(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text('problem,steps,label\nq,"[{(1, 2): 3}]",1\nq,"[\'a\', \'b\']",1\n')
+    imported = read_file(tmp_path / "in.csv")
+    assert [wrong(answer) for answer in imported.answers] == ["b"]
+    assert "steps[0] is {}; a step is text, or an object with text" in imported.left_out[0]
 
 
 @given(st.integers(-(10**8), 10**8))
