@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from draftsmith.label.formats.fields import (
+    QUESTIONS,
     Row,
     check_one_a_step,
+    field_of,
     is_absent,
     list_of,
     texts_of,
@@ -56,7 +58,7 @@ def _flat(row: Row, place: str, origin: LabelSource) -> RatedSteps:
     tail = row.get("tail") or ""
     if not isinstance(tail, str):
         raise refusal(place, "tail", tail, "it is text", "correct it")
-    question = value_of(row, "problem" if "problem" in row or "question" not in row else "question", place)
+    question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, rated, [tail] if tail else [], origin.labelled_by)
 
 

@@ -239,7 +239,8 @@ def _numbers_in(row: Row, field: str, layout: StepLayout, first: int, place: str
 
 def _is_wrong(row: Row, layout: StepLayout) -> bool | None:
     for field in layout.verdicts:
-        said = str(row.get(field)).strip().lower()
+        number = whole(row.get(field))  # tables write 0 as 0.0
+        said = str(row.get(field) if number is None else number).strip().lower()
         if said in _RIGHT or said in _WRONG:
             return said in _WRONG
     if layout.ends is not None:

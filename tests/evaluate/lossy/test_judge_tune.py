@@ -22,7 +22,7 @@ from draftsmith.evaluate.lossy.tune_command import SweepOptions, _kept_shapes, a
 from draftsmith.models import Target, TargetEnds, load_tokenizer
 from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, drafter_folder, load_drafter
 from draftsmith.models.files.fingerprint import module_fingerprint
-from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, load_judge
+from draftsmith.models.judge import WITH_OPINION, Judge, JudgeConfig, JudgedDrafter, load_judge
 from draftsmith.models.lora.lora_adapter import AdapterBond, LoraSettings, add_adapter, save_adapter
 from draftsmith.models.tree.shapes import parse_shape
 
@@ -356,13 +356,15 @@ def test_decode_warns_of_an_adapter_whose_drafts_the_judge_has_not_seen(
     size = TargetEnds.load(str(target)).hidden_size
 
     def warned(seen: Path, *names: object) -> str:
-        known = {"name": "known", "fingerprint": drafter_fingerprint(drafter_folder(str(seen))), "shapes": ["1x2"]}
-        Judge(JudgeConfig(hidden_size=size, threshold=0.5, drafters=[known])).save_pretrained(tmp_path / "judge")  # type: ignore[list-item]
+        # Another name each time: Python shows a warning of the same words once.
+        fingerprint = drafter_fingerprint(drafter_folder(str(seen)))
+        known = JudgedDrafter(name=f"known-{len(names)}", fingerprint=fingerprint, shapes=["1x2"])
+        Judge(JudgeConfig(hidden_size=size, threshold=0.5, drafters=[known])).save_pretrained(tmp_path / "judge")
         words = ["--prompt", "Tom has 3 pens.", "--target", target, "--max_new_tokens", 4, "--shape", "1x2"]
         words += ["--rule", f"judge:{tmp_path / 'judge'}", "--drafter_adapter", adapter, *names]
         assert main(["decode", *map(str, words)]) == 0
         return " ".join(capfd.readouterr().err.split())
 
     for names in ((), ("--drafter", drafter)):
-        assert "drafts of known, not of" in warned(drafter, *names)
+        assert f"drafts of known-{len(names)}, not of" in warned(drafter, *names)
         assert "this judge" not in warned(adapter, *names)

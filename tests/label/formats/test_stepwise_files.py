@@ -111,6 +111,23 @@ def test_mr_gsm8k_counts_from_1_and_a_wrong_solution_without_a_step_is_unplaced(
     assert "the steps are right: model_output_solution_correctness is 'correct'" in imported.left_out[0]
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "label"),
+    [(("wrong", False, 0, 0.0, "0.0", "0"), "unplaced"), (("correct", True, 1, 1.0, "1.0", "1", None), "correct")],
+)
+def test_a_verdict_counts_however_a_table_writes_it(tmp_path: Path, verdicts: tuple[Any, ...], label: str) -> None:
+    row = {"model_output_steps": STEPS, "first_error_step": "N/A"}
+    rows = [row | {"question": str(at), "solution_correctness": verdict} for at, verdict in enumerate(verdicts)]
+    assert [wrong(answer) for answer in read(tmp_path, *rows).answers] == [label] * len(verdicts)
+
+
+@pytest.mark.parametrize("question", ["problem", "question", "prompt", "input", "instruction"])
+def test_flat_ratings_have_their_question_under_any_usual_name(tmp_path: Path, question: str) -> None:
+    imported = read(tmp_path, {question: "How many?", "steps": STEPS, "ratings": [1, 0, -1]})
+    assert (imported.format, imported.answers[0].messages[0]["content"]) == ("prm800k", "How many?")
+    assert wrong(imported.answers[0]) == STEPS[2]
+
+
 def test_mr_ben_shows_the_options_that_the_model_saw(tmp_path: Path) -> None:
     row = {"Question": "Which?", "Options": "A: 7\nB: 8", "Sampled_Model": "some-7b", "Model_Solution_Steps": STEPS}
     row |= {
