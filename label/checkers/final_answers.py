@@ -20,6 +20,8 @@ _NUMBER = re.compile(
     rf"|(?P<left>{_DECIMAL})(?:/(?P<right>{_DECIMAL}))?)"
     r"(?![\d/]|[.,]\d)"
 )
+# How LaTeX keeps a thousands separator from spreading: 1{,}000 and 1,\!000.
+_LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})")
 # Numbers that a text marks as its answer. A heading such as "#### Step 2" marks none.
 _MARK = re.compile(r"####\s*(?:the\s+)?(?:final\s+)?(?:answer\s*(?:is|:|=)?)?\s*|\\boxed\{\s*", re.IGNORECASE)
 
@@ -39,9 +41,9 @@ _ALONE = re.compile(
 def final_number(text: str) -> str | None:
     r"""The number that a text gives as its answer, or None where it holds none.
 
-    That is the last number marked by `####` or `\boxed{}`, or else the last number of all. Thousands separators, currency and per cent
-    signs, a trailing `.0` and the kind of minus sign do not count. Fractions (`3/4`, `1 1/2`, `\frac{3}{4}`) and decimals are the same
-    number where they are equal.
+    That is the last number marked by `####` or `\boxed{}`, or else the last number of all. Thousands separators (LaTeX's `{,}` and `,\!`,
+    too), currency and per cent signs, a trailing `.0` and the kind of minus sign do not count. Fractions (`3/4`, `1 1/2`, `\frac{3}{4}`) and
+    decimals are the same number where they are equal.
 
     Args:
         text: of an answer.
@@ -49,6 +51,7 @@ def final_number(text: str) -> str | None:
     Returns:
         an integer, or a fraction in lowest terms: "-$1,234.50" gives "-2469/2".
     """
+    text = _LATEX_COMMA.sub(",", text)
     last = None
     for mark in _MARK.finditer(text):
         number = _NUMBER.match(text, mark.end())
