@@ -42,8 +42,8 @@ def final_number(text: str) -> str | None:
     r"""The number that a text gives as its answer, or None where it holds none.
 
     That is the last number marked by `####` or `\boxed{}`, or else the last number of all. Thousands separators (LaTeX's `{,}` and `,\!`,
-    too), currency and per cent signs, a trailing `.0` and the kind of minus sign do not count. Fractions (`3/4`, `1 1/2`, `\frac{3}{4}`) and
-    decimals are the same number where they are equal.
+    too), currency and per cent signs, a trailing `.0` and the kind of minus sign do not count. Fractions (`3/4`, `1 1/2`, `\frac{3}{4}`)
+    and decimals are the same number where they are equal.
 
     Args:
         text: of an answer.

@@ -146,8 +146,8 @@ class LabelledFile:
                 )
             if mistakes.num_contradictions > max(1, num_wrong):
                 raise ValueError(
-                    f"{mistakes.num_contradictions} rows of {self._path} contradict themselves, more than the {num_wrong} that name a wrong "
-                    f"step and do not; the first: {mistakes.first_contradiction}"
+                    f"{mistakes.num_contradictions} rows of {self._path} contradict themselves, more than the {num_wrong} that name a "
+                    f"wrong step and do not; the first: {mistakes.first_contradiction}"
                 )
             self.notes += [*repeats.notes(), *self._rival_notes()]
 
