@@ -134,7 +134,9 @@ def gained(count: int) -> Tensor:
     [
         pytest.param(NEVER, gained(9), 9 / 80, "ok", id="three deviations"),
         pytest.param(NEVER, gained(10), 10 / 80, "fault", id="more than three"),
-        pytest.param(gained(40), torch.cat([RIGHT_40, -RIGHT_40], dim=1), 1.0, "ok", id="right as often, with a step less"),
+        pytest.param(
+            gained(40), torch.cat([RIGHT_40, -RIGHT_40], dim=1), 1.0, "ok", id="right as often, with a step less"
+        ),
     ],
 )
 def test_a_lead_that_chance_explains_is_no_fault(

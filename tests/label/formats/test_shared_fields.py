@@ -189,7 +189,9 @@ def test_import_stops_where_more_rows_contradict_themselves_than_name_a_wrong_st
     steps = {"question": "q", "model_output_steps": STEPS}
     pairs = [("N/A", -1), (3, 3), (2, 1), (3, 2)]
     numbers = [steps | {"first_error_step": first, "first_wrong_step": other} for first, other in pairs]
-    with pytest.raises(ValueError, match=r"2 rows of .* contradict themselves, more than the 1 that .*:3: first_error_step is 2"):
+    with pytest.raises(
+        ValueError, match=r"2 rows of .* contradict themselves, more than the 1 that .*:3: first_error_step is 2"
+    ):
         read(tmp_path, *numbers)
     assert wrong(read(tmp_path, *numbers, numbers[1])) == [None, "c", "c"]
     verdicts = [steps | {"first_error_step": at, "solution_correctness": "correct"} for at in (3, 2)]
@@ -197,7 +199,9 @@ def test_import_stops_where_more_rows_contradict_themselves_than_name_a_wrong_st
         read(tmp_path, steps | {"first_error_step": "N/A"}, *verdicts)
     lists = [{"question": "q", "steps": STEPS, "labels": B, "ratings": listed} for listed in (C, A)]
     with pytest.raises(ValueError, match="2 rows .* more than the 0 .*ratings says something else"):
-        read(tmp_path, {"question": "q", "steps": STEPS, "labels": ALL, "ratings": ALL}, *lists, row_format="step-labels")
+        read(
+            tmp_path, {"question": "q", "steps": STEPS, "labels": ALL, "ratings": ALL}, *lists, row_format="step-labels"
+        )
 
 
 def test_steps_in_one_text_with_a_mark_behind_each_are_cut_there(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def test_a_cell_in_which_numpy_wrote_a_list_is_no_single_step(tmp_path: Path) ->
 
 
 def test_a_cell_with_keys_that_json_has_not_is_left_out_in_words(tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_text('problem,steps,label\nq,"[{(1, 2): 3}]",1\nq,"[\'a\', \'b\']",1\n')
+    (tmp_path / "in.csv").write_text("problem,steps,label\nq,\"[{(1, 2): 3}]\",1\nq,\"['a', 'b']\",1\n")
     imported = read_file(tmp_path / "in.csv")
     assert [wrong(answer) for answer in imported.answers] == ["b"]
     assert "steps[0] is {}; a step is text, or an object with text" in imported.left_out[0]
