@@ -195,10 +195,10 @@ def test_import_stops_where_more_rows_contradict_themselves_than_name_a_wrong_st
         read(tmp_path, *numbers)
     assert wrong(read(tmp_path, *numbers, numbers[1])) == [None, "c", "c"]
     verdicts = [steps | {"first_error_step": at, "solution_correctness": "correct"} for at in (3, 2)]
-    with pytest.raises(ValueError, match="2 rows .* more than the 0 .*solution_correctness is 'correct'"):
+    with pytest.raises(ValueError, match=r"2 rows .* more than the 0 .*solution_correctness is 'correct'"):
         read(tmp_path, steps | {"first_error_step": "N/A"}, *verdicts)
     lists = [{"question": "q", "steps": STEPS, "labels": B, "ratings": listed} for listed in (C, A)]
-    with pytest.raises(ValueError, match="2 rows .* more than the 0 .*ratings says something else"):
+    with pytest.raises(ValueError, match=r"2 rows .* more than the 0 .*ratings says something else"):
         read(
             tmp_path, {"question": "q", "steps": STEPS, "labels": ALL, "ratings": ALL}, *lists, row_format="step-labels"
         )
