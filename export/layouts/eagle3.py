@@ -8,6 +8,7 @@ Shape legend: D hidden, V vocabulary, Vd draft vocabulary, n fused layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.eagle3 import SWITCHES, Eagle3, Eagle3Config
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import TOKEN_OR_NULL, check_fields
-from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
+from draftsmith.models.files.tables import Table, TensorSpec, membership, regular_maps, target_ids
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
 
-WHAT, MASK = "EAGLE-3", "mask_hidden"
+WHAT, MASK, HEAD = "EAGLE-3", "mask_hidden", "lm_head.weight"
 ARCHITECTURE, PARALLEL_ARCHITECTURE = "LlamaForCausalLMEagle3", "PeagleLlamaForCausalLM"
 LAYER, OTHER_LAYER = "midlayer", "layers.0"
 
@@ -82,6 +83,8 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
         notes.append(
             "Its residual is the normalised state (`norm_before_residual`). vLLM computes that; SGLang and the official code do not."
         )
+    if drafter.config.attention_bias:
+        notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and no engine was tried with them.")
     if PRE_NORM in drafter.config.layers:
         notes.append("It reads the last block's output, which vLLM captures; no other engine was tried with it.")
     _write(drafter, folder, ends, tensors)
@@ -92,10 +95,11 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`.
 
     Raises:
-        ValueError: as there; or a switch of EAGLE-3.1 is on, which TensorRT-LLM does not read.
+        ValueError: as there; or a switch of EAGLE-3.1 is on, or attention has biases, which TensorRT-LLM does not read.
     """
     refuse_parallel(drafter.config)
-    if on := [name for name, value in drafter.config.switches.items() if value]:
+    config = drafter.config
+    if on := [name for name, value in (config.switches | {"attention_bias": config.attention_bias}).items() if value]:
         raise ValueError(
             f"this drafter has {', '.join(on)}, which TensorRT-LLM does not read; export it with --layout eagle3 for vLLM"
         )
@@ -121,7 +125,7 @@ def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict
     config = drafter.config
     architecture = PARALLEL_ARCHITECTURE if config.parallel else ARCHITECTURE
     fields = {"architectures": [architecture], **llama_fields(config, drafter.dtype, ends)}
-    fields["draft_vocab_size"] = len(tensors["lm_head.weight"])
+    fields["draft_vocab_size"] = len(tensors[HEAD])
     fields |= {name: True for name, value in config.switches.items() if value}
     if config.parallel:
         fields["mask_token_id"] = config.mask_token_id
@@ -146,11 +150,12 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
             not the target's.
     """
-    settings, depth = layer_settings(fields, where, understood=SWITCHES), num_layers(ends)
+    settings, depth = layer_settings(fields, where, understood=(*SWITCHES, "attention_bias")), num_layers(ends)
     size = fields.get("draft_vocab_size")
     config = Eagle3Config(
         **settings,
         **_switches(fields),
+        attention_bias=bool(fields.get("attention_bias")),
         **_masks(fields, tensors, where),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
         draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),
@@ -158,8 +163,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     )
     config.check(where, "correct it by hand")
     layer = OTHER_LAYER if any(name.startswith(f"{OTHER_LAYER}.") for name in tensors) else LAYER
-    # Older software saves the frequencies, which the config says.
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = _regular(tensors, config, ends, where)
     engine_table(config, layer, where).check(tensors, where)
     kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
     kept.pop("t2d", None)
@@ -167,6 +171,29 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     if embedding is not None and ends is not None:
         refuse_other_embedding(embedding, ends, where)
     return assemble(Eagle3, config, kept)
+
+
+def _regular(
+    tensors: Mapping[str, Tensor], config: Eagle3Config, ends: TargetEnds | None, where: str
+) -> dict[str, Tensor]:
+    """The tensors as the table has them, where other software writes the same in another form, or leaves the target's own head out.
+
+    Raises:
+        ValueError: the head is the target's, and no target is at hand.
+    """
+    # Older software saves the frequencies, which the config says.
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    kept = regular_maps(kept, config.vocab_size)
+    if MASK in kept and kept[MASK].ndim == 2 and len(kept[MASK]) == 1:
+        kept[MASK] = kept[MASK][None]
+    if HEAD in kept or "d2t" in kept or config.draft_vocab_size is not None:
+        return kept
+    if ends is None:
+        raise ValueError(f"{where} holds no {HEAD}, so its head is the target's; add --target")
+    warnings.warn(f"{where} holds no {HEAD}; a copy of the target's head takes its place, as in vLLM", stacklevel=2)
+    dtype = next((tensor.dtype for tensor in kept.values() if tensor.is_floating_point()), ends.dtype)
+    kept[HEAD] = (ends.head_weight.detach() * ends.logit_scale).cpu().to(dtype)
+    return kept
 
 
 def _switches(fields: Mapping[str, Any]) -> dict[str, bool]:

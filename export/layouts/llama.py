@@ -29,6 +29,7 @@ _RULES: dict[str, Rule] = {
     "rope_scaling": OBJECT,
     "eagle_config": OBJECT,
     "layer_types": LIST,
+    "attention_bias": FLAG,
     **dict.fromkeys(SWITCHES, FLAG),
 }
 # What our layer is. Another value means another computation, which loading the weights alone would hide.
@@ -71,7 +72,7 @@ def llama_fields(config: LayerConfig, dtype: torch.dtype, ends: TargetEnds | Non
         "max_position_embeddings": _context(config, ends),
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else dict(sorted(rope.items())),
-        "attention_bias": False,
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -141,7 +142,8 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Colle
     width = fields.get("target_hidden_size")
     if width is not None and width != fields["hidden_size"]:
         faults.append(f"target_hidden_size {width!r}")
-    others = dict.fromkeys(str(kind) for kind in fields.get("layer_types") or () if kind != "full_attention")
+    known = ("full_attention", "sliding_attention") if "layer_types" in understood else ("full_attention",)
+    others = dict.fromkeys(str(kind) for kind in fields.get("layer_types") or () if kind not in known)
     faults += [f"layer_types with {kind.replace('_', ' '):.40}" for kind in others]
     if faults:
         raise ValueError(

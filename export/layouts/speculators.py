@@ -117,7 +117,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             refuses.
     """
     kept = without_verifier(tensors, ends, where)
-    if fields.get(_RESIDUAL) is None:
+    if fields.get(_RESIDUAL) is None and algorithm_of(fields) == "eagle3":  # of a P-EAGLE, vLLM takes false as well
         warnings.warn(
             f"{where}: {CONFIG} does not name {_RESIDUAL}; draftsmith and the speculators package take false, vLLM takes true: add it",
             stacklevel=2,
@@ -144,9 +144,10 @@ def flat_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(layer, Mapping) or layer.get("model_type") != "llama":
         raise ValueError(f"{where}: transformer_layer_config is not a Llama layer's; such a drafter cannot be read")
     own = {name: value for name, value in fields.items() if name != "transformer_layer_config"}
-    # The package leaves out what equals Llama's defaults.
+    # The package leaves out what equals Llama's defaults. What is null is left out, too.
     defaults = LlamaConfig()
-    return {**{name: getattr(defaults, name) for name in SIZES}, **layer, **own}
+    given = [{name: value for name, value in part.items() if value is not None} for part in (layer, own)]
+    return {**{name: getattr(defaults, name) for name in SIZES}, **given[0], **given[1]}
 
 
 def eagle_tensors(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -149,6 +149,24 @@ class DraftSlots:
         slot_S = counting(self.cache.window, positions_BE.device)
         return self._within_window(slot_S <= positions_BE[..., None], positions_BE)[:, None]
 
+    def block_mask(self, block_BS: Tensor, window: int | None, causal: bool) -> Tensor | None:
+        """Let the slots of a block see the text and their block.
+
+        Args:
+            block_BS: int64, their positions.
+            window: a slot sees only so many of the last positions, its own among them; None for all. No block is longer.
+            causal: a slot sees no later slot of its block.
+
+        Returns:
+            bool [B, 1, num_slots, S], or None where a slot sees all.
+        """
+        mask = self.text_mask(block_BS if causal else block_BS[:, -1:])
+        if window is not None and self.cache.window > window:
+            slot_S = counting(self.cache.window, block_BS.device)
+            near_B1NS = (slot_S > block_BS[..., None] - window)[:, None]
+            mask = near_B1NS if mask is None else mask & near_B1NS
+        return None if mask is None else mask.expand(-1, -1, block_BS.shape[1], -1)
+
     def aim_nodes(self, above_BM: Tensor) -> Tensor | None:
         """Aim the cache at M new nodes below those of the last call.
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from draftsmith.models.drafters.draft_records import Cycle
@@ -48,13 +49,14 @@ class Eagle3Config(EagleConfig):
         norm_output: what a draft step feeds to the next is the output after the final norm.
         parallel: no step reads what was drafted before it; the steps behind the first are fed a mask.
         mask_token_id: with ``parallel``, an unused token of the target whose embedding these steps are fed.
+        attention_bias: the four projections of attention have biases, as some public heads do.
     """
 
     model_type = "draftsmith_eagle3"
     rules: ClassVar[Mapping[str, Rule]] = {
         **EagleConfig.rules,
         "layers": NAMES,
-        **dict.fromkeys((*SWITCHES, "parallel"), FLAG),
+        **dict.fromkeys((*SWITCHES, "parallel", "attention_bias"), FLAG),
         "mask_token_id": TOKEN_OR_NULL,
     }
 
@@ -67,6 +69,7 @@ class Eagle3Config(EagleConfig):
         norm_output: bool = False,
         parallel: bool = False,
         mask_token_id: int | None = None,
+        attention_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -74,6 +77,7 @@ class Eagle3Config(EagleConfig):
         self.norm_before_residual, self.norm_before_fc = norm_before_residual, norm_before_fc
         self.fc_norm, self.norm_output = fc_norm, norm_output
         self.parallel, self.mask_token_id = parallel, mask_token_id
+        self.attention_bias = attention_bias
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -88,6 +92,12 @@ class Eagle3Config(EagleConfig):
                 f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
             )
         return super().fault()
+
+    def llama(self) -> LlamaConfig:
+        """See :meth:`LayerConfig.llama`."""
+        layer = super().llama()
+        layer.attention_bias = self.attention_bias
+        return layer
 
     @property
     def switches(self) -> dict[str, bool]:

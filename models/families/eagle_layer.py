@@ -21,7 +21,7 @@ class DraftAttention(nn.Module):
     """The four projections, named as Llama names them.
 
     Args:
-        config: heads and sizes.
+        config: heads and sizes, and whether the projections have biases.
         width: I.
     """
 
@@ -31,10 +31,11 @@ class DraftAttention(nn.Module):
         size = config.head_dim or config.hidden_size // heads
         self.head_dim = size
         self.num_groups = groups
-        self.q_proj = nn.Linear(width, heads * size, bias=False)
-        self.k_proj = nn.Linear(width, groups * size, bias=False)
-        self.v_proj = nn.Linear(width, groups * size, bias=False)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=False)
+        has_bias = bool(config.attention_bias)
+        self.q_proj = nn.Linear(width, heads * size, bias=has_bias)
+        self.k_proj = nn.Linear(width, groups * size, bias=has_bias)
+        self.v_proj = nn.Linear(width, groups * size, bias=has_bias)
+        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=has_bias)
 
 
 class DraftLayer(nn.Module):

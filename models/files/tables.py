@@ -178,6 +178,28 @@ def num_drafted(tensors: Mapping[str, Tensor], where: str, name: str = "d2t") ->
     return len(tensors[name])
 
 
+def regular_maps(tensors: Mapping[str, Tensor], vocab_size: object) -> dict[str, Tensor]:
+    """Give the maps of a draft vocabulary the form that they have here: other software also writes them where no token is left out.
+
+    Args:
+        tensors: by name; ``d2t`` int32 or int64 [Vd] and ``t2d`` bool [V], where they are there.
+        vocab_size: V.
+
+    Returns:
+        The tensors with an int64 ``d2t``; without both maps where ``d2t`` maps each of V tokens to itself and ``t2d`` marks all.
+    """
+    regular = dict(tensors)
+    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
+    if d2t is None or d2t.dtype not in (torch.int64, torch.int32) or d2t.ndim != 1:
+        return regular
+    regular["d2t"] = d2t.to(torch.int64)
+    is_whole = len(d2t) == vocab_size and not bool(d2t.any())
+    if is_whole and (t2d is None or (t2d.dtype == torch.bool and t2d.shape == d2t.shape and bool(t2d.all()))):
+        regular.pop("d2t")
+        regular.pop("t2d", None)
+    return regular
+
+
 def _map_fault(given: Tensor, *dtypes: torch.dtype) -> str:
     """What is wrong with dtype or shape of a map between two vocabularies; empty where nothing is."""
     if given.dtype in dtypes and given.ndim == 1 and len(given):

@@ -136,7 +136,7 @@ class FilesForward:
         if self.third:
             for part in ("q_proj", "k_proj", "v_proj"):
                 shape = reversed(own[f"self_attn.{part}.weight"].shape)
-                setattr(self.layer.self_attn, part, nn.Linear(*shape, bias=False))
+                setattr(self.layer.self_attn, part, nn.Linear(*shape, bias=f"self_attn.{part}.bias" in own))
             self.layer.hidden_norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         else:
             self.layer.input_layernorm = nn.Identity()

@@ -3,7 +3,8 @@
 Owns their config fields, and which drafter each can hold. Engines read some of them differently:
 
 - Layers are counted from 0 in ``target_layer_ids``, and from 1 in ``eagle_aux_hidden_state_layer_ids``, which vLLM prefers.
-- ``is_causal`` at the top is for both engines, ``dflash_config.causal`` for vLLM. Without either, full attention sees the whole block.
+- ``is_causal`` at the top is for both engines, ``dflash_config.causal`` for vLLM. Without either, full attention sees the whole block, and
+  layers with a sliding window see no later slot.
 - vLLM refuses a DFlash whose root's slot predicts. A DSpark is ``Qwen3DSparkModel`` to it; ``DSparkDraftModel`` is another model.
 
 Knows nothing of cards and commands.
@@ -40,7 +41,7 @@ from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.families.block.block_layer import GROUP
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
 from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, PARTS, Rule, check_fields, is_whole
-from draftsmith.models.files.tables import num_drafted
+from draftsmith.models.files.tables import num_drafted, regular_maps
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
 from draftsmith.models.target.ends import TargetEnds
@@ -69,6 +70,7 @@ _RULES: dict[str, Rule] = {
     "draft_vocab_size": COUNT,
     "is_causal": FLAG,
     "causal": FLAG,
+    "sliding_window_non_causal": FLAG,
     "sample_from_anchor": FLAG,
     "shift_label": FLAG,
     "markov_rank": (lambda value: is_whole(value, 0), "a whole number of at least 0"),
@@ -86,7 +88,6 @@ _FIXED: dict[str, Any] = {
     "is_neox_style": True,
     "use_swa": False,
     "attention_sink_bias": False,
-    "use_sliding_window": False,
     "conv_kernel_size": 2,
     "conv_group_size": GROUP,
 }
@@ -214,6 +215,11 @@ def engine_notes(config: BlockConfig) -> list[str]:
         notes.append(
             "vLLM reads its draft vocabulary. SGLang drops the head of a DSpark and scores the whole vocabulary."
         )
+    if config.sliding_layers:
+        notes.append(
+            f"Its layers {config.sliding_layers} have a sliding window of {config.sliding_window}. No engine was tried with that. In the "
+            "speculators package the window of all slots begins so many tokens before the root."
+        )
     return notes
 
 
@@ -224,15 +230,15 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds | None) -> dict[s
         "mask_token_id": refuse_learned_mask(config),
         "target_layer_ids": [count - 1 for count in block_counts(config.layers, depth)],
         "block_size": config.block_size,
-        "causal": config.causal,
     }
     fields = {
         "architectures": [_ARCHITECTURES[kind]],
         **qwen3_fields(config, drafter.dtype, ends),
         "block_size": config.block_size,
-        "is_causal": config.causal,
         _NESTED: nested,
     }
+    if config.causal or not config.sliding_causal:
+        fields["is_causal"] = nested["causal"] = config.causal
     if depth is not None:
         fields["num_target_layers"] = depth
     if config.draft_vocab_size is not None:
@@ -271,19 +277,20 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: a field is missing or breaks its rule, two fields contradict each other, the layers compute what ours do not, or the
             tensors are not those of the config.
     """
-    flat = _flat(fields, where)
+    flat, tensors = _flat(fields, where), regular_maps(tensors, fields.get("vocab_size"))
     refuse_other_computation(flat, where)
     if ends is not None and EMBEDDING not in tensors:
         refuse_other_scale(flat, ends, where)
     size = _draft_vocabulary(flat, tensors, where)
     _refuse_other_depth(flat, ends, where)
+    settings = qwen3_settings(fields, where)
     config = BlockConfig(
-        **qwen3_settings(fields, where),
+        **settings,
         **_correction(flat),
         layers=layer_names(_counts(flat, where), num_layers(ends), where),
         block_size=_required(flat, "block_size", where),
         mask_token_id=_required(flat, "mask_token_id", where),
-        causal=_causal(flat, where),
+        **_causality(flat, settings, where),
         draft_vocab_size=None if size == fields.get("vocab_size") else size,
     )
     config.num_draft_steps = config.block_size - config.first_slot
@@ -389,18 +396,20 @@ def _counts(flat: Mapping[str, Any], where: str) -> list[int]:
     return next(iter(lists.values()))
 
 
-def _causal(flat: Mapping[str, Any], where: str) -> bool:
-    """Whether a slot sees no later one.
+def _causality(flat: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, bool]:
+    """The keyword arguments of :class:`BlockConfig` about which slots of its block a slot sees.
 
     Raises:
-        ValueError: the two fields that say so differ.
+        ValueError: the two fields that say whether it sees no later one differ.
     """
     values = {flat[name] for name in ("is_causal", "causal") if name in flat}
     if len(values) > 1:
         raise ValueError(
             f"{where} has is_causal {flat['is_causal']} and causal {flat['causal']}; correct one of the two"
         )
-    return bool(values and values.pop())
+    # The speculators package has a field of its own for layers with a window, beside full ones that see the whole block.
+    of_windows = not flat.get("sliding_window_non_causal", bool(values))
+    return {"causal": bool(values and values.pop()), "sliding_causal": of_windows and "sliding_layers" in settings}
 
 
 def _correction(flat: Mapping[str, Any]) -> dict[str, Any]:

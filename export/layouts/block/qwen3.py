@@ -23,8 +23,10 @@ from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.block.block_config import BlockConfig
 from draftsmith.models.families.block.block_drafter import BlockDrafter
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, Rule, check_fields
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target.ends import TargetEnds
+from draftsmith.models.target.key_values import SLIDING
 from draftsmith.models.target.target import PRE_NORM
 
 HEAD = "lm_head.weight"
@@ -47,6 +49,11 @@ _SELECTOR = {
     "correction.tokens.weight": "candidate_selector.predecessor_codebook",
     "correction.output.weight": "candidate_selector.successor_codebook",
     "correction.hidden_projection.weight": "candidate_selector.hidden_projection.weight",
+}
+_WINDOW_RULES: dict[str, Rule] = {
+    "sliding_window": COUNT,
+    "use_sliding_window": FLAG,
+    "max_window_layers": COUNT_OR_ZERO,
 }
 MARKOV_TYPES = {"vanilla": "vanilla", "gated": "gated", "recurrent": "rnn"}
 """What DSpark's ``markov_head_type`` calls our corrections."""
@@ -139,12 +146,14 @@ def last_block_note(config: BlockConfig) -> list[str]:
 
 
 def qwen3_fields(config: BlockConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
-    """The layers as the fields of a Qwen3's ``config.json``, each with full attention."""
+    """The layers as the fields of a Qwen3's ``config.json``."""
     fields = llama_fields(config, dtype, ends)
     del fields["mlp_bias"]
     layers = config.num_draft_layers
-    own = {"model_type": "qwen3", "num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
-    return fields | own | {"use_sliding_window": False, "sliding_window": None}
+    kinds = [SLIDING if layer in config.sliding_layers else "full_attention" for layer in range(layers)]
+    own = {"model_type": "qwen3", "num_hidden_layers": layers, "layer_types": kinds}
+    window = config.sliding_window
+    return fields | own | {"use_sliding_window": window is not None, "sliding_window": window}
 
 
 def qwen3_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -164,8 +173,35 @@ def qwen3_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     )
     whole = {name: getattr(defaults, name) for name in names}
     whole |= {name: value for name, value in fields.items() if value is not None}
-    settings = layer_settings(whole, where, understood=("num_hidden_layers",))
-    return settings | {"num_draft_layers": int(whole["num_hidden_layers"])}
+    settings = layer_settings(whole, where, understood=("num_hidden_layers", "layer_types", "attention_bias"))
+    settings |= {"num_draft_layers": int(whole["num_hidden_layers"]), "attention_bias": bool(whole.get("attention_bias"))}
+    return settings | _windows(whole, where)
+
+
+def _windows(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keyword arguments of :class:`BlockConfig` about sliding windows. Without ``layer_types``, Qwen3's rule says which layers slide.
+
+    Raises:
+        ValueError: a field breaks its rule, or they contradict each other.
+    """
+    given = {name: fields[name] for name in _WINDOW_RULES if fields.get(name) is not None}
+    check_fields(given, _WINDOW_RULES, where, "correct it by hand")
+    count, kinds, window = int(fields["num_hidden_layers"]), fields.get("layer_types"), given.get("sliding_window")
+    if kinds is None:
+        first = given.get("max_window_layers", Qwen3Config().max_window_layers)
+        slides = bool(given.get("use_sliding_window")) and window is not None
+        kinds = [SLIDING if slides and layer >= first else "" for layer in range(count)]
+    if len(kinds) != count:
+        raise ValueError(f"{where} has {len(kinds)} layer_types and num_hidden_layers {count}; correct one of the two")
+    sliding = [layer for layer, kind in enumerate(kinds) if kind == SLIDING]
+    if not sliding:
+        return {}
+    if window is None or given.get("use_sliding_window") is False:
+        raise ValueError(
+            f"{where} has layer_types with sliding attention, sliding_window {window} and use_sliding_window "
+            f"{given.get('use_sliding_window')}; give the window and set use_sliding_window true, or name full_attention"
+        )
+    return {"sliding_window": window, "sliding_layers": sliding}
 
 
 def assembled(config: BlockConfig, tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:

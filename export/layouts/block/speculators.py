@@ -1,9 +1,10 @@
 """Block drafters in the layout of the speculators package (vllm-project/speculators 0.9): its ``dflash``, ``dflash2`` and ``dspark``.
 
 Owns the package's config. The layers are in a config of their own, the target is named, and layers are counted from 1. Layers with full
-attention see the whole block there. vLLM makes them causal where ``sliding_window_non_causal`` is false, so it is written as true, and
-a causal drafter has no place in this layout. The package takes embedding and head from the target, but for the head's rows of a draft
-vocabulary. Knows nothing of cards and commands.
+attention see the whole block there; those with a sliding window do so where ``sliding_window_non_causal`` is true. vLLM makes all layers
+causal where that is false, so it is written as true unless every layer slides and is causal. Other causal drafters have no place in this
+layout. The package takes embedding and head from the target, but for the head's rows of a draft vocabulary. Knows nothing of cards and
+commands.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.export.layouts import speculators
 from draftsmith.export.layouts.block import dflash
@@ -27,6 +29,7 @@ from draftsmith.export.layouts.eagle3 import num_layers
 from draftsmith.export.layouts.embedding import is_plain
 from draftsmith.export.layouts.layer_ids import block_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
+from draftsmith.export.layouts.llama import SIZES
 from draftsmith.export.layouts.readback import refuse_difference
 from draftsmith.export.layouts.serving import vllm
 from draftsmith.models.families.block.block_drafter import BlockDrafter
@@ -52,7 +55,7 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
     if ends is None:
         raise ValueError("the speculators layout names the target and its architecture; add --target")
     config, kind = drafter.config, dflash.kind_of(drafter.config)
-    if config.causal:
+    if (config.causal or config.sliding_causal) and len(set(config.sliding_layers)) < config.num_draft_layers:
         raise ValueError(
             "this drafter is causal, and layers with full attention see the whole block in the speculators package; export it with "
             "--layout dflash"
@@ -84,7 +87,7 @@ def _fields(drafter: BlockDrafter, kind: str, ends: TargetEnds) -> dict[str, Any
         "block_size": config.block_size,
         "aux_hidden_state_layer_ids": block_counts(config.layers, num_layers(ends)),
         "mask_token_id": refuse_learned_mask(config),
-        "sliding_window_non_causal": True,
+        "sliding_window_non_causal": not (config.causal or config.sliding_causal),
         "sample_from_anchor": config.sample_from_anchor,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
@@ -105,19 +108,27 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             whatever :func:`dflash.read` refuses.
     """
     check_fields(fields, {_LAYERS: OBJECT}, f"{where}: {CONFIG}", "correct it by hand", required=(_LAYERS,))
-    layer = fields[_LAYERS]
+    layer = _named(fields[_LAYERS])
     if layer.get("model_type") != "qwen3":
         raise ValueError(f"{where}: {_LAYERS} is not a Qwen3 layer's; such a drafter cannot be read")
     kind = fields[SPECULATORS_KEY]
-    if kind == dflash.DSPARK and "sample_from_anchor" not in fields:
+    own = _named({name: value for name, value in fields.items() if name not in (_LAYERS, SPECULATORS_KEY)})
+    if kind == dflash.DSPARK and "sample_from_anchor" not in own:
         raise ValueError(
             f"{where} does not say sample_from_anchor, whose default differs between versions of the package; add it by hand: true where "
             "the root's slot predicts the first drafted token"
         )
-    # The causality of sliding windows, which our layers do not have.
-    own = {name: value for name, value in fields.items() if name not in (_LAYERS, SPECULATORS_KEY)}
-    flat = {**layer, **own, "projector_type": fields.get("projector_type", kind), "is_causal": False}
+    # What is not named has the package's default: layers with a sliding window see no later slot.
+    package = {"projector_type": kind, "sliding_window_non_causal": False}
+    # The package may leave out what equals Qwen3's defaults.
+    defaults = {name: getattr(Qwen3Config(), name) for name in SIZES[:2]}
+    flat = {**defaults, **layer, **package, **own, "is_causal": False}
     return dflash.read(flat, speculators.without_verifier(tensors, ends, where), ends, where)
+
+
+def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without those that are null, which stand for a default."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:

@@ -11,6 +11,7 @@ Shape legend: D hidden, V vocabulary, Vd draft vocabulary, K heads, L blocks of 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,11 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     check_fields(given, _RULES, f"{where}: {CONFIG}", "correct it by hand")
     if given.get("original_lm_head"):
         raise ValueError(f"{where} has original_lm_head, one head for all steps, which is not read; serve it with vLLM")
-    num_heads = given.get("medusa_num_heads", given.get("num_heads"))
+    named_heads = given.get("medusa_num_heads", given.get("num_heads"))
     num_blocks = given.get("medusa_num_layers", given.get("num_hidden_layers", 1))
     named = {_official(name, num_blocks): tensor for name, tensor in tensors.items() if name != _TOKENS}
     first_head = named.get(f"0.{num_blocks}.weight")
-    if num_heads is None or first_head is None or first_head.ndim != 2:
+    if named_heads is None or first_head is None or first_head.ndim != 2:
         raise ValueError(
             f"{where} is no whole Medusa: it needs medusa_num_heads, and a tensor 0.{num_blocks}.weight behind {num_blocks} blocks of "
             "medusa_num_layers; get a whole checkpoint"
@@ -132,7 +133,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         hidden_size=given.get("hidden_size") or first_head.shape[1],
         vocab_size=vocab_size,
         draft_vocab_size=size,
-        num_draft_steps=num_heads,
+        num_draft_steps=_num_heads(named_heads, named, num_blocks, where),
     )
     names = {theirs: ours for ours, theirs in _names(config).items()}
     named |= _absent_biases(named, names, first_head)
@@ -145,6 +146,18 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             "medusa_fc_bias true, or take the biases out"
         )
     return assemble(HeadsDrafter, config, {names[name]: tensor for name, tensor in named.items()})
+
+
+def _num_heads(named_heads: int, named: Collection[str], num_blocks: int, where: str) -> int:
+    """How many heads a folder has. The config of public ones may name fewer than there are; Medusa's own code reads them all."""
+    held = named_heads
+    while f"{held}.{num_blocks}.weight" in named:
+        held += 1
+    if held > named_heads:
+        warnings.warn(
+            f"{where}: {CONFIG} names {named_heads} heads, and the weights hold {held}: all of them are read", stacklevel=2
+        )
+    return held
 
 
 def _absent_biases(named: Mapping[str, Tensor], names: Collection[str], head: Tensor) -> dict[str, Tensor]:

@@ -112,6 +112,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: a field is missing or breaks its rule, a tensor is there twice, the tensors are not an MLP
             speculator's, or tied ones differ.
     """
+    fields = {name: value for name, value in fields.items() if value is not None}
     check_fields(fields, _RULES, f"{where}: {CONFIG}", "correct it by hand", required=_REQUIRED)
     tied = fields.get("tie_weights", False)
     config = HeadsConfig(

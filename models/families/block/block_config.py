@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
+from transformers import LlamaConfig
+
 from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_layer import GROUP
 from draftsmith.models.families.eagle_config import NO_LAYERS, LayerConfig, block_outputs
-from draftsmith.models.files.field_rules import COUNT, FLAG, NAMES, PARTS, TOKEN_OR_NULL, Rule
+from draftsmith.models.files.field_rules import COUNT, COUNT_OR_NULL, FLAG, NAMES, PARTS, TOKEN_OR_NULL, Rule, is_whole
 
 CANDIDATES = 16
 """Tokens of a slot that DFlash 2's selector chooses among, as public drafters have it."""
@@ -34,6 +36,10 @@ class BlockConfig(LayerConfig):
         confidence: a head says how likely each token will be accepted, before it is drawn.
         convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
         candidates: with the correction ``selector``, how many tokens of a slot can be drafted.
+        sliding_window: in the layers of ``sliding_layers``, a slot sees only so many of the last positions, its own among them.
+        sliding_layers: these draft layers, by number from 0.
+        sliding_causal: in these layers, a slot sees no later slot of its block.
+        attention_bias: the four projections of attention have biases, as some public drafters do.
     """
 
     model_type = "draftsmith_block_drafter"
@@ -54,6 +60,13 @@ class BlockConfig(LayerConfig):
         "confidence": FLAG,
         "convolution": FLAG,
         "candidates": COUNT,
+        "sliding_window": COUNT_OR_NULL,
+        "sliding_layers": (
+            lambda value: isinstance(value, list) and all(is_whole(number, 0) for number in value),
+            "a list of whole numbers",
+        ),
+        "sliding_causal": FLAG,
+        "attention_bias": FLAG,
     }
 
     def __init__(
@@ -70,6 +83,10 @@ class BlockConfig(LayerConfig):
         confidence: bool = False,
         convolution: bool = False,
         candidates: int = CANDIDATES,
+        sliding_window: int | None = None,
+        sliding_layers: Sequence[int] = (),
+        sliding_causal: bool = False,
+        attention_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,11 +96,37 @@ class BlockConfig(LayerConfig):
         self.mask_token_id = mask_token_id
         self.correction, self.correction_rank, self.correction_state = correction, correction_rank, correction_state
         self.confidence, self.convolution, self.candidates = confidence, convolution, candidates
+        self.sliding_window, self.sliding_layers = sliding_window, list(sliding_layers)
+        self.sliding_causal, self.attention_bias = sliding_causal, attention_bias
 
     @property
     def first_slot(self) -> int:
         """The slot that predicts the first drafted token."""
         return 0 if self.sample_from_anchor else 1
+
+    def llama(self) -> LlamaConfig:
+        """See :meth:`LayerConfig.llama`."""
+        layer = super().llama()
+        layer.attention_bias = self.attention_bias
+        return layer
+
+    def view(self, layer: int) -> tuple[int | None, bool]:
+        """What a slot sees in a draft layer.
+
+        Args:
+            layer: its number, from 0.
+
+        Returns:
+            The sliding window, None for the whole text; and whether it sees no later slot of its block.
+        """
+        if layer not in self.sliding_layers:
+            return None, self.causal
+        return self.sliding_window, self.causal or self.sliding_causal
+
+    @property
+    def hides_later(self) -> bool:
+        """Whether no slot depends on a later one of its block, in any layer."""
+        return all(self.view(layer)[1] for layer in range(self.num_draft_layers))
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -107,7 +150,21 @@ class BlockConfig(LayerConfig):
             return (
                 f"mask_token_id {self.mask_token_id}, which is not below the target's vocabulary of {self.vocab_size}"
             )
-        return super().fault()
+        return self._window_fault() or super().fault()
+
+    def _window_fault(self) -> str:
+        """What is wrong with the sliding windows, in words; empty where nothing is."""
+        window, layers = self.sliding_window, self.sliding_layers
+        if (window is None) == bool(layers) or (self.sliding_causal and not layers):
+            return (
+                f"sliding_window {window}, sliding_layers {layers} and sliding_causal {str(self.sliding_causal).lower()}, of which a "
+                "drafter with a window has the first two, and any other none"
+            )
+        if window is not None and window < self.block_size:
+            return f"sliding_window {window} and block_size {self.block_size}, but a block lies within the window"
+        if beyond := [layer for layer in layers if layer >= self.num_draft_layers]:
+            return f"sliding_layers {beyond}, which are not below num_draft_layers {self.num_draft_layers}"
+        return ""
 
 
 def default_layers(num_layers: int, count: int) -> tuple[str, ...]:

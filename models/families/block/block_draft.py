@@ -83,12 +83,11 @@ class BlockDraft(ParallelDraft):
     def _run(self) -> Tensor:
         """States of the slots behind the last layer, [B, S, D]; without later slots that nobody sees."""
         drafter, slots, config = self._block, self._slots, self._block.config
-        num_slots = config.first_slot + self._draft_length if config.causal else config.block_size
+        num_slots = config.first_slot + self._draft_length if config.hides_later else config.block_size
         fresh = self._pending.slots(0, slots.num_fresh)
         fresh_BE, slots_BS = slots.aim_block(self._pending.counts_B, num_slots)
-        mask = slots.text_mask(slots_BS if config.causal else slots_BS[:, -1:])
-        if mask is not None:
-            mask = mask.expand(-1, -1, num_slots, -1)
+        views = [config.view(number) for number in range(config.num_draft_layers)]
+        masks = {view: slots.block_mask(slots_BS, *view) for view in dict.fromkeys(views)}
         context_BED = drafter.context(fresh.features)
         states_BSD = drafter.slots(self.root_B, num_slots)
         of_context, of_slots = drafter.rotation(fresh_BE, context_BED), drafter.rotation(slots_BS, states_BSD)
@@ -100,6 +99,6 @@ class BlockDraft(ParallelDraft):
             )
             keys, values = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
             seen = slots.cache.update(keys, values, number)
-            attended = attend(layer.queries(inputs_BSD, of_slots).transpose(1, 2), *seen, mask)
+            attended = attend(layer.queries(inputs_BSD, of_slots).transpose(1, 2), *seen, masks[views[number]])
             states_BSD = layer.finish(states_BSD, attended.transpose(1, 2))
         return states_BSD

@@ -152,7 +152,8 @@ class BlockDrafter(TargetHead, FromFields):
     def key_values(self) -> tuple[KeyValues, ...]:
         """See :meth:`Drafter.key_values`: those of every layer."""
         numbers = 2 * self.config.num_key_value_heads * self.config.head_dim
-        return (KeyValues(numbers * self.dtype.itemsize),) * self.config.num_draft_layers
+        token_bytes, config = numbers * self.dtype.itemsize, self.config
+        return tuple(KeyValues(token_bytes, config.view(layer)[0]) for layer in range(config.num_draft_layers))
 
     def context(self, features: Mapping[str, Tensor]) -> Tensor:
         """Make the context vectors, which are the same for all draft layers.
@@ -192,13 +193,14 @@ class BlockDrafter(TargetHead, FromFields):
         positions_AS = batch.positions[anchors_A, None] + 1 + torch.arange(S, device=anchors_A.device)
         states_ASD = self.slots(rollout.tokens[:, 0], S)
         of_text, of_slots = (self.rotation(each, states_ASD) for each in (batch.positions, positions_AS.flatten()))
-        attention = None
-        for layer in self.layers:
+        attentions: dict[tuple[int | None, bool], BlockAttention] = {}
+        for number, layer in enumerate(self.layers):
             assert isinstance(layer, BlockLayer)
             text = layer.keys_values(context_TD, of_text)
-            if attention is None:
-                attention = BlockAttention(batch, anchors_A, S, self.config.causal, text)
-            given = (layer, states_ASD, attention.over(text), of_slots)
+            window, causal = view = self.config.view(number)
+            if view not in attentions:
+                attentions[view] = BlockAttention(batch, anchors_A, S, causal, text, sliding_window=window)
+            given = (layer, states_ASD, attentions[view].over(text), of_slots)
             if self.recompute and torch.is_grad_enabled():
                 states_ASD = checkpoint(_run_layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -224,7 +226,7 @@ class BlockDrafter(TargetHead, FromFields):
         Returns:
             [N, K, r].
         """
-        return correction(hidden_NKD, self._soft(hidden_NKD), self.embed(roots_N), self.config.causal)
+        return correction(hidden_NKD, self._soft(hidden_NKD), self.embed(roots_N), self.config.hides_later)
 
     @torch.no_grad()
     def _soft(self, hidden_NKD: Tensor) -> Tensor:

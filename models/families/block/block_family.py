@@ -40,6 +40,7 @@ class BlockFamily(DrafterFamily):
         recompute: compute each layer's activations again in the backward pass: less memory, more time.
         convolution: each layer has DFlash 2's convolution over the slots around its attention and its MLP.
         candidates: with `selector`, how many tokens of a slot can be drafted.
+        sliding_window: every layer sees only so many of the last tokens, which keeps long texts cheap; null for all.
     """
 
     kind = BlockDrafter
@@ -59,7 +60,9 @@ class BlockFamily(DrafterFamily):
         confidence: bool = False,
         convolution: bool = False,
         candidates: int = CANDIDATES,
+        sliding_window: int | None = None,
     ) -> None:
+        self.sliding_window = sliding_window
         self.convolution, self.candidates = convolution, candidates
         self.num_draft_layers, self.layers, self.mask = num_draft_layers, layers, mask
         self.sample_from_anchor, self.mask_token_id = sample_from_anchor, mask_token_id
@@ -87,6 +90,8 @@ class BlockFamily(DrafterFamily):
             confidence=self.confidence,
             convolution=self.convolution,
             candidates=self.candidates,
+            sliding_window=self.sliding_window,
+            sliding_layers=[] if self.sliding_window is None else list(range(self.num_draft_layers)),
             draft_token_ids=draft_token_ids,
             num_draft_steps=num_steps,
             tokenizer_fingerprint=tokenizer_fingerprint,

@@ -169,6 +169,7 @@ class BlockAttention(RolloutAttention):
         causal: a slot sees no later slot of its block.
         text: keys and values of the context vectors, [T, G, Dh] each.
         flexible: see :class:`RolloutAttention`.
+        sliding_window: a slot sees only so many of the last positions, its own among them; None for all. No block is longer.
     """
 
     def __init__(
@@ -179,9 +180,10 @@ class BlockAttention(RolloutAttention):
         causal: bool,
         text: Pair,
         flexible: bool | None = None,
+        sliding_window: int | None = None,
     ) -> None:
-        anchors = anchors_A.repeat_interleave(num_slots)
-        super().__init__(batch.document_ids, batch.positions, anchors, *text, flexible=flexible)
+        anchors, places = anchors_A.repeat_interleave(num_slots), (batch.document_ids, batch.positions)
+        super().__init__(*places, anchors, *text, flexible=flexible, sliding_window=sliding_window)
         self.num_slots, self.causal = num_slots, causal
 
     def over(self, text: Pair) -> BlockAttention:
@@ -190,6 +192,17 @@ class BlockAttention(RolloutAttention):
         other = copy.copy(self)
         other.keys, other.values = text
         return other
+
+    def _first_seen(self, num_further: int) -> Tensor:
+        """int64 [A S]: the first packed position that each slot sees. Slot k is at the anchor + 1 + k.
+
+        Example: a window of 4 behind anchor 9 -> slot 0, at 10, sees 7 to 9; slot 2, at 12, sees 9 alone.
+        """
+        starts_Q = self.anchors - self.positions[self.anchors]
+        if self.sliding_window is None:
+            return starts_Q
+        slot_Q = torch.arange(len(self.anchors), device=self.anchors.device) % self.num_slots
+        return torch.maximum(starts_Q, self.anchors + slot_Q + 2 - self.sliding_window)
 
     def _own_steps(self, further: list[Pair]) -> Pair:
         """Keys and values [A S, S, G, Dh]: every slot has those of its whole block."""

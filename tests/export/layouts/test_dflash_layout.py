@@ -12,10 +12,12 @@ from block_files import BlockFiles
 from every_family import batch_of
 from heads import deep_config, deep_target
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
 from draftsmith.evaluate.doctor.serving import trained_logits
+from draftsmith.export.layouts.block import speculators
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models import DraftLimits, Target
@@ -23,9 +25,13 @@ from draftsmith.models.drafters.drafter_folder import TargetBond, load_drafter
 from draftsmith.models.families.block import BlockDrafter
 
 STEPS, MASK = 3, 63
+WINDOWS: dict[str, Any] = {"sliding_window": 5, "sliding_layers": [0, 1]}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash": ("dflash", {}),
     "DFlash, 6 tokens": ("dflash", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
+    "DFlash, one window": ("dflash", {"sliding_window": 5, "sliding_layers": [1], "sliding_causal": True}),
+    "DFlash, windows": ("dflash", {"sliding_window": 5, "sliding_layers": [0, 1]}),
+    "DFlash, biases": ("dflash", {"attention_bias": True}),
     "JetSpec": ("dflash", {"causal": True}),
     "DSpark": ("dspark", {"correction": "vanilla"}),
     "DSpark, 6 tokens": ("dspark", {"correction": "vanilla", "draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
@@ -37,6 +43,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash 2 of speculators": ("speculators", {"correction": "selector"}),
     "DSpark of speculators": ("speculators", {"correction": "recurrent"}),
     "6 tokens of speculators": ("speculators", {"draft_token_ids": torch.tensor([0, 3, 9, 10, 40, 63])}),
+    "causal windows of speculators": ("speculators", WINDOWS | {"sliding_causal": True}),
+    "windows of speculators": ("speculators", WINDOWS | {"correction": "vanilla"}),
 }
 
 
@@ -102,6 +110,10 @@ def test_a_forward_from_the_files_alone_has_our_logits(target: Target, tmp_path:
         "correction",
         "confidence",
         "candidates",
+        "sliding_window",
+        "sliding_layers",
+        "sliding_causal",
+        "attention_bias",
     ):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
 
@@ -163,6 +175,7 @@ def test_speculators_layers_see_the_whole_block_in_vllm_too(target: Target, tmp_
         ("dspark", {}, "'none', which --layout dspark does not hold; use --layout dflash"),
         ("domino", {"correction": "gru", "draft_token_ids": torch.arange(9)}, "a draft vocabulary of 9 tokens"),
         ("speculators", {"causal": True}, r"see the whole block .* --layout dflash"),
+        ("speculators", {"causal": True, "sliding_window": 5, "sliding_layers": [1]}, r"see the whole block .* dflash"),
         ("speculators", {"correction": "gru"}, "export it with --layout domino"),
         ("dflash2", {"correction": "selector", "convolution": False}, "this drafter has False, 'selector' and False"),
         ("dflash", {"correction": "selector"}, "--layout dflash does not hold; use --layout dflash2"),
@@ -196,8 +209,10 @@ def test_some_exports_need_the_target(target: Target, tmp_path: Path) -> None:
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "target_layer_ids count blocks from 0, the others from 1"),
         ({"is_causal": True}, "has is_causal True and causal False"),
         ({"block_size": 5}, r"has block_size 5, and 4 in dflash_config, between which engines differ"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding attention"),
-        ({"attention_bias": True}, "attention_bias True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window None and use_sliding_window False; give"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types with chunked attention"),
+        ({"layer_types": ["full_attention"]}, "has 1 layer_types and num_hidden_layers 2"),
+        ({"attention_bias": True}, r"self_attn\.q_proj\.bias is missing"),
         ({"attention_sink_bias": True}, "attention_sink_bias True"),
         ({"projector_type": "xpress"}, "projector_type 'xpress'"),
         ({"use_swa": False, "dflash_config": {"use_swa": True}}, "use_swa False, and True in dflash_config"),
@@ -233,8 +248,70 @@ def test_a_head_or_embedding_of_its_own_is_an_error(target: Target, tmp_path: Pa
 def test_a_dspark_of_speculators_says_which_slot_predicts_first(target: Target, tmp_path: Path) -> None:
     write(made(target, correction="vanilla"), tmp_path, "speculators", target.ends)
     rewritten(tmp_path, sample_from_anchor=None)
-    with pytest.raises(ValueError, match="does not say sample_from_anchor, whose default differs between versions"):
+    message = "does not say sample_from_anchor, whose default differs between versions"
+    with pytest.raises(ValueError, match=message):
         load_any(tmp_path, target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"sample_from_anchor": None}))
+    with pytest.raises(ValueError, match=message):
+        load_any(tmp_path, target.ends)
+
+
+def test_layers_of_a_window_see_no_later_slot_unless_the_folder_says_so(target: Target, tmp_path: Path) -> None:
+    of_windows: dict[str, Any] = {"sliding_window": 5, "use_sliding_window": True}
+    kinds = ["full_attention", "sliding_attention"]
+    write(made(target), tmp_path, "dflash", target.ends)
+    rewritten(tmp_path, **of_windows, layer_types=kinds)
+    config = load_any(tmp_path, target.ends).config
+    assert (config.sliding_layers, config.causal, config.sliding_causal) == ([1], False, False)
+    rewritten(tmp_path, is_causal=None, causal=None)
+    config = load_any(tmp_path, target.ends).config
+    assert (config.sliding_window, config.causal, config.sliding_causal) == (5, False, True)
+    rewritten(tmp_path, layer_types=None, max_window_layers=1)
+    assert load_any(tmp_path, target.ends).config.sliding_layers == [1]
+    rewritten(tmp_path, use_sliding_window=False)
+    assert load_any(tmp_path, target.ends).config.sliding_layers == []
+
+
+def test_windows_of_the_speculators_package_are_causal_by_default(target: Target, tmp_path: Path) -> None:
+    for chosen, non_causal in (({"sliding_causal": True}, False), ({"causal": True}, False), ({}, True)):
+        notes = write(made(target, **WINDOWS, **chosen), tmp_path, "speculators", target.ends)
+        assert "layers [0, 1] have a sliding window of 5" in notes[-1]
+        fields = json.loads((tmp_path / "config.json").read_text())
+        assert fields["sliding_window_non_causal"] is non_causal
+        assert fields["transformer_layer_config"]["layer_types"] == ["sliding_attention"] * 2
+    rewritten(tmp_path, sliding_window_non_causal=None)
+    assert load_any(tmp_path, target.ends).config.sliding_causal
+
+
+def test_the_speculators_package_may_leave_out_sizes_and_write_null(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = made(target)
+    write(drafter, tmp_path, "speculators", target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    layer = {**fields["transformer_layer_config"], "sliding_window": None}
+    sizes = {name: layer.pop(name) for name in ("hidden_size", "vocab_size")}
+    nulls = {"transformer_layer_config": layer, "target_hidden_size": None, "sliding_window_non_causal": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields | nulls))
+    with pytest.raises(ValueError, match="fc.weight is "):
+        load_any(tmp_path, target.ends)  # Qwen3's own sizes are larger
+    monkeypatch.setattr(speculators, "Qwen3Config", lambda: Qwen3Config(**sizes))
+    before, after = tensors_of(drafter), tensors_of(load_any(tmp_path, target.ends))
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+
+
+def test_maps_of_a_whole_vocabulary_and_of_32_bits_are_read(target: Target, tmp_path: Path) -> None:
+    ids = torch.tensor([0, 3, 9, 10, 40, 63])
+    for number, drafter in enumerate((made(target), made(target, draft_token_ids=ids))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(drafter, folder, "dflash", target.ends)
+        tensors = load_file(folder / "model.safetensors")
+        maps = {"d2t": torch.zeros(64, dtype=torch.int32), "t2d": torch.ones(64, dtype=torch.bool)}
+        added = {"d2t": tensors["d2t"].to(torch.int32)} if "d2t" in tensors else maps
+        save_file({**tensors, **added}, folder / "model.safetensors")
+        assert torch.equal(load_any(folder, target.ends).draft_ids(), drafter.draft_ids())
 
 
 def test_what_a_qwen3_config_leaves_out_is_its_default(target: Target, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from doubles import random_target
 from heads import DRAFT_IDS, eagle3, logits_of_files, our_logits
 from safetensors.torch import load_file, save_file
 
+from draftsmith.export.layouts.eagle3 import read
 from draftsmith.export.layouts.layouts import load_any, write
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models import PRE_NORM, Eagle3, Target
@@ -185,6 +186,51 @@ def test_an_embedding_that_is_more_than_a_table_comes_along(tmp_path: Path) -> N
     )
 
 
+@torch.no_grad()
+def test_a_folder_without_a_head_takes_the_targets(tmp_path: Path, deep: Target) -> None:
+    drafter = eagle3(deep.ends)
+    drafter.lm_head.weight.copy_(deep.ends.head_weight)
+    write(drafter, tmp_path, "eagle3", deep.ends)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    change_fields(tmp_path, draft_vocab_size=None, **{IDS: [2, 4, 5]})
+    with pytest.warns(UserWarning, match=r"holds no lm_head\.weight; a copy of the target's head takes its place"):
+        again = load_any(tmp_path, deep.ends)
+    assert torch.equal(our_logits(deep, again, 2), our_logits(deep, drafter, 2))
+    with pytest.raises(ValueError, match="so its head is the target's; add --target"):
+        read(fields_of(tmp_path), tensors, None, "here")
+
+
+@torch.no_grad()
+def test_maps_of_a_whole_vocabulary_and_of_32_bits_are_read(tmp_path: Path, deep: Target) -> None:
+    for ids, vocab_size in ((None, 64), (DRAFT_IDS, 6)):
+        drafter = eagle3(deep.ends, ids)
+        write(drafter, tmp_path, "eagle3", deep.ends)
+        tensors = load_file(tmp_path / "model.safetensors")
+        whole = {"d2t": torch.zeros(64, dtype=torch.int64), "t2d": torch.ones(64, dtype=torch.bool)}
+        added = whole if ids is None else {"d2t": tensors["d2t"].to(torch.int32)}
+        save_file({**tensors, **added}, tmp_path / "model.safetensors")
+        again = load_any(change_fields(tmp_path, draft_vocab_size=vocab_size), deep.ends)
+        assert torch.equal(again.draft_ids(), drafter.draft_ids())
+        assert torch.equal(our_logits(deep, again, 2), our_logits(deep, drafter, 2))
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+@torch.no_grad()
+def test_biases_of_attention_come_along(tmp_path: Path, deep: Target, layout: str) -> None:
+    drafter = eagle3(deep.ends, DRAFT_IDS, attention_bias=True)
+    notes = write(drafter, tmp_path, layout, deep.ends)
+    assert layout == "speculators" or "attention has biases. SGLang's EAGLE-3 has none" in notes[0]
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert sum(name.endswith("_proj.bias") for name in tensors) == 4
+    expected = logits_of_files(tmp_path, deep)
+    torch.testing.assert_close(our_logits(deep, drafter)[0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(our_logits(deep, load_any(tmp_path, deep.ends), 2), our_logits(deep, drafter, 2))
+    with pytest.raises(ValueError, match="has attention_bias, which TensorRT-LLM does not read"):
+        write(drafter, tmp_path, "tensorrt-llm", deep.ends)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -220,6 +266,8 @@ def test_a_folder_that_breaks_the_table_is_refused(tmp_path: Path, deep: Target,
     ("changes", "message"),
     [
         ({"draft_vocab_size": 64}, "d2t is unknown"),
+        ({"attention_bias": True}, r"self_attn\.q_proj\.bias is missing"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes', it must be true or false"),
         ({"draft_vocab_size": "absent"}, "d2t is unknown"),
         ({"norm_before_residual": 1}, "norm_before_residual is 1, it must be true or false"),
         ({"norm_before_fc": True}, r"input_norm.weight is missing \(float \[96\]\)"),

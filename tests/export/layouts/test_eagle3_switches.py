@@ -22,6 +22,7 @@ SETS = [
     {"norm_output": True},
     {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
 ]
+BIASES = {"attention_bias": True}
 IDS = ["+".join(switches) for switches in SETS]
 
 
@@ -50,7 +51,7 @@ def test_every_switch_changes_the_second_step(deep: Target, switches: dict[str, 
     assert (plain - switched).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("switches", SETS, ids=IDS)
+@pytest.mark.parametrize("switches", [*SETS, BIASES], ids=[*IDS, "biases"])
 @torch.no_grad()
 def test_decoding_computes_what_training_computes(deep: Target, switches: dict[str, bool]) -> None:
     drafter = eagle3(deep.ends, **switches)

@@ -153,6 +153,26 @@ def test_what_medusas_training_wrote_is_read(target: Target, tmp_path: Path) -> 
     torch.testing.assert_close(ours(target, again), ours(target, drafter))  # type: ignore[arg-type]
 
 
+def test_heads_that_a_config_of_medusa_does_not_count_are_read_and_named(target: Target, tmp_path: Path) -> None:
+    drafter = made(target, head="per_step")
+    write(drafter, tmp_path, "medusa", target.ends)
+    rewritten(tmp_path, lambda fields: fields.update(medusa_num_heads=STEPS - 1))
+    with pytest.warns(UserWarning, match=r"names 2 heads, and the weights hold 3: all of them are read"):
+        again = load_any(tmp_path, target.ends)
+    torch.testing.assert_close(ours(target, again), ours(target, drafter))  # type: ignore[arg-type]
+
+
+def test_fields_of_an_mlp_speculator_that_are_null_have_their_defaults(target: Target, tmp_path: Path) -> None:
+    drafter = made(target, network="mlp", tied=False)
+    write(drafter, tmp_path, "mlp_speculator", target.ends)
+    rewritten(tmp_path, lambda fields: fields.update(tie_weights=None, scale_input=None, inner_dim=None))
+    again = load_any(tmp_path, target.ends)
+    torch.testing.assert_close(ours(target, again), ours(target, drafter))  # type: ignore[arg-type]
+    rewritten(tmp_path, lambda fields: fields.update(emb_dim=None))
+    with pytest.raises(ValueError, match="lacks emb_dim"):
+        load_any(tmp_path, target.ends)
+
+
 def test_vllms_own_names_of_medusa_are_read_and_its_lost_biases_are_zero(target: Target, tmp_path: Path) -> None:
     drafter = made(target, head="per_step")
     write(drafter, tmp_path, "medusa", target.ends)

@@ -65,7 +65,7 @@ class BlockFiles:
         sources = torch.cat([context, inputs])
 
         def heads(part: str, of: Tensor, count: int) -> Tensor:
-            return (of @ self.tensors[f"{name}self_attn.{part}_proj.weight"].T).unflatten(-1, (count, -1))
+            return self.projected(f"{name}self_attn.{part}_proj", of).unflatten(-1, (count, -1))
 
         queries = self.normed(f"{name}self_attn.q_norm", heads("q", inputs, self.config.num_attention_heads))
         keys = self.normed(f"{name}self_attn.k_norm", heads("k", sources, groups))
@@ -77,11 +77,14 @@ class BlockFiles:
             queries.transpose(0, 1)[None], queries.transpose(0, 1)[None], cosines[:, own], sines[:, own]
         )
         seen = torch.ones(len(x), len(sources), dtype=torch.bool)
-        if self.fields.get("is_causal"):
+        slides = self.config.layer_types[int(name.split(".")[1])] == "sliding_attention"
+        if self.fields.get("is_causal", slides and not self.fields.get("sliding_window_non_causal", False)):
             seen[:, own] = seen[:, own].tril()
+        if slides:
+            seen &= places > len(context) + torch.arange(len(x))[:, None] - self.config.sliding_window
         values = heads("v", sources, groups).transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(turned, keys, values, seen, enable_gqa=True)
-        outputs = attended[0].transpose(0, 1).flatten(1) @ self.tensors[f"{name}self_attn.o_proj.weight"].T
+        outputs = self.projected(f"{name}self_attn.o_proj", attended[0].transpose(0, 1).flatten(1))
         x = x + self.mixed(f"{name}attention_conv", 1, normed, outputs)
         mlp, normed = (
             self.loaded(Qwen3MLP(self.config), f"{name}mlp."),
@@ -89,6 +92,10 @@ class BlockFiles:
         )
         conv = f"{name}mlp_conv"
         return x + self.mixed(conv, 1, normed, mlp(self.mixed(conv, 0, normed, normed)))
+
+    def projected(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer, with a bias where the folder has one."""
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors.get(f"{name}.bias", torch.zeros(()))
 
     def mixed(self, name: str, side: int, normed: Tensor, x: Tensor) -> Tensor:
         """[S, D]: a DFlash 2's convolution, slot by slot and channel by channel; without one, x."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from every_family import batch_of
 from heads import DRAFT_IDS, TEXT, FilesForward, deep_target, our_logits, shaken
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from draftsmith.decode.engine import Engine
 from draftsmith.decode.sampling import GenerationSettings
@@ -142,6 +142,10 @@ def test_a_folder_for_engines_comes_back_and_names_its_mask(target: Target, tmp_
     torch.testing.assert_close(
         trained_logits(again.bound(target.ends), batch, [5], STEPS), trained_logits(drafter, batch, [5], STEPS)
     )
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"mask_hidden": tensors["mask_hidden"][0].clone()}, file)  # [1, n D], as some software has it
+    assert torch.equal(load_any(tmp_path, target.ends).state_dict()["mask_hidden"], before["mask_hidden"])
     del fields["mask_token_id"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="so it is a P-EAGLE, and names no mask_token_id"):
