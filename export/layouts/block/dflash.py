@@ -12,6 +12,7 @@ Knows nothing of cards and commands.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,17 @@ from draftsmith.models.families.block.block_correction import CorrectionKind
 from draftsmith.models.families.block.block_drafter import BlockDrafter
 from draftsmith.models.families.block.block_layer import GROUP
 from draftsmith.models.files.checkpoint_files import CONFIG, as_text, read_fields, read_tensors, write_files
-from draftsmith.models.files.field_rules import COUNT, FLAG, OBJECT, PARTS, Rule, check_fields, is_whole
+from draftsmith.models.files.field_rules import (
+    COUNT,
+    FLAG,
+    NOT_NEGATIVE,
+    OBJECT,
+    PARTS,
+    POSITIVE,
+    Rule,
+    check_fields,
+    is_whole,
+)
 from draftsmith.models.files.tables import num_drafted, regular_maps
 from draftsmith.models.foreign.named_kinds import named_kind
 from draftsmith.models.foreign.speculators_config import SPECULATORS_KEY
@@ -81,6 +92,8 @@ _RULES: dict[str, Rule] = {
     "selector_top_k": COUNT,
     "enable_confidence_head": FLAG,
     "confidence_head_with_markov": FLAG,
+    "output_multiplier": POSITIVE,
+    "final_logit_softcapping": NOT_NEGATIVE,
 }
 # What our layers and corrections are. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, Any] = {
@@ -295,6 +308,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     )
     config.num_draft_steps = config.block_size - config.first_slot
     config.check(where, "correct it by hand")
+    _refuse_other_logits(flat, config, ends, where)
     return assembled(config, tensors, ends, where)
 
 
@@ -375,6 +389,27 @@ def refuse_other_scale(flat: Mapping[str, Any], ends: TargetEnds, where: str) ->
         raise ValueError(
             f"{where} was trained with rows of the target's embedding matrix times {scale}, and {ends.name!r} computes something else for "
             "its embedding; such a drafter cannot be read"
+        )
+
+
+def _refuse_other_logits(
+    flat: Mapping[str, Any], config: BlockConfig, ends: TargetEnds | None, where: str
+) -> None:
+    """Refuse a correction that was trained beside other logits than ours: capped ones, or of the target's head times another factor.
+
+    Without a correction, both leave the order of a slot's tokens as it is.
+
+    Raises:
+        ValueError: naming the cap or the factor.
+    """
+    cap, factor = flat.get("final_logit_softcapping"), flat.get("output_multiplier")
+    own = 1.0 if ends is None else ends.logit_scale
+    faults = [f"final_logit_softcapping {cap}"] if cap else []
+    if factor is not None and ends is not None and not math.isclose(factor, own, rel_tol=1e-3):
+        faults.append(f"output_multiplier {factor}, and {ends.name!r} multiplies its logits by {own:g}")
+    if faults and config.correction != "none":
+        raise ValueError(
+            f"{where} has {' and '.join(faults)}, and its correction would be added to other logits here; such a drafter cannot be read"
         )
 
 

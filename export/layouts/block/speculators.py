@@ -118,8 +118,8 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
             f"{where} does not say sample_from_anchor, whose default differs between versions of the package; add it by hand: true where "
             "the root's slot predicts the first drafted token"
         )
-    # What is not named has the package's default: layers with a sliding window see no later slot.
-    package = {"projector_type": kind, "sliding_window_non_causal": False}
+    # What is not named has the package's default: layers with a sliding window see no later slot, but for those of a DFlash 2.
+    package = {"projector_type": kind, "sliding_window_non_causal": kind == dflash.DFLASH2}
     # The package may leave out what equals Qwen3's defaults.
     defaults = {name: getattr(Qwen3Config(), name) for name in SIZES[:2]}
     flat = {**defaults, **layer, **package, **own, "is_causal": False}

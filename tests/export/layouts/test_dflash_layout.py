@@ -273,6 +273,26 @@ def test_layers_of_a_window_see_no_later_slot_unless_the_folder_says_so(target: 
     assert load_any(tmp_path, target.ends).config.sliding_layers == []
 
 
+def test_a_correction_beside_other_logits_is_refused(target: Target, tmp_path: Path) -> None:
+    for number, (chosen, layout) in enumerate((({"correction": "selector"}, "dflash2"), ({}, "dflash"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(made(target, **chosen), folder, layout, target.ends)
+        fields = json.loads((folder / "config.json").read_text())
+        for name, value, message in (
+            ("final_logit_softcapping", 20.0, "final_logit_softcapping 20.0, and its correction"),
+            ("output_multiplier", 0.25, "output_multiplier 0.25, and 'deep' multiplies its logits by 1, and its correction"),
+            ("output_multiplier", 1.0, ""),
+        ):
+            nested = fields["dflash_config"] | {name: value}
+            (folder / "config.json").write_text(json.dumps(fields | {"dflash_config": nested}))
+            if message and chosen:
+                with pytest.raises(ValueError, match=message):
+                    load_any(folder, target.ends)
+            else:
+                assert isinstance(load_any(folder, target.ends), BlockDrafter)
+
+
 def test_windows_of_the_speculators_package_are_causal_by_default(target: Target, tmp_path: Path) -> None:
     for chosen, non_causal in (({"sliding_causal": True}, False), ({"causal": True}, False), ({}, True)):
         notes = write(made(target, **WINDOWS, **chosen), tmp_path, "speculators", target.ends)
@@ -282,6 +302,9 @@ def test_windows_of_the_speculators_package_are_causal_by_default(target: Target
         assert fields["transformer_layer_config"]["layer_types"] == ["sliding_attention"] * 2
     rewritten(tmp_path, sliding_window_non_causal=None)
     assert load_any(tmp_path, target.ends).config.sliding_causal
+    write(made(target, correction="selector", **WINDOWS), tmp_path, "speculators", target.ends)
+    rewritten(tmp_path, sliding_window_non_causal=None)
+    assert not load_any(tmp_path, target.ends).config.sliding_causal, "of a DFlash 2"
 
 
 def test_the_speculators_package_may_leave_out_sizes_and_write_null(
