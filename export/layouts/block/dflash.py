@@ -299,7 +299,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     settings = qwen3_settings(fields, where)
     config = BlockConfig(
         **settings,
-        **_correction(flat),
+        **_correction(flat, where),
         layers=layer_names(_counts(flat, where), num_layers(ends), where),
         block_size=_required(flat, "block_size", where),
         mask_token_id=_required(flat, "mask_token_id", where),
@@ -447,14 +447,24 @@ def _causality(flat: Mapping[str, Any], settings: Mapping[str, Any], where: str)
     return {"causal": bool(values and values.pop()), "sliding_causal": of_windows and "sliding_layers" in settings}
 
 
-def _correction(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of :class:`BlockConfig` about correction and confidence, and which slot predicts first."""
+def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keyword arguments of :class:`BlockConfig` about correction and confidence, and which slot predicts first.
+
+    Raises:
+        ValueError: a Domino that does not say which slot predicts first, or which are not corrected.
+    """
     if flat.get("projector_type") == DOMINO:
+        if absent := [name for name in ("shift_label", "pure_draft_prefix_len") if name not in flat]:
+            raise ValueError(
+                f"{where} does not say {' and '.join(absent)}, whose defaults differ between the trainers of Domino; add by hand what it was "
+                "trained with: shift_label true where the root's slot predicts the first drafted token, pure_draft_prefix_len 1 where that "
+                "prediction is not corrected"
+            )
         return {
             "correction": "gru",
             "correction_rank": flat.get("emb_dim", 256),
             "correction_state": flat.get("gru_hidden_dim", 1024),
-            "sample_from_anchor": flat.get("shift_label", True),
+            "sample_from_anchor": flat["shift_label"],
         }
     if named_kind(flat) == "DFlash 2" or flat.get("projector_type") == DFLASH2:
         return {

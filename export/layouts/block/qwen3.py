@@ -69,7 +69,8 @@ def public_table(config: BlockConfig, where: str = "the config") -> Table:
     names, specs = public_names(config), module_table(BlockDrafter, config, where).specs
     D, V, Vd = config.hidden_size, config.vocab_size, config.num_draft_tokens
     public = {names.get(name, name): spec for name, spec in specs.items()}
-    public |= {EMBEDDING: TensorSpec((V, D), optional=True), HEAD: TensorSpec((Vd, D), optional=Vd == V)}
+    # Both are the target's, whether they come along or not.
+    public |= {EMBEDDING: TensorSpec((V, D), optional=True), HEAD: TensorSpec((Vd, D), optional=True)}
     if "d2t" in specs:
         public["t2d"] = TensorSpec((V,), "bool", optional=True)
     return Table("block drafter", V, public)

@@ -245,6 +245,28 @@ def test_a_head_or_embedding_of_its_own_is_an_error(target: Target, tmp_path: Pa
     assert isinstance(load_any(tmp_path, target.ends), BlockDrafter)
 
 
+def test_a_domino_says_which_slots_predict_and_which_are_corrected(target: Target, tmp_path: Path) -> None:
+    write(made(target, correction="gru"), tmp_path, "domino", target.ends)
+    for name in ("shift_label", "pure_draft_prefix_len"):
+        before = (tmp_path / "config.json").read_text()
+        rewritten(tmp_path, **{name: None})
+        with pytest.raises(ValueError, match=f"does not say {name}, whose defaults differ between the trainers of Domino"):
+            load_any(tmp_path, target.ends)
+        (tmp_path / "config.json").write_text(before)
+    rewritten(tmp_path, shift_label=False)
+    assert load_any(tmp_path, target.ends).config.first_slot == 1
+
+
+def test_rows_of_the_targets_head_need_not_come_along(target: Target, tmp_path: Path) -> None:
+    drafter = made(target, draft_token_ids=torch.tensor([0, 3, 9, 10, 40, 63]))
+    write(drafter, tmp_path, "dflash", target.ends)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: part for name, part in tensors.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors")
+    again = load_any(tmp_path, target.ends)
+    assert isinstance(again, BlockDrafter)
+    assert torch.equal(again.head_weight, drafter.head_weight)
+
+
 def test_a_dspark_of_speculators_says_which_slot_predicts_first(target: Target, tmp_path: Path) -> None:
     write(made(target, correction="vanilla"), tmp_path, "speculators", target.ends)
     rewritten(tmp_path, sample_from_anchor=None)
