@@ -19,7 +19,7 @@ from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
 from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
-from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields
+from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields, sliding_layers
 from draftsmith.export.layouts.readback import refuse_difference, tensors_of
 from draftsmith.export.layouts.serving import sglang, vllm
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
@@ -150,12 +150,13 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
             not the target's.
     """
-    settings, depth = layer_settings(fields, where, understood=(*SWITCHES, "attention_bias")), num_layers(ends)
+    settings, depth = layer_settings(fields, where, understood=(*SWITCHES, "attention_bias", "layer_types")), num_layers(ends)
     size = fields.get("draft_vocab_size")
     config = Eagle3Config(
         **settings,
         **_switches(fields),
         attention_bias=bool(fields.get("attention_bias")),
+        sliding_window=sliding_layers(fields, fields.get("layer_types") or (), where)[0],
         **_masks(fields, tensors, where),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
         draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),

@@ -6,7 +6,7 @@ Transformers 4 reads no other. Knows no tensors and no folder.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from draftsmith.models.families.eagle3 import SWITCHES
 from draftsmith.models.families.eagle_config import EagleConfig, LayerConfig
 from draftsmith.models.files.field_rules import COUNT, FLAG, LIST, OBJECT, POSITIVE, Rule, check_fields
 from draftsmith.models.target.ends import TargetEnds
+from draftsmith.models.target.key_values import SLIDING
 
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
 _RULES: dict[str, Rule] = {
@@ -32,6 +33,7 @@ _RULES: dict[str, Rule] = {
     "attention_bias": FLAG,
     **dict.fromkeys(SWITCHES, FLAG),
 }
+_WINDOW_RULES: dict[str, Rule] = {"sliding_window": COUNT, "use_sliding_window": FLAG}
 # What our layer is. Another value means another computation, which loading the weights alone would hide.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
@@ -142,13 +144,40 @@ def refuse_other_layers(fields: Mapping[str, Any], where: str, understood: Colle
     width = fields.get("target_hidden_size")
     if width is not None and width != fields["hidden_size"]:
         faults.append(f"target_hidden_size {width!r}")
-    known = ("full_attention", "sliding_attention") if "layer_types" in understood else ("full_attention",)
+    known = ("full_attention", SLIDING) if "layer_types" in understood else ("full_attention",)
     others = dict.fromkeys(str(kind) for kind in fields.get("layer_types") or () if kind not in known)
     faults += [f"layer_types with {kind.replace('_', ' '):.40}" for kind in others]
     if faults:
         raise ValueError(
             f"{where} asks for {', '.join(faults)}, which our draft layer does not do; such a drafter cannot be read"
         )
+
+
+def sliding_layers(fields: Mapping[str, Any], kinds: Sequence[Any], where: str) -> tuple[int | None, list[int]]:
+    """Which layers have a sliding window.
+
+    Args:
+        fields: of the config.
+        kinds: of the layers, in order, as ``layer_types`` names them.
+        where: for messages.
+
+    Returns:
+        The window, and the layers by number; None and no layers where none has one.
+
+    Raises:
+        ValueError: a layer has one, and the config gives no window or turns windows off.
+    """
+    given = {name: fields[name] for name in _WINDOW_RULES if fields.get(name) is not None}
+    check_fields(given, _WINDOW_RULES, where, "correct it by hand")
+    layers, window = [layer for layer, kind in enumerate(kinds) if kind == SLIDING], given.get("sliding_window")
+    if not layers:
+        return None, []
+    if window is None or given.get("use_sliding_window") is False:
+        raise ValueError(
+            f"{where} has layer_types with sliding attention, sliding_window {window} and use_sliding_window "
+            f"{given.get('use_sliding_window')}; give the window and set use_sliding_window true, or name full_attention"
+        )
+    return int(window), layers
 
 
 def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -18,15 +18,14 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
 from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
-from draftsmith.export.layouts.llama import SIZES, layer_settings, llama_fields
+from draftsmith.export.layouts.llama import SIZES, SLIDING, layer_settings, llama_fields, sliding_layers
 from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.block.block_config import BlockConfig
 from draftsmith.models.families.block.block_drafter import BlockDrafter
-from draftsmith.models.files.field_rules import COUNT, COUNT_OR_ZERO, FLAG, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT_OR_ZERO, Rule, check_fields
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target.ends import TargetEnds
-from draftsmith.models.target.key_values import SLIDING
 from draftsmith.models.target.target import PRE_NORM
 
 HEAD = "lm_head.weight"
@@ -50,11 +49,7 @@ _SELECTOR = {
     "correction.output.weight": "candidate_selector.successor_codebook",
     "correction.hidden_projection.weight": "candidate_selector.hidden_projection.weight",
 }
-_WINDOW_RULES: dict[str, Rule] = {
-    "sliding_window": COUNT,
-    "use_sliding_window": FLAG,
-    "max_window_layers": COUNT_OR_ZERO,
-}
+_FIRST: dict[str, Rule] = {"max_window_layers": COUNT_OR_ZERO}
 MARKOV_TYPES = {"vanilla": "vanilla", "gated": "gated", "recurrent": "rnn"}
 """What DSpark's ``markov_head_type`` calls our corrections."""
 
@@ -185,24 +180,16 @@ def _windows(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ValueError: a field breaks its rule, or they contradict each other.
     """
-    given = {name: fields[name] for name in _WINDOW_RULES if fields.get(name) is not None}
-    check_fields(given, _WINDOW_RULES, where, "correct it by hand")
-    count, kinds, window = int(fields["num_hidden_layers"]), fields.get("layer_types"), given.get("sliding_window")
+    count, kinds = int(fields["num_hidden_layers"]), fields.get("layer_types")
     if kinds is None:
-        first = given.get("max_window_layers", Qwen3Config().max_window_layers)
-        slides = bool(given.get("use_sliding_window")) and window is not None
+        first = Qwen3Config().max_window_layers if fields.get("max_window_layers") is None else fields["max_window_layers"]
+        check_fields({"max_window_layers": first}, _FIRST, where, "correct it by hand")
+        slides = fields.get("use_sliding_window") is True and fields.get("sliding_window") is not None
         kinds = [SLIDING if slides and layer >= first else "" for layer in range(count)]
     if len(kinds) != count:
         raise ValueError(f"{where} has {len(kinds)} layer_types and num_hidden_layers {count}; correct one of the two")
-    sliding = [layer for layer, kind in enumerate(kinds) if kind == SLIDING]
-    if not sliding:
-        return {}
-    if window is None or given.get("use_sliding_window") is False:
-        raise ValueError(
-            f"{where} has layer_types with sliding attention, sliding_window {window} and use_sliding_window "
-            f"{given.get('use_sliding_window')}; give the window and set use_sliding_window true, or name full_attention"
-        )
-    return {"sliding_window": window, "sliding_layers": sliding}
+    window, layers = sliding_layers(fields, kinds, where)
+    return {} if window is None else {"sliding_window": window, "sliding_layers": layers}
 
 
 def assembled(config: BlockConfig, tensors: Mapping[str, Tensor], ends: TargetEnds | None, where: str) -> BlockDrafter:

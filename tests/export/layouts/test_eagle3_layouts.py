@@ -216,6 +216,20 @@ def test_maps_of_a_whole_vocabulary_and_of_32_bits_are_read(tmp_path: Path, deep
         assert torch.equal(our_logits(deep, again, 2), our_logits(deep, drafter, 2))
 
 
+def test_a_window_of_the_layer_is_read(tmp_path: Path, deep: Target) -> None:
+    write(eagle3(deep.ends), tmp_path, "eagle3", deep.ends)
+    assert load_any(change_fields(tmp_path, sliding_window=9), deep.ends).config.sliding_window is None
+    change_fields(tmp_path, layer_types=["sliding_attention"])
+    assert load_any(tmp_path, deep.ends).config.sliding_window == 9
+    for changes, message in (
+        ({"use_sliding_window": False}, "sliding_window 9 and use_sliding_window False; give the window"),
+        ({"sliding_window": None, "use_sliding_window": "absent"}, "sliding_window None and use_sliding_window None"),
+        ({"sliding_window": 0}, "sliding_window is 0, it must be a whole number of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_any(change_fields(tmp_path, **changes), deep.ends)
+
+
 @pytest.mark.parametrize("layout", ["eagle3", "speculators"])
 @torch.no_grad()
 def test_biases_of_attention_come_along(tmp_path: Path, deep: Target, layout: str) -> None:
