@@ -167,11 +167,12 @@ def sliding_layers(fields: Mapping[str, Any], kinds: Sequence[Any], where: str) 
     Raises:
         ValueError: a layer has one, and the config gives no window or turns windows off.
     """
-    given = {name: fields[name] for name in _WINDOW_RULES if fields.get(name) is not None}
-    check_fields(given, _WINDOW_RULES, where, "correct it by hand")
-    layers, window = [layer for layer, kind in enumerate(kinds) if kind == SLIDING], given.get("sliding_window")
+    layers = [layer for layer, kind in enumerate(kinds) if kind == SLIDING]
     if not layers:
         return None, []
+    given = {name: fields[name] for name in _WINDOW_RULES if fields.get(name) is not None}
+    check_fields(given, _WINDOW_RULES, where, "correct it by hand")
+    window = given.get("sliding_window")
     if window is None or given.get("use_sliding_window") is False:
         raise ValueError(
             f"{where} has layer_types with sliding attention, sliding_window {window} and use_sliding_window "

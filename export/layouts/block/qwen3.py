@@ -23,7 +23,7 @@ from draftsmith.export.layouts.readback import tensors_of
 from draftsmith.models.drafters.drafter_reader import assemble, module_table
 from draftsmith.models.families.block.block_config import BlockConfig
 from draftsmith.models.families.block.block_drafter import BlockDrafter
-from draftsmith.models.files.field_rules import COUNT_OR_ZERO, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT_OR_ZERO, FLAG, Rule, check_fields
 from draftsmith.models.files.tables import Table, TensorSpec, membership, target_ids
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.target import PRE_NORM
@@ -49,7 +49,7 @@ _SELECTOR = {
     "correction.output.weight": "candidate_selector.successor_codebook",
     "correction.hidden_projection.weight": "candidate_selector.hidden_projection.weight",
 }
-_FIRST: dict[str, Rule] = {"max_window_layers": COUNT_OR_ZERO}
+_WHICH_SLIDE: dict[str, Rule] = {"max_window_layers": COUNT_OR_ZERO, "use_sliding_window": FLAG}
 MARKOV_TYPES = {"vanilla": "vanilla", "gated": "gated", "recurrent": "rnn"}
 """What DSpark's ``markov_head_type`` calls our corrections."""
 
@@ -182,9 +182,10 @@ def _windows(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     count, kinds = int(fields["num_hidden_layers"]), fields.get("layer_types")
     if kinds is None:
-        first = Qwen3Config().max_window_layers if fields.get("max_window_layers") is None else fields["max_window_layers"]
-        check_fields({"max_window_layers": first}, _FIRST, where, "correct it by hand")
-        slides = fields.get("use_sliding_window") is True and fields.get("sliding_window") is not None
+        given = {name: fields[name] for name in _WHICH_SLIDE if fields.get(name) is not None}
+        check_fields(given, _WHICH_SLIDE, where, "correct it by hand")
+        first = given.get("max_window_layers", Qwen3Config().max_window_layers)
+        slides = given.get("use_sliding_window", False) and fields.get("sliding_window") is not None
         kinds = [SLIDING if slides and layer >= first else "" for layer in range(count)]
     if len(kinds) != count:
         raise ValueError(f"{where} has {len(kinds)} layer_types and num_hidden_layers {count}; correct one of the two")
