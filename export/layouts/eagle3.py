@@ -150,7 +150,10 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
             not the target's.
     """
-    settings, depth = layer_settings(fields, where, understood=(*SWITCHES, "attention_bias", "layer_types")), num_layers(ends)
+    settings, depth = (
+        layer_settings(fields, where, understood=(*SWITCHES, "attention_bias", "layer_types")),
+        num_layers(ends),
+    )
     size = fields.get("draft_vocab_size")
     config = Eagle3Config(
         **settings,

@@ -392,9 +392,7 @@ def refuse_other_scale(flat: Mapping[str, Any], ends: TargetEnds, where: str) ->
         )
 
 
-def _refuse_other_logits(
-    flat: Mapping[str, Any], config: BlockConfig, ends: TargetEnds | None, where: str
-) -> None:
+def _refuse_other_logits(flat: Mapping[str, Any], config: BlockConfig, ends: TargetEnds | None, where: str) -> None:
     """Refuse a correction that was trained beside other logits than ours: capped ones, or of the target's head times another factor.
 
     Without a correction, both leave the order of a slot's tokens as it is.
@@ -456,8 +454,8 @@ def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     if flat.get("projector_type") == DOMINO:
         if absent := [name for name in ("shift_label", "pure_draft_prefix_len") if name not in flat]:
             raise ValueError(
-                f"{where} does not say {' and '.join(absent)}, whose defaults differ between the trainers of Domino; add by hand what it was "
-                "trained with: shift_label true where the root's slot predicts the first drafted token, pure_draft_prefix_len 1 where that "
+                f"{where} does not say {' and '.join(absent)}, whose defaults differ between the trainers of Domino; add by hand what it "
+                "was trained with: shift_label true where the root's slot predicts the first drafted token, pure_draft_prefix_len 1 where that "
                 "prediction is not corrected"
             )
         return {

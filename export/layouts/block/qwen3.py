@@ -170,7 +170,10 @@ def qwen3_settings(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     whole = {name: getattr(defaults, name) for name in names}
     whole |= {name: value for name, value in fields.items() if value is not None}
     settings = layer_settings(whole, where, understood=("num_hidden_layers", "layer_types", "attention_bias"))
-    settings |= {"num_draft_layers": int(whole["num_hidden_layers"]), "attention_bias": bool(whole.get("attention_bias"))}
+    settings |= {
+        "num_draft_layers": int(whole["num_hidden_layers"]),
+        "attention_bias": bool(whole.get("attention_bias")),
+    }
     return settings | _windows(whole, where)
 
 

@@ -155,7 +155,8 @@ def _num_heads(named_heads: int, named: Collection[str], num_blocks: int, where:
         held += 1
     if held > named_heads:
         warnings.warn(
-            f"{where}: {CONFIG} names {named_heads} heads, and the weights hold {held}: all of them are read", stacklevel=2
+            f"{where}: {CONFIG} names {named_heads} heads, and the weights hold {held}: all of them are read",
+            stacklevel=2,
         )
     return held
 

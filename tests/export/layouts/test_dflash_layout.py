@@ -209,7 +209,10 @@ def test_some_exports_need_the_target(target: Target, tmp_path: Path) -> None:
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "target_layer_ids count blocks from 0, the others from 1"),
         ({"is_causal": True}, "has is_causal True and causal False"),
         ({"block_size": 5}, r"has block_size 5, and 4 in dflash_config, between which engines differ"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window None and use_sliding_window False; give"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_window None and use_sliding_window False; give",
+        ),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types with chunked attention"),
         ({"layer_types": ["full_attention"]}, "has 1 layer_types and num_hidden_layers 2"),
         ({"attention_bias": True}, r"self_attn\.q_proj\.bias is missing"),
@@ -250,7 +253,9 @@ def test_a_domino_says_which_slots_predict_and_which_are_corrected(target: Targe
     for name in ("shift_label", "pure_draft_prefix_len"):
         before = (tmp_path / "config.json").read_text()
         rewritten(tmp_path, **{name: None})
-        with pytest.raises(ValueError, match=f"does not say {name}, whose defaults differ between the trainers of Domino"):
+        with pytest.raises(
+            ValueError, match=f"does not say {name}, whose defaults differ between the trainers of Domino"
+        ):
             load_any(tmp_path, target.ends)
         (tmp_path / "config.json").write_text(before)
     rewritten(tmp_path, shift_label=False)
@@ -261,7 +266,9 @@ def test_rows_of_the_targets_head_need_not_come_along(target: Target, tmp_path: 
     drafter = made(target, draft_token_ids=torch.tensor([0, 3, 9, 10, 40, 63]))
     write(drafter, tmp_path, "dflash", target.ends)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({name: part for name, part in tensors.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors")
+    save_file(
+        {name: part for name, part in tensors.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors"
+    )
     again = load_any(tmp_path, target.ends)
     assert isinstance(again, BlockDrafter)
     assert torch.equal(again.head_weight, drafter.head_weight)
@@ -303,7 +310,11 @@ def test_a_correction_beside_other_logits_is_refused(target: Target, tmp_path: P
         fields = json.loads((folder / "config.json").read_text())
         for name, value, message in (
             ("final_logit_softcapping", 20.0, "final_logit_softcapping 20.0, and its correction"),
-            ("output_multiplier", 0.25, "output_multiplier 0.25, and 'deep' multiplies its logits by 1, and its correction"),
+            (
+                "output_multiplier",
+                0.25,
+                "output_multiplier 0.25, and 'deep' multiplies its logits by 1, and its correction",
+            ),
             ("output_multiplier", 1.0, ""),
         ):
             nested = fields["dflash_config"] | {name: value}
@@ -339,7 +350,7 @@ def test_the_speculators_package_may_leave_out_sizes_and_write_null(
     sizes = {name: layer.pop(name) for name in ("hidden_size", "vocab_size")}
     nulls = {"transformer_layer_config": layer, "target_hidden_size": None, "sliding_window_non_causal": None}
     (tmp_path / "config.json").write_text(json.dumps(fields | nulls))
-    with pytest.raises(ValueError, match="fc.weight is "):
+    with pytest.raises(ValueError, match=r"fc\.weight is "):
         load_any(tmp_path, target.ends)  # Qwen3's own sizes are larger
     monkeypatch.setattr(speculators, "Qwen3Config", lambda: Qwen3Config(**sizes))
     before, after = tensors_of(drafter), tensors_of(load_any(tmp_path, target.ends))

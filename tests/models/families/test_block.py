@@ -226,12 +226,16 @@ def test_rows_of_a_batch_draft_with_a_window_as_they_do_alone(
     target: Target, layers: list[int], causal: bool, sliding_causal: bool
 ) -> None:
     drafter = made(target, causal, sliding_window=6, sliding_layers=layers, sliding_causal=sliding_causal)
-    prompts, settings = [[1, 5, 9, 8, 40, 41, 3, 7, 30, 2, 6, 5], [1, 7], [3, 4, 9, 11]], GenerationSettings(max_new_tokens=8)
+    prompts, settings = (
+        [[1, 5, 9, 8, 40, 41, 3, 7, 30, 2, 6, 5], [1, 7], [3, 4, 9, 11]],
+        GenerationSettings(max_new_tokens=8),
+    )
     plain = [reply.token_ids for reply in Engine(target).generate(prompts, settings)]
     for limits in (DraftLimits(1, 2), DraftLimits(3, STEPS, node_budget=7)):
         engine = Engine(target, drafter, limits)
         together, fixed = (
-            each.generate(prompts, settings) for each in (engine, Engine(target, drafter, limits, runner=lambda cycle: cycle))
+            each.generate(prompts, settings)
+            for each in (engine, Engine(target, drafter, limits, runner=lambda cycle: cycle))
         )
         assert [reply.token_ids for reply in together] == plain
         for prompt, row, other in zip(prompts, together, fixed, strict=True):
