@@ -455,8 +455,8 @@ def _correction(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
         if absent := [name for name in ("shift_label", "pure_draft_prefix_len") if name not in flat]:
             raise ValueError(
                 f"{where} does not say {' and '.join(absent)}, whose defaults differ between the trainers of Domino; add by hand what it "
-                "was trained with: shift_label true where the root's slot predicts the first drafted token, pure_draft_prefix_len 1 where that "
-                "prediction is not corrected"
+                "was trained with: shift_label true where the root's slot predicts the first drafted token, pure_draft_prefix_len 1 where "
+                "that prediction is not corrected"
             )
         return {
             "correction": "gru",

@@ -190,7 +190,7 @@ def _windows(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         first = given.get("max_window_layers", Qwen3Config().max_window_layers)
         slides = given.get("use_sliding_window", False) and fields.get("sliding_window") is not None
         kinds = [SLIDING if slides and layer >= first else "" for layer in range(count)]
-    if len(kinds) != count:
+    if SLIDING in kinds and len(kinds) != count:
         raise ValueError(f"{where} has {len(kinds)} layer_types and num_hidden_layers {count}; correct one of the two")
     window, layers = sliding_layers(fields, kinds, where)
     return {} if window is None else {"sliding_window": window, "sliding_layers": layers}

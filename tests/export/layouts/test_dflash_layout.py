@@ -214,7 +214,7 @@ def test_some_exports_need_the_target(target: Target, tmp_path: Path) -> None:
             "sliding_window None and use_sliding_window False; give",
         ),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types with chunked attention"),
-        ({"layer_types": ["full_attention"]}, "has 1 layer_types and num_hidden_layers 2"),
+        ({"layer_types": ["sliding_attention"]}, "has 1 layer_types and num_hidden_layers 2"),
         ({"attention_bias": True}, r"self_attn\.q_proj\.bias is missing"),
         ({"attention_sink_bias": True}, "attention_sink_bias True"),
         ({"projector_type": "xpress"}, "projector_type 'xpress'"),
