@@ -1,12 +1,14 @@
 """From the target's replies to an n-gram table that scores drafts a second time.
 
-Owns the command. How n-grams are counted and smoothed is in :mod:`draftsmith.models.ngrams.kneser_ney`.
+Owns the command, and what of a source a table of text reads. How n-grams are counted and smoothed is in
+:mod:`draftsmith.models.ngrams.kneser_ney`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +17,7 @@ from draftsmith import provenance
 from draftsmith.arguments import FLAT
 from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.corpus import Corpus
-from draftsmith.data.tokens import TokenizedSample, chat_of
+from draftsmith.data.tokens import chat_of
 from draftsmith.files import atomic_directory
 from draftsmith.json_rows import Dropped, summary
 from draftsmith.models.files.fingerprint import tokenizer_fingerprint
@@ -29,6 +31,74 @@ from draftsmith.ownership import check_replaceable
 
 STAGE = "draftsmith data ngrams"
 _NO_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The replies of a source, in a target's token ids.
+
+    Attributes:
+        corpus: reads them.
+        vocab_size: of the target.
+        tokenizer_fingerprint: of its tokenizer.
+    """
+
+    corpus: Corpus
+    vocab_size: int
+    tokenizer_fingerprint: str
+
+    def runs(self, before: int, dropped: list[Dropped]) -> Iterator[list[int]]:
+        """What the assistant wrote, a stretch at a time.
+
+        Args:
+            before: how many tokens before each stretch come with it, where there are so many.
+            dropped: takes the rows that cannot be read.
+
+        Yields:
+            Token ids.
+        """
+        for sample in self.corpus.all_samples(dropped):
+            place = 0
+            for labelled, group in itertools.groupby(sample.loss_mask):
+                end = place + sum(1 for _ in group)
+                if labelled:
+                    yield list(sample.input_ids[max(0, place - before) : end])
+                place = end
+
+
+def replies_of(
+    source: Path,
+    target: str,
+    split: str | None,
+    where: TokenizerOptions,
+    rendering: TemplateChoice,
+    trained_on: TrainedOn,
+) -> Replies:
+    """Open the replies of a source.
+
+    Args:
+        source: a folder of replies, or a JSONL file of conversations.
+        target: path or hub id of the target.
+        split: read samples of this split only.
+        where: how the target's files are read.
+        rendering: the chat template.
+        trained_on: what of the assistant's turns is read.
+
+    Returns:
+        The replies.
+
+    Raises:
+        ValueError: there is no such source, or its token ids are of another tokenizer.
+    """
+    tokenizer = where.tokenizer(target)
+    config = read_config(resolve(target, where.revision), where.trust_remote_code).get_text_config()
+    chat = partial(
+        chat_of, target, tokenizer, rendering.template, where.revision, where.trust_remote_code, rendering.options
+    )
+    corpus = Corpus(source, chat, split, _NO_LIMIT, int(config.vocab_size), trained_on)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    corpus.check_tokenizer(fingerprint)
+    return Replies(corpus, int(config.vocab_size), fingerprint)
 
 
 def ngrams(
@@ -62,34 +132,16 @@ def ngrams(
         ValueError: an option is out of range, there are no replies, or the folder holds something else.
     """
     check_replaceable(out, STAGE, [source])
-    tokenizer = where.tokenizer(target)
-    config = read_config(resolve(target, where.revision), where.trust_remote_code).get_text_config()
-    chat = partial(
-        chat_of, target, tokenizer, rendering.template, where.revision, where.trust_remote_code, rendering.options
-    )
-    corpus = Corpus(source, chat, split, _NO_LIMIT, int(config.vocab_size), trained_on)
-    own_tokenizer = tokenizer_fingerprint(tokenizer)
-    corpus.check_tokenizer(own_tokenizer)
+    replies = replies_of(source, target, split, where, rendering, trained_on)
     dropped: list[Dropped] = []
-    runs = list(_runs(corpus.all_samples(dropped), order - 1))
-    table = kneser_ney(runs, int(config.vocab_size), order, least_count, own_tokenizer)
+    runs = list(replies.runs(order - 1, dropped))
+    table = kneser_ney(runs, replies.vocab_size, order, least_count, replies.tokenizer_fingerprint)
     settings = {"order": order, "least_count": least_count, "split": split, "template": rendering.template}
     with atomic_directory(out, STAGE) as partial_folder:
         table.save(partial_folder)
-        record = provenance.record(provenance.command_line(), settings, {str(source): corpus.fingerprint})
+        record = provenance.record(provenance.command_line(), settings, {str(source): replies.corpus.fingerprint})
         provenance.write(partial_folder, record)
     print(f"{_sizes(table)} in {out}, from {sum(map(len, runs)):,} tokens; {summary(dropped)}")
-
-
-def _runs(samples: Iterable[TokenizedSample], before: int) -> Iterator[list[int]]:
-    """What the assistant wrote, a stretch at a time, with the tokens before it that its first n-grams need."""
-    for sample in samples:
-        place = 0
-        for labelled, group in itertools.groupby(sample.loss_mask):
-            end = place + sum(1 for _ in group)
-            if labelled:
-                yield list(sample.input_ids[max(0, place - before) : end])
-            place = end
 
 
 def _sizes(table: NgramTable) -> str:

@@ -2,7 +2,8 @@
 
 They come from the row's own text, as in Lookahead's pool (arXiv:2402.02057), and from what the target said behind rejected tokens
 (Ouroboros, arXiv:2402.13720). Verification computed both already. With a head, it drafts first and phrases hang on its leaves. Without
-one, they hang on the root. A row's phrases come from that row alone, never from another request.
+one, they hang on the root. A row's phrases come from that row alone, never from another request, and from a shared pool where the config
+names one.
 
 Owns the config, the state and the drafter. Knows no verification.
 
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from draftsmith.models.composed.composed_drafter import ComposedState
 from draftsmith.models.composed.phrases import PhraseRing, best_leaves, rejected_phrases, tails_of
 from draftsmith.models.composed.suffix_drafter import SuffixConfig, SuffixDrafter, TextState
-from draftsmith.models.composed.suffixes import GAP, continuations_behind
+from draftsmith.models.composed.suffixes import GAP, behind_pool, continuations_behind
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
 from draftsmith.models.files.field_rules import COUNT, Rule, is_number
 from draftsmith.models.slots.constants import counting
@@ -169,8 +170,9 @@ class PhraseDrafter(SuffixDrafter):
         """Phrases behind leaves: int64 [B, M P], the leaf of each; int64 [B, M P, L]; float [B, M P, L], below the leaf's own score."""
         B, M = leaf_BM.shape
         known_BT = counting(text_BT.shape[1], text_BT.device) <= cycle.lengths_B[:, None]
-        # What is later counts more among equal matches, so the text is behind the ring.
-        stream_BT = torch.cat([F.pad(ring.tokens_BR, (0, 1), value=GAP), torch.where(known_BT, text_BT, GAP)], dim=1)
+        # What is later counts more among equal matches, so the text is behind the ring, and the ring behind the pool.
+        own_BT = torch.cat([F.pad(ring.tokens_BR, (0, 1), value=GAP), torch.where(known_BT, text_BT, GAP)], dim=1)
+        stream_BT = behind_pool(own_BT, self.pool_T)
         tails_BMW = tails_of(tree, leaf_BM, text_BT, cycle.lengths_B, self.config.longest_match)
         streams_XT = stream_BT[:, None].expand(-1, M, -1).flatten(0, 1)
         paths_XPL, shares_XPL = continuations_behind(streams_XT, tails_BMW.flatten(0, 1), length, self.config.rule)

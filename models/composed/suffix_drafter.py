@@ -1,13 +1,14 @@
 """A drafter without weights: it proposes what followed earlier places of the same text (suffix decoding, arXiv:2411.04975).
 
 Owns its config, the text that it keeps of each row, and drafts of it alone or together with a head's. A row's drafts come from that row's
-own prompt and reply, never from another request. Knows no verification.
+own prompt and reply, never from another request. Where the config names a shared pool, they come from that too. Knows no verification.
 
 Shape legend: B batch rows, E fresh tokens, T text slots, P places, L drafted tokens, N tree nodes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.models.composed.composed_drafter import ComposedConfig, ComposedDrafter, ComposedState
+from draftsmith.models.composed.shared_pool import SharedPool, load_pool
 from draftsmith.models.composed.suffixes import SuffixRule, continuations
 from draftsmith.models.drafters.draft_records import Cycle, DraftState, Emitted, Opening
 from draftsmith.models.drafters.drafter import Drafter
-from draftsmith.models.files.field_rules import COUNT, POSITIVE, Rule, is_number
+from draftsmith.models.files.field_rules import COUNT, POSITIVE, TEXT, Rule, is_number
 from draftsmith.models.slots.constants import counting
 from draftsmith.models.slots.slot_cache import KeptRows
+from draftsmith.models.target.target import TargetEnds
 from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.search import Expander
 from draftsmith.models.tree.tree import DraftTree, joined, prune, tree_from_paths
 
+_LOG = logging.getLogger(__name__)
 _SHARE: Rule = (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 
 
@@ -40,6 +44,8 @@ class SuffixConfig(ComposedConfig):
         num_places: how many places of the text count.
         tokens_per_match: drafted tokens for each token that agrees.
         least_probability: rarer continuations are left out.
+        shared_pool: folder of a pool of earlier replies that every request is drafted from as well, relative to the config's own; empty
+            for none, so that requests share nothing.
         head: folder of a drafter whose drafts are joined with these, relative to the config's own; empty for none.
     """
 
@@ -51,6 +57,7 @@ class SuffixConfig(ComposedConfig):
         "num_places": COUNT,
         "tokens_per_match": POSITIVE,
         "least_probability": _SHARE,
+        "shared_pool": TEXT,
     }
 
     def __init__(
@@ -60,6 +67,7 @@ class SuffixConfig(ComposedConfig):
         num_places: int = 16,
         tokens_per_match: float = 2.0,
         least_probability: float = 0.1,
+        shared_pool: str = "",
         **kwargs: Any,
     ) -> None:
         self.longest_match = longest_match
@@ -67,6 +75,7 @@ class SuffixConfig(ComposedConfig):
         self.num_places = num_places
         self.tokens_per_match = tokens_per_match
         self.least_probability = least_probability
+        self.shared_pool = shared_pool
         super().__init__(**kwargs)
 
     def fault(self) -> str:
@@ -117,6 +126,7 @@ class SuffixDrafter(ComposedDrafter):
     Args:
         config: what is compared and kept.
         head: a drafter whose tree is joined with the continuations; None for these alone.
+        pool: what every request is drafted from beside its own text; None for nothing. A warning says what a pool shows.
 
     Raises:
         ValueError: a field of the config breaks its rule.
@@ -126,26 +136,71 @@ class SuffixDrafter(ComposedDrafter):
     config_class: type[SuffixConfig] = SuffixConfig
     untrained = "a drafter without weights is not trained; name it to decode, evaluate or tune"
 
-    def __init__(self, config: SuffixConfig, head: Drafter | None = None) -> None:
+    pool_T: Tensor | None
+
+    def __init__(self, config: SuffixConfig, head: Drafter | None = None, pool: SharedPool | None = None) -> None:
         super().__init__(config, head)
+        self.pool = pool
+        self.register_buffer("pool_T", None if pool is None else pool.tokens_T, persistent=False)
+        if pool is not None:
+            _LOG.warning(
+                "every request is drafted from the shared pool %r (%d tokens of earlier replies) as well: drafts, and so the time that a "
+                "reply takes, show one user's text to another. Replies themselves stay the target's own, token for token",
+                config.shared_pool,
+                pool.num_tokens,
+            )
 
     @classmethod
     def composed(cls, config: SuffixConfig, head: Drafter | None, folder: Path, load: Callable[[str], Drafter]) -> Self:
         """See :meth:`ComposedDrafter.composed`.
 
         Raises:
-            ValueError: the head reads the text as well.
+            ValueError: the head reads the text as well, or the folder of the shared pool holds none.
         """
         if isinstance(head, SuffixDrafter):
             raise ValueError(
                 f"{folder / 'config.json'} has head {config.head!r}, which reads the text as well; name another drafter"
             )
-        return cls(config, head)
+        if not config.shared_pool:
+            return cls(config, head)
+        pool = folder / config.shared_pool
+        return cls(config, head, load_pool(pool if pool.is_dir() else Path(config.shared_pool)))
 
     @property
     def num_draft_tokens(self) -> int:
         """All of the target's."""
         return self.ends.vocab_size
+
+    def attach(self, ends: TargetEnds) -> Drafter:
+        """See :meth:`Drafter.attach`.
+
+        Raises:
+            ValueError: the head is of another target, or the shared pool of another vocabulary.
+        """
+        super().attach(ends)
+        if self.pool is not None and self.pool.vocab_size != ends.vocab_size:
+            raise ValueError(
+                f"the shared pool {self.config.shared_pool!r} has a vocabulary of {self.pool.vocab_size} tokens, the target "
+                f"{ends.vocab_size}; make the pool with this target"
+            )
+        return self
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """See :meth:`Drafter.check_tokenizer`: the head's and the shared pool's.
+
+        Args:
+            fingerprint: of the target's tokenizer; empty if unknown.
+
+        Raises:
+            ValueError: one of the two is of another tokenizer.
+        """
+        super().check_tokenizer(fingerprint)
+        own = "" if self.pool is None else self.pool.tokenizer_fingerprint
+        if own and fingerprint and own != fingerprint:
+            raise ValueError(
+                f"the shared pool {self.config.shared_pool!r} was made with another tokenizer ({own[:12]}) than this one "
+                f"({fingerprint[:12]}); make it again with this target"
+            )
 
     def check_depth(self, limits: DraftLimits) -> None:
         """See :meth:`Drafter.check_depth`.
@@ -216,7 +271,9 @@ class SuffixDrafter(ComposedDrafter):
             ValueError: a shape that needs distributions (see :meth:`check_depth`), or a rule of verification that does.
         """
         root_B, text_BT = self._begun(state.own, cycle, limits)
-        paths_BPL, scores_BPL = continuations(text_BT, cycle.lengths_B + 1, limits.draft_length, self.config.rule)
+        paths_BPL, scores_BPL = continuations(
+            text_BT, cycle.lengths_B + 1, limits.draft_length, self.config.rule, self.pool_T
+        )
         cut = False if cycle.fixed_shapes else None
         if limits.is_chain:
             paths_BPL, scores_BPL = _best_path(paths_BPL, scores_BPL)

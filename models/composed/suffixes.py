@@ -40,7 +40,9 @@ class SuffixRule:
     least_probability: float = 0.1
 
 
-def continuations(text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRule) -> tuple[Tensor, Tensor]:
+def continuations(
+    text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRule, pool_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What followed the places of each text that are most like its end.
 
     For each number m of tokens that agree, the places that agree in at least m make a tree of what followed, and a node's score is the
@@ -51,6 +53,7 @@ def continuations(text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRu
         lengths_B: int64, tokens of each row.
         depth: L, at most this many tokens of each continuation.
         rule: what is compared and what is kept.
+        pool_T: int64, other texts that are searched as well, see :func:`behind_pool`; None for none.
 
     Returns:
         int64 [B, P, L], the continuations, the longest match first; float32 [B, P, L], the logarithm of each prefix's share, minus
@@ -63,7 +66,21 @@ def continuations(text_BT: Tensor, lengths_B: Tensor, depth: int, rule: SuffixRu
     back_W = counting(W, text_BT.device)
     tail_BW = F.pad(text_BT, (W, 0), value=_BEFORE).gather(1, lengths_B[:, None] - 1 - back_W + W)
     known_BT = counting(text_BT.shape[1], text_BT.device) < lengths_B[:, None]
-    return continuations_behind(torch.where(known_BT, text_BT, GAP), tail_BW, depth, rule)
+    stream_BT = behind_pool(torch.where(known_BT, text_BT, GAP), pool_T)
+    return continuations_behind(stream_BT, tail_BW, depth, rule)
+
+
+def behind_pool(stream_BT: Tensor, pool_T: Tensor | None) -> Tensor:
+    """Set streams behind texts that are searched for every row alike. Among equal matches, a row's own are later and so come first.
+
+    Args:
+        stream_BT: int64, of the rows.
+        pool_T: int64, texts with a :data:`GAP` behind each; None leaves the streams as they are.
+
+    Returns:
+        int64, streams of the pool's slots and then the row's own.
+    """
+    return stream_BT if pool_T is None else torch.cat([pool_T.expand(len(stream_BT), -1), stream_BT], dim=1)
 
 
 def continuations_behind(stream_BT: Tensor, tail_BW: Tensor, depth: int, rule: SuffixRule) -> tuple[Tensor, Tensor]:
@@ -106,8 +123,12 @@ def continuations_behind(stream_BT: Tensor, tail_BW: Tensor, depth: int, rule: S
 def _places(stream_BT: Tensor, tail_BW: Tensor, rule: SuffixRule) -> tuple[Tensor, Tensor]:
     """int64 [B, P] each: how many tokens up to a place agree with the tail, longest first, and the place."""
     T, W = stream_BT.shape[1], tail_BW.shape[1]
-    before_BTW = F.pad(stream_BT, (W - 1, 0), value=GAP).unfold(1, W, 1).flip(-1)
-    match_BT = ((before_BTW == tail_BW[:, None]) & (before_BTW >= 0)).int().cumprod(-1).sum(-1)
+    window_BTW = F.pad(stream_BT, (W - 1, 0), value=GAP).unfold(1, W, 1)
+    # A gap in the stream equals nothing in a tail.
+    wanted_B1W = torch.where(tail_BW >= 0, tail_BW, _BEFORE).flip(1)[:, None]
+    # As many tokens agree as there are behind the last slot of the window that differs.
+    slot_W = counting(W, stream_BT.device).int() + 1
+    match_BT = W - torch.where(window_BTW != wanted_B1W, slot_W, 0).amax(-1).long()
     followed_BT = F.pad(stream_BT[:, 1:], (0, 1), value=GAP) >= 0
     match_BT = match_BT * followed_BT
     best_BP = (match_BT * T + counting(T, stream_BT.device)).topk(min(rule.num_places, T), dim=1).values

@@ -176,7 +176,7 @@ def _composed(
 def _named_in(folder: Path) -> list[str]:
     """What a config without weights names."""
     fields = read_fields(folder)
-    names = [fields.get(part) for part in ("head", "ngrams", "lm")]
+    names = [fields.get(part) for part in ("head", "ngrams", "lm", "shared_pool")]
     return [_beside(folder, name) for name in names if name and isinstance(name, str)]
 
 

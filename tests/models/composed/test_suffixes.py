@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draftsmith.models.composed.shared_pool import SharedPool
 from draftsmith.models.composed.suffixes import SuffixRule, continuations
 from draftsmith.models.tree.tree import joined, prune, tree_from_paths
 
 Tree = dict[tuple[int, ...], float]
 
 
-def by_hand(text: list[int], depth: int, rule: SuffixRule) -> Tree:
+def by_hand(text: list[int], depth: int, rule: SuffixRule, pool: Sequence[list[int]] = ()) -> Tree:
     """Every proposed prefix with its share, one place and one level after the other."""
+    texts = [*pool, text]
+    stream = [(number, token) for number, each in enumerate(texts) for token in each]
     found = []
-    for place in range(len(text) - 1):
+    for place in range(len(stream) - 1):
+        if stream[place][0] != stream[place + 1][0]:
+            continue  # nothing followed the end of a text
         match = 0
-        while match < min(rule.longest_match, place + 1) and text[place - match] == text[len(text) - 1 - match]:
+        before = [token for number, token in stream[: place + 1] if number == stream[place][0]]
+        while match < min(rule.longest_match, len(before), len(text)) and before[-1 - match] == text[-1 - match]:
             match += 1
         found.append((match, place))
     found = [each for each in sorted(found, reverse=True)[: rule.num_places] if each[0] >= rule.shortest_match]
@@ -30,8 +37,9 @@ def by_hand(text: list[int], depth: int, rule: SuffixRule) -> Tree:
         reach = min(depth, max(1, math.ceil(level * rule.tokens_per_match)))
         tree: Tree = {}
         for place in places:
-            for end in range(1, min(reach, len(text) - 1 - place) + 1):
-                prefix = tuple(text[place + 1 : place + 1 + end])
+            behind = [token for number, token in stream[place + 1 :] if number == stream[place][0]]
+            for end in range(1, min(reach, len(behind)) + 1):
+                prefix = tuple(behind[:end])
                 tree[prefix] = tree.get(prefix, 0.0) + 1 / len(places)
         tree = {prefix: share for prefix, share in tree.items() if share >= rule.least_probability - 1e-9}
         if sum(tree.values()) > sum(best.values()) + 1e-6:
@@ -39,9 +47,12 @@ def by_hand(text: list[int], depth: int, rule: SuffixRule) -> Tree:
     return best
 
 
-def proposed(text: list[int], depth: int, rule: SuffixRule, padding: int = 0) -> Tree:
+def proposed(
+    text: list[int], depth: int, rule: SuffixRule, padding: int = 0, pool: Sequence[list[int]] = ()
+) -> Tree:
     text_BT = torch.tensor([text + [text[-1]] * padding])
-    paths_BPL, scores_BPL = continuations(text_BT, torch.tensor([len(text)]), depth, rule)
+    pool_T = SharedPool.of(pool, 99).tokens_T if pool else None
+    paths_BPL, scores_BPL = continuations(text_BT, torch.tensor([len(text)]), depth, rule, pool_T)
     tree: Tree = {}
     for path, scores in zip(paths_BPL[0].tolist(), scores_BPL[0].tolist(), strict=True):
         for end, score in enumerate(scores, start=1):
@@ -63,10 +74,22 @@ def proposed(text: list[int], depth: int, rule: SuffixRule, padding: int = 0) ->
         least_probability=st.sampled_from([0.0, 0.1, 0.34]),
     ),
     padding=st.integers(0, 3),
+    pool=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=8), max_size=3),
 )
-def test_what_is_proposed_is_the_rule_written_out(text: list[int], depth: int, rule: SuffixRule, padding: int) -> None:
-    expected = by_hand(text, depth, rule)
-    assert proposed(text, depth, rule, padding) == pytest.approx(expected, abs=1e-5)
+def test_what_is_proposed_is_the_rule_written_out(
+    text: list[int], depth: int, rule: SuffixRule, padding: int, pool: list[list[int]]
+) -> None:
+    expected = by_hand(text, depth, rule, pool)
+    assert proposed(text, depth, rule, padding, pool) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pool_is_searched_as_well_and_the_own_text_counts_first() -> None:
+    pool = [[7, 8, 9], [5, 6, 40]]
+    assert proposed([1, 7, 8], 2, SuffixRule(shortest_match=2), pool=pool) == pytest.approx({(9,): 1.0})
+    assert proposed([1, 7, 8], 2, SuffixRule(shortest_match=2)) == {}
+    assert proposed([2, 9], 2, SuffixRule(), pool=pool) == {}, "no continuation leads from one text into the next"
+    only_one = SuffixRule(num_places=1)
+    assert proposed([5, 6, 30, 5, 6], 1, only_one, pool=pool) == pytest.approx({(30,): 1.0})
 
 
 def test_the_longest_match_decides_and_the_example_holds() -> None:
