@@ -14,7 +14,8 @@ from draftsmith.evaluate.contenders import EngineContender, TransformersContende
 from draftsmith.evaluate.evaluate_command import evaluate
 from draftsmith.evaluate.measure import Plan
 from draftsmith.evaluate.records import Sample
-from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.composed.shared_pool import SharedPool
+from draftsmith.models.drafters.drafter_folder import drafter_fingerprint, load_drafter
 from draftsmith.models.families.redrafter import ReDrafter
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.target.target import Target
@@ -69,10 +70,14 @@ def test_a_report_of_everything_is_written(tmp_path: Path, target: Path, drafter
 def test_drafters_made_of_others_are_raced_like_any_other(
     tmp_path: Path, target: Path, drafter: Path, prompts: Path
 ) -> None:
-    table, refined, joined = (tmp_path / name for name in ("table", "refined", "joined"))
-    for folder in (table, refined, joined):
+    table, refined, joined, pool, pooled = (
+        tmp_path / name for name in ("table", "refined", "joined", "pool", "pooled")
+    )
+    for folder in (table, refined, joined, pool, pooled):
         folder.mkdir()
     kneser_ney([[1, 2, 3]], load_drafter(drafter).config.vocab_size, 2).save(table)
+    SharedPool.of([[1, 2, 3, 4, 5, 6]], load_drafter(drafter).config.vocab_size).save(pool)
+    (pooled / "config.json").write_text(json.dumps({"model_type": "draftsmith_suffix", "shared_pool": "../pool"}))
     fields = {"model_type": "draftsmith_refined", "head": str(drafter), "ngrams": "../table", "alpha": 0.3}
     (refined / "config.json").write_text(json.dumps(fields))
     (joined / "config.json").write_text(json.dumps({"model_type": "draftsmith_suffix", "head": str(drafter)}))
@@ -82,6 +87,7 @@ def test_drafters_made_of_others_are_raced_like_any_other(
         tmp_path / "out",
         drafters=[
             "suffix=embedded:suffix@1x2",
+            f"pooled={pooled}@1x2",
             f"refined={refined}@1x2",
             f"joined={joined}@2x2",
             f"head={drafter}@1x2",
@@ -92,7 +98,9 @@ def test_drafters_made_of_others_are_raced_like_any_other(
     rows = {row["drafter"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())["rows"]}
     assert all(row["exact_share"] == 1.0 for row in rows.values())
     read = {name: row["roofline"]["draft_bytes"] for name, row in rows.items()}
-    assert read["suffix"] == 0
+    assert read["suffix"] == read["pooled"] == 0
+    inputs = json.loads((tmp_path / "out" / "provenance.json").read_text())["inputs"]
+    assert inputs[str(pooled)] == drafter_fingerprint(pooled), "which hangs on the pool's tokens"
     assert read["refined"] == read["head"] > 0
     assert read["joined"] > 0
 

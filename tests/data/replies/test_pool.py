@@ -82,7 +82,7 @@ def test_a_drafter_that_names_the_pool_drafts_from_it_and_changes_no_reply(targe
     prompts = [[5, 9, 30], [40, 7]]
     plain = Engine(lm).generate(prompts, request)
     rows = [
-        {"id": str(number), "prompt_ids": prompt, "response_ids": reply.token_ids}
+        {"id": str(number), "prompt_ids": prompt, "reply_ids": reply.token_ids}
         for number, (prompt, reply) in enumerate(zip(prompts, plain, strict=True))
     ]
     (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

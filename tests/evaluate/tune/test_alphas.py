@@ -20,6 +20,7 @@ from draftsmith.evaluate.tune.tune_command import RefinementOptions, RowsOptions
 from draftsmith.models import Target
 from draftsmith.models.composed.refined_drafter import RefinedConfig, RefinedDrafter
 from draftsmith.models.composed.revisers import NgramReviser
+from draftsmith.models.composed.shared_pool import SharedPool
 from draftsmith.models.drafters.drafter_folder import load_drafter
 from draftsmith.models.ngrams.kneser_ney import kneser_ney
 from draftsmith.models.tree.shapes import parse_shape
@@ -92,10 +93,16 @@ def test_the_command_tries_weights_of_a_refined_drafter_only(target: Path, draft
     kneser_ney([[1, 2, 3]], load_drafter(drafter).config.vocab_size, 2).save(table)
     fields = {"model_type": "draftsmith_refined", "head": str(drafter), "ngrams": "../table", "alpha": 0.3}
     (own / "config.json").write_text(json.dumps(fields))
-    for name, word in (("head", str(drafter)), ("refined", str(own)), ("suffix", "embedded:suffix")):
+    pool, pooled = tmp_path / "pool", tmp_path / "suffix and pool"
+    pool.mkdir()
+    pooled.mkdir()
+    SharedPool.of([[1, 2, 3]], load_drafter(drafter).config.vocab_size).save(pool)
+    (pooled / "config.json").write_text(json.dumps({"model_type": "draftsmith_suffix", "shared_pool": "../pool"}))
+    names = {"head": drafter, "refined": own, "suffix": "embedded:suffix", "pooled": pooled}
+    for name, word in names.items():
         tune(
             str(target),
-            word,
+            str(word),
             prompts,
             tmp_path / name,
             widths=[1],
@@ -109,9 +116,9 @@ def test_the_command_tries_weights_of_a_refined_drafter_only(target: Path, draft
         )
     alphas = {
         name: json.loads((tmp_path / name / "tune.json").read_text())["alphas"]
-        for name in ("head", "refined", "suffix")
+        for name in names
     }
-    assert alphas["head"] == alphas["suffix"] == []
+    assert alphas["head"] == alphas["suffix"] == alphas["pooled"] == []
     assert sorted(each["alpha"] for each in alphas["refined"]) == [0.0, 0.3, 1.0]
     assert "The weight of the second opinion" in (tmp_path / "refined" / "tune.md").read_text()
 
