@@ -82,7 +82,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "draftsmith.data.ngrams", "ngrams", "Count the n-grams of replies, to score drafts a second time."
     ),
     ("data", "pool"): Command(
-        "draftsmith.data.replies.pool", "pool", "Keep text of replies that drafts without training may repeat to anybody."
+        "draftsmith.data.replies.pool",
+        "pool",
+        "Keep text of replies that drafts without training may repeat to anybody.",
     ),
     ("data", "show"): Command(
         "draftsmith.data.cache.show", "show", "Print samples with the tokens no loss is taken on dimmed."

@@ -69,7 +69,9 @@ def test_the_same_command_replaces_its_own_folder_and_no_other(target: Path, tmp
 
 def test_bad_numbers_and_sources_without_replies_are_errors(target: Path, tmp_path: Path) -> None:
     for tokens in (1, 2**17 + 1):
-        with pytest.raises(ValueError, match=f"a shared pool of {tokens} tokens is asked for; it takes from 2 to 131072"):
+        with pytest.raises(
+            ValueError, match=f"a shared pool of {tokens} tokens is asked for; it takes from 2 to 131072"
+        ):
             pool(write(tmp_path / "a.jsonl", "four"), str(target), tmp_path / "pool", tokens=tokens)
     (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
     with pytest.raises(ValueError, match="the texts of a shared pool have no token; give replies of this target"):

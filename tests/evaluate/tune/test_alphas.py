@@ -114,10 +114,7 @@ def test_the_command_tries_weights_of_a_refined_drafter_only(target: Path, draft
             vocabulary=VocabularyOptions(vocabularies=()),
             refinement=RefinementOptions(alphas=(0.0, 1.0)),
         )
-    alphas = {
-        name: json.loads((tmp_path / name / "tune.json").read_text())["alphas"]
-        for name in names
-    }
+    alphas = {name: json.loads((tmp_path / name / "tune.json").read_text())["alphas"] for name in names}
     assert alphas["head"] == alphas["suffix"] == alphas["pooled"] == []
     assert sorted(each["alpha"] for each in alphas["refined"]) == [0.0, 0.3, 1.0]
     assert "The weight of the second opinion" in (tmp_path / "refined" / "tune.md").read_text()

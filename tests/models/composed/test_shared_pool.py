@@ -87,7 +87,9 @@ def test_drawn_replies_have_the_targets_law_whatever_the_pool_says(lm: Target, k
     prompt, request = PROMPTS[0], GenerationSettings(max_new_tokens=3, temperature=1.2, top_k=2, seed=11)
     with torch.inference_mode():
         first = lm.model(input_ids=torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
-        seconds = [lm.model(input_ids=torch.tensor([[*prompt, token]])).logits[0, -1].topk(2).indices for token in first]
+        seconds = [
+            lm.model(input_ids=torch.tensor([[*prompt, token]])).logits[0, -1].topk(2).indices for token in first
+        ]
     texts = [[*prompt, token, int(second)] for token, pair in zip(first, seconds, strict=True) for second in pair]
     engine = Engine(lm, make(kind, lm, SharedPool.of(texts[1:], VOCAB)), parse_shape("3x3n4"))
     assert chi_square_pvalue(engine, prompt, request, num_draws=400) > 1e-3

@@ -47,9 +47,7 @@ def by_hand(text: list[int], depth: int, rule: SuffixRule, pool: Sequence[list[i
     return best
 
 
-def proposed(
-    text: list[int], depth: int, rule: SuffixRule, padding: int = 0, pool: Sequence[list[int]] = ()
-) -> Tree:
+def proposed(text: list[int], depth: int, rule: SuffixRule, padding: int = 0, pool: Sequence[list[int]] = ()) -> Tree:
     text_BT = torch.tensor([text + [text[-1]] * padding])
     pool_T = SharedPool.of(pool, 99).tokens_T if pool else None
     paths_BPL, scores_BPL = continuations(text_BT, torch.tensor([len(text)]), depth, rule, pool_T)
