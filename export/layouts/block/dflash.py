@@ -429,7 +429,7 @@ def _counts(flat: Mapping[str, Any], where: str) -> list[int]:
     return next(iter(lists.values()))
 
 
-def _causality(flat: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, bool]:
+def _causality(flat: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keyword arguments of :class:`BlockConfig` about which slots of its block a slot sees.
 
     Raises:
