@@ -5,12 +5,14 @@ Shape legend: B batch rows, M paths, L drafted depth.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.models import (
     Cycle,
@@ -221,6 +223,46 @@ def served_logits(target: Target, drafter: Drafter, text: list[int], num_steps: 
     for token in text[root + 1 :]:
         logits.append(expander.extend(torch.tensor([[token]]), torch.tensor([[0]]))[0, 0])
     return torch.stack(logits)
+
+
+@torch.no_grad()
+def ragged_drafts(
+    target: Target, drafter: Drafter, texts: list[list[int]], roots: list[list[int]], limits: DraftLimits, fixed: bool
+) -> Iterator[Expander]:
+    """One draft after another of rows of different lengths; ``roots[i]`` are the places of the rows' roots at draft i.
+
+    Where shapes are fixed, all rows tell the decoder the same upper bounds, as in a compiled cycle.
+    """
+    room, most = len(texts[0]) + limits.draft_length, limits.draft_length + 1
+    state, before = None, [0] * len(texts)
+    for places in roots:
+        width = most if fixed and state is not None else 1
+        pairs = _pairs_between(target, texts, before, places, drafter.features, width)
+        if state is None:
+            first_B = torch.tensor([text[0] for text in texts])
+            state = drafter.start(Opening(pairs, first_B, limits, room=room, fixed_shapes=fixed))
+        else:
+            state = drafter.advance(state, pairs)
+        fresh = [end - begin for begin, end in zip(before, places, strict=True)]
+        known = ([room] * len(texts), [most] * len(texts)) if fixed else (places, fresh)
+        yield drafter.expander(state, Cycle(torch.tensor(places), *known, fixed_shapes=fixed), limits)
+        before = places
+
+
+def _pairs_between(
+    target: Target, texts: list[list[int]], begins: list[int], ends: list[int], layers: tuple[str, ...], width: int
+) -> Emitted:
+    """What came after a token of each text, up to another one. Noise follows in shorter rows, which no draft may see."""
+    counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    width = max(width, *counts)
+    tokens, features = [], {name: [] for name in layers}  # type: ignore[var-annotated]
+    for text, begin, end in zip(texts, begins, ends, strict=True):
+        output, more = target.prefix(torch.tensor([text[:-1]]), layers=layers), width - (end - begin)
+        tokens.append(F.pad(torch.tensor(text[begin + 1 : end + 1]), (0, more), value=3))
+        for name in layers:
+            features[name].append(F.pad(output.feature(name)[0, begin:end].clone(), (0, 0, 0, more), value=7.0))
+    stacked = {name: torch.stack(rows) for name, rows in features.items()}
+    return Emitted(torch.stack(tokens), stacked, torch.tensor(counts))
 
 
 def tensors_of(part: object) -> list[Tensor]:

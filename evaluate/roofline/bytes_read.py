@@ -158,7 +158,7 @@ def draft_bytes(drafter: Drafter, limits: DraftLimits, context: float = 0.0, num
     """Count what the drafting of one cycle reads. The output head counts at every step, whoever it belongs to.
 
     Where each step has a head of its own, the other weights count as divided among the steps alike. A drafter made of others reads what
-    these read. Its tables of text do not count: a draft reads a few rows of them, and a shared pool has 8 bytes a token.
+    these read. What it looks up does not count: an n-gram table, and its search of the text and of a shared pool.
 
     Args:
         drafter: attached to its target.

@@ -55,8 +55,8 @@ def llama_fields(config: LayerConfig, dtype: torch.dtype, ends: TargetEnds | Non
     """
     if isinstance(config, EagleConfig) and config.sliding_window is not None:
         raise ValueError(
-            f"this drafter has sliding_window {config.sliding_window}, and no engine reads that from a draft layer: it would attend to the "
-            "whole text; serve it from --layout draftsmith or custom_generate, or train one without a window"
+            f"this drafter has sliding_window {config.sliding_window}, and draftsmith writes no engine's layout of an EAGLE head with a "
+            "window; serve it from --layout draftsmith or custom_generate, or train one without a window"
         )
     rope = dict(config.rope)
     theta = float(rope.pop("rope_theta", 10000.0))

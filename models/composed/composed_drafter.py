@@ -24,6 +24,13 @@ from draftsmith.models.tree.limits import DraftLimits
 from draftsmith.models.tree.tree import DraftTree
 from draftsmith.models.trunk.riders import Riders
 
+_OF_OTHERS = {
+    "shared_pool": "name this drafter as the head of one that does (model_type draftsmith_suffix or draftsmith_phrases)",
+    "ngrams": "name the table in a refined drafter (model_type draftsmith_refined), and that drafter as the head here",
+    "lm": "name the LM in a refined drafter (model_type draftsmith_refined), and that drafter as the head here",
+}
+"""What a config may name and not every drafter reads -> what to do where this drafter does not."""
+
 
 class ComposedConfig(DrafterConfig):
     """What drafters made of others have in common. Their folder is this config, without weights.
@@ -96,8 +103,14 @@ class ComposedDrafter(Drafter):
             The drafter in evaluation mode.
 
         Raises:
-            ValueError: a field breaks its rule, or what it names cannot be had or does not fit.
+            ValueError: a field breaks its rule, what it names cannot be had or does not fit, or this kind of drafter does not read it.
         """
+        for name in sorted(_OF_OTHERS.keys() - cls.config_class.rules.keys()):
+            if fields.get(name):
+                raise ValueError(
+                    f"{folder / 'config.json'} has {name} {fields[name]!r:.80}, which a {cls.config_class.model_type} does not read; "
+                    f"{_OF_OTHERS[name]}"
+                )
         config = cls.config_class(**{name: fields[name] for name in cls.config_class.rules if name in fields})
         config.check(str(folder / "config.json"), "change the file")
         drafter = cls.composed(config, load(config.head) if config.head else None, folder, load)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from draftsmith.models.composed.suffixes import GAP
-from draftsmith.models.files.checkpoint_files import CONFIG, read_fields
+from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_file
 from draftsmith.models.files.field_rules import COUNT, TEXT, check_fields
 
 MODEL_TYPE = "draftsmith_pool"
@@ -28,6 +28,7 @@ MOST_SLOTS = 2**17
 """Of a pool: every cycle compares all of them with the end of every row."""
 _WEIGHTS = "model.safetensors"
 _TOKENS = "tokens"
+_AGAIN = "make the pool again with `draftsmith data pool`"
 _RULES = {"vocab_size": COUNT, "tokenizer_fingerprint": TEXT}
 
 
@@ -101,17 +102,17 @@ def load_pool(folder: Path) -> SharedPool:
         The pool, on the CPU.
 
     Raises:
-        ValueError: no such folder, another kind of model, or tokens that break a rule.
+        ValueError: no such folder, another kind of model, a file that is missing or cut off, or tokens that break a rule.
     """
     if not (folder / CONFIG).is_file() or read_fields(folder).get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder} holds no shared pool; give what `draftsmith data pool` wrote")
     fields = read_fields(folder)
     check_fields(fields, _RULES, str(folder / CONFIG), "make the pool again", required=("vocab_size",))
     path = folder / _WEIGHTS
-    tokens_T = load_file(path).get(_TOKENS, torch.zeros(0)) if path.is_file() else torch.zeros(0)
+    tokens_T = read_file(path, _AGAIN).get(_TOKENS, torch.zeros(0))
     pool = SharedPool(tokens_T, fields["vocab_size"], fields.get("tokenizer_fingerprint", ""))
     if fault := _fault(pool):
-        raise ValueError(f"{path} has {fault}; make the pool again with `draftsmith data pool`")
+        raise ValueError(f"{path} has {fault}; {_AGAIN}")
     return pool
 
 

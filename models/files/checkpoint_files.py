@@ -29,6 +29,7 @@ MTP_PROJECTIONS = {
 _OTHER_WEIGHTS = ("medusa_lm_head.safetensors",)  # what other software calls the one file of a drafter
 _PART = re.compile(r"-of-(\d+)\.safetensors$")
 _LFS_MARK = b"version https://git-lfs"
+_AGAIN = "export it again, or copy the folder again"
 _PICKLES = ("*.pt", "*.bin", "*.pth", "*.pkl")
 
 
@@ -111,10 +112,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(_no_weights(folder))
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise _broken(path, error) from error
+        tensors |= read_file(path)
+    return tensors
+
+
+def read_file(path: Path, remedy: str = _AGAIN) -> dict[str, Tensor]:
+    """Read one safetensors file.
+
+    Args:
+        path: of the file.
+        remedy: what an error tells to do.
+
+    Returns:
+        Its tensors by name.
+
+    Raises:
+        ValueError: it is not there, cut off or no safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; {remedy}")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise broken_file(path, error, remedy) from error
     return tensors
 
 
@@ -135,7 +155,7 @@ class StoredTensors(Mapping[str, Tensor]):
                 with safe_open(path, "pt") as file:
                     self._files |= dict.fromkeys(file.keys(), path)
             except SafetensorError as error:
-                raise _broken(path, error) from error
+                raise broken_file(path, error) from error
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as file:
@@ -149,13 +169,22 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _broken(path: Path, error: Exception) -> ValueError:
-    """The error for a file that safetensors does not read."""
+def broken_file(path: Path, error: Exception, remedy: str = _AGAIN) -> ValueError:
+    """The error for a file that safetensors does not read.
+
+    Args:
+        path: of the file.
+        error: of safetensors.
+        remedy: what the error tells to do.
+
+    Returns:
+        The error, to be raised.
+    """
     with open(path, "rb") as file:
         is_pointer = file.read(len(_LFS_MARK)) == _LFS_MARK
     if is_pointer:
         return ValueError(f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder")
-    return ValueError(f"{path} is cut off or no safetensors file: {error}; export it again, or copy the folder again")
+    return ValueError(f"{path} is cut off or no safetensors file: {error}; {remedy}")
 
 
 def _no_weights(folder: Path) -> str:

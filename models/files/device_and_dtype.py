@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from draftsmith.models.files.checkpoint_files import broken_file
 from draftsmith.models.files.model_folder import resolve_model
 from draftsmith.models.files.pretrained import read_config
 
@@ -113,7 +114,7 @@ def checkpoint_dtype(path: str, revision: str | None = None, trust_remote_code: 
         The dtype's name.
 
     Raises:
-        ValueError: bad path, or a dtype that targets are not run in.
+        ValueError: bad path, a weights file that is cut off, or a dtype that targets are not run in.
     """
     folder = resolve_model(path, revision)
     config = read_config(folder, trust_remote_code)
@@ -127,11 +128,18 @@ def checkpoint_dtype(path: str, revision: str | None = None, trust_remote_code: 
 
 
 def _first_floating(folder: Path) -> str:
-    """The dtype of the first floating tensor in the folder's safetensors files; float32 where there is none."""
+    """The dtype of the first floating tensor in the folder's safetensors files; float32 where there is none.
+
+    Raises:
+        ValueError: a file is cut off or no safetensors file.
+    """
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            dtypes = (tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118 (no mapping)
-            dtype = next((_IN_SAFETENSORS[stored] for stored in dtypes if stored in _IN_SAFETENSORS), None)
+        try:
+            with safe_open(file, "pt") as tensors:
+                dtypes = (tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118 (no mapping)
+                dtype = next((_IN_SAFETENSORS[stored] for stored in dtypes if stored in _IN_SAFETENSORS), None)
+        except SafetensorError as error:
+            raise broken_file(file, error, "copy the folder again") from error
         if dtype is not None:
             return dtype
     return "float32"

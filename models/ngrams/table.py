@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from draftsmith.models.files.checkpoint_files import CONFIG, read_fields
+from draftsmith.models.files.checkpoint_files import CONFIG, read_fields, read_file
 from draftsmith.models.files.field_rules import COUNT, TEXT, check_fields
 
 MODEL_TYPE = "draftsmith_ngrams"
 _WEIGHTS = "model.safetensors"
+_AGAIN = "make the table again with `draftsmith data ngrams`"
 _RULES = {"order": COUNT, "vocab_size": COUNT, "tokenizer_fingerprint": TEXT}
 
 
@@ -150,13 +151,13 @@ def load_ngrams(folder: Path) -> NgramTable:
         The table, on the CPU.
 
     Raises:
-        ValueError: no such folder, another kind of model, or tensors that contradict each other.
+        ValueError: no such folder, another kind of model, a file that is missing or cut off, or tensors that contradict each other.
     """
     if not (folder / CONFIG).is_file() or read_fields(folder).get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder} holds no n-gram table; give what `draftsmith data ngrams` wrote")
     fields = read_fields(folder)
     check_fields(fields, _RULES, str(folder / CONFIG), "make the table again", required=("order", "vocab_size"))
-    tensors = load_file(folder / _WEIGHTS)
+    tensors = read_file(folder / _WEIGHTS, _AGAIN)
     keys_G, log_probs_G, backoffs_C, links_C, orders_C = (
         tensors.get(name, torch.zeros(0)) for name in ("keys", "log_probs", "backoffs", "links", "orders")
     )
@@ -171,7 +172,7 @@ def load_ngrams(folder: Path) -> NgramTable:
         fields.get("tokenizer_fingerprint", ""),
     )
     if fault := _fault(table):
-        raise ValueError(f"{folder / _WEIGHTS} has {fault}; make the table again with `draftsmith data ngrams`")
+        raise ValueError(f"{folder / _WEIGHTS} has {fault}; {_AGAIN}")
     return table
 
 

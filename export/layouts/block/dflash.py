@@ -104,6 +104,7 @@ _FIXED: dict[str, Any] = {
     "conv_kernel_size": 2,
     "conv_group_size": GROUP,
 }
+_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")  # engines read them at the top
 
 
 def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
@@ -296,7 +297,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         refuse_other_scale(flat, ends, where)
     size = _draft_vocabulary(flat, tensors, where)
     _refuse_other_depth(flat, ends, where)
-    settings = qwen3_settings(fields, where)
+    settings = qwen3_settings({**fields, **{name: flat[name] for name in _WINDOWS if name in flat}}, where)
     config = BlockConfig(
         **settings,
         **_correction(flat, where),
@@ -345,18 +346,25 @@ def _flat(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields at the top and those of ``dflash_config`` as one level, each of which follows its rule.
 
     Raises:
-        ValueError: one breaks its rule, or has one value at the top and another one below.
+        ValueError: one breaks its rule, has one value at the top and another one below, or asks for a sliding window below alone.
     """
     place = f"{where}: {CONFIG}"
     top = {name: value for name, value in fields.items() if value is not None}
     check_fields(top, _RULES, place, "correct it by hand")
     nested = {name: value for name, value in top.get(_NESTED, {}).items() if value is not None}
     check_fields(nested, _RULES, f"{place}: {_NESTED}", "correct it by hand")
-    for name in sorted({*_RULES, *_FIXED, "projector_type"} & top.keys() & nested.keys()):
+    for name in sorted({*_RULES, *_FIXED, *_WINDOWS, "projector_type"} & top.keys() & nested.keys()):
         if top[name] != nested[name]:
             raise ValueError(
                 f"{place} has {name} {top[name]!r}, and {nested[name]!r} in {_NESTED}, between which engines differ; correct one of the two"
             )
+    # False stands for what is so without the field.
+    if below := [name for name in _WINDOWS if name in nested and name not in top and nested[name] is not False]:
+        named = ", ".join(f"{name} {nested[name]!r:.80}" for name in below)
+        raise ValueError(
+            f"{place} has {named} in {_NESTED} and not at the top, where engines read which layers have a sliding window; put it at the "
+            "top if the drafter was trained with it, or take it out"
+        )
     return {**nested, **top}
 
 

@@ -49,8 +49,9 @@ def write(drafter: BlockDrafter, folder: Path, ends: TargetEnds | None) -> tuple
         what a user must know of the result.
 
     Raises:
-        ValueError: no target is at hand, or a drafter that the package or the engines behind it would compute in another way: it is causal,
-            has Domino's correction or a learned mask, or its target computes more than a look-up for its embedding.
+        ValueError: no target is at hand, or a drafter that the package or the engines behind it would compute in another way: it is causal
+            and has a layer with full attention, has Domino's correction or a learned mask, or its target computes more than a look-up for
+            its embedding.
     """
     if ends is None:
         raise ValueError("the speculators layout names the target and its architecture; add --target")

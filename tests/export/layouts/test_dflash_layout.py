@@ -219,6 +219,18 @@ def test_some_exports_need_the_target(target: Target, tmp_path: Path) -> None:
         ({"attention_sink_bias": True}, "attention_sink_bias True"),
         ({"projector_type": "xpress"}, "projector_type 'xpress'"),
         ({"use_swa": False, "dflash_config": {"use_swa": True}}, "use_swa False, and True in dflash_config"),
+        (
+            {"use_sliding_window": False, "dflash_config": {"use_sliding_window": True, "sliding_window": 5}},
+            "use_sliding_window False, and True in dflash_config",
+        ),
+        (
+            {"use_sliding_window": None, "dflash_config": {"use_sliding_window": True, "sliding_window": 5}},
+            "has sliding_window 5, use_sliding_window True in dflash_config and not at the top",
+        ),
+        (
+            {"layer_types": None, "dflash_config": {"layer_types": ["sliding_attention"] * 2}},
+            r"has layer_types \['sliding_attention', .* in dflash_config and not at the top",
+        ),
         ({"input_embedding_scale": 5.5}, "rows of the target's embedding matrix times 5.5"),
         ({"enable_confidence_head": True}, r"confidence_head\.proj\.weight is missing"),
         ({"enable_confidence_head": True, "confidence_head_with_markov": True}, "markov True with markov_rank 0"),

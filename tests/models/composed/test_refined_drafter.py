@@ -286,6 +286,15 @@ def test_a_folder_names_head_and_table(drafter: Path, tmp_path: Path) -> None:
         ({"head": "HEAD", "ngrams": "x", "alpha": -1}, "alpha"),
         ({"head": "HEAD", "lm": "y", "num_paths": 2}, "only an n-gram table rescores whole paths"),
         ({"head": "."}, "names it in turn"),
+        (
+            {"head": "HEAD", "ngrams": "x", "shared_pool": "../pool"},
+            r"shared_pool '\.\./pool', which a draftsmith_refined does not read",
+        ),
+        (
+            {"model_type": "draftsmith_suffix", "head": "HEAD", "ngrams": "x"},
+            "ngrams 'x', which a draftsmith_suffix does not",
+        ),
+        ({"model_type": "draftsmith_phrases", "lm": "y"}, "lm 'y', which a draftsmith_phrases .* draftsmith_refined"),
         ({"head": "embedded:suffix", "ngrams": "x"}, "refine its head, and name the refined drafter as the head of"),
     ],
 )

@@ -228,8 +228,14 @@ def test_a_pool_that_is_none_says_why(tmp_path: Path) -> None:
         save_file(tensors, weights)
         with pytest.raises(ValueError, match=f"{fault}.*make the pool again"):
             load_pool(place)
+    saved(place, SharedPool.of([[1, 2]], VOCAB))
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is cut off or no safetensors file: .*make the pool again"
+    ):
+        load_pool(place)
     weights.unlink()
-    with pytest.raises(ValueError, match="no line of int64 tokens"):
+    with pytest.raises(ValueError, match=r"model\.safetensors does not exist; make the pool again"):
         load_pool(place)
     for fields in ({}, {"vocab_size": 0}, {"vocab_size": VOCAB, "tokenizer_fingerprint": 4}):
         (place / "config.json").write_text(json.dumps({"model_type": "draftsmith_pool", **fields}))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from doubles import BOS, draft, random_target, served_logits
+from doubles import BOS, draft, ragged_drafts, random_target, served_logits
 from every_family import batch_of
 from heads import deep_target
 from torch import Tensor
@@ -223,6 +223,27 @@ def test_a_sliding_window_is_the_same_in_training_and_in_decoding(
 
 @every_window
 def test_rows_of_a_batch_draft_with_a_window_as_they_do_alone(
+    target: Target, layers: list[int], causal: bool, sliding_causal: bool
+) -> None:
+    drafter = made(target, causal, sliding_window=6, sliding_layers=layers, sliding_causal=sliding_causal)
+    texts = torch.randint(0, 64, (3, 18), generator=torch.Generator().manual_seed(3)).tolist()
+    roots = [[11, 1, 3], [12, 5, 6], [16, 6, 8]]
+
+    @torch.no_grad()
+    def logits(rows: list[int], fixed: bool) -> list[Tensor]:
+        places = [[each[row] for row in rows] for each in roots]
+        drafts = ragged_drafts(target, drafter, [texts[row] for row in rows], places, DraftLimits(1, STEPS), fixed)
+        return [draft.slot_logits() for draft in drafts]  # type: ignore[attr-defined]
+
+    for fixed in (False, True):
+        together = logits([0, 1, 2], fixed)
+        for row in range(3):
+            for ours, alone in zip(together, logits([row], fixed=False), strict=True):
+                torch.testing.assert_close(ours[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@every_window
+def test_a_batch_decodes_with_a_window_what_its_rows_decode_alone(
     target: Target, layers: list[int], causal: bool, sliding_causal: bool
 ) -> None:
     drafter = made(target, causal, sliding_window=6, sliding_layers=layers, sliding_causal=sliding_causal)

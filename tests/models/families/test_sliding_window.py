@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import BOS, random_target, served_logits
+from doubles import BOS, VOCAB, ragged_drafts, random_target, served_logits
 from heads import shaken
+from torch import Tensor
 from transformers import AutoModel
 
 from draftsmith.decode import Engine, GenerationSettings
@@ -70,10 +71,37 @@ def test_nodes_of_a_tree_see_what_they_see_in_a_chain(family: type[Eagle] | type
     torch.testing.assert_close(in_tree, in_chain, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_batch_have_the_logits_that_they_have_alone(
+    family: type[Eagle] | type[Eagle3], target: Target
+) -> None:
+    drafter, limits = windowed(family, target), DraftLimits(2, 3, node_budget=6)
+    texts = torch.randint(0, VOCAB, (3, 18), generator=torch.Generator().manual_seed(3)).tolist()
+    roots = [[11, 1, 3], [12, 4, 6], [15, 6, 8]]
+    layers = [([7, 9], [0, 0]), ([30, 4, 8], [0, 1, 0])]
+
+    @torch.no_grad()
+    def logits(rows: list[int], fixed: bool) -> list[Tensor]:
+        places = [[each[row] for row in rows] for each in roots]
+        drafts = []
+        for draft in ragged_drafts(target, drafter, [texts[row] for row in rows], places, limits, fixed):
+            nodes = [draft.begin()]
+            for layer in layers:
+                nodes.append(draft.extend(*(torch.tensor([numbers] * len(rows)) for numbers in layer)))
+            drafts.append(torch.cat(nodes, dim=1))
+        return drafts
+
+    for fixed in (False, True):
+        together = logits([0, 1, 2], fixed)
+        for row in range(3):
+            for ours, alone in zip(together, logits([row], fixed=False), strict=True):
+                torch.testing.assert_close(ours[row], alone[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "limits", [DraftLimits(draft_length=4), DraftLimits(3, 3, node_budget=6)], ids=["chain", "tree"]
 )
-def test_rows_of_a_batch_draft_as_they_do_alone(limits: DraftLimits, target: Target) -> None:
+def test_a_batch_decodes_what_its_rows_decode_alone(limits: DraftLimits, target: Target) -> None:
     engine = Engine(target, windowed(Eagle, target), limits)
     prompts = [TEXT, TEXT[:3], TEXT[:9]]
     together = engine.generate(prompts, SETTINGS)
@@ -87,7 +115,9 @@ def test_the_window_is_saved_and_engines_do_not_read_it(target: Target, tmp_path
     drafter = windowed(Eagle3, target)
     drafter.save_pretrained(tmp_path)
     assert AutoModel.from_pretrained(tmp_path).config.sliding_window == WINDOW
-    with pytest.raises(ValueError, match=r"sliding_window 5, and no engine reads that.*--layout draftsmith"):
+    with pytest.raises(
+        ValueError, match=r"sliding_window 5, and draftsmith writes no engine's layout.*--layout draftsmith"
+    ):
         llama_fields(drafter.config, torch.float32, target.ends)
 
 

@@ -150,5 +150,13 @@ def test_a_folder_gives_the_same_table_and_a_broken_one_is_an_error(tmp_path: Pa
         save_file({**whole, name: broken.contiguous()}, weights)
         with pytest.raises(ValueError, match=fault):
             load_ngrams(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is cut off or no safetensors file: .*make the table again"
+    ):
+        load_ngrams(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors does not exist; make the table again"):
+        load_ngrams(tmp_path)
     with pytest.raises(ValueError, match="holds no n-gram table"):
         load_ngrams(tmp_path / "nothing")

@@ -72,6 +72,12 @@ def test_a_checkpoint_whose_config_names_no_dtype_is_asked_for_its_tensors(narro
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
     assert checkpoint_dtype(str(narrow)) == "bfloat16"
+    weights = narrow / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is cut off or no safetensors file: .*copy the folder again"
+    ):
+        checkpoint_dtype(str(narrow))
 
 
 def test_a_checkpoint_in_a_dtype_that_no_target_runs_in_asks_for_a_name(cuda: None, narrow: Path) -> None:
