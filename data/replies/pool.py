@@ -5,6 +5,8 @@ Owns the command. What a pool is and how it is kept is in :mod:`draftsmith.model
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,7 @@ from draftsmith.data.chats.trained import EVERYTHING, TrainedOn
 from draftsmith.data.ngrams import replies_of
 from draftsmith.files import atomic_directory
 from draftsmith.json_rows import Dropped, summary
-from draftsmith.models.composed.shared_pool import SharedPool
+from draftsmith.models.composed.shared_pool import SharedPool, check_num_slots
 from draftsmith.models.target.options import OWN_FILES, TokenizerOptions
 from draftsmith.models.target.prompt_template import OWN_TEMPLATE, TemplateChoice
 from draftsmith.ownership import check_replaceable
@@ -51,14 +53,24 @@ def pool(
     Raises:
         ValueError: an option is out of range, there are no replies, or the folder holds something else.
     """
+    check_num_slots(tokens)
     check_replaceable(out, STAGE, [source])
     replies = replies_of(source, target, split, where, rendering, trained_on)
     dropped: list[Dropped] = []
-    runs = list(replies.runs(0, dropped))
-    kept = SharedPool.of(runs, replies.vocab_size, tokens, replies.tokenizer_fingerprint)
+    sizes = Counter[str]()
+    kept = SharedPool.of(
+        _counted(replies.runs(0, dropped), sizes), replies.vocab_size, tokens, replies.tokenizer_fingerprint
+    )
     settings = {"tokens": tokens, "split": split, "template": rendering.template}
     with atomic_directory(out, STAGE) as partial_folder:
         kept.save(partial_folder)
         record = provenance.record(provenance.command_line(), settings, {str(source): replies.corpus.fingerprint})
         provenance.write(partial_folder, record)
-    print(f"{kept.num_tokens:,} of {sum(map(len, runs)):,} tokens in {out}; {summary(dropped)}")
+    print(f"{kept.num_tokens:,} of {sizes['tokens']:,} tokens in {out}; {summary(dropped)}")
+
+
+def _counted(runs: Iterable[list[int]], sizes: Counter[str]) -> Iterator[list[int]]:
+    """The runs one by one: a corpus has far more tokens than a pool keeps."""
+    for run in runs:
+        sizes["tokens"] += len(run)
+        yield run

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Literal
 
 from draftsmith.arguments import FLAT
@@ -23,7 +24,7 @@ from draftsmith.label.commands.entry_options import UNNAMED, EntryOptions
 from draftsmith.label.formats import label_studio
 from draftsmith.label.formats.counting import FirstStep
 from draftsmith.label.formats.detection import Format
-from draftsmith.label.formats.importers import LabelledFile
+from draftsmith.label.formats.importers import LabelledFile, RefusedFile
 from draftsmith.label.schema import Answer, How, deciding, write_answers
 from draftsmith.label.store.database import database_file
 from draftsmith.label.store.label_source import LabelSource
@@ -61,11 +62,12 @@ def import_answers(
         labelled_by: who labelled, where the file does not say it; default: the name of the file without its suffix.
         how: who or what found the labels: person, rule or mined; default: as the format says.
         first_step: the number of the first step, in formats that name the wrong step by its number; `auto` decides by the rows.
-        left_out: a file for the list of all rows that are left out, with the reasons.
+        left_out: a file for the list of all rows that are left out, with the reasons; also written where they stop the import.
         entry: licence of the source, and who imports; see `EntryOptions`.
 
     Raises:
-        ValueError: the file or the store cannot be read, or no row can be used.
+        ValueError: the file or the store cannot be read, no row can be used, or more rows contradict themselves than name a wrong step
+            without that.
     """
     if left_out is not None:
         check_output_file(left_out, filter(None, [source, database_file(store)]))
@@ -79,7 +81,7 @@ def import_answers(
         first = list(itertools.islice(answers, 1))
         if not first:
             reason = f"; the first: {unused.shown[0]}" if unused.shown else ""
-            raise ValueError(f"no row of {source} gives an answer, {unused.count} are left out{reason}")
+            raise RefusedFile(f"no row of {source} gives an answer, {unused.count} are left out{reason}")
         with Store(store, create=True) as opened:
             with progress("import", None, "answers", brief=True) as advance:
                 coming = _shown(itertools.chain(first, answers), advance)
@@ -99,7 +101,9 @@ def import_answers(
 
 
 class _LeftOut(contextlib.ExitStack):
-    """Rows that are left out: how many, the first few, and all of them in a file that appears when the block ends well.
+    """Rows that are left out: how many, the first few, and all of them in a file.
+
+    The file appears when the block ends well, and when all rows were read and are refused.
 
     Attributes:
         count: of them.
@@ -111,6 +115,14 @@ class _LeftOut(contextlib.ExitStack):
         self.count = 0
         self.shown: list[str] = []
         self._lines = None if file is None else self.enter_context(atomic_file(file))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool:
+        if not isinstance(error, RefusedFile):
+            return super().__exit__(kind, error, trace)
+        super().__exit__(None, None, None)
+        return False
 
     def add(self, reason: str) -> None:
         """Takes the place of a row, with the reason."""

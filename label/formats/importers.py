@@ -7,7 +7,7 @@ its own module's. Knows nothing of the store.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from draftsmith.label.formats.solutions import read_autojudge, read_solutions
 from draftsmith.label.formats.step_labels import (
     RatedSteps,
     Rating,
+    lists_with_minus,
     rated_steps,
     shepherd_steps,
     turned_steps,
@@ -66,6 +67,10 @@ _REFERENCES: dict[str, tuple[str, ...]] = {
     "autojudge": ("answer", "reference"),
     "replies": ("answer", "reference"),
 }
+
+
+class RefusedFile(ValueError):
+    """A file that was read to its end, and gives no answers that can be taken."""
 
 
 class LabelledFile:
@@ -128,7 +133,7 @@ class LabelledFile:
             each answer, with the reference that the file gave it first.
 
         Raises:
-            ValueError: no row of the file can be used, or most of those that name a wrong step contradict themselves (with the first
+            RefusedFile: no row of the file can be used, or most of those that name a wrong step contradict themselves (with the first
                 reason).
         """
         mistakes = _Mistakes(left_out)
@@ -141,11 +146,11 @@ class LabelledFile:
                     yield repeats.agreeing(answer)
                 del row
             if mistakes.first is not None and not num_answers:
-                raise ValueError(
+                raise RefusedFile(
                     f"no row of {self._path} can be used, {mistakes.count} have mistakes; the first: {mistakes.first}"
                 )
             if mistakes.num_contradictions > max(1, num_wrong):
-                raise ValueError(
+                raise RefusedFile(
                     f"{mistakes.num_contradictions} rows of {self._path} contradict themselves, more than the {num_wrong} that name a "
                     f"wrong step and do not; the first: {mistakes.first_contradiction}"
                 )
@@ -285,13 +290,16 @@ def _reader(
 def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:
     nobody = LabelSource("", "nobody", "none")
     ratings: set[Rating] = set()
+    with_minus: set[str] = set()
     for row in rows:
+        with suppress(ValueError):
+            with_minus |= lists_with_minus(row)
         with suppress(ValueError):  # the reader says why
             ratings.update(rating for rating in _rated(row, "row", nobody).ratings if rating is not None)
     neutral = zero_is_neutral(ratings)
 
     def read(row: Row, place: str, origin: LabelSource) -> Iterator[Answer]:
-        yield _rated(row, place, origin).answer(row, origin, place, neutral)
+        yield _rated(row, place, origin, with_minus).answer(row, origin, place, neutral)
 
     if 0 not in ratings:
         return [], read
@@ -301,8 +309,10 @@ def _step_label_reader(rows: Iterable[Row]) -> tuple[list[str], Reader]:
     return [f"a step rated 0 is {meaning}"], read
 
 
-def _rated(row: Row, place: str, origin: LabelSource) -> RatedSteps:
-    return (turned_steps if row.get("conversations") is not None else rated_steps)(row, place, origin)
+def _rated(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: Collection[str] = ()) -> RatedSteps:
+    if row.get("conversations") is not None:
+        return turned_steps(row, place, origin)
+    return rated_steps(row, place, origin, zero_is_neutral_in)
 
 
 def _with_reference(answer: Answer, row: Row, row_format: Format) -> Answer:

@@ -6,7 +6,7 @@ Owns which values are right, neutral and wrong. What was not rated is not checke
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,7 +165,30 @@ def step_list(row: Row, field: str) -> Any:
     return parts if parts[-1] else parts[:-1]
 
 
-def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
+def lists_with_minus(row: Row) -> set[str]:
+    """The lists of a row in which a step is rated -1, by the way to one of their labels; 0 is neutral in them.
+
+    Args:
+        row: of a file.
+
+    Raises:
+        ValueError: it has no list of steps.
+    """
+    return {
+        name
+        for name, labels in _given_labels(row, "row", _steps_field(row)).items()
+        if any(_is_minus(label) for label in labels)
+    }
+
+
+def _is_minus(label: Any) -> bool:
+    try:
+        return rating_of(label, "row", "label") == -1
+    except ValueError:
+        return False
+
+
+def rated_steps(row: Row, place: str, origin: LabelSource, zero_is_neutral_in: Collection[str] = ()) -> RatedSteps:
     """The steps of a row that is no Math-Shepherd's, with their ratings as they are written.
 
     Where several lists may rate the steps, those that cannot do not count, and the others have to agree.
@@ -174,19 +197,20 @@ def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
         row: of the file.
         place: of the row, for messages.
         origin: what the row does not say.
+        zero_is_neutral_in: lists that have a -1 in some row, by the way to one of their labels. Lists that agree with 0 as neutral there
+            do not contradict each other.
 
     Raises:
+        Contradiction: two lists say different things of the steps.
         ValueError: with place, field, value, rule and remedy.
     """
-    field = field_of(row, [name for name in STEP_FIELDS if isinstance(step_list(row, name), list)] or STEP_FIELDS)
+    field = _steps_field(row)
     value_of(row, field, place)
-    value = step_list(row, field)
-    steps = texts_of(value, place, field)
-    given = {f"{name}[{{}}]": list_of(row[name], place, name) for name in label_lists(row)}
-    given |= _inner_labels(list_of(value, place, field), field)
+    steps = texts_of(step_list(row, field), place, field)
+    given = _given_labels(row, place, field)
     if not given:
         rule = f"each step is an object with {', '.join(_OF_STEP)}, or the row has a list of labels"
-        raise refusal(place, field, value, rule, "add them, or name another --format")
+        raise refusal(place, field, step_list(row, field), rule, "add them, or name another --format")
     readable, reasons = {}, []
     for name, labels in given.items():
         try:
@@ -200,9 +224,21 @@ def rated_steps(row: Row, place: str, origin: LabelSource) -> RatedSteps:
         if _first_bad(other) != _first_bad(ratings):
             rule = f"{name.partition('[')[0]} says something else of the steps"
             remedy = "take out the one that does not count"
-            raise contradiction(place, first.partition("[")[0], given[first], rule, remedy)
+            neutral, first_neutral = (each in zero_is_neutral_in for each in (name, first))
+            error = contradiction if _first_bad(other, neutral) != _first_bad(ratings, first_neutral) else refusal
+            raise error(place, first.partition("[")[0], given[first], rule, remedy)
     question = value_of(row, field_of(row, QUESTIONS), place)
     return RatedSteps(question, steps, ratings, [], origin.labelled_by, field=field)
+
+
+def _steps_field(row: Row) -> str:
+    return field_of(row, [name for name in STEP_FIELDS if isinstance(step_list(row, name), list)] or STEP_FIELDS)
+
+
+def _given_labels(row: Row, place: str, field: str) -> dict[str, list[Any]]:
+    """The lists that may label the steps of a field, by the way to one of their labels."""
+    given = {f"{name}[{{}}]": list_of(row[name], place, name) for name in label_lists(row)}
+    return given | _inner_labels(list_of(step_list(row, field), place, field), field)
 
 
 def _inner_labels(objects: Sequence[Any], field: str) -> dict[str, list[Any]]:
@@ -220,9 +256,9 @@ def _ratings(labels: Sequence[Any], name: str, num_steps: int, place: str) -> li
     return [rating_of(entry, place, name.format(index)) for index, entry in enumerate(labels)]
 
 
-def _first_bad(ratings: Sequence[Rating | None]) -> int | None:
-    """The first wrong step of a list, in which 0 is neutral if it has a -1, too."""
-    bad = (-1, "wrong") if -1 in ratings else (-1, 0, "wrong")
+def _first_bad(ratings: Sequence[Rating | None], zero_is_neutral: bool = False) -> int | None:
+    """The first wrong step of a list, in which 0 is neutral if the caller says so or it has a -1, too."""
+    bad = (-1, "wrong") if zero_is_neutral or -1 in ratings else (-1, 0, "wrong")
     return next((index for index, rating in enumerate(ratings) if rating in bad), None)
 
 

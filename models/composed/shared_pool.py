@@ -68,8 +68,7 @@ class SharedPool:
         Raises:
             ValueError: a number of slots out of range, no text, or a token that the vocabulary does not have.
         """
-        if not 2 <= num_slots <= MOST_SLOTS:
-            raise ValueError(f"a shared pool of {num_slots} tokens is asked for; it takes from 2 to {MOST_SLOTS}")
+        check_num_slots(num_slots)
         slots = deque((slot for text in texts if text for slot in (*text, GAP)), maxlen=num_slots)
         pool = cls(torch.tensor(list(slots), dtype=torch.int64), vocab_size, tokenizer_fingerprint)
         if fault := _fault(pool):
@@ -90,6 +89,19 @@ class SharedPool:
         }
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         save_file({_TOKENS: self.tokens_T.contiguous()}, folder / _WEIGHTS)
+
+
+def check_num_slots(num_slots: int) -> None:
+    """Check how many tokens a pool may take, gaps included.
+
+    Args:
+        num_slots: that are asked for.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not 2 <= num_slots <= MOST_SLOTS:
+        raise ValueError(f"a shared pool of {num_slots} tokens is asked for; it takes from 2 to {MOST_SLOTS}")
 
 
 def load_pool(folder: Path) -> SharedPool:

@@ -1,10 +1,14 @@
 """`draftsmith data pool`: what of a source is kept, and that decoding with it gives the target's own replies."""
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from draftsmith.data.replies import pool as pool_module
 from draftsmith.data.replies.pool import pool
 from draftsmith.decode import Engine, GenerationSettings
 from draftsmith.models import Target
@@ -77,6 +81,40 @@ def test_bad_numbers_and_sources_without_replies_are_errors(target: Path, tmp_pa
     with pytest.raises(ValueError, match="the texts of a shared pool have no token; give replies of this target"):
         pool(tmp_path / "b.jsonl", str(target), tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
+
+
+def test_a_number_out_of_range_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a shared pool of 1 tokens is asked for"):
+        pool(tmp_path / "no source", str(tmp_path / "no target"), tmp_path / "pool", tokens=1)
+
+
+class Run(list[int]):
+    """A list that can be watched."""
+
+
+def test_no_more_of_the_source_is_in_memory_than_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive, most = set[int](), 0
+
+    def runs(before: int, dropped: object) -> Iterator[Run]:
+        nonlocal most
+        for number in range(100):
+            run = Run([number, 7, 7])
+            alive.add(id(run))
+            weakref.finalize(run, alive.discard, id(run))
+            most = max(most, len(alive))
+            yield run
+            del run
+
+    replies = SimpleNamespace(
+        runs=runs, vocab_size=200, tokenizer_fingerprint="", corpus=SimpleNamespace(fingerprint="f")
+    )
+    monkeypatch.setattr(pool_module, "replies_of", lambda *args: replies)
+    (tmp_path / "source.jsonl").write_text("{}\n")
+    pool(tmp_path / "source.jsonl", "target", tmp_path / "pool", tokens=20)
+    assert most <= 3
+    assert "15 of 300 tokens in" in capsys.readouterr().out
 
 
 def test_a_drafter_that_names_the_pool_drafts_from_it_and_changes_no_reply(target: Path, tmp_path: Path) -> None:

@@ -149,3 +149,23 @@ def test_a_lead_that_chance_explains_is_no_fault(
     case = SimpleNamespace(trainable=drafter, samples=(), target=None, inputs=SimpleNamespace(folder="head"))
     finding = check_settings(case)  # type: ignore[arg-type]
     assert (finding.verdict, finding.figures["other"]) == (verdict, share)
+
+
+def test_a_setting_that_leads_clearly_is_named_behind_one_that_chance_explains(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The higher one wins 75 predictions and loses 45, the lower one wins 27 and loses 3."""
+    names = ("own", "higher", "lower")
+    drafters = dict(zip(names, (made(target, "eagle3"), made(target, "mtp"), made(target, "mtp")), strict=True))
+    outcomes = {name: torch.zeros(200, 1, dtype=torch.int8) for name in names}
+    outcomes["own"][:100] = 1
+    outcomes["higher"][45:175] = 1
+    outcomes["lower"][3:127] = 1
+    of = {id(drafter): outcomes[name] for name, drafter in drafters.items()}
+    monkeypatch.setattr(alignment, "variants", lambda case: ((name, drafters[name]) for name in names[1:]))
+    monkeypatch.setattr(alignment, "_outcomes", lambda case, looked, steps: of[id(looked)])
+    inputs = SimpleNamespace(folder="head")
+    case = SimpleNamespace(trainable=drafters["own"], samples=(), target=None, inputs=inputs)
+    finding = check_settings(case)  # type: ignore[arg-type]
+    assert (finding.figures["higher"], finding.figures["lower"]) == (0.65, 0.62)
+    assert (finding.verdict, finding.remedy[:35]) == ("fault", "the weights were trained with lower")

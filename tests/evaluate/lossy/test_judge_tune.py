@@ -358,7 +358,7 @@ def test_decode_warns_of_an_adapter_whose_drafts_the_judge_has_not_seen(
     def warned(seen: Path, *names: object) -> str:
         # Another name each time: Python shows a warning of the same words once.
         fingerprint = drafter_fingerprint(drafter_folder(str(seen)))
-        known = JudgedDrafter(name=f"known-{len(names)}", fingerprint=fingerprint, shapes=["1x2"])
+        known = JudgedDrafter(name=f"known-{len(names)}-{seen.name}", fingerprint=fingerprint, shapes=["1x2"])
         Judge(JudgeConfig(hidden_size=size, threshold=0.5, drafters=[known])).save_pretrained(tmp_path / "judge")
         words = ["--prompt", "Tom has 3 pens.", "--target", target, "--max_new_tokens", 4, "--shape", "1x2"]
         words += ["--rule", f"judge:{tmp_path / 'judge'}", "--drafter_adapter", adapter, *names]
@@ -366,5 +366,5 @@ def test_decode_warns_of_an_adapter_whose_drafts_the_judge_has_not_seen(
         return " ".join(capfd.readouterr().err.split())
 
     for names in ((), ("--drafter", drafter)):
-        assert f"drafts of known-{len(names)}, not of" in warned(drafter, *names)
+        assert f"drafts of known-{len(names)}-{drafter.name}, not of" in warned(drafter, *names)
         assert "this judge" not in warned(adapter, *names)

@@ -178,7 +178,8 @@ def test_import_says_how_it_counted_and_lists_every_row_that_it_leaves_out(
 
 def test_a_file_that_contradicts_itself_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, steps = tmp_path / "labels.db", {"model_output_steps": ["a", "b"]}
-    options = ["--store", place, "--licence", "MIT"]
+    listed = tmp_path / "left_out.txt"
+    options = ["--store", place, "--licence", "MIT", "--left_out", listed]
     for name, others in (("good", (None, None, None)), ("bad", (None, 2, 2))):
         numbers = zip((None, 1, 1), others, strict=True)
         rows = [steps | {"question": f"{name}{at}", "first_error_step": number, "first_wrong_step": other}
@@ -188,8 +189,20 @@ def test_a_file_that_contradicts_itself_adds_nothing(tmp_path: Path, capsys: pyt
     assert run("import", "--source", tmp_path / "bad.jsonl", *options) != 0
     assert "2 rows of" in (said := capsys.readouterr().err)
     assert "contradict themselves, more than the 0 that name a wrong step and do not" in said
+    assert [line.split(": ")[0] for line in listed.read_text().splitlines()] == [
+        f"{tmp_path / 'bad.jsonl'}:{at}" for at in (2, 3)
+    ]
     with Store(str(place)) as store:
         assert len(store.answers()) == 3
+
+
+def test_an_import_that_fails_before_the_last_row_lists_none(tmp_path: Path) -> None:
+    source, listed, store = tmp_path / "in.jsonl", tmp_path / "left_out.txt", tmp_path / "labels.db"
+    rows = [{"problem": "q", "steps": ["a"], "label": label} for label in (0, 7)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store.write_text("no database")
+    assert run("import", "--source", source, "--store", store, "--licence", "MIT", "--left_out", listed) != 0
+    assert not listed.exists()
 
 
 def test_a_file_of_skipped_rows_only_makes_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,6 +204,24 @@ def test_import_stops_where_more_rows_contradict_themselves_than_name_a_wrong_st
         )
 
 
+def test_lists_that_agree_with_0_as_neutral_are_left_out_and_do_not_stop_the_import(tmp_path: Path) -> None:
+    """That 0 is neutral in a list, another row says."""
+    row = {"question": "q", "steps": STEPS}
+    neutral = row | {"labels": ALL, "step_ratings": [1, 0, 1]}
+    placed = row | {"labels": C, "step_ratings": [1, 1, -1]}
+    imported = read(tmp_path, neutral, placed, neutral)
+    assert (imported.format, wrong(imported)) == ("step-labels", ["c"])
+    assert [line.split("; ")[1] for line in imported.left_out] == ["step_ratings says something else of the steps"] * 2
+    inner = [{"text": step, "rating": rating} for step, rating in zip(STEPS, (1, 1, -1), strict=True)]
+    of_steps = row | {"steps": inner, "labels": C}
+    inner_neutral = of_steps | {"steps": [inner[0], inner[1] | {"rating": 0}, inner[0]], "labels": ALL}
+    assert wrong(read(tmp_path, inner_neutral, of_steps, inner_neutral)) == ["c"]
+    # The -1 is in another list than the 0, and speaks of that one alone.
+    signs = row | {"step_ratings": ["+", "+", "+"], "labels": B}
+    with pytest.raises(ValueError, match=r"2 rows .* more than the 1 that name a wrong step"):
+        read(tmp_path, signs, placed, signs)
+
+
 def test_steps_in_one_text_with_a_mark_behind_each_are_cut_there(tmp_path: Path) -> None:
     for mark in ("\n\n\n\n\n", " \u043a\u0438\n"):
         row = {"question": "q", "process": f"a{mark}b{mark}c{mark}", "label": ["+", "-", "-"]}
