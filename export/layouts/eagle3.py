@@ -8,6 +8,7 @@ Shape legend: D hidden, V vocabulary, Vd draft vocabulary, n fused layers.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ LAYER, OTHER_LAYER = "midlayer", "layers.0"
 
 
 def engine_table(config: Eagle3Config, layer: str = LAYER, where: str = "the config") -> Table:
-    """Every tensor that engines and the official code know: our module's, its layer under either name, and a few more."""
+    """Every tensor that engines and the official code know: our module's, its first layer under either name, and a few more."""
     own = module_table(Eagle3, config, where).specs
     specs = {name.replace(f"{LAYER}.", f"{layer}.", 1): spec for name, spec in own.items()}
     specs[EMBEDDING] = TensorSpec((config.vocab_size, config.hidden_size), optional=True)
@@ -85,6 +86,10 @@ def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tup
         )
     if drafter.config.attention_bias:
         notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and no engine was tried with them.")
+    if drafter.config.num_draft_layers > 1:
+        notes.append(
+            f"It has {drafter.config.num_draft_layers} layers. SGLang's EAGLE-3 has one, and no engine was tried with several."
+        )
     if PRE_NORM in drafter.config.layers:
         notes.append("It reads the last block's output, which vLLM captures; no other engine was tried with it.")
     _write(drafter, folder, ends, tensors)
@@ -95,11 +100,13 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`.
 
     Raises:
-        ValueError: as there; or a switch of EAGLE-3.1 is on, or attention has biases, which TensorRT-LLM does not read.
+        ValueError: as there; or a switch of EAGLE-3.1 is on, attention has biases, or there are several layers, none of which
+            TensorRT-LLM reads.
     """
     refuse_parallel(drafter.config)
     config = drafter.config
-    if on := [name for name, value in (config.switches | {"attention_bias": config.attention_bias}).items() if value]:
+    others = config.switches | {"attention_bias": config.attention_bias, "several layers": config.num_draft_layers > 1}
+    if on := [name for name, value in others.items() if value]:
         raise ValueError(
             f"this drafter has {', '.join(on)}, which TensorRT-LLM does not read; export it with --layout eagle3 for vLLM"
         )
@@ -133,6 +140,8 @@ def _write(drafter: Eagle3, folder: Path, ends: TargetEnds | None, tensors: dict
         fields[SWITCHES[0]] = config.norm_before_residual
     fields |= id_fields(block_counts(config.layers, num_layers(ends)), num_layers(ends))
     engine_table(config).check(tensors, "the drafter in memory")
+    if config.num_draft_layers > 1:
+        tensors = {renamed(name): tensor for name, tensor in tensors.items()}
     write_files(folder, as_text(fields), tensors)
     refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
 
@@ -150,16 +159,15 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         ValueError: the tensors are not the table's, the layer is not of our kind, the layers to read are in doubt, or the embedding is
             not the target's.
     """
-    settings, depth = (
-        layer_settings(fields, where, understood=(*SWITCHES, "attention_bias", "layer_types")),
-        num_layers(ends),
-    )
-    size = fields.get("draft_vocab_size")
+    understood = (*SWITCHES, "attention_bias", "layer_types", "num_hidden_layers")
+    settings, depth = layer_settings(fields, where, understood), num_layers(ends)
+    size, count = fields.get("draft_vocab_size"), _num_draft_layers(fields, tensors)
     config = Eagle3Config(
         **settings,
         **_switches(fields),
         attention_bias=bool(fields.get("attention_bias")),
-        sliding_window=sliding_layers(fields, fields.get("layer_types") or (), where)[0],
+        num_draft_layers=count,
+        sliding_window=_window(fields, count, where),
         **_masks(fields, tensors, where),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
         draft_vocab_size=None if size in (None, settings["vocab_size"]) else int(size),
@@ -175,6 +183,30 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     if embedding is not None and ends is not None:
         refuse_other_embedding(embedding, ends, where)
     return assemble(Eagle3, config, kept)
+
+
+def _num_draft_layers(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """How many layers a folder has, by its config or, where that leaves it out, by its tensors."""
+    named = fields.get("num_hidden_layers")
+    if named is not None:
+        return named
+    numbers = [match[1] for name in tensors if (match := re.match(r"layers\.(\d{1,4})\.", name))]
+    return 1 + max(map(int, numbers), default=0)
+
+
+def _window(fields: Mapping[str, Any], count: int, where: str) -> int | None:
+    """The sliding window of all layers, or None.
+
+    Raises:
+        ValueError: some layers have one and others none.
+    """
+    window, layers = sliding_layers(fields, fields.get("layer_types") or (), where)
+    if window is not None and len(layers) != count:
+        raise ValueError(
+            f"{where} has {count} layers and {len(layers)} with sliding attention (layer_types); our EAGLE-3 has one window for all of "
+            "them or none, so such a drafter cannot be read"
+        )
+    return window
 
 
 def _regular(
@@ -225,6 +257,11 @@ def _masks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str)
             f"{where} has {MASK}, so it is a P-EAGLE, and names {tokens or 'no mask_token_id'}; give the one token of its masks by hand"
         )
     return {"parallel": True, "mask_token_id": next(iter(tokens.values()))}
+
+
+def renamed(name: str) -> str:
+    """The first layer's tensors as layer 0's: ``midlayer.mlp.up_proj.weight`` -> ``layers.0.mlp.up_proj.weight``."""
+    return name.replace(f"{LAYER}.", f"{OTHER_LAYER}.", 1) if name.startswith(LAYER) else name
 
 
 def with_membership(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:

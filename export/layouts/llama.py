@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from draftsmith.models.families.eagle3 import SWITCHES
 from draftsmith.models.families.eagle_config import EagleConfig, LayerConfig
-from draftsmith.models.files.field_rules import COUNT, FLAG, LIST, OBJECT, POSITIVE, Rule, check_fields
+from draftsmith.models.files.field_rules import COUNT, FLAG, LIST, OBJECT, PARTS, POSITIVE, Rule, check_fields
 from draftsmith.models.target.ends import TargetEnds
 from draftsmith.models.target.key_values import SLIDING
 
@@ -29,6 +29,7 @@ _RULES: dict[str, Rule] = {
     "rope_parameters": OBJECT,
     "rope_scaling": OBJECT,
     "eagle_config": OBJECT,
+    "num_hidden_layers": PARTS,
     "layer_types": LIST,
     "attention_bias": FLAG,
     **dict.fromkeys(SWITCHES, FLAG),
@@ -48,7 +49,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def llama_fields(config: LayerConfig, dtype: torch.dtype, ends: TargetEnds | None) -> dict[str, Any]:
-    """The layer as the fields of a one-layer Llama's ``config.json``. Token ids are the target's, as far as it is at hand.
+    """The layers as the fields of a Llama's ``config.json``. Token ids are the target's, as far as it is at hand.
 
     Raises:
         ValueError: the layer has a sliding window.
@@ -65,7 +66,7 @@ def llama_fields(config: LayerConfig, dtype: torch.dtype, ends: TargetEnds | Non
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": getattr(config, "num_draft_layers", 1),
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,

@@ -51,7 +51,9 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
     tensors = eagle3.with_membership(tensors_of(drafter), drafter.config.vocab_size)
     tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
     eagle3.engine_table(drafter.config).check(tensors, "the drafter in memory")
-    write_files(folder, as_text(_fields(drafter, ends)), {_outside(name): tensor for name, tensor in tensors.items()})
+    write_files(
+        folder, as_text(_fields(drafter, ends)), {eagle3.renamed(name): tensor for name, tensor in tensors.items()}
+    )
     refuse_difference(drafter, read(read_fields(folder), read_tensors(folder), ends, str(folder)), folder)
     return path_note(ends)
 
@@ -208,11 +210,6 @@ def _rows(head_weight: Tensor, stored: Tensor, tensors: Mapping[str, Tensor]) ->
     if "d2t" not in tensors or len(stored) == len(head_weight) or vocabulary_faults(tensors, len(head_weight)):
         return head_weight
     return head_weight[target_ids(tensors["d2t"]).to(head_weight.device)]
-
-
-def _outside(name: str) -> str:
-    """``midlayer.mlp.up_proj.weight`` -> ``layers.0.mlp.up_proj.weight``."""
-    return name.replace(f"{eagle3.LAYER}.", f"{eagle3.OTHER_LAYER}.", 1) if name.startswith(eagle3.LAYER) else name
 
 
 def holds(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:

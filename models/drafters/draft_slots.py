@@ -146,8 +146,7 @@ class DraftSlots:
         """
         if self.single and positions_BE.shape[1] == 1 and not self._passes_window():
             return None
-        slot_S = counting(self.cache.window, positions_BE.device)
-        return self._within_window(slot_S <= positions_BE[..., None], positions_BE)[:, None]
+        return seen_text(self.cache.window, positions_BE, self._sliding_window)
 
     def block_mask(self, block_BS: Tensor, window: int | None, causal: bool) -> Tensor | None:
         """Let the slots of a block see the text and their block.
@@ -201,8 +200,7 @@ class DraftSlots:
         """
         if self._sliding_window is None:
             return mask_BNS
-        slot_S = counting(mask_BNS.shape[-1], mask_BNS.device)
-        return mask_BNS & (slot_S > positions_BN[..., None] - self._sliding_window)
+        return mask_BNS & _near(mask_BNS.shape[-1], positions_BN, self._sliding_window)
 
     def _inherited(self, above_BM: Tensor, before: int) -> Tensor:
         """bool [B, M, S]: what the nodes above see, of which there are ``before`` in all layers."""
@@ -218,6 +216,28 @@ class DraftSlots:
     def _aim(self, slots_BN: Tensor, window: int, first: int | None) -> None:
         """Aim the cache at slots; where shapes are fixed, all of its slots are in the window."""
         self.cache.aim(slots_BN, self.cache.capacity if self.fixed else window, first)
+
+
+def seen_text(num_slots: int, positions_BE: Tensor, sliding_window: int | None) -> Tensor:
+    """Which slots of the text tokens of it see.
+
+    Args:
+        num_slots: S.
+        positions_BE: int64.
+        sliding_window: a token sees only so many of the last ones, itself among them; None for all.
+
+    Returns:
+        bool [B, 1, E, S].
+    """
+    seen_BES = counting(num_slots, positions_BE.device) <= positions_BE[..., None]
+    if sliding_window is not None:
+        seen_BES = seen_BES & _near(num_slots, positions_BE, sliding_window)
+    return seen_BES[:, None]
+
+
+def _near(num_slots: int, positions_BN: Tensor, sliding_window: int) -> Tensor:
+    """bool [B, N, S]: slots that are not too far behind tokens at these positions."""
+    return counting(num_slots, positions_BN.device) > positions_BN[..., None] - sliding_window
 
 
 def _num_pending(cycle: Cycle) -> list[int]:

@@ -1,4 +1,4 @@
-"""EAGLE-3: one decoder layer over fused states of several of the target's layers, with a head of its own (arXiv:2503.01840).
+"""EAGLE-3: a decoder layer, or several, over fused states of several of the target's layers, with a head of its own (arXiv:2503.01840).
 
 Four switches are those of EAGLE-3.1 (arXiv:2605.09992), which public heads use: where the fused states, the residual and the state that is
 fed back are normalised. Ours begin with all of them off, as the paper has it. With ``parallel`` it is a P-EAGLE (arXiv:2602.01469): the
@@ -27,8 +27,8 @@ from draftsmith.models.drafters.parallel_draft import ParallelDraft
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_base import EagleBase, EagleState, FeatureDraft
 from draftsmith.models.families.eagle_config import NO_LAYERS, EagleConfig, block_outputs, check_window, layer_fields
-from draftsmith.models.families.eagle_layer import DraftLayer, rms_norm
-from draftsmith.models.files.field_rules import FLAG, NAMES, TOKEN_OR_NULL, Rule
+from draftsmith.models.families.eagle_layer import DeeperLayer, DraftLayer, rms_norm
+from draftsmith.models.files.field_rules import FLAG, NAMES, PARTS, TOKEN_OR_NULL, Rule
 from draftsmith.models.slots.attention import attend
 from draftsmith.models.slots.rollout_attention import Pair
 from draftsmith.models.target.target import TargetEnds
@@ -50,6 +50,7 @@ class Eagle3Config(EagleConfig):
         parallel: no step reads what was drafted before it; the steps behind the first are fed a mask.
         mask_token_id: with ``parallel``, an unused token of the target whose embedding these steps are fed.
         attention_bias: the four projections of attention have biases, as some public heads do.
+        num_draft_layers: decoder layers of the drafter; those above the first are Llama's own.
     """
 
     model_type = "draftsmith_eagle3"
@@ -58,6 +59,7 @@ class Eagle3Config(EagleConfig):
         "layers": NAMES,
         **dict.fromkeys((*SWITCHES, "parallel", "attention_bias"), FLAG),
         "mask_token_id": TOKEN_OR_NULL,
+        "num_draft_layers": PARTS,
     }
 
     def __init__(
@@ -70,6 +72,7 @@ class Eagle3Config(EagleConfig):
         parallel: bool = False,
         mask_token_id: int | None = None,
         attention_bias: bool = False,
+        num_draft_layers: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -77,7 +80,7 @@ class Eagle3Config(EagleConfig):
         self.norm_before_residual, self.norm_before_fc = norm_before_residual, norm_before_fc
         self.fc_norm, self.norm_output = fc_norm, norm_output
         self.parallel, self.mask_token_id = parallel, mask_token_id
-        self.attention_bias = attention_bias
+        self.attention_bias, self.num_draft_layers = attention_bias, num_draft_layers
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -120,6 +123,8 @@ class Eagle3(EagleBase):
         self.fc_norm = None if norms is None else nn.ModuleList(norms)
         self.fc = nn.Linear(n * D, D, bias=False)
         self.midlayer = DraftLayer(config.llama(), wide=True, norms_state=not config.norm_before_residual)
+        # Named as engines name them, which count the first as layer 0.
+        self.layers = nn.ModuleDict({str(n): DeeperLayer(config.llama()) for n in range(1, config.num_draft_layers)})
         self.norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.num_draft_tokens, bias=False)
         self.mask_hidden = nn.Parameter(0.02 * torch.randn(1, 1, n * D)) if config.parallel else None
@@ -136,6 +141,7 @@ class Eagle3(EagleBase):
         tokenizer_fingerprint: str = "",
         sliding_window: int | None = None,
         mask_token_id: int | None = None,
+        num_draft_layers: int = 1,
     ) -> Eagle3:
         """Make a fresh drafter for one target, attached to it, its head started from the target's.
 
@@ -147,6 +153,7 @@ class Eagle3(EagleBase):
             tokenizer_fingerprint: stored, and checked by those who decode with text.
             sliding_window: see :class:`EagleConfig`.
             mask_token_id: of a P-EAGLE; None makes an ordinary EAGLE-3.
+            num_draft_layers: of the drafter.
 
         Returns:
             The drafter.
@@ -164,6 +171,7 @@ class Eagle3(EagleBase):
                 sliding_window=sliding_window,
                 parallel=mask_token_id is not None,
                 mask_token_id=mask_token_id,
+                num_draft_layers=num_draft_layers,
             )
         )
         drafter.adopt_target(ends, draft_token_ids)
@@ -184,8 +192,13 @@ class Eagle3(EagleBase):
 
     @property
     def layer(self) -> DraftLayer:
-        """The one decoder layer, which reads [norm(embedding); norm(state)]."""
+        """The first decoder layer, which reads [norm(embedding); norm(state)]."""
         return self.midlayer
+
+    @property
+    def stack(self) -> tuple[DraftLayer, ...]:
+        """See :attr:`EagleBase.stack`."""
+        return (self.midlayer, *self.layers.values())  # type: ignore[arg-type]
 
     @property
     def head_weight(self) -> Tensor:
@@ -239,21 +252,19 @@ class Eagle3(EagleBase):
         """
         if not self.config.parallel or not rollout.on_text:
             return super().teacher_forced(batch, rollout)
-        layer, num_steps = self.layer, rollout.tokens.shape[1]
-        output_AD, attention = self.over_text(batch, rollout.anchors)
+        output_AD, attentions = self.over_text(batch, rollout.anchors)
         embedded_D, known_D = self.mask()
         state_D = self.join(embedded_D, known_D)
-        inputs_I = layer.inputs(embedded_D, state_D)
         outputs = [output_AD + 0.0 * state_D.sum()]  # which keeps the mask in the graph where no further step is valid
-        rows, further = torch.arange(len(rollout.anchors), device=output_AD.device), list[Pair]()
-        for step in range(1, num_steps):
+        rows = torch.arange(len(rollout.anchors), device=output_AD.device)
+        further: list[list[Pair]] = [[] for _ in self.stack]
+        for step in range(1, rollout.tokens.shape[1]):
             kept = torch.nonzero(rollout.valid[rows, step]).squeeze(1)
-            rows, further = rows[kept], [(keys[kept], values[kept]) for keys, values in further]
-            inputs_NI = inputs_I.expand(len(rows), -1)
-            rotation = self.rotation(batch.positions[rollout.anchors[rows]] + step, inputs_NI)
-            further = [*further, layer.keys_values(inputs_NI, rotation)]
-            attended = attention.at(rows)(layer.queries(inputs_NI, rotation), further)
-            output_ND = layer.finish(state_D.expand(len(rows), -1), attended)
+            rows, further = rows[kept], [[(keys[kept], values[kept]) for keys, values in pairs] for pairs in further]
+            embedded_ND, state_ND = embedded_D.expand(len(rows), -1), state_D.expand(len(rows), -1)
+            rotation = self.rotation(batch.positions[rollout.anchors[rows]] + step, embedded_ND)
+            seen = [attention.at(rows) for attention in attentions]
+            output_ND = self.further_step(embedded_ND, state_ND, rotation, seen, further)
             outputs.append(torch.zeros_like(output_AD).index_copy(0, rows, output_ND))
         return self.head_inputs(torch.stack(outputs))
 
@@ -299,28 +310,30 @@ class MaskedDraft(ParallelDraft):
 
     def slot_logits(self) -> Tensor:
         """See :meth:`ParallelDraft.slot_logits`: those of all steps."""
-        drafter, layer, slots = self._eagle, self._eagle.layer, self._slots
-        state_BED, inputs_BEI = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
+        drafter, slots, stack = self._eagle, self._slots, self._eagle.stack
+        embedded, state = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
         fresh_BE, masks_BS = slots.aim_block(self._pending.counts_B, self._length - 1)
         embedded_D, known_D = drafter.mask()
-        masked_D = drafter.join(embedded_D, known_D)
         shape = (*masks_BS.shape, -1)
-        masks_BSI = layer.inputs(embedded_D, masked_D).expand(shape)
-        all_inputs, all_positions = torch.cat([inputs_BEI, masks_BSI], dim=1), torch.cat([fresh_BE, masks_BS], dim=1)
-        keys, values = layer.keys_values(all_inputs, drafter.rotation(all_positions, all_inputs))
-        seen = slots.cache.update(keys.transpose(1, 2), values.transpose(1, 2), 0)
+        embedded = torch.cat([embedded, embedded_D.expand(shape)], dim=1)
+        state = torch.cat([state, drafter.join(embedded_D, known_D).expand(shape)], dim=1)
+        positions = torch.cat([fresh_BE, masks_BS], dim=1)
+        rotation = drafter.rotation(positions, embedded)
+        mask = slots.text_mask(positions) if len(stack) > 1 else None
+        state = drafter.run(len(stack) - 1, slots.cache, embedded, state, rotation, mask)
+        inputs = stack[-1].inputs(embedded, state)
+        seen = drafter.write_last(slots.cache, inputs, rotation)
         positions_BK = torch.cat([fresh_BE.gather(1, self._last_B1), masks_BS], dim=1)
-        queries = layer.queries(
-            torch.cat([self._at_last(inputs_BEI), masks_BSI], dim=1), drafter.rotation(positions_BK, all_inputs)
-        )
+        queries = stack[-1].queries(self._of_steps(inputs), drafter.rotation(positions_BK, embedded))
         attended = attend(queries.transpose(1, 2), *seen, slots.text_mask(positions_BK))
-        residual_BKD = torch.cat([self._at_last(state_BED), masked_D.expand(shape)], dim=1)
-        outputs_BKD = layer.finish(residual_BKD, attended.transpose(1, 2))
+        outputs_BKD = stack[-1].finish(self._of_steps(state), attended.transpose(1, 2))
         return drafter.logits(drafter.head_inputs(outputs_BKD), 0)
 
-    def _at_last(self, part_BEI: Tensor) -> Tensor:
-        """[B, E, I] -> [B, 1, I] at each row's last fresh pair."""
-        return part_BEI.gather(1, self._last_B1[..., None].expand(-1, -1, part_BEI.shape[-1]))
+    def _of_steps(self, part: Tensor) -> Tensor:
+        """[B, E + K - 1, I] of the fresh pairs and the masks -> [B, K, I]: each row's last fresh pair, and the masks."""
+        num_fresh = self._slots.num_fresh
+        last = part.gather(1, self._last_B1[..., None].expand(-1, -1, part.shape[-1]))
+        return torch.cat([last, part[:, num_fresh:]], dim=1)
 
 
 def default_layers(num_layers: int) -> tuple[str, ...]:
@@ -356,6 +369,7 @@ class Eagle3Family(DrafterFamily):
         sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all. No engine's layout
             carries it.
         mask_token_id: an unused token of the target; it makes a P-EAGLE (arXiv 2602.01469), which drafts all tokens in one pass.
+        num_draft_layers: decoder layers of the drafter. The method has one; published P-EAGLEs have several.
     """
 
     kind = Eagle3
@@ -367,8 +381,10 @@ class Eagle3Family(DrafterFamily):
         detach_steps: bool = False,
         sliding_window: int | None = None,
         mask_token_id: int | None = None,
+        num_draft_layers: int = 1,
     ) -> None:
         self.sliding_window, self.mask_token_id = sliding_window, mask_token_id
+        self.num_draft_layers = num_draft_layers
         self.layers, self.draft_vocab_size, self.detach_steps = layers, draft_vocab_size, detach_steps
 
     def build(
@@ -389,6 +405,7 @@ class Eagle3Family(DrafterFamily):
             tokenizer_fingerprint=tokenizer_fingerprint,
             sliding_window=self.sliding_window,
             mask_token_id=self.mask_token_id,
+            num_draft_layers=self.num_draft_layers,
         )
         self.configure(drafter)
         return drafter

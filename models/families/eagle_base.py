@@ -1,10 +1,10 @@
-"""What EAGLE drafters share: one decoder layer, its run in training and the step of its draft.
+"""What EAGLE drafters share: their decoder layers, their run in training and the step of their draft.
 
 Knows nothing of losses, trees or verification.
 
 Both feed the token x_{t+1} and what is known of position t. Where the target has read the text, that is the target's own state; below the
-root it is the layer's own output. The layer's keys at accepted positions are always made from the target's states, in training as in
-decoding.
+root it is the output of their own last layer. Keys at accepted positions are always made from the target's states, in training as in
+decoding. Most have one layer. Where there are more, each reads the output of the one below it at all positions.
 
 Shape legend: B batch rows, E fresh tokens, M drafted nodes, N new tokens of either kind, T packed tokens, A anchors, K draft steps.
 D hidden or head size, I attention's input, H heads, G key/value heads, S cache slots. Tensors with any leading dimensions have no suffix.
@@ -13,7 +13,7 @@ D hidden or head size, I attention's input, H heads, G key/value heads, S cache 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.models.drafters.draft_records import Cycle, Emitted, Opening
-from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt
+from draftsmith.models.drafters.draft_slots import DraftSlots, PairState, read_prompt, seen_text
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.rollout import PackedBatch, Rollout
 from draftsmith.models.families.eagle_config import EagleConfig, check_window
@@ -38,7 +38,7 @@ EagleState = PairState
 
 
 class EagleBase(Drafter):
-    """What both architectures share: one layer, run over anchors in training and over tree nodes in decoding.
+    """What both architectures share: layers, run over anchors in training and over tree nodes in decoding.
 
     Attributes:
         detach_steps: no gradient flows from a step into those before it (HASS; EAGLE-3 lets it flow).
@@ -59,9 +59,9 @@ class EagleBase(Drafter):
         return "the rotary factors of the draft layer follow the length" if self.rotation.follows_length else ""
 
     def key_values(self) -> tuple[KeyValues, ...]:
-        """See :meth:`Drafter.key_values`: one layer's."""
+        """See :meth:`Drafter.key_values`: those of each layer."""
         numbers = 2 * self.config.num_key_value_heads * self.config.head_dim
-        return (KeyValues(numbers * self.dtype.itemsize, self.config.sliding_window),)
+        return (KeyValues(numbers * self.dtype.itemsize, self.config.sliding_window),) * len(self.stack)
 
     @property
     def max_draft_steps(self) -> int | None:
@@ -75,7 +75,12 @@ class EagleBase(Drafter):
     @property
     @abstractmethod
     def layer(self) -> DraftLayer:
-        """The one decoder layer."""
+        """The first decoder layer, which reads the token and what is known of the position before it."""
+
+    @property
+    def stack(self) -> tuple[DraftLayer, ...]:
+        """All decoder layers, from low to high."""
+        return (self.layer,)
 
     @abstractmethod
     def read(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -105,7 +110,7 @@ class EagleBase(Drafter):
         """What the output head is applied to.
 
         Args:
-            output: [..., D], of the layer.
+            output: [..., D], of the last layer.
 
         Returns:
             [..., D].
@@ -115,7 +120,7 @@ class EagleBase(Drafter):
         """What a draft step knows of the position before it, where the target has not read the text.
 
         Args:
-            output: [..., D], of the layer at that position.
+            output: [..., D], of the last layer at that position.
 
         Returns:
             [..., D].
@@ -137,7 +142,7 @@ class EagleBase(Drafter):
     def teacher_forced(self, batch: PackedBatch, rollout: Rollout) -> Tensor:
         """See :meth:`Drafter.teacher_forced`; step k >= 1 is fed its own output of step k - 1.
 
-        Only keys and values are made at positions that are no anchors: nothing else of them is ever seen.
+        At positions that are no anchors, the last layer only makes keys and values: nothing else of them is ever seen.
 
         Args:
             batch: packed samples with the target's states.
@@ -154,42 +159,83 @@ class EagleBase(Drafter):
                 "an EAGLE drafter follows the text that the target's states belong to, which distillation 'local' leaves; "
                 "use 'path' or 'none'"
             )
-        anchors_A, layer = rollout.anchors, self.layer
-        output_AD, attention = self.over_text(batch, anchors_A)
-        further: list[Pair] = []
+        anchors_A = rollout.anchors
+        output_AD, attentions = self.over_text(batch, anchors_A)
+        further: list[list[Pair]] = [[] for _ in self.stack]
         outputs = [output_AD]
         for step in range(1, rollout.tokens.shape[1]):
             before_AD = outputs[-1].detach() if self.detach_steps else outputs[-1]
             embedded_AD, known_AD = self.embed_fed(batch, rollout, step), self.fed_back(before_AD)
             state_AD = self.join(embedded_AD, known_AD)
-            inputs_AI = layer.inputs(embedded_AD, state_AD)
             rotation = self.rotation(batch.positions[anchors_A] + step, embedded_AD)
-            further = [*further, layer.keys_values(inputs_AI, rotation)]
-            outputs.append(layer.finish(state_AD, attention(layer.queries(inputs_AI, rotation), further)))
+            outputs.append(self.further_step(embedded_AD, state_AD, rotation, attentions, further))
         return self.head_inputs(torch.stack(outputs))
 
-    def over_text(self, batch: PackedBatch, anchors_A: Tensor) -> tuple[Tensor, RolloutAttention]:
-        """Run the layer over the text, as the first step of every anchor does.
+    def further_step(
+        self,
+        embedded: Tensor,
+        state: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attentions: Sequence[RolloutAttention],
+        further: Sequence[list[Pair]],
+    ) -> Tensor:
+        """Run the layers over one token of each anchor, behind the text.
+
+        Args:
+            embedded: [A, D], of the tokens.
+            state: [A, D], the first layer's residual input.
+            rotation: at their positions.
+            attentions: of each layer.
+            further: each layer's keys and values of the steps before; those of this one are added.
+
+        Returns:
+            [A, D], the last layer's output.
+        """
+        for layer, attention, pairs in zip(self.stack, attentions, further, strict=True):
+            inputs = layer.inputs(embedded, state)
+            pairs.append(layer.keys_values(inputs, rotation))
+            state = layer.finish(state, attention(layer.queries(inputs, rotation), pairs))
+        return state
+
+    def over_text(self, batch: PackedBatch, anchors_A: Tensor) -> tuple[Tensor, list[RolloutAttention]]:
+        """Run the layers over the text, as the first step of every anchor does.
 
         Args:
             batch: packed samples with the target's states.
             anchors_A: int64, rising.
 
         Returns:
-            The layer's output at the anchors, [A, D], and what their further steps see.
+            The last layer's output at the anchors, [A, D], and what their further steps see in each layer.
         """
-        layer = self.layer
         embedded_TD = self.embed_text(batch)
         state_TD = self.join(embedded_TD, self._noisy(self.read(batch.hidden).to(embedded_TD.dtype), batch))
-        inputs_TI = layer.inputs(embedded_TD, state_TD)
         rotation = self.rotation(batch.positions, embedded_TD)
+        *lower, last = self.stack
+        attentions = []
+        for layer in lower:  # the layer above reads every position
+            inputs_TI = layer.inputs(embedded_TD, state_TD)
+            attentions.append(self._attention(batch, anchors_A, layer, inputs_TI, rotation))
+            everywhere = attentions[-1].over(torch.arange(len(inputs_TI), device=inputs_TI.device))
+            state_TD = layer.finish(state_TD, everywhere(layer.queries(inputs_TI, rotation), []))
+        inputs_TI = last.inputs(embedded_TD, state_TD)
+        attentions.append(self._attention(batch, anchors_A, last, inputs_TI, rotation))
+        rotation = (rotation[0][anchors_A], rotation[1][anchors_A])
+        attended = attentions[-1](last.queries(inputs_TI[anchors_A], rotation), [])
+        return last.finish(state_TD[anchors_A], attended), attentions
+
+    def _attention(
+        self,
+        batch: PackedBatch,
+        anchors_A: Tensor,
+        layer: DraftLayer,
+        inputs_TI: Tensor,
+        rotation: tuple[Tensor, Tensor],
+    ) -> RolloutAttention:
+        """What the anchors see of the text in one layer."""
         text = layer.keys_values(inputs_TI, rotation)
-        attention = RolloutAttention(
+        return RolloutAttention(
             batch.document_ids, batch.positions, anchors_A, *text, sliding_window=self.config.sliding_window
         )
-        rotation = (rotation[0][anchors_A], rotation[1][anchors_A])
-        attended = attention(layer.queries(inputs_TI[anchors_A], rotation), [])
-        return layer.finish(state_TD[anchors_A], attended), attention
 
     def _noisy(self, known_TD: Tensor, batch: PackedBatch) -> Tensor:
         if not self.training or self.feature_noise == 0.0:
@@ -205,19 +251,75 @@ class EagleBase(Drafter):
     def start_in_steps(self, opening: Opening) -> Generator[None, None, EagleState]:
         """See :meth:`Drafter.start_in_steps`."""
         spare = max(opening.limits.max_fed, opening.limits.draft_length + 1)
-        cache = SlotCache(opening.room + spare, num_layers=1)
+        cache = SlotCache(opening.room + spare, num_layers=len(self.stack))
 
         def write(pairs: Emitted, positions_BE: Tensor) -> None:
-            inputs_BEI = self.pair_inputs(pairs)[1]
-            _write(cache, self.layer, inputs_BEI, self.rotation(positions_BE, inputs_BEI))
+            several = len(self.stack) > 1
+            mask = seen_text(cache.window, positions_BE, self.config.sliding_window) if several else None
+            self.write_pairs(cache, pairs, positions_BE, mask)
 
         return (yield from read_prompt(opening, cache, write))
 
+    def write_pairs(self, cache: SlotCache, pairs: Emitted, positions_BE: Tensor, mask: Tensor | None) -> FreshPairs:
+        """Read pairs of the text: write every layer's keys and values of them.
+
+        Args:
+            cache: aimed at them.
+            pairs: the pairs.
+            positions_BE: int64.
+            mask: which slots they see, bool [B, 1, E, S], or None for all; only layers below the last attend.
+
+        Returns:
+            What the last layer makes of them, up to its attention.
+        """
+        embedded_BED, state_BED = self.pair_inputs(pairs)
+        rotation = self.rotation(positions_BE, embedded_BED)
+        state_BED = self.run(len(self.stack) - 1, cache, embedded_BED, state_BED, rotation, mask)
+        inputs_BEI = self.stack[-1].inputs(embedded_BED, state_BED)
+        seen = self.write_last(cache, inputs_BEI, rotation)
+        return FreshPairs(state_BED, inputs_BEI, positions_BE, rotation, *seen)
+
     def pair_inputs(self, pairs: Emitted) -> tuple[Tensor, Tensor]:
-        """The layer's residual input [B, E, D] at pairs of the text, and what its attention reads [B, E, I]."""
+        """The embeddings [B, E, D] at pairs of the text, and the first layer's residual input [B, E, D]."""
         embedded_BED = self.embed_pairs(pairs)
-        state_BED = self.join(embedded_BED, self.read(pairs.features).to(embedded_BED.dtype))
-        return state_BED, self.layer.inputs(embedded_BED, state_BED)
+        return embedded_BED, self.join(embedded_BED, self.read(pairs.features).to(embedded_BED.dtype))
+
+    def run(
+        self,
+        num_layers: int,
+        cache: SlotCache,
+        embedded_BND: Tensor,
+        state_BND: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Run the lowest layers in decoding.
+
+        Args:
+            num_layers: how many.
+            cache: aimed at the tokens.
+            embedded_BND: of the tokens that are fed.
+            state_BND: the first layer's residual input.
+            rotation: at the tokens' positions.
+            mask: which slots they see, bool [B, 1, N, S] or broadcastable, or None for all.
+
+        Returns:
+            The output of the highest of these layers, [B, N, D].
+        """
+        for index, layer in enumerate(self.stack[:num_layers]):
+            inputs_BNI = layer.inputs(embedded_BND, state_BND)
+            queries_BNHD, keys_BNGD, values_BNGD = layer.queries_keys_values(inputs_BNI, rotation)
+            keys_BGSD, values_BGSD = cache.update(keys_BNGD.transpose(1, 2), values_BNGD.transpose(1, 2), index)
+            attended_BHND = attend(queries_BNHD.transpose(1, 2), keys_BGSD, values_BGSD, mask)
+            state_BND = layer.finish(state_BND, attended_BHND.transpose(1, 2))
+        return state_BND
+
+    def write_last(
+        self, cache: SlotCache, inputs_BEI: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Write the last layer's keys and values where the cache is aimed at; those of its visible slots, [B, G, S, D] each."""
+        keys_BEGD, values_BEGD = self.stack[-1].keys_values(inputs_BEI, rotation)
+        return cache.update(keys_BEGD.transpose(1, 2), values_BEGD.transpose(1, 2), len(self.stack) - 1)
 
     def advance(self, state: EagleState, emitted: Emitted) -> EagleState:  # type: ignore[override]
         """What was emitted is pending until the next draft."""
@@ -234,8 +336,8 @@ class EagleBase(Drafter):
 
 
 @dataclass(frozen=True)
-class _FreshPairs:
-    """Pairs of the text that the layer has just read.
+class FreshPairs:
+    """Pairs of the text that the last layer has just read.
 
     Attributes:
         state_BED: its residual input.
@@ -259,7 +361,7 @@ class FeatureDraft:
 
     def __init__(self, drafter: EagleBase, state: EagleState, cycle: Cycle, depth: int) -> None:
         self.target_ids = drafter.to_target_ids
-        self._drafter, self._layer = drafter, drafter.layer
+        self._drafter, self._layer = drafter, drafter.stack[-1]
         self._pending = state.pending
         self._slots = DraftSlots(
             state.cache, cycle, state.pending.tokens_BE.shape[1], sliding_window=drafter.config.sliding_window
@@ -268,59 +370,49 @@ class FeatureDraft:
         self.root_B = state.pending.tokens_BE.gather(1, self._last_B1).squeeze(1)
         self._depth = 0
         self._rotations = _NodeRotations(drafter.rotation, self._slots.lengths_B, depth)
-        self._output_BMD = self._last_B1  # until the layer has run
+        self._output_BMD = self._last_B1  # until the layers have run
 
     def begin(self) -> Tensor:
-        """See :class:`Expander`: keys and values of all fresh pairs, and the layer's output at the last."""
+        """See :class:`Expander`: keys and values of all fresh pairs, and the last layer's output at the last."""
         pairs = self.read_pending()
         last_B11 = self._last_B1[..., None]
         state_B1D = pairs.state_BED.gather(1, last_B11.expand(-1, -1, pairs.state_BED.shape[-1]))
         inputs_B1I = pairs.inputs_BEI.gather(1, last_B11.expand(-1, -1, pairs.inputs_BEI.shape[-1]))
         rotation_last = (_at(pairs.rotation[0], last_B11), _at(pairs.rotation[1], last_B11))
         mask_B11S = self._slots.text_mask(pairs.positions_BE.gather(1, self._last_B1))
-        queries_B1HD = self._layer.queries(inputs_B1I, rotation_last)
-        return self._attend(state_B1D, queries_B1HD, pairs.keys_BGSD, pairs.values_BGSD, mask_B11S)
+        queries_BH1D = self._layer.queries(inputs_B1I, rotation_last).transpose(1, 2)
+        attended_BH1D = attend(queries_BH1D, pairs.keys_BGSD, pairs.values_BGSD, mask_B11S)
+        return self._logits(self._layer.finish(state_B1D, attended_BH1D.transpose(1, 2)))
 
-    def read_pending(self) -> _FreshPairs:
+    def read_pending(self) -> FreshPairs:
         """Write keys and values of all fresh pairs."""
         drafter, slots = self._drafter, self._slots
-        state_BED, inputs_BEI = drafter.pair_inputs(self._pending.slots(0, slots.num_fresh))
         positions_BE = slots.aim_fresh(self._pending.counts_B)
-        rotation = drafter.rotation(positions_BE, inputs_BEI)
-        keys_BGSD, values_BGSD = _write(slots.cache, self._layer, inputs_BEI, rotation)
-        return _FreshPairs(state_BED, inputs_BEI, positions_BE, rotation, keys_BGSD, values_BGSD)
+        mask = slots.text_mask(positions_BE) if len(drafter.stack) > 1 else None
+        return drafter.write_pairs(slots.cache, self._pending.slots(0, slots.num_fresh), positions_BE, mask)
 
     def extend(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
-        """See :class:`Expander`: the layer's output at new nodes, which are fed their parents'."""
+        """See :class:`Expander`: the last layer's output at new nodes, which are fed their parents'."""
         drafter = self._drafter
         known_BMD = drafter.fed_back(self._output_BMD)
         if known_BMD.shape[1] > 1:
             known_BMD = known_BMD.gather(1, above_BM[..., None].expand(-1, -1, known_BMD.shape[-1]))
         embedded_BMD = self.embed_nodes(tokens_BM, above_BM)
         state_BMD = drafter.join(embedded_BMD, known_BMD.expand(*tokens_BM.shape, -1))
-        inputs_BMI = self._layer.inputs(embedded_BMD, state_BMD)
         rotation = self._rotations.at(self._depth, embedded_BMD)
         self._depth += 1
         mask_B1MS = self._slots.aim_nodes(above_BM)
-        queries_BMHD, keys_BMGD, values_BMGD = self._layer.queries_keys_values(inputs_BMI, rotation)
-        keys_BGSD, values_BGSD = self._slots.cache.update(keys_BMGD.transpose(1, 2), values_BMGD.transpose(1, 2), 0)
-        return self._attend(state_BMD, queries_BMHD, keys_BGSD, values_BGSD, mask_B1MS)
+        return self._logits(
+            drafter.run(len(drafter.stack), self._slots.cache, embedded_BMD, state_BMD, rotation, mask_B1MS)
+        )
 
     def embed_nodes(self, tokens_BM: Tensor, above_BM: Tensor) -> Tensor:
         """What stands for the tokens of new nodes: [B, M, D]. It is called once for each layer of nodes, in order."""
         return self._drafter.embed(tokens_BM)
 
-    def _attend(
-        self,
-        state_BMD: Tensor,
-        queries_BMHD: Tensor,
-        keys_BGSD: Tensor,
-        values_BGSD: Tensor,
-        mask_B1MS: Tensor | None,
-    ) -> Tensor:
-        attended_BHMD = attend(queries_BMHD.transpose(1, 2), keys_BGSD, values_BGSD, mask_B1MS)
-        self._output_BMD = self._layer.finish(state_BMD, attended_BHMD.transpose(1, 2))
-        return self._drafter.logits(self._drafter.head_inputs(self._output_BMD), self._depth)
+    def _logits(self, output_BMD: Tensor) -> Tensor:
+        self._output_BMD = output_BMD
+        return self._drafter.logits(self._drafter.head_inputs(output_BMD), self._depth)
 
 
 class _NodeRotations:
@@ -344,14 +436,6 @@ class _NodeRotations:
             self._all = self._rotation(self._lengths_B[:, None] + counting(self._depth, like.device), like)
         cosines_BL1D, sines_BL1D = self._all
         return cosines_BL1D[:, layer : layer + 1], sines_BL1D[:, layer : layer + 1]
-
-
-def _write(
-    cache: SlotCache, layer: DraftLayer, inputs_BEI: Tensor, rotation: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Write keys and values where the cache is aimed at; those of its visible slots, [B, G, S, D] each."""
-    keys_BEGD, values_BEGD = layer.keys_values(inputs_BEI, rotation)
-    return cache.update(keys_BEGD.transpose(1, 2), values_BEGD.transpose(1, 2), 0)
 
 
 def _at(part_BE1D: Tensor, last_B11: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The one decoder layer of EAGLE drafters: a Llama layer whose attention is left to the caller.
+"""The decoder layers of EAGLE drafters: Llama layers whose attention is left to the caller.
 
-Owns its weights and what happens before and after attention, for both widths. EAGLE-1's layer reads its input as it is; EAGLE-3's
+Owns their weights and what happens before and after attention, for both widths. EAGLE-1's layer reads its input as it is; EAGLE-3's
 reads [norm(embedding); norm(state)] side by side. Knows nothing of caches, trees or training.
 
 Shape legend: D hidden, I attention's input (D or 2 D), H heads, G key/value heads, Dh head size; any leading dimensions.
@@ -130,6 +130,22 @@ class DraftLayer(nn.Module):
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.self_attn.head_dim))
+
+
+class DeeperLayer(DraftLayer):
+    """A layer above the first: Llama's own, whose attention reads the norm of its residual input.
+
+    Args:
+        config: as of :class:`DraftLayer`.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config, wide=False)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def inputs(self, embedded: Tensor, state: Tensor) -> Tensor:
+        """See :meth:`DraftLayer.inputs`; the token entered below."""
+        return rms_norm(self.input_layernorm, state)
 
 
 class Rotation(nn.Module):

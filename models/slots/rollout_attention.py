@@ -86,9 +86,17 @@ class RolloutAttention:
         Args:
             rows: int64, which anchors, rising.
         """
+        return self.over(self.anchors[rows])
+
+    def over(self, anchors: Tensor) -> RolloutAttention:
+        """The same attention from other anchors.
+
+        Args:
+            anchors: int64, packed positions, rising.
+        """
         other = copy.copy(self)
         other.__dict__.pop("_runs", None)
-        other.anchors = self.anchors[rows]
+        other.anchors = anchors
         return other
 
     @cached_property

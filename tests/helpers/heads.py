@@ -141,6 +141,11 @@ class FilesForward:
         else:
             self.layer.input_layernorm = nn.Identity()
         self.layer.load_state_dict(own, strict=True)
+        self.deeper = [LlamaDecoderLayer(self.config, n) for n in range(1, self.config.num_hidden_layers)]
+        for number, layer in enumerate(self.deeper, start=1):
+            prefix = f"layers.{number}."
+            parts = {name.removeprefix(prefix): part for name, part in self.tensors.items() if name.startswith(prefix)}
+            layer.load_state_dict(parts, strict=True)
 
     def normed(self, name: str, states: Tensor) -> Tensor:
         """An RMS norm whose weight is a tensor of the file."""
@@ -166,7 +171,7 @@ class FilesForward:
         return fused @ self.tensors["fc.weight"].T
 
     def outputs(self, embedded: Tensor, known: Tensor) -> Tensor:
-        """[1, T, D]: the layer's, over pairs in a row."""
+        """[1, T, D]: the last layer's, over pairs in a row."""
         if self.third:
             normed = self.layer.hidden_norm(known)
             residual = normed if self.fields.get("norm_before_residual") else known
@@ -179,7 +184,10 @@ class FilesForward:
         rotation = LlamaRotaryEmbedding(self.config)(residual, torch.arange(length)[None])
         attended, _ = self.layer.self_attn(inputs, position_embeddings=rotation, attention_mask=mask)
         state = residual + attended
-        return state + self.layer.mlp(self.layer.post_attention_layernorm(state))
+        state = state + self.layer.mlp(self.layer.post_attention_layernorm(state))
+        for layer in self.deeper:
+            state = layer(state, position_embeddings=rotation, attention_mask=mask)
+        return state
 
     def logits(self, outputs: Tensor) -> Tensor:
         """[T, Vd]."""

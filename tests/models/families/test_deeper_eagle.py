@@ -1,0 +1,165 @@
+"""EAGLE-3 with several decoder layers: by hand, in decoding as in training, and in the folders of engines."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from every_family import batch_of
+from heads import DRAFT_IDS, TEXT, FilesForward, deep_target, our_logits, shaken
+from safetensors.torch import load_file, save_file
+
+from draftsmith.decode.engine import Engine
+from draftsmith.decode.sampling import GenerationSettings
+from draftsmith.evaluate.doctor.serving import served_logits, trained_logits
+from draftsmith.evaluate.doctor.tree_serving import tree_and_chain_logits
+from draftsmith.export.layouts.layouts import load_any, write
+from draftsmith.models import DraftLimits, Eagle3, Target, data_rollout
+from draftsmith.models.drafters.drafter_folder import load_drafter
+from draftsmith.models.families.eagle3 import Eagle3Family
+
+STEPS, LAYERS, MASK = 3, 3, 63
+KINDS = pytest.mark.parametrize("mask_token_id", [None, MASK], ids=["step by step", "in parallel"])
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return deep_target()
+
+
+def made(target: Target, mask_token_id: int | None = None, **settings: object) -> Eagle3:
+    """Random everywhere."""
+    family = Eagle3Family(mask_token_id=mask_token_id, num_draft_layers=LAYERS, **settings)  # type: ignore[arg-type]
+    drafter = shaken(family.build(target.ends, torch.tensor(DRAFT_IDS), STEPS, ""))
+    assert isinstance(drafter, Eagle3)
+    return drafter
+
+
+@torch.no_grad()
+def test_every_step_is_that_of_llamas_layers_above_the_first(target: Target, tmp_path: Path) -> None:
+    drafter, anchor = made(target), 5
+    write(drafter, tmp_path, "eagle3", target.ends)
+    files, logits = FilesForward(tmp_path, target), our_logits(target, drafter, STEPS)
+    assert len(files.deeper) == LAYERS - 1
+    known = files.known(TEXT[: anchor + 1])
+    for step in range(STEPS):
+        outputs = files.outputs(files.embedded(TEXT[1 : anchor + 2 + step]), known)
+        torch.testing.assert_close(logits[step, anchor], files.logits(outputs)[-1], rtol=1e-4, atol=1e-4)
+        known = torch.cat([known, outputs[:, -1:]], dim=1)
+
+
+@KINDS
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_decoding_has_the_logits_of_training_and_a_tree_those_of_its_chains(
+    target: Target, mask_token_id: int | None, window: int | None
+) -> None:
+    drafter = made(target, mask_token_id, sliding_window=window)
+    batch, roots = batch_of(target, drafter), [2, 7, 15]
+    trained = trained_logits(drafter, batch, roots, STEPS)
+    torch.testing.assert_close(served_logits(drafter, batch, roots, STEPS), trained, rtol=1e-4, atol=1e-4)
+    in_tree, in_chain = tree_and_chain_logits(drafter, batch, 7)
+    torch.testing.assert_close(in_tree, in_chain, rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+def test_rows_of_different_lengths_get_the_targets_own_tokens(target: Target, mask_token_id: int | None) -> None:
+    drafter, prompts = made(target, mask_token_id), [[1, 5, 9], [1, 7, 7, 30, 2, 8, 8, 12, 40], [3]]
+    for limits, temperature in (
+        (DraftLimits(1, 1), 0.0),
+        (DraftLimits(3, STEPS, node_budget=7), 0.0),
+        (DraftLimits(2, STEPS), 1.0),
+    ):
+        settings = GenerationSettings(max_new_tokens=9, temperature=temperature)
+        plain = [reply.token_ids for reply in Engine(target).generate(prompts, settings)]
+        drafted = Engine(target, drafter, limits).generate(prompts, settings, num_rows=2)
+        assert [reply.token_ids for reply in drafted] == plain
+        fixed = Engine(target, drafter, limits, runner=lambda cycle: cycle).generate(prompts, settings, num_rows=2)
+        assert [reply.token_ids for reply in fixed] == plain
+
+
+@torch.no_grad()
+def test_after_many_cycles_a_draft_is_that_of_a_fresh_start(target: Target) -> None:
+    """Keys and values of all layers follow the accepted text: a reply is drafted alike from its middle on."""
+    drafter, prompt = made(target), [1, 5, 9, 30]
+    engine = Engine(target, drafter, DraftLimits(3, STEPS, node_budget=7))
+    whole = engine.generate([prompt], GenerationSettings(max_new_tokens=24))[0]
+    read = [*prompt, *whole.token_ids]
+    ends = [sum(step + 1 for step in whole.accepted[:n]) for n in range(len(whole.accepted))]
+    middle = ends[len(ends) // 2]
+    begun = read[: len(prompt) + 1 + middle]
+    again = engine.generate([begun[:-1]], GenerationSettings(max_new_tokens=24 - middle))[0]
+    assert again.token_ids[: len(whole.token_ids) - middle] == whole.token_ids[middle:]
+    assert again.accepted == whole.accepted[len(ends) // 2 :]
+
+
+@KINDS
+def test_training_reaches_every_layer(target: Target, mask_token_id: int | None) -> None:
+    drafter = made(target, mask_token_id).train()
+    batch = batch_of(target, drafter)
+    drafter.teacher_forced(batch, data_rollout(batch, STEPS)).square().sum().backward()
+    layers = {name: part for name, part in drafter.named_parameters() if name.startswith(("midlayer.", "layers."))}
+    assert [name for name, part in layers.items() if part.grad is None or not part.grad.abs().sum()] == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask_token_id"), [("eagle3", None), ("speculators", None), ("speculators", MASK), ("peagle", MASK)]
+)
+@torch.no_grad()
+def test_a_folder_for_engines_comes_back_with_all_layers(
+    target: Target, tmp_path: Path, layout: str, mask_token_id: int | None
+) -> None:
+    drafter = made(target, mask_token_id)
+    notes = write(drafter, tmp_path, layout, target.ends)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    layer = fields.get("transformer_layer_config", fields)
+    assert layer["num_hidden_layers"] == LAYERS
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1", "2"}
+    assert not [name for name in names if name.startswith("midlayer.")]
+    assert any("no engine was tried with several" in note for note in notes) == (layout != "speculators")
+    del layer["num_hidden_layers"]  # as the speculators package leaves out what equals a default
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    again = load_any(tmp_path, target.ends)
+    before, after = drafter.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_our_own_folder_keeps_all_layers(target: Target, tmp_path: Path) -> None:
+    drafter = made(target)
+    drafter.save_pretrained(tmp_path)
+    again = load_drafter(tmp_path)
+    assert isinstance(again, Eagle3)
+    assert again.config.num_draft_layers == len(again.stack) == len(again.key_values()) == LAYERS
+    assert all(torch.equal(part, again.state_dict()[name]) for name, part in drafter.state_dict().items())
+
+
+def test_a_folder_that_counts_other_layers_than_it_holds_is_refused(target: Target, tmp_path: Path) -> None:
+    write(made(target), tmp_path, "eagle3", target.ends)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    for count, message in (
+        (4, r"layers\.3\.\S+ is missing"),
+        (2, r"layers\.2\.\S+ is unknown"),
+        (0, "num_hidden_layers"),
+    ):
+        file.write_text(json.dumps(fields | {"num_hidden_layers": count}))
+        with pytest.raises(ValueError, match=message):
+            load_any(tmp_path, target.ends)
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    file.write_text(json.dumps(fields | {"layer_types": kinds, "sliding_window": 8, "use_sliding_window": True}))
+    with pytest.raises(ValueError, match="3 layers and 1 with sliding attention"):
+        load_any(tmp_path, target.ends)
+    one_lost = {
+        name: part for name, part in load_file(tmp_path / "model.safetensors").items() if "layers.1.mlp" not in name
+    }
+    file.write_text(json.dumps(fields))
+    save_file(one_lost, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.\S+ is missing"):
+        load_any(tmp_path, target.ends)
+
+
+def test_an_engine_that_reads_one_layer_gets_no_folder(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="several layers, which TensorRT-LLM does not read"):
+        write(made(target), tmp_path, "tensorrt-llm", target.ends)
