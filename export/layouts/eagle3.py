@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from draftsmith.export.layouts.embedding import NAME as EMBEDDING
-from draftsmith.export.layouts.embedding import embedding_rows, is_plain, refuse_other_embedding
+from draftsmith.export.layouts.embedding import embedding_rows, is_plain, num_other_rows, refuse_other_embedding
 from draftsmith.export.layouts.layer_ids import block_counts, id_fields, layer_names, read_counts
 from draftsmith.export.layouts.layout import Foreign, Layout
 from draftsmith.export.layouts.llama import has_own_head, layer_settings, llama_fields, sliding_layers
@@ -42,7 +42,7 @@ def engine_table(config: Eagle3Config, layer: str = LAYER, where: str = "the con
     """Every tensor that engines and the official code know: our module's, its first layer under either name, and a few more."""
     own = module_table(Eagle3, config, where).specs
     specs = {name.replace(f"{LAYER}.", f"{layer}.", 1): spec for name, spec in own.items()}
-    specs[EMBEDDING] = TensorSpec((config.vocab_size, config.hidden_size), optional=True)
+    specs.setdefault(EMBEDDING, TensorSpec((config.vocab_size, config.hidden_size), optional=True))
     if "d2t" in specs:
         specs["t2d"] = TensorSpec((config.vocab_size,), "bool", optional=True)
     return Table(WHAT, config.vocab_size, specs)
@@ -73,24 +73,27 @@ def write_parallel(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
 
 
 def _write_common(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, ...]:
-    tensors, notes = with_membership(tensors_of(drafter), drafter.config.vocab_size), []
-    if ends is not None and not is_plain(ends):
+    config, notes = drafter.config, list[str]()
+    tensors = with_membership(tensors_of(drafter), config.vocab_size)
+    if config.own_embedding:
+        notes.append("Its embedding is its own (`embed_tokens`). vLLM reads it; no engine was tried with one.")
+    elif ends is not None and not is_plain(ends):
         tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
         notes.append(
             "The target computes more than a look-up for its embedding, so `embed_tokens` with the result is here. vLLM reads it; SGLang "
             "takes the target's bare matrix. A constant factor makes no difference behind the drafter's own norm."
         )
-    if drafter.config.norm_before_residual:
+    if config.norm_before_residual:
         notes.append(
             "Its residual is the normalised state (`norm_before_residual`). vLLM computes that; SGLang and the official code do not."
         )
-    if drafter.config.attention_bias:
+    if config.attention_bias:
         notes.append("Its attention has biases. SGLang's EAGLE-3 has none, and no engine was tried with them.")
-    if drafter.config.num_draft_layers > 1:
+    if config.num_draft_layers > 1:
         notes.append(
-            f"It has {drafter.config.num_draft_layers} layers. SGLang's EAGLE-3 has one, and no engine was tried with several."
+            f"It has {config.num_draft_layers} layers. SGLang's EAGLE-3 has one, and no engine was tried with several."
         )
-    if PRE_NORM in drafter.config.layers:
+    if PRE_NORM in config.layers:
         notes.append("It reads the last block's output, which vLLM captures; no other engine was tried with it.")
     _write(drafter, folder, ends, tensors)
     return tuple(notes)
@@ -100,12 +103,16 @@ def write_tensorrt(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tu
     """Write TensorRT-LLM's variant into an existing folder, read it back and compare; see :func:`write`.
 
     Raises:
-        ValueError: as there; or a switch of EAGLE-3.1 is on, attention has biases, or there are several layers, none of which
-            TensorRT-LLM reads.
+        ValueError: as there; or a switch of EAGLE-3.1 is on, attention has biases, or there are several layers or an embedding of
+            its own, none of which TensorRT-LLM reads.
     """
     refuse_parallel(drafter.config)
     config = drafter.config
-    others = config.switches | {"attention_bias": config.attention_bias, "several layers": config.num_draft_layers > 1}
+    others = config.switches | {
+        "attention_bias": config.attention_bias,
+        "several layers": config.num_draft_layers > 1,
+        "an embedding of its own": config.own_embedding,
+    }
     if on := [name for name, value in others.items() if value]:
         raise ValueError(
             f"this drafter has {', '.join(on)}, which TensorRT-LLM does not read; export it with --layout eagle3 for vLLM"
@@ -167,6 +174,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
         **_switches(fields),
         attention_bias=bool(fields.get("attention_bias")),
         num_draft_layers=count,
+        own_embedding=MASK in tensors and _is_own(tensors.get(EMBEDDING), ends, where),
         sliding_window=_window(fields, count, where),
         **_masks(fields, tensors, where),
         layers=layer_names(read_counts(fields, depth, where), depth, where),
@@ -179,7 +187,7 @@ def read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ends: TargetE
     engine_table(config, layer, where).check(tensors, where)
     kept = {name.replace(f"{layer}.", f"{LAYER}.", 1): tensor for name, tensor in tensors.items()}
     kept.pop("t2d", None)
-    embedding = kept.pop(EMBEDDING, None)
+    embedding = None if config.own_embedding else kept.pop(EMBEDDING, None)
     if embedding is not None and ends is not None:
         refuse_other_embedding(embedding, ends, where)
     return assemble(Eagle3, config, kept)
@@ -194,17 +202,38 @@ def _num_draft_layers(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return 1 + max(map(int, numbers), default=0)
 
 
+def _is_own(embedding: Tensor | None, ends: TargetEnds | None, where: str) -> bool:
+    """Whether the embedding in a P-EAGLE's folder is its own: trainers of these often train it, too.
+
+    Without a target nobody knows, and it is kept.
+
+    Raises:
+        ValueError: it is of another size than the target's.
+    """
+    if embedding is None or ends is None:
+        return embedding is not None
+    if not num_other_rows(embedding, ends, where):
+        return False
+    warnings.warn(
+        f"{where}: {EMBEDDING} differs from the embedding of {ends.name!r}; it is taken for one that was trained with this P-EAGLE. Make "
+        "sure that this is the target that it was made for",
+        stacklevel=2,
+    )
+    return True
+
+
 def _window(fields: Mapping[str, Any], count: int, where: str) -> int | None:
     """The sliding window of all layers, or None.
 
     Raises:
-        ValueError: some layers have one and others none.
+        ValueError: some layers have one and others none, or there are other layers than kinds of them.
     """
-    window, layers = sliding_layers(fields, fields.get("layer_types") or (), where)
-    if window is not None and len(layers) != count:
+    kinds = fields.get("layer_types") or ()
+    window, layers = sliding_layers(fields, kinds, where)
+    if window is not None and not len(layers) == len(kinds) == count:
         raise ValueError(
-            f"{where} has {count} layers and {len(layers)} with sliding attention (layer_types); our EAGLE-3 has one window for all of "
-            "them or none, so such a drafter cannot be read"
+            f"{where} has {count} layers, {len(kinds)} layer_types and {len(layers)} of them with sliding attention; our EAGLE-3 has one "
+            "window for all layers or none, so such a drafter cannot be read"
         )
     return window
 

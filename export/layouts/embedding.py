@@ -1,6 +1,6 @@
 """The target's embedding in a drafter's folder: when it is written, and what is done with one that is found.
 
-Owns both. Our drafters always borrow the target's embedding. Engines do so too, but look up its bare matrix: where a family computes
+Owns both. Most of our drafters borrow the target's embedding. Engines do so too, but look up its bare matrix: where a family computes
 more (Gemma multiplies by a factor), what the drafter was trained with must come with it. Knows no layout.
 
 Shape legend: V vocabulary, D hidden.
@@ -34,10 +34,24 @@ def is_plain(ends: TargetEnds) -> bool:
 
 @torch.no_grad()
 def refuse_other_embedding(stored: Tensor, ends: TargetEnds, where: str) -> None:
-    """A drafter's stored embedding must be its target's: ours have none of their own.
+    """A drafter's stored embedding must be its target's, where the family has none of its own.
 
     Raises:
         ValueError: they differ, at the dtype that is stored; or in size.
+    """
+    if different := num_other_rows(stored, ends, where):
+        raise ValueError(
+            f"{where}: {NAME} differs from the embedding of {ends.name!r} in {different:,} of {len(stored):,} rows; name the target that "
+            "the drafter was made for. Only a P-EAGLE can have an embedding of its own"
+        )
+
+
+@torch.no_grad()
+def num_other_rows(stored: Tensor, ends: TargetEnds, where: str) -> int:
+    """How many rows of a stored embedding differ from the target's, at the dtype that is stored.
+
+    Raises:
+        ValueError: it has other sizes.
     """
     sizes = (ends.vocab_size, ends.hidden_size)
     if tuple(stored.shape) != sizes:
@@ -45,12 +59,7 @@ def refuse_other_embedding(stored: Tensor, ends: TargetEnds, where: str) -> None
             f"{where}: {NAME} has {list(stored.shape)} numbers, the embedding of {ends.name!r} {list(sizes)}; name the target that the "
             "drafter was made for"
         )
-    different = sum(int((rows.to(stored.dtype) != stored[ids]).any(-1).sum()) for ids, rows in _chunks(ends))
-    if different:
-        raise ValueError(
-            f"{where}: {NAME} differs from the embedding of {ends.name!r} in {different:,} of {len(stored):,} rows; name the target that "
-            "the drafter was made for. Drafters with an embedding of their own cannot be read"
-        )
+    return sum(int((rows.to(stored.dtype) != stored[ids]).any(-1).sum()) for ids, rows in _chunks(ends))
 
 
 def _chunks(ends: TargetEnds) -> Iterator[tuple[Tensor, Tensor]]:

@@ -49,7 +49,8 @@ def write(drafter: Eagle3, folder: Path, ends: TargetEnds | None) -> tuple[str, 
     if ends is None:
         raise ValueError("the speculators layout holds the target's embedding and names its architecture; add --target")
     tensors = eagle3.with_membership(tensors_of(drafter), drafter.config.vocab_size)
-    tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
+    if not drafter.config.own_embedding:
+        tensors[EMBEDDING] = embedding_rows(ends).to(drafter.dtype)
     eagle3.engine_table(drafter.config).check(tensors, "the drafter in memory")
     write_files(
         folder, as_text(_fields(drafter, ends)), {eagle3.renamed(name): tensor for name, tensor in tensors.items()}

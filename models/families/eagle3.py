@@ -51,13 +51,14 @@ class Eagle3Config(EagleConfig):
         mask_token_id: with ``parallel``, an unused token of the target whose embedding these steps are fed.
         attention_bias: the four projections of attention have biases, as some public heads do.
         num_draft_layers: decoder layers of the drafter; those above the first are Llama's own.
+        own_embedding: the drafter has an embedding of its own, as many published P-EAGLEs have; else it borrows the target's.
     """
 
     model_type = "draftsmith_eagle3"
     rules: ClassVar[Mapping[str, Rule]] = {
         **EagleConfig.rules,
         "layers": NAMES,
-        **dict.fromkeys((*SWITCHES, "parallel", "attention_bias"), FLAG),
+        **dict.fromkeys((*SWITCHES, "parallel", "attention_bias", "own_embedding"), FLAG),
         "mask_token_id": TOKEN_OR_NULL,
         "num_draft_layers": PARTS,
     }
@@ -73,6 +74,7 @@ class Eagle3Config(EagleConfig):
         mask_token_id: int | None = None,
         attention_bias: bool = False,
         num_draft_layers: int = 1,
+        own_embedding: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -81,6 +83,7 @@ class Eagle3Config(EagleConfig):
         self.fc_norm, self.norm_output = fc_norm, norm_output
         self.parallel, self.mask_token_id = parallel, mask_token_id
         self.attention_bias, self.num_draft_layers = attention_bias, num_draft_layers
+        self.own_embedding = own_embedding
 
     def fault(self) -> str:
         """See :meth:`DrafterConfig.fault`."""
@@ -127,6 +130,7 @@ class Eagle3(EagleBase):
         self.layers = nn.ModuleDict({str(n): DeeperLayer(config.llama()) for n in range(1, config.num_draft_layers)})
         self.norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.num_draft_tokens, bias=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, D) if config.own_embedding else None
         self.mask_hidden = nn.Parameter(0.02 * torch.randn(1, 1, n * D)) if config.parallel else None
         self.post_init()
 
@@ -199,6 +203,10 @@ class Eagle3(EagleBase):
     def stack(self) -> tuple[DraftLayer, ...]:
         """See :attr:`EagleBase.stack`."""
         return (self.midlayer, *self.layers.values())  # type: ignore[arg-type]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See :meth:`Drafter.embed`; with ``own_embedding`` the drafter's."""
+        return super().embed(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
 
     @property
     def head_weight(self) -> Tensor:
@@ -366,8 +374,8 @@ class Eagle3Family(DrafterFamily):
         draft_vocab_size: keep this many tokens, the most frequent labelled ones of the training samples; null keeps
             all.
         detach_steps: no gradient flows from a draft step into those before it. Not for a P-EAGLE, whose steps read none of them.
-        sliding_window: the layer sees only so many of the last tokens, which keeps long texts cheap; null for all. No engine's layout
-            carries it.
+        sliding_window: the layers see only so many of the last tokens, which keeps long texts cheap; null for all. It is written into no
+            engine's layout.
         mask_token_id: an unused token of the target; it makes a P-EAGLE (arXiv 2602.01469), which drafts all tokens in one pass.
         num_draft_layers: decoder layers of the drafter. The method has one; published P-EAGLEs have several.
     """

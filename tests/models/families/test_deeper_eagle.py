@@ -147,10 +147,15 @@ def test_a_folder_that_counts_other_layers_than_it_holds_is_refused(target: Targ
         file.write_text(json.dumps(fields | {"num_hidden_layers": count}))
         with pytest.raises(ValueError, match=message):
             load_any(tmp_path, target.ends)
-    kinds = ["sliding_attention", "full_attention", "full_attention"]
-    file.write_text(json.dumps(fields | {"layer_types": kinds, "sliding_window": 8, "use_sliding_window": True}))
-    with pytest.raises(ValueError, match="3 layers and 1 with sliding attention"):
-        load_any(tmp_path, target.ends)
+    window = {"sliding_window": 8, "use_sliding_window": True}
+    for kinds in (["sliding_attention", "full_attention", "full_attention"], ["sliding_attention"] * 4):
+        file.write_text(json.dumps(fields | window | {"layer_types": kinds}))
+        with pytest.raises(
+            ValueError, match=f"3 layers, {len(kinds)} layer_types and {kinds.count(kinds[0])} of them with sliding"
+        ):
+            load_any(tmp_path, target.ends)
+    file.write_text(json.dumps(fields | window | {"layer_types": ["sliding_attention"] * 3}))
+    assert load_any(tmp_path, target.ends).config.sliding_window == 8  # type: ignore[union-attr]
     one_lost = {
         name: part for name, part in load_file(tmp_path / "model.safetensors").items() if "layers.1.mlp" not in name
     }
@@ -163,3 +168,44 @@ def test_a_folder_that_counts_other_layers_than_it_holds_is_refused(target: Targ
 def test_an_engine_that_reads_one_layer_gets_no_folder(target: Target, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="several layers, which TensorRT-LLM does not read"):
         write(made(target), tmp_path, "tensorrt-llm", target.ends)
+
+
+@pytest.mark.parametrize("layout", ["peagle", "speculators"])
+@torch.no_grad()
+def test_a_p_eagle_with_an_embedding_of_its_own_is_read_and_written(
+    target: Target, tmp_path: Path, layout: str
+) -> None:
+    drafter = made(target, MASK)
+    for name in ("borrowed", "own"):
+        (tmp_path / name).mkdir()
+    write(drafter, tmp_path / "borrowed", layout, target.ends)
+    file = tmp_path / "borrowed" / "model.safetensors"
+    tensors = load_file(file)
+    torch.manual_seed(5)
+    trained = target.ends.embed(torch.arange(64)) + 0.1 * torch.randn(64, 32)
+    save_file(tensors | {"embed_tokens.weight": trained}, file)
+    with pytest.warns(UserWarning, match="it is taken for one that was trained with this P-EAGLE"):
+        own = load_any(tmp_path / "borrowed", target.ends).bound(target.ends)
+    assert isinstance(own, Eagle3)
+    assert torch.equal(own.embed(torch.tensor([3, MASK])), trained[[3, MASK]])
+    notes = write(own, tmp_path / "own", layout, target.ends)
+    assert any("embedding is its own" in note for note in notes) == (layout == "peagle")
+    assert torch.equal(load_file(tmp_path / "own" / "model.safetensors")["embed_tokens.weight"], trained)
+    own.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load_drafter(tmp_path / "ours").state_dict()["embed_tokens.weight"], trained)
+    batch, roots = batch_of(target, own), [2, 7]
+    logits = trained_logits(own, batch, roots, STEPS)
+    torch.testing.assert_close(served_logits(own, batch, roots, STEPS), logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits, trained_logits(drafter, batch, roots, STEPS), atol=1e-2)
+    settings = GenerationSettings(max_new_tokens=9)
+    plain = Engine(target).generate([[1, 5, 9]], settings)[0].token_ids
+    assert (
+        Engine(target, own, DraftLimits(3, STEPS, node_budget=7)).generate([[1, 5, 9]], settings)[0].token_ids == plain
+    )
+
+
+def test_an_embedding_that_is_the_targets_is_borrowed(target: Target, tmp_path: Path) -> None:
+    write(made(target, MASK), tmp_path, "speculators", target.ends)
+    again = load_any(tmp_path, target.ends)
+    assert isinstance(again, Eagle3)
+    assert again.embed_tokens is None
