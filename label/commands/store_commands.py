@@ -66,8 +66,8 @@ def import_answers(
         entry: licence of the source, and who imports; see `EntryOptions`.
 
     Raises:
-        ValueError: the file or the store cannot be read, no row can be used, or more rows contradict themselves than name a wrong step
-            without that.
+        RefusedFile: no row can be used, or more rows contradict themselves than name a wrong step without that.
+        ValueError: the file or the store cannot be read.
     """
     if left_out is not None:
         check_output_file(left_out, filter(None, [source, database_file(store)]))
@@ -103,7 +103,7 @@ def import_answers(
 class _LeftOut(contextlib.ExitStack):
     """Rows that are left out: how many, the first few, and all of them in a file.
 
-    The file appears when the block ends well, and when all rows were read and are refused.
+    The file appears when the block ends well, and when all rows were read and none can be used.
 
     Attributes:
         count: of them.
